@@ -1,0 +1,54 @@
+"""What every config starts from. A config file's argument is a comma list: `smoke`, `seed=1`, `arms=star+star_norat`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qstar.errors import UserError
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Reads e.g. "smoke,seed=3" into typed values; a bare word means True.
+
+    Raises:
+      UserError: a key that has no default, or a value of another type.
+    """
+    out = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, _, text = part.partition("=")
+        if key not in defaults:
+            raise UserError(f"config argument {key!r} is unknown; there are {', '.join(defaults)}")
+        kind = type(defaults[key])
+        try:
+            out[key] = text in ("", "1", "true", "True") if kind is bool else kind(text)
+        except ValueError:
+            raise UserError(f"config argument {key}={text!r} is not of type {kind.__name__}") from None
+    return ConfigDict(out)
+
+
+def star_config() -> ConfigDict:
+    """Returns the STaR config all others change: the paper's loop, no task and no model yet."""
+    return ConfigDict(
+        {
+            "method": "star",
+            "name": "star",
+            "seed": 0,
+            "mesh": "data=-1",
+            "task": {},
+            "model": {"path": "", "preset": ""},
+            "base": {"steps": 0},
+            "gates": {},
+            "loop": {},
+            "arms": {"star": {"preset": "star"}},
+            "sample": {"max_new_tokens": 96, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "round_size": 1024},
+            "train": {
+                "batch_size": 8, "accumulate": 1, "lr": 1e-6, "schedule": "constant", "warmup": 100, "end": 0.0, "b1": 0.9,
+                "b2": 0.999, "weight_decay": 0.0, "clip": 1.0, "z_loss": 0.0, "loss_on_prompt": False, "packed": True,
+                "row_length": 1024, "save_every": 100, "log_every": 50,
+            },
+            "evaluate": {"split": "test", "limit": 0, "hinted": False},
+            "log": {"wandb": {}},
+        }
+    )

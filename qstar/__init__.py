@@ -1,0 +1,46 @@
+"""qstar: language models that learn to reason from their own rationales, in JAX.
+
+    model = qstar.load("path/to/a/hugging_face_folder")
+    qstar.generate(model, ["Once upon a time"], max_new_tokens=64)
+
+The names below are imported when they are first used (PEP 562), so that `import qstar` and the parts that read and
+score text (`qstar.text`, `qstar.data`, `qstar.tasks`) cost no start-up of JAX and run in worker processes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qstar.errors import UserError
+    from qstar.models.model import Model, load, logits, logprobs, save
+    from qstar.sample.batching import generate
+    from qstar.types import Completion
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Completion": "qstar.types",
+    "Model": "qstar.models.model",
+    "UserError": "qstar.errors",
+    "generate": "qstar.sample.batching",
+    "load": "qstar.models.model",
+    "logits": "qstar.models.model",
+    "logprobs": "qstar.models.model",
+    "save": "qstar.models.model",
+}
+
+__all__ = ["Completion", "Model", "UserError", "__version__", "generate", "load", "logits", "logprobs", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qstar' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

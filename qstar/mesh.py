@@ -1,0 +1,148 @@
+"""Device meshes, and the one table that maps logical axes to mesh axes.
+
+A parameter declares its logical axes once (`models.decoder.PARAM_AXES`: path pattern -> axis names); `Rules` maps
+these to mesh axes. The optimiser's moments carry the parameter's path as a suffix, so the same table shards them.
+
+    mesh = make_mesh("data=-1,fsdp=4,tensor=2")
+    state_shardings = shardings(abstract_state, PARAM_AXES, mesh)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from qstar import tree
+from qstar.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+Axes = tuple[str | None, ...]
+AxisTable = Sequence[tuple[str, Axes]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axes. Each field is a logical axis; its value the mesh axes that split it."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    embed: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    layers: tuple[str, ...] = ()
+
+    def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
+        """Returns the PartitionSpec of an array with these logical axes.
+
+        An axis that its mesh axes do not divide stays whole (and shows as such in the table).
+
+        Raises:
+          ValueError: two axes of one array would be split over the same mesh axis.
+        """
+        if len(axes) > len(shape):
+            raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {shape}")
+        axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+        out: list[Any] = []
+        taken: set[str] = set()
+        for name, dim in zip(axes, shape):
+            wanted = tuple(a for a in (getattr(self, name) if name else ()) if mesh.shape[a] > 1)
+            if taken & set(wanted):
+                raise ValueError(f"mesh axis {taken & set(wanted)} would split two axes of {axes}")
+            if not wanted or dim % math.prod(mesh.shape[a] for a in wanted):
+                out.append(None)
+                continue
+            taken |= set(wanted)
+            out.append(wanted if len(wanted) > 1 else wanted[0])
+        return P(*out)
+
+
+def make_mesh(spec: str = "data=-1", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes a mesh with the axes data, fsdp and tensor from e.g. "data=-1,fsdp=4" (-1: what is left; unnamed: 1).
+
+    Axis types are Auto: `jax.make_mesh` defaults to Explicit, on which Linen's constraints fail.
+
+    Raises:
+      UserError: an unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, (p.strip() for p in spec.split(","))):
+        name, _, value = part.partition("=")
+        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", value):
+            raise UserError(f"mesh {spec!r}: {part!r} is not one of {', '.join(a + '=N' for a in AXES)} (N >= 1, or -1 for the rest)")
+        sizes[name] = int(value)
+    free = [a for a in AXES if sizes[a] == -1]
+    known = math.prod(v for v in sizes.values() if v > 0)
+    if len(free) > 1:
+        raise UserError(f"mesh {spec!r}: only one axis can be -1")
+    if free:
+        sizes[free[0]] = max(1, len(devices) // known)
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"mesh {spec!r} needs {math.prod(sizes.values())} devices, but there are {len(devices)}")
+    grid = np.asarray(devices).reshape([sizes[a] for a in AXES])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def shardings(state: Any, table: AxisTable, mesh: Mesh, rules: Rules = Rules()) -> Any:
+    """Returns a tree of NamedSharding for `state` (arrays or abstract arrays), by the first pattern that matches a path.
+
+    A leaf that no pattern matches (step, rng, counters) is replicated.
+    """
+
+    def one(name: str, leaf: Any) -> NamedSharding:
+        for pattern, axes in table:
+            if leaf.ndim and re.search(pattern, name):
+                return NamedSharding(mesh, rules.spec(axes, leaf.shape, mesh))
+        return NamedSharding(mesh, P())
+
+    return tree.map_named(one, state)
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
+    """Returns the sharding of an array whose leading axis is the batch."""
+    return NamedSharding(mesh, P(tuple(a for a in rules.batch if mesh.shape[a] > 1)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that keeps a whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Places host arrays on the mesh, split over the batch axis where it divides (each host passes its own rows).
+
+    Where the rows do not divide over the mesh they are replicated: the same answer, without the speed-up.
+    """
+    whole, split = replicated(mesh), batch_sharding(mesh)
+    ways = math.prod(mesh.shape[a] for a in Rules().batch)
+
+    def place(x: np.ndarray) -> jax.Array:
+        rows = x.shape[0] * jax.process_count() if np.ndim(x) else 0
+        target = split if rows and rows % ways == 0 else whole
+        return jax.make_array_from_process_local_data(target, np.asarray(x))
+
+    return jax.tree.map(place, batch)
+
+
+def parameter_table(params: Any, where: Any) -> str:
+    """Returns a text table: path, shape, PartitionSpec and bytes per device of every leaf, and the totals."""
+    rows, total, per_device = [], 0, 0
+    for (name, leaf), (_, sharding) in zip(tree.named_leaves(params), tree.named_leaves(where)):
+        local = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total, per_device = total + leaf.size, per_device + local
+        rows.append((name, "x".join(map(str, leaf.shape)), str(leaf.dtype), _spec_text(getattr(sharding, "spec", P())), f"{local:,}"))
+    rows = [("parameter", "shape", "dtype", "sharding", "bytes/device"), *rows]
+    widths = [max(len(r[i]) for r in rows) for i in range(5)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
+    return "\n".join([*lines, f"total {total:,} parameters, {per_device:,} bytes per device"])
+
+
+def _spec_text(spec: P) -> str:
+    names = ["+".join(a) if isinstance(a, tuple) else a for a in spec]
+    return "(" + ", ".join(n or "-" for n in names) + ")" if any(names) else "replicated"

@@ -1,0 +1,21 @@
+"""The methods. Each reads like its paper's algorithm; `METHODS` is what a config's `method` may name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def run(config: Any, workdir: Any, console: Any) -> None:
+    """Runs the method that `config.method` names.
+
+    Raises:
+      UserError: unknown method.
+    """
+    from qstar.errors import UserError
+    from qstar.methods import star
+
+    methods: dict[str, Callable[..., None]] = {"star": star.run}
+    if config.method not in methods:
+        raise UserError(f"config.method={config.method!r} is not one of {', '.join(methods)}")
+    methods[config.method](config, workdir, console)

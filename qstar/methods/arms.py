@@ -1,0 +1,241 @@
+"""What every arm of a run shares (task, settings, console, metrics), and one arm's folder, metrics and clock."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from qstar.data.sources import read_jsonl
+from qstar.errors import UserError
+from qstar.mesh import make_mesh
+from qstar.methods.rollouts import SampleSettings, attempt, to_example
+from qstar.methods.run_folder import once, stable_seed, write_json
+from qstar.methods.supervised import TrainSettings
+from qstar.models.model import Model
+from qstar.tasks import make_task
+from qstar.tasks.base import Problem, Task
+from qstar.text.packing import Example
+from qstar.text.tokenizer import Tokenizer
+from qstar.train.evaluate import summarise
+from qstar.train.metrics import Writer, read, show_table
+from qstar.types import Rollout
+
+
+def settings_from(cls: type, values: dict[str, Any], where: str) -> Any:
+    """Returns a frozen settings dataclass from a config section.
+
+    Raises:
+      UserError: a key the dataclass does not have.
+    """
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise UserError(f"config.{where}.{key} is unknown; there are {', '.join(sorted(known))}")
+    return cls(**values)
+
+
+@dataclasses.dataclass
+class Context:
+    """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
+
+    config: Any
+    workdir: Path
+    console: Console
+    task: Task
+    mesh: Any
+    seed: int
+    train_settings: TrainSettings
+    sample_settings: SampleSettings
+    tokenizer: Tokenizer = None  # set with the base model
+    writer: Writer = None
+
+    @classmethod
+    def make(cls, config: Any, workdir: Path, console: Console) -> Context:
+        """Reads a config; everything that can be wrong in it is found here, before anything is written."""
+        task_options = config.task.to_dict()
+        return cls(
+            config=config,
+            workdir=workdir,
+            console=console,
+            task=make_task(task_options.pop("name"), **task_options),
+            mesh=make_mesh(config.mesh) if jax.device_count() > 1 or config.mesh != "data=-1" else None,
+            seed=config.seed,
+            train_settings=settings_from(TrainSettings, config.train.to_dict(), "train"),
+            sample_settings=settings_from(SampleSettings, config.sample.to_dict(), "sample"),
+        )
+
+    def arm_settings(self, cls: type, presets: dict[str, dict[str, Any]], name: str) -> Any:
+        """Returns an arm's loop settings: the config's `loop`, over it the arm's preset, over it the arm's own keys."""
+        own = self.config.arms[name].to_dict()
+        preset = own.pop("preset", "star")
+        if preset not in presets:
+            raise UserError(f"config.arms.{name}.preset={preset!r} is not one of {', '.join(presets)}")
+        values = {**self.config.loop.to_dict(), **presets[preset], **own}
+        return settings_from(cls, values, f"arms.{name}")
+
+    def start(self) -> None:
+        """Opens the metrics files."""
+        wandb = self.config.log.wandb.to_dict() if self.config.log.get("wandb") else None
+        self.writer = Writer(self.workdir, wandb=wandb)
+
+    def close(self) -> None:
+        """Flushes the metrics files."""
+        self.writer.close()
+
+    def say(self, text: str) -> None:
+        """Prints a line (process 0)."""
+        if jax.process_index() == 0:
+            self.console.print(text, highlight=False)
+
+    def seed_example(self, problem: Problem, hinted: bool) -> Example:
+        """Returns a gold row of a from-scratch model's base, as a training example."""
+        return to_example(self.tokenizer, self.task.prompt(problem, hint=hinted), self.task.solution(problem))
+
+    def fitting(self, rows: list[Example]) -> list[Example]:
+        """Drops rows longer than the training row, saying how many."""
+        limit = self.train_settings.row_length
+        fits = [r for r in rows if len(r) <= limit]
+        if len(fits) < len(rows):
+            self.say(f"[yellow]{len(rows) - len(fits)} of {len(rows)} rows are longer than train.row_length={limit}: dropped")
+        return fits
+
+    @contextlib.contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[..., None]]:
+        """A progress bar with rate and time left; yields `update(done, ...)`. On a plain stream nothing is drawn."""
+        columns = (
+            SpinnerColumn(), TextColumn(f"{what:>12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+        )
+        began = time.perf_counter()
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            job = progress.add_task(what, total=total, rate="", note="")
+            offset = 0
+
+            def update(done: int, extra: Any = None) -> None:
+                nonlocal offset
+                if isinstance(extra, Rollout):  # rounds count from 1 again
+                    offset += 1
+                    done, note = offset, _one_line(extra)
+                else:
+                    note = f"loss {extra['loss']:.4f}" if extra else ""
+                rate = done / max(time.perf_counter() - began, 1e-9)
+                progress.update(job, completed=done, rate=f"{rate:,.1f}/s", note=note)
+
+            yield update
+
+
+class Arm:
+    """One arm: WORKDIR/<name>/ and the numbers of its loops."""
+
+    def __init__(self, ctx: Context, name: str):
+        """Opens the arm's folder (created when something is written)."""
+        self.ctx, self.name = ctx, name
+        self.folder = ctx.workdir / name
+        self.seconds: dict[str, float] = {}
+        self._scores: list[float] = []
+
+    def rationales(self, n: int) -> Path:
+        """rationales/iter_NNN.jsonl"""
+        return self.folder / "rationales" / f"iter_{n:03d}.jsonl"
+
+    def checkpoint(self, n: int) -> Path:
+        """checkpoints/iter_NNN, the folder of M_n"""
+        return self.folder / "checkpoints" / f"iter_{n:03d}"
+
+    def kept_before(self, n: int) -> list[Rollout]:
+        """Returns what loops 1 .. n-1 kept."""
+        rows = [Rollout(**r) for m in range(1, n) for r in read_jsonl(self.rationales(m))]
+        return [r for r in rows if r.verdict != "rejected"]
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the wall time of a stage to this loop's metrics."""
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def begin(self, n: int, of: int) -> None:
+        """Starts the clock of loop n."""
+        self.seconds = {}
+        self.ctx.say(f"\n[bold]{self.name}[/bold]: loop {n} of {of}")
+
+    def evaluate(self, model: Model, n: int) -> dict[str, Any]:
+        """Greedy answers on the held-out problems, without and (if asked) with hints; 95% intervals over problems."""
+        ctx, e = self.ctx, self.ctx.config.evaluate
+        problems = ctx.task.problems(e.split)[: e.limit or None]
+        out: dict[str, Any] = {}
+        settings = dataclasses.replace(ctx.sample_settings, temperature=0.0)
+        for hinted in (False, True) if e.hinted else (False,):
+            stage = f"iter_{n:03d}" + ("_hinted" if hinted else "")
+            with self.timed("evaluate"), ctx.bar("evaluate", len(problems)) as progress:
+                rows = attempt(
+                    model, ctx.task, problems, settings, k=1, hinted=hinted, iteration=n, seed=0,
+                    folder=self.folder / "stages" / "evaluation", stage=stage, progress=progress,
+                )
+                once(self.folder / "evaluation" / f"{stage}.jsonl", lambda rows=rows: [r.to_json() for r in rows])
+            name = "hinted_accuracy" if hinted else "accuracy"
+            out.update(summarise(name, [float(r.correct) for r in rows], [r.group for r in rows]))
+            if not hinted:
+                out["eval_truncation_rate"] = sum(r.truncated for r in rows) / max(1, len(rows))
+        self._scores.append(out["accuracy"])
+        return out
+
+    def report(self, n: int, metrics: dict[str, Any], more: dict[str, Any]) -> None:
+        """Writes the loop's metrics row and prints the table so far."""
+        clock = {f"seconds_{k}": v for k, v in self.seconds.items()}
+        self.ctx.writer.write(stage="iteration", step=n, arm=self.name, iteration=n, **metrics, **more, **clock)
+        groups = [k.split("/")[1] for k in metrics if k.startswith("accuracy/")]
+        rows = []
+        for row in read(self.ctx.workdir):
+            if row["stage"] == "iteration" and row["arm"] == self.name and row["iteration"] <= n:
+                cells = {"loop": row["iteration"], "accuracy": row["accuracy"]}
+                cells |= {f"acc {g}": row.get(f"accuracy/{g}") for g in groups if len(groups) > 1}
+                cells |= {k: row.get(k) for k in ("hinted_accuracy", "kept", "rationalised", "valid_kept")}
+                cells["seconds"] = sum(v for k, v in row.items() if k.startswith("seconds_") and v)
+                rows.append(cells)
+        if jax.process_index() == 0:
+            show_table(self.ctx.console, self.name, rows)
+
+    def show_examples(self, rows: list[Rollout]) -> None:
+        """Prints one attempt of each kind: kept, rationalised, and the rejected ones with why."""
+        shown: set[str] = set()
+        for r in rows:
+            kind = r.verdict if r.verdict != "rejected" else r.reason.split(":")[0]
+            if kind not in shown and len(shown) < 6:
+                shown.add(kind)
+                colour = {"kept": "green", "rationalised": "cyan"}.get(r.verdict, "red")
+                self.ctx.console.print(f"  [{colour}]{kind:>14}[/{colour}]  ", end="")
+                self.ctx.console.print(_one_line(r, 150), markup=False, highlight=False)
+
+    def stale(self, patience: int) -> bool:
+        """Whether the best score is more than `patience` loops old."""
+        return len(self._scores) - 1 - self._scores.index(max(self._scores)) >= patience
+
+    def stop(self, n: int, reason: str) -> None:
+        """Ends the arm early, with the reason in status.json."""
+        self.ctx.say(f"[yellow]{self.name} stopped in loop {n}: {reason}")
+        write_json(self.folder / "status.json", {"status": "stopped", "reason": reason, "iterations": n - 1})
+
+    def finish(self) -> None:
+        """Marks the arm as done (a stop stays a stop)."""
+        if not (self.folder / "status.json").exists():
+            done = len(self._scores) - 1
+            write_json(self.folder / "status.json", {"status": "finished", "reason": "", "iterations": done})
+
+
+def _one_line(r: Rollout, width: int = 90) -> str:
+    text = f"{r.prompt[-60:]}{r.completion}".replace("\n", "⏎")
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def task_seed(*parts: Any) -> int:
+    """A seed for anything an arm draws."""
+    return stable_seed(*parts)

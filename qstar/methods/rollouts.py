@@ -1,0 +1,212 @@
+"""Attempts at problems: sampling them in rounds that survive a kill, scoring them, and choosing what is trained on."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qstar.methods.run_folder import once, stable_seed
+from qstar.models.model import Model
+from qstar.sample.batching import stream
+from qstar.tasks.base import Problem, Task
+from qstar.text.packing import Example
+from qstar.text.tokenizer import Tokenizer
+from qstar.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """How completions are drawn. Read from a config's `sample` section, field by field."""
+
+    max_new_tokens: int = 96
+    temperature: float = 0.0  # the release: top_p .9 at temperature .01, near greedy
+    top_k: int = 0
+    top_p: float = 1.0
+    slots: int | None = None
+    round_size: int = 1024  # completions between two done-markers: what a kill can lose
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is kept for training (spec 5.2, 5.4)."""
+
+    dedupe: bool = True
+    cap_per_problem: int | None = None
+    min_rationale_tokens: int = 0
+    exact_filter: bool = False  # oracle: keep only what the task's step audit passes
+
+
+def attempt(
+    model: Model,
+    task: Task,
+    problems: Sequence[Problem],
+    settings: SampleSettings,
+    *,
+    k: int,
+    hinted: bool,
+    iteration: int,
+    seed: int,
+    folder: Path,
+    stage: str,
+    few_shot: bool = True,
+    progress: Callable[[int, Rollout], None] | None = None,
+) -> list[Rollout]:
+    """Samples k completions of every problem and scores them, one JSONL file per round of problems.
+
+    A round is a pure function of (model, problems, seed), so that a killed run makes the same files.
+    """
+    size = max(1, settings.round_size // k)
+    out: list[Rollout] = []
+    for r, start in enumerate(range(0, len(problems), size)):
+        chunk = problems[start : start + size]
+        round_seed = stable_seed(seed, stage, iteration, r)
+
+        def make(chunk: Sequence[Problem] = chunk, round_seed: int = round_seed) -> list[dict[str, Any]]:
+            rows = _round(model, task, chunk, settings, k, hinted, iteration, round_seed, few_shot, progress)
+            return [row.to_json() for row in rows]
+
+        rows = once(folder / f"{stage}_{r:03d}.jsonl", make)
+        out += [Rollout(**row) for row in rows]
+    return out
+
+
+def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot, progress) -> list[Rollout]:
+    prompts = [task.prompt(p, hint=hinted) for p in problems]
+    found: dict[tuple[int, int], Rollout] = {}
+    for i, j, done in stream(
+        model, prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_k=settings.top_k,
+        top_p=settings.top_p, n=k, stop=task.stop, seed=seed, slots=settings.slots,
+        prefix=task.prefix(hint=hinted) if few_shot else "",
+    ):
+        text = task.cut(done.text)
+        answer = task.parse(text)
+        row = Rollout(
+            problem_id=problems[i].id,
+            iteration=iteration,
+            sample=j,
+            hinted=hinted,
+            group=problems[i].group,
+            prompt=prompts[i],
+            completion=text,
+            answer=answer,
+            gold=problems[i].gold,
+            correct=done.stopped and task.correct(problems[i], answer),
+            verdict="",
+            reason="",
+            truncated=not done.stopped,
+            valid=task.audit(problems[i], text),
+            logprob=round(float(sum(done.logprobs)), 4),
+            n_tokens=len(done.tokens),
+        )
+        found[i, j] = row
+        if progress is not None:
+            progress(len(found), row)
+    return [found[key] for key in sorted(found)]
+
+
+def select(
+    rollouts: Sequence[Rollout], problems: dict[str, Problem], task: Task, rules: Selection, seen: Iterable[tuple] = ()
+) -> list[Rollout]:
+    """Returns the rollouts with verdict and reason filled in: kept, rationalised (kept, but hinted) or rejected.
+
+    Args:
+      rollouts: unhinted and hinted attempts of one loop, in order.
+      seen: (problem, completion) pairs kept before, where data accumulates over loops: no duplicates of them.
+    """
+    taken = set(seen)
+    per_problem: dict[str, int] = collections.Counter()
+    out = []
+    for row in rollouts:
+        reason = why_rejected(row, problems[row.problem_id], task, rules)
+        key = (row.problem_id, " ".join(row.completion.split()))
+        if reason is None and rules.dedupe and key in taken:
+            reason = "duplicate"
+        if reason is None and rules.cap_per_problem is not None and per_problem[row.problem_id] >= rules.cap_per_problem:
+            reason = "over the cap per problem"
+        if reason is not None:
+            out.append(dataclasses.replace(row, verdict="rejected", reason=reason))
+            continue
+        taken.add(key)
+        per_problem[row.problem_id] += 1
+        verdict = "rationalised" if row.hinted else "kept"
+        why = "right answer, given as a hint" if row.hinted else "right answer"
+        out.append(dataclasses.replace(row, verdict=verdict, reason=why))
+    return out
+
+
+def why_rejected(row: Rollout, problem: Problem, task: Task, rules: Selection) -> str | None:
+    """Returns why an attempt is not trained on, by itself, or None."""
+    if row.truncated:
+        return "truncated"
+    if row.answer is None:
+        return "no answer"
+    if not row.correct:
+        return "wrong answer"
+    if row.n_tokens < rules.min_rationale_tokens:
+        return "rationale too short"
+    if rules.exact_filter and row.valid is False:
+        return "wrong step"
+    if row.hinted and (leak := task.leak(problem, row.completion)) is not None:
+        return f"hint leak: {leak}"
+    return None
+
+
+def to_example(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
+    """Returns a training example: BOS and prompt, then completion and EOS (so that the model learns to stop)."""
+    head, tail = tokenizer.encode_pair(prompt, completion)
+    return Example(head, [*tail, tokenizer.eos_id])
+
+
+def show_hint(row: Rollout, share: float) -> bool:
+    """Whether a rationalised row is trained on with its hint left in (an ablation; the paper's share is 0)."""
+    return row.hinted and share > 0 and random.Random(f"{row.problem_id}/{row.iteration}").random() < share
+
+
+def summary(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Returns the counts and rates of one loop's attempts (after `select`), as the iteration's metrics hold them."""
+    plain, hinted = [r for r in rollouts if not r.hinted], [r for r in rollouts if r.hinted]
+    kept, rationalised = _of(rollouts, "kept"), _of(rollouts, "rationalised")
+    solved = {r.problem_id for r in plain if r.correct}
+    out: dict[str, Any] = {
+        "attempted": len(plain),
+        "solved": sum(r.correct for r in plain),
+        "solve_rate": _mean([r.correct for r in plain]),
+        "problems_solved": len(solved),
+        "hinted_attempted": len(hinted),
+        "hinted_solved": sum(r.correct for r in hinted),
+        "hinted_solve_rate": _mean([r.correct for r in hinted]),
+        "kept": len(kept),
+        "rationalised": len(rationalised),
+        "share_rationalised": len(rationalised) / max(1, len(kept) + len(rationalised)),
+        "truncation_rate": _mean([r.truncated for r in rollouts]),
+        "parse_failure_rate": _mean([r.answer is None for r in rollouts]),
+        "mean_tokens": _mean([r.n_tokens for r in rollouts]),
+        "distinct_per_problem": _distinct(plain),
+        "valid_kept": _mean([r.valid for r in kept if r.valid is not None]),
+        "valid_rationalised": _mean([r.valid for r in rationalised if r.valid is not None]),
+    }
+    for group in sorted({r.group for r in rollouts}, key=lambda g: (len(g), g)):
+        out[f"kept/{group}"] = sum(r.group == group for r in kept)
+        out[f"rationalised/{group}"] = sum(r.group == group for r in rationalised)
+    for reason, count in sorted(collections.Counter(r.reason.split(":")[0] for r in _of(rollouts, "rejected")).items()):
+        out[f"rejected_{reason.replace(' ', '_')}"] = count
+    return out
+
+
+def _of(rollouts: Sequence[Rollout], verdict: str) -> list[Rollout]:
+    return [r for r in rollouts if r.verdict == verdict]
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    return float(sum(values)) / len(values) if values else None
+
+
+def _distinct(rollouts: Sequence[Rollout]) -> float | None:
+    texts: dict[str, set[str]] = collections.defaultdict(set)
+    for r in rollouts:
+        texts[r.problem_id].add(r.completion)
+    return _mean([len(t) for t in texts.values()])

@@ -1,0 +1,137 @@
+"""A run folder: stages meet on disk, each behind an atomic done-marker, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qstar.data.sources import read_jsonl, write_jsonl
+from qstar.errors import UserError
+
+# Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
+FREE_KEYS = ("log",)
+
+
+def once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns the rows of a JSONL file, making and writing it first if it is not there.
+
+    The file appears whole or not at all: it is its own done-marker. In a run of several processes the first writes.
+    """
+    if not path.exists():
+        rows = make()
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(path, rows)
+        return rows
+    return read_jsonl(path)
+
+
+def once_json(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Like `once`, for one JSON object."""
+    if not path.exists():
+        value = make()
+        write_json(path, value)
+        return value
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically (process 0 only)."""
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def open_run(workdir: Path, config: dict[str, Any]) -> None:
+    """Starts a run in `workdir`, or goes on with the run of the same config that is there.
+
+    Raises:
+      UserError: the folder cannot be written, holds a run of another config (the first key that differs is named), or
+        holds something that is no run. Nothing in it is touched then.
+    """
+    config = json.loads(json.dumps(config))
+    there = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not there.exists():
+            strangers = [p.name for p in sorted(workdir.iterdir()) if not p.name.startswith((".", "config.json.tmp"))]
+            if strangers:
+                raise UserError(
+                    f"--workdir={workdir}: holds {strangers[0]} but no run of qstar; name an empty or a new folder"
+                )
+            write_json(there, config)
+        else:
+            _check_same(json.loads(there.read_text(encoding="utf-8")), config, workdir)
+        write_json(workdir / "environment.json", environment())
+    except OSError as e:
+        raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror}); name another folder") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{there}: is not JSON (line {e.lineno}); the folder is damaged, name another") from None
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], workdir: Path, prefix: str = "") -> None:
+    for key in sorted(set(old) | set(new)):
+        if not prefix and key in FREE_KEYS:
+            continue
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            _check_same(a, b, workdir, f"{prefix}{key}.")
+        elif a != b:
+            raise UserError(
+                f"--workdir={workdir}: was made with config.{prefix}{key}={a!r}, now it is {b!r}; "
+                "use another --workdir, or the same settings to go on with that run"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a reader needs to judge the run's numbers: versions, devices, revision, command."""
+    import flax
+    import jaxlib
+    import optax
+
+    from qstar import __version__
+
+    devices = jax.devices()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "qstar": __version__,
+        "revision": _revision(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+        "platform": devices[0].platform,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def _revision() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed without its repository
+    return out.stdout.strip()
+
+
+def stable_seed(*parts: Any) -> int:
+    """Returns a 31-bit seed that depends on the parts alone, in every process and Python version."""
+    return zlib.crc32("/".join(map(str, parts)).encode()) & 0x7FFFFFFF

@@ -1,0 +1,221 @@
+"""STaR: bootstrapping reasoning with reasoning (arXiv 2203.14465, algorithm 1).
+
+    M_0 = M
+    for n = 1 .. N:
+        (r_i, y_i)   = M_{n-1}(x_i)                     sample a rationale and an answer for every problem
+        (r'_i, y'_i) = M_{n-1}(add_hint(x_i, gold_i))   rationalise, where y_i was wrong
+        D_n          = {(x_i, r_i)  : y_i  = gold_i}    keep what reached the right answer ...
+        D_n^rat      = {(x_i, r'_i) : y_i != gold_i, y'_i = gold_i}     ... the hint taken out of the prompt again
+        M_n          = train(M, D_n + D_n^rat)          from the base model M, not from M_{n-1}
+
+STaR without rationalisation, STaR-dagger, RFT and ReST-EM are settings of this one loop: see `PRESETS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from qstar.errors import UserError
+from qstar.methods import base_model
+from qstar.methods.arms import Arm, Context
+from qstar.methods.rollouts import Selection, attempt, select, show_hint, summary, to_example
+from qstar.methods.run_folder import once, once_json, open_run, stable_seed, write_json
+from qstar.methods.supervised import fine_tune
+from qstar.models.model import Model
+from qstar.tasks.base import Problem
+from qstar.text.packing import Example
+from qstar.train.loop import Diverged
+from qstar.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The switches of the outer loop. A config's `loop` section, a preset and an arm's own settings, in this order."""
+
+    n_iters: int = 16
+    problems_per_iter: int | None = 10_000
+    k: int = 1  # samples per problem
+    temperature: float | None = None  # None: as `sample` says
+    rationalize: bool = True
+    p_rationalize: float = 1.0  # share of the failures that are tried again with a hint
+    p_keep_hint: float = 0.0  # share of rationalised rows trained on with the hint in the prompt (an ablation)
+    few_shot_at_sample: bool = True
+    few_shot_in_train: bool = False
+    restart: str = "base"  # "base" (the paper) or "previous"
+    accumulate: bool = False  # train on the kept rows of all loops so far
+    include_sft_data: bool = False  # gold solutions of the drawn problems in the mix
+    steps: str = "exp:40:1.2"  # "exp:40:1.2", "lin:300:20" or "epochs:1:0.2"
+    max_epochs: float | None = 10.0  # over the kept rows: S_n steps on a handful would only overfit
+    min_kept: int = 1  # stop the arm when fewer rows are kept
+    seed_share: float = 0.0  # share of hinted gold seed rows in every batch (from-scratch models only)
+    dedupe: bool = True
+    cap_per_problem: int | None = None
+    min_rationale_tokens: int = 0
+    exact_filter: bool = False
+    patience: int = 0  # stop after so many loops without a better validation accuracy (0: never)
+
+    def __post_init__(self):
+        if self.restart not in ("base", "previous"):
+            raise UserError(f"loop.restart={self.restart!r} is not one of base, previous")
+        steps_for(self.steps, 1, 1, 1)
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.dedupe, self.cap_per_problem, self.min_rationale_tokens, self.exact_filter)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "star": {},
+    "star_norat": {"rationalize": False},
+    # V-STaR's name for the loop that keeps gold data and accumulates (arXiv 2402.06457, table 1)
+    "star_dagger": {"rationalize": False, "k": 16, "temperature": 0.7, "accumulate": True, "include_sft_data": True},
+    # 2308.01825: one round of many samples, distinct ones kept beside the gold data
+    "rft": {"rationalize": False, "k": 100, "temperature": 0.7, "n_iters": 1, "include_sft_data": True, "steps": "epochs:3:0"},
+    # 2312.06585: at most 10 kept per problem, from this round only, always fine-tuning the base
+    "rest_em": {"rationalize": False, "k": 32, "temperature": 0.7, "cap_per_problem": 10, "n_iters": 3},
+}
+
+
+def steps_for(spec: str, n: int, rows: int, batch_size: int) -> int:
+    """Returns S_n, the updates of loop n (from 1): int(40 * 1.2^(n-1)), 300 + 20 (n-1), or epochs growing by a share.
+
+    Raises:
+      UserError: the spec is none of these forms.
+    """
+    kind, *numbers = spec.split(":")
+    try:
+        first, growth = (float(x) for x in numbers)
+    except ValueError:
+        kind = ""
+    if kind == "exp":
+        return int(first * growth ** (n - 1))
+    if kind == "lin":
+        return int(first + growth * (n - 1))
+    if kind == "epochs":
+        return max(1, int(rows * first * (1 + growth * (n - 1)) // batch_size))
+    raise UserError(f"loop.steps={spec!r} is not of the form exp:40:1.2, lin:300:20 or epochs:1:0.2")
+
+
+def run(config: Any, workdir: Path, console: Any) -> None:
+    """Runs every arm of a STaR config in `workdir`, going on where an earlier run of the same config stopped."""
+    ctx = Context.make(config, Path(workdir), console)
+    arms = {name: ctx.arm_settings(Loop, PRESETS, name) for name in config.arms}
+    open_run(ctx.workdir, config.to_dict())
+    ctx.start()
+    base = base_model.prepare(ctx)
+    for name, loop in arms.items():
+        outer_loop(Arm(ctx, name), loop, base)
+    ctx.close()
+
+
+def outer_loop(arm: Arm, loop: Loop, base: Model) -> Model:
+    """Algorithm 1, from M to M_N. Returns the last model."""
+    ctx, model = arm.ctx, base
+    arm.report(0, arm.evaluate(base, 0), {})
+    for n in range(1, loop.n_iters + 1):
+        arm.begin(n, loop.n_iters)
+        rollouts = rationalised_rollouts(arm, loop, model, n)
+        kept = [r for r in rollouts if r.verdict != "rejected"]
+        if len(kept) < max(1, loop.min_kept):
+            arm.stop(n, f"loop {n} kept {len(kept)} of {len(rollouts)} attempts (loop.min_kept={loop.min_kept}): nothing to "
+                        "train on, so the model of the loop before stays")
+            return model
+        start = base if loop.restart == "base" else model
+        try:
+            model, trained = train(arm, loop, start, kept, n)
+        except Diverged as e:
+            arm.stop(n, str(e))
+            return model
+        metrics = arm.evaluate(model, n)
+        arm.report(n, metrics, {**summary(rollouts), **trained})
+        if loop.patience and arm.stale(loop.patience):
+            arm.stop(n, f"no better validation accuracy for {loop.patience} loops")
+            break
+    arm.finish()
+    return model
+
+
+def rationalised_rollouts(arm: Arm, loop: Loop, model: Model, n: int) -> list[Rollout]:
+    """Samples, rationalises the failures, and decides what is kept: rationales/iter_NNN.jsonl."""
+    ctx = arm.ctx
+    problems = ctx.task.pool(n, ctx.seed, loop.problems_per_iter)
+    by_id = {p.id: p for p in problems}
+
+    def make() -> list[dict[str, Any]]:
+        rollouts = sample(arm, loop, model, problems, n, hinted=False)
+        if loop.rationalize:
+            solved = {r.problem_id for r in rollouts if r.correct}
+            failed = [p for p in problems if p.id not in solved and chosen(p, n, loop.p_rationalize)]
+            rollouts += sample(arm, loop, model, failed, n, hinted=True)
+        seen = [(r.problem_id, " ".join(r.completion.split())) for r in arm.kept_before(n)] if loop.accumulate else ()
+        return [r.to_json() for r in select(rollouts, by_id, ctx.task, loop.selection, seen)]
+
+    rows = [Rollout(**row) for row in once(arm.rationales(n), make)]
+    arm.show_examples(rows)
+    return rows
+
+
+def sample(arm: Arm, loop: Loop, model: Model, problems: list[Problem], n: int, *, hinted: bool) -> list[Rollout]:
+    """One greedy (or k sampled) rationale per problem from M_{n-1}; with hints, the answer stands in the prompt."""
+    settings = arm.ctx.sample_settings
+    if loop.temperature is not None:
+        settings = dataclasses.replace(settings, temperature=loop.temperature)
+    stage = "rationalise" if hinted else "sample"
+    with arm.timed(stage), arm.ctx.bar(stage, len(problems) * loop.k) as progress:
+        return attempt(
+            model, arm.ctx.task, problems, settings, k=loop.k, hinted=hinted, iteration=n,
+            seed=stable_seed(arm.ctx.seed, arm.name), folder=arm.folder / "stages" / f"iter_{n:03d}", stage=stage,
+            few_shot=loop.few_shot_at_sample, progress=progress,
+        )
+
+
+def train(arm: Arm, loop: Loop, start: Model, kept: list[Rollout], n: int) -> tuple[Model, dict[str, Any]]:
+    """Fine-tunes `start` on the kept rationales, hints stripped, for S_n steps with fresh optimiser moments."""
+    ctx = arm.ctx
+    examples = training_examples(arm, loop, kept, n)
+    settings = ctx.train_settings
+    steps = steps_for(loop.steps, n, len(examples), settings.batch_size)
+    if loop.max_epochs is not None:
+        cap = max(1, int(loop.max_epochs * len(examples) / settings.batch_size))
+        if cap < steps:
+            ctx.say(f"[yellow]only {len(examples)} rows: {cap} steps instead of {steps} (loop.max_epochs={loop.max_epochs})")
+        steps = min(steps, cap)
+    hinted_seeds = [ctx.seed_example(p, hinted) for p, hinted in ctx.task.seeds() if hinted] if loop.seed_share else []
+    began = time.perf_counter()
+    with arm.timed("train"), ctx.bar("train", steps) as progress:
+        model, done = fine_tune(
+            start, examples, settings, steps=steps, seed=stable_seed(ctx.seed, arm.name, n, "train"),
+            folder=arm.checkpoint(n), writer=ctx.writer, label={"arm": arm.name, "iteration": n},
+            mix=(hinted_seeds, loop.seed_share) if hinted_seeds else None, progress=progress,
+        )
+    del began
+    tokens = round((done["tokens"] or 0) * done["steps"])
+    return model, {"trained_rows": len(examples), "train_steps": done["steps"], "train_tokens": tokens, "train_loss": done["loss"]}
+
+
+def training_examples(arm: Arm, loop: Loop, kept: list[Rollout], n: int) -> list[Example]:
+    """The kept rows (of all loops so far, if they accumulate) as they are trained on: without hints."""
+    ctx = arm.ctx
+    if loop.accumulate:
+        kept = arm.kept_before(n) + kept
+    rows = []
+    problems = {p.id: p for m in {r.iteration for r in kept} for p in ctx.task.pool(m, ctx.seed, loop.problems_per_iter)}
+    prefix = ctx.task.prefix() if loop.few_shot_in_train else ""
+    for r in kept:
+        prompt = ctx.task.prompt(problems[r.problem_id], hint=show_hint(r, loop.p_keep_hint))
+        rows.append(to_example(ctx.tokenizer, prefix + prompt, r.completion))
+    if loop.include_sft_data:
+        gold = [(p, ctx.task.solution(p)) for p in ctx.task.pool(n, ctx.seed, loop.problems_per_iter)]
+        rows += [to_example(ctx.tokenizer, prefix + ctx.task.prompt(p), s) for p, s in gold if s is not None]
+    return ctx.fitting(rows)
+
+
+def chosen(problem: Problem, n: int, share: float) -> bool:
+    """Whether a failed problem is rationalised in loop n (all are, at share 1)."""
+    return stable_seed(problem.id, n, "rationalise") < share * 2**31
+
+
+__all__ = ["Loop", "PRESETS", "once_json", "outer_loop", "run", "steps_for", "write_json"]

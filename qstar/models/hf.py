@@ -1,0 +1,371 @@
+"""Weights in and out of the Hugging Face safetensors layout, streamed tensor by tensor onto the mesh.
+
+    params = read_params("mistral-7b", from_hf(read_config("mistral-7b")), mesh)
+    write_params("tuned", config, params)
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from qstar import tree
+from qstar.errors import UserError
+from qstar.mesh import shardings
+from qstar.models import decoder
+from qstar.models.config import ModelConfig, to_hf
+from qstar.models.names import BUFFERS, Row, abstract_params, base_prefix, file_names, file_shape, name_map
+from qstar.types import Params
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+      UserError: the file is missing, unreadable or no JSON object; the line gives the place.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: broken JSON ({e.msg}); copy the file again") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """Returns the parsed `config.json` of a model folder.
+
+    Raises:
+      UserError: no such folder, no config.json in it, or broken JSON.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model folder {str(folder)!r} does not exist; give a local folder in the Hugging Face layout "
+                        "(`hf download NAME --local-dir FOLDER` fetches one)")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: config.json is missing, so this is no model folder in the Hugging Face layout")
+    return read_json(folder / "config.json")
+
+
+class _Weights:
+    """The tensors of a folder by name, over memory-mapped files: only what is sliced is read."""
+
+    def __init__(self, folder: pathlib.Path, prefix: str):
+        self.folder = folder
+        self.slices: dict[str, Callable[[], Any]] = {}
+        for file in _weight_files(folder):
+            try:
+                handle = safe_open(file, framework="np")
+            except (SafetensorError, OSError) as e:
+                raise UserError(f"{file}: truncated or no safetensors file ({e}); copy it again") from None
+            self.slices |= {name: functools.partial(handle.get_slice, name) for name in handle.keys()}
+        # Files saved from a bare model (the first GPT-2 uploads among them) lack the prefix of the base model.
+        self.prefix = prefix if any(name.startswith(prefix) for name in self.slices) else ""
+        self.drop = prefix
+
+    def key(self, name: str) -> str:
+        """Returns the name in these files of the tensor that the table calls `name`."""
+        return name if self.prefix else name.removeprefix(self.drop)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.slices[self.key(name)]()
+
+    def check(self, rows: Iterable[tuple[Row, tuple[int, ...]]], tied: bool) -> None:
+        """Compares names, shapes and dtypes with the table, before anything is read.
+
+        Raises:
+          UserError: a tensor is missing, has another shape or an unsupported dtype, or is left over.
+        """
+        wanted = {self.key(n): file_shape(row, shape) for row, shape in rows for n in file_names(row, shape)}
+        found = {n for n in self.slices if not BUFFERS.search(n) and not (tied and n == "lm_head.weight")}
+        if missing := sorted(wanted.keys() - self.slices.keys()):
+            raise UserError(f"{self.folder}: tensor {missing[0]!r}{_others(missing)} that config.json asks for is missing")
+        if extra := sorted(found - wanted.keys()):
+            shown = ", ".join(map(repr, extra[:3]))
+            raise UserError(f"{self.folder}: unexpected tensors {shown}{_others(extra[2:])}; config.json describes another model")
+        for name, shape in wanted.items():
+            view = self.slices[name]()
+            if tuple(view.get_shape()) != shape:
+                raise UserError(f"{self.folder}: tensor {name!r} has shape {tuple(view.get_shape())}, but config.json asks for {shape}")
+            if view.get_dtype() not in _DTYPES:
+                raise UserError(f"{self.folder}: tensor {name!r} has dtype {view.get_dtype()}; only {', '.join(_DTYPES)} are supported")
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+        if pickles:
+            raise UserError(f"{folder}: the weights are a pickle ({pickles[0]}), which can run code and is not read here; "
+                            "convert them to safetensors (save_pretrained of a current transformers)")
+        raise UserError(f"{folder}: no weights found ({SINGLE} or {INDEX})")
+    names = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{folder / INDEX}: weight_map is missing or empty; copy the file again")
+    files = [folder / name for name in sorted(set(names.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: the file is missing, but {INDEX} lists it; copy it, too")
+    return files
+
+
+def read_params(
+    folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
+) -> Params:
+    """Reads parameters from `model.safetensors`, or from the shards listed in `model.safetensors.index.json`.
+
+    Args:
+      folder: a local folder.
+      config: what the weights are of; see `models.config.from_hf`.
+      mesh: where to put them. Each parameter is created in its sharding: every device's part is sliced out of the
+        memory-mapped files, and at no time is there a whole copy of a parameter on a device.
+      dtype: of the parameters; None keeps what is stored (float32, bfloat16 or float16).
+
+    Returns:
+      The parameter tree of `decoder.init`, layers stacked on the leading axis.
+
+    Raises:
+      UserError: weights missing, truncated, pickled, or unlike the config; the line names file and tensor.
+    """
+    rows = name_map(config)
+    weights = _Weights(pathlib.Path(folder).expanduser(), base_prefix(config))
+    weights.check(rows, config.tie_embeddings)
+    by_path = {row.path: row for row, _ in rows}
+    shapes = abstract_params(config)
+    where = dict(tree.named_leaves(shardings(shapes, decoder.PARAM_AXES, mesh))) if mesh is not None else {}
+
+    def create(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        row, shape = by_path[path], leaf.shape
+        names = file_names(row, shape)
+        stored = (_DTYPES[weights[n].get_dtype()] for n in names)
+        kind = jnp.dtype(dtype or functools.reduce(jnp.promote_types, stored))
+        parts: dict[Any, np.ndarray] = {}  # devices that hold the same part share one read
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape))
+            if bounds not in parts:
+                parts[bounds] = _read_part(weights, row, names, shape, bounds, kind)
+            return parts[bounds]
+
+        if mesh is None:
+            return jnp.asarray(read((slice(None),) * len(shape)))
+        return jax.make_array_from_callback(shape, where[path], read)
+
+    return tree.map_named(create, shapes)
+
+
+def _read_part(
+    weights: _Weights, row: Row, names: list[str], shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...], dtype: np.dtype
+) -> np.ndarray:
+    """Reads bounds = ((start, stop) per axis) of one parameter of this shape, and nothing else, from the files."""
+    stacked = "{i}" in row.name
+    inner = list(bounds[1:] if stacked else bounds)
+    if row.part is not None:
+        skip = row.part * shape[-1]
+        inner[-1] = (inner[-1][0] + skip, inner[-1][1] + skip)
+    index = tuple(slice(*b) for b in (inner[::-1] if row.transpose else inner))
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    chosen = names[slice(*bounds[0])] if stacked else names
+    for target, name in zip(out if stacked else out[None], chosen):
+        piece = weights[name][index]
+        target[...] = piece.T if row.transpose else piece
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_params(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    params: Params,
+    max_shard_bytes: int = 5 * 2**30,
+    extras: Callable[[pathlib.Path], None] = lambda folder: None,
+) -> None:
+    """Writes config.json and safetensors (sharded with an index where they exceed `max_shard_bytes`), all or nothing.
+
+    The export is written into a hidden folder beside the target and renamed when complete. A tied head is not written:
+    transformers makes it from the embedding. Under several processes all must call this; the first one writes.
+
+    Args:
+      folder: absent, empty, or an earlier export, which is replaced.
+      config: of the model. params: its parameters, in any sharding; each tensor is written in its own dtype.
+      extras: writes what else belongs into the folder (tokenizer files), given its path.
+
+    Raises:
+      UserError: the folder holds something else, the parameters are not those of the config, or the disk refuses.
+    """
+    target = pathlib.Path(folder).expanduser().resolve()
+    leaves = _checked_leaves(config, params)
+    shards = _plan_shards(config, leaves, max_shard_bytes)
+    writer = jax.process_index() == 0
+    new = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        if writer:
+            _refuse_foreign(target)
+            new.mkdir(parents=True)
+        for file, tensors in shards.items():
+            arrays = {name: _gather(leaves, pieces) for name, pieces in tensors.items()}
+            if writer:
+                save_file(arrays, new / file, metadata={"format": "pt"})
+        if writer:
+            write_json(new / "config.json", {**to_hf(config), **_dtype_entry(config, leaves)})
+            if len(shards) > 1:
+                _write_index(new, shards, leaves)
+            extras(new)
+            _publish(new, target)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{target}: the export cannot be written ({e}); nothing was changed") from e
+    finally:
+        if writer:
+            shutil.rmtree(new, ignore_errors=True)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"export {target}")
+
+
+def _checked_leaves(config: ModelConfig, params: Params) -> dict[str, Any]:
+    """Returns {path: leaf} after comparing with what the config says there should be."""
+    leaves = dict(tree.named_leaves(params))
+    wanted = {row.path: shape for row, shape in name_map(config)}
+    for path in sorted(leaves.keys() ^ wanted.keys()):
+        raise UserError(f"parameter {path} is {'missing' if path in wanted else 'not one of this config'}; cannot export")
+    for path, shape in wanted.items():
+        if leaves[path].shape != shape:
+            raise UserError(f"parameter {path} has shape {leaves[path].shape}, but the config asks for {shape}; cannot export")
+        if leaves[path].dtype not in _DTYPES.values():
+            raise UserError(f"parameter {path} has dtype {leaves[path].dtype}; export float32, bfloat16 or float16")
+    return leaves
+
+
+Piece = tuple[Row, int]  # one layer's share of a tensor: the row, and the layer
+
+
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, list[Piece]]]:
+    """Yields every tensor of the files with the pieces it is made of (three for a fused q | k | v), layer by layer."""
+    out: dict[str, list[Piece]] = {}
+    rows = name_map(config)
+    for layer in range(-1, config.num_layers):
+        for row, _ in rows:
+            if ("{i}" in row.name) == (layer >= 0):
+                out.setdefault(row.name.format(i=layer), []).append((row, layer))
+    for name, pieces in out.items():
+        yield name, sorted(pieces, key=lambda piece: piece[0].part or 0)
+
+
+def _piece_bytes(leaves: dict[str, Any], piece: Piece) -> int:
+    leaf = leaves[piece[0].path]
+    return math.prod(leaf.shape[1:] if piece[1] >= 0 else leaf.shape) * leaf.dtype.itemsize
+
+
+def _plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int) -> dict[str, dict[str, list[Piece]]]:
+    """Returns {file name: {tensor name: pieces}}, filled in order up to `limit` bytes (at least one tensor each)."""
+    shards: list[dict[str, list[Piece]]] = [{}]
+    room = limit
+    for name, pieces in _tensors(config):
+        size = sum(_piece_bytes(leaves, p) for p in pieces)
+        if size > room and shards[-1]:
+            shards.append({})
+            room = limit
+        shards[-1][name] = pieces
+        room -= size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, start=1)}
+
+
+def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
+    """Returns one tensor on the host, in the layout of the files."""
+    parts = []
+    for row, layer in pieces:
+        x = leaves[row.path][layer] if layer >= 0 else leaves[row.path]
+        if not getattr(x, "is_fully_addressable", True):
+            from jax.experimental import multihost_utils
+
+            x = multihost_utils.process_allgather(x, tiled=True)
+        x = np.asarray(x)
+        parts.append(x.T if row.transpose else x)
+    # safetensors writes the buffer as it lies: a transposed view would be saved scrambled, without a word
+    return np.ascontiguousarray(np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0])
+
+
+def _dtype_entry(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, str]:
+    """Returns the stored dtype under Hugging Face's key: transformers casts what it loads to it."""
+    return {} if config.family == "tiny" else {"torch_dtype": str(leaves["embed/table"].dtype)}
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_index(folder: pathlib.Path, shards: dict[str, dict[str, list[Piece]]], leaves: dict[str, Any]) -> None:
+    total = sum(_piece_bytes(leaves, p) for tensors in shards.values() for pieces in tensors.values() for p in pieces)
+    names = {name: file for file, tensors in shards.items() for name in tensors}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
+
+
+# What an export may hold. Anything else in a folder is somebody's work, and replacing the folder would delete it.
+_OWN_FILES = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|chat_template\.(json|jinja)"
+    r"|tokenizer(_config)?\.json|(tokenizer|spiece)\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt")
+
+
+def _refuse_foreign(target: pathlib.Path) -> None:
+    """Raises UserError unless the target is absent, an empty folder, or a model export and nothing besides."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is a file; give the name of a folder to export to")
+    names = sorted(p.name for p in target.iterdir())
+    foreign = [n for n in names if not _OWN_FILES.fullmatch(n)]
+    if foreign:
+        raise UserError(f"{target} holds {foreign[0]!r}{_others(foreign)}, which is no part of a model export; choose another folder")
+    if names and "model_type" not in (read_json(target / "config.json") if "config.json" in names else {}):
+        raise UserError(f"{target} is not empty and no model export; choose another folder")
+
+
+def _publish(new: pathlib.Path, target: pathlib.Path) -> None:
+    """Puts the finished folder in its place; what was there before goes only when the new one stands."""
+    mode = (new / "config.json").stat().st_mode
+    for file in new.iterdir():  # safetensors makes files that only their owner can read
+        file.chmod(mode)
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+    old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,176 @@
+"""Linen modules of a decoder block, for ONE sequence: no batch axis anywhere (`vmap` adds it).
+
+Every module is a pure function of its parameters: only the `params` collection, no mutable state, no boxed metadata.
+Matrix products run in `config.dtype`, norms, rotations and softmax in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from qstar.models.attention import attend, precision
+from qstar.models.config import ModelConfig
+from qstar.types import Segment
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+}
+
+
+class Norm(nn.Module):
+    """RMS norm or layer norm over the last axis, computed in float32."""
+
+    kind: str
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps) * scale
+        return (y + bias if self.kind == "layer" else y).astype(x.dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x [T, in] @ kernel [in, out].
+
+    Under `vmap` the batch joins the rows of one plain matrix product. Left to itself XLA forms the kernel's gradient
+    from a three-axis array, which takes twice as long on a CPU. It is a primitive and no `custom_vmap`, because that
+    one cannot be differentiated before it is mapped: `grad` of one sequence and `vmap(grad)` would fail.
+    """
+    return _project.bind(x, kernel)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel, precision=precision(x.dtype))
+
+
+def _project_rows(args: Sequence[jax.Array], axes: Sequence[int | None]) -> tuple[jax.Array, int]:
+    x, kernel = args
+    if axes[1] is not None:  # one kernel per row (adapters, ensembles): a batched product
+        return jax.vmap(_matmul, axes)(x, kernel), 0
+    x = jnp.moveaxis(x, axes[0], 0)
+    return project(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1), 0
+
+
+_project = Primitive("project")
+_project.def_impl(jax.jit(_matmul))
+_project.def_abstract_eval(lambda x, kernel: jax.core.ShapedArray((x.shape[0], kernel.shape[1]), x.dtype))
+mlir.register_lowering(_project, mlir.lower_fun(_matmul, multiple_results=False))
+ad.defbilinear(_project, lambda g, x, kernel: project(g, kernel.T), lambda g, x, kernel: _matmul(x.T, g))
+batching.primitive_batchers[_project] = _project_rows
+
+
+class Linear(nn.Module):
+    """x [..., in] @ kernel [in, out] (+ bias), in the dtype of x."""
+
+    features: int
+    bias: bool
+    std: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        y = project(x, kernel.astype(x.dtype))
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return y
+
+
+class Block(nn.Module):
+    """One transformer block: attention over `past` and the block's own tokens, then the MLP (or both at once, GPT-J)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array | None, past: Sequence[Segment] = ()
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Args: x [T, E]; positions [T]; mask [T, T] of the tokens among themselves; past: segments [G, S, K].
+
+        Returns: x [T, E] and the new (keys, values), each [G, T, K], rotated already.
+        """
+        c = self.config
+        residual_std = c.init_std / math.sqrt(2 * c.num_layers)  # GPT-2: outputs add up over 2L branches
+        h = Norm(c.norm, c.norm_eps, name="attn_norm")(x)
+        q = self._heads(h, "q", c.num_heads)  # [T, H, K]
+        k, v = self._heads(h, "k", c.num_kv_heads), self._heads(h, "v", c.num_kv_heads)  # [T, G, K]
+        if c.qk_norm:
+            q, k = Norm("rms", c.norm_eps, name="q_norm")(q), Norm("rms", c.norm_eps, name="k_norm")(k)
+        if c.position == "rope":
+            angles = rope_angles(c, positions)
+            q, k = rotate(q, angles, c), rotate(k, angles, c)
+        k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)  # [G, T, K]
+        with jax.named_scope("attention"):
+            a = attend(q, [*past, Segment(k, v, mask)], scale=c.head_dim**-0.5)
+        a = Linear(c.hidden_size, c.out_bias, residual_std, name="o")(a.reshape(-1, c.num_heads * c.head_dim))
+        if c.parallel_block:
+            return x + a + self._mlp(h, residual_std), (k, v)
+        x = x + a
+        return x + self._mlp(Norm(c.norm, c.norm_eps, name="mlp_norm")(x), residual_std), (k, v)
+
+    def _heads(self, h: jax.Array, name: str, count: int) -> jax.Array:
+        c = self.config
+        y = Linear(count * c.head_dim, c.qkv_bias, c.init_std, name=name)(h)
+        return y.reshape(-1, count, c.head_dim)
+
+    def _mlp(self, h: jax.Array, out_std: float) -> jax.Array:
+        c = self.config
+        act = _ACTIVATIONS[c.activation]
+        up = Linear(c.intermediate_size, c.mlp_bias, c.init_std, name="up")(h)
+        if c.gated_mlp:
+            up = act(Linear(c.intermediate_size, c.mlp_bias, c.init_std, name="gate")(h)) * up
+        else:
+            up = act(up)
+        return Linear(c.hidden_size, c.mlp_bias, out_std, name="down")(up)
+
+
+# ------------------------------------------------------------------------------------------------ rotary positions
+
+
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """Returns the rotary inverse frequencies [rotary_dim / 2], with the linear or llama3 scaling of the config."""
+    dim = config.rotary_dim or config.head_dim
+    freq = config.rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    scaling = dict(config.rope_scaling or ())
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "linear":
+        return freq / scaling["factor"]
+    if kind != "llama3":
+        return freq
+    # Llama 3.1: keep short wavelengths, stretch long ones by `factor`, blend in between.
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+    blend = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return freq * (blend + (1 - blend) / scaling["factor"])
+
+
+def rope_angles(config: ModelConfig, positions: jax.Array) -> jax.Array:
+    """Returns angles [T, rotary_dim / 2] in radians, float32."""
+    return positions[:, None].astype(jnp.float32) * rope_frequencies(config)
+
+
+def rotate(x: jax.Array, angles: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rotates the first `rotary_dim` of each head of x [T, H, K] by angles [T, rotary_dim / 2]."""
+    dim = 2 * angles.shape[-1]
+    part, rest = x[..., :dim].astype(jnp.float32), x[..., dim:]
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]  # [T, 1, dim / 2]
+    if config.rope_interleaved:
+        a, b = part[..., 0::2], part[..., 1::2]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(part.shape)
+    else:
+        a, b = jnp.split(part, 2, axis=-1)
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)

@@ -1,0 +1,277 @@
+"""A model in one hand: config, parameters and tokenizer; loading, saving, and scoring text.
+
+    model = load("stories260k")
+    logits(model, tokens)                                   # [B, T, V]
+    logprobs(model, ["The cat sat on"], [" the mat."])      # one number per completion token
+    save(model, "copy")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from qstar import tree
+from qstar.errors import UserError
+from qstar.mesh import put_batch
+from qstar.models import decoder, hf
+from qstar.models.attention import text_mask
+from qstar.models.config import ModelConfig, from_hf, to_hf
+from qstar.text.tokenizer import Tokenizer, load_tokenizer
+from qstar.types import Params
+
+CHUNK_TOKENS = 16_384  # tokens per forward pass of `logprobs`
+CHUNK_LOGITS = 2**26  # most logits alive at once there: 256 MiB
+MIN_LENGTH = 16  # the shortest length bucket; the others are powers of two
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder with its weights. The mesh, if any, is the one that the parameters are sharded over."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None = None
+    mesh: Mesh | None = None
+
+    def replace(self, **changes: Any) -> Model:
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        c = self.config
+        text = "no tokenizer" if self.tokenizer is None else f"tokenizer of {self.tokenizer.vocab_size}"
+        return f"Model({c.family}, {tree.size(self.params):,} parameters, {c.dtype}, {text}, mesh={self.mesh})"
+
+
+def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None) -> Model:
+    """Loads a model folder in the Hugging Face layout.
+
+    Args:
+      path: a local folder with config.json, safetensors and (not necessarily) tokenizer files.
+      mesh: where to put the parameters, each created directly in its sharding (see `mesh.make_mesh`).
+      dtype: of the computation: float32, bfloat16 or float16. None takes bfloat16 for models whose config.json
+        says that they are kept in half precision, and float32 otherwise. Parameters keep their stored dtype.
+
+    Raises:
+      UserError: a missing, broken or unsupported file; the line names it.
+    """
+    folder = pathlib.Path(path).expanduser()
+    raw = hf.read_config(folder)
+    config = from_hf(raw, where=str(folder / "config.json")).replace(dtype=_compute_dtype(raw, dtype))
+    return Model(config, hf.read_params(folder, config, mesh), load_tokenizer(folder), mesh)
+
+
+def _compute_dtype(raw: dict[str, Any], dtype: Any) -> str:
+    if dtype is None:
+        half = ("bfloat16", "float16")  # float16 overflows in the residual stream of many models
+        return "bfloat16" if raw.get("dtype", raw.get("torch_dtype")) in half else "float32"
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype {name!r} is not one of float32, bfloat16, float16")
+    return name
+
+
+def save(model: Model, path: str | os.PathLike) -> None:
+    """Writes a folder that `load` and transformers' `from_pretrained` read: all of it or nothing.
+
+    Raises:
+      UserError: the folder holds something else than an earlier export, the config has options that its family's
+        config.json cannot express, or the disk refuses.
+    """
+    _check_expressible(model.config)
+    hf.write_params(path, model.config, model.params, extras=functools.partial(_write_extras, model))
+
+
+def _write_extras(model: Model, folder: pathlib.Path) -> None:
+    """Tokenizer files and generation_config.json: what ends a text is the tokenizer's word where there is one."""
+    ids = {"bos_token_id": model.config.bos_id, "eos_token_id": model.config.eos_id}
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder)
+        ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id}
+    hf.write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+
+
+def _check_expressible(config: ModelConfig) -> None:
+    """Raises UserError where reading config.json back would give another graph (say, a Llama with scaled embeddings)."""
+    run = {"dtype": "float32", "remat": "none", "scan_unroll": 1, "init_std": 0.02}  # no part of the graph
+    there = config.replace(**run, rotary_dim=config.rotary_dim or config.head_dim)
+    back = from_hf(to_hf(config)).replace(**run)
+    back = back.replace(rotary_dim=back.rotary_dim or back.head_dim)
+    for field in dataclasses.fields(config):
+        a, b = getattr(there, field.name), getattr(back, field.name)
+        if a != b:
+            raise UserError(f"model config: {field.name}={a!r} cannot be written as a {config.family!r} model "
+                            f"(it would read back as {b!r}); use family 'tiny'")
+
+
+# ---------------------------------------------------------------------------------------------------------- scoring
+
+
+def precision(config: ModelConfig) -> Any:
+    """Returns the context for float32 models: without it a TPU or GPU multiplies float32 matrices in fewer bits."""
+    return jax.default_matmul_precision("highest") if config.dtype == "float32" else contextlib.nullcontext()
+
+
+def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns final hidden states [B, T, E] of tokens [B, T]; mask [B, T] is 1 for real tokens, 0 for padding.
+
+    Padding may stand on either side: real tokens neither see it nor count it in their positions.
+    """
+
+    def one(tokens: jax.Array, real: jax.Array) -> jax.Array:
+        positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
+        seen = text_mask(real, tokens.shape[0], config.sliding_window)
+        return decoder.forward(params, config, tokens, positions, seen)[0]
+
+    return jax.vmap(one)(tokens, mask.astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return decoder.unembed(params, config, hidden_states(params, config, tokens, mask))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _next_logprobs(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns [B, T]: at t, the log-probability of token t + 1 (the last column means nothing).
+
+    The vocabulary product runs over blocks of time: [B, T, V] never exists.
+    """
+    B, T = tokens.shape
+    width = 1
+    while 2 * width <= T and T % (2 * width) == 0 and 2 * width * B * config.vocab_size <= CHUNK_LOGITS:
+        width *= 2
+
+    def blocks(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(B, T // width, width, *x.shape[2:]), 1, 0)  # [T / width, B, width, ...]
+
+    def score(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, targets = block
+        logits = decoder.unembed(params, config, hidden)  # [B, width, V]
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    hidden = hidden_states(params, config, tokens, mask)
+    out = jax.lax.map(score, (blocks(hidden), blocks(jnp.roll(tokens, -1, axis=1))))
+    return jnp.moveaxis(out, 0, 1).reshape(B, T)
+
+
+def _place(model: Model, *arrays: Any) -> tuple[Any, ...]:
+    return arrays if model.mesh is None else put_batch(arrays, model.mesh)
+
+
+def logits(model: Model, tokens: Any, mask: Any = None) -> jax.Array:
+    """Returns float32 logits [B, T, V]: row t is about token t + 1.
+
+    Args:
+      tokens: [B, T] ids (nested lists of one length, or an array).
+      mask: [B, T], 1 for real tokens and 0 for padding, on either side of a row; default: all real. Logits at padding
+        mean nothing.
+
+    Raises:
+      UserError: a row has more real tokens than the model's context, ids outside the vocabulary, or not [B, T].
+    """
+    if not isinstance(tokens, jax.Array):
+        tokens = _as_tokens(tokens, model.config)
+    mask = jnp.ones(tokens.shape, jnp.int32) if mask is None else mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if tokens.ndim != 2 or mask.shape != tokens.shape:
+        raise UserError(f"tokens {tokens.shape} and mask {mask.shape} must both have shape [B, T]")
+    limit = model.config.max_positions
+    if tokens.shape[1] > limit:
+        counts = np.asarray(mask != 0).sum(axis=1)
+        if counts.max() > limit:
+            raise _overflow(int(counts.argmax()), int(counts.max()), limit)
+    with precision(model.config):
+        return _logits(model.params, model.config, *_place(model, tokens, mask))
+
+
+def _as_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
+    try:
+        tokens = np.asarray(tokens, np.int32)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"tokens must be a rectangle [B, T] of ids ({e}); pad the rows and say so in `mask`") from None
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+        bad = next(t for t in tokens.ravel().tolist() if not 0 <= t < config.vocab_size)
+        raise UserError(f"token id {bad} is outside the model's vocabulary of {config.vocab_size}")
+    return tokens
+
+
+def _overflow(row: int, length: int, limit: int) -> UserError:
+    return UserError(f"prompt {row} has {length} tokens, but max_positions, the model's context, is {limit}; shorten it")
+
+
+def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -> list[np.ndarray]:
+    """Scores completions: the log-probability of each of their tokens, given the prompt and the tokens before it.
+
+    Args:
+      prompts: texts (a BOS token is put in front where the tokenizer has one), or lists of token ids as they are.
+      completions: texts or lists of token ids, one per prompt. A text goes on where its prompt's text ends, so it is
+        encoded together with it, as long as that leaves the prompt's own ids alone.
+
+    Returns:
+      One float32 array per pair, of the completion's length. The numbers do not depend on the other pairs.
+
+    Raises:
+      UserError: text for a model without tokenizer, an empty prompt, or a pair longer than the model's context.
+    """
+    if isinstance(prompts, str) or isinstance(completions, str):
+        raise UserError("prompts and completions are lists, one completion per prompt: put the text in [ ]")
+    if len(prompts) != len(completions):
+        raise UserError(f"{len(prompts)} prompts but {len(completions)} completions; give one per prompt")
+    pairs = [_encode_pair(model, i, p, c) for i, (p, c) in enumerate(zip(prompts, completions))]
+    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(pairs)
+    with precision(model.config):
+        for length, rows in _chunks([len(p) + len(c) for p, c in pairs]):
+            count = 1 << (len(rows) - 1).bit_length()  # a power of two: few shapes to compile
+            tokens, mask = np.zeros((2, count, length), np.int32)
+            for r, i in enumerate(rows):
+                ids = [*pairs[i][0], *pairs[i][1]]
+                tokens[r, : len(ids)], mask[r, : len(ids)] = ids, 1
+            scores = np.asarray(_next_logprobs(model.params, model.config, *_place(model, tokens, mask)))
+            for r, i in enumerate(rows):
+                start = len(pairs[i][0]) - 1
+                out[i] = scores[r, start : start + len(pairs[i][1])].copy()
+    return out
+
+
+def _encode_pair(model: Model, i: int, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+    tokenizer = model.tokenizer
+    if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
+        raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        head, tail = tokenizer.encode_pair(prompt, completion)
+    else:
+        head = tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(t) for t in prompt]
+        tail = tokenizer.encode(completion) if isinstance(completion, str) else [int(t) for t in completion]
+    if not head:
+        raise UserError(f"prompt {i} is empty: give it at least one token (the model has no BOS token to start from)")
+    if len(head) + len(tail) > model.config.max_positions:
+        raise _overflow(i, len(head) + len(tail), model.config.max_positions)
+    _as_tokens(head + tail, model.config)
+    return head, tail
+
+
+def _chunks(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Returns [(bucket length, indices)]: rows of like length together, at most CHUNK_TOKENS tokens at a time."""
+    buckets: dict[int, list[int]] = {}
+    for i, n in enumerate(lengths):
+        buckets.setdefault(max(MIN_LENGTH, 1 << (n - 1).bit_length()), []).append(i)
+    out = []
+    for length, members in sorted(buckets.items()):
+        rows = max(1, CHUNK_TOKENS // length)
+        out += [(length, members[k : k + rows]) for k in range(0, len(members), rows)]
+    return out

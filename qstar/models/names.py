@@ -1,0 +1,129 @@
+"""How Hugging Face's files name and lay out what a decoder's parameters are: one table per family, read both ways.
+
+A row says under which name the files keep a parameter, and how its layout differs (PyTorch's Linear keeps [out, in];
+GPT-2 fuses q, k and v). Which rows apply is not written twice: `decoder.init`, traced without computing, says which
+parameters a config has and their shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+
+from qstar import tree
+from qstar.errors import UserError
+from qstar.models import decoder
+from qstar.models.config import ModelConfig
+from qstar.types import Params
+
+
+class Row(NamedTuple):
+    """Where one parameter lives in the files."""
+
+    path: str  # in qstar's tree
+    name: str  # of the tensor; {i} is the layer (qstar stacks the layers on a leading axis)
+    transpose: bool = False  # the file keeps [out, in]
+    part: int | None = None  # which third of a fused q | k | v, along the last axis
+
+
+def _linear(path: str, name: str, transpose: bool = True, part: int | None = None) -> tuple[Row, Row]:
+    return Row(f"{path}/kernel", f"{name}.weight", transpose, part), Row(f"{path}/bias", f"{name}.bias", False, part)
+
+
+def _norm(path: str, name: str) -> tuple[Row, Row]:
+    return Row(f"{path}/scale", f"{name}.weight"), Row(f"{path}/bias", f"{name}.bias")
+
+
+_conv1d = functools.partial(_linear, transpose=False)  # GPT-2's own layer keeps [in, out], as we do
+
+_LLAMA = (
+    Row("embed/table", "model.embed_tokens.weight"),
+    Row("positions/table", "model.embed_positions.weight"),  # only `tiny` can have it
+    *_norm("layers/attn_norm", "model.layers.{i}.input_layernorm"),
+    *_linear("layers/q", "model.layers.{i}.self_attn.q_proj"),
+    *_linear("layers/k", "model.layers.{i}.self_attn.k_proj"),
+    *_linear("layers/v", "model.layers.{i}.self_attn.v_proj"),
+    *_linear("layers/o", "model.layers.{i}.self_attn.o_proj"),
+    *_norm("layers/q_norm", "model.layers.{i}.self_attn.q_norm"),
+    *_norm("layers/k_norm", "model.layers.{i}.self_attn.k_norm"),
+    *_norm("layers/mlp_norm", "model.layers.{i}.post_attention_layernorm"),
+    *_linear("layers/gate", "model.layers.{i}.mlp.gate_proj"),
+    *_linear("layers/up", "model.layers.{i}.mlp.up_proj"),
+    *_linear("layers/down", "model.layers.{i}.mlp.down_proj"),
+    *_norm("final_norm", "model.norm"),
+    *_linear("head", "lm_head"),
+)
+
+_GPT2 = (
+    Row("embed/table", "transformer.wte.weight"),
+    Row("positions/table", "transformer.wpe.weight"),
+    *_norm("layers/attn_norm", "transformer.h.{i}.ln_1"),
+    *_conv1d("layers/q", "transformer.h.{i}.attn.c_attn", part=0),
+    *_conv1d("layers/k", "transformer.h.{i}.attn.c_attn", part=1),
+    *_conv1d("layers/v", "transformer.h.{i}.attn.c_attn", part=2),
+    *_conv1d("layers/o", "transformer.h.{i}.attn.c_proj"),
+    *_norm("layers/mlp_norm", "transformer.h.{i}.ln_2"),
+    *_conv1d("layers/up", "transformer.h.{i}.mlp.c_fc"),
+    *_conv1d("layers/down", "transformer.h.{i}.mlp.c_proj"),
+    *_norm("final_norm", "transformer.ln_f"),
+    *_linear("head", "lm_head"),
+)
+
+_GPTJ = (
+    Row("embed/table", "transformer.wte.weight"),
+    *_norm("layers/attn_norm", "transformer.h.{i}.ln_1"),
+    *_linear("layers/q", "transformer.h.{i}.attn.q_proj"),
+    *_linear("layers/k", "transformer.h.{i}.attn.k_proj"),
+    *_linear("layers/v", "transformer.h.{i}.attn.v_proj"),
+    *_linear("layers/o", "transformer.h.{i}.attn.out_proj"),
+    *_linear("layers/up", "transformer.h.{i}.mlp.fc_in"),
+    *_linear("layers/down", "transformer.h.{i}.mlp.fc_out"),
+    *_norm("final_norm", "transformer.ln_f"),
+    *_linear("head", "lm_head"),
+)
+
+NAMES = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "tiny"), _LLAMA), "gpt2": _GPT2, "gptj": _GPTJ}
+
+# Causal masks and rotary tables that old versions of transformers saved among the weights.
+BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Returns the tree of shapes of a config's parameters (ShapeDtypeStruct leaves, nothing is computed)."""
+    return jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
+
+
+def name_map(config: ModelConfig) -> list[tuple[Row, tuple[int, ...]]]:
+    """Returns the rows that apply to a config, with the shape of each parameter.
+
+    Raises:
+      UserError: the family's files have no place for one of the parameters (say, a gated MLP in GPT-2).
+    """
+    rows = {row.path: row for row in NAMES.get(config.family, ())}
+    leaves = tree.named_leaves(abstract_params(config))
+    for path, _ in leaves:
+        if path not in rows:
+            raise UserError(f"model config: weights of family {config.family!r} have no place for {path}; use family 'tiny'")
+    return [(rows[path], leaf.shape) for path, leaf in leaves]
+
+
+def file_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that one tensor of a row has in the files, from that of the (stacked) parameter."""
+    if "{i}" in row.name:
+        shape = shape[1:]
+    if row.part is not None:
+        shape = (*shape[:-1], 3 * shape[-1])
+    return shape[::-1] if row.transpose else shape
+
+
+def file_names(row: Row, shape: tuple[int, ...]) -> list[str]:
+    """Returns the names of the tensors that make up a parameter: one, or one per layer."""
+    return [row.name.format(i=i) for i in range(shape[0])] if "{i}" in row.name else [row.name]
+
+
+def base_prefix(config: ModelConfig) -> str:
+    """Returns what the names inside a family's base model begin with."""
+    return "transformer." if config.family in ("gpt2", "gptj") else "model."

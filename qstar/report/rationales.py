@@ -1,0 +1,160 @@
+"""The attempts of one outer loop: how many of each kind there are, and a sample of them that a page can hold."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qstar.data.sources import read_jsonl
+
+Row = dict[str, Any]
+OUTCOMES = ("kept", "rationalised", "rejected")
+
+
+class Kind(NamedTuple):
+    """What attempts are counted, sampled and filtered by."""
+
+    verdict: str
+    reason: str
+    hinted: bool
+    group: str
+    valid: bool | None
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """One `rationales/iter_NNN.jsonl`.
+
+    Attributes:
+        total: attempts in the file, hinted ones included.
+        counts: attempts of every kind; they add up to `total`.
+        problems: group ("" = all) -> problems whose best attempt was kept, rationalised, or neither ("rejected").
+        shown: a sample of the rows, see `sample`; `hint` in a row lists the [start, end) of the hint in its prompt.
+    """
+
+    total: int = 0
+    counts: Mapping[Kind, int] = field(default_factory=dict)
+    problems: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    shown: Sequence[Row] = ()
+
+
+@dataclass
+class Answers:
+    """Greedy answers on held-out problems, counted: `restated` of the wrong ones begin by restating the sum, and
+    `miscopied` of those restate it wrongly."""
+
+    total: int = 0
+    wrong: int = 0
+    restated: int = 0
+    miscopied: int = 0
+
+
+def read_attempts(path: Path, cap: int) -> Attempts:
+    """Counts all rows of a rationales file and samples at most `cap` of them."""
+    rows = read_jsonl(path)
+    plain = {row.get("problem_id"): row.get("prompt", "") for row in rows if not row.get("hinted")}
+    shown = []
+    for row in sample(rows, cap):
+        unhinted = plain.get(row.get("problem_id"))
+        spans = hint_spans(unhinted, row.get("prompt", ""), row.get("gold", "")) if row.get("hinted") else []
+        shown.append({**row, "hint": spans})
+    return Attempts(len(rows), Counter(map(kind, rows)), _best(rows), shown)
+
+
+def read_answers(path: Path) -> dict[str, Answers]:
+    """Counts an evaluation file by group; "" holds all groups together."""
+    counted: dict[str, Answers] = defaultdict(Answers)
+    for row in read_jsonl(path):
+        copied = None if row.get("correct") else miscopied(row.get("prompt", ""), row.get("completion", ""))
+        for group in {"", str(row.get("group", ""))}:
+            answers = counted[group]
+            answers.total += 1
+            answers.wrong += not row.get("correct")
+            answers.restated += copied is not None
+            answers.miscopied += copied is True
+    return dict(counted)
+
+
+def kind(row: Row) -> Kind:
+    """The kind of an attempt."""
+    texts = (str(row.get("verdict") or ""), str(row.get("reason") or ""))
+    return Kind(*texts, bool(row.get("hinted")), str(row.get("group") or ""), row.get("valid"))
+
+
+def sample(rows: Sequence[Row], cap: int) -> list[Row]:
+    """At most `cap` rows, taken from the kinds in turn, so that every prefix holds the rare ones too.
+
+    Within a kind the order is that of a hash of what identifies the attempt: the same in every report of a run.
+    """
+    piles: dict[Kind, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=_lot):
+        piles[kind(row)].append(row)
+    order = sorted(piles.values(), key=len)  # rare kinds first: a short sample loses common ones
+    rounds = max(map(len, order), default=0)
+    return [pile[turn] for turn in range(rounds) for pile in order if turn < len(pile)][:cap]
+
+
+def hint_spans(plain: str | None, hinted: str, gold: str) -> list[tuple[int, int]]:
+    """Where a hinted prompt holds its hint: what is not in the plain prompt of the same problem.
+
+    Compared line by line where both have equally many (few-shot examples are hinted too, each in its own line),
+    else as a whole. Without a plain prompt, or if that is no insertion, the last place that states `gold`.
+    """
+    if plain is not None:
+        pairs = list(zip(plain.split("\n"), hinted.split("\n")))
+        if plain.count("\n") != hinted.count("\n"):
+            pairs = [(plain, hinted)]
+        spans, start = [], 0
+        for before, after in pairs:
+            if before != after:
+                low = _common(before, after)
+                high = len(after) - min(_common(before[::-1], after[::-1]), len(before) - low, len(after) - low)
+                spans.append((start + low, start + high))
+            start += len(after) + 1
+        if spans and all(low < high for low, high in spans):
+            return spans
+    at = hinted.rfind(gold) if gold else -1
+    return [(at, at + len(gold))] if at >= 0 else []
+
+
+def miscopied(prompt: str, completion: str) -> bool | None:
+    """Whether an addition's scratchpad restates its operands wrongly; None where nothing is restated.
+
+    The commonest way for a small model to go wrong: it adds correctly, but other numbers than it was given.
+    """
+    if query := re.search(r"(\d+\+\d+)=(?:\(\d+\))?\s*\Z", prompt):
+        return completion.split(",")[0] != query[1] if "," in completion else None
+    if query := re.search(r"Input:\n([\d +]+)\nTarget:[\d ]*\n?\Z", prompt):
+        restated = re.match(r"\s*<scratch>\n([^,\n]*)", completion)
+        return restated[1].strip() != query[1].strip() if restated else None
+    return None
+
+
+def _best(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
+    """Group -> verdict -> problems, each counted once, under the best verdict that any of its attempts got."""
+    best: dict[tuple[str, Any], int] = {}
+    for row in rows:
+        verdict = row.get("verdict")
+        rank = OUTCOMES.index(verdict) if verdict in OUTCOMES else len(OUTCOMES) - 1
+        key = str(row.get("group") or ""), row.get("problem_id")
+        best[key] = min(rank, best.get(key, rank))
+    counted: dict[str, dict[str, int]] = {"": dict.fromkeys(OUTCOMES, 0)}
+    for (group, _), rank in best.items():
+        for name in {"", group}:
+            counted.setdefault(name, dict.fromkeys(OUTCOMES, 0))[OUTCOMES[rank]] += 1
+    return counted
+
+
+def _lot(row: Row) -> tuple[int, str]:
+    identity = f"{row.get('problem_id')}/{row.get('hinted')}/{row.get('sample')}"
+    return zlib.crc32(identity.encode("utf-8", "surrogatepass")), identity
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((at for at, (x, y) in enumerate(zip(one, other)) if x != y), min(len(one), len(other)))

@@ -1,0 +1,316 @@
+"""The host half of sampling: length buckets, the queue that keeps the slots full, stop strings, and `generate`."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qstar.errors import UserError
+from qstar.mesh import batch_sharding, replicated
+from qstar.models.model import Model
+from qstar.sample import sampler as S
+from qstar.sample.logits import Knobs
+from qstar.types import Completion
+
+MAX_SLOTS = 256
+STOP_STRIDE = 16  # decode steps between two looks for stop strings
+FILL_SHARE = 4  # a refill seats a quarter of the slots: one compiled shape for the first fill and for all later ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One completion to sample: which prompt, which of its n samples, and the prompt's tokens."""
+
+    prompt: int
+    sample: int
+    tokens: tuple[int, ...]
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    n: int = 1,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    prefix: str | Sequence[int] = "",
+    slots: int | None = None,
+) -> list[list[Completion]]:
+    """Samples n completions of every prompt.
+
+    Args:
+      model: from `qstar.load`.
+      prompts: texts (a BOS token is put in front where the model has one), or lists of token ids taken as they are.
+      max_new_tokens: most tokens of a completion. temperature: 0 is greedy.
+      top_k, top_p: filters, applied in this order; 0 and 1 switch them off. None of these recompiles.
+      stop: strings that end a completion (they are cut off it); the EOS token always does.
+      prefix: text or ids in front of every prompt, run once and shared (few-shot examples).
+      seed: draws depend on (seed, prompt index, sample index) alone, not on batching.
+      slots: rows decoded side by side; default: as many as there are requests, up to 256.
+
+    Returns:
+      Per prompt, a list of n `Completion(text, tokens, logprobs, sample_logprobs, stopped)`.
+
+    Raises:
+      UserError: text for a model without tokenizer, an empty prompt, or a prompt that leaves no room in the context.
+    """
+    out: list[list[Completion | None]] = [[None] * n for _ in prompts]
+    for prompt, sample, completion in stream(
+        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, n=n,
+        stop=stop, seed=seed, prefix=prefix, slots=slots,
+    ):
+        out[prompt][sample] = completion
+    return out  # type: ignore[return-value]
+
+
+def stream(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    n: int = 1,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    prefix: str | Sequence[int] = "",
+    slots: int | None = None,
+) -> Iterator[tuple[int, int, Completion]]:
+    """Like `generate`, but yields (prompt index, sample index, completion) as completions finish."""
+    _check_knobs(max_new_tokens, temperature, top_k, top_p, n)
+    prefix_ids, rows = _encode(model, prompts, prefix)
+    _check_lengths(model, prefix_ids, rows, max_new_tokens)
+    if stop and model.tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this model has none; pass tokens and rely on the EOS id")
+    params = S.prepare(model.params, model.config)
+    shared = _prefill_prefix(model, params, prefix_ids)
+    knobs = Knobs.make(temperature, top_k, top_p)
+    for length, members in _buckets([len(r) for r in rows], n):
+        requests = [Request(i, j, tuple(rows[i])) for i in members for j in range(n)]
+        queue = _Queue(model, params, shared, requests, n, length, max_new_tokens, slots, seed, tuple(stop))
+        yield from queue.run(knobs)
+
+
+class _Queue:
+    """Requests of one length bucket, and the slots that work them off."""
+
+    def __init__(self, model, params, prefix, requests, n, length, max_new, slots, seed, stop):
+        self.model, self.params, self.prefix, self.stop = model, params, prefix, stop
+        self.waiting = collections.deque(requests)
+        if slots is None:
+            slots = min(MAX_SLOTS, _power_of_two(len(requests)))
+        self.group = min(n, max(1, slots // FILL_SHARE))  # samples of one prompt that share a prefill
+        self.prompts_per_fill = max(1, slots // FILL_SHARE // self.group)
+        tokenizer, config = model.tokenizer, model.config
+        eos = tokenizer.eos_id if tokenizer else config.eos_id
+        self.sampler = S.Sampler(
+            config=config,
+            stop_ids=() if eos is None else (eos,),
+            slots=slots,
+            prompt_length=length,
+            max_new=max_new,
+            vocab_limit=min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size,
+        )
+        self.samples_per_prompt = n
+        self.seed = jax.random.key(seed)
+        self.max_new = max_new
+        self.occupant: list[Request | None] = [None] * slots
+
+    def run(self, knobs: Knobs) -> Iterator[tuple[int, int, Completion]]:
+        state = _place(self.model, S.empty_state(self.sampler))
+        cancel = np.zeros(self.sampler.slots, bool)
+        per_fill = self.prompts_per_fill * self.group
+        while self.waiting or any(self.occupant):
+            free = [i for i, r in enumerate(self.occupant) if r is None]
+            while self.waiting and (len(free) >= per_fill or len(free) == len(self.occupant)):
+                fill, free = self._next_fill(free)
+                state = S.refill(self.params, self.sampler, self.prefix, state, fill, self.seed, knobs)
+            leave_at = max(0, len(self.occupant) - per_fill) if self.waiting else 0
+            steps = STOP_STRIDE if self.stop else self.max_new
+            state = S.decode(
+                self.params, self.sampler, self.prefix, state, knobs, cancel, np.int32(leave_at), np.int32(steps)
+            )
+            cancel = np.zeros(self.sampler.slots, bool)
+            yield from self._harvest(state, cancel)
+
+    def _next_fill(self, free: list[int]) -> tuple[S.Fill, list[int]]:
+        """Takes the next prompts off the queue for the free slots (whole groups of samples of one prompt)."""
+        N, M = self.prompts_per_fill, self.prompts_per_fill * self.group
+        tokens, lengths = np.zeros((N, self.sampler.prompt_length), np.int32), np.ones(N, np.int32)
+        slot, source, request = np.full(M, self.sampler.slots, np.int32), np.zeros(M, np.int32), np.zeros(M, np.int32)
+        row = 0
+        for p in range(N):
+            if not self.waiting:
+                break
+            head = self.waiting[0]
+            tokens[p, : len(head.tokens)], lengths[p] = head.tokens, len(head.tokens)
+            for _ in range(self.group):
+                if not self.waiting or self.waiting[0].prompt != head.prompt or not free:
+                    break
+                r = self.waiting.popleft()
+                slot[row], source[row] = free.pop(0), p
+                request[row] = r.prompt * self.samples_per_prompt + r.sample
+                self.occupant[slot[row]] = r
+                row += 1
+        limit = np.full(M, self.max_new, np.int32)
+        return S.Fill(tokens, lengths, slot, source, limit, request), free
+
+    def _harvest(self, state: S.SampleState, cancel: np.ndarray) -> Iterator[tuple[int, int, Completion]]:
+        """Yields the rows that are done and frees their slots; marks rows that a stop string ends in `cancel`."""
+        active, stopped, count, tokens, logprobs, sample_logprobs = _to_host(
+            (state.active, state.stopped, state.count, state.tokens, state.logprobs, state.sample_logprobs)
+        )
+        for i, request in enumerate(self.occupant):
+            if request is None:
+                continue
+            length = int(count[i])
+            ids = tokens[i, :length].tolist()
+            cut = self._find_stop(ids) if self.stop else None
+            if active[i] and cut is None:
+                continue
+            text, length, ended = self._finish(ids, cut, bool(stopped[i]))
+            cancel[i] = bool(active[i])
+            self.occupant[i] = None
+            yield request.prompt, request.sample, Completion(
+                text, ids[:length], logprobs[i, :length].tolist(), sample_logprobs[i, :length].tolist(), ended
+            )
+
+    def _find_stop(self, ids: list[int]) -> int | None:
+        """Returns the character offset of the first stop string in the decoded text, or None."""
+        text = self.model.tokenizer.decode(ids)
+        hits = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        return min(hits) if hits else None
+
+    def _finish(self, ids: list[int], cut: int | None, stopped: bool) -> tuple[str | None, int, bool]:
+        """Returns the text, how many tokens belong to it, and whether it ended by itself."""
+        if self.model.tokenizer is None:
+            return None, len(ids), stopped
+        text = self.model.tokenizer.decode(ids)
+        if cut is None:
+            return text, len(ids), stopped
+        keep = next(k for k in range(len(ids) + 1) if len(self.model.tokenizer.decode(ids[:k])) >= cut)
+        return text[:cut], keep, True
+
+
+# --------------------------------------------------------------------------------------------------------- details
+
+
+def _check_knobs(max_new_tokens: int, temperature: float, top_k: int, top_p: float, n: int) -> None:
+    checks = (
+        (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1"),
+        (temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more"),
+        (top_k >= 0, f"top_k={top_k} must be 0 (off) or more"),
+        (0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]"),
+        (n >= 1, f"n={n} must be at least 1"),
+    )
+    for ok, message in checks:
+        if not ok:
+            raise UserError(message)
+
+
+def _encode(model: Model, prompts: Sequence, prefix: str | Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    """Returns the ids that all rows begin with (if there is a prefix), and what follows them in each row.
+
+    Text is encoded with its prefix in front, since tokens may straddle the seam; what the rows then really share is
+    the prefix. Without one nothing is shared: prompts of one task begin alike by chance.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None and (isinstance(prefix, str) and prefix or any(isinstance(p, str) for p in prompts)):
+        raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text")
+    texts = [prefix + p for p in prompts if isinstance(p, str)] if isinstance(prefix, str) else []
+    if len(texts) == len(prompts):
+        rows = tokenizer.encode_batch(texts, bos=True)
+    else:
+        head = tokenizer.encode(prefix, bos=True) if isinstance(prefix, str) and prefix else list(prefix)
+        rows = [head + (tokenizer.encode(p, bos=not head) if isinstance(p, str) else list(p)) for p in prompts]
+    for i, row in enumerate(rows):
+        if not row:
+            raise UserError(f"prompt {i} is empty: give it at least one token (the model has no BOS token to start from)")
+    shared = _common_length(rows) if len(prefix) else 0
+    return rows[0][:shared] if rows else [], [row[shared:] for row in rows]
+
+
+def _common_length(rows: list[list[int]]) -> int:
+    """How many leading ids all rows share, leaving each at least one of its own."""
+    if not rows:
+        return 0
+    low, high = min(rows), max(rows)  # the two that differ earliest, in lexicographic order
+    most = min(len(row) for row in rows) - 1
+    return next((i for i in range(most) if low[i] != high[i]), most)
+
+
+def _check_lengths(model: Model, prefix: list[int], rows: list[list[int]], max_new_tokens: int) -> None:
+    room = model.config.max_positions
+    for i, row in enumerate(rows):
+        need = len(prefix) + len(row) + max_new_tokens
+        if need > room:
+            raise UserError(
+                f"prompt {i}: {len(prefix) + len(row)} prompt tokens + max_new_tokens={max_new_tokens} = {need} exceed the "
+                f"model's context of {room} tokens; shorten the prompt or lower max_new_tokens"
+            )
+        top = max(row)
+        if top >= model.config.vocab_size or min(row) < 0:
+            raise UserError(f"prompt {i}: token id {top} is outside the model's vocabulary of {model.config.vocab_size}")
+
+
+def _prefill_prefix(model: Model, params, prefix_ids: list[int]) -> S.Prefix:
+    padded = np.zeros(_bucket(len(prefix_ids)) if prefix_ids else 0, np.int32)
+    padded[: len(prefix_ids)] = prefix_ids
+    return S.prefill_prefix(params, model.config, jnp.asarray(padded), jnp.int32(len(prefix_ids)))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _bucket(n: int) -> int:
+    """Padded length: the next of 8, 12, 16, 24, 32, 48, 64, 96, ... (at most a third of it padding, from 8 up)."""
+    size = max(8, _power_of_two(n))
+    return size * 3 // 4 if size >= 16 and n <= size * 3 // 4 else size
+
+
+def _buckets(lengths: Sequence[int], n: int) -> list[tuple[int, list[int]]]:
+    """Groups prompt indices by padded length, shortest first; a group too small to fill the slots joins the next."""
+    groups: dict[int, list[int]] = collections.defaultdict(list)
+    for i, length in enumerate(lengths):
+        groups[_bucket(length)].append(i)
+    out: list[tuple[int, list[int]]] = []
+    carried: list[int] = []
+    sizes = sorted(groups)
+    for size in sizes:
+        members = sorted(carried + groups[size])
+        if size != sizes[-1] and len(members) * n < MAX_SLOTS:
+            carried = members
+            continue
+        out.append((size, members))
+        carried = []
+    return out
+
+
+def _place(model: Model, state: S.SampleState) -> S.SampleState:
+    """Splits the slots over the mesh's batch axes, if there is a mesh."""
+    if model.mesh is None:
+        return state
+    split, whole = batch_sharding(model.mesh), replicated(model.mesh)
+    ways = split.num_devices // model.mesh.shape["tensor"]
+    divides = state.active.shape[0] % ways == 0
+    return jax.tree.map(lambda x: jax.device_put(x, split if x.ndim and divides else whole), state)
+
+
+def _to_host(arrays):
+    """Brings arrays to every host (they may be split over several)."""
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(arrays, tiled=True)

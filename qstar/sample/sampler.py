@@ -1,0 +1,264 @@
+"""The jitted half of sampling: prefix, refill and decode over a fixed set of slots.
+
+A slot holds one completion in progress. Its keys live in three segments: the few-shot prefix (one copy for all slots),
+the prompt (left aligned, one per slot), and the generated tokens. The last is a ring that all slots write at the *same*
+column, `step mod R`: one contiguous update per layer and step, whatever each row's own length is. Which columns belong
+to a row follows from the step at which it was born. A finished row's slot is refilled without touching the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from qstar import tree
+from qstar.models import decoder
+from qstar.models.attention import text_mask
+from qstar.models.config import ModelConfig
+from qstar.sample.logits import NEG, Knobs, draw
+from qstar.types import Params, Segment
+
+Pairs = list[tuple[jax.Array, jax.Array]]  # (keys, values) per layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The static side: hashable, so each set of shapes compiles once."""
+
+    config: ModelConfig
+    stop_ids: tuple[int, ...]
+    slots: int  # B
+    prompt_length: int  # Lp, padded
+    max_new: int  # R, the ring's columns and the longest completion
+    vocab_limit: int  # ids from here on have no text (a padded vocabulary): never drawn
+
+
+@flax.struct.dataclass
+class SampleState:
+    """The dynamic side. B slots; caches hold one (keys, values) pair per layer."""
+
+    prompt: Any  # per layer [B, G, Lp, K]
+    ring: Any  # per layer [B, G, R, K]
+    prompt_len: jax.Array  # [B] int32
+    born: jax.Array  # [B] int32: `step` when the row was filled
+    count: jax.Array  # [B] int32: tokens drawn so far
+    limit: jax.Array  # [B] int32: most tokens to draw
+    active: jax.Array  # [B] bool
+    stopped: jax.Array  # [B] bool: drew a stop id
+    token: jax.Array  # [B] int32: last token drawn, fed next
+    key: jax.Array  # [B] random keys, one per request: draws do not depend on slot or neighbours
+    tokens: jax.Array  # [B, R] int32
+    logprobs: jax.Array  # [B, R] float32, under the model
+    sample_logprobs: jax.Array  # [B, R] float32, under the distribution drawn from
+    step: jax.Array  # [] int32
+
+
+class Prefix(NamedTuple):
+    """The shared few-shot prefix: keys and values [G, P, K] per layer, and how many of the P are real."""
+
+    pairs: Pairs
+    length: jax.Array  # [] int32
+
+
+class Fill(NamedTuple):
+    """N prompts to prefill and the M slots they go to (a slot number of B or more means: drop)."""
+
+    tokens: jax.Array  # [N, Lp] int32, right padded
+    lengths: jax.Array  # [N] int32
+    slot: jax.Array  # [M] int32
+    source: jax.Array  # [M] int32: which of the N prompts
+    limit: jax.Array  # [M] int32
+    request: jax.Array  # [M] int32: folded into the seed
+
+
+@partial(jax.jit, static_argnames="config")
+def prepare(params: Params, config: ModelConfig) -> Params:
+    """Returns parameters as the decode loop reads them: matrices in the compute dtype, layers unstacked."""
+
+    def cast(name: str, x: jax.Array) -> jax.Array:
+        return x.astype(config.dtype) if name.endswith(("kernel", "table")) else x
+
+    params = tree.map_named(cast, params)
+    return {**params, "layers": decoder.unstack(params["layers"], config)}
+
+
+def empty_state(sampler: Sampler) -> SampleState:
+    """Returns a state with no active row."""
+    c, B, R = sampler.config, sampler.slots, sampler.max_new
+
+    def cache(length: int) -> Pairs:
+        shape = (B, c.num_kv_heads, length, c.head_dim)
+        return [(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_layers)]
+
+    def zeros(dtype: Any, *shape: int) -> jax.Array:
+        return jnp.zeros((B, *shape), dtype)
+
+    return SampleState(
+        prompt=cache(sampler.prompt_length),
+        ring=cache(R),
+        prompt_len=zeros(jnp.int32),
+        born=zeros(jnp.int32),
+        count=zeros(jnp.int32),
+        limit=zeros(jnp.int32),
+        active=zeros(bool),
+        stopped=zeros(bool),
+        token=zeros(jnp.int32),
+        key=jax.random.split(jax.random.key(0), B),
+        tokens=zeros(jnp.int32, R),
+        logprobs=zeros(jnp.float32, R),
+        sample_logprobs=zeros(jnp.float32, R),
+        step=jnp.int32(0),
+    )
+
+
+@partial(jax.jit, static_argnames="config")
+def prefill_prefix(params: Params, config: ModelConfig, tokens: jax.Array, length: jax.Array) -> Prefix:
+    """Runs the shared prefix once. tokens: [P] int32, right padded (P may be 0); length: how many are real."""
+    if not tokens.shape[0]:
+        none = jnp.zeros((config.num_kv_heads, 0, config.head_dim), config.dtype)
+        return Prefix([(none, none)] * config.num_layers, length)
+    mask = text_mask(None, tokens.shape[0], config.sliding_window)
+    _, pairs = decoder.forward(params, config, tokens, jnp.arange(tokens.shape[0]), mask)
+    return Prefix(pairs, length)
+
+
+@partial(jax.jit, static_argnames="sampler", donate_argnames="state")
+def refill(
+    params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, fill: Fill, seed: jax.Array, knobs: Knobs
+) -> SampleState:
+    """Prefills N prompts, draws the first token of M rows (several samples share a prefill) and seats them."""
+    config = sampler.config
+    offsets = jnp.arange(sampler.prompt_length)
+    own_mask = text_mask(None, sampler.prompt_length, config.sliding_window)
+
+    def prefill(tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, Pairs]:
+        positions = prefix.length + offsets
+        past = [_prefix_segments(pair, prefix, positions, config) for pair in prefix.pairs]
+        hidden, pairs = decoder.forward(params, config, tokens, positions, own_mask, past)
+        return hidden[length - 1], pairs
+
+    hidden, pairs = jax.vmap(prefill)(fill.tokens, fill.lengths)  # [N, E], per layer [N, G, Lp, K]
+    keys = jax.vmap(partial(jax.random.fold_in, seed))(fill.request)
+    logits = decoder.unembed(params, config, hidden)[fill.source]  # [M, V]
+    token, logprob, sample_logprob = _draw_rows(logits, keys, jnp.zeros_like(fill.request), knobs, sampler)
+
+    def seat(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[fill.slot].set(new, mode="drop")
+
+    stopped = _is_stop(token, sampler)
+    first = jnp.arange(sampler.max_new) == 0
+    rows = fill.slot.shape[0]
+    return state.replace(
+        prompt=jax.tree.map(lambda old, new: seat(old, new[fill.source]), state.prompt, pairs),
+        prompt_len=seat(state.prompt_len, fill.lengths[fill.source]),
+        born=seat(state.born, jnp.broadcast_to(state.step, (rows,))),
+        count=seat(state.count, jnp.ones(rows, jnp.int32)),
+        limit=seat(state.limit, fill.limit),
+        active=seat(state.active, ~stopped & (fill.limit > 1)),
+        stopped=seat(state.stopped, stopped),
+        token=seat(state.token, token),
+        key=seat(state.key, keys),
+        tokens=seat(state.tokens, jnp.where(first, token[:, None], 0)),
+        logprobs=seat(state.logprobs, jnp.where(first, logprob[:, None], 0.0)),
+        sample_logprobs=seat(state.sample_logprobs, jnp.where(first, sample_logprob[:, None], 0.0)),
+    )
+
+
+@partial(jax.jit, static_argnames="sampler", donate_argnames="state")
+def decode(
+    params: Params,
+    sampler: Sampler,
+    prefix: Prefix,
+    state: SampleState,
+    knobs: Knobs,
+    cancel: jax.Array,
+    leave_at: jax.Array,
+    max_steps: jax.Array,
+) -> SampleState:
+    """Decodes until no more than `leave_at` rows are active, or for `max_steps` steps.
+
+    Args:
+      cancel: [B] bool, rows that the host has ended (a stop string).
+      leave_at: 0 runs to the end of every row; more leaves early, so that freed slots can be refilled.
+    """
+    state = state.replace(active=state.active & ~cancel)
+    end = state.step + max_steps
+
+    def going(s: SampleState) -> jax.Array:
+        return (jnp.sum(s.active) > leave_at) & (s.step < end)
+
+    return jax.lax.while_loop(going, lambda s: _step(params, sampler, prefix, s, knobs), state)
+
+
+def _step(params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, knobs: Knobs) -> SampleState:
+    """Feeds every row's last token and draws its next one."""
+    config, R = sampler.config, sampler.max_new
+    age = jnp.mod(state.step - 1 - jnp.arange(R), R)  # steps since each column was written
+
+    def row(token, prompt_len, born, prompt, ring):
+        fed = state.step - born  # tokens of this row in the ring
+        position = prefix.length + prompt_len + fed
+        in_prompt = jnp.arange(sampler.prompt_length) < prompt_len
+        in_ring = age < fed
+        if config.sliding_window is not None:
+            in_prompt &= prompt_len + fed - jnp.arange(sampler.prompt_length) < config.sliding_window
+            in_ring &= age + 1 < config.sliding_window
+        past = [
+            [*_prefix_segments(pre, prefix, position[None], config), Segment(*pro, in_prompt), Segment(*rin, in_ring)]
+            for pre, pro, rin in zip(prefix.pairs, prompt, ring)
+        ]
+        hidden, new = decoder.forward(params, config, token[None], position[None], None, past)
+        return hidden[0], new
+
+    hidden, new = jax.vmap(row)(state.token, state.prompt_len, state.born, state.prompt, state.ring)
+    column = jnp.mod(state.step, R)
+    ring = jax.tree.map(lambda c, x: jax.lax.dynamic_update_slice_in_dim(c, x, column, axis=2), state.ring, new)
+
+    logits = decoder.unembed(params, config, hidden)
+    token, logprob, sample_logprob = _draw_rows(logits, state.key, state.count, knobs, sampler)
+    here = (jnp.arange(R) == state.count[:, None]) & state.active[:, None]  # [B, R]
+    count = state.count + state.active
+    stopped = state.stopped | (state.active & _is_stop(token, sampler))
+    return state.replace(
+        ring=ring,
+        token=token,
+        count=count,
+        stopped=stopped,
+        active=state.active & ~stopped & (count < state.limit),
+        tokens=jnp.where(here, token[:, None], state.tokens),
+        logprobs=jnp.where(here, logprob[:, None], state.logprobs),
+        sample_logprobs=jnp.where(here, sample_logprob[:, None], state.sample_logprobs),
+        step=state.step + 1,
+    )
+
+
+def _prefix_segments(
+    pair: tuple[jax.Array, jax.Array], prefix: Prefix, positions: jax.Array, config: ModelConfig
+) -> list[Segment]:
+    """The prefix as queries at `positions` [T] see it: its real tokens, within the window; nothing if there is none."""
+    index = jnp.arange(pair[0].shape[1])
+    if not index.shape[0]:
+        return []
+    mask = jnp.broadcast_to(index < prefix.length, (positions.shape[0], index.shape[0]))
+    if config.sliding_window is not None:
+        mask &= positions[:, None] - index < config.sliding_window
+    return [Segment(*pair, mask)]
+
+
+def _draw_rows(logits, keys, counts, knobs, sampler):
+    """Draws a token per row: [B, V] logits, per-request keys, and how many tokens each request has drawn before."""
+    if sampler.vocab_limit < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < sampler.vocab_limit, logits, NEG)
+    u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, counts)
+    return jax.vmap(draw, in_axes=(0, 0, None))(logits, u, knobs)
+
+
+def _is_stop(token: jax.Array, sampler: Sampler) -> jax.Array:
+    if not sampler.stop_ids:
+        return jnp.zeros(token.shape, bool)
+    return jnp.any(token[:, None] == jnp.asarray(sampler.stop_ids), axis=-1)

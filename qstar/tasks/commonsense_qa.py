@@ -1,0 +1,80 @@
+"""CommonsenseQA (1811.00937), five choices, one right, as STaR uses it (2203.14465, section 4.3)."""
+
+from __future__ import annotations
+
+import re
+
+from qstar.tasks.base import DatasetTask, Problem
+
+_ANSWER = re.compile(r"\(([a-e])\)\.?", re.IGNORECASE)
+
+
+class CommonsenseQA(DatasetTask):
+    """Stem, lettered choices, and a rationale that ends "Therefore, the answer is blotter (e)."
+
+    The answer is the last "(x)" with x from a to e, not the third character from the end as in the release.
+    As in the papers the scores are on the development rows ("test" here; the real test set has no labels),
+    and "val" is carved out of train, so nothing is ever selected on the rows that are reported.
+    """
+
+    name = "commonsense_qa"
+    stop = ("\n\n", "\nQ:")
+    default_source = "tau/commonsense_qa"
+    test_split = "validation"
+    fields = ("question", "answerKey")
+
+    def __init__(self, *, train=None, test=None, prompts=None, direct: bool = False):
+        """`train`, `test`, `prompts` as in `DatasetTask`; `direct` answers "(e)." without a rationale."""
+        self.direct = direct
+        base = "commonsenseqa_prompts_direct" if direct else "commonsenseqa_prompts"
+        self.prompt_files = (f"{base}.txt", f"{base}_answer_key.txt")
+        super().__init__(train=train, test=test, prompts=prompts)
+
+    def to_problem(self, record: dict) -> Problem:
+        stem, choices = _stem_and_choices(record)
+        gold = record["answerKey"].lower()
+        if gold not in choices:
+            raise ValueError(f"answerKey {record['answerKey']!r} is none of the choices {', '.join(choices)} "
+                             "(the published test split has no labels and cannot be scored)")
+        return Problem(id=record.get("id") or "", question=stem, gold=gold, group=self.name,
+                       solution=f" ({gold})." if self.direct else None, meta={"choices": choices})
+
+    def prompt(self, problem: Problem, hint: bool = False) -> str:
+        lines = [f"Q: {problem.question}", "Answer Choices:"]
+        for label, text in problem.meta["choices"].items():
+            mark = " (CORRECT)" if hint and label == problem.gold else ""
+            lines.append(f"({label}) {text}{mark}")
+        return "\n".join([*lines, "A:"])
+
+    def cut(self, completion: str) -> str:
+        text = super().cut(completion)
+        found = list(_ANSWER.finditer(text))
+        return text[: found[-1].end()] if found else text
+
+    def parse(self, completion: str) -> str | None:
+        found = _ANSWER.findall(super().cut(completion))
+        return found[-1].lower() if found else None
+
+
+def _stem_and_choices(record: dict) -> tuple[str, dict[str, str]]:
+    """Reads both published shapes: the hub's columns and the original question object.
+
+    Returns:
+        The stem and {"a": text, ..} in the order given.
+    """
+    question = record["question"]
+    try:
+        if isinstance(question, dict):  # {"stem", "choices": [{"label", "text"}, ..]}
+            stem = question["stem"]
+            pairs = [(choice["label"], choice["text"]) for choice in question["choices"]]
+        else:  # choices: {"label": [..], "text": [..]}
+            stem = question
+            pairs = list(zip(record["choices"]["label"], record["choices"]["text"], strict=True))
+    except (KeyError, TypeError) as error:
+        raise ValueError("neither the hub's columns (question, choices.label, choices.text) nor the original "
+                         f"shape (question.stem, question.choices): {error!r}") from error
+    choices = {str(label).lower(): text for label, text in pairs}
+    if not choices or len(choices) != len(pairs) or not set(choices) <= set("abcde"):
+        labels = [label for label, _ in pairs]
+        raise ValueError(f"choices are labelled {labels}; each of A to E once is expected")
+    return stem, choices

@@ -1,0 +1,135 @@
+"""Grade-school word problems (Cobbe et al., 2110.14168) as STaR uses them (2203.14465, section 4.4)."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from qstar.errors import UserError
+from qstar.tasks.base import DatasetTask, Problem, leak_marker
+
+MARK = "####"
+_LONGEST = 100  # characters of a number; Python refuses to convert very long ones, and no answer is one
+_MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
+_DIGITS = r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?"  # begins and ends on a digit, so a lone "," is not a number
+_ANSWER = re.compile(
+    r"\s*[$€£]?\s*(?P<sign>[-+]?)\s*[$€£]?\s*"
+    rf"(?P<number>{_DIGITS}(?:\s*/\s*{_DIGITS})?)"
+    r"[^0-9]*"  # units, %, a full stop: anything without another digit, so neither 1e3 nor "5 or 6" passes
+)
+_NUMBER = re.compile(rf"(?<![0-9.,])-?{_DIGITS}")
+# A number or unknown joined by an operator to another or to a bracket: what a rationale has to have before
+# it may state its result. A hyphen before a word ("a 120-page book") is not one.
+_STEP = re.compile(
+    rf"(?:{_DIGITS}|\.[0-9]+|\b[A-Za-z])[%)]*(?:\s+[A-Za-z]+){{0,3}}\s*"
+    r"(?:[-+*/x×÷]\s*[($]*(?:-?\.?[0-9]|[A-Za-z]\b)|\()"
+)
+
+
+def number(text: str) -> Fraction | None:
+    """The number that an answer states, or None.
+
+    Accepts $, % and a currency sign, thousands commas, decimals, fractions, a unicode minus, and units or a
+    full stop behind the number; refuses exponents, a second number, words in front. Exact: 29 == 29.00.
+    """
+    match = _ANSWER.fullmatch(text.translate(_MINUS))
+    if match is None or len(match["number"]) > _LONGEST:
+        return None
+    parts = [Fraction(part.strip()) for part in match["number"].replace(",", "").split("/")]
+    if parts[1:] == [0]:
+        return None
+    value = parts[0] / parts[1] if len(parts) == 2 else parts[0]
+    return -value if match["sign"] == "-" else value
+
+
+class GSM8K(DatasetTask):
+    """Question, reasoning in lines with ``<<48/2=24>>`` marks, and ``#### 72``.
+
+    The answer is the number behind the LAST ``####`` and is compared as an exact fraction; `strict` is the
+    STaR release instead: the first line with ``####``, text compared letter by letter in lower case.
+
+    The release appends the whole human solution as the hint while its hinted few-shot file shows only
+    " (72)"; `hint` chooses, and the default agrees with the file.
+    """
+
+    name = "gsm8k"
+    stop = ("\nQ:",)
+    fields = ("question", "answer")
+    default_source = "openai/gsm8k:main"
+    prompt_files = ("gsm_prompts.txt", "gsm_prompts_answer_key.txt")
+
+    def __init__(self, *, train=None, test=None, prompts=None, hint: str = "answer", strict: bool = False):
+        """`train`, `test`, `prompts` as in `DatasetTask`; `hint` is "answer" or "solution"."""
+        if hint not in ("answer", "solution"):
+            raise UserError(f"gsm8k: hint={hint!r} is neither 'answer' nor 'solution'")
+        super().__init__(train=train, test=test, prompts=prompts)
+        self.hint = hint
+        self.strict = strict
+
+    def to_problem(self, record: dict) -> Problem:
+        question, answer = record["question"], record["answer"]
+        written = answer.rpartition(MARK)[2].strip()
+        if MARK not in answer:
+            raise ValueError(f"field 'answer' has no '{MARK}' line")
+        gold = written.lower() if self.strict else _normal(written)
+        if not gold:
+            raise ValueError(f"field 'answer' ends in {written!r}, which is not a number")
+        return Problem(id="", question=question, gold=gold, solution=" " + answer, group=self.name,
+                       meta={"written": written})
+
+    def prompt(self, problem: Problem, hint: bool = False) -> str:
+        if not hint:
+            return f"Q: {problem.question}\nA:"
+        told = problem.meta["written"] if self.hint == "answer" else problem.solution.strip()
+        return f"Q: {problem.question} ({told})\nA:"
+
+    def cut(self, completion: str) -> str:
+        text = super().cut(completion)
+        line = self._answer_line(text)
+        if line is None:
+            return text
+        start, end = line
+        match = None if self.strict else _ANSWER.fullmatch(text[start:end].translate(_MINUS))
+        return text[: start + match.end("number") if match else end]
+
+    def parse(self, completion: str) -> str | None:
+        text = super().cut(completion)
+        line = self._answer_line(text)
+        if line is None:
+            return None
+        written = text[slice(*line)]
+        return (written.rpartition(MARK)[2].strip().lower() or None) if self.strict else _normal(written)
+
+    def correct(self, problem: Problem, answer: str | None) -> bool:
+        if answer is None or self.strict:
+            return super().correct(problem, answer)
+        return _normal(answer) == problem.gold
+
+    def leak(self, problem: Problem, completion: str) -> str | None:
+        """Besides the hint markers: the answer stands there before anything was computed.
+
+        "Before" is the text up to the first two numbers joined by an operator (all of the rationale when
+        there is no such step). A number that the question itself names may be quoted at any time.
+        """
+        if marker := leak_marker(completion, problem.question):
+            return marker
+        rationale = super().cut(completion).partition(MARK)[0].translate(_MINUS)
+        step = _STEP.search(rationale)
+        given = {number(match) for match in _NUMBER.findall(problem.question)}
+        gold = number(problem.gold)
+        early = [number(match) for match in _NUMBER.findall(rationale[: step.start()] if step else rationale)]
+        return "states the answer before computing anything" if gold in early and gold not in given else None
+
+    def _answer_line(self, text: str) -> tuple[int, int] | None:
+        """Where the answer is written: from behind its mark to the end of that line."""
+        at = text.find(MARK) if self.strict else text.rfind(MARK)
+        if at < 0:
+            return None
+        end = text.find("\n", at)
+        return at + len(MARK), len(text) if end < 0 else end
+
+
+def _normal(text: str) -> str | None:
+    """A number in its one normal form ("29", "1/2"), so that votes for 29 and $29.00 count together."""
+    value = number(text)
+    return None if value is None else str(value)

@@ -1,0 +1,216 @@
+"""One small face for every tokenizer: Hugging Face folders and one-id-per-character alphabets.
+
+`transformers` is imported inside the functions that need it: it costs half a second, and a run that reads
+packed rows, or a test of packing, never tokenises.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from qstar.errors import UserError
+
+# Any of these in a folder means "there is a tokenizer here"; merges.txt and the configs alone are not enough.
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+class Tokenizer:
+    """A Hugging Face fast tokenizer, stripped to what the project uses.
+
+    Encoding goes to the Rust backend directly, so no special token is ever added behind the caller's back,
+    nothing is truncated or padded, and decoding never "cleans up" spaces before punctuation (which would
+    break exact answers such as ``6 7 , 1``). Special tokens *written out* in a text are still recognised.
+
+    Attributes:
+        vocab_size: one more than the largest id, added tokens included.
+        bos_id: id that begins a document, or None where the family has none (T5, character alphabets).
+        eos_id: id that ends one; every tokenizer here has it.
+        pad_id: the tokenizer's own padding id, else 0. It fills arrays and is never used as a mask, so it
+            may coincide with a real token (pad == eos must not teach a model to never stop).
+    """
+
+    def __init__(self, hf: Any):
+        """Wraps a `transformers.PreTrainedTokenizerFast`; raises UserError if it has no EOS token."""
+        if hf.eos_token_id is None:
+            raise UserError(
+                f"tokenizer {hf.name_or_path or type(hf).__name__!r} has no eos_token: without one no "
+                "completion can end; set eos_token in its tokenizer_config.json"
+            )
+        self.hf = hf
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.vocab_size: int = max(hf.get_vocab().values()) + 1
+        self.bos_id: int | None = hf.bos_token_id
+        self.eos_id: int = hf.eos_token_id
+        self.pad_id: int = 0 if hf.pad_token_id is None else hf.pad_token_id
+        self._adds_bos = self.bos_id is not None and (
+            bool(hf.init_kwargs.get("add_bos_token")) or self.bos_id in self._backend.encode("a").ids
+        )
+
+    @property
+    def _backend(self) -> Any:
+        return self.hf.backend_tokenizer
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Ids of `text`, with `bos_id` in front when `bos` is asked for and the tokenizer puts one there.
+
+        Raises:
+            UserError: a character has no id (only alphabets without an unknown token refuse one).
+        """
+        return self.encode_batch([text], bos=bos)[0]
+
+    def encode_batch(self, texts: Iterable[str], *, bos: bool = False) -> list[list[int]]:
+        """`encode` of every text, in parallel threads."""
+        texts = list(texts)
+        try:
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception for a missing [UNK]
+            raise self._refusal(texts, error) from error
+        if not bos or self.bos_id is None:
+            return [item.ids for item in encoded]
+        # GPT-2 names a BOS token but never puts one before a text: only an empty text starts from it.
+        return [[self.bos_id, *item.ids] if self._adds_bos or not item.ids else item.ids for item in encoded]
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """Ids of a prompt (BOS in front) and of the completion that goes on where it ends.
+
+        They are encoded together, since a SentencePiece tokenizer would put a space before a text of its own, as
+        long as that leaves the prompt's own ids alone.
+        """
+        head, whole = self.encode_batch([prompt, prompt + completion], bos=True)
+        return head, whole[len(head) :] if whole[: len(head)] == head else self.encode(completion)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` (list or integer array [T]); special tokens are skipped, spaces left alone."""
+        return self._backend.decode(np.asarray(ids).astype(int).tolist(), skip_special_tokens=True)
+
+    def decode_batch(self, ids: Iterable[Sequence[int]]) -> list[str]:
+        """`decode` of every row; rows may have different lengths."""
+        rows = [np.asarray(row).astype(int).tolist() for row in ids]
+        return self._backend.decode_batch(rows, skip_special_tokens=True)
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, the Hugging Face layout, into `folder`."""
+        self.hf.save_pretrained(str(folder))
+
+    def _refusal(self, texts: list[str], error: Exception) -> Exception:
+        """The UserError that names the first character without an id, or `error` if there is none."""
+        for text in texts:
+            for position, character in enumerate(text):
+                try:
+                    self._backend.encode(character, add_special_tokens=False)
+                except Exception:
+                    return UserError(
+                        f"character {character!r} (position {position} of {_shorten(text)!r}) is not in the "
+                        "tokenizer's alphabet: add it there or remove it from the text"
+                    )
+        return error
+
+
+def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
+    """The tokenizer kept in a local checkpoint folder, in the Hugging Face layout.
+
+    `tokenizer.json` is read as it stands. Without it the older files (SentencePiece `tokenizer.model` or
+    `spiece.model`, GPT-2's `vocab.json` and `merges.txt`) are converted by transformers, which then needs
+    `tokenizer_class` in tokenizer_config.json or `model_type` in config.json. Nothing is downloaded.
+
+    A SentencePiece tokenizer puts a space before every text it is given, so the ids of `prompt + completion`
+    are not those of the two joined: encode whole documents where the seam matters.
+
+    Returns:
+        The tokenizer, or None when the folder holds no tokenizer files (weights alone are fine).
+
+    Raises:
+        UserError: the files are there and cannot be read, or there is no EOS token.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    found = [name for name in _FILES if (folder / name).is_file()]
+    if not found:
+        return None
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # AutoTokenizer may rebuild a known family's tokenizer from its vocabulary; the generic class never does.
+    reader = PreTrainedTokenizerFast if "tokenizer.json" in found else AutoTokenizer
+    try:
+        hf = reader.from_pretrained(str(folder), local_files_only=True)
+        if found[0] == "tokenizer.model":
+            _repair_sentencepiece(hf.backend_tokenizer, folder / "tokenizer.model")
+    except Exception as error:  # every reader of every family raises its own kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder / found[0]}: the tokenizer files are broken ({reason}); "
+                        "copy them again from the model's source") from error
+    return Tokenizer(hf)
+
+
+def char_tokenizer(alphabet: str, *, pad: str, eos: str) -> Tokenizer:
+    """A tokenizer with one id per character, in the order of `alphabet`.
+
+    It is an ordinary `tokenizers` model without an unknown token, so it is saved and loaded in the Hugging
+    Face layout like any other, and a character outside the alphabet is an error, never a silent gap.
+
+    Args:
+        alphabet: the characters, each once.
+        pad: the character of `alphabet` used for padding; `decode` skips it.
+        eos: the character of `alphabet` that ends a document; `decode` skips it too.
+
+    Raises:
+        UserError: a character occurs twice, or `pad` or `eos` is not one character of the alphabet.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    twice = sorted({c for c in alphabet if alphabet.count(c) > 1})
+    if twice:
+        raise UserError(f"alphabet {alphabet!r} repeats {twice[0]!r}: give each character once")
+    for role, token in (("pad", pad), ("eos", eos)):
+        if len(token) != 1 or token not in alphabet:
+            raise UserError(f"{role}={token!r} is not one character of the alphabet {alphabet!r}")
+    # The unknown token is a name outside the vocabulary: WordLevel then raises instead of guessing.
+    model = models.WordLevel({c: i for i, c in enumerate(alphabet)}, unk_token="<none>")
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=eos))
+
+
+def _repair_sentencepiece(backend: Any, path: pathlib.Path) -> None:
+    """Makes a tokenizer that was converted from SentencePiece BPE (Llama 2, Mistral) agree with its file.
+
+    transformers 5 ranks the merges by id instead of by score, so that runs of spaces join first, and leaves
+    out the space that SentencePiece puts before any text where one is there already (everywhere, when the
+    folder names no tokenizer_class). The ids would differ from those the model was trained on. Files that
+    are not SentencePiece BPE (Llama 3's tokenizer.model is a tiktoken table) are left alone.
+    """
+    from tokenizers import decoders, models, normalizers
+
+    if not getattr(backend.model, "byte_fallback", False):
+        return
+    import sentencepiece
+
+    file = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    vocabulary = {file.id_to_piece(i): i for i in range(file.get_piece_size())}
+    ranked = []
+    for piece, i in vocabulary.items():
+        if not (file.is_control(i) or file.is_unknown(i) or file.is_byte(i)):
+            halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+            ranked += [(-file.get_score(i), i, pair) for pair in halves if all(h in vocabulary for h in pair)]
+    merges = [pair for _, _, pair in sorted(ranked, key=lambda item: item[:2])]
+    unknown = file.id_to_piece(file.unk_id())
+    backend.model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    leading = file.encode("a", out_type=str)[0].startswith("▁")
+    prefix = [normalizers.Prepend("▁")] if leading else []
+    strip = [decoders.Strip(" ", 1, 0)] if leading else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+
+
+def _shorten(text: str, width: int = 40) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

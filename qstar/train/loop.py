@@ -1,0 +1,103 @@
+"""The training loop: a generator you can read, not a framework of callbacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qstar.mesh import put_batch
+from qstar.train.checkpoint import Checkpoints
+from qstar.train.state import TrainState
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row were not finite. The parameters are still the last good ones."""
+
+
+class Progress(NamedTuple):
+    """Where a run stands. `state` is donated to the next step: copy what must outlive it."""
+
+    step: int
+    state: TrainState
+    metrics: dict[str, float]  # means over the steps since the last Progress; seconds and tokens per second with them
+
+
+def fit(
+    state: TrainState,
+    step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    batch_at: Callable[[int], Any],
+    lr_at: Callable[[int], Any],
+    *,
+    steps: int,
+    mesh: Mesh | None = None,
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 0,
+    log_every: int = 50,
+    max_bad: int = 20,
+) -> Iterator[Progress]:
+    """Runs updates `state.step .. steps-1`, yielding every `log_every` of them and at the end.
+
+    With `checkpoints`, a run that was killed goes on from the newest one, and ends with the very same bits: the batch
+    of step s is `batch_at(s)`, and the key of step s is folded from the state's.
+
+    Args:
+      batch_at: the pytree of host arrays of a step (a pure function of the step).
+      lr_at: the learning rate of a step (an optax schedule).
+      save_every: steps between checkpoints (0: only at the end, if `checkpoints` is given).
+      max_bad: stop after this many skipped (not finite) updates in a row.
+
+    Raises:
+      Diverged: after saving the last good state.
+    """
+    if checkpoints is not None and checkpoints.latest() is not None:
+        state, _ = checkpoints.restore(state)
+    first = int(state.step)
+    if first >= steps:
+        yield Progress(first, state, {})
+        return
+    window: list[dict[str, jax.Array]] = []
+    bad, since = 0, time.perf_counter()
+    for step in range(first, steps):
+        batch = batch_at(step)
+        batch = jax.device_put(batch) if mesh is None else put_batch(batch, mesh)
+        state, metrics = step_fn(state, batch, np.float32(lr_at(step)))
+        window.append(metrics)
+        done = step + 1
+        saving = checkpoints is not None and (done == steps or (save_every and done % save_every == 0))
+        if done % log_every == 0 or done == steps or saving:
+            host = jax.device_get(window)  # the only wait; the device has run ahead of the host until here
+            bad = _run_of_bad(bad, [m["skipped"] for m in host])
+            if bad >= max_bad:
+                if checkpoints is not None:
+                    checkpoints.save(done, state)
+                    checkpoints.wait()
+                raise Diverged(f"{bad} updates in a row were not finite, up to step {done}; lower the learning rate")
+            if saving:
+                checkpoints.save(done, state)
+            if done % log_every == 0 or done == steps:
+                now = time.perf_counter()
+                yield Progress(done, state, _means(host, now - since))
+                window, since = [], time.perf_counter()
+    if checkpoints is not None:
+        checkpoints.wait()
+
+
+def _run_of_bad(run: int, skipped: list[float]) -> int:
+    """Returns the length of the run of skipped updates that the newest update ends (a run of old ones may go on)."""
+    for flag in skipped:
+        run = run + 1 if flag else 0
+    return run
+
+
+def _means(host: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
+    means = {k: float(np.mean([m[k] for m in host])) for k in host[0]}
+    means["skipped"] = float(np.sum([m["skipped"] for m in host]))
+    means["seconds_per_step"] = seconds / len(host)
+    if "tokens" in means:
+        means["tokens_per_second"] = means["tokens"] * len(host) / seconds
+    return means

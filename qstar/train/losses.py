@@ -1,0 +1,160 @@
+"""Losses. Each returns `(sum, weight), metrics`, all of them sums with weights: `step.py` alone divides.
+
+So the normalisation is exact: one batch of 32, four accumulated batches of 8 and eight devices give the same update.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qstar.models import decoder
+from qstar.models.attention import precision, text_mask
+from qstar.models.config import ModelConfig
+from qstar.types import Batch, Metrics, Params
+
+CHUNK_BYTES = 8 * 2**20  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
+
+SumWeight = tuple[jax.Array, jax.Array]
+
+
+def sft_loss(
+    params: dict[str, Params], batch: Batch, rng: jax.Array, *, config: ModelConfig, z_loss: float = 0.0
+) -> tuple[SumWeight, Metrics]:
+    """Negative log-likelihood of the tokens that `batch.mask` marks (STaR: the completions, EOS included).
+
+    Args:
+      params: {"policy": ...}. batch: rows [B, T]; the mask is on the token to be predicted.
+      z_loss: weight of log(Z)^2 per token (the release trains with 1e-4; 0 here).
+
+    Returns:
+      (sum of nll, number of tokens), and the metric `accuracy` (teacher-forced greedy hits).
+    """
+    del rng
+    hidden = hidden_states(params["policy"], config, batch)
+    hidden = hidden[:, :-1].reshape(-1, config.hidden_size)
+    targets, weights = batch.tokens[:, 1:].reshape(-1), batch.mask[:, 1:].reshape(-1)
+    kernel, bias = decoder.head(params["policy"], config)
+    nll, hits = token_nll(hidden, kernel, bias, targets, weights, z_loss)
+    weight = jnp.sum(weights)
+    return (nll, weight), {"loss": (nll, weight), "accuracy": (hits, weight), "tokens": (weight, jnp.float32(1))}
+
+
+def hidden_states(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
+    """Returns [B, T, E]: the decoder, written for one sequence, over the rows of a packed batch."""
+
+    def one(tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        mask = text_mask(segment_ids, tokens.shape[0], config.sliding_window)
+        return decoder.forward(params, config, tokens, positions, mask)[0]
+
+    return jax.vmap(one)(batch.tokens, batch.positions, batch.segment_ids)
+
+
+# ---------------------------------------------------------------------------------- vocabulary loss in chunks of tokens
+
+
+def token_nll(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float = 0.0,
+) -> SumWeight:
+    """Weighted sum of -log softmax(hidden @ kernel + bias)[target], and of the greedy hits.
+
+    The logits exist one chunk of tokens at a time. When a gradient is wanted the forward pass forms it too, chunk by
+    chunk while the logits are at hand, so that nothing is computed twice: three products in all, as without chunks.
+
+    Args:
+      hidden: [N, E]. kernel: [E, V]. bias: [V] or None. targets: [N] int32. weights: [N] float32 (not differentiated).
+
+    Returns:
+      (sum of weight * nll, sum of weight * hit), float32 scalars.
+    """
+    if bias is None:
+        bias = jnp.zeros((kernel.shape[1],), jnp.float32)
+    return _token_nll(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), z_loss)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _token_nll(hidden, kernel, bias, targets, weights, z_loss):
+    def body(carry, xs):
+        h, t, w = xs
+        logits, top, logz = _logits(h, kernel, bias)
+        nll, hits = _nll(logits, top, logz, t, w, z_loss)
+        return (carry[0] + nll, carry[1] + hits), None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(body, (zero, zero), _chunks((hidden, targets, weights), kernel.shape[1]))[0]
+
+
+def _forward(hidden, kernel, bias, targets, weights, z_loss):
+    """The sums, and the gradients of the first sum (a factor, its cotangent, is applied in `_backward`)."""
+
+    def body(carry, xs):
+        nll_sum, hit_sum, d_kernel, d_bias = carry
+        h, t, w = xs
+        logits, top, logz = _logits(h, kernel, bias)
+        nll, hits = _nll(logits, top, logz, t, w, z_loss)
+        d_logits = jnp.exp(logits - logz[:, None]) * (w * (1 + 2 * z_loss * logz))[:, None]
+        d_logits = jnp.where(jnp.arange(logits.shape[1]) == t[:, None], d_logits - w[:, None], d_logits)
+        d_low = d_logits.astype(h.dtype)
+        exact = precision(h.dtype)
+        d_hidden = jnp.matmul(d_low, kernel.astype(h.dtype).T, precision=exact)
+        d_kernel = d_kernel + jnp.matmul(h.T, d_low, precision=exact, preferred_element_type=jnp.float32)
+        return (nll_sum + nll, hit_sum + hits, d_kernel, d_bias + jnp.sum(d_logits, axis=0)), d_hidden
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
+    chunks = _chunks((hidden, targets, weights), kernel.shape[1])
+    (nll, hits, d_kernel, d_bias), d_hidden = jax.lax.scan(body, start, chunks)
+    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    return (nll, hits), (d_hidden, d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype), targets, weights)
+
+
+def _backward(z_loss, saved, cotangents):
+    del z_loss
+    d_hidden, d_kernel, d_bias, targets, weights = saved
+    g = cotangents[0]
+    return (
+        d_hidden * g.astype(d_hidden.dtype),
+        d_kernel * g.astype(d_kernel.dtype),
+        d_bias * g.astype(d_bias.dtype),
+        np.zeros(targets.shape, jax.dtypes.float0),
+        jnp.zeros_like(weights),
+    )
+
+
+_token_nll.defvjp(_forward, _backward)
+
+
+def _logits(h, kernel, bias):
+    logits = jnp.matmul(h, kernel.astype(h.dtype), precision=precision(h.dtype), preferred_element_type=jnp.float32)
+    logits = logits + bias
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    return logits, top, top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+
+
+def _nll(logits, top, logz, targets, weights, z_loss):
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    hits = (picked >= top).astype(jnp.float32)  # not argmax: the maximum is at hand
+    return jnp.sum(weights * (logz - picked + z_loss * jnp.square(logz))), jnp.sum(weights * hits)
+
+
+def _chunks(arrays: Any, vocab: int) -> Any:
+    """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on weighs nothing."""
+    N = arrays[0].shape[0]
+    n = max(1, min(N, CHUNK_BYTES // (4 * vocab)))
+    count = -(-N // n)
+    n = -(-N // count)
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, count * n - N)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(count, n, *x.shape[1:])
+
+    return jax.tree.map(cut, arrays)

@@ -1,0 +1,93 @@
+"""Where numbers go: `metrics.jsonl`, TensorBoard, optionally wandb, and a table in the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+class Writer:
+    """Appends rows to `metrics.jsonl` and scalars to TensorBoard events beside it.
+
+    A run that was killed may repeat a few rows after it resumes: readers keep the last row of an (arm, iteration,
+    stage, step); `read` does.
+    """
+
+    def __init__(self, folder: Path, *, wandb: dict[str, Any] | None = None):
+        """Opens the files; `wandb` (keyword arguments of `wandb.init`) also logs there."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+        self._boards: dict[str, Any] = {}
+        self._wandb = None
+        if wandb is not None:
+            import wandb as wandb_module  # an extra: most runs do without
+
+            self._wandb = wandb_module.init(dir=str(self.folder), **wandb)
+
+    def write(self, *, stage: str, step: int, arm: str = "", iteration: int = 0, **values: Any) -> None:
+        """Writes one row. Numbers that are not finite become null (JSON has no NaN)."""
+        row = {"arm": arm, "iteration": iteration, "stage": stage, "step": step, **values}
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        board = self._board(arm)
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                board.add_scalar(f"{stage}/{name}", value, step if stage == "train" else iteration)
+        if self._wandb is not None:
+            self._wandb.log({f"{arm}/{stage}/{k}": v for k, v in values.items()})
+
+    def _board(self, arm: str) -> Any:
+        if arm not in self._boards:
+            from tensorboardX import SummaryWriter
+
+            self._boards[arm] = SummaryWriter(str(self.folder / "tensorboard" / (arm or "run")))
+        return self._boards[arm]
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._file.close()
+        for board in self._boards.values():
+            board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a run's metrics.jsonl, the last of each (arm, iteration, stage, step), in file order."""
+    path = Path(folder) / "metrics.jsonl"
+    rows: dict[tuple, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line a killed process was writing
+            continue
+        key = (row["arm"], row["iteration"], row["stage"], row["step"])
+        rows.pop(key, None)
+        rows[key] = row
+    return list(rows.values())
+
+
+def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """Prints rows of equal keys as a table."""
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(v) for v in row.values()))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

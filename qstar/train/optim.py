@@ -1,0 +1,46 @@
+"""AdamW with float32 state, and the schedules of the papers."""
+
+from __future__ import annotations
+
+import optax
+
+from qstar.errors import UserError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def schedule(kind: str, lr: float, *, warmup: int, steps: int, end: float = 0.0) -> optax.Schedule:
+    """Returns a learning-rate schedule: linear warm-up, then constant, or linear or cosine decay to `end * lr` at `steps`.
+
+    STaR's is ("constant", 1e-6, warmup=100): its first loop of 40 steps never leaves the warm-up.
+
+    Raises:
+      UserError: unknown kind.
+    """
+    if kind not in SCHEDULES:
+        raise UserError(f"optim.schedule={kind!r} is not one of {', '.join(SCHEDULES)}")
+    rest = max(1, steps - warmup)
+    after = {
+        "constant": optax.constant_schedule(lr),
+        "linear": optax.linear_schedule(lr, end * lr, rest),
+        "cosine": optax.cosine_decay_schedule(lr, rest, alpha=end),
+    }[kind]
+    if not warmup:
+        return after
+    # The first update already moves: step s of the warm-up runs at lr * (s + 1) / warmup.
+    return optax.join_schedules([optax.linear_schedule(lr / warmup, lr, max(1, warmup - 1)), after], [warmup])
+
+
+def adamw(
+    *, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.0, clip: float = 1.0
+) -> optax.GradientTransformation:
+    """Returns AdamW's direction (clipped by global norm unless clip=0), to be scaled by minus the learning rate.
+
+    The rate itself is an argument of the train step: STaR's loops differ in their number of steps, hence in their
+    schedule, and must not compile anew for it. Moments are float32 whatever the gradients are.
+    """
+    parts = [optax.clip_by_global_norm(clip)] if clip else []
+    parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype="float32"))
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay))
+    return optax.chain(*parts)

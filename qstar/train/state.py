@@ -1,0 +1,84 @@
+"""The training state: one pytree, parameters keyed by role."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from qstar import tree
+from qstar.mesh import AxisTable, shardings
+from qstar.types import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a resumed run needs besides the data position, which is `step`."""
+
+    params: dict[str, Params]  # role (policy, reference, verifier, value, mixing) -> parameters
+    opt_state: Any
+    step: jax.Array  # [] int32, updates asked for (skipped ones count)
+    rng: jax.Array  # key; step s uses fold_in(rng, s)
+
+
+def trainable(params: dict[str, Params], pattern: str) -> Any:
+    """Returns the mask of what trains: path names such as `policy/layers/q/kernel` that match the pattern."""
+    return tree.match(params, pattern)
+
+
+def optimizer_for(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
+    """Returns `tx` on what matches the pattern, and no update (and no optimiser memory) for the rest."""
+    return optax.partition({True: tx, False: optax.set_to_zero()}, lambda params: trainable(params, pattern))
+
+
+def create_state(
+    params: dict[str, Params],
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    mesh: Mesh | None = None,
+    table: AxisTable = (),
+) -> TrainState:
+    """Returns a fresh state (step 0, empty moments) around copies of the parameters: every STaR loop starts with one.
+
+    Made under jit, in its sharding: with a mesh no unsharded moment ever exists. (Random parameters: `init_params`.)
+
+    Args:
+      params: by role. table: logical axes by path pattern (`decoder.PARAM_AXES`).
+    """
+    return _creator(tx, mesh, tuple(table))(params, jax.random.key(seed))
+
+
+@functools.cache
+def _creator(tx: optax.GradientTransformation, mesh: Mesh | None, table: tuple) -> Callable[..., TrainState]:
+    def create(params: dict[str, Params], key: jax.Array) -> TrainState:
+        copies = jax.tree.map(jnp.copy, params)  # the step donates its state; the caller keeps its parameters
+        return TrainState(params=copies, opt_state=tx.init(copies), step=jnp.int32(0), rng=key)
+
+    return sharded_jit(create, mesh, table)
+
+
+def init_params(
+    init: Callable[[jax.Array], Params], *, seed: int, mesh: Mesh | None = None, table: AxisTable = ()
+) -> Params:
+    """Returns random parameters made under jit, each device only its part."""
+    return sharded_jit(init, mesh, table)(jax.random.key(seed))
+
+
+def sharded_jit(f: Callable[..., Any], mesh: Mesh | None, table: AxisTable) -> Callable[..., Any]:
+    """Returns jit(f) whose results are sharded by the table (plain jit without a mesh)."""
+    if mesh is None:
+        return jax.jit(f)
+
+    @functools.wraps(f)
+    def call(*args: Any) -> Any:
+        where = shardings(jax.eval_shape(f, *args), table, mesh)
+        return jax.jit(f, out_shardings=where)(*args)
+
+    return call

@@ -1,0 +1,85 @@
+"""The one place where a loss becomes an update: accumulation, the one division, the NaN guard."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qstar import tree
+from qstar.train.state import TrainState
+from qstar.types import Metrics
+
+Loss = Callable[..., tuple[tuple[jax.Array, jax.Array], Metrics]]
+
+
+def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1) -> Callable[..., Any]:
+    """Returns the jitted update `step(state, batch, lr) -> (state, metrics)`; the state is donated.
+
+    Args:
+      loss: `loss(params, batch, rng) -> ((sum, weight), metrics)`; params by role, metrics as (sum, weight).
+      tx: the optimiser's direction, over all of `state.params` (see `state.optimizer_for` to train a part of it); the
+        update is minus `lr` (a scalar, dynamic) times it.
+      accumulate: micro-batches per update. The batch's leading axis is cut into that many; sums and weights add up and
+        are divided once, so the update is the same for every `accumulate`.
+
+    Returns:
+      The step. Its metrics are float32 scalars: each of the loss' own, `grad_norm`, and `skipped` (1 where a loss or
+      gradient was not finite: parameters and moments then stay as they were).
+    """
+
+    def sums(params: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
+        def total(params: Any) -> tuple[jax.Array, Any]:
+            (value, weight), metrics = loss(params, batch, rng)
+            return value, (value, weight, metrics)
+
+        grads, rest = jax.grad(total, has_aux=True)(params)
+        return grads, rest
+
+    def step(state: TrainState, batch: Any, lr: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        if accumulate == 1:
+            grads, (value, weight, metrics) = sums(state.params, batch, rng)
+        else:
+            micro = jax.tree.map(lambda x: split_micro(x, accumulate), batch)
+            first = jax.tree.map(lambda x: x[0], micro)
+            zero = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, state.params, first, rng)
+            )
+
+            def body(carry: Any, xs: Any) -> tuple[Any, None]:
+                i, batch = xs
+                return tree.add(carry, sums(state.params, batch, jax.random.fold_in(rng, i))), None
+
+            (grads, (value, weight, metrics)), _ = jax.lax.scan(body, zero, (jnp.arange(accumulate), micro))
+        grads = tree.scale(grads, 1.0 / jnp.maximum(weight, 1.0))
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, tree.scale(updates, -lr))
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+        means = {k: s / jnp.maximum(w, 1.0) for k, (s, w) in metrics.items()}
+        means.update(grad_norm=norm, skipped=1.0 - good.astype(jnp.float32))
+        state = state.replace(
+            params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state), step=state.step + 1
+        )
+        return state, means
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def split_micro(x: jax.Array, count: int) -> jax.Array:
+    """Cuts [B, ...] into [count, B / count, ...], taking every count-th row, so that a batch axis that is split over
+    devices stays split within each micro-batch.
+
+    Raises:
+      ValueError: the rows do not divide.
+    """
+    if x.shape[0] % count:
+        raise ValueError(f"a batch of {x.shape[0]} rows does not divide into {count} micro-batches")
+    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)

@@ -1,0 +1,60 @@
+"""Named paths, regex masks, casts, norms and masked means over pytrees."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns a key path as `a/b/c` (dict keys, attribute names and indices alike)."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def map_named(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps `f(name, leaf, *rest_leaves)` over a tree."""
+    return jax.tree_util.tree_map_with_path(lambda p, *xs: f(path_name(p), *xs), tree, *rest)
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Returns [(path name, leaf)] in tree order."""
+    return [(path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def match(tree: Any, pattern: str) -> Any:
+    """Returns a tree of bools: True where the leaf's path name contains a match of the regular expression."""
+    compiled = re.compile(pattern)
+    return map_named(lambda name, _: bool(compiled.search(name)), tree)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Casts the floating leaves of a tree to `dtype`; integers and keys stay."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def size(tree: Any) -> int:
+    """Returns the number of scalars in a tree of arrays (or of abstract arrays)."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def add(a: Any, b: Any) -> Any:
+    """Returns the leafwise sum of two trees of one structure."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def scale(tree: Any, factor: jax.Array | float) -> Any:
+    """Returns every leaf times `factor`."""
+    return jax.tree.map(lambda x: x * factor, tree)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Returns a bool scalar: no leaf holds a NaN or an infinity."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns sum(x * mask) / sum(mask), 0 where the mask is empty (never NaN)."""
+    return jnp.sum(jnp.where(mask > 0, x * mask, 0.0)) / jnp.maximum(jnp.sum(mask), 1.0)

@@ -1,0 +1,75 @@
+"""Pytrees and records that cross floors.
+
+Shape letters used throughout: B sequences (rows), T tokens of one sequence, S keys, V vocabulary, E model width,
+H query heads, G key/value heads, K head width, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+Params = dict[str, Any]  # a plain nested dict of arrays
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight); only `train.step` divides
+
+
+class Segment(NamedTuple):
+    """Keys and values that a query may attend to, with what it may see of them.
+
+    Attention joins the *scores* of a list of segments, never their keys, so that a segment shared by many queries
+    (a few-shot prefix, the text under a thought) is stored once and stays unmapped under `vmap`.
+    """
+
+    keys: jax.Array  # [G, S, K]
+    values: jax.Array  # [G, S, K]
+    mask: jax.Array | None  # bool, broadcastable to [T, S]; None = everything is visible
+
+
+@flax.struct.dataclass
+class Batch:
+    """Training rows. `mask` is 1 where the token itself is to be predicted (from the tokens before it)."""
+
+    tokens: jax.Array  # [B, T] int32
+    mask: jax.Array  # [B, T] float32
+    segment_ids: jax.Array  # [B, T] int32; 1.. per document of the row, 0 = padding
+    positions: jax.Array  # [B, T] int32; from 0 in every document
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of a prompt."""
+
+    text: str | None  # None for a model without tokenizer
+    tokens: list[int]  # with the EOS token if one was drawn
+    logprobs: list[float]  # of each token under the model (temperature 1, no filter)
+    sample_logprobs: list[float]  # of each token under the distribution it was really drawn from
+    stopped: bool  # False: cut off by max_new_tokens
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One scored attempt at a problem: a row of `rationales/iter_NNN.jsonl` (no arrays, no times: resume is byte-exact)."""
+
+    problem_id: str
+    iteration: int
+    sample: int
+    hinted: bool
+    group: str
+    prompt: str
+    completion: str
+    answer: str | None
+    gold: str
+    correct: bool
+    verdict: str  # "kept", "rationalised" or "rejected"
+    reason: str
+    truncated: bool
+    valid: bool | None  # every step exactly right, where the task can tell
+    logprob: float  # sum over the completion's tokens, under the model
+    n_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as a plain dict, in order."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,42 @@
+"""qstar: self-taught reasoning in JAX. `pip install -e .` for a CPU or an accelerator whose JAX is there already."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="qstar",
+    version="0.1.0",
+    description="STaR, Quiet-STaR, V-STaR and LM-Guided Chain-of-Thought in JAX/Flax, TPU first",
+    packages=find_packages(include=["qstar", "qstar.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.8",  # plain: which accelerator is the extras' business, so that it installs anywhere
+        "flax>=0.12",  # Linen modules as pure functions; struct for pytrees
+        "optax>=0.2.6",  # optimisers, schedules, the NaN guard
+        "orbax-checkpoint>=0.11,<1",  # sharded, asynchronous checkpoints
+        "ml_collections>=1.0",  # config files with overrides and locked keys
+        "absl-py>=2.0",  # flags that ml_collections' config files speak
+        "numpy>=1.26",
+        "transformers>=5.0",  # tokenizers and chat templates only; its PyTorch classes are the oracle of the tests
+        "jinja2>=3.1",  # chat templates; transformers does not bring it
+        "sentencepiece>=0.2",  # tokenizer.model files of Llama 2 and Mistral
+        "protobuf>=4",  # to read them
+        "datasets>=4.0",  # data sets of the hub
+        "grain>=0.2.10",  # shuffled, repeated, mixed batches that are a pure function of the step
+        "safetensors>=0.5",  # weights
+        "etils[epath]>=1.10",  # gs:// paths like local ones
+        "rich>=13",  # terminal tables and progress bars
+        "tensorboardX>=2.6",  # TensorBoard events without TensorFlow; part of every run folder
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.8"],
+        "cuda": ["jax[cuda12]>=0.8"],
+        "log": ["wandb"],
+        "notebooks": ["matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6", "nbformat>=5"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",  # random cases for metrics, packing and parsers
+            "torch>=2.6",  # the independent reference of models and losses
+        ],
+    },
+    entry_points={"console_scripts": ["qstar=qstar.__main__:main"]},
+)

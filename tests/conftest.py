@@ -1,0 +1,42 @@
+"""What all tests share: quiet, offline, CPU-only settings, and the way to the files beside the repository.
+
+Everything is set through environment variables, before any test imports jax, and jax is not imported here:
+the tests of text, data and tasks never need it and stay fast. A value that is set already is respected.
+"""
+
+import os
+import pathlib
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+CACHE = pathlib.Path(os.environ.get("QSTAR_TEST_CACHE") or "~/.cache/qstar-tests").expanduser()
+
+for _name, _value in {
+    "JAX_PLATFORMS": "cpu",
+    "PJRT_NPROC": "16",  # fewer threads than simulated devices can deadlock a small machine
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),  # compiled programs survive from one test run to the next
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+if str(HERE) not in sys.path:  # so that `from conftest import shared` works in every import mode of pytest
+    sys.path.insert(0, str(HERE))
+
+
+def shared(path: str) -> pathlib.Path:
+    """A file or folder beside the repository (in QSTAR_SHARED, else ../shared); skips the test without it."""
+    root = pathlib.Path(os.environ.get("QSTAR_SHARED") or HERE.parent.parent / "shared")
+    if not (root / path).exists():
+        reason = f"needs {path} in {root} (set QSTAR_SHARED to the folder that has it)"
+        pytest.skip(reason, allow_module_level=True)
+    return root / path
+
+
+@pytest.fixture(name="shared", scope="session")
+def _shared():
+    return shared

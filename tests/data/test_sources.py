@@ -1,0 +1,200 @@
+import builtins
+import json
+import os
+
+import numpy as np
+import pytest
+
+from qstar.data import read_jsonl, read_records, write_jsonl
+from qstar.data import sources
+from qstar.errors import UserError
+
+ROWS = [{"question": "1+1?", "answer": "2"}, {"question": "é 漢\u2028字", "answer": "3"}]
+FIELDS = ("question", "answer")
+
+
+@pytest.fixture
+def file(tmp_path):
+    def make(name, content):
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return make
+
+
+def refusal(source, fields=FIELDS, **options):
+    """The message that a bad source is refused with: always one line."""
+    with pytest.raises(UserError) as caught:
+        read_records(source, fields, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_three_formats_hold_the_same_records(tmp_path, file):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    file("a.json", json.dumps(ROWS))
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        assert read_records(tmp_path / name, FIELDS) == ROWS
+        assert read_records(str(tmp_path / name), FIELDS, limit=1) == ROWS[:1]
+
+
+def test_home_folder_is_expanded(tmp_path, file, monkeypatch):
+    file("a.jsonl", '{"x": 1}\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_records("~/a.jsonl", ["x"]) == [{"x": 1}]
+
+
+def test_blank_lines_byte_order_mark_and_extra_fields_are_fine(file):
+    path = file("a.jsonl", '\ufeff{"x": 1, "y": 2}\n\n  \n{"x": 3}')
+    assert read_records(path, ["x"]) == [{"x": 1, "y": 2}, {"x": 3}]
+
+
+def test_limit_reads_no_further_than_it_must(file):
+    assert read_records(file("a.jsonl", '{"x": 1}\nbroken'), ["x"], limit=1) == [{"x": 1}]
+
+
+def test_missing_file(tmp_path):
+    assert "no.jsonl: no such file" in refusal(tmp_path / "no.jsonl")
+    assert "no such file" in refusal("data/no.jsonl")
+    assert "no such file" in refusal("nodata/train.csv")
+
+
+def test_folder_instead_of_file(tmp_path):
+    assert "is a folder; name the file" in refusal(tmp_path)
+
+
+def test_unknown_ending_lists_the_known_ones(file):
+    message = refusal(file("a.csv", "x\n1\n"))
+    assert "unknown ending '.csv'" in message and ".jsonl, .json, .parquet" in message
+
+
+def test_bad_line_names_file_and_line(file):
+    path = file("a.jsonl", '{"question": 1, "answer": 1}\n\n{"question": \n')
+    assert "a.jsonl:3: not JSON" in refusal(path)
+
+
+def test_bad_json_array(file):
+    assert "a.json: not JSON" in refusal(file("a.json", "[1,\n 2,,]"))
+    assert "rename it to .jsonl" in refusal(file("b.json", '{"question": 1}'))
+
+
+def test_line_that_is_not_an_object(file):
+    path = file("a.jsonl", '{"x": 1}\n[1]\n')
+    assert "a.jsonl:2: a record must be a JSON object, not list" in refusal(path, ["x"])
+
+
+def test_missing_field_names_file_line_and_field(file):
+    path = file("a.jsonl", '{"question": "a", "answer": "b"}\n{"question": "a"}\n')
+    assert "a.jsonl:2: field 'answer' is missing; the record has question" in refusal(path)
+    assert "a.jsonl:1: field 'answer'" in refusal(file("a.jsonl", '{"question": "a", "answer": null}'))
+
+
+def test_empty_sources(file):
+    assert "no records" in refusal(file("a.jsonl", ""))
+    assert "no records" in refusal(file("a.jsonl", "\n\n"))
+    assert "no records" in refusal(file("a.json", "[]"))
+
+
+def test_text_that_is_not_utf8(file):
+    assert "a.jsonl:2: not UTF-8" in refusal(file("a.jsonl", b'{"x": 1}\n{"x": "\xff"}\n'), ["x"])
+
+
+def test_unreadable_parquet(file):
+    assert "a.parquet: not a readable parquet file" in refusal(file("a.parquet", "not parquet at all"))
+
+
+def test_file_without_permission(file, monkeypatch):
+    path = file("a.jsonl", "{}")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(builtins, "open", refuse)  # chmod does not stop the root user
+    monkeypatch.setattr("io.open", refuse)
+    assert "cannot be read (Permission denied)" in refusal(path)
+
+
+def test_limit_of_nothing_is_refused(file):
+    assert "limit=0" in refusal(file("a.jsonl", "{}"), limit=0)
+
+
+def test_neither_file_nor_hub_name():
+    assert "neither a file nor a hub name" in refusal("gsm8k")
+
+
+def test_parse_errors_carry_the_place(file):
+    def parse(record):
+        raise ValueError("the answer has no number")
+
+    path = file("a.jsonl", '{"x": 1}\n')
+    assert "a.jsonl:1: the answer has no number" in refusal(path, ["x"], parse=parse)
+    assert read_records(path, ["x"], parse=lambda record: record["x"]) == [1]
+
+
+def test_hub_name_config_and_split_reach_datasets(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((*a, k["split"])) or ROWS)
+    assert read_records("openai/gsm8k:main", FIELDS, split="test", limit=1) == ROWS[:1]
+    assert read_records("tau/commonsense_qa", FIELDS) == ROWS
+    assert calls == [("openai/gsm8k", "main", "test"), ("tau/commonsense_qa", None, "train")]
+    assert "tau/x (train): record 1: field 'nope'" in refusal("tau/x", ["nope"])
+
+
+def test_hub_trouble_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("Couldn't reach it\nTraceback: a long story\n")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    message = refusal("openai/gsm8k:main", split="test")
+    assert "openai/gsm8k:main (split 'test')" in message and "Couldn't reach it" in message
+
+
+def test_written_rows_come_back(tmp_path):
+    rows = [{"b": 1, "a": "é\n\u2028 漢"}, {"half": "\ud83d", "n": None}]
+    write_jsonl(tmp_path / "new" / "a.jsonl", [*rows, {"x": np.float32(0.5), "y": np.arange(2)}])
+    assert read_jsonl(tmp_path / "new" / "a.jsonl") == [*rows, {"x": 0.5, "y": [0, 1]}]
+    content = (tmp_path / "new" / "a.jsonl").read_text(encoding="utf-8")
+    assert content.startswith('{"b": 1, "a": "é') and content.endswith("}\n")
+
+
+def test_empty_list_is_an_empty_file(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [])
+    assert read_jsonl(tmp_path / "a.jsonl") == []
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    def rows():
+        yield {"x": 2}
+        raise KeyboardInterrupt
+
+    write_jsonl(tmp_path / "a.jsonl", [{"x": 1}])
+    with pytest.raises(KeyboardInterrupt):
+        write_jsonl(tmp_path / "a.jsonl", rows())
+    with pytest.raises(TypeError, match="object"):
+        write_jsonl(tmp_path / "a.jsonl", [{"x": object()}])
+    assert read_jsonl(tmp_path / "a.jsonl") == [{"x": 1}]
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_rows_are_on_disk_before_the_name_is_taken(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(sources.os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(sources.os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    write_jsonl(tmp_path / "a.jsonl", [{"x": 1}])
+    assert events == ["fsync", "replace"]
+
+
+def test_read_jsonl_names_a_bad_line(file):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):
+        read_jsonl(file("a.jsonl", '{"x": 1}\n{"x"'))
+    with pytest.raises(UserError, match="no such file"):
+        read_jsonl("absent.jsonl")

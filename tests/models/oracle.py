@@ -1,0 +1,57 @@
+"""Random Hugging Face models of every family: the independent reference for graphs, weight names and config.json."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import transformers
+
+V = 50  # vocabulary
+_LLAMA = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+              intermediate_size=40, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+_GPT = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+_ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)  # of 8 frequencies some are kept, some blended, some stretched
+_LINEAR = dict(rope_type="linear", rope_theta=500.0, factor=4.0)
+
+CASES = {
+    "llama": ("Llama", dict(_LLAMA)),
+    "llama biased tied": ("Llama", dict(_LLAMA, head_dim=12, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "llama rope llama3": ("Llama", dict(_LLAMA, head_dim=16, num_key_value_heads=4, rope_parameters=_ROPE3)),
+    "llama rope linear": ("Llama", dict(_LLAMA, num_key_value_heads=1, rope_parameters=_LINEAR)),
+    "mistral window": ("Mistral", dict(_LLAMA, sliding_window=5, hidden_act="gelu")),
+    "mistral full": ("Mistral", dict(_LLAMA, sliding_window=None, head_dim=16)),
+    "qwen2": ("Qwen2", dict(_LLAMA, tie_word_embeddings=True)),
+    "qwen2 window": ("Qwen2", dict(_LLAMA, use_sliding_window=True, sliding_window=4, max_window_layers=0)),
+    "qwen3": ("Qwen3", dict(_LLAMA, head_dim=16, tie_word_embeddings=True, rms_norm_eps=1e-3)),
+    "qwen3 biased": ("Qwen3", dict(_LLAMA, head_dim=8, attention_bias=True)),
+    "gpt2": ("GPT2LMHead", dict(_GPT)),
+    "gpt2 untied": ("GPT2LMHead", dict(_GPT, tie_word_embeddings=False, n_inner=48, activation_function="gelu")),
+    "gptj": ("GPTJ", dict(_GPT, rotary_dim=4)),
+    "gptj tied": ("GPTJ", dict(_GPT, rotary_dim=8, tie_word_embeddings=True, n_inner=48)),
+}
+
+
+def torch_model(case: str) -> torch.nn.Module:
+    """Returns a random model in which no bias is 0, no norm is 1, and logits are of the order of 1."""
+    name, options = CASES[case]
+    config = getattr(transformers, name.removesuffix("LMHead") + "Config")(**options)
+    for_lm = "GPT2LMHeadModel" if name == "GPT2LMHead" else name + "ForCausalLM"
+    model = getattr(transformers, for_lm)(config).eval()
+    generator = torch.Generator().manual_seed(sum(map(ord, case)))
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            centre = 1.0 if "norm" in key and p.ndim == 1 or "ln_" in key and key.endswith("weight") else 0.0
+            p.copy_(centre + 0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def torch_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """Returns float32 logits [B, T, V] of tokens [B, T]."""
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens, np.int64))).logits.float().numpy()
+
+
+def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    """Returns ids below V."""
+    return np.random.default_rng(seed).integers(0, V, shape).astype(np.int32)

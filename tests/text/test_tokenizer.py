@@ -1,0 +1,159 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from qstar.errors import UserError
+from qstar.text import char_tokenizer, load_tokenizer
+
+ALPHABET = ".$0123456789+,C|#=()"
+# Text that clean-up of spaces, sub-word joins and byte fallback each get wrong in their own way.
+AWKWARD = [
+    "Once upon a time, there was  a girl .",
+    " leading and trailing ",
+    "12 , 1 3 C: 1\n9 + 8",
+    "don 't , clean ! this ?",
+    "é 漢字 🤖\t\n\n",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def chars():
+    return char_tokenizer(ALPHABET, pad=".", eos="$")
+
+
+@pytest.fixture(scope="module")
+def stories(shared):
+    return load_tokenizer(shared("weights/stories260k"))
+
+
+@pytest.fixture
+def folder_of(shared, tmp_path):
+    """Copies raw vocabulary files into a folder under the names that checkpoints use."""
+
+    def make(files: dict, config: dict):
+        for name, source in files.items():
+            shutil.copyfile(shared(f"data/tokenizers/{source}"), tmp_path / name)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
+def reference(shared, name):
+    cases = json.loads(shared("data/tokenizers/reference_ids.json").read_text())[name]["cases"]
+    return [(case["text"], case["ids"]) for case in cases]
+
+
+def test_character_ids_follow_the_alphabet(chars):
+    assert chars.encode(ALPHABET) == list(range(20))
+    assert (chars.vocab_size, chars.pad_id, chars.eos_id, chars.bos_id) == (20, 0, 1, None)
+
+
+def test_characters_round_trip_and_special_ones_are_skipped(chars):
+    text = "737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098"
+    assert chars.decode(chars.encode(text)) == text
+    assert chars.decode([*chars.encode(text), chars.eos_id, chars.pad_id, chars.pad_id]) == text
+
+
+def test_characters_with_white_space_round_trip():
+    tokenizer = char_tokenizer(".$ab \n\t", pad=".", eos="$")
+    assert tokenizer.decode(tokenizer.encode(" a\n\n b\t ")) == " a\n\n b\t "
+
+
+def test_unknown_character_is_named_with_its_place(chars):
+    with pytest.raises(UserError, match=r"'x' \(position 2 of '12x3'\)"):
+        chars.encode_batch(["12", "12x3"])
+
+
+def test_saved_character_tokenizer_is_the_same_tokenizer(chars, tmp_path):
+    chars.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(ALPHABET) == list(range(20))
+    assert (loaded.vocab_size, loaded.pad_id, loaded.eos_id) == (20, 0, 1)
+    with pytest.raises(UserError, match="'x'"):
+        loaded.encode("x")
+
+
+@pytest.mark.parametrize("alphabet, pad, eos, culprit", [
+    ("abca", "a", "b", "'a'"), ("abc", ".", "b", "pad='.'"), ("abc", "a", "bc", "eos='bc'"),
+])
+def test_bad_alphabets_are_refused(alphabet, pad, eos, culprit):
+    with pytest.raises(UserError, match=culprit):
+        char_tokenizer(alphabet, pad=pad, eos=eos)
+
+
+def test_batches_equal_single_calls(chars, stories):
+    texts = ["Lily", "", "a  b"]
+    assert stories.encode_batch(texts, bos=True) == [stories.encode(text, bos=True) for text in texts]
+    ids = [stories.encode(text) for text in texts]
+    assert stories.decode_batch(ids) == [stories.decode(row) for row in ids] == texts
+    assert chars.decode_batch([np.array([2, 3], np.int32)]) == ["01"]
+
+
+def test_bos_only_when_asked_and_only_if_there_is_one(chars, stories):
+    assert stories.encode("Once", bos=True) == [stories.bos_id, *stories.encode("Once")]
+    assert stories.bos_id not in stories.encode("Once")
+    assert chars.encode("12", bos=True) == chars.encode("12")
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_checkpoint_tokenizer_round_trips(stories, text):
+    assert stories.decode(stories.encode(text, bos=True)) == text
+
+
+def test_missing_pad_is_zero(stories):
+    assert (stories.vocab_size, stories.pad_id, stories.eos_id) == (512, 0, 2)
+
+
+def test_tokenizer_is_picklable(stories):
+    assert pickle.loads(pickle.dumps(stories)).encode("a b") == stories.encode("a b")
+
+
+def test_gpt2_files_give_the_published_ids(shared, folder_of):
+    files = {"vocab.json": "gpt2/encoder.json", "merges.txt": "gpt2/vocab.bpe"}
+    tokenizer = load_tokenizer(folder_of(files, {"tokenizer_class": "GPT2Tokenizer"}))
+    for text, ids in reference(shared, "gpt2"):
+        assert tokenizer.encode(text) == ids
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in AWKWARD)
+    assert tokenizer.vocab_size == 50257
+
+
+@pytest.mark.parametrize("config", [{"tokenizer_class": "LlamaTokenizer"}, {}])
+def test_mistral_file_gives_the_ids_of_sentencepiece(shared, folder_of, config, tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = folder_of({"tokenizer.model": "mistral_v1/tokenizer.model"}, config)
+    tokenizer = load_tokenizer(folder)
+    for text, ids in reference(shared, "mistral_v1/tokenizer.model"):
+        assert tokenizer.encode(text) == ids
+    original = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in [*AWKWARD, "     five", "a" + " " * 9 + "b"]:
+        assert tokenizer.encode(text) == original.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 32000)
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode("  a  b") == original.encode("  a  b")
+
+
+def test_folder_without_tokenizer_is_none(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert load_tokenizer(tmp_path) is None
+    assert load_tokenizer(tmp_path / "absent") is None
+
+
+def test_broken_tokenizer_names_the_file(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{ not json")
+    with pytest.raises(UserError, match=r"tokenizer\.json: .*broken") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_without_eos_is_refused(stories, tmp_path):
+    stories.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    with pytest.raises(UserError, match="no eos_token"):
+        load_tokenizer(tmp_path)
