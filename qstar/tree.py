@@ -57,4 +57,5 @@ def all_finite(tree: Any) -> jax.Array:
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns sum(x * mask) / sum(mask), 0 where the mask is empty (never NaN)."""
-    return jnp.sum(jnp.where(mask > 0, x * mask, 0.0)) / jnp.maximum(jnp.sum(mask), 1.0)
+    total = jnp.sum(mask)
+    return jnp.sum(jnp.where(mask > 0, x * mask, 0.0)) / jnp.where(total > 0, total, 1.0)

@@ -17,13 +17,14 @@ from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.mesh import make_mesh
 from qstar.methods.rollouts import SampleSettings, attempt, to_example
-from qstar.methods.run_folder import once, stable_seed, write_json
+from qstar.methods.run_folder import once, write_json
 from qstar.methods.supervised import TrainSettings
 from qstar.models.model import Model
 from qstar.tasks import make_task
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
+from qstar.train.checkpoint import Checkpoints
 from qstar.train.evaluate import summarise
 from qstar.train.metrics import Writer, read, show_table
 from qstar.types import Rollout
@@ -169,18 +170,11 @@ class Arm:
 
     def evaluate(self, model: Model, n: int) -> dict[str, Any]:
         """Greedy answers on the held-out problems, without and (if asked) with hints; 95% intervals over problems."""
-        ctx, e = self.ctx, self.ctx.config.evaluate
-        problems = ctx.task.problems(e.split)[: e.limit or None]
+        e = self.ctx.config.evaluate
         out: dict[str, Any] = {}
-        settings = dataclasses.replace(ctx.sample_settings, temperature=0.0)
         for hinted in (False, True) if e.hinted else (False,):
             stage = f"iter_{n:03d}" + ("_hinted" if hinted else "")
-            with self.timed("evaluate"), ctx.bar("evaluate", len(problems)) as progress:
-                rows = attempt(
-                    model, ctx.task, problems, settings, k=1, hinted=hinted, iteration=n, seed=0,
-                    folder=self.folder / "stages" / "evaluation", stage=stage, progress=progress,
-                )
-                once(self.folder / "evaluation" / f"{stage}.jsonl", lambda rows=rows: [r.to_json() for r in rows])
+            rows = self._answers(model, e.split, stage, n, hinted=hinted)
             name = "hinted_accuracy" if hinted else "accuracy"
             out.update(summarise(name, [float(r.correct) for r in rows], [r.group for r in rows]))
             if not hinted:
@@ -224,18 +218,43 @@ class Arm:
         self.ctx.say(f"[yellow]{self.name} stopped in loop {n}: {reason}")
         write_json(self.folder / "status.json", {"status": "stopped", "reason": reason, "iterations": n - 1})
 
-    def finish(self) -> None:
-        """Marks the arm as done (a stop stays a stop)."""
+    def finish(self, base: Model) -> None:
+        """Marks the arm as done (a stop stays a stop). Loops that were chosen on validation are tested once, here."""
+        best = self._scores.index(max(self._scores))
         if not (self.folder / "status.json").exists():
-            done = len(self._scores) - 1
-            write_json(self.folder / "status.json", {"status": "finished", "reason": "", "iterations": done})
+            status = {"status": "finished", "reason": "", "iterations": len(self._scores) - 1}
+            write_json(self.folder / "status.json", status)
+        if self.ctx.config.evaluate.split != "val":
+            return
+        model = base
+        if best:
+            weights = Checkpoints(self.checkpoint(best) / "model")
+            model = base.replace(params=weights.restore(base.params)[0])
+            weights.close()
+        rows = self._answers(model, "test", "test", best, hinted=False)
+        result = summarise("accuracy", [float(r.correct) for r in rows], [r.group for r in rows])
+        self.ctx.writer.write(stage="test", step=best, arm=self.name, iteration=best, **result)
+        self.ctx.say(f"{self.name}: best loop on validation {best}, test accuracy {result['accuracy']:.4f} "
+                     f"({result['accuracy_low']:.4f} to {result['accuracy_high']:.4f})")
+
+    def _answers(self, model: Model, split: str, stage: str, n: int, *, hinted: bool) -> list[Rollout]:
+        """Greedy answers on a split, kept in evaluation/<stage>.jsonl."""
+        ctx = self.ctx
+        problems = ctx.task.problems(split)[: ctx.config.evaluate.limit or None]
+
+        def make() -> list[dict[str, Any]]:
+            with ctx.bar("evaluate", len(problems)) as progress:
+                rows = attempt(
+                    model, ctx.task, problems, dataclasses.replace(ctx.sample_settings, temperature=0.0), k=1,
+                    hinted=hinted, iteration=n, seed=0, folder=self.folder / "stages" / "evaluation", stage=stage,
+                    progress=progress,
+                )
+            return [r.to_json() for r in rows]
+
+        with self.timed("evaluate"):
+            return [Rollout(**row) for row in once(self.folder / "evaluation" / f"{stage}.jsonl", make)]
 
 
 def _one_line(r: Rollout, width: int = 90) -> str:
     text = f"{r.prompt[-60:]}{r.completion}".replace("\n", "⏎")
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def task_seed(*parts: Any) -> int:
-    """A seed for anything an arm draws."""
-    return stable_seed(*parts)

@@ -33,21 +33,26 @@ def prepare(ctx: Context) -> Model:
     Raises:
       UserError: no weights, no tokenizer, no seed rows, or a gate that does not hold.
     """
+    model = architecture(ctx)
+    show_parameters(ctx, model)
+    if not ctx.config.model.path:
+        model = train_base(ctx, model)
+        check_gates(ctx, model)
+    return model
+
+
+def architecture(ctx: Context) -> Model:
+    """Returns the pretrained model, or the preset with random weights; sets the run's tokenizer."""
     options = ctx.config.model.to_dict()
-    path, name = options.pop("path", ""), options.pop("preset", "")
+    path, name = options.pop("path"), options.pop("preset")
     if path:
         model = load(path, mesh=ctx.mesh, dtype=options.pop("dtype", None) or None)
         model = model.replace(config=model.config.replace(**options))
         if model.tokenizer is None:
             raise UserError(f"config.model.path={path}: STaR needs a tokenizer, and this folder has no tokenizer files")
-        ctx.tokenizer = model.tokenizer
-        show_parameters(ctx, model)
-        return model
-    model = from_scratch(ctx, name, options)
+    else:
+        model = from_scratch(ctx, name, options)
     ctx.tokenizer = model.tokenizer
-    show_parameters(ctx, model)
-    model = train_base(ctx, model)
-    check_gates(ctx, model)
     return model
 
 

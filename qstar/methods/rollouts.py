@@ -11,7 +11,7 @@ from typing import Any
 
 from qstar.methods.run_folder import once, stable_seed
 from qstar.models.model import Model
-from qstar.sample.batching import stream
+from qstar.sample.batching import default_slots, stream
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
@@ -60,6 +60,8 @@ def attempt(
     A round is a pure function of (model, problems, seed), so that a killed run makes the same files.
     """
     size = max(1, settings.round_size // k)
+    if settings.slots is None:  # one shape for all rounds, the last and shorter one too
+        settings = dataclasses.replace(settings, slots=default_slots(min(size, len(problems)) * k))
     out: list[Rollout] = []
     for r, start in enumerate(range(0, len(problems), size)):
         chunk = problems[start : start + size]

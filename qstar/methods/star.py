@@ -14,7 +14,6 @@ STaR without rationalisation, STaR-dagger, RFT and ReST-EM are settings of this 
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from qstar.errors import UserError
 from qstar.methods import base_model
 from qstar.methods.arms import Arm, Context
 from qstar.methods.rollouts import Selection, attempt, select, show_hint, summary, to_example
-from qstar.methods.run_folder import once, once_json, open_run, stable_seed, write_json
+from qstar.methods.run_folder import once, open_run, stable_seed
 from qstar.methods.supervised import fine_tune
 from qstar.models.model import Model
 from qstar.tasks.base import Problem
@@ -118,23 +117,23 @@ def outer_loop(arm: Arm, loop: Loop, base: Model) -> Model:
     for n in range(1, loop.n_iters + 1):
         arm.begin(n, loop.n_iters)
         rollouts = rationalised_rollouts(arm, loop, model, n)
-        kept = [r for r in rollouts if r.verdict != "rejected"]
-        if len(kept) < max(1, loop.min_kept):
-            arm.stop(n, f"loop {n} kept {len(kept)} of {len(rollouts)} attempts (loop.min_kept={loop.min_kept}): nothing to "
-                        "train on, so the model of the loop before stays")
-            return model
+        examples = training_examples(arm, loop, [r for r in rollouts if r.verdict != "rejected"], n)
+        if len(examples) < max(1, loop.min_kept):
+            arm.stop(n, f"{len(examples)} rows kept of {len(rollouts)} attempts (loop.min_kept={loop.min_kept}); "
+                        "the model of the loop before stays")
+            break
         start = base if loop.restart == "base" else model
         try:
-            model, trained = train(arm, loop, start, kept, n)
+            model, trained = train(arm, loop, start, examples, n)
         except Diverged as e:
             arm.stop(n, str(e))
-            return model
+            break
         metrics = arm.evaluate(model, n)
         arm.report(n, metrics, {**summary(rollouts), **trained})
         if loop.patience and arm.stale(loop.patience):
             arm.stop(n, f"no better validation accuracy for {loop.patience} loops")
             break
-    arm.finish()
+    arm.finish(base)
     return model
 
 
@@ -172,10 +171,9 @@ def sample(arm: Arm, loop: Loop, model: Model, problems: list[Problem], n: int, 
         )
 
 
-def train(arm: Arm, loop: Loop, start: Model, kept: list[Rollout], n: int) -> tuple[Model, dict[str, Any]]:
-    """Fine-tunes `start` on the kept rationales, hints stripped, for S_n steps with fresh optimiser moments."""
+def train(arm: Arm, loop: Loop, start: Model, examples: list[Example], n: int) -> tuple[Model, dict[str, Any]]:
+    """Fine-tunes `start` on the kept rationales for S_n steps, with fresh optimiser moments."""
     ctx = arm.ctx
-    examples = training_examples(arm, loop, kept, n)
     settings = ctx.train_settings
     steps = steps_for(loop.steps, n, len(examples), settings.batch_size)
     if loop.max_epochs is not None:
@@ -184,14 +182,12 @@ def train(arm: Arm, loop: Loop, start: Model, kept: list[Rollout], n: int) -> tu
             ctx.say(f"[yellow]only {len(examples)} rows: {cap} steps instead of {steps} (loop.max_epochs={loop.max_epochs})")
         steps = min(steps, cap)
     hinted_seeds = [ctx.seed_example(p, hinted) for p, hinted in ctx.task.seeds() if hinted] if loop.seed_share else []
-    began = time.perf_counter()
     with arm.timed("train"), ctx.bar("train", steps) as progress:
         model, done = fine_tune(
             start, examples, settings, steps=steps, seed=stable_seed(ctx.seed, arm.name, n, "train"),
             folder=arm.checkpoint(n), writer=ctx.writer, label={"arm": arm.name, "iteration": n},
             mix=(hinted_seeds, loop.seed_share) if hinted_seeds else None, progress=progress,
         )
-    del began
     tokens = round((done["tokens"] or 0) * done["steps"])
     return model, {"trained_rows": len(examples), "train_steps": done["steps"], "train_tokens": tokens, "train_loss": done["loss"]}
 
@@ -216,6 +212,3 @@ def training_examples(arm: Arm, loop: Loop, kept: list[Rollout], n: int) -> list
 def chosen(problem: Problem, n: int, share: float) -> bool:
     """Whether a failed problem is rationalised in loop n (all are, at share 1)."""
     return stable_seed(problem.id, n, "rationalise") < share * 2**31
-
-
-__all__ = ["Loop", "PRESETS", "once_json", "outer_loop", "run", "steps_for", "write_json"]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qstar import tree
 from qstar.data.loader import batches
 from qstar.errors import UserError
 from qstar.methods.run_folder import once_json
@@ -81,6 +82,8 @@ def fine_tune(
       label: arm and iteration, for the metrics rows.
       mix: (other examples, share of every batch): hinted seed rows, in from-scratch runs.
     """
+    # Master weights are float32, whatever the folder kept them in: updates of 1e-6 round to nothing in bfloat16.
+    start = start.replace(params=tree.cast(start.params, np.float32))
     weights = Checkpoints(folder / "model")
     done = folder / "summary.json"
     if done.exists():

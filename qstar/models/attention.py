@@ -6,6 +6,7 @@ decoding (prefix, prompt, the tokens generated so far, the token itself) and tho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,23 +37,30 @@ def attend(q: jax.Array, segments: Sequence[Segment], *, scale: float) -> jax.Ar
     """
     T, H, K = q.shape
     G = segments[0].keys.shape[0]
-    grouped = jnp.moveaxis(q.reshape(T, G, H // G, K), 0, 2)  # [G, R, T, K]
-    scores = [_scores(grouped, s, scale) for s in segments]
-    joined = scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1)
-    weights = jax.nn.softmax(joined, axis=-1).astype(q.dtype)  # [G, R, T, sum of S]
-    out, start = 0.0, 0
-    for s in segments:
-        part = jax.lax.slice_in_dim(weights, start, start + s.keys.shape[1], axis=-1)
-        out = out + jnp.einsum("grts,gsk->grtk", part, s.values, precision=precision(q.dtype))
-        start += s.keys.shape[1]
+    rows = jnp.moveaxis(q.reshape(T, G, H // G, K), 0, 2).reshape(G, -1, K)  # [G, R*T, K]: plain batched products
+    scores = [_scores(rows, s, scale, T) for s in segments]
+    top = [jnp.max(s, axis=-1, keepdims=True) for s in scores]
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, top))
+    out, total = 0.0, 0.0
+    for s, score in zip(segments, scores):
+        weights = jnp.exp(score - top)
+        total = total + jnp.sum(weights, axis=-1, keepdims=True)
+        out = out + jnp.einsum(
+            "gns,gsk->gnk", weights.astype(q.dtype), s.values, precision=precision(q.dtype), preferred_element_type=jnp.float32
+        )
+    out = (out / total).astype(q.dtype).reshape(G, H // G, T, K)  # normalised once, at the smaller array
     return jnp.moveaxis(out, 2, 0).reshape(T, H, K)
 
 
-def _scores(q: jax.Array, segment: Segment, scale: float) -> jax.Array:
+def _scores(rows: jax.Array, segment: Segment, scale: float, T: int) -> jax.Array:
+    """Returns float32 scores [G, R*T, S] of one segment, very negative where its mask hides a key."""
     s = scale * jnp.einsum(
-        "grtk,gsk->grts", q, segment.keys, precision=precision(q.dtype), preferred_element_type=jnp.float32
+        "gnk,gsk->gns", rows, segment.keys, precision=precision(rows.dtype), preferred_element_type=jnp.float32
     )
-    return s if segment.mask is None else jnp.where(segment.mask, s, NEG)
+    if segment.mask is None:
+        return s
+    G, _, S = s.shape
+    return jnp.where(segment.mask, s.reshape(G, -1, T, S), NEG).reshape(s.shape)
 
 
 def text_mask(segment_ids: jax.Array | None, length: int, window: int | None = None) -> jax.Array:

@@ -34,7 +34,7 @@ from qstar.types import Params
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -48,7 +48,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: broken JSON ({e.msg}); copy the file again") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})") from None
+        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -62,10 +63,10 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model folder {str(folder)!r} does not exist; give a local folder in the Hugging Face layout "
-                        "(`hf download NAME --local-dir FOLDER` fetches one)")
+        raise UserError(f"model folder {str(folder)!r} does not exist; give a local folder in the Hugging Face "
+                        "layout (`hf download NAME --local-dir FOLDER` fetches one)")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: config.json is missing, so this is no model folder in the Hugging Face layout")
+        raise UserError(f"{folder}: config.json is missing; this is no model folder in the Hugging Face layout")
     return read_json(folder / "config.json")
 
 
@@ -81,7 +82,7 @@ class _Weights:
             except (SafetensorError, OSError) as e:
                 raise UserError(f"{file}: truncated or no safetensors file ({e}); copy it again") from None
             self.slices |= {name: functools.partial(handle.get_slice, name) for name in handle.keys()}
-        # Files saved from a bare model (the first GPT-2 uploads among them) lack the prefix of the base model.
+        # Files saved from a bare model (the first GPT-2 uploads among them) lack the base model's prefix.
         self.prefix = prefix if any(name.startswith(prefix) for name in self.slices) else ""
         self.drop = prefix
 
@@ -101,16 +102,20 @@ class _Weights:
         wanted = {self.key(n): file_shape(row, shape) for row, shape in rows for n in file_names(row, shape)}
         found = {n for n in self.slices if not BUFFERS.search(n) and not (tied and n == "lm_head.weight")}
         if missing := sorted(wanted.keys() - self.slices.keys()):
-            raise UserError(f"{self.folder}: tensor {missing[0]!r}{_others(missing)} that config.json asks for is missing")
+            raise UserError(f"{self.folder}: tensor {missing[0]!r}{_others(missing)} that config.json asks for "
+                            "is missing")
         if extra := sorted(found - wanted.keys()):
             shown = ", ".join(map(repr, extra[:3]))
-            raise UserError(f"{self.folder}: unexpected tensors {shown}{_others(extra[2:])}; config.json describes another model")
+            raise UserError(f"{self.folder}: unexpected tensors {shown}{_others(extra[2:])}; config.json describes "
+                            "another model")
         for name, shape in wanted.items():
             view = self.slices[name]()
             if tuple(view.get_shape()) != shape:
-                raise UserError(f"{self.folder}: tensor {name!r} has shape {tuple(view.get_shape())}, but config.json asks for {shape}")
+                raise UserError(f"{self.folder}: tensor {name!r} has shape {tuple(view.get_shape())}, but "
+                                f"config.json asks for {shape}")
             if view.get_dtype() not in _DTYPES:
-                raise UserError(f"{self.folder}: tensor {name!r} has dtype {view.get_dtype()}; only {', '.join(_DTYPES)} are supported")
+                raise UserError(f"{self.folder}: tensor {name!r} has dtype {view.get_dtype()}; only "
+                                f"{', '.join(_DTYPES)} are supported")
 
 
 def _others(names: list[str]) -> str:
@@ -123,8 +128,8 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not (folder / INDEX).is_file():
         pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
         if pickles:
-            raise UserError(f"{folder}: the weights are a pickle ({pickles[0]}), which can run code and is not read here; "
-                            "convert them to safetensors (save_pretrained of a current transformers)")
+            raise UserError(f"{folder}: the weights are a pickle ({pickles[0]}), which can run code and is not read "
+                            "here; convert them to safetensors (save_pretrained of a current transformers)")
         raise UserError(f"{folder}: no weights found ({SINGLE} or {INDEX})")
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -144,8 +149,8 @@ def read_params(
     Args:
       folder: a local folder.
       config: what the weights are of; see `models.config.from_hf`.
-      mesh: where to put them. Each parameter is created in its sharding: every device's part is sliced out of the
-        memory-mapped files, and at no time is there a whole copy of a parameter on a device.
+      mesh: where to put them. Each parameter is created in its sharding: every device's part is sliced out of
+        the memory-mapped files, and at no time is there a whole copy of a parameter on a device.
       dtype: of the parameters; None keeps what is stored (float32, bfloat16 or float16).
 
     Returns:
@@ -182,9 +187,14 @@ def read_params(
 
 
 def _read_part(
-    weights: _Weights, row: Row, names: list[str], shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...], dtype: np.dtype
+    weights: _Weights,
+    row: Row,
+    names: list[str],
+    shape: tuple[int, ...],
+    bounds: tuple[tuple[int, int], ...],
+    dtype: np.dtype,
 ) -> np.ndarray:
-    """Reads bounds = ((start, stop) per axis) of one parameter of this shape, and nothing else, from the files."""
+    """Reads bounds = ((start, stop) per axis) of a parameter of this shape, and nothing else, from the files."""
     stacked = "{i}" in row.name
     inner = list(bounds[1:] if stacked else bounds)
     if row.part is not None:
@@ -199,7 +209,7 @@ def _read_part(
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 def write_params(
@@ -209,10 +219,11 @@ def write_params(
     max_shard_bytes: int = 5 * 2**30,
     extras: Callable[[pathlib.Path], None] = lambda folder: None,
 ) -> None:
-    """Writes config.json and safetensors (sharded with an index where they exceed `max_shard_bytes`), all or nothing.
+    """Writes config.json and safetensors (in shards with an index beyond `max_shard_bytes`), all or nothing.
 
-    The export is written into a hidden folder beside the target and renamed when complete. A tied head is not written:
-    transformers makes it from the embedding. Under several processes all must call this; the first one writes.
+    The export is written into a hidden folder beside the target and renamed when complete. A tied head is not
+    written: transformers makes it from the embedding. Where there are several processes all must call this; the
+    first one writes.
 
     Args:
       folder: absent, empty, or an earlier export, which is replaced.
@@ -220,7 +231,7 @@ def write_params(
       extras: writes what else belongs into the folder (tokenizer files), given its path.
 
     Raises:
-      UserError: the folder holds something else, the parameters are not those of the config, or the disk refuses.
+      UserError: the folder holds something else, the parameters are not the config's, or the disk refuses.
     """
     target = pathlib.Path(folder).expanduser().resolve()
     leaves = _checked_leaves(config, params)
@@ -257,20 +268,24 @@ def _checked_leaves(config: ModelConfig, params: Params) -> dict[str, Any]:
     leaves = dict(tree.named_leaves(params))
     wanted = {row.path: shape for row, shape in name_map(config)}
     for path in sorted(leaves.keys() ^ wanted.keys()):
-        raise UserError(f"parameter {path} is {'missing' if path in wanted else 'not one of this config'}; cannot export")
+        fault = "missing" if path in wanted else "not one of this config"
+        raise UserError(f"parameter {path} is {fault}; cannot export")
     for path, shape in wanted.items():
         if leaves[path].shape != shape:
-            raise UserError(f"parameter {path} has shape {leaves[path].shape}, but the config asks for {shape}; cannot export")
+            raise UserError(f"parameter {path} has shape {leaves[path].shape}, but the config asks for {shape}; "
+                            "cannot export")
         if leaves[path].dtype not in _DTYPES.values():
-            raise UserError(f"parameter {path} has dtype {leaves[path].dtype}; export float32, bfloat16 or float16")
+            raise UserError(f"parameter {path} has dtype {leaves[path].dtype}; "
+                            "export float32, bfloat16 or float16")
     return leaves
 
 
-Piece = tuple[Row, int]  # one layer's share of a tensor: the row, and the layer
+Piece = tuple[Row, int]  # one parameter's share of a tensor: its row, and the layer (-1: it has none)
+Shards = dict[str, dict[str, list[Piece]]]  # file name -> tensor name -> pieces
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, list[Piece]]]:
-    """Yields every tensor of the files with the pieces it is made of (three for a fused q | k | v), layer by layer."""
+    """Yields every tensor of the files with its pieces (three for a fused q | k | v), layer by layer."""
     out: dict[str, list[Piece]] = {}
     rows = name_map(config)
     for layer in range(-1, config.num_layers):
@@ -286,8 +301,8 @@ def _piece_bytes(leaves: dict[str, Any], piece: Piece) -> int:
     return math.prod(leaf.shape[1:] if piece[1] >= 0 else leaf.shape) * leaf.dtype.itemsize
 
 
-def _plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int) -> dict[str, dict[str, list[Piece]]]:
-    """Returns {file name: {tensor name: pieces}}, filled in order up to `limit` bytes (at least one tensor each)."""
+def _plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int) -> Shards:
+    """Returns the files, filled in order up to `limit` bytes each (or with one larger tensor)."""
     shards: list[dict[str, list[Piece]]] = [{}]
     room = limit
     for name, pieces in _tensors(config):
@@ -299,7 +314,8 @@ def _plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int) -> dic
         room -= size
     if len(shards) == 1:
         return {SINGLE: shards[0]}
-    return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, start=1)}
+    of = f"of-{len(shards):05d}.safetensors"
+    return {f"model-{k:05d}-{of}": shard for k, shard in enumerate(shards, start=1)}
 
 
 def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
@@ -326,16 +342,17 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_index(folder: pathlib.Path, shards: dict[str, dict[str, list[Piece]]], leaves: dict[str, Any]) -> None:
-    total = sum(_piece_bytes(leaves, p) for tensors in shards.values() for pieces in tensors.values() for p in pieces)
+def _write_index(folder: pathlib.Path, shards: Shards, leaves: dict[str, Any]) -> None:
+    total = sum(_piece_bytes(leaves, p) for file in shards.values() for pieces in file.values() for p in pieces)
     names = {name: file for file, tensors in shards.items() for name in tensors}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
 
 
-# What an export may hold. Anything else in a folder is somebody's work, and replacing the folder would delete it.
+# What an export may hold. Anything else is somebody's work, and replacing the folder would delete it.
 _OWN_FILES = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|chat_template\.(json|jinja)"
-    r"|tokenizer(_config)?\.json|(tokenizer|spiece)\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt")
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
+    r"|chat_template\.(json|jinja)|tokenizer(_config)?\.json|(tokenizer|spiece)\.model"
+    r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt")
 
 
 def _refuse_foreign(target: pathlib.Path) -> None:
@@ -347,7 +364,8 @@ def _refuse_foreign(target: pathlib.Path) -> None:
     names = sorted(p.name for p in target.iterdir())
     foreign = [n for n in names if not _OWN_FILES.fullmatch(n)]
     if foreign:
-        raise UserError(f"{target} holds {foreign[0]!r}{_others(foreign)}, which is no part of a model export; choose another folder")
+        raise UserError(f"{target} holds {foreign[0]!r}{_others(foreign)}, which is no part of a model export; "
+                        "choose another folder")
     if names and "model_type" not in (read_json(target / "config.json") if "config.json" in names else {}):
         raise UserError(f"{target} is not empty and no model export; choose another folder")
 

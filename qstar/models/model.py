@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -51,7 +50,8 @@ class Model:
     def __repr__(self) -> str:
         c = self.config
         text = "no tokenizer" if self.tokenizer is None else f"tokenizer of {self.tokenizer.vocab_size}"
-        return f"Model({c.family}, {tree.size(self.params):,} parameters, {c.dtype}, {text}, mesh={self.mesh})"
+        count = f"{tree.size(self.params):,}"
+        return f"Model({c.family}, {count} parameters, {c.dtype}, {text}, mesh={self.mesh})"
 
 
 def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None) -> Model:
@@ -60,8 +60,8 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None) -
     Args:
       path: a local folder with config.json, safetensors and (not necessarily) tokenizer files.
       mesh: where to put the parameters, each created directly in its sharding (see `mesh.make_mesh`).
-      dtype: of the computation: float32, bfloat16 or float16. None takes bfloat16 for models whose config.json
-        says that they are kept in half precision, and float32 otherwise. Parameters keep their stored dtype.
+      dtype: of the computation: float32, bfloat16 or float16. None takes bfloat16 for models whose config.json says
+        that they are kept in half precision, and float32 otherwise. Parameters keep their stored dtype.
 
     Raises:
       UserError: a missing, broken or unsupported file; the line names it.
@@ -97,7 +97,7 @@ def save(model: Model, path: str | os.PathLike) -> None:
 
 
 def _write_extras(model: Model, folder: pathlib.Path) -> None:
-    """Tokenizer files and generation_config.json: what ends a text is the tokenizer's word where there is one."""
+    """Tokenizer files and generation_config.json, where the tokenizer (if any) says what ends a text."""
     ids = {"bos_token_id": model.config.bos_id, "eos_token_id": model.config.eos_id}
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
@@ -106,7 +106,7 @@ def _write_extras(model: Model, folder: pathlib.Path) -> None:
 
 
 def _check_expressible(config: ModelConfig) -> None:
-    """Raises UserError where reading config.json back would give another graph (say, a Llama with scaled embeddings)."""
+    """Raises UserError where config.json would read back as another graph (say, a Llama with scaled embeddings)."""
     run = {"dtype": "float32", "remat": "none", "scan_unroll": 1, "init_std": 0.02}  # no part of the graph
     there = config.replace(**run, rotary_dim=config.rotary_dim or config.head_dim)
     back = from_hf(to_hf(config)).replace(**run)
@@ -114,16 +114,11 @@ def _check_expressible(config: ModelConfig) -> None:
     for field in dataclasses.fields(config):
         a, b = getattr(there, field.name), getattr(back, field.name)
         if a != b:
-            raise UserError(f"model config: {field.name}={a!r} cannot be written as a {config.family!r} model "
-                            f"(it would read back as {b!r}); use family 'tiny'")
+            raise UserError(f"model config: {field.name}={a!r} cannot be written as a {config.family!r} "
+                            f"model (it would read back as {b!r}); use family 'tiny'")
 
 
-# ---------------------------------------------------------------------------------------------------------- scoring
-
-
-def precision(config: ModelConfig) -> Any:
-    """Returns the context for float32 models: without it a TPU or GPU multiplies float32 matrices in fewer bits."""
-    return jax.default_matmul_precision("highest") if config.dtype == "float32" else contextlib.nullcontext()
+# ---------------------------------------------------------------------------------------------------- scoring
 
 
 def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -179,15 +174,16 @@ def logits(model: Model, tokens: Any, mask: Any = None) -> jax.Array:
 
     Args:
       tokens: [B, T] ids (nested lists of one length, or an array).
-      mask: [B, T], 1 for real tokens and 0 for padding, on either side of a row; default: all real. Logits at padding
-        mean nothing.
+      mask: [B, T], 1 for real tokens and 0 for padding, on either side of a row; default: all real. Logits at
+        padding mean nothing.
 
     Raises:
       UserError: a row has more real tokens than the model's context, ids outside the vocabulary, or not [B, T].
     """
     if not isinstance(tokens, jax.Array):
         tokens = _as_tokens(tokens, model.config)
-    mask = jnp.ones(tokens.shape, jnp.int32) if mask is None else mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if not isinstance(mask, jax.Array):
+        mask = np.ones(tokens.shape, np.int32) if mask is None else np.asarray(mask)
     if tokens.ndim != 2 or mask.shape != tokens.shape:
         raise UserError(f"tokens {tokens.shape} and mask {mask.shape} must both have shape [B, T]")
     limit = model.config.max_positions
@@ -195,15 +191,14 @@ def logits(model: Model, tokens: Any, mask: Any = None) -> jax.Array:
         counts = np.asarray(mask != 0).sum(axis=1)
         if counts.max() > limit:
             raise _overflow(int(counts.argmax()), int(counts.max()), limit)
-    with precision(model.config):
-        return _logits(model.params, model.config, *_place(model, tokens, mask))
+    return _logits(model.params, model.config, *_place(model, tokens, mask))
 
 
 def _as_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
     try:
         tokens = np.asarray(tokens, np.int32)
     except (TypeError, ValueError) as e:
-        raise UserError(f"tokens must be a rectangle [B, T] of ids ({e}); pad the rows and say so in `mask`") from None
+        raise UserError(f"tokens must be a rectangle [B, T] of ids ({e}); pad the rows, with a `mask`") from None
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
         bad = next(t for t in tokens.ravel().tolist() if not 0 <= t < config.vocab_size)
         raise UserError(f"token id {bad} is outside the model's vocabulary of {config.vocab_size}")
@@ -211,7 +206,8 @@ def _as_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
 
 
 def _overflow(row: int, length: int, limit: int) -> UserError:
-    return UserError(f"prompt {row} has {length} tokens, but max_positions, the model's context, is {limit}; shorten it")
+    return UserError(f"prompt {row} has {length} tokens, but max_positions, the model's context, is {limit}; "
+                     "shorten it")
 
 
 def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -> list[np.ndarray]:
@@ -219,11 +215,11 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
 
     Args:
       prompts: texts (a BOS token is put in front where the tokenizer has one), or lists of token ids as they are.
-      completions: texts or lists of token ids, one per prompt. A text goes on where its prompt's text ends, so it is
-        encoded together with it, as long as that leaves the prompt's own ids alone.
+      completions: texts or lists of token ids, one per prompt. A text goes on where its prompt's text ends, so it
+        is encoded together with it, as long as that leaves the prompt's own ids alone.
 
     Returns:
-      One float32 array per pair, of the completion's length. The numbers do not depend on the other pairs.
+      One float32 array per pair, of the completion's length.
 
     Raises:
       UserError: text for a model without tokenizer, an empty prompt, or a pair longer than the model's context.
@@ -234,31 +230,31 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
         raise UserError(f"{len(prompts)} prompts but {len(completions)} completions; give one per prompt")
     pairs = [_encode_pair(model, i, p, c) for i, (p, c) in enumerate(zip(prompts, completions))]
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(pairs)
-    with precision(model.config):
-        for length, rows in _chunks([len(p) + len(c) for p, c in pairs]):
-            count = 1 << (len(rows) - 1).bit_length()  # a power of two: few shapes to compile
-            tokens, mask = np.zeros((2, count, length), np.int32)
-            for r, i in enumerate(rows):
-                ids = [*pairs[i][0], *pairs[i][1]]
-                tokens[r, : len(ids)], mask[r, : len(ids)] = ids, 1
-            scores = np.asarray(_next_logprobs(model.params, model.config, *_place(model, tokens, mask)))
-            for r, i in enumerate(rows):
-                start = len(pairs[i][0]) - 1
-                out[i] = scores[r, start : start + len(pairs[i][1])].copy()
+    for length, rows in _chunks([len(p) + len(c) for p, c in pairs]):
+        count = 1 << (len(rows) - 1).bit_length()  # a power of two: few shapes to compile
+        tokens, mask = np.zeros((2, count, length), np.int32)
+        for r, i in enumerate(rows):
+            ids = [*pairs[i][0], *pairs[i][1]]
+            tokens[r, : len(ids)], mask[r, : len(ids)] = ids, 1
+        scores = np.asarray(_next_logprobs(model.params, model.config, *_place(model, tokens, mask)))
+        for r, i in enumerate(rows):
+            start = len(pairs[i][0]) - 1
+            out[i] = scores[r, start : start + len(pairs[i][1])].copy()
     return out
 
 
 def _encode_pair(model: Model, i: int, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
     tokenizer = model.tokenizer
     if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
-        raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text")
+        raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, "
+                        "not text")
     if isinstance(prompt, str) and isinstance(completion, str):
         head, tail = tokenizer.encode_pair(prompt, completion)
     else:
         head = tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(t) for t in prompt]
         tail = tokenizer.encode(completion) if isinstance(completion, str) else [int(t) for t in completion]
     if not head:
-        raise UserError(f"prompt {i} is empty: give it at least one token (the model has no BOS token to start from)")
+        raise UserError(f"prompt {i} is empty: give it at least one token (there is no BOS token to start from)")
     if len(head) + len(tail) > model.config.max_positions:
         raise _overflow(i, len(head) + len(tail), model.config.max_positions)
     _as_tokens(head + tail, model.config)

@@ -1,8 +1,8 @@
-"""How Hugging Face's files name and lay out what a decoder's parameters are: one table per family, read both ways.
+"""How Hugging Face's files name and lay out a decoder's parameters: one table per family, read both ways.
 
-A row says under which name the files keep a parameter, and how its layout differs (PyTorch's Linear keeps [out, in];
-GPT-2 fuses q, k and v). Which rows apply is not written twice: `decoder.init`, traced without computing, says which
-parameters a config has and their shapes.
+A row says under which name the files keep a parameter, and how its layout differs (PyTorch's Linear keeps
+[out, in]; GPT-2 fuses q, k and v). Which rows apply is not written twice: `decoder.init`, traced without
+computing, says which parameters a config has and their shapes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Row(NamedTuple):
 
 
 def _linear(path: str, name: str, transpose: bool = True, part: int | None = None) -> tuple[Row, Row]:
-    return Row(f"{path}/kernel", f"{name}.weight", transpose, part), Row(f"{path}/bias", f"{name}.bias", False, part)
+    kernel = Row(f"{path}/kernel", f"{name}.weight", transpose, part)
+    return kernel, Row(f"{path}/bias", f"{name}.bias", False, part)
 
 
 def _norm(path: str, name: str) -> tuple[Row, Row]:
@@ -85,7 +86,8 @@ _GPTJ = (
     *_linear("head", "lm_head"),
 )
 
-NAMES = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "tiny"), _LLAMA), "gpt2": _GPT2, "gptj": _GPTJ}
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "tiny")
+NAMES = {**dict.fromkeys(_LIKE_LLAMA, _LLAMA), "gpt2": _GPT2, "gptj": _GPTJ}
 
 # Causal masks and rotary tables that old versions of transformers saved among the weights.
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
@@ -106,7 +108,8 @@ def name_map(config: ModelConfig) -> list[tuple[Row, tuple[int, ...]]]:
     leaves = tree.named_leaves(abstract_params(config))
     for path, _ in leaves:
         if path not in rows:
-            raise UserError(f"model config: weights of family {config.family!r} have no place for {path}; use family 'tiny'")
+            raise UserError(f"model config: weights of family {config.family!r} have no place for {path}; "
+                            "use family 'tiny'")
     return [(rows[path], leaf.shape) for path, leaf in leaves]
 
 

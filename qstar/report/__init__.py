@@ -1,1 +1,1 @@
-"""What a run looks like afterwards: `run.read_run` reads its folder, `html.write_report` makes one page of it."""
+"""A run, looked at afterwards: `run.read_run` reads its folder, `html.write_report` makes a page of it."""

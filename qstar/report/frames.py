@@ -1,4 +1,4 @@
-"""The numbers behind every figure, as plain lists and dicts: the report and the notebook draw the same ones."""
+"""The numbers behind every figure, as plain lists and dicts: report and notebook draw the same ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def groups(run: Run) -> list[str]:
 
 
 def hardest(run: Run) -> str:
-    """The group that the headline is about: the most digits in a run of arithmetic, else "" (all problems)."""
+    """The group that the headline is about: the most digits in arithmetic, else "" (all problems)."""
     found = groups(run)
     return found[-1] if found and task_name(run) == "arithmetic" else ""
 
@@ -54,7 +54,11 @@ def group_label(run: Run, group: str) -> str:
     """A group in words: "3 digits" in arithmetic; "all problems" for ""."""
     if not group:
         return "all problems"
-    return f"{group} digit{'s' * (group != '1')}" if task_name(run) == "arithmetic" and group.isdigit() else group
+    return (
+        f"{group} digit{'s' * (group != '1')}"
+        if task_name(run) == "arithmetic" and group.isdigit()
+        else group
+    )
 
 
 def arm_label(run: Run, arm: Arm) -> str:
@@ -138,14 +142,10 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
-def interval(low: float | None, high: float | None) -> str:
-    """ " (95% interval 0.0–1.2%)", or "" where none is known."""
-    return "" if low is None or high is None else f" (95% interval {100 * low:.1f}–{100 * high:.1f}%)"
-
-
 def with_interval(point: tuple[float, float | None, float | None]) -> str:
-    """What `Curve.at` returns as text."""
-    return percent(point[0]) + interval(*point[1:])
+    """What `Curve.at` returns as text: "0.4% (0.0–1.2%)", without brackets where no interval is known."""
+    value, low, high = point
+    return percent(value) + ("" if low is None else f" ({100 * low:.1f}–{100 * high:.1f}%)")
 
 
 def headline(run: Run) -> str:
@@ -157,18 +157,20 @@ def headline(run: Run) -> str:
     if not curves:
         return "No results yet: this run has not evaluated a model."
     if all(line.loops[-1] == 0 for _, line in curves):
-        return f"Before the first loop: {subject} is {with_interval(curves[0][1].at(0))}. No loop has finished yet."
-    clauses = []
-    for arm, line in sorted(curves, key=lambda item: not item[0].rationalises):
+        before = with_interval(curves[0][1].at(0)).replace("%)", "%, 95% interval)")
+        return f"Before the first loop, {subject} is {before}. No loop has finished yet."
+    curves.sort(key=lambda item: not item[0].rationalises)
+    (arm, line), others = curves[0], curves[1:]
+    start = (
+        f"{subject} {_change(line)}"
+        if len(run.arms) == 1
+        else f"{arm_label(run, arm)}, {subject} {_change(line)}"
+    )
+    told = [start[0].upper() + start[1:]]
+    for arm, other in others:
         label = arm_label(run, arm)
-        if "rationalisation" in label and clauses:
-            label = "without it"
-        clauses.append((label, _change(line)))
-    label, change = clauses[0]
-    if len(run.arms) == 1:
-        return f"{subject[0].upper()}{subject[1:]} {change}."
-    rest = "".join(f"; {label}, {change}" for label, change in clauses[1:])
-    return f"{label[0].upper()}{label[1:]}, {subject} {change}{rest}."
+        told.append(("without it" if "rationalisation" in label else label) + f", it {_change(other)}")
+    return "; ".join(told).replace("%)", "%, 95% interval)", 1) + "."
 
 
 def _change(line: Curve) -> str:

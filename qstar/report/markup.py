@@ -22,10 +22,10 @@ def join(children: Any, separator: str = "") -> Safe:
     return Safe(separator.join(escape(child) for child in children if child is not None))
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Safe:
-    """An element. `class_` is written `class`, `stroke_width` `stroke-width`; attributes that are None are left out."""
+def tag(name: str, /, *children: Any, **attributes: Any) -> Safe:
+    """An element. `class_` is written `class`, `stroke_width` `stroke-width`; None leaves one out."""
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}' + ("" if value is True else f'="{escape(value)}"')
+        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )

@@ -28,6 +28,7 @@ class Line:
     dashed: bool = False
     marks: bool = True
     label: str = ""  # at the line's end; `name` if empty
+    shape: int = 0  # of the marks: colour alone does not tell lines apart for everyone
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ def line_chart(
     named = [line.label or line.name for line in lines]
     axes = Axes((ticks[0], max(xs[0], *xs, ticks[0] + 1)), (y_ticks[0], y_ticks[-1]), _room(named))
     parts = [_frame(axes, y_ticks, y_format)]
-    parts += [_text(axes.x(t), HEIGHT - BOTTOM + 18, x_name(t), "middle") for t in ticks if t <= axes.x_range[1]]
+    parts += [
+        _text(axes.x(t), HEIGHT - BOTTOM + 18, x_name(t), "middle") for t in ticks if t <= axes.x_range[1]
+    ]
     parts.append(_text((LEFT + WIDTH - axes.right) / 2, HEIGHT - 4, x_label, "middle", "axis"))
     parts += [_band(axes, line) for line in lines if line.low]
-    parts += [_line(axes, line, number, y_format, x_name) for number, line in enumerate(lines)]
+    parts += [_line(axes, line, y_format, x_name) for line in lines]
     ends = spread([axes.y(line.y[-1]) for line in lines], LINE_HEIGHT, TOP, HEIGHT - BOTTOM)
     for line, name, y in zip(lines, named, ends):
         parts.append(_text(axes.x(line.x[-1]) + 10, y + 4, name, "start", "name", f"fill:{line.colour}"))
@@ -105,8 +108,15 @@ def stacked_bars(
         middle, below = axes.x(number + 0.5), 0.0
         for value, (part, colour) in zip(values, parts):
             if value:
-                box = (middle - width / 2, axes.y(below + value), width, axes.y(below) - axes.y(below + value))
-                drawn.append(_bar(box, colour, y_format(value), f"{part}, {x_label} {name}: {y_format(value)}"))
+                box = (
+                    middle - width / 2,
+                    axes.y(below + value),
+                    width,
+                    axes.y(below) - axes.y(below + value),
+                )
+                drawn.append(
+                    _bar(box, colour, y_format(value), f"{part}, {x_label} {name}: {y_format(value)}")
+                )
             below += value
         drawn.append(_text(middle, HEIGHT - BOTTOM + 18, name, "middle"))
     drawn.append(_text((LEFT + WIDTH - axes.right) / 2, HEIGHT - 4, x_label, "middle", "axis"))
@@ -130,7 +140,7 @@ def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> l
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Moves positions apart until neighbours are `gap` apart, as little as need be, within low..high if they fit."""
+    """Moves positions until neighbours are `gap` apart, by as little as need be, within low..high."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     placed = list(positions)
     floor = low
@@ -155,8 +165,16 @@ def _frame(axes: Axes, ticks: Sequence[float], y_format: Callable[[float], str])
     parts = []
     for tick in ticks:
         y = axes.y(tick)
-        parts.append(tag("line", x1=LEFT, x2=f"{right:.1f}", y1=f"{y:.1f}", y2=f"{y:.1f}",
-                         class_="grid" if tick > ticks[0] else "zero"))
+        parts.append(
+            tag(
+                "line",
+                x1=LEFT,
+                x2=f"{right:.1f}",
+                y1=f"{y:.1f}",
+                y2=f"{y:.1f}",
+                class_="grid" if tick > ticks[0] else "zero",
+            )
+        )
         parts.append(_text(LEFT - 8, y + 4, y_format(tick), "end"))
     return join(parts)
 
@@ -170,22 +188,35 @@ def _band(axes: Axes, line: Line) -> Safe:
     return tag("polygon", points=_points(there + back[::-1]), class_="band", style=f"fill:{line.colour}")
 
 
-def _line(axes: Axes, line: Line, number: int, y_format: Callable, x_name: Callable) -> Safe:
+def _line(axes: Axes, line: Line, y_format: Callable, x_name: Callable) -> Safe:
     stride = math.ceil(len(line.x) / _POINTS) or 1
     kept = [i for i in range(len(line.x)) if i % stride == 0 or i == len(line.x) - 1]
     points = [(axes.x(line.x[i]), axes.y(line.y[i])) for i in kept]
-    drawn = [tag("polyline", points=_points(points), class_="line dashed" if line.dashed else "line",
-                 style=f"stroke:{line.colour}")]
+    drawn = [
+        tag(
+            "polyline",
+            points=_points(points),
+            class_="line dashed" if line.dashed else "line",
+            style=f"stroke:{line.colour}",
+        )
+    ]
     for i, (x, y) in zip(kept, points) if line.marks else ():
         bounds = f" [{y_format(line.low[i])}, {y_format(line.high[i])}]" if line.low else ""
         tip = f"{line.name}, {x_name(line.x[i])}: {y_format(line.y[i])}{bounds}"
-        drawn.append(tag("path", tag("title", tip), d=_mark(number, x, y), class_="mark",
-                         style=f"fill:{'var(--card)' if line.dashed else line.colour};stroke:{line.colour}"))
+        drawn.append(
+            tag(
+                "path",
+                tag("title", tip),
+                d=_mark(line.shape, x, y),
+                class_="mark",
+                style=f"fill:{'var(--card)' if line.dashed else line.colour};stroke:{line.colour}",
+            )
+        )
     return join(drawn)
 
 
 def _mark(number: int, x: float, y: float) -> str:
-    """A disc, square, triangle or diamond: colour alone does not tell lines apart for everyone."""
+    """A disc, square, triangle or diamond."""
     shapes = (
         "M{x:.1f} {y:.1f}m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
         "M{x:.1f} {y:.1f}m-3.5 -3.5h7v7h-7z",

@@ -1,4 +1,4 @@
-"""The attempts of one outer loop: how many of each kind there are, and a sample of them that a page can hold."""
+"""The attempts of one outer loop: how many of each kind there are, and a sample that a page can hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Kind(NamedTuple):
     """What attempts are counted, sampled and filtered by."""
 
     verdict: str
-    reason: str
+    reason: str  # up to its colon: "hint leak: ..." says behind it which words gave it away
     hinted: bool
     group: str
     valid: bool | None
@@ -33,8 +33,8 @@ class Attempts:
     Attributes:
         total: attempts in the file, hinted ones included.
         counts: attempts of every kind; they add up to `total`.
-        problems: group ("" = all) -> problems whose best attempt was kept, rationalised, or neither ("rejected").
-        shown: a sample of the rows, see `sample`; `hint` in a row lists the [start, end) of the hint in its prompt.
+        problems: group ("" = all) -> outcome -> problems, by the best verdict that an attempt at them got.
+        shown: a sample of the rows, see `sample`; `hint` holds the [start, end) of the hint in the prompt.
     """
 
     total: int = 0
@@ -45,8 +45,12 @@ class Attempts:
 
 @dataclass
 class Answers:
-    """Greedy answers on held-out problems, counted: `restated` of the wrong ones begin by restating the sum, and
-    `miscopied` of those restate it wrongly."""
+    """Greedy answers on held-out problems, counted.
+
+    Attributes:
+        restated: wrong answers that begin by restating the sum.
+        miscopied: those of them that restate it wrongly.
+    """
 
     total: int = 0
     wrong: int = 0
@@ -82,14 +86,14 @@ def read_answers(path: Path) -> dict[str, Answers]:
 
 def kind(row: Row) -> Kind:
     """The kind of an attempt."""
-    texts = (str(row.get("verdict") or ""), str(row.get("reason") or ""))
+    texts = (str(row.get("verdict") or ""), str(row.get("reason") or "").split(":")[0])
     return Kind(*texts, bool(row.get("hinted")), str(row.get("group") or ""), row.get("valid"))
 
 
 def sample(rows: Sequence[Row], cap: int) -> list[Row]:
     """At most `cap` rows, taken from the kinds in turn, so that every prefix holds the rare ones too.
 
-    Within a kind the order is that of a hash of what identifies the attempt: the same in every report of a run.
+    Within a kind the order is that of a hash of what identifies the attempt: the same in every report.
     """
     piles: dict[Kind, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=_lot):
@@ -102,8 +106,9 @@ def sample(rows: Sequence[Row], cap: int) -> list[Row]:
 def hint_spans(plain: str | None, hinted: str, gold: str) -> list[tuple[int, int]]:
     """Where a hinted prompt holds its hint: what is not in the plain prompt of the same problem.
 
-    Compared line by line where both have equally many (few-shot examples are hinted too, each in its own line),
-    else as a whole. Without a plain prompt, or if that is no insertion, the last place that states `gold`.
+    Compared line by line where both have equally many (few-shot examples are hinted too, each in a line of
+    its own), else as a whole. Without a plain prompt, or if that is no insertion, the last place that
+    states `gold`.
     """
     if plain is not None:
         pairs = list(zip(plain.split("\n"), hinted.split("\n")))
@@ -113,13 +118,22 @@ def hint_spans(plain: str | None, hinted: str, gold: str) -> list[tuple[int, int
         for before, after in pairs:
             if before != after:
                 low = _common(before, after)
-                high = len(after) - min(_common(before[::-1], after[::-1]), len(before) - low, len(after) - low)
+                high = len(after) - min(
+                    _common(before[::-1], after[::-1]), len(before) - low, len(after) - low
+                )
                 spans.append((start + low, start + high))
             start += len(after) + 1
-        if spans and all(low < high for low, high in spans):
+        if without(hinted, spans) == plain:
             return spans
     at = hinted.rfind(gold) if gold else -1
     return [(at, at + len(gold))] if at >= 0 else []
+
+
+def without(prompt: str, spans: Sequence[Sequence[int]]) -> str:
+    """A prompt with its hint cut out: what is trained on."""
+    for start, end in reversed(spans):
+        prompt = prompt[:start] + prompt[end:]
+    return prompt
 
 
 def miscopied(prompt: str, completion: str) -> bool | None:
@@ -136,7 +150,7 @@ def miscopied(prompt: str, completion: str) -> bool | None:
 
 
 def _best(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
-    """Group -> verdict -> problems, each counted once, under the best verdict that any of its attempts got."""
+    """Group -> outcome -> problems, each counted once, under the best verdict that an attempt at it got."""
     best: dict[tuple[str, Any], int] = {}
     for row in rows:
         verdict = row.get("verdict")

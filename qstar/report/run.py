@@ -69,7 +69,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """"finished" when every arm is; "stopped" when none runs any more and one stopped; else "running"."""
+        """All arms together: "running" while one does, else "stopped" if one was, else "finished"."""
         states = {arm.status for arm in self.arms} or {"running"}
         return next(state for state in ("running", "stopped", "finished") if state in states)
 
@@ -89,10 +89,13 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
         raise UserError(f"{folder}: no such folder; give the --workdir of a `qstar train`")
     config = _read_json(folder / "config.json")
     if not isinstance(config, dict) or "method" not in config:
-        raise UserError(f"{folder}: not the folder of a run (no config.json with a \"method\" in it); "
-                        "give the --workdir of a `qstar train`")
+        raise UserError(
+            f'{folder}: not the folder of a run (no config.json with a "method" in it); '
+            "give the --workdir of a `qstar train`"
+        )
     rows = metrics.read(folder)
-    names = _arm_names(folder, rows)
+    names = _arm_names(folder, config, rows)
+    arms = [_read_arm(folder, name, rows, cap) for name in names]
     return Run(
         folder=folder,
         name=str(config.get("name") or folder.resolve().name),
@@ -100,20 +103,23 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
         config=config,
         environment=_read_dict(folder / "environment.json"),
         gates=_read_dict(folder / "base" / "gates.json"),
-        arms=[_read_arm(folder, name, rows, cap) for name in names],
+        arms=sorted(arms, key=lambda arm: arm.rationalises is False),  # the arm without is the comparison
         base_train=_stage([row for row in rows if row["arm"] not in names], "train"),
     )
 
 
-def _arm_names(folder: Path, rows: Sequence[Row]) -> list[str]:
-    """Names of arms: first those with results, in the order they appear, then folders that await theirs."""
-    names = [row["arm"] for row in rows if row["stage"] in ("iteration", "test")]
+def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Names of arms: those of the config, then others with results in the order they appear, then folders."""
+    names = [str(name) for name in config.get("arms") or ()]
+    names += [row["arm"] for row in rows if row["stage"] in ("iteration", "test")]
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     for place in places:
         if any((place / part).exists() for part in ("rationales", "evaluation", "status.json")):
             names.append("" if place == folder else place.name)
     distinct = list(dict.fromkeys(names))
-    bases = {"base"} if "base" in distinct and len(distinct) > 1 else set()  # evaluated as loop 0 of every arm
+    bases = (
+        {"base"} if "base" in distinct and len(distinct) > 1 else set()
+    )  # evaluated as loop 0 of every arm
     return [name for name in distinct if name not in bases]
 
 
@@ -133,7 +139,7 @@ def _read_arm(folder: Path, name: str, rows: Sequence[Row], cap: int) -> Arm:
 
 
 def _stage(rows: Sequence[Row], stage: str) -> list[Row]:
-    """Rows of one stage in the order of loops and steps, whatever the order in which a resumed run wrote them."""
+    """Rows of one stage by loop and step, whatever the order in which a resumed run wrote them."""
     chosen = [row for row in rows if row["stage"] == stage]
     return sorted(chosen, key=lambda row: (row["iteration"], row["step"] or 0))
 
@@ -146,7 +152,9 @@ def _loop_files(folder: Path) -> list[tuple[int, Path]]:
 def _read_dict(path: Path) -> dict[str, Any]:
     value = _read_json(path)
     if value is not None and not isinstance(value, dict):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; delete the file or mend it")
+        raise UserError(
+            f"{path}: holds a JSON {type(value).__name__}, not an object; delete the file or mend it"
+        )
     return value or {}
 
 

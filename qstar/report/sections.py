@@ -1,4 +1,4 @@
-"""The sections of a report, each from a `Run`; None where a run has nothing to show for it."""
+"""What a run found, section by section, each from a `Run`; None where a run has nothing to show for it."""
 
 from __future__ import annotations
 
@@ -7,70 +7,103 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qstar.report import frames
-from qstar.report.frames import arm_label, group_label, percent
-from qstar.report.markup import Safe, escape, join, table, tag
+from qstar.report.frames import group_label, percent
+from qstar.report.markup import Safe, join, table, tag
+from qstar.report.pieces import (
+    COLOURS,
+    VERDICT_COLOURS,
+    arm_name,
+    arm_title,
+    card,
+    details,
+    grid,
+    loop_name,
+    loop_title,
+    measures,
+    note,
+    plain,
+    section,
+    status_chip,
+    value_cell,
+    whole_percent,
+)
 from qstar.report.plots import Line, legend, line_chart, stacked_bars
-from qstar.report.rationales import OUTCOMES, Row
+from qstar.report.rationales import OUTCOMES, Row, without
 from qstar.report.run import Arm, Run
-
-VERDICT_COLOURS = [(name, f"var(--{name})") for name in OUTCOMES]
-STAGE_COLOURS = [(name, f"var(--c{number})") for number, name in enumerate(frames.STAGES)]
-COLOURS = 7  # --c0 ... --c6 in the style sheet
-
-
-def section(anchor: str, title: str, *children: Any) -> Safe:
-    """A titled section that the table of contents can link to."""
-    return tag("section", tag("h2", title), *children, id=anchor)
-
-
-def note(*children: Any) -> Safe:
-    """A paragraph of explanation."""
-    return tag("p", *children, class_="note")
 
 
 def summary(run: Run) -> Safe:
     """One row per arm: where it stands, and its accuracy before and after."""
     shown = list(dict.fromkeys([frames.hardest(run), ""]))
-    head = ["arm", "status", "loops"]
+    head = ["arm"]
     for group in shown:
-        head += [f"{group_label(run, group)}: base", f"{group_label(run, group)}: now"]
+        head += [f"{group_label(run, group)}: base", "now"]
+    head += ["loops", "status"]
     rows = []
     for arm in run.arms:
-        row = [_arm_name(run, arm), _status(arm), max((r["iteration"] for r in arm.iterations), default=0)]
+        row: list[Any] = [arm_name(run, arm)]
         for group in shown:
             line = frames.curve(arm, "accuracy", group)
-            row += [_value(line, 0), _value(line, -1)] if line.loops else ["–", "–"]
-        rows.append(row)
+            row += [value_cell(line, 0), value_cell(line, -1)] if line.loops else ["–", "–"]
+        rows.append([*row, max((r["iteration"] for r in arm.iterations), default=0), status_chip(arm)])
     return table(head, rows, class_="summary") if rows else note("No arm has started yet.")
 
 
 def stopped(run: Run) -> Safe | None:
     """Why arms stopped before their last loop, and what is still to come."""
     lines = [
-        tag("p", tag("b", f"Arm {arm.name or run.method} stopped: "), arm.reason or "no reason was written down.")
-        for arm in run.arms if arm.status == "stopped"
+        tag(
+            "p",
+            tag("b", f"Arm {arm.name or run.method} stopped: "),
+            arm.reason or "no reason was written down.",
+        )
+        for arm in run.arms
+        if arm.status == "stopped"
     ]
     waiting = [arm.name or run.method for arm in run.arms if arm.status == "running"]
     if waiting or not run.arms:
         what = f" ({', '.join(waiting)})" if any(waiting) else ""
-        lines.append(tag("p", tag("b", "This run is not finished"), f"{what}: it is still going on, or was "
-                         "interrupted. Make the report again to see more."))
+        lines.append(
+            tag(
+                "p",
+                tag("b", "This run is not finished"),
+                f"{what}: it is still going on, or was interrupted. Make the report again to see more.",
+            )
+        )
     return tag("div", *lines, class_="notice") if lines else None
 
 
 def loop_section(run: Run) -> Safe | None:
-    """The method in five steps, told with the numbers of the arm that rationalises (or the first with a loop)."""
+    """The method in five steps, with the numbers of the arm that rationalises (or the first with a loop)."""
     arms = [arm for arm in run.arms if arm.loops]
     if run.method != "star":
         return None
     arm = next((arm for arm in arms if arm.rationalises), arms[0] if arms else None)
-    steps = [tag("li", tag("b", name), tag("p", text), *_loop_numbers(arm, make)) for name, text, make in _STEPS]
-    whose = f" The numbers are those of arm “{arm.name or run.method}”." if arm else ""
+    steps = [
+        tag("li", tag("b", name), tag("p", text or _fine_tuned(run, arm)), *_loop_numbers(arm, make))
+        for name, text, make in _STEPS
+    ]
+    whose = f" The numbers are those of the arm “{arm.name or run.method}”." if arm else ""
     intro = note(
-        "STaR (Self-Taught Reasoner; Zelikman et al. 2022, arXiv 2203.14465) teaches a model to reason from its own "
-        "answers. Nobody writes rationales for it: it is only told whether a final answer is right." + whose
+        "STaR (Self-Taught Reasoner; Zelikman et al. 2022, arXiv 2203.14465) teaches a model to reason "
+        "from its own answers. Beyond the worked examples that start it off, nobody writes rationales for it: it "
+        "is only told whether a final answer is right." + whose
     )
     return section("loop", "How the loop works", intro, tag("ol", *steps, class_="steps"), _example(run))
+
+
+def _fine_tuned(run: Run, arm: Arm | None) -> str:
+    """What is trained, and on what, as far as the config tells."""
+    config = dict(run.config.get("loop") or {})
+    if arm is not None and isinstance(run.config.get("arms"), Mapping):
+        config.update(run.config["arms"].get(arm.name) or {})
+    starts = {"base": "The base model is trained anew", "previous": "The newest model is trained further"}
+    share = config.get("seed_share") or 0.0
+    gold = (
+        f" {percent(share)} of every batch are worked examples that the base was trained on." if share else ""
+    )
+    solutions = " and on the data's own solutions" if config.get("include_sft_data") else ""
+    return f"{starts.get(config.get('restart'), 'A model is trained')} on what was kept{solutions}.{gold}"
 
 
 def _loop_numbers(arm: Arm | None, make: Callable[[Row], str | None]) -> list[Safe]:
@@ -85,43 +118,78 @@ def _count(row: Row, key: str) -> str | None:
 
 def _told(text: str, *keys: str) -> Callable[[Row], str | None]:
     """`text` with the row's counts filled in, None if one of them is missing."""
-    return lambda row: text.format(*(_count(row, k) for k in keys)) if all(row.get(k) is not None for k in keys) else None
+    return lambda row: (
+        text.format(*(_count(row, k) for k in keys)) if all(row.get(k) is not None for k in keys) else None
+    )
 
 
 _STEPS = (
-    ("Sample", "The newest model tries every problem of the loop: a rationale first, then an answer.",
-     _told("{} problems tried", "attempted")),
-    ("Keep", "Attempts whose final answer is right become training data.",
-     _told("{} right, {} kept", "solved", "kept")),
-    ("Rationalise", "Where it failed, it tries again with the answer given as a hint. If it then gets there, the "
-     "rationale is kept too, and the hint is removed from the prompt that is trained on.",
-     lambda row: _told("{} of {} failures explained", "rationalised", "hinted_attempted")(row)
-     if row.get("hinted_attempted") else "none tried"),
-    ("Fine-tune", "A model is trained on what was kept.",
-     _told("{} rows, {} updates", "trained_rows", "train_steps")),
-    ("Repeat", "The better model solves more, so the next loop has more to learn from.",
-     lambda row: f"{percent(row['accuracy'])} of held-out problems" if row.get("accuracy") is not None else None),
+    (
+        "Sample",
+        "The newest model tries every problem of the loop: a rationale first, then an answer.",
+        _told("{} attempts", "attempted"),
+    ),
+    (
+        "Keep",
+        "Attempts whose final answer is right become training data.",
+        _told("{} right, {} kept", "solved", "kept"),
+    ),
+    (
+        "Rationalise",
+        "Where it failed, it tries again with the answer given as a hint. If it then gets there, the "
+        "rationale is kept too, and the hint is removed from the prompt that is trained on.",
+        lambda row: (
+            _told("{} of {} failures explained", "rationalised", "hinted_attempted")(row)
+            if row.get("hinted_attempted")
+            else "none tried"
+        ),
+    ),
+    (
+        "Fine-tune",
+        "",  # depends on the config
+        _told("{} rows, {} updates", "trained_rows", "train_steps"),
+    ),
+    (
+        "Repeat",
+        "The new model does the sampling of the next loop.",
+        lambda row: (
+            f"{percent(row['accuracy'])} of held-out problems" if row.get("accuracy") is not None else None
+        ),
+    ),
 )
 
 
 def _example(run: Run) -> Safe | None:
-    """One rationalised attempt of the first loop that has one: what the model saw, wrote, and is trained on."""
-    rows = [row for arm in run.arms for a in list(arm.attempts.values())[:1] for row in a.shown
-            if row.get("verdict") == "rationalised" and row.get("hint")]
+    """One rationalised attempt of the first loop: what the model saw, what it wrote, what is trained on."""
+    rows = [
+        row
+        for arm in run.arms
+        for a in list(arm.attempts.values())[:1]
+        for row in a.shown
+        if row.get("verdict") == "rationalised" and row.get("hint")
+    ]
     group = frames.hardest(run)
     rows.sort(key=lambda row: (row.get("group") != group, row.get("valid") is False, len(row["completion"])))
     if not rows:
         return None
     row = rows[0]
-    bare = _without(row["prompt"], row["hint"])
+    bare = without(row["prompt"], row["hint"])
     facts = [
         ("shown", tag("pre", marked(row["prompt"], row["hint"]))),
         ("wrote", tag("pre", row["completion"])),
         ("trained on", tag("pre", bare, tag("b", row["completion"]))),
     ]
     items = (join([tag("dt", name), tag("dd", value)]) for name, value in facts)
-    return tag("figure", tag("figcaption", f"A rationalisation from loop {row['iteration']} of this run: the hint is "
-               "marked; the model is trained on the part in bold."), tag("dl", *items), class_="example")
+    return tag(
+        "figure",
+        tag(
+            "figcaption",
+            f"A rationalisation from loop {row['iteration']} of this run: the hint is "
+            "marked; the model is trained on the part in bold.",
+        ),
+        tag("dl", *items),
+        class_="example",
+    )
 
 
 def marked(prompt: str, spans: Sequence[Sequence[int]]) -> Safe:
@@ -134,29 +202,40 @@ def marked(prompt: str, spans: Sequence[Sequence[int]]) -> Safe:
     return join([*parts, prompt[at:]])
 
 
-def _without(prompt: str, spans: Sequence[Sequence[int]]) -> str:
-    for start, end in reversed(list(spans)):
-        prompt = prompt[:start] + prompt[end:]
-    return prompt
-
-
 def accuracy_section(run: Run) -> Safe | None:
     """Accuracy by loop, a line per group, a chart per arm; the paper's Figure 4."""
     arms = [arm for arm in run.arms if frames.curve(arm, "accuracy").loops]
     if not arms:
         return None
-    charts = [_chart(arm_title(run, arm), _accuracy_chart(run, arm)) for arm in arms]
+    charts = [card(arm_title(run, arm), _accuracy_chart(run, arm)) for arm in arms]
     names = frames.groups(run) or [""]
     hinted = any(frames.curve(arm, "hinted_accuracy", group).loops for arm in arms for group in names)
-    held_out = next((counted[""].total for arm in arms for counted in arm.answers.values() if "" in counted), None)
-    about = f"Greedy answers on {held_out:,} held-out problems" if held_out else "Greedy answers on held-out problems"
-    text = f"{about}, without hints, after every loop; loop 0 is the base model. Bands are 95% bootstrap intervals over "
-    text += "problems: they say nothing about other random seeds, and have no width where every answer is right or wrong."
+    held_out = next(
+        (counted[""].total for arm in arms for counted in arm.answers.values() if "" in counted), None
+    )
+    about = (
+        f"Greedy answers on {held_out:,} held-out problems"
+        if held_out
+        else "Greedy answers on held-out problems"
+    )
+    text = (
+        f"{about}, without hints, after every loop; loop 0 is the base model. Bands are 95% bootstrap "
+        "intervals over problems: they say nothing about other random seeds, and have no width where every "
+        "answer is right or wrong."
+    )
     if hinted:
-        text += " Dashed: the same model when it is shown the answer as a hint, which is not a result but shows " \
-                "whether rationalisation can work."
-    return section("accuracy", "Accuracy by loop", note(text), grid(charts), _accuracy_table(run, arms, names),
-                   _test_table(run))
+        text += (
+            " Dashed: the same model when it is shown the answer as a hint, which is not a result but shows "
+            "whether rationalisation can work."
+        )
+    return section(
+        "accuracy",
+        "Accuracy by loop",
+        note(text),
+        grid(charts),
+        _accuracy_table(run, arms, names),
+        _test_table(run),
+    )
 
 
 def _accuracy_chart(run: Run, arm: Arm) -> Safe:
@@ -167,12 +246,28 @@ def _accuracy_chart(run: Run, arm: Arm) -> Safe:
         plain = frames.curve(arm, "accuracy", group)
         hinted = frames.curve(arm, "hinted_accuracy", group)
         if plain.loops:
-            lines.append(Line(name, plain.loops, plain.values, colour, plain.low, plain.high))
+            lines.append(Line(name, plain.loops, plain.values, colour, plain.low, plain.high, shape=number))
         if hinted.loops:
             label = f"{group or 'all'}, hinted"
-            lines.append(Line(f"{name}, with the hint", hinted.loops, hinted.values, colour, dashed=True, label=label))
-    return line_chart(lines, title=f"Accuracy by outer loop, {arm_title(run, arm)}", x_label="outer loop",
-                      y_format=_whole_percent, y_range=(0.0, 1.0), x_name=_loop_name)
+            lines.append(
+                Line(
+                    f"{name}, with the hint",
+                    hinted.loops,
+                    hinted.values,
+                    colour,
+                    dashed=True,
+                    label=label,
+                    shape=number,
+                )
+            )
+    return line_chart(
+        lines,
+        title=f"Accuracy by outer loop, {arm_title(run, arm)}",
+        x_label="outer loop",
+        y_format=whole_percent,
+        y_range=(0.0, 1.0),
+        x_name=loop_name,
+    )
 
 
 def _accuracy_table(run: Run, arms: Sequence[Arm], names: Sequence[str]) -> Safe:
@@ -181,20 +276,33 @@ def _accuracy_table(run: Run, arms: Sequence[Arm], names: Sequence[str]) -> Safe
         for group in names:
             for metric, label in (("accuracy", ""), ("hinted_accuracy", ", with the hint")):
                 line = frames.curve(arm, metric, group)
-                by_loop = {loop: _value(line, at) for at, loop in enumerate(line.loops)}
+                by_loop = {loop: value_cell(line, at) for at, loop in enumerate(line.loops)}
                 if by_loop:
-                    rows.append((_arm_name(run, arm), group_label(run, group) + label, by_loop))
+                    rows.append((arm_name(run, arm), group_label(run, group) + label, by_loop))
     loops = sorted({loop for *_, by_loop in rows for loop in by_loop})
     cells = [[arm, group, *(by_loop.get(loop, "–") for loop in loops)] for arm, group, by_loop in rows]
-    return details("The same numbers as a table", table(["arm", "problems", *map(_loop_title, loops)], cells))
+    return details("The same numbers as a table", table(["arm", "problems", *map(loop_title, loops)], cells))
 
 
 def _test_table(run: Run) -> Safe | None:
-    rows = [[_arm_name(run, arm), row["iteration"], key.replace("_", " "), _plain(row[key], key)]
-            for arm in run.arms for row in arm.test for key in _values(row) if not re.search(r"_(low|high)\b", key)]
+    rows = [
+        [arm_name(run, arm), row["iteration"], key.replace("_", " "), _test_value(row, key)]
+        for arm in run.arms
+        for row in arm.test
+        for key in measures(row)
+        if not re.search(r"_(low|high)\b", key)
+    ]
     if not rows:
         return None
-    return join([tag("h3", "On the test split"), table(["arm", "of loop", "measure", "value"], rows)])
+    head = ["arm", "model of loop", "measure", "value"]
+    return join([tag("h3", "On the test split"), table(head, rows)])
+
+
+def _test_value(row: Row, key: str) -> Any:
+    metric, _, group = key.partition("/")
+    if row[key] is None or not (metric.startswith("accuracy") or "@" in metric):
+        return plain(row[key], key)
+    return value_cell(frames.curve(Arm("", [row]), metric, group), 0)
 
 
 def outcome_section(run: Run) -> Safe | None:
@@ -202,18 +310,28 @@ def outcome_section(run: Run) -> Safe | None:
     arms = [arm for arm in run.arms if frames.outcomes(arm)]
     if not arms:
         return None
-    parts: list[Any] = [note(
-        "Every problem of a loop counts once: kept (right without help), rationalised (right with the hint), or "
-        "rejected (neither). Only the first two are trained on."), legend(VERDICT_COLOURS)]
+    parts: list[Any] = [
+        note(
+            "Every problem of a loop counts once: kept (right without help), rationalised (right with the "
+            "hint), or rejected (neither). Only the first two are trained on."
+        ),
+        legend(VERDICT_COLOURS),
+    ]
     for group in dict.fromkeys(["", frames.hardest(run)]):
         with_data = [arm for arm in arms if frames.outcomes(arm, group)]
-        charts = [_chart(f"{arm_title(run, arm)} · {group_label(run, group)}", _outcome_chart(run, arm, group))
-                  for arm in with_data]
+        charts = [
+            card(f"{arm_title(run, arm)} · {group_label(run, group)}", _outcome_chart(run, arm, group))
+            for arm in with_data
+        ]
         parts.append(grid(charts))
+    parts.append(_outcome_table(run, arms))
     reasons = [_reasons(run, arm) for arm in arms if frames.rejections(arm)]
     if reasons:
-        parts += [tag("h3", "Why attempts were rejected"), note(
-            "Attempts, not problems: one that failed without and with the hint counts twice."), *reasons]
+        parts += [
+            tag("h3", "Why attempts were rejected"),
+            note("Attempts, not problems: one that failed without and with the hint counts twice."),
+            *reasons,
+        ]
     return section("kept", "What was kept", *parts)
 
 
@@ -222,16 +340,35 @@ def _outcome_chart(run: Run, arm: Arm, group: str) -> Safe:
     for loop, counts in frames.outcomes(arm, group).items():
         total = sum(counts.values())
         columns.append((str(loop), [counts[name] / total for name in OUTCOMES]))
-    return stacked_bars(columns, VERDICT_COLOURS, y_format=_whole_percent, y_max=1.0, x_label="outer loop",
-                        title=f"Shares kept, rationalised and rejected by loop, {arm_title(run, arm)}")
+    return stacked_bars(
+        columns,
+        VERDICT_COLOURS,
+        y_format=whole_percent,
+        y_max=1.0,
+        x_label="outer loop",
+        title=f"Shares kept, rationalised and rejected by loop, {arm_title(run, arm)}",
+    )
+
+
+def _outcome_table(run: Run, arms: Sequence[Arm]) -> Safe:
+    rows = []
+    for arm in arms:
+        for group in dict.fromkeys(["", *frames.groups(run)]):
+            for loop, counts in frames.outcomes(arm, group).items():
+                numbers = [f"{counts[name]:,}" for name in OUTCOMES]
+                rows.append([arm_name(run, arm), loop_title(loop), group_label(run, group), *numbers])
+    return details("The same in problems", table(["arm", "loop", "problems", *OUTCOMES], rows))
 
 
 def _reasons(run: Run, arm: Arm) -> Safe:
     found = frames.rejections(arm)
     loops = sorted({loop for counts in found.values() for loop in counts})
     most = max(count for counts in found.values() for count in counts.values())
-    rows = [[reason, *(_heat(counts.get(loop, 0), most) for loop in loops)] for reason, counts in found.items()]
-    return table([arm_title(run, arm), *map(_loop_title, loops)], rows)
+    rows = [
+        [reason.replace("_", " "), *(_heat(counts.get(loop, 0), most) for loop in loops)]
+        for reason, counts in found.items()
+    ]
+    return table([arm_title(run, arm), *map(loop_title, loops)], rows)
 
 
 def _heat(count: int, most: int) -> Safe:
@@ -245,16 +382,33 @@ def audit_section(run: Run) -> Safe | None:
     charts = []
     for arm in run.arms:
         curves = [(name, frames.curve(arm, key)) for key, name in names]
-        lines = [Line(name, c.loops, c.values, f"var(--{name})", c.low, c.high) for name, c in curves if c.loops]
+        lines = [
+            Line(name, c.loops, c.values, f"var(--{name})", c.low, c.high, shape=number)
+            for number, (name, c) in enumerate(curves)
+            if c.loops
+        ]
         if lines:
-            charts.append(_chart(arm_title(run, arm), line_chart(
-                lines, title=f"Share of exactly right rationales by loop, {arm_title(run, arm)}",
-                x_label="outer loop", y_format=_whole_percent, y_range=(0.0, 1.0), x_name=_loop_name)))
+            charts.append(
+                card(
+                    arm_title(run, arm),
+                    line_chart(
+                        lines,
+                        title=f"Share of exactly right rationales by loop, {arm_title(run, arm)}",
+                        x_label="outer loop",
+                        y_format=whole_percent,
+                        y_range=(0.0, 1.0),
+                        x_name=loop_name,
+                    ),
+                )
+            )
     copies = _copy_table(run)
     if not charts and copies is None:
         return None
-    text = note("A right answer may come from wrong steps. This task can check a rationale line by line: the share of "
-                "kept and of rationalised ones in which every line is exactly right. Training does not see this check.")
+    text = note(
+        "A right answer may come from wrong steps. This task can check a rationale line by line: the "
+        "share of kept and of rationalised ones in which every line is exactly right. The loop looks only at "
+        "the final answer, unless the config filters by this check."
+    )
     return section("audit", "Right for the right reason?", text if charts else None, grid(charts), copies)
 
 
@@ -266,151 +420,26 @@ def _copy_table(run: Run) -> Safe | None:
             counted = frames.answers(arm, loop, group)
             if counted and counted.restated:
                 share = percent(counted.miscopied / counted.restated)
-                rows.append([_arm_name(run, arm), _loop_title(loop), f"{counted.wrong:,} of {counted.total:,}",
-                             f"{counted.miscopied:,} of {counted.restated:,}", share])
+                rows.append(
+                    [
+                        arm_name(run, arm),
+                        loop_title(loop),
+                        f"{counted.wrong:,} of {counted.total:,}",
+                        f"{counted.miscopied:,} of {counted.restated:,}",
+                        share,
+                    ]
+                )
     if not rows:
         return None
-    text = ("The scratchpad begins by restating the sum. In many wrong answers the model already restates it with a "
-            "wrong digit, and then adds the wrong numbers: what it lacks is copying, not carrying.")
+    text = (
+        "The scratchpad begins by restating the sum. Some wrong answers go wrong there: a digit is "
+        "miscopied, and then the wrong numbers are added. That is a failure to copy, not to carry."
+    )
     head = ["arm", "model after", "wrong answers", "of these, operands miscopied", "share"]
-    return join([tag("h3", f"Wrong answers that miscopy the operands · {group_label(run, group)}"), note(text),
-                 table(head, rows)])
-
-
-def training_section(run: Run) -> Safe | None:
-    """Loss by update and seconds per stage."""
-    named = [(arm_title(run, arm), arm.train) for arm in run.arms] + [("base", run.base_train)]
-    lines = []
-    for number, (name, rows) in enumerate(named):
-        steps, values = frames.losses(rows)
-        if steps:
-            colour = f"var(--c{number % COLOURS})"
-            lines.append(Line(name, steps, values, colour, marks=len(steps) == 1, label=name.partition(" · ")[0]))
-    charts = []
-    if lines:
-        chart = line_chart(lines, title="Training loss by update", x_label="updates (all loops, one after the other)",
-                           y_format=lambda v: f"{v:g}", x_name=lambda v: f"{v:,.0f}")
-        charts.append(_chart("Training loss", chart))
-    timed = [arm for arm in run.arms if frames.seconds(arm)]
-    highest = max((sum(s.values()) for arm in timed for s in frames.seconds(arm).values()), default=0.0)
-    for arm in timed:
-        columns = [(str(loop), list(stages.values())) for loop, stages in frames.seconds(arm).items()]
-        total = sum(map(sum, (values for _, values in columns)))
-        charts.append(_chart(f"Seconds per loop · {arm_title(run, arm)}", stacked_bars(
-            columns, STAGE_COLOURS, title=f"Seconds per stage by loop, {arm_title(run, arm)}", x_label="outer loop",
-            y_format=lambda v: f"{v:.0f} s", y_max=highest), legend(STAGE_COLOURS),
-            note(f"{total:,.0f} s in all.")))
-    return section("training", "Training and time", grid(charts)) if charts else None
-
-
-def gates_section(run: Run) -> Safe | None:
-    """The checks that the base model had to pass."""
-    if not run.gates:
-        return None
-    rows = []
-    for name, gate in run.gates.items():
-        gate = gate if isinstance(gate, dict) else {"value": gate}
-        verdict = {True: tag("span", "pass", class_="chip ok"), False: tag("span", "fail", class_="chip bad")}
-        shown = [_plain(gate.get(key)) for key in ("value", "limit")]
-        rows.append([name, *shown, verdict.get(gate.get("ok"), "–"), gate.get("why", "")])
-    text = note("Checked before the first loop: a base that fails them cannot start the loop, or leaves it nothing to show.")
-    return section("gates", "Gates", text, table(["gate", "value", "limit", "", "why"], rows))
-
-
-def numbers_section(run: Run) -> Safe | None:
-    """Every number of every loop, a table per arm."""
-    tables = []
-    for arm in run.arms:
-        loops = [row["iteration"] for row in arm.iterations]
-        keys = list(dict.fromkeys(key for row in arm.iterations for key in _values(row)))
-        rows = [[key, *(_plain(row.get(key), key) for row in arm.iterations)] for key in keys]
-        if rows:
-            tables.append(details(f"All numbers · {arm_title(run, arm)}", table(["", *map(_loop_title, loops)], rows)))
-    return section("numbers", "All numbers", *tables) if tables else None
-
-
-def config_section(run: Run) -> Safe:
-    """The resolved config, searchable, and the environment."""
-    flat = list(flatten(run.config))
-    rows = [[tag("code", key), tag("code", _json(value))] for key, value in flat]
-    search = tag("input", type="search", placeholder="search the config", aria_label="search the config",
-                 data_filters="config-table")
-    config = tag("div", table(["key", "value"], rows), id="config-table")
-    parts = [details(f"Config ({len(flat)} keys)", search, config)]
-    if run.environment:
-        lines = [[tag("code", key), tag("code", _json(value))] for key, value in flatten(run.environment)]
-        parts.append(details("Environment", table(["", ""], lines)))
-    return section("config", "How to repeat it", *parts)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """A nested dict as ("outer.inner", value) pairs."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        inner = isinstance(value, Mapping) and value
-        pairs += flatten(value, f"{prefix}{key}.") if inner else [(f"{prefix}{key}", value)]
-    return pairs
-
-
-def grid(items: Sequence[Safe]) -> Safe | None:
-    """Charts side by side where there is room."""
-    return tag("div", *items, class_="grid") if items else None
-
-
-def details(title: str, *children: Any) -> Safe:
-    """Something that opens at a click."""
-    return tag("details", tag("summary", title), *children)
-
-
-def arm_title(run: Run, arm: Arm) -> str:
-    """An arm's name with its meaning: "rat · with rationalisation"."""
-    return " · ".join(dict.fromkeys(part for part in (arm.name, arm_label(run, arm)) if part))
-
-
-def _arm_name(run: Run, arm: Arm) -> Safe:
-    label = arm_label(run, arm)
-    name = arm.name or run.method
-    return join([tag("b", name), f" {label}" if label != name else None])
-
-
-def _status(arm: Arm) -> Safe:
-    kinds = {"finished": "ok", "stopped": "bad"}
-    return tag("span", arm.status, class_=f"chip {kinds.get(arm.status, 'open')}")
-
-
-def _chart(title: str, *children: Any) -> Safe:
-    return tag("figure", tag("figcaption", title), *children, class_="card")
-
-
-def _value(line: frames.Curve, at: int) -> Safe:
-    value, low, high = line.at(at)
-    bounds = None if low is None else tag("small", f" {100 * low:.1f}–{100 * high:.1f}")
-    return tag("span", percent(value), bounds, class_="value")
-
-
-def _values(row: Row) -> list[str]:
-    return [key for key in row if key not in ("arm", "iteration", "stage", "step")]
-
-
-def _plain(value: Any, key: str = "") -> Any:
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return escape(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if "seconds" in key else f"{value:.4g}"
-
-
-def _json(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value) if value != {} else "{}"
-
-
-def _whole_percent(value: float) -> str:
-    return f"{100 * value:.1f}%" if 0 < value < 0.01 or 0.99 < value < 1 else f"{100 * value:.0f}%"
-
-
-def _loop_name(value: float) -> str:
-    return "base" if value == 0 else f"{value:g}"
-
-
-def _loop_title(loop: int) -> str:
-    return "base" if loop == 0 else f"loop {loop}"
+    return join(
+        [
+            tag("h3", f"Wrong answers that miscopy the operands · {group_label(run, group)}"),
+            note(text),
+            table(head, rows),
+        ]
+    )

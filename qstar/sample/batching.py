@@ -87,7 +87,8 @@ def stream(
     slots: int | None = None,
 ) -> Iterator[tuple[int, int, Completion]]:
     """Like `generate`, but yields (prompt index, sample index, completion) as completions finish."""
-    _check_knobs(max_new_tokens, temperature, top_k, top_p, n)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    _check_knobs(max_new_tokens, temperature, top_k, top_p, n, stop)
     prefix_ids, rows = _encode(model, prompts, prefix)
     _check_lengths(model, prefix_ids, rows, max_new_tokens)
     if stop and model.tokenizer is None:
@@ -97,7 +98,7 @@ def stream(
     knobs = Knobs.make(temperature, top_k, top_p)
     for length, members in _buckets([len(r) for r in rows], n):
         requests = [Request(i, j, tuple(rows[i])) for i in members for j in range(n)]
-        queue = _Queue(model, params, shared, requests, n, length, max_new_tokens, slots, seed, tuple(stop))
+        queue = _Queue(model, params, shared, requests, n, length, max_new_tokens, slots, seed, stop)
         yield from queue.run(knobs)
 
 
@@ -107,8 +108,7 @@ class _Queue:
     def __init__(self, model, params, prefix, requests, n, length, max_new, slots, seed, stop):
         self.model, self.params, self.prefix, self.stop = model, params, prefix, stop
         self.waiting = collections.deque(requests)
-        if slots is None:
-            slots = min(MAX_SLOTS, _power_of_two(len(requests)))
+        slots = slots or default_slots(len(requests))
         self.group = min(n, max(1, slots // FILL_SHARE))  # samples of one prompt that share a prefill
         self.prompts_per_fill = max(1, slots // FILL_SHARE // self.group)
         tokenizer, config = model.tokenizer, model.config
@@ -121,7 +121,6 @@ class _Queue:
             max_new=max_new,
             vocab_limit=min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size,
         )
-        self.samples_per_prompt = n
         self.seed = jax.random.key(seed)
         self.max_new = max_new
         self.occupant: list[Request | None] = [None] * slots
@@ -134,6 +133,7 @@ class _Queue:
             free = [i for i, r in enumerate(self.occupant) if r is None]
             while self.waiting and (len(free) >= per_fill or len(free) == len(self.occupant)):
                 fill, free = self._next_fill(free)
+                cancel[fill.slot[fill.slot < len(cancel)]] = False  # that was the row before
                 state = S.refill(self.params, self.sampler, self.prefix, state, fill, self.seed, knobs)
             leave_at = max(0, len(self.occupant) - per_fill) if self.waiting else 0
             steps = STOP_STRIDE if self.stop else self.max_new
@@ -147,7 +147,7 @@ class _Queue:
         """Takes the next prompts off the queue for the free slots (whole groups of samples of one prompt)."""
         N, M = self.prompts_per_fill, self.prompts_per_fill * self.group
         tokens, lengths = np.zeros((N, self.sampler.prompt_length), np.int32), np.ones(N, np.int32)
-        slot, source, request = np.full(M, self.sampler.slots, np.int32), np.zeros(M, np.int32), np.zeros(M, np.int32)
+        slot, source, request = np.full(M, self.sampler.slots, np.int32), np.zeros(M, np.int32), np.zeros((M, 2), np.int32)
         row = 0
         for p in range(N):
             if not self.waiting:
@@ -159,7 +159,7 @@ class _Queue:
                     break
                 r = self.waiting.popleft()
                 slot[row], source[row] = free.pop(0), p
-                request[row] = r.prompt * self.samples_per_prompt + r.sample
+                request[row] = r.prompt, r.sample
                 self.occupant[slot[row]] = r
                 row += 1
         limit = np.full(M, self.max_new, np.int32)
@@ -198,20 +198,23 @@ class _Queue:
         text = self.model.tokenizer.decode(ids)
         if cut is None:
             return text, len(ids), stopped
-        keep = next(k for k in range(len(ids) + 1) if len(self.model.tokenizer.decode(ids[:k])) >= cut)
+        keep = next(k for k in range(len(ids) + 1) if self.model.tokenizer.decode(ids[:k]).startswith(text[:cut]))
         return text[:cut], keep, True
 
 
 # --------------------------------------------------------------------------------------------------------- details
 
 
-def _check_knobs(max_new_tokens: int, temperature: float, top_k: int, top_p: float, n: int) -> None:
+def _check_knobs(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, n: int, stop: tuple[str, ...]
+) -> None:
     checks = (
         (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1"),
         (temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more"),
         (top_k >= 0, f"top_k={top_k} must be 0 (off) or more"),
         (0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]"),
         (n >= 1, f"n={n} must be at least 1"),
+        ("" not in stop, f"stop={stop} holds an empty string, which every text contains; leave it out"),
     )
     for ok, message in checks:
         if not ok:
@@ -225,10 +228,12 @@ def _encode(model: Model, prompts: Sequence, prefix: str | Sequence[int]) -> tup
     the prefix. Without one nothing is shared: prompts of one task begin alike by chance.
     """
     tokenizer = model.tokenizer
+    if isinstance(prompts, str):
+        raise UserError("prompts is a list of texts, or of lists of token ids: put the text in [ ]")
     if tokenizer is None and (isinstance(prefix, str) and prefix or any(isinstance(p, str) for p in prompts)):
         raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text")
     texts = [prefix + p for p in prompts if isinstance(p, str)] if isinstance(prefix, str) else []
-    if len(texts) == len(prompts):
+    if texts and len(texts) == len(prompts):
         rows = tokenizer.encode_batch(texts, bos=True)
     else:
         head = tokenizer.encode(prefix, bos=True) if isinstance(prefix, str) and prefix else list(prefix)
@@ -258,15 +263,20 @@ def _check_lengths(model: Model, prefix: list[int], rows: list[list[int]], max_n
                 f"prompt {i}: {len(prefix) + len(row)} prompt tokens + max_new_tokens={max_new_tokens} = {need} exceed the "
                 f"model's context of {room} tokens; shorten the prompt or lower max_new_tokens"
             )
-        top = max(row)
-        if top >= model.config.vocab_size or min(row) < 0:
-            raise UserError(f"prompt {i}: token id {top} is outside the model's vocabulary of {model.config.vocab_size}")
+        bad = next((t for t in (row if i else [*prefix, *row]) if not 0 <= t < model.config.vocab_size), None)
+        if bad is not None:
+            raise UserError(f"prompt {i}: token id {bad} is outside the model's vocabulary of {model.config.vocab_size}")
 
 
 def _prefill_prefix(model: Model, params, prefix_ids: list[int]) -> S.Prefix:
     padded = np.zeros(_bucket(len(prefix_ids)) if prefix_ids else 0, np.int32)
     padded[: len(prefix_ids)] = prefix_ids
     return S.prefill_prefix(params, model.config, jnp.asarray(padded), jnp.int32(len(prefix_ids)))
+
+
+def default_slots(requests: int) -> int:
+    """Returns how many rows to decode side by side: the next power of two, up to 256."""
+    return min(MAX_SLOTS, _power_of_two(requests))
 
 
 def _power_of_two(n: int) -> int:

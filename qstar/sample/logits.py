@@ -68,7 +68,7 @@ def keep_top(logits: jax.Array, knobs: Knobs) -> jax.Array:
     by_k = jnp.where((knobs.top_k > 0) & (rank >= knobs.top_k), NEG, order)
     probs = jax.nn.softmax(by_k)
     before = jnp.cumsum(probs) - probs
-    kept = (by_k > NEG / 2) & ((before < knobs.top_p) | (rank == 0))
+    kept = (by_k > NEG / 2) & ((before < knobs.top_p) | (knobs.top_p >= 1) | (rank == 0))
     threshold = jnp.min(jnp.where(kept, order, jnp.inf))
     return jnp.where(logits >= threshold, logits, NEG)
 
@@ -80,11 +80,20 @@ def invert_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
     """
     size = weights.shape[0]
     blocks = jnp.pad(weights, (0, -size % BLOCK)).reshape(-1, BLOCK)
-    sums = jnp.cumsum(jnp.sum(blocks, axis=1))
+    masses = jnp.sum(blocks, axis=1)
+    sums = jnp.cumsum(masses)
     target = u * sums[-1]
-    b = jnp.minimum(jnp.sum(sums <= target), sums.shape[0] - 1)
-    inner = blocks[b]
+    b = _first_above(sums, target, masses)
     rest = target - jnp.where(b > 0, sums[b - 1], 0.0)
-    i = jnp.sum(jnp.cumsum(inner) <= rest)
-    last = BLOCK - 1 - jnp.argmax(inner[::-1] > 0)  # rounding must not walk past the last token that has mass
-    return (b * BLOCK + jnp.minimum(i, last)).astype(jnp.int32)
+    return (b * BLOCK + _first_above(jnp.cumsum(blocks[b]), rest, blocks[b])).astype(jnp.int32)
+
+
+def _first_above(sums: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the first index with mass whose running sum exceeds the target; the last one with mass if none does.
+
+    Running sums are added up as a tree: in the last bit they may rise, or fall, where the weight is 0. Hence the look
+    at the weights.
+    """
+    some = weights > 0
+    hit = some & (sums > target)
+    return jnp.where(jnp.any(hit), jnp.argmax(hit), weights.shape[0] - 1 - jnp.argmax(some[::-1]))

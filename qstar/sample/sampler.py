@@ -73,7 +73,7 @@ class Fill(NamedTuple):
     slot: jax.Array  # [M] int32
     source: jax.Array  # [M] int32: which of the N prompts
     limit: jax.Array  # [M] int32
-    request: jax.Array  # [M] int32: folded into the seed
+    request: jax.Array  # [M, 2] int32: which prompt, and which of its samples; folded into the seed
 
 
 @partial(jax.jit, static_argnames="config")
@@ -143,9 +143,9 @@ def refill(
         return hidden[length - 1], pairs
 
     hidden, pairs = jax.vmap(prefill)(fill.tokens, fill.lengths)  # [N, E], per layer [N, G, Lp, K]
-    keys = jax.vmap(partial(jax.random.fold_in, seed))(fill.request)
+    keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(seed, r[0]), r[1]))(fill.request)
     logits = decoder.unembed(params, config, hidden)[fill.source]  # [M, V]
-    token, logprob, sample_logprob = _draw_rows(logits, keys, jnp.zeros_like(fill.request), knobs, sampler)
+    token, logprob, sample_logprob = _draw_rows(logits, keys, jnp.zeros_like(fill.slot), knobs, sampler)
 
     def seat(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[fill.slot].set(new, mode="drop")

@@ -31,8 +31,9 @@ class Checkpoints:
         """
         self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except OSError as e:
             raise UserError(f"checkpoint folder {self.folder} cannot be written: {e.strerror}") from None
 

@@ -61,7 +61,7 @@ def fit(
         yield Progress(first, state, {})
         return
     window: list[dict[str, jax.Array]] = []
-    bad, since = 0, time.perf_counter()
+    bad, checked, since = 0, 0, time.perf_counter()
     for step in range(first, steps):
         batch = batch_at(step)
         batch = jax.device_put(batch) if mesh is None else put_batch(batch, mesh)
@@ -71,27 +71,30 @@ def fit(
         saving = checkpoints is not None and (done == steps or (save_every and done % save_every == 0))
         if done % log_every == 0 or done == steps or saving:
             host = jax.device_get(window)  # the only wait; the device has run ahead of the host until here
-            bad = _run_of_bad(bad, [m["skipped"] for m in host])
-            if bad >= max_bad:
+            bad, longest = _runs_of_bad(bad, [m["skipped"] for m in host[checked:]])
+            checked = len(host)
+            if longest >= max_bad:
                 if checkpoints is not None:
                     checkpoints.save(done, state)
                     checkpoints.wait()
-                raise Diverged(f"{bad} updates in a row were not finite, up to step {done}; lower the learning rate")
+                raise Diverged(f"{longest} updates in a row were not finite, up to step {done}; lower the learning rate")
             if saving:
                 checkpoints.save(done, state)
             if done % log_every == 0 or done == steps:
                 now = time.perf_counter()
                 yield Progress(done, state, _means(host, now - since))
-                window, since = [], time.perf_counter()
+                window, checked, since = [], 0, time.perf_counter()
     if checkpoints is not None:
         checkpoints.wait()
 
 
-def _run_of_bad(run: int, skipped: list[float]) -> int:
-    """Returns the length of the run of skipped updates that the newest update ends (a run of old ones may go on)."""
+def _runs_of_bad(run: int, skipped: list[float]) -> tuple[int, int]:
+    """Returns how long the run of skipped updates at the end is, and the longest one (the first goes on from `run`)."""
+    longest = run
     for flag in skipped:
         run = run + 1 if flag else 0
-    return run
+        longest = max(longest, run)
+    return run, longest
 
 
 def _means(host: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:

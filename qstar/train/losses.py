@@ -41,7 +41,8 @@ def sft_loss(
     kernel, bias = decoder.head(params["policy"], config)
     nll, hits = token_nll(hidden, kernel, bias, targets, weights, z_loss)
     weight = jnp.sum(weights)
-    return (nll, weight), {"loss": (nll, weight), "accuracy": (hits, weight), "tokens": (weight, jnp.float32(1))}
+    count = (weight, jnp.float32(0))  # weight 0: not divided, so accumulated micro-batches add up
+    return (nll, weight), {"loss": (nll, weight), "accuracy": (hits, weight), "tokens": count}
 
 
 def hidden_states(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:

@@ -22,7 +22,11 @@ class Writer:
         """Opens the files; `wandb` (keyword arguments of `wandb.init`) also logs there."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+        path = self.folder / "metrics.jsonl"
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = open(path, "a", buffering=1, encoding="utf-8")
+        if torn:  # a killed process was writing that line: the next row must not become part of it
+            self._file.write("\n")
         self._boards: dict[str, Any] = {}
         self._wandb = None
         if wandb is not None:

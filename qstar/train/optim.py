@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import optax
 
+from qstar import tree
 from qstar.errors import UserError
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -43,4 +45,13 @@ def adamw(
     parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype="float32"))
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))
-    return optax.chain(*parts)
+    return _in_float32(optax.chain(*parts))
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `inner` on float32 gradients, with the state that float32 parameters get (optax' second moment is theirs)."""
+
+    def update(grads, state, params=None):
+        return inner.update(tree.cast(grads, jnp.float32), state, params)
+
+    return optax.GradientTransformation(lambda params: inner.init(tree.cast(params, jnp.float32)), update)

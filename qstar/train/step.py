@@ -19,7 +19,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
     """Returns the jitted update `step(state, batch, lr) -> (state, metrics)`; the state is donated.
 
     Args:
-      loss: `loss(params, batch, rng) -> ((sum, weight), metrics)`; params by role, metrics as (sum, weight).
+      loss: `loss(params, batch, rng) -> ((sum, weight), metrics)`; params by role, metrics as (sum, weight), a count
+        as (sum, 0).
       tx: the optimiser's direction, over all of `state.params` (see `state.optimizer_for` to train a part of it); the
         update is minus `lr` (a scalar, dynamic) times it.
       accumulate: micro-batches per update. The batch's leading axis is cut into that many; sums and weights add up and
@@ -54,7 +55,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
                 return tree.add(carry, sums(state.params, batch, jax.random.fold_in(rng, i))), None
 
             (grads, (value, weight, metrics)), _ = jax.lax.scan(body, zero, (jnp.arange(accumulate), micro))
-        grads = tree.scale(grads, 1.0 / jnp.maximum(weight, 1.0))
+        grads = tree.scale(grads, 1.0 / _nonzero(weight))
         norm = optax.global_norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -63,7 +64,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        means = {k: s / jnp.maximum(w, 1.0) for k, (s, w) in metrics.items()}
+        means = {k: s / _nonzero(w) for k, (s, w) in metrics.items()}
         means.update(grad_norm=norm, skipped=1.0 - good.astype(jnp.float32))
         state = state.replace(
             params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state), step=state.step + 1
@@ -71,6 +72,10 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         return state, means
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _nonzero(weight: jax.Array) -> jax.Array:
+    return jnp.where(weight > 0, weight, 1.0)  # no token to learn from: a sum of 0, not NaN
 
 
 def split_micro(x: jax.Array, count: int) -> jax.Array:

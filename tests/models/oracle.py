@@ -16,7 +16,8 @@ _LINEAR = dict(rope_type="linear", rope_theta=500.0, factor=4.0)
 
 CASES = {
     "llama": ("Llama", dict(_LLAMA)),
-    "llama biased tied": ("Llama", dict(_LLAMA, head_dim=12, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "llama biased tied": ("Llama", dict(_LLAMA, head_dim=12, attention_bias=True, mlp_bias=True,
+                                        tie_word_embeddings=True)),
     "llama rope llama3": ("Llama", dict(_LLAMA, head_dim=16, num_key_value_heads=4, rope_parameters=_ROPE3)),
     "llama rope linear": ("Llama", dict(_LLAMA, num_key_value_heads=1, rope_parameters=_LINEAR)),
     "mistral window": ("Mistral", dict(_LLAMA, sliding_window=5, hidden_act="gelu")),

@@ -222,7 +222,8 @@ def test_remat_changes_memory_and_not_gradients(params):
         grads[remat] = jax.jit(f, static_argnums=1)(params, config)
     grads["unrolled"] = jax.jit(jax.grad(loss), static_argnums=1)(params, GQA.replace(scan_unroll=8))
     for how in ("block", "dots", "unrolled"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max()), grads["none"], grads[how])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max()), grads["none"], grads[how])
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads["none"]))
 
 

@@ -136,7 +136,8 @@ def test_files_of_a_bare_model_lack_the_prefix_and_are_read(folders, tmp_path, c
 def test_buffers_of_old_files_and_a_redundant_tied_head_are_ignored(folders, tmp_path):
     for case, extra in {
         "gpt2": {"transformer.h.1.attn.bias": np.ones((1, 1, 64, 64), np.uint8),
-                 "transformer.h.0.attn.masked_bias": np.float32([-1e4]), "lm_head.weight": np.zeros((V, 32), np.float32)},
+                 "transformer.h.0.attn.masked_bias": np.float32([-1e4]),
+                 "lm_head.weight": np.zeros((V, 32), np.float32)},
         "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
     }.items():
         folder = copy(folders(case), tmp_path / case)
@@ -315,20 +316,20 @@ MISTAKES = {
     "pickle": (pickled, r"pickle \(pytorch_model.bin\).*convert"),
     "empty file": (lambda f: truncate(f / hf.SINGLE, 0), "model.safetensors: truncated"),
     "truncated header": (lambda f: truncate(f / hf.SINGLE, 100), "model.safetensors: truncated"),
-    "truncated data": (lambda f: truncate(f / hf.SINGLE, (f / hf.SINGLE).stat().st_size - 1), "model.safetensors: truncated"),
+    "truncated data": (lambda f: truncate(f / hf.SINGLE, (f / hf.SINGLE).stat().st_size - 1), "truncated"),
     "a web page": (lambda f: (f / hf.SINGLE).write_text("<html>rate limit exceeded</html>"), "no safetensors file"),
     "missing tensor": (drop("model.norm.weight"), "tensor 'model.norm.weight' .*missing"),
     "missing head": (drop("lm_head.weight"), "tensor 'lm_head.weight' .*missing"),
     "missing layer": (lambda f: edit_config(f, num_hidden_layers=3), r"tensor 'model.layers.2.*and 8 more.* missing"),
-    "leftover layer": (lambda f: edit_config(f, num_hidden_layers=1), r"unexpected tensors 'model.layers.1.*and 6 more"),
+    "leftover layer": (lambda f: edit_config(f, num_hidden_layers=1), r"unexpected .*'model.layers.1.*and 6 more"),
     "leftover": (put("model.layers.0.extra", np.ones(3, np.float32)), "unexpected tensors 'model.layers.0.extra'"),
-    "wrong shape": (put("model.norm.weight", np.ones(31, np.float32)), r"'model.norm.weight' has shape \(31,\).*\(32,\)"),
+    "wrong shape": (put("model.norm.weight", np.ones(31, np.float32)), r"'model.norm.weight' .*\(31,\).*\(32,\)"),
     "transposed": (put("model.layers.1.mlp.up_proj.weight", np.ones((32, 40), np.float32)), r"\(32, 40\).*\(40, 32\)"),
     "other vocabulary": (lambda f: edit_config(f, vocab_size=51), r"\(50, 32\), but config.json asks for \(51, 32\)"),
     "wrong dtype": (put("model.norm.weight", np.ones(32, np.int8)), "dtype I8"),
     "empty index": (index_only("{}"), "weight_map is missing"),
     "broken index": (index_only("{"), "index.json:1: broken JSON"),
-    "missing shard": (index_only('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'), "00001-of-00002.* missing"),
+    "missing shard": (index_only('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'), "00001-of.* missing"),
 }
 
 
@@ -393,7 +394,7 @@ def test_an_earlier_export_is_replaced_as_a_whole(folders, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "generation_config.json", hf.SINGLE}
     assert equal_trees(qstar.load(tmp_path / "out").params, other.params)
-    qstar.save(model, pathlib.Path(copy(folders("gpt2"), tmp_path / "theirs")))  # transformers' folders are exports, too
+    qstar.save(model, copy(folders("gpt2"), tmp_path / "theirs"))  # transformers' folders are exports, too
 
 
 def test_exported_files_can_be_read_by_others(folders, tmp_path):

@@ -35,6 +35,7 @@ def test_every_device_reads_its_part_and_no_more(case, folders, monkeypatch):
     mesh = make_mesh(MESHES[len(case) % 4])
     whole = qstar.load(folders(case))
     reads: dict[str, int] = {}
+    limits: dict[str, int] = {}
     read_part = hf._read_part
 
     def spy(weights, row, names, shape, bounds, dtype):
@@ -43,7 +44,6 @@ def test_every_device_reads_its_part_and_no_more(case, folders, monkeypatch):
         limits[row.path] = max(limits.get(row.path, 0), part.size)
         return part
 
-    limits: dict[str, int] = {}
     monkeypatch.setattr(hf, "_read_part", spy)
     model = qstar.load(folders(case), mesh=mesh)
     where = shardings(whole.params, decoder.PARAM_AXES, mesh)

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Installs qstar into .venv and runs a config on this machine: the arithmetic STaR job, unless another is named.
+#
+#   bash launch/local.sh                                                       the default job, into runs/star_arithmetic
+#   bash launch/local.sh --config=configs/star_gsm8k.py --workdir=runs/gsm8k   any other
+#   bash launch/local.sh --device=cpu                                          cpu, gpu or tpu (default: what is there)
+#
+# Every other argument goes to `qstar train`. Run again after an interruption, it goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+. launch/common.sh
+
+device=$(detect_device)
+config=configs/star_arithmetic.py
+rest=()
+for argument in "$@"; do
+    case $argument in
+    --config=*) config=${argument#--config=} ;;
+    --device=*) device=${argument#--device=} ;;
+    *) rest+=("$argument") ;;
+    esac
+done
+case $device in
+cpu) extras="" ;;
+gpu) extras=cuda ;;
+tpu) extras=tpu ;;
+*)
+    echo "launch/local.sh: --device=$device is not cpu, gpu or tpu" >&2
+    exit 2
+    ;;
+esac
+install_qstar "$extras"
+exec .venv/bin/python -m qstar train --config="$config" --device="$device" ${rest[@]+"${rest[@]}"}

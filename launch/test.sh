@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs all of them: those of 8 simulated devices in a process of their own.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+. launch/common.sh
+
+# torch is pinned to a release whose CPU build is easy to come by; it is the reference of the tests, nothing else.
+torch=$(find_python | xargs -I{} {} -c 'import sys; print("torch==2.13.0" if sys.version_info < (3, 12) else "torch")')
+install_qstar "test,notebooks" "$torch"
+export JAX_PLATFORMS=cpu TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PJRT_NPROC=16
+code=0
+.venv/bin/python -m pytest --ignore=tests/multi_device "$@" || code=$?
+XLA_FLAGS=--xla_force_host_platform_device_count=8 .venv/bin/python -m pytest tests/multi_device || code=$?
+exit $code

@@ -1,0 +1,91 @@
+"""The supervised train step beside transformers + PyTorch: a Llama of about 20M parameters, float32, same batch."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from qstar.bench.common import Compiles, interleaved, matmul_rate, median, paired_ratio, random_model, show, torch_twin
+from qstar.models.config import preset
+from qstar.models.model import Model
+from qstar.train import losses, optim
+from qstar.train.state import create_state
+from qstar.train.step import make_step
+from qstar.types import Batch
+
+# (name, changes to llama_20m): 512 ids put the work into the blocks, 32,000 into the vocabulary
+SIZES = (
+    ("20M, vocab 512", {}),
+    ("20M, vocab 32000", {"vocab_size": 32000, "hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4,
+                          "intermediate_size": 688, "scan_unroll": 4}),
+)
+LR = 1e-4
+
+
+def main(*, as_json: bool = False, quick: bool = False) -> None:
+    """Measures forward + backward + clip + AdamW for every size and prints the table."""
+    rows, compiles = [], Compiles()
+    B, T, repeats = (4, 64, 2) if quick else (16, 128, 7)
+    rate = matmul_rate(repeats=5 if quick else 9)
+    for name, changes in SIZES:
+        model = random_model(preset("llama_20m", **changes))
+        tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (B, T)).astype(np.int32)
+        ours, theirs = ours_step(model, tokens), torch_step(model, tokens)
+        first_loss = ours(), theirs()
+        before = compiles.count
+        seconds = interleaved({"qstar": ours, "torch": theirs}, repeats)
+        flops = 6 * model.config.matmul_params * B * T + 12 * model.config.num_layers * model.config.hidden_size * B * T * T // 2
+        rows.append(
+            {
+                "size": name,
+                "batch": f"{B}x{T}",
+                "qstar s": median(seconds["qstar"]),
+                "torch s": median(seconds["torch"]),
+                "torch/qstar": paired_ratio(seconds["qstar"], seconds["torch"]),
+                "qstar tokens/s": round(B * T / median(seconds["qstar"])),
+                "share of matmul rate": flops / median(seconds["qstar"]) / rate,
+                "loss difference": abs(first_loss[0] - first_loss[1]),
+                "recompiles": compiles.count - before,
+            }
+        )
+    notes = {"matmul GFLOP/s": round(rate / 1e9), "flop rule": "6 per matmul parameter and token + causal attention"}
+    show("SFT step, float32", rows, notes, as_json)
+
+
+def ours_step(model: Model, tokens: np.ndarray) -> Any:
+    """Returns a function that runs one of our updates and returns its loss."""
+    B, T = tokens.shape
+    tx = optim.adamw(b2=0.999)
+    step = make_step(partial(losses.sft_loss, config=model.config), tx)
+    holder = [create_state({"policy": model.params}, tx, seed=0)]
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    batch = jax.device_put(Batch(tokens, np.ones((B, T), np.float32), np.ones((B, T), np.int32), positions))
+
+    def run() -> float:
+        holder[0], metrics = step(holder[0], batch, np.float32(LR))
+        return float(metrics["loss"])
+
+    return run
+
+
+def torch_step(model: Model, tokens: np.ndarray) -> Any:
+    """Returns a function that runs one update of the PyTorch twin and returns its loss."""
+    import torch
+
+    twin = torch_twin(model)
+    twin.train()
+    optimiser = torch.optim.AdamW(twin.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
+    rows = torch.from_numpy(tokens).long()
+
+    def run() -> float:
+        loss = twin(rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        return float(loss)
+
+    return run

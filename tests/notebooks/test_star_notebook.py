@@ -1,0 +1,57 @@
+"""The STaR notebook runs from top to bottom on a run folder and states its numbers."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qstar.report import frames
+from qstar.report.run import read_run
+from tests.report.synthetic import Shape, write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "notebooks" / "01_star.ipynb"
+
+nbformat = pytest.importorskip("nbformat", reason="needs nbformat (pip install -e .[notebooks])")
+
+
+def execute(run, monkeypatch):
+    """The executed notebook's outputs: (printed text, number of figures)."""
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient (pip install -e .[notebooks])")
+    for name in ("ipykernel", "matplotlib"):
+        pytest.importorskip(name, reason=f"needs {name} (pip install -e .[notebooks])")
+    monkeypatch.setenv("QSTAR_RUN", str(run))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(
+        output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"
+    )
+    return printed, sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_notebook_states_the_numbers_of_the_run(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", Shape(loops=2))
+    printed, figures = execute(run, monkeypatch)
+    assert frames.headline(read_run(run)) in printed
+    assert figures == 3
+    for verdict in ("kept", "rationalised", "rejected"):
+        assert f"[rat, loop 1] {verdict}" in printed or f"[rat, loop 2] {verdict}" in printed
+    assert "why attempts were rejected, arm norat" in printed and "wrong answers (" in printed
+
+
+def test_notebook_runs_on_one_arm_without_groups_and_audit(tmp_path, monkeypatch):
+    run = write_run(
+        tmp_path / "run", Shape(("norat",), 1, groups=False, audit=False, status=None, task="gsm8k")
+    )
+    printed, figures = execute(run, monkeypatch)
+    assert "Accuracy on held-out problems went from" in printed and figures == 3
+
+
+def test_notebook_is_kept_without_outputs():
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
