@@ -14,7 +14,6 @@ setup(
         "optax>=0.2.6",  # optimisers, schedules, the NaN guard
         "orbax-checkpoint>=0.11,<1",  # sharded, asynchronous checkpoints
         "ml_collections>=1.0",  # config files with overrides and locked keys
-        "absl-py>=2.0",  # flags that ml_collections' config files speak
         "numpy>=1.26",
         "transformers>=5.0",  # tokenizers and chat templates only; its PyTorch classes are the oracle of the tests
         "jinja2>=3.1",  # chat templates; transformers does not bring it

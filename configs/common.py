@@ -6,7 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qstar.errors import UserError
+from qstar.errors import UserError, unknown
+
+
+_SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -19,12 +22,12 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     for part in filter(None, (arg or "").split(",")):
         key, _, text = part.partition("=")
         if key not in defaults:
-            raise UserError(f"config argument {key!r} is unknown; there are {', '.join(defaults)}")
+            raise unknown(f"config argument {key!r}", key, defaults)
         kind = type(defaults[key])
         try:
-            out[key] = text in ("", "1", "true", "True") if kind is bool else kind(text)
-        except ValueError:
-            raise UserError(f"config argument {key}={text!r} is not of type {kind.__name__}") from None
+            out[key] = _SWITCH[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise UserError(f"config argument {key}={text!r} must be of type {kind.__name__}") from None
     return ConfigDict(out)
 
 

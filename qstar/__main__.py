@@ -1,12 +1,20 @@
-"""The command line: qstar train | sample | evaluate | export | plan | bench | report."""
+"""The command line: `qstar COMMAND ...`, or `python -m qstar COMMAND ...`."""
 
 from __future__ import annotations
 
+import os
 import sys
 
-from qstar.errors import UserError
+from qstar.errors import UserError, unknown
 
-COMMANDS = ("train", "sample", "evaluate", "export", "bench", "report")
+COMMANDS = {
+    "train": "runs a config: --config=configs/star_arithmetic.py --workdir=runs/x",
+    "sample": "writes continuations of a prompt",
+    "evaluate": "accuracy, pass@k and majority@k of a model on a task",
+    "export": "takes a model out of a run, in the Hugging Face layout",
+    "report": "writes the HTML page of a run",
+    "bench": "measures speed beside transformers + PyTorch",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,20 +23,28 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return dispatch(argv)
     except UserError as e:
-        print(f"qstar: {e}", file=sys.stderr)
+        print("qstar: " + " ".join(str(e).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("qstar: interrupted; the same command goes on from here", file=sys.stderr)
+        more = "; the same command goes on from here" if argv[:1] == ["train"] else ""
+        print(f"qstar: interrupted{more}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `qstar sample ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def dispatch(argv: list[str]) -> int:
     """Finds the command and hands over its arguments."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(__doc__.strip() + "\n\n  qstar COMMAND --help tells each one's options.")
-        return 0 if argv else 2
+    if not argv:
+        raise UserError(f"no command given; there are {', '.join(COMMANDS)} (qstar --help says more)")
+    if argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+        print("usage: qstar COMMAND ...", "", *lines, "", "qstar COMMAND --help tells the options of each.", sep="\n")
+        return 0
     if argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}; there are {', '.join(COMMANDS)}")
+        raise unknown(f"command {argv[0]!r}", argv[0], COMMANDS)
     from qstar import commands
 
     return getattr(commands, argv[0])(argv[1:])

@@ -1,11 +1,12 @@
-"""The commands behind `python -m qstar`: each reads its flags, sets the platform up, and calls one function."""
+"""The commands behind `qstar`: each reads its flags, sets the platform up, and calls one function."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,55 @@ from qstar.errors import UserError
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+        raise UserError(f"{self.prog.removeprefix('qstar ')}: {message} (see {self.prog} --help)")
 
 
-def _parser(name: str, summary: str) -> _Parser:
-    parser = _Parser(prog=f"qstar {name}", description=summary, allow_abbrev=False)
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="where to run (default: the best there is)")
+def _parser(name: str, summary: str, *, device: bool = True, **options: Any) -> _Parser:
+    parser = _Parser(prog=f"qstar {name}", description=summary, allow_abbrev=False, **options)
+    if device:
+        devices = ("auto", "cpu", "gpu", "tpu")
+        parser.add_argument("--device", choices=devices, default="auto", help="where to run (default: the best)")
     return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    """Reads a whole number that is at least so much."""
+
+    def read(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return read
+
+
+def _number(fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    """Reads a finite number that fits."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and fits(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return read
+
+
+_TEMPERATURE = _number(lambda x: x >= 0, "a number of 0 (greedy) or more")
+_SHARE = _number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({e.msg} at column {e.colno})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is a JSON {type(value).__name__}, not an object")
+    return value
 
 
 def start_jax(device: str = "auto") -> None:
@@ -29,17 +72,21 @@ def start_jax(device: str = "auto") -> None:
     Raises:
       UserError: the device is not there.
     """
-    if device != "auto":
-        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)
+    platform = {"auto": "", "gpu": "cuda"}.get(device, device)
+    if platform:
+        os.environ["JAX_PLATFORMS"] = platform
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "qstar" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     import jax
 
     try:
-        jax.devices()
-    except RuntimeError as e:
-        raise UserError(f"--device={device}: JAX finds none ({str(e).splitlines()[0]}); install the extra for it, or use --device=cpu") from None
+        found = jax.devices()[0].platform
+    except (RuntimeError, AssertionError) as e:  # the latter, silently, where JAX has no plugin for the platform
+        reason = next(iter(str(e).splitlines()), "no plugin for it")
+        raise UserError(f"--device={device}: JAX finds none ({reason}); install its extra or use cpu") from None
+    if device not in ("auto", found):  # called from a program that has started jax already
+        raise UserError(f"--device={device}: JAX has started on {found} already; name the device first")
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -47,61 +94,33 @@ def start_jax(device: str = "auto") -> None:
 
 def train(argv: list[str]) -> int:
     """qstar train --config=FILE[:ARG] --workdir=DIR [--config.key=value ...]"""
-    from absl import flags
+    p = _parser(
+        "train", "Runs the method of a config file; called again after an interruption, goes on where it stopped.",
+        epilog="qstar train --config=configs/star_arithmetic.py:smoke --config.train.lr=1e-3 --workdir=runs/x",
+    )
+    p.add_argument("--config", metavar="FILE[:ARG]", help="config file, with its argument after a colon")
+    p.add_argument("--config.KEY", dest="_", metavar="VALUE", help="replaces a value of the config; may be repeated")
+    p.add_argument("--workdir", metavar="DIR", help="run folder (default: runs/<config.name>)")
+    a, rest = p.parse_known_args(argv)
+    from qstar.config_file import parse_overrides, read_config
 
-    values = _train_flags(argv)
-    if values is None:
-        return 0
-    if values.config is None:
-        raise UserError("qstar train: --config=FILE is missing, e.g. --config=configs/star_arithmetic.py")
-    config = values.config
-    workdir = Path(values.workdir or f"runs/{config.name}").expanduser()
-    start_jax(values.device)
+    overrides = parse_overrides(rest)
+    if a.config is None:
+        raise UserError("train: --config=FILE is missing, e.g. --config=configs/star_arithmetic.py")
+    config = read_config(a.config, overrides)
+    start_jax(a.device)
+    import jax
     from rich.console import Console
 
     from qstar import methods
     from qstar.report.html import write_report
 
-    del flags
     console = Console()
+    workdir = Path(a.workdir or f"runs/{config.get('name', 'run')}").expanduser()
     methods.run(config, workdir, console)
-    console.print(f"report: {write_report(workdir)}", highlight=False)
+    if jax.process_index() == 0:
+        console.print(f"report: {write_report(workdir)}", highlight=False, soft_wrap=True)
     return 0
-
-
-def _train_flags(argv: list[str]) -> Any:
-    """Parses `train`'s flags with ml_collections, every mistake as one line. None after --help."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    fv = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "config file, with its argument after a colon", flag_values=fv, lock_config=True)
-    flags.DEFINE_string("workdir", None, "run folder (default: runs/<config.name>)", flag_values=fv)
-    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu", "tpu"], "where to run", flag_values=fv)
-    if "--help" in argv or "-h" in argv:
-        print(train.__doc__ + "\n\n" + fv.get_help())
-        return None
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "").split(":")[0]
-    if path:
-        if not Path(path).is_file():
-            raise UserError(f"--config={path}: no such file")
-        root = str(Path(path).resolve().parent.parent)  # so that a config can import configs.common
-        if root not in sys.path:
-            sys.path.insert(0, root)
-    try:
-        rest = fv(["qstar train", *argv])
-    except UserError:
-        raise
-    except Exception as e:  # noqa: BLE001  absl, ml_collections and the config file itself raise what they like
-        raise UserError(f"{_config_error(e)}") from None
-    if len(rest) > 1:
-        raise UserError(f"qstar train: {rest[1]!r} is no flag; flags are written --name=value")
-    return fv
-
-
-def _config_error(e: Exception) -> str:
-    text = " ".join(str(e).strip().strip("\"'").split())
-    return text[:400] if isinstance(e, (AttributeError, KeyError, TypeError, ValueError)) or "Flag" in type(e).__name__ else f"{type(e).__name__}: {text[:400]}"
 
 
 # ---------------------------------------------------------------------------------------------------------- sample
@@ -110,32 +129,31 @@ def _config_error(e: Exception) -> str:
 def sample(argv: list[str]) -> int:
     """qstar sample --model=DIR --prompt=TEXT"""
     p = _parser("sample", "Writes continuations of a prompt.")
-    p.add_argument("--model", required=True, help="model folder in the Hugging Face layout")
-    p.add_argument("--prompt", action="append", required=True, help="may be given several times; '' starts from BOS")
-    p.add_argument("--max-new-tokens", type=int, default=128)
-    p.add_argument("--temperature", type=float, default=1.0, help="0 = greedy")
-    p.add_argument("--top-k", type=int, default=0)
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--n", type=int, default=1, help="samples per prompt")
-    p.add_argument("--stop", action="append", default=[], help="string that ends a completion; may be repeated")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", default=None, help="float32 or bfloat16 (default: as stored)")
-    p.add_argument("--json", action="store_true", help="one JSON object per completion, with tokens and log-probabilities")
+    p.add_argument("--model", metavar="DIR", required=True, help="model folder in the Hugging Face layout")
+    p.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="repeatable; '' starts from BOS")
+    p.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=128, help="at most so many (default: 128)")
+    p.add_argument("--temperature", metavar="T", type=_TEMPERATURE, default=1.0, help="0 = greedy (default: 1)")
+    p.add_argument("--top-k", metavar="K", type=_whole(0), default=0, help="only the K likeliest tokens (0: all)")
+    p.add_argument("--top-p", metavar="P", type=_SHARE, default=1.0, help="only the likeliest that hold a share P")
+    p.add_argument("--n", metavar="N", type=_whole(1), default=1, help="samples per prompt (default: 1)")
+    p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends a continuation; repeatable")
+    p.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the draws (default: 0)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in (default: as stored)")
+    p.add_argument("--json", action="store_true", help="an object per continuation, with tokens and log-probabilities")
     a = p.parse_args(argv)
     start_jax(a.device)
     import qstar
 
     model = qstar.load(a.model, dtype=a.dtype)
     found = qstar.generate(
-        model, a.prompt, max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, n=a.n,
-        stop=tuple(a.stop), seed=a.seed,
+        model, a.prompt, max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
+        n=a.n, stop=tuple(a.stop), seed=a.seed,
     )
-    for prompt, completions in zip(a.prompt, found):
-        for c in completions:
-            if a.json:
-                print(json.dumps({"prompt": prompt, **c.__dict__}))
-            else:
-                print(f"{prompt}{c.text}\n")
+    pairs = [(prompt, c) for prompt, completions in zip(a.prompt, found) for c in completions]
+    if a.json:
+        print("\n".join(json.dumps({"prompt": prompt, **c.__dict__}) for prompt, c in pairs))
+    else:
+        print("\n\n".join(f"{prompt}{c.text}" for prompt, c in pairs))
     return 0
 
 
@@ -144,74 +162,63 @@ def sample(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """qstar evaluate --model=DIR --task=NAME"""
-    p = _parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals over problems.")
-    p.add_argument("--model", required=True)
-    p.add_argument("--task", required=True, help="arithmetic, gsm8k or commonsense_qa")
-    p.add_argument("--task-options", type=json.loads, default={}, metavar="JSON", help="e.g. '{\"test\": \"gsm8k/test.jsonl\"}'")
-    p.add_argument("--split", default="test")
-    p.add_argument("--limit", type=int, default=0, help="first so many problems (0: all)")
-    p.add_argument("--max-new-tokens", type=int, default=256)
-    p.add_argument("--samples", type=int, default=0, help="samples per problem for pass@k and majority@k (0: greedy only)")
-    p.add_argument("--temperature", type=float, default=0.7, help="of those samples")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default=None, help="folder for the answers (JSONL), so that a second call only counts")
-    p.add_argument("--json", action="store_true")
+    p = _parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
+    p.add_argument("--model", metavar="DIR", required=True, help="model folder in the Hugging Face layout")
+    p.add_argument("--task", metavar="NAME", required=True, help="arithmetic, gsm8k or commonsense_qa")
+    p.add_argument("--task-options", type=_json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}')
+    p.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
+    p.add_argument("--limit", metavar="N", type=_whole(0), default=0, help="first N problems (0: all)")
+    p.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=256, help="of an answer (default: 256)")
+    p.add_argument("--samples", metavar="N", type=_whole(0), default=0, help="per problem, for pass@k and majority@k")
+    p.add_argument("--temperature", metavar="T", type=_TEMPERATURE, default=0.7, help="of those samples (default: 0.7)")
+    p.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the draws (default: 0)")
+    p.add_argument("--out", metavar="DIR", help="keeps the answers (JSONL), so that a second call only counts")
+    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     a = p.parse_args(argv)
     start_jax(a.device)
-    from qstar.methods.evaluation import evaluate_model
+    from rich.console import Console
+
+    from qstar.methods.evaluation import evaluate_model, result_rows
     from qstar.models.model import load
     from qstar.tasks import make_task
+    from qstar.train.metrics import show_table
 
+    task = make_task(a.task, **a.task_options)
+    task.problems(a.split)  # a fault in the data shows before the model is read
+    made_with = {k: v for k, v in vars(a).items() if k not in ("out", "json", "device")}
     result = evaluate_model(
-        load(a.model), make_task(a.task, **a.task_options), split=a.split, limit=a.limit, samples=a.samples,
-        max_new_tokens=a.max_new_tokens, temperature=a.temperature, seed=a.seed, out=Path(a.out) if a.out else None,
+        load(a.model), task, split=a.split, limit=a.limit, samples=a.samples, max_new_tokens=a.max_new_tokens,
+        temperature=a.temperature, seed=a.seed, out=Path(a.out).expanduser() if a.out else None, made_with=made_with,
     )
-    _print_result(result, a.json)
+    if a.json:
+        print(json.dumps(result))
+    else:
+        show_table(Console(), f"{a.task}, {a.split}", result_rows(result))
     return 0
 
 
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
-        return
-    from rich.console import Console
-
-    from qstar.train.metrics import show_table
-
-    rows = [
-        {"metric": k, "value": v, "95% low": result.get(_bound(k, "low")), "95% high": result.get(_bound(k, "high"))}
-        for k, v in result.items() if "_low" not in k and "_high" not in k
-    ]
-    show_table(Console(), "evaluation", rows)
-
-
-def _bound(key: str, side: str) -> str:
-    name, slash, group = key.partition("/")
-    return f"{name}_{side}{slash}{group}"
-
-
-# -------------------------------------------------------------------------------------------------- export, report
+# ------------------------------------------------------------------------------------------- export, report, bench
 
 
 def export(argv: list[str]) -> int:
     """qstar export --run=DIR --arm=NAME [--iteration=N] --out=DIR"""
     p = _parser("export", "Writes a model of a run as a folder in the Hugging Face layout.")
-    p.add_argument("--run", required=True)
-    p.add_argument("--arm", default=None, help="default: the first one")
-    p.add_argument("--iteration", type=int, default=None, help="default: the last one")
-    p.add_argument("--out", required=True)
+    p.add_argument("--run", metavar="DIR", required=True, help="run folder: the --workdir of qstar train")
+    p.add_argument("--arm", metavar="NAME", help="arm of the run (default: the first, by name)")
+    p.add_argument("--iteration", metavar="N", type=_whole(0), help="loop of the arm, 0: base (default: the last)")
+    p.add_argument("--out", metavar="DIR", required=True, help="new folder, or an earlier export to replace")
     a = p.parse_args(argv)
     start_jax(a.device)
     from qstar.methods.evaluation import export_model
 
-    print(export_model(Path(a.run), a.arm, a.iteration, Path(a.out)))
+    print(export_model(Path(a.run).expanduser(), a.arm, a.iteration, Path(a.out).expanduser()))
     return 0
 
 
 def report(argv: list[str]) -> int:
     """qstar report RUN"""
-    p = _parser("report", "Writes RUN/report.html: one self-contained page.")
-    p.add_argument("run", help="run folder")
+    p = _parser("report", "Writes RUN/report.html: one self-contained page.", device=False)
+    p.add_argument("run", metavar="RUN", help="run folder: the --workdir of qstar train")
     a = p.parse_args(argv)
     from qstar.report.html import write_report
 
@@ -223,7 +230,7 @@ def bench(argv: list[str]) -> int:
     """qstar bench generate | train [--json]"""
     p = _parser("bench", "Measures qstar beside transformers + PyTorch on this machine, in one interleaved run.")
     p.add_argument("what", choices=("generate", "train"))
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="JSON instead of a table")
     p.add_argument("--quick", action="store_true", help="one repetition of small sizes")
     a = p.parse_args(argv)
     start_jax(a.device)

@@ -1,4 +1,12 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and the checks that raise it."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -8,3 +16,41 @@ class UserError(Exception):
     it. The command line prints it without a traceback and exits with code 2; everything that is *not* a
     ``UserError`` is a bug of ours and keeps its traceback.
     """
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is none of the known ones, with the closest of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    return UserError(f"{what} is unknown{meant}; there are {', '.join(known) or 'none'}")
+
+
+def require(*checks: tuple[bool, str]) -> None:
+    """Raises a UserError with the message of the first check that does not hold.
+
+    A settings class writes its messages as "lr=-1 must be 0 or more"; who read the value puts its place first.
+    """
+    for holds, message in checks:
+        if not holds:
+            raise UserError(message)
+
+
+def check_type(what: str, value: Any, kind: Any) -> None:
+    """Compares a value with a type hint: classes, `X | None`, and the outermost class of `Mapping[int, int]`.
+
+    A whole number passes for a float; True and False do not pass for numbers.
+
+    Raises:
+      UserError: `what`, the value and the type that it should have.
+    """
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    classes = tuple(typing.get_origin(option) or option for option in options)
+    if Any in classes:
+        return
+    passes = isinstance(value, (*classes, int) if float in classes else classes)
+    if isinstance(value, bool) and bool not in classes or isinstance(value, str) and str not in classes:
+        passes = False  # a bool is an int and a text is a sequence, but never what is meant
+    if not passes:
+        names = " or ".join("None" if c is types.NoneType else c.__name__ for c in classes)
+        raise UserError(f"{what}={value!r} must be of type {names}")

@@ -28,6 +28,19 @@ class Segment(NamedTuple):
     mask: jax.Array | None  # bool, broadcastable to [T, S]; None = everything is visible
 
 
+class Ring(NamedTuple):
+    """Keys and values that a block first writes its own token into, and then attends to.
+
+    Writing before reading is what lets XLA update the cache in place: a block that attends to the old cache and
+    returns the new token apart costs a copy of the whole cache at every step.
+    """
+
+    keys: jax.Array  # [G, R, K]
+    values: jax.Array  # [G, R, K]
+    mask: jax.Array  # bool [R]: what the token sees, its own column included
+    column: jax.Array  # [] int32: where the token goes, the same for all rows that are decoded together
+
+
 @flax.struct.dataclass
 class Batch:
     """Training rows. `mask` is 1 where the token itself is to be predicted (from the tokens before it)."""

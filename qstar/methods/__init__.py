@@ -12,10 +12,10 @@ def run(config: Any, workdir: Any, console: Any) -> None:
     Raises:
       UserError: unknown method.
     """
-    from qstar.errors import UserError
+    from qstar.errors import unknown
     from qstar.methods import star
 
     methods: dict[str, Callable[..., None]] = {"star": star.run}
-    if config.method not in methods:
-        raise UserError(f"config.method={config.method!r} is not one of {', '.join(methods)}")
+    if config.get("method") not in methods:
+        raise unknown(f"config.method={config.get('method')!r}", str(config.get("method")), methods)
     methods[config.method](config, workdir, console)

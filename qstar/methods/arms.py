@@ -12,12 +12,14 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from qstar.data.sources import read_jsonl
-from qstar.errors import UserError
+from qstar.errors import check_type, require, unknown
 from qstar.mesh import make_mesh
 from qstar.methods.rollouts import SampleSettings, attempt, to_example
 from qstar.methods.run_folder import once, write_json
+from qstar.methods.settings import Evaluation, Gate, Log, Sections, settings_from
 from qstar.methods.supervised import TrainSettings
 from qstar.models.model import Model
 from qstar.tasks import make_task
@@ -29,19 +31,7 @@ from qstar.train.evaluate import summarise
 from qstar.train.metrics import Writer, read, show_table
 from qstar.types import Rollout
 
-
-def settings_from(cls: type, values: dict[str, Any], where: str) -> Any:
-    """Returns a frozen settings dataclass from a config section.
-
-    Raises:
-      UserError: a key the dataclass does not have.
-    """
-    known = {f.name for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in known:
-            raise UserError(f"config.{where}.{key} is unknown; there are {', '.join(sorted(known))}")
-    return cls(**values)
-
+SECONDS_A_LINE = 60  # of progress, where it goes to a file
 
 @dataclasses.dataclass
 class Context:
@@ -55,13 +45,22 @@ class Context:
     seed: int
     train_settings: TrainSettings
     sample_settings: SampleSettings
+    evaluation: Evaluation
+    base_settings: TrainSettings  # of a from-scratch model
+    base_steps: int
+    gates: dict[str, Gate]
     tokenizer: Tokenizer = None  # set with the base model
     writer: Writer = None
 
     @classmethod
     def make(cls, config: Any, workdir: Path, console: Console) -> Context:
-        """Reads a config; everything that can be wrong in it is found here, before anything is written."""
-        task_options = config.task.to_dict()
+        """Reads a config; all that can be wrong in these sections is found here, before anything is written."""
+        sections = settings_from(Sections, config.to_dict(), "")
+        task_options = dict(sections.task)
+        base = {"steps": 0, **sections.base}
+        check_type("config.base.steps", base["steps"], int)
+        require((base["steps"] >= 0, f"config.base.steps={base['steps']} must be 0 or more"))
+        settings_from(Log, sections.log, "log")
         return cls(
             config=config,
             workdir=workdir,
@@ -69,8 +68,12 @@ class Context:
             task=make_task(task_options.pop("name"), **task_options),
             mesh=make_mesh(config.mesh) if jax.device_count() > 1 or config.mesh != "data=-1" else None,
             seed=config.seed,
-            train_settings=settings_from(TrainSettings, config.train.to_dict(), "train"),
-            sample_settings=settings_from(SampleSettings, config.sample.to_dict(), "sample"),
+            train_settings=settings_from(TrainSettings, sections.train, "train"),
+            sample_settings=settings_from(SampleSettings, sections.sample, "sample"),
+            evaluation=settings_from(Evaluation, sections.evaluate, "evaluate"),
+            base_steps=base.pop("steps"),
+            base_settings=settings_from(TrainSettings, base, "base"),
+            gates={k: settings_from(Gate, gate, f"gates.{k}") for k, gate in sections.gates.items()},
         )
 
     def arm_settings(self, cls: type, presets: dict[str, dict[str, Any]], name: str) -> Any:
@@ -78,13 +81,15 @@ class Context:
         own = self.config.arms[name].to_dict()
         preset = own.pop("preset", "star")
         if preset not in presets:
-            raise UserError(f"config.arms.{name}.preset={preset!r} is not one of {', '.join(presets)}")
-        values = {**self.config.loop.to_dict(), **presets[preset], **own}
-        return settings_from(cls, values, f"arms.{name}")
+            raise unknown(f"config.arms.{name}.preset={preset!r}", str(preset), presets)
+        loop = self.config.loop.to_dict()
+        settings_from(cls, loop, "loop")
+        return settings_from(cls, {**loop, **presets[preset], **own}, f"arms.{name}")
 
     def start(self) -> None:
         """Opens the metrics files."""
-        wandb = self.config.log.wandb.to_dict() if self.config.log.get("wandb") else None
+        log = self.config.get("log") or {}
+        wandb = log.wandb.to_dict() if log.get("wandb") else None
         self.writer = Writer(self.workdir, wandb=wandb)
 
     def close(self) -> None:
@@ -94,7 +99,7 @@ class Context:
     def say(self, text: str) -> None:
         """Prints a line (process 0)."""
         if jax.process_index() == 0:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def seed_example(self, problem: Problem, hinted: bool) -> Example:
         """Returns a gold row of a from-scratch model's base, as a training example."""
@@ -110,25 +115,33 @@ class Context:
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[..., None]]:
-        """A progress bar with rate and time left; yields `update(done, ...)`. On a plain stream nothing is drawn."""
+        """A progress bar with rate and time left; yields `update(done, ...)`. On a plain stream, a line a minute."""
         columns = (
-            SpinnerColumn(), TextColumn(f"{what:>12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+            SpinnerColumn(), TextColumn(f"{what:>12}"), BarColumn(20), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(ratio=1, no_wrap=True)),
         )
+        plain = not self.console.is_terminal
         began = time.perf_counter()
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=plain, expand=True) as progress:
             job = progress.add_task(what, total=total, rate="", note="")
-            offset = 0
+            offset, said = 0, began
 
             def update(done: int, extra: Any = None) -> None:
-                nonlocal offset
+                nonlocal offset, said
                 if isinstance(extra, Rollout):  # rounds count from 1 again
                     offset += 1
                     done, note = offset, _one_line(extra)
                 else:
                     note = f"loss {extra['loss']:.4f}" if extra else ""
-                rate = done / max(time.perf_counter() - began, 1e-9)
-                progress.update(job, completed=done, rate=f"{rate:,.1f}/s", note=note)
+                now = time.perf_counter()
+                rate = f"{done / max(now - began, 1e-9):,.1f}/s"
+                progress.update(job, completed=done, rate=rate, note=note)
+                if plain and now - said >= SECONDS_A_LINE:
+                    said = now
+                    loss = note if note.startswith("loss") else ""
+                    self.say(f"{what:>14}  {done:,} of {total:,}  {rate}  {loss}".rstrip())
 
             yield update
 
@@ -170,7 +183,7 @@ class Arm:
 
     def evaluate(self, model: Model, n: int) -> dict[str, Any]:
         """Greedy answers on the held-out problems, without and (if asked) with hints; 95% intervals over problems."""
-        e = self.ctx.config.evaluate
+        e = self.ctx.evaluation
         out: dict[str, Any] = {}
         for hinted in (False, True) if e.hinted else (False,):
             stage = f"iter_{n:03d}" + ("_hinted" if hinted else "")
@@ -183,20 +196,17 @@ class Arm:
         return out
 
     def report(self, n: int, metrics: dict[str, Any], more: dict[str, Any]) -> None:
-        """Writes the loop's metrics row and prints the table so far."""
-        clock = {f"seconds_{k}": v for k, v in self.seconds.items()}
-        self.ctx.writer.write(stage="iteration", step=n, arm=self.name, iteration=n, **metrics, **more, **clock)
-        groups = [k.split("/")[1] for k in metrics if k.startswith("accuracy/")]
-        rows = []
-        for row in read(self.ctx.workdir):
-            if row["stage"] == "iteration" and row["arm"] == self.name and row["iteration"] <= n:
-                cells = {"loop": row["iteration"], "accuracy": row["accuracy"]}
-                cells |= {f"acc {g}": row.get(f"accuracy/{g}") for g in groups if len(groups) > 1}
-                cells |= {k: row.get(k) for k in ("hinted_accuracy", "kept", "rationalised", "valid_kept")}
-                cells["seconds"] = sum(v for k, v in row.items() if k.startswith("seconds_") and v)
-                rows.append(cells)
+        """Writes the loop's metrics row, unless a run that was killed later had done so, and prints the table so far."""
+        if n not in self._reported():  # now its stages were only read back, and the clock says nothing
+            clock = {f"seconds_{k}": v for k, v in self.seconds.items()}
+            self.ctx.writer.write(stage="iteration", step=n, arm=self.name, iteration=n, **metrics, **more, **clock)
         if jax.process_index() == 0:
-            show_table(self.ctx.console, self.name, rows)
+            show_table(self.ctx.console, self.name, loop_rows([r for m, r in self._reported().items() if m <= n]))
+
+    def _reported(self) -> dict[int, dict[str, Any]]:
+        """The metrics rows of this arm's loops so far."""
+        rows = read(self.ctx.workdir)
+        return {r["iteration"]: r for r in rows if r["stage"] == "iteration" and r["arm"] == self.name}
 
     def show_examples(self, rows: list[Rollout]) -> None:
         """Prints one attempt of each kind: kept, rationalised, and the rejected ones with why."""
@@ -206,17 +216,20 @@ class Arm:
             if kind not in shown and len(shown) < 6:
                 shown.add(kind)
                 colour = {"kept": "green", "rationalised": "cyan"}.get(r.verdict, "red")
-                self.ctx.console.print(f"  [{colour}]{kind:>14}[/{colour}]  ", end="")
-                self.ctx.console.print(_one_line(r, 150), markup=False, highlight=False)
+                console = self.ctx.console
+                console.print(f"  [{colour}]{kind:>14}[/{colour}]  ", end="")
+                width = max(40, console.width - 18) if console.is_terminal else 150
+                console.print(_one_line(r, width), markup=False, highlight=False, soft_wrap=True)
 
     def stale(self, patience: int) -> bool:
-        """Whether the best score is more than `patience` loops old."""
+        """Whether the best score is `patience` loops old."""
         return len(self._scores) - 1 - self._scores.index(max(self._scores)) >= patience
 
     def stop(self, n: int, reason: str) -> None:
-        """Ends the arm early, with the reason in status.json."""
+        """Ends the arm early, with the reason and the number of loops that made a model in status.json."""
         self.ctx.say(f"[yellow]{self.name} stopped in loop {n}: {reason}")
-        write_json(self.folder / "status.json", {"status": "stopped", "reason": reason, "iterations": n - 1})
+        status = {"status": "stopped", "reason": reason, "iterations": len(self._scores) - 1}
+        write_json(self.folder / "status.json", status)
 
     def finish(self, base: Model) -> None:
         """Marks the arm as done (a stop stays a stop). Loops that were chosen on validation are tested once, here."""
@@ -224,7 +237,7 @@ class Arm:
         if not (self.folder / "status.json").exists():
             status = {"status": "finished", "reason": "", "iterations": len(self._scores) - 1}
             write_json(self.folder / "status.json", status)
-        if self.ctx.config.evaluate.split != "val":
+        if self.ctx.evaluation.split != "val":
             return
         model = base
         if best:
@@ -240,7 +253,7 @@ class Arm:
     def _answers(self, model: Model, split: str, stage: str, n: int, *, hinted: bool) -> list[Rollout]:
         """Greedy answers on a split, kept in evaluation/<stage>.jsonl."""
         ctx = self.ctx
-        problems = ctx.task.problems(split)[: ctx.config.evaluate.limit or None]
+        problems = ctx.task.problems(split)[: ctx.evaluation.limit or None]
 
         def make() -> list[dict[str, Any]]:
             with ctx.bar("evaluate", len(problems)) as progress:
@@ -253,6 +266,28 @@ class Arm:
 
         with self.timed("evaluate"):
             return [Rollout(**row) for row in once(self.folder / "evaluation" / f"{stage}.jsonl", make)]
+
+
+def loop_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the table of an arm's loops from its metrics rows: what is never measured has no column; fits 80 columns."""
+    last = rows[-1] if rows else {}
+    groups = [k.partition("/")[2] for k in last if k.startswith("accuracy/")]
+    narrow = [g for g in groups if len(g) <= 5][-3:] if len(groups) > 1 else []  # the report has all
+    columns = {"accuracy": "accuracy", **{f"acc/{g}": f"accuracy/{g}" for g in narrow}}
+    columns |= {"hinted": "hinted_accuracy", "kept": "kept", "rationalised": "rationalised", "valid": "valid_kept"}
+    used = {title: key for title, key in columns.items() if any(r.get(key) is not None for r in rows)}
+    if not any(r.get("hinted_attempted") or r.get("rationalised") for r in rows):
+        used.pop("rationalised", None)
+    return [
+        {"loop": r["iteration"], **{title: r.get(key) for title, key in used.items()}, "time": _clock(r)} for r in rows
+    ]
+
+
+def _clock(row: dict[str, Any]) -> str:
+    seconds = round(sum(v for k, v in row.items() if k.startswith("seconds_") and v))
+    if seconds < 100:
+        return f"{seconds} s"
+    return f"{seconds // 60}:{seconds % 60:02d}" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _one_line(r: Rollout, width: int = 90) -> str:

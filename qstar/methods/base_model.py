@@ -12,28 +12,37 @@ from typing import Any
 
 import jax
 
-from qstar.errors import UserError
+from qstar.errors import UserError, require
 from qstar.mesh import parameter_table, shardings
-from qstar.methods.arms import Context, settings_from
+from qstar.methods.arms import Context
+from qstar.methods.checks import check_fits
 from qstar.methods.rollouts import Rollout, attempt
 from qstar.methods.run_folder import once_json, stable_seed
-from qstar.methods.supervised import TrainSettings, fine_tune
+from qstar.methods.settings import check_keys
+from qstar.methods.supervised import fine_tune
 from qstar.models import decoder
-from qstar.models.config import preset
+from qstar.models.config import ModelConfig, preset
+from qstar.models.hf import read_config
 from qstar.models.model import Model, load
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
+from qstar.text.packing import Example
 from qstar.text.tokenizer import char_tokenizer
+from qstar.train.loop import Diverged
 from qstar.train.metrics import show_table
 from qstar.train.state import init_params
 
+RUN_OPTIONS = {"dtype", "remat", "scan_unroll"}  # of a pretrained model: how it is run, not what it is
 
-def prepare(ctx: Context) -> Model:
-    """Returns M: loads `config.model.path`, or trains the preset from scratch on the task's seed rows and checks the gates.
+
+def prepare(ctx: Context, model: Model) -> Model:
+    """Returns M: the pretrained model as it is; or the preset trained on the task's seed rows, its gates checked.
+
+    Args:
+      model: from `architecture`.
 
     Raises:
-      UserError: no weights, no tokenizer, no seed rows, or a gate that does not hold.
+      UserError: a gate that does not hold.
     """
-    model = architecture(ctx)
     show_parameters(ctx, model)
     if not ctx.config.model.path:
         model = train_base(ctx, model)
@@ -41,10 +50,31 @@ def prepare(ctx: Context) -> Model:
     return model
 
 
-def architecture(ctx: Context) -> Model:
-    """Returns the pretrained model, or the preset with random weights; sets the run's tokenizer."""
+def model_options(ctx: Context) -> tuple[str, str, dict[str, Any]]:
+    """Returns path, preset and the other entries of `config.model`; nothing large is read.
+
+    Raises:
+      UserError: an entry that makes no sense there, or no such model folder.
+    """
     options = ctx.config.model.to_dict()
-    path, name = options.pop("path"), options.pop("preset")
+    path, name = options.pop("path", ""), options.pop("preset", "")
+    check_keys(ModelConfig, {k: v for k, v in options.items() if not (k == "dtype" and path)}, "model")
+    if path:
+        fixed = next(iter(sorted(options.keys() - RUN_OPTIONS)), "")
+        free = ", ".join(sorted(RUN_OPTIONS))
+        require((not fixed, f"config.model.{fixed} is fixed by the weights of {path}; there you can set {free}"))
+        read_config(path)
+    require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
+    return path, name, options
+
+
+def architecture(ctx: Context) -> Model:
+    """Returns the pretrained model, or the preset with random weights; sets the run's tokenizer. Writes nothing.
+
+    Raises:
+      UserError: see `model_options`; no weights, no tokenizer, no seed rows.
+    """
+    path, name, options = model_options(ctx)
     if path:
         model = load(path, mesh=ctx.mesh, dtype=options.pop("dtype", None) or None)
         model = model.replace(config=model.config.replace(**options))
@@ -53,6 +83,8 @@ def architecture(ctx: Context) -> Model:
     else:
         model = from_scratch(ctx, name, options)
     ctx.tokenizer = model.tokenizer
+    if not path:
+        seed_examples(ctx)
     return model
 
 
@@ -67,21 +99,36 @@ def from_scratch(ctx: Context, name: str, options: dict[str, Any]) -> Model:
     return Model(config, params, tokenizer, ctx.mesh)
 
 
-def train_base(ctx: Context, model: Model) -> Model:
-    """Trains on all seed rows, plain and hinted, uniformly."""
-    options = ctx.config.base.to_dict()
-    steps = options.pop("steps")
-    settings = settings_from(TrainSettings, options, "base")
+def seed_examples(ctx: Context) -> list[Example]:
+    """Returns the rows that the base is trained on.
+
+    Raises:
+      UserError: there are none, or one is longer than a row.
+    """
     examples = [ctx.seed_example(p, hinted) for p, hinted in ctx.task.seeds()]
     if not examples:
         raise UserError(f"config.model: task {ctx.task.name} has no seed rows to train from scratch on; set config.model.path")
+    check_fits(examples, ctx.base_settings.row_length, "base")
+    return examples
+
+
+def train_base(ctx: Context, model: Model) -> Model:
+    """Trains on all seed rows, plain and hinted, uniformly.
+
+    Raises:
+      UserError: training diverged.
+    """
+    steps, settings, examples = ctx.base_steps, ctx.base_settings, seed_examples(ctx)
     ctx.say(f"\n[bold]base[/bold]: {len(examples)} seed rows, {steps} steps")
     began = time.perf_counter()
-    with ctx.bar("base", steps) as progress:
-        model, done = fine_tune(
-            model, examples, settings, steps=steps, seed=stable_seed(ctx.seed, "base"), folder=ctx.workdir / "base",
-            writer=ctx.writer, label={"arm": "base"}, progress=progress,
-        )
+    try:
+        with ctx.bar("base", steps) as progress:
+            model, done = fine_tune(
+                model, examples, settings, steps=steps, seed=stable_seed(ctx.seed, "base"), folder=ctx.workdir / "base",
+                writer=ctx.writer, label={"arm": "base"}, progress=progress,
+            )
+    except Diverged as e:
+        raise UserError(f"config.base.lr={settings.lr}: {e}") from None
     ctx.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
     return model
 
@@ -94,19 +141,19 @@ def check_gates(ctx: Context, model: Model) -> None:
     Raises:
       UserError: a gate with stop=True does not hold.
     """
-    gates = ctx.config.gates.to_dict()
+    gates = ctx.gates
     if not gates:
         return
-    found = once_json(ctx.workdir / "base" / "gates.json", lambda: measure_gates(ctx, model, gates))
+    found = once_json(ctx.workdir / "base" / "gates.json", lambda: measure_gates(ctx, model))
     rows = [{"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"} for k, g in found.items()]
     show_table(ctx.console, "gates of the base", rows)
-    failed = [(k, g) for k, g in found.items() if not g["ok"] and gates[k].get("stop", True)]
+    failed = [(k, g) for k, g in found.items() if not g["ok"] and gates[k].stop]
     if failed:
         name, g = failed[0]
         raise UserError(f"gate {name}: {g['metric']} is {g['value']:.3f}, wanted {g['limit']}: {g['why']}")
 
 
-def measure_gates(ctx: Context, model: Model, gates: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def measure_gates(ctx: Context, model: Model) -> dict[str, Any]:
     """Returns {gate: {metric, value, limit, ok, why}}."""
     problems = ctx.task.problems("val")
     rows: dict[bool, list[Rollout]] = {}
@@ -116,11 +163,12 @@ def measure_gates(ctx: Context, model: Model, gates: dict[str, dict[str, Any]]) 
             folder=ctx.workdir / "base" / "gates", stage="hinted" if hinted else "plain",
         )
     out = {}
-    for name, gate in gates.items():
-        value = _gate_value(rows, gate["metric"])
-        low, high = gate.get("min", 0.0), gate.get("max", 1.0)
-        limit = f"at least {low}" if "min" in gate else f"at most {high}"
-        out[name] = {"metric": gate["metric"], "value": value, "limit": limit, "ok": low <= value <= high, "why": gate["why"]}
+    for name, gate in ctx.gates.items():
+        value = _gate_value(rows, gate.metric)
+        low, high = 0.0 if gate.min is None else gate.min, 1.0 if gate.max is None else gate.max
+        bounds = {"at least": gate.min, "at most": gate.max}
+        limit = ", ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        out[name] = {"metric": gate.metric, "value": value, "limit": limit, "ok": low <= value <= high, "why": gate.why}
     return out
 
 
@@ -140,4 +188,4 @@ def show_parameters(ctx: Context, model: Model) -> None:
     where = shardings(model.params, decoder.PARAM_AXES, ctx.mesh) if ctx.mesh is not None else None
     if where is None:
         where = jax.tree.map(lambda x: x.sharding, model.params)
-    ctx.console.print(parameter_table(model.params, where), markup=False, highlight=False)
+    ctx.console.print(parameter_table(model.params, where), markup=False, highlight=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,13 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from qstar.errors import UserError
+from qstar.errors import UserError, unknown
 from qstar.methods import base_model
 from qstar.methods.arms import Context
+from qstar.methods.checks import check_lengths
 from qstar.methods.rollouts import SampleSettings, attempt
+from qstar.methods.run_folder import open_run
+from qstar.models.hf import read_json, refuse_foreign
 from qstar.models.model import Model, save
 from qstar.sample.vote import majority_at_k
 from qstar.tasks.base import Task
@@ -34,6 +36,7 @@ def evaluate_model(
     temperature: float = 0.7,
     seed: int = 0,
     out: Path | None = None,
+    made_with: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns greedy accuracy and, from `samples` completions per problem, pass@k and majority@k for k = 1, 2, 4, ...
 
@@ -41,12 +44,19 @@ def evaluate_model(
 
     Args:
       out: folder where answers are kept as JSONL; what is there already is not sampled again.
+      made_with: what the answers depend on; kept in `out`, so that no answers of another model are counted.
+
+    Raises:
+      UserError: no tokenizer, no problems, a prompt too long for the model, or `out` is of another evaluation.
     """
     if model.tokenizer is None:
-        raise UserError("evaluation needs a tokenizer, and this model has none")
+        raise UserError("evaluation needs a tokenizer, and this model has none (no tokenizer files in its folder)")
     problems = task.problems(split)[: limit or None]
     if not problems:
         raise UserError(f"task {task.name} has no problems in split {split!r}")
+    check_lengths(model, task, problems, max_new_tokens)
+    if out is not None:
+        open_run(out, made_with or {}, "--out")
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
         settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=0.0)
@@ -63,6 +73,18 @@ def evaluate_model(
             )
             result.update(many(drawn, samples))
     return result
+
+
+def result_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows of a table of what `evaluate_model` found: metric, value and its interval."""
+    rows = []
+    one_group = sum(key.startswith("accuracy/") for key in result) == 1  # its numbers are those of all
+    for key, value in result.items():
+        name, slash, group = key.partition("/")
+        if not name.endswith(("_low", "_high")) and not (one_group and group):
+            bounds = (result.get(f"{name}_{side}{slash}{group}") for side in ("low", "high"))
+            rows.append(dict(zip(("metric", "value", "95% low", "95% high"), (key, value, *bounds))))
+    return rows
 
 
 def many(rollouts: list[Rollout], samples: int) -> dict[str, Any]:
@@ -94,6 +116,7 @@ def export_model(run: Path, arm: str | None, iteration: int | None, out: Path) -
     Raises:
       UserError: no such run, arm or iteration; the line says which there are.
     """
+    refuse_foreign(out.expanduser().resolve())
     model = trained_model(run, arm, iteration)
     save(model, out)
     return out
@@ -101,28 +124,35 @@ def export_model(run: Path, arm: str | None, iteration: int | None, out: Path) -
 
 def trained_model(run: Path, arm: str | None = None, iteration: int | None = None) -> Model:
     """Returns the model of a run's arm and iteration; see `export_model`."""
-    try:
-        config = ConfigDict(json.loads((run / "config.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{run}: no config.json in it, so it is no run folder of qstar") from None
+    if not (run / "config.json").is_file():
+        raise UserError(f"--run={run}: holds no config.json, so it is no run; give the --workdir of a `qstar train`")
+    config = ConfigDict(read_json(run / "config.json"))
+    if "method" not in config or not isinstance(config.get("arms"), ConfigDict):
+        raise UserError(f"--run={run}: its config.json is not that of a run; give the --workdir of a `qstar train`")
     arms = sorted(config.arms.keys())
     arm = arm or arms[0]
     if arm not in arms:
-        raise UserError(f"{run}: has no arm {arm!r}; there are {', '.join(arms)}")
+        raise unknown(f"--run={run}: arm {arm!r}", arm, arms)
     done = sorted(int(p.parent.name[5:]) for p in (run / arm / "checkpoints").glob("iter_*/summary.json"))
     iteration = (done or [0])[-1] if iteration is None else iteration
     if iteration and iteration not in done:
-        raise UserError(f"{run}: arm {arm!r} has no finished iteration {iteration}; there are {done or 'none'}")
+        there = ", ".join(map(str, [0, *done]))
+        raise UserError(f"--run={run}: arm {arm!r} has no finished iteration {iteration}; there are {there} (0: base)")
+    config.mesh = "data=1,fsdp=-1"  # the machine that exports need not be the one that trained
     ctx = Context.make(config, run, Console(quiet=True))
     model = base_model.architecture(ctx)
     folder = run / arm / "checkpoints" / f"iter_{iteration:03d}" if iteration else run / "base"
     if not iteration and config.model.path:
         return model
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"--run={run}: its base is not trained yet; let `qstar train` go on first")
     return restore(model, folder)
 
 
 def restore(model: Model, folder: Path) -> Model:
     """Returns the model with the parameters that `supervised.fine_tune` left in `folder`."""
+    if not (folder / "model").is_dir():
+        raise UserError(f"{folder / 'model'}: the checkpoint is missing; delete {folder} to train it again")
     checkpoints = Checkpoints(folder / "model")
     params, _ = checkpoints.restore(model.params)
     checkpoints.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qstar.errors import require
 from qstar.methods.run_folder import once, stable_seed
 from qstar.models.model import Model
 from qstar.sample.batching import default_slots, stream
@@ -28,6 +30,16 @@ class SampleSettings:
     top_p: float = 1.0
     slots: int | None = None
     round_size: int = 1024  # completions between two done-markers: what a kill can lose
+
+    def __post_init__(self):
+        require(
+            (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"),
+            (0 <= self.temperature < math.inf, f"temperature={self.temperature} must be 0 (greedy) or more"),
+            (self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more"),
+            (0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]"),
+            (self.slots is None or self.slots >= 1, f"slots={self.slots} must be at least 1, or None"),
+            (self.round_size >= 1, f"round_size={self.round_size} must be at least 1"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

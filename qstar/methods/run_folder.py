@@ -16,6 +16,7 @@ import jax
 
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
+from qstar.models.hf import read_json
 
 # Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
 FREE_KEYS = ("log",)
@@ -54,44 +55,55 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def open_run(workdir: Path, config: dict[str, Any]) -> None:
+def open_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> None:
     """Starts a run in `workdir`, or goes on with the run of the same config that is there.
 
     Raises:
-      UserError: the folder cannot be written, holds a run of another config (the first key that differs is named), or
-        holds something that is no run. Nothing in it is touched then.
+      UserError: see `check_run`; or the folder cannot be written.
     """
-    config = json.loads(json.dumps(config))
-    there = workdir / "config.json"
+    check_run(workdir, config, flag)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not there.exists():
-            strangers = [p.name for p in sorted(workdir.iterdir()) if not p.name.startswith((".", "config.json.tmp"))]
-            if strangers:
-                raise UserError(
-                    f"--workdir={workdir}: holds {strangers[0]} but no run of qstar; name an empty or a new folder"
-                )
-            write_json(there, config)
-        else:
-            _check_same(json.loads(there.read_text(encoding="utf-8")), config, workdir)
+        if not (workdir / "config.json").exists():
+            write_json(workdir / "config.json", config)
         write_json(workdir / "environment.json", environment())
     except OSError as e:
-        raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror}); name another folder") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{there}: is not JSON (line {e.lineno}); the folder is damaged, name another") from None
+        raise UserError(f"{flag}={workdir}: cannot be written ({e.strerror}); name another folder") from None
 
 
-def _check_same(old: dict[str, Any], new: dict[str, Any], workdir: Path, prefix: str = "") -> None:
+def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> None:
+    """Whether a run of this config can start or go on in `workdir`; touches nothing.
+
+    Raises:
+      UserError: the folder holds a run of another config (the first key that differs is named), something that is no
+      run, or it is a file. The line begins with the command line's `flag`.
+    """
+    there = workdir / "config.json"
+    try:
+        nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{flag}={workdir}: {nearest} is a file; name another folder")
+        names = sorted(p.name for p in workdir.iterdir()) if nearest == workdir else []
+        strangers = [name for name in names if not name.startswith((".", "config.json.tmp"))]
+        if strangers and not there.exists():
+            raise UserError(f"{flag}={workdir}: holds {strangers[0]} but no run of qstar; name an empty or a new one")
+        if strangers:
+            _check_same(read_json(there), json.loads(json.dumps(config)), f"{flag}={workdir}")
+    except OSError as e:
+        raise UserError(f"{flag}={workdir}: cannot be read ({e.strerror}); name another folder") from None
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], where: str, prefix: str = "") -> None:
     for key in sorted(set(old) | set(new)):
         if not prefix and key in FREE_KEYS:
             continue
         a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
         if isinstance(a, dict) and isinstance(b, dict):
-            _check_same(a, b, workdir, f"{prefix}{key}.")
+            _check_same(a, b, where, f"{prefix}{key}.")
         elif a != b:
             raise UserError(
-                f"--workdir={workdir}: was made with config.{prefix}{key}={a!r}, now it is {b!r}; "
-                "use another --workdir, or the same settings to go on with that run"
+                f"{where}: was made with config.{prefix}{key}={a!r}, now it is {b!r}; "
+                "name another folder, or use the same settings to go on with what is there"
             )
 
 

@@ -14,15 +14,16 @@ STaR without rationalisation, STaR-dagger, RFT and ReST-EM are settings of this 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import UserError
-from qstar.methods import base_model
+from qstar.errors import UserError, require
+from qstar.methods import base_model, checks
 from qstar.methods.arms import Arm, Context
 from qstar.methods.rollouts import Selection, attempt, select, show_hint, summary, to_example
-from qstar.methods.run_folder import once, open_run, stable_seed
-from qstar.methods.supervised import fine_tune
+from qstar.methods.run_folder import check_run, once, open_run, stable_seed
+from qstar.methods.supervised import fine_tune, pack_rows
 from qstar.models.model import Model
 from qstar.tasks.base import Problem
 from qstar.text.packing import Example
@@ -47,7 +48,7 @@ class Loop:
     accumulate: bool = False  # train on the kept rows of all loops so far
     include_sft_data: bool = False  # gold solutions of the drawn problems in the mix
     steps: str = "exp:40:1.2"  # "exp:40:1.2", "lin:300:20" or "epochs:1:0.2"
-    max_epochs: float | None = 10.0  # over the kept rows: S_n steps on a handful would only overfit
+    max_epochs: float | None = 10.0  # over the kept rows (as packed): S_n steps on a handful would only overfit
     min_kept: int = 1  # stop the arm when fewer rows are kept
     seed_share: float = 0.0  # share of hinted gold seed rows in every batch (from-scratch models only)
     dedupe: bool = True
@@ -57,9 +58,17 @@ class Loop:
     patience: int = 0  # stop after so many loops without a better validation accuracy (0: never)
 
     def __post_init__(self):
-        if self.restart not in ("base", "previous"):
-            raise UserError(f"loop.restart={self.restart!r} is not one of base, previous")
         steps_for(self.steps, 1, 1, 1)
+        least = {"n_iters": 0, "problems_per_iter": 1, "k": 1, "min_kept": 0, "cap_per_problem": 1, "patience": 0}
+        values = {name: getattr(self, name) for name in least}
+        shares = {name: getattr(self, name) for name in ("p_rationalize", "p_keep_hint", "seed_share")}
+        require(
+            (self.restart in ("base", "previous"), f"restart={self.restart!r} is not one of base, previous"),
+            *((v is None or v >= least[n], f"{n}={v} must be at least {least[n]}") for n, v in values.items()),
+            *((0 <= v <= 1, f"{n}={v} must be between 0 and 1") for n, v in shares.items()),
+            (0 <= (self.temperature or 0) < math.inf, f"temperature={self.temperature} must be 0 or more"),
+            (self.max_epochs is None or self.max_epochs > 0, f"max_epochs={self.max_epochs} must be above 0, or None"),
+        )
 
     @property
     def selection(self) -> Selection:
@@ -88,6 +97,8 @@ def steps_for(spec: str, n: int, rows: int, batch_size: int) -> int:
     try:
         first, growth = (float(x) for x in numbers)
     except ValueError:
+        first, growth = math.nan, math.nan
+    if not (0 < first < math.inf and 0 <= growth < math.inf):
         kind = ""
     if kind == "exp":
         return int(first * growth ** (n - 1))
@@ -95,16 +106,21 @@ def steps_for(spec: str, n: int, rows: int, batch_size: int) -> int:
         return int(first + growth * (n - 1))
     if kind == "epochs":
         return max(1, int(rows * first * (1 + growth * (n - 1)) // batch_size))
-    raise UserError(f"loop.steps={spec!r} is not of the form exp:40:1.2, lin:300:20 or epochs:1:0.2")
+    raise UserError(f"steps={spec!r} is not of the form exp:40:1.2, lin:300:20 or epochs:1:0.2")
 
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a STaR config in `workdir`, going on where an earlier run of the same config stopped."""
     ctx = Context.make(config, Path(workdir), console)
     arms = {name: ctx.arm_settings(Loop, PRESETS, name) for name in config.arms}
+    check_run(ctx.workdir, config.to_dict())
+    base_model.model_options(ctx)
+    checks.check_problems(ctx, arms.values())
+    start = base_model.architecture(ctx)
+    checks.check_room(ctx, start, arms.values())
     open_run(ctx.workdir, config.to_dict())
     ctx.start()
-    base = base_model.prepare(ctx)
+    base = base_model.prepare(ctx, start)
     for name, loop in arms.items():
         outer_loop(Arm(ctx, name), loop, base)
     ctx.close()
@@ -175,11 +191,12 @@ def train(arm: Arm, loop: Loop, start: Model, examples: list[Example], n: int) -
     """Fine-tunes `start` on the kept rationales for S_n steps, with fresh optimiser moments."""
     ctx = arm.ctx
     settings = ctx.train_settings
-    steps = steps_for(loop.steps, n, len(examples), settings.batch_size)
+    rows = len(pack_rows(examples, settings)["tokens"])  # several examples share a packed row
+    steps = steps_for(loop.steps, n, rows, settings.batch_size)
     if loop.max_epochs is not None:
-        cap = max(1, int(loop.max_epochs * len(examples) / settings.batch_size))
+        cap = max(1, int(loop.max_epochs * rows / settings.batch_size))
         if cap < steps:
-            ctx.say(f"[yellow]only {len(examples)} rows: {cap} steps instead of {steps} (loop.max_epochs={loop.max_epochs})")
+            ctx.say(f"[yellow]only {len(examples)} examples in {rows} rows: {cap} steps instead of {steps} (loop.max_epochs={loop.max_epochs})")
         steps = min(steps, cap)
     hinted_seeds = [ctx.seed_example(p, hinted) for p, hinted in ctx.task.seeds() if hinted] if loop.seed_share else []
     with arm.timed("train"), ctx.bar("train", steps) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from qstar import tree
 from qstar.data.loader import batches
-from qstar.errors import UserError
+from qstar.errors import UserError, require
 from qstar.methods.run_folder import once_json
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.model import Model
@@ -49,6 +50,28 @@ class TrainSettings:
     save_every: int = 0
     log_every: int = 50
     max_bad: int = 20
+
+    def __post_init__(self):
+        kinds = ", ".join(optim.SCHEDULES)
+        require(
+            (self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1"),
+            (self.accumulate >= 1, f"accumulate={self.accumulate} must be at least 1"),
+            (self.batch_size % max(1, self.accumulate) == 0,
+             f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; choose a divisor of it"),
+            (0 <= self.lr < math.inf, f"lr={self.lr} must be a finite number of 0 or more"),
+            (self.schedule in optim.SCHEDULES, f"schedule={self.schedule!r} is not one of {kinds}"),
+            (self.warmup >= 0, f"warmup={self.warmup} must be 0 or more steps"),
+            (0 <= self.end < math.inf, f"end={self.end} must be a share of lr, 0 or more"),
+            (0 <= self.b1 < 1, f"b1={self.b1} must be in [0, 1)"),
+            (0 <= self.b2 < 1, f"b2={self.b2} must be in [0, 1)"),
+            (0 <= self.weight_decay < math.inf, f"weight_decay={self.weight_decay} must be 0 or more"),
+            (0 <= self.clip < math.inf, f"clip={self.clip} must be 0 (off) or more"),
+            (0 <= self.z_loss < math.inf, f"z_loss={self.z_loss} must be 0 or more"),
+            (self.row_length >= 2, f"row_length={self.row_length} must be at least 2 tokens"),
+            (self.save_every >= 0, f"save_every={self.save_every} must be 0 (only at the end) or more steps"),
+            (self.log_every >= 1, f"log_every={self.log_every} must be at least 1 step"),
+            (self.max_bad >= 1, f"max_bad={self.max_bad} must be at least 1 update"),
+        )
 
 
 @functools.cache
@@ -87,6 +110,7 @@ def fine_tune(
     weights = Checkpoints(folder / "model")
     done = folder / "summary.json"
     if done.exists():
+        shutil.rmtree(folder / "training", ignore_errors=True)  # a kill may have come between
         params, _ = weights.restore(start.params)
         weights.close()
         return start.replace(params=params), once_json(done, dict)

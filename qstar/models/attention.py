@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,6 +62,24 @@ def _scores(rows: jax.Array, segment: Segment, scale: float, T: int) -> jax.Arra
         return s
     G, _, S = s.shape
     return jnp.where(segment.mask, s.reshape(G, -1, T, S), NEG).reshape(s.shape)
+
+
+@jax.custom_batching.custom_vmap
+def write_column(cache: jax.Array, new: jax.Array, column: jax.Array) -> jax.Array:
+    """Returns the cache [G, R, K] with new [G, 1, K] at `column`.
+
+    Mapped over rows that share the column it stays one contiguous update (`vmap` alone would make it a scatter).
+    """
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis=1)
+
+
+@write_column.def_vmap
+def _write_rows(axis_size: int, in_batched: list[bool], cache: jax.Array, new: jax.Array, column: jax.Array) -> Any:
+    if in_batched[2]:  # each row at a column of its own
+        axes = [0 if b else None for b in in_batched]
+        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1), axes)(cache, new, column), True
+    rows = [x if b else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, b in zip((cache, new), in_batched)]
+    return jax.lax.dynamic_update_slice_in_dim(*rows, column, axis=rows[0].ndim - 2), True
 
 
 def text_mask(segment_ids: jax.Array | None, length: int, window: int | None = None) -> jax.Array:

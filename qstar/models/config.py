@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from qstar.errors import UserError
+from qstar.errors import UserError, unknown
 
+DTYPES = ("float32", "bfloat16", "float16")
+SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+         "max_positions", "scan_unroll")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj")
 
 
@@ -54,6 +57,12 @@ class ModelConfig:
                               ("position", ("rope", "learned")), ("remat", ("none", "block", "dots"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"model config: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in SIZES:
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise UserError(f"model config: {name}={size!r} must be a whole number of at least 1")
+        if self.dtype not in DTYPES:
+            raise UserError(f"model config: dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"model config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
 
@@ -80,7 +89,10 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     """
     table = {"tiny": _tiny, "llama_20m": _llama_20m, "gptj_6b": _gptj_6b}
     if name not in table:
-        raise UserError(f"model preset {name!r} is unknown; presets are {', '.join(table)}")
+        raise unknown(f"model preset {name!r}", name, table)
+    for key in SIZES:
+        if not isinstance(changes.get(key, 1), int) or changes.get(key, 1) < 1:
+            raise UserError(f"model preset {name!r}: {key}={changes[key]!r} must be a whole number of at least 1")
     return table[name](**changes)
 
 
@@ -127,6 +139,10 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
         return readers[family](config, where)
     except KeyError as e:
         raise UserError(f"{where}: key {e} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as e:
+        raise UserError(f"{where}: a value has the wrong type or size ({e}); copy the file again") from None
+    except UserError as e:
+        raise e if str(e).startswith(where) else UserError(f"{where}: {e}") from None
 
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -80,7 +80,7 @@ def run_layers(
       layers: stacked parameters (leading axis L), or a list with one tree per layer (see `unstack`).
       x: [T, E] inputs. positions: [T]. mask: bool [T, T] of the tokens among themselves.
       past: with stacked layers, Segments whose keys and values carry a leading axis L (masks do not); with listed
-        layers, one list of Segments per layer.
+        layers, one list of Segments per layer, of which the last may be a Ring to write into.
 
     Returns:
       x [T, E] before the final norm, and the new keys and values: a pair [L, G, T, K], or one pair per layer.

@@ -240,7 +240,7 @@ def write_params(
     new = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         if writer:
-            _refuse_foreign(target)
+            refuse_foreign(target)
             new.mkdir(parents=True)
         for file, tensors in shards.items():
             arrays = {name: _gather(leaves, pieces) for name, pieces in tensors.items()}
@@ -355,7 +355,7 @@ _OWN_FILES = re.compile(
     r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt")
 
 
-def _refuse_foreign(target: pathlib.Path) -> None:
+def refuse_foreign(target: pathlib.Path) -> None:
     """Raises UserError unless the target is absent, an empty folder, or a model export and nothing besides."""
     if not target.exists():
         return

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from qstar.models.attention import attend, precision
+from qstar.models.attention import attend, precision, write_column
 from qstar.models.config import ModelConfig
-from qstar.types import Segment
+from qstar.types import Ring, Segment
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -96,11 +96,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array | None, past: Sequence[Segment] = ()
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array | None, past: Sequence[Segment | Ring] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Args: x [T, E]; positions [T]; mask [T, T] of the tokens among themselves; past: segments [G, S, K].
+        """Args: x [T, E]; positions [T]; mask [T, T] of the tokens among themselves; past: segments [G, S, K], of which
+        the last may be a `Ring` (then T = 1, and `mask` is the ring's).
 
-        Returns: x [T, E] and the new (keys, values), each [G, T, K], rotated already.
+        Returns: x [T, E] and the new (keys, values), each [G, T, K], rotated already; with a ring, the ring's [G, R, K].
         """
         c = self.config
         residual_std = c.init_std / math.sqrt(2 * c.num_layers)  # GPT-2: outputs add up over 2L branches
@@ -113,6 +114,10 @@ class Block(nn.Module):
             angles = rope_angles(c, positions)
             q, k = rotate(q, angles, c), rotate(k, angles, c)
         k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)  # [G, T, K]
+        if past and isinstance(past[-1], Ring):
+            *past, ring = past
+            k, v = write_column(ring.keys, k, ring.column), write_column(ring.values, v, ring.column)  # [G, R, K]
+            mask = ring.mask
         with jax.named_scope("attention"):
             a = attend(q, [*past, Segment(k, v, mask)], scale=c.head_dim**-0.5)
         a = Linear(c.hidden_size, c.out_bias, residual_std, name="o")(a.reshape(-1, c.num_heads * c.head_dim))

@@ -25,7 +25,7 @@ from qstar.errors import UserError
 from qstar.mesh import put_batch
 from qstar.models import decoder, hf
 from qstar.models.attention import text_mask
-from qstar.models.config import ModelConfig, from_hf, to_hf
+from qstar.models.config import DTYPES, ModelConfig, from_hf, to_hf
 from qstar.text.tokenizer import Tokenizer, load_tokenizer
 from qstar.types import Params
 
@@ -80,8 +80,8 @@ def _compute_dtype(raw: dict[str, Any], dtype: Any) -> str:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype {name!r} is not one of float32, bfloat16, float16")
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return name
 
 

@@ -85,9 +85,9 @@ def loop_section(run: Run) -> Safe | None:
     ]
     whose = f" The numbers are those of the arm “{arm.name or run.method}”." if arm else ""
     intro = note(
-        "STaR (Self-Taught Reasoner; Zelikman et al. 2022, arXiv 2203.14465) teaches a model to reason "
-        "from its own answers. Beyond the worked examples that start it off, nobody writes rationales for it: it "
-        "is only told whether a final answer is right." + whose
+        "STaR (Self-Taught Reasoner; Zelikman et al. 2022, arXiv 2203.14465) teaches a model to reason from "
+        "its own answers. Beyond the worked examples that start it off, nobody writes rationales for it: "
+        "it is only told whether a final answer is right." + whose
     )
     return section("loop", "How the loop works", intro, tag("ol", *steps, class_="steps"), _example(run))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar.errors import UserError
+from qstar.errors import UserError, require
 from qstar.mesh import batch_sharding, replicated
 from qstar.models.model import Model
 from qstar.sample import sampler as S
@@ -208,7 +208,7 @@ class _Queue:
 def _check_knobs(
     max_new_tokens: int, temperature: float, top_k: int, top_p: float, n: int, stop: tuple[str, ...]
 ) -> None:
-    checks = (
+    require(
         (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1"),
         (temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more"),
         (top_k >= 0, f"top_k={top_k} must be 0 (off) or more"),
@@ -216,9 +216,6 @@ def _check_knobs(
         (n >= 1, f"n={n} must be at least 1"),
         ("" not in stop, f"stop={stop} holds an empty string, which every text contains; leave it out"),
     )
-    for ok, message in checks:
-        if not ok:
-            raise UserError(message)
 
 
 def _encode(model: Model, prompts: Sequence, prefix: str | Sequence[int]) -> tuple[list[int], list[list[int]]]:

@@ -42,50 +42,86 @@ def draw(logits: jax.Array, u: jax.Array, knobs: Knobs) -> tuple[jax.Array, jax.
       token (int32), its log-probability under the model, and under the distribution it was drawn from.
     """
 
+    top = jnp.max(logits)
+    logz = top + jnp.log(jnp.sum(jnp.exp(logits - top)))
+
     def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.argmax(logits).astype(jnp.int32), jnp.float32(0.0)
+        return first_max(logits), jnp.float32(0.0)
 
-    def sampled(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scaled = logits / jnp.maximum(knobs.temperature, 1e-6)
-        filtering = (knobs.top_k > 0) | (knobs.top_p < 1.0)
-        kept = jax.lax.cond(filtering, lambda x: keep_top(x, knobs), lambda x: x, scaled)
-        top = jnp.max(kept)
-        weights = jnp.exp(kept - top)
-        token = invert_cdf(weights, u)
-        return token, kept[token] - top - jnp.log(jnp.sum(weights))
+    def plain(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scaled = (logits - top) / knobs.temperature
+        token, mass = invert_cdf(scaled, u)
+        return token, scaled[token] - jnp.log(mass)
 
-    token, sample_logprob = jax.lax.cond(knobs.temperature <= 0.0, greedy, sampled, logits)
-    return token, logits[token] - jax.nn.logsumexp(logits), sample_logprob
+    def filtered(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kept = keep_top((logits - top) / knobs.temperature, knobs)
+        token, mass = invert_cdf(kept, u)
+        return token, kept[token] - jnp.log(mass)
+
+    filtering = (knobs.top_k > 0) | (knobs.top_p < 1.0)
+    way = jnp.where(knobs.temperature <= 0.0, 0, 1 + filtering.astype(jnp.int32))
+    token, sample_logprob = jax.lax.switch(way, [greedy, plain, filtered], logits)
+    return token, logits[token] - logz, sample_logprob
+
+
+def first_max(x: jax.Array) -> jax.Array:
+    """Returns the index of the first maximum of x [V]: the maxima of blocks, then one block (argmax itself is slow)."""
+    blocks = _blocks(x, NEG)
+    best = jnp.max(blocks, axis=1)
+    b = jnp.argmax(best)
+    return (b * BLOCK + jnp.argmax(blocks[b])).astype(jnp.int32)
 
 
 def keep_top(logits: jax.Array, knobs: Knobs) -> jax.Array:
     """Returns logits [V] with what top-k, then top-p (of what top-k left) remove set to a large negative number.
 
-    Top-p keeps the smallest set of most probable tokens whose mass reaches p; ties with the last one kept stay.
+    Top-p keeps the smallest set of most probable tokens whose mass reaches p; ties with the last one kept stay. Both
+    thresholds are found by bisection over the float32 numbers, 32 halvings each: exact, and a twentieth of a sort.
     """
-    order = jnp.sort(logits, descending=True)
-    rank = jnp.arange(logits.shape[0])
-    by_k = jnp.where((knobs.top_k > 0) & (rank >= knobs.top_k), NEG, order)
-    probs = jax.nn.softmax(by_k)
-    before = jnp.cumsum(probs) - probs
-    kept = (by_k > NEG / 2) & ((before < knobs.top_p) | (knobs.top_p >= 1) | (rank == 0))
-    threshold = jnp.min(jnp.where(kept, order, jnp.inf))
-    return jnp.where(logits >= threshold, logits, NEG)
+    def by_count(x: jax.Array) -> jax.Array:
+        return jnp.where(x >= threshold(x, jnp.ones_like(x), knobs.top_k.astype(jnp.float32)), x, NEG)
+
+    def by_mass(x: jax.Array) -> jax.Array:
+        weights = jnp.where(x > NEG / 2, jnp.exp(x - jnp.max(x)), 0.0)
+        return jnp.where(x >= threshold(x, weights, knobs.top_p * jnp.sum(weights)), x, NEG)
+
+    logits = jax.lax.cond(knobs.top_k > 0, by_count, lambda x: x, logits)
+    return jax.lax.cond(knobs.top_p < 1.0, by_mass, lambda x: x, logits)
 
 
-def invert_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
-    """Returns i with probability weights[i] / sum(weights), for non-negative weights [V] and u uniform in [0, 1).
+def threshold(x: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
+    """Returns the largest t such that the entries x >= t weigh at least `mass` (the least of x, if all of them do not)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
 
-    Two levels (blocks, then inside the block) keep the running sums short, hence exact enough for 100,000 ids.
+    def halve(_: int, span: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = span  # the answer is in [low, high)
+        middle = (low & high) + ((low ^ high) >> 1)
+        enough = jnp.sum(jnp.where(order >= middle, weights, 0.0)) >= mass
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, 32, halve, (jnp.min(order), jnp.max(order) + 1))
+    return jax.lax.bitcast_convert_type(jnp.where(low < 0, low ^ 0x7FFFFFFF, low), jnp.float32)
+
+
+def invert_cdf(log_weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns i with probability weights[i] / sum(weights), and that sum, for log weights [V] and u uniform in [0, 1).
+
+    Two levels (blocks, then inside the block) keep the running sums short, hence exact enough for 100,000 ids; and
+    the weights never exist but as sums over blocks, and in the one block that is hit.
     """
-    size = weights.shape[0]
-    blocks = jnp.pad(weights, (0, -size % BLOCK)).reshape(-1, BLOCK)
-    masses = jnp.sum(blocks, axis=1)
+    blocks = _blocks(log_weights, -jnp.inf)
+    masses = jnp.sum(jnp.exp(blocks), axis=1)
     sums = jnp.cumsum(masses)
     target = u * sums[-1]
     b = _first_above(sums, target, masses)
     rest = target - jnp.where(b > 0, sums[b - 1], 0.0)
-    return (b * BLOCK + _first_above(jnp.cumsum(blocks[b]), rest, blocks[b])).astype(jnp.int32)
+    inner = jnp.exp(blocks[b])
+    return (b * BLOCK + _first_above(jnp.cumsum(inner), rest, inner)).astype(jnp.int32), sums[-1]
+
+
+def _blocks(x: jax.Array, fill: float) -> jax.Array:
+    return jnp.pad(x, (0, -x.shape[0] % BLOCK), constant_values=fill).reshape(-1, BLOCK)
 
 
 def _first_above(sums: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:

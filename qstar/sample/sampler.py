@@ -21,7 +21,7 @@ from qstar.models import decoder
 from qstar.models.attention import text_mask
 from qstar.models.config import ModelConfig
 from qstar.sample.logits import NEG, Knobs, draw
-from qstar.types import Params, Segment
+from qstar.types import Params, Ring, Segment
 
 Pairs = list[tuple[jax.Array, jax.Array]]  # (keys, values) per layer
 
@@ -198,27 +198,25 @@ def decode(
 def _step(params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, knobs: Knobs) -> SampleState:
     """Feeds every row's last token and draws its next one."""
     config, R = sampler.config, sampler.max_new
-    age = jnp.mod(state.step - 1 - jnp.arange(R), R)  # steps since each column was written
+    column = jnp.mod(state.step, R)
+    age = jnp.mod(state.step - jnp.arange(R), R)  # steps since each column was written; 0 is this step's own
 
     def row(token, prompt_len, born, prompt, ring):
-        fed = state.step - born  # tokens of this row in the ring
+        fed = state.step - born  # tokens of this row in the ring before this one
         position = prefix.length + prompt_len + fed
         in_prompt = jnp.arange(sampler.prompt_length) < prompt_len
-        in_ring = age < fed
+        in_ring = age <= fed
         if config.sliding_window is not None:
             in_prompt &= prompt_len + fed - jnp.arange(sampler.prompt_length) < config.sliding_window
-            in_ring &= age + 1 < config.sliding_window
+            in_ring &= age < config.sliding_window
         past = [
-            [*_prefix_segments(pre, prefix, position[None], config), Segment(*pro, in_prompt), Segment(*rin, in_ring)]
+            [*_prefix_segments(pre, prefix, position[None], config), Segment(*pro, in_prompt), Ring(*rin, in_ring, column)]
             for pre, pro, rin in zip(prefix.pairs, prompt, ring)
         ]
-        hidden, new = decoder.forward(params, config, token[None], position[None], None, past)
-        return hidden[0], new
+        hidden, ring = decoder.forward(params, config, token[None], position[None], None, past)
+        return hidden[0], ring
 
-    hidden, new = jax.vmap(row)(state.token, state.prompt_len, state.born, state.prompt, state.ring)
-    column = jnp.mod(state.step, R)
-    ring = jax.tree.map(lambda c, x: jax.lax.dynamic_update_slice_in_dim(c, x, column, axis=2), state.ring, new)
-
+    hidden, ring = jax.vmap(row)(state.token, state.prompt_len, state.born, state.prompt, state.ring)
     logits = decoder.unembed(params, config, hidden)
     token, logprob, sample_logprob = _draw_rows(logits, state.key, state.count, knobs, sampler)
     here = (jnp.arange(R) == state.count[:, None]) & state.active[:, None]  # [B, R]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import typing
 from typing import Any
 
-from qstar.errors import UserError
+from qstar.errors import check_type, unknown
 from qstar.tasks.base import DatasetTask, Problem, Task
 
 __all__ = ["DatasetTask", "Problem", "Task", "make_task"]
@@ -23,14 +24,17 @@ def make_task(name: str, **options: Any) -> Task:
     """The task called `name`, with its options.
 
     Raises:
-        UserError: unknown name or option (the known ones are listed), or a value the task refuses.
+        UserError: unknown name or option (the known ones are listed), a value of another type or that the
+            task refuses.
     """
     if name not in _TASKS:
-        raise UserError(f"unknown task {name!r}; known are {', '.join(sorted(_TASKS))}")
+        raise unknown(f"task {name!r}", name, sorted(_TASKS))
     module, cls = _TASKS[name]
     task = getattr(importlib.import_module(module), cls)
     known = inspect.signature(task).parameters
-    for option in options:
+    hints = typing.get_type_hints(task.__init__)
+    for option, value in options.items():
         if option not in known:
-            raise UserError(f"task {name!r} has no option {option!r}; it has {', '.join(known)}")
+            raise unknown(f"task {name!r}: option {option!r}", option, known)
+        check_type(f"task {name!r}: option {option}", value, hints.get(option, Any))
     return task(**options)

@@ -190,7 +190,10 @@ def _read_prompts(folder: str, name: str) -> str:
     path = epath.Path(os.fspath(folder)).expanduser() / name
     if not path.is_file():
         raise UserError(f"{path}: no such few-shot file; `prompts` names a folder that holds it, or is None")
-    return path.read_text(encoding="utf-8").rstrip("\n") + "\n\n"
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\n") + "\n\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def _key(question: str) -> str:

@@ -23,7 +23,14 @@ class CommonsenseQA(DatasetTask):
     test_split = "validation"
     fields = ("question", "answerKey")
 
-    def __init__(self, *, train=None, test=None, prompts=None, direct: bool = False):
+    def __init__(
+        self,
+        *,
+        train: str | None = None,
+        test: str | None = None,
+        prompts: str | None = None,
+        direct: bool = False,
+    ):
         """`train`, `test`, `prompts` as in `DatasetTask`; `direct` answers "(e)." without a rationale."""
         self.direct = direct
         base = "commonsenseqa_prompts_direct" if direct else "commonsenseqa_prompts"
@@ -32,7 +39,7 @@ class CommonsenseQA(DatasetTask):
 
     def to_problem(self, record: dict) -> Problem:
         stem, choices = _stem_and_choices(record)
-        gold = record["answerKey"].lower()
+        gold = str(record["answerKey"]).lower()
         if gold not in choices:
             raise ValueError(f"answerKey {record['answerKey']!r} is none of the choices {', '.join(choices)} "
                              "(the published test split has no labels and cannot be scored)")
@@ -73,6 +80,8 @@ def _stem_and_choices(record: dict) -> tuple[str, dict[str, str]]:
     except (KeyError, TypeError) as error:
         raise ValueError("neither the hub's columns (question, choices.label, choices.text) nor the original "
                          f"shape (question.stem, question.choices): {error!r}") from error
+    if not isinstance(stem, str):
+        raise ValueError(f"the question is of type {type(stem).__name__}, not text")
     choices = {str(label).lower(): text for label, text in pairs}
     if not choices or len(choices) != len(pairs) or not set(choices) <= set("abcde"):
         labels = [label for label, _ in pairs]

@@ -58,7 +58,15 @@ class GSM8K(DatasetTask):
     default_source = "openai/gsm8k:main"
     prompt_files = ("gsm_prompts.txt", "gsm_prompts_answer_key.txt")
 
-    def __init__(self, *, train=None, test=None, prompts=None, hint: str = "answer", strict: bool = False):
+    def __init__(
+        self,
+        *,
+        train: str | None = None,
+        test: str | None = None,
+        prompts: str | None = None,
+        hint: str = "answer",
+        strict: bool = False,
+    ):
         """`train`, `test`, `prompts` as in `DatasetTask`; `hint` is "answer" or "solution"."""
         if hint not in ("answer", "solution"):
             raise UserError(f"gsm8k: hint={hint!r} is neither 'answer' nor 'solution'")
@@ -68,6 +76,9 @@ class GSM8K(DatasetTask):
 
     def to_problem(self, record: dict) -> Problem:
         question, answer = record["question"], record["answer"]
+        for field, text in (("question", question), ("answer", answer)):
+            if not isinstance(text, str):
+                raise ValueError(f"field {field!r} is of type {type(text).__name__}, not text")
         written = answer.rpartition(MARK)[2].strip()
         if MARK not in answer:
             raise ValueError(f"field 'answer' has no '{MARK}' line")

@@ -58,8 +58,8 @@ class Checkpoints:
         if step is None:
             raise UserError(f"no checkpoint in {self.folder}; train first, or name another folder")
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        self._check(target, step)
         try:
+            self._check(target, step)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
             out = self._manager.restore(step, args=args)
         except (ValueError, KeyError, FileNotFoundError, OSError) as e:

@@ -43,7 +43,8 @@ def fit(
     """Runs updates `state.step .. steps-1`, yielding every `log_every` of them and at the end.
 
     With `checkpoints`, a run that was killed goes on from the newest one, and ends with the very same bits: the batch
-    of step s is `batch_at(s)`, and the key of step s is folded from the state's.
+    of step s is `batch_at(s)`, and the key of step s is folded from the state's. The metrics since the last Progress
+    are kept with the checkpoint, so that their means are the same, too.
 
     Args:
       batch_at: the pytree of host arrays of a step (a pure function of the step).
@@ -54,14 +55,17 @@ def fit(
     Raises:
       Diverged: after saving the last good state.
     """
+    window: list[dict[str, Any]] = []
+    bad, since = 0, time.perf_counter()
     if checkpoints is not None and checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(state)
-    first = int(state.step)
+        state, record = checkpoints.restore(state)
+        window, bad, since = record.get("window", []), record.get("bad", 0), since - record.get("seconds", 0.0)
+    first, checked = int(state.step), len(window)
+    if bad >= max_bad:  # it had diverged before
+        raise Diverged(f"{bad} updates in a row were not finite, up to step {first}; lower the learning rate")
     if first >= steps:
-        yield Progress(first, state, {})
+        yield Progress(first, state, _means(window, time.perf_counter() - since) if window else {})
         return
-    window: list[dict[str, jax.Array]] = []
-    bad, checked, since = 0, 0, time.perf_counter()
     for step in range(first, steps):
         batch = batch_at(step)
         batch = jax.device_put(batch) if mesh is None else put_batch(batch, mesh)
@@ -70,16 +74,23 @@ def fit(
         done = step + 1
         saving = checkpoints is not None and (done == steps or (save_every and done % save_every == 0))
         if done % log_every == 0 or done == steps or saving:
-            host = jax.device_get(window)  # the only wait; the device has run ahead of the host until here
+            host = _floats(window)  # the only wait; the device has run ahead of the host until here
             bad, longest = _runs_of_bad(bad, [m["skipped"] for m in host[checked:]])
             checked = len(host)
-            if longest >= max_bad:
+            diverged = longest >= max_bad
+            told = done % log_every == 0 and done < steps  # a yield follows; only the last one is made again
+            record = {
+                "window": [] if told else host,
+                "bad": longest if diverged else bad,
+                "seconds": 0.0 if told else time.perf_counter() - since,
+            }
+            if diverged:
                 if checkpoints is not None:
-                    checkpoints.save(done, state)
+                    checkpoints.save(done, state, record)
                     checkpoints.wait()
                 raise Diverged(f"{longest} updates in a row were not finite, up to step {done}; lower the learning rate")
             if saving:
-                checkpoints.save(done, state)
+                checkpoints.save(done, state, record)
             if done % log_every == 0 or done == steps:
                 now = time.perf_counter()
                 yield Progress(done, state, _means(host, now - since))
@@ -97,7 +108,11 @@ def _runs_of_bad(run: int, skipped: list[float]) -> tuple[int, int]:
     return run, longest
 
 
-def _means(host: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
+def _floats(window: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [{k: float(v) for k, v in metrics.items()} for metrics in jax.device_get(window)]
+
+
+def _means(host: list[dict[str, float]], seconds: float) -> dict[str, float]:
     means = {k: float(np.mean([m[k] for m in host])) for k in host[0]}
     means["skipped"] = float(np.sum([m["skipped"] for m in host]))
     means["seconds_per_step"] = seconds / len(host)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -78,12 +79,16 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """Prints rows of equal keys as a table."""
+    """Prints rows of equal keys as a table, in as few columns of the terminal as they take."""
     if not rows:
         return
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
+        padding=(0, 1, 0, 0), pad_edge=False,
+    )
     for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+        text = isinstance(rows[0][name], str) and not rows[0][name][:1].isdigit()
+        table.add_column(name, justify="left" if text else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(v) for v in row.values()))
     console.print(table)

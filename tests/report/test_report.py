@@ -11,8 +11,7 @@ import pytest
 
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
-from qstar.report import frames, html, plots, rationales
-from qstar.report.markup import Safe, tag
+from qstar.report import frames, html, rationales
 from qstar.report.rationales import Attempts
 from qstar.report.run import Arm, Run, read_run
 from tests.report.synthetic import CURVES, SCRIPT, Shape, write_run
@@ -342,11 +341,6 @@ def test_fine_tuning_is_told_as_the_arm_is_configured(tmp_path, restart, text):
     assert text in page.text and "15.0% of every batch are worked examples" in page.text
 
 
-def test_reasons_are_counted_without_their_details():
-    rows = [{"verdict": "rejected", "reason": f"hint leak: {words!r}"} for words in ("as stated", "hint")]
-    assert Counter(map(rationales.kind, rows)) == {("rejected", "hint leak", False, "", None): 2}
-
-
 def test_a_long_run_stays_under_three_megabytes_and_keeps_every_kind(tmp_path):
     rows = [
         {
@@ -369,98 +363,10 @@ def test_a_long_run_stays_under_three_megabytes_and_keeps_every_kind(tmp_path):
     assert len(reasons) == 16 * 2
 
 
-def test_sample_takes_the_rare_kinds_whole_and_any_prefix_holds_all():
-    rows = [{"problem_id": n, "verdict": "kept", "reason": ""} for n in range(1000)]
-    rows += [{"problem_id": n, "verdict": "rejected", "reason": "leak"} for n in range(3)]
-    taken = rationales.sample(rows, 50)
-    assert Counter(row["verdict"] for row in taken) == {"kept": 47, "rejected": 3}
-    assert {row["verdict"] for row in taken[:2]} == {"kept", "rejected"}
-    assert rationales.sample(rows[::-1], 50) == taken  # the order in the file does not matter
-
-
-@pytest.mark.parametrize(
-    ("plain", "hinted", "gold", "marked"),
-    [
-        ("737+361=", "737+361=(1098)", "1098", ["(1098)"]),
-        ("Q\n(a) x\n(b) y\nA:", "Q\n(a) x (CORRECT)\n(b) y\nA:", "a", [" (CORRECT)"]),
-        (
-            "In:\n1\nTarget:\nIn:\n2\nTarget:",
-            "In:\n1\nTarget: 0 1\nIn:\n2\nTarget: 0 2",
-            "2",
-            [" 0 1", " 0 2"],
-        ),
-        ("5+5=", "5+5=(5+5=)", "10", ["(5+5=)"]),
-        (None, "12 + 3 (15)", "15", ["15"]),
-        (None, "no such thing", "15", []),
-        ("something else", "12 (12)", "12", ["12"]),
-    ],
-)
-def test_hint_is_what_the_plain_prompt_lacks(plain, hinted, gold, marked):
-    assert [hinted[start:end] for start, end in rationales.hint_spans(plain, hinted, gold)] == marked
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion", "wrong"),
-    [
-        ("215+480=", "215+480,C0|1+8,5C0|...", False),
-        ("215+480=(0695)", "225+480,C0|2+8,5C0|...", True),
-        ("215+480=", "#695", None),
-        ("Input:\n2 1 + 4 8\nTarget:\n", "<scratch>\n2 1 + 4 8 , C: 0\n", False),
-        (
-            "Input:\n9 9 + 1 1\nTarget:\nx\n\nInput:\n2 1 + 4 8\nTarget: 0 6 9\n",
-            "<scratch>\n2 2 + 4 8 , C: 0\n",
-            True,
-        ),
-        ("Q: how many?\nA:", "Three, I think", None),
-    ],
-)
-def test_miscopied_operands(prompt, completion, wrong):
-    assert rationales.miscopied(prompt, completion) is wrong
-
-
-def test_losses_of_all_loops_stand_one_after_the_other():
-    rows = [
-        {"iteration": loop, "step": step, "loss": 10 * loop + step}
-        for loop in (1, 2, 3)
-        for step in (50, 100)
-    ]
-    assert frames.losses(rows) == ([50, 100, 150, 200, 250, 300], [60, 110, 70, 120, 80, 130])
-    through = [{"iteration": loop, "step": 100 * loop, "loss": 1.0} for loop in (1, 2, 3)]  # steps that go on
-    assert frames.losses(through)[0] == [100, 200, 300]
-
-
-def test_a_row_written_twice_counts_once(tmp_path):
-    write_run(tmp_path, Shape(arms=("norat",), loops=1))
-    rows = read_jsonl(tmp_path / "metrics.jsonl")
-    write_jsonl(tmp_path / "metrics.jsonl", [{**rows[-1], "accuracy": 0.1}, *rows])
-    assert frames.curve(read_run(tmp_path).arms[0], "accuracy").loops == [0, 1]
-
-
-def test_labels_are_spread_without_leaving_the_chart():
-    placed = plots.spread([10, 10, 12, 100], 14, 0, 110)
-    assert placed == [10, 24, 38, 100]
-    assert plots.spread([100, 100, 100], 14, 0, 100) == [72, 86, 100]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0, 35.7, [0, 10, 20, 30, 40]),
-        (0, 0.013, [0, 0.005, 0.01, 0.015]),
-    ],
-)
-def test_ticks_are_round_and_cover_the_data(low, high, ticks):
-    assert plots.nice_ticks(low, high, 5) == ticks
-
-
-def test_ticks_of_loops_are_whole_numbers():
-    assert plots.nice_ticks(0, 4, 8, whole=True) == [0, 1, 2, 3, 4]
-    assert all(tick % 1 == 0 for tick in plots.nice_ticks(0, 36, 8, whole=True))
-
-
-def test_tag_escapes_all_but_markup():
-    assert tag("p", "<b>", Safe("<i>"), class_='"') == '<p class="&quot;">&lt;b&gt;<i></p>'
+def test_without_any_room_a_page_still_holds_one_attempt_of_every_kind(folder, monkeypatch):
+    monkeypatch.setattr(html, "RATIONALE_BYTES", 0)
+    data = html.embedded(read_run(folder))
+    assert len(data["rows"]) == len(data["counts"]) > 50
 
 
 def test_missing_folder_is_named(tmp_path):
@@ -532,5 +438,7 @@ def test_in_a_browser_filters_search_and_rows_work(folder, page, tmp_path):
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     rows = read_jsonl(folder / "rat" / "rationales" / "iter_002.jsonl")
     count = sum(row["verdict"] == "rationalised" for row in rows)
-    assert f"of {count} attempts" in dom
+    chosen = ("rat", 2, True, "rationalised")
+    held = sum((r["arm"], r["loop"], r["hinted"], r["verdict"]) == chosen for r in page.data[0])
+    assert f"Showing {held} of {count} attempts" in dom
     assert "<mark>(" in dom.split('id="browser"')[1] and "<title>star_test" in dom

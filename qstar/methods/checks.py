@@ -1,0 +1,80 @@
+"""What can be known to fail before anything is written, or paid for: problems, rows and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qstar.errors import UserError, require
+from qstar.methods.arms import Context
+from qstar.models.model import Model
+from qstar.tasks.base import Problem, Task
+from qstar.text.packing import Example
+
+
+def check_problems(ctx: Context, arms: Iterable[Any]) -> None:
+    """Reads the problems, before the model is read.
+
+    Args:
+      arms: their `Loop` settings.
+
+    Raises:
+      UserError: a fault in the data, or no problems to sample from or to evaluate on.
+    """
+    found = {"train": [p for loop in arms for p in ctx.task.pool(1, ctx.seed, loop.problems_per_iter)]}
+    for split in ("val", "test") if ctx.evaluation.split == "val" else (ctx.evaluation.split,):
+        found[split] = ctx.task.problems(split)
+    for split, problems in found.items():
+        fault = f"config.task: {ctx.task.name} has no problems in its split {split!r}; give it more data"
+        require((bool(problems), fault))
+
+
+def check_room(ctx: Context, start: Model, arms: Iterable[Any]) -> None:
+    """Looks for rows and prompts that are too long for the model or the settings.
+
+    Raises:
+      UserError: a seed row longer than a row of `train`, or a prompt that the model's context has no room for.
+    """
+    if any(loop.seed_share for loop in arms):
+        hinted_seeds = [ctx.seed_example(p, hinted) for p, hinted in ctx.task.seeds() if hinted]
+        check_fits(hinted_seeds, ctx.train_settings.row_length, "train")
+    length = ctx.sample_settings.max_new_tokens
+    problems = ctx.task.problems(ctx.evaluation.split)[: ctx.evaluation.limit or None]
+    for hinted in {False, ctx.evaluation.hinted}:
+        check_lengths(start, ctx.task, problems, length, hinted=hinted)
+    for loop in arms:
+        problems = ctx.task.pool(1, ctx.seed, loop.problems_per_iter)
+        for hinted in {False, loop.rationalize}:
+            check_lengths(start, ctx.task, problems, length, hinted=hinted, few_shot=loop.few_shot_at_sample)
+
+
+def check_lengths(
+    model: Model,
+    task: Task,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+    *,
+    hinted: bool = False,
+    few_shot: bool = True,
+) -> None:
+    """Looks ahead for prompts that leave no room in the context: of the longest texts, the tokens are counted.
+
+    Raises:
+      UserError: a prompt and `max_new_tokens` exceed the context; the line names the problem.
+    """
+    texts = {p.id: task.prompt(p, hint=hinted) for p in problems}
+    prefix, room = task.prefix(hint=hinted) if few_shot else "", model.config.max_positions
+    for name in sorted(texts, key=lambda k: len(texts[k]), reverse=True)[:16]:
+        count = len(model.tokenizer.encode(prefix + texts[name], bos=True))
+        if count + max_new_tokens > room:
+            raise UserError(
+                f"problem {name}: {count} prompt tokens + max_new_tokens={max_new_tokens} exceed the model's context "
+                f"of {room} tokens; lower max_new_tokens, or take fewer few-shot examples or a model with more context"
+            )
+
+
+def check_fits(examples: list[Example], row_length: int, section: str) -> None:
+    """Raises UserError unless all examples fit into the rows of a config section."""
+    longest = max(map(len, examples), default=0)
+    fault = f"config.{section}.row_length={row_length} is too short: the longest seed row has {longest} tokens"
+    require((longest <= row_length, fault))

@@ -1,0 +1,111 @@
+"""Every file in configs/ loads, refuses what it does not know, and has a smoke mode that runs to the end."""
+
+import importlib.util
+import json
+import pathlib
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from qstar.data.sources import read_jsonl
+from qstar.errors import UserError
+from qstar.methods import star
+from qstar.methods.arms import Context
+from qstar.train import metrics
+from tests.methods import runs, stub
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.name not in ("common.py", "__init__.py"))
+SMOKE = {"star_arithmetic.py": runs.arithmetic, "star_gsm8k.py": runs.gsm8k, "star_commonsense_qa.py": runs.commonsense_qa}
+EVERY = pytest.mark.parametrize("name", FILES)
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), ROOT / "configs" / name)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_every_config_is_tested_here():
+    assert FILES == sorted(SMOKE)
+
+
+@EVERY
+@pytest.mark.parametrize("mode", [None, "smoke", "smoke,seed=3"])
+def test_it_loads_and_all_its_settings_are_known(name, mode, tmp_path):
+    config = module(name).get_config(mode)
+    assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
+    assert config.seed == (3 if mode and "seed" in mode else 0)
+    ctx = Context.make(config, tmp_path / "run", stub.Silent())
+    arms = [ctx.arm_settings(star.Loop, star.PRESETS, arm) for arm in config.arms]
+    assert arms and not (tmp_path / "run").exists()
+    json.dumps(config.to_dict())
+
+
+@EVERY
+@pytest.mark.parametrize("argument", ["smok", "seed=x", "smoke=perhaps", "seed=1,colour=red"])
+def test_an_argument_it_does_not_know_is_named(name, argument):
+    with pytest.raises(UserError, match=argument.rpartition(",")[2].partition("=")[0]):
+        module(name).get_config(argument)
+
+
+@EVERY
+@pytest.mark.parametrize("flag", ["--config.train.learning_rate=1", "--config.trian.lr=1", "--config.loop.resart=base", "--config.colour=1"])
+def test_a_value_it_does_not_know_is_refused_before_anything_is_written(name, flag, tmp_path, capsys):
+    from qstar.__main__ import main
+
+    code = main(["train", f"--config={ROOT}/configs/{name}:smoke", f"--workdir={tmp_path}/run", flag])
+    said = capsys.readouterr().err
+    assert code == 2 and not (tmp_path / "run").exists()
+    assert said.count("\n") == 1 and flag.partition("=")[0].rpartition(".")[2].replace("lr", "trian") in said
+
+
+@EVERY
+def test_its_docstring_names_the_command(name):
+    commands = re.findall(r"qstar train --config=(configs/\S+?\.py)(?:\S*) --workdir=\S+", module(name).__doc__)
+    assert commands and set(commands) == {f"configs/{name}"}
+
+
+@EVERY
+def test_its_docstring_is_plain_about_what_was_run(name):
+    assert "not run here" in " ".join(module(name).__doc__.split()).lower() or name == "star_arithmetic.py"
+
+
+@EVERY
+def test_the_smoke_mode_runs_to_the_end(name):
+    folder = SMOKE[name]()
+    config = json.loads((folder / "config.json").read_text())
+    assert (folder / "report.html").stat().st_size > 10_000 and (folder / "environment.json").exists()
+    for arm in config["arms"]:
+        n = config["loop"]["n_iters"]
+        assert json.loads((folder / arm / "status.json").read_text()) == {"status": "finished", "reason": "", "iterations": n}
+        rows = [r for r in metrics.read(folder) if r["stage"] == "iteration" and r["arm"] == arm]
+        assert [r["iteration"] for r in rows] == list(range(n + 1))
+        assert all(r["train_steps"] > 0 and r["trained_rows"] > 0 for r in rows[1:])
+        assert sorted(p.name for p in (folder / arm / "rationales").iterdir()) == [f"iter_{i:03d}.jsonl" for i in range(1, n + 1)]
+        assert read_jsonl(folder / arm / "evaluation" / "iter_000.jsonl")
+        assert list((folder / "tensorboard" / arm).iterdir())
+
+
+def test_the_papers_settings_stand_in_the_configs_of_its_tasks():
+    """2203.14465, appendix H, and the release: Adam at 1e-6 after 100 steps, batch 8, 40 x 1.2^n steps from the base."""
+    for name in ("star_gsm8k.py", "star_commonsense_qa.py"):
+        config = module(name).get_config()
+        loop = star.Loop(**config.loop.to_dict())
+        assert (loop.restart, loop.steps, loop.problems_per_iter, loop.k) == ("base", "exp:40:1.2", 10_000, 1)
+        train = config.train
+        assert (train.lr, train.warmup, train.batch_size, train.schedule, train.clip) == (1e-6, 100, 8, "constant", 1.0)
+        assert config.evaluate.split == "val"  # nothing is chosen on the test set
+        assert {arm.preset for arm in config.arms.values()} == {"star", "star_norat"}
+    assert module("star_commonsense_qa.py").get_config().loop.few_shot_in_train
+
+
+def test_the_arms_of_the_sums_differ_in_rationalisation_alone(tmp_path):
+    config = module("star_arithmetic.py").get_config()
+    ctx = Context.make(config, tmp_path, stub.Silent())
+    one, other = (ctx.arm_settings(star.Loop, star.PRESETS, arm) for arm in ("rationalisation", "no_rationalisation"))
+    differ = {k for k, v in vars(one).items() if v != getattr(other, k)}
+    assert differ == {"rationalize"} and one.rationalize
+    assert one.seed_share == 0.15 and one.p_keep_hint == 0

@@ -1,0 +1,122 @@
+"""Runs jobs of qstar in forked children and kills each where its plan says: what the tests of resumption stand on.
+
+    python driver.py JOBS.json          one after another; every child inherits the imports and starts JAX by itself
+
+A job is {"config": "star_arithmetic.py:smoke", "flags": ["--config.seed=1"], "workdir": DIR, "kill": EVENT or null}.
+Nothing of this is known to the product: its functions are wrapped here so that they tell *events*, and the child
+sends itself SIGKILL when the first event that equals the plan comes by. Folders are relative to the workdir.
+
+    begin FILE          before a JSONL file is made              replace FILE    written, under its temporary name
+    done FILE           the file is there
+    save FOLDER STEP    before a checkpoint                      saving ...      being written in the background
+    saved FOLDER STEP   (only as a plan) on disk                 batch FOLDER STEP    before an update
+
+Events of all children of a folder stand in WORKDIR.events, one per line, what they print in WORKDIR.log.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import traceback
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+class Events:
+    """Tells what happens, and kills this process at the planned event."""
+
+    def __init__(self, workdir, plan):
+        self.workdir, self.plan, self.training = os.path.realpath(workdir), plan, ""
+        self.file = open(f"{workdir}.events", "a", buffering=1, encoding="utf-8")
+
+    def name(self, path):
+        return os.path.relpath(os.path.realpath(path), self.workdir)
+
+    def tell(self, *parts):
+        event = " ".join(map(str, parts))
+        print(event, file=self.file)
+        if event == self.plan:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wrap(events):
+    """Makes the stages of qstar tell their events."""
+    from qstar.methods import run_folder, supervised
+    from qstar.train.checkpoint import Checkpoints
+
+    write, replace, save = run_folder.write_jsonl, os.replace, Checkpoints.save
+    train, batches = supervised._train, supervised.batches
+
+    def write_jsonl(path, rows):
+        events.tell("begin", events.name(path))
+        write(path, rows)
+        events.tell("done", events.name(path))
+
+    def replaced(source, target, **how):
+        if not events.name(target).startswith(".."):
+            events.tell("replace", events.name(target))
+        replace(source, target, **how)
+
+    def saves(self, step, *args, **kwargs):
+        where = f"{events.name(self.folder)} {step}"
+        events.tell("save", where)
+        save(self, step, *args, **kwargs)
+        events.tell("saving", where)
+        if events.plan == f"saved {where}":
+            self.wait()
+            events.tell("saved", where)
+
+    def trains(start, examples, settings, steps, seed, folder, *rest):
+        events.training = events.name(folder)
+        return train(start, examples, settings, steps, seed, folder, *rest)
+
+    class Batches:
+        def __init__(self, *args, **kwargs):
+            self.inner = batches(*args, **kwargs)
+
+        def __getitem__(self, step):
+            events.tell("batch", events.training, step)
+            return self.inner[step]
+
+    run_folder.write_jsonl, os.replace, Checkpoints.save = write_jsonl, replaced, saves
+    supervised._train, supervised.batches = trains, Batches
+
+
+def child(job):
+    """Runs one job as `python -m qstar train` does and returns its exit code."""
+    from qstar.__main__ import main
+
+    log = open(f"{job['workdir']}.log", "a", encoding="utf-8")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    try:
+        wrap(Events(job["workdir"], job.get("kill")))
+        where = f"--config={ROOT}/configs/{job['config']}", f"--workdir={job['workdir']}"
+        return main(["train", *where, *job.get("flags", [])])
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def main(path):
+    """Runs the jobs in order; writes their exit codes (negative: the signal) beside the plan."""
+    import grain  # noqa: F401  what all children need is imported once
+    import tensorboardX  # noqa: F401
+
+    import qstar.methods.star  # noqa: F401
+
+    codes = []
+    for job in json.loads(pathlib.Path(path).read_text(encoding="utf-8")):
+        pid = os.fork()
+        if pid == 0:
+            code = child(job)
+            sys.stdout.flush()
+            os._exit(code)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    pathlib.Path(path).with_suffix(".codes").write_text(json.dumps(codes), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

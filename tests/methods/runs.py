@@ -1,0 +1,138 @@
+"""Whole runs of the configs' smoke modes, each made once per test session, and what two runs are compared by."""
+
+import atexit
+import functools
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+from conftest import shared
+
+from qstar.data.sources import read_jsonl
+from qstar.train import metrics
+from qstar.types import Rollout
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DRIVER = pathlib.Path(__file__).with_name("driver.py")
+_COUNT = itertools.count()
+
+
+@functools.cache
+def scratch():
+    """A folder of this test session, removed at its end."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="qstar-runs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def qstar(*arguments, timeout=900):
+    """`python -m qstar ...` in a process of its own, from a foreign folder (nothing may depend on where one stands)."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    command = [sys.executable, "-m", "qstar", *map(str, arguments)]
+    return subprocess.run(command, cwd=scratch(), env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@functools.cache
+def finished(config, *flags):
+    """The folder of an uninterrupted `qstar train --config=configs/CONFIG FLAGS`."""
+    folder = scratch() / f"whole{next(_COUNT)}"
+    done = qstar("train", f"--config={ROOT}/configs/{config}", f"--workdir={folder}", *flags)
+    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
+    return folder
+
+
+def killed(config, plans, flags=()):
+    """The folder of a run that was killed at each of the planned events in turn, and then left to end by itself."""
+    folder = scratch() / f"killed{next(_COUNT)}"
+    job = {"config": config, "flags": list(flags), "workdir": str(folder)}
+    codes = drive([*({**job, "kill": plan} for plan in plans), job])
+    for plan, code in zip([*plans, None], codes, strict=True):
+        log = folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
+        assert code == (-9 if plan else 0), f"planned end: {plan or 'none'}, exit code {code}\n{log}"
+    return folder
+
+
+def drive(jobs):
+    """Runs jobs (see driver.py) and returns their exit codes."""
+    plan = scratch() / f"jobs{next(_COUNT)}.json"
+    plan.write_text(json.dumps(jobs), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, DRIVER, plan], env=environment, check=True, timeout=1200, capture_output=True)
+    return json.loads(plan.with_suffix(".codes").read_text(encoding="utf-8"))
+
+
+def events(folder):
+    """What the driver's children told about a folder."""
+    return folder.with_suffix(".events").read_text(encoding="utf-8").splitlines()
+
+
+def answers(folder):
+    """The bytes of every file of rationales and evaluations of a run."""
+    files = [f for kind in ("rationales", "evaluation") for f in folder.glob(f"*/{kind}/*")]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def weights(folder):
+    """{model of the run: {path of a leaf: bytes}}, read by orbax alone."""
+    import orbax.checkpoint as ocp
+
+    out = {}
+    for at in sorted([*folder.glob("base/model/*/state"), *folder.glob("*/checkpoints/*/model/*/state")]):
+        leaves = _leaves(ocp.PyTreeCheckpointer().restore(at))
+        assert leaves
+        out[str(at.relative_to(folder))] = leaves
+    return out
+
+
+def _leaves(node, path=""):
+    if not hasattr(node, "items"):
+        return {path: (str(node.dtype), node.shape, np.asarray(node).tobytes())}
+    return {k: v for name, child in node.items() for k, v in _leaves(child, f"{path}/{name}").items()}
+
+
+CLOCKS = ("seconds", "tokens_per_second", "mfu")
+
+
+def numbers(folder):
+    """The metrics of a run without those that a clock made, sorted."""
+    rows = [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics.read(folder)]
+    return sorted(rows, key=lambda row: (row["arm"], row["iteration"], row["stage"], row["step"]))
+
+
+def rollouts(folder, arm, n):
+    """The attempts of loop n."""
+    return [Rollout(**row) for row in read_jsonl(folder / arm / "rationales" / f"iter_{n:03d}.jsonl")]
+
+
+def arithmetic():
+    """The smoke run of configs/star_arithmetic.py."""
+    return finished("star_arithmetic.py:smoke")
+
+
+# The two others are cut down further: what they cost is training rows of some hundred tokens. They draw at a temperature,
+# so that a round that is sampled after a kill has to draw what it would have drawn.
+SMALLER = (
+    "--config.loop.n_iters=1", "--config.loop.steps=lin:7:1", "--config.train.save_every=3", "--config.train.log_every=2",
+    "--config.sample.temperature=0.9",
+)
+
+
+def pretrained_config(name, data):
+    """The smoke mode of a config that starts from pretrained weights."""
+    return f"{name}:smoke,model={shared('weights/stories260k')},data={shared(data)}"
+
+
+def gsm8k():
+    """The smoke run of configs/star_gsm8k.py."""
+    return finished(pretrained_config("star_gsm8k.py", "data/gsm8k"), *SMALLER)
+
+
+def commonsense_qa():
+    """The smoke run of configs/star_commonsense_qa.py."""
+    return finished(pretrained_config("star_commonsense_qa.py", "data/commonsenseqa"), *SMALLER)

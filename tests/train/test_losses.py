@@ -1,0 +1,145 @@
+"""The supervised loss: its value and all its gradients against PyTorch, chunk by chunk and at once."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import qstar
+from qstar.text.packing import Example, pack
+from qstar.train import losses
+from qstar.types import Batch
+from tests.models.oracle import V, random_tokens, torch_model
+
+N, E = 37, 8
+
+
+@pytest.fixture(params=["at once", "in chunks"])
+def chunks(request, monkeypatch):
+    if request.param == "in chunks":
+        monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * V * 5)  # 5 tokens at a time: 37 do not divide
+    return request.param
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    weights = rng.random(N).astype(np.float32) * (rng.random(N) < 0.6)
+    floats = [rng.normal(size=s).astype(np.float32) for s in ((N, E), (E, V), (V,))]
+    return *floats, rng.integers(0, V, N).astype(np.int32), weights
+
+
+def torch_nll(hidden, kernel, bias, targets, weights, z_loss):
+    logits = hidden @ kernel + (0 if bias is None else bias)
+    logz = torch.logsumexp(logits, -1)
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(targets, dtype=torch.long), reduction="none")
+    hits = (logits.argmax(-1).numpy() == targets) * weights
+    return (torch.tensor(weights) * (nll + z_loss * logz**2)).sum(), hits.sum()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("biased", [True, False])
+def test_token_nll_and_its_gradients_are_those_of_torch(chunks, z_loss, biased):
+    hidden, kernel, bias, targets, weights = arrays()
+    inputs = (hidden, kernel, bias) if biased else (hidden, kernel)
+
+    def loss(*xs):
+        nll, hits = losses.token_nll(*xs, *([] if biased else [None]), targets, weights, z_loss)
+        return 1.7 * nll + 3.0, (nll, hits)  # a cotangent that is not 1
+
+    grads, (nll, hits) = jax.jit(jax.grad(loss, argnums=tuple(range(len(inputs))), has_aux=True))(*inputs)
+    plain = losses.token_nll(*inputs, *([] if biased else [None]), targets, weights, z_loss)  # without a gradient
+    there = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
+    expected, expected_hits = torch_nll(*there, *([] if biased else [None]), targets, weights, z_loss)
+    (1.7 * expected).backward()
+    for value, hit in ((nll, hits), plain):
+        assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+        assert float(hit) == pytest.approx(expected_hits, rel=1e-5)
+    for g, x in zip(grads, there):
+        np.testing.assert_allclose(g, x.grad, atol=2e-5)
+
+
+def test_tokens_without_weight_weigh_nothing_and_none_at_all_gives_zero(chunks):
+    hidden, kernel, bias, targets, weights = arrays()
+    hidden[weights == 0] += 100.0
+    changed = np.where(weights == 0, (targets + 1) % V, targets)
+    f = jax.grad(lambda h, t, w: losses.token_nll(h, kernel, bias, t, w)[0])
+    np.testing.assert_allclose(f(hidden, targets, weights), f(hidden, changed, weights), atol=1e-7)
+    assert (np.asarray(f(hidden, targets, weights))[weights == 0] == 0).all()
+    nll, hits = losses.token_nll(hidden, kernel, bias, targets, 0 * weights)
+    assert nll == 0 and hits == 0 and (f(hidden, targets, 0 * weights) == 0).all()
+
+
+def test_half_precision_keeps_a_float32_sum_and_the_dtypes_of_its_inputs():
+    hidden, kernel, bias, targets, weights = arrays()
+    low = jnp.asarray(hidden, jnp.bfloat16)
+    nll, grads = jax.value_and_grad(
+        lambda h, k: losses.token_nll(h, k, bias, targets, weights)[0], argnums=(0, 1))(low, jnp.asarray(kernel))
+    expected, _ = torch_nll(*map(torch.tensor, (hidden, kernel, bias)), targets, weights, 0.0)
+    assert nll.dtype == jnp.float32 and [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
+    assert float(nll) == pytest.approx(expected.item(), rel=0.01)
+
+
+# --------------------------------------------------------------------------------------------------- a whole model
+
+EXAMPLES = [Example(random_tokens(p, seed=i).tolist(), random_tokens(c, seed=i + 50).tolist())
+            for i, (p, c) in enumerate([(4, 3), (1, 6), (7, 1), (3, 2)])]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral window"])
+def models(request, tmp_path_factory):
+    theirs = torch_model(request.param)
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder)
+    return theirs, qstar.load(folder), folder
+
+
+@functools.cache
+def value_and_grad(config):
+    def total(params, batch):
+        (nll, weight), metrics = losses.sft_loss({"policy": params}, batch, None, config=config)
+        return nll, (weight, metrics)
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def test_the_loss_of_packed_rows_is_that_of_their_completions_one_by_one(models):
+    """Documents apart, completions (their last token, the EOS, too) and no prompt: every gradient is PyTorch's."""
+    theirs, ours, folder = models
+    theirs.zero_grad()
+    total, hits, count = 0.0, 0, 0
+    for e in EXAMPLES:
+        ids = torch.tensor([e.prompt + e.completion])
+        logits = theirs(ids).logits[0, len(e.prompt) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(e.completion), reduction="sum")
+        hits, count = hits + (logits.argmax(-1) == torch.tensor(e.completion)).sum().item(), count + len(e.completion)
+    total.backward()
+
+    rows = pack(EXAMPLES, 16)
+    assert rows["tokens"].shape == (2, 16) and (rows["segment_ids"] == 0).any()
+    (nll, (weight, metrics)), grads = value_and_grad(ours.config)(ours.params, Batch(**rows))
+    assert float(nll) == pytest.approx(total.item(), rel=1e-5) and weight == count
+    assert [float(x) for x in metrics["loss"]] == pytest.approx([total.item(), count], rel=1e-5)
+    assert [float(x) for x in metrics["accuracy"]] == [hits, count] and metrics["tokens"][0] == count
+
+    qstar.save(ours.replace(params=grads), folder / "grads")  # gradients under the names of PyTorch's parameters
+    exported = load_file(folder / "grads" / "model.safetensors")
+    for name, p in theirs.named_parameters():
+        name = name if name in exported else name.removeprefix("transformer.")
+        np.testing.assert_allclose(exported[name], p.grad, atol=1e-4 * float(p.grad.abs().max()) + 1e-5, err_msg=name)
+
+
+def test_padding_does_not_matter(models):
+    _, ours, _ = models
+    rows = pack(EXAMPLES, 16)
+    other = {**rows, "tokens": np.where(rows["segment_ids"] == 0, 7, rows["tokens"])}
+    f = value_and_grad(ours.config)
+    (a, _), ga = f(ours.params, Batch(**rows))
+    (b, _), gb = f(ours.params, Batch(**other))
+    assert a == b
+    jax.tree.map(np.testing.assert_array_equal, ga, gb)
