@@ -339,6 +339,7 @@ def _dtype_entry(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, str]:
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Writes a small JSON file as Hugging Face does: indented, with a newline at the end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -37,6 +37,7 @@ def details(title: str, *children: Any) -> Safe:
 
 
 def card(title: str, *children: Any) -> Safe:
+    """A titled box around something."""
     return tag("figure", tag("figcaption", title), *children, class_="card")
 
 
@@ -47,6 +48,7 @@ def arm_title(run: Run, arm: Arm) -> str:
 
 
 def arm_name(run: Run, arm: Arm) -> Safe:
+    """An arm's title with the name in bold."""
     name, *label = arm_title(run, arm).split(" · ", 1)
     return join([tag("b", name), *(f" {text}" for text in label)])
 
@@ -56,17 +58,20 @@ def _says_it(arm: Arm) -> bool:
 
 
 def status_chip(arm: Arm) -> Safe:
+    """Whether an arm is open, finished or stopped, in its colour."""
     kinds = {"finished": "ok", "stopped": "bad"}
     return tag("span", arm.status, class_=f"chip {kinds.get(arm.status, 'open')}")
 
 
 def value_cell(line: frames.Curve, at: int) -> Safe:
+    """A curve's value at a loop with its interval."""
     value, low, high = line.at(at)
     bounds = None if low is None else tag("small", f" {100 * low:.1f}–{100 * high:.1f}")
     return tag("span", percent(value), bounds, class_="value")
 
 
 def plain(value: Any, key: str = "") -> Any:
+    """A metric as table text: a dash for none, thousands with commas, seconds to a tenth."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -75,16 +80,20 @@ def plain(value: Any, key: str = "") -> Any:
 
 
 def measures(row: Row) -> list[str]:
+    """The keys of a metrics row that hold values."""
     return [key for key in row if key not in ("arm", "iteration", "stage", "step")]
 
 
 def whole_percent(value: float) -> str:
+    """A share in whole per cent, with a decimal next to 0 and 1."""
     return f"{100 * value:.1f}%" if 0 < value < 0.01 or 0.99 < value < 1 else f"{100 * value:.0f}%"
 
 
 def loop_name(value: float) -> str:
+    """A tick of the loop axis: loop 0 is the base."""
     return "base" if value == 0 else f"{value:g}"
 
 
 def loop_title(loop: int) -> str:
+    """A loop in running text."""
     return "base" if loop == 0 else f"loop {loop}"
