@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from qstar.errors import UserError, unknown
 
-
 _SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
 
 
@@ -47,9 +46,22 @@ def star_config() -> ConfigDict:
             "arms": {"star": {"preset": "star"}},
             "sample": {"max_new_tokens": 96, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "round_size": 1024},
             "train": {
-                "batch_size": 8, "accumulate": 1, "lr": 1e-6, "schedule": "constant", "warmup": 100, "end": 0.0, "b1": 0.9,
-                "b2": 0.999, "weight_decay": 0.0, "clip": 1.0, "z_loss": 0.0, "loss_on_prompt": False, "packed": True,
-                "row_length": 1024, "save_every": 100, "log_every": 50,
+                "batch_size": 8,
+                "accumulate": 1,
+                "lr": 1e-6,
+                "schedule": "constant",
+                "warmup": 100,
+                "end": 0.0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "weight_decay": 0.0,
+                "clip": 1.0,
+                "z_loss": 0.0,
+                "loss_on_prompt": False,
+                "packed": True,
+                "row_length": 1024,
+                "save_every": 100,
+                "log_every": 50,
             },
             "evaluate": {"split": "test", "limit": 0, "hinted": False},
             "log": {"wandb": {}},

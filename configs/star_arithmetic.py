@@ -38,7 +38,9 @@ NEW = {2: 38, 3: 52, 4: 68, 5: 84}  # tokens of the longest completion
 
 def get_config(arg=None):
     """Arguments: smoke, seed=N, digits=N, steps=N (of the base), loops=N, arms=A+B, direct."""
-    arg = parse_arg(arg, smoke=False, seed=0, digits=3, steps=0, loops=0, arms="rationalisation+no_rationalisation", direct=False)
+    arg = parse_arg(
+        arg, smoke=False, seed=0, digits=3, steps=0, loops=0, arms="rationalisation+no_rationalisation", direct=False
+    )
     n = arg.digits
     if n not in ROW:
         raise unknown(f"config argument digits={n}", str(n), [str(d) for d in ROW])
@@ -47,8 +49,12 @@ def get_config(arg=None):
     config.name = "star_arithmetic"
     config.seed = arg.seed
     config.task = {
-        "name": "arithmetic", "format": "compact", "pool": {d: POOL[d] for d in lengths}, "seeds": {d: SEEDS[d] for d in lengths},
-        "eval_per_length": 250, "seed": arg.seed,
+        "name": "arithmetic",
+        "format": "compact",
+        "pool": {d: POOL[d] for d in lengths},
+        "seeds": {d: SEEDS[d] for d in lengths},
+        "eval_per_length": 250,
+        "seed": arg.seed,
     }
     config.model = {"path": "", "preset": "tiny"}
     optimiser = {"batch_size": 32, "schedule": "linear", "warmup": 50, "end": 0.05, "b1": 0.9, "b2": 0.98, "clip": 1.0}
@@ -56,8 +62,12 @@ def get_config(arg=None):
     config.base = {"steps": arg.steps or 600 + 300 * n, "lr": 2e-3, **optimiser, **rows}
     config.train.update(lr=1.5e-3, **optimiser, **rows)
     config.loop = {
-        "n_iters": arg.loops or n, "problems_per_iter": 10_000, "restart": "previous", "steps": "lin:400:20",
-        "max_epochs": 1000.0, "seed_share": 0.15,
+        "n_iters": arg.loops or n,
+        "problems_per_iter": 10_000,
+        "restart": "previous",
+        "steps": "lin:400:20",
+        "max_epochs": 1000.0,
+        "seed_share": 0.15,
     }
     config.arms = {name: arm_of(name) for name in arg.arms.split("+")}
     config.sample.update(max_new_tokens=NEW[n], round_size=4096)
@@ -80,14 +90,27 @@ def arm_of(name):
 def gates(n):
     """What must hold of the base before any loop is paid for, measured on validation sums."""
     return {
-        "unsolved": {"metric": f"accuracy/{n}", "max": 0.05,
-                     "why": "the base solves the longest sums already, so the arms cannot differ"},
-        "hint works": {"metric": f"hinted_accuracy/{n}", "min": 0.3,
-                       "why": "without a working hint there is nothing to rationalise; train the base for longer"},
-        "hint works below": {"metric": f"hinted_accuracy/{n - 1}", "min": 0.8,
-                             "why": "the base has not learnt to use a hint; train it for longer"},
-        "rationales are valid": {"metric": f"hinted_valid/{n}", "min": 0.6, "stop": False,
-                                 "why": "many hinted rationales copy the hint past a wrong step"},
+        "unsolved": {
+            "metric": f"accuracy/{n}",
+            "max": 0.05,
+            "why": "the base solves the longest sums already, so the arms cannot differ",
+        },
+        "hint works": {
+            "metric": f"hinted_accuracy/{n}",
+            "min": 0.3,
+            "why": "without a working hint there is nothing to rationalise; train the base for longer",
+        },
+        "hint works below": {
+            "metric": f"hinted_accuracy/{n - 1}",
+            "min": 0.8,
+            "why": "the base has not learnt to use a hint; train it for longer",
+        },
+        "rationales are valid": {
+            "metric": f"hinted_valid/{n}",
+            "min": 0.6,
+            "stop": False,
+            "why": "many hinted rationales copy the hint past a wrong step",
+        },
     }
 
 

@@ -24,8 +24,13 @@ def get_config(arg=None):
         config.task.prompts = arg.prompts
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
     config.loop = {
-        "n_iters": 30, "problems_per_iter": 10_000, "restart": "base", "steps": "exp:40:1.2", "max_epochs": 10.0,
-        "few_shot_in_train": True, "patience": 5,
+        "n_iters": 30,
+        "problems_per_iter": 10_000,
+        "restart": "base",
+        "steps": "exp:40:1.2",
+        "max_epochs": 10.0,
+        "few_shot_in_train": True,
+        "patience": 5,
     }
     config.arms = {"star": {"preset": "star"}, "star_norat": {"preset": "star_norat"}}
     config.sample.update(max_new_tokens=96, round_size=1024)
@@ -35,7 +40,14 @@ def get_config(arg=None):
         config.mesh = "data=-1"
         config.model = {"path": arg.model, "preset": "", "dtype": "float32", "remat": "none", "scan_unroll": 5}
         config.task.direct = True
-        config.loop.update(n_iters=2, problems_per_iter=48, steps="lin:40:4", few_shot_in_train=False, include_sft_data=True, patience=0)
+        config.loop.update(
+            n_iters=2,
+            problems_per_iter=48,
+            steps="lin:40:4",
+            few_shot_in_train=False,
+            include_sft_data=True,
+            patience=0,
+        )
         config.arms = {"star": {"preset": "star"}}
         config.sample.update(max_new_tokens=16, round_size=32)
         config.train.update(batch_size=4, lr=1e-3, warmup=5, row_length=512, save_every=15, log_every=10)

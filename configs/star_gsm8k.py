@@ -28,7 +28,14 @@ def get_config(arg=None):
     if arg.prompts:
         config.task.prompts = arg.prompts
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
-    config.loop = {"n_iters": 36, "problems_per_iter": 10_000, "restart": "base", "steps": "exp:40:1.2", "max_epochs": 10.0, "patience": 5}
+    config.loop = {
+        "n_iters": 36,
+        "problems_per_iter": 10_000,
+        "restart": "base",
+        "steps": "exp:40:1.2",
+        "max_epochs": 10.0,
+        "patience": 5,
+    }
     config.arms = {"star": {"preset": "star"}, "star_norat": {"preset": "star_norat"}}
     config.sample.update(max_new_tokens=256, round_size=1024)
     config.train.update(batch_size=8, lr=1e-6, warmup=100, packed=True, row_length=1024)

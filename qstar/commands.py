@@ -95,7 +95,8 @@ def start_jax(device: str = "auto") -> None:
 def train(argv: list[str]) -> int:
     """qstar train --config=FILE[:ARG] --workdir=DIR [--config.key=value ...]"""
     p = _parser(
-        "train", "Runs the method of a config file; called again after an interruption, goes on where it stopped.",
+        "train",
+        "Runs the method of a config file; called again after an interruption, goes on where it stopped.",
         epilog="qstar train --config=configs/star_arithmetic.py:smoke --config.train.lr=1e-3 --workdir=runs/x",
     )
     p.add_argument("--config", metavar="FILE[:ARG]", help="config file, with its argument after a colon")
@@ -146,8 +147,15 @@ def sample(argv: list[str]) -> int:
 
     model = qstar.load(a.model, dtype=a.dtype)
     found = qstar.generate(
-        model, a.prompt, max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
-        n=a.n, stop=tuple(a.stop), seed=a.seed,
+        model,
+        a.prompt,
+        max_new_tokens=a.max_new_tokens,
+        temperature=a.temperature,
+        top_k=a.top_k,
+        top_p=a.top_p,
+        n=a.n,
+        stop=tuple(a.stop),
+        seed=a.seed,
     )
     pairs = [(prompt, c) for prompt, completions in zip(a.prompt, found) for c in completions]
     if a.json:
@@ -187,8 +195,16 @@ def evaluate(argv: list[str]) -> int:
     task.problems(a.split)  # a fault in the data shows before the model is read
     made_with = {k: v for k, v in vars(a).items() if k not in ("out", "json", "device")}
     result = evaluate_model(
-        load(a.model), task, split=a.split, limit=a.limit, samples=a.samples, max_new_tokens=a.max_new_tokens,
-        temperature=a.temperature, seed=a.seed, out=Path(a.out).expanduser() if a.out else None, made_with=made_with,
+        load(a.model),
+        task,
+        split=a.split,
+        limit=a.limit,
+        samples=a.samples,
+        max_new_tokens=a.max_new_tokens,
+        temperature=a.temperature,
+        seed=a.seed,
+        out=Path(a.out).expanduser() if a.out else None,
+        made_with=made_with,
     )
     if a.json:
         print(json.dumps(result))

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from qstar.errors import UserError, unknown
 
-
 Override = tuple[str, str | None]  # ("--config.train.lr", "1e-3"); None: there was no value
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from qstar import tree
 from qstar.errors import UserError
@@ -75,7 +77,9 @@ def make_mesh(spec: str = "data=-1", devices: Sequence[jax.Device] | None = None
     for part in filter(None, (p.strip() for p in spec.split(","))):
         name, _, value = part.partition("=")
         if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", value):
-            raise UserError(f"mesh {spec!r}: {part!r} is not one of {', '.join(a + '=N' for a in AXES)} (N >= 1, or -1 for the rest)")
+            raise UserError(
+                f"mesh {spec!r}: {part!r} is not one of {', '.join(a + '=N' for a in AXES)} (N >= 1, or -1 for the rest)"
+            )
         sizes[name] = int(value)
     free = [a for a in AXES if sizes[a] == -1]
     known = math.prod(v for v in sizes.values() if v > 0)
@@ -136,7 +140,15 @@ def parameter_table(params: Any, where: Any) -> str:
     for (name, leaf), (_, sharding) in zip(tree.named_leaves(params), tree.named_leaves(where)):
         local = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total, per_device = total + leaf.size, per_device + local
-        rows.append((name, "x".join(map(str, leaf.shape)), str(leaf.dtype), _spec_text(getattr(sharding, "spec", P())), f"{local:,}"))
+        rows.append(
+            (
+                name,
+                "x".join(map(str, leaf.shape)),
+                str(leaf.dtype),
+                _spec_text(getattr(sharding, "spec", P())),
+                f"{local:,}",
+            )
+        )
     rows = [("parameter", "shape", "dtype", "sharding", "bytes/device"), *rows]
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]

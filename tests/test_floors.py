@@ -18,8 +18,12 @@ FLOORS = (
     {"report", "bench", "commands", "config_file", "__main__"},
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-WITHIN = {("tasks", "data"), ("train.evaluate", "sample"), ("__main__", "commands"),  # what may look sideways
-          *(("commands", other) for other in ("report", "bench", "config_file"))}
+WITHIN = {
+    ("tasks", "data"),
+    ("train.evaluate", "sample"),
+    ("__main__", "commands"),  # what may look sideways
+    *(("commands", other) for other in ("report", "bench", "config_file")),
+}
 NO_JAX = ("text", "data", "tasks", "errors")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FILES = sorted(p for p in (ROOT / "qstar").rglob("*.py"))
@@ -38,14 +42,22 @@ def source(path: pathlib.Path) -> ast.Module:
 
 def imports(path: pathlib.Path, everywhere: bool = True) -> set[str]:
     """Full names of what a file imports: anywhere, or only what is imported when it is (not in functions, not for types)."""
-    package = ["qstar", *module(path).split(".")] if path.name == "__init__.py" else ["qstar", *module(path).split(".")[:-1]]
+    package = (
+        ["qstar", *module(path).split(".")]
+        if path.name == "__init__.py"
+        else ["qstar", *module(path).split(".")[:-1]]
+    )
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.Import):
             found.update(a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = [p for p in package if p][: len([p for p in package if p]) - node.level + 1] if node.level else []
+            start = (
+                [p for p in package if p][: len([p for p in package if p]) - node.level + 1]
+                if node.level
+                else []
+            )
             base = ".".join([*start, *filter(None, [node.module])])
             found.update(f"{base}.{a.name}" for a in node.names)
         lazy = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
@@ -99,7 +111,9 @@ def test_text_data_tasks_and_errors_import_no_jax():
         if bad:
             return [f"{' -> '.join([*seen, name])} -> {bad[0]}"]
         targets = {t for t in map(inside, found) if t is not None}
-        targets |= {".".join(t.split(".")[:i]) for t in targets for i in range(t.count(".") + 1)}  # packages above
+        targets |= {
+            ".".join(t.split(".")[:i]) for t in targets for i in range(t.count(".") + 1)
+        }  # packages above
         return [b for t in sorted(targets - {name, *seen}) for b in chain(t, (*seen, name))]
 
     wrong = [b for m in MODULES if m.split(".")[0] in NO_JAX for b in chain(m, ())]
@@ -120,22 +134,36 @@ def test_no_file_over_450_lines():
 
 
 def test_no_function_over_100_lines():
-    long = [f"{where(p, f)}: {n}" for p in FILES for f in functions(p) if (n := f.end_lineno - f.lineno + 1) > 100]
+    long = [
+        f"{where(p, f)}: {n}" for p in FILES for f in functions(p) if (n := f.end_lineno - f.lineno + 1) > 100
+    ]
     assert not long, "\n".join(long)
 
 
 def test_public_functions_and_classes_have_docstrings():
-    bare = [where(p, n) for p in FILES for n in source(p).body
-            if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-            and not n.name.startswith("_") and not ast.get_docstring(n)]
+    bare = [
+        where(p, n)
+        for p in FILES
+        for n in source(p).body
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        and not n.name.startswith("_")
+        and not ast.get_docstring(n)
+    ]
     assert not bare, "\n".join(bare)
 
 
 def test_every_file_says_what_it_is():
-    assert not (bare := [where(p) for p in FILES if source(p).body and not ast.get_docstring(source(p))]), bare
+    assert not (bare := [where(p) for p in FILES if source(p).body and not ast.get_docstring(source(p))]), (
+        bare
+    )
 
 
 @pytest.mark.parametrize("text", ["/" + "work/", "/" + "tmp/", "/" + "root/"])
 def test_no_path_of_one_machine(text):
-    found = [f"{where(p)}:{i}" for p in FILES for i, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1) if text in line]
+    found = [
+        f"{where(p)}:{i}"
+        for p in FILES
+        for i, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1)
+        if text in line
+    ]
     assert not found, found

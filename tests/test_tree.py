@@ -17,7 +17,10 @@ class Point:
     pair: tuple
 
 
-TREE = {"a": {"kernel": jnp.ones((2, 3)), "ids": jnp.arange(4)}, "p": Point(jnp.zeros(5), (jnp.ones(1), jnp.ones(2)))}
+TREE = {
+    "a": {"kernel": jnp.ones((2, 3)), "ids": jnp.arange(4)},
+    "p": Point(jnp.zeros(5), (jnp.ones(1), jnp.ones(2))),
+}
 
 
 def test_names_are_keys_attributes_and_indices():
@@ -33,7 +36,11 @@ def test_match_marks_the_leaves_whose_name_holds_the_pattern():
 def test_cast_leaves_integers_and_keys_alone():
     key = jax.random.key(0)
     out = tree.cast({**TREE, "key": key}, jnp.bfloat16)
-    assert out["a"]["kernel"].dtype == jnp.bfloat16 and out["a"]["ids"].dtype == jnp.int32 and out["key"].dtype == key.dtype
+    assert (
+        out["a"]["kernel"].dtype == jnp.bfloat16
+        and out["a"]["ids"].dtype == jnp.int32
+        and out["key"].dtype == key.dtype
+    )
 
 
 def test_sums_and_sizes():

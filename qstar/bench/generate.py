@@ -14,10 +14,27 @@ from qstar.sample.batching import generate
 
 VOCABS = (
     ("20M, vocab 512", {}),
-    ("20M, vocab 32000", {"vocab_size": 32000, "hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4,
-                          "intermediate_size": 688, "scan_unroll": 4}),
+    (
+        "20M, vocab 32000",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 256,
+            "num_layers": 4,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "intermediate_size": 688,
+            "scan_unroll": 4,
+        },
+    ),
 )
-STAR = {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "intermediate_size": 688, "scan_unroll": 4}
+STAR = {
+    "hidden_size": 256,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "intermediate_size": 688,
+    "scan_unroll": 4,
+}
 PROMPT, NEW = 16, 64
 EOS = 1
 
@@ -32,7 +49,10 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
         for batch in (64,) if quick else (64, 256):
             rows.append(plain(model, name, batch, 1 if quick else 5, rate, compiles))
     rows.append(star_shaped(1 if quick else 3, rate, compiles, problems=16 if quick else 256))
-    notes = {"matmul GFLOP/s": round(rate / 1e9), "flop rule": "2 per matmul parameter and token, prompt once per prompt"}
+    notes = {
+        "matmul GFLOP/s": round(rate / 1e9),
+        "flop rule": "2 per matmul parameter and token, prompt once per prompt",
+    }
     show("sampling, float32", rows, notes, as_json)
 
 
@@ -124,8 +144,17 @@ def torch_generate(twin: Any, rows: list[list[int]], new: int, *, eos: int | Non
     extra = {"min_new_tokens": new} if eos is None else {}
     with torch.no_grad():
         return twin.generate(
-            ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
-            num_return_sequences=samples, pad_token_id=0, eos_token_id=eos, **extra,
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=new,
+            num_return_sequences=samples,
+            pad_token_id=0,
+            eos_token_id=eos,
+            **extra,
         )
 
 
@@ -142,5 +171,3 @@ def _row(name, seconds, ours, theirs, flops, rate, recompiles) -> dict[str, Any]
         "torch s": median(seconds["torch"]),
         "recompiles": recompiles,
     }
-
-

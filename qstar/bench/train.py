@@ -19,8 +19,18 @@ from qstar.types import Batch
 # (name, changes to llama_20m): 512 ids put the work into the blocks, 32,000 into the vocabulary
 SIZES = (
     ("20M, vocab 512", {}),
-    ("20M, vocab 32000", {"vocab_size": 32000, "hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4,
-                          "intermediate_size": 688, "scan_unroll": 4}),
+    (
+        "20M, vocab 32000",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 256,
+            "num_layers": 4,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "intermediate_size": 688,
+            "scan_unroll": 4,
+        },
+    ),
 )
 LR = 1e-4
 
@@ -37,7 +47,10 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
         first_loss = ours(), theirs()
         before = compiles.count
         seconds = interleaved({"qstar": ours, "torch": theirs}, repeats)
-        flops = 6 * model.config.matmul_params * B * T + 12 * model.config.num_layers * model.config.hidden_size * B * T * T // 2
+        flops = (
+            6 * model.config.matmul_params * B * T
+            + 12 * model.config.num_layers * model.config.hidden_size * B * T * T // 2
+        )
         rows.append(
             {
                 "size": name,

@@ -54,15 +54,16 @@ class Batches:
         if not 0 <= share <= 1:
             raise UserError(f"mix share {share} is not between 0 and 1")
         if batch_size < 1 or batch_size % count or not 0 <= index < count:
-            raise UserError(f"batch size {batch_size} cannot be split over {count} processes (this one is "
-                            f"{index}): make it a positive multiple of the process count")
+            raise UserError(
+                f"batch size {batch_size} cannot be split over {count} processes (this one is "
+                f"{index}): make it a positive multiple of the process count"
+            )
         mixed = round(share * batch_size)
         sources = [(arrays, batch_size - mixed, f"{seed}/main"), (other, mixed, f"{seed}/mix")]
         sources = [source for source in sources if source[1] > 0]
         _check([rows for rows, _, _ in sources])
         self._sources = [
-            (rows, size, _row_numbers(len(next(iter(rows.values()))), size, name))
-            for rows, size, name in sources
+            (rows, size, _row_numbers(len(next(iter(rows.values()))), size, name)) for rows, size, name in sources
         ]
         self._start = index * batch_size // count
         self._stop = (index + 1) * batch_size // count

@@ -127,8 +127,10 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
     if not looks_local and not epath.Path(source).exists():
         if match := _HUB_NAME.fullmatch(source):
             return _hub(source, match["path"], match["config"], split or "train")
-        raise UserError(f"{source!r} is neither a file nor a hub name: give a path that ends in .jsonl, "
-                        ".json or .parquet, or owner/name[:config]")
+        raise UserError(
+            f"{source!r} is neither a file nor a hub name: give a path that ends in .jsonl, "
+            ".json or .parquet, or owner/name[:config]"
+        )
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
     path = _existing(source)
     if suffix not in readers:
@@ -163,8 +165,10 @@ def _json(path: epath.Path) -> Iterator[Place]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     rows = _decode(content, os.fspath(path))
     if not isinstance(rows, list):
-        raise UserError(f"{path}: holds one JSON {type(rows).__name__}, not an array of objects; "
-                        "rename it to .jsonl if it has one object per line")
+        raise UserError(
+            f"{path}: holds one JSON {type(rows).__name__}, not an array of objects; "
+            "rename it to .jsonl if it has one object per line"
+        )
     return ((f"{path}: record {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -196,8 +200,10 @@ def _hub(source: str, path: str, config: str | None, split: str) -> Iterator[Pla
     try:
         rows = datasets.load_dataset(path, config, split=split)
     except Exception as error:  # network, permissions, names, splits: each has its own class, none shared
-        raise UserError(f"{source} (split {split!r}): the hub gave nothing ({_first_line(error)}); "
-                        "check the name and the network, or name a local file") from error
+        raise UserError(
+            f"{source} (split {split!r}): the hub gave nothing ({_first_line(error)}); "
+            "check the name and the network, or name a local file"
+        ) from error
     return ((f"{source} ({split}): record {number}", dict(row)) for number, row in enumerate(rows, start=1))
 
 

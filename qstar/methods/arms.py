@@ -33,6 +33,7 @@ from qstar.types import Rollout
 
 SECONDS_A_LINE = 60  # of progress, where it goes to a file
 
+
 @dataclasses.dataclass
 class Context:
     """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
@@ -110,14 +111,19 @@ class Context:
         limit = self.train_settings.row_length
         fits = [r for r in rows if len(r) <= limit]
         if len(fits) < len(rows):
-            self.say(f"[yellow]{len(rows) - len(fits)} of {len(rows)} rows are longer than train.row_length={limit}: dropped")
+            self.say(
+                f"[yellow]{len(rows) - len(fits)} of {len(rows)} rows are longer than train.row_length={limit}: dropped"
+            )
         return fits
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[..., None]]:
         """A progress bar with rate and time left; yields `update(done, ...)`. On a plain stream, a line a minute."""
         columns = (
-            SpinnerColumn(), TextColumn(f"{what:>12}"), BarColumn(20), MofNCompleteColumn(),
+            SpinnerColumn(),
+            TextColumn(f"{what:>12}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(ratio=1, no_wrap=True)),
@@ -247,8 +253,10 @@ class Arm:
         rows = self._answers(model, "test", "test", best, hinted=False)
         result = summarise("accuracy", [float(r.correct) for r in rows], [r.group for r in rows])
         self.ctx.writer.write(stage="test", step=best, arm=self.name, iteration=best, **result)
-        self.ctx.say(f"{self.name}: best loop on validation {best}, test accuracy {result['accuracy']:.4f} "
-                     f"({result['accuracy_low']:.4f} to {result['accuracy_high']:.4f})")
+        self.ctx.say(
+            f"{self.name}: best loop on validation {best}, test accuracy {result['accuracy']:.4f} "
+            f"({result['accuracy_low']:.4f} to {result['accuracy_high']:.4f})"
+        )
 
     def _answers(self, model: Model, split: str, stage: str, n: int, *, hinted: bool) -> list[Rollout]:
         """Greedy answers on a split, kept in evaluation/<stage>.jsonl."""
@@ -258,8 +266,16 @@ class Arm:
         def make() -> list[dict[str, Any]]:
             with ctx.bar("evaluate", len(problems)) as progress:
                 rows = attempt(
-                    model, ctx.task, problems, dataclasses.replace(ctx.sample_settings, temperature=0.0), k=1,
-                    hinted=hinted, iteration=n, seed=0, folder=self.folder / "stages" / "evaluation", stage=stage,
+                    model,
+                    ctx.task,
+                    problems,
+                    dataclasses.replace(ctx.sample_settings, temperature=0.0),
+                    k=1,
+                    hinted=hinted,
+                    iteration=n,
+                    seed=0,
+                    folder=self.folder / "stages" / "evaluation",
+                    stage=stage,
                     progress=progress,
                 )
             return [r.to_json() for r in rows]

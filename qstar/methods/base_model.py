@@ -94,7 +94,10 @@ def from_scratch(ctx: Context, name: str, options: dict[str, Any]) -> Model:
     options.setdefault("vocab_size", tokenizer.vocab_size)
     config = preset(name, eos_id=tokenizer.eos_id, **options)
     params = init_params(
-        lambda key: decoder.init(config, key), seed=stable_seed(ctx.seed, "init"), mesh=ctx.mesh, table=decoder.PARAM_AXES
+        lambda key: decoder.init(config, key),
+        seed=stable_seed(ctx.seed, "init"),
+        mesh=ctx.mesh,
+        table=decoder.PARAM_AXES,
     )
     return Model(config, params, tokenizer, ctx.mesh)
 
@@ -107,7 +110,9 @@ def seed_examples(ctx: Context) -> list[Example]:
     """
     examples = [ctx.seed_example(p, hinted) for p, hinted in ctx.task.seeds()]
     if not examples:
-        raise UserError(f"config.model: task {ctx.task.name} has no seed rows to train from scratch on; set config.model.path")
+        raise UserError(
+            f"config.model: task {ctx.task.name} has no seed rows to train from scratch on; set config.model.path"
+        )
     check_fits(examples, ctx.base_settings.row_length, "base")
     return examples
 
@@ -124,8 +129,15 @@ def train_base(ctx: Context, model: Model) -> Model:
     try:
         with ctx.bar("base", steps) as progress:
             model, done = fine_tune(
-                model, examples, settings, steps=steps, seed=stable_seed(ctx.seed, "base"), folder=ctx.workdir / "base",
-                writer=ctx.writer, label={"arm": "base"}, progress=progress,
+                model,
+                examples,
+                settings,
+                steps=steps,
+                seed=stable_seed(ctx.seed, "base"),
+                folder=ctx.workdir / "base",
+                writer=ctx.writer,
+                label={"arm": "base"},
+                progress=progress,
             )
     except Diverged as e:
         raise UserError(f"config.base.lr={settings.lr}: {e}") from None
@@ -145,7 +157,10 @@ def check_gates(ctx: Context, model: Model) -> None:
     if not gates:
         return
     found = once_json(ctx.workdir / "base" / "gates.json", lambda: measure_gates(ctx, model))
-    rows = [{"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"} for k, g in found.items()]
+    rows = [
+        {"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"}
+        for k, g in found.items()
+    ]
     show_table(ctx.console, "gates of the base", rows)
     failed = [(k, g) for k, g in found.items() if not g["ok"] and gates[k].stop]
     if failed:
@@ -159,8 +174,16 @@ def measure_gates(ctx: Context, model: Model) -> dict[str, Any]:
     rows: dict[bool, list[Rollout]] = {}
     for hinted in (False, True):
         rows[hinted] = attempt(
-            model, ctx.task, problems, ctx.sample_settings, k=1, hinted=hinted, iteration=0, seed=0,
-            folder=ctx.workdir / "base" / "gates", stage="hinted" if hinted else "plain",
+            model,
+            ctx.task,
+            problems,
+            ctx.sample_settings,
+            k=1,
+            hinted=hinted,
+            iteration=0,
+            seed=0,
+            folder=ctx.workdir / "base" / "gates",
+            stage="hinted" if hinted else "plain",
         )
     out = {}
     for name, gate in ctx.gates.items():

@@ -69,7 +69,16 @@ def evaluate_model(
         if samples:
             settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=temperature)
             drawn = attempt(
-                model, task, problems, settings, k=samples, hinted=False, iteration=0, seed=seed, folder=folder, stage="samples"
+                model,
+                task,
+                problems,
+                settings,
+                k=samples,
+                hinted=False,
+                iteration=0,
+                seed=seed,
+                folder=folder,
+                stage="samples",
             )
             result.update(many(drawn, samples))
     return result

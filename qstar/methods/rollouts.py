@@ -92,8 +92,16 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
     prompts = [task.prompt(p, hint=hinted) for p in problems]
     found: dict[tuple[int, int], Rollout] = {}
     for i, j, done in stream(
-        model, prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_k=settings.top_k,
-        top_p=settings.top_p, n=k, stop=task.stop, seed=seed, slots=settings.slots,
+        model,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        n=k,
+        stop=task.stop,
+        seed=seed,
+        slots=settings.slots,
         prefix=task.prefix(hint=hinted) if few_shot else "",
     ):
         text = task.cut(done.text)
@@ -139,7 +147,11 @@ def select(
         key = (row.problem_id, " ".join(row.completion.split()))
         if reason is None and rules.dedupe and key in taken:
             reason = "duplicate"
-        if reason is None and rules.cap_per_problem is not None and per_problem[row.problem_id] >= rules.cap_per_problem:
+        if (
+            reason is None
+            and rules.cap_per_problem is not None
+            and per_problem[row.problem_id] >= rules.cap_per_problem
+        ):
             reason = "over the cap per problem"
         if reason is not None:
             out.append(dataclasses.replace(row, verdict="rejected", reason=reason))

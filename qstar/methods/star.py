@@ -81,7 +81,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     # V-STaR's name for the loop that keeps gold data and accumulates (arXiv 2402.06457, table 1)
     "star_dagger": {"rationalize": False, "k": 16, "temperature": 0.7, "accumulate": True, "include_sft_data": True},
     # 2308.01825: one round of many samples, distinct ones kept beside the gold data
-    "rft": {"rationalize": False, "k": 100, "temperature": 0.7, "n_iters": 1, "include_sft_data": True, "steps": "epochs:3:0"},
+    "rft": {
+        "rationalize": False,
+        "k": 100,
+        "temperature": 0.7,
+        "n_iters": 1,
+        "include_sft_data": True,
+        "steps": "epochs:3:0",
+    },
     # 2312.06585: at most 10 kept per problem, from this round only, always fine-tuning the base
     "rest_em": {"rationalize": False, "k": 32, "temperature": 0.7, "cap_per_problem": 10, "n_iters": 3},
 }
@@ -128,15 +135,18 @@ def run(config: Any, workdir: Path, console: Any) -> None:
 
 def outer_loop(arm: Arm, loop: Loop, base: Model) -> Model:
     """Algorithm 1, from M to M_N. Returns the last model."""
-    ctx, model = arm.ctx, base
+    model = base
     arm.report(0, arm.evaluate(base, 0), {})
     for n in range(1, loop.n_iters + 1):
         arm.begin(n, loop.n_iters)
         rollouts = rationalised_rollouts(arm, loop, model, n)
         examples = training_examples(arm, loop, [r for r in rollouts if r.verdict != "rejected"], n)
         if len(examples) < max(1, loop.min_kept):
-            arm.stop(n, f"{len(examples)} rows kept of {len(rollouts)} attempts (loop.min_kept={loop.min_kept}); "
-                        "the model of the loop before stays")
+            arm.stop(
+                n,
+                f"{len(examples)} rows kept of {len(rollouts)} attempts (loop.min_kept={loop.min_kept}); "
+                "the model of the loop before stays",
+            )
             break
         start = base if loop.restart == "base" else model
         try:
@@ -181,9 +191,18 @@ def sample(arm: Arm, loop: Loop, model: Model, problems: list[Problem], n: int, 
     stage = "rationalise" if hinted else "sample"
     with arm.timed(stage), arm.ctx.bar(stage, len(problems) * loop.k) as progress:
         return attempt(
-            model, arm.ctx.task, problems, settings, k=loop.k, hinted=hinted, iteration=n,
-            seed=stable_seed(arm.ctx.seed, arm.name), folder=arm.folder / "stages" / f"iter_{n:03d}", stage=stage,
-            few_shot=loop.few_shot_at_sample, progress=progress,
+            model,
+            arm.ctx.task,
+            problems,
+            settings,
+            k=loop.k,
+            hinted=hinted,
+            iteration=n,
+            seed=stable_seed(arm.ctx.seed, arm.name),
+            folder=arm.folder / "stages" / f"iter_{n:03d}",
+            stage=stage,
+            few_shot=loop.few_shot_at_sample,
+            progress=progress,
         )
 
 
@@ -196,17 +215,32 @@ def train(arm: Arm, loop: Loop, start: Model, examples: list[Example], n: int) -
     if loop.max_epochs is not None:
         cap = max(1, int(loop.max_epochs * rows / settings.batch_size))
         if cap < steps:
-            ctx.say(f"[yellow]only {len(examples)} examples in {rows} rows: {cap} steps instead of {steps} (loop.max_epochs={loop.max_epochs})")
+            ctx.say(
+                f"[yellow]only {len(examples)} examples in {rows} rows: {cap} steps instead of {steps} "
+                f"(loop.max_epochs={loop.max_epochs})"
+            )
         steps = min(steps, cap)
     hinted_seeds = [ctx.seed_example(p, hinted) for p, hinted in ctx.task.seeds() if hinted] if loop.seed_share else []
     with arm.timed("train"), ctx.bar("train", steps) as progress:
         model, done = fine_tune(
-            start, examples, settings, steps=steps, seed=stable_seed(ctx.seed, arm.name, n, "train"),
-            folder=arm.checkpoint(n), writer=ctx.writer, label={"arm": arm.name, "iteration": n},
-            mix=(hinted_seeds, loop.seed_share) if hinted_seeds else None, progress=progress,
+            start,
+            examples,
+            settings,
+            steps=steps,
+            seed=stable_seed(ctx.seed, arm.name, n, "train"),
+            folder=arm.checkpoint(n),
+            writer=ctx.writer,
+            label={"arm": arm.name, "iteration": n},
+            mix=(hinted_seeds, loop.seed_share) if hinted_seeds else None,
+            progress=progress,
         )
     tokens = round((done["tokens"] or 0) * done["steps"])
-    return model, {"trained_rows": len(examples), "train_steps": done["steps"], "train_tokens": tokens, "train_loss": done["loss"]}
+    return model, {
+        "trained_rows": len(examples),
+        "train_steps": done["steps"],
+        "train_tokens": tokens,
+        "train_loss": done["loss"],
+    }
 
 
 def training_examples(arm: Arm, loop: Loop, kept: list[Rollout], n: int) -> list[Example]:
@@ -215,7 +249,9 @@ def training_examples(arm: Arm, loop: Loop, kept: list[Rollout], n: int) -> list
     if loop.accumulate:
         kept = arm.kept_before(n) + kept
     rows = []
-    problems = {p.id: p for m in {r.iteration for r in kept} for p in ctx.task.pool(m, ctx.seed, loop.problems_per_iter)}
+    problems = {
+        p.id: p for m in {r.iteration for r in kept} for p in ctx.task.pool(m, ctx.seed, loop.problems_per_iter)
+    }
     prefix = ctx.task.prefix() if loop.few_shot_in_train else ""
     for r in kept:
         prompt = ctx.task.prompt(problems[r.problem_id], hint=show_hint(r, loop.p_keep_hint))

@@ -56,8 +56,10 @@ class TrainSettings:
         require(
             (self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1"),
             (self.accumulate >= 1, f"accumulate={self.accumulate} must be at least 1"),
-            (self.batch_size % max(1, self.accumulate) == 0,
-             f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; choose a divisor of it"),
+            (
+                self.batch_size % max(1, self.accumulate) == 0,
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; choose a divisor of it",
+            ),
             (0 <= self.lr < math.inf, f"lr={self.lr} must be a finite number of 0 or more"),
             (self.schedule in optim.SCHEDULES, f"schedule={self.schedule!r} is not one of {kinds}"),
             (self.warmup >= 0, f"warmup={self.warmup} must be 0 or more steps"),
@@ -137,8 +139,16 @@ def _train(start, examples, settings, steps, seed, folder, writer, label, mix, p
     metrics: dict[str, float] = {}
     lr_table = np.asarray(jax.vmap(lr_at)(np.arange(steps))) if steps else np.zeros(0)
     for at in fit(
-        state, step_fn, lambda s: Batch(**rows[s]), lambda s: lr_table[s], steps=steps, mesh=start.mesh,
-        checkpoints=checkpoints, save_every=settings.save_every, log_every=settings.log_every, max_bad=settings.max_bad,
+        state,
+        step_fn,
+        lambda s: Batch(**rows[s]),
+        lambda s: lr_table[s],
+        steps=steps,
+        mesh=start.mesh,
+        checkpoints=checkpoints,
+        save_every=settings.save_every,
+        log_every=settings.log_every,
+        max_bad=settings.max_bad,
     ):
         state, metrics = at.state, at.metrics
         if metrics:

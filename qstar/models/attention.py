@@ -47,7 +47,11 @@ def attend(q: jax.Array, segments: Sequence[Segment], *, scale: float) -> jax.Ar
         weights = jnp.exp(score - top)
         total = total + jnp.sum(weights, axis=-1, keepdims=True)
         out = out + jnp.einsum(
-            "gns,gsk->gnk", weights.astype(q.dtype), s.values, precision=precision(q.dtype), preferred_element_type=jnp.float32
+            "gns,gsk->gnk",
+            weights.astype(q.dtype),
+            s.values,
+            precision=precision(q.dtype),
+            preferred_element_type=jnp.float32,
         )
     out = (out / total).astype(q.dtype).reshape(G, H // G, T, K)  # normalised once, at the smaller array
     return jnp.moveaxis(out, 2, 0).reshape(T, H, K)

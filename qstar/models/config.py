@@ -8,8 +8,17 @@ from typing import Any
 from qstar.errors import UserError, unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
-SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
-         "max_positions", "scan_unroll")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_positions",
+    "scan_unroll",
+)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj")
 
 
@@ -53,8 +62,12 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
-        for name, allowed in (("norm", ("rms", "layer")), ("activation", ("silu", "gelu", "gelu_tanh")),
-                              ("position", ("rope", "learned")), ("remat", ("none", "block", "dots"))):
+        for name, allowed in (
+            ("norm", ("rms", "layer")),
+            ("activation", ("silu", "gelu", "gelu_tanh")),
+            ("position", ("rope", "learned")),
+            ("remat", ("none", "block", "dots")),
+        ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"model config: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in SIZES:
@@ -64,9 +77,11 @@ class ModelConfig:
         if self.dtype not in DTYPES:
             raise UserError(f"model config: dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"model config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+            raise UserError(
+                f"model config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
 
-    def replace(self, **changes: Any) -> "ModelConfig":
+    def replace(self, **changes: Any) -> ModelConfig:
         """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -98,25 +113,65 @@ def preset(name: str, **changes: Any) -> ModelConfig:
 
 def _tiny(hidden_size: int = 96, num_layers: int = 3, num_heads: int = 4, **changes: Any) -> ModelConfig:
     base = ModelConfig(
-        family="tiny", vocab_size=20, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads,
-        num_kv_heads=num_heads, head_dim=hidden_size // num_heads, intermediate_size=4 * hidden_size, max_positions=1024,
-        activation="gelu_tanh", gated_mlp=False, rope_theta=1000.0, embed_scale=True, scan_unroll=num_layers,
-        init_std=hidden_size**-0.5 / 1.5)
+        family="tiny",
+        vocab_size=20,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        intermediate_size=4 * hidden_size,
+        max_positions=1024,
+        activation="gelu_tanh",
+        gated_mlp=False,
+        rope_theta=1000.0,
+        embed_scale=True,
+        scan_unroll=num_layers,
+        init_std=hidden_size**-0.5 / 1.5,
+    )
     return base.replace(**changes)
 
 
 def _llama_20m(**changes: Any) -> ModelConfig:
-    base = ModelConfig(vocab_size=512, hidden_size=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64,
-                       intermediate_size=1376, tie_embeddings=False, scan_unroll=6)
+    base = ModelConfig(
+        vocab_size=512,
+        hidden_size=512,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+        intermediate_size=1376,
+        tie_embeddings=False,
+        scan_unroll=6,
+    )
     return base.replace(**changes)
 
 
 def _gptj_6b(**changes: Any) -> ModelConfig:
     base = ModelConfig(
-        family="gptj", vocab_size=50400, hidden_size=4096, num_layers=28, num_heads=16, num_kv_heads=16, head_dim=256,
-        intermediate_size=16384, max_positions=2048, norm="layer", activation="gelu_tanh", gated_mlp=False,
-        parallel_block=True, mlp_bias=True, head_bias=True, rotary_dim=64, rope_interleaved=True, tie_embeddings=False,
-        bos_id=50256, eos_id=50256, dtype="bfloat16", remat="block")
+        family="gptj",
+        vocab_size=50400,
+        hidden_size=4096,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=256,
+        intermediate_size=16384,
+        max_positions=2048,
+        norm="layer",
+        activation="gelu_tanh",
+        gated_mlp=False,
+        parallel_block=True,
+        mlp_bias=True,
+        head_bias=True,
+        rotary_dim=64,
+        rope_interleaved=True,
+        tie_embeddings=False,
+        bos_id=50256,
+        eos_id=50256,
+        dtype="bfloat16",
+        remat="block",
+    )
     return base.replace(**changes)
 
 
@@ -130,7 +185,11 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
       UserError: a family, activation or option that is not implemented, or a missing key; the line names it.
     """
     family = config.get("model_type")
-    readers = {"gpt2": _from_gpt2, "gptj": _from_gptj, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _from_llama)}
+    readers = {
+        "gpt2": _from_gpt2,
+        "gptj": _from_gptj,
+        **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _from_llama),
+    }
     if config.get("qstar_family") == "tiny":
         return _from_tiny(config)
     if family not in readers:
@@ -166,19 +225,33 @@ def _from_llama(c: dict[str, Any], where: str) -> ModelConfig:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UserError(f"{where}: rope_type {kind!r} is not one of default, linear, llama3")
-    scaling = {**{k: v for k, v in scaling.items() if k not in ("type", "rope_theta")}, "rope_type": kind}  # one spelling
+    scaling = {
+        **{k: v for k, v in scaling.items() if k not in ("type", "rope_theta")},
+        "rope_type": kind,
+    }  # one spelling
     heads = c["num_attention_heads"]
     return ModelConfig(
-        family=family, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], num_layers=c["num_hidden_layers"],
-        num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
-        head_dim=c.get("head_dim") or (128 if family == "qwen3" else c["hidden_size"] // heads), intermediate_size=c["intermediate_size"],
-        max_positions=c.get("max_position_embeddings", 2048), norm_eps=c.get("rms_norm_eps", 1e-6),
+        family=family,
+        vocab_size=c["vocab_size"],
+        hidden_size=c["hidden_size"],
+        num_layers=c["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or (128 if family == "qwen3" else c["hidden_size"] // heads),
+        intermediate_size=c["intermediate_size"],
+        max_positions=c.get("max_position_embeddings", 2048),
+        norm_eps=c.get("rms_norm_eps", 1e-6),
         activation=_activation(c.get("hidden_act", "silu"), where),
         qkv_bias=family == "qwen2" or bool(c.get("attention_bias")),
-        out_bias=family != "qwen2" and bool(c.get("attention_bias")), mlp_bias=bool(c.get("mlp_bias")), qk_norm=family == "qwen3",
+        out_bias=family != "qwen2" and bool(c.get("attention_bias")),
+        mlp_bias=bool(c.get("mlp_bias")),
+        qk_norm=family == "qwen3",
         rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
-        rope_scaling=None if kind == "default" else tuple(sorted(scaling.items())), sliding_window=_window(c, where),
-        tie_embeddings=bool(c.get("tie_word_embeddings", False)), **_ids(c))
+        rope_scaling=None if kind == "default" else tuple(sorted(scaling.items())),
+        sliding_window=_window(c, where),
+        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+        **_ids(c),
+    )
 
 
 def _window(c: dict[str, Any], where: str) -> int | None:
@@ -192,8 +265,10 @@ def _window(c: dict[str, Any], where: str) -> int | None:
         first, layers = c.get("max_window_layers", 28), c["num_hidden_layers"]
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     if len(set(kinds)) > 1:
-        raise UserError(f"{where}: layers mix {' and '.join(sorted(set(kinds)))} (layer_types, max_window_layers); "
-                        "only one kind of attention in all layers is supported")
+        raise UserError(
+            f"{where}: layers mix {' and '.join(sorted(set(kinds)))} (layer_types, max_window_layers); "
+            "only one kind of attention in all layers is supported"
+        )
     return c.get("sliding_window", 4096) if "sliding_attention" in kinds else None
 
 
@@ -203,27 +278,60 @@ def _from_gpt2(c: dict[str, Any], where: str) -> ModelConfig:
         if c.get(key, need) != need:
             raise UserError(f"{where}: {key}={c[key]} is not supported")
     return ModelConfig(
-        family="gpt2", vocab_size=c["vocab_size"], hidden_size=width, num_layers=c["n_layer"], num_heads=heads, num_kv_heads=heads,
-        head_dim=width // heads, intermediate_size=c.get("n_inner") or 4 * width, max_positions=c.get("n_positions", 1024),
-        norm="layer", norm_eps=c.get("layer_norm_epsilon", 1e-5), activation=_activation(c.get("activation_function", "gelu_new"), where),
-        gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, position="learned",
-        tie_embeddings=bool(c.get("tie_word_embeddings", True)), **_ids(c))
+        family="gpt2",
+        vocab_size=c["vocab_size"],
+        hidden_size=width,
+        num_layers=c["n_layer"],
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        intermediate_size=c.get("n_inner") or 4 * width,
+        max_positions=c.get("n_positions", 1024),
+        norm="layer",
+        norm_eps=c.get("layer_norm_epsilon", 1e-5),
+        activation=_activation(c.get("activation_function", "gelu_new"), where),
+        gated_mlp=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        position="learned",
+        tie_embeddings=bool(c.get("tie_word_embeddings", True)),
+        **_ids(c),
+    )
 
 
 def _from_gptj(c: dict[str, Any], where: str) -> ModelConfig:
     width, heads = c["n_embd"], c["n_head"]
     return ModelConfig(
-        family="gptj", vocab_size=c["vocab_size"], hidden_size=width, num_layers=c["n_layer"], num_heads=heads, num_kv_heads=heads,
-        head_dim=width // heads, intermediate_size=c.get("n_inner") or 4 * width, max_positions=c.get("n_positions", 2048),
-        norm="layer", norm_eps=c.get("layer_norm_epsilon", 1e-5), activation=_activation(c.get("activation_function", "gelu_new"), where),
-        gated_mlp=False, parallel_block=True, mlp_bias=True, head_bias=True, rotary_dim=c.get("rotary_dim") or width // heads,
-        rope_interleaved=True, tie_embeddings=bool(c.get("tie_word_embeddings", False)), **_ids(c))
+        family="gptj",
+        vocab_size=c["vocab_size"],
+        hidden_size=width,
+        num_layers=c["n_layer"],
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        intermediate_size=c.get("n_inner") or 4 * width,
+        max_positions=c.get("n_positions", 2048),
+        norm="layer",
+        norm_eps=c.get("layer_norm_epsilon", 1e-5),
+        activation=_activation(c.get("activation_function", "gelu_new"), where),
+        gated_mlp=False,
+        parallel_block=True,
+        mlp_bias=True,
+        head_bias=True,
+        rotary_dim=c.get("rotary_dim") or width // heads,
+        rope_interleaved=True,
+        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+        **_ids(c),
+    )
 
 
 def _from_tiny(c: dict[str, Any]) -> ModelConfig:
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     scaling = c.get("rope_scaling")  # json turned the pairs into lists, which do not hash
-    return ModelConfig(**{**{k: v for k, v in c.items() if k in fields}, "rope_scaling": scaling and tuple(map(tuple, scaling))})
+    return ModelConfig(
+        **{**{k: v for k, v in c.items() if k in fields}, "rope_scaling": scaling and tuple(map(tuple, scaling))}
+    )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -235,18 +343,42 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if c.family == "tiny":
         return {"qstar_family": "tiny", "model_type": "qstar_tiny", **dataclasses.asdict(c)}
     activation = {v: k for k, v in _ACTIVATIONS.items() if k != "gelu_pytorch_tanh"}[c.activation]
-    common = {"model_type": c.family, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings,
-              "bos_token_id": c.bos_id, "eos_token_id": c.eos_id, "torch_dtype": c.dtype}
+    common = {
+        "model_type": c.family,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tie_embeddings,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": c.eos_id,
+        "torch_dtype": c.dtype,
+    }
     if c.family in ("gpt2", "gptj"):
-        out = {"architectures": ["GPT2LMHeadModel" if c.family == "gpt2" else "GPTJForCausalLM"], "n_embd": c.hidden_size,
-               "n_layer": c.num_layers, "n_head": c.num_heads, "n_inner": c.intermediate_size, "n_positions": c.max_positions,
-               "layer_norm_epsilon": c.norm_eps, "activation_function": activation, **common}
+        out = {
+            "architectures": ["GPT2LMHeadModel" if c.family == "gpt2" else "GPTJForCausalLM"],
+            "n_embd": c.hidden_size,
+            "n_layer": c.num_layers,
+            "n_head": c.num_heads,
+            "n_inner": c.intermediate_size,
+            "n_positions": c.max_positions,
+            "layer_norm_epsilon": c.norm_eps,
+            "activation_function": activation,
+            **common,
+        }
         return out if c.family == "gpt2" else {**out, "rotary_dim": c.rotary_dim or c.head_dim}
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    out = {"architectures": [names[c.family] + "ForCausalLM"], "hidden_size": c.hidden_size, "num_hidden_layers": c.num_layers,
-           "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim,
-           "intermediate_size": c.intermediate_size, "max_position_embeddings": c.max_positions, "rms_norm_eps": c.norm_eps,
-           "hidden_act": activation, "rope_theta": c.rope_theta, **common}
+    out = {
+        "architectures": [names[c.family] + "ForCausalLM"],
+        "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.intermediate_size,
+        "max_position_embeddings": c.max_positions,
+        "rms_norm_eps": c.norm_eps,
+        "hidden_act": activation,
+        "rope_theta": c.rope_theta,
+        **common,
+    }
     if c.rope_scaling:
         out["rope_scaling"] = dict(c.rope_scaling)
     if c.family in ("llama", "qwen3"):
@@ -256,5 +388,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if c.family == "mistral":
         out["sliding_window"] = c.sliding_window
     elif c.family.startswith("qwen"):  # all layers alike: "from layer 0 on, use the window"
-        out.update(use_sliding_window=c.sliding_window is not None, sliding_window=c.sliding_window, max_window_layers=0)
+        out.update(
+            use_sliding_window=c.sliding_window is not None, sliding_window=c.sliding_window, max_window_layers=0
+        )
     return out

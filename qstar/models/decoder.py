@@ -9,7 +9,8 @@ per layer (1.3 to 2.3 times faster on a CPU), and so that past segments, mapped 
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp

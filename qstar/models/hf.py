@@ -1,7 +1,7 @@
 """Weights in and out of the Hugging Face safetensors layout, streamed tensor by tensor onto the mesh.
 
-    params = read_params("mistral-7b", from_hf(read_config("mistral-7b")), mesh)
-    write_params("tuned", config, params)
+params = read_params("mistral-7b", from_hf(read_config("mistral-7b")), mesh)
+write_params("tuned", config, params)
 """
 
 from __future__ import annotations
@@ -63,8 +63,10 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model folder {str(folder)!r} does not exist; give a local folder in the Hugging Face "
-                        "layout (`hf download NAME --local-dir FOLDER` fetches one)")
+        raise UserError(
+            f"model folder {str(folder)!r} does not exist; give a local folder in the Hugging Face "
+            "layout (`hf download NAME --local-dir FOLDER` fetches one)"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: config.json is missing; this is no model folder in the Hugging Face layout")
     return read_json(folder / "config.json")
@@ -102,20 +104,26 @@ class _Weights:
         wanted = {self.key(n): file_shape(row, shape) for row, shape in rows for n in file_names(row, shape)}
         found = {n for n in self.slices if not BUFFERS.search(n) and not (tied and n == "lm_head.weight")}
         if missing := sorted(wanted.keys() - self.slices.keys()):
-            raise UserError(f"{self.folder}: tensor {missing[0]!r}{_others(missing)} that config.json asks for "
-                            "is missing")
+            raise UserError(
+                f"{self.folder}: tensor {missing[0]!r}{_others(missing)} that config.json asks for is missing"
+            )
         if extra := sorted(found - wanted.keys()):
             shown = ", ".join(map(repr, extra[:3]))
-            raise UserError(f"{self.folder}: unexpected tensors {shown}{_others(extra[2:])}; config.json describes "
-                            "another model")
+            raise UserError(
+                f"{self.folder}: unexpected tensors {shown}{_others(extra[2:])}; config.json describes another model"
+            )
         for name, shape in wanted.items():
             view = self.slices[name]()
             if tuple(view.get_shape()) != shape:
-                raise UserError(f"{self.folder}: tensor {name!r} has shape {tuple(view.get_shape())}, but "
-                                f"config.json asks for {shape}")
+                raise UserError(
+                    f"{self.folder}: tensor {name!r} has shape {tuple(view.get_shape())}, but "
+                    f"config.json asks for {shape}"
+                )
             if view.get_dtype() not in _DTYPES:
-                raise UserError(f"{self.folder}: tensor {name!r} has dtype {view.get_dtype()}; only "
-                                f"{', '.join(_DTYPES)} are supported")
+                raise UserError(
+                    f"{self.folder}: tensor {name!r} has dtype {view.get_dtype()}; only "
+                    f"{', '.join(_DTYPES)} are supported"
+                )
 
 
 def _others(names: list[str]) -> str:
@@ -128,8 +136,10 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not (folder / INDEX).is_file():
         pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
         if pickles:
-            raise UserError(f"{folder}: the weights are a pickle ({pickles[0]}), which can run code and is not read "
-                            "here; convert them to safetensors (save_pretrained of a current transformers)")
+            raise UserError(
+                f"{folder}: the weights are a pickle ({pickles[0]}), which can run code and is not read "
+                "here; convert them to safetensors (save_pretrained of a current transformers)"
+            )
         raise UserError(f"{folder}: no weights found ({SINGLE} or {INDEX})")
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -141,9 +151,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def read_params(
-    folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Params:
+def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None) -> Params:
     """Reads parameters from `model.safetensors`, or from the shards listed in `model.safetensors.index.json`.
 
     Args:
@@ -272,11 +280,11 @@ def _checked_leaves(config: ModelConfig, params: Params) -> dict[str, Any]:
         raise UserError(f"parameter {path} is {fault}; cannot export")
     for path, shape in wanted.items():
         if leaves[path].shape != shape:
-            raise UserError(f"parameter {path} has shape {leaves[path].shape}, but the config asks for {shape}; "
-                            "cannot export")
+            raise UserError(
+                f"parameter {path} has shape {leaves[path].shape}, but the config asks for {shape}; cannot export"
+            )
         if leaves[path].dtype not in _DTYPES.values():
-            raise UserError(f"parameter {path} has dtype {leaves[path].dtype}; "
-                            "export float32, bfloat16 or float16")
+            raise UserError(f"parameter {path} has dtype {leaves[path].dtype}; export float32, bfloat16 or float16")
     return leaves
 
 
@@ -353,7 +361,8 @@ def _write_index(folder: pathlib.Path, shards: Shards, leaves: dict[str, Any]) -
 _OWN_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
     r"|chat_template\.(json|jinja)|tokenizer(_config)?\.json|(tokenizer|spiece)\.model"
-    r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt")
+    r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+)
 
 
 def refuse_foreign(target: pathlib.Path) -> None:
@@ -365,8 +374,10 @@ def refuse_foreign(target: pathlib.Path) -> None:
     names = sorted(p.name for p in target.iterdir())
     foreign = [n for n in names if not _OWN_FILES.fullmatch(n)]
     if foreign:
-        raise UserError(f"{target} holds {foreign[0]!r}{_others(foreign)}, which is no part of a model export; "
-                        "choose another folder")
+        raise UserError(
+            f"{target} holds {foreign[0]!r}{_others(foreign)}, which is no part of a model export; "
+            "choose another folder"
+        )
     if names and "model_type" not in (read_json(target / "config.json") if "config.json" in names else {}):
         raise UserError(f"{target} is not empty and no model export; choose another folder")
 

@@ -7,7 +7,7 @@ Matrix products run in `config.dtype`, norms, rotations and softmax in float32.
 from __future__ import annotations
 
 import math
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax

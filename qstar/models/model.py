@@ -1,9 +1,9 @@
 """A model in one hand: config, parameters and tokenizer; loading, saving, and scoring text.
 
-    model = load("stories260k")
-    logits(model, tokens)                                   # [B, T, V]
-    logprobs(model, ["The cat sat on"], [" the mat."])      # one number per completion token
-    save(model, "copy")
+model = load("stories260k")
+logits(model, tokens)                                   # [B, T, V]
+logprobs(model, ["The cat sat on"], [" the mat."])      # one number per completion token
+save(model, "copy")
 """
 
 from __future__ import annotations
@@ -114,8 +114,10 @@ def _check_expressible(config: ModelConfig) -> None:
     for field in dataclasses.fields(config):
         a, b = getattr(there, field.name), getattr(back, field.name)
         if a != b:
-            raise UserError(f"model config: {field.name}={a!r} cannot be written as a {config.family!r} "
-                            f"model (it would read back as {b!r}); use family 'tiny'")
+            raise UserError(
+                f"model config: {field.name}={a!r} cannot be written as a {config.family!r} "
+                f"model (it would read back as {b!r}); use family 'tiny'"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
@@ -206,8 +208,9 @@ def _as_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
 
 
 def _overflow(row: int, length: int, limit: int) -> UserError:
-    return UserError(f"prompt {row} has {length} tokens, but max_positions, the model's context, is {limit}; "
-                     "shorten it")
+    return UserError(
+        f"prompt {row} has {length} tokens, but max_positions, the model's context, is {limit}; shorten it"
+    )
 
 
 def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -> list[np.ndarray]:
@@ -246,8 +249,9 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
 def _encode_pair(model: Model, i: int, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
     tokenizer = model.tokenizer
     if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
-        raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, "
-                        "not text")
+        raise UserError(
+            "this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text"
+        )
     if isinstance(prompt, str) and isinstance(completion, str):
         head, tail = tokenizer.encode_pair(prompt, completion)
     else:

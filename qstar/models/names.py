@@ -108,8 +108,9 @@ def name_map(config: ModelConfig) -> list[tuple[Row, tuple[int, ...]]]:
     leaves = tree.named_leaves(abstract_params(config))
     for path, _ in leaves:
         if path not in rows:
-            raise UserError(f"model config: weights of family {config.family!r} have no place for {path}; "
-                            "use family 'tiny'")
+            raise UserError(
+                f"model config: weights of family {config.family!r} have no place for {path}; use family 'tiny'"
+            )
     return [(rows[path], leaf.shape) for path, leaf in leaves]
 
 

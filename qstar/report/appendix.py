@@ -67,9 +67,7 @@ def _loss_chart(title: str, named: Sequence[tuple[str, Sequence[Row]]], x_label:
         return None
     return card(
         title,
-        line_chart(
-            lines, title=title, x_label=x_label, y_format=lambda v: f"{v:g}", x_name=lambda v: f"{v:,.0f}"
-        ),
+        line_chart(lines, title=title, x_label=x_label, y_format=lambda v: f"{v:g}", x_name=lambda v: f"{v:,.0f}"),
     )
 
 
@@ -82,12 +80,8 @@ def gates_section(run: Run) -> Safe | None:
         gate = gate if isinstance(gate, dict) else {"value": gate}
         verdict = {True: tag("span", "pass", class_="chip ok"), False: tag("span", "fail", class_="chip bad")}
         shown = [plain(gate.get(key)) for key in ("value", "limit")]
-        rows.append(
-            [name, gate.get("metric", ""), *shown, verdict.get(gate.get("ok"), "–"), gate.get("why", "")]
-        )
-    text = note(
-        "Checked before the first loop: a base that fails them cannot start it, or leaves it nothing to show."
-    )
+        rows.append([name, gate.get("metric", ""), *shown, verdict.get(gate.get("ok"), "–"), gate.get("why", "")])
+    text = note("Checked before the first loop: a base that fails them cannot start it, or leaves it nothing to show.")
     return section("gates", "Gates", text, table(["gate", "measures", "value", "limit", "", "why"], rows))
 
 
@@ -99,9 +93,7 @@ def numbers_section(run: Run) -> Safe | None:
         keys = list(dict.fromkeys(key for row in arm.iterations for key in measures(row)))
         rows = [[key, *(plain(row.get(key), key) for row in arm.iterations)] for key in keys]
         if rows:
-            tables.append(
-                details(f"All numbers · {arm_title(run, arm)}", table(["", *map(loop_title, loops)], rows))
-            )
+            tables.append(details(f"All numbers · {arm_title(run, arm)}", table(["", *map(loop_title, loops)], rows)))
     return section("numbers", "All numbers", *tables) if tables else None
 
 

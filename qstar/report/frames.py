@@ -54,11 +54,7 @@ def group_label(run: Run, group: str) -> str:
     """A group in words: "3 digits" in arithmetic; "all problems" for ""."""
     if not group:
         return "all problems"
-    return (
-        f"{group} digit{'s' * (group != '1')}"
-        if task_name(run) == "arithmetic" and group.isdigit()
-        else group
-    )
+    return f"{group} digit{'s' * (group != '1')}" if task_name(run) == "arithmetic" and group.isdigit() else group
 
 
 def arm_label(run: Run, arm: Arm) -> str:
@@ -161,11 +157,7 @@ def headline(run: Run) -> str:
         return f"Before the first loop, {subject} is {before}. No loop has finished yet."
     curves.sort(key=lambda item: not item[0].rationalises)
     (arm, line), others = curves[0], curves[1:]
-    start = (
-        f"{subject} {_change(line)}"
-        if len(run.arms) == 1
-        else f"{arm_label(run, arm)}, {subject} {_change(line)}"
-    )
+    start = f"{subject} {_change(line)}" if len(run.arms) == 1 else f"{arm_label(run, arm)}, {subject} {_change(line)}"
     told = [start[0].upper() + start[1:]]
     for arm, other in others:
         label = arm_label(run, arm)

@@ -113,9 +113,7 @@ def embedded(run: Run) -> dict[str, Any]:
         for arm, loop, attempts in groups
         for kind, count in attempts.counts.items()
     ]
-    rows = [
-        row for arm, loop, attempts in groups for row in _affordable(arm.name, loop, attempts.shown, budget)
-    ]
+    rows = [row for arm, loop, attempts in groups for row in _affordable(arm.name, loop, attempts.shown, budget)]
     values = {field: _distinct(row[at] for row in counts) for at, field in enumerate(_FILTERS)}
     for row in (*counts, *rows):
         row[: len(_FILTERS)] = [_index(values[field], row[at]) for at, field in enumerate(_FILTERS)]
@@ -137,9 +135,9 @@ def _affordable(arm: str, loop: int, shown: Sequence[Row], budget: int) -> list[
     spent = 0
     for row in shown:
         packed = _packed(arm, loop, row)
-        spent += len(json.dumps(packed, ensure_ascii=False).encode("utf-8", "surrogatepass")) + 5 * str(
-            packed
-        ).count("<")
+        spent += len(json.dumps(packed, ensure_ascii=False).encode("utf-8", "surrogatepass")) + 5 * str(packed).count(
+            "<"
+        )
         key = tuple(packed[2 : len(_FILTERS)])
         if spent <= budget or key not in kinds:
             rows.append(packed)
@@ -155,11 +153,7 @@ def _packed(arm: str, loop: int, row: Row) -> list[Any]:
         prompt = "…" + prompt[dropped + 1 :]
     if len(completion) > LONGEST_TEXT:
         completion = f"{completion[:LONGEST_TEXT]}… ({len(completion) - LONGEST_TEXT:,} more characters)"
-    hint = [
-        [start - dropped, end - dropped]
-        for start, end in row.get("hint", ())
-        if start > dropped or not dropped
-    ]
+    hint = [[start - dropped, end - dropped] for start, end in row.get("hint", ()) if start > dropped or not dropped]
     answer = None if row.get("answer") is None else _text(row["answer"])
     return [
         arm,

@@ -71,9 +71,7 @@ def line_chart(
     named = [line.label or line.name for line in lines]
     axes = Axes((ticks[0], max(xs[0], *xs, ticks[0] + 1)), (y_ticks[0], y_ticks[-1]), _room(named))
     parts = [_frame(axes, y_ticks, y_format)]
-    parts += [
-        _text(axes.x(t), HEIGHT - BOTTOM + 18, x_name(t), "middle") for t in ticks if t <= axes.x_range[1]
-    ]
+    parts += [_text(axes.x(t), HEIGHT - BOTTOM + 18, x_name(t), "middle") for t in ticks if t <= axes.x_range[1]]
     parts.append(_text((LEFT + WIDTH - axes.right) / 2, HEIGHT - 4, x_label, "middle", "axis"))
     parts += [_band(axes, line) for line in lines if line.low]
     parts += [_line(axes, line, y_format, x_name) for line in lines]
@@ -114,9 +112,7 @@ def stacked_bars(
                     width,
                     axes.y(below) - axes.y(below + value),
                 )
-                drawn.append(
-                    _bar(box, colour, y_format(value), f"{part}, {x_label} {name}: {y_format(value)}")
-                )
+                drawn.append(_bar(box, colour, y_format(value), f"{part}, {x_label} {name}: {y_format(value)}"))
             below += value
         drawn.append(_text(middle, HEIGHT - BOTTOM + 18, name, "middle"))
     drawn.append(_text((LEFT + WIDTH - axes.right) / 2, HEIGHT - 4, x_label, "middle", "axis"))

@@ -118,9 +118,7 @@ def hint_spans(plain: str | None, hinted: str, gold: str) -> list[tuple[int, int
         for before, after in pairs:
             if before != after:
                 low = _common(before, after)
-                high = len(after) - min(
-                    _common(before[::-1], after[::-1]), len(before) - low, len(after) - low
-                )
+                high = len(after) - min(_common(before[::-1], after[::-1]), len(before) - low, len(after) - low)
                 spans.append((start + low, start + high))
             start += len(after) + 1
         if without(hinted, spans) == plain:

@@ -117,9 +117,7 @@ def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> 
         if any((place / part).exists() for part in ("rationales", "evaluation", "status.json")):
             names.append("" if place == folder else place.name)
     distinct = list(dict.fromkeys(names))
-    bases = (
-        {"base"} if "base" in distinct and len(distinct) > 1 else set()
-    )  # evaluated as loop 0 of every arm
+    bases = {"base"} if "base" in distinct and len(distinct) > 1 else set()  # evaluated as loop 0 of every arm
     return [name for name in distinct if name not in bases]
 
 
@@ -152,9 +150,7 @@ def _loop_files(folder: Path) -> list[tuple[int, Path]]:
 def _read_dict(path: Path) -> dict[str, Any]:
     value = _read_json(path)
     if value is not None and not isinstance(value, dict):
-        raise UserError(
-            f"{path}: holds a JSON {type(value).__name__}, not an object; delete the file or mend it"
-        )
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; delete the file or mend it")
     return value or {}
 
 

@@ -99,9 +99,7 @@ def _fine_tuned(run: Run, arm: Arm | None) -> str:
         config.update(run.config["arms"].get(arm.name) or {})
     starts = {"base": "The base model is trained anew", "previous": "The newest model is trained further"}
     share = config.get("seed_share") or 0.0
-    gold = (
-        f" {percent(share)} of every batch are worked examples that the base was trained on." if share else ""
-    )
+    gold = f" {percent(share)} of every batch are worked examples that the base was trained on." if share else ""
     solutions = " and on the data's own solutions" if config.get("include_sft_data") else ""
     return f"{starts.get(config.get('restart'), 'A model is trained')} on what was kept{solutions}.{gold}"
 
@@ -152,9 +150,7 @@ _STEPS = (
     (
         "Repeat",
         "The new model does the sampling of the next loop.",
-        lambda row: (
-            f"{percent(row['accuracy'])} of held-out problems" if row.get("accuracy") is not None else None
-        ),
+        lambda row: f"{percent(row['accuracy'])} of held-out problems" if row.get("accuracy") is not None else None,
     ),
 )
 
@@ -210,14 +206,8 @@ def accuracy_section(run: Run) -> Safe | None:
     charts = [card(arm_title(run, arm), _accuracy_chart(run, arm)) for arm in arms]
     names = frames.groups(run) or [""]
     hinted = any(frames.curve(arm, "hinted_accuracy", group).loops for arm in arms for group in names)
-    held_out = next(
-        (counted[""].total for arm in arms for counted in arm.answers.values() if "" in counted), None
-    )
-    about = (
-        f"Greedy answers on {held_out:,} held-out problems"
-        if held_out
-        else "Greedy answers on held-out problems"
-    )
+    held_out = next((counted[""].total for arm in arms for counted in arm.answers.values() if "" in counted), None)
+    about = f"Greedy answers on {held_out:,} held-out problems" if held_out else "Greedy answers on held-out problems"
     text = (
         f"{about}, without hints, after every loop; loop 0 is the base model. Bands are 95% bootstrap "
         "intervals over problems: they say nothing about other random seeds, and have no width where every "

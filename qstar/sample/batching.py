@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +65,17 @@ def generate(
     """
     out: list[list[Completion | None]] = [[None] * n for _ in prompts]
     for prompt, sample, completion in stream(
-        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, n=n,
-        stop=stop, seed=seed, prefix=prefix, slots=slots,
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        n=n,
+        stop=stop,
+        seed=seed,
+        prefix=prefix,
+        slots=slots,
     ):
         out[prompt][sample] = completion
     return out  # type: ignore[return-value]
@@ -147,7 +156,11 @@ class _Queue:
         """Takes the next prompts off the queue for the free slots (whole groups of samples of one prompt)."""
         N, M = self.prompts_per_fill, self.prompts_per_fill * self.group
         tokens, lengths = np.zeros((N, self.sampler.prompt_length), np.int32), np.ones(N, np.int32)
-        slot, source, request = np.full(M, self.sampler.slots, np.int32), np.zeros(M, np.int32), np.zeros((M, 2), np.int32)
+        slot, source, request = (
+            np.full(M, self.sampler.slots, np.int32),
+            np.zeros(M, np.int32),
+            np.zeros((M, 2), np.int32),
+        )
         row = 0
         for p in range(N):
             if not self.waiting:
@@ -181,8 +194,12 @@ class _Queue:
             text, length, ended = self._finish(ids, cut, bool(stopped[i]))
             cancel[i] = bool(active[i])
             self.occupant[i] = None
-            yield request.prompt, request.sample, Completion(
-                text, ids[:length], logprobs[i, :length].tolist(), sample_logprobs[i, :length].tolist(), ended
+            yield (
+                request.prompt,
+                request.sample,
+                Completion(
+                    text, ids[:length], logprobs[i, :length].tolist(), sample_logprobs[i, :length].tolist(), ended
+                ),
             )
 
     def _find_stop(self, ids: list[int]) -> int | None:
@@ -228,7 +245,9 @@ def _encode(model: Model, prompts: Sequence, prefix: str | Sequence[int]) -> tup
     if isinstance(prompts, str):
         raise UserError("prompts is a list of texts, or of lists of token ids: put the text in [ ]")
     if tokenizer is None and (isinstance(prefix, str) and prefix or any(isinstance(p, str) for p in prompts)):
-        raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text")
+        raise UserError(
+            "this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text"
+        )
     texts = [prefix + p for p in prompts if isinstance(p, str)] if isinstance(prefix, str) else []
     if texts and len(texts) == len(prompts):
         rows = tokenizer.encode_batch(texts, bos=True)
@@ -237,7 +256,9 @@ def _encode(model: Model, prompts: Sequence, prefix: str | Sequence[int]) -> tup
         rows = [head + (tokenizer.encode(p, bos=not head) if isinstance(p, str) else list(p)) for p in prompts]
     for i, row in enumerate(rows):
         if not row:
-            raise UserError(f"prompt {i} is empty: give it at least one token (the model has no BOS token to start from)")
+            raise UserError(
+                f"prompt {i} is empty: give it at least one token (the model has no BOS token to start from)"
+            )
     shared = _common_length(rows) if len(prefix) else 0
     return rows[0][:shared] if rows else [], [row[shared:] for row in rows]
 
@@ -262,7 +283,9 @@ def _check_lengths(model: Model, prefix: list[int], rows: list[list[int]], max_n
             )
         bad = next((t for t in (row if i else [*prefix, *row]) if not 0 <= t < model.config.vocab_size), None)
         if bad is not None:
-            raise UserError(f"prompt {i}: token id {bad} is outside the model's vocabulary of {model.config.vocab_size}")
+            raise UserError(
+                f"prompt {i}: token id {bad} is outside the model's vocabulary of {model.config.vocab_size}"
+            )
 
 
 def _prefill_prefix(model: Model, params, prefix_ids: list[int]) -> S.Prefix:

@@ -78,6 +78,7 @@ def keep_top(logits: jax.Array, knobs: Knobs) -> jax.Array:
     Top-p keeps the smallest set of most probable tokens whose mass reaches p; ties with the last one kept stay. Both
     thresholds are found by bisection over the float32 numbers, 32 halvings each: exact, and a twentieth of a sort.
     """
+
     def by_count(x: jax.Array) -> jax.Array:
         return jnp.where(x >= threshold(x, jnp.ones_like(x), knobs.top_k.astype(jnp.float32)), x, NEG)
 

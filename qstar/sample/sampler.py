@@ -210,7 +210,11 @@ def _step(params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, 
             in_prompt &= prompt_len + fed - jnp.arange(sampler.prompt_length) < config.sliding_window
             in_ring &= age < config.sliding_window
         past = [
-            [*_prefix_segments(pre, prefix, position[None], config), Segment(*pro, in_prompt), Ring(*rin, in_ring, column)]
+            [
+                *_prefix_segments(pre, prefix, position[None], config),
+                Segment(*pro, in_prompt),
+                Ring(*rin, in_ring, column),
+            ]
             for pre, pro, rin in zip(prefix.pairs, prompt, ring)
         ]
         hidden, ring = decoder.forward(params, config, token[None], position[None], None, past)

@@ -84,7 +84,7 @@ class Arithmetic(Task):
         self.stop = ("\n\n",) if format == "release" else ()
 
     def problems(self, split: str) -> list[Problem]:
-        """"val" and "test" are fixed samples per length; "train" is the draw of loop 0."""
+        """ "val" and "test" are fixed samples per length; "train" is the draw of loop 0."""
         check_split(split)
         if split == "train":
             return self.pool(0, self.seed)
@@ -199,9 +199,7 @@ def side(a: int, b: int) -> str:
     return "val" if bucket(text, 25) == 1 else "train"
 
 
-def _draw(
-    rng: Random, digits: int, count: int, split: str, without: frozenset = frozenset()
-) -> list[tuple[int, int]]:
+def _draw(rng: Random, digits: int, count: int, split: str, without: frozenset = frozenset()) -> list[tuple[int, int]]:
     """`count` different pairs of one side, or all of them if there are fewer, in random order."""
     low, high = 10 ** (digits - 1), 10**digits - 1
     pairs = (high - low + 1) ** 2

@@ -41,10 +41,18 @@ class CommonsenseQA(DatasetTask):
         stem, choices = _stem_and_choices(record)
         gold = str(record["answerKey"]).lower()
         if gold not in choices:
-            raise ValueError(f"answerKey {record['answerKey']!r} is none of the choices {', '.join(choices)} "
-                             "(the published test split has no labels and cannot be scored)")
-        return Problem(id=record.get("id") or "", question=stem, gold=gold, group=self.name,
-                       solution=f" ({gold})." if self.direct else None, meta={"choices": choices})
+            raise ValueError(
+                f"answerKey {record['answerKey']!r} is none of the choices {', '.join(choices)} "
+                "(the published test split has no labels and cannot be scored)"
+            )
+        return Problem(
+            id=record.get("id") or "",
+            question=stem,
+            gold=gold,
+            group=self.name,
+            solution=f" ({gold})." if self.direct else None,
+            meta={"choices": choices},
+        )
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         lines = [f"Q: {problem.question}", "Answer Choices:"]
@@ -78,8 +86,10 @@ def _stem_and_choices(record: dict) -> tuple[str, dict[str, str]]:
             stem = question
             pairs = list(zip(record["choices"]["label"], record["choices"]["text"], strict=True))
     except (KeyError, TypeError) as error:
-        raise ValueError("neither the hub's columns (question, choices.label, choices.text) nor the original "
-                         f"shape (question.stem, question.choices): {error!r}") from error
+        raise ValueError(
+            "neither the hub's columns (question, choices.label, choices.text) nor the original "
+            f"shape (question.stem, question.choices): {error!r}"
+        ) from error
     if not isinstance(stem, str):
         raise ValueError(f"the question is of type {type(stem).__name__}, not text")
     choices = {str(label).lower(): text for label, text in pairs}

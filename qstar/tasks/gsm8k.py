@@ -85,8 +85,9 @@ class GSM8K(DatasetTask):
         gold = written.lower() if self.strict else _normal(written)
         if not gold:
             raise ValueError(f"field 'answer' ends in {written!r}, which is not a number")
-        return Problem(id="", question=question, gold=gold, solution=" " + answer, group=self.name,
-                       meta={"written": written})
+        return Problem(
+            id="", question=question, gold=gold, solution=" " + answer, group=self.name, meta={"written": written}
+        )
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         if not hint:

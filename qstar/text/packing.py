@@ -53,8 +53,10 @@ def pack(
         if size == 0:
             raise UserError(f"document {index} has no tokens: drop it before packing")
         if size > length:
-            raise UserError(f"document {index} has {size} tokens but a row has {length}: "
-                            "raise the row length or drop it before packing")
+            raise UserError(
+                f"document {index} has {size} tokens but a row has {length}: "
+                "raise the row length or drop it before packing"
+            )
     rows = _first_fit_decreasing(sizes, length) if packed else [[i] for i in range(len(sizes))]
     shape = (len(rows), length)
     arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}

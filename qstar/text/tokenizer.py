@@ -141,8 +141,9 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
             _repair_sentencepiece(hf.backend_tokenizer, folder / "tokenizer.model")
     except Exception as error:  # every reader of every family raises its own kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder / found[0]}: the tokenizer files are broken ({reason}); "
-                        "copy them again from the model's source") from error
+        raise UserError(
+            f"{folder / found[0]}: the tokenizer files are broken ({reason}); copy them again from the model's source"
+        ) from error
     return Tokenizer(hf)
 
 
@@ -207,9 +208,7 @@ def _repair_sentencepiece(backend: Any, path: pathlib.Path) -> None:
     strip = [decoders.Strip(" ", 1, 0)] if leading else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
 
 
 def _shorten(text: str, width: int = 40) -> str:

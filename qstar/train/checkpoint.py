@@ -64,14 +64,18 @@ class Checkpoints:
             out = self._manager.restore(step, args=args)
         except (ValueError, KeyError, FileNotFoundError, OSError) as e:
             reason = str(e).strip().splitlines()[0][:200]
-            raise UserError(f"checkpoint {self.folder / str(step)} cannot be read ({reason}); delete that folder to train again") from None
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} cannot be read ({reason}); delete that folder to train again"
+            ) from None
         return out["state"], out["record"]
 
     def _check(self, target: Any, step: int) -> None:
         """Compares the stored shapes with the wanted ones: orbax' own complaint does not fit on a line."""
         stored = self._manager.item_metadata(step)["state"]
         if stored is None:
-            raise UserError(f"checkpoint {self.folder / str(step)} holds no training state; delete that folder to train again")
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} holds no training state; delete that folder to train again"
+            )
         have = {n: tuple(x.shape) for n, x in tree.named_leaves(stored) if hasattr(x, "shape")}
         want = {n: tuple(x.shape) for n, x in tree.named_leaves(target)}
         where = self.folder / str(step)
@@ -79,10 +83,14 @@ class Checkpoints:
             if name not in have:
                 raise UserError(f"checkpoint {where} is of another model: it has no {name}; use another --workdir")
             if have[name] != shape and "rng" not in name:
-                raise UserError(f"checkpoint {where} is of another model: {name} is {have[name]}, expected {shape}; use another --workdir")
+                raise UserError(
+                    f"checkpoint {where} is of another model: {name} is {have[name]}, expected {shape}; use another --workdir"
+                )
         extra = sorted(set(have) - set(want))
         if extra:
-            raise UserError(f"checkpoint {where} is of another model: it has {extra[0]}, which this one lacks; use another --workdir")
+            raise UserError(
+                f"checkpoint {where} is of another model: it has {extra[0]}, which this one lacks; use another --workdir"
+            )
 
     def wait(self) -> None:
         """Blocks until what was started is on disk."""

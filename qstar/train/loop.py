@@ -88,7 +88,9 @@ def fit(
                 if checkpoints is not None:
                     checkpoints.save(done, state, record)
                     checkpoints.wait()
-                raise Diverged(f"{longest} updates in a row were not finite, up to step {done}; lower the learning rate")
+                raise Diverged(
+                    f"{longest} updates in a row were not finite, up to step {done}; lower the learning rate"
+                )
             if saving:
                 checkpoints.save(done, state, record)
             if done % log_every == 0 or done == steps:

@@ -17,7 +17,9 @@ from qstar.models.attention import precision, text_mask
 from qstar.models.config import ModelConfig
 from qstar.types import Batch, Metrics, Params
 
-CHUNK_BYTES = 8 * 2**20  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
+CHUNK_BYTES = (
+    8 * 2**20
+)  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
 
 SumWeight = tuple[jax.Array, jax.Array]
 

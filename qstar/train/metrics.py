@@ -83,8 +83,14 @@ def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None
     if not rows:
         return
     table = Table(
-        title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
-        padding=(0, 1, 0, 0), pad_edge=False,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for name in rows[0]:
         text = isinstance(rows[0][name], str) and not rows[0][name][:1].isdigit()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         else:
             micro = jax.tree.map(lambda x: split_micro(x, accumulate), batch)
             first = jax.tree.map(lambda x: x[0], micro)
-            zero = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, state.params, first, rng)
-            )
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, state.params, first, rng))
 
             def body(carry: Any, xs: Any) -> tuple[Any, None]:
                 i, batch = xs

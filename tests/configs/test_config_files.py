@@ -16,8 +16,14 @@ from qstar.train import metrics
 from tests.methods import runs, stub
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.name not in ("common.py", "__init__.py"))
-SMOKE = {"star_arithmetic.py": runs.arithmetic, "star_gsm8k.py": runs.gsm8k, "star_commonsense_qa.py": runs.commonsense_qa}
+FILES = sorted(
+    path.name for path in (ROOT / "configs").glob("*.py") if path.name not in ("common.py", "__init__.py")
+)
+SMOKE = {
+    "star_arithmetic.py": runs.arithmetic,
+    "star_gsm8k.py": runs.gsm8k,
+    "star_commonsense_qa.py": runs.commonsense_qa,
+}
 EVERY = pytest.mark.parametrize("name", FILES)
 
 
@@ -52,7 +58,15 @@ def test_an_argument_it_does_not_know_is_named(name, argument):
 
 
 @EVERY
-@pytest.mark.parametrize("flag", ["--config.train.learning_rate=1", "--config.trian.lr=1", "--config.loop.resart=base", "--config.colour=1"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--config.train.learning_rate=1",
+        "--config.trian.lr=1",
+        "--config.loop.resart=base",
+        "--config.colour=1",
+    ],
+)
 def test_a_value_it_does_not_know_is_refused_before_anything_is_written(name, flag, tmp_path, capsys):
     from qstar.__main__ import main
 
@@ -64,7 +78,9 @@ def test_a_value_it_does_not_know_is_refused_before_anything_is_written(name, fl
 
 @EVERY
 def test_its_docstring_names_the_command(name):
-    commands = re.findall(r"qstar train --config=(configs/\S+?\.py)(?:\S*) --workdir=\S+", module(name).__doc__)
+    commands = re.findall(
+        r"qstar train --config=(configs/\S+?\.py)(?:\S*) --workdir=\S+", module(name).__doc__
+    )
     assert commands and set(commands) == {f"configs/{name}"}
 
 
@@ -80,23 +96,35 @@ def test_the_smoke_mode_runs_to_the_end(name):
     assert (folder / "report.html").stat().st_size > 10_000 and (folder / "environment.json").exists()
     for arm in config["arms"]:
         n = config["loop"]["n_iters"]
-        assert json.loads((folder / arm / "status.json").read_text()) == {"status": "finished", "reason": "", "iterations": n}
+        assert json.loads((folder / arm / "status.json").read_text()) == {
+            "status": "finished",
+            "reason": "",
+            "iterations": n,
+        }
         rows = [r for r in metrics.read(folder) if r["stage"] == "iteration" and r["arm"] == arm]
         assert [r["iteration"] for r in rows] == list(range(n + 1))
         assert all(r["train_steps"] > 0 and r["trained_rows"] > 0 for r in rows[1:])
-        assert sorted(p.name for p in (folder / arm / "rationales").iterdir()) == [f"iter_{i:03d}.jsonl" for i in range(1, n + 1)]
+        assert sorted(p.name for p in (folder / arm / "rationales").iterdir()) == [
+            f"iter_{i:03d}.jsonl" for i in range(1, n + 1)
+        ]
         assert read_jsonl(folder / arm / "evaluation" / "iter_000.jsonl")
         assert list((folder / "tensorboard" / arm).iterdir())
 
 
 def test_the_papers_settings_stand_in_the_configs_of_its_tasks():
-    """2203.14465, appendix H, and the release: Adam at 1e-6 after 100 steps, batch 8, 40 x 1.2^n steps from the base."""
+    """2203.14465, appendix H, and the release: 1e-6 after 100 steps, batch 8, 40 x 1.2^n steps."""
     for name in ("star_gsm8k.py", "star_commonsense_qa.py"):
         config = module(name).get_config()
         loop = star.Loop(**config.loop.to_dict())
         assert (loop.restart, loop.steps, loop.problems_per_iter, loop.k) == ("base", "exp:40:1.2", 10_000, 1)
         train = config.train
-        assert (train.lr, train.warmup, train.batch_size, train.schedule, train.clip) == (1e-6, 100, 8, "constant", 1.0)
+        assert (train.lr, train.warmup, train.batch_size, train.schedule, train.clip) == (
+            1e-6,
+            100,
+            8,
+            "constant",
+            1.0,
+        )
         assert config.evaluate.split == "val"  # nothing is chosen on the test set
         assert {arm.preset for arm in config.arms.values()} == {"star", "star_norat"}
     assert module("star_commonsense_qa.py").get_config().loop.few_shot_in_train
@@ -105,7 +133,9 @@ def test_the_papers_settings_stand_in_the_configs_of_its_tasks():
 def test_the_arms_of_the_sums_differ_in_rationalisation_alone(tmp_path):
     config = module("star_arithmetic.py").get_config()
     ctx = Context.make(config, tmp_path, stub.Silent())
-    one, other = (ctx.arm_settings(star.Loop, star.PRESETS, arm) for arm in ("rationalisation", "no_rationalisation"))
+    one, other = (
+        ctx.arm_settings(star.Loop, star.PRESETS, arm) for arm in ("rationalisation", "no_rationalisation")
+    )
     differ = {k for k, v in vars(one).items() if v != getattr(other, k)}
     assert differ == {"rationalize"} and one.rationalize
     assert one.seed_share == 0.15 and one.p_keep_hint == 0

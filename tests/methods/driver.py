@@ -1,15 +1,15 @@
-"""Runs jobs of qstar in forked children and kills each where its plan says: what the tests of resumption stand on.
+"""Runs jobs of qstar in forked children and kills each where its plan says, for the tests of resumption.
 
-    python driver.py JOBS.json          one after another; every child inherits the imports and starts JAX by itself
+    python driver.py JOBS.json          one after another; children inherit the imports and start JAX
 
-A job is {"config": "star_arithmetic.py:smoke", "flags": ["--config.seed=1"], "workdir": DIR, "kill": EVENT or null}.
-Nothing of this is known to the product: its functions are wrapped here so that they tell *events*, and the child
-sends itself SIGKILL when the first event that equals the plan comes by. Folders are relative to the workdir.
+A job is {"config": "star_arithmetic.py:smoke", "flags": [..], "workdir": DIR, "kill": EVENT or null}. The
+product knows nothing of this: its functions are wrapped here so that they tell *events*, and the child sends
+itself SIGKILL when the first event that equals the plan comes by. Paths are relative to the workdir.
 
-    begin FILE          before a JSONL file is made              replace FILE    written, under its temporary name
-    done FILE           the file is there
-    save FOLDER STEP    before a checkpoint                      saving ...      being written in the background
-    saved FOLDER STEP   (only as a plan) on disk                 batch FOLDER STEP    before an update
+    begin FILE          before a JSONL file is made      replace FILE        written under its temporary name
+    done FILE           the file is there                batch FOLDER STEP   before an update
+    save FOLDER STEP    before a checkpoint              saving FOLDER STEP  being written in the background
+    saved FOLDER STEP   on disk (told if that matters)
 
 Events of all children of a folder stand in WORKDIR.events, one per line, what they print in WORKDIR.log.
 """
@@ -64,7 +64,9 @@ def wrap(events):
         events.tell("save", where)
         save(self, step, *args, **kwargs)
         events.tell("saving", where)
-        if events.plan == f"saved {where}":
+        if (events.plan or "").startswith(
+            ("saved", "batch")
+        ):  # what is killed after it has to find it on the disk
             self.wait()
             events.tell("saved", where)
 

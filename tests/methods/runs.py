@@ -1,4 +1,4 @@
-"""Whole runs of the configs' smoke modes, each made once per test session, and what two runs are compared by."""
+"""Whole runs of the configs' smoke modes, each made once per session, and what runs are compared by."""
 
 import atexit
 import functools
@@ -32,10 +32,12 @@ def scratch():
 
 
 def qstar(*arguments, timeout=900):
-    """`python -m qstar ...` in a process of its own, from a foreign folder (nothing may depend on where one stands)."""
+    """`python -m qstar ...` in a process of its own, which stands in a foreign folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     command = [sys.executable, "-m", "qstar", *map(str, arguments)]
-    return subprocess.run(command, cwd=scratch(), env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=scratch(), env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 @functools.cache
@@ -48,7 +50,7 @@ def finished(config, *flags):
 
 
 def killed(config, plans, flags=()):
-    """The folder of a run that was killed at each of the planned events in turn, and then left to end by itself."""
+    """The folder of a run that was killed at each of the planned events in turn, then left to end."""
     folder = scratch() / f"killed{next(_COUNT)}"
     job = {"config": config, "flags": list(flags), "workdir": str(folder)}
     codes = drive([*({**job, "kill": plan} for plan in plans), job])
@@ -63,7 +65,9 @@ def drive(jobs):
     plan = scratch() / f"jobs{next(_COUNT)}.json"
     plan.write_text(json.dumps(jobs), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, DRIVER, plan], env=environment, check=True, timeout=1200, capture_output=True)
+    subprocess.run(
+        [sys.executable, DRIVER, plan], env=environment, check=True, timeout=1200, capture_output=True
+    )
     return json.loads(plan.with_suffix(".codes").read_text(encoding="utf-8"))
 
 
@@ -115,10 +119,13 @@ def arithmetic():
     return finished("star_arithmetic.py:smoke")
 
 
-# The two others are cut down further: what they cost is training rows of some hundred tokens. They draw at a temperature,
-# so that a round that is sampled after a kill has to draw what it would have drawn.
+# The two others are cut down further: what they cost is training rows of some hundred tokens. They draw at a
+# temperature, so that a round that is sampled after a kill has to draw what it would have drawn.
 SMALLER = (
-    "--config.loop.n_iters=1", "--config.loop.steps=lin:7:1", "--config.train.save_every=3", "--config.train.log_every=2",
+    "--config.loop.n_iters=1",
+    "--config.loop.steps=lin:7:1",
+    "--config.train.save_every=3",
+    "--config.train.log_every=2",
     "--config.sample.temperature=0.9",
 )
 

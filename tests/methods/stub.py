@@ -1,4 +1,4 @@
-"""A tiny STaR run whose sampler is a script: what the loop does with attempts, without a model that makes them."""
+"""A tiny STaR run whose sampler is a script: what the loop does with attempts, whoever made them."""
 
 from qstar.methods import arms, star
 from qstar.methods.arms import Arm, Context
@@ -25,7 +25,7 @@ class Silent:
 
 
 def config(**sections):
-    """The smoke config of sums, cut down to a model of one layer; sections are updated, `loop` and `arms` replaced."""
+    """The smoke config of sums, with one layer; sections are updated, `loop` and `arms` replaced."""
     from configs.star_arithmetic import get_config
 
     made = get_config("smoke")
@@ -61,10 +61,22 @@ def rollout(task, problem, completion, *, hinted=False, iteration=1, sample=0, t
     """A scored attempt, as `rollouts.attempt` makes it."""
     answer = task.parse(completion)
     return Rollout(
-        problem_id=problem.id, iteration=iteration, sample=sample, hinted=hinted, group=problem.group,
-        prompt=task.prompt(problem, hint=hinted), completion=completion, answer=answer, gold=problem.gold,
-        correct=not truncated and task.correct(problem, answer), verdict="", reason="", truncated=truncated,
-        valid=task.audit(problem, completion), logprob=-1.0, n_tokens=len(completion) + 1,
+        problem_id=problem.id,
+        iteration=iteration,
+        sample=sample,
+        hinted=hinted,
+        group=problem.group,
+        prompt=task.prompt(problem, hint=hinted),
+        completion=completion,
+        answer=answer,
+        gold=problem.gold,
+        correct=not truncated and task.correct(problem, answer),
+        verdict="",
+        reason="",
+        truncated=truncated,
+        valid=task.audit(problem, completion),
+        logprob=-1.0,
+        n_tokens=len(completion) + 1,
     )
 
 

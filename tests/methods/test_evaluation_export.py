@@ -27,10 +27,12 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluation(exported, tmp_path_factory):
-    """(result, folder of the answers). Most problems of this split were trained on, so that some are solved."""
+    """(result, folder of the answers). Most problems of this split were trained on: some are solved."""
     out = tmp_path_factory.mktemp("answers") / "out"
     model = qstar.load(exported)
-    return evaluate_model(model, TASK, split="train", samples=K, max_new_tokens=34, temperature=1.0, seed=3, out=out), out
+    return evaluate_model(
+        model, TASK, split="train", samples=K, max_new_tokens=34, temperature=1.0, seed=3, out=out
+    ), out
 
 
 def expected_pass(rows, k):
@@ -39,10 +41,14 @@ def expected_pass(rows, k):
 
 
 def expected_majority(rows, k):
-    """Over all subsets of k: the share of the most frequent answers that is right; what is unread or cut off votes not."""
+    """Over all subsets of k: which share of the most frequent answers is right. Unread, cut off: no vote."""
     subsets, total = list(itertools.combinations(rows, k)), 0.0
     for subset in subsets:
-        votes = [r["gold"] if r["correct"] else r["answer"] for r in subset if not r["truncated"] and r["answer"] is not None]
+        votes = [
+            r["gold"] if r["correct"] else r["answer"]
+            for r in subset
+            if not r["truncated"] and r["answer"] is not None
+        ]
         top = max(map(votes.count, votes), default=0)
         winners = {v for v in votes if votes.count(v) == top}
         total += (subset[0]["gold"] in winners) / len(winners) if winners else 0.0
@@ -60,7 +66,9 @@ def check_estimates(result, rows, samples):
     problems = by_problem(rows)
     assert all(len(mine) == samples for mine in problems.values())
     ks = [k for k in (1, 2, 4, 8) if k <= samples]
-    assert {k.split("@")[1] for k in result if k.startswith("pass@") and "_" not in k and "/" not in k} == set(map(str, ks))
+    assert {
+        k.split("@")[1] for k in result if k.startswith("pass@") and "_" not in k and "/" not in k
+    } == set(map(str, ks))
     for k in ks:
         for name, expected in (("pass", expected_pass), ("majority", expected_majority)):
             for group in ["", *{r["group"] for r in rows}]:
@@ -73,7 +81,9 @@ def check_estimates(result, rows, samples):
 def test_greedy_accuracy_is_that_of_the_file(evaluation):
     result, out = evaluation
     rows = read_jsonl(out / "greedy_000.jsonl")
-    assert [r["problem_id"] for r in rows] == [p.id for p in TASK.problems("train")] and result["problems"] == 36
+    assert [r["problem_id"] for r in rows] == [p.id for p in TASK.problems("train")] and result[
+        "problems"
+    ] == 36
     assert result["accuracy"] == pytest.approx(sum(r["correct"] for r in rows) / 36)
     assert result["truncation_rate"] == pytest.approx(sum(r["truncated"] for r in rows) / 36)
 
@@ -105,30 +115,45 @@ def test_answers_that_are_there_are_not_sampled_again(evaluation, exported, monk
 
     monkeypatch.setattr(rollouts, "stream", stream)
     model = qstar.load(exported)
-    again = evaluate_model(model, TASK, split="train", samples=K, max_new_tokens=34, temperature=1.0, seed=3, out=out)
+    again = evaluate_model(
+        model, TASK, split="train", samples=K, max_new_tokens=34, temperature=1.0, seed=3, out=out
+    )
     assert again == result
     with pytest.raises(AssertionError, match="sampled"):
         evaluate_model(model, TASK, split="train", max_new_tokens=34)
 
 
 def test_answers_of_another_question_are_not_counted(tmp_path, exported):
-    """`qstar evaluate --out`: another model, split or length in the same folder is a mistake, not a result."""
+    """`qstar evaluate --out`: another split or length in the same folder is a mistake, not a result."""
     from qstar.__main__ import main
 
     options = json.dumps({"pool": {"1": 3}, "seeds": {}, "eval_per_length": 3})
-    call = ["evaluate", f"--model={exported}", "--task=arithmetic", f"--task-options={options}", f"--out={tmp_path}/o", "--json"]
+    call = [
+        "evaluate",
+        f"--model={exported}",
+        "--task=arithmetic",
+        f"--task-options={options}",
+        f"--out={tmp_path}/o",
+        "--json",
+    ]
     assert main([*call, "--max-new-tokens=34"]) == 0
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    for other in (["--max-new-tokens=30"], ["--max-new-tokens=34", "--split=val"], ["--max-new-tokens=34", "--limit=2"]):
+    for other in (
+        ["--max-new-tokens=30"],
+        ["--max-new-tokens=34", "--split=val"],
+        ["--max-new-tokens=34", "--limit=2"],
+    ):
         assert main([*call, *other]) == 2
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-# ---------------------------------------------------------------------------------------------------------------- export
+# ----------------------------------------------------------------------------------------------------- export
 
 
 def answered(arm, n, hinted=False):
-    return read_jsonl(runs.arithmetic() / arm / "evaluation" / f"iter_{n:03d}{'_hinted' if hinted else ''}.jsonl")
+    return read_jsonl(
+        runs.arithmetic() / arm / "evaluation" / f"iter_{n:03d}{'_hinted' if hinted else ''}.jsonl"
+    )
 
 
 def replies(model, rows):
@@ -137,20 +162,30 @@ def replies(model, rows):
     return [completion.text for (completion,) in found]
 
 
-@pytest.mark.parametrize(("arm", "n"), [("rationalisation", 2), ("no_rationalisation", 1), ("rationalisation", 0)])
+@pytest.mark.parametrize(
+    ("arm", "n"), [("rationalisation", 2), ("no_rationalisation", 1), ("rationalisation", 0)]
+)
 def test_an_exported_model_answers_as_it_did_in_the_run(arm, n, tmp_path):
     rows = answered(arm, n) + answered(arm, n, hinted=True)
     out = export_model(runs.arithmetic(), arm, n, tmp_path / "m")
     assert replies(qstar.load(out), rows) == [r["completion"] for r in rows]
-    others = {(a, m) for a in ("rationalisation", "no_rationalisation") for m in (1, 2)} | {("rationalisation", 0)}
-    different = [(a, m) for a, m in others - {(arm, n)}
-                 if [r["completion"] for r in answered(a, m) + answered(a, m, hinted=True)] != [r["completion"] for r in rows]]
+    others = {(a, m) for a in ("rationalisation", "no_rationalisation") for m in (1, 2)} | {
+        ("rationalisation", 0)
+    }
+    different = [
+        (a, m)
+        for a, m in others - {(arm, n)}
+        if [r["completion"] for r in answered(a, m) + answered(a, m, hinted=True)]
+        != [r["completion"] for r in rows]
+    ]
     assert len(different) == 4  # so it is this model, and no other of the run
 
 
 def test_the_last_iteration_is_the_default(exported):
     rows = answered("rationalisation", 2)
-    assert replies(trained_model(runs.arithmetic(), "rationalisation"), rows) == [r["completion"] for r in rows]
+    assert replies(trained_model(runs.arithmetic(), "rationalisation"), rows) == [
+        r["completion"] for r in rows
+    ]
     assert replies(qstar.load(exported), rows) == [r["completion"] for r in rows]
 
 
@@ -168,8 +203,11 @@ def test_the_base_of_a_pretrained_run_is_the_pretrained_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("arm", "n", "named"),
-    [("rationalization", None, "rationalization.*rationalisation"), ("rationalisation", 3, "no finished iteration 3.*0, 1, 2"),
-     ("rationalisation", -1, "no finished iteration -1")],
+    [
+        ("rationalization", None, "rationalization.*rationalisation"),
+        ("rationalisation", 3, "no finished iteration 3.*0, 1, 2"),
+        ("rationalisation", -1, "no finished iteration -1"),
+    ],
 )
 def test_what_is_not_there_is_named_with_what_is(arm, n, named, tmp_path):
     with pytest.raises(UserError, match=named):
@@ -184,4 +222,6 @@ def test_no_run_and_a_base_that_is_not_trained_are_named(tmp_path):
     (tmp_path / "run/config.json").write_text((runs.arithmetic() / "config.json").read_text())
     with pytest.raises(UserError, match="not trained yet"):
         export_model(tmp_path / "run", None, None, tmp_path / "m")
-    assert [p.name for p in tmp_path.iterdir()] == ["run"] and [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["run"] and [
+        p.name for p in (tmp_path / "run").iterdir()
+    ] == ["config.json"]

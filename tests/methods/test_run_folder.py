@@ -60,7 +60,9 @@ def test_a_whole_run_of_another_config_is_refused(tmp_path, monkeypatch):
 def test_what_is_only_shown_may_differ(tmp_path):
     open_run(tmp_path / "a", CONFIG)
     open_run(tmp_path / "a", {**CONFIG, "log": {"wandb": {"project": "sums"}}})
-    with pytest.raises(UserError, match="config.task.log"):  # a section of that name further down is no such thing
+    with pytest.raises(
+        UserError, match="config.task.log"
+    ):  # a section of that name further down is no such thing
         open_run(tmp_path / "a", {**CONFIG, "task": {**CONFIG["task"], "log": 1}})
 
 
@@ -104,7 +106,9 @@ def test_once_makes_a_file_once_and_gives_back_the_same_rows(tmp_path):
 
     found = [once(tmp_path / "deep" / "a.jsonl", make) for _ in range(2)]
     assert found == [rows, rows] and len(calls) == 1
-    assert once(tmp_path / "empty.jsonl", list) == [] == once(tmp_path / "empty.jsonl", make) and len(calls) == 1
+    assert (
+        once(tmp_path / "empty.jsonl", list) == [] == once(tmp_path / "empty.jsonl", make) and len(calls) == 1
+    )
     values = [once_json(tmp_path / "deep" / "a.json", lambda n=n: {"n": n}) for n in (1, 2)]
     assert values == [{"n": 1}] * 2
 

@@ -63,7 +63,10 @@ def test_an_answer_that_is_none_is_not_right_where_the_gold_is_none():
 
 def test_short_rationales_are_rejected_below_the_configured_length_only():
     rows = [row("7", n_tokens=4), row("so 7", n_tokens=5)]
-    assert verdicts(rows, Selection(min_rationale_tokens=5)) == [("rejected", "rationale too short"), ("kept", "right answer")]
+    assert verdicts(rows, Selection(min_rationale_tokens=5)) == [
+        ("rejected", "rationale too short"),
+        ("kept", "right answer"),
+    ]
     assert [v for v, _ in verdicts(rows)] == ["kept", "kept"]
 
 
@@ -76,17 +79,32 @@ def test_a_leak_of_the_hint_is_rejected_with_its_words_but_only_in_hinted_rows()
 def test_a_leak_in_a_sum_is_found_by_the_task():
     task = make_task("arithmetic", pool={1: 4}, seeds={})
     problem = task.problem(3, 4)
-    rows = [stub.rollout(task, problem, text, hinted=True) for text in ("07|#7", "3+4(07),C0|,7C0|07|#7", problem.solution)]
+    rows = [
+        stub.rollout(task, problem, text, hinted=True)
+        for text in ("07|#7", "3+4(07),C0|,7C0|07|#7", problem.solution)
+    ]
     found = select(rows, {problem.id: problem}, task, Selection())
     assert [r.verdict for r in found] == ["rejected", "rejected", "rationalised"]
     assert all(r.correct for r in found) and all(r.reason.startswith("hint leak: ") for r in found[:2])
 
 
 def test_duplicates_are_those_of_one_problem_up_to_white_space():
-    rows = [row("so  it is\n7"), row("so it is 7 "), row("it is 7"), row("so it is 8", "q"), row("so it is 8", "q", hinted=True)]
+    rows = [
+        row("so  it is\n7"),
+        row("so it is 7 "),
+        row("it is 7"),
+        row("so it is 8", "q"),
+        row("so it is 8", "q", hinted=True),
+    ]
     assert [v for v, _ in verdicts(rows)] == ["kept", "rejected", "kept", "kept", "rejected"]
     assert verdicts(rows)[1] == ("rejected", "duplicate")
-    assert [v for v, _ in verdicts(rows, Selection(dedupe=False))] == ["kept", "kept", "kept", "kept", "rationalised"]
+    assert [v for v, _ in verdicts(rows, Selection(dedupe=False))] == [
+        "kept",
+        "kept",
+        "kept",
+        "kept",
+        "rationalised",
+    ]
 
 
 def test_what_was_kept_in_earlier_loops_is_a_duplicate():
@@ -115,18 +133,36 @@ def test_exact_filter_asks_the_audit_and_none_passes():
 
 
 def test_counts_of_a_loop_add_up_whatever_the_reasons():
-    rows = [row("a 7"), row("a 7"), row("9"), row(""), row("so 7", truncated=True, correct=False),
-            row("given answer 7", hinted=True), row("hence 8", "q", hinted=True)]
+    rows = [
+        row("a 7"),
+        row("a 7"),
+        row("9"),
+        row(""),
+        row("so 7", truncated=True, correct=False),
+        row("given answer 7", hinted=True),
+        row("hence 8", "q", hinted=True),
+    ]
     found = summary(select(rows, PROBLEMS, TASK, Selection()))
     rejected = {k: v for k, v in found.items() if k.startswith("rejected_")}
-    assert rejected == {"rejected_duplicate": 1, "rejected_wrong_answer": 1, "rejected_no_answer": 1,
-                        "rejected_truncated": 1, "rejected_hint_leak": 1}
-    assert found["kept"] + found["rationalised"] + sum(rejected.values()) == found["attempted"] + found["hinted_attempted"] == 7
+    assert rejected == {
+        "rejected_duplicate": 1,
+        "rejected_wrong_answer": 1,
+        "rejected_no_answer": 1,
+        "rejected_truncated": 1,
+        "rejected_hint_leak": 1,
+    }
+    assert (
+        found["kept"] + found["rationalised"] + sum(rejected.values())
+        == found["attempted"] + found["hinted_attempted"]
+        == 7
+    )
     assert (found["kept"], found["rationalised"], found["share_rationalised"]) == (1, 1, 0.5)
-    assert found["solve_rate"] == 2 / 5 and found["hinted_solve_rate"] == 1.0 and found["problems_solved"] == 1
+    assert (
+        found["solve_rate"] == 2 / 5 and found["hinted_solve_rate"] == 1.0 and found["problems_solved"] == 1
+    )
 
 
-# ------------------------------------------------------------------------------------------------ who is rationalised
+# ---------------------------------------------------------------------------------------- who is rationalised
 
 
 def right(task):
@@ -165,17 +201,22 @@ def test_a_share_of_the_failures_is_rationalised_and_the_same_ones_again():
     pool = make_task("arithmetic").pool(1, 0)
     picked = [p for p in pool if star.chosen(p, 1, 0.3)]
     assert 0.25 < len(picked) / len(pool) < 0.35
-    assert picked == [p for p in pool if star.chosen(p, 1, 0.3)] != [p for p in pool if star.chosen(p, 2, 0.3)]
+    assert (
+        picked == [p for p in pool if star.chosen(p, 1, 0.3)] != [p for p in pool if star.chosen(p, 2, 0.3)]
+    )
     assert all(star.chosen(p, 1, 1.0) for p in pool) and not any(star.chosen(p, 1, 0.0) for p in pool)
 
 
-# ---------------------------------------------------------------------------------------------------- training prompts
+# ------------------------------------------------------------------------------------------- training prompts
 
 
 def kept_rows(ctx, loop, n=1):
     """Every problem of the pool of loop n, every other one rationalised."""
     pool = ctx.task.pool(n, ctx.seed, loop.problems_per_iter)
-    rows = [stub.rollout(ctx.task, p, ctx.task.solution(p), hinted=bool(i % 2), iteration=n) for i, p in enumerate(pool)]
+    rows = [
+        stub.rollout(ctx.task, p, ctx.task.solution(p), hinted=bool(i % 2), iteration=n)
+        for i, p in enumerate(pool)
+    ]
     return select(rows, {p.id: p for p in pool}, ctx.task, Selection())
 
 
@@ -200,7 +241,9 @@ def test_the_hint_stays_in_rationalised_rows_where_the_ablation_asks_for_it(tmp_
     arm, loop = stub.arm_of(ctx)
     rows = kept_rows(ctx, loop)
     prompts = [prompt for prompt, _ in texts(ctx, star.training_examples(arm, loop, rows, 1))]
-    assert prompts == [r.prompt for r in rows] and sum("(" in p for p in prompts) == sum(r.hinted for r in rows)
+    assert prompts == [r.prompt for r in rows] and sum("(" in p for p in prompts) == sum(
+        r.hinted for r in rows
+    )
 
 
 def test_a_share_of_the_hints_stays():
@@ -228,7 +271,9 @@ def stub_file(arm, n, rows):
 
 def test_accumulated_loops_hold_no_row_twice(tmp_path, monkeypatch):
     """One digit has few sums: a greedy model writes the same text for the same one in every loop."""
-    ctx = stub.context(tmp_path, loop={"accumulate": True, "rationalize": False}, task={"pool": {"1": 45}, "seeds": {}})
+    ctx = stub.context(
+        tmp_path, loop={"accumulate": True, "rationalize": False}, task={"pool": {"1": 45}, "seeds": {}}
+    )
     arm, loop = stub.arm_of(ctx)
     stub.script(monkeypatch, lambda p, hinted, n: ctx.task.solution(p) + "")
     kept = []
@@ -278,7 +323,9 @@ def test_few_shot_items_are_in_no_pool_and_no_evaluation(shared):
 
 def test_few_shot_text_in_training_prompts_is_the_one_without_hints(shared, tmp_path):
     task = few_shot_tasks(shared)[1]
-    ctx = stub.context(tmp_path, loop={"few_shot_in_train": True, "problems_per_iter": 3}, train={"row_length": 4096})
+    ctx = stub.context(
+        tmp_path, loop={"few_shot_in_train": True, "problems_per_iter": 3}, train={"row_length": 4096}
+    )
     ctx.task = task
     ctx.tokenizer = CharTokenizer()
     arm, loop = stub.arm_of(ctx)
@@ -287,7 +334,9 @@ def test_few_shot_text_in_training_prompts_is_the_one_without_hints(shared, tmp_
     rows = select(rows, {p.id: p for p in pool}, task, Selection())
     assert all("(CORRECT)" in r.prompt and r.verdict == "rationalised" for r in rows)
     got = [ctx.tokenizer.decode(e.prompt) for e in star.training_examples(arm, loop, rows, 1)]
-    assert got == [task.prefix() + task.prompt(p) for p in pool] and not any("CORRECT" in text for text in got)
+    assert got == [task.prefix() + task.prompt(p) for p in pool] and not any(
+        "CORRECT" in text for text in got
+    )
 
 
 class CharTokenizer:

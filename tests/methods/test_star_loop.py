@@ -15,7 +15,7 @@ from qstar.train import metrics
 from qstar.train.loop import Diverged
 from tests.methods import stub
 
-# --------------------------------------------------------------------------------------------------------- its switches
+# ----------------------------------------------------------------------------------------------- its switches
 
 
 def test_steps_grow_as_in_the_release():
@@ -33,7 +33,9 @@ def test_steps_in_epochs_count_rows():
     assert steps_for("epochs:1:0.2", 1, 3, 8) == 1  # a handful of rows is one update, not none
 
 
-@pytest.mark.parametrize("spec", ["", "exp", "exp:40", "exp:40:1.2:3", "exp:a:b", "geo:40:1.2", "epochs:1:nan", "lin:inf:1"])
+@pytest.mark.parametrize(
+    "spec", ["", "exp", "exp:40", "exp:40:1.2:3", "exp:a:b", "geo:40:1.2", "epochs:1:nan", "lin:inf:1"]
+)
 def test_a_step_rule_of_no_known_form_is_named(spec):
     with pytest.raises(UserError, match="steps="):
         steps_for(spec, 1, 10, 2)
@@ -42,17 +44,51 @@ def test_a_step_rule_of_no_known_form_is_named(spec):
 
 
 PRESETS = {
-    "star": {"rationalize": True, "k": 1, "temperature": None, "accumulate": False, "include_sft_data": False,
-             "restart": "base", "p_rationalize": 1.0, "p_keep_hint": 0.0, "steps": "exp:40:1.2", "n_iters": 16,
-             "problems_per_iter": 10_000, "few_shot_at_sample": True, "few_shot_in_train": False, "dedupe": True,
-             "cap_per_problem": None, "max_epochs": 10.0},
+    "star": {
+        "rationalize": True,
+        "k": 1,
+        "temperature": None,
+        "accumulate": False,
+        "include_sft_data": False,
+        "restart": "base",
+        "p_rationalize": 1.0,
+        "p_keep_hint": 0.0,
+        "steps": "exp:40:1.2",
+        "n_iters": 16,
+        "problems_per_iter": 10_000,
+        "few_shot_at_sample": True,
+        "few_shot_in_train": False,
+        "dedupe": True,
+        "cap_per_problem": None,
+        "max_epochs": 10.0,
+    },
     "star_norat": {"rationalize": False, "k": 1, "accumulate": False, "restart": "base"},
-    "star_dagger": {"rationalize": False, "k": 16, "temperature": 0.7, "accumulate": True, "include_sft_data": True,
-                    "restart": "base"},
-    "rft": {"rationalize": False, "k": 100, "temperature": 0.7, "n_iters": 1, "include_sft_data": True,
-            "steps": "epochs:3:0", "dedupe": True},
-    "rest_em": {"rationalize": False, "k": 32, "temperature": 0.7, "cap_per_problem": 10, "n_iters": 3,
-                "accumulate": False, "restart": "base"},
+    "star_dagger": {
+        "rationalize": False,
+        "k": 16,
+        "temperature": 0.7,
+        "accumulate": True,
+        "include_sft_data": True,
+        "restart": "base",
+    },
+    "rft": {
+        "rationalize": False,
+        "k": 100,
+        "temperature": 0.7,
+        "n_iters": 1,
+        "include_sft_data": True,
+        "steps": "epochs:3:0",
+        "dedupe": True,
+    },
+    "rest_em": {
+        "rationalize": False,
+        "k": 32,
+        "temperature": 0.7,
+        "cap_per_problem": 10,
+        "n_iters": 3,
+        "accumulate": False,
+        "restart": "base",
+    },
 }
 
 
@@ -89,12 +125,12 @@ def test_an_unknown_switch_is_named_before_anything_is_written(sections, named, 
     assert not (tmp_path / "run").exists()
 
 
-# -------------------------------------------------------------------------------------------------- whole, scripted runs
+# --------------------------------------------------------------------------------------- whole, scripted runs
 
 
 @pytest.fixture
 def starts(monkeypatch):
-    """Everything that enters a first update: (parameters, optimiser state, step), as host arrays, in order."""
+    """What enters every first update: (parameters, optimiser state), as host arrays, in order."""
     seen = []
     made = supervised.sft_step
 
@@ -113,7 +149,7 @@ def starts(monkeypatch):
 
 
 def play(tmp_path, monkeypatch, write, answer=None, **sections):
-    """Runs the scripted job; returns (its folder, the models that every arm's loops made, what was asked of the sampler)."""
+    """Runs the scripted job; returns (its folder, every arm's last model, what was asked of the sampler)."""
     models = {}
     outer = star.outer_loop
     monkeypatch.setattr(star, "outer_loop", lambda arm, *rest: models.setdefault(arm.name, outer(arm, *rest)))
@@ -150,7 +186,9 @@ def test_a_loop_starts_from_the_base_or_from_the_model_before(tmp_path, monkeypa
     base = saved(run / "base")
     trained = {arm: [saved(run / arm / "checkpoints" / f"iter_{n:03d}") for n in (1, 2, 3)] for arm in arms}
     assert [same(params, base) for params, _ in starts[1:4]] == [True] * 3
-    assert [same(params, before) for (params, _), before in zip(starts[4:], [base, *trained["previous"]])] == [True] * 3
+    assert [
+        same(params, before) for (params, _), before in zip(starts[4:], [base, *trained["previous"]])
+    ] == [True] * 3
     assert not any(same(model, base) for made in trained.values() for model in made)
     assert all(same(models[arm].params, trained[arm][-1]) for arm in arms)
 
@@ -165,18 +203,28 @@ def test_every_loop_starts_with_empty_moments(tmp_path, monkeypatch, starts):
 
 def test_without_a_learning_rate_every_model_is_the_base(tmp_path, monkeypatch):
     for restart in ("base", "previous"):
-        run, models, _ = play(tmp_path / restart, monkeypatch, gold, loop={"restart": restart, "steps": "lin:2:0", "n_iters": 2},
-                              train={"lr": 0.0})
+        run, models, _ = play(
+            tmp_path / restart,
+            monkeypatch,
+            gold,
+            loop={"restart": restart, "steps": "lin:2:0", "n_iters": 2},
+            train={"lr": 0.0},
+        )
         assert same(models["star"].params, saved(run / "base"))
 
 
 def test_a_loop_that_keeps_nothing_ends_the_arm_and_the_model_before_stays(tmp_path, monkeypatch, starts):
     run, models, asked = play(
-        tmp_path, monkeypatch, lambda p, hinted, n: p.solution if n == 1 else "#0", loop={"n_iters": 4, "steps": "lin:2:0"}
+        tmp_path,
+        monkeypatch,
+        lambda p, hinted, n: p.solution if n == 1 else "#0",
+        loop={"n_iters": 4, "steps": "lin:2:0"},
     )
     found = status(run)
     assert found["status"] == "stopped" and found["iterations"] == 1
-    assert found["reason"].startswith("0 rows kept of 28 attempts")  # 14 problems, all of them also with their hint
+    assert found["reason"].startswith(
+        "0 rows kept of 28 attempts"
+    )  # 14 problems, all of them also with their hint
     assert same(models["star"].params, saved(run / "star" / "checkpoints" / "iter_001"))
     assert not (run / "star" / "checkpoints" / "iter_002").exists() and len(starts) == 2
     assert {r["verdict"] for r in read_jsonl(run / "star" / "rationales" / "iter_002.jsonl")} == {"rejected"}
@@ -185,7 +233,9 @@ def test_a_loop_that_keeps_nothing_ends_the_arm_and_the_model_before_stays(tmp_p
 
 
 def test_a_first_loop_that_keeps_nothing_leaves_the_base(tmp_path, monkeypatch, starts):
-    run, models, _ = play(tmp_path, monkeypatch, lambda *_: None, arms={"one": {}, "two": {"preset": "star_norat"}})
+    run, models, _ = play(
+        tmp_path, monkeypatch, lambda *_: None, arms={"one": {}, "two": {"preset": "star_norat"}}
+    )
     assert len(starts) == 1  # the base's training is the only one
     for arm, attempts in (("one", 28), ("two", 14)):
         assert status(run, arm)["iterations"] == 0
@@ -200,7 +250,11 @@ def test_fewer_rows_than_asked_for_end_the_arm(tmp_path, monkeypatch):
     run, _, _ = play(tmp_path, monkeypatch, write, loop={"min_kept": 4, "n_iters": 1, "steps": "lin:2:0"})
     assert status(run) == {"status": "finished", "reason": "", "iterations": 1}
     run, _, _ = play(tmp_path / "b", monkeypatch, write, loop={"min_kept": 5, "n_iters": 1})
-    assert status(run)["status"] == "stopped" and "4 rows kept" in status(run)["reason"] and "min_kept=5" in status(run)["reason"]
+    assert (
+        status(run)["status"] == "stopped"
+        and "4 rows kept" in status(run)["reason"]
+        and "min_kept=5" in status(run)["reason"]
+    )
 
 
 @pytest.mark.parametrize(("patience", "loops"), [(1, 3), (2, 4), (0, 5)])
@@ -212,8 +266,14 @@ def test_patience_counts_loops_without_a_better_accuracy(patience, loops, tmp_pa
         return problem.solution if problem in problems[: right.get(n, 1)] else None
 
     problems = stub.context(tmp_path).task.problems("val")
-    run, _, _ = play(tmp_path, monkeypatch, gold, evaluate, loop={"n_iters": 5, "patience": patience, "steps": "lin:2:0"},
-                     evaluate={"split": "val", "hinted": False})
+    run, _, _ = play(
+        tmp_path,
+        monkeypatch,
+        gold,
+        evaluate,
+        loop={"n_iters": 5, "patience": patience, "steps": "lin:2:0"},
+        evaluate={"split": "val", "hinted": False},
+    )
     scores = [r["accuracy"] for r in metrics.read(run) if r["stage"] == "iteration"]
     assert scores[:4] == [right[n] / len(problems) for n in range(4)][: len(scores)]
     assert len(scores) - 1 == status(run)["iterations"] == loops
@@ -225,7 +285,7 @@ def test_patience_counts_loops_without_a_better_accuracy(patience, loops, tmp_pa
 
 
 def test_the_test_split_is_answered_by_the_chosen_model(tmp_path, monkeypatch):
-    """`evaluate.split=val` chooses; the model that answers "test" must be that of the best loop, not the last one."""
+    """`evaluate.split=val` chooses: "test" is answered by the model of the best loop, not of the last."""
     from qstar.methods import arms
 
     def evaluate(problem, hinted, n):
@@ -240,7 +300,10 @@ def test_the_test_split_is_answered_by_the_chosen_model(tmp_path, monkeypatch):
         return scripted(model, *args, **kwargs)
 
     monkeypatch.setattr(arms, "attempt", attempt)
-    config = stub.config(loop={"n_iters": 2, "steps": "lin:2:0", "restart": "previous"}, evaluate={"split": "val", "hinted": False})
+    config = stub.config(
+        loop={"n_iters": 2, "steps": "lin:2:0", "restart": "previous"},
+        evaluate={"split": "val", "hinted": False},
+    )
     star.run(config, tmp_path / "run", stub.Silent())
     assert same(used["test"], saved(tmp_path / "run/star/checkpoints/iter_001"))
     assert same(used["iter_002"], saved(tmp_path / "run/star/checkpoints/iter_002"))
@@ -256,7 +319,11 @@ def test_updates_are_capped_in_epochs_over_the_kept_rows(cap, steps, tmp_path, m
 
 def test_epochs_are_counted_in_packed_rows(tmp_path, monkeypatch):
     """Several examples share a row, and a batch is made of rows: one epoch is one pass over the rows."""
-    ctx = stub.context(tmp_path, train={"packed": True, "row_length": 128}, loop={"n_iters": 1, "steps": "lin:99:0", "max_epochs": 4.0})
+    ctx = stub.context(
+        tmp_path,
+        train={"packed": True, "row_length": 128},
+        loop={"n_iters": 1, "steps": "lin:99:0", "max_epochs": 4.0},
+    )
     pool = ctx.task.pool(1, ctx.seed)
     examples = [ctx.seed_example(p, False) for p in pool]
     rows = len(supervised.pack_rows(examples, ctx.train_settings)["tokens"])
@@ -285,12 +352,18 @@ def test_divergence_ends_the_arm_with_the_model_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(star, "fine_tune", fine_tune)
     run, models, _ = play(tmp_path, monkeypatch, gold, loop={"n_iters": 4, "steps": "lin:2:0"})
-    assert status(run)["status"] == "stopped" and status(run)["iterations"] == 1 and "not finite" in status(run)["reason"]
+    assert (
+        status(run)["status"] == "stopped"
+        and status(run)["iterations"] == 1
+        and "not finite" in status(run)["reason"]
+    )
     assert same(models["star"].params, saved(run / "star/checkpoints/iter_001"))
 
 
 def test_a_base_that_diverges_is_a_mistake_of_the_settings(tmp_path, monkeypatch):
-    config = stub.config(base={"lr": 1e38, "steps": 4, "max_bad": 3, "clip": 0.0, "log_every": 4, "warmup": 0})
+    config = stub.config(
+        base={"lr": 1e38, "steps": 4, "max_bad": 3, "clip": 0.0, "log_every": 4, "warmup": 0}
+    )
     stub.script(monkeypatch, gold)
     for _ in range(2):  # and again when it is started again
         with pytest.raises(UserError, match="config.base.lr=1e"):
@@ -298,7 +371,7 @@ def test_a_base_that_diverges_is_a_mistake_of_the_settings(tmp_path, monkeypatch
     assert not (tmp_path / "run" / "star").exists()
 
 
-# ------------------------------------------------------------------------------------------------ hinted seeds in the mix
+# ------------------------------------------------------------------------------------ hinted seeds in the mix
 
 
 def test_every_batch_of_both_arms_holds_the_share_of_hinted_seeds(tmp_path, monkeypatch):
@@ -311,14 +384,22 @@ def test_every_batch_of_both_arms_holds_the_share_of_hinted_seeds(tmp_path, monk
 
     monkeypatch.setattr(supervised, "batches", spied)
     arms = {"rat": {"preset": "star"}, "norat": {"preset": "star_norat"}}
-    play(tmp_path, monkeypatch, lambda p, hinted, n: p.solution if hinted or p.group == "1" else None, arms=arms,
-         loop={"n_iters": 1, "steps": "lin:2:0", "seed_share": 0.25}, train={"batch_size": 8})
+    play(
+        tmp_path,
+        monkeypatch,
+        lambda p, hinted, n: p.solution if hinted or p.group == "1" else None,
+        arms=arms,
+        loop={"n_iters": 1, "steps": "lin:2:0", "seed_share": 0.25},
+        train={"batch_size": 8},
+    )
     ctx = stub.context(tmp_path)
     bracket = ctx.tokenizer.encode("(")[0]
     gold_rows = {tuple(ctx.seed_example(p, True).prompt) for p, hinted in ctx.task.seeds() if hinted}
     assert len(seen) == 3 and seen[0][1] is None  # the base has no mix
     for arrays, mix, made in (seen[1], seen[2]):
-        assert mix[1] == 0.25 and not np.any(arrays["tokens"] == bracket)  # none of the arm's own rows shows a hint
+        assert mix[1] == 0.25 and not np.any(
+            arrays["tokens"] == bracket
+        )  # none of the arm's own rows shows a hint
         mixed = {tuple(row[: list(row).index(ctx.tokenizer.encode(")")[0]) + 1]) for row in mix[0]["tokens"]}
         assert mixed == gold_rows
         for batch in made:

@@ -24,11 +24,30 @@ from qstar.train.state import create_state, init_params
 from qstar.train.step import make_step
 from qstar.types import Batch
 
-CONFIG = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
-                     intermediate_size=48, max_positions=64, init_std=0.2, tie_embeddings=False, eos_id=3)
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    intermediate_size=48,
+    max_positions=64,
+    init_std=0.2,
+    tie_embeddings=False,
+    eos_id=3,
+)
 CUBE = "data=2,fsdp=2,tensor=2"
-CASES = [("data=1", 1, 1), ("fsdp=2", 2, 4), ("tensor=4", 4, 1), ("data=8", 8, 4), ("fsdp=8", 8, 4),
-         ("data=2,tensor=4", 8, 1), (CUBE, 8, 1), (CUBE, 8, 4)]  # mesh, devices, micro-batches
+CASES = [
+    ("data=1", 1, 1),
+    ("fsdp=2", 2, 4),
+    ("tensor=4", 4, 1),
+    ("data=8", 8, 4),
+    ("fsdp=8", 8, 4),
+    ("data=2,tensor=4", 8, 1),
+    (CUBE, 8, 1),
+    (CUBE, 8, 4),
+]  # mesh, devices, micro-batches
 CLIP = 1.0
 TX = optim.adamw(weight_decay=0.1, clip=CLIP, eps=0.1)  # a large eps, or the sign of a tiny gradient decides
 
@@ -49,7 +68,11 @@ def alone():
     """Parameters on one device, without a mesh; norms are not 1."""
     params = jax.jit(decoder.init, static_argnums=0)(CONFIG, jax.random.key(0))
     rng = np.random.default_rng(0)
-    return {"policy": jax.tree.map(lambda p: p + np.float32(0.2) * rng.normal(size=p.shape).astype(np.float32), params)}
+    return {
+        "policy": jax.tree.map(
+            lambda p: p + np.float32(0.2) * rng.normal(size=p.shape).astype(np.float32), params
+        )
+    }
 
 
 @functools.cache
@@ -147,7 +170,9 @@ def test_the_vocabulary_loss_in_chunks_is_the_same_on_a_mesh(monkeypatch):
     _, first, metrics = two_updates(None, 1, 1)
     assert float(value) == pytest.approx(float(metrics[0]["loss"] * metrics[0]["tokens"]), rel=1e-5)
     factor = 0.1 * CLIP / metrics[0]["grad_norm"] / metrics[0]["tokens"]
-    close(jax.tree.map(lambda g: factor * g, jax.tree.leaves(jax.device_get(grads))), list(first.values()), 1e-5)
+    close(
+        jax.tree.map(lambda g: factor * g, jax.tree.leaves(jax.device_get(grads))), list(first.values()), 1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -172,7 +197,9 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("spec,count", [("fsdp=8", 8), ("data=2,tensor=4", 8), (None, 1)])
 def test_a_checkpoint_of_one_mesh_restores_onto_another_and_onto_one_device(spec, count, saved):
     mesh = None if spec is None else mesh_of(spec, count)
-    like = create_state(alone() if mesh is None else placed(mesh), TX, seed=99, mesh=mesh, table=decoder.PARAM_AXES)
+    like = create_state(
+        alone() if mesh is None else placed(mesh), TX, seed=99, mesh=mesh, table=decoder.PARAM_AXES
+    )
     checkpoints = Checkpoints(saved)
     state, record = checkpoints.restore(like)
     checkpoints.close()
@@ -188,8 +215,16 @@ def test_a_run_killed_on_a_mesh_goes_on_with_the_same_bits(tmp_path):
     def train(steps, folder):
         checkpoints = Checkpoints(folder)
         state = create_state(placed(mesh), TX, seed=0, mesh=mesh, table=decoder.PARAM_AXES)
-        *_, at = fit(state, step_fn(1), lambda s: rows(seed=s), lambda s: 1e-2, steps=steps, mesh=mesh,
-                     checkpoints=checkpoints, log_every=1)
+        *_, at = fit(
+            state,
+            step_fn(1),
+            lambda s: rows(seed=s),
+            lambda s: 1e-2,
+            steps=steps,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            log_every=1,
+        )
         checkpoints.close()
         return at.state
 

@@ -22,15 +22,37 @@ from tests.sample.test_logits import warped
 NEW = 24  # longer than one look for stop strings, and than the window below
 V = 41
 init = jax.jit(decoder.init, static_argnums=0)
-BASE = ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-                   intermediate_size=48, max_positions=64, init_std=0.3, tie_embeddings=False)
+BASE = ModelConfig(
+    vocab_size=V,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_positions=64,
+    init_std=0.3,
+    tie_embeddings=False,
+)
 CONFIGS = {
     "gqa": BASE,
     "window": BASE.replace(sliding_window=6, num_kv_heads=1, num_layers=1),
-    "learned": BASE.replace(num_layers=1, position="learned", norm="layer", gated_mlp=False, qkv_bias=True, out_bias=True,
-                            mlp_bias=True, num_kv_heads=4, activation="gelu_tanh", tie_embeddings=True),
+    "learned": BASE.replace(
+        num_layers=1,
+        position="learned",
+        norm="layer",
+        gated_mlp=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        num_kv_heads=4,
+        activation="gelu_tanh",
+        tie_embeddings=True,
+    ),
 }
-PROMPTS = [np.random.default_rng(i).integers(0, V, n).tolist() for i, n in enumerate([9, 1, 14, 3, 12, 8, 5, 2, 16])]
+PROMPTS = [
+    np.random.default_rng(i).integers(0, V, n).tolist() for i, n in enumerate([9, 1, 14, 3, 12, 8, 5, 2, 16])
+]
 
 
 def slow_greedy(model: Model, prompts, new=NEW, eos=None) -> list[list[int]]:
@@ -79,7 +101,9 @@ def test_greedy_in_few_slots_is_the_slow_loop(case):
     """Nine prompts of many lengths, two samples each, in four slots: slots are refilled while others go on."""
     model, expected = case
     ended = [row[-1] == model.config.eos_id for row in expected]
-    assert any(ended) and not all(ended) and len({len(row) for row in expected}) > 2  # rows stop independently
+    assert (
+        any(ended) and not all(ended) and len({len(row) for row in expected}) > 2
+    )  # rows stop independently
     out = qstar.generate(model, PROMPTS, max_new_tokens=NEW, temperature=0, n=2, slots=4)
     for i, (samples, row) in enumerate(zip(out, expected)):
         assert len(samples) == 2
@@ -93,8 +117,10 @@ def test_greedy_in_few_slots_is_the_slow_loop(case):
 
 def test_a_prompt_alone_gives_what_it_gives_in_a_mixed_batch(case):
     model, expected = case
-    for i in (1, 8) if model.config.num_kv_heads == 2 else (8,):  # the shortest in a bucket of its own, and the longest
-        (out,), = tokens_of(qstar.generate(model, [PROMPTS[i]], max_new_tokens=NEW, temperature=0, slots=4))
+    for i in (
+        (1, 8) if model.config.num_kv_heads == 2 else (8,)
+    ):  # the shortest in a bucket of its own, and the longest
+        ((out,),) = tokens_of(qstar.generate(model, [PROMPTS[i]], max_new_tokens=NEW, temperature=0, slots=4))
         assert out == expected[i]
 
 
@@ -169,7 +195,9 @@ def test_samples_differ_and_draws_depend_on_nothing_but_seed_prompt_and_sample(s
     other = qstar.generate(model, PROMPTS, n=3, slots=4, **{**SAMPLING, "seed": 6})
     assert all(a != b for a, b in zip(tokens_of(other), tokens_of(out)))
     if model.config.position == "learned":  # compiles; for one of the models
-        assert tokens_of(generate(PROMPTS, n=3, slots=16)) == tokens_of(out)  # two prompts, three samples per refill
+        assert tokens_of(generate(PROMPTS, n=3, slots=16)) == tokens_of(
+            out
+        )  # two prompts, three samples per refill
 
 
 def test_settings_prompts_and_seeds_do_not_compile_anew():
@@ -193,14 +221,18 @@ def test_logits_of_all_positions_never_exist():
 
     def run(state):
         state = S.refill(params, sampler, prefix, state, fill, jax.random.key(0), Knobs.make())
-        return S.decode(params, sampler, prefix, state, Knobs.make(), np.zeros(8, bool), np.int32(0), np.int32(9))
+        return S.decode(
+            params, sampler, prefix, state, Knobs.make(), np.zeros(8, bool), np.int32(0), np.int32(9)
+        )
 
     shapes = set()
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             shapes.update(v.aval.shape for v in eqn.outvars if hasattr(v.aval, "shape"))
-            for sub in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            for sub in jax.tree.leaves(
+                eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+            ):
                 if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
                     walk(getattr(sub, "jaxpr", sub))
 
@@ -212,7 +244,14 @@ def test_logits_of_all_positions_never_exist():
 
 # --------------------------------------------------------------------------------------------- text and stop strings
 
-STORIES = ["Once upon a time", "The cat", "Lily and Tom went to the", "One day, a little boy", "She", "Tom had a red ball."]
+STORIES = [
+    "Once upon a time",
+    "The cat",
+    "Lily and Tom went to the",
+    "One day, a little boy",
+    "She",
+    "Tom had a red ball.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +275,9 @@ def test_a_text_prefix_is_the_same_as_texts_that_begin_with_it(stories):
     prefix = "Once there was a dog. "
     out = qstar.generate(stories, STORIES, prefix=prefix, max_new_tokens=40, temperature=0, slots=2)
     ids = stories.tokenizer.encode_batch([prefix + p for p in STORIES], bos=True)
-    assert tokens_of(out) == [[row] for row in slow_greedy(stories, ids, new=40, eos=stories.tokenizer.eos_id)]
+    assert tokens_of(out) == [
+        [row] for row in slow_greedy(stories, ids, new=40, eos=stories.tokenizer.eos_id)
+    ]
 
 
 @pytest.mark.parametrize("stop", [(".",), ("nd", " to", "zzz"), ("ed",)], ids=str)
@@ -256,14 +297,26 @@ def test_stop_strings_cut_exactly_and_leave_the_other_rows_alone(stories, told, 
         assert not ends or not c.text or not decode(c.tokens[:-1]).startswith(c.text)  # and not a token more
     assert cuts >= 3
     if len(stop) == 1:  # one string is one stop string, not its characters
-        assert out == qstar.generate(stories, STORIES, max_new_tokens=40, temperature=0, slots=2, stop=stop[0])
+        assert out == qstar.generate(
+            stories, STORIES, max_new_tokens=40, temperature=0, slots=2, stop=stop[0]
+        )
 
 
 def recital(stories, text: str, ids: list[int]) -> Model:
     """A model with the tokenizer of `stories` that recites `ids` by heart, whatever its one-token prompt is."""
     room = 64
-    config = ModelConfig(vocab_size=stories.tokenizer.vocab_size, hidden_size=room, num_layers=1, num_heads=1, num_kv_heads=1,
-                         head_dim=8, intermediate_size=8, max_positions=room, position="learned", tie_embeddings=False)
+    config = ModelConfig(
+        vocab_size=stories.tokenizer.vocab_size,
+        hidden_size=room,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        intermediate_size=8,
+        max_positions=room,
+        position="learned",
+        tie_embeddings=False,
+    )
     params = jax.tree.map(jnp.zeros_like, init(config, jax.random.key(0)))
     kernel = np.zeros((room, config.vocab_size), np.float32)
     kernel[np.arange(room), np.resize(ids, room)] = 10
@@ -278,10 +331,10 @@ def test_a_character_of_several_tokens_in_front_of_a_stop_string_stays_whole(sto
     ids = stories.tokenizer.encode(text)
     assert len(ids) > len(text)
     model = recital(stories, text, ids)
-    (c,), = qstar.generate(model, [[5]], max_new_tokens=40, temperature=0, stop=("END",))
+    ((c,),) = qstar.generate(model, [[5]], max_new_tokens=40, temperature=0, stop=("END",))
     assert c.text == text[: text.index("END")] and c.stopped
     assert stories.tokenizer.decode(c.tokens).startswith(c.text)
-    (c,), = qstar.generate(model, [[5]], max_new_tokens=40, temperature=0, stop=("a",))
+    ((c,),) = qstar.generate(model, [[5]], max_new_tokens=40, temperature=0, stop=("a",))
     assert (c.text, c.tokens, c.stopped) == ("", [], True)
 
 
@@ -290,7 +343,9 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(stories):
     config = BASE.replace(vocab_size=stories.tokenizer.vocab_size + 64, num_layers=1)
     params = init(config, jax.random.key(0))
     params["head"]["kernel"] = params["head"]["kernel"].at[:, -64:].multiply(50)
-    out = qstar.generate(Model(config, params, stories.tokenizer), STORIES, max_new_tokens=NEW, temperature=5.0, slots=8, n=4)
+    out = qstar.generate(
+        Model(config, params, stories.tokenizer), STORIES, max_new_tokens=NEW, temperature=5.0, slots=8, n=4
+    )
     assert max(t for samples in out for c in samples for t in c.tokens) < stories.tokenizer.vocab_size
     assert min(x for samples in out for c in samples for x in c.sample_logprobs) > -50
 
@@ -298,26 +353,33 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(stories):
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 
-@pytest.mark.parametrize("prompts,settings,message", [
-    (["text"], {}, "no tokenizer"),
-    ([[1]], dict(prefix="text"), "no tokenizer"),
-    ([[1]], dict(stop=["."]), "stop strings need a tokenizer"),
-    ("text", {}, "put the text in"),
-    ([[1], []], {}, "prompt 1 is empty"),
-    ([[1], [2] * 50], dict(max_new_tokens=15), "prompt 1: 50 prompt tokens . max_new_tokens=15 = 65 exceed the model.s context of 64 tokens"),
-    ([[1], [2] * 40], dict(max_new_tokens=15, prefix=[3] * 10), "prompt 1: 50 prompt tokens"),
-    ([[1], [2, V, 3]], {}, f"prompt 1: token id {V} .* {V}"),
-    ([[1, -7]], {}, "prompt 0: token id -7"),
-    ([[1], [2]], dict(prefix=[V + 3]), f"token id {V + 3}"),
-    ([[1]], dict(max_new_tokens=0), "max_new_tokens=0"),
-    ([[1]], dict(temperature=-0.1), "temperature=-0.1"),
-    ([[1]], dict(temperature=float("nan")), "temperature=nan"),
-    ([[1]], dict(top_k=-1), "top_k=-1"),
-    ([[1]], dict(top_p=0.0), "top_p=0"),
-    ([[1]], dict(top_p=1.1), "top_p=1.1"),
-    ([[1]], dict(n=0), "n=0"),
-    ([[1]], dict(stop=[""]), "empty string"),
-])
+@pytest.mark.parametrize(
+    "prompts,settings,message",
+    [
+        (["text"], {}, "no tokenizer"),
+        ([[1]], dict(prefix="text"), "no tokenizer"),
+        ([[1]], dict(stop=["."]), "stop strings need a tokenizer"),
+        ("text", {}, "put the text in"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        (
+            [[1], [2] * 50],
+            dict(max_new_tokens=15),
+            "prompt 1: 50 prompt tokens . max_new_tokens=15 = 65 exceed the model.s context of 64 tokens",
+        ),
+        ([[1], [2] * 40], dict(max_new_tokens=15, prefix=[3] * 10), "prompt 1: 50 prompt tokens"),
+        ([[1], [2, V, 3]], {}, f"prompt 1: token id {V} .* {V}"),
+        ([[1, -7]], {}, "prompt 0: token id -7"),
+        ([[1], [2]], dict(prefix=[V + 3]), f"token id {V + 3}"),
+        ([[1]], dict(max_new_tokens=0), "max_new_tokens=0"),
+        ([[1]], dict(temperature=-0.1), "temperature=-0.1"),
+        ([[1]], dict(temperature=float("nan")), "temperature=nan"),
+        ([[1]], dict(top_k=-1), "top_k=-1"),
+        ([[1]], dict(top_p=0.0), "top_p=0"),
+        ([[1]], dict(top_p=1.1), "top_p=1.1"),
+        ([[1]], dict(n=0), "n=0"),
+        ([[1]], dict(stop=[""]), "empty string"),
+    ],
+)
 def test_mistakes_are_named_on_one_line(prompts, settings, message):
     model = Model(BASE, {})
     with pytest.raises(UserError, match=message) as error:

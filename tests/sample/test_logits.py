@@ -13,8 +13,17 @@ from qstar.sample.logits import NEG, Knobs, draw, invert_cdf, keep_top
 
 invert = jax.jit(jax.vmap(lambda w, u: invert_cdf(jnp.log(w), u)[0], (None, 0)))
 draw_grid = jax.jit(jax.vmap(draw, (None, 0, None)))
-KNOBS = [(1.0, 0, 1.0), (0.3, 0, 1.0), (2.5, 0, 1.0), (1.0, 5, 1.0), (0.7, 0, 0.6), (1.3, 20, 0.8), (1.0, 1, 1.0),
-         (1.0, 1000, 1.0), (0.5, 0, 1e-6)]
+KNOBS = [
+    (1.0, 0, 1.0),
+    (0.3, 0, 1.0),
+    (2.5, 0, 1.0),
+    (1.0, 5, 1.0),
+    (0.7, 0, 0.6),
+    (1.3, 20, 0.8),
+    (1.0, 1, 1.0),
+    (1.0, 1000, 1.0),
+    (0.5, 0, 1e-6),
+]
 
 
 def warped(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -49,7 +58,9 @@ def test_frequencies_over_all_uniform_numbers_are_the_filtered_softmax(logits, k
 
 
 def test_greedy_takes_the_largest_with_probability_one(logits):
-    tokens, logprobs, sample_logprobs = draw_grid(logits, jnp.array([0.0, 0.5, 0.999]), Knobs.make(0.0, 3, 0.5))
+    tokens, logprobs, sample_logprobs = draw_grid(
+        logits, jnp.array([0.0, 0.5, 0.999]), Knobs.make(0.0, 3, 0.5)
+    )
     assert (tokens == logits.argmax()).all() and (sample_logprobs == 0).all()
     np.testing.assert_allclose(logprobs, torch.log_softmax(torch.tensor(logits), -1).max().item(), atol=1e-5)
 

@@ -20,8 +20,16 @@ from qstar.train.step import make_step, split_micro
 from qstar.types import Batch
 from tests.train.problem import batch, loss, params, same
 
-TINY = ModelConfig(vocab_size=23, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8,
-                   intermediate_size=24, init_std=0.3)
+TINY = ModelConfig(
+    vocab_size=23,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=24,
+    init_std=0.3,
+)
 
 
 @functools.cache
@@ -56,7 +64,9 @@ def test_five_updates_are_those_of_torch_adamw_with_clipping(decay, clip):
         opt.step()
         assert float(metrics["loss"]) == pytest.approx(value.item(), rel=1e-4)
         assert float(metrics["grad_norm"]) == pytest.approx(norms[-1], rel=1e-4)  # before clipping
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.detach(), atol=1e-5), state.params["policy"], there)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b.detach(), atol=1e-5), state.params["policy"], there
+        )
     assert not clip or min(norms) < clip < max(norms)  # it clipped some and not others
     assert int(state.step) == 5
 
@@ -90,7 +100,9 @@ def test_weights_may_be_fractions_and_no_weight_is_no_gradient():
     _, b = step(create_state(params(), tx, seed=0), small, np.float32(0.1))
     assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
     assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-5)
-    state, c = step(create_state(params(), tx, seed=0), {**batch(0), "mask": 0 * batch(0)["mask"]}, np.float32(0.1))
+    state, c = step(
+        create_state(params(), tx, seed=0), {**batch(0), "mask": 0 * batch(0)["mask"]}, np.float32(0.1)
+    )
     assert c["grad_norm"] == c["loss"] == c["skipped"] == 0
     same(state.params, params())
 
@@ -108,7 +120,9 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(bad, accumula
     assert metrics["skipped"] == 1 and state.step == 2
     same(state.replace(step=before.step), before)
     state, metrics = step(state, batch(2), np.float32(0.1))
-    assert metrics["skipped"] == 0 and not np.allclose(state.params["policy"]["norm"]["scale"], before.params["policy"]["norm"]["scale"])
+    assert metrics["skipped"] == 0 and not np.allclose(
+        state.params["policy"]["norm"]["scale"], before.params["policy"]["norm"]["scale"]
+    )
 
 
 def test_each_step_and_micro_batch_has_a_key_of_its_own():
@@ -117,8 +131,11 @@ def test_each_step_and_micro_batch_has_a_key_of_its_own():
     one, four = make_step(noisy, tx), make_step(noisy, tx, 4)
     row = {k: np.repeat(v[-1:], 8, axis=0) for k, v in batch(0).items()}
     seen = set()
-    for step, state in ((one, create_state(params(), tx, seed=0)), (one, create_state(params(), tx, seed=1)),
-                        (four, create_state(params(), tx, seed=0))):
+    for step, state in (
+        (one, create_state(params(), tx, seed=0)),
+        (one, create_state(params(), tx, seed=1)),
+        (four, create_state(params(), tx, seed=0)),
+    ):
         for _ in range(2):
             state, metrics = step(state, row, np.float32(0.0))  # the parameters stay
             seen.add(float(metrics["loss"]))
@@ -147,7 +164,9 @@ def test_moments_are_float32_under_half_precision_parameters():
     dtypes = [x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert len(dtypes) == 6 and set(dtypes) == {jnp.dtype("float32")}
     state, metrics = make_step(loss, tx)(state, batch(0), np.float32(0.1))
-    assert metrics["skipped"] == 0 and {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+    assert metrics["skipped"] == 0 and {x.dtype for x in jax.tree.leaves(state.params)} == {
+        jnp.dtype("bfloat16")
+    }
 
 
 # --------------------------------------------------------------------------------------------------- what is trained
@@ -168,7 +187,9 @@ def test_only_what_matches_the_pattern_trains_and_has_optimiser_memory():
     step = make_step(both, tx)
     for i in range(2):
         state, _ = step(state, batch(i), np.float32(0.1))
-    assert jnp.abs(state.params["policy"]["dense"]["kernel"] - roles["policy"]["dense"]["kernel"]).min() > 1e-3
+    assert (
+        jnp.abs(state.params["policy"]["dense"]["kernel"] - roles["policy"]["dense"]["kernel"]).min() > 1e-3
+    )
     same(state.params["reference"], roles["reference"])
     same(state.params["policy"]["norm"], roles["policy"]["norm"])
     same(state.params["policy"]["dense"]["bias"], roles["policy"]["dense"]["bias"])
@@ -177,15 +198,20 @@ def test_only_what_matches_the_pattern_trains_and_has_optimiser_memory():
 # ---------------------------------------------------------------------------------------------------------- schedules
 
 
-@pytest.mark.parametrize("kind,end", [("constant", 0.0), ("linear", 0.0), ("linear", 0.1), ("cosine", 0.0), ("cosine", 0.2)])
+@pytest.mark.parametrize(
+    "kind,end", [("constant", 0.0), ("linear", 0.0), ("linear", 0.1), ("cosine", 0.0), ("cosine", 0.2)]
+)
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_schedules_are_their_closed_forms(kind, end, warmup):
     lr, steps = 3e-4, 50
     at = optim.schedule(kind, lr, warmup=warmup, steps=steps, end=end)
     for s in range(steps + 1):
         x = (s - warmup) / (steps - warmup)
-        expected = {"constant": lr, "linear": lr * (1 - x * (1 - end)),
-                    "cosine": lr * (end + (1 - end) * 0.5 * (1 + np.cos(np.pi * x)))}[kind]
+        expected = {
+            "constant": lr,
+            "linear": lr * (1 - x * (1 - end)),
+            "cosine": lr * (end + (1 - end) * 0.5 * (1 + np.cos(np.pi * x))),
+        }[kind]
         if s < warmup:
             expected = lr * (s + 1) / warmup  # the first update moves already
         assert float(at(s)) == pytest.approx(expected, rel=1e-5, abs=1e-10), s
