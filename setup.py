@@ -33,6 +33,7 @@ setup(
         "notebooks": ["matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6", "nbformat>=5"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.5",  # two workers: most of the time is compilation, on one core each
             "hypothesis>=6",  # random cases for metrics, packing and parsers
             "torch>=2.6",  # the independent reference of models and losses
         ],
