@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
 
 # torch is pinned to a release whose CPU build is easy to come by; it is the reference of the tests, nothing else.
-torch=$(find_python | xargs -I{} {} -c 'import sys; print("torch==2.13.0" if sys.version_info < (3, 12) else "torch")')
+python=$(find_python)
+torch=$("$python" -c 'import sys; print("torch==2.13.0" if sys.version_info < (3, 12) else "torch")')
 install_qstar "test,notebooks" "$torch"
 export JAX_PLATFORMS=cpu TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PJRT_NPROC=16
 code=0

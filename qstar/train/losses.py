@@ -21,6 +21,8 @@ CHUNK_BYTES = (
     8 * 2**20
 )  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
 
+MIN_CHUNK = 256  # tokens: below that the kernel and its gradient would be read and written for too little work
+
 SumWeight = tuple[jax.Array, jax.Array]
 
 
@@ -116,7 +118,7 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss):
     start = (zero, zero, jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
     chunks = _chunks((hidden, targets, weights), kernel.shape[1])
     (nll, hits, d_kernel, d_bias), d_hidden = jax.lax.scan(body, start, chunks)
-    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    d_hidden = jnp.swapaxes(d_hidden, 0, 1).reshape(-1, hidden.shape[1])[: hidden.shape[0]]
     return (nll, hits), (d_hidden, d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype), targets, weights)
 
 
@@ -150,14 +152,17 @@ def _nll(logits, top, logz, targets, weights, z_loss):
 
 
 def _chunks(arrays: Any, vocab: int) -> Any:
-    """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on weighs nothing."""
+    """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on weighs nothing.
+
+    A chunk takes every C-th token, so that tokens which are split over devices stay split within each chunk.
+    """
     N = arrays[0].shape[0]
-    n = max(1, min(N, CHUNK_BYTES // (4 * vocab)))
+    n = min(N, max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab)))
     count = -(-N // n)
     n = -(-N // count)
 
     def cut(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, [(0, count * n - N)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(count, n, *x.shape[1:])
+        return jnp.swapaxes(padded.reshape(n, count, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(cut, arrays)

@@ -163,6 +163,7 @@ def test_rows_that_do_not_divide_are_kept_whole_and_count_once():
 
 
 def test_the_vocabulary_loss_in_chunks_is_the_same_on_a_mesh(monkeypatch):
+    monkeypatch.setattr(losses, "MIN_CHUNK", 1)
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 64 * 50)  # 50 tokens at a time
     mesh = mesh_of(CUBE)
     f = lambda params, batch: losses.sft_loss(params, batch, None, config=CONFIG)[0][0]  # noqa: E731

@@ -23,6 +23,7 @@ N, E = 37, 8
 @pytest.fixture(params=["at once", "in chunks"])
 def chunks(request, monkeypatch):
     if request.param == "in chunks":
+        monkeypatch.setattr(losses, "MIN_CHUNK", 1)
         monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * V * 5)  # 5 tokens at a time: 37 do not divide
     return request.param
 
