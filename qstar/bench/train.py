@@ -99,6 +99,6 @@ def torch_step(model: Model, tokens: np.ndarray) -> Any:
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return run
