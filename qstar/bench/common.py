@@ -20,11 +20,15 @@ from qstar.models.config import ModelConfig
 from qstar.models.model import Model, save
 
 
-def interleaved(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Returns wall seconds per side: one warm-up each (compilation), then A B A B ..."""
+def interleaved(
+    sides: dict[str, Callable[[], Any]], repeats: int, compiles: Compiles | None = None
+) -> dict[str, list[float]]:
+    """Returns wall seconds per side: one warm-up each (compilation; `compiles` counts from there on), then A B A B ..."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for f in sides.values():
         f()
+    if compiles is not None:
+        compiles.count = 0
     for _ in range(repeats):
         for name, f in sides.items():
             began = time.perf_counter()
