@@ -6,8 +6,8 @@
 with train.jsonl and test.jsonl; `prompts` is a folder with the release's gsm_prompts.txt and gsm_prompts_answer_key.txt.
 
 The paper reports 10.7% on the test set with rationalisation and 10.1% without (few-shot CoT: 3.1%). Not run here at
-that size. What was run: the `small` mode below, on 260K-parameter weights and real GSM8K rows, which is a test of the
-machinery and not of the method (its accuracy is about zero, and is reported as such).
+that size. What was run: the `smoke` mode, on 260K-parameter weights and real GSM8K rows, which is a test of the
+machinery and not of the method (its accuracy is .000). `small` is the same at 256 problems per loop, not run yet:
 
     qstar train --config=configs/star_gsm8k.py:small,model=stories260k,data=gsm8k --workdir=runs/star_gsm8k_small
 """

@@ -19,6 +19,17 @@ from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model, save
 
+# Changes to the preset llama_20m: 512 ids put the work into the blocks, 32,000 into the vocabulary.
+SMALL_BLOCKS = {
+    "hidden_size": 256,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "intermediate_size": 688,
+    "scan_unroll": 4,
+}
+LLAMAS = (("20M, vocab 512", {}), ("20M, vocab 32000", {"vocab_size": 32000, **SMALL_BLOCKS}))
+
 
 def interleaved(
     sides: dict[str, Callable[[], Any]], repeats: int, compiles: Compiles | None = None

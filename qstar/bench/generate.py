@@ -8,34 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar.bench.common import Compiles, interleaved, matmul_rate, median, paired_ratio, random_model, show, torch_twin
+from qstar.bench.common import (
+    LLAMAS,
+    SMALL_BLOCKS,
+    Compiles,
+    interleaved,
+    matmul_rate,
+    median,
+    paired_ratio,
+    random_model,
+    show,
+    torch_twin,
+)
 from qstar.models.config import preset
 from qstar.models.model import Model, logits
 from qstar.sample.batching import generate
 
-VOCABS = (
-    ("20M, vocab 512", {}),
-    (
-        "20M, vocab 32000",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 256,
-            "num_layers": 4,
-            "num_heads": 4,
-            "num_kv_heads": 4,
-            "intermediate_size": 688,
-            "scan_unroll": 4,
-        },
-    ),
-)
-STAR = {
-    "hidden_size": 256,
-    "num_layers": 4,
-    "num_heads": 4,
-    "num_kv_heads": 4,
-    "intermediate_size": 688,
-    "scan_unroll": 4,
-}
 PROMPT, NEW = 16, 64
 EOS = 1
 
@@ -45,7 +33,7 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
     compiles = Compiles()
     rate = matmul_rate(repeats=5 if quick else 9)
     rows = []
-    for name, changes in VOCABS[: 1 if quick else 2]:
+    for name, changes in LLAMAS[: 1 if quick else 2]:
         model = random_model(preset("llama_20m", **changes))
         for batch in (64,) if quick else (64, 256):
             rows.append(plain(model, name, batch, 1 if quick else 3, rate, compiles))
@@ -100,18 +88,16 @@ def star_shaped(repeats: int, rate: float, compiles: Compiles, problems: int) ->
 
     seconds = interleaved({"qstar": ours, "torch": theirs}, repeats, compiles)
     flops = 2 * model.config.matmul_params * (1000 + sum(map(len, prompts)) + counts["qstar"])
-    row = _row(
-        f"STaR load, {problems} x 4", seconds, counts["qstar"], counts["torch"], flops, rate, compiles.count
-    )
+    row = _row(f"STaR load, {problems} x 4", seconds, counts["qstar"], counts["torch"], flops, rate, compiles.count)
     return row
 
 
 def stopping_model(mean_length: float) -> Model:
-    """Returns a random 5M Llama whose every token ends the text with probability 1 / mean_length.
+    """Returns a random Llama of 3.4M parameters whose every token ends the text with probability 1 / mean_length.
 
     All embeddings share a direction that survives to the last hidden state, and the EOS column of the head reads it.
     """
-    model = random_model(preset("llama_20m", **STAR))
+    model = random_model(preset("llama_20m", **SMALL_BLOCKS))
     params = model.params
     E = model.config.hidden_size
     shared = jnp.asarray(np.random.default_rng(1).normal(size=E) / np.sqrt(E), jnp.float32)

@@ -8,7 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from qstar.bench.common import Compiles, interleaved, matmul_rate, median, paired_ratio, random_model, show, torch_twin
+from qstar.bench.common import (
+    LLAMAS,
+    Compiles,
+    interleaved,
+    matmul_rate,
+    median,
+    paired_ratio,
+    random_model,
+    show,
+    torch_twin,
+)
 from qstar.models.config import preset
 from qstar.models.model import Model
 from qstar.train import losses, optim
@@ -16,22 +26,6 @@ from qstar.train.state import create_state
 from qstar.train.step import make_step
 from qstar.types import Batch
 
-# (name, changes to llama_20m): 512 ids put the work into the blocks, 32,000 into the vocabulary
-SIZES = (
-    ("20M, vocab 512", {}),
-    (
-        "20M, vocab 32000",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 256,
-            "num_layers": 4,
-            "num_heads": 4,
-            "num_kv_heads": 4,
-            "intermediate_size": 688,
-            "scan_unroll": 4,
-        },
-    ),
-)
 LR = 1e-4
 
 
@@ -40,7 +34,7 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
     rows, compiles = [], Compiles()
     B, T, repeats = (4, 64, 2) if quick else (16, 128, 7)
     rate = matmul_rate(repeats=5 if quick else 9)
-    for name, changes in SIZES:
+    for name, changes in LLAMAS:
         model = random_model(preset("llama_20m", **changes))
         tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (B, T)).astype(np.int32)
         ours, theirs = ours_step(model, tokens), torch_step(model, tokens)
