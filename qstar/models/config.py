@@ -273,37 +273,31 @@ def _window(c: dict[str, Any], where: str) -> int | None:
 
 
 def _from_gpt2(c: dict[str, Any], where: str) -> ModelConfig:
-    width, heads = c["n_embd"], c["n_head"]
     for key, need in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
         if c.get(key, need) != need:
             raise UserError(f"{where}: {key}={c[key]} is not supported")
-    return ModelConfig(
-        family="gpt2",
-        vocab_size=c["vocab_size"],
-        hidden_size=width,
-        num_layers=c["n_layer"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        intermediate_size=c.get("n_inner") or 4 * width,
-        max_positions=c.get("n_positions", 1024),
-        norm="layer",
-        norm_eps=c.get("layer_norm_epsilon", 1e-5),
-        activation=_activation(c.get("activation_function", "gelu_new"), where),
-        gated_mlp=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        position="learned",
-        tie_embeddings=bool(c.get("tie_word_embeddings", True)),
-        **_ids(c),
-    )
+    tied = bool(c.get("tie_word_embeddings", True))
+    return _gpt(c, where, 1024, qkv_bias=True, out_bias=True, position="learned", tie_embeddings=tied)
 
 
 def _from_gptj(c: dict[str, Any], where: str) -> ModelConfig:
+    return _gpt(
+        c,
+        where,
+        2048,
+        parallel_block=True,
+        head_bias=True,
+        rotary_dim=c.get("rotary_dim") or c["n_embd"] // c["n_head"],
+        rope_interleaved=True,
+        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+    )
+
+
+def _gpt(c: dict[str, Any], where: str, positions: int, **own: Any) -> ModelConfig:
+    """What GPT-2 and GPT-J write alike; `own` is what tells them apart."""
     width, heads = c["n_embd"], c["n_head"]
     return ModelConfig(
-        family="gptj",
+        family=c["model_type"],
         vocab_size=c["vocab_size"],
         hidden_size=width,
         num_layers=c["n_layer"],
@@ -311,17 +305,13 @@ def _from_gptj(c: dict[str, Any], where: str) -> ModelConfig:
         num_kv_heads=heads,
         head_dim=width // heads,
         intermediate_size=c.get("n_inner") or 4 * width,
-        max_positions=c.get("n_positions", 2048),
+        max_positions=c.get("n_positions", positions),
         norm="layer",
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
         activation=_activation(c.get("activation_function", "gelu_new"), where),
         gated_mlp=False,
-        parallel_block=True,
         mlp_bias=True,
-        head_bias=True,
-        rotary_dim=c.get("rotary_dim") or width // heads,
-        rope_interleaved=True,
-        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+        **own,
         **_ids(c),
     )
 
