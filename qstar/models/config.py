@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from qstar.errors import UserError, unknown
+from qstar.models.thought_config import ThoughtConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = (
@@ -55,6 +56,7 @@ class ModelConfig:
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
     bos_id: int | None = None
     eos_id: int | None = None
+    thoughts: ThoughtConfig | None = None  # it thinks before it speaks (Quiet-STaR): two more trees of parameters
 
     dtype: str = "float32"  # of the computation; parameters keep their own dtype
     remat: str = "none"  # "none" | "block" (keep block inputs) | "dots" (keep matrix products)
