@@ -346,7 +346,8 @@ def _from_tiny(c: dict[str, Any]) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json` that `from_hf` and transformers read back.
 
-    A model that thinks adds the key `qstar_thoughts`, which transformers ignores. The `tiny` preset is no Hugging Face architecture: its file carries this class' own fields and only qstar loads it.
+    A model that thinks adds the key `qstar_thoughts`, which transformers ignores. The `tiny` preset is no Hugging Face
+    architecture: its file carries this class' own fields and only qstar loads it.
     """
     out = _to_hf(config)
     return out if config.thoughts is None else {**out, "qstar_thoughts": dataclasses.asdict(config.thoughts)}

@@ -91,7 +91,12 @@ def _judge(
     base_logits = decoder.unembed(params, config, paths.base)  # [B, N, V]
     base_nll = _nll(base_logits[:, :-1], targets)  # [B, N-1]
     goals, goal_weights = layout.talk_targets(batch, positions, t.talk_tokens)  # [B, M, T]
-    mixed = decoder.unembed(params, config, paths.mixed)  # [B, P, M, T, V]
+    talk_logits = decoder.unembed(params, config, paths.talk)  # [B, P, M, T, V]
+    index = (positions[..., None] + jnp.arange(t.talk_tokens)) % batch.tokens.shape[1]
+    there = jax.vmap(lambda x, at: x[at])(base_logits, index)[:, None]  # [B, 1, M, T, V]
+    # The vocabulary is linear, so states and logits mix alike; with logits a weight of 0 gives the base's to the bit.
+    w = paths.weight[..., None]
+    mixed = (1 - w) * there + w * talk_logits
     talk_nll = _nll(mixed, jnp.broadcast_to(goals[:, None], mixed.shape[:-1]))
     thought_logits = decoder.unembed(params, config, paths.think)
     thought_logits = thought_logits if ban is None else thought_logits + ban
@@ -119,7 +124,7 @@ def _judge(
         base_logits=jnp.repeat(base_logits, P, axis=0),
         thought_logits=layout.to_rows(thought_logits),
         thought_logp=layout.to_rows(logp),
-        talk_thought_logits=layout.to_rows(decoder.unembed(params, config, paths.talk)),
+        talk_thought_logits=layout.to_rows(talk_logits),
         talk_mixed_logits=layout.to_rows(mixed),
         talk_mix_weight=layout.to_rows(paths.weight),
         base_nll=jnp.repeat(base_nll * (weights > 0), P, axis=0),
