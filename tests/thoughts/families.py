@@ -14,7 +14,7 @@ from qstar.models.thought_config import ThoughtConfig
 
 V, B, N, S, T, P = 30, 2, 7, 2, 2, 2
 THOUGHTS = ThoughtConfig(thought_tokens=S, talk_tokens=T, thoughts_per_position=P, forbidden_ids=(0, 29))
-_GPT = dict(norm="layer", activation="gelu_tanh", gated_mlp=False, mlp_bias=True, num_kv_heads=4)
+_GPT = dict(norm="layer", activation="gelu_tanh", gated_mlp=False, mlp_bias=True, num_kv_heads=4, head_dim=6)
 LLAMA = ModelConfig(
     vocab_size=V,
     hidden_size=24,
