@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qstar.errors import UserError
+    from qstar.methods.generation import generate
     from qstar.models.model import Model, load, logits, logprobs, save
-    from qstar.sample.batching import generate
+    from qstar.models.thought_config import ThoughtConfig
     from qstar.types import Completion
 
 __version__ = "0.1.0"
@@ -24,14 +25,26 @@ _HOME = {
     "Completion": "qstar.types",
     "Model": "qstar.models.model",
     "UserError": "qstar.errors",
-    "generate": "qstar.sample.batching",
+    "ThoughtConfig": "qstar.models.thought_config",
+    "generate": "qstar.methods.generation",
     "load": "qstar.models.model",
     "logits": "qstar.models.model",
     "logprobs": "qstar.models.model",
     "save": "qstar.models.model",
 }
 
-__all__ = ["Completion", "Model", "UserError", "__version__", "generate", "load", "logits", "logprobs", "save"]
+__all__ = [
+    "Completion",
+    "Model",
+    "ThoughtConfig",
+    "UserError",
+    "__version__",
+    "generate",
+    "load",
+    "logits",
+    "logprobs",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

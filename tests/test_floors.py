@@ -21,6 +21,8 @@ FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 WITHIN = {
     ("tasks", "data"),
     ("train.evaluate", "sample"),
+    ("thoughts", "sample"),
+    ("thoughts", "train"),
     ("__main__", "commands"),  # what may look sideways
     *(("commands", other) for other in ("report", "bench", "config_file")),
 }

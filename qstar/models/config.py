@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from qstar.errors import UserError, unknown
+from qstar.models.thought_config import ThoughtConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = (
@@ -55,6 +56,7 @@ class ModelConfig:
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
     bos_id: int | None = None
     eos_id: int | None = None
+    thoughts: ThoughtConfig | None = None  # it thinks before it speaks (Quiet-STaR): two more trees of parameters
 
     dtype: str = "float32"  # of the computation; parameters keep their own dtype
     remat: str = "none"  # "none" | "block" (keep block inputs) | "dots" (keep matrix products)
@@ -191,17 +193,33 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
         **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _from_llama),
     }
     if config.get("qstar_family") == "tiny":
-        return _from_tiny(config)
+        return _thinking(_from_tiny(config), config)
     if family not in readers:
         raise UserError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
     try:
-        return readers[family](config, where)
+        return _thinking(readers[family](config, where), config)
     except KeyError as e:
         raise UserError(f"{where}: key {e} is missing") from None
     except (TypeError, ValueError, ZeroDivisionError, AttributeError) as e:
         raise UserError(f"{where}: a value has the wrong type or size ({e}); copy the file again") from None
     except UserError as e:
         raise e if str(e).startswith(where) else UserError(f"{where}: {e}") from None
+
+
+def _thinking(config: ModelConfig, raw: dict[str, Any]) -> ModelConfig:
+    fields = raw.get("qstar_thoughts")
+    return config if fields is None else config.replace(thoughts=ThoughtConfig.from_dict(fields))
+
+
+def official_thoughts(raw: dict[str, Any]) -> ThoughtConfig:
+    """Returns what the official Quiet-STaR code says of a checkpoint's thoughts in its config.json, which is little.
+
+    It writes `max_thoughts` = n_ahead + n_ahead_talk + 1, where n_ahead_talk is 4 in all its scripts; without it the
+    sizes are those of the release, n_ahead 8. Its two new ids, start and end of a thought, are the last of the vocabulary.
+    """
+    ahead = raw.get("max_thoughts", 13) - 5
+    new = (raw["vocab_size"] - 2, raw["vocab_size"] - 1)
+    return ThoughtConfig.parity(thought_tokens=max(1, ahead - 3), forbidden_ids=new)
 
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -318,6 +336,7 @@ def _gpt(c: dict[str, Any], where: str, positions: int, **own: Any) -> ModelConf
 
 def _from_tiny(c: dict[str, Any]) -> ModelConfig:
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    fields -= {"thoughts"}
     scaling = c.get("rope_scaling")  # json turned the pairs into lists, which do not hash
     return ModelConfig(
         **{**{k: v for k, v in c.items() if k in fields}, "rope_scaling": scaling and tuple(map(tuple, scaling))}
@@ -327,11 +346,16 @@ def _from_tiny(c: dict[str, Any]) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json` that `from_hf` and transformers read back.
 
-    The `tiny` preset is no Hugging Face architecture: its file carries this class' own fields and only qstar loads it.
+    A model that thinks adds the key `qstar_thoughts`, which transformers ignores. The `tiny` preset is no Hugging Face
+    architecture: its file carries this class' own fields and only qstar loads it.
     """
-    c = config
+    out = _to_hf(config)
+    return out if config.thoughts is None else {**out, "qstar_thoughts": dataclasses.asdict(config.thoughts)}
+
+
+def _to_hf(c: ModelConfig) -> dict[str, Any]:
     if c.family == "tiny":
-        return {"qstar_family": "tiny", "model_type": "qstar_tiny", **dataclasses.asdict(c)}
+        return {"qstar_family": "tiny", "model_type": "qstar_tiny", **dataclasses.asdict(c.replace(thoughts=None))}
     activation = {v: k for k, v in _ACTIVATIONS.items() if k != "gelu_pytorch_tanh"}[c.activation]
     common = {
         "model_type": c.family,

@@ -5,6 +5,8 @@ pure `Block.apply` rather than `nn.scan`, so that a decode loop can run the very
 per layer (1.3 to 2.3 times faster on a CPU), and so that past segments, mapped or not, are ordinary arguments.
 
     embed/table [V, E]   positions/table [P, E]   layers/{q,k,v,o,up,gate,down}/kernel [L, in, out]   final_norm   head
+
+A model that thinks (`config.thoughts`) has the trees of `models.mixing` beside these; nothing here reads them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
 from qstar.models.layers import Block, Norm
@@ -24,6 +27,10 @@ from qstar.types import Params, Segment
 # Logical axes of every parameter, matched on the end of its path (leading axes that are not named, such as the stacked
 # layers, stay whole). Column-parallel into heads and MLP, row-parallel out of them, as in Megatron.
 PARAM_AXES = (
+    (r"mixing/in/kernel$", ("embed", "mlp")),
+    (r"mixing/in/bias$", ("mlp",)),
+    (r"mixing/hidden/kernel$", ("mlp", "embed")),
+    (r"mixing/out/kernel$", ("embed", None)),
     (r"embed/table$", ("vocab", "embed")),
     (r"positions/table$", (None, "embed")),
     (r"(q|k|v)/kernel$", ("embed", "heads")),
@@ -54,13 +61,20 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
         params["head"] = {"kernel": c.init_std * jax.random.normal(keys[3], (c.hidden_size, c.vocab_size))}
     if c.head_bias:  # GPT-J keeps its bias where the kernel is tied, too
         params.setdefault("head", {})["bias"] = jnp.zeros((c.vocab_size,))
+    if c.thoughts is not None:
+        params.update(mixing.init(c, jax.random.fold_in(key, 1)))
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
 def embed(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns the input vectors [T, E] of tokens [T] at positions [T], in the compute dtype."""
+    return place(params, config, params["embed"]["table"][tokens], positions)
+
+
+def place(params: Params, config: ModelConfig, rows: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns the input vectors [T, E] of rows [T, E] (of the embedding table, or like them) at positions [T]."""
     dtype = jnp.dtype(config.dtype)
-    x = params["embed"]["table"][tokens].astype(dtype)
+    x = rows.astype(dtype)
     if config.embed_scale:
         x = x * jnp.asarray(config.hidden_size**0.5, dtype)
     if config.position == "learned":
@@ -125,7 +139,18 @@ def forward(
     past: Sequence[Any] = (),
 ) -> tuple[jax.Array, Any]:
     """Returns the final hidden states [T, E] (after the last norm) of one sequence, and its new keys and values."""
-    x = embed(params, config, tokens, positions)
+    return run(params, config, embed(params, config, tokens, positions), positions, mask, past)
+
+
+def run(
+    params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array | None,
+    past: Sequence[Any] = (),
+) -> tuple[jax.Array, Any]:
+    """Like `forward`, from input vectors x [T, E] instead of tokens."""
     x, kv = run_layers(params["layers"], config, x, positions, mask, past)
     return Norm(config.norm, config.norm_eps).apply({"params": params["final_norm"]}, x), kv
 

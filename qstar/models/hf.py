@@ -28,7 +28,16 @@ from qstar.errors import UserError
 from qstar.mesh import shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, to_hf
-from qstar.models.names import BUFFERS, Row, abstract_params, base_prefix, file_names, file_shape, name_map
+from qstar.models.names import (
+    BUFFERS,
+    THOUGHT_SIGN,
+    Row,
+    abstract_params,
+    base_prefix,
+    file_names,
+    file_shape,
+    name_map,
+)
 from qstar.types import Params
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -151,6 +160,11 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
+def thinks(folder: str | os.PathLike) -> bool:
+    """Returns whether the weights in a folder hold a mixing head (the official code's config.json may not say so)."""
+    return THOUGHT_SIGN in _Weights(pathlib.Path(folder).expanduser(), "").slices
+
+
 def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None) -> Params:
     """Reads parameters from `model.safetensors`, or from the shards listed in `model.safetensors.index.json`.
 
@@ -208,7 +222,8 @@ def _read_part(
     if row.part is not None:
         skip = row.part * shape[-1]
         inner[-1] = (inner[-1][0] + skip, inner[-1][1] + skip)
-    index = tuple(slice(*b) for b in (inner[::-1] if row.transpose else inner))
+    index: tuple[Any, ...] = tuple(slice(*b) for b in (inner[::-1] if row.transpose else inner))
+    index = (0, *index) if row.spare else index
     out = np.empty([stop - start for start, stop in bounds], dtype)
     chosen = names[slice(*bounds[0])] if stacked else names
     for target, name in zip(out if stacked else out[None], chosen):
@@ -306,7 +321,7 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, list[Piece]]]:
 
 def _piece_bytes(leaves: dict[str, Any], piece: Piece) -> int:
     leaf = leaves[piece[0].path]
-    return math.prod(leaf.shape[1:] if piece[1] >= 0 else leaf.shape) * leaf.dtype.itemsize
+    return math.prod(leaf.shape[1:] if piece[1] >= 0 else leaf.shape) * leaf.dtype.itemsize * (1 + piece[0].spare)
 
 
 def _plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int) -> Shards:
@@ -336,6 +351,7 @@ def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
 
             x = multihost_utils.process_allgather(x, tiled=True)
         x = np.asarray(x)
+        x = np.stack([x, np.zeros_like(x)]) if row.spare else x
         parts.append(x.T if row.transpose else x)
     # safetensors writes the buffer as it lies: a transposed view would be saved scrambled, without a word
     return np.ascontiguousarray(np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0])

@@ -25,7 +25,8 @@ from qstar.errors import UserError
 from qstar.mesh import put_batch
 from qstar.models import decoder, hf
 from qstar.models.attention import text_mask
-from qstar.models.config import DTYPES, ModelConfig, from_hf, to_hf
+from qstar.models.config import DTYPES, ModelConfig, from_hf, official_thoughts, to_hf
+from qstar.models.thought_config import ThoughtConfig
 from qstar.text.tokenizer import Tokenizer, load_tokenizer
 from qstar.types import Params
 
@@ -54,7 +55,9 @@ class Model:
         return f"Model({c.family}, {count} parameters, {c.dtype}, {text}, mesh={self.mesh})"
 
 
-def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None) -> Model:
+def load(
+    path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None, thoughts: ThoughtConfig | None = None
+) -> Model:
     """Loads a model folder in the Hugging Face layout.
 
     Args:
@@ -62,6 +65,8 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None) -
       mesh: where to put the parameters, each created directly in its sharding (see `mesh.make_mesh`).
       dtype: of the computation: float32, bfloat16 or float16. None takes bfloat16 for models whose config.json says
         that they are kept in half precision, and float32 otherwise. Parameters keep their stored dtype.
+      thoughts: how a model that thinks does so, instead of what its config.json says. Checkpoints of the official
+        Quiet-STaR code say next to nothing: without this they are taken for ones like the release (n_ahead 8).
 
     Raises:
       UserError: a missing, broken or unsupported file; the line names it.
@@ -69,6 +74,8 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None) -
     folder = pathlib.Path(path).expanduser()
     raw = hf.read_config(folder)
     config = from_hf(raw, where=str(folder / "config.json")).replace(dtype=_compute_dtype(raw, dtype))
+    if thoughts is not None or config.thoughts is None and hf.thinks(folder):
+        config = config.replace(thoughts=thoughts or official_thoughts(raw))
     return Model(config, hf.read_params(folder, config, mesh), load_tokenizer(folder), mesh)
 
 

@@ -27,6 +27,7 @@ class Row(NamedTuple):
     name: str  # of the tensor; {i} is the layer (qstar stacks the layers on a leading axis)
     transpose: bool = False  # the file keeps [out, in]
     part: int | None = None  # which third of a fused q | k | v, along the last axis
+    spare: bool = False  # the file keeps [2, ...]: this, and a row that is not used (zeros when we write)
 
 
 def _linear(path: str, name: str, transpose: bool = True, part: int | None = None) -> tuple[Row, Row]:
@@ -86,6 +87,16 @@ _GPTJ = (
     *_linear("head", "lm_head"),
 )
 
+# Of the official Quiet-STaR code, whatever the family; the second row of a vector is a log-std that it never uses.
+_THOUGHTS = (
+    Row("thoughts/start", "start_embedding", spare=True),
+    Row("thoughts/end", "end_embedding", spare=True),
+    *_linear("mixing/in", "talk_head.0.0"),
+    *_linear("mixing/hidden", "talk_head.0.2"),
+    *_linear("mixing/out", "talk_head.0.4"),
+)
+THOUGHT_SIGN = "talk_head.0.4.weight"  # files that hold it are of a model that thinks
+
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "tiny")
 NAMES = {**dict.fromkeys(_LIKE_LLAMA, _LLAMA), "gpt2": _GPT2, "gptj": _GPTJ}
 
@@ -104,7 +115,7 @@ def name_map(config: ModelConfig) -> list[tuple[Row, tuple[int, ...]]]:
     Raises:
       UserError: the family's files have no place for one of the parameters (say, a gated MLP in GPT-2).
     """
-    rows = {row.path: row for row in NAMES.get(config.family, ())}
+    rows = {row.path: row for row in (*NAMES.get(config.family, ()), *_THOUGHTS)}
     leaves = tree.named_leaves(abstract_params(config))
     for path, _ in leaves:
         if path not in rows:
@@ -120,6 +131,8 @@ def file_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
         shape = shape[1:]
     if row.part is not None:
         shape = (*shape[:-1], 3 * shape[-1])
+    if row.spare:
+        shape = (2, *shape)
     return shape[::-1] if row.transpose else shape
 
 

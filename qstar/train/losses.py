@@ -81,9 +81,22 @@ def token_nll(
     Returns:
       (sum of weight * nll, sum of weight * hit), float32 scalars.
     """
+    return scored_nll(hidden, kernel, bias, targets, weights, z_loss)[:2]
+
+
+def scored_nll(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Like `token_nll`, and third every token's nll [N] float32: a record, through which no gradient flows."""
     if bias is None:
         bias = jnp.zeros((kernel.shape[1],), jnp.float32)
-    return _token_nll(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), z_loss)
+    nll, hits, each = _token_nll(hidden, kernel, bias, targets, jax.lax.stop_gradient(weights), z_loss)
+    return nll, hits, jax.lax.stop_gradient(each)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -91,11 +104,12 @@ def _token_nll(hidden, kernel, bias, targets, weights, z_loss):
     def body(carry, xs):
         h, t, w = xs
         logits, top, logz = _logits(h, kernel, bias)
-        nll, hits = _nll(logits, top, logz, t, w, z_loss)
-        return (carry[0] + nll, carry[1] + hits), None
+        nll, hits, each = _nll(logits, top, logz, t, w, z_loss)
+        return (carry[0] + nll, carry[1] + hits), each
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(body, (zero, zero), _chunks((hidden, targets, weights), kernel.shape[1]))[0]
+    (nll, hits), each = jax.lax.scan(body, (zero, zero), chunks((hidden, targets, weights), kernel.shape[1]))
+    return nll, hits, unchunk(each, targets.shape[0])
 
 
 def _forward(hidden, kernel, bias, targets, weights, z_loss):
@@ -105,21 +119,21 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss):
         nll_sum, hit_sum, d_kernel, d_bias = carry
         h, t, w = xs
         logits, top, logz = _logits(h, kernel, bias)
-        nll, hits = _nll(logits, top, logz, t, w, z_loss)
+        nll, hits, each = _nll(logits, top, logz, t, w, z_loss)
         d_logits = jnp.exp(logits - logz[:, None]) * (w * (1 + 2 * z_loss * logz))[:, None]
         d_logits = jnp.where(jnp.arange(logits.shape[1]) == t[:, None], d_logits - w[:, None], d_logits)
         d_low = d_logits.astype(h.dtype)
         exact = precision(h.dtype)
         d_hidden = jnp.matmul(d_low, kernel.astype(h.dtype).T, precision=exact)
         d_kernel = d_kernel + jnp.matmul(h.T, d_low, precision=exact, preferred_element_type=jnp.float32)
-        return (nll_sum + nll, hit_sum + hits, d_kernel, d_bias + jnp.sum(d_logits, axis=0)), d_hidden
+        return (nll_sum + nll, hit_sum + hits, d_kernel, d_bias + jnp.sum(d_logits, axis=0)), (d_hidden, each)
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
-    chunks = _chunks((hidden, targets, weights), kernel.shape[1])
-    (nll, hits, d_kernel, d_bias), d_hidden = jax.lax.scan(body, start, chunks)
-    d_hidden = jnp.swapaxes(d_hidden, 0, 1).reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return (nll, hits), (d_hidden, d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype), targets, weights)
+    xs = chunks((hidden, targets, weights), kernel.shape[1])
+    (nll, hits, d_kernel, d_bias), (d_hidden, each) = jax.lax.scan(body, start, xs)
+    d_hidden, each = (unchunk(x, hidden.shape[0]) for x in (d_hidden, each))
+    return (nll, hits, each), (d_hidden, d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype), targets, weights)
 
 
 def _backward(z_loss, saved, cotangents):
@@ -148,10 +162,11 @@ def _logits(h, kernel, bias):
 def _nll(logits, top, logz, targets, weights, z_loss):
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     hits = (picked >= top).astype(jnp.float32)  # not argmax: the maximum is at hand
-    return jnp.sum(weights * (logz - picked + z_loss * jnp.square(logz))), jnp.sum(weights * hits)
+    nll = logz - picked
+    return jnp.sum(weights * (nll + z_loss * jnp.square(logz))), jnp.sum(weights * hits), nll
 
 
-def _chunks(arrays: Any, vocab: int) -> Any:
+def chunks(arrays: Any, vocab: int) -> Any:
     """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on weighs nothing.
 
     A chunk takes every C-th token, so that tokens which are split over devices stay split within each chunk.
@@ -166,3 +181,8 @@ def _chunks(arrays: Any, vocab: int) -> Any:
         return jnp.swapaxes(padded.reshape(n, count, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(cut, arrays)
+
+
+def unchunk(x: jax.Array, count: int) -> jax.Array:
+    """Returns [count, ...] from chunks [C, n, ...] of `chunks`."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:count]

@@ -1,0 +1,171 @@
+"""Text, one token at a time, with a thought before each: the text is cached, the thought's own cache is dropped.
+
+A thought at the last position needs that text's keys and values alone, which no thought ever changes. So an emitted token
+costs one text token and S + 2 thread tokens, whatever the length of the text (the official code runs the whole text with
+thoughts at every position, for every token). It equals the parallel forward: `replay` with T = 1, at that position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qstar.models import decoder
+from qstar.models.config import ModelConfig
+from qstar.sample.logits import NEG, Knobs, draw
+from qstar.thoughts import layout, threads
+from qstar.thoughts.generate import draw_tokens
+from qstar.types import Batch, Params, Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class Talker:
+    """The static side of text generation with thoughts: each set of shapes compiles once."""
+
+    config: ModelConfig  # with thoughts, T = 1
+    stop_ids: tuple[int, ...]
+    max_new: int
+    vocab_limit: int  # ids from here on are never written
+
+
+class Drawn(NamedTuple):
+    """What was written and thought: B rows, of which the first `count` tokens each are real."""
+
+    tokens: jax.Array  # [B, max_new] int32
+    logprobs: jax.Array  # [B, max_new] float32, under the model with its thought
+    sample_logprobs: jax.Array  # [B, max_new] float32, under the distribution drawn from
+    weights: jax.Array  # [B, max_new] float32, mixing weight of the thought before each token
+    thoughts: jax.Array  # [B, max_new, S] int32
+    count: jax.Array  # [B] int32
+    stopped: jax.Array  # [B] bool: the last token is a stop id
+
+
+class _State(NamedTuple):
+    step: jax.Array  # []
+    batch: Batch  # [B, N + max_new]: the text so far; what comes is padding
+    texts: threads.Text  # hidden [B, N + max_new, E], pairs [B, L, G, N + max_new, K]
+    length: jax.Array  # [B] tokens of the text so far
+    active: jax.Array  # [B]
+    out: Drawn
+
+
+@partial(jax.jit, static_argnames="talker")
+def write(
+    params: Params, talker: Talker, tokens: jax.Array, lengths: jax.Array, keys: jax.Array, knobs: Knobs, heat: jax.Array
+) -> Drawn:
+    """Continues texts, with one thought before every token.
+
+    Args:
+      params: a decoder's tree with `thoughts` and `mixing`, layers stacked.
+      tokens: [B, N] int32, padded on the right. lengths: [B]. keys: [B] random keys, one per row: a row's draws depend
+        on its own key and the count of its tokens, not on its neighbours.
+      knobs: of the text. heat: [] temperature of the thoughts, 0 = greedy.
+    """
+    state = _first(params, talker, tokens, lengths)
+    going = lambda s: jnp.any(s.active) & (s.step < talker.max_new)  # noqa: E731
+    return jax.lax.while_loop(going, partial(_next, params, talker, keys, knobs, heat), state).out
+
+
+def _first(params: Params, talker: Talker, tokens: jax.Array, lengths: jax.Array) -> _State:
+    """Reads the prompts; room for what will be written is there from the start."""
+    (B, N), new, c = tokens.shape, talker.max_new, talker.config
+    batch = layout.text_batch(tokens, jnp.arange(N) < lengths[:, None])
+    texts = threads.read(params, c, batch)
+    pairs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, new), (0, 0)]), texts.pairs)
+    texts = threads.Text(jnp.pad(texts.hidden, [(0, 0), (0, new), (0, 0)]), pairs)
+    batch = layout.text_batch(jnp.pad(tokens, [(0, 0), (0, new)]), jnp.arange(N + new) < lengths[:, None])
+    zeros = partial(jnp.zeros, (B, new))
+    out = Drawn(
+        zeros(jnp.int32),
+        zeros(jnp.float32),
+        zeros(jnp.float32),
+        zeros(jnp.float32),
+        jnp.zeros((B, new, c.thoughts.thought_tokens), jnp.int32),
+        jnp.zeros((B,), jnp.int32),
+        jnp.zeros((B,), bool),
+    )
+    return _State(jnp.int32(0), batch, texts, lengths, jnp.ones((B,), bool), out)
+
+
+def _next(params: Params, talker: Talker, keys: jax.Array, knobs: Knobs, heat: jax.Array, state: _State) -> _State:
+    """Thinks at the last position of every text, draws its next token, and reads it."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
+    last = state.length - 1
+    thought, hidden, weight = think_last(params, talker.config, state.batch, state.texts, last, keys, heat)
+    logits = decoder.unembed(params, talker.config, hidden)
+    logits = jnp.where(_writable(talker), logits, NEG)
+    u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, talker.config.thoughts.thought_tokens)))(keys)
+    token, logprob, sample_logprob = jax.vmap(draw, (0, 0, None))(logits, u, knobs)
+    stop = jnp.isin(token, jnp.asarray(talker.stop_ids)) if talker.stop_ids else jnp.zeros_like(state.active)
+    active, out = state.active, state.out
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        kept = active.reshape(-1, *[1] * (new.ndim - 1))
+        return old.at[:, state.step].set(jnp.where(kept, new, 0))
+
+    out = Drawn(
+        put(out.tokens, token),
+        put(out.logprobs, logprob),
+        put(out.sample_logprobs, sample_logprob),
+        put(out.weights, weight),
+        put(out.thoughts, thought),
+        out.count + active,
+        out.stopped | (active & stop),
+    )
+    batch, texts = jax.vmap(partial(_append, params, talker.config))(state.batch, state.texts, state.length, token)
+    return _State(state.step + 1, batch, texts, state.length + 1, active & ~stop, out)
+
+
+def _writable(talker: Talker) -> jax.Array:
+    """Returns bool [V]: ids that have text, or end it."""
+    ids = jnp.arange(talker.config.vocab_size)
+    hidden = [i for i in talker.config.thoughts.forbidden_ids if i not in talker.stop_ids]
+    return (ids < talker.vocab_limit) & ~jnp.isin(ids, jnp.asarray(hidden, jnp.int32))
+
+
+def think_last(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    texts: threads.Text,
+    last: jax.Array,
+    keys: jax.Array,
+    heat: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One thought at position last [B] of each text: its tokens [B, S], the mixed state [B, E], its weight [B]."""
+    config = config.replace(thoughts=config.thoughts.replace(talk_tokens=1))
+    knobs = Knobs.make(1.0)._replace(temperature=heat)
+
+    def choose(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
+        u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, i)))(keys)
+        token = draw_tokens(params, config, hidden, u[:, None, None], knobs)[0]
+        return token, token
+
+    paths, tokens = threads.joint_paths(params, config, batch, texts, last[:, None], 1, choose)
+    return tokens[:, :, 0, 0].T, paths.mixed[:, 0, 0, 0], paths.weight[:, 0, 0, 0]
+
+
+def _append(
+    params: Params, config: ModelConfig, row: Batch, text: threads.Text, length: jax.Array, token: jax.Array
+) -> tuple[Batch, threads.Text]:
+    """Reads one more token of one text, at index `length`, into its caches."""
+    position = row.positions[length]
+    seen = jnp.arange(row.tokens.shape[0]) < length
+    if config.sliding_window is not None:
+        seen &= length - jnp.arange(row.tokens.shape[0]) < config.sliding_window
+    past = [Segment(*text.pairs, seen[None])]
+    hidden, new = decoder.forward(params, config, token[None], position[None], None, past)
+
+    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), length, axis)
+
+    pairs = tuple(put(o, n, 2) for o, n in zip(text.pairs, new))
+    one = jnp.ones((1,), jnp.int32)
+    row = Batch(
+        put(row.tokens, token[None], 0), put(row.mask, one, 0), put(row.segment_ids, one, 0), row.positions
+    )
+    return row, threads.Text(put(text.hidden, hidden, 0), pairs)

@@ -1,0 +1,146 @@
+"""Given thoughts, replayed: every quantity of the method in full, for study and for tests.
+
+The training loss is `objective.loss`, which never holds these logits; a test says that the two agree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qstar.models import decoder
+from qstar.models.config import ModelConfig
+from qstar.thoughts import layout, objective, threads
+from qstar.thoughts.generate import forbidden_bias
+from qstar.types import Batch, Params
+
+
+class Replay(NamedTuple):
+    """Named as the official code's recorded arrays. R = B * P rows, row r of sequence r // P; M = N if all think."""
+
+    base_logits: jax.Array  # [R, N, V] float32, without thoughts
+    thought_logits: jax.Array  # [S, R, M, V] that the thoughts were drawn from; forbidden ids very negative
+    thought_logp: jax.Array  # [S, R, M] of the thoughts' tokens, at `policy_temperature`
+    talk_thought_logits: jax.Array  # [T, R, M, V] after a thought, unmixed
+    talk_mixed_logits: jax.Array  # [T, R, M, V]; step s at j is about x[j+1+s]; past the end it means nothing
+    talk_mix_weight: jax.Array  # [T, R, M] weight of the thought
+    base_nll: jax.Array  # [R, N-1] of x[j+1]; 0 where nothing is to be predicted
+    talk_nll_s: tuple[jax.Array, ...]  # T arrays [R, N-1-s] (or [R, M] at chosen positions), of x[j+1+s]
+    reward: jax.Array  # [R, L], L = N-1, or N-1-T without `reward_tail` (or [R, M]): sum over s of base - talk nll
+    advantage: jax.Array  # [R, L] reward minus its baseline
+    advantage_clipped: jax.Array  # [R, L] max(0, advantage), whether or not the config's loss clips
+    loss_base: jax.Array  # [] mean nll without thoughts
+    loss_talk: jax.Array  # [T] mean nll of each talk step
+    loss_nll: jax.Array  # [] their weighted sum
+    loss_policy: jax.Array  # [] REINFORCE, weight 1
+    loss: jax.Array  # [] loss_nll + policy_weight * loss_policy
+
+
+def replay(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    mask: jax.Array,
+    thoughts: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    schedule: str = "replay",
+) -> Replay:
+    """Runs texts with given thoughts, differentiably (official code: one training forward, its samples replayed).
+
+    Args:
+      params: a decoder's tree with `thoughts` and `mixing`. config: with `thoughts`; P and S are those of the array.
+      tokens, mask: [B, N] ids, and 1 for real tokens. thoughts: [S, B*P, N] int32 (or [S, B*P, M]).
+      positions: [M] or [B, M] int32 that think; default all.
+      schedule: "replay" runs each thread in one pass, "joint" token by token, as when it was sampled. One mathematics.
+
+    Returns:
+      `Replay`. Rewards and advantages are constants to `jax.grad`, as REINFORCE wants them.
+    """
+    batch = layout.text_batch(tokens, mask)
+    own = layout.from_rows(jnp.asarray(thoughts, jnp.int32), batch.tokens.shape[0])  # [B, P, M, S]
+    config = config.replace(thoughts=config.thoughts.replace(thought_tokens=own.shape[3]))
+    everywhere = positions is None
+    places = layout.all_positions(batch) if everywhere else jnp.asarray(positions, jnp.int32)
+    places = jnp.broadcast_to(places, (own.shape[0], own.shape[2]))
+    texts = threads.read(params, config, batch)
+    if schedule == "joint":
+        def given(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, None]:
+            return own[..., i], None
+
+        paths, _ = threads.joint_paths(params, config, batch, texts, places, own.shape[1], given)
+    else:
+        paths = threads.replay_paths(params, config, batch, texts, places, own)
+    return _judge(params, config, batch, places, paths, own, everywhere)
+
+
+def _judge(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    positions: jax.Array,
+    paths: threads.Paths,
+    own: jax.Array,
+    everywhere: bool,
+) -> Replay:
+    t, P = config.thoughts, own.shape[1]
+    ban, heat = forbidden_bias(config), t.policy_temperature
+    targets, weights = layout.text_targets(batch)
+    base_logits = decoder.unembed(params, config, paths.base)  # [B, N, V]
+    base_nll = _nll(base_logits[:, :-1], targets)  # [B, N-1]
+    goals, goal_weights = layout.talk_targets(batch, positions, t.talk_tokens)  # [B, M, T]
+    talk_logits = decoder.unembed(params, config, paths.talk)  # [B, P, M, T, V]
+    index = (positions[..., None] + jnp.arange(t.talk_tokens)) % batch.tokens.shape[1]
+    there = jax.vmap(lambda x, at: x[at])(base_logits, index)[:, None]  # [B, 1, M, T, V]
+    # The vocabulary is linear, so states and logits mix alike; with logits a weight of 0 gives the base's to the bit.
+    w = paths.weight[..., None]
+    mixed = (1 - w) * there + w * talk_logits
+    talk_nll = _nll(mixed, jnp.broadcast_to(goals[:, None], mixed.shape[:-1]))
+    thought_logits = decoder.unembed(params, config, paths.think)
+    thought_logits = thought_logits if ban is None else thought_logits + ban
+    logp = -_nll(thought_logits / heat, own)  # [B, P, M, S]
+
+    shares = objective.weigh(config, batch, positions, P)
+    by = objective.divisors(config, shares, base_nll, talk_nll)
+    reward = objective.rewards(base_nll, talk_nll, shares.talk > 0, positions)
+    advantage = objective.advantages(config, reward)
+    loss_base = jnp.sum(base_nll * shares.base) / by.base
+    loss_talk = jnp.sum(talk_nll * shares.talk[:, None], axis=(0, 1, 2)) / by.talk
+    loss_nll = t.base_weight * loss_base + (1 - t.base_weight) * jnp.mean(loss_talk)
+    factor = objective.credit(config, advantage) * shares.policy[:, None]
+    loss_policy = -jnp.sum(factor * jnp.sum(logp, axis=-1)) / by.policy
+
+    def rows(x: jax.Array) -> jax.Array:  # [B, P, ...] -> [R, ...]
+        return x.reshape(-1, *x.shape[2:])
+
+    N, T = batch.tokens.shape[1], t.talk_tokens
+    length = N - 1 - T * (not t.reward_tail) if everywhere else positions.shape[1]
+    shown = talk_nll * (goal_weights[:, None] > 0)
+    cut = [rows(shown[..., s])[:, : N - 1 - s if everywhere else None] for s in range(T)]
+    gains, advantage = rows(reward)[:, :length], rows(advantage)[:, :length]
+    return Replay(
+        base_logits=jnp.repeat(base_logits, P, axis=0),
+        thought_logits=layout.to_rows(thought_logits),
+        thought_logp=layout.to_rows(logp),
+        talk_thought_logits=layout.to_rows(talk_logits),
+        talk_mixed_logits=layout.to_rows(mixed),
+        talk_mix_weight=layout.to_rows(paths.weight),
+        base_nll=jnp.repeat(base_nll * (weights > 0), P, axis=0),
+        talk_nll_s=tuple(cut),
+        reward=gains,
+        advantage=advantage,
+        advantage_clipped=jax.nn.relu(advantage),
+        loss_base=loss_base,
+        loss_talk=loss_talk,
+        loss_nll=loss_nll,
+        loss_policy=loss_policy,
+        loss=loss_nll + t.policy_weight * loss_policy,
+    )
+
+
+def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns -log softmax(logits [..., V])[targets [...]]."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -1,0 +1,207 @@
+"""One thought after one position of one text, as pure functions; and `over_thoughts`, which lifts them to all.
+
+Every function here is written for a single thread. Its text's keys and values come as one unmapped segment, so that under
+`vmap` over positions and passes they are read where they are: never a copy, never a mask of N x N(i+1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qstar.models import decoder, mixing
+from qstar.models.attention import text_mask
+from qstar.models.config import ModelConfig
+from qstar.thoughts import layout
+from qstar.types import Batch, Params, Segment
+
+Pairs = tuple[jax.Array, jax.Array]  # keys and values [L, G, tokens, K]
+
+
+class Text(NamedTuple):
+    """A text that was read once, for all thoughts about it."""
+
+    hidden: jax.Array  # [N, E] final states: the predictions without a thought
+    pairs: Pairs  # keys and values [L, G, N, K]
+
+
+def over_thoughts(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Lifts f(row, text, j, *own), of one thought, to all thoughts of a batch.
+
+    Returns:
+      g(batch [B, ...], texts [B, ...], positions [B, M], *own [B, P, M, ...]) -> f's results [B, P, M, ...]. Row, text and
+      position are unmapped over passes, row and text over positions.
+    """
+
+    def lifted(batch: Batch, texts: Text, positions: jax.Array, *own: Any) -> Any:
+        rest = (0,) * len(own)
+        per_position = jax.vmap(f, (None, None, 0, *rest))
+        per_pass = jax.vmap(per_position, (None, None, None, *rest))
+        return jax.vmap(per_pass)(batch, texts, positions, *own)
+
+    return lifted
+
+
+def read(params: Params, config: ModelConfig, batch: Batch) -> Text:
+    """Runs the texts [B, N] once each: `Text` with a leading axis B."""
+
+    def one(row: Batch) -> Text:
+        return Text(*decoder.forward(params, config, row.tokens, row.positions, layout.text_sight(row, config)))
+
+    return jax.vmap(one)(batch)
+
+
+def run_thread(
+    params: Params,
+    config: ModelConfig,
+    row: Batch,
+    text: Text,
+    j: jax.Array,
+    x: jax.Array,
+    first: int | jax.Array,
+    own: Pairs | None = None,
+) -> tuple[jax.Array, Pairs]:
+    """Feeds some tokens of one thread, and returns their final states [t, E] and keys and values [L, G, t, K].
+
+    Args:
+      j: [] the position. x: [t, E] rows like those of the embedding table. first: which token of the thread x[0] is, from 1.
+      own: keys and values [L, G, n, K] of the thread so far, at column i token i + 1; those from `first` on are not seen.
+    """
+    t, window = x.shape[0], config.sliding_window
+    steps = first + jnp.arange(t)
+    past = [Segment(*text.pairs, layout.thread_sight(row, config, j, steps))]
+    if own is not None:
+        made = 1 + jnp.arange(own[0].shape[2])
+        seen = jnp.broadcast_to(made < first, (t, made.shape[0]))
+        past.append(Segment(*own, seen if window is None else seen & (steps[:, None] - made < window)))
+    positions = layout.thread_positions(row, config, j, steps)
+    x = decoder.place(params, config, x, positions)
+    return decoder.run(params, config, x, positions, text_mask(None, t, window), past)
+
+
+def teach(
+    params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, thought: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Runs a whole thread in one pass, given its thought [S] (the replay schedule).
+
+    Returns:
+      Its states [S, E] that the thought's tokens are drawn from, and those [T, E] that predict the true tokens.
+    """
+    S, T = config.thoughts.thought_tokens, config.thoughts.talk_tokens
+    start, end = (mixing.vector(params, config, name)[None] for name in ("start", "end"))
+    rows = params["embed"]["table"][jnp.concatenate([thought, layout.future(row, config, j, T - 1)])]
+    hidden, _ = run_thread(params, config, row, text, j, jnp.concatenate([start, rows[:S], end, rows[S:]]), 1)
+    return hidden[:S], hidden[S + 1 :]
+
+
+def step(
+    params: Params,
+    config: ModelConfig,
+    i: jax.Array,
+    row: Batch,
+    text: Text,
+    j: jax.Array,
+    token: jax.Array,
+    own: Pairs,
+) -> tuple[jax.Array, Pairs]:
+    """Feeds token i of a thread, from 0 (the start vector, then the drawn tokens): its state [E], and `own` with it."""
+    x = jnp.where(i == 0, mixing.vector(params, config, "start"), params["embed"]["table"][token])
+    hidden, new = run_thread(params, config, row, text, j, x[None], i + 1, own)
+    return hidden[0], tuple(jax.lax.dynamic_update_slice_in_dim(o, k, i, axis=2) for o, k in zip(own, new))
+
+
+def talk(
+    params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, token: jax.Array, own: Pairs
+) -> jax.Array:
+    """Feeds what follows the last draw in one pass, [c_S, end, x[j+1] ..]: the states [T, E] that predict true tokens."""
+    S, T = config.thoughts.thought_tokens, config.thoughts.talk_tokens
+    rows = params["embed"]["table"][jnp.append(token[None], layout.future(row, config, j, T - 1))]
+    x = jnp.concatenate([rows[:1], mixing.vector(params, config, "end")[None], rows[1:]])
+    return run_thread(params, config, row, text, j, x, S + 1, own)[0][1:]
+
+
+def mix(
+    params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, states: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mixes talk states [T, E] with those of the text alone for the same tokens: [T, E], and the weights w [T].
+
+    Talk step s goes with text state j + s (official code: the base states rolled left by s; past the end they wrap
+    round, and no loss looks).
+    """
+    N = row.tokens.shape[0]
+    base = text.hidden[(j + jnp.arange(states.shape[0])) % N]
+    return mixing.mix(params, config, base, states)
+
+
+class Paths(NamedTuple):
+    """All final states that a batch with thoughts is judged by."""
+
+    base: jax.Array  # [B, N, E] without thoughts
+    think: jax.Array  # [B, P, M, S, E] that the thoughts' tokens were drawn from
+    talk: jax.Array  # [B, P, M, T, E] after a thought, before mixing
+    mixed: jax.Array  # [B, P, M, T, E]
+    weight: jax.Array  # [B, P, M, T] float32, of the thought
+
+
+def _paths(params: Params, config: ModelConfig, batch: Batch, texts: Text, positions, think, talk) -> Paths:
+    mixed, weight = over_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
+    return Paths(texts.hidden, think, talk, mixed, weight)
+
+
+def replay_paths(
+    params: Params, config: ModelConfig, batch: Batch, texts: Text, positions: jax.Array, thoughts: jax.Array
+) -> Paths:
+    """The replay schedule: one teacher-forced pass over all threads, given thoughts [B, P, M, S] at positions [B, M]."""
+    think, talk = over_thoughts(partial(teach, params, config))(batch, texts, positions, thoughts)
+    return _paths(params, config, batch, texts, positions, think, talk)
+
+
+class Rollout(NamedTuple):
+    """Thoughts as they were drawn, token by token."""
+
+    records: Any  # what `draw` returned, leading axis S
+    think: jax.Array  # [B, P, M, S, E] states drawn from
+    token: jax.Array  # [B, P, M] the last token
+    own: Pairs  # [B, P, M, L, G, S, K]
+
+
+Draw = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def roll(
+    params: Params, config: ModelConfig, batch: Batch, texts: Text, positions: jax.Array, passes: int, draw: Draw
+) -> Rollout:
+    """Writes all thoughts side by side, a token at a time.
+
+    Args:
+      draw: (i, states [B, P, M, E]) -> the i-th tokens [B, P, M] int32, and what else to record of them.
+    """
+    c, (B, M), S = config, positions.shape, config.thoughts.thought_tokens
+    shape = (B, passes, M, c.num_layers, c.num_kv_heads, S, c.head_dim)
+    own = (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
+
+    def body(carry: tuple[jax.Array, Pairs], i: jax.Array) -> tuple[Any, Any]:
+        hidden, own = over_thoughts(partial(step, params, c, i))(batch, texts, positions, *carry)
+        token, record = draw(i, hidden)
+        return (token, own), (hidden, record)
+
+    start = (jnp.zeros((B, passes, M), jnp.int32), own)
+    (token, own), (think, records) = jax.lax.scan(body, start, jnp.arange(S))
+    return Rollout(records, jnp.moveaxis(think, 0, 3), token, own)
+
+
+def joint_paths(
+    params: Params, config: ModelConfig, batch: Batch, texts: Text, positions: jax.Array, passes: int, draw: Draw
+) -> tuple[Paths, Any]:
+    """The joint schedule: the rollout itself is differentiated, and the talk tokens are one pass on its keys and values.
+
+    Returns:
+      The paths, and the draws' records [S, ...].
+    """
+    rollout = roll(params, config, batch, texts, positions, passes, draw)
+    states = over_thoughts(partial(talk, params, config))(batch, texts, positions, rollout.token, rollout.own)
+    return _paths(params, config, batch, texts, positions, rollout.think, states), rollout.records

@@ -1,0 +1,98 @@
+"""Thinking, its loss and its gradients on 8 devices, however they are laid out, are those of one."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import qstar
+from qstar import tree
+from qstar.mesh import make_mesh, put_batch, shardings
+from qstar.models import decoder
+from qstar.models.config import ModelConfig
+from qstar.models.model import Model
+from qstar.models.thought_config import ThoughtConfig
+from qstar.thoughts import objective
+from qstar.thoughts.layout import text_batch
+from qstar.thoughts.replay import replay
+
+MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"]
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_positions=64,
+    init_std=0.2,
+    tie_embeddings=False,
+    thoughts=ThoughtConfig(thought_tokens=2, talk_tokens=2, forbidden_ids=(0,)),
+)
+TOKENS = np.random.default_rng(0).integers(1, 64, (8, 9)).astype(np.int32)
+MASK = (np.arange(9) < np.asarray([9, 9, 4, 9, 7, 9, 9, 2])[:, None]).astype(np.int32)
+THOUGHTS = np.random.default_rng(1).integers(1, 64, (2, 16, 9)).astype(np.int32)
+
+
+@functools.cache
+def alone():
+    params = jax.jit(decoder.init, static_argnums=0)(CONFIG, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: p + np.float32(0.2) * rng.normal(size=p.shape).astype(np.float32), params)
+
+
+def placed(spec):
+    mesh = make_mesh(spec, jax.devices()[:8])
+    return jax.device_put(alone(), shardings(alone(), decoder.PARAM_AXES, mesh)), mesh
+
+
+@jax.jit
+def step(params, batch):
+    def mean(params):
+        (value, weight), metrics = objective.loss({"policy": params}, batch, jax.random.key(0), config=CONFIG)
+        return value / weight, metrics
+
+    return jax.value_and_grad(mean, has_aux=True)(params)
+
+
+replayed = jax.jit(replay, static_argnums=1)
+
+
+@functools.cache
+def expected():
+    batch = text_batch(TOKENS, MASK)
+    return jax.device_get((step(alone(), batch), replayed(alone(), CONFIG, TOKENS, MASK, THOUGHTS)))
+
+
+@pytest.mark.parametrize("spec", MESHES)
+def test_sampled_thoughts_loss_and_gradients_are_those_of_one_device(spec):
+    params, mesh = placed(spec)
+    (value, metrics), grads = jax.device_get(step(params, put_batch(jax.device_get(text_batch(TOKENS, MASK)), mesh)))
+    (there, there_metrics), there_grads = expected()[0]
+    np.testing.assert_allclose(value, there, rtol=1e-5)
+    for k, (total, weight) in metrics.items():
+        np.testing.assert_allclose(total, there_metrics[k][0], rtol=1e-4, atol=1e-4, err_msg=k)
+    for (name, x), y in zip(tree.named_leaves(grads), jax.tree.leaves(there_grads)):
+        np.testing.assert_allclose(x, y, atol=1e-4 * float(np.abs(y).max()), err_msg=name)
+
+
+@pytest.mark.parametrize("spec", MESHES)
+def test_a_replay_is_that_of_one_device(spec):
+    params, mesh = placed(spec)
+    out = jax.device_get(replayed(params, CONFIG, *put_batch((TOKENS, MASK), mesh), THOUGHTS))
+    for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(expected()[1])):
+        np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4)
+
+
+def test_text_with_thoughts_is_that_of_one_device():
+    params, mesh = placed(MESHES[-1])
+    prompts = [row[: 3 + i % 4].tolist() for i, row in enumerate(TOKENS)]
+    options = dict(max_new_tokens=3, temperature=0.0, thoughts=True, seed=2)
+    there = qstar.generate(Model(CONFIG, alone()), prompts, **options)
+    here = qstar.generate(Model(CONFIG, params, mesh=mesh), prompts, **options)
+    assert [c[0].tokens for c in here] == [c[0].tokens for c in there]
+    assert [c[0].thoughts for c in here] == [c[0].thoughts for c in there]
