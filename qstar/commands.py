@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -78,6 +80,9 @@ def start_jax(device: str = "auto") -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "qstar" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    accelerators = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators:
+        keep_freed_memory()
     import jax
 
     try:
@@ -87,6 +92,22 @@ def start_jax(device: str = "auto") -> None:
         raise UserError(f"--device={device}: JAX finds none ({reason}); install its extra or use cpu") from None
     if device not in ("auto", found):  # called from a program that has started jax already
         raise UserError(f"--device={device}: JAX has started on {found} already; name the device first")
+
+
+def keep_freed_memory() -> None:
+    """Makes the C allocator keep freed memory instead of handing it back to the system.
+
+    XLA's CPU runtime allocates the temporaries of every call anew. Handed back in between, each of their pages faults
+    again: 200,000 faults in a train step of a 20M model, 15% of its time. One arena, or other threads' blocks would
+    not count. Where there is no glibc nothing happens.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for name, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**30), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(name, value)
 
 
 # ----------------------------------------------------------------------------------------------------------- train

@@ -168,14 +168,18 @@ def rope_angles(config: ModelConfig, positions: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array, angles: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotates the first `rotary_dim` of each head of x [T, H, K] by angles [T, rotary_dim / 2]."""
-    dim = 2 * angles.shape[-1]
-    part, rest = x[..., :dim].astype(jnp.float32), x[..., dim:]
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]  # [T, 1, dim / 2]
-    if config.rope_interleaved:
-        a, b = part[..., 0::2], part[..., 1::2]
-        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(part.shape)
-    else:
-        a, b = jnp.split(part, 2, axis=-1)
-        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+    """Rotates the first `rotary_dim` of each head of x [T, H, K] by angles [T, rotary_dim / 2].
+
+    Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) where `rope_interleaved`. A pair's partner is found by reversing
+    an axis of length two: unlike slices and a concatenation, that fuses with the products.
+    """
+    T, H, _ = x.shape
+    half = angles.shape[-1]
+    part, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    pair = -1 if config.rope_interleaved else -2  # the axis that holds the two of a pair
+    turns = jnp.expand_dims(angles, (1, pair))  # [T, 1, half, 1] or [T, 1, 1, half]
+    sign = jnp.expand_dims(jnp.array([-1.0, 1.0]), -1 - 2 - pair)  # against [half, 2] or [2, half]
+    pairs = part.reshape(T, H, half, 2) if config.rope_interleaved else part.reshape(T, H, 2, half)
+    turned = pairs * jnp.cos(turns) + jnp.flip(pairs, pair) * (sign * jnp.sin(turns))
+    turned = turned.reshape(part.shape).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
