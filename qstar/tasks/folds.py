@@ -76,7 +76,8 @@ class Folds(Corpus):
             steps = "".join(map(str, fold(digits)))
             texts.append(f"{head}=-{steps}-{steps[-1]}{END}")
             kind = len(self.classes) - (1 if len(digits) >= HARD else 2)
-            classes.append([-1] * (len(head) + 2) + [2] * len(steps) + [-1, kind, -1])
+            # Whether steps or chatter follow the dash is not in the text: the first step does not count.
+            classes.append([-1] * (len(head) + 3) + [2] * (len(steps) - 1) + [-1, kind, -1])
         rows = self._pad(texts, LONGEST)
         padded = np.full(rows.tokens.shape, -1, np.int32)
         for i, c in enumerate(classes):
