@@ -79,7 +79,7 @@ def measure(study: Study, arm: str, model: Model, thinker: str, step: int) -> di
 
 def table(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns a row per kind of token."""
-    columns = {"NLL, no thought": "nll_base", "NLL": "nll", "acc., no thought": "accuracy_base", "accuracy": "accuracy"}
+    columns = {"base NLL": "nll_base", "NLL": "nll", "base acc": "accuracy_base", "acc": "accuracy"}
     columns |= {"greedy": "accuracy_greedy", "swapped": "accuracy_swapped", "right": "right", "weight": "weight"}
     there = {title: key for title, key in columns.items() if f"{key}/all" in found}
     return [{"tokens": c, **{t: found.get(f"{k}/{c}") for t, k in there.items()}} for c in ("all", *found["classes"])]
