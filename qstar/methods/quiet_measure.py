@@ -29,16 +29,16 @@ IGNORED, COLLAPSED = 0.01, 1e-3  # alarms: mean |weight|, and the spread of rewa
 
 
 class Watch:
-    """Measures a model in training every `evaluate.every` steps; says when it no longer improves."""
+    """Measures a model in training every so many steps; says when it no longer improves."""
 
-    def __init__(self, study: Study, arm: str, like: Model, thinker: str, patience: int):
-        """`like` is a model of the arm's configuration."""
-        self.study, self.arm, self.like, self.thinker, self.patience = study, arm, like, thinker, patience
+    def __init__(self, study: Study, arm: str, like: Model, thinker: str, every: int, patience: int):
+        """`like` is a model of the arm's configuration; `every` 0 never measures."""
+        self.study, self.arm, self.like, self.thinker = study, arm, like, thinker
+        self.every, self.patience = every, patience
         self.scores: dict[int, float] = {}
 
     def __call__(self, step: int, params: Params) -> bool:
-        every = self.study.sight.every
-        if not every or step % every or step in self.scores:
+        if not self.every or step % self.every or step in self.scores:
             return False
         found = measure(self.study, self.arm, self.like.replace(params=params), self.thinker, step)
         self.scores[step] = found.get("nll/all", found["nll_base/all"])

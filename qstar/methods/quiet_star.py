@@ -57,6 +57,7 @@ class Recipe:
     start: str = "base"  # or an earlier arm, whose model this one goes on from
     teacher: str = ""  # an earlier arm, whose predictions with thoughts a `thinker="none"` also learns
     teacher_weight: float = 1.0  # of that; the text's own likelihood has 1
+    every: int = 0  # steps between two measurements; 0 = as the config's `evaluate` says
     patience: int = 0  # evaluations without a better mixed NLL on held-out text until the arm stops; 0 = never
 
     def __post_init__(self):
@@ -65,7 +66,7 @@ class Recipe:
             (self.steps >= 0, f"steps={self.steps} must be 0 or more"),
             (all(isinstance(n, int) and n >= 1 for n in self.lengths), f"lengths={self.lengths} must be whole numbers"),
             (not self.teacher or self.thinker == "none", "a teacher is for students without thoughts (thinker='none')"),
-            (self.patience >= 0, f"patience={self.patience} must be 0 (never) or more"),
+            *((getattr(self, n) >= 0, f"{n}={getattr(self, n)} must be 0 or more") for n in ("every", "patience")),
         )
 
 
@@ -120,7 +121,8 @@ def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model])
         length, other = length_at(step), teacher and teacher.config
         return update(start.config, recipe.thinker, length, tx, settings, other, recipe.teacher_weight)
 
-    watch = Watch(study, name, start, recipe.thinker, recipe.patience)
+    every = recipe.every or study.sight.every
+    watch = Watch(study, name, start, recipe.thinker, every, recipe.patience)
     try:
         with study.bar(name, recipe.steps) as progress:
             stage = Stage(study.workdir / name, settings, recipe.steps, seed, study.writer, {"arm": name}, progress)
