@@ -3,9 +3,9 @@
     qstar train --config=configs/fast_quiet_star.py:model=Mistral-7B-v0.1 --workdir=runs/fast_quiet_star
 
 The paper's curriculum of (n_ahead, talk tokens) is (16, 8) -> (12, 4) -> (8, 4), each from the weights before, at most
-150 steps at 2e-6, then 1e-6; its student trains for at most 300 steps. The student here learns the teacher's mixed prediction (see
-`qstar/thoughts/distil.py` for what the paper does there). Not run at that size. On generated documents, with a 0.1M model:
-`configs/quiet_star_tiny.py:fast`.
+150 steps at 2e-6, then 1e-6; its student trains for at most 300 steps. The student here learns the teacher's mixed
+prediction (`qstar/thoughts/distil.py` says what the paper does there). Not run here at that size. On generated documents,
+with a model of 0.1M parameters: `configs/quiet_star_tiny.py:fast`.
 """
 
 from configs.common import parse_arg

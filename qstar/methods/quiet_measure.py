@@ -42,7 +42,7 @@ class Watch:
             return False
         found = measure(self.study, self.arm, self.like.replace(params=params), self.thinker, step)
         self.scores[step] = found.get("nll/all", found["nll_base/all"])
-        for text in alarms(found):
+        for text in alarms(found) if self.thinker == "sampled" else ():
             self.study.say(f"[yellow]{self.arm}, step {step}: {text}")
             self.study.writer.write(stage="alarm", arm=self.arm, step=step, text=text)
         best = min(self.scores, key=self.scores.get)
