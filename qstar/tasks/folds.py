@@ -53,6 +53,11 @@ class Folds(Corpus):
         self.length = DIRECT * documents
         self.tokenizer = char_tokenizer(ALPHABET, pad=PAD, eos=END)
 
+    @property
+    def base_length(self) -> int:
+        """19 tokens per document."""
+        return LONGEST * self.documents
+
     def base_rows(self, step: int, size: int, seed: int) -> Rows:
         """Documents of all three kinds, [size, 19 * documents]: the base model's text."""
         rng = np.random.default_rng([seed, step, 1])
