@@ -1,0 +1,441 @@
+"""Style and script of the thought viewer, inlined beside those of every report."""
+
+VIEWER_STYLE = """
+:root { --up: #1f77c9; --down: #d9660a; --ground: #ffffff; }
+@media (prefers-color-scheme: dark) { :root { --up: #3d8fe0; --down: #e07b1a; --ground: #1a1f28; } }
+.up { color: var(--accent); } .down { color: var(--rationalised); }
+td small.up, td small.down { color: color-mix(in srgb, currentColor 85%, var(--ink)); font-weight: 600; }
+.bench { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0 .5rem; }
+.bench input[type=search] { flex: 1 1 12rem; }
+.steprow { display: flex; align-items: center; gap: .5rem; font-size: .9rem; color: var(--soft);
+  font-variant-numeric: tabular-nums; }
+.steprow input { width: 8.5rem; padding: 0; accent-color: var(--accent); } .steprow output { min-width: 5.2em; }
+.key { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center; font-size: .85rem;
+  color: var(--soft); margin: .2rem 0 .8rem; }
+.key i { display: inline-block; width: 11rem; height: .75rem; border-radius: 3px; vertical-align: -.08rem;
+  margin: 0 .45rem; border: 1px solid var(--line); }
+.key .gain { background: linear-gradient(90deg, var(--down), color-mix(in srgb, var(--down) 35%, var(--ground)) 30%,
+  var(--ground) 50%, color-mix(in srgb, var(--up) 35%, var(--ground)) 70%, var(--up)); }
+.key .weight { background: linear-gradient(90deg, var(--down), var(--ground) 50%, var(--up)); }
+.tally { display: flex; flex-wrap: wrap; gap: .4rem; margin: 0 0 .8rem; }
+.tally button { border-radius: 1em; padding: .12rem .75rem; font-size: .85rem; font-variant-numeric: tabular-nums; }
+.tally button[aria-pressed=true] { border-color: var(--accent); color: var(--accent);
+  box-shadow: inset 0 0 0 1px var(--accent); }
+.texts { background: var(--card); border: 1px solid var(--line); border-radius: 10px; position: relative; }
+.text { display: grid; grid-template-columns: 5.4rem minmax(0, 1fr) auto; gap: .2rem .9rem; padding: .5rem .9rem;
+  border-bottom: 1px solid var(--line); align-items: baseline; content-visibility: auto;
+  contain-intrinsic-size: auto 2.6rem; }
+.text:last-child { border-bottom: 0; }
+.text > .id, .text > .sum { font-size: .82rem; color: var(--soft); overflow-wrap: anywhere;
+  font-variant-numeric: tabular-nums; }
+.text > .sum { white-space: nowrap; text-align: right; min-width: 4.4rem; }
+.toks { margin: 0; line-height: 1.95; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .95rem;
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.tok { border-radius: 3px; padding: .16em .07em; margin: 0 1px 0 0; cursor: default;
+  border-bottom: 2px solid transparent; }
+.tok.on { cursor: pointer; }
+.tok.pos { background: color-mix(in srgb, var(--up) var(--heat), transparent); }
+.tok.neg { background: color-mix(in srgb, var(--down) var(--heat), transparent);
+  border-bottom: 2px dotted var(--down); }
+.tok.dim { opacity: .35; } .tok.on:hover { box-shadow: 0 0 0 2px var(--soft); }
+.tok:focus-visible, .tok.open { outline: none; box-shadow: 0 0 0 2px var(--ink); position: relative; }
+.peek { position: absolute; z-index: 5; width: min(30rem, calc(100vw - 2rem)); background: var(--card);
+  color: var(--ink); border: 1px solid var(--line); border-radius: 12px; padding: .8rem 1rem .9rem;
+  box-shadow: 0 10px 34px rgb(0 0 0 / .22), 0 1px 3px rgb(0 0 0 / .14); font-size: .88rem; }
+.peek[hidden] { display: none; }
+.peek h4 { margin: 0 0 .15rem; font-size: .95rem; display: flex; gap: .6rem; align-items: baseline; }
+.peek h4 .tok { font-family: ui-monospace, Menlo, Consolas, monospace; padding: .05em .4em; white-space: pre; }
+.peek h4 .gain { margin-left: auto; font-variant-numeric: tabular-nums; }
+.peek p { margin: 0 0 .5rem; color: var(--soft); font-variant-numeric: tabular-nums; }
+.think { border-top: 1px solid var(--line); padding: .5rem 0 .1rem; }
+.said { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; line-height: 1.9;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.said span { background: color-mix(in srgb, var(--soft) 16%, transparent); border-radius: 4px; padding: .1em .32em;
+  margin-right: 3px; } .said .edge { background: none; color: var(--soft); padding: 0 .1em; }
+.facts { display: flex; flex-wrap: wrap; gap: 0 1.1rem; color: var(--soft); font-variant-numeric: tabular-nums; }
+.facts b { color: var(--ink); font-weight: 600; }
+.meter { display: inline-block; width: 3.2rem; height: .42rem; border-radius: 3px; margin-left: .4rem;
+  vertical-align: .08rem; background: color-mix(in srgb, var(--soft) 22%, transparent); overflow: hidden; }
+.meter i { display: block; height: 100%; background: var(--up); }
+.ends { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(430px, 100%), 1fr)); gap: 1rem;
+  margin-top: 1.4rem; align-items: start; }
+.ends .card { max-width: none; } .ends ol { list-style: none; margin: 0; padding: 0; }
+.ends li button { display: grid; grid-template-columns: 4.2rem minmax(0, 1fr); gap: 0 .7rem; width: 100%;
+  text-align: left; border: 0; border-top: 1px solid var(--line); border-radius: 0; padding: .45rem .2rem;
+  background: none; }
+.ends li:first-child button { border-top: 0; }
+.ends li button:hover { background: color-mix(in srgb, var(--accent) 8%, transparent); }
+.ends b { font-variant-numeric: tabular-nums; } .ends .said, .ends .where { font-size: .84rem; }
+.ends .where { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft);
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.ends .where .tok { color: var(--ink); padding: .05em .25em; font-weight: 600; }
+.ends .said { grid-column: 2; }
+@media (max-width: 760px) { .text { grid-template-columns: minmax(0, 1fr) auto; padding: .5rem .7rem; }
+  .toks { grid-column: 1 / -1; grid-row: 2; font-size: 1rem; line-height: 2.1; }
+  .bench > * { flex: 1 1 44%; } .bench .steprow { flex: 1 1 100%; } .steprow input { flex: 1; }
+  .key i { width: 7rem; }
+  .peek { position: fixed; left: .5rem !important; right: .5rem; bottom: .5rem; top: auto !important; width: auto;
+    max-height: 55vh; overflow-y: auto; } }
+"""
+
+# Every token enters the page through textContent: it cannot become markup.
+VIEWER_SCRIPT = """
+"use strict";
+(function () {
+  const source = document.getElementById("thought-index");
+  if (!source) return;
+  const index = JSON.parse(source.textContent);
+  const box = document.getElementById("viewer");
+  const PER_PAGE = 25;
+  const loaded = new Map();
+  const state = { block: index.opens, query: "", group: null, order: "file", paint: "gain", page: 0 };
+  let block = null, found = [], pinned = null;
+
+  function make(name, text, className) {
+    const node = document.createElement(name);
+    if (text !== undefined && text !== null) node.textContent = text;
+    if (className) node.className = className;
+    return node;
+  }
+  const signed = (v, digits) => (v < 0 ? "\\u2212" : "+") + Math.abs(v).toFixed(digits === undefined ? 2 : digits);
+  const number = (v) => (v === null ? "\\u2013" : (v < 0 ? "\\u2212" : "") + Math.abs(v).toFixed(2));
+  const share = (nll) => { const p = 100 * Math.exp(-nll); return p.toFixed(p < 10 || p > 99 ? 1 : 0) + "%"; };
+  const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
+  const visible = (word) => word.replaceAll("\\n", "\\u23ce").replaceAll("\\t", "\\u21e5");
+
+  async function unpack(number) {
+    if (loaded.has(number)) return loaded.get(number);
+    const packed = atob(document.getElementById("thoughts-" + number).textContent);
+    const bytes = Uint8Array.from(packed, (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const data = JSON.parse(await new Response(stream).text());
+    const words = (ids) => ids.map((id) => data.vocab[id]);
+    data.texts = data.texts.map(([id, tokens, classes, base, passes, gains], at) => {
+      const text = { at, id, tokens: words(tokens), classes: words(classes), base, gains };
+      text.passes = passes.map(([said, nll, weight, reward]) => ({ said: said.map(words), nll, weight, reward }));
+      text.sum = gains.reduce((a, g) => a + (g || 0), 0);
+      text.low = text.tokens.join("").toLowerCase();
+      return text;
+    });
+    loaded.set(number, data);
+    return data;
+  }
+
+  // ------------------------------------------------------------------------------------------------- controls
+  const bench = make("div", null, "bench");
+  const choose = (label, options, change) => {
+    const select = make("select");
+    select.setAttribute("aria-label", label);
+    options.forEach(([name, value]) => select.append(new Option(name, value)));
+    select.addEventListener("change", () => change(select.value));
+    bench.append(select);
+    return select;
+  };
+  const arms = [...new Set(index.blocks.map((b) => b.arm))];
+  const stepsOf = (arm) => index.blocks.map((b, i) => [b.step, i, b.arm]).filter((b) => b[2] === arm);
+  let arm = index.blocks[state.block].arm;
+  if (arms.length > 1) {
+    choose("arm", arms.map((a) => ["arm: " + a, a]), (value) => {
+      const step = index.blocks[state.block].step;
+      arm = value;
+      const near = stepsOf(arm).sort((a, b) => Math.abs(a[0] - step) - Math.abs(b[0] - step) || b[0] - a[0]);
+      open(near[0][1]);
+    }).value = arm;
+  }
+  const steprow = make("label", "step", "steprow");
+  const slider = make("input");
+  slider.type = "range";
+  slider.min = 0;
+  slider.setAttribute("aria-label", "step");
+  const stepname = make("output");
+  slider.addEventListener("input", () => open(stepsOf(arm)[slider.value][1]));
+  steprow.append(slider, stepname);
+  bench.append(steprow);
+  choose("colour", [["colour: gain", "gain"], ["colour: mixing weight", "weight"]], (value) => {
+    state.paint = value;
+    draw();
+  });
+  choose("order", [["order: as written", "file"], ["order: most helped", "up"], ["order: most hurt", "down"]],
+    (value) => { state.order = value; refresh(); });
+  const search = make("input");
+  search.type = "search";
+  search.placeholder = "search texts and thoughts";
+  search.setAttribute("aria-label", search.placeholder);
+  search.addEventListener("input", () => { state.query = search.value.toLowerCase(); refresh(); });
+  bench.append(search);
+  const key = make("div", null, "key"), tally = make("div", null, "tally"), list = make("div", null, "texts");
+  const peek = make("div", null, "peek");
+  peek.hidden = true;
+  peek.id = "peek";
+  peek.setAttribute("role", "status");
+  const pages = make("div", null, "pages"), ends = make("div", null, "ends");
+  const back = make("button", "back"), forth = make("button", "more"), where = make("span", null, "soft");
+  back.addEventListener("click", () => turn(-1));
+  forth.addEventListener("click", () => turn(1));
+  pages.append(back, where, forth);
+  box.append(bench, key, tally, list, pages, ends);
+  function turn(by) { state.page += by; draw(); list.scrollIntoView({ block: "nearest" }); }
+
+  async function open(number) {
+    state.block = number;
+    const about = index.blocks[number], steps = stepsOf(arm);
+    slider.max = steps.length - 1;
+    slider.value = steps.findIndex((s) => s[1] === number);
+    steprow.hidden = steps.length < 2;
+    stepname.textContent = about.step.toLocaleString("en") + (about.step === 0 ? " (base)" : "");
+    let data;
+    try {
+      data = await unpack(number);
+    } catch (error) {
+      list.replaceChildren(make("p", "This browser cannot unpack the thoughts: it needs DecompressionStream (2023 on).",
+        "note"));
+      return;
+    }
+    if (state.block !== number) return;  // another one was chosen meanwhile
+    block = data;
+    if (!block.classes.some(([name]) => name === state.group)) state.group = null;
+    drawTally();
+    drawEnds();
+    refresh(true);
+  }
+
+  function drawTally() {
+    const named = block.classes.filter(([name]) => name);
+    tally.replaceChildren(...(named.length < 2 ? [] : named).map(([name, gain, count]) => {
+      const button = make("button", name.replaceAll("_", " ") + " " + signed(gain));
+      button.type = "button";
+      button.title = "mean gain of " + count.toLocaleString("en") + " tokens, nats; press to dim the others";
+      button.setAttribute("aria-pressed", String(state.group === name));
+      button.addEventListener("click", () => {
+        state.group = state.group === name ? null : name;
+        drawTally();
+        refresh(true);
+      });
+      return button;
+    }));
+  }
+
+  // ---------------------------------------------------------------------------------------------------- texts
+  const says = (text) => text.passes.some((p) => p.said.some((s) => s.join("").toLowerCase().includes(state.query)));
+  const sumOf = (text) => state.group === null ? text.sum
+    : text.gains.reduce((a, g, j) => a + (text.classes[j + 1] === state.group ? g || 0 : 0), 0);
+
+  function refresh(stay) {
+    const q = state.query;
+    found = block.texts.filter((text) => !q || text.id.toLowerCase().includes(q) || text.low.includes(q) || says(text));
+    if (state.order !== "file") {
+      const sign = state.order === "up" ? -1 : 1;
+      found.sort((a, b) => sign * (sumOf(a) - sumOf(b)) || a.at - b.at);
+    }
+    if (!stay) state.page = 0;
+    draw();
+  }
+
+  function draw() {
+    unpin();
+    const last = Math.max(0, Math.ceil(found.length / PER_PAGE) - 1);
+    state.page = Math.min(state.page, last);
+    const shown = found.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
+    list.replaceChildren(...shown.map(row), peek);
+    if (!found.length) list.prepend(make("p", "Nothing found.", "text soft"));
+    const about = index.blocks[state.block];
+    const all = about.shown < about.total ? " (of " + about.total.toLocaleString("en") + " in the run folder)" : "";
+    where.textContent = "page " + (state.page + 1) + " of " + (last + 1) + ", " + found.length.toLocaleString("en") +
+      " texts" + all;
+    back.disabled = state.page === 0;
+    forth.disabled = state.page >= last;
+    const bar = make("i", null, state.paint), range = state.paint === "gain" ? index.scale.toFixed(2) + " nats" : "1";
+    const low = make("span", "\\u2212" + range), line = make("span");
+    line.append(low, bar, make("span", "+" + range));
+    key.replaceChildren(line, make("span", state.paint === "gain"
+      ? "blue: helped · orange, dotted: hurt" : "weight of the thought in the prediction"));
+  }
+
+  // Square root: gains of a tenth of the scale can be seen, too. At most 72%, so that the text stays readable.
+  function heat(node, value, scale) {
+    const strength = Math.min(1, Math.sqrt(Math.abs(value) / scale));
+    if (strength < 0.12) return;
+    node.classList.add(value > 0 ? "pos" : "neg");
+    node.style.setProperty("--heat", Math.round(72 * strength) + "%");
+  }
+
+  function paint(node, text, j) {
+    const weights = text.passes.map((p) => p.weight[j]).filter((w) => w !== null);
+    const value = state.paint === "gain" ? text.gains[j] : weights.length ? mean(weights) : null;
+    if (value !== null) heat(node, value, state.paint === "gain" ? index.scale : 1);
+  }
+
+  function row(text) {
+    const node = make("div", null, "text");
+    const line = make("p", null, "toks");
+    let first = true;
+    text.tokens.forEach((word, k) => {
+      const token = make("span", word.includes("\\n") ? visible(word) : word, "tok");
+      const j = k - 1, known = j >= 0 && text.gains[j] !== null;
+      if (known) {
+        token.classList.add("on");
+        token.dataset.text = text.at;
+        token.dataset.entry = j;
+        token.tabIndex = first ? 0 : -1;
+        token.setAttribute("aria-describedby", "peek");
+        first = false;
+        paint(token, text, j);
+      }
+      if (state.group !== null && text.classes[k] !== state.group) token.classList.add("dim");
+      line.append(token);
+      if (word.includes("\\n")) line.append(make("br"));
+    });
+    const sum = make("span", signed(sumOf(text)), "sum");
+    sum.title = "gain of the whole text, nats";
+    node.append(make("span", text.id, "id"), line, sum);
+    return node;
+  }
+
+  // ----------------------------------------------------------------------------------------------------- peek
+  function said(tokens) {
+    const line = make("div", null, "said");
+    line.append(make("span", "\\u27e8", "edge"));
+    tokens.forEach((word) => line.append(make("span", visible(word))));
+    line.append(make("span", "\\u27e9", "edge"));
+    return line;
+  }
+
+  function fact(name, value, extra) {
+    const span = make("span", name + " ");
+    span.append(make("b", value));
+    if (extra) span.append(extra);
+    return span;
+  }
+
+  function tell(text, j) {
+    const word = make("span", visible(text.tokens[j + 1]), "tok"), gain = text.gains[j];
+    heat(word, gain, index.scale);
+    const head = make("h4");
+    const name = text.classes[j + 1];
+    head.append(word, make("span", name.replaceAll("_", " "), "soft"), make("span", signed(gain) + " nats", "gain " +
+      (gain > 0.005 ? "up" : gain < -0.005 ? "down" : "soft")));
+    const nlls = text.passes.map((p) => p.nll[j]).filter((v) => v !== null);
+    const line = make("p", "likelihood " + share(text.base[j]) + " without thoughts, " + share(mean(nlls)) + " with");
+    const parts = [head, line];
+    for (const p of text.passes) {
+      if (p.nll[j] === null) continue;
+      const part = make("div", null, "think"), facts = make("div", null, "facts");
+      const meter = make("span", null, "meter"), fill = make("i");
+      fill.style.width = 100 * Math.max(0, Math.min(1, p.weight[j] || 0)) + "%";
+      meter.append(fill);
+      facts.append(fact("weight", number(p.weight[j]), meter));
+      if (p.reward[j] !== null) facts.append(fact("reward", signed(p.reward[j])));
+      facts.append(fact("then", share(p.nll[j])));
+      part.append(p.said[j].length ? said(p.said[j]) : make("div", "nothing was thought here", "soft"), facts);
+      parts.push(part);
+    }
+    return parts;
+  }
+
+  function show(token) {
+    const text = block.texts[token.dataset.text];
+    peek.replaceChildren(...tell(text, Number(token.dataset.entry)));
+    peek.hidden = false;
+    const at = token.getBoundingClientRect(), frame = list.getBoundingClientRect();
+    const most = Math.max(8, frame.width - peek.offsetWidth - 8);
+    peek.style.left = Math.min(most, Math.max(8, at.left - frame.left - 24)) + "px";
+    const below = at.bottom + peek.offsetHeight + 14 < window.innerHeight || at.top < peek.offsetHeight + 14;
+    peek.style.top = (below ? at.bottom - frame.top + 8 : at.top - frame.top - peek.offsetHeight - 8) + "px";
+  }
+
+  function unpin() {
+    if (pinned) pinned.classList.remove("open");
+    pinned = null;
+    peek.hidden = true;
+  }
+
+  function pin(token) {
+    const same = pinned === token;
+    unpin();
+    if (same) return;
+    pinned = token;
+    token.classList.add("open");
+    show(token);
+  }
+
+  const tokenOf = (event) => (event.target.closest ? event.target.closest(".texts .tok.on") : null);
+  list.addEventListener("pointerover", (event) => {
+    const token = tokenOf(event);
+    if (token && !pinned && event.pointerType === "mouse") show(token);
+  });
+  list.addEventListener("pointerout", (event) => {
+    if (!pinned && event.pointerType === "mouse" && tokenOf(event)) peek.hidden = true;
+  });
+  list.addEventListener("focusin", (event) => {
+    const token = tokenOf(event);
+    if (token && token.matches(":focus-visible")) { unpin(); show(token); }
+  });
+  list.addEventListener("focusout", () => { if (!pinned) peek.hidden = true; });
+  document.addEventListener("click", (event) => {
+    const token = tokenOf(event);
+    if (token) pin(token);
+    else if (!peek.contains(event.target) && !ends.contains(event.target)) unpin();
+  });
+  list.addEventListener("keydown", (event) => {
+    const token = tokenOf(event);
+    if (!token) return;
+    const row = [...token.closest(".toks").querySelectorAll(".tok.on")], at = row.indexOf(token);
+    const rows = [...list.querySelectorAll(".toks")], line = rows.indexOf(token.closest(".toks"));
+    const beside = (n) => rows[n] && rows[n].querySelectorAll(".tok.on")[at];
+    const goal = { ArrowRight: row[at + 1], ArrowLeft: row[at - 1], Home: row[0], End: row[row.length - 1],
+      ArrowDown: beside(line + 1), ArrowUp: beside(line - 1) }[event.key];
+    if (goal) {
+      event.preventDefault();
+      token.tabIndex = -1;
+      goal.tabIndex = 0;
+      goal.focus();
+    } else if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      pin(token);
+    }
+  });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") unpin(); });
+
+  // ---------------------------------------------------------------------------------------- helped and hurt most
+  function drawEnds() {
+    const sides = [["Helped most", block.helped], ["Hurt most", block.hurt]];
+    ends.replaceChildren(...sides.map(([title, entries]) => {
+      const card = make("figure", null, "card"), rows = make("ol");
+      card.append(make("figcaption", title));
+      entries.forEach(([at, j]) => rows.append(end(block.texts[at], j)));
+      card.append(entries.length ? rows : make("p", "No token by more than 0.005 nats.", "note"));
+      return card;
+    }));
+  }
+
+  function end(text, j) {
+    const item = make("li"), button = make("button"), gain = text.gains[j];
+    button.type = "button";
+    const context = make("span", null, "where");
+    const word = make("span", visible(text.tokens[j + 1]), "tok");
+    heat(word, gain, index.scale);
+    context.append(visible(text.tokens.slice(Math.max(0, j - 11), j + 1).join("")), word);
+    button.append(make("b", signed(gain), gain > 0 ? "up" : "down"), context);
+    const known = text.passes.filter((p) => p.nll[j] !== null);
+    known.sort((a, b) => (gain > 0 ? 1 : -1) * (a.nll[j] - b.nll[j]));  // the thought that did it
+    if (known.length) button.append(said(known[0].said[j]));
+    button.addEventListener("click", () => jump(text, j));
+    item.append(button);
+    return item;
+  }
+
+  function jump(text, j) {
+    if (!found.includes(text)) {
+      state.query = search.value = "";
+      refresh();
+    }
+    state.page = Math.floor(found.indexOf(text) / PER_PAGE);
+    draw();
+    const token = list.querySelector('.tok[data-text="' + text.at + '"][data-entry="' + j + '"]');
+    token.scrollIntoView({ block: "center" });
+    pin(token);
+  }
+
+  open(state.block);
+})();
+"""
