@@ -3,8 +3,10 @@
 VIEWER_STYLE = """
 :root { --up: #1f77c9; --down: #d9660a; --ground: #ffffff; }
 @media (prefers-color-scheme: dark) { :root { --up: #3d8fe0; --down: #e07b1a; --ground: #1a1f28; } }
+.tight th, .tight td { padding-left: .6rem; padding-right: .6rem; }
 .up { color: var(--accent); } .down { color: var(--rationalised); }
-td small.up, td small.down { color: color-mix(in srgb, currentColor 85%, var(--ink)); font-weight: 600; }
+.value small.up { color: var(--accent); font-weight: 600; } .value small.down { color: var(--rationalised);
+  font-weight: 600; }
 .bench { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0 .5rem; }
 .bench input[type=search] { flex: 1 1 12rem; }
 .steprow { display: flex; align-items: center; gap: .5rem; font-size: .9rem; color: var(--soft);
@@ -22,21 +24,24 @@ td small.up, td small.down { color: color-mix(in srgb, currentColor 85%, var(--i
 .tally button[aria-pressed=true] { border-color: var(--accent); color: var(--accent);
   box-shadow: inset 0 0 0 1px var(--accent); }
 .texts { background: var(--card); border: 1px solid var(--line); border-radius: 10px; position: relative; }
-.text { display: grid; grid-template-columns: 5.4rem minmax(0, 1fr) auto; gap: .2rem .9rem; padding: .5rem .9rem;
+.texts > .text:nth-last-child(2) { border-bottom-color: transparent; }
+.texts.short { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
+.texts.short .text { grid-template-columns: 6.4rem minmax(0, 1fr) auto; border-right: 1px solid var(--line);
+  margin: 0 -1px -1px 0; }
+.text { display: grid; grid-template-columns: 6.4rem minmax(0, 1fr) auto; gap: .2rem .9rem; padding: .5rem .9rem;
   border-bottom: 1px solid var(--line); align-items: baseline; content-visibility: auto;
   contain-intrinsic-size: auto 2.6rem; }
-.text:last-child { border-bottom: 0; }
-.text > .id, .text > .sum { font-size: .82rem; color: var(--soft); overflow-wrap: anywhere;
+.text > .id, .text > .sum { font-size: .8rem; color: var(--soft); white-space: nowrap;
   font-variant-numeric: tabular-nums; }
-.text > .sum { white-space: nowrap; text-align: right; min-width: 4.4rem; }
+.text > .id { overflow: hidden; text-overflow: ellipsis; } .text > .sum { text-align: right; }
 .toks { margin: 0; line-height: 1.95; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .95rem;
   font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .tok { border-radius: 3px; padding: .16em .07em; margin: 0 1px 0 0; cursor: default;
   border-bottom: 2px solid transparent; }
 .tok.on { cursor: pointer; }
 .tok.pos { background: color-mix(in srgb, var(--up) var(--heat), transparent); }
-.tok.neg { background: color-mix(in srgb, var(--down) var(--heat), transparent);
-  border-bottom: 2px dotted var(--down); }
+.tok.neg { background: color-mix(in srgb, var(--down) var(--heat), transparent); }
+.tok.bad { border-bottom-color: var(--down); border-bottom-style: dotted; }
 .tok.dim { opacity: .35; } .tok.on:hover { box-shadow: 0 0 0 2px var(--soft); }
 .tok:focus-visible, .tok.open { outline: none; box-shadow: 0 0 0 2px var(--ink); position: relative; }
 .peek { position: absolute; z-index: 5; width: min(30rem, calc(100vw - 2rem)); background: var(--card);
@@ -71,6 +76,8 @@ td small.up, td small.down { color: color-mix(in srgb, currentColor 85%, var(--i
 .ends .where .tok { color: var(--ink); padding: .05em .25em; font-weight: 600; }
 .ends .said { grid-column: 2; }
 @media (max-width: 760px) { .text { grid-template-columns: minmax(0, 1fr) auto; padding: .5rem .7rem; }
+  .texts.short { display: block; } .texts.short .text { border-right: 0; margin: 0;
+    grid-template-columns: minmax(0, 1fr) auto; }
   .toks { grid-column: 1 / -1; grid-row: 2; font-size: 1rem; line-height: 2.1; }
   .bench > * { flex: 1 1 44%; } .bench .steprow { flex: 1 1 100%; } .steprow input { flex: 1; }
   .key i { width: 7rem; }
@@ -97,7 +104,7 @@ VIEWER_SCRIPT = """
     if (className) node.className = className;
     return node;
   }
-  const signed = (v, digits) => (v < 0 ? "\\u2212" : "+") + Math.abs(v).toFixed(digits === undefined ? 2 : digits);
+  const signed = (v) => (Math.abs(v) < 0.005 ? "" : v < 0 ? "\\u2212" : "+") + Math.abs(v).toFixed(2);
   const number = (v) => (v === null ? "\\u2013" : (v < 0 ? "\\u2212" : "") + Math.abs(v).toFixed(2));
   const share = (nll) => { const p = 100 * Math.exp(-nll); return p.toFixed(p < 10 || p > 99 ? 1 : 0) + "%"; };
   const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
@@ -237,6 +244,7 @@ VIEWER_SCRIPT = """
     state.page = Math.min(state.page, last);
     const shown = found.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
     list.replaceChildren(...shown.map(row), peek);
+    list.classList.toggle("short", shown.length > 1 && shown.every((text) => text.low.length <= 24));
     if (!found.length) list.prepend(make("p", "Nothing found.", "text soft"));
     const about = index.blocks[state.block];
     const all = about.shown < about.total ? " (of " + about.total.toLocaleString("en") + " in the run folder)" : "";
@@ -256,6 +264,7 @@ VIEWER_SCRIPT = """
     const strength = Math.min(1, Math.sqrt(Math.abs(value) / scale));
     if (strength < 0.12) return;
     node.classList.add(value > 0 ? "pos" : "neg");
+    if (value < 0 && strength > 0.4) node.classList.add("bad");
     node.style.setProperty("--heat", Math.round(72 * strength) + "%");
   }
 

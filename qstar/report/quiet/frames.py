@@ -31,11 +31,6 @@ def focus(run: QuietRun) -> str:
     return max(found, key=lambda name: worst[name])
 
 
-def rest(run: QuietRun) -> list[str]:
-    """The other classes, without `ALL`."""
-    return [name for name in classes(run) if name not in (ALL, focus(run))]
-
-
 def class_label(name: str) -> str:
     """A class in running text: "hard tokens"."""
     return "all tokens" if name == ALL else f"{name.replace('_', ' ')} tokens"
@@ -104,7 +99,9 @@ def headline(run: QuietRun) -> str:
     ends = sorted(other.values[-1] for other in others if other.loops and other.loops[-1] > 0)
     if ends:
         where = percent(ends[0]) if len(ends) == 1 else f"{percent(ends[0])} to {percent(ends[-1])}"
-        told += f"; the {len(ends)} controls ended at {where}" if len(ends) > 1 else f"; the control ended at {where}"
+        told += (
+            f"; the other {len(ends)} arms ended at {where}" if len(ends) > 1 else f"; the other arm ended at {where}"
+        )
     return told.replace("%)", "%, 95% interval)", 1) + "."
 
 

@@ -56,7 +56,11 @@ def _method(run: QuietRun) -> Safe:
     steps = (
         ("Think", "After every token of a text the model writes short thoughts.", ", ".join(filter(None, told))),
         ("Talk", "A small head mixes the prediction after a thought into the one without; weight 0 ignores it.", ""),
-        ("Learn", "A thought that made the true next token likelier than its siblings did becomes likelier itself.", ""),
+        (
+            "Learn",
+            "A thought that made the true next token likelier than its siblings did becomes likelier itself.",
+            "",
+        ),
     )
     items = (
         tag("li", tag("b", name), tag("p", text), tag("p", facts, class_="soft") if facts else None)
@@ -87,49 +91,49 @@ def result_section(run: QuietRun) -> Safe | None:
     arms = [arm for arm in run.arms if arm.evaluations]
     if not arms:
         return None
-    group, others = frames.focus(run), frames.rest(run)
+    group = frames.focus(run)
     about = (
-        f"Last evaluation of every arm on held-out text; {frames.class_label(group)} first. Brackets are 95% bootstrap "
-        "intervals: they say nothing about other random seeds. “Swapped” puts random tokens in place of the trained "
-        "model's thoughts: if the content of thoughts is what helps, the gain is gone."
+        f"Last evaluation of every arm on held-out text; {frames.class_label(group)} first, with thoughts as they are "
+        "sampled, with greedy ones, with random tokens in place of the model's own (swapped: if the content of thoughts "
+        "is what helps, the gain is gone), and without any (base). Right: thoughts that hold the true steps. Small "
+        "numbers are 95% bootstrap intervals, which say nothing about other random seeds."
     )
-    parts = [note(about), _main_table(arms, group, others)]
-    if others:
-        parts += [tag("h3", "Every class of tokens"), _class_table(run, arms)]
+    parts = [note(about), _main_table(arms, group)]
+    if frames.classes(run)[1:]:
+        text = "Accuracy, NLL in nats and what thoughts change about it, and w, the mean mixing weight."
+        parts += [tag("h3", "Every class of tokens"), note(text), _class_table(run, arms)]
     return section("results", "What thoughts bring", *parts)
 
 
-def _main_table(arms: Sequence[QuietArm], group: str, others: Sequence[str]) -> Safe:
+def _main_table(arms: Sequence[QuietArm], group: str) -> Safe:
     """The pilot's main table: a row per arm, columns without any number left out."""
     columns: list[tuple[str, Callable[[Row], Any]]] = [
         ("accuracy", lambda row: _interval(row, "accuracy", group)),
-        ("greedy thoughts", lambda row: _share(row.get(f"accuracy_greedy/{group}"))),
+        ("greedy", lambda row: _share(row.get(f"accuracy_greedy/{group}"))),
         ("swapped", lambda row: _share(row.get(f"accuracy_swapped/{group}"))),
-        ("no thoughts", lambda row: _share(row.get(f"accuracy_base/{group}"))),
+        ("base", lambda row: _share(row.get(f"accuracy_base/{group}"))),
         ("NLL", lambda row: _nats(frames.spoken(row, "nll", group))),
-        ("NLL, no thoughts", lambda row: _nats(row.get(f"nll_base/{group}"))),
-        ("right thoughts", lambda row: _share(row.get(f"right/{group}"))),
+        ("NLL base", lambda row: _nats(row.get(f"nll_base/{group}"))),
+        ("right", lambda row: _share(row.get(f"right/{group}"))),
         ("weight", lambda row: _nats(row.get(f"weight/{group}"))),
     ]
-    for name in others if len(others) <= 2 else ():
-        columns.append((f"weight, {name}", lambda row, name=name: _nats(row.get(f"weight/{name}"))))
     rows = [(arm, frames.final(arm)) for arm in arms]
     cells = [[name, *(make(row) for _, row in rows)] for name, make in columns]
     cells = [column for column in cells if any(cell != "–" for cell in column[1:])]
     body = [
-        [tag("b", arm.label), f"{row.get('step') or 0:,}", *(column[number + 1] for column in cells)]
+        [tag("b", arm.label, class_="value"), f"{row.get('step') or 0:,}", *(column[number + 1] for column in cells)]
         for number, (arm, row) in enumerate(rows)
     ]
-    return table(["arm", "step", *(column[0] for column in cells)], body, class_="summary")
+    return table(["arm", "step", *(column[0] for column in cells)], body, class_="summary tight")
 
 
 def _class_table(run: QuietRun, arms: Sequence[QuietArm]) -> Safe:
-    """Accuracy and NLL of every arm and class, with what the NLL is without thoughts."""
+    """Accuracy, NLL with its change by thoughts, and mixing weight of every arm and class."""
     names = frames.classes(run)
     body = []
     for arm in arms:
         row = frames.final(arm)
-        body.append([tag("b", arm.label), *(_class_cell(row, name) for name in names)])
+        body.append([tag("b", arm.label, class_="value"), *(_class_cell(row, name) for name in names)])
     return table(["arm", *(name.replace("_", " ") for name in names)], body)
 
 
@@ -143,7 +147,9 @@ def _class_cell(row: Row, name: str) -> Any:
         change = f"{nll - base:+.2f}".replace("-", "−")
         gain = tag("small", f" {change}", class_="up" if nll < base - 0.005 else "down" if nll > base + 0.005 else None)
     accuracy = _interval(row, "accuracy", name)
-    return join([accuracy if accuracy != "–" else None, tag("div", told, gain, class_="value soft")])
+    weight = row.get(f"weight/{name}")
+    mixed = None if weight is None else tag("small", f" · w {_nats(weight)}")
+    return join([accuracy if accuracy != "–" else None, tag("div", told, gain, mixed, class_="value soft")])
 
 
 def _interval(row: Row, name: str, group: str) -> Any:

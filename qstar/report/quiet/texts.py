@@ -77,14 +77,18 @@ def _read(row: Any, where: str) -> Text:
         classes = [str(name) for name in row.get("classes") or [""] * len(tokens)]
         text = Text(str(row["text"]), tokens, classes, list(row["base_nll"]), passes)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not a text with thoughts ({error!r}); delete the file to report without it") from None
+        raise UserError(
+            f"{where}: not a text with thoughts ({error!r}); delete the file to report without it"
+        ) from None
     lengths = {"classes": len(classes) - len(tokens), "base_nll": len(text.base_nll) + 1 - len(tokens)}
     for number, p in enumerate(passes):
         for name in ("tokens", "nll", "weight", "reward"):
             lengths[f"thoughts[{number}].{name}"] = len(getattr(p, name)) + 1 - len(tokens)
     wrong = [name for name, difference in lengths.items() if difference]
     if wrong:
-        raise UserError(f"{where}: {wrong[0]} does not fit its {len(tokens)} tokens; delete the file to report without it")
+        raise UserError(
+            f"{where}: {wrong[0]} does not fit its {len(tokens)} tokens; delete the file to report without it"
+        )
     return text
 
 
