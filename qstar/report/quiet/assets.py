@@ -37,7 +37,7 @@ VIEWER_STYLE = """
 .toks { margin: 0; line-height: 1.95; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .95rem;
   font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .tok { border-radius: 3px; padding: .16em .07em; margin: 0 1px 0 0; cursor: default;
-  border-bottom: 2px solid transparent; }
+  border-bottom: 2px solid transparent; box-decoration-break: clone; -webkit-box-decoration-break: clone; }
 .tok.on { cursor: pointer; }
 .tok.pos { background: color-mix(in srgb, var(--up) var(--heat), transparent); }
 .tok.neg { background: color-mix(in srgb, var(--down) var(--heat), transparent); }
@@ -117,10 +117,14 @@ VIEWER_SCRIPT = """
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const data = JSON.parse(await new Response(stream).text());
     const words = (ids) => ids.map((id) => data.vocab[id]);
-    data.texts = data.texts.map(([id, tokens, classes, base, passes, gains], at) => {
-      const text = { at, id, tokens: words(tokens), classes: words(classes), base, gains };
+    data.texts = data.texts.map(([id, tokens, classes, base, passes], at) => {
+      const text = { at, id, tokens: words(tokens), classes: words(classes), base };
       text.passes = passes.map(([said, nll, weight, reward]) => ({ said: said.map(words), nll, weight, reward }));
-      text.sum = gains.reduce((a, g) => a + (g || 0), 0);
+      text.gains = base.map((b, j) => {
+        const nlls = text.passes.map((p) => p.nll[j]).filter((v) => v !== null);
+        return b === null || !nlls.length ? null : b - mean(nlls);
+      });
+      text.sum = text.gains.reduce((a, g) => a + (g || 0), 0);
       text.low = text.tokens.join("").toLowerCase();
       return text;
     });
@@ -279,7 +283,7 @@ VIEWER_SCRIPT = """
     const line = make("p", null, "toks");
     let first = true;
     text.tokens.forEach((word, k) => {
-      const token = make("span", word.includes("\\n") ? visible(word) : word, "tok");
+      const token = make("span", word.replaceAll("\\n", "\\u23ce\\n"), "tok");  // a mark, and the line ends
       const j = k - 1, known = j >= 0 && text.gains[j] !== null;
       if (known) {
         token.classList.add("on");
@@ -292,7 +296,6 @@ VIEWER_SCRIPT = """
       }
       if (state.group !== null && text.classes[k] !== state.group) token.classList.add("dim");
       line.append(token);
-      if (word.includes("\\n")) line.append(make("br"));
     });
     const sum = make("span", signed(sumOf(text)), "sum");
     sum.title = "gain of the whole text, nats";

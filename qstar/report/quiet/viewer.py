@@ -17,6 +17,7 @@ from qstar.report.quiet.texts import Extreme, Text, class_gains, extremes, read_
 
 PAGE_BYTES = 6_000_000  # of packed thoughts in a page, all arms and steps together
 MOST_TEXTS = 400  # of one arm and step
+FEW = 20  # texts that tell how many will fit
 LEAST_SCALE = 0.1  # nats at full colour, at least: where thoughts bring nothing, nothing is painted
 
 
@@ -84,14 +85,20 @@ def pack(block: Block, budget: int) -> tuple[str, int]:
     ends = extremes(block.texts)
     needed = {e.text for side in ends for e in side}
     count = min(len(block.texts), MOST_TEXTS)
+    few = _packed(block, range(min(count, FEW)), ((), ()))  # packing all only to see that they do not fit takes long
+    count = min(count, int(1.1 * FEW * budget / len(few)))
     while True:
         kept = sorted({*range(count), *needed})
-        written = json.dumps(_content(block, kept, ends), ensure_ascii=False, separators=(",", ":"))
-        data = gzip.compress(written.encode("utf-8", "replace"), 9, mtime=0)  # no time: one run, one page
-        text = base64.b64encode(data).decode("ascii")
+        text = _packed(block, kept, ends)
         if len(text) <= budget or not count:
             return text, len(kept)
-        count = min(count - 1, int(count * 0.95 * budget / len(text)))
+        count = min(count - 1, int(count * 0.97 * budget / len(text)))
+
+
+def _packed(block: Block, kept: Sequence[int], ends: Sequence[Sequence[Extreme]]) -> str:
+    written = json.dumps(_content(block, kept, ends), ensure_ascii=False, separators=(",", ":"))
+    data = gzip.compress(written.encode("utf-8", "replace"), 6, mtime=0)  # no time: one run, one page
+    return base64.b64encode(data).decode("ascii")
 
 
 def _content(block: Block, kept: Sequence[int], ends: Sequence[Sequence[Extreme]]) -> dict[str, Any]:
@@ -107,8 +114,7 @@ def _content(block: Block, kept: Sequence[int], ends: Sequence[Sequence[Extreme]
         passes = [
             [[ids(thought) for thought in p.tokens], *map(_short, (p.nll, p.weight, p.reward))] for p in text.passes
         ]
-        row = [text.id, ids(text.tokens), ids(text.classes), _short(text.base_nll), passes, _short(text.gains)]
-        texts.append(row)
+        texts.append([text.id, ids(text.tokens), ids(text.classes), _short(text.base_nll), passes])
     place = {number: at for at, number in enumerate(kept)}
     helped, hurt = ([[place[e.text], e.entry] for e in side] for side in ends)
     gains = [[name, round(mean, 4), count] for name, (mean, count) in class_gains(block.texts).items()]
