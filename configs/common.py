@@ -67,3 +67,38 @@ def star_config() -> ConfigDict:
             "log": {"wandb": {}},
         }
     )
+
+
+def quiet_config() -> ConfigDict:
+    """Returns the Quiet-STaR config all others change: the official optimiser, no text and no model yet."""
+    update = {
+        "batch_size": 8,
+        "accumulate": 1,
+        "lr": 1e-6,
+        "schedule": "constant",
+        "warmup": 20,
+        "end": 0.0,
+        "b1": 0.9,
+        "b2": 0.999,
+        "weight_decay": 0.001,
+        "clip": 1.0,
+        "save_every": 100,
+        "log_every": 50,
+    }
+    return ConfigDict(
+        {
+            "method": "quiet_star",
+            "name": "quiet_star",
+            "seed": 0,
+            "mesh": "data=-1",
+            "data": {},
+            "model": {"path": "", "preset": ""},
+            "base": {"steps": 0, **update},
+            "gates": {},
+            "thoughts": {},
+            "arms": {"quiet_star": {}},
+            "train": dict(update),
+            "evaluate": {"rows": 256, "batch_size": 8, "every": 0, "shown": 40, "passes": 1},
+            "log": {"wandb": {}},
+        }
+    )

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 from qstar.data.sources import read_jsonl
 from qstar.errors import check_type, require, unknown
 from qstar.mesh import make_mesh
 from qstar.methods.rollouts import SampleSettings, attempt, to_example
 from qstar.methods.run_folder import once, write_json
+from qstar.methods.screen import Screen, one_line
 from qstar.methods.settings import Evaluation, Gate, Log, Sections, settings_from
 from qstar.methods.supervised import TrainSettings
 from qstar.models.model import Model
@@ -31,11 +30,9 @@ from qstar.train.evaluate import summarise
 from qstar.train.metrics import Writer, read, show_table
 from qstar.types import Rollout
 
-SECONDS_A_LINE = 60  # of progress, where it goes to a file
-
 
 @dataclasses.dataclass
-class Context:
+class Context(Screen):
     """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
 
     config: Any
@@ -97,11 +94,6 @@ class Context:
         """Flushes the metrics files."""
         self.writer.close()
 
-    def say(self, text: str) -> None:
-        """Prints a line (process 0)."""
-        if jax.process_index() == 0:
-            self.console.print(text, highlight=False, soft_wrap=True)
-
     def seed_example(self, problem: Problem, hinted: bool) -> Example:
         """Returns a gold row of a from-scratch model's base, as a training example."""
         return to_example(self.tokenizer, self.task.prompt(problem, hint=hinted), self.task.solution(problem))
@@ -115,41 +107,6 @@ class Context:
                 f"[yellow]{len(rows) - len(fits)} of {len(rows)} rows are longer than train.row_length={limit}: dropped"
             )
         return fits
-
-    @contextlib.contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[..., None]]:
-        """A progress bar with rate and time left; yields `update(done, ...)`. On a plain stream, a line a minute."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn(f"{what:>12}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(ratio=1, no_wrap=True)),
-        )
-        plain = not self.console.is_terminal
-        began = time.perf_counter()
-        with Progress(*columns, console=self.console, transient=True, disable=plain, expand=True) as progress:
-            job = progress.add_task(what, total=total, rate="", note="")
-            offset, said = 0, began
-
-            def update(done: int, extra: Any = None) -> None:
-                nonlocal offset, said
-                if isinstance(extra, Rollout):  # rounds count from 1 again
-                    offset += 1
-                    done, note = offset, _one_line(extra)
-                else:
-                    note = f"loss {extra['loss']:.4f}" if extra else ""
-                now = time.perf_counter()
-                rate = f"{done / max(now - began, 1e-9):,.1f}/s"
-                progress.update(job, completed=done, rate=rate, note=note)
-                if plain and now - said >= SECONDS_A_LINE:
-                    said = now
-                    loss = note if note.startswith("loss") else ""
-                    self.say(f"{what:>14}  {done:,} of {total:,}  {rate}  {loss}".rstrip())
-
-            yield update
 
 
 class Arm:
@@ -225,7 +182,7 @@ class Arm:
                 console = self.ctx.console
                 console.print(f"  [{colour}]{kind:>14}[/{colour}]  ", end="")
                 width = max(40, console.width - 18) if console.is_terminal else 150
-                console.print(_one_line(r, width), markup=False, highlight=False, soft_wrap=True)
+                console.print(one_line(r, width), markup=False, highlight=False, soft_wrap=True)
 
     def stale(self, patience: int) -> bool:
         """Whether the best score is `patience` loops old."""
@@ -304,8 +261,3 @@ def _clock(row: dict[str, Any]) -> str:
     if seconds < 100:
         return f"{seconds} s"
     return f"{seconds // 60}:{seconds % 60:02d}" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
-def _one_line(r: Rollout, width: int = 90) -> str:
-    text = f"{r.prompt[-60:]}{r.completion}".replace("\n", "⏎")
-    return text if len(text) <= width else text[: width - 1] + "…"

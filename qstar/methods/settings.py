@@ -70,9 +70,10 @@ class Gate:
     min: float | None = None
     max: float | None = None
     stop: bool = True  # whether the run ends then
+    NAMES: typing.ClassVar = ("accuracy", "hinted_accuracy", "hinted_valid")
 
     def __post_init__(self):
-        names = ("accuracy", "hinted_accuracy", "hinted_valid")
+        names = self.NAMES
         known = self.metric.partition("/")[0] in names
         require(
             (known, f"metric={self.metric!r} is not one of {', '.join(names)}, or one of them with /GROUP"),

@@ -88,6 +88,13 @@ class Tokenizer:
         """Text of `ids` (list or integer array [T]); special tokens are skipped, spaces left alone."""
         return self._backend.decode(np.asarray(ids).astype(int).tolist(), skip_special_tokens=True)
 
+    def show(self, token: int) -> str:
+        """The text of one token as a reader wants to see it: with its leading space, special tokens by name."""
+        piece = self.hf.convert_ids_to_tokens(token) or f"<{token}>"
+        if piece.startswith("\u2581"):  # SentencePiece's space, which decoding a lone token drops
+            return " " + piece[1:]
+        return self.decode([token]) or piece
+
     def decode_batch(self, ids: Iterable[Sequence[int]]) -> list[str]:
         """`decode` of every row; rows may have different lengths."""
         rows = [np.asarray(row).astype(int).tolist() for row in ids]

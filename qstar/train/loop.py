@@ -29,7 +29,7 @@ class Progress(NamedTuple):
 
 def fit(
     state: TrainState,
-    step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    step_at: Callable[[int], Callable[..., tuple[TrainState, dict[str, jax.Array]]]],
     batch_at: Callable[[int], Any],
     lr_at: Callable[[int], Any],
     *,
@@ -40,13 +40,14 @@ def fit(
     log_every: int = 50,
     max_bad: int = 20,
 ) -> Iterator[Progress]:
-    """Runs updates `state.step .. steps-1`, yielding every `log_every` of them and at the end.
+    """Runs updates `state.step .. steps-1`, yielding every `log_every` of them and at the end, and where it resumes.
 
     With `checkpoints`, a run that was killed goes on from the newest one, and ends with the very same bits: the batch
     of step s is `batch_at(s)`, and the key of step s is folded from the state's. The metrics since the last Progress
     are kept with the checkpoint, so that their means are the same, too.
 
     Args:
+      step_at: the update of a step (from `make_step`; one and the same, unless shapes change on the way).
       batch_at: the pytree of host arrays of a step (a pure function of the step).
       lr_at: the learning rate of a step (an optax schedule).
       save_every: steps between checkpoints (0: only at the end, if `checkpoints` is given).
@@ -66,10 +67,12 @@ def fit(
     if first >= steps:
         yield Progress(first, state, _means(window, time.perf_counter() - since) if window else {})
         return
+    if first:
+        yield Progress(first, state, {})
     for step in range(first, steps):
         batch = batch_at(step)
         batch = jax.device_put(batch) if mesh is None else put_batch(batch, mesh)
-        state, metrics = step_fn(state, batch, np.float32(lr_at(step)))
+        state, metrics = step_at(step)(state, batch, np.float32(lr_at(step)))
         window.append(metrics)
         done = step + 1
         saving = checkpoints is not None and (done == steps or (save_every and done % save_every == 0))

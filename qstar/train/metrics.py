@@ -43,7 +43,7 @@ class Writer:
         board = self._board(arm)
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                board.add_scalar(f"{stage}/{name}", value, step if stage == "train" else iteration)
+                board.add_scalar(f"{stage}/{name}", value, iteration if stage == "iteration" else step)
         if self._wandb is not None:
             self._wandb.log({f"{arm}/{stage}/{k}": v for k, v in values.items()})
 

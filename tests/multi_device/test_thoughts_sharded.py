@@ -74,7 +74,7 @@ def test_sampled_thoughts_loss_and_gradients_are_those_of_one_device(spec):
     (value, metrics), grads = jax.device_get(step(params, put_batch(jax.device_get(text_batch(TOKENS, MASK)), mesh)))
     (there, there_metrics), there_grads = expected()[0]
     np.testing.assert_allclose(value, there, rtol=1e-5)
-    for k, (total, weight) in metrics.items():
+    for k, (total, _) in metrics.items():
         np.testing.assert_allclose(total, there_metrics[k][0], rtol=1e-4, atol=1e-4, err_msg=k)
     for (name, x), y in zip(tree.named_leaves(grads), jax.tree.leaves(there_grads)):
         np.testing.assert_allclose(x, y, atol=1e-4 * float(np.abs(y).max()), err_msg=name)

@@ -218,7 +218,7 @@ def test_a_run_killed_on_a_mesh_goes_on_with_the_same_bits(tmp_path):
         state = create_state(placed(mesh), TX, seed=0, mesh=mesh, table=decoder.PARAM_AXES)
         *_, at = fit(
             state,
-            step_fn(1),
+            lambda s: step_fn(1),
             lambda s: rows(seed=s),
             lambda s: 1e-2,
             steps=steps,

@@ -36,7 +36,7 @@ def run(folder=None, batch_at=batch, steps=STEPS, **settings):
     try:
         *_, last = fit(
             fresh(),
-            STEP,
+            lambda s: STEP,
             batch_at,
             lr_at,
             steps=steps,
@@ -122,12 +122,12 @@ def test_the_newest_checkpoints_stay_with_their_records(tmp_path):
 
 def test_means_are_over_the_updates_since_the_last_report():
     host = STEP(fresh(), batch(0), np.float32(lr_at(0)))[1]
-    one = [at for at in fit(fresh(), STEP, batch, lr_at, steps=STEPS, log_every=1)]
-    four = [at.step for at in fit(fresh(), STEP, batch, lr_at, steps=STEPS, log_every=4)]
+    one = [at for at in fit(fresh(), lambda s: STEP, batch, lr_at, steps=STEPS, log_every=1)]
+    four = [at.step for at in fit(fresh(), lambda s: STEP, batch, lr_at, steps=STEPS, log_every=4)]
     assert four == [4, 8, 9] and [at.step for at in one] == list(range(1, STEPS + 1))
     assert one[0].metrics["loss"] == pytest.approx(float(host["loss"]))
     assert one[0].metrics["tokens"] == batch(0)["mask"].sum()
-    last = [at.metrics for at in fit(fresh(), STEP, batch, lr_at, steps=STEPS, log_every=4)]
+    last = [at.metrics for at in fit(fresh(), lambda s: STEP, batch, lr_at, steps=STEPS, log_every=4)]
     assert last[1]["loss"] == pytest.approx(np.mean([at.metrics["loss"] for at in one[4:8]]))
     m = last[0]
     assert m["tokens_per_second"] == pytest.approx(m["tokens"] / m["seconds_per_step"])

@@ -1,0 +1,164 @@
+"""Quiet-STaR on generated documents: a model of 0.1M parameters teaches itself to think where thinking pays.
+
+    qstar train --config=configs/quiet_star_tiny.py --workdir=runs/quiet_star_tiny
+    qstar train --config=configs/quiet_star_tiny.py:seed=1 --workdir=runs/quiet_star_tiny_1
+
+One base model, then the method and its controls side by side, 250 steps each. Documents such as `e64539=7;` end in a fold of
+their digits that the model cannot compute in one step; its base text shows the steps in a fifth of the documents, the
+Quiet-STaR text never does (`qstar/tasks/folds.py`).
+
+    ...py:arms=quiet_star+pause         any arms of ARMS
+    ...py:lengths                       thoughts of 1 to 8 tokens, one arm each
+    ...py:official                      the official code's choices, one by one and all at once
+    ...py:fast                          Fast Quiet-STaR: 6, 4, 2 tokens, then a student that does not think
+    ...py:documents=2                   two problems per row
+"""
+
+from configs.common import parse_arg, quiet_config
+from qstar.errors import unknown
+
+FROZEN = "thoughts|mixing"
+ARMS = {
+    "quiet_star": {},
+    "no_policy": {"thoughts": {"policy_weight": 0.0}},
+    "no_policy_frozen": {"thoughts": {"policy_weight": 0.0}, "trains": FROZEN},
+    "pause": {"thinker": "pause"},
+    "random": {"thinker": "random"},
+    "same_text": {"thinker": "none"},
+    "same_compute": {"thinker": "none", "steps": 24},  # times the steps of the others: 24 times the text
+    "sampled_lengths": {"lengths": (1, 2, 3, 4, 5, 6, 7, 8), "thoughts": {"thought_tokens": 6}},
+    "long": {"steps": 3},
+    "no_policy_long": {"steps": 3, "thoughts": {"policy_weight": 0.0}},
+    "pause_long": {"steps": 12, "thinker": "pause"},
+}
+DEFAULT = "quiet_star+no_policy+no_policy_frozen+pause+random+same_text+same_compute"
+OFFICIAL = {  # one of the official code's choices each, see ThoughtConfig
+    "clip": {"clip_negative": True},
+    "heat_3": {"policy_temperature": 3.0},
+    "mean": {"policy_reduce": "mean"},
+    "sigmoid": {"mixing": "sigmoid"},
+    "policy_0.1": {"policy_weight": 0.1},
+    "policy_10": {"policy_weight": 10.0},
+    "policy_1e6": {"policy_weight": 1e6},
+    "scale_10": {"embedding_scale": 10.0},
+    "scale_100": {"embedding_scale": 100.0},
+    "talk_2": {"talk_tokens": 2},
+    "talk_4": {"talk_tokens": 4},
+    "weak": {"clip_negative": True, "policy_temperature": 3.0, "policy_reduce": "mean"},
+}
+OFFICIAL["weak_scale_100"] = {**OFFICIAL["weak"], "embedding_scale": 100.0}
+OFFICIAL["all"] = {**OFFICIAL["weak_scale_100"], "policy_weight": 1e6}
+
+
+def get_config(arg=None):
+    """Arguments: smoke, seed=N, steps=N, arms=A+B, lengths, official, fast, documents=N, worked=SHARE."""
+    arg = parse_arg(
+        arg,
+        smoke=False,
+        seed=0,
+        steps=250,
+        arms=DEFAULT,
+        lengths=False,
+        official=False,
+        fast=False,
+        documents=1,
+        worked=0.2,
+    )
+    config = quiet_config()
+    config.name = "quiet_star_tiny"
+    config.seed = arg.seed
+    config.data = {"name": "folds", "documents": arg.documents, "worked": arg.worked}
+    config.model = {
+        "path": "",
+        "preset": "tiny",
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "position": "learned",
+        "max_positions": 19 * arg.documents + 21,
+        "tie_embeddings": False,
+        "embed_scale": False,
+    }
+    base = {"steps": 3000, "batch_size": 128, "schedule": "cosine", "end": 0.1, "warmup": 100}
+    config.base.update(lr=2e-3, b2=0.98, weight_decay=0.01, **base)
+    config.thoughts = {"thought_tokens": 6, "talk_tokens": 1, "thoughts_per_position": 2, "start_text": "-"}
+    config.train.update(batch_size=32, lr=1e-3, b2=0.98, weight_decay=0.001, log_every=25)
+    config.evaluate.update(rows=1200, batch_size=200, every=50, shown=40)
+    config.gates = gates()
+    if arg.lengths:
+        arms = {f"length_{n}": {"thoughts": {"thought_tokens": n}} for n in range(1, 9)}
+    elif arg.official:
+        arms = {name: {"thoughts": changes} for name, changes in OFFICIAL.items()}
+    elif arg.fast:
+        arms = fast()
+    else:
+        arms = {name: arm_of(name) for name in arg.arms.split("+")}
+    for arm in arms.values():
+        arm["steps"] = arg.steps * arm.get("steps", 1)
+    config.arms = arms
+    if arg.smoke:
+        smoke(config)
+    return config
+
+
+def arm_of(name):
+    """The settings of an arm of ARMS."""
+    if name not in ARMS:
+        raise unknown(f"config argument arms: {name!r}", name, ARMS)
+    return dict(ARMS[name])
+
+
+def fast():
+    """A curriculum from six tokens to two, beside training at two from the start; then students of either teacher."""
+    out = {"six": {}}
+    for before, name, n in (("six", "six_to_four", 4), ("six_to_four", "four_to_two", 2)):
+        out[name] = {"start": before, "thoughts": {"thought_tokens": n}}
+    out["two"] = {"thoughts": {"thought_tokens": 2}, "steps": 3}
+    out["student"] = {"thinker": "none", "start": "six", "teacher": "six", "steps": 4}
+    out["plain"] = {"thinker": "none", "start": "six", "steps": 4}
+    return out
+
+
+def gates():
+    """What must hold of the base before any arm is paid for (held-out documents)."""
+    return {
+        "hard without steps": {
+            "metric": "direct_nll",
+            "min": 2.2,
+            "why": "the base answers hard folds directly: the controls will creep up, too",
+        },
+        "steps lead to the answer": {
+            "metric": "worked_accuracy",
+            "min": 0.9,
+            "why": "the base cannot read an answer off its steps; train it for longer",
+        },
+        "steps are known": {
+            "metric": "step_nll",
+            "max": 0.2,
+            "why": "the base cannot write the steps; train it for longer, or show it more of them",
+        },
+        "some thoughts are right": {
+            "metric": "right",
+            "min": 0.05,
+            "max": 0.6,
+            "stop": False,
+            "why": "at 0 there is nothing to reinforce; far above, the controls will look as good",
+        },
+        "greedy thoughts are not": {
+            "metric": "right_greedy",
+            "max": 0.1,
+            "stop": False,
+            "why": "the greedy column would flatter the arm without policy gradient",
+        },
+    }
+
+
+def smoke(config):
+    """Under a minute: every stage runs, nothing is learnt."""
+    config.base.steps = 60
+    config.thoughts.thought_tokens = 2
+    config.evaluate.update(rows=40, batch_size=40, every=6, shown=8)
+    config.train.update(log_every=3, save_every=5, batch_size=8)
+    config.gates = {}
+    for arm in config.arms.values():
+        arm.steps = 12 if arm.steps < 1000 else 24

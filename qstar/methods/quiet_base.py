@@ -1,0 +1,174 @@
+"""The model that learns to think: pretrained weights, or a small one trained on the corpus' own text first; and its gates.
+
+A from-scratch base must be able to write the steps that help, and must not do so of its own accord, or there is nothing to
+see. The gates check that, cheaply, before any arm is paid for.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qstar.errors import UserError, require
+from qstar.methods.quiet_setup import Study
+from qstar.methods.run_folder import once_json, stable_seed
+from qstar.methods.supervised import TrainSettings, sft_step
+from qstar.methods.training import Stage, train_stage
+from qstar.models import decoder, mixing
+from qstar.models.config import preset
+from qstar.models.model import Model, load
+from qstar.tasks.folds import Folds
+from qstar.thoughts import measure
+from qstar.train.loop import Diverged
+from qstar.train.metrics import show_table
+from qstar.train.state import init_params
+
+
+def architecture(study: Study) -> Model:
+    """Returns the model before any training here: loaded from `config.model.path`, or random."""
+    options = study.config.model.to_dict()
+    path, name = options.pop("path", ""), options.pop("preset", "")
+    require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
+    if path:
+        model = load(path, mesh=study.mesh, dtype=options.pop("dtype", None))
+        return model.replace(config=model.config.replace(**options))
+    tokenizer = study.corpus.tokenizer
+    config = preset(name, **{"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, **options})
+    params = init_params(
+        lambda key: decoder.init(config, key),
+        seed=stable_seed(study.seed, "init"),
+        mesh=study.mesh,
+        table=decoder.PARAM_AXES,
+    )
+    return Model(config, params, tokenizer, study.mesh)
+
+
+def prepare(study: Study, model: Model) -> Model:
+    """Trains the base for `config.base.steps` (0: as it is), and checks its gates.
+
+    Raises:
+      UserError: a gate that does not hold, or a training that diverged.
+    """
+    if study.base_steps:
+        model = _train(study, model)
+    _check_gates(study, model)
+    return model
+
+
+def _train(study: Study, model: Model) -> Model:
+    settings = study.base_settings
+    study.say(f"\n[bold]base[/bold]: {study.base_steps} steps")
+    tx, step = sft_step(model.config, TrainSettings(**settings.__dict__))
+    began = time.perf_counter()
+    with study.bar("base", study.base_steps) as progress:
+        stage = Stage(
+            study.workdir / "base",
+            settings,
+            study.base_steps,
+            stable_seed(study.seed, "base"),
+            study.writer,
+            {"arm": "base"},
+            progress,
+        )
+        try:
+            model, done = train_stage(
+                model,
+                stage,
+                tx,
+                lambda s: step,
+                lambda s: study.batch(study.corpus.base_rows(s, settings.batch_size, study.seed)),
+            )
+        except Diverged as e:
+            raise UserError(f"config.base.lr={settings.lr}: {e}") from None
+    study.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
+    return model
+
+
+def _check_gates(study: Study, model: Model) -> None:
+    if not study.gates:
+        return
+    found = once_json(study.workdir / "base" / "gates.json", lambda: measure_gates(study, model))
+    rows = [
+        {"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"}
+        for k, g in found.items()
+    ]
+    if jax.process_index() == 0:
+        show_table(study.console, "gates of the base", rows)
+    failed = [(k, g) for k, g in found.items() if not g["ok"] and study.gates[k].stop]
+    if failed:
+        name, g = failed[0]
+        raise UserError(f"gate {name}: {g['metric']} is {g['value']:.3f}, wanted {g['limit']}: {g['why']}")
+
+
+def measure_gates(study: Study, model: Model) -> dict[str, Any]:
+    """Returns {gate: {metric, value, limit, ok, why}} for generated documents (`tasks.folds`), on held-out ones."""
+    require((isinstance(study.corpus, Folds), "config.gates: there are measurements for data.name='folds' alone"))
+    values = fold_measurements(study, model)
+    out = {}
+    for name, gate in study.gates.items():
+        value = values[gate.metric]
+        low = -np.inf if gate.min is None else gate.min
+        high = np.inf if gate.max is None else gate.max
+        bounds = {"at least": gate.min, "at most": gate.max}
+        limit = ", ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        out[name] = {
+            "metric": gate.metric,
+            "value": value,
+            "limit": limit,
+            "ok": bool(low <= value <= high),
+            "why": gate.why,
+        }
+    return out
+
+
+def fold_measurements(study: Study, model: Model, size: int = 600) -> dict[str, float]:
+    """What a base model knows of the steps, in nats and shares.
+
+    direct_nll: of hard answers without steps, the dash left out. worked_nll, worked_accuracy: of hard answers after the
+    right steps; step_nll: of the steps. right, right_greedy: share of thoughts that hold all steps, with the dash as
+    start and end, before any training to think.
+    """
+    corpus, config = Folds(), model.config.replace(thoughts=study.thoughts)  # one document a row
+    rows, hard = corpus.test_rows(size), len(corpus.classes) - 1
+    batch = jax.tree.map(jnp.asarray, study.batch(rows))
+    nll, _, _ = measure.score_text(model.params, config, batch)
+    dash = jnp.full_like(batch.tokens, study.start_id)
+    dash_nll, _, _ = measure.score_text(model.params, config, batch.replace(tokens=_after(batch.tokens, dash)))
+    at = rows.classes[:, 1:] == hard
+    # The dash is fed nowhere: `_after` swaps targets only where the answer stands, and no later score is read.
+    direct = np.asarray(nll) + np.log1p(-np.minimum(np.exp(-np.asarray(dash_nll)), 1 - 1e-6))
+    worked = corpus.worked_rows(size)
+    w_nll, w_hit, _ = (
+        np.asarray(x) for x in measure.score_text(model.params, config, jax.tree.map(jnp.asarray, study.batch(worked)))
+    )
+    answer, step = worked.classes[:, 1:] == hard, worked.classes[:, 1:] == 2
+    out = {
+        "direct_nll": float(direct[at].mean()),
+        "worked_nll": float(w_nll[answer].mean()),
+        "worked_accuracy": float(w_hit[answer].mean()),
+        "step_nll": float(w_nll[step].mean()),
+    }
+    params = mixing.attach(model.params, config, jax.random.key(0), study.start_id)
+    for name, heat in (("right", 1.0), ("right_greedy", 0.0)):
+        scores = measure.score(params, config, batch, jax.random.key(stable_seed("gates")), temperature=heat)
+        share = holds_steps(np.asarray(scores.thoughts), rows.expected[:, :-1])
+        out[name] = float(share[:, 0][at].mean())
+    return out
+
+
+def _after(tokens: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns tokens with the answers of one-document rows (the last but one) replaced."""
+    return tokens.at[:, -2].set(other[:, -2])
+
+
+def holds_steps(thoughts: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Whether thoughts [B, P, M, S] begin with the expected tokens [B, M, K] (-1 beyond their end), as far as they reach:
+    bool [B, P, M]; False where nothing is expected."""
+    S, K = thoughts.shape[-1], expected.shape[-1]
+    n = min(S, K)
+    wanted = expected[:, None, :, :n]
+    return np.all((thoughts[..., :n] == wanted) | (wanted < 0), axis=-1) & (expected[:, None, :, 0] >= 0)

@@ -1,0 +1,219 @@
+"""Measuring a model that thinks on held-out text: by kind of token, with its thoughts, greedy ones, and random ones.
+
+The average over all tokens hides the effect: thoughts help where tokens are hard, and there alone. Kinds are those of the
+corpus, or, of any text, how hard its tokens are for the base model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qstar.data.corpus import Rows
+from qstar.data.sources import read_jsonl, write_jsonl
+from qstar.methods.quiet_base import holds_steps
+from qstar.methods.quiet_setup import Study
+from qstar.methods.run_folder import once_json, stable_seed
+from qstar.models.model import Model
+from qstar.thoughts import measure as m
+from qstar.train.evaluate import bootstrap_ci
+from qstar.train.metrics import show_table
+from qstar.types import Params
+
+BUCKETS = ((0.5, "easy (< 0.5 nats)"), (2.0, "middle (0.5 to 2)"), (np.inf, "hard (> 2 nats)"))  # of the base's own NLL
+IGNORED, COLLAPSED = 0.01, 1e-3  # alarms: mean |weight|, and the spread of rewards at one position, in nats
+
+
+class Watch:
+    """Measures a model in training every `evaluate.every` steps; says when it no longer improves."""
+
+    def __init__(self, study: Study, arm: str, like: Model, thinker: str, patience: int):
+        """`like` is a model of the arm's configuration."""
+        self.study, self.arm, self.like, self.thinker, self.patience = study, arm, like, thinker, patience
+        self.scores: dict[int, float] = {}
+
+    def __call__(self, step: int, params: Params) -> bool:
+        every = self.study.sight.every
+        if not every or step % every or step in self.scores:
+            return False
+        found = measure(self.study, self.arm, self.like.replace(params=params), self.thinker, step)
+        self.scores[step] = found.get("nll/all", found["nll_base/all"])
+        for text in alarms(found):
+            self.study.say(f"[yellow]{self.arm}, step {step}: {text}")
+            self.study.writer.write(stage="alarm", arm=self.arm, step=step, text=text)
+        best = min(self.scores, key=self.scores.get)
+        since = sum(s > best for s in self.scores)
+        return bool(self.patience) and since >= self.patience
+
+
+def alarms(found: dict[str, Any]) -> list[str]:
+    """What is wrong with the thoughts of a measurement, in words."""
+    out = []
+    if abs(found.get("weight_abs", 1.0)) < IGNORED:
+        out.append(f"thoughts are ignored: their mean weight is {found['weight_abs']:.4f}")
+    if found.get("distinct", 1.0) < 0.02:
+        out.append(f"thoughts are alike: {found['distinct']:.1%} of them are distinct")
+    return out
+
+
+def measure(study: Study, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
+    """Returns (and writes once) the metrics of a model on the held-out text: WORKDIR/<arm>/evaluation/step_N.json.
+
+    Keys are `<metric>/<kind of token>`: nll_base, accuracy_base without thoughts; nll, accuracy, weight with sampled ones
+    (accuracy_low and _high: 95% over rows); nll_greedy, accuracy_greedy; nll_swapped, accuracy_swapped with random ids in
+    place of the model's thoughts; right, the share of thoughts that hold the true steps.
+    """
+    path = study.workdir / arm / "evaluation" / f"step_{step:06d}.json"
+    if path.exists():
+        return once_json(path, dict)
+    found = once_json(path, lambda: _measure(study, arm, model, thinker, step))
+    study.writer.write(stage="evaluation", arm=arm, step=step, **found)
+    if jax.process_index() == 0:
+        show_table(study.console, f"{arm}, step {step}", table(found))
+    return found
+
+
+def table(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a row per kind of token."""
+    columns = {"NLL, no thought": "nll_base", "NLL": "nll", "acc., no thought": "accuracy_base", "accuracy": "accuracy"}
+    columns |= {"greedy": "accuracy_greedy", "swapped": "accuracy_swapped", "right": "right", "weight": "weight"}
+    there = {title: key for title, key in columns.items() if f"{key}/all" in found}
+    return [{"tokens": c, **{t: found.get(f"{k}/{c}") for t, k in there.items()}} for c in ("all", *found["classes"])]
+
+
+def _measure(study: Study, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
+    rows = study.corpus.test_rows(study.sight.rows)
+    names, kinds = _kinds(study, model, rows)
+    if thinker == "none":
+        nll, hit, counted = _text(study, model, rows)
+        values = {"nll_base": nll, "accuracy_base": hit}
+        return {"classes": names, **_by_kind(names, np.where(counted, kinds, -2), values, ci=("accuracy_base",))}
+    ways = {"": (1.0, thinker), "_greedy": (0.0, thinker), "_swapped": (1.0, "random")}
+    out: dict[str, Any] = {"classes": names}
+    for suffix, (heat, way) in ways.items():
+        if suffix and thinker != "sampled":
+            continue
+        s = _scores(study, model, rows, way, heat)
+        where = np.where(s.counted, kinds, -2)
+        values = {f"nll{suffix}": s.nll.mean(1), f"accuracy{suffix}": s.hit.mean(1)}
+        if not suffix:
+            values |= {"nll_base": s.base_nll, "accuracy_base": s.base_hit, "weight": s.weight.mean(1)}
+            values |= {"reward": s.reward.mean(1)}
+            out |= _diagnostics(s, where >= -1)
+            _write_thoughts(study, arm, step, rows, names, kinds, s)
+        if rows.expected is not None:
+            values[f"right{suffix}"] = holds_steps(s.thoughts, rows.expected[:, :-1]).mean(1)
+        out |= _by_kind(names, where, values, ci=() if suffix else ("accuracy",))
+    return out
+
+
+def _by_kind(
+    names: list[str], where: np.ndarray, values: dict[str, np.ndarray], ci: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Means of values [B, M] over the tokens of each kind (where [B, M]: kind, -1 = of no kind, -2 = not counted)."""
+    out = {}
+    for i, name in ((-1, "all"), *enumerate(names)):
+        mine = where >= -1 if name == "all" else where == i
+        for key, x in values.items():
+            out[f"{key}/{name}"] = float(x[mine].mean()) if mine.any() else None
+            if key in ci and mine.any():  # rows are the independent things, not their tokens
+                per_row = [x[b][mine[b]].mean() for b in range(len(x)) if mine[b].any()]
+                out[f"{key}_low/{name}"], out[f"{key}_high/{name}"] = bootstrap_ci(per_row)
+    return out
+
+
+def _diagnostics(s: m.Scores, counted: np.ndarray) -> dict[str, Any]:
+    w = np.moveaxis(s.weight, 1, 2)[counted]
+    edges = np.linspace(min(-0.1, float(w.min())), max(1.0, float(w.max())), 41)
+    thoughts = np.moveaxis(s.thoughts, 1, 2)[counted].reshape(-1, s.thoughts.shape[-1])
+    return {
+        "weight_abs": float(np.abs(w).mean()),
+        "weight_histogram": {"edges": edges.round(4).tolist(), "counts": np.histogram(w, edges)[0].tolist()},
+        "thought_entropy": float(np.nanmean(s.thought_nll)) if not np.isnan(s.thought_nll).all() else None,
+        "reward_positive": float((np.moveaxis(s.reward, 1, 2)[counted] > 0).mean()),
+        "distinct": len(np.unique(thoughts, axis=0)) / len(thoughts),
+    }
+
+
+def _batches(study: Study, rows: Rows) -> Any:
+    """Yields parts of the rows of one and the same size; the last one is filled up, and says how many are its own."""
+    size = min(study.sight.batch_size, len(rows.tokens))
+    for begin in range(0, len(rows.tokens), size):
+        part = [x[begin : begin + size] for x in rows[:4]]
+        own = len(part[0])
+        yield study.batch(Rows(*(np.concatenate([x, np.repeat(x[:1], size - own, axis=0)]) for x in part))), own
+
+
+def _scores(study: Study, model: Model, rows: Rows, thinker: str, heat: float) -> m.Scores:
+    """Scores of all rows, on the host."""
+    config, P = model.config, study.sight.passes
+    parts = []
+    for i, (batch, own) in enumerate(_batches(study, rows)):
+        key = jax.random.key(stable_seed("evaluate", i))
+        shape = (len(batch.tokens), P, batch.tokens.shape[1] - 1, config.thoughts.thought_tokens)
+        given = None
+        if thinker == "random":
+            given = m.random_thoughts(key, config, shape)
+        elif thinker == "pause":
+            given = jnp.full(shape, config.thoughts.forbidden_ids[0], jnp.int32)
+        found = m.score(model.params, config, batch, key, passes=P, temperature=heat, thoughts=given)
+        parts.append(jax.tree.map(lambda x, own=own: np.asarray(x)[:own], found))
+    return m.Scores(*(np.concatenate(x) for x in zip(*parts)))
+
+
+def _text(study: Study, model: Model, rows: Rows) -> tuple[np.ndarray, ...]:
+    parts = []
+    for batch, own in _batches(study, rows):
+        parts.append([np.asarray(x)[:own] for x in m.score_text(model.params, model.config, batch)])
+    return tuple(np.concatenate(x) for x in zip(*parts))
+
+
+def _kinds(study: Study, model: Model, rows: Rows) -> tuple[list[str], np.ndarray]:
+    """Returns the kinds' names, and that of the token after each position, [B, N-1]."""
+    if rows.classes is not None:
+        return list(study.corpus.classes), rows.classes[:, 1:]
+    path = study.workdir / "base" / "difficulty.jsonl"  # of the first model that is measured: the one without training
+    if not path.exists():
+        nll, _, _ = _text(study, model, rows)
+        write_jsonl(path, [{"nll": np.round(x, 4).tolist()} for x in nll])
+    nll = np.asarray([r["nll"] for r in read_jsonl(path)])
+    return [name for _, name in BUCKETS], np.searchsorted([edge for edge, _ in BUCKETS[:-1]], nll)
+
+
+def _write_thoughts(
+    study: Study, arm: str, step: int, rows: Rows, names: list[str], kinds: np.ndarray, s: m.Scores
+) -> None:
+    """Writes WORKDIR/<arm>/thoughts/step_N.jsonl: the first texts, token by token, for the viewer."""
+    text = functools.cache(study.corpus.tokenizer.show)
+    out = []
+    for b in range(min(study.sight.shown, len(rows.tokens))):
+        counted = s.counted[b]
+        thoughts = [
+            {
+                "tokens": [[text(int(t)) for t in c] for c in s.thoughts[b, p]],
+                "nll": _round(s.nll[b, p], counted),
+                "weight": _round(s.weight[b, p], counted),
+                "reward": _round(s.reward[b, p], counted),
+            }
+            for p in range(s.nll.shape[1])
+        ]
+        real = rows.segment_ids[b] > 0
+        out.append(
+            {
+                "text": b,
+                "tokens": [text(int(t)) if r else "" for t, r in zip(rows.tokens[b], real)],
+                "classes": ["", *(names[k] if k >= 0 else "" for k in kinds[b])],
+                "base_nll": _round(s.base_nll[b], counted),
+                "thoughts": thoughts,
+            }
+        )
+    if jax.process_index() == 0:
+        write_jsonl(study.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out)
+
+
+def _round(x: np.ndarray, counted: np.ndarray) -> list[float | None]:
+    return [round(float(v), 4) if c else None for v, c in zip(x, counted)]

@@ -1,0 +1,177 @@
+"""What every arm of a Quiet-STaR run shares: the sections of its config, its text, and the run folder's writers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from qstar.data.corpus import Corpus, Rows, TextCorpus
+from qstar.errors import UserError, check_type, require, unknown
+from qstar.mesh import make_mesh
+from qstar.methods.screen import Screen
+from qstar.methods.settings import Gate, Log, Sections, check_keys, settings_from
+from qstar.methods.training import UpdateSettings
+from qstar.models.thought_config import ThoughtConfig
+from qstar.tasks.folds import Folds
+from qstar.text.tokenizer import load_tokenizer
+from qstar.train.metrics import Writer
+from qstar.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """How models are measured. A config's `evaluate` section."""
+
+    rows: int = 1200  # of held-out text
+    batch_size: int = 100
+    every: int = 0  # steps between two measurements; 0: only at the end
+    shown: int = 40  # texts whose thoughts are written out for the viewer
+    passes: int = 1  # thoughts per position
+
+    def __post_init__(self):
+        sizes = {n: getattr(self, n) for n in ("rows", "batch_size", "passes")}
+        require(
+            *((v >= 1, f"{n}={v} must be at least 1") for n, v in sizes.items()),
+            (self.every >= 0, f"every={self.every} must be 0 (only at the end) or more steps"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseGate(Gate):
+    """A bound on a measurement of the base model, see `quiet_base.measure_gates`."""
+
+    NAMES: ClassVar = ("direct_nll", "worked_nll", "worked_accuracy", "step_nll", "right", "right_greedy")
+
+
+@dataclasses.dataclass
+class Study(Screen):
+    """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
+
+    config: Any
+    workdir: Path
+    console: Console
+    corpus: Corpus
+    mesh: Any
+    seed: int
+    thoughts: ThoughtConfig
+    sight: Sight
+    base_settings: UpdateSettings
+    base_steps: int
+    gates: dict[str, Gate]
+    start_text: str
+    writer: Writer = None
+
+    @classmethod
+    def make(cls, config: Any, workdir: Path, console: Console) -> Study:
+        """Reads a config; all that can be wrong in it is found here, before anything is written."""
+        values = config.to_dict()
+        extra = {"data": values.pop("data", {}), "thoughts": values.pop("thoughts", {})}
+        sections = settings_from(Sections, {"task": {"name": "text"}, "loop": {}, "sample": {}, **values}, "")
+        base = {"steps": 0, **sections.base}
+        check_type("config.base.steps", base["steps"], int)
+        settings_from(Log, sections.log, "log")
+        start_text = extra["thoughts"].pop("start_text", "---")
+        parity = extra["thoughts"].pop("parity", False)
+        corpus = make_corpus(extra["data"], sections.model.get("path", ""))
+        settings_from(UpdateSettings, sections.train, "train")
+        check_keys(ThoughtConfig, extra["thoughts"], "thoughts")
+        return cls(
+            config=config,
+            workdir=workdir,
+            console=console,
+            corpus=corpus,
+            mesh=make_mesh(config.mesh) if jax.device_count() > 1 or config.mesh != "data=-1" else None,
+            seed=config.seed,
+            thoughts=thought_config(extra["thoughts"], parity, corpus),
+            sight=settings_from(Sight, sections.evaluate, "evaluate"),
+            base_steps=base.pop("steps"),
+            base_settings=settings_from(UpdateSettings, base, "base"),
+            gates={k: settings_from(BaseGate, gate, f"gates.{k}") for k, gate in sections.gates.items()},
+            start_text=start_text,
+        )
+
+    @property
+    def start_id(self) -> int:
+        """The token whose embedding the start and end vectors begin as (the official code: the first of "---")."""
+        ids = self.corpus.tokenizer.encode(self.start_text)
+        require((len(ids) > 0, f"config.thoughts.start_text={self.start_text!r} has no token"))
+        return ids[0]
+
+    def recipe(self, cls: type, name: str) -> Any:
+        """Returns an arm's settings; its thoughts and train settings are checked, too."""
+        own = self.config.arms[name].to_dict()
+        recipe = settings_from(cls, own, f"arms.{name}")
+        check_keys(ThoughtConfig, recipe.thoughts, f"arms.{name}.thoughts")
+        self.thoughts.replace(**recipe.thoughts)
+        self.settings(recipe.train, f"arms.{name}.train")
+        return recipe
+
+    def settings(self, changes: dict[str, Any], where: str = "train") -> UpdateSettings:
+        """Returns the config's `train` section with an arm's changes."""
+        return settings_from(UpdateSettings, {**self.config.train.to_dict(), **changes}, where)
+
+    def batch(self, rows: Rows) -> Batch:
+        """Returns the part of the rows that this process holds."""
+        count, index = jax.process_count(), jax.process_index()
+        mine = slice(len(rows.tokens) * index // count, len(rows.tokens) * (index + 1) // count)
+        return Batch(*(np.asarray(x[mine]) for x in rows[:4]))
+
+    def begin(self) -> None:
+        """Opens the metrics files."""
+        log = self.config.get("log") or {}
+        self.writer = Writer(self.workdir, wandb=log.wandb.to_dict() if log.get("wandb") else None)
+
+    def end(self) -> None:
+        """Flushes the metrics files."""
+        self.writer.close()
+
+
+def thought_config(options: dict[str, Any], parity: bool, corpus: Corpus) -> ThoughtConfig:
+    """Returns the config's `thoughts`: the defaults, or the official code's where `parity` is set, with changes.
+
+    Padding and ids without text are never thought, unless `forbidden_ids` says otherwise.
+    """
+    if "forbidden_ids" not in options:
+        pad = corpus.tokenizer.pad_id
+        options = {**options, "forbidden_ids": () if pad is None else (pad,)}
+    return ThoughtConfig.parity(**options) if parity else ThoughtConfig(**options)
+
+
+def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
+    """Returns the text of a config's `data` section: {"name": "folds" | "text", ...}.
+
+    Raises:
+      UserError: unknown name or option, or a text that cannot be read.
+    """
+    options = dict(options)
+    name = options.pop("name", "")
+    if name == "folds":
+        return _call(Folds, options)
+    if name != "text":
+        raise unknown(f"config.data.name={name!r}", str(name), ["folds", "text"])
+    folder, source = options.pop("tokenizer", "") or model_path, options.pop("source", "")
+    require(
+        (bool(source), "config.data.source is not set; name a jsonl or parquet file, or a hub data set"),
+        (bool(folder), "config.data.tokenizer is not set; name a folder with tokenizer files, or set model.path"),
+    )
+    tokenizer = load_tokenizer(folder)
+    require((tokenizer is not None, f"{folder}: has no tokenizer files; name another folder in config.data.tokenizer"))
+    return _call(TextCorpus, options, source, tokenizer)
+
+
+def _call(cls: type, options: dict[str, Any], *args: Any) -> Any:
+    import inspect
+
+    known = list(inspect.signature(cls).parameters)[len(args) :]
+    for option in options:
+        if option not in known:
+            raise unknown(f"config.data.{option}", option, known)
+    try:
+        return cls(*args, **options)
+    except UserError as e:
+        raise UserError(f"config.data: {e}") from None

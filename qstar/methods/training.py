@@ -1,0 +1,160 @@
+"""One stage of training in a run folder: what is common to supervised fine-tuning and to Quiet-STaR."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from qstar import tree
+from qstar.errors import require
+from qstar.methods.run_folder import once_json
+from qstar.models.decoder import PARAM_AXES
+from qstar.models.model import Model
+from qstar.train import optim
+from qstar.train.checkpoint import Checkpoints
+from qstar.train.loop import fit
+from qstar.train.metrics import Writer
+from qstar.train.state import create_state
+from qstar.types import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings:
+    """How batches become updates."""
+
+    batch_size: int = 32  # rows per update
+    accumulate: int = 1
+    lr: float = 1e-6
+    schedule: str = "constant"
+    warmup: int = 100
+    end: float = 0.0  # final rate of a decay, as a share of lr
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    save_every: int = 0
+    log_every: int = 50
+    max_bad: int = 20
+
+    def __post_init__(self):
+        kinds = ", ".join(optim.SCHEDULES)
+        require(
+            (self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1"),
+            (self.accumulate >= 1, f"accumulate={self.accumulate} must be at least 1"),
+            (
+                self.batch_size % max(1, self.accumulate) == 0,
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; choose a divisor of it",
+            ),
+            (0 <= self.lr < math.inf, f"lr={self.lr} must be a finite number of 0 or more"),
+            (self.schedule in optim.SCHEDULES, f"schedule={self.schedule!r} is not one of {kinds}"),
+            (self.warmup >= 0, f"warmup={self.warmup} must be 0 or more steps"),
+            (0 <= self.end < math.inf, f"end={self.end} must be a share of lr, 0 or more"),
+            (0 <= self.b1 < 1, f"b1={self.b1} must be in [0, 1)"),
+            (0 <= self.b2 < 1, f"b2={self.b2} must be in [0, 1)"),
+            (0 <= self.weight_decay < math.inf, f"weight_decay={self.weight_decay} must be 0 or more"),
+            (0 <= self.clip < math.inf, f"clip={self.clip} must be 0 (off) or more"),
+            (self.save_every >= 0, f"save_every={self.save_every} must be 0 (only at the end) or more steps"),
+            (self.log_every >= 1, f"log_every={self.log_every} must be at least 1 step"),
+            (self.max_bad >= 1, f"max_bad={self.max_bad} must be at least 1 update"),
+        )
+
+    def optimiser(self) -> optax.GradientTransformation:
+        """Returns AdamW's direction with these settings."""
+        return optim.adamw(b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, clip=self.clip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Where and for how long a model is trained."""
+
+    folder: Path  # holds `model/` (the parameters) when done, and `training/` until then
+    settings: UpdateSettings
+    steps: int
+    seed: int
+    writer: Writer
+    label: dict[str, Any]  # of the metrics rows: arm, iteration
+    progress: Callable[[int, dict[str, float]], None] | None = None
+
+
+def finished(folder: Path) -> bool:
+    """Whether the stage of this folder has ended."""
+    return (folder / "summary.json").exists()
+
+
+def train_stage(
+    start: Model,
+    stage: Stage,
+    tx: optax.GradientTransformation,
+    step_at: Callable[[int], Any],
+    batch_at: Callable[[int], Batch] | None,
+    *,
+    roles: dict[str, Params] | None = None,
+    watch: Callable[[int, Params], bool | None] | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """Trains a copy of `start` and returns the new model with a summary.
+
+    Killed at any point and called again it goes on from its last checkpoint and ends with the same bits; called after
+    it has finished it only loads.
+
+    Args:
+      tx: over all roles. step_at: the update (`make_step`) of a step. batch_at: the host's rows of a step.
+      roles: parameters beside `policy`, which do not train (a teacher).
+      watch: is shown (step, policy) at every log, and where a resumed run starts; True from it ends the stage early.
+    """
+    # Master weights are float32, whatever the folder kept them in: updates of 1e-6 round to nothing in bfloat16.
+    start = start.replace(params=tree.cast(start.params, np.float32))
+    weights = Checkpoints(stage.folder / "model")
+    done = stage.folder / "summary.json"
+    if finished(stage.folder):
+        shutil.rmtree(stage.folder / "training", ignore_errors=True)  # a kill may have come between
+        params, _ = weights.restore(start.params)
+        weights.close()
+        return start.replace(params=params), once_json(done, dict)
+    params, summary = _train(start, stage, tx, step_at, batch_at, roles or {}, watch)
+    weights.save(summary["steps"], params)
+    weights.close()
+    once_json(done, lambda: summary)
+    shutil.rmtree(stage.folder / "training", ignore_errors=True)  # moments are of no use to the next loop
+    return start.replace(params=params), summary
+
+
+def _train(start, stage, tx, step_at, batch_at, roles, watch):
+    s = stage.settings
+    params = {"policy": start.params, **roles}
+    state = create_state(params, tx, seed=stage.seed, mesh=start.mesh, table=PARAM_AXES)
+    lr_at = optim.schedule(s.schedule, s.lr, warmup=s.warmup, steps=stage.steps, end=s.end)
+    checkpoints = Checkpoints(stage.folder / "training")
+    metrics: dict[str, float] = {}
+    last = 0
+    lr_table = np.asarray(jax.vmap(lr_at)(np.arange(stage.steps))) if stage.steps else np.zeros(0)
+    for at in fit(
+        state,
+        step_at,
+        batch_at,
+        lambda step: lr_table[step],
+        steps=stage.steps,
+        mesh=start.mesh,
+        checkpoints=checkpoints,
+        save_every=s.save_every,
+        log_every=s.log_every,
+        max_bad=s.max_bad,
+    ):
+        state, last = at.state, at.step
+        if at.metrics:
+            metrics = at.metrics
+            stage.writer.write(stage="train", step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **metrics)
+            if stage.progress is not None:
+                stage.progress(at.step, metrics)
+        if watch is not None and watch(at.step, state.params["policy"]):
+            break
+    checkpoints.close()
+    keys = ("loss", "accuracy", "tokens", "skipped")
+    return state.params["policy"], {"steps": last, **{k: metrics.get(k) for k in keys}}
