@@ -70,6 +70,7 @@ def evaluation(arm: str, number: int, step: int) -> dict:
         accuracy = {"easy": 1.0, "unpredictable": 0.1, "hard": 0.1, "all": 0.53}[name]
         row |= {f"nll_base/{name}": base[name], f"accuracy_base/{name}": accuracy}
         if arm not in THINK:
+            row |= {f"accuracy_base_low/{name}": accuracy - 0.02, f"accuracy_base_high/{name}": accuracy + 0.02}
             continue
         mine = right if name == "hard" else accuracy
         row |= {

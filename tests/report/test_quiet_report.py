@@ -50,7 +50,8 @@ def test_main_table_equals_the_last_evaluation_of_every_arm(folder, page):
     rows = [r for r in read_jsonl(folder / "metrics.jsonl") if r["stage"] == "evaluation" and r["step"] == STEPS[-1]]
     for cells, row in zip(table, rows, strict=True):
         accuracy = row.get("accuracy/hard", row["accuracy_base/hard"])
-        assert cells[2].startswith(f"{100 * accuracy:.1f}%")
+        low, high = (row.get(f"accuracy_{e}/hard", row.get(f"accuracy_base_{e}/hard")) for e in ("low", "high"))
+        assert cells[2] == f"{100 * accuracy:.1f}% {100 * low:.1f}–{100 * high:.1f}"
         names = ("accuracy_greedy", "accuracy_swapped", "accuracy_base", "right")
         wanted = [row.get(f"{name}/hard") for name in names]
         assert [cells[3], cells[4], cells[5], cells[8]] == [frames.percent(v) for v in wanted]
@@ -144,7 +145,8 @@ def test_a_page_loads_nothing_and_shows_a_models_text_as_text(tmp_path):
 def test_a_run_that_has_only_begun_makes_a_page(tmp_path):
     run = write_quiet_run(tmp_path / "run", texts=0, steps=(0,), arms=("plain",))
     page = Page(html.write_report(run))
-    assert "Before the first step, accuracy on hard tokens is 10.0%. No step has been evaluated yet." in page.text
+    assert "Before the first step, accuracy on hard tokens is 10.0% (8.0–12.0%)" in page.text
+    assert "No step has been evaluated yet." in page.text
     (run / "metrics.jsonl").unlink()
     assert "No results yet" in Page(html.write_report(run)).text
     assert "thought-index" not in page.scripts

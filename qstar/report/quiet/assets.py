@@ -283,6 +283,7 @@ VIEWER_SCRIPT = """
     const line = make("p", null, "toks");
     let first = true;
     text.tokens.forEach((word, k) => {
+      if (word === "" && (k === 0 || text.gains[k - 1] === null)) return;  // padding
       const token = make("span", word.replaceAll("\\n", "\\u23ce\\n"), "tok");  // a mark, and the line ends
       const j = k - 1, known = j >= 0 && text.gains[j] !== null;
       if (known) {

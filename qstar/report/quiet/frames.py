@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qstar.report.frames import Curve, percent
-from qstar.report.quiet.run import QuietArm, QuietRun
+from qstar.report.quiet.run import MAIN, QuietArm, QuietRun
 from qstar.report.rationales import Row
 
 ALL = "all"
@@ -33,13 +33,13 @@ def focus(run: QuietRun) -> str:
 
 def class_label(name: str) -> str:
     """A class in running text: "hard tokens"."""
-    return "all tokens" if name == ALL else f"{name.replace('_', ' ')} tokens"
+    name = name.replace("_", " ")
+    return f"tokens that are {name}" if "(" in name else f"{name} tokens"
 
 
 def main_arm(run: QuietRun) -> QuietArm | None:
     """The arm that the page opens with: one called as the method is, else the first that thinks, else the first."""
-    names = ("full", "quiet_star", "quiet", "thoughts")
-    named = [arm for name in names for arm in run.arms if arm.name == name]
+    named = [arm for name in MAIN for arm in run.arms if arm.name == name]
     return next(iter([*named, *(arm for arm in run.arms if arm.thinks), *run.arms]), None)
 
 
@@ -53,10 +53,16 @@ def curve(arm: QuietArm, name: str, group: str) -> Curve:
     """A measure of the evaluations by step, with its 95% interval where all rows have one."""
     rows = [(row, spoken(row, name, group)) for row in arm.evaluations]
     rows = [(row, value) for row, value in rows if value is not None]
-    keys = [f"{name}_{end}/{group}" for end in ("low", "high")]
-    known = bool(rows) and all(row.get(key) is not None for row, _ in rows for key in keys)
-    low, high = ([row[key] for row, _ in rows] if known else [] for key in keys)
+    bounds = [interval(row, name, group) for row, _ in rows]
+    low, high = ([b[side] for b in bounds] if None not in bounds else [] for side in (0, 1))
     return Curve([int(row.get("step") or 0) for row, _ in rows], [value for _, value in rows], low, high)
+
+
+def interval(row: Row, name: str, group: str) -> tuple[float, float] | None:
+    """The 95% interval of what `spoken` gives, None where it is not known."""
+    shown = name if row.get(f"{name}/{group}") is not None else f"{name}_base"
+    low, high = (row.get(f"{shown}_{end}/{group}") for end in ("low", "high"))
+    return None if low is None or high is None else (low, high)
 
 
 def training(arm: QuietArm, name: str) -> tuple[list[float], list[float]]:

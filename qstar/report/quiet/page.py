@@ -156,9 +156,9 @@ def _interval(row: Row, name: str, group: str) -> Any:
     value = frames.spoken(row, name, group)
     if value is None:
         return "–"
-    low, high = (row.get(f"{name}_{end}/{group}") for end in ("low", "high"))
-    bounds = None if low is None or high is None else tag("small", f" {100 * low:.1f}–{100 * high:.1f}")
-    return tag("span", frames.percent(value), bounds, class_="value")
+    bounds = frames.interval(row, name, group)
+    small = bounds and tag("small", f" {100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}")
+    return tag("span", frames.percent(value), small, class_="value")
 
 
 def _share(value: float | None) -> str:

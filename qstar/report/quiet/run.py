@@ -14,6 +14,7 @@ from qstar.report.run import read_config, read_dict
 from qstar.train import metrics
 
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+MAIN = ("quiet_star", "full", "quiet", "thoughts")  # names of the arm that is the method itself
 _STAGES = ("train", "evaluation", "alarm")
 
 
@@ -86,13 +87,13 @@ def read_quiet_run(folder: str | os.PathLike) -> QuietRun:
 
 
 def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
-    """Names of arms: those of the config, then others with results in the order they appear, then folders."""
+    """Names of arms: the method's own, those of the config, others with results as they appear, then folders."""
     names = [str(name) for name in config.get("arms") or ()]
     names += [str(row.get("arm", "")) for row in rows if row["stage"] in ("evaluation", "alarm")]
     names += [p.parent.name for p in sorted(folder.glob("*/thoughts"))]
     distinct = list(dict.fromkeys(names))
     bases = {"base"} if "base" in distinct and len(distinct) > 1 else set()  # measured as step 0 of every arm
-    return [name for name in distinct if name not in bases]
+    return sorted((name for name in distinct if name not in bases), key=lambda name: name not in MAIN)
 
 
 def _read_arm(folder: Path, name: str, rows: Sequence[Row]) -> QuietArm:
