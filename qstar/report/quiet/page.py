@@ -11,8 +11,9 @@ from qstar.report.markup import Safe, join, table, tag
 from qstar.report.pieces import COLOURS, card, details, grid, note, plain, section, whole_percent
 from qstar.report.plots import Line, histogram, legend, line_chart
 from qstar.report.quiet import frames
-from qstar.report.quiet.assets import VIEWER_SCRIPT, VIEWER_STYLE
 from qstar.report.quiet.run import QuietArm, QuietRun
+from qstar.report.quiet.script import VIEWER_SCRIPT
+from qstar.report.quiet.style import VIEWER_STYLE
 from qstar.report.quiet.viewer import read_blocks, viewer_section
 from qstar.report.rationales import Row
 
@@ -70,17 +71,26 @@ def _method(run: QuietRun) -> Safe:
 
 
 def _alarms(run: QuietRun) -> Safe | None:
-    lines = [
-        tag("p", tag("b", f"Alarm · {arm.label}, step {row.get('step')}: "), str(row.get("text") or "no text"))
-        for arm in run.arms
-        for row in arm.alarms
-    ]
+    lines = [line for arm in run.arms for line in _alarms_of(arm)]
     lines += [
         tag("p", tag("b", f"Arm {arm.label} stopped: "), arm.reason or "no reason was written down.")
         for arm in run.arms
         if arm.status == "stopped"
     ]
     return tag("div", *lines, class_="notice") if lines else None
+
+
+def _alarms_of(arm: QuietArm) -> list[Safe]:
+    """One line per kind of alarm (its words up to the colon): the last of them, and at how many steps there was one."""
+    kinds: dict[str, list[Row]] = {}
+    for row in arm.alarms:
+        kinds.setdefault(str(row.get("text") or "no text").split(":")[0], []).append(row)
+    lines = []
+    for rows in kinds.values():
+        often = f" (and {len(rows) - 1}× before)" if len(rows) > 1 else ""
+        head = f"Alarm · {arm.label}, step {rows[-1].get('step')}{often}: "
+        lines.append(tag("p", tag("b", head), str(rows[-1].get("text") or "no text")))
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------------- results
@@ -144,7 +154,7 @@ def _class_cell(row: Row, name: str) -> Any:
     told = f"NLL {_nats(base if nll is None else nll)}"
     gain = None
     if nll is not None and base is not None:
-        change = f"{nll - base:+.2f}".replace("-", "−")
+        change = f"{round(nll - base, 2) + 0.0:+.2f}".replace("-", "−")
         gain = tag("small", f" {change}", class_="up" if nll < base - 0.005 else "down" if nll > base + 0.005 else None)
     accuracy = _interval(row, "accuracy", name)
     weight = row.get(f"weight/{name}")
@@ -166,7 +176,7 @@ def _share(value: float | None) -> str:
 
 
 def _nats(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}".replace("-", "−")
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # + 0.0: no minus nought
 
 
 # ---------------------------------------------------------------------------------------------------------- curves
