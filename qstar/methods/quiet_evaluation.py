@@ -93,10 +93,18 @@ def expected_accuracy(
     key = jax.random.key(seed)
     for number, (length, some) in enumerate(batches(rows, batch_size)):
         arrays = _arrays([rows[i] for i in some], length, batch_size)
-        heat = jnp.float32(config.thoughts.temperature if config.thoughts and temperature is None else temperature or 0.0)
+        heat = jnp.float32(
+            config.thoughts.temperature if config.thoughts and temperature is None else temperature or 0.0
+        )
         given = arrays if model.mesh is None else put_batch(arrays, model.mesh)
         found = answer_logits(
-            model.params, config, *given[:3], ids, jax.random.fold_in(key, number), heat, passes if config.thoughts else 0
+            model.params,
+            config,
+            *given[:3],
+            ids,
+            jax.random.fold_in(key, number),
+            heat,
+            passes if config.thoughts else 0,
         )
         for name, values in judge(found, arrays[3], arrays[4]).items():
             scores[name][some] = values[: len(some)]
@@ -120,7 +128,9 @@ def thinking_config(model: Model, thoughts: ThoughtConfig | bool) -> ModelConfig
         return model.config.replace(thoughts=None)
     chosen = model.config.thoughts if thoughts is True else thoughts
     able = isinstance(chosen, ThoughtConfig) and {"thoughts", "mixing"} <= model.params.keys()
-    require((able, "this model cannot think: it has no start and end vectors and no mixing head; evaluate without thoughts"))
+    require(
+        (able, "this model cannot think: it has no start and end vectors and no mixing head; evaluate without thoughts")
+    )
     return model.config.replace(thoughts=chosen.replace(talk_tokens=1))
 
 

@@ -104,7 +104,9 @@ def headline(run: QuietRun) -> str:
     others = [curve(other, "accuracy", group) for other in run.arms if other is not arm]
     ends = sorted(other.values[-1] for other in others if other.loops and other.loops[-1] > 0)
     if ends:
-        where = percent(ends[0]) if percent(ends[0]) == percent(ends[-1]) else f"{percent(ends[0])} to {percent(ends[-1])}"
+        where = (
+            percent(ends[0]) if percent(ends[0]) == percent(ends[-1]) else f"{percent(ends[0])} to {percent(ends[-1])}"
+        )
         told += (
             f"; the other {len(ends)} arms ended at {where}" if len(ends) > 1 else f"; the other arm ended at {where}"
         )
