@@ -203,8 +203,15 @@ def evaluate(argv: list[str]) -> int:
     p.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the draws (default: 0)")
     p.add_argument("--out", metavar="DIR", help="keeps the answers (JSONL), so that a second call only counts")
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    p.add_argument("--metric", choices=("answers", "expected", "cot"), default="answers", help=_METRICS)
+    p.add_argument("--thoughts", choices=("auto", "on", "off"), default="auto", help="for expected and cot: think before "
+                   "every token, beside the numbers without (default: if the model can)")  # fmt: skip
+    p.add_argument("--passes", metavar="P", type=_whole(1), default=1, help="thoughts per position, for expected")
+    p.add_argument("--thought-temperature", metavar="T", type=_TEMPERATURE, help="0: greedy (default: as trained)")
     a = p.parse_args(argv)
     start_jax(a.device)
+    if a.metric != "answers":
+        return _evaluate_quiet(a)
     from rich.console import Console
 
     from qstar.methods.evaluation import evaluate_model, result_rows
@@ -214,7 +221,8 @@ def evaluate(argv: list[str]) -> int:
 
     task = make_task(a.task, **a.task_options)
     task.problems(a.split)  # a fault in the data shows before the model is read
-    made_with = {k: v for k, v in vars(a).items() if k not in ("out", "json", "device")}
+    unused = ("out", "json", "device", "metric", "thoughts", "passes", "thought_temperature")
+    made_with = {k: v for k, v in vars(a).items() if k not in unused}
     result = evaluate_model(
         load(a.model),
         task,
@@ -227,6 +235,43 @@ def evaluate(argv: list[str]) -> int:
         out=Path(a.out).expanduser() if a.out else None,
         made_with=made_with,
     )
+    if a.json:
+        print(json.dumps(result))
+    else:
+        show_table(Console(), f"{a.task}, {a.split}", result_rows(result))
+    return 0
+
+
+_METRICS = (
+    "answers: what the model writes, judged (default); expected: zero-shot probability of the right answer, and exact match; "
+    "cot: majority votes after zero-shot reasoning. The last two are those of Quiet-STaR, with thoughts and without"
+)
+
+
+def _evaluate_quiet(a: argparse.Namespace) -> int:
+    """`evaluate` with the metrics of Quiet-STaR."""
+    if a.out:
+        raise UserError(f"evaluate: --out keeps the answers of --metric=answers; --metric={a.metric} writes none")
+    from rich.console import Console
+
+    from qstar.methods.evaluation import result_rows
+    from qstar.methods.quiet_evaluation import expected_accuracy, zero_shot_cot
+    from qstar.models.model import load
+    from qstar.tasks import make_task
+    from qstar.train.metrics import show_table
+
+    task = make_task(a.task, **a.task_options)
+    task.problems(a.split)  # a fault in the data shows before the model is read
+    model = load(a.model)
+    thoughts = a.thoughts == "on" or (a.thoughts == "auto" and model.config.thoughts is not None)
+    if thoughts and a.thought_temperature is not None and model.config.thoughts is not None:
+        thoughts = model.config.thoughts.replace(temperature=a.thought_temperature)
+    common = dict(split=a.split, limit=a.limit, thoughts=thoughts, seed=a.seed)
+    if a.metric == "expected":
+        result = expected_accuracy(model, task, passes=a.passes, **common)
+    else:
+        text = dict(samples=a.samples or 8, max_new_tokens=a.max_new_tokens, temperature=a.temperature)
+        result = zero_shot_cot(model, task, **text, **common)
     if a.json:
         print(json.dumps(result))
     else:

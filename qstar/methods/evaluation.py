@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +103,29 @@ def many(rollouts: list[Rollout], samples: int) -> dict[str, Any]:
     by_problem: dict[str, list[Rollout]] = collections.defaultdict(list)
     for r in rollouts:
         by_problem[r.problem_id].append(r)
-    groups = [rows[0].group for rows in by_problem.values()]
+    drawn = list(by_problem.values())
+    answers = [[None if r.truncated else r.answer for r in rows] for rows in drawn]  # what is cut off does not vote
+    right = [[r.correct for r in rows] for rows in drawn]
+    return votes(answers, right, [rows[0].group for rows in drawn], samples)
+
+
+def votes(
+    answers: Sequence[Sequence[str | None]], right: Sequence[Sequence[bool]], groups: Sequence[str], samples: int
+) -> dict[str, Any]:
+    """Returns pass@k and majority@k with intervals, k = 1, 2, 4, ... up to `samples`, of each problem's answers.
+
+    In a vote the right answers count as one, however they are written; None does not vote, but passes if it is right.
+    """
     out: dict[str, Any] = {}
     k = 1
     while k <= samples:
-        passed = [pass_at_k(len(rows), sum(r.correct for r in rows), k) for rows in by_problem.values()]
-        voted = [_majority(rows, k) for rows in by_problem.values()]
+        passed = [pass_at_k(len(some), sum(some), k) for some in right]
+        ballots = [[a and ("right" if r else a) for a, r in zip(*pair)] for pair in zip(answers, right)]
+        voted = [majority_at_k(ballot, "right", k) for ballot in ballots]
         out.update(summarise(f"pass@{k}", passed, groups))
         out.update(summarise(f"majority@{k}", voted, groups))
         k *= 2
     return out
-
-
-def _majority(rows: list[Rollout], k: int) -> float:
-    """Majority over answers; right ones count as one answer however they are written, truncated ones do not vote."""
-    answers = [None if r.truncated else "right" if r.correct else r.answer for r in rows]
-    return majority_at_k(answers, "right", k)
 
 
 def export_model(run: Path, arm: str | None, iteration: int | None, out: Path) -> Path:

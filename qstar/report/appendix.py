@@ -22,6 +22,7 @@ from qstar.report.pieces import (
     section,
 )
 from qstar.report.plots import Line, legend, line_chart, stacked_bars
+from qstar.report.quiet.run import QuietRun
 from qstar.report.rationales import Row
 from qstar.report.run import Run
 
@@ -30,8 +31,8 @@ def training_section(run: Run) -> Safe | None:
     """Loss by update and seconds per stage."""
     named = [(arm.name or run.method, arm.train) for arm in run.arms]
     charts = [
-        _loss_chart("Training loss · the base", [("base", run.base_train)], "updates"),
-        _loss_chart("Training loss · the loops", named, "updates, all loops one after the other"),
+        loss_chart("Training loss · the base", [("base", run.base_train)], "updates"),
+        loss_chart("Training loss · the loops", named, "updates, all loops one after the other"),
     ]
     charts = [chart for chart in charts if chart]
     timed = [arm for arm in run.arms if frames.seconds(arm)]
@@ -57,7 +58,8 @@ def training_section(run: Run) -> Safe | None:
     return section("training", "Training and time", grid(charts)) if charts else None
 
 
-def _loss_chart(title: str, named: Sequence[tuple[str, Sequence[Row]]], x_label: str) -> Safe | None:
+def loss_chart(title: str, named: Sequence[tuple[str, Sequence[Row]]], x_label: str) -> Safe | None:
+    """Training loss by update, a line per (name, "train" rows); None without one."""
     lines = []
     for number, (name, rows) in enumerate(named):
         steps, values = frames.losses(rows)
@@ -71,7 +73,10 @@ def _loss_chart(title: str, named: Sequence[tuple[str, Sequence[Row]]], x_label:
     )
 
 
-def gates_section(run: Run) -> Safe | None:
+STAR_GATES = "Checked before the first loop: a base that fails them cannot start it, or leaves it nothing to show."
+
+
+def gates_section(run: Run | QuietRun, about: str = STAR_GATES) -> Safe | None:
     """The checks that the base model had to pass."""
     if not run.gates:
         return None
@@ -81,8 +86,7 @@ def gates_section(run: Run) -> Safe | None:
         verdict = {True: tag("span", "pass", class_="chip ok"), False: tag("span", "fail", class_="chip bad")}
         shown = [plain(gate.get(key)) for key in ("value", "limit")]
         rows.append([name, gate.get("metric", ""), *shown, verdict.get(gate.get("ok"), "–"), gate.get("why", "")])
-    text = note("Checked before the first loop: a base that fails them cannot start it, or leaves it nothing to show.")
-    return section("gates", "Gates", text, table(["gate", "measures", "value", "limit", "", "why"], rows))
+    return section("gates", "Gates", note(about), table(["gate", "measures", "value", "limit", "", "why"], rows))
 
 
 def numbers_section(run: Run) -> Safe | None:
@@ -97,7 +101,7 @@ def numbers_section(run: Run) -> Safe | None:
     return section("numbers", "All numbers", *tables) if tables else None
 
 
-def config_section(run: Run) -> Safe:
+def config_section(run: Run | QuietRun) -> Safe:
     """The resolved config, searchable, and the environment."""
     flat = list(flatten(run.config))
     rows = [[tag("code", key), tag("code", _json(value))] for key, value in flat]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -11,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import UserError
-from qstar.report import appendix, frames, sections
-from qstar.report.assets import SCRIPT, STYLE
+from qstar.report import appendix, frames, sections, shell
 from qstar.report.markup import Safe, tag
 from qstar.report.pieces import note, section
+from qstar.report.quiet.page import page as quiet_page
+from qstar.report.quiet.run import read_quiet_run
 from qstar.report.rationales import Row, kind
-from qstar.report.run import Run, read_run
+from qstar.report.run import Run, read_config, read_run
 
 RATIONALE_BYTES = 2_200_000  # of the page's about 3 MB
 LONGEST_TEXT = 3000  # characters of a prompt or a completion; the files keep the rest
-# Nothing may be loaded from anywhere, whatever a text manages to smuggle in.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _FILTERS = ("arm", "loop", "verdict", "reason", "hinted", "group", "valid")
 _COLUMNS = (*_FILTERS, "id", "prompt", "hint", "completion", "gold", "answer", "truncated")
 
@@ -32,17 +30,18 @@ def write_report(run_folder: str | os.PathLike) -> Path:
     Raises:
         UserError: the folder is missing or not a run's, a file in it is broken, or it cannot be written to.
     """
-    run = read_run(run_folder)
-    path = run.folder / "report.html"
+    folder, config = read_config(run_folder)
+    text = quiet_page(read_quiet_run(folder)) if config["method"] == "quiet_star" else page(read_run(folder))
+    path = folder / "report.html"
     try:
-        _write(path, page(run))
+        shell.write(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     return path
 
 
 def page(run: Run) -> str:
-    """The whole page as text."""
+    """The page of a STaR run as text."""
     parts = [
         sections.loop_section(run),
         sections.accuracy_section(run),
@@ -54,30 +53,17 @@ def page(run: Run) -> str:
         appendix.numbers_section(run),
         appendix.config_section(run),
     ]
-    body = tag("body", _header(run, parts), tag("main", *parts), tag("script", Safe(SCRIPT)))
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("title", f"{run.name} · qstar"),
-        tag("style", Safe(STYLE)),
-    )
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+    return shell.document(run.name, _header(run), parts)
 
 
-def _header(run: Run, parts: Sequence[Safe | None]) -> Safe:
+def _header(run: Run) -> list[Safe | None]:
     chip = {"finished": "ok", "stopped": "bad"}.get(run.status, "open")
-    found = [re.match(r'<section id="([a-z]+)"><h2>([^<]+)', part) for part in parts if part]
-    links = [tag("a", Safe(match[2]), href=f"#{match[1]}") for match in found if match]
-    return tag(
-        "header",
+    return [
         tag("h1", f"{run.name} · {run.method}", tag("span", run.status, class_=f"chip {chip}")),
         _headline(run),
         sections.stopped(run),
         sections.summary(run),
-        tag("nav", *links, aria_label="sections"),
-    )
+    ]
 
 
 def _headline(run: Run) -> Safe:
@@ -180,18 +166,3 @@ def _distinct(values: Any) -> list[Any]:
 
 def _index(values: list[Any], value: Any) -> int:
     return next(at for at, other in enumerate(values) if other == value and type(other) is type(value))
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: someone who reloads the page sees the old report or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # also on Ctrl-C
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

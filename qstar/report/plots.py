@@ -119,6 +119,28 @@ def stacked_bars(
     return _svg(drawn, title)
 
 
+def histogram(edges: Sequence[float], counts: Sequence[float], *, title: str, x_label: str, colour: str) -> Safe:
+    """Bars over a number line; heights are logarithms of 1 + count, so that a few far out can be seen beside many.
+
+    Args:
+        edges: [n + 1], rising. counts: [n].
+    """
+    top = math.ceil(math.log10(1 + max(counts)))
+    axes = Axes((edges[0], edges[-1]), (0, top), 12)
+    powers = [math.log10(1 + 10**power) if power else 0.0 for power in range(top)]
+    drawn = [_frame(axes, [p for p in powers if p <= top], lambda y: f"{10**y - 1:,.0f}")]
+    for low, high, count in zip(edges, edges[1:], counts):
+        y = axes.y(math.log10(1 + count))
+        box = {"x": axes.x(low), "y": y, "width": axes.x(high) - axes.x(low), "height": axes.y(0) - y}
+        tip = tag("title", f"{low:g} to {high:g}: {count:,.0f}")
+        numbers = {name: f"{value:.1f}" for name, value in box.items()}
+        drawn.append(tag("rect", tip, **numbers, class_="bar", style=f"fill:{colour}") if count else Safe(""))
+    ticks = [t for t in nice_ticks(edges[0], edges[-1], 8) if edges[0] <= t <= edges[-1]]
+    drawn += [_text(axes.x(t), HEIGHT - BOTTOM + 18, f"{t:g}", "middle") for t in ticks]
+    drawn.append(_text((LEFT + WIDTH - axes.right) / 2, HEIGHT - 4, x_label, "middle", "axis"))
+    return _svg(drawn, title)
+
+
 def legend(parts: Sequence[tuple[str, str]]) -> Safe:
     """Names of parts with their colours, as HTML."""
     items = (tag("span", tag("i", style=f"background:{colour}"), name) for name, colour in parts)

@@ -84,15 +84,7 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
     Raises:
         UserError: the folder is missing or not a run's, or one of its files is broken; each is named.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the --workdir of a `qstar train`")
-    config = _read_json(folder / "config.json")
-    if not isinstance(config, dict) or "method" not in config:
-        raise UserError(
-            f'{folder}: not the folder of a run (no config.json with a "method" in it); '
-            "give the --workdir of a `qstar train`"
-        )
+    folder, config = read_config(folder)
     rows = metrics.read(folder)
     names = _arm_names(folder, config, rows)
     arms = [_read_arm(folder, name, rows, cap) for name in names]
@@ -101,11 +93,29 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
         name=str(config.get("name") or folder.resolve().name),
         method=str(config["method"]),
         config=config,
-        environment=_read_dict(folder / "environment.json"),
-        gates=_read_dict(folder / "base" / "gates.json"),
+        environment=read_dict(folder / "environment.json"),
+        gates=read_dict(folder / "base" / "gates.json"),
         arms=sorted(arms, key=lambda arm: arm.rationalises is False),  # the arm without is the comparison
         base_train=_stage([row for row in rows if row["arm"] not in names], "train"),
     )
+
+
+def read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
+    """A run's folder and its config, which says by its method what else is in the folder.
+
+    Raises:
+        UserError: the folder is missing or not a run's.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the --workdir of a `qstar train`")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "method" not in config:
+        raise UserError(
+            f'{folder}: not the folder of a run (no config.json with a "method" in it); '
+            "give the --workdir of a `qstar train`"
+        )
+    return folder, config
 
 
 def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
@@ -123,7 +133,7 @@ def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> 
 
 def _read_arm(folder: Path, name: str, rows: Sequence[Row], cap: int) -> Arm:
     mine = [row for row in rows if row["arm"] == name]
-    status = _read_dict(folder / name / "status.json")
+    status = read_dict(folder / name / "status.json")
     return Arm(
         name=name,
         iterations=_stage(mine, "iteration"),
@@ -147,14 +157,15 @@ def _loop_files(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def _read_dict(path: Path) -> dict[str, Any]:
-    value = _read_json(path)
+def read_dict(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, {} if there is none."""
+    value = read_json(path)
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; delete the file or mend it")
     return value or {}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """The content of a JSON file, None if there is none."""
     if not path.is_file():
         return None

@@ -11,7 +11,7 @@ import random
 import re
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -41,6 +41,14 @@ class Problem:
     solution: str | None = None
     group: str = ""
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+class ZeroShot(NamedTuple):
+    """A question and its bare answer, without few-shot text: what zero-shot evaluations of Quiet-STaR score."""
+
+    prompt: str
+    answer: str  # follows the prompt
+    symbols: tuple[str, ...]  # tokens of the answer that count, without their leading spaces; they rival each other
 
 
 class Task:
@@ -91,6 +99,18 @@ class Task:
     def leak(self, problem: Problem, completion: str) -> str | None:
         """Why a rationalised completion betrays that it was given the answer, or None."""
         return leak_marker(completion, problem.question)
+
+    def zero_shot(self, problem: Problem) -> ZeroShot | None:
+        """The problem as one short text, or None where that makes no sense."""
+        return None
+
+    def step_by_step(self, problem: Problem) -> tuple[str, str] | None:
+        """A zero-shot prompt that asks for reasoning, and the words that then ask for the answer; None: has none."""
+        return None
+
+    def parse_closing(self, completion: str) -> str | None:
+        """The answer in what follows the second half of `step_by_step`, as `parse` would return it."""
+        return self.parse(completion)
 
     def audit(self, problem: Problem, completion: str) -> bool | None:
         """Whether every step is right, not only the answer; None where the task cannot tell."""

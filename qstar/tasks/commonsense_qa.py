@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from qstar.tasks.base import DatasetTask, Problem
+from qstar.tasks.base import DatasetTask, Problem, ZeroShot
 
 _ANSWER = re.compile(r"\(([a-e])\)\.?", re.IGNORECASE)
 
@@ -60,6 +60,12 @@ class CommonsenseQA(DatasetTask):
             mark = " (CORRECT)" if hint and label == problem.gold else ""
             lines.append(f"({label}) {text}{mark}")
         return "\n".join([*lines, "A:"])
+
+    def zero_shot(self, problem: Problem) -> ZeroShot:
+        """As Quiet-STaR's official code: the letter and the end of the line count."""
+        choices = [f"({label.upper()}) {text}" for label, text in problem.meta["choices"].items()]
+        prompt = "\n".join([f"Q: {problem.question}", *choices, "A:"])
+        return ZeroShot(prompt, f" {problem.gold.upper()}\n", ("A", "B", "C", "D", "E", "\n"))
 
     def cut(self, completion: str) -> str:
         text = super().cut(completion)

@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 from qstar.errors import UserError
-from qstar.tasks.base import DatasetTask, Problem, leak_marker
+from qstar.tasks.base import DatasetTask, Problem, ZeroShot, leak_marker
 
 MARK = "####"
 _LONGEST = 100  # characters of a number; Python refuses to convert very long ones, and no answer is one
@@ -17,6 +17,7 @@ _ANSWER = re.compile(
     rf"(?P<number>{_DIGITS}(?:\s*/\s*{_DIGITS})?)"
     r"[^0-9]*"  # units, %, a full stop: anything without another digit, so neither 1e3 nor "5 or 6" passes
 )
+_INTEGER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*")
 _NUMBER = re.compile(rf"(?<![0-9.,])-?{_DIGITS}")
 # A number or unknown joined by an operator to another or to a bracket: what a rationale has to have before
 # it may state its result. A hyphen before a word ("a 120-page book") is not one.
@@ -94,6 +95,19 @@ class GSM8K(DatasetTask):
             return f"Q: {problem.question}\nA:"
         told = problem.meta["written"] if self.hint == "answer" else problem.solution.strip()
         return f"Q: {problem.question} ({told})\nA:"
+
+    def zero_shot(self, problem: Problem) -> ZeroShot:
+        """As Quiet-STaR's official code: digits and the end of the line count, commas, points and signs do not."""
+        return ZeroShot(f"Q: {problem.question}\nA:", f" {problem.meta['written']}\n", tuple("0123456789\n"))
+
+    def step_by_step(self, problem: Problem) -> tuple[str, str]:
+        """As Quiet-STaR's official code (Kojima et al., 2205.11916)."""
+        prompt = f"Q: {problem.question}\nA: Let's think step by step."
+        return prompt, "\nTherefore, the answer (arabic numerals) is"
+
+    def parse_closing(self, completion: str) -> str | None:
+        found = _INTEGER.search(completion.translate(_MINUS))
+        return _normal(found[0]) if found and len(found[0]) <= _LONGEST else None
 
     def cut(self, completion: str) -> str:
         text = super().cut(completion)

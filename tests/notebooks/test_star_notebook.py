@@ -15,22 +15,27 @@ NOTEBOOK = ROOT / "notebooks" / "01_star.ipynb"
 nbformat = pytest.importorskip("nbformat", reason="needs nbformat (pip install -e .[notebooks])")
 
 
-def execute(run, monkeypatch):
-    """The executed notebook's outputs: (printed text, number of figures)."""
+def outputs(notebook, run, monkeypatch):
+    """Everything that a notebook shows when it is executed on a run."""
     nbclient = pytest.importorskip("nbclient", reason="needs nbclient (pip install -e .[notebooks])")
     for name in ("ipykernel", "matplotlib"):
         pytest.importorskip(name, reason=f"needs {name} (pip install -e .[notebooks])")
     monkeypatch.setenv("QSTAR_RUN", str(run))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
-    ).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    printed = "".join(
-        output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"
-    )
-    return printed, sum("image/png" in output.get("data", {}) for output in outputs)
+    cells = nbformat.read(notebook, as_version=4)
+    nbclient.NotebookClient(cells, timeout=120, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+    return [output for cell in cells.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def told(shown):
+    """(printed text, number of figures)."""
+    printed = "".join(output.text for output in shown if output.output_type == "stream" and output.name == "stdout")
+    return printed, sum("image/png" in output.get("data", {}) for output in shown)
+
+
+def execute(run, monkeypatch):
+    """The executed notebook's outputs: (printed text, number of figures)."""
+    return told(outputs(NOTEBOOK, run, monkeypatch))
 
 
 def test_notebook_states_the_numbers_of_the_run(tmp_path, monkeypatch):
