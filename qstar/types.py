@@ -26,6 +26,7 @@ class Segment(NamedTuple):
     keys: jax.Array  # [G, S, K]
     values: jax.Array  # [G, S, K]
     mask: jax.Array | None  # bool, broadcastable to [T, S]; None = everything is visible
+    shared: bool = False  # by many threads that `vmap` will add: see `models.shared`
 
 
 class Ring(NamedTuple):

@@ -115,11 +115,11 @@ def run_layers(
             x, kv = one(x, layer, past[i] if past else ())
             new.append(kv)
         return x, new
-    masks = [s.mask for s in past]
+    rest = [(s.mask, s.shared) for s in past]
 
     def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         layer, pairs = xs
-        return one(x, layer, [Segment(k, v, m) for (k, v), m in zip(pairs, masks)])
+        return one(x, layer, [Segment(k, v, *r) for (k, v), r in zip(pairs, rest)])
 
     stacked_pairs = [(s.keys, s.values) for s in past]
     return jax.lax.scan(body, x, (layers, stacked_pairs), unroll=min(config.scan_unroll, config.num_layers))

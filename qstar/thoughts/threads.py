@@ -73,7 +73,7 @@ def run_thread(
     """
     t, window = x.shape[0], config.sliding_window
     steps = first + jnp.arange(t)
-    past = [Segment(*text.pairs, layout.thread_sight(row, config, j, steps))]
+    past = [Segment(*text.pairs, layout.thread_sight(row, config, j, steps), shared=True)]
     if own is not None:
         made = 1 + jnp.arange(own[0].shape[2])
         seen = jnp.broadcast_to(made < first, (t, made.shape[0]))
