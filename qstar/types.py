@@ -26,7 +26,14 @@ class Segment(NamedTuple):
     keys: jax.Array  # [G, S, K]
     values: jax.Array  # [G, S, K]
     mask: jax.Array | None  # bool, broadcastable to [T, S]; None = everything is visible
-    shared: bool = False  # by many threads that `vmap` will add: see `models.shared`
+
+
+class Shared(NamedTuple):
+    """A `Segment` that `vmap` is to lift over many threads which see parts of the same text: see `models.shared`."""
+
+    keys: jax.Array  # [G, S, K]
+    values: jax.Array  # [G, S, K]
+    mask: jax.Array  # bool [T, S]
 
 
 class Ring(NamedTuple):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qstar.models.shared import attend_shared
-from qstar.types import Segment
+from qstar.types import Segment, Shared
 
 NEG = -1e30  # finite, so that a row which sees nothing gives numbers and not NaN
 
@@ -25,7 +25,7 @@ def precision(dtype: Any) -> str | None:
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def attend(q: jax.Array, segments: Sequence[Segment], *, scale: float) -> jax.Array:
+def attend(q: jax.Array, segments: Sequence[Segment | Shared], *, scale: float) -> jax.Array:
     """Softmax attention of the queries of one sequence over the union of the segments.
 
     Args:
@@ -43,12 +43,12 @@ def attend(q: jax.Array, segments: Sequence[Segment], *, scale: float) -> jax.Ar
     def by_group(x: jax.Array) -> jax.Array:  # [T, H, ...] -> [G, R*T, ...]: plain batched products
         return jnp.moveaxis(x.reshape(T, G, H // G, -1), 0, 2).reshape(G, H // G * T, -1)
 
-    rows, own = by_group(q), [s for s in segments if not s.shared]
+    rows, own = by_group(q), [s for s in segments if not isinstance(s, Shared)]
     scores = [_scores(rows, s, scale, T) for s in own]
     done = [
         tuple(map(by_group, attend_shared(q, s.keys, s.values, s.mask, scale=scale, exact=precision(q.dtype))))
         for s in segments
-        if s.shared
+        if isinstance(s, Shared)
     ]
     top = [jnp.max(s, axis=-1, keepdims=True) for s in scores] + [lse for _, lse in done]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, top))

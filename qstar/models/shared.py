@@ -59,8 +59,14 @@ def _forward(
 ) -> Pair:
     """q [B, R, C, T, H, K]; keys, values [B, G, S, K]; mask [B, C, T, S]: out like q, lse [B, R, C, T, H]; float32."""
     B, R, C, T, H, K = q.shape
-    plan = _Plan(q, keys, mask)
     dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    if R * C == 1:  # one thread per text, as in generation: nothing to lay side by side
+        s = scale * dot("btgrk,bgsk->bgrts", q.reshape(B, T, keys.shape[1], -1, K), keys)
+        s = jnp.where(mask[:, :, None], s, NEG)
+        lse = jax.nn.logsumexp(s, axis=-1)
+        out = dot("bgrts,bgsk->btgrk", jnp.exp(s - lse[..., None]).astype(values.dtype), values)
+        return out.reshape(q.shape), jnp.moveaxis(lse, 3, 1).reshape(q.shape[:-1])
+    plan = _Plan(q, keys, mask)
     values_t = jnp.swapaxes(values, 2, 3)  # [B, G, K, S]
     q = q.reshape(B, R, C * T, H, K)
 
