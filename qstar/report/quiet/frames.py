@@ -88,7 +88,7 @@ def histogram(row: Row) -> tuple[list[float], list[float]] | None:
 
 
 def headline(run: QuietRun) -> str:
-    """The result in one sentence, from the first and the last evaluation of the main arm, and the controls' last."""
+    """The result in one sentence: the main arm with and without its thoughts at the end, and where the controls ended."""
     arm, group = main_arm(run), focus(run)
     line = curve(arm, "accuracy", group) if arm else Curve([], [], [], [])
     if not line.loops:
@@ -97,7 +97,10 @@ def headline(run: QuietRun) -> str:
     if line.loops[-1] == 0:
         return f"Before the first step, {subject} is {_value(line, 0)}. No step has been evaluated yet."
     told = f"With thoughts, {subject}" if arm.thinks else f"{subject[0].upper()}{subject[1:]}"
-    if len(line.loops) == 1:
+    without = curve(arm, "accuracy_base", group)
+    if arm.thinks and without.loops and without.loops[-1] == line.loops[-1]:
+        told += f" is {_value(line, -1)} after {line.loops[-1]:,} steps, and {_value(without, -1)} without them"
+    elif len(line.loops) == 1:
         told += f" is {_value(line, -1)} after {line.loops[-1]:,} steps"
     else:
         told += f" went from {_value(line, 0)} to {_value(line, -1)} in {line.loops[-1]:,} steps"
