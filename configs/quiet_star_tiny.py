@@ -83,7 +83,7 @@ def get_config(arg=None):
     config.base.update(lr=2e-3, b2=0.98, weight_decay=0.01, **base)
     config.thoughts = {"thought_tokens": 6, "talk_tokens": 1, "thoughts_per_position": 2, "start_text": "-"}
     config.train.update(batch_size=32, lr=1e-3, b2=0.98, weight_decay=0.001, log_every=25)
-    config.evaluate.update(rows=1200, batch_size=200, every=50, shown=40)
+    config.evaluate.update(rows=1200, batch_size=200, shown=40)
     config.gates = gates()
     if arg.lengths:
         arms = {f"length_{n}": {"thoughts": {"thought_tokens": n}} for n in range(1, 9)}
@@ -95,6 +95,7 @@ def get_config(arg=None):
         arms = {name: arm_of(name) for name in arg.arms.split("+")}
     for arm in arms.values():
         arm["steps"] = arg.steps * arm.get("steps", 1)
+        arm["every"] = arm["steps"] // 5
     config.arms = arms
     if arg.smoke:
         smoke(config)
@@ -161,4 +162,4 @@ def smoke(config):
     config.train.update(log_every=3, save_every=5, batch_size=8)
     config.gates = {}
     for arm in config.arms.values():
-        arm.steps = 12 if arm.steps < 1000 else 24
+        arm.steps, arm.every = 12 if arm.steps < 1000 else 24, 6

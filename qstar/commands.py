@@ -309,15 +309,17 @@ def report(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """qstar bench generate | train [--json]"""
+    """qstar bench generate | train | quiet_star [--json]"""
     p = _parser("bench", "Measures qstar beside transformers + PyTorch on this machine, in one interleaved run.")
-    p.add_argument("what", choices=("generate", "train"))
+    p.add_argument("what", choices=("generate", "train", "quiet_star"))
     p.add_argument("--json", action="store_true", help="JSON instead of a table")
     p.add_argument("--quick", action="store_true", help="one repetition of small sizes")
     a = p.parse_args(argv)
     start_jax(a.device)
     from qstar.bench import generate as bench_generate
+    from qstar.bench import quiet_star as bench_quiet_star
     from qstar.bench import train as bench_train
 
-    {"generate": bench_generate, "train": bench_train}[a.what].main(as_json=a.json, quick=a.quick)
+    parts = {"generate": bench_generate, "train": bench_train, "quiet_star": bench_quiet_star}
+    parts[a.what].main(as_json=a.json, quick=a.quick)
     return 0

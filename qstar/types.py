@@ -28,6 +28,14 @@ class Segment(NamedTuple):
     mask: jax.Array | None  # bool, broadcastable to [T, S]; None = everything is visible
 
 
+class Shared(NamedTuple):
+    """A `Segment` that `vmap` is to lift over many threads which see parts of the same text: see `models.shared`."""
+
+    keys: jax.Array  # [G, S, K]
+    values: jax.Array  # [G, S, K]
+    mask: jax.Array  # bool [T, S]
+
+
 class Ring(NamedTuple):
     """Keys and values that a block first writes its own token into, and then attends to.
 

@@ -31,6 +31,8 @@ from qstar.train.metrics import Writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SUMS = f"{ROOT}/configs/star_arithmetic.py:smoke"
+QUIET = f"train --config={ROOT}/configs/quiet_star_tiny.py:smoke --workdir={{root}}/new"
+TEXT = f"train --config={ROOT}/configs/quiet_star_text.py:model={{root}}/models/good,data={{root}}/none.jsonl --workdir={{root}}/new"
 GSM = f"{ROOT}/configs/star_gsm8k.py:smoke,model={{root}}/models/good"
 TRAIN = f"train --config={SUMS} --workdir={{root}}/new"
 SAMPLE = "sample --model={root}/models/good --prompt=1+1="
@@ -49,6 +51,17 @@ CASES = {
     "train without a config": ("train --workdir={root}/new", "--config=FILE is missing"),
     "unknown device": (TRAIN + " --device=abacus", "'abacus'"),
     "absent device": (SAMPLE + " --device=tpu", "--device=tpu"),
+    # ---- Quiet-STaR
+    "no thought tokens": (QUIET + " --config.thoughts.thought_tokens=0", "thought_tokens=0"),
+    "unknown thinker": (QUIET + " --config.arms.quiet_star.thinker=deep", "arms.quiet_star.thinker='deep'"),
+    "unknown corpus": (QUIET + " --config.data.name=wolds", "did you mean folds?"),
+    "no documents in a row": (QUIET + " --config.data.documents=0", "documents=0"),
+    "nothing to measure on": (QUIET + " --config.evaluate.rows=0", "evaluate.rows=0"),
+    "start text outside the alphabet": (QUIET + " --config.thoughts.start_text=%", "config.thoughts.start_text"),
+    "arm that starts from no arm": (QUIET + " --config.arms.quiet_star.start=nobody", "'nobody'"),
+    "pattern that is none": (QUIET + " --config.arms.quiet_star.trains=(", "trains='('"),
+    "thoughts longer than the context": (QUIET + " --config.model.max_positions=9", "the model has 9"),
+    "text that is not there": (TEXT, "none.jsonl"),
     # ---- the config file
     "no such config": ("train --config={root}/none.py", "{root}/none.py: no such file"),
     "config with a syntax error": ("train --config={root}/configs/syntax.py", "{root}/configs/syntax.py:2"),

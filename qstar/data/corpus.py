@@ -38,6 +38,11 @@ class Corpus:
     classes: tuple[str, ...] = ()  # kinds of token, for the metrics
     length: int  # N
 
+    @property
+    def base_length(self) -> int:
+        """Tokens of a row of the base model's text."""
+        return self.length
+
     def base_rows(self, step: int, size: int, seed: int) -> Rows:
         """Rows of a step of the base model's training (the same text, unless the corpus says otherwise)."""
         return self.rows(step, size, seed)

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from qstar.errors import UserError, unknown
-from qstar.methods import base_model
+from qstar.methods import base_model, quiet_base, quiet_star
 from qstar.methods.arms import Context
 from qstar.methods.checks import check_lengths
+from qstar.methods.quiet_setup import Study
 from qstar.methods.rollouts import SampleSettings, attempt
 from qstar.methods.run_folder import open_run
 from qstar.models.hf import read_json, refuse_foreign
@@ -150,6 +151,8 @@ def trained_model(run: Path, arm: str | None = None, iteration: int | None = Non
     arm = arm or arms[0]
     if arm not in arms:
         raise unknown(f"--run={run}: arm {arm!r}", arm, arms)
+    if config.method == "quiet_star":
+        return _thinking_model(run, config, arm, iteration)
     done = sorted(int(p.parent.name[5:]) for p in (run / arm / "checkpoints").glob("iter_*/summary.json"))
     iteration = (done or [0])[-1] if iteration is None else iteration
     if iteration and iteration not in done:
@@ -166,8 +169,25 @@ def trained_model(run: Path, arm: str | None = None, iteration: int | None = Non
     return restore(model, folder)
 
 
+def _thinking_model(run: Path, config: ConfigDict, arm: str, iteration: int | None) -> Model:
+    """The model of an arm of a Quiet-STaR run (iteration 0: its base), with start and end vectors and mixing head."""
+    config.mesh = "data=1,fsdp=-1"
+    study = Study.make(config, run, Console(quiet=True))
+    model = quiet_base.architecture(study)
+    if iteration not in (None, 0):
+        raise UserError(f"--run={run}: Quiet-STaR has no iterations; leave --iteration out (0: base)")
+    folder = run / "base" if iteration == 0 else run / arm
+    if iteration == 0 and not study.base_steps:
+        return model
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"--run={run}: {folder.name} is not trained yet; let `qstar train` go on first")
+    if iteration is None:
+        model = quiet_star.thinking(study, study.recipe(quiet_star.Recipe, arm), model)
+    return restore(model, folder)
+
+
 def restore(model: Model, folder: Path) -> Model:
-    """Returns the model with the parameters that `supervised.fine_tune` left in `folder`."""
+    """Returns the model with the parameters that `training.train_stage` left in `folder`."""
     if not (folder / "model").is_dir():
         raise UserError(f"{folder / 'model'}: the checkpoint is missing; delete {folder} to train it again")
     checkpoints = Checkpoints(folder / "model")

@@ -29,20 +29,20 @@ IGNORED, COLLAPSED = 0.01, 1e-3  # alarms: mean |weight|, and the spread of rewa
 
 
 class Watch:
-    """Measures a model in training every `evaluate.every` steps; says when it no longer improves."""
+    """Measures a model in training every so many steps; says when it no longer improves."""
 
-    def __init__(self, study: Study, arm: str, like: Model, thinker: str, patience: int):
-        """`like` is a model of the arm's configuration."""
-        self.study, self.arm, self.like, self.thinker, self.patience = study, arm, like, thinker, patience
+    def __init__(self, study: Study, arm: str, like: Model, thinker: str, every: int, patience: int):
+        """`like` is a model of the arm's configuration; `every` 0 never measures."""
+        self.study, self.arm, self.like, self.thinker = study, arm, like, thinker
+        self.every, self.patience = every, patience
         self.scores: dict[int, float] = {}
 
     def __call__(self, step: int, params: Params) -> bool:
-        every = self.study.sight.every
-        if not every or step % every or step in self.scores:
+        if not self.every or step % self.every or step in self.scores:
             return False
         found = measure(self.study, self.arm, self.like.replace(params=params), self.thinker, step)
         self.scores[step] = found.get("nll/all", found["nll_base/all"])
-        for text in alarms(found):
+        for text in alarms(found) if self.thinker == "sampled" else ():
             self.study.say(f"[yellow]{self.arm}, step {step}: {text}")
             self.study.writer.write(stage="alarm", arm=self.arm, step=step, text=text)
         best = min(self.scores, key=self.scores.get)
@@ -79,7 +79,7 @@ def measure(study: Study, arm: str, model: Model, thinker: str, step: int) -> di
 
 def table(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns a row per kind of token."""
-    columns = {"NLL, no thought": "nll_base", "NLL": "nll", "acc., no thought": "accuracy_base", "accuracy": "accuracy"}
+    columns = {"base NLL": "nll_base", "NLL": "nll", "base acc": "accuracy_base", "acc": "accuracy"}
     columns |= {"greedy": "accuracy_greedy", "swapped": "accuracy_swapped", "right": "right", "weight": "weight"}
     there = {title: key for title, key in columns.items() if f"{key}/all" in found}
     return [{"tokens": c, **{t: found.get(f"{k}/{c}") for t, k in there.items()}} for c in ("all", *found["classes"])]

@@ -80,7 +80,7 @@ class Study(Screen):
         corpus = make_corpus(extra["data"], sections.model.get("path", ""))
         settings_from(UpdateSettings, sections.train, "train")
         check_keys(ThoughtConfig, extra["thoughts"], "thoughts")
-        return cls(
+        study = cls(
             config=config,
             workdir=workdir,
             console=console,
@@ -94,11 +94,16 @@ class Study(Screen):
             gates={k: settings_from(BaseGate, gate, f"gates.{k}") for k, gate in sections.gates.items()},
             start_text=start_text,
         )
+        _ = study.start_id  # or say now what is wrong with its text
+        return study
 
     @property
     def start_id(self) -> int:
         """The token whose embedding the start and end vectors begin as (the official code: the first of "---")."""
-        ids = self.corpus.tokenizer.encode(self.start_text)
+        try:
+            ids = self.corpus.tokenizer.encode(self.start_text)
+        except UserError as e:
+            raise UserError(f"config.thoughts.start_text: {e}") from None
         require((len(ids) > 0, f"config.thoughts.start_text={self.start_text!r} has no token"))
         return ids[0]
 

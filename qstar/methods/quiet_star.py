@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Recipe:
     start: str = "base"  # or an earlier arm, whose model this one goes on from
     teacher: str = ""  # an earlier arm, whose predictions with thoughts a `thinker="none"` also learns
     teacher_weight: float = 1.0  # of that; the text's own likelihood has 1
+    every: int = 0  # steps between two measurements; 0 = as the config's `evaluate` says
     patience: int = 0  # evaluations without a better mixed NLL on held-out text until the arm stops; 0 = never
 
     def __post_init__(self):
@@ -64,9 +66,18 @@ class Recipe:
             (self.thinker in THINKERS, f"thinker={self.thinker!r} is not one of {', '.join(THINKERS)}"),
             (self.steps >= 0, f"steps={self.steps} must be 0 or more"),
             (all(isinstance(n, int) and n >= 1 for n in self.lengths), f"lengths={self.lengths} must be whole numbers"),
+            (_is_pattern(self.trains), f"trains={self.trains!r} is no regular expression; see Python's re"),
             (not self.teacher or self.thinker == "none", "a teacher is for students without thoughts (thinker='none')"),
-            (self.patience >= 0, f"patience={self.patience} must be 0 (never) or more"),
+            *((getattr(self, n) >= 0, f"{n}={getattr(self, n)} must be 0 or more") for n in ("every", "patience")),
         )
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def run(config: Any, workdir: Path, console: Any) -> None:
@@ -76,6 +87,8 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     recipes = in_order(recipes)
     check_run(study.workdir, config.to_dict())
     start = quiet_base.architecture(study)
+    for name, recipe in recipes.items():
+        check_room(study, start, name, recipe)
     open_run(study.workdir, config.to_dict())
     study.begin()
     models = {"base": quiet_base.prepare(study, start)}
@@ -83,6 +96,15 @@ def run(config: Any, workdir: Path, console: Any) -> None:
         study.say(f"\n[bold]{name}[/bold]: {recipe.steps} steps")
         models[name] = train_arm(study, name, recipe, models)
     study.end()
+
+
+def check_room(study: Study, model: Model, name: str, recipe: Recipe) -> None:
+    """Raises UserError if a text with a thread after its last token does not fit into the model's context."""
+    t, room = study.thoughts.replace(**recipe.thoughts), model.config.max_positions
+    thread = 0 if recipe.thinker == "none" else max(t.thought_tokens, *recipe.lengths, 0) + t.talk_tokens + 1
+    need = max(study.corpus.length + thread, study.corpus.base_length if study.base_steps else 0)
+    line = f"config.arms.{name}: texts and thoughts take up to {need} positions and the model has {room}"
+    require((need <= room, f"{line}; shorten data.length or the thoughts, or set model.max_positions"))
 
 
 def in_order(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
@@ -120,7 +142,8 @@ def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model])
         length, other = length_at(step), teacher and teacher.config
         return update(start.config, recipe.thinker, length, tx, settings, other, recipe.teacher_weight)
 
-    watch = Watch(study, name, start, recipe.thinker, recipe.patience)
+    every = recipe.every or study.sight.every
+    watch = Watch(study, name, start, recipe.thinker, every, recipe.patience)
     try:
         with study.bar(name, recipe.steps) as progress:
             stage = Stage(study.workdir / name, settings, recipe.steps, seed, study.writer, {"arm": name}, progress)

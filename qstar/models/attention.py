@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qstar.types import Segment
+from qstar.models.shared import attend_shared
+from qstar.types import Segment, Shared
 
 NEG = -1e30  # finite, so that a row which sees nothing gives numbers and not NaN
 
@@ -24,7 +25,7 @@ def precision(dtype: Any) -> str | None:
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def attend(q: jax.Array, segments: Sequence[Segment], *, scale: float) -> jax.Array:
+def attend(q: jax.Array, segments: Sequence[Segment | Shared], *, scale: float) -> jax.Array:
     """Softmax attention of the queries of one sequence over the union of the segments.
 
     Args:
@@ -38,12 +39,24 @@ def attend(q: jax.Array, segments: Sequence[Segment], *, scale: float) -> jax.Ar
     """
     T, H, K = q.shape
     G = segments[0].keys.shape[0]
-    rows = jnp.moveaxis(q.reshape(T, G, H // G, K), 0, 2).reshape(G, -1, K)  # [G, R*T, K]: plain batched products
-    scores = [_scores(rows, s, scale, T) for s in segments]
-    top = [jnp.max(s, axis=-1, keepdims=True) for s in scores]
+
+    def by_group(x: jax.Array) -> jax.Array:  # [T, H, ...] -> [G, R*T, ...]: plain batched products
+        return jnp.moveaxis(x.reshape(T, G, H // G, -1), 0, 2).reshape(G, H // G * T, -1)
+
+    rows, own = by_group(q), [s for s in segments if not isinstance(s, Shared)]
+    scores = [_scores(rows, s, scale, T) for s in own]
+    done = [
+        tuple(map(by_group, attend_shared(q, s.keys, s.values, s.mask, scale=scale, exact=precision(q.dtype))))
+        for s in segments
+        if isinstance(s, Shared)
+    ]
+    top = [jnp.max(s, axis=-1, keepdims=True) for s in scores] + [lse for _, lse in done]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, top))
     out, total = 0.0, 0.0
-    for s, score in zip(segments, scores):
+    for part, lse in done:
+        share = jnp.exp(lse - top)
+        out, total = out + share * part, total + share
+    for s, score in zip(own, scores):
         weights = jnp.exp(score - top)
         total = total + jnp.sum(weights, axis=-1, keepdims=True)
         out = out + jnp.einsum(

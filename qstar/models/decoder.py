@@ -22,7 +22,7 @@ from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
 from qstar.models.layers import Block, Norm
-from qstar.types import Params, Segment
+from qstar.types import Params
 
 # Logical axes of every parameter, matched on the end of its path (leading axes that are not named, such as the stacked
 # layers, stay whole). Column-parallel into heads and MLP, row-parallel out of them, as in Megatron.
@@ -103,7 +103,7 @@ def run_layers(
     """
     block = Block(config)
 
-    def one(x: jax.Array, layer: Params, segments: Sequence[Segment]) -> tuple[jax.Array, Any]:
+    def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
         return block.apply({"params": layer}, x, positions, mask, segments)
 
     if config.remat != "none":
@@ -115,11 +115,10 @@ def run_layers(
             x, kv = one(x, layer, past[i] if past else ())
             new.append(kv)
         return x, new
-    masks = [s.mask for s in past]
 
     def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         layer, pairs = xs
-        return one(x, layer, [Segment(k, v, m) for (k, v), m in zip(pairs, masks)])
+        return one(x, layer, [type(s)(k, v, s.mask) for (k, v), s in zip(pairs, past)])
 
     stacked_pairs = [(s.keys, s.values) for s in past]
     return jax.lax.scan(body, x, (layers, stacked_pairs), unroll=min(config.scan_unroll, config.num_layers))

@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching, mlir
 
 from qstar.models.attention import attend, precision, write_column
 from qstar.models.config import ModelConfig
-from qstar.types import Ring, Segment
+from qstar.types import Ring, Segment, Shared
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array | None, past: Sequence[Segment | Ring] = ()
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array | None, past: Sequence[Segment | Shared | Ring] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Args: x [T, E]; positions [T]; mask [T, T] of the tokens among themselves; past: segments [G, S, K], of which
         the last may be a `Ring` (then T = 1, and `mask` is the ring's).

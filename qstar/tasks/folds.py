@@ -53,6 +53,11 @@ class Folds(Corpus):
         self.length = DIRECT * documents
         self.tokenizer = char_tokenizer(ALPHABET, pad=PAD, eos=END)
 
+    @property
+    def base_length(self) -> int:
+        """19 tokens per document."""
+        return LONGEST * self.documents
+
     def base_rows(self, step: int, size: int, seed: int) -> Rows:
         """Documents of all three kinds, [size, 19 * documents]: the base model's text."""
         rng = np.random.default_rng([seed, step, 1])
@@ -76,7 +81,8 @@ class Folds(Corpus):
             steps = "".join(map(str, fold(digits)))
             texts.append(f"{head}=-{steps}-{steps[-1]}{END}")
             kind = len(self.classes) - (1 if len(digits) >= HARD else 2)
-            classes.append([-1] * (len(head) + 2) + [2] * len(steps) + [-1, kind, -1])
+            # Whether steps or chatter follow the dash is not in the text: the first step does not count.
+            classes.append([-1] * (len(head) + 3) + [2] * (len(steps) - 1) + [-1, kind, -1])
         rows = self._pad(texts, LONGEST)
         padded = np.full(rows.tokens.shape, -1, np.int32)
         for i, c in enumerate(classes):

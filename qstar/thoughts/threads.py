@@ -17,7 +17,7 @@ from qstar.models import decoder, mixing
 from qstar.models.attention import text_mask
 from qstar.models.config import ModelConfig
 from qstar.thoughts import layout
-from qstar.types import Batch, Params, Segment
+from qstar.types import Batch, Params, Segment, Shared
 
 Pairs = tuple[jax.Array, jax.Array]  # keys and values [L, G, tokens, K]
 
@@ -73,7 +73,7 @@ def run_thread(
     """
     t, window = x.shape[0], config.sliding_window
     steps = first + jnp.arange(t)
-    past = [Segment(*text.pairs, layout.thread_sight(row, config, j, steps))]
+    past: list[Segment | Shared] = [Shared(*text.pairs, layout.thread_sight(row, config, j, steps))]
     if own is not None:
         made = 1 + jnp.arange(own[0].shape[2])
         seen = jnp.broadcast_to(made < first, (t, made.shape[0]))

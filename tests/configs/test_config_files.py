@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
-from qstar.methods import star
+from qstar.methods import quiet_star, star
 from qstar.methods.arms import Context
+from qstar.methods.quiet_setup import Study
 from qstar.train import metrics
 from tests.methods import runs, stub
 
@@ -23,8 +24,14 @@ SMOKE = {
     "star_arithmetic.py": runs.arithmetic,
     "star_gsm8k.py": runs.gsm8k,
     "star_commonsense_qa.py": runs.commonsense_qa,
+    "quiet_star_tiny.py": runs.quiet_star,
+    "quiet_star_mistral_7b.py": lambda: runs.finished("quiet_star_mistral_7b.py:smoke"),
+    "fast_quiet_star.py": lambda: runs.finished("fast_quiet_star.py:smoke"),
+    "quiet_star_text.py": lambda: runs.finished("quiet_star_text.py:smoke"),
 }
+QUIET = [name for name in FILES if "quiet" in name]
 EVERY = pytest.mark.parametrize("name", FILES)
+STAR = pytest.mark.parametrize("name", [name for name in FILES if name not in QUIET])
 
 
 def module(name):
@@ -38,7 +45,7 @@ def test_every_config_is_tested_here():
     assert FILES == sorted(SMOKE)
 
 
-@EVERY
+@STAR
 @pytest.mark.parametrize("mode", [None, "smoke", "smoke,seed=3"])
 def test_it_loads_and_all_its_settings_are_known(name, mode, tmp_path):
     config = module(name).get_config(mode)
@@ -48,6 +55,18 @@ def test_it_loads_and_all_its_settings_are_known(name, mode, tmp_path):
     arms = [ctx.arm_settings(star.Loop, star.PRESETS, arm) for arm in config.arms]
     assert arms and not (tmp_path / "run").exists()
     json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_a_quiet_star_config_loads_and_all_its_settings_are_known(name, tmp_path):
+    for mode in (None, "smoke", "smoke,seed=3"):
+        config = module(name).get_config(mode)
+        assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
+        assert config.seed == (3 if mode and "seed" in mode else 0)
+        json.dumps(config.to_dict())
+    study = Study.make(config, tmp_path / "run", stub.Silent())  # the texts of the other modes are not here
+    recipes = quiet_star.in_order({arm: study.recipe(quiet_star.Recipe, arm) for arm in config.arms})
+    assert recipes and not (tmp_path / "run").exists()
 
 
 @EVERY
@@ -63,7 +82,7 @@ def test_an_argument_it_does_not_know_is_named(name, argument):
     [
         "--config.train.learning_rate=1",
         "--config.trian.lr=1",
-        "--config.loop.resart=base",
+        "--config.evaluate.evry=2",
         "--config.colour=1",
     ],
 )
@@ -84,12 +103,30 @@ def test_its_docstring_names_the_command(name):
     assert commands and set(commands) == {f"configs/{name}"}
 
 
-@EVERY
+@STAR
 def test_its_docstring_is_plain_about_what_was_run(name):
     assert "not run here" in " ".join(module(name).__doc__.split()).lower() or name == "star_arithmetic.py"
 
 
-@EVERY
+@pytest.mark.parametrize("name", QUIET)
+def test_the_smoke_mode_of_quiet_star_runs_to_the_end(name):
+    folder = SMOKE[name]()
+    config = json.loads((folder / "config.json").read_text())
+    assert (folder / "report.html").stat().st_size > 10_000 and (folder / "environment.json").exists()
+    for arm, recipe in config["arms"].items():
+        last = json.loads((folder / arm / "summary.json").read_text())["steps"]
+        assert 0 < last <= recipe["steps"]
+        rows = [r for r in metrics.read(folder) if r["stage"] == "evaluation" and r["arm"] == arm]
+        assert rows[-1]["step"] == last and rows[-1]["nll_base/all"] > 0
+        thinks = recipe.get("thinker", "sampled") != "none"
+        assert ("nll/all" in rows[-1]) == thinks
+        texts = sorted((folder / arm / "thoughts").glob("*.jsonl"))
+        assert bool(texts) == thinks
+        for text in read_jsonl(texts[-1])[:3] if texts else ():
+            assert len(text["base_nll"]) == len(text["tokens"]) - 1 == len(text["thoughts"][0]["tokens"])
+
+
+@STAR
 def test_the_smoke_mode_runs_to_the_end(name):
     folder = SMOKE[name]()
     config = json.loads((folder / "config.json").read_text())

@@ -28,7 +28,7 @@ class Events:
     """Tells what happens, and kills this process at the planned event."""
 
     def __init__(self, workdir, plan):
-        self.workdir, self.plan, self.training = os.path.realpath(workdir), plan, ""
+        self.workdir, self.plan = os.path.realpath(workdir), plan
         self.file = open(f"{workdir}.events", "a", buffering=1, encoding="utf-8")
 
     def name(self, path):
@@ -43,11 +43,11 @@ class Events:
 
 def wrap(events):
     """Makes the stages of qstar tell their events."""
-    from qstar.methods import run_folder, supervised
+    from qstar.methods import run_folder, training
     from qstar.train.checkpoint import Checkpoints
 
     write, replace, save = run_folder.write_jsonl, os.replace, Checkpoints.save
-    train, batches = supervised._train, supervised.batches
+    train = training._train
 
     def write_jsonl(path, rows):
         events.tell("begin", events.name(path))
@@ -70,20 +70,17 @@ def wrap(events):
             self.wait()
             events.tell("saved", where)
 
-    def trains(start, examples, settings, steps, seed, folder, *rest):
-        events.training = events.name(folder)
-        return train(start, examples, settings, steps, seed, folder, *rest)
+    def trains(start, stage, tx, step_at, batch_at, *rest):
+        folder = events.name(stage.folder)
 
-    class Batches:
-        def __init__(self, *args, **kwargs):
-            self.inner = batches(*args, **kwargs)
+        def told(step):
+            events.tell("batch", folder, step)
+            return batch_at(step)
 
-        def __getitem__(self, step):
-            events.tell("batch", events.training, step)
-            return self.inner[step]
+        return train(start, stage, tx, step_at, told, *rest)
 
     run_folder.write_jsonl, os.replace, Checkpoints.save = write_jsonl, replaced, saves
-    supervised._train, supervised.batches = trains, Batches
+    training._train = trains
 
 
 def child(job):
@@ -107,6 +104,7 @@ def main(path):
     import grain  # noqa: F401  what all children need is imported once
     import tensorboardX  # noqa: F401
 
+    import qstar.methods.quiet_star
     import qstar.methods.star  # noqa: F401
 
     codes = []

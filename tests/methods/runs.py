@@ -78,7 +78,7 @@ def events(folder):
 
 def answers(folder):
     """The bytes of every file of rationales and evaluations of a run."""
-    files = [f for kind in ("rationales", "evaluation") for f in folder.glob(f"*/{kind}/*")]
+    files = [f for kind in ("rationales", "evaluation", "thoughts") for f in folder.glob(f"*/{kind}/*")]
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
@@ -87,7 +87,7 @@ def weights(folder):
     import orbax.checkpoint as ocp
 
     out = {}
-    for at in sorted([*folder.glob("base/model/*/state"), *folder.glob("*/checkpoints/*/model/*/state")]):
+    for at in sorted([*folder.glob("*/model/*/state"), *folder.glob("*/checkpoints/*/model/*/state")]):
         leaves = _leaves(ocp.PyTreeCheckpointer().restore(at))
         assert leaves
         out[str(at.relative_to(folder))] = leaves
@@ -143,3 +143,11 @@ def gsm8k():
 def commonsense_qa():
     """The smoke run of configs/star_commonsense_qa.py."""
     return finished(pretrained_config("star_commonsense_qa.py", "data/commonsenseqa"), *SMALLER)
+
+
+def quiet_star():
+    """The smoke run of configs/quiet_star_tiny.py, two of its arms."""
+    return finished(QUIET)
+
+
+QUIET = "quiet_star_tiny.py:smoke,arms=quiet_star+same_text"

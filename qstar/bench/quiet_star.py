@@ -1,0 +1,286 @@
+"""Quiet-STaR's train step and its generation: time and memory beside a dense mask, the FLOPs it needs, and the official code.
+
+Every row is measured in a process of its own, which finds its program in the compilation cache: an earlier process has put it
+there, so that neither the compiler's memory nor another row's is in the peak.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SIZES = [(512, N, A) for N in (64, 128, 256) for A in (4, 8, 12)]
+SIZES += [(32002, N, A) for N in (64, 128, 256) for A in (4, 8, 12)]
+SIDES = ("replay", "joint", "dense")
+DENSE_MIB = 8_000  # sizes at which the dense mask is expected to need more are left out of its rows
+
+# The official code (ezelikman/quiet-star @ 892446b, PyTorch 2.13, one thread of this kind of machine): CPU seconds per step,
+# MiB over the baseline. Batch 1, T 4, P 2, forward + backward + clip + AdamW.
+OFFICIAL = {
+    (512, 64, 4): (0.118, 254),
+    (512, 64, 8): (0.209, 378),
+    (512, 64, 12): (0.322, 495),
+    (512, 128, 4): (0.255, 419),
+    (512, 128, 8): (0.483, 657),
+    (512, 128, 12): (0.755, 901),
+    (512, 256, 4): (0.676, 778),
+    (512, 256, 8): (1.485, 1268),
+    (512, 256, 12): (2.6, 1770),
+    (32002, 128, 12): (7.372, 11300),
+}
+OFFICIAL_TOKEN = {(8, 64): 0.033, (8, 128): 0.068, (8, 256): 0.161, (12, 64): 0.061, (12, 128): 0.116, (12, 256): 0.299}
+NEW = 32  # tokens written per measurement of generation, which includes reading the text
+
+
+def main(*, as_json: bool = False, quick: bool = False) -> None:
+    """Measures all rows and prints them."""
+    from qstar.bench.common import matmul_rate, show
+
+    sizes = [(512, 64, 4)] if quick else SIZES
+    rate = matmul_rate(1024 if quick else 2048, repeats=3 if quick else 9)
+    rows = []
+    for V, N, A in sizes:
+        official_cpu, official_mib = OFFICIAL.get((V, N, A), (None, None))
+        needed = needed_flops(V, N, A) / rate
+        for side in SIDES:
+            if side == "dense" and dense_mib(V, N, A) > DENSE_MIB:
+                continue
+            spec = {"what": "step", "side": side, "V": V, "N": N, "A": A, "repeats": 1 if quick else 5}
+            rows.append(
+                {
+                    "row": f"{side} V={V} N={N} n_ahead={A}",
+                    **measured(spec),
+                    "needed s": round(needed, 4),
+                    "official CPU s": official_cpu,
+                    "official MiB": official_mib,
+                }
+            )
+    for A, N in [(4, 64)] if quick else [(A, N) for A in (8, 12) for N in (64, 128, 256)]:
+        for side in ("cached", "again"):
+            found = measured({"what": "token", "side": side, "V": 512, "N": N, "A": A, "repeats": 1 if quick else 5})
+            rows.append(
+                {
+                    "row": f"token {side} length={N} n_ahead={A}",
+                    **found,
+                    "official CPU s": OFFICIAL_TOKEN.get((A, N)),
+                }
+            )
+    notes: dict[str, Any] = {
+        "matmul GFLOP/s": round(rate / 1e9),
+        "needed": "3 x the forward FLOPs of decomposed threads, half of the causal square, at that rate",
+        "official": "recorded: CPU s on one thread, MiB over the baseline",
+    }
+    if not quick:
+        notes["mistral 7B activations GB"] = measured({"what": "memory", "layers": 32})["GB"]
+    show("Quiet-STaR step and token, float32", rows, notes, as_json)
+
+
+def needed_flops(V: int, N: int, A: int, T: int = 4, P: int = 2) -> float:
+    """Returns the FLOPs of one step on one text: 3 x the decomposed forward pass, causal attention counted once."""
+    c = bench_config(V, A, T, P)
+    L, q, H, S, runs = c.num_layers, c.num_heads * c.head_dim, c.hidden_size, A - 3, A + T - 1
+    dense = c.matmul_params - V * H
+    row = 2 * dense * N * (runs - 1 + 1 / P)
+    row += 4 * L * q * (N * N / 2 * (runs - 1 + 1 / P) + N * runs * (runs + 1) / 2)
+    row += 2 * V * H * N * (1 / P + S + T) + 6 * H * H * N * T
+    return 3 * P * row
+
+
+def dense_mib(V: int, N: int, A: int, T: int = 4, P: int = 2) -> float:
+    """Returns a rough size of what the dense form keeps: probabilities of all layers and heads, and their mask."""
+    runs = A + T - 1
+    return 3 * 4 * 4 * 4 * P * N * N * runs * (runs + 1) / 2 / 2**20
+
+
+def bench_config(V: int, A: int, T: int = 4, P: int = 2) -> Any:
+    """Returns the model of all rows: hidden 128, 4 layers and heads, intermediate 448, the official code's choices."""
+    from qstar.models.config import ModelConfig
+    from qstar.models.thought_config import ThoughtConfig
+
+    sizes = dict(thought_tokens=A - 3, talk_tokens=T, thoughts_per_position=P)
+    return ModelConfig(
+        vocab_size=V,
+        hidden_size=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        intermediate_size=448,
+        max_positions=1024,
+        tie_embeddings=False,
+        eos_id=2,
+        dtype="float32",
+        scan_unroll=4,
+        thoughts=ThoughtConfig.parity(forbidden_ids=(V - 2, V - 1), **sizes),
+    )
+
+
+# ------------------------------------------------------------------------------------------- one row, in its own process
+
+
+def measured(spec: dict[str, Any]) -> dict[str, Any]:
+    """Runs one row twice in fresh processes, to compile and to measure, and returns what the second found."""
+    environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    found = ""
+    for once in ({"repeats": 0}, {}):
+        command = [sys.executable, "-m", "qstar.bench.quiet_star", json.dumps({**spec, **once})]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the measurement of {spec} failed:\n{done.stderr[-2000:]}")
+        found = done.stdout.splitlines()[-1]
+        if spec["what"] == "memory":
+            break  # nothing is run
+    return json.loads(found)
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def _row(spec: dict[str, Any]) -> dict[str, Any]:
+    from qstar.commands import start_jax
+
+    start_jax("cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "auto")
+    if spec["what"] == "memory":
+        return {"GB": round(mistral_step_bytes(spec["layers"]) / 1e9, 2)}
+    from qstar.bench.common import Compiles
+
+    make = _step if spec["what"] == "step" else _token
+    run, per = make(spec)
+    compiles, began = Compiles(), _resident()
+    wall, cpu = [], []
+    for i in range(spec["repeats"] + 2):
+        if i == 2:
+            compiles.count = 0
+        a, b = time.perf_counter(), time.process_time()
+        run()
+        wall.append((time.perf_counter() - a) / per)
+        cpu.append((time.process_time() - b) / per)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if not spec["repeats"]:
+        return {}
+    return {
+        "wall s": round(statistics.median(wall[2:]), 5),
+        "CPU s": round(statistics.median(cpu[2:]), 5),
+        "MiB over baseline": round(peak - began),
+        "recompiles": compiles.count,
+    }
+
+
+def _step(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
+    import jax
+    import numpy as np
+
+    from qstar.bench import dense
+    from qstar.models import decoder
+    from qstar.thoughts import layout, objective
+    from qstar.train import optim
+    from qstar.train.state import create_state
+    from qstar.train.step import make_step
+
+    config, side = bench_config(spec["V"], spec["A"]), spec["side"]
+    loss = dense.loss if side == "dense" else partial(objective.loss, schedule=side)
+    tx = optim.adamw(b2=0.999, weight_decay=0.001)
+    step = make_step(partial(loss, config=config), tx)
+    # The parameters are given up to the step: what is held at once is part of what is measured.
+    tree = jax.jit(lambda key: decoder.init(config, key))(jax.random.key(0))
+    holder = [create_state({"policy": tree}, tx, seed=0)]
+    tokens = np.random.default_rng(0).integers(4, config.vocab_size - 2, (1, spec["N"]))
+    batch = jax.device_put(layout.text_batch(tokens, np.ones_like(tokens)))
+
+    def run() -> None:
+        holder[0], metrics = step(holder[0], batch, np.float32(1e-6))
+        float(metrics["loss"])
+
+    return run, 1
+
+
+def _token(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from qstar.bench import dense
+    from qstar.models import decoder
+    from qstar.sample.logits import Knobs
+    from qstar.thoughts import decode, layout
+    from qstar.thoughts.generate import sampler
+
+    config = bench_config(spec["V"], spec["A"], T=1, P=1)
+    params = jax.jit(lambda key: decoder.init(config, key))(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(4, config.vocab_size - 2, (1, spec["N"])).astype(np.int32)
+    if spec["side"] == "again":
+
+        @jax.jit
+        def last(params: Any, batch: Any) -> Any:
+            positions = layout.all_positions(batch)
+            draw = sampler(params, config, batch, positions, jax.random.key(0), 1)
+            found, _ = dense.paths(params, config, batch, positions, 1, draw)
+            return jnp.argmax(decoder.unembed(params, config, found.mixed[0, 0, -1, 0]))
+
+        batch = jax.device_put(layout.text_batch(tokens, np.ones_like(tokens)))
+        return lambda: int(last(params, batch)), 1
+    talker = decode.Talker(config, (), NEW, config.vocab_size)
+    keys, lengths = jax.random.split(jax.random.key(0), 1), np.asarray([spec["N"]], np.int32)
+
+    def run() -> None:
+        jax.block_until_ready(decode.write(params, talker, tokens, lengths, keys, Knobs.make(1.0), jnp.float32(1)))
+
+    return run, NEW
+
+
+def mistral_step_bytes(layers: int, N: int = 256, A: int = 12, T: int = 4, P: int = 2) -> int:
+    """Returns the bytes that loss and gradient of one text need beside weights and gradients, from XLA's own analysis.
+
+    Mistral-7B (with fewer layers, if asked), bfloat16, P passes, every block rematerialised; no array is made.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from qstar.models import decoder
+    from qstar.models.config import ModelConfig
+    from qstar.models.thought_config import ThoughtConfig
+    from qstar.thoughts import layout, objective
+
+    t = ThoughtConfig.parity(thought_tokens=A - 3, talk_tokens=T, thoughts_per_position=P, forbidden_ids=(32000, 32001))
+    config = ModelConfig(
+        vocab_size=32002,
+        hidden_size=4096,
+        num_layers=layers,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        sliding_window=4096,
+        max_positions=32768,
+        tie_embeddings=False,
+        eos_id=2,
+        dtype="bfloat16",
+        remat="block",
+        thoughts=t,
+    )
+    ones = np.ones((1, N), int)
+    params, batch, key = jax.eval_shape(
+        lambda: (decoder.init(config, jax.random.key(0), jnp.bfloat16), layout.text_batch(ones, ones), jax.random.key(0))
+    )
+
+    def total(params: Any, batch: Any, key: Any) -> Any:
+        return objective.loss({"policy": params}, batch, key, config=config)[0][0]
+
+    compiled = jax.jit(jax.grad(total)).lower(params, batch, key).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    print(json.dumps(_row(json.loads(sys.argv[1]))))

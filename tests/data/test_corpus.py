@@ -1,0 +1,75 @@
+"""Text corpora: rows by step, crops and packs, held-out documents."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qstar.data.corpus import TextCorpus
+from qstar.errors import UserError
+from qstar.text.tokenizer import char_tokenizer
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 "
+TOKENIZER = char_tokenizer(LETTERS + "$.", pad=".", eos="$")
+
+
+@pytest.fixture
+def source(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = ["".join(LETTERS[i] for i in rng.integers(0, 36, n)) for n in rng.integers(5, 60, 300)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path, texts
+
+
+def decoded(rows, b):
+    return "".join((LETTERS + "$.")[i] for i, s in zip(rows.tokens[b], rows.segment_ids[b]) if s)
+
+
+def test_a_crop_is_a_piece_of_one_document(source):
+    path, texts = source
+    corpus = TextCorpus(path, TOKENIZER, length=16)
+    rows = corpus.rows(0, 50, 0)
+    for b in range(50):
+        piece = decoded(rows, b)
+        assert any(piece in t + "$" for t in texts)
+        assert len(piece) == 16 or any(piece == t + "$" for t in texts)  # shorter only if the document is
+        assert rows.positions[b][: len(piece)].tolist() == list(range(len(piece)))
+    assert np.array_equal(rows.mask, rows.segment_ids > 0)
+
+
+def test_a_pack_holds_documents_one_after_the_other(source):
+    path, texts = source
+    rows = TextCorpus(path, TOKENIZER, length=64, mode="pack").rows(0, 20, 0)
+    assert np.all(rows.segment_ids > 0)
+    for b in range(20):
+        pieces = decoded(rows, b).split("$")
+        assert all(p in texts for p in pieces[:-1]) and any(t.startswith(pieces[-1]) for t in texts)
+        starts = np.flatnonzero(rows.positions[b] == 0)
+        assert len(starts) == rows.segment_ids[b].max()
+
+
+def test_held_out_documents_are_never_trained_on(source):
+    path, texts = source
+    corpus = TextCorpus(path, TOKENIZER, length=64)
+    test = {decoded(corpus.test_rows(200), b) for b in range(200)}
+    train = {decoded(corpus.rows(s, 200, 0), b) for s in range(20) for b in range(200)}
+    assert test and not test & train
+    assert len(test) + len(train) == len(texts)  # crops of 64 hold the whole of these documents
+
+
+def test_rows_are_a_function_of_the_step(source):
+    one, other = (TextCorpus(source[0], TOKENIZER, length=16) for _ in range(2))
+    assert np.array_equal(one.rows(5, 4, 1).tokens, other.rows(5, 4, 1).tokens)
+    assert not np.array_equal(one.rows(5, 4, 1).tokens, one.rows(6, 4, 1).tokens)
+
+
+def test_mistakes_are_named(source, tmp_path):
+    with pytest.raises(UserError, match="mode='crp'"):
+        TextCorpus(source[0], TOKENIZER, mode="crp")
+    with pytest.raises(UserError, match="nowhere.jsonl"):
+        TextCorpus(tmp_path / "nowhere.jsonl", TOKENIZER)
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"text": "abc"}\n')
+    with pytest.raises(UserError, match="at least 2"):
+        TextCorpus(one, TOKENIZER)

@@ -1,0 +1,152 @@
+"""Quiet-STaR runs: resumption, the arms and what distinguishes them, and the measurements, each against slow ways."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from qstar.data.corpus import whole
+from qstar.errors import UserError
+from qstar.methods import quiet_base, quiet_measure, quiet_star
+from qstar.methods.quiet_star import Recipe
+from qstar.models import decoder, mixing
+from qstar.models.config import preset
+from qstar.models.thought_config import ThoughtConfig
+from qstar.tasks.folds import Folds
+from qstar.thoughts import distil, measure, replay
+from qstar.train.losses import sft_loss
+from qstar.train.metrics import read
+from tests.methods import runs
+
+CHAIN = [
+    "batch base 30",  # while the base trains
+    "saved base/model 60",  # trained, but not marked as such
+    "batch quiet_star 7",  # past the first checkpoint and the first measurement
+    "replace quiet_star/evaluation/step_000012.json",  # measured, but not written
+    "saving same_text/training 5",
+]
+
+
+def test_a_run_killed_at_five_points_ends_with_the_same_bits():
+    one, other = runs.quiet_star(), runs.killed(runs.QUIET, CHAIN)
+    assert runs.answers(one) == runs.answers(other) and len(runs.answers(one)) >= 6
+    assert runs.weights(one) == runs.weights(other) and len(runs.weights(one)) == 3
+
+
+def test_the_checkpoint_keeps_vectors_and_mixing_head():
+    leaves = next(v for k, v in runs.weights(runs.quiet_star()).items() if k.startswith("quiet_star/"))
+    names = " ".join(leaves)
+    assert "/thoughts/start" in names and "/mixing/out/kernel" in names
+
+
+def test_arms_come_after_those_they_need():
+    recipes = {"a": Recipe(start="c"), "b": Recipe(), "c": Recipe(start="b")}
+    assert list(quiet_star.in_order(recipes)) == ["b", "c", "a"]
+    with pytest.raises(UserError, match="arms.a: 'z'"):
+        quiet_star.in_order({"a": Recipe(start="z")})
+
+
+CONFIG = preset("tiny", hidden_size=32, num_layers=2, num_heads=2, vocab_size=24, max_positions=64).replace(
+    thoughts=ThoughtConfig(thought_tokens=3, talk_tokens=2, thoughts_per_position=2, forbidden_ids=(23,))
+)
+
+
+def model_params(seed=0):
+    params = decoder.init(CONFIG, jax.random.key(seed))
+    params = mixing.attach(params, CONFIG, jax.random.key(1), 21)
+    params["mixing"]["out"]["kernel"] += 0.3  # so that thoughts matter
+    return params
+
+
+def a_batch(size=3):
+    rows = Folds(documents=2).rows(0, size, 5)
+    return jax.tree.map(np.asarray, quiet_star.Batch(*rows[:4]))
+
+
+def test_scores_are_those_of_the_full_replay():
+    params, batch = model_params(), a_batch()
+    found = measure.score(params, CONFIG, batch, jax.random.key(3), passes=2, temperature=1.0)
+    thoughts = np.asarray(found.thoughts)  # [B, P, M, S]
+    B, P, M, S = thoughts.shape
+    full = np.zeros((S, B * P, M + 1), np.int32)
+    full[:, :, :M] = thoughts.reshape(B * P, M, S).transpose(2, 0, 1)
+    slow = replay.replay(params, CONFIG, batch.tokens, batch.mask, full)
+    np.testing.assert_allclose(found.nll.reshape(B * P, M), slow.talk_nll_s[0], atol=1e-4)
+    np.testing.assert_allclose(found.base_nll, np.asarray(slow.base_nll)[::P], atol=1e-4)
+    np.testing.assert_allclose(found.weight.reshape(B * P, M), slow.talk_mix_weight[0][:, :M], atol=1e-5)
+    np.testing.assert_allclose(found.reward.reshape(B * P, M), slow.reward, atol=1e-4)
+    first = np.argmax(slow.talk_mixed_logits[0][:, :M], -1) == np.repeat(batch.tokens[:, 1:], P, axis=0)
+    assert np.array_equal(found.hit.reshape(B * P, M), first)
+    assert not np.any(thoughts == 23)
+
+
+def test_pause_and_random_thoughts_reinforce_nothing():
+    params, batch = {"policy": model_params()}, a_batch()
+    for thinker in ("pause", "random"):
+        _, metrics = quiet_star.given_loss(params, batch, jax.random.key(0), config=CONFIG, thinker=thinker)
+        silent = CONFIG.replace(thoughts=CONFIG.thoughts.replace(policy_weight=100.0))
+        again, _ = quiet_star.given_loss(params, batch, jax.random.key(0), config=silent, thinker=thinker)
+        first, _ = quiet_star.given_loss(params, batch, jax.random.key(0), config=CONFIG, thinker=thinker)
+        assert float(first[0]) == float(again[0])
+    own = measure.random_thoughts(jax.random.key(0), CONFIG, (1000,))
+    assert set(np.unique(own)) == set(range(23))  # all but padding
+
+
+def test_the_students_loss_is_likelihood_and_divergence_from_the_mean_of_the_teachers_predictions():
+    batch, config = a_batch(2), CONFIG.replace(thoughts=None)
+    student = decoder.init(CONFIG, jax.random.key(9))
+    params = {"policy": student, "teacher": model_params()}
+    key = jax.random.key(4)
+    (total, weight), metrics = distil.student_loss(params, batch, key, config=config, teacher=CONFIG, weight=2.0)
+    nll, _ = sft_loss({"policy": student}, batch, None, config=config)
+    from qstar.thoughts import generate, layout, threads
+
+    texts = threads.read(params["teacher"], CONFIG, batch)
+    positions = layout.all_positions(batch, predicting=True)
+    own = np.asarray(generate.sample(params["teacher"], CONFIG, batch, texts, positions, key)[0])  # [S, B, P, M]
+    S, B, P, M = own.shape
+    full = np.zeros((S, B * P, M + 1), np.int32)
+    full[:, :, :M] = own.reshape(S, B * P, M)
+    logits = replay.replay(params["teacher"], CONFIG, batch.tokens, batch.mask, full).talk_mixed_logits[0][:, :M]
+    p = np.asarray(jax.nn.softmax(logits)).reshape(B, P, M, -1).mean(1)
+    q = replay.replay({**student, **{k: params["teacher"][k] for k in ("thoughts", "mixing")}}, CONFIG, batch.tokens, batch.mask, full)
+    q = np.asarray(jax.nn.log_softmax(q.base_logits))[::P][:, :M]
+    divergence = np.sum(p * (np.log(p) - q))
+    np.testing.assert_allclose(total, nll[0] + 2.0 * divergence, rtol=1e-4)
+    assert float(weight) == B * M
+    grads = jax.grad(lambda t: distil.student_loss({**params, "teacher": t}, batch, key, config=config, teacher=CONFIG, weight=2.0)[0][0])(params["teacher"])
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
+
+
+def test_a_thought_is_right_if_it_holds_the_steps_as_far_as_it_reaches():
+    expected = np.array([[[1, 2, 3, -1], [-1, -1, -1, -1]]])
+    thoughts = np.array([[[[1, 2, 3, 9, 9], [1, 2, 3, 4, 5]], [[1, 2, 4, 9, 9], [0, 0, 0, 0, 0]]]])
+    assert quiet_base.holds_steps(thoughts, expected).tolist() == [[[True, False], [False, False]]]
+    assert quiet_base.holds_steps(thoughts[..., :2], expected).tolist() == [[[True, False], [True, False]]]
+
+
+def test_means_by_kind_of_token():
+    where = np.array([[0, 1, -1, -2], [1, 1, -2, 0]])
+    x = np.arange(8.0).reshape(2, 4)
+    found = quiet_measure._by_kind(["a", "b"], where, {"x": x})
+    assert found == {"x/all": np.mean([0, 1, 2, 4, 5, 7]), "x/a": 3.5, "x/b": np.mean([1, 4, 5])}
+
+
+def test_metrics_of_the_smoke_run_have_every_control():
+    rows = [r for r in read(runs.quiet_star()) if r["stage"] == "evaluation" and r["arm"] == "quiet_star"]
+    assert [r["step"] for r in rows] == [6, 12]
+    for key in ("nll", "nll_base", "nll_greedy", "nll_swapped", "accuracy", "weight", "right"):
+        assert f"{key}/hard" in rows[-1] and f"{key}/all" in rows[-1]
+    assert sum(rows[-1]["weight_histogram"]["counts"]) == 40 * 8
+
+
+def test_text_is_bucketed_by_how_hard_it_is_for_the_base():
+    edges = [edge for edge, _ in quiet_measure.BUCKETS[:-1]]
+    assert np.searchsorted(edges, [0.1, 0.6, 3.0]).tolist() == [0, 1, 2]
+
+
+def test_rows_are_padded_on_the_right():
+    rows = whole(np.zeros((2, 4), int), np.array([2, 4]))
+    assert rows.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and rows.segment_ids.sum() == 6
+    assert json.dumps(rows.positions[0].tolist()) == "[0, 1, 2, 3]"
