@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -183,8 +184,11 @@ def test_mistrals_symbols_are_those_of_the_official_code():
     assert [row.tokens[p + 1] for p in row.positions] == [28740, 28734, 28787, 28750, 13]  # the comma is passed over
 
 
-def test_a_tokenizer_that_joins_digits_is_refused(sums):
-    model = thinker().replace(tokenizer=load_tokenizer(shared("data/tokenizers/gpt2")))
+def test_a_tokenizer_that_joins_digits_is_refused(sums, tmp_path):
+    for source, name in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copyfile(shared(f"data/tokenizers/gpt2/{source}"), tmp_path / name)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    model = thinker().replace(tokenizer=load_tokenizer(tmp_path))
     with pytest.raises(UserError, match="symbol by symbol"):
         q.expected_accuracy(model, sums)
 
@@ -222,7 +226,7 @@ def test_chain_of_thought_asks_twice_and_takes_the_first_whole_number(sums, monk
 
 
 def test_the_command_prints_both_numbers(sums, tmp_path, capsys):
-    model = thinker()
+    model = thinker(128)
     save(model, tmp_path / "model")
     path = tmp_path / "sums.jsonl"
     write_jsonl(path, [{"question": a, "answer": f"so\n#### {b}"} for a, b in QUESTIONS])
