@@ -74,13 +74,11 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
                     "official CPU s": OFFICIAL_TOKEN.get((A, N)),
                 }
             )
-    notes: dict[str, Any] = {
+    notes = {
         "matmul GFLOP/s": round(rate / 1e9),
         "needed": "3 x the forward FLOPs of decomposed threads, half of the causal square, at that rate",
         "official": "recorded: CPU s on one thread, MiB over the baseline",
     }
-    if not quick:
-        notes["mistral 7B activations GB"] = measured({"what": "memory", "layers": 32})["GB"]
     show("Quiet-STaR step and token, float32", rows, notes, as_json)
 
 
@@ -89,10 +87,10 @@ def needed_flops(V: int, N: int, A: int, T: int = 4, P: int = 2) -> float:
     c = bench_config(V, A, T, P)
     L, q, H, S, runs = c.num_layers, c.num_heads * c.head_dim, c.hidden_size, A - 3, A + T - 1
     dense = c.matmul_params - V * H
-    row = 2 * dense * N * (runs - 1 + 1 / P)
-    row += 4 * L * q * (N * N / 2 * (runs - 1 + 1 / P) + N * runs * (runs + 1) / 2)
-    row += 2 * V * H * N * (1 / P + S + T) + 6 * H * H * N * T
-    return 3 * P * row
+    flops = 2 * dense * N * (runs - 1 + 1 / P)
+    flops += 4 * L * q * (N * N / 2 * (runs - 1 + 1 / P) + N * runs * (runs + 1) / 2)
+    flops += 2 * V * H * N * (1 / P + S + T) + 6 * H * H * N * T
+    return 3 * P * flops
 
 
 def dense_mib(V: int, N: int, A: int, T: int = 4, P: int = 2) -> float:
@@ -126,19 +124,26 @@ def bench_config(V: int, A: int, T: int = 4, P: int = 2) -> Any:
 
 # ------------------------------------------------------------------------------------------- one row, in its own process
 
+# As a command starts: the compilation cache and the allocator's settings come before jax.
+CHILD = """
+import json, sys
+from qstar.commands import start_jax
+start_jax()
+from qstar.bench.quiet_star import row
+print(json.dumps(row(json.loads(sys.argv[1]))))
+"""
+
 
 def measured(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs one row twice in fresh processes, to compile and to measure, and returns what the second found."""
     environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     found = ""
     for once in ({"repeats": 0}, {}):
-        command = [sys.executable, "-m", "qstar.bench.quiet_star", json.dumps({**spec, **once})]
+        command = [sys.executable, "-c", CHILD, json.dumps({**spec, **once})]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"the measurement of {spec} failed:\n{done.stderr[-2000:]}")
         found = done.stdout.splitlines()[-1]
-        if spec["what"] == "memory":
-            break  # nothing is run
     return json.loads(found)
 
 
@@ -147,12 +152,8 @@ def _resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def _row(spec: dict[str, Any]) -> dict[str, Any]:
-    from qstar.commands import start_jax
-
-    start_jax("cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "auto")
-    if spec["what"] == "memory":
-        return {"GB": round(mistral_step_bytes(spec["layers"]) / 1e9, 2)}
+def row(spec: dict[str, Any]) -> dict[str, Any]:
+    """Measures one row in this process; with 0 repeats it only fills the compilation cache, and returns nothing."""
     from qstar.bench.common import Compiles
 
     make = _step if spec["what"] == "step" else _token
@@ -237,50 +238,3 @@ def _token(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
         jax.block_until_ready(decode.write(params, talker, tokens, lengths, keys, Knobs.make(1.0), jnp.float32(1)))
 
     return run, NEW
-
-
-def mistral_step_bytes(layers: int, N: int = 256, A: int = 12, T: int = 4, P: int = 2) -> int:
-    """Returns the bytes that loss and gradient of one text need beside weights and gradients, from XLA's own analysis.
-
-    Mistral-7B (with fewer layers, if asked), bfloat16, P passes, every block rematerialised; no array is made.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from qstar.models import decoder
-    from qstar.models.config import ModelConfig
-    from qstar.models.thought_config import ThoughtConfig
-    from qstar.thoughts import layout, objective
-
-    t = ThoughtConfig.parity(thought_tokens=A - 3, talk_tokens=T, thoughts_per_position=P, forbidden_ids=(32000, 32001))
-    config = ModelConfig(
-        vocab_size=32002,
-        hidden_size=4096,
-        num_layers=layers,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        sliding_window=4096,
-        max_positions=32768,
-        tie_embeddings=False,
-        eos_id=2,
-        dtype="bfloat16",
-        remat="block",
-        thoughts=t,
-    )
-    ones = np.ones((1, N), int)
-    params, batch, key = jax.eval_shape(
-        lambda: (decoder.init(config, jax.random.key(0), jnp.bfloat16), layout.text_batch(ones, ones), jax.random.key(0))
-    )
-
-    def total(params: Any, batch: Any, key: Any) -> Any:
-        return objective.loss({"policy": params}, batch, key, config=config)[0][0]
-
-    compiled = jax.jit(jax.grad(total)).lower(params, batch, key).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
-if __name__ == "__main__":
-    print(json.dumps(_row(json.loads(sys.argv[1]))))

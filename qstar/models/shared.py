@@ -244,9 +244,7 @@ def _lift(args: Sequence[jax.Array], axes: Sequence[int | None], **static: Any) 
 def _lift_gradient(args: Sequence[jax.Array], axes: Sequence[int | None], **static: Any) -> tuple[Any, tuple[int, ...]]:
     """Adds a mapped axis to the texts. (Only a gradient taken under `vmap` comes here: keys then have gradients apart.)"""
     size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
-    full = (
-        jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes)
-    )
+    full = (jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes))
     found = _gradient.bind(*(x.reshape(-1, *x.shape[2:]) for x in full), **static)
     return tuple(x.reshape(size, -1, *x.shape[1:]) for x in found), (0, 0, 0)
 
