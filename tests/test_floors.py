@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = (
     {"errors", "types", "tree"},
-    {"mesh", "text"},
+    {"mesh", "start", "text"},
     {"models", "data", "tasks"},
     {"sample", "thoughts", "train"},
     {"methods"},

@@ -127,7 +127,7 @@ def bench_config(V: int, A: int, T: int = 4, P: int = 2) -> Any:
 # As a command starts: the compilation cache and the allocator's settings come before jax.
 CHILD = """
 import json, sys
-from qstar.commands import start_jax
+from qstar.start import start_jax
 start_jax()
 from qstar.bench.quiet_star import row
 print(json.dumps(row(json.loads(sys.argv[1]))))
