@@ -1,0 +1,36 @@
+"""What is set up before JAX starts."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PROGRAM = """
+import resource, sys
+from qstar.start import start_jax, keep_freed_memory
+if sys.argv[1] == "keep":
+    start_jax("cpu")
+import jax, jax.numpy as jnp
+f = jax.jit(lambda x: jnp.sort(x * 2).sum() + jnp.cumsum(x)[::-1].max())
+x = jnp.ones(8_000_000)
+for _ in range(4):
+    f(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    f(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is set up")
+def test_calls_of_a_compiled_function_do_not_fault_their_memory_in_again():
+    assert faults("keep") * 4 < faults("leave")
