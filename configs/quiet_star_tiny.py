@@ -37,7 +37,7 @@ OFFICIAL = {  # one of the official code's choices each, see ThoughtConfig
     "heat_3": {"policy_temperature": 3.0},
     "mean": {"policy_reduce": "mean"},
     "sigmoid": {"mixing": "sigmoid"},
-    "policy_0.1": {"policy_weight": 0.1},
+    "policy_tenth": {"policy_weight": 0.1},
     "policy_10": {"policy_weight": 10.0},
     "policy_1e6": {"policy_weight": 1e6},
     "scale_10": {"embedding_scale": 10.0},

@@ -69,6 +69,13 @@ def test_a_quiet_star_config_loads_and_all_its_settings_are_known(name, tmp_path
     assert recipes and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("study", ["lengths", "official", "fast", "documents=2", "arms=long+pause_long"])
+def test_every_study_of_the_tiny_config_loads(study, tmp_path):
+    config = module("quiet_star_tiny.py").get_config(study)
+    made = Study.make(config, tmp_path / "run", stub.Silent())
+    assert len({made.recipe(quiet_star.Recipe, arm) and arm for arm in config.arms}) >= 2
+
+
 @EVERY
 @pytest.mark.parametrize("argument", ["smok", "seed=x", "smoke=perhaps", "seed=1,colour=red"])
 def test_an_argument_it_does_not_know_is_named(name, argument):
