@@ -16,8 +16,9 @@ from qstar.errors import UserError, require
 from qstar.mesh import parameter_table, shardings
 from qstar.methods.arms import Context
 from qstar.methods.checks import check_fits
+from qstar.methods.gates import check_gates
 from qstar.methods.rollouts import Rollout, attempt
-from qstar.methods.run_folder import once_json, stable_seed
+from qstar.methods.run_folder import stable_seed
 from qstar.methods.settings import check_keys
 from qstar.methods.supervised import fine_tune
 from qstar.models import decoder
@@ -26,9 +27,8 @@ from qstar.models.hf import read_config
 from qstar.models.model import Model, load
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.packing import Example
-from qstar.text.tokenizer import char_tokenizer
+from qstar.text.tokenizer import Tokenizer, char_tokenizer
 from qstar.train.loop import Diverged
-from qstar.train.metrics import show_table
 from qstar.train.state import init_params
 
 RUN_OPTIONS = {"dtype", "remat", "scan_unroll"}  # of a pretrained model: how it is run, not what it is
@@ -46,11 +46,11 @@ def prepare(ctx: Context, model: Model) -> Model:
     show_parameters(ctx, model)
     if not ctx.config.model.path:
         model = train_base(ctx, model)
-        check_gates(ctx, model)
+        check_gates(ctx.console, ctx.workdir / "base", ctx.gates, lambda: measure_gates(ctx, model))
     return model
 
 
-def model_options(ctx: Context) -> tuple[str, str, dict[str, Any]]:
+def model_options(ctx: Any) -> tuple[str, str, dict[str, Any]]:
     """Returns path, preset and the other entries of `config.model`; nothing large is read.
 
     Raises:
@@ -74,23 +74,26 @@ def architecture(ctx: Context) -> Model:
     Raises:
       UserError: see `model_options`; no weights, no tokenizer, no seed rows.
     """
-    path, name, options = model_options(ctx)
-    if path:
-        model = load(path, mesh=ctx.mesh, dtype=options.pop("dtype", None) or None)
-        model = model.replace(config=model.config.replace(**options))
-        if model.tokenizer is None:
-            raise UserError(f"config.model.path={path}: STaR needs a tokenizer, and this folder has no tokenizer files")
-    else:
-        model = from_scratch(ctx, name, options)
+    model = loaded_or_random(ctx, char_tokenizer(ALPHABET, pad=PAD, eos=EOS))
+    path = ctx.config.model.get("path")
+    if path and model.tokenizer is None:
+        raise UserError(f"config.model.path={path}: STaR needs a tokenizer, and this folder has no tokenizer files")
     ctx.tokenizer = model.tokenizer
     if not path:
         seed_examples(ctx)
     return model
 
 
-def from_scratch(ctx: Context, name: str, options: dict[str, Any]) -> Model:
-    """Returns a randomly initialised preset with a character tokenizer."""
-    tokenizer = char_tokenizer(ALPHABET, pad=PAD, eos=EOS)
+def loaded_or_random(ctx: Any, tokenizer: Tokenizer) -> Model:
+    """Returns the model of `config.model`: its weights, or a preset with random ones for the text of `tokenizer`.
+
+    Args:
+      ctx: of any method: it has `config`, `mesh` and `seed`.
+    """
+    path, name, options = model_options(ctx)
+    if path:
+        model = load(path, mesh=ctx.mesh, dtype=options.pop("dtype", None) or None)
+        return model.replace(config=model.config.replace(**options))
     options.setdefault("vocab_size", tokenizer.vocab_size)
     config = preset(name, eos_id=tokenizer.eos_id, **options)
     params = init_params(
@@ -145,31 +148,8 @@ def train_base(ctx: Context, model: Model) -> Model:
     return model
 
 
-def check_gates(ctx: Context, model: Model) -> None:
-    """Measures the base on pool problems (held-out ones stay unseen) against `config.gates`, writes base/gates.json.
-
-    A gate reads e.g. {"metric": "hinted_accuracy/3", "min": 0.6, "why": ..., "stop": True}.
-
-    Raises:
-      UserError: a gate with stop=True does not hold.
-    """
-    gates = ctx.gates
-    if not gates:
-        return
-    found = once_json(ctx.workdir / "base" / "gates.json", lambda: measure_gates(ctx, model))
-    rows = [
-        {"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"}
-        for k, g in found.items()
-    ]
-    show_table(ctx.console, "gates of the base", rows)
-    failed = [(k, g) for k, g in found.items() if not g["ok"] and gates[k].stop]
-    if failed:
-        name, g = failed[0]
-        raise UserError(f"gate {name}: {g['metric']} is {g['value']:.3f}, wanted {g['limit']}: {g['why']}")
-
-
-def measure_gates(ctx: Context, model: Model) -> dict[str, Any]:
-    """Returns {gate: {metric, value, limit, ok, why}}."""
+def measure_gates(ctx: Context, model: Model) -> dict[str, float]:
+    """Returns the metrics that the gates name, on pool problems (held-out ones stay unseen)."""
     problems = ctx.task.problems("val")
     rows: dict[bool, list[Rollout]] = {}
     for hinted in (False, True):
@@ -185,14 +165,7 @@ def measure_gates(ctx: Context, model: Model) -> dict[str, Any]:
             folder=ctx.workdir / "base" / "gates",
             stage="hinted" if hinted else "plain",
         )
-    out = {}
-    for name, gate in ctx.gates.items():
-        value = _gate_value(rows, gate.metric)
-        low, high = 0.0 if gate.min is None else gate.min, 1.0 if gate.max is None else gate.max
-        bounds = {"at least": gate.min, "at most": gate.max}
-        limit = ", ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-        out[name] = {"metric": gate.metric, "value": value, "limit": limit, "ok": low <= value <= high, "why": gate.why}
-    return out
+    return {gate.metric: _gate_value(rows, gate.metric) for gate in ctx.gates.values()}
 
 
 def _gate_value(rows: dict[bool, list[Rollout]], metric: str) -> float:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from qstar.errors import UserError, unknown
-from qstar.methods import base_model, quiet_base, quiet_star
+from qstar.methods import base_model, quiet_star
 from qstar.methods.arms import Context
 from qstar.methods.checks import check_lengths
 from qstar.methods.quiet_setup import Study
@@ -173,7 +173,7 @@ def _thinking_model(run: Path, config: ConfigDict, arm: str, iteration: int | No
     """The model of an arm of a Quiet-STaR run (iteration 0: its base), with start and end vectors and mixing head."""
     config.mesh = "data=1,fsdp=-1"
     study = Study.make(config, run, Console(quiet=True))
-    model = quiet_base.architecture(study)
+    model = base_model.loaded_or_random(study, study.corpus.tokenizer)
     if iteration not in (None, 0):
         raise UserError(f"--run={run}: Quiet-STaR has no iterations; leave --iteration out (0: base)")
     folder = run / "base" if iteration == 0 else run / arm

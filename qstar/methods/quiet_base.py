@@ -7,44 +7,22 @@ see. The gates check that, cheaply, before any arm is paid for.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qstar.errors import UserError, require
+from qstar.methods.gates import check_gates
 from qstar.methods.quiet_setup import Study
-from qstar.methods.run_folder import once_json, stable_seed
+from qstar.methods.run_folder import stable_seed
 from qstar.methods.supervised import TrainSettings, sft_step
 from qstar.methods.training import Stage, train_stage
-from qstar.models import decoder, mixing
-from qstar.models.config import preset
-from qstar.models.model import Model, load
+from qstar.models import mixing
+from qstar.models.model import Model
 from qstar.tasks.folds import Folds
 from qstar.thoughts import measure
 from qstar.train.loop import Diverged
-from qstar.train.metrics import show_table
-from qstar.train.state import init_params
-
-
-def architecture(study: Study) -> Model:
-    """Returns the model before any training here: loaded from `config.model.path`, or random."""
-    options = study.config.model.to_dict()
-    path, name = options.pop("path", ""), options.pop("preset", "")
-    require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
-    if path:
-        model = load(path, mesh=study.mesh, dtype=options.pop("dtype", None))
-        return model.replace(config=model.config.replace(**options))
-    tokenizer = study.corpus.tokenizer
-    config = preset(name, **{"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, **options})
-    params = init_params(
-        lambda key: decoder.init(config, key),
-        seed=stable_seed(study.seed, "init"),
-        mesh=study.mesh,
-        table=decoder.PARAM_AXES,
-    )
-    return Model(config, params, tokenizer, study.mesh)
 
 
 def prepare(study: Study, model: Model) -> Model:
@@ -55,7 +33,10 @@ def prepare(study: Study, model: Model) -> Model:
     """
     if study.base_steps:
         model = _train(study, model)
-    _check_gates(study, model)
+    if study.gates:
+        folds = isinstance(study.corpus, Folds)
+        require((folds, "config.gates: there are measurements for data.name='folds' alone"))
+        check_gates(study.console, study.workdir / "base", study.gates, lambda: fold_measurements(study, model))
     return model
 
 
@@ -86,43 +67,6 @@ def _train(study: Study, model: Model) -> Model:
             raise UserError(f"config.base.lr={settings.lr}: {e}") from None
     study.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
     return model
-
-
-def _check_gates(study: Study, model: Model) -> None:
-    if not study.gates:
-        return
-    found = once_json(study.workdir / "base" / "gates.json", lambda: measure_gates(study, model))
-    rows = [
-        {"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"}
-        for k, g in found.items()
-    ]
-    if jax.process_index() == 0:
-        show_table(study.console, "gates of the base", rows)
-    failed = [(k, g) for k, g in found.items() if not g["ok"] and study.gates[k].stop]
-    if failed:
-        name, g = failed[0]
-        raise UserError(f"gate {name}: {g['metric']} is {g['value']:.3f}, wanted {g['limit']}: {g['why']}")
-
-
-def measure_gates(study: Study, model: Model) -> dict[str, Any]:
-    """Returns {gate: {metric, value, limit, ok, why}} for generated documents (`tasks.folds`), on held-out ones."""
-    require((isinstance(study.corpus, Folds), "config.gates: there are measurements for data.name='folds' alone"))
-    values = fold_measurements(study, model)
-    out = {}
-    for name, gate in study.gates.items():
-        value = values[gate.metric]
-        low = -np.inf if gate.min is None else gate.min
-        high = np.inf if gate.max is None else gate.max
-        bounds = {"at least": gate.min, "at most": gate.max}
-        limit = ", ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-        out[name] = {
-            "metric": gate.metric,
-            "value": value,
-            "limit": limit,
-            "ok": bool(low <= value <= high),
-            "why": gate.why,
-        }
-    return out
 
 
 def fold_measurements(study: Study, model: Model, size: int = 600) -> dict[str, float]:

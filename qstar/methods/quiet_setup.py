@@ -43,7 +43,7 @@ class Sight:
 
 @dataclasses.dataclass(frozen=True)
 class BaseGate(Gate):
-    """A bound on a measurement of the base model, see `quiet_base.measure_gates`."""
+    """A bound on a measurement of the base model, see `quiet_base.fold_measurements`."""
 
     NAMES: ClassVar = ("direct_nll", "worked_nll", "worked_accuracy", "step_nll", "right", "right_greedy")
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.errors import UserError, require
-from qstar.methods import quiet_base
+from qstar.methods import base_model, quiet_base
 from qstar.methods.quiet_measure import Watch, measure
 from qstar.methods.quiet_setup import Study
 from qstar.methods.run_folder import check_run, open_run, stable_seed
@@ -86,7 +86,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     recipes = {name: study.recipe(Recipe, name) for name in config.arms}
     recipes = in_order(recipes)
     check_run(study.workdir, config.to_dict())
-    start = quiet_base.architecture(study)
+    start = base_model.loaded_or_random(study, study.corpus.tokenizer)
     for name, recipe in recipes.items():
         check_room(study, start, name, recipe)
     open_run(study.workdir, config.to_dict())
