@@ -4,6 +4,7 @@ Everything is set through environment variables, before any test imports jax, an
 the tests of text, data and tasks never need it and stay fast. A value that is set already is respected.
 """
 
+import gc
 import os
 import pathlib
 import sys
@@ -40,3 +41,12 @@ def shared(path: str) -> pathlib.Path:
 @pytest.fixture(name="shared", scope="session")
 def _shared():
     return shared
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Frees what a file compiled: each program maps a dozen regions, and Linux kills at 65,530 of them in a process."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
