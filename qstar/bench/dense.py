@@ -25,7 +25,8 @@ def loss(params: dict[str, Params], batch: Batch, rng: jax.Array, *, config: Mod
     """The loss of `thoughts.objective.loss`, with thoughts drawn at all positions of the batch [B, N]."""
     policy, passes = params["policy"], config.thoughts.thoughts_per_position
     positions = layout.all_positions(batch)
-    draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, rng, passes)
+    key, _ = jax.random.split(rng)  # as `objective.loss`: the same thoughts
+    draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, key, passes)
     found, thoughts = paths(policy, config, batch, positions, passes, draw)
     return objective.judge(params, config, batch, positions, found, thoughts)
 
