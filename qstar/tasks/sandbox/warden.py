@@ -28,9 +28,10 @@ functools hashlib heapq io itertools json math numbers operator queue random re 
 time typing unicodedata""".split()
 
 # And these where programs cannot open a file, so cannot import anything else.
-_LIBRARY = """ast asyncio base64 binascii codecs concurrent.futures difflib doctest encodings.ascii encodings.idna encodings.latin_1
-encodings.utf_16 glob graphlib hmac html inspect ipaddress keyword logging pathlib platform pprint secrets select shutil
-signal subprocess tempfile textwrap timeit tokenize traceback types unittest urllib.parse uuid weakref zlib""".split()
+_LIBRARY = """ast asyncio base64 binascii codecs concurrent.futures difflib doctest encodings.ascii encodings.idna
+encodings.latin_1 encodings.utf_16 glob graphlib hmac html inspect ipaddress keyword logging pathlib platform
+pprint secrets select shutil signal subprocess tempfile textwrap timeit tokenize traceback types unittest
+urllib.parse uuid weakref zlib""".split()
 
 
 def _import(names: list[str]) -> None:
