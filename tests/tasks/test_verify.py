@@ -47,28 +47,32 @@ def pool():
         yield pool
 
 
-def family() -> dict[int, str]:
-    """Every process that descends from this one: {id: state}."""
-    parent, state = {}, {}
+def family(root: int) -> set[int]:
+    """Every process that descends from `root`."""
+    parent = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{entry}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
+                parent[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
         except (OSError, IndexError):
             continue
-        parent[int(entry)], state[int(entry)] = int(fields[1]), fields[0]
-    mine = {os.getpid()}
-    while new := {p for p, up in parent.items() if up in mine} - mine:
-        mine |= new
-    return {p: state[p] for p in mine - {os.getpid()}}
+    found = {root}
+    while new := {p for p, up in parent.items() if up in found} - found:
+        found |= new
+    return found - {root}
 
 
-def settled(count: int, seconds: float = 5.0) -> int:
-    """How many descendants there are once there are `count`, or after so many seconds."""
+def idle(pool: Verifier, seconds: float = 10.0) -> bool:
+    """Whether each warden comes to have nothing below it but the judge and the empty process that wait for a job.
+
+    A warden adopts what loses its parent, so whatever a program left behind would be there.
+    """
     end = time.monotonic() + seconds
-    while len(family()) != count and time.monotonic() < end:
+    while any(len(family(w._process.pid)) != 2 for w in pool._workers):
+        if time.monotonic() > end:
+            return False
         time.sleep(0.02)
-    return len(family())
+    return True
 
 
 def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
@@ -76,7 +80,6 @@ def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
     os.chmod(tmp_path, 0o777)  # what keeps them from writing here is not that they may not
     (tmp_path / "kept").write_text(TOKEN)  # nor what keeps them from reading it
     os.chmod(tmp_path / "kept", 0o666)
-    elsewhere = settled(0, 0.1)  # of other pools in this process; wardens of this one included
     wrong = {}
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
         server.setblocking(False)
@@ -100,7 +103,7 @@ def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
                 listener()
     assert not wrong
     assert sorted(os.listdir(tmp_path)) == ["kept"] and (tmp_path / "kept").read_text() == TOKEN
-    assert settled(elsewhere) == elsewhere, family()
+    assert idle(verifier)
     assert took < len(HOSTILE) * (LIMIT + 1)
     honest = Job(f"def f(x): return {TOKEN!r}", TESTS)
     assert all(v.passed for v in verifier.run_many([honest] * 8))  # and the pool works as before
@@ -113,9 +116,8 @@ def test_there_are_enough_hostile_programs():
 def test_a_hostile_program_that_knew_the_answer_would_pass(pool):
     """The table above fails programs because they do not know the token, not because they are badly written."""
     knows = "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
-    before = settled(0, 0.1)
     assert pool.run(Job(knows + f"def f(x): return {TOKEN!r}", TESTS)).passed
-    assert settled(before) == before  # its thread is gone
+    assert idle(pool)  # its thread is gone
 
 
 @pytest.mark.parametrize(
@@ -191,8 +193,12 @@ def test_a_pool_whose_processes_were_killed_goes_on():
         os.kill(pool._workers[0]._process.pid, 9)
         pool._workers[0]._process.wait()
         assert pool.run(job).passed
-        alone = settled(0, 0.1)
-    assert settled(max(0, alone - 3)) <= alone - 3  # warden, judge and program went with the pool
+        assert idle(pool)
+        mine = {pool._workers[0]._process.pid, *family(pool._workers[0]._process.pid)}
+    end = time.monotonic() + 10
+    while mine & family(1) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert len(mine) == 3 and not mine & family(1)  # warden, judge and program went with the pool
 
 
 def test_memory_is_what_was_asked_for(pool):
