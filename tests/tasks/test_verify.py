@@ -8,8 +8,10 @@ import decimal
 import fractions
 import json
 import os
+import pathlib
 import socket
 import sys
+import tempfile
 import time
 
 import pytest
@@ -75,18 +77,25 @@ def idle(pool: Verifier, seconds: float = 10.0) -> bool:
     return True
 
 
-def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
+@pytest.fixture
+def open_folder():
+    """A folder that everybody may reach and write, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        yield pathlib.Path(name)
+
+
+def test_no_hostile_program_passes_escapes_or_stays(verifier, open_folder):
     """On one pool, one after the other: each has to leave the pool as it was for the next."""
-    os.chmod(tmp_path, 0o777)  # what keeps them from writing here is not that they may not
-    (tmp_path / "kept").write_text(TOKEN)  # nor what keeps them from reading it
-    os.chmod(tmp_path / "kept", 0o666)
+    (open_folder / "kept").write_text(TOKEN)
+    os.chmod(open_folder / "kept", 0o666)  # so it is not their user that keeps them from it
     wrong = {}
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
         server.setblocking(False)
         port = server.getsockname()[1]
         datagrams.bind(("127.0.0.1", port))
         datagrams.setblocking(False)
-        fill = {"{folder}": str(tmp_path), "{port}": str(port)}
+        fill = {"{folder}": str(open_folder), "{port}": str(port)}
         jobs = []
         for program, _ in HOSTILE.values():
             for name, value in fill.items():
@@ -102,7 +111,7 @@ def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
             with pytest.raises(BlockingIOError):  # nobody called
                 listener()
     assert not wrong
-    assert sorted(os.listdir(tmp_path)) == ["kept"] and (tmp_path / "kept").read_text() == TOKEN
+    assert sorted(os.listdir(open_folder)) == ["kept"] and (open_folder / "kept").read_text() == TOKEN
     assert idle(verifier)
     assert took < len(HOSTILE) * (LIMIT + 1)
     honest = Job(f"def f(x): return {TOKEN!r}", TESTS)
