@@ -105,7 +105,8 @@ def test_no_hostile_program_passes_escapes_or_stays(verifier, open_folder):
         verdicts = verifier.run_many(jobs, timeout_s=LIMIT, memory_mb=128)
         took = time.monotonic() - began
         for name, verdict in zip(HOSTILE, verdicts, strict=True):
-            if verdict.passed or verdict.reason not in HOSTILE[name][1] or verdict.seconds > LIMIT + 6:
+            slow = {"timeout"} if verdict.seconds >= LIMIT else set()  # a busy machine may get no further in that time
+            if verdict.passed or verdict.reason not in HOSTILE[name][1] | slow or verdict.seconds > LIMIT + 6:
                 wrong[name] = verdict
         for listener in (server.accept, lambda: datagrams.recv(9)):
             with pytest.raises(BlockingIOError):  # nobody called
