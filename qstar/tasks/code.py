@@ -12,7 +12,8 @@ from qstar.tasks.base import Problem, Task, check_split
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
-# The prompt of the MBPP paper (Austin et al., 2108.07732, section 3), which V-STaR uses for both data sets.
+# After the prompt of the MBPP paper (Austin et al., 2108.07732). V-STaR asks both data sets with "the MBPP template" and does not
+# print it: that this is the one is our assumption.
 TEMPLATE = (
     "You are an expert Python programmer, and here is your task: {task} Your code should pass these tests:\n\n"
     "{tests}\n[BEGIN]\n"
