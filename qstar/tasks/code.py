@@ -12,8 +12,8 @@ from qstar.tasks.base import Problem, Task, check_split
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
-# After the prompt of the MBPP paper (Austin et al., 2108.07732). V-STaR asks both data sets with "the MBPP template" and does not
-# print it: that this is the one is our assumption.
+# After the prompt of the MBPP paper (Austin et al., 2108.07732). V-STaR asks both data sets with "the MBPP template" and
+# does not print it: that this is the one is our assumption.
 TEMPLATE = (
     "You are an expert Python programmer, and here is your task: {task} Your code should pass these tests:\n\n"
     "{tests}\n[BEGIN]\n"
