@@ -21,7 +21,7 @@ CHUNK_BYTES = (
     8 * 2**20
 )  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
 
-MIN_CHUNK = 256  # tokens: below that the kernel and its gradient would be read and written for too little work
+MIN_CHUNK = 512  # tokens: below that the kernel and its gradient would be read and written for too little work
 
 SumWeight = tuple[jax.Array, jax.Array]
 
