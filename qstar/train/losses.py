@@ -17,10 +17,7 @@ from qstar.models.attention import precision, text_mask
 from qstar.models.config import ModelConfig
 from qstar.types import Batch, Metrics, Params
 
-CHUNK_BYTES = (
-    8 * 2**20
-)  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
-
+CHUNK_BYTES = 8 * 2**20  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
 MIN_CHUNK = 512  # tokens: below that the kernel and its gradient would be read and written for too little work
 
 SumWeight = tuple[jax.Array, jax.Array]
