@@ -82,6 +82,7 @@ class Stage:
     writer: Writer
     label: dict[str, Any]  # of the metrics rows: arm, iteration
     progress: Callable[[int, dict[str, float]], None] | None = None
+    name: str = "train"  # the `stage` of its metrics rows
 
 
 def finished(folder: Path) -> bool:
@@ -150,11 +151,12 @@ def _train(start, stage, tx, step_at, batch_at, roles, watch):
         state, last = at.state, at.step
         if at.metrics:
             metrics = at.metrics
-            stage.writer.write(stage="train", step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **metrics)
+            stage.writer.write(stage=stage.name, step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **metrics)
             if stage.progress is not None:
                 stage.progress(at.step, metrics)
         if watch is not None and watch(at.step, state.params["policy"]):
             break
     checkpoints.close()
-    keys = ("loss", "accuracy", "tokens", "skipped")
-    return state.params["policy"], {"steps": last, **{k: metrics.get(k) for k in keys}}
+    keys = dict.fromkeys(("loss", "accuracy", "tokens", "skipped", *metrics))
+    shown = {k: metrics.get(k) for k in keys if not k.endswith(("_per_step", "_per_second"))}  # no clocks
+    return state.params["policy"], {"steps": last, **shown}
