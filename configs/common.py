@@ -70,7 +70,7 @@ def star_config() -> ConfigDict:
 
 
 def v_star_config() -> ConfigDict:
-    """Returns the V-STaR config all others change: STaR's sections and the verifiers'. The paper prints no rates and no beta."""
+    """Returns the V-STaR config all others change: STaR's sections and the verifiers' (the paper prints no rates)."""
     config = star_config()
     config.method = "v_star"
     config.name = "v_star"

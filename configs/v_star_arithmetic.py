@@ -1,9 +1,9 @@
 """V-STaR on 3-digit sums: a verifier made of the wrong solutions, too, picks the best of k.
 
-    qstar train --config=configs/v_star_arithmetic.py --workdir=runs/v_star_arithmetic
-    qstar train --config=configs/v_star_arithmetic.py:seed=1 --workdir=runs/v_star_arithmetic_1
+qstar train --config=configs/v_star_arithmetic.py --workdir=runs/v_star_arithmetic
+qstar train --config=configs/v_star_arithmetic.py:seed=1 --workdir=runs/v_star_arithmetic_1
 
-    ...py:arms=v_star+verification       any rows of the paper's table of baselines, see ARMS
+...py:arms=v_star+verification       any rows of the paper's table of baselines, see ARMS
 """
 
 from configs.common import parse_arg, v_star_config

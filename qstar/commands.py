@@ -244,12 +244,13 @@ def export(argv: list[str]) -> int:
     p.add_argument("--run", metavar="DIR", required=True, help="run folder: the --workdir of qstar train")
     p.add_argument("--arm", metavar="NAME", help="arm of the run (default: the first, by name)")
     p.add_argument("--iteration", metavar="N", type=_whole(0), help="loop of the arm, 0: base (default: the last)")
+    p.add_argument("--verifier", choices=("dpo", "orm", "prm"), default="", help="of a V-STaR run, not its generator")
     p.add_argument("--out", metavar="DIR", required=True, help="new folder, or an earlier export to replace")
     a = p.parse_args(argv)
     start_jax(a.device)
     from qstar.methods.evaluation import export_model
 
-    print(export_model(Path(a.run).expanduser(), a.arm, a.iteration, Path(a.out).expanduser()))
+    print(export_model(Path(a.run).expanduser(), a.arm, a.iteration, Path(a.out).expanduser(), a.verifier))
     return 0
 
 

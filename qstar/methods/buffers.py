@@ -54,7 +54,15 @@ def sampled(rollouts: Iterable[Rollout]) -> list[Solution]:
     """Returns attempts without hints as solutions, in order."""
     return [
         Solution(
-            r.problem_id, r.prompt, r.completion, r.correct, r.answer is not None, r.truncated, "model", r.iteration, r.group
+            r.problem_id,
+            r.prompt,
+            r.completion,
+            r.correct,
+            r.answer is not None,
+            r.truncated,
+            "model",
+            r.iteration,
+            r.group,
         )
         for r in rollouts
         if not r.hinted

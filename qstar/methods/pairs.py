@@ -26,7 +26,9 @@ class PairSettings:
     """How pairs are drawn. A config's `pairs` section."""
 
     per_problem: int = 16
-    negatives: str = "parsed"  # "any" also takes cut-off and unreadable ones, of which a verifier mainly learns the format
+    negatives: str = (
+        "parsed"  # "any" also takes cut-off and unreadable ones, of which a verifier mainly learns the format
+    )
 
     def __post_init__(self):
         require(

@@ -70,7 +70,7 @@ def choose(
 
 
 def weights(scores: Sequence[float]) -> list[float]:
-    """Returns positive voting weights: scores that are chances (all in [0, 1]) as they are, log-likelihoods as exp(s - max)."""
+    """Returns positive weights of votes: chances (scores all in [0, 1]) as they are, log-likelihoods as exp(s - max)."""
     finite = [s for s in scores if math.isfinite(s)]
     if not finite:
         return [1.0] * len(scores)
@@ -81,9 +81,9 @@ def weights(scores: Sequence[float]) -> list[float]:
 
 
 def llm_judge(ask: Callable[[list[str]], list[str]], template: str | None = None) -> Scorer:
-    """Makes a scorer of any model that answers prompts (LLM as a judge, arXiv 2306.05685, grading one answer at a time).
+    """Makes a scorer of any model that answers prompts: LLM as a judge (arXiv 2306.05685), one answer at a time.
 
-    Grading one by one has no order of answers to be biased by; its known leanings to length and to the judge's own style stay.
+    One by one there is no order to be biased by; leanings to length and to the judge's own style stay.
 
     Args:
       ask: texts -> the judge's replies. template: with {prompt} and {completion}; the grade is the last number of a reply.
@@ -103,8 +103,9 @@ def llm_judge(ask: Callable[[list[str]], list[str]], template: str | None = None
 
 
 _JUDGE = (
-    "Judge the solution of the problem below. Look for the first mistake, if there is one, and then grade how likely the "
-    "solution is right with a number from 0 to 10 on the last line.\n\nProblem:\n{prompt}\n\nSolution:\n{completion}\n\nGrade:"
+    "Judge the solution of the problem below. Look for the first mistake, if there is one, and then grade how "
+    "likely the solution is right with a number from 0 to 10 on the last line.\n\n"
+    "Problem:\n{prompt}\n\nSolution:\n{completion}\n\nGrade:"
 )
 
 
@@ -130,7 +131,7 @@ def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> 
         for name in scorers:
             best = [best_of_k(np.asarray(p.scores[name], float), np.asarray(p.correct, bool), k) for p in problems]
             out.setdefault(f"best/{name}", {})[k] = best
-            for i, (rule, values) in enumerate(_voted(problems, name, k, m).items()):
+            for rule, values in _voted(problems, name, k, m).items():
                 out.setdefault(f"{rule}/{name}", {})[k] = values
     return out
 

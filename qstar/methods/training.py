@@ -151,7 +151,9 @@ def _train(start, stage, tx, step_at, batch_at, roles, watch):
         state, last = at.state, at.step
         if at.metrics:
             metrics = at.metrics
-            stage.writer.write(stage=stage.name, step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **metrics)
+            stage.writer.write(
+                stage=stage.name, step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **metrics
+            )
             if stage.progress is not None:
                 stage.progress(at.step, metrics)
         if watch is not None and watch(at.step, state.params["policy"]):

@@ -96,7 +96,6 @@ def run(config: Any, workdir: Path, console: Any) -> None:
 
 def outer_loop(arm: Arm, loop: Loop, base: Model, sft: Model, solutions: list[Solution]) -> None:
     """Algorithm 1, from G_SFT to G_T and V."""
-    ctx = arm.ctx
     d_gen, d_ver = Buffer(arm.folder / "d_gen"), Buffer(arm.folder / "d_ver")
     d_gen.add(0, solutions)
     d_ver.add(0, solutions)
@@ -132,7 +131,12 @@ def d_sft(ctx: Study) -> list[Solution]:
       UserError: the task has none.
     """
     found = human(ctx.task, ctx.task.pool(0, ctx.seed, ctx.sft.problems))
-    require((bool(found), f"config.task: {ctx.task.name} has no solutions to begin with (D_SFT); give it data with solutions"))
+    require(
+        (
+            bool(found),
+            f"config.task: {ctx.task.name} has no solutions to begin with (D_SFT); give it data with solutions",
+        )
+    )
     return found
 
 
@@ -155,7 +159,9 @@ def labelled_rollouts(arm: Arm, loop: Loop, generator: Model, n: int) -> list[Ro
     """k samples for every query, labelled: rationales/iter_NNN.jsonl. Those of G_SFT are shared by all arms of one k."""
     ctx = arm.ctx
     problems = star.drawn(ctx, loop, n)
-    settings = dataclasses.replace(ctx.sample_settings, temperature=loop.temperature) if loop.temperature is not None else ctx.sample_settings  # fmt: skip
+    settings = ctx.sample_settings
+    if loop.temperature is not None:
+        settings = dataclasses.replace(settings, temperature=loop.temperature)
     first = n == 1
     owner = ctx.workdir / "sft" if first else arm.folder
     tag = f"k{loop.k}_t{settings.temperature:g}" if first else f"iter_{n:03d}"

@@ -50,7 +50,9 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
     with arm.timed("select"):
         rollouts = test_samples(arm, generator, problems, n)
         scored = once(folder / f"scores_{n:03d}.jsonl", lambda: _score_rows(ctx, rollouts, sft, verifiers))
-        found = once_json(folder / f"iter_{n:03d}.json", lambda: result(rollouts, scored, ctx.select.samples, ctx.select.m))
+        found = once_json(
+            folder / f"iter_{n:03d}.json", lambda: result(rollouts, scored, ctx.select.samples, ctx.select.m)
+        )
     for k, row in table(found).items():
         ctx.writer.write(stage="selection", step=int(k), arm=arm.name, iteration=n, **row)
     if jax.process_index() == 0:
@@ -124,7 +126,9 @@ def result(rollouts: list[Rollout], scored: list[dict[str, Any]], samples: int, 
     curves = choosing.curves(some, ks, m=m)
     at = 16 if samples >= 16 else ks[-1]
     mine = {s: [a for c in some if (a := choosing.auc(c.scores[s], c.correct)) is not None] for s in some[0].scores}
-    pooled = {s: choosing.auc([x for c in some for x in c.scores[s]], [x for c in some for x in c.correct]) for s in mine}
+    pooled = {
+        s: choosing.auc([x for c in some for x in c.scores[s]], [x for c in some for x in c.correct]) for s in mine
+    }
     against = {rule: curves[rule][at] for rule in ("majority", "best/own", "best/random")}
     return {
         "problems": len(some),

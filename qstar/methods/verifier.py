@@ -87,7 +87,10 @@ class Verifier:
             raise unknown(f"score {rule!r}", rule, SCORES)
         needs = rule.partition("_")[0] if rule in ("orm", "prm_min", "prm_product") else ""
         require(
-            (head == needs or not needs, f"score {rule!r} needs a model with a value head {needs!r}; this has {head or 'none'}"),
+            (
+                head == needs or not needs,
+                f"score {rule!r} needs a model with a value head {needs!r}; this has {head or 'none'}",
+            ),
             (rule != "logratio" or self.reference is not None, "score 'logratio' needs a reference model, G_SFT"),
         )
         return rule
@@ -112,10 +115,16 @@ def score(
     Raises:
       UserError: see `model.logprobs`; a score that does not fit the model.
     """
-    v = verifier if isinstance(verifier, Verifier) else Verifier(verifier if isinstance(verifier, Model) else load(verifier))
+    v = (
+        verifier
+        if isinstance(verifier, Verifier)
+        else Verifier(verifier if isinstance(verifier, Model) else load(verifier))
+    )
     rule = v.rule
     if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
-        raise UserError("prompts and completions are two lists of one length; several completions of a prompt are a list")
+        raise UserError(
+            "prompts and completions are two lists of one length; several completions of a prompt are a list"
+        )
     nested = bool(completions) and _is_list_of_completions(completions[0])
     if nested and len({len(c) for c in completions}) > 1:
         raise UserError("every prompt needs equally many completions: pad the lists, or score them one by one")
@@ -128,7 +137,9 @@ def score(
 
 
 def _is_list_of_completions(x: Any) -> bool:
-    return not isinstance(x, str) and len(x) > 0 and (isinstance(x[0], str) or isinstance(x[0], (list, tuple, np.ndarray)))
+    return (
+        not isinstance(x, str) and len(x) > 0 and (isinstance(x[0], str) or isinstance(x[0], (list, tuple, np.ndarray)))
+    )
 
 
 def _hashable(x: Any) -> Any:

@@ -349,8 +349,9 @@ def _from_tiny(c: dict[str, Any]) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json` that `from_hf` and transformers read back.
 
-    A model that thinks adds the key `qstar_thoughts`, a verifier with a head `qstar_value_head`; transformers ignores both. The `tiny` preset is no Hugging Face
-    architecture: its file carries this class' own fields and only qstar loads it.
+    A model that thinks adds the key `qstar_thoughts`, a verifier with a head `qstar_value_head`; transformers ignores
+    both. The `tiny` preset is no Hugging Face architecture: its file carries this class' own fields and only qstar loads
+    it.
     """
     out = _to_hf(config)
     if config.value_head:
@@ -360,7 +361,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _to_hf(c: ModelConfig) -> dict[str, Any]:
     if c.family == "tiny":
-        return {"qstar_family": "tiny", "model_type": "qstar_tiny", **dataclasses.asdict(c.replace(thoughts=None, value_head=""))}
+        return {
+            "qstar_family": "tiny",
+            "model_type": "qstar_tiny",
+            **dataclasses.asdict(c.replace(thoughts=None, value_head="")),
+        }
     activation = {v: k for k, v in _ACTIVATIONS.items() if k != "gelu_pytorch_tanh"}[c.activation]
     common = {
         "model_type": c.family,

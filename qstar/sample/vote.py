@@ -71,7 +71,9 @@ def best_of(scores: Sequence[float]) -> int | None:
 
 def ranking(scores: Sequence[float]) -> list[int]:
     """Returns the indices by falling score, equal ones in order; what is no number comes last."""
-    return sorted(range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i] if scores[i] == scores[i] else 0))
+    return sorted(
+        range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i] if scores[i] == scores[i] else 0)
+    )
 
 
 def top_m_vote(answers: Sequence[str | None], scores: Sequence[float], m: int) -> str | None:
