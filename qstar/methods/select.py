@@ -15,14 +15,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from qstar.errors import unknown
-from qstar.sample.vote import best_of, majority, ranking, top_m_vote, weighted_majority
+from qstar.sample.vote import best_of, majority, over_subsets, ranking, top_m_vote, weighted_majority
 from qstar.tasks.base import stable_rng
-from qstar.train.evaluate import bootstrap_ci, majority_at_k, pass_at_k
+from qstar.train.evaluate import best_of_k, bootstrap_ci, majority_at_k, pass_at_k, weighted_majority_at_k
 
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 RULES = ("greedy", "majority", "weighted_majority", "best_of_k", "top_m_vote")
@@ -121,7 +120,7 @@ def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> 
     """Returns rule -> k -> the chance to be right of each problem, from subsets of k of its n solutions.
 
     Rules: `pass`, `majority`, and for every scorer S: `best/S`, `weighted/S`, `top{m}/S`. The first three are exact
-    expectations over subsets; the last two are means over 200 random ones.
+    expectations over subsets; the last two are means over 200 random ones where there are more.
     """
     out: dict[str, dict[int, list[float]]] = {"pass": {}, "majority": {}}
     scorers = list(problems[0].scores) if problems else []
@@ -129,10 +128,10 @@ def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> 
         out["pass"][k] = [pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
         out["majority"][k] = [majority_at_k(_ballot(p), "right", k) for p in problems]
         for name in scorers:
-            best = [best_of_k(np.asarray(p.scores[name], float), np.asarray(p.correct, bool), k) for p in problems]
-            out.setdefault(f"best/{name}", {})[k] = best
-            for rule, values in _voted(problems, name, k, m).items():
-                out.setdefault(f"{rule}/{name}", {})[k] = values
+            out.setdefault(f"best/{name}", {})[k] = [best_of_k(p.scores[name], p.correct, k) for p in problems]
+            voted = [_voted(p, name, k, m) for p in problems]
+            for rule in voted[0]:
+                out.setdefault(f"{rule}/{name}", {})[k] = [v[rule] for v in voted]
     return out
 
 
@@ -140,31 +139,28 @@ def _ballot(p: Candidates) -> list[str | None]:
     return [a and ("right" if right else a) for a, right in zip(p.answers, p.correct)]
 
 
-def _voted(problems: Sequence[Candidates], name: str, k: int, m: int) -> dict[str, list[float]]:
-    """Weighted and top-m votes over random subsets, all problems with the same draws."""
-    out: dict[str, list[float]] = {"weighted": [], f"top{m}": []}
-    for at, p in enumerate(problems):
-        rng = np.random.default_rng([at, k])
-        n = len(p.answers)
-        names = sorted({a for a in _ballot(p) if a is not None}, key=lambda a: (a != "right", a))
-        one_hot = np.array([[a == name for name in names] for a in _ballot(p)], float).reshape(n, len(names))
-        subsets = 1 if k == n else SUBSETS
-        taken = np.argsort(rng.random((subsets, n)), axis=1)[:, :k]  # [S, k], in random order: ties fall at random
-        scores = np.nan_to_num(np.asarray(p.scores[name], float), nan=-np.inf)
-        weighed = one_hot * np.asarray(weights(p.scores[name]))[:, None]
-        best = np.take_along_axis(taken, np.argsort(-scores[taken], axis=1, kind="stable"), axis=1)[:, :m]
-        for rule, votes in (("weighted", weighed[taken].sum(1)), (f"top{m}", one_hot[best].sum(1))):
-            out[rule].append(float(_right_share(votes, "right" in names)))
-    return out
+def _voted(p: Candidates, name: str, k: int, m: int) -> dict[str, float]:
+    """Weighted and top-m votes of one problem."""
+    ballot, scores = _ballot(p), np.nan_to_num(np.asarray(p.scores[name], float), nan=-np.inf)
+    names = sorted({a for a in ballot if a is not None}, key=lambda a: (a != "right", a))
+    votes = np.array([[a == name for name in names] for a in ballot], float).reshape(len(ballot), len(names))
+
+    def top(rows: np.ndarray) -> np.ndarray:
+        order = np.argsort(-scores[rows], axis=1, kind="stable")[:, :m]
+        return _right_share(votes[np.take_along_axis(rows, order, axis=1)].sum(axis=1), names)
+
+    n = len(ballot)
+    weighted = weighted_majority_at_k(ballot, weights(p.scores[name]), "right", k, trials=SUBSETS)[0]
+    return {"weighted": weighted, f"top{m}": over_subsets(top, n, k, trials=SUBSETS)[0]}
 
 
-def _right_share(votes: np.ndarray, there: bool) -> float:
-    """The share of subsets [S, answers] that the first answer ("right") wins; a tie counts its part."""
-    if not there or not votes.size:
-        return 0.0
+def _right_share(votes: np.ndarray, names: list[str]) -> np.ndarray:
+    """How much of each vote [S, answers] the right answer wins, the first of `names` if it is there; ties are shared."""
+    if "right" not in names:
+        return np.zeros(len(votes))
     top = votes.max(axis=1, keepdims=True)
     winners = (votes >= top) & (top > 0)
-    return float(np.mean(winners[:, 0] / np.maximum(winners.sum(axis=1), 1)))
+    return winners[:, 0] / np.maximum(winners.sum(axis=1), 1)
 
 
 def summary(values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, dict[str, list[float]]]:
@@ -180,36 +176,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:
     return [float(d.mean()), *bootstrap_ci(d)]
 
 
-def best_of_k(scores: np.ndarray, correct: np.ndarray, k: int) -> float:
-    """Stand-in."""
-    n = len(scores)
-    s = np.nan_to_num(np.asarray(scores, float), nan=-np.inf)
-    total, above = 0.0, 0
-    for value in np.unique(s)[::-1]:
-        tied = s == value
-        t = int(tied.sum())
-        low = n - above - t
-        p = (math.comb(low + t, k) - math.comb(low, k)) / math.comb(n, k)
-        total += p * correct[tied].mean()
-        above += t
-    return total
-
-
-def auc(scores: Sequence[float], correct: Sequence[bool]) -> float | None:
-    """Stand-in."""
-    s, c = np.asarray(scores, float), np.asarray(correct, bool)
-    if c.all() or not c.any():
-        return None
-    d = s[c][:, None] - s[~c][None]
-    return float(((d > 0) + 0.5 * (d == 0)).mean())
-
-
 def random_scores(problem: str, n: int) -> list[float]:
     """Returns scores that mean nothing, the same in every run."""
     rng = stable_rng("random scores", problem)
     return [rng.random() for _ in range(n)]
-
-
-def as_dicts(problems: Sequence[Candidates]) -> list[dict[str, Any]]:
-    """Returns the candidates as plain dicts, for a file."""
-    return [dataclasses.asdict(p) for p in problems]

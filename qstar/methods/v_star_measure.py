@@ -18,7 +18,7 @@ from qstar.methods.select import Candidates
 from qstar.methods.verifier import KINDS, Verifier, score
 from qstar.models.model import Model
 from qstar.tasks.base import Problem
-from qstar.train.evaluate import majority_at_k, pass_at_k
+from qstar.train.evaluate import majority_at_k, mean_auc, pass_at_k, pooled_auc
 from qstar.train.metrics import show_table
 from qstar.types import Rollout
 
@@ -125,17 +125,15 @@ def result(rollouts: list[Rollout], scored: list[dict[str, Any]], samples: int, 
     ks = choosing.ks_for(samples)
     curves = choosing.curves(some, ks, m=m)
     at = 16 if samples >= 16 else ks[-1]
-    mine = {s: [a for c in some if (a := choosing.auc(c.scores[s], c.correct)) is not None] for s in some[0].scores}
-    pooled = {
-        s: choosing.auc([x for c in some for x in c.scores[s]], [x for c in some for x in c.correct]) for s in mine
-    }
+    right = [c.correct for c in some]
+    quality = {s: [c.scores[s] for c in some] for s in some[0].scores}
     against = {rule: curves[rule][at] for rule in ("majority", "best/own", "best/random")}
     return {
         "problems": len(some),
         "samples": samples,
         "curves": choosing.summary(curves),
-        "auc": {s: float(np.mean(v)) if v else None for s, v in mine.items()},
-        "auc_pooled": pooled,
+        "auc": {s: mean_auc(v, right) for s, v in quality.items()},
+        "auc_pooled": {s: pooled_auc(v, right) for s, v in quality.items()},
         f"gain@{at}": {
             f"{rule} - {other}": choosing.difference(curves[rule][at], there)
             for rule in curves

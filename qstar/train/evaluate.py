@@ -1,15 +1,32 @@
-"""Accuracy, pass@k, majority@k, and confidence intervals over problems."""
+"""What samples, votes and scores are worth: pass@k, majority@k, best-of-k, a verifier's quality, intervals over problems."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from qstar.sample.vote import majority_at_k
+from qstar.sample.vote import majority_at_k, weighted_majority_at_k
 
-__all__ = ["bootstrap_ci", "majority_at_k", "pass_at_k", "summarise"]
+__all__ = [
+    "Platt",
+    "auc",
+    "best_of_k",
+    "bootstrap_ci",
+    "brier",
+    "expected_calibration_error",
+    "fit_platt",
+    "majority_at_k",
+    "mean_auc",
+    "pass_at_k",
+    "pooled_auc",
+    "selection_regret",
+    "summarise",
+    "weighted_majority_at_k",
+]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -23,6 +40,158 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k(n={n}, c={c}, k={k}): needs 0 <= c <= n and 1 <= k <= n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# -------------------------------------------------------------------------------------------------------- selection
+
+
+def best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float | np.ndarray:
+    """Returns the expected accuracy of the best-scored of k out of N samples, over all subsets, ties broken uniformly.
+
+    With scores in falling order, the best of a subset is sample i with probability C(N-i-1, k-1) / C(N, k),
+    i = 0..N-k (arXiv 2402.06457, equation 3, whose sum ends one term early). Those weights follow from
+    w_0 = k / N and w_{i+1} = w_i (N-i-k) / (N-i-1). Samples of equal score share what the formula gives to
+    their places. Duplicates among the samples stay in: they are part of what is estimated.
+
+    Args:
+      scores: [..., N], larger is better; NaN counts as -inf, so it comes last.
+      correct: [..., N] bool, or any worth of a sample.
+      k: 1..N.
+
+    Returns:
+      A float, or [...] float64 where there are leading axes.
+
+    Raises:
+      ValueError: shapes differ, no sample, or k is not in 1..N.
+    """
+    s, z = _pair(scores, correct)
+    N = s.shape[-1]
+    if not 1 <= k <= N:
+        raise ValueError(f"best_of_k: k={k} is not in 1..{N}")
+    i = np.arange(N - 1)
+    weights = np.cumprod(np.concatenate([[k / N], np.maximum(N - i - k, 0) / (N - i - 1)]))
+    rows = zip(s.reshape(-1, N), z.reshape(-1, N))
+    found = np.array([weights @ _shared_by_ties(*row) for row in rows]).reshape(s.shape[:-1])
+    return found if found.ndim else float(found)
+
+
+def selection_regret(scores: ArrayLike, correct: ArrayLike, k: int) -> float:
+    """Returns pass@k - best-of-k of one problem: what a perfect choice among the same samples would add. [N], [N] -> 0..1."""
+    _, z = _pair(scores, correct)
+    return pass_at_k(len(z), int(z.sum()), k) - best_of_k(scores, correct, k)
+
+
+def _pair(scores: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    s, z = np.asarray(scores, np.float64), np.asarray(correct, np.float64)
+    if s.shape != z.shape or not s.ndim or not s.shape[-1]:
+        raise ValueError(f"scores {s.shape} and correct {z.shape} must have one shape [..., N], N of at least 1")
+    return np.where(np.isnan(s), -np.inf, s), z
+
+
+def _shared_by_ties(s: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """z [N] in falling order of s, where samples of equal score all get the mean over them."""
+    _, group, size = np.unique(-s, return_inverse=True, return_counts=True)
+    return np.repeat(np.bincount(group, weights=z) / size, size)
+
+
+# ------------------------------------------------------------------------------------------ how well scores separate
+
+
+def auc(scores: ArrayLike, correct: ArrayLike) -> float:
+    """Returns P(score of a correct sample > of a wrong one) + P(equal) / 2. [N], [N] -> 0..1, NaN without both classes.
+
+    NaN scores count as -inf.
+    """
+    s, z = _pair(scores, correct)
+    z = z.astype(bool)
+    wrong = np.sort(s[~z])
+    if not z.any() or not len(wrong):
+        return math.nan
+    below, up_to = (np.searchsorted(wrong, s[z], side) for side in ("left", "right"))
+    return float((below + up_to).mean() / (2 * len(wrong)))
+
+
+def mean_auc(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> float:
+    """Returns the mean of `auc` over the problems that have both classes (NaN if none has): what selection needs."""
+    values = [auc(s, z) for s, z in zip(scores, correct, strict=True)]
+    values = [v for v in values if not math.isnan(v)]
+    return float(np.mean(values)) if values else math.nan
+
+
+def pooled_auc(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> float:
+    """Returns `auc` of all problems' samples in one heap; it also measures which problems are hard."""
+    return auc(*(np.concatenate([np.ravel(x) for x in xs]) if len(xs) else [0.0] for xs in (scores, correct)))
+
+
+# ------------------------------------------------------------------------------------------------------ calibration
+
+
+class Platt(NamedTuple):
+    """Probability of being correct as a function of the score s: sigmoid(slope * s + offset)."""
+
+    slope: float
+    offset: float
+
+    def __call__(self, scores: ArrayLike) -> np.ndarray:
+        """Probabilities, float64 of the shape of `scores`; a NaN score is treated as -inf."""
+        s = np.asarray(scores, np.float64)
+        with np.errstate(invalid="ignore"):
+            logits = self.slope * np.where(np.isnan(s), -np.inf, s)
+        return 0.5 * (1 + np.tanh(0.5 * (np.where(np.isnan(logits), 0.0, logits) + self.offset)))  # 0 * inf is 0
+
+
+def fit_platt(scores: ArrayLike, correct: ArrayLike) -> Platt:
+    """Fits the probability scale of scores that have none (DPO), on a split that is not evaluated on.
+
+    Logistic regression by Newton's method. As in Platt (1999) the targets are (P + 1) / (P + 2) and 1 / (W + 2) for
+    P correct and W wrong samples, which keeps the slope finite when the scores separate the two. Scores that are not
+    finite are left out.
+
+    Raises:
+      ValueError: shapes differ, or one of the classes has no finite score.
+    """
+    s, z = (x.ravel() for x in _pair(scores, correct))
+    s, z = s[np.isfinite(s)], z[np.isfinite(s)].astype(bool)
+    P, W = int(z.sum()), int((~z).sum())
+    if not P or not W:
+        raise ValueError(f"fit_platt: {P} correct and {W} wrong samples; needs both")
+    target = np.where(z, (P + 1) / (P + 2), 1 / (W + 2))
+    mean, scale = s.mean(), s.std() or 1.0
+    X = np.stack([(s - mean) / scale, np.ones(len(s))], axis=1)  # [n, 2], so that one size of step fits all scores
+    theta, loss = np.zeros(2), math.inf
+    for _ in range(100):
+        p = 0.5 * (1 + np.tanh(0.5 * X @ theta))
+        gradient = X.T @ (p - target)
+        step = np.linalg.solve((X.T * (p * (1 - p))) @ X + 1e-12 * np.eye(2), gradient)
+        while (new := _cross_entropy(X @ (theta - step), target)) > loss and np.abs(step).max() > 1e-12:
+            step = step / 2
+        theta, loss = theta - step, new
+        if np.abs(step).max() < 1e-10:
+            break
+    return Platt(float(theta[0] / scale), float(theta[1] - theta[0] * mean / scale))
+
+
+def _cross_entropy(logits: np.ndarray, target: np.ndarray) -> float:
+    return float((np.logaddexp(0, logits) - target * logits).sum())
+
+
+def brier(probabilities: ArrayLike, correct: ArrayLike) -> float:
+    """Returns the mean of (p - z)^2 over samples; 0 is perfect, 1/4 is what "one half" always gets."""
+    p, z = _pair(probabilities, correct)
+    return float(np.mean((p - z) ** 2))
+
+
+def expected_calibration_error(probabilities: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """Returns the sum over bins of n_b / n |accuracy_b - confidence_b|, bins of equally many samples in order of p.
+
+    Samples of equal probability share their mean correctness, so the value does not depend on their order.
+    """
+    p, z = (x.ravel() for x in _pair(probabilities, correct))
+    gaps = np.sort(p)[::-1] - _shared_by_ties(p, z)
+    return float(sum(abs(part.sum()) for part in np.array_split(gaps, min(bins, len(gaps)))) / len(gaps))
+
+
+# ------------------------------------------------------------------------------------------- intervals over problems
 
 
 def bootstrap_ci(

@@ -1,4 +1,4 @@
-"""pass@k, intervals and summaries."""
+"""pass@k, best-of-k, AUC and calibration against brute force; intervals and summaries."""
 
 from __future__ import annotations
 
@@ -7,8 +7,30 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
 
-from qstar.train.evaluate import bootstrap_ci, majority_at_k, pass_at_k, summarise
+from qstar.train.evaluate import (
+    Platt,
+    auc,
+    best_of_k,
+    bootstrap_ci,
+    brier,
+    expected_calibration_error,
+    fit_platt,
+    majority_at_k,
+    mean_auc,
+    pass_at_k,
+    pooled_auc,
+    selection_regret,
+    summarise,
+)
+
+scored = st.lists(
+    st.tuples(st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 3.0, math.nan]), st.booleans()), min_size=1, max_size=8
+)
+random_cases = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -49,3 +71,133 @@ def test_a_summary_has_all_problems_and_every_group():
     assert (out["accuracy"], out["accuracy/2"], out["accuracy/10"]) == (0.75, 0.5, 1.0)
     assert out["accuracy_low"] <= 0.75 <= out["accuracy_high"] and out["accuracy_low/10"] == 1
     assert np.isnan(summarise("x", [], [])["x"])
+
+
+@given(scored, st.integers(1, 8))
+@random_cases
+def test_best_of_k_is_the_mean_over_all_subsets_with_uniform_ties(samples, k):
+    k = min(k, len(samples))
+    scores = [-math.inf if math.isnan(s) else s for s, _ in samples]  # NaN comes last
+    worth = []
+    for subset in itertools.combinations(range(len(samples)), k):
+        best = [samples[i][1] for i in subset if scores[i] == max(scores[j] for j in subset)]
+        worth.append(sum(best) / len(best))
+    found = best_of_k(*zip(*samples), k)
+    assert found == pytest.approx(sum(worth) / len(worth), abs=1e-12)
+
+
+@given(scored)
+@random_cases
+def test_limits_of_best_of_k(samples):
+    scores, correct = map(list, zip(*samples))
+    n, c = len(correct), sum(correct)
+    answers = ["gold" if z else f"wrong {i}" for i, z in enumerate(correct)]
+    assert best_of_k(scores, correct, 1) == pytest.approx(c / n) == pass_at_k(n, c, 1)
+    assert majority_at_k(answers, "gold", 1) == pytest.approx(c / n)
+    for k in range(1, n + 1):
+        assert best_of_k(correct, correct, k) == pytest.approx(pass_at_k(n, c, k))  # an oracle
+        assert best_of_k([7.0] * n, correct, k) == pytest.approx(c / n)  # no information
+        assert best_of_k(scores, correct, k) <= pass_at_k(n, c, k) + 1e-12
+        assert selection_regret(scores, correct, k) == pytest.approx(pass_at_k(n, c, k) - best_of_k(scores, correct, k))
+    top = [
+        z
+        for s, z in zip(np.nan_to_num(scores, nan=-math.inf, neginf=-math.inf), correct)
+        if s == np.fmax.reduce(scores) or np.isnan(scores).all()
+    ]
+    if len(top) == 1:
+        assert best_of_k(scores, correct, n) == top[0]
+
+
+def test_best_of_k_weights_are_those_printed_in_the_paper():
+    weights = [best_of_k(range(10, 0, -1), np.eye(10)[i], 4) for i in range(10)]
+    assert weights == pytest.approx([0.4, 0.2667, 0.1667, 0.0952, 0.0476, 0.0190, 0.0048, 0, 0, 0], abs=5e-5)
+    assert sum(weights) == pytest.approx(1)
+
+
+def test_random_scores_choose_as_well_as_chance():
+    rng = np.random.default_rng(0)
+    correct = np.broadcast_to(np.arange(128) < 40, (4000, 128))
+    found = best_of_k(rng.random((4000, 128)), correct, 16)
+    assert found.shape == (4000,) and found.mean() == pytest.approx(40 / 128, abs=4 * found.std() / 4000**0.5)
+    assert found[7] == best_of_k(*(x[7] for x in (np.random.default_rng(0).random((4000, 128)), correct)), 16)
+
+
+@pytest.mark.parametrize("bad", [([1.0], [True], 2), ([1.0], [True], 0), ([1.0, 2.0], [True], 1), ([], [], 1)])
+def test_best_of_k_refuses(bad):
+    with pytest.raises(ValueError):
+        best_of_k(*bad)
+
+
+@given(scored)
+@random_cases
+def test_auc_is_the_share_of_pairs_in_order(samples):
+    finite = [(-math.inf if math.isnan(s) else s, z) for s, z in samples]
+    pairs = [(a > b) + 0.5 * (a == b) for a, y in finite if y for b, z in finite if not z]
+    found = auc(*zip(*samples))
+    assert found == pytest.approx(sum(pairs) / len(pairs)) if pairs else math.isnan(found)
+
+
+def test_auc_per_problem_forgives_what_the_pooled_one_does_not():
+    scores, correct = [[2.0, 1.0], [12.0, 11.0], [5.0, 6.0]], [[1, 0], [1, 0], [1, 1]]
+    assert mean_auc(scores, correct) == 1  # the last problem has one class only and does not count
+    assert pooled_auc(scores, correct) == pytest.approx(5 / 8)
+    assert math.isnan(mean_auc([[1.0]], [[True]])) and math.isnan(pooled_auc([[1.0]], [[True]]))
+    assert math.isnan(pooled_auc([], [])) and math.isnan(mean_auc([], []))
+
+
+@pytest.mark.parametrize("a, b, separable", [(0.02, 3.0, False), (4.0, -1.0, False), (1.0, 0.0, True)])
+def test_platt_scaling_is_the_minimum_of_its_cross_entropy(a, b, separable):
+    rng = np.random.default_rng(3)
+    s = rng.normal(-b / a, 1.5 / a, 400)
+    z = s > -b / a if separable else rng.random(400) < 1 / (1 + np.exp(-(a * s + b)))
+    P, W = z.sum(), (~z).sum()
+    target = np.where(z, (P + 1) / (P + 2), 1 / (W + 2))
+
+    def loss(theta):
+        logits = theta[0] * a * s + theta[1]  # a only makes the numbers similar
+        return np.logaddexp(0, logits).sum() - target @ logits
+
+    reference = minimize(loss, [1.0, 0.0], method="BFGS", options={"gtol": 1e-9}).x
+    fitted = fit_platt(s, z)
+    assert (fitted.slope / a, fitted.offset) == pytest.approx(tuple(reference), rel=1e-4, abs=1e-4)
+    if not separable:
+        assert fitted.slope == pytest.approx(a, rel=0.3)  # and it finds what made the data
+    assert fitted([math.nan, math.inf, 0.0]) == pytest.approx([0, 1, 1 / (1 + math.exp(-fitted.offset))])
+
+
+def test_platt_scaling_needs_both_classes_and_passes_over_infinite_scores():
+    with pytest.raises(ValueError, match="2 correct and 0 wrong"):
+        fit_platt([1.0, 2.0, -math.inf], [True, True, False])
+    s, z = [0.0, 1.0, 2.0, 1.5], [False, False, True, True]
+    assert fit_platt([*s, math.nan, -math.inf], [*z, True, False]) == fit_platt(s, z)
+    assert Platt(0.0, 0.0)([math.nan, 5.0]) == pytest.approx([0.5, 0.5])
+
+
+def test_calibration_of_a_calibrated_and_of_a_bragging_judge():
+    rng = np.random.default_rng(0)
+    p = rng.random(30_000)
+    z = rng.random(30_000) < p
+    assert expected_calibration_error(p, z) < 0.01 and brier(p, z) == pytest.approx(1 / 6, abs=0.005)
+    assert expected_calibration_error(np.ones(100), np.arange(100) < 70) == pytest.approx(0.3)
+    assert brier([1.0, 0.0, 0.5], [1, 1, 0]) == pytest.approx((0 + 1 + 0.25) / 3)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40, unique_by=lambda x: x[0]))
+@random_cases
+def test_calibration_error_by_bins_of_equal_mass(samples):
+    ordered = sorted(samples, reverse=True)
+    size, extra = divmod(len(ordered), min(15, len(ordered)))
+    error, at = 0.0, 0
+    for b in range(min(15, len(ordered))):
+        part = ordered[at : at + size + (b < extra)]
+        at += len(part)
+        error += (
+            len(part) / len(ordered) * abs(sum(z for _, z in part) / len(part) - sum(p for p, _ in part) / len(part))
+        )
+    assert expected_calibration_error(*zip(*samples)) == pytest.approx(error, abs=1e-12)
+
+
+def test_calibration_error_does_not_depend_on_the_order_of_equal_probabilities():
+    p = [0.5] * 40
+    first, last = ([1] * 20 + [0] * 20), ([0] * 20 + [1] * 20)
+    assert expected_calibration_error(p, first) == expected_calibration_error(p, last) == pytest.approx(0)
