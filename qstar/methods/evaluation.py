@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from qstar.methods.arms import Context
 from qstar.methods.checks import check_lengths
 from qstar.methods.quiet_setup import Study as QuietStudy
 from qstar.methods.rollouts import SampleSettings, attempt
-from qstar.methods.run_folder import open_run
+from qstar.methods.run_folder import once, open_run
+from qstar.methods.select import Scorer, curves, ks_for
+from qstar.methods.v_star_measure import by_problem, candidates
 from qstar.methods.v_star_setup import Study
 from qstar.methods.verifier import KINDS
 from qstar.models.heads import add_value_head
@@ -28,7 +31,7 @@ from qstar.models.model import Model, save
 from qstar.sample.vote import majority_at_k
 from qstar.tasks.base import Task
 from qstar.train.checkpoint import Checkpoints
-from qstar.train.evaluate import pass_at_k, summarise
+from qstar.train.evaluate import mean_auc, pass_at_k, summarise
 from qstar.types import Rollout
 
 
@@ -44,6 +47,7 @@ def evaluate_model(
     seed: int = 0,
     out: Path | None = None,
     made_with: dict[str, Any] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
 ) -> dict[str, Any]:
     """Returns greedy accuracy and, from `samples` completions per problem, pass@k and majority@k for k = 1, 2, 4, ...
 
@@ -52,6 +56,7 @@ def evaluate_model(
     Args:
       out: folder where answers are kept as JSONL; what is there already is not sampled again.
       made_with: what the answers depend on; kept in `out`, so that no answers of another model are counted.
+      scorers: name -> what scores the samples (`verifier.score` with a verifier, a judge), for best-of-k and votes by score.
 
     Raises:
       UserError: no tokenizer, no problems, a prompt too long for the model, or `out` is of another evaluation.
@@ -88,7 +93,35 @@ def evaluate_model(
                 stage="samples",
             )
             result.update(many(drawn, samples))
+            result.update(by_scores(drawn, samples, scorers or {}, folder))
     return result
+
+
+def by_scores(rollouts: list[Rollout], samples: int, scorers: Mapping[str, Scorer], folder: Path) -> dict[str, Any]:
+    """Returns `best@k:NAME`, `weighted@k:NAME` and `top4@k:NAME` with intervals, and `auc:NAME`, for every scorer.
+
+    "own" is always one: the log-probability under the model that wrote the samples. Scores are kept in
+    FOLDER/scores_NAME.jsonl, so that a second call does not score again.
+    """
+    groups = by_problem(rollouts)
+    scores: dict[str, list[list[float]]] = {"own": [[r.logprob for r in rows] for rows in groups]}
+    for name, scorer in scorers.items():
+
+        def make(scorer: Scorer = scorer) -> list[dict[str, Any]]:
+            found = scorer([rows[0].prompt for rows in groups], [[r.completion for r in rows] for rows in groups])
+            return [{"problem_id": rows[0].problem_id, "scores": row.tolist()} for rows, row in zip(groups, found)]
+
+        scores[name] = [row["scores"] for row in once(folder / f"scores_{name}.jsonl", make)]
+    some = [candidates(rows, {name: scores[name][i] for name in scores}) for i, rows in enumerate(groups)]
+    out: dict[str, Any] = {}
+    for rule, by_k in curves(some, ks_for(samples)).items():
+        way, slash, name = rule.partition("/")
+        for k, values in by_k.items() if slash else ():
+            out.update(summarise(f"{way}@{k}:{name}", values, [c.group for c in some]))
+    for name, values in scores.items():
+        area = mean_auc(values, [c.correct for c in some])
+        out[f"auc:{name}"] = None if math.isnan(area) else area
+    return out
 
 
 def result_rows(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def sampled_accuracy(ctx: Any, model: Model) -> dict[str, float]:
     rows = attempt(
         model, ctx.task, problems, settings, k=16, hinted=False, iteration=0, seed=0, folder=folder, stage="val"
     )
-    some = [_candidates(problem, {}) for problem in _by_problem(rows)]
+    some = [candidates(problem, {}) for problem in by_problem(rows)]
     mean = lambda f: float(np.mean([f(c) for c in some]))  # noqa: E731
     return {
         "pass@1": mean(lambda c: np.mean(c.correct)),
@@ -81,7 +82,7 @@ def test_samples(arm: Arm, generator: Model, problems: Sequence[Problem], n: int
 
 
 def _score_rows(ctx: Any, rollouts: list[Rollout], sft: Model, verifiers: dict[str, Model]) -> list[dict[str, Any]]:
-    """One row per sample: its scores. A sample that was cut off gets the score of its text as if it had ended there."""
+    """One row per sample: its scores. What was cut off is scored as if it had ended there."""
     prompts, texts = [r.prompt for r in rollouts], [r.completion for r in rollouts]
     columns: dict[str, Any] = {"own": [r.logprob for r in rollouts]}
     reference = score(Verifier(sft, "logp"), prompts, texts)
@@ -100,15 +101,16 @@ def _score_rows(ctx: Any, rollouts: list[Rollout], sft: Model, verifiers: dict[s
     return rows
 
 
-def _by_problem(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+def by_problem(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """Returns the samples of each problem."""
     groups: dict[str, list[Rollout]] = collections.defaultdict(list)
     for r in rollouts:
         groups[r.problem_id].append(r)
     return list(groups.values())
 
 
-def _candidates(rows: Sequence[Rollout], scores: dict[str, list[float]]) -> Candidates:
-    """All right answers count as one, however they are written; what is cut off does not vote."""
+def candidates(rows: Sequence[Rollout], scores: dict[str, list[float]]) -> Candidates:
+    """Returns one problem's samples. All right answers count as one, however written; what is cut off does not vote."""
     answers = [None if r.truncated else ("right" if r.correct else r.answer) for r in rows]
     return Candidates(answers, [r.correct for r in rows], scores, rows[0].group)
 
@@ -118,10 +120,10 @@ def result(rollouts: list[Rollout], scored: list[dict[str, Any]], samples: int, 
     scorers = [name for name in scored[0] if name not in ("problem_id", "sample")]
     values = {(row["problem_id"], row["sample"]): row for row in scored}
     some = []
-    for rows in _by_problem(rollouts):
+    for rows in by_problem(rollouts):
         scores = {s: [values[r.problem_id, r.sample][s] for r in rows] for s in scorers}
         scores["random"] = choosing.random_scores(rows[0].problem_id, len(rows))
-        some.append(_candidates(rows, scores))
+        some.append(candidates(rows, scores))
     ks = choosing.ks_for(samples)
     curves = choosing.curves(some, ks, m=m)
     at = 16 if samples >= 16 else ks[-1]
@@ -132,8 +134,8 @@ def result(rollouts: list[Rollout], scored: list[dict[str, Any]], samples: int, 
         "problems": len(some),
         "samples": samples,
         "curves": choosing.summary(curves),
-        "auc": {s: mean_auc(v, right) for s, v in quality.items()},
-        "auc_pooled": {s: pooled_auc(v, right) for s, v in quality.items()},
+        "auc": {s: number(mean_auc(v, right)) for s, v in quality.items()},
+        "auc_pooled": {s: number(pooled_auc(v, right)) for s, v in quality.items()},
         f"gain@{at}": {
             f"{rule} - {other}": choosing.difference(curves[rule][at], there)
             for rule in curves
@@ -141,6 +143,11 @@ def result(rollouts: list[Rollout], scored: list[dict[str, Any]], samples: int, 
             for other, there in against.items()
         },
     }
+
+
+def number(x: float) -> float | None:
+    """Returns x, or None for NaN, which JSON does not have."""
+    return None if math.isnan(x) else x
 
 
 def table(found: dict[str, Any]) -> dict[str, dict[str, float]]:
