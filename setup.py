@@ -36,6 +36,7 @@ setup(
             "pytest-xdist>=3.5",  # two workers: most of the time is compilation, on one core each
             "hypothesis>=6",  # random cases for metrics, packing and parsers
             "torch>=2.6",  # the independent reference of models and losses
+            "peft>=0.15",  # reads the adapters that LoRA runs write
         ],
     },
     entry_points={"console_scripts": ["qstar=qstar.__main__:main"]},

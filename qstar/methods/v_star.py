@@ -15,6 +15,7 @@ The rows of its table 1 are settings of this loop: see `PRESETS`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,9 @@ def train_verifiers(
     ctx, models, told = arm.ctx, {}, {}
     for kind in loop.verifiers:
         settings, seed = getattr(ctx, kind), stable_seed(ctx.seed, arm.name, n, kind)
-        with arm.timed(kind), ctx.bar(kind, settings.steps or 1) as progress:
+        with arm.timed(kind):
             label = {"arm": arm.name, "iteration": n}
-            job = Job(arm.verifier(kind, n), settings, seed, ctx.writer, label, progress)
+            job = Job(arm.verifier(kind, n), settings, seed, ctx.writer, label, functools.partial(ctx.bar, kind))
             if kind == "dpo":
                 pairs = build_pairs(d_ver, ctx.pairs, seed)
                 if not pairs:

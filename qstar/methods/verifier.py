@@ -10,6 +10,7 @@ scores those of any generator:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -201,7 +202,7 @@ class Job:
     seed: int
     writer: Writer
     label: dict[str, Any]
-    progress: Any = None
+    bar: Callable[[int], Any] = contextlib.nullcontext  # steps -> a context that yields the progress bar's update
 
 
 def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[str, Any]]:
@@ -272,14 +273,14 @@ def train_head(
 @functools.cache
 def _dpo_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
     tx = s.optimiser()
-    return tx, make_step(functools.partial(dpo_loss, config=config, beta=s.beta), tx, s.accumulate)
+    return tx, make_step(s.through(functools.partial(dpo_loss, config=config, beta=s.beta)), tx, s.accumulate)
 
 
 @functools.cache
 def _value_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
     tx = s.optimiser()
     loss = functools.partial(value_loss, config=config, lm_weight=s.lm_weight, dropout=s.dropout)
-    return tx, make_step(loss, tx, s.accumulate)
+    return tx, make_step(s.through(loss), tx, s.accumulate)
 
 
 def _train(start, job, tx, step, arrays, to_batch, kind):
@@ -290,5 +291,7 @@ def _train(start, job, tx, step, arrays, to_batch, kind):
         shard = (jax.process_index(), jax.process_count())
         stream = batches(arrays, s.batch_size, seed=job.seed, shard=shard)
         batch_at = lambda n: to_batch(stream[n])  # noqa: E731
-    stage = Stage(job.folder, s, steps, job.seed, job.writer, job.label, job.progress, kind)
-    return train_stage(start, stage, tx, lambda n: step, batch_at)
+    with job.bar(steps) as progress:
+        shown = progress if callable(progress) else None
+        stage = Stage(job.folder, s, steps, job.seed, job.writer, job.label, shown, kind)
+        return train_stage(start, stage, tx, lambda n: step, batch_at)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
-from qstar.models.layers import Block, Norm
+from qstar.models.layers import Block, Norm, with_adapters
 from qstar.types import Params
 
 # Logical axes of every parameter, matched on the end of its path (leading axes that are not named, such as the stacked
@@ -108,7 +108,7 @@ def run_layers(
     block = Block(config)
 
     def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
-        return block.apply({"params": layer}, x, positions, mask, segments)
+        return block.apply({"params": with_adapters(layer)}, x, positions, mask, segments)
 
     if config.remat != "none":
         keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

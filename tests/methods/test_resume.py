@@ -20,6 +20,13 @@ ARITHMETIC = [
 ]
 GSM8K = ["done star/stages/iter_001/sample_000.jsonl", "batch star/checkpoints/iter_001 5"]
 
+V_STAR = [
+    "done v_star/stages/iter_002/sample_001.jsonl",  # in the middle of sampling from G_1
+    "done v_star/d_gen/iter_002.jsonl",  # between the two buffers
+    "saving v_star/verifiers/dpo/iter_002/training 4",  # while the verifier trains
+    "done v_star/selection/samples_002_000.jsonl",  # in the middle of the test samples
+]
+
 
 @pytest.fixture(scope="module")
 def arithmetic():
@@ -32,7 +39,12 @@ def gsm8k():
     return runs.gsm8k(), runs.killed(config, GSM8K, runs.SMALLER)
 
 
-PAIRS = pytest.mark.parametrize("pair", ["arithmetic", "gsm8k"])
+@pytest.fixture(scope="module")
+def v_star():
+    return runs.v_star(), runs.killed(runs.V_STAR, V_STAR)
+
+
+PAIRS = pytest.mark.parametrize("pair", ["arithmetic", "gsm8k", "v_star"])
 
 
 @PAIRS
