@@ -3,8 +3,11 @@
     D_GEN  right solutions: what the generator is trained on
     D_VER  right and wrong ones: what the verifier is trained on
 
-Both are keyed by (problem, completion up to white space), so a solution that is found again stays the one it was. The file
-of an iteration holds what is new in it, and is its own done-marker.
+Both are keyed by (problem, completion up to white space): a solution that is found again stays the one it was, and only its
+`count` grows. The counts matter. Where a problem has one valid solution and many that reach the right answer over a wrong
+step, the valid one is found over and over, and a set without counts comes to hold mostly the others.
+
+The file of an iteration holds what that iteration found, and is its own done-marker.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from qstar.data.sources import read_jsonl
 from qstar.methods.run_folder import once
@@ -33,6 +35,7 @@ class Solution:
     source: str  # "human" or "model"
     iteration: int  # that found it; 0 for human ones
     group: str = ""
+    count: int = 1  # how often it was sampled (a human solution: 1)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -77,25 +80,37 @@ class Buffer:
         self.folder = folder
 
     def add(self, n: int, solutions: Iterable[Solution]) -> list[Solution]:
-        """Adds iteration n's new solutions, once, and returns the whole set up to n, oldest first."""
-        before = self.upto(n - 1)
-        seen = {s.key for s in before}
-
-        def make() -> list[dict[str, Any]]:
-            new: dict[tuple[str, str], Solution] = {}
-            for s in solutions:
-                if s.key not in seen:
-                    new.setdefault(s.key, s)
-            return [dataclasses.asdict(s) for s in new.values()]
-
-        return before + [Solution(**row) for row in once(self._file(n), make)]
+        """Adds what iteration n found, once, and returns the whole set up to n, oldest first."""
+        once(self._file(n), lambda: [dataclasses.asdict(s) for s in merged(solutions)])
+        return self.upto(n)
 
     def upto(self, n: int) -> list[Solution]:
-        """Returns what iterations 0 .. n added."""
-        return [Solution(**row) for m in range(n + 1) if self._file(m).exists() for row in read_jsonl(self._file(m))]
+        """Returns what iterations 0 .. n found, each with how often it was sampled in all."""
+        files = [self._file(m) for m in range(n + 1)]
+        return merged(Solution(**row) for file in files if file.exists() for row in read_jsonl(file))
 
     def _file(self, n: int) -> Path:
         return self.folder / f"iter_{n:03d}.jsonl"
+
+
+def merged(solutions: Iterable[Solution]) -> list[Solution]:
+    """Returns each distinct solution as it first was, with the sum of the counts."""
+    first: dict[tuple[str, str], Solution] = {}
+    total: dict[tuple[str, str], int] = {}
+    for s in solutions:
+        first.setdefault(s.key, s)
+        total[s.key] = total.get(s.key, 0) + s.count
+    return [dataclasses.replace(s, count=total[key]) for key, s in first.items()]
+
+
+def most_sampled(solutions: Sequence[Solution], cap: int | None) -> list[Solution]:
+    """Returns at most `cap` solutions of every problem (None: all), those with the largest counts; the order stays."""
+    if cap is None:
+        return list(solutions)
+    kept: dict[str, list[int]] = {}
+    for i in sorted(range(len(solutions)), key=lambda i: -solutions[i].count):  # stable: the first found of equal ones
+        kept.setdefault(solutions[i].problem_id, []).append(i)
+    return [solutions[i] for i in sorted(i for indices in kept.values() for i in indices[:cap])]
 
 
 def counts(solutions: Sequence[Solution]) -> dict[str, int]:

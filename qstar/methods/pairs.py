@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import random
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from qstar.text.packing import Example, pack_groups
 from qstar.text.tokenizer import Tokenizer
 
 NEGATIVES = ("parsed", "any")
+WINNERS = ("sampled", "distinct")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +28,16 @@ class PairSettings:
     """How pairs are drawn. A config's `pairs` section."""
 
     per_problem: int = 16
-    negatives: str = (
-        "parsed"  # "any" also takes cut-off and unreadable ones, of which a verifier mainly learns the format
-    )
+    negatives: str = "parsed"  # "any": cut-off and unreadable ones, too; of those a verifier mainly learns the format
+    winners: str = "sampled"  # right solutions as often as they were sampled; "distinct": all of them equally often
+    repeats: int = 1  # a head (ORM, PRM) sees a solution as often as it was sampled, up to so many times
 
     def __post_init__(self):
         require(
             (self.per_problem >= 1, f"per_problem={self.per_problem} must be at least 1"),
             (self.negatives in NEGATIVES, f"negatives={self.negatives!r} is not one of {', '.join(NEGATIVES)}"),
+            (self.winners in WINNERS, f"winners={self.winners!r} is not one of {', '.join(WINNERS)}"),
+            (self.repeats >= 1, f"repeats={self.repeats} must be at least 1"),
         )
 
 
@@ -51,7 +55,8 @@ def build_pairs(solutions: Iterable[Solution], settings: PairSettings, seed: int
     """Returns the pairs of every problem that has solutions of both kinds, problems in the order they first come.
 
     Drawn without replacement from the product, in rounds: in each every wrong solution occurs once, beside another right
-    one than before. So all wrong ones have occurred before one occurs again, and right ones take turns.
+    one than before. So all wrong ones have occurred before one occurs again. Which right one is drawn by how often each was
+    sampled, which is how the paper's buffers, if they are multisets, would have it; with winners="distinct" they take turns.
     """
     right: dict[str, list[Solution]] = collections.defaultdict(list)
     wrong: dict[str, list[Solution]] = collections.defaultdict(list)
@@ -66,9 +71,24 @@ def build_pairs(solutions: Iterable[Solution], settings: PairSettings, seed: int
         winners = right.get(problem, [])
         rng = stable_rng("pairs", seed, problem)
         winners, losers = rng.sample(winners, len(winners)), rng.sample(losers, len(losers))
-        every = [(winners[(i + turn) % len(winners)], w) for turn in range(len(winners)) for i, w in enumerate(losers)]
+        orders = []  # of the right solutions, for every wrong one
+        for i in range(min(len(losers), settings.per_problem) if winners else 0):
+            turned = winners[i % len(winners) :] + winners[: i % len(winners)]
+            orders.append(turned if settings.winners == "distinct" else _by_count(turned, rng))
+        every = [(order[turn], losers[i]) for turn in range(len(winners)) for i, order in enumerate(orders)]
         pairs += [Pair(problem, c.prompt, c.completion, r.completion) for c, r in every[: settings.per_problem]]
     return pairs
+
+
+def _by_count(solutions: Sequence[Solution], rng: random.Random) -> list[Solution]:
+    """A random order, drawn without replacement with chances in proportion to the counts."""
+    # The smallest of exponential clocks with these rates rings first with just these chances.
+    return sorted(solutions, key=lambda s: rng.expovariate(s.count))
+
+
+def repeated(solutions: Iterable[Solution], settings: PairSettings) -> list[Solution]:
+    """Returns what a head learns from: every solution as often as it was sampled, up to `repeats` times."""
+    return [s for s in solutions for _ in range(min(s.count, settings.repeats))]
 
 
 def to_examples(tokenizer: Tokenizer, prompt: str, completions: Sequence[str]) -> list[Example]:

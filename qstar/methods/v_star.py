@@ -22,10 +22,10 @@ from typing import Any
 from qstar.errors import require
 from qstar.methods import base_model, checks, star
 from qstar.methods.arms import Arm
-from qstar.methods.buffers import Buffer, Solution, counts, human, sampled
+from qstar.methods.buffers import Buffer, Solution, counts, human, merged, most_sampled, sampled
 from qstar.methods.gates import check_gates
-from qstar.methods.pairs import build_pairs
-from qstar.methods.rollouts import attempt, select, summary, to_example
+from qstar.methods.pairs import build_pairs, repeated
+from qstar.methods.rollouts import Selection, attempt, select, summary, to_example
 from qstar.methods.run_folder import check_run, once, open_run, stable_seed
 from qstar.methods.supervised import fine_tune, pack_rows
 from qstar.methods.v_star_measure import measure, sampled_accuracy
@@ -51,6 +51,7 @@ class Loop(star.Loop):
     retrain: bool = True  # False: the generator stays G_SFT
     verifiers: tuple = ()  # "dpo", "orm", "prm"
     verifier_every_iter: bool = False  # else once, at the end
+    # STaR's cap_per_problem here means all iterations together, and takes the solutions that were sampled most often
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,6 +61,11 @@ class Loop(star.Loop):
             (not self.rationalize, "rationalize=True: V-STaR has no hints (solutions to wrong answers would be right)"),
             (not self.retrain or not self.verifiers or self.accumulate, "accumulate=False: a verifier needs D_VER"),
         )
+
+    @property
+    def selection(self) -> Selection:
+        """What counts as right; the cap is applied to D_GEN as a whole."""
+        return dataclasses.replace(super().selection, cap_per_problem=None)
 
 
 _ONCE = {"n_iters": 1, "k": 48}  # as many samples as three iterations of 16
@@ -105,7 +111,7 @@ def outer_loop(arm: Arm, loop: Loop, base: Model, sft: Model, solutions: list[So
     for n in range(1, loop.n_iters + 1):
         arm.begin(n, loop.n_iters)
         rollouts = labelled_rollouts(arm, loop, generator, n)
-        kept = [r for r in rollouts if r.verdict != "rejected"]
+        kept = [r for r in rollouts if r.verdict != "rejected" or r.reason == "duplicate"]  # those count
         known = {"d_gen": d_gen.add(n, sampled(kept)), "d_ver": d_ver.add(n, sampled(rollouts))}
         metrics = {f"{name}_{k}": v for name, some in known.items() for k, v in counts(some).items()}
         try:
@@ -194,9 +200,13 @@ def labelled_rollouts(arm: Arm, loop: Loop, generator: Model, n: int) -> list[Ro
 def retrain(
     arm: Arm, loop: Loop, base: Model, generator: Model, d_gen: list[Solution], kept: list[Rollout], n: int
 ) -> tuple[Model, dict[str, Any]]:
-    """G <- SFT(G_base, D_GEN); without accumulation on this iteration's samples alone. Too few rows: G stays."""
+    """G <- SFT(G_base, D_GEN); without accumulation on this iteration's samples alone. Too few rows: G stays.
+
+    Of a problem's right solutions at most `cap_per_problem` are trained on, those that were sampled most often.
+    """
     ctx = arm.ctx
-    models = [s for s in d_gen if s.source == "model"] if loop.accumulate else sampled(kept)
+    models = [s for s in (d_gen if loop.accumulate else merged(sampled(kept))) if s.source == "model"]
+    models = most_sampled(models, loop.cap_per_problem)
     people = [s for s in d_gen if s.source == "human"] if loop.include_sft_data else []
     rows = ctx.fitting([to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion) for s in [*people, *models]])
     if len(rows) < max(1, loop.min_kept):
@@ -223,7 +233,7 @@ def train_verifiers(
                 models[kind], done = train_dpo(sft, pairs, job)
             else:
                 problems = {p.id: p for p in [*star.drawn(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.sft.problems)]}
-                models[kind], done = train_head(sft, kind, d_ver, ctx.task, problems, job)
+                models[kind], done = train_head(sft, kind, repeated(d_ver, ctx.pairs), ctx.task, problems, job)
         told |= {f"{kind}_{k}": v for k, v in done.items() if v is not None}
         ctx.say(f"  {kind}: {done['steps']} steps, loss {done['loss'] or 0:.4f}, accuracy {done['accuracy'] or 0:.3f}")
     return models, told
