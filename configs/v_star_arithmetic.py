@@ -16,7 +16,8 @@ ARMS = {
     "rft": {"preset": "rft"},
     "star_dagger": {"preset": "star_dagger"},
     "v_star_1iter": {"preset": "v_star_1iter"},
-    "v_star": {"preset": "v_star", "verifiers": ("dpo", "orm", "prm")},
+    "v_star": {"preset": "v_star", "verifiers": ("dpo", "orm")},
+    "v_star_prm": {"preset": "v_star", "verifiers": ("dpo", "orm", "prm")},
 }
 
 
@@ -41,14 +42,22 @@ def get_config(arg=None):
     config.base = {"steps": 1500, "lr": 2e-3, **optimiser, **rows}
     config.train.update(lr=1.5e-3, **optimiser, **rows)
     config.sft = {"problems": 1000, "steps": "lin:300:0"}
-    config.loop = {"n_iters": 3, "k": 16, "temperature": 1.0, "steps": "lin:300:0", "max_epochs": 1000.0}
+    config.loop = {
+        "n_iters": 3,
+        "problems_per_iter": 1800,
+        "k": 16,
+        "temperature": 1.0,
+        "steps": "lin:300:0",
+        "max_epochs": 1000.0,
+        "cap_per_problem": 1,  # a sum has one valid scratchpad: the others that reach the answer do so over a wrong line
+    }
     config.arms = {name: arm_of(name) for name in arg.arms.split("+")}
     config.sample.update(max_new_tokens=52, round_size=4096, temperature=1.0)
     config.evaluate.update(split="val" if arg.val else "test", hinted=False)
-    config.pairs = {"per_problem": 8, "negatives": "parsed"}
-    config.dpo.update(**optimiser, lr=1.5e-4, packed=False, row_length=124, epochs=1.0, save_every=100)
-    config.orm.update(**optimiser, lr=5e-4, packed=False, row_length=62, steps=800, save_every=200)
-    config.prm.update(**optimiser, lr=5e-4, packed=False, row_length=62, steps=800, save_every=200)
+    config.pairs = {"per_problem": 8, "negatives": "parsed", "winners": "sampled", "repeats": 8}
+    config.dpo.update(**optimiser, lr=5e-4, packed=False, row_length=124, epochs=1.0, save_every=100)
+    config.orm.update(**optimiser, lr=1e-3, packed=False, row_length=62, steps=1200, save_every=200)
+    config.prm.update(**optimiser, lr=1e-3, packed=False, row_length=62, steps=1200, save_every=200)
     config.select.update(samples=64, temperature=1.0)
     config.gates = gates()
     if arg.smoke:
@@ -93,7 +102,9 @@ def smoke(config):
     config.base.update(steps=150, row_length=48, save_every=60, log_every=50)
     config.train.update(row_length=48, save_every=8, log_every=10)
     config.sft = {"problems": 30, "steps": "lin:20:0"}
-    config.loop.update(n_iters=2, k=4, steps="lin:12:0")
+    config.loop.update(n_iters=2, k=4, steps="lin:12:0", problems_per_iter=56)
+    if "v_star" in config.arms:
+        config.arms.v_star.verifiers = ("dpo", "orm", "prm")
     config.sample.update(max_new_tokens=34, round_size=64)
     for kind, length in (("dpo", 96), ("orm", 48), ("prm", 48)):
         config[kind].update(row_length=length, batch_size=8, steps=8, save_every=4, log_every=4)
