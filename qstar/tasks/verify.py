@@ -13,10 +13,11 @@ What is promised, and by what:
 * **Nothing outlives its limit.** Wall clock, CPU time, address space, file size, threads and open files are limited; new
   processes are refused by seccomp; the program's process is killed with its namespace after every verdict, and its
   judge by a timer of the kernel if values make it hang.
-* **Nothing gets out.** No sockets, no other process in reach, no capabilities; the file system is Python's library,
-  read-only, and an empty scratch folder of 16 MiB in memory. `Verifier.isolation` says "namespaces" then. Where the system does not allow
-  user namespaces, nothing at all can be written, and the library is all that can be read ("landlock") or, on old
-  kernels, every file the user may read ("seccomp"). Where there is no seccomp, no program is run.
+* **Nothing gets out.** No sockets, no other process in reach, no capabilities. The file system is Python's library,
+  read-only, and an empty scratch folder of 16 MiB in memory: `Verifier.isolation` is "namespaces". Where the system
+  does not allow user namespaces (many containers), nothing at all can be written, and either the library is all that
+  can be read ("landlock") or, on old kernels, what the user may read, other processes of that user included, or the
+  user nobody for root ("seccomp"). Without seccomp, on other systems and processors, no program is run.
 
 What is not promised: a program that knows the problem can still return the expected values by heart, and tests that
 are too weak pass wrong programs, here as anywhere. A bug of the kernel is a way out. Timing can be observed. Values
@@ -39,7 +40,7 @@ import subprocess
 import symtable
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -104,11 +105,16 @@ def run_python(program: str, tests: str, *, timeout_s: float = 3.0, memory_mb: i
         ValueError: tests that do not parse or assert nothing, or limits that are not positive.
         UserError: this machine has no way to lock a program in (Linux on x86-64 with seccomp is needed).
     """
-    return _shared(os.getpid()).run(Job(program, tests), timeout_s=timeout_s, memory_mb=memory_mb)
+    return pool().run(Job(program, tests), timeout_s=timeout_s, memory_mb=memory_mb)
+
+
+def pool() -> Verifier:
+    """The pool that this process keeps: one worker per CPU, started by the first call and closed at exit."""
+    return _pool_of(os.getpid())  # a fork must not talk into its parent's pipes
 
 
 @functools.cache
-def _shared(pid: int) -> Verifier:
+def _pool_of(pid: int) -> Verifier:
     verifier = Verifier()
     atexit.register(verifier.close)
     return verifier

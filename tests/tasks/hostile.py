@@ -3,6 +3,8 @@
 Each is (program, reasons it may be given). The tests of all but a few are TESTS; `f` would have to return the token.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 STILL = {"timeout"}
@@ -70,8 +72,8 @@ HOSTILE: dict[str, tuple[str, set[str]]] = {
     "searches its descriptors": (
         _HUNT + "import os\nfor fd in range(64):\n    try:\n        os.set_blocking(fd, False); look(os.read(fd, 1 << 20))\n    except OSError: pass", ANY),
     "searches the files": (
-        _HUNT + "import os\nfor top in (os.getcwd(), os.sep + 'home', '{folder}'):\n    for d, _, names in os.walk(top):\n        for n in names:\n"
-        "            try: look(open(os.path.join(d, n), 'rb').read(1 << 16))\n            except OSError: pass\ndef f(x): return 'nothing'", NO),
+        _HUNT + "import os\nfor top in (os.getcwd(), '{folder}'):\n    for d, _, names in os.walk(top):\n        for n in names:\n"
+        "            try: look(open(os.path.join(d, n), 'rb').read(1 << 16))\n            except OSError: pass", NO),
     "reads its parent's memory": (
         _HUNT + "import ctypes, os\nl = ctypes.CDLL(None)\nprint(l.ptrace(16, os.getppid(), 0, 0))\nb = ctypes.create_string_buffer(1 << 16)\n"
         "class V(ctypes.Structure): _fields_ = [('p', ctypes.c_void_p), ('n', ctypes.c_size_t)]\n"

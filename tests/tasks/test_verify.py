@@ -10,17 +10,18 @@ import sys
 import time
 
 import pytest
-
-
 from conftest import shared
+
 from qstar.errors import UserError
+from qstar.tasks.humaneval import HumanEval
+from qstar.tasks.mbpp import MBPP
 from qstar.tasks.sandbox import codec
-from qstar.tasks.verify import REASONS, Job, Verdict, Verifier, run_python, needed_names
+from qstar.tasks.verify import REASONS, Job, Verdict, Verifier, needed_names, run_python
 from tests.tasks.hostile import HOSTILE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 TOKEN = f"token-{os.urandom(16).hex()}"
-TESTS = f"assert str(f(3)) == {TOKEN!r}\nassert len(f(4)) == {len(TOKEN)}"
+TESTS = f"assert f(3) == {TOKEN!r}\nassert len(f(4)) == {len(TOKEN)}"
 LIMIT = 1.0
 
 
@@ -67,7 +68,8 @@ def settled(count: int, seconds: float = 5.0) -> int:
 def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
     """On one pool, one after the other: each has to leave the pool as it was for the next."""
     os.chmod(tmp_path, 0o777)  # what keeps them from writing here is not that they may not
-    (tmp_path / "kept").write_text("kept")
+    secret = TOKEN if verifier.isolation != "seccomp" else "nothing"  # which alone does not keep them from reading
+    (tmp_path / "kept").write_text(secret)
     os.chmod(tmp_path / "kept", 0o666)
     elsewhere = settled(0, 0.1)  # of other pools in this process; wardens of this one included
     wrong = {}
@@ -92,7 +94,7 @@ def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
             with pytest.raises(BlockingIOError):  # nobody called
                 listener()
     assert not wrong
-    assert sorted(os.listdir(tmp_path)) == ["kept"] and (tmp_path / "kept").read_text() == "kept"
+    assert sorted(os.listdir(tmp_path)) == ["kept"] and (tmp_path / "kept").read_text() == secret
     assert settled(elsewhere) == elsewhere, family()
     assert took < len(HOSTILE) * (LIMIT + 1)
     honest = Job(f"def f(x): return {TOKEN!r}", TESTS)
@@ -268,12 +270,36 @@ def test_what_the_program_raises_never_ends_the_judge(name):
 # ------------------------------------------------------------------------------------------------ reference programs
 
 
-def reference_jobs() -> dict[str, Job]:
-    from qstar.tasks.humaneval import HumanEval
-    from qstar.tasks.mbpp import MBPP
+def references():
+    """(task, problem, reference program as a model would have written it) of both data sets."""
+    mbpp = MBPP(data=str(shared("data/mbpp/mbpp.jsonl")))
+    yield from ((mbpp, p, mbpp.solution(p)) for s in ("few_shot", "test", "val", "train") for p in mbpp.every(s))
+    for template in ("mbpp", "completion"):
+        task = HumanEval(data=str(shared("data/humaneval/HumanEval.jsonl")), template=template)
+        yield from ((task, p, task.solution(p)) for p in task.problems("test"))
 
-    mbpp = MBPP(data=str(shared("data/mbpp/mbpp.jsonl")), shots=())
-    humaneval = HumanEval(data=str(shared("data/humaneval/HumanEval.jsonl")))
-    problems = [(mbpp, p) for s in ("train", "val", "test", "few_shot") for p in mbpp.every(s)]
-    problems += [(humaneval, p) for p in humaneval.problems("test")]
-    return {p.id: task.job(p, task.parse(task.solution(p))) for task, p in problems}
+
+def test_every_reference_program_passes(pool):
+    cases = list(references())
+    assert len(cases) == 974 + 2 * 164
+    found = pool.run_many([task.job(p, task.parse(text)) for task, p, text in cases], timeout_s=120, memory_mb=512)
+    assert not {p.id: v for (_, p, _), v in zip(cases, found) if not v.passed}
+
+
+def test_no_reference_program_passes_for_another_problem(pool):
+    """The tests do test: the next problem's program, renamed to the function that is asked for, fails."""
+    task = HumanEval(data=str(shared("data/humaneval/HumanEval.jsonl")))
+    problems = task.problems("test")[:40]
+    jobs = []
+    for p, other in zip(problems, problems[1:]):
+        name, theirs = (ast.parse(q.gold).body[-1].name for q in (p, other))
+        jobs.append(task.job(p, f"{other.gold}\n{name} = {theirs}"))
+    assert not any(v.passed for v in pool.run_many(jobs, timeout_s=10))
+
+
+def test_a_program_cannot_redefine_the_helpers_of_its_tests(pool):
+    """HumanEval/32 measures a root by `poly`, which stands in the prompt, so in the program as well."""
+    task = HumanEval(data=str(shared("data/humaneval/HumanEval.jsonl")))
+    (problem,) = [p for p in task.problems("test") if p.id == "HumanEval/32"]
+    cheat = "def poly(xs, x): return 0.0\ndef find_zero(xs): return 0.0"
+    assert not pool.run(task.job(problem, cheat), timeout_s=10).passed

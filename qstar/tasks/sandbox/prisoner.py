@@ -5,6 +5,10 @@ Nothing here is trusted by anyone once the program has begun: it shares the inte
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Callable
+
 import codec
 import isolate
 
@@ -13,8 +17,8 @@ def live(fd: int, baseline: int) -> None:
     """Serves the judge at the other end of `fd` until it hangs up; `baseline` is the address space before the program."""
     order = codec.receive(fd)
     isolate.limits(baseline + (order["memory_mb"] << 20), order["cpu_seconds"])
-    module = type(codec)("program")  # not "__main__": `if __name__ == "__main__"` is not what is tested
-    __import__("sys").modules["program"] = module
+    module = types.ModuleType("program")  # not "__main__": `if __name__ == "__main__"` is not what is tested
+    sys.modules["program"] = module
     objects: dict[int, object] = {}
     numbers: dict[int, int] = {}
 
@@ -39,13 +43,14 @@ def live(fd: int, baseline: int) -> None:
         "truth": lambda x: bool(x),
         "text": lambda x: str(x),
     }
-    _answer(fd, load, keep)
+    _answer(fd, keep, load)
     while True:
         what, *args = codec.receive(fd)
-        _answer(fd, lambda: do[what](*(codec.decode(a, objects.__getitem__) for a in args)), keep)
+        _answer(fd, keep, lambda f=do[what], args=args: f(*(codec.decode(a, objects.__getitem__) for a in args)))
 
 
-def _answer(fd: int, f, keep) -> None:
+def _answer(fd: int, keep: Callable[[object], int], f: Callable[[], object]) -> None:
+    """Sends what `f` returns, or what became of it."""
     try:
         reply = ["value", codec.encode(f(), keep)]
     except SystemExit:
