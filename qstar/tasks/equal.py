@@ -36,6 +36,12 @@ class Comparison(NamedTuple):
     reason: str
 
 
+def check_installed() -> None:
+    """Raises UserError unless math-verify can be imported."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("the math task compares answers with math-verify: pip install 'qstar[eval]'")
+
+
 class Comparer:
     """One process with math-verify, started by the first comparison and again after each that had to be killed.
 
@@ -48,8 +54,7 @@ class Comparer:
         Raises:
             UserError: math-verify is not installed, or the limits are not positive.
         """
-        if importlib.util.find_spec("math_verify") is None:
-            raise UserError("the math task compares answers with math-verify: pip install 'qstar[eval]'")
+        check_installed()
         if not (timeout_s > 0 and memory_mb > 0):
             raise UserError(f"timeout_s={timeout_s} and memory_mb={memory_mb} must be above 0")
         self.timeout_s, self.memory_mb = timeout_s, memory_mb

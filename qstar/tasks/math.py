@@ -6,7 +6,7 @@ import re
 
 from qstar.errors import UserError
 from qstar.tasks.base import DatasetTask, Problem, leak_marker
-from qstar.tasks.equal import Comparison, comparer
+from qstar.tasks.equal import Comparison, check_installed, comparer
 from qstar.tasks.gsm8k import MARK, number
 
 _SUBSETS = ("all", "v_star")
@@ -49,6 +49,7 @@ class MATH(DatasetTask):
                 raise UserError(f"math: {option}={value!r} is not one of {', '.join(known)}")
         if not timeout_s > 0:
             raise UserError(f"math: timeout_s={timeout_s} must be above 0")
+        check_installed()  # now, not at the first answer
         super().__init__(train=train, test=test)
         self.subset, self.format, self.timeout_s = subset, format, timeout_s
         self.stop = ("\nQ:",) if format == "gsm8k" else ("\nProblem:",)

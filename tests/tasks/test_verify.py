@@ -37,7 +37,11 @@ def verifier(request):
 
 @pytest.fixture(scope="module")
 def pool():
-    with Verifier(2) as pool:
+    try:
+        pool = Verifier(2)
+    except UserError as error:
+        pytest.skip(str(error))
+    with pool:
         yield pool
 
 
@@ -107,7 +111,7 @@ def test_there_are_enough_hostile_programs():
 
 def test_a_hostile_program_that_knew_the_answer_would_pass(pool):
     """The table above fails programs because they do not know the token, not because they are badly written."""
-    knows = "import re, threading\nfound = []\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
+    knows = "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
     before = settled(0, 0.1)
     assert pool.run(Job(knows + f"def f(x): return {TOKEN!r}", TESTS)).passed
     assert settled(before) == before  # its thread is gone

@@ -1,6 +1,6 @@
 """The process that compares mathematical answers for `qstar.tasks.equal`: pairs come in, verdicts go out.
 
-    python -P math_equal.py MEMORY_MB
+python -P math_equal.py MEMORY_MB
 """
 
 from __future__ import annotations
