@@ -30,11 +30,13 @@ setup(
         "tpu": ["jax[tpu]>=0.8"],
         "cuda": ["jax[cuda12]>=0.8"],
         "log": ["wandb"],
+        "eval": ["math-verify>=0.9"],  # equality of LaTeX answers (MATH); brings SymPy, so only who needs it
         "notebooks": ["matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6", "nbformat>=5"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",  # two workers: most of the time is compilation, on one core each
             "hypothesis>=6",  # random cases for metrics, packing and parsers
+            "math-verify>=0.9",  # the MATH task
             "torch>=2.6",  # the independent reference of models and losses
             "peft>=0.15",  # reads the adapters that LoRA runs write
         ],

@@ -149,7 +149,7 @@ def evaluate(argv: list[str]) -> int:
     """qstar evaluate --model=DIR --task=NAME"""
     p = _parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
     p.add_argument("--model", metavar="DIR", required=True, help="model folder in the Hugging Face layout")
-    p.add_argument("--task", metavar="NAME", required=True, help="arithmetic, gsm8k or commonsense_qa")
+    p.add_argument("--task", metavar="NAME", required=True, help="arithmetic, commonsense_qa, gsm8k, humaneval, math or mbpp")
     p.add_argument("--task-options", type=_json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}')
     p.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
     p.add_argument("--limit", metavar="N", type=_whole(0), default=0, help="first N problems (0: all)")
@@ -293,17 +293,23 @@ def report(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """qstar bench generate | train | quiet_star [--json]"""
-    p = _parser("bench", "Measures qstar beside transformers + PyTorch on this machine, in one interleaved run.")
-    p.add_argument("what", choices=("generate", "train", "quiet_star"))
+    """qstar bench generate | train | quiet_star | sandbox [--json]"""
+    p = _parser("bench", "Measures qstar beside what it could be replaced by, on this machine, in one interleaved run.")
+    p.add_argument("what", choices=("generate", "train", "quiet_star", "sandbox"))
     p.add_argument("--json", action="store_true", help="JSON instead of a table")
     p.add_argument("--quick", action="store_true", help="one repetition of small sizes")
     a = p.parse_args(argv)
     start_jax(a.device)
     from qstar.bench import generate as bench_generate
     from qstar.bench import quiet_star as bench_quiet_star
+    from qstar.bench import sandbox as bench_sandbox
     from qstar.bench import train as bench_train
 
-    parts = {"generate": bench_generate, "train": bench_train, "quiet_star": bench_quiet_star}
+    parts = {
+        "generate": bench_generate,
+        "train": bench_train,
+        "quiet_star": bench_quiet_star,
+        "sandbox": bench_sandbox,
+    }
     parts[a.what].main(as_json=a.json, quick=a.quick)
     return 0

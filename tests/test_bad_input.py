@@ -174,6 +174,17 @@ CASES = {
     "evaluate with a JSON list": (EVALUATE + " --task=arithmetic --task-options=[]", "is a JSON list, not an object"),
     "evaluate with an unknown option": (EVALUATE + """ --task=gsm8k --task-options='{{"tset":"x"}}'""", "'tset' is unknown (did you mean test?)"),
     "evaluate on missing data": (EVALUATE + """ --task=gsm8k --task-options='{{"test":"{root}/x.jsonl"}}'""", "{root}/x.jsonl: no such file"),
+    "evaluate on half a test set": (EVALUATE + " --task=humaneval --split=train", "humaneval: has no 'train' problems, only test"),
+    "unknown template": (EVALUATE + """ --task=humaneval --task-options='{{"template":"x"}}'""", "template='x' is not one of mbpp, completion"),
+    "no time for programs": (EVALUATE + """ --task=mbpp --task-options='{{"timeout_s":0}}'""", "mbpp: timeout_s=0 must be above 0"),
+    "shots from the test set": (EVALUATE + """ --task=mbpp --task-options='{{"shots":[2,11]}}'""", "11 is not a few-shot task"),
+    "tests that test nothing": (
+        EVALUATE + """ --task=mbpp --task-options='{{"data":"{root}/data/code/mbpp.jsonl"}}'""", "mbpp.jsonl:1: tests: assert nothing"),
+    "prompt without its function": (
+        EVALUATE + """ --task=humaneval --task-options='{{"data":"{root}/data/code/humaneval.jsonl"}}'""", "does not define 'g'"),
+    "unknown subset": (EVALUATE + """ --task=math --task-options='{{"subset":"vstar"}}'""", "subset='vstar' is not one of all, v_star"),
+    "solution without an answer": (
+        EVALUATE + """ --task=math --task-options='{{"test":"{root}/data/code/math.jsonl"}}'""", "math.jsonl:1: the solution holds no \\boxed"),
     "evaluate a negative number of problems": (EVALUATE + " --task=arithmetic --limit=-1", "--limit: '-1'"),
     "evaluate an unknown split": (EVALUATE + " --task=arithmetic --split=dev", "'dev'"),
     "evaluate beyond the context": (EVALUATE + " --task=arithmetic --max-new-tokens=99", "model's context of 40 tokens"),
@@ -267,6 +278,14 @@ def make_data(folder):
         (folder / name).mkdir(parents=True)
         (folder / name / "train.jsonl").write_text(text)
         (folder / name / "test.jsonl").write_text(good)
+
+
+    code = {"mbpp": {"task_id": 11, "text": "t", "code": "x = 1", "test_list": ["f(1)"]}}
+    code["humaneval"] = {"task_id": "a", "prompt": "def f(): 0", "canonical_solution": "", "test": "assert 1", "entry_point": "g"}
+    code["math"] = {"problem": "1 + 1", "solution": "2", "level": "Level 1", "type": "Algebra"}
+    (folder / "code").mkdir()
+    for name, row in code.items():
+        (folder / "code" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
 
 
 def make_runs(root):

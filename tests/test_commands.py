@@ -150,3 +150,12 @@ def test_overrides_take_the_type_of_what_they_replace():
     assert (config.evaluate.hinted, config.loop.k, config.task.pool["1"]) == (True, 4, 5)
     assert config.mesh == "data=-1,fsdp=1"
     assert config.is_locked
+
+
+def test_the_bench_of_the_sandbox_prints_its_throughput(capsys):
+    assert main(["bench", "sandbox", "--json", "--quick", "--device=cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sides = {row["side"]: row for row in found["rows"]}
+    assert set(sides) == {f"{s}, {h}" for s in ("sandbox", "plain interpreter") for h in ("one at a time", "pool")}
+    assert sides["sandbox, pool"]["programs per minute"] > 1000 and found["isolation"] in ("namespaces", "landlock", "seccomp")
+    assert all(0 < row["median ms"] <= row["90% ms"] <= row["99% ms"] for row in sides.values())

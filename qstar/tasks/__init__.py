@@ -17,6 +17,9 @@ _TASKS = {
     "arithmetic": ("qstar.tasks.arithmetic", "Arithmetic"),
     "commonsense_qa": ("qstar.tasks.commonsense_qa", "CommonsenseQA"),
     "gsm8k": ("qstar.tasks.gsm8k", "GSM8K"),
+    "humaneval": ("qstar.tasks.humaneval", "HumanEval"),
+    "math": ("qstar.tasks.math", "MATH"),
+    "mbpp": ("qstar.tasks.mbpp", "MBPP"),
 }
 
 

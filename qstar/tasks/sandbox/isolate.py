@@ -1,0 +1,277 @@
+"""What Linux offers to lock a process in: namespaces, Landlock, seccomp, capabilities, resource limits. x86-64.
+
+Two strengths. "namespaces": the processes live on a file system of their own that holds Python's library read-only
+and one small scratch folder, with no network, no other process in sight and no /proc. Where the system does not let
+an ordinary user make namespaces (many containers): "landlock" or, on old kernels, "seccomp", where nothing can be
+written at all; with Landlock nothing but Python's library can be read, without it any file the user may read.
+In all of them seccomp refuses new processes, programs, sockets, signals to others, and what reaches into other processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+import sysconfig
+
+_libc = ctypes.CDLL(None, use_errno=True)
+NOBODY = 65534
+SCRATCH = "/scratch"
+SCRATCH_MB = 16
+
+_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+_KEPT_FLAGS = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}  # statvfs -> mount; dropping one is refused
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+
+
+class Refused(Exception):
+    """The system does not allow a step; the message names it."""
+
+
+def _call(what: str, result: int) -> int:
+    if result < 0:
+        raise Refused(f"{what}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def _syscall(what: str, number: int, *args: object) -> int:
+    return _call(what, _libc.syscall(ctypes.c_long(number), *args))
+
+
+def _prctl(what: str, *args: int) -> None:
+    _call(what, _libc.prctl(*(ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:5])))
+
+
+def die_with_parent() -> None:
+    """SIGKILL when the parent's thread ends."""
+    _prctl("PR_SET_PDEATHSIG", 1, signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Grandchildren whose parent ends become children of this process."""
+    _prctl("PR_SET_CHILD_SUBREAPER", 36, 1)
+
+
+def hide_memory() -> None:
+    """Processes of the same user can neither read this one's memory nor trace it."""
+    _prctl("PR_SET_DUMPABLE", 4, 0)
+
+
+def drop_capabilities() -> None:
+    """Gives up every capability for good (also those in a user namespace)."""
+    header, none = struct.pack("<Ii", 0x20080522, 0), bytes(24)
+    _syscall("capset", 126, header, none)
+    _prctl("PR_SET_NO_NEW_PRIVS", 38, 1)
+
+
+def limits(memory_bytes: int, cpu_seconds: int) -> None:
+    """Lowers the limits of this process; `memory_bytes` is its whole address space."""
+    for what, soft, hard in (
+        (resource.RLIMIT_AS, memory_bytes, memory_bytes),
+        (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
+        (resource.RLIMIT_FSIZE, SCRATCH_MB << 20, SCRATCH_MB << 20),
+        (resource.RLIMIT_NOFILE, 64, 64),
+        (resource.RLIMIT_NPROC, 64, 64),  # threads; new processes are refused anyway
+        (resource.RLIMIT_STACK, 8 << 20, 8 << 20),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_MEMLOCK, 0, 0),
+        (resource.RLIMIT_MSGQUEUE, 0, 0),
+    ):
+        top = resource.getrlimit(what)[1]
+        cap = [x if top == resource.RLIM_INFINITY else min(x, top) for x in (soft, hard)]
+        resource.setrlimit(what, tuple(cap))
+
+
+def library_folders() -> list[str]:
+    """What a program may read: Python's standard library and the shared libraries."""
+    names = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *_LIBRARIES)
+    return [name for name in dict.fromkeys(names) if os.path.isdir(name)]
+
+
+def drop_root() -> None:
+    """Root becomes nobody; anyone else stays who they are."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+# ------------------------------------------------------------------------------------------------------ namespaces
+
+
+def enter_namespaces() -> None:
+    """Moves this process into its own user, mount, network, IPC and host-name namespaces, and onto a new root.
+
+    Raises:
+        Refused: a step is not allowed. The process may be half-way in and has to end.
+    """
+    _new_user_namespace()
+    handles = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in library_folders()}
+    _mount(None, "/", None, _REC | _PRIVATE)
+    root = "/usr"  # any folder that exists: it is covered, and the handles still reach what lies below it
+    _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
+    for path, fd in handles.items():
+        place = root + path
+        if os.path.islink(path):  # /lib -> usr/lib
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.symlink(os.readlink(path), place)
+        elif not os.path.isdir(place):  # a folder of one that is bound already is there
+            os.makedirs(place)
+            _mount(f"/proc/self/fd/{fd}", place, None, _BIND | _REC)
+            kept = sum(to for bit, to in _KEPT_FLAGS.items() if os.statvfs(place).f_flag & bit)
+            _mount(None, place, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV | kept)
+        os.close(fd)
+    os.mkdir(root + SCRATCH)
+    size = f"size={SCRATCH_MB}m,nr_inodes=1024,mode=777"
+    _mount("tmpfs", root + SCRATCH, "tmpfs", _NOSUID | _NODEV | _NOEXEC, size)
+    _mount(None, root, None, _REMOUNT | _RDONLY | _NOSUID | _NODEV)
+    os.chdir(root)
+    _syscall("pivot_root", 155, b".", b".")
+    _call("umount", _libc.umount2(b".", 2))
+    os.chdir(SCRATCH)
+
+
+def _new_user_namespace() -> None:
+    """Unshares, and maps this user to itself. Root also brings nobody along, whom its children become.
+
+    Only a process outside may map two users, so a child that stays behind writes the maps.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    nobody = f"\n{NOBODY} {NOBODY} 1" if uid == 0 else ""
+    maps = [("uid_map", f"{uid} {uid} 1{nobody}"), ("gid_map", f"{gid} {gid} 1{nobody}")]
+    ready, go = os.pipe()
+    helper = os.fork()
+    if helper == 0:
+        status = 1
+        try:
+            os.close(go)
+            os.read(ready, 1)
+            for name, text in maps if nobody else [("setgroups", "deny"), *maps]:
+                with open(f"/proc/{os.getppid()}/{name}", "w") as file:
+                    file.write(text)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(ready)
+    result = _libc.unshare(_NEWUSER | _NEWNS | _NEWNET | _NEWIPC | _NEWUTS)
+    error = ctypes.get_errno()
+    os.close(go)
+    mapped = os.waitpid(helper, 0)[1] == 0
+    if result < 0 or not mapped:
+        raise Refused(f"user namespace: {os.strerror(error) if result < 0 else 'its users cannot be mapped'}")
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    texts = [None if t is None else t.encode() for t in (source, target, kind, options)]
+    result = _libc.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3])
+    _call(f"mount {target}", result)
+
+
+def new_process_namespace() -> None:
+    """The next child is process 1 of a new namespace: it sees nobody else, and when it ends the kernel ends all others."""
+    _call("unshare", _libc.unshare(_NEWPID))
+
+
+# -------------------------------------------------------------------------------------------------------- Landlock
+
+
+def landlock(folders: list[str]) -> bool:
+    """Leaves this process only the reading of `folders`; False where the kernel has no Landlock."""
+    abi = _libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1))
+    if abi < 1:
+        return False
+    everything = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1  # rights that this version knows
+    attributes = struct.pack("<Q", everything)
+    ruleset = _libc.syscall(ctypes.c_long(444), attributes, ctypes.c_size_t(8), ctypes.c_uint(0))
+    if ruleset < 0:
+        return False
+    for folder in folders:
+        fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+        rule = struct.pack("<Qi", 0b1101, fd)  # execute (mapping a library), read a file, list a folder
+        _syscall("landlock_add_rule", 445, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint(0))
+        os.close(fd)
+    _prctl("PR_SET_NO_NEW_PRIVS", 38, 1)
+    _syscall("landlock_restrict_self", 446, ctypes.c_int(ruleset), ctypes.c_uint(0))
+    os.close(ruleset)
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------- seccomp
+
+_LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
+_X86_64 = 0xC000003E
+_LAST = 462  # numbers above it are younger than this list: refused as unknown
+_DENIED = (
+    *(57, 58, 59, 322),  # fork, vfork, execve, execveat
+    *(41, 42, 43, 44, 46, 47, 49, 50, 53, 288, 299, 307),  # sockets: made, joined, and file descriptors sent over them
+    *(101, 310, 311, 312, 424, 434, 438, 440, 448),  # ptrace, memory of others, kcmp, pidfd_*, process_madvise/mrelease
+    *(29, 30, 31, 64, 65, 66, 68, 69, 70, 71, 220, 240, 241, 319, 447),  # shared memory, semaphores, queues, memfd
+    *(155, 161, 165, 166, 272, 308, 428, 429, 430, 431, 432, 433, 442),  # roots, mounts, namespaces
+    *(248, 249, 250, 298, 300, 303, 304, 321, 323, 425, 426, 427),  # keys, perf, fanotify, file handles, bpf, io_uring
+    *(103, 109, 112, 133, 135, 154, 159, 163, 164, 167, 168, 169, 170, 171, 172, 173, 175, 176, 179, 180, 227, 246),
+    *(259, 305, 313, 320),  # as the line before: sessions, device nodes, clocks, modules, accounting, reboot ...
+    *(129, 297, 141, 142, 144, 203, 251, 256, 279, 314),  # queued signals, priorities, other processes' memory policy
+)
+_WRITES = (76, 82, 83, 84, 85, 86, 87, 88, 90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235)
+_WRITES_AT = (258, 260, 261, 263, 264, 265, 266, 268, 280, 316, 452)
+
+
+def seccomp_filter(pid: int, read_only: bool) -> bytes:
+    """The filter program: the numbers above, and calls that are allowed with certain arguments only.
+
+    Args:
+        pid: of the process itself, which it may signal.
+        read_only: refuse opening for writing, and all other changes to files.
+    """
+    deny, allow, unknown = _op(_RET, _EPERM), _op(_RET, _ALLOW), _op(_RET, _ENOSYS)
+
+    def argument(i: int) -> bytes:
+        return _op(_LOAD, 16 + 8 * i)  # the low half: all flags and numbers below fit into it
+
+    own = _op(_JEQ, pid, 0, 1) + allow + deny
+    blocks: dict[int, bytes] = {
+        56: argument(0) + _op(_JSET, 0x10000, 0, 1) + allow + deny,  # clone: threads only
+        435: unknown,  # clone3: glibc then falls back to clone, whose flags can be read
+        16: argument(1) + _op(_JEQ, 0x5412, 0, 1) + deny + allow,  # ioctl: no typing into a terminal (TIOCSTI)
+        157: argument(0) + _op(_JEQ, 1, 0, 1) + deny + allow,  # prctl: all but PR_SET_PDEATHSIG
+        302: argument(0) + _op(_JEQ, 0, 0, 1) + allow + own,  # prlimit64: of itself
+        **dict.fromkeys((62, 200, 234), argument(0) + own),  # kill, tkill, tgkill: itself
+    }
+    if read_only:
+        writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | 0x400000  # __O_TMPFILE
+        blocks |= {nr: argument(i) + _op(_JSET, writing, 0, 1) + deny + allow for nr, i in ((2, 1), (257, 2))}
+        blocks[437] = unknown  # openat2 hides its flags behind a pointer
+        blocks |= dict.fromkeys((*_WRITES, *_WRITES_AT), deny)
+    code = _op(_LOAD, 4) + _op(_JEQ, _X86_64, 1, 0) + _op(_RET, _KILL) + _op(_LOAD, 0)
+    code += _op(_JGE, _LAST + 1, 0, 1) + unknown  # also the x32 numbers
+    for nr, block in (blocks | dict.fromkeys(_DENIED, deny)).items():
+        code += _op(_JEQ, nr, 0, len(block) // 8) + block
+    return code + allow
+
+
+def _op(code: int, k: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("<HBBI", code, if_true, if_false, k)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def seccomp(code: bytes) -> None:
+    """Installs a filter in this process and all its threads to come."""
+    _prctl("PR_SET_NO_NEW_PRIVS", 38, 1)
+    program = _Program(len(code) // 8, code)
+    _call("seccomp", _libc.prctl(ctypes.c_int(22), ctypes.c_ulong(2), ctypes.byref(program), 0, 0))
+
+
+def supported() -> str | None:
+    """Why this machine cannot run programs safely, or None."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"needs Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    return None

@@ -1,0 +1,258 @@
+"""The process that runs the tests. It never runs the program: it asks the program's process for values and compares them.
+
+One judge serves one program and ends. Its clock and its own limits hold whatever it is sent.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import codec
+import isolate
+import prisoner
+
+NO_JOB = 3  # exit status: the pipe of jobs is closed
+_MEMORY = 1 << 30  # address space of a judge, in bytes, beyond what it starts with
+
+
+class NotAValue(Exception):
+    """A test compares an object of a class of the program; only plain values can be compared."""
+
+
+class Ended(BaseException):
+    """The program cannot be asked any more; not an Exception, so that tests do not catch it by accident."""
+
+
+class Prison:
+    """The program's process as the judge sees it."""
+
+    def __init__(self, fd: int, pid: int):
+        self.fd, self.pid = fd, pid
+        self.deadline = 0.0
+        self.cpu_seconds = 0
+        self.end: tuple[str, str] | None = None  # (reason, detail): why it cannot be asked any more
+
+    def start(self, job: dict[str, Any]) -> None:
+        """Runs the program's definitions."""
+        self.deadline = time.monotonic() + job["timeout_s"]
+        self.cpu_seconds = int(job["timeout_s"]) + 2
+        order = {"program": job["program"], "memory_mb": job["memory_mb"], "cpu_seconds": self.cpu_seconds}
+        self._exchange(order)
+
+    def ask(self, what: str, *args: Any) -> Any:
+        """What the program's process answers.
+
+        Raises:
+            Exception: what the program raised, marked by an attribute `of_program`.
+            Ended: it did not answer, or not in the form of an answer.
+        """
+        return self._exchange([what, *(codec.encode(a, _number) for a in args)])
+
+    def _exchange(self, message: Any) -> Any:
+        if self.end:
+            raise Ended
+        try:
+            codec.send(self.fd, message)
+            kind, *rest = codec.receive(self.fd, self.deadline)
+            if kind == "value":
+                (data,) = rest
+                return codec.decode(data, lambda number: Remote(self, number))
+            if kind == "error":
+                name, text = rest
+                failure = codec.exception(name, text)
+                failure.of_program = True
+            else:
+                self._stop({"exit": "exited", "memory": "memory", "long": "output"}[kind], kind)
+        except TimeoutError:
+            self._stop("timeout", "")
+        except codec.Closed:
+            self._stop(*self._death())
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, MemoryError) as error:
+            self._stop("output", f"not an answer: {type(error).__name__}")
+        except codec.TooLong as error:
+            self._stop("output", f"{error} where {codec.MAX_BYTES} are allowed")
+        raise failure
+
+    def _stop(self, reason: str, detail: str) -> None:
+        self.end = (reason, detail)
+        raise Ended
+
+    def _death(self) -> tuple[str, str]:
+        _, status, used = os.wait4(self.pid, 0)
+        self.pid = 0
+        if used.ru_utime + used.ru_stime >= self.cpu_seconds:
+            return "timeout", "CPU time"
+        code = os.waitstatus_to_exitcode(status)
+        return "exited", f"signal {-code}" if code < 0 else f"status {code}"
+
+    def kill(self) -> None:
+        """Ends the program's process, and with it its namespace."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+
+class Remote:
+    """An object that stays with the program. What is read from it comes back as plain values; it equals nothing."""
+
+    __slots__ = ("_number", "_prison")
+
+    def __init__(self, prison: Prison, number: int):
+        object.__setattr__(self, "_prison", prison)
+        object.__setattr__(self, "_number", number)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._prison.ask("call", self, list(args), options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._prison.ask("attribute", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._prison.ask("set", self, name, value)
+
+    def __iter__(self) -> Any:
+        iterator = self._prison.ask("iterate", self)
+        if not isinstance(iterator, Remote):
+            yield from iterator
+            return
+        while True:
+            try:
+                value = self._prison.ask("next", iterator)
+            except StopIteration:
+                return
+            yield value
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._prison.ask("item", self, key)
+
+    def __len__(self) -> int:
+        return self._prison.ask("length", self)
+
+    def __bool__(self) -> bool:
+        return self._prison.ask("truth", self) is True
+
+    def __str__(self) -> str:
+        return self._prison.ask("text", self)
+
+    def _refuse(self, *_: Any) -> Any:
+        raise NotAValue("only plain values can be compared, not objects of the program's own classes")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, Remote):
+        return value._number
+    raise TypeError(f"a test hands a {type(value).__name__} to the program, which cannot be sent")
+
+
+class _Counted(ast.NodeTransformer):
+    """Puts a call behind every assertion, so that one that was never reached does not count as passed."""
+
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        call = ast.Expr(ast.Call(ast.Name("__asserted__", ast.Load()), [], []))
+        return [node, ast.fix_missing_locations(ast.copy_location(call, node))]
+
+
+def verdict(prison: Prison, job: dict[str, Any]) -> tuple[str, str]:
+    """Runs the program and its tests: (reason, detail)."""
+    held: list[int] = []
+    space: dict[str, Any] = {"__name__": "tests", "__asserted__": lambda: held.append(1)}
+    tests = compile(_Counted().visit(ast.parse(job["tests"])), "tests", "exec", dont_inherit=True, optimize=0)
+    try:
+        prison.start(job)
+        for name in job["names"]:
+            try:
+                space[name] = prison.ask("name", name)
+            except KeyError:
+                pass  # the program does not define it; a test that needs it fails by its NameError
+        exec(tests, space)
+        reason, detail = ("passed", "") if held else ("untested", "no assertion was reached")
+    except BaseException as error:
+        of_program = getattr(error, "of_program", False)
+        wrong = isinstance(error, (AssertionError, NotAValue)) and not of_program
+        if isinstance(error, MemoryError) and not of_program:
+            reason, detail = "output", "more than the judge can hold"
+        else:
+            reason, detail = "wrong" if wrong else "error", f"{type(error).__name__}: {_text(error)}"
+    return prison.end or (reason, detail)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:
+        return ""
+
+
+def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
+    """Serves one job from the pipe `jobs` and writes its verdict to `verdicts`; returns the exit status.
+
+    The program's process is forked before the job is read, so no test was ever in its memory.
+    """
+    ours, theirs = socket.socketpair()
+    if isolation == "namespaces":
+        isolate.new_process_namespace()
+    pid = os.fork()
+    if pid == 0:
+        _become_prisoner(theirs.fileno(), baseline, isolation)
+    theirs.close()
+    prison = Prison(ours.fileno(), pid)
+    _give_up_powers(isolation)
+    isolate.hide_memory()
+    try:
+        job = codec.receive(jobs)
+    except codec.Closed:
+        prison.kill()
+        return NO_JOB
+    resource.setrlimit(resource.RLIMIT_AS, (baseline + _MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + 0.5)  # ends the judge, and so all, even inside C code
+    random.seed(0)
+    began = time.monotonic()
+    reason, detail = verdict(prison, job)
+    seconds = time.monotonic() - began
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    prison.kill()
+    codec.send(verdicts, {"reason": reason, "seconds": seconds, "detail": detail[:500]})
+    return 0
+
+
+def _give_up_powers(isolation: str) -> None:
+    """Judge and program become the same powerless user. With Landlock alone root keeps its name: Python may lie where
+    only root can read."""
+    if isolation != "landlock":
+        isolate.drop_root()
+    isolate.drop_capabilities()
+    isolate.die_with_parent()  # after the change of user, which would forget it
+
+
+def _become_prisoner(fd: int, baseline: int, isolation: str) -> None:
+    """Locks this process in, serves, and ends it. Never returns."""
+    status = 1
+    try:
+        os.dup2(fd, 3)
+        os.dup2(0, 1)  # the warden's standard input is /dev/null
+        os.dup2(0, 2)
+        os.closerange(4, 256)
+        random.seed(0)
+        if isolation == "landlock":
+            isolate.landlock(isolate.library_folders())
+        _give_up_powers(isolation)
+        isolate.seccomp(isolate.seccomp_filter(os.getpid(), read_only=isolation != "namespaces"))
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        prisoner.live(3, baseline)
+    except codec.Closed:
+        status = 0
+    finally:
+        os._exit(status)

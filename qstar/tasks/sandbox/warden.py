@@ -1,0 +1,119 @@
+"""A long-lived process that locks itself in and then forks one judge per job. Started by `qstar.tasks.verify`.
+
+    python -S -s -P warden.py JOBS VERDICTS STRENGTH
+
+JOBS and VERDICTS are inherited pipes. The warden itself never reads a job: what it knows, every program inherits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import shutil
+import sys
+import time
+import warnings
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import codec  # noqa: E402
+import isolate  # noqa: E402
+import judge  # noqa: E402
+
+# Imported once here, so that programs find them in memory.
+_PRELOADED = """abc array bisect calendar cmath collections contextlib copy csv dataclasses datetime decimal enum fractions
+functools hashlib heapq io itertools json math numbers operator queue random re statistics string struct textwrap threading
+time typing unicodedata""".split()
+
+
+def _lock_in(strength: str) -> str:
+    """Enters the strongest isolation there is, or the one asked for, and says which it is."""
+    if why := isolate.supported():
+        raise isolate.Refused(why)
+    isolate.adopt_orphans()
+    found = strength
+    if strength == "auto" and (found := "namespaces") and not _works(lambda: _namespaces(judge_too=True)):
+        found = "landlock" if _works(lambda: isolate.landlock([]) or _refuse("landlock")) else "seccomp"
+    if found == "namespaces":
+        _namespaces()
+    if not _works(lambda: isolate.seccomp(isolate.seccomp_filter(os.getpid(), read_only=True))):
+        raise isolate.Refused("seccomp filters are not allowed here")
+    return found
+
+
+def _namespaces(judge_too: bool = False) -> None:
+    isolate.enter_namespaces()
+    if judge_too:  # what each judge will do has to be allowed as well
+        isolate.new_process_namespace()
+
+
+def _refuse(what: str) -> None:
+    raise isolate.Refused(what)
+
+
+def _works(step) -> bool:
+    """Whether a step succeeds, tried in a child."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        with contextlib.suppress(isolate.Refused, OSError):
+            step()
+            status = 0
+        os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _sweep(isolation: str) -> bool:
+    """Waits for what the judge left behind (its end killed it) and empties the scratch folder. False: something lives."""
+    deadline = time.monotonic() + 5
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:
+            time.sleep(0.001)
+        return False
+    if isolation == "namespaces":
+        for entry in os.scandir(isolate.SCRATCH):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+        return not os.listdir(isolate.SCRATCH)
+    return True
+
+
+def main(jobs: int, verdicts: int, strength: str) -> int:
+    """Serves until the pipe of jobs is closed; returns the exit status."""
+    warnings.simplefilter("ignore")  # of the tests' code, on our standard error
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    sys.path.pop(0)
+    baseline = _address_space()
+    try:
+        isolation = _lock_in(strength)
+    except (isolate.Refused, OSError) as error:
+        codec.send(verdicts, {"refused": str(error)})
+        return 1
+    codec.send(verdicts, {"ready": isolation})
+    gc.collect()
+    gc.freeze()  # judges and programs are copies of this process: leave its pages shared
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                status = judge.run(jobs, verdicts, baseline, isolation)
+            finally:
+                os._exit(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if not _sweep(isolation) or code == judge.NO_JOB:
+            return code
+        codec.send(verdicts, {"end": code})
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

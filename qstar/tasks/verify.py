@@ -1,0 +1,282 @@
+"""Judges model-written Python by its tests, in processes that it can neither leave nor talk into a good verdict.
+
+What is promised, and by what:
+
+* **The verdict is not the program's to give.** The tests run in another process, the judge. It asks the program's
+  process to call this function with these arguments, gets back a plain value (`sandbox.codec`: numbers, text,
+  containers of exact built-in types) and compares it itself. A program that exits with 0, prints "passed", patches
+  `assert`, `sys` or `builtins`, walks the frames of its interpreter, writes to its file descriptors or returns an object
+  that equals everything has nothing to patch: the process it lives in holds neither tests, nor expected values, nor
+  a pipe on which a verdict travels. It is forked before the tests are read.
+* **Passed means that all tests ran.** The tests ran to their end without an exception, and at least one assertion
+  was really reached. Files of tests without an assertion are refused.
+* **Nothing outlives its limit.** Wall clock, CPU time, address space, file size, threads and open files are limited; new
+  processes are refused by seccomp; the program's process is killed with its namespace after every verdict, and its
+  judge by a timer of the kernel if values make it hang.
+* **Nothing gets out.** No sockets, no other process in reach, no capabilities. The file system is Python's library,
+  read-only, and an empty scratch folder of 16 MiB in memory: `Verifier.isolation` is "namespaces". Where the system
+  does not allow user namespaces (many containers), nothing at all can be written, and either the library is all that
+  can be read ("landlock") or, on old kernels, what the user may read, other processes of that user included, or the
+  user nobody for root ("seccomp"). Without seccomp, on other systems and processors, no program is run.
+
+What is not promised: a program that knows the problem can still return the expected values by heart, and tests that
+are too weak pass wrong programs, here as anywhere. A bug of the kernel is a way out. Timing can be observed. Values
+travel by copy: a test that looks at its own argument after the call sees it unchanged, functions cannot be handed to the
+program, and objects of the program's classes can be created, called, read and passed back, but equal nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import builtins
+import contextlib
+import functools
+import math
+import os
+import queue
+import signal
+import subprocess
+import symtable
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from qstar.errors import UserError
+from qstar.tasks.sandbox import codec
+
+PASSED = "passed"  # every test ran and held
+WRONG = "wrong"  # an assertion failed, or compared something that is no plain value
+ERROR = "error"  # the program raised an exception or does not compile, or a test could not run
+TIMEOUT = "timeout"  # wall clock or CPU time
+MEMORY = "memory"  # the program ran out of its memory
+EXITED = "exited"  # the program's process ended, by itself or by a signal, before the tests were through
+OUTPUT = "output"  # what came back is too large, or is no answer
+UNTESTED = "untested"  # no assertion was reached, though none failed
+REASONS = (PASSED, WRONG, ERROR, TIMEOUT, MEMORY, EXITED, OUTPUT, UNTESTED)
+
+_WARDEN = Path(__file__).with_name("sandbox") / "warden.py"
+_GRACE = 5.0  # seconds beyond a job's limit after which its warden is taken for dead
+
+
+class Verdict(NamedTuple):
+    """What became of one program.
+
+    Attributes:
+        passed: all tests ran and held; the same as `reason == PASSED`.
+        reason: one of REASONS.
+        seconds: wall time of program and tests, without starting the processes.
+        detail: one line for people; what the program says of itself may be in it.
+    """
+
+    passed: bool
+    reason: str
+    seconds: float
+    detail: str = ""
+
+
+class Job(NamedTuple):
+    """A program and its tests.
+
+    Attributes:
+        program: Python source. Its `__name__` is not "__main__".
+        tests: Python source that asserts; trusted.
+        names: what the tests take from the program; None: see `needed_names`.
+    """
+
+    program: str
+    tests: str
+    names: tuple[str, ...] | None = None
+
+
+def run_python(program: str, tests: str, *, timeout_s: float = 3.0, memory_mb: int = 256) -> Verdict:
+    """Runs a program and judges it by its tests, in a pool of workers that this process keeps.
+
+    Args:
+        program: Python source, written by anyone.
+        tests: Python source that asserts, written by someone trusted; it uses names that the program defines.
+        timeout_s: wall time of program and tests together.
+        memory_mb: address space that the program may take, in MiB, beyond that of the interpreter.
+
+    Raises:
+        ValueError: tests that do not parse or assert nothing, or limits that are not positive.
+        UserError: this machine has no way to lock a program in (Linux on x86-64 with seccomp is needed).
+    """
+    return pool().run(Job(program, tests), timeout_s=timeout_s, memory_mb=memory_mb)
+
+
+def pool() -> Verifier:
+    """The pool that this process keeps: one worker per CPU, started by the first call and closed at exit."""
+    return _pool_of(os.getpid())  # a fork must not talk into its parent's pipes
+
+
+@functools.cache
+def _pool_of(pid: int) -> Verifier:
+    verifier = Verifier()
+    atexit.register(verifier.close)
+    return verifier
+
+
+@functools.lru_cache(maxsize=4096)
+def needed_names(tests: str) -> tuple[str, ...]:
+    """The global names that tests use and do not make themselves: what they need from the program.
+
+    Names of built-ins are Python's own, even if the program has defined them anew, so that it cannot lend its `set`
+    or `sorted` to the comparison; unless the tests name nothing else (a task that asks for a function called `sum`).
+
+    Raises:
+        ValueError: the tests do not parse, or assert nothing.
+    """
+    try:
+        asserts = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(tests)))
+        tables = [symtable.symtable(tests, "tests", "exec")]
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"tests: not Python ({error})") from None
+    if not asserts:
+        raise ValueError("tests: assert nothing, so every program would pass")
+    made = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
+    used: dict[str, None] = {}
+    for table in tables:
+        tables.extend(table.get_children())
+        top = table.get_type() == "module"
+        used |= {s.get_name(): None for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+    free = tuple(name for name in used if name not in made)
+    return tuple(name for name in free if not hasattr(builtins, name)) or free
+
+
+class Verifier:
+    """A pool of workers, each judging one program at a time. A context manager; safe to use from several threads."""
+
+    def __init__(self, workers: int | None = None, *, isolation: str = "auto"):
+        """`workers`: one per CPU when None. `isolation`: "auto", or the one to insist on (see the module).
+
+        Raises:
+            UserError: this machine cannot lock programs in, or not in that way.
+        """
+        if isolation not in ("auto", "namespaces", "landlock", "seccomp"):
+            raise UserError(f"isolation={isolation!r} is not one of auto, namespaces, landlock, seccomp")
+        count = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(count):
+                self._workers.append(_Worker(isolation))
+                self._idle.put(self._workers[-1])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def isolation(self) -> str:
+        """How programs are locked in: "namespaces", "landlock" or "seccomp"."""
+        return self._workers[0].isolation
+
+    def run(self, job: Job, *, timeout_s: float = 3.0, memory_mb: int = 256) -> Verdict:
+        """Judges one program; see `run_python`."""
+        if not (0 < timeout_s < math.inf and memory_mb > 0):
+            raise ValueError(f"timeout_s={timeout_s} and memory_mb={memory_mb} must be positive numbers")
+        names = needed_names(job.tests)  # also finds what is wrong with the tests
+        order = {
+            "program": job.program,
+            "tests": job.tests,
+            "names": names if job.names is None else job.names,
+            "timeout_s": timeout_s,
+            "memory_mb": int(memory_mb),
+        }
+        worker = self._idle.get()
+        try:
+            return worker.run(order)
+        finally:
+            self._idle.put(worker)
+
+    def run_many(self, jobs: Iterable[Job], *, timeout_s: float = 3.0, memory_mb: int = 256) -> list[Verdict]:
+        """Judges programs, as many at a time as there are workers; verdicts in the order of the jobs."""
+        run = functools.partial(self.run, timeout_s=timeout_s, memory_mb=memory_mb)
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            return list(threads.map(run, jobs))
+
+    def close(self) -> None:
+        """Ends the workers; what they are judging ends with them."""
+        for worker in self._workers:
+            worker.stop()
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """One warden process and the two pipes to it."""
+
+    def __init__(self, isolation: str):
+        self._wanted, self._process = isolation, None
+        self._start()
+
+    def run(self, order: dict) -> Verdict:
+        began = time.monotonic()
+        if self._process is None or self._process.poll() is not None:  # ended while it was idle
+            self.stop()
+            self._start()
+        try:
+            codec.send(self._jobs, order)
+        except codec.TooLong as error:
+            return Verdict(False, OUTPUT, 0.0, f"program and tests are too large: {error}")
+        except codec.Closed:
+            return self._broken(EXITED, began, "the sandbox ended")
+        found, deadline = None, began + order["timeout_s"] + _GRACE
+        try:
+            while "end" not in (message := codec.receive(self._verdicts, deadline)):
+                found = message
+        except TimeoutError:
+            return self._broken(TIMEOUT, began, "the sandbox did not answer")
+        except codec.Closed:
+            return self._broken(EXITED, began, "the sandbox ended")
+        if found is None:  # the judge itself was ended: by its timer, or by the kernel for want of memory
+            timer = message["end"] == -signal.SIGALRM
+            return self._broken(TIMEOUT if timer else OUTPUT, began, f"the judge ended with {message['end']}")
+        return Verdict(found["reason"] == PASSED, found["reason"], found["seconds"], found["detail"])
+
+    def _broken(self, reason: str, began: float, detail: str) -> Verdict:
+        self.stop()
+        return Verdict(False, reason, time.monotonic() - began, detail)
+
+    def _start(self) -> None:
+        jobs, self._jobs = os.pipe()
+        self._verdicts, verdicts = os.pipe()
+        command = [sys.executable, "-S", "-s", "-P", os.fspath(_WARDEN), str(jobs), str(verdicts), self._wanted]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(jobs, verdicts),
+                env={"PYTHONHASHSEED": "0"},  # nothing of ours, and sets in the same order every time
+                start_new_session=True,  # a Ctrl-C is for us
+            )
+        finally:
+            os.close(jobs)
+            os.close(verdicts)
+        try:
+            answer = codec.receive(self._verdicts, time.monotonic() + 60)
+        except (codec.Closed, TimeoutError):
+            answer = {"refused": "its process did not start"}
+        if "ready" not in answer:
+            self.stop()
+            raise UserError(f"model-written code cannot be run safely here: {answer['refused']}")
+        self.isolation = answer["ready"]
+
+    def stop(self) -> None:
+        """Ends the warden; its judge dies with it, and the program with the judge."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+        self._process = None
+        for fd in (self._jobs, self._verdicts):
+            os.close(fd)

@@ -1,0 +1,309 @@
+"""The sandbox: honest programs pass, hostile ones neither pass nor get out nor stay, and each verdict has its reason."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import socket
+import sys
+import time
+
+import pytest
+from conftest import shared
+
+from qstar.errors import UserError
+from qstar.tasks.humaneval import HumanEval
+from qstar.tasks.mbpp import MBPP
+from qstar.tasks.sandbox import codec
+from qstar.tasks.verify import REASONS, Job, Verdict, Verifier, needed_names, run_python
+from tests.tasks.hostile import HOSTILE
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+TOKEN = f"token-{os.urandom(16).hex()}"
+TESTS = f"assert f(3) == {TOKEN!r}\nassert len(f(4)) == {len(TOKEN)}"
+LIMIT = 1.0
+
+
+@pytest.fixture(scope="module", params=["namespaces", "landlock", "seccomp"])
+def verifier(request):
+    try:
+        pool = Verifier(2, isolation=request.param)
+    except UserError as error:
+        pytest.skip(str(error))
+    with pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def pool():
+    try:
+        pool = Verifier(2)
+    except UserError as error:
+        pytest.skip(str(error))
+    with pool:
+        yield pool
+
+
+def family() -> dict[int, str]:
+    """Every process that descends from this one: {id: state}."""
+    parent, state = {}, {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except (OSError, IndexError):
+            continue
+        parent[int(entry)], state[int(entry)] = int(fields[1]), fields[0]
+    mine = {os.getpid()}
+    while new := {p for p, up in parent.items() if up in mine} - mine:
+        mine |= new
+    return {p: state[p] for p in mine - {os.getpid()}}
+
+
+def settled(count: int, seconds: float = 5.0) -> int:
+    """How many descendants there are once there are `count`, or after so many seconds."""
+    end = time.monotonic() + seconds
+    while len(family()) != count and time.monotonic() < end:
+        time.sleep(0.02)
+    return len(family())
+
+
+def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
+    """On one pool, one after the other: each has to leave the pool as it was for the next."""
+    os.chmod(tmp_path, 0o777)  # what keeps them from writing here is not that they may not
+    secret = TOKEN if verifier.isolation != "seccomp" else "nothing"  # which alone does not keep them from reading
+    (tmp_path / "kept").write_text(secret)
+    os.chmod(tmp_path / "kept", 0o666)
+    elsewhere = settled(0, 0.1)  # of other pools in this process; wardens of this one included
+    wrong = {}
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+        server.setblocking(False)
+        port = server.getsockname()[1]
+        datagrams.bind(("127.0.0.1", port))
+        datagrams.setblocking(False)
+        fill = {"{folder}": str(tmp_path), "{port}": str(port)}
+        jobs = []
+        for program, _ in HOSTILE.values():
+            for name, value in fill.items():
+                program = program.replace(name, value)
+            jobs.append(Job(program, TESTS))
+        began = time.monotonic()
+        verdicts = verifier.run_many(jobs, timeout_s=LIMIT, memory_mb=128)
+        took = time.monotonic() - began
+        for name, verdict in zip(HOSTILE, verdicts, strict=True):
+            if verdict.passed or verdict.reason not in HOSTILE[name][1] or verdict.seconds > LIMIT + 6:
+                wrong[name] = verdict
+        for listener in (server.accept, lambda: datagrams.recv(9)):
+            with pytest.raises(BlockingIOError):  # nobody called
+                listener()
+    assert not wrong
+    assert sorted(os.listdir(tmp_path)) == ["kept"] and (tmp_path / "kept").read_text() == secret
+    assert settled(elsewhere) == elsewhere, family()
+    assert took < len(HOSTILE) * (LIMIT + 1)
+    honest = Job(f"def f(x): return {TOKEN!r}", TESTS)
+    assert all(v.passed for v in verifier.run_many([honest] * 8))  # and the pool works as before
+
+
+def test_there_are_enough_hostile_programs():
+    assert len(HOSTILE) >= 30
+
+
+def test_a_hostile_program_that_knew_the_answer_would_pass(pool):
+    """The table above fails programs because they do not know the token, not because they are badly written."""
+    knows = "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
+    before = settled(0, 0.1)
+    assert pool.run(Job(knows + f"def f(x): return {TOKEN!r}", TESTS)).passed
+    assert settled(before) == before  # its thread is gone
+
+
+@pytest.mark.parametrize(
+    "program, tests, reason",
+    [
+        ("def f(x): return x + 1", "assert f(1) == 2", "passed"),
+        ("def f(x): return x + 1", "assert f(1) == 3", "wrong"),
+        ("def g(x): return x", "assert f(1) == 3", "error"),
+        ("def f(x): return 1 / 0", "assert f(1) == 3", "error"),
+        ("def f(x): assert x == 2", "assert f(1) == 3", "error"),  # the program's own assertion is no test
+        ("def f(x): return x", "if f(0):\n    assert True", "untested"),
+        ("def f(x): return x", "def check(f):\n    assert f(1) == 1", "untested"),  # never called
+        ("def f(x): return x", "def check(f):\n    assert f(1) == 1\ncheck(f)", "passed"),
+        ("def f(x): return x", "import nonsense\nassert f(1) == 1", "error"),
+        ("def f(x): raise KeyError(x)", "try:\n    f(1)\nexcept KeyError as e:\n    assert '1' in str(e)", "passed"),
+        ("def f(x): raise KeyError(x)", "try:\n    f(1)\nexcept ValueError:\n    assert True", "error"),
+        ("import time\ndef f(x): time.sleep(9)", "try:\n    f(1)\nexcept:\n    pass\nassert True", "timeout"),
+        ("import os\ndef f(x): os._exit(0)", "try:\n    f(1)\nexcept:\n    pass\nassert True", "exited"),
+        ("def f(x): return x", "assert sorted(f({3, 1})) == [1, 3] and f(2.5) == 2.5", "passed"),
+        ("class P:\n    def __init__(s, a): s.a = a\ndef f(p): return p.a", "p = P(3)\np.a = 4\nassert f(p) == p.a == 4", "passed"),
+        ("class P: pass\ndef f(): return [P()]", "assert f() == f()", "wrong"),  # equal to nothing, not even itself
+        ("def f(n): yield from range(n)", "assert list(f(3)) == [0, 1, 2] and sum(f(4)) == 6", "passed"),
+        ("import itertools\ndef f(n): return itertools.count()", "assert list(f(3)) == [0]", "timeout"),
+        ("import re\ndef f(s): return re.match('a', s)", "assert f('ab')\nassert not f('b')\nassert f('b') is None", "passed"),
+        ("from collections import Counter\ndef f(s): return Counter(s)", "assert f('aab') == {'a': 2, 'b': 1}", "passed"),
+        ("from collections import namedtuple\nT = namedtuple('T', 'a b')\ndef f(): return T(1, [2])", "assert f() == (1, [2])", "passed"),
+        ("def f(x): return x", "assert f(lambda: 1) == 1", "error"),  # functions cannot be handed over
+        ("def f(x):\n    x.clear()\n    return []", "a = [1]\nassert f(a) == a", "wrong"),  # arguments are copies
+        ("def sum(a, b): return a * b", "assert sum(2, 3) == 6", "passed"),  # the tests name nothing else
+        ("def set(x): return 0\ndef f(x): return 5", "assert set(f(1)) == set([1])", "error"),
+        ("R = 3\ndef f(x): return x + R", "assert f(1) == 1 + R", "passed"),
+        ("def f(x, *, y=1): return x * y", "assert f(2, y=3) == 6", "passed"),
+        ("def f(xs, t): return [x for x in xs if type(x) is not t]", "assert f((1, 'a'), int) == ['a']", "passed"),
+    ],
+)  # fmt: skip
+def test_reasons(pool, program, tests, reason):
+    verdict = pool.run(Job(program, tests), timeout_s=1.5 if reason == "timeout" else 20)
+    assert verdict.reason == reason, verdict
+    assert verdict.passed == (reason == "passed") and reason in REASONS
+
+
+def test_run_python_is_the_pool_of_this_process():
+    verdict = run_python("def f(x): return x", "assert f(1) == 1", timeout_s=20, memory_mb=64)
+    assert isinstance(verdict, Verdict) and verdict.passed and 0 < verdict.seconds < 20
+
+
+def test_verdicts_do_not_depend_on_the_hash_seed_or_the_clock(pool):
+    program = "import random\ndef f(): return [list(set('abcdef')), random.random(), __name__]"
+    tests = "assert f() == 0"
+    details = set()
+    for _ in range(6):
+        verdict = pool.run(Job(program + "\nraise ValueError(f())", tests))
+        details.add(verdict.detail)
+    assert len(details) == 1 and "program" in details.pop()
+
+
+def test_programs_leave_nothing_for_the_next_one(pool):
+    write = "import os\ntry:\n    open('left', 'w').write('x')\n    os.mkdir('d', 0)\nexcept OSError: pass\ndef f(): return 1"
+    assert all(v.passed for v in pool.run_many([Job(write, "assert f() == 1")] * 4))
+    read = "import os\ndef f(): return os.listdir('.') if os.access('.', os.W_OK) else []"
+    assert all(v.passed for v in pool.run_many([Job(read, "assert f() == []")] * 4))
+
+
+def test_a_pool_whose_processes_were_killed_goes_on():
+    with Verifier(1) as pool:
+        job = Job("def f(x): return x", "assert f(1) == 1")
+        assert pool.run(job).passed
+        os.kill(pool._workers[0]._process.pid, 9)
+        pool._workers[0]._process.wait()
+        assert pool.run(job).passed
+        alone = settled(0, 0.1)
+    assert settled(max(0, alone - 3)) <= alone - 3  # warden, judge and program went with the pool
+
+
+def test_memory_is_what_was_asked_for(pool):
+    job = Job("def f(n): return len(bytearray(n << 20))", "assert f(60) == 60 << 20")
+    assert pool.run(job, memory_mb=100, timeout_s=20).passed
+    assert pool.run(job, memory_mb=40, timeout_s=20).reason == "memory"
+
+
+@pytest.mark.parametrize(
+    "tests, what", [("assert f(", "not Python"), ("f(1)", "assert nothing"), ("", "assert nothing")]
+)
+def test_tests_that_cannot_fail_a_program_are_refused(pool, tests, what):
+    with pytest.raises(ValueError, match=what):
+        pool.run(Job("def f(x): return x", tests))
+
+
+@pytest.mark.parametrize("limits", [{"timeout_s": 0}, {"timeout_s": float("nan")}, {"memory_mb": 0}])
+def test_limits_are_positive(pool, limits):
+    with pytest.raises(ValueError, match="positive"):
+        pool.run(Job("", "assert f()"), **limits)
+
+
+def test_an_isolation_that_does_not_exist():
+    with pytest.raises(UserError, match="isolation='none'"):
+        Verifier(1, isolation="none")
+
+
+def test_needed_names_are_those_that_the_program_has_to_bring():
+    assert needed_names("assert set(f(1)) == set(g)\nx = 3\nassert x") == ("f", "g")
+    assert needed_names("import math\ndef check(c):\n    y = math.pi\n    assert c(h(y)) == y\ncheck(f)") == ("f", "h")
+    assert needed_names("assert sum(1, 2) == 3") == ("sum",)
+    assert needed_names("n = Node(1)\nn.left = Node(2)\nassert depth(n) == 2") == ("Node", "depth")
+
+
+# ------------------------------------------------------------------------------------------------------- the values
+
+VALUES = [
+    None, True, 0, -5, 2**62, -(2**200), 1.5, -0.0, float("inf"), "é\ud800\0", b"\x00\xff", 2 - 1j, [], [1, [2, ()]], (1,),
+    {1: "a", (2, "b"): [None]}, {1, "a"}, frozenset({(1, 2)}), range(3, 9, 2), bytearray(b"x"), int, [str, type(None)], {"handle": ["list"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_values_come_back_as_they_were(value):
+    data = json.loads(json.dumps(codec.encode(value, None)))
+    found = codec.decode(data, None)
+    assert found == value and type(found) is type(value) and repr(found) == repr(value)
+
+
+def test_subclasses_arrive_as_what_they_hold():
+    class Loud(list):
+        def __iter__(self):
+            raise RuntimeError
+
+        def __eq__(self, other):
+            return True
+
+    class Big(int):
+        def __int__(self):
+            return 7
+
+        __index__ = __int__
+
+    assert codec.decode(codec.encode([Loud([1, 2]), Big(3)], None), None) == [[1, 2], 3]
+    assert type(codec.decode(codec.encode(Big(3), None), None)) is int
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{}, [], ["list", {}], ["nonsense"], ["int", "x"], ["handle", "1"], ["handle", True], ["type", "object"],
+     ["dict", 3], ["range", "a"], ["set", ["list"]], ["bytes", 3], ["complex", "1"], [["list"]], ["decimal", "x"]],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_value_is_refused(data):
+    with pytest.raises((ValueError, TypeError, IndexError, KeyError, ArithmeticError)):
+        codec.decode(data, lambda number: number)
+
+
+@pytest.mark.parametrize("name", ["SystemExit", "KeyboardInterrupt", "exit", "object", "Foreign", None, 3])
+def test_what_the_program_raises_never_ends_the_judge(name):
+    assert type(codec.exception(name, "x")) is RuntimeError
+    assert type(codec.exception("KeyError", "x")) is KeyError
+
+
+# ------------------------------------------------------------------------------------------------ reference programs
+
+
+def references():
+    """(task, problem, reference program as a model would have written it) of both data sets."""
+    mbpp = MBPP(data=str(shared("data/mbpp/mbpp.jsonl")))
+    yield from ((mbpp, p, mbpp.solution(p)) for s in ("few_shot", "test", "val", "train") for p in mbpp.every(s))
+    for template in ("mbpp", "completion"):
+        task = HumanEval(data=str(shared("data/humaneval/HumanEval.jsonl")), template=template)
+        yield from ((task, p, task.solution(p)) for p in task.problems("test"))
+
+
+def test_every_reference_program_passes(pool):
+    cases = list(references())
+    assert len(cases) == 974 + 2 * 164
+    found = pool.run_many([task.job(p, task.parse(text)) for task, p, text in cases], timeout_s=120, memory_mb=512)
+    assert not {p.id: v for (_, p, _), v in zip(cases, found) if not v.passed}
+
+
+def test_no_reference_program_passes_for_another_problem(pool):
+    """The tests do test: the next problem's program, renamed to the function that is asked for, fails."""
+    task = HumanEval(data=str(shared("data/humaneval/HumanEval.jsonl")))
+    problems = task.problems("test")[:40]
+    jobs = []
+    for p, other in zip(problems, problems[1:]):
+        name, theirs = (ast.parse(q.gold).body[-1].name for q in (p, other))
+        jobs.append(task.job(p, f"{other.gold}\n{name} = {theirs}"))
+    assert not any(v.passed for v in pool.run_many(jobs, timeout_s=10))
+
+
+def test_a_program_cannot_redefine_the_helpers_of_its_tests(pool):
+    """HumanEval/32 measures a root by `poly`, which stands in the prompt, so in the program as well."""
+    task = HumanEval(data=str(shared("data/humaneval/HumanEval.jsonl")))
+    (problem,) = [p for p in task.problems("test") if p.id == "HumanEval/32"]
+    cheat = "def poly(xs, x): return 0.0\ndef find_zero(xs): return 0.0"
+    assert not pool.run(task.job(problem, cheat), timeout_s=10).passed
