@@ -7,7 +7,7 @@ pretrained model with three shots (here from G_SFT, as on GSM8K), 128 candidates
 v_star_gsm8k.py. The paper's figures at 7B: about 53% best-of-64 and 46% pass@1 on MBPP.
 
 Not run here at that size: only `smoke`, on 260K-parameter weights that write no Python, a test of the machinery. `data` is a
-folder with MBPP's train and test records (train.jsonl, test.jsonl).
+folder with all 974 tasks in mbpp.jsonl; without it they come from the hub.
 """
 
 from configs.common import parse_arg
@@ -19,10 +19,14 @@ def get_config(arg=None):
     arg = parse_arg(arg, model="CodeLlama-7b-hf", data="", smoke=False, seed=0, arms="v_star", orm=False)
     config = gsm8k(f"model={arg.model},seed={arg.seed},arms={arg.arms},smoke={int(arg.smoke)},orm={int(arg.orm)}")
     config.name = "v_star_mbpp"
-    config.task = {"name": "mbpp"}
+    config.task = {"name": "mbpp", "shots": ()}  # G_SFT has learnt the format
     if arg.data:
-        config.task.update(train=f"{arg.data}/train.jsonl", test=f"{arg.data}/test.jsonl")
-    if not arg.smoke:
+        config.task.data = f"{arg.data}/mbpp.jsonl"
+    if arg.smoke:  # the problems whose prompts fit into 512 tokens of a vocabulary of 512
+        config.loop.problems_per_iter = 7
+        config.evaluate.limit = 2
+        config.select.limit = 2
+    else:
         config.sft.steps = "epochs:3:0"
         config.loop.steps = "epochs:3:0"
         config.sample.max_new_tokens = 384

@@ -156,5 +156,15 @@ def v_star():
     return finished(V_STAR)
 
 
+def v_star_gsm8k():
+    """The smoke run of configs/v_star_gsm8k.py."""
+    return finished(pretrained_config("v_star_gsm8k.py", "data/gsm8k"))
+
+
+def v_star_mbpp():
+    """The smoke run of configs/v_star_mbpp.py."""
+    return finished(pretrained_config("v_star_mbpp.py", "data/mbpp"))
+
+
 V_STAR = "v_star_arithmetic.py:smoke,arms=v_star"
 QUIET = "quiet_star_tiny.py:smoke,arms=quiet_star+same_text"
