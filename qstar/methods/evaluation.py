@@ -228,7 +228,7 @@ def _v_star_model(run: Path, config: ConfigDict, arm: str, iteration: int | None
     require((iteration in done, f"{what} of iteration {iteration}; there are {', '.join(map(str, done))} (0: G_SFT)"))
     config.mesh = "data=1,fsdp=-1"
     model = base_model.architecture(Study.make(config, run, Console(quiet=True)))
-    folder = home / f"iter_{iteration:03d}" if iteration or verifier else run / "sft"
+    folder = home / f"iter_{iteration:03d}" if iteration or verifier else run / "g_sft"
     require(
         ((folder / "summary.json").is_file(), f"--run={run}: G_SFT is not trained yet; let `qstar train` go on first")
     )

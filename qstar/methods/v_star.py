@@ -95,7 +95,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     base_model.show_parameters(ctx, start)
     base = start if config.model.path else base_model.train_base(ctx, start)
     sft = supervised(ctx, base, solutions)
-    check_gates(ctx.console, ctx.workdir / "sft", ctx.gates, lambda: sampled_accuracy(ctx, sft))
+    check_gates(ctx.console, ctx.workdir / "g_sft", ctx.gates, lambda: sampled_accuracy(ctx, sft))
     for name, loop in arms.items():
         outer_loop(Arm(ctx, name), loop, base, sft, solutions)
     ctx.close()
@@ -148,7 +148,7 @@ def d_sft(ctx: Study) -> list[Solution]:
 
 
 def supervised(ctx: Study, base: Model, solutions: list[Solution]) -> Model:
-    """G_SFT <- SFT(G_base, D_SFT): one for all arms, in WORKDIR/sft."""
+    """G_SFT <- SFT(G_base, D_SFT): one for all arms, in WORKDIR/g_sft."""
     rows = ctx.fitting([to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion) for s in solutions])
     s = ctx.train_settings
     steps = star.steps_for(ctx.sft.steps, 1, len(pack_rows(rows, s)["tokens"]), s.batch_size)
@@ -156,7 +156,7 @@ def supervised(ctx: Study, base: Model, solutions: list[Solution]) -> Model:
     with ctx.bar("sft", steps) as progress:
         seed = stable_seed(ctx.seed, "sft")
         model, _ = fine_tune(
-            base, rows, s, steps=steps, seed=seed, folder=ctx.workdir / "sft", writer=ctx.writer, label={"arm": "sft"},
+            base, rows, s, steps=steps, seed=seed, folder=ctx.workdir / "g_sft", writer=ctx.writer, label={"arm": "g_sft"},
             progress=progress,
         )  # fmt: skip
     return model
@@ -170,7 +170,7 @@ def labelled_rollouts(arm: Arm, loop: Loop, generator: Model, n: int) -> list[Ro
     if loop.temperature is not None:
         settings = dataclasses.replace(settings, temperature=loop.temperature)
     first = n == 1
-    owner = ctx.workdir / "sft" if first else arm.folder
+    owner = ctx.workdir / "g_sft" if first else arm.folder
     tag = f"k{loop.k}_t{settings.temperature:g}" if first else f"iter_{n:03d}"
 
     def make() -> list[dict[str, Any]]:

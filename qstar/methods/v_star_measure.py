@@ -27,7 +27,7 @@ from qstar.types import Rollout
 def sampled_accuracy(ctx: Any, model: Model) -> dict[str, float]:
     """Returns pass@1, pass@16 and majority@16 on validation problems, for the gates of G_SFT."""
     settings = dataclasses.replace(ctx.sample_settings, temperature=ctx.select.temperature)
-    folder = ctx.workdir / "sft" / "gates"
+    folder = ctx.workdir / "g_sft" / "gates"
     problems = ctx.task.problems("val")
     rows = attempt(
         model, ctx.task, problems, settings, k=16, hinted=False, iteration=0, seed=0, folder=folder, stage="val"
