@@ -94,6 +94,8 @@ def _score_rows(ctx: Any, rollouts: list[Rollout], sft: Model, verifiers: dict[s
                 continue
             columns[name] = score(Verifier(model, rule, steps=ctx.task.steps), prompts, texts)
     columns["sft"] = reference
+    if "dpo" in columns:  # ours, not the paper's: the writer and the verifier must both find it likely
+        columns["own+dpo"] = np.asarray(columns["own"]) + columns["dpo"]
     rows = [{"problem_id": r.problem_id, "sample": r.sample} for r in rollouts]
     for name, values in columns.items():
         for row, value in zip(rows, values):

@@ -20,6 +20,7 @@ NAMES = {
     "best/own": "own log-probability",
     "best/sft": "log-probability of G_SFT",
     "best/dpo": "V-STaR verifier (DPO)",
+    "best/own+dpo": "own + DPO",
     "best/dpo_logratio": "DPO, log-ratio",
     "best/dpo_mean_logp": "DPO, per token",
     "best/orm": "ORM",
@@ -27,7 +28,7 @@ NAMES = {
     "best/prm_product": "PRM, product",
     "best/random": "random",
 }
-DRAWN = ("pass", "majority", "best/own", "best/dpo", "best/orm", "best/prm_min", "best/random")
+DRAWN = ("pass", "majority", "best/own", "best/dpo", "best/own+dpo", "best/orm", "best/prm_min", "best/random")
 
 
 def read_selections(folder: Path, arm: str) -> dict[int, Mapping[str, Any]]:
