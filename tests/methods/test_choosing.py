@@ -1,5 +1,6 @@
 """Choosing one of k solutions, and the expected value of every rule, against all subsets counted one by one."""
 
+import functools
 import itertools
 import math
 
@@ -116,7 +117,7 @@ def test_votes_by_score_are_near_the_mean_over_all_subsets(problems):
 
     for rule, win in (("weighted", weighted), (f"top{m}", top)):
         ours = [found[f"{rule}/logp"][k][i] for i in range(len(problems))]
-        exact = [brute(c, k, lambda s: win(c, s)) for c in problems]  # noqa: B023
+        exact = [brute(c, k, functools.partial(win, c)) for c in problems]
         np.testing.assert_allclose(ours, exact, atol=0.13)  # 200 of 70 subsets, drawn
         assert np.mean(ours) == pytest.approx(np.mean(exact), abs=0.04)
         assert found[f"{rule}/logp"][8][0] == pytest.approx(brute(problems[0], 8, lambda s: win(problems[0], s)))

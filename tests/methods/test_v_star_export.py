@@ -1,4 +1,4 @@
-"""A V-STaR run's models taken out of it, and used from the command line: generators, verifiers, evaluation by their scores."""
+"""A V-STaR run's models taken out of it, and used from the command line: generators, verifiers, evaluation by scores."""
 
 import json
 
@@ -35,7 +35,8 @@ def test_every_verifier_scores_as_it_did_in_the_run(run, exported):
     for kind, folder in (("dpo", "dpo"), ("orm", "orm"), ("sft", None)):
         model = trained_model(run, "v_star", 0) if folder is None else qstar.load(exported / folder)
         np.testing.assert_allclose(qstar.score(model, prompts, texts), [s[kind] for s in scores], rtol=1e-4, atol=1e-4)
-    kinds = {name: json.loads((exported / name / "config.json").read_text()).get("qstar_value_head") for name in ("dpo", "orm", "prm")}
+    configs = {name: json.loads((exported / name / "config.json").read_text()) for name in ("dpo", "orm", "prm")}
+    kinds = {name: config.get("qstar_value_head") for name, config in configs.items()}
     assert kinds == {"dpo": None, "orm": "orm", "prm": "prm"}
 
 

@@ -107,9 +107,11 @@ def test_peft_loads_them_and_computes_the_same_logits(params, adapters, tmp_path
 
 
 def test_training_through_adapters_moves_them_alone_and_leaves_them_for_peft(params, tmp_path):
+    told = []
+
     class Writer:
-        def write(self, **_):
-            pass
+        def write(self, *, loss, **_):
+            told.append(loss)
 
     start = Model(CONFIG, params, char_tokenizer(ALPHABET, pad=PAD, eos=EOS))
     adapted = dict(lora_rank=3, lora_alpha=6.0, lora_targets=("q", "v", "down"))
@@ -121,7 +123,7 @@ def test_training_through_adapters_moves_them_alone_and_leaves_them_for_peft(par
         name for name in params["layers"] for a, b in [(params["layers"][name], model.params["layers"][name])]
         if "kernel" in a and (a["kernel"] != b["kernel"]).any()
     }  # fmt: skip
-    assert changed == {"q", "v", "down"} and summary["loss"] < 1.0
+    assert changed == {"q", "v", "down"} and told[-1] < 0.8 * told[0]
     assert summary["adapter_parameters"] == 2 * 3 * ((16 + 16) + (16 + 8) + (24 + 16))
     np.testing.assert_array_equal(model.params["embed"]["table"], params["embed"]["table"])
     left, read = lora.load_adapters(CONFIG, tmp_path / "m" / "adapter")

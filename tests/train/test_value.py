@@ -124,4 +124,5 @@ def test_the_head_is_saved_and_loaded_with_the_model(model, tmp_path):
     assert back.config.value_head == "orm"
     prompts, completions = [p for p, _, _ in TEXTS], [c for _, c, _ in TEXTS]
     np.testing.assert_array_equal(qstar.score(back, prompts, completions), qstar.score(model, prompts, completions))
-    np.testing.assert_array_equal(qstar.score(str(tmp_path / "orm"), prompts, completions), qstar.score(model, prompts, completions))
+    from_folder = qstar.score(str(tmp_path / "orm"), prompts, completions)
+    np.testing.assert_array_equal(from_folder, qstar.score(model, prompts, completions))
