@@ -88,7 +88,8 @@ def weights(folder):
     import orbax.checkpoint as ocp
 
     out = {}
-    for at in sorted([*folder.glob("*/model/*/state"), *folder.glob("*/checkpoints/*/model/*/state"), *folder.glob("*/verifiers/*/*/model/*/state")]):
+    where = ("*/model/*/state", "*/checkpoints/*/model/*/state", "*/verifiers/*/*/model/*/state")
+    for at in sorted(path for pattern in where for path in folder.glob(pattern)):
         leaves = _leaves(ocp.PyTreeCheckpointer().restore(at))
         assert leaves
         out[str(at.relative_to(folder))] = leaves
