@@ -18,6 +18,7 @@ from configs.common import parse_arg, quiet_config
 from qstar.errors import unknown
 
 FROZEN = "thoughts|mixing"
+TRANSFORMER = "layers|embed|head|norm|positions"
 ARMS = {
     "quiet_star": {},
     "no_policy": {"thoughts": {"policy_weight": 0.0}},
@@ -47,6 +48,8 @@ OFFICIAL = {  # one of the official code's choices each, see ThoughtConfig
     "weak": {"clip_negative": True, "policy_temperature": 3.0, "policy_reduce": "mean"},
 }
 OFFICIAL["weak_scale_100"] = {**OFFICIAL["weak"], "embedding_scale": 100.0}
+OFFICIAL["weak_scale_100_policy_10"] = {**OFFICIAL["weak_scale_100"], "policy_weight": 10.0}
+OFFICIAL["weak_1e6"] = {**OFFICIAL["weak"], "policy_weight": 1e6}
 OFFICIAL["all"] = {**OFFICIAL["weak_scale_100"], "policy_weight": 1e6}
 
 
@@ -89,6 +92,8 @@ def get_config(arg=None):
         arms = {f"length_{n}": {"thoughts": {"thought_tokens": n}} for n in range(1, 9)}
     elif arg.official:
         arms = {name: {"thoughts": changes} for name, changes in OFFICIAL.items()}
+        # The start and end vectors where they were: is it their movement that loses the thoughts?
+        arms["weak_scale_100_still"] = {"thoughts": OFFICIAL["weak_scale_100"], "trains": TRANSFORMER + "|mixing"}
     elif arg.fast:
         arms = fast()
     else:

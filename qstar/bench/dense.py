@@ -17,6 +17,7 @@ from qstar.models import decoder, mixing
 from qstar.models.config import ModelConfig
 from qstar.thoughts import layout, objective, threads
 from qstar.thoughts.generate import sampler
+from qstar.thoughts.paths import Paths, mix
 from qstar.types import Batch, Params, Segment
 
 
@@ -24,15 +25,16 @@ def loss(params: dict[str, Params], batch: Batch, rng: jax.Array, *, config: Mod
     """The loss of `thoughts.objective.loss`, with thoughts drawn at all positions of the batch [B, N]."""
     policy, passes = params["policy"], config.thoughts.thoughts_per_position
     positions = layout.all_positions(batch)
-    draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, rng, passes)
+    key, _ = jax.random.split(rng)  # as `objective.loss`: the same thoughts
+    draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, key, passes)
     found, thoughts = paths(policy, config, batch, positions, passes, draw)
     return objective.judge(params, config, batch, positions, found, thoughts)
 
 
 def paths(
     params: Params, config: ModelConfig, batch: Batch, positions: jax.Array, passes: int, draw: threads.Draw
-) -> tuple[threads.Paths, jax.Array]:
-    """Returns `threads.Paths` of thoughts drawn by `draw` at all positions [B, N], and the thoughts [B, P, N, S]."""
+) -> tuple[Paths, jax.Array]:
+    """Returns `Paths` of thoughts drawn by `draw` at all positions [B, N], and the thoughts [B, P, N, S]."""
     (B, N), P, t = batch.tokens.shape, passes, config.thoughts
     S, T, E = t.thought_tokens, t.talk_tokens, config.hidden_size
     rows = jax.tree.map(lambda x: jnp.repeat(x, P, axis=0), batch)
@@ -56,8 +58,8 @@ def paths(
             x = table[ahead[..., i - S - 2]]
     texts = threads.Text(states[0].reshape(B, P, N, E)[:, 0], ())
     think, talk = (jnp.stack(x, axis=2).reshape(B, P, N, -1, E) for x in (states[1 : S + 1], states[S + 2 :]))
-    mixed, weight = threads.over_thoughts(partial(threads.mix, params, config))(batch, texts, positions, talk)
-    return threads.Paths(texts.hidden, think, talk, mixed, weight), jnp.stack(thoughts, axis=-1)
+    mixed, weight = threads.over_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
+    return Paths(texts.hidden, think, talk, mixed, weight), jnp.stack(thoughts, axis=-1)
 
 
 def _iterate(params: Params, config: ModelConfig, x: jax.Array, positions: jax.Array, pairs: Any, seen: Any) -> Any:

@@ -34,6 +34,7 @@ from qstar.tasks.base import Problem, Task, ZeroShot
 from qstar.text.tokenizer import Tokenizer
 from qstar.thoughts import generate as thinking
 from qstar.thoughts import layout, threads
+from qstar.thoughts.paths import joint_paths
 from qstar.train.evaluate import summarise
 from qstar.types import Params
 
@@ -251,7 +252,7 @@ def answer_logits(
         B, M, A = base.shape
         return AnswerLogits(base, jnp.zeros((B, 0, M, A)), jnp.zeros((B, 0, M)))
     draw = thinking.sampler(params, config, batch, positions, key, passes, temperature)
-    paths, _ = threads.joint_paths(params, config, batch, texts, positions, passes, draw)
+    paths, _ = joint_paths(params, config, batch, texts, positions, passes, draw)
     return AnswerLogits(base, logits(paths.mixed[:, :, :, 0]), paths.weight[..., 0])
 
 

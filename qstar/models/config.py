@@ -19,6 +19,7 @@ SIZES = (
     "intermediate_size",
     "max_positions",
     "scan_unroll",
+    "piece_tokens",
 )
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj")
 
@@ -61,6 +62,7 @@ class ModelConfig:
 
     dtype: str = "float32"  # of the computation; parameters keep their own dtype
     remat: str = "none"  # "none" | "block" (keep block inputs) | "dots" (keep matrix products)
+    piece_tokens: int = 2048  # of threads whose activations are held at once by the gradient of thoughts, in all rows
     scan_unroll: int = 1  # layers per iteration of the scan; on a CPU, all of them is fastest
     init_std: float = 0.02
 

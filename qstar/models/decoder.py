@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
-from qstar.models.layers import Block, Norm, with_adapters
+from qstar.models.layers import Block, Norm, Turns, rope_turns, with_adapters
 from qstar.types import Params
 
 # Logical axes of every parameter, matched on the end of its path (leading axes that are not named, such as the stacked
@@ -50,11 +50,11 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
     """Returns random parameters (normal of `init_std`, output projections scaled by 1 / sqrt(2 L), norms at 1)."""
     c = config
     keys = jax.random.split(key, 4)
-    x, positions = jnp.zeros((1, c.hidden_size)), jnp.zeros((1,), jnp.int32)
+    x, turns = jnp.zeros((1, c.hidden_size)), _turns(c, jnp.zeros((1,), jnp.int32))
     layer_keys = jax.random.split(keys[0], c.num_layers)
     params: Params = {
         "embed": {"table": c.init_std * jax.random.normal(keys[1], (c.vocab_size, c.hidden_size))},
-        "layers": jax.vmap(lambda k: Block(c).init(k, x, positions, None)["params"])(layer_keys),
+        "layers": jax.vmap(lambda k: Block(c).init(k, x, turns, None)["params"])(layer_keys),
         "final_norm": Norm(c.norm, c.norm_eps).init(keys[0], x)["params"],
     }
     if c.position == "learned":
@@ -105,10 +105,10 @@ def run_layers(
     Returns:
       x [T, E] before the final norm, and the new keys and values: a pair [L, G, T, K], or one pair per layer.
     """
-    block = Block(config)
+    block, turns = Block(config), _turns(config, positions)
 
     def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
-        return block.apply({"params": with_adapters(layer)}, x, positions, mask, segments)
+        return block.apply({"params": with_adapters(layer)}, x, turns, mask, segments)
 
     if config.remat != "none":
         keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -126,6 +126,10 @@ def run_layers(
 
     stacked_pairs = [(s.keys, s.values) for s in past]
     return jax.lax.scan(body, x, (layers, stacked_pairs), unroll=min(config.scan_unroll, config.num_layers))
+
+
+def _turns(config: ModelConfig, positions: jax.Array) -> Turns | None:
+    return rope_turns(config, positions) if config.position == "rope" else None
 
 
 def unstack(layers: Params, config: ModelConfig) -> list[Params]:

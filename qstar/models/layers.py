@@ -26,6 +26,9 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+Turns = tuple[jax.Array, jax.Array]  # cosines and sines [T, rotary_dim / 2] of rotary positions
+
+
 class Norm(nn.Module):
     """RMS norm or layer norm over the last axis, computed in float32."""
 
@@ -96,10 +99,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array | None, past: Sequence[Segment | Shared | Ring] = ()
+        self, x: jax.Array, turns: Turns | None, mask: jax.Array | None, past: Sequence[Segment | Shared | Ring] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Args: x [T, E]; positions [T]; mask [T, T] of the tokens among themselves; past: segments [G, S, K], of which
-        the last may be a `Ring` (then T = 1, and `mask` is the ring's).
+        """Args: x [T, E]; turns: of rotary positions; mask [T, T] of the tokens among themselves; past: segments
+        [G, S, K], of which the last may be a `Ring` (then T = 1, and `mask` is the ring's).
 
         Returns: x [T, E] and the new (keys, values), each [G, T, K], rotated already; with a ring, the ring's [G, R, K].
         """
@@ -110,9 +113,8 @@ class Block(nn.Module):
         k, v = self._heads(h, "k", c.num_kv_heads), self._heads(h, "v", c.num_kv_heads)  # [T, G, K]
         if c.qk_norm:
             q, k = Norm("rms", c.norm_eps, name="q_norm")(q), Norm("rms", c.norm_eps, name="k_norm")(k)
-        if c.position == "rope":
-            angles = rope_angles(c, positions)
-            q, k = rotate(q, angles, c), rotate(k, angles, c)
+        if turns is not None:
+            q, k = rotate(q, turns, c), rotate(k, turns, c)
         k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)  # [G, T, K]
         if past and isinstance(past[-1], Ring):
             *past, ring = past
@@ -162,25 +164,26 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
     return freq * (blend + (1 - blend) / scaling["factor"])
 
 
-def rope_angles(config: ModelConfig, positions: jax.Array) -> jax.Array:
-    """Returns angles [T, rotary_dim / 2] in radians, float32."""
-    return positions[:, None].astype(jnp.float32) * rope_frequencies(config)
+def rope_turns(config: ModelConfig, positions: jax.Array) -> Turns:
+    """Returns cosines and sines [T, rotary_dim / 2] float32 of positions [T], once for all layers."""
+    angles = positions[:, None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, angles: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotates the first `rotary_dim` of each head of x [T, H, K] by angles [T, rotary_dim / 2].
+def rotate(x: jax.Array, turns: Turns, config: ModelConfig) -> jax.Array:
+    """Rotates the first `rotary_dim` of each head of x [T, H, K] by turns, cosines and sines [T, rotary_dim / 2].
 
     Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) where `rope_interleaved`. A pair's partner is found by reversing
     an axis of length two: unlike slices and a concatenation, that fuses with the products.
     """
     T, H, _ = x.shape
-    half = angles.shape[-1]
+    half = turns[0].shape[-1]
     part, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     pair = -1 if config.rope_interleaved else -2  # the axis that holds the two of a pair
-    turns = jnp.expand_dims(angles, (1, pair))  # [T, 1, half, 1] or [T, 1, 1, half]
+    cos, sin = (jnp.expand_dims(t, (1, pair)) for t in turns)  # [T, 1, half, 1] or [T, 1, 1, half]
     sign = jnp.expand_dims(jnp.array([-1.0, 1.0]), -1 - 2 - pair)  # against [half, 2] or [2, half]
     pairs = part.reshape(T, H, half, 2) if config.rope_interleaved else part.reshape(T, H, 2, half)
-    turned = pairs * jnp.cos(turns) + jnp.flip(pairs, pair) * (sign * jnp.sin(turns))
+    turned = pairs * cos + jnp.flip(pairs, pair) * (sign * sin)
     turned = turned.reshape(part.shape).astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 

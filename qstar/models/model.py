@@ -114,7 +114,8 @@ def _write_extras(model: Model, folder: pathlib.Path) -> None:
 
 def _check_expressible(config: ModelConfig) -> None:
     """Raises UserError where config.json would read back as another graph (say, a Llama with scaled embeddings)."""
-    run = {"dtype": "float32", "remat": "none", "scan_unroll": 1, "init_std": 0.02}  # no part of the graph
+    # No part of the graph:
+    run = {"dtype": "float32", "remat": "none", "scan_unroll": 1, "piece_tokens": 2048, "init_std": 0.02}
     there = config.replace(**run, rotary_dim=config.rotary_dim or config.head_dim)
     back = from_hf(to_hf(config)).replace(**run)
     back = back.replace(rotary_dim=back.rotary_dim or back.head_dim)

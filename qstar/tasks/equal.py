@@ -60,6 +60,7 @@ class Comparer:
         self.timeout_s, self.memory_mb = timeout_s, memory_mb
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
+        self._owner = os.getpid()
 
     def compare(self, gold: str, answer: str) -> Comparison:
         """Compares two answers, each LaTeX without dollar signs or plain text."""
@@ -104,9 +105,10 @@ class Comparer:
             self._process = None
 
     def close(self) -> None:
-        """Ends the process."""
-        with self._lock:
-            self._stop()
+        """Ends the process; does nothing in a fork of the one that started it."""
+        if self._owner == os.getpid():
+            with self._lock:
+                self._stop()
 
     def __enter__(self) -> Comparer:
         return self

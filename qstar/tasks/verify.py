@@ -15,9 +15,9 @@ What is promised, and by what:
   judge by a timer of the kernel if values make it hang.
 * **Nothing gets out.** No sockets, no other process in reach, no capabilities. The file system is Python's library,
   read-only, and an empty scratch folder of 16 MiB in memory: `Verifier.isolation` is "namespaces". Where the system
-  does not allow user namespaces (many containers), nothing at all can be written, and either the library is all that
-  can be read ("landlock") or, on old kernels, what the user may read, other processes of that user included, or the
-  user nobody for root ("seccomp"). Without seccomp, on other systems and processors, no program is run.
+  does not allow user namespaces (many containers), nothing can be written, and the library is all that can be read
+  ("landlock"); on kernels without Landlock no file can be opened, and programs import what was imported before them,
+  some 80 modules ("seccomp"). Without seccomp, on other systems and processors, no program is run.
 
 What is not promised: a program that knows the problem can still return the expected values by heart, and tests that
 are too weak pass wrong programs, here as anywhere. A bug of the kernel is a way out. Timing can be observed. Values
@@ -133,7 +133,8 @@ def needed_names(tests: str) -> tuple[str, ...]:
     try:
         asserts = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(tests)))
         tables = [symtable.symtable(tests, "tests", "exec")]
-    except (SyntaxError, RecursionError, MemoryError) as error:
+        compile(tests, "tests", "exec", dont_inherit=True)  # finds more than the parser: a `return` outside a function
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"tests: not Python ({error})") from None
     if not asserts:
         raise ValueError("tests: assert nothing, so every program would pass")
@@ -161,6 +162,7 @@ class Verifier:
         count = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
+        self._owner = os.getpid()
         try:
             for _ in range(count):
                 self._workers.append(_Worker(isolation))
@@ -199,9 +201,10 @@ class Verifier:
             return list(threads.map(run, jobs))
 
     def close(self) -> None:
-        """Ends the workers; what they are judging ends with them."""
-        for worker in self._workers:
-            worker.stop()
+        """Ends the workers; what they are judging ends with them. Does nothing in a fork of the process that made them."""
+        if self._owner == os.getpid():
+            for worker in self._workers:
+                worker.stop()
 
     def __enter__(self) -> Verifier:
         return self

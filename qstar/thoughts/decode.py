@@ -19,6 +19,7 @@ from qstar.models.config import ModelConfig
 from qstar.sample.logits import NEG, Knobs, draw
 from qstar.thoughts import layout, threads
 from qstar.thoughts.generate import draw_tokens
+from qstar.thoughts.paths import joint_paths
 from qstar.types import Batch, Params, Segment
 
 
@@ -55,7 +56,13 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnames="talker")
 def write(
-    params: Params, talker: Talker, tokens: jax.Array, lengths: jax.Array, keys: jax.Array, knobs: Knobs, heat: jax.Array
+    params: Params,
+    talker: Talker,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    knobs: Knobs,
+    heat: jax.Array,
 ) -> Drawn:
     """Continues texts, with one thought before every token.
 
@@ -145,7 +152,7 @@ def think_last(
         token = draw_tokens(params, config, hidden, u[:, None, None], knobs)[0]
         return token, token
 
-    paths, tokens = threads.joint_paths(params, config, batch, texts, last[:, None], 1, choose)
+    paths, tokens = joint_paths(params, config, batch, texts, last[:, None], 1, choose)
     return tokens[:, :, 0, 0].T, paths.mixed[:, 0, 0, 0], paths.weight[:, 0, 0, 0]
 
 
@@ -165,7 +172,5 @@ def _append(
 
     pairs = tuple(put(o, n, 2) for o, n in zip(text.pairs, new))
     one = jnp.ones((1,), jnp.int32)
-    row = Batch(
-        put(row.tokens, token[None], 0), put(row.mask, one, 0), put(row.segment_ids, one, 0), row.positions
-    )
+    row = Batch(put(row.tokens, token[None], 0), put(row.mask, one, 0), put(row.segment_ids, one, 0), row.positions)
     return row, threads.Text(put(text.hidden, hidden, 0), pairs)

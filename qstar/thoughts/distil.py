@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import generate, layout, threads
+from qstar.thoughts.paths import replay_paths
 from qstar.train.losses import chunks, hidden_states, sft_loss
 from qstar.types import Batch, Metrics, Params
 
@@ -32,7 +33,7 @@ def student_loss(
     positions = layout.all_positions(batch, predicting=True)
     texts = threads.read(own, teacher, batch)
     thoughts = jnp.moveaxis(generate.sample(own, teacher, batch, texts, positions, rng)[0], 0, 3)
-    mixed = threads.replay_paths(own, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]  # [B, P, N-1, E]
+    mixed = replay_paths(own, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]  # [B, P, N-1, E]
     _, weights = layout.text_targets(batch)
     (nll, count), metrics = sft_loss(params, batch, rng, config=config)
     hidden = hidden_states(params["policy"], config, batch)[:, :-1]

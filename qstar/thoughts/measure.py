@@ -12,6 +12,7 @@ import numpy as np
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import generate, layout, select, threads
+from qstar.thoughts.paths import replay_paths
 from qstar.train.losses import chunks, unchunk
 from qstar.types import Batch, Params
 
@@ -56,7 +57,7 @@ def score(
         own, thought_nll = jnp.moveaxis(drawn[0], 0, 3), -jnp.mean(drawn[1], axis=0)
     else:
         own, thought_nll = thoughts, jnp.full(thoughts.shape[:3], jnp.nan)
-    paths = threads.replay_paths(params, config, batch, texts, positions, own)
+    paths = replay_paths(params, config, batch, texts, positions, own)
     goals, weights = layout.talk_targets(batch, positions, config.thoughts.talk_tokens)  # [B, M, T]
     base_nll, base_hit = token_scores(params, config, texts.hidden[:, :-1], goals[..., 0])
     entropy = select.entropy(params, config, texts.hidden[:, :-1])

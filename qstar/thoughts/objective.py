@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import layout, regularise, select, threads
-from qstar.thoughts.generate import forbidden_bias, sample, sampler
+from qstar.thoughts.generate import forbidden_bias, sampler
+from qstar.thoughts.paths import Paths, joint_paths, replay_paths
 from qstar.train.losses import scored_nll
 from qstar.types import Batch, Metrics, Params
 
@@ -126,18 +127,23 @@ def loss(
         positions = select.choose(policy, config, batch, texts.hidden, choice)
     passes = t.thoughts_per_position if thoughts is None else thoughts.shape[1] // B
     own = None if thoughts is None else layout.from_rows(thoughts, B)
+    if own is None:
+        draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, key, passes)
+    else:
+
+        def draw(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
+            return own[..., i], (own[..., i],)
+
     if schedule == "joint":
-        frozen = jax.lax.stop_gradient(policy)
-        draw = sampler(frozen, config, batch, positions, key, passes)
-        if own is not None:
-            def draw(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
-                return own[..., i], (own[..., i],)
-        paths, records = threads.joint_paths(policy, config, batch, texts, positions, passes, draw)
+        paths, records = joint_paths(policy, config, batch, texts, positions, passes, draw)
         own = jnp.moveaxis(records[0], 0, 3)
     else:
+        known = None
         if own is None:
-            own = jnp.moveaxis(sample(policy, config, batch, texts, positions, key, passes)[0], 0, 3)
-        paths = threads.replay_paths(policy, config, batch, texts, positions, own)
+            frozen, seen = jax.lax.stop_gradient((policy, texts))
+            known, records = threads.roll_and_talk(frozen, config, batch, seen, positions, passes, draw)
+            own = jnp.moveaxis(records[0], 0, 3)
+        paths = replay_paths(policy, config, batch, texts, positions, own, known)
     return judge(params, config, batch, positions, paths, own)
 
 
@@ -146,7 +152,7 @@ def judge(
     config: ModelConfig,
     batch: Batch,
     positions: jax.Array,
-    paths: threads.Paths,
+    paths: Paths,
     own: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
     """Returns the loss and metrics of paths through thoughts own [B, P, M, S] at positions [B, M]."""
@@ -200,7 +206,9 @@ def _score(
     return total, each.reshape(targets.shape)
 
 
-def _metrics(weights: Weights, w: jax.Array, reward: jax.Array, advantage: jax.Array, thought_nll: jax.Array) -> Metrics:
+def _metrics(
+    weights: Weights, w: jax.Array, reward: jax.Array, advantage: jax.Array, thought_nll: jax.Array
+) -> Metrics:
     """Means over rewarded thoughts; `advantage` near 0 is the signature of a collapse (all thoughts of a place alike)."""
     there = jnp.broadcast_to((weights.policy > 0)[:, None], reward.shape).astype(jnp.float32)  # [B, P, M]
     count = jnp.sum(there)

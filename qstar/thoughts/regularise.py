@@ -12,6 +12,7 @@ from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import threads
 from qstar.thoughts.generate import forbidden_bias
+from qstar.thoughts.paths import replay_paths
 from qstar.train.losses import chunks
 from qstar.types import Batch, Params
 
@@ -40,7 +41,7 @@ def penalty(
     if t.kl_weight:
         reference = jax.lax.stop_gradient(params["reference"])
         texts = threads.read(reference, config, batch)
-        there = threads.replay_paths(reference, config, batch, texts, positions, own).think
+        there = replay_paths(reference, config, batch, texts, positions, own).think
         both = (flat, there.reshape(flat.shape))
         value += t.kl_weight * _total(_divergence, (params["policy"], reference), both, weights, config)
     return value

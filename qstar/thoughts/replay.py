@@ -14,6 +14,7 @@ from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import layout, objective, threads
 from qstar.thoughts.generate import forbidden_bias
+from qstar.thoughts.paths import Paths, joint_paths, replay_paths
 from qstar.types import Batch, Params
 
 
@@ -67,12 +68,13 @@ def replay(
     places = jnp.broadcast_to(places, (own.shape[0], own.shape[2]))
     texts = threads.read(params, config, batch)
     if schedule == "joint":
+
         def given(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, None]:
             return own[..., i], None
 
-        paths, _ = threads.joint_paths(params, config, batch, texts, places, own.shape[1], given)
+        paths, _ = joint_paths(params, config, batch, texts, places, own.shape[1], given)
     else:
-        paths = threads.replay_paths(params, config, batch, texts, places, own)
+        paths = replay_paths(params, config, batch, texts, places, own)
     return _judge(params, config, batch, places, paths, own, everywhere)
 
 
@@ -81,7 +83,7 @@ def _judge(
     config: ModelConfig,
     batch: Batch,
     positions: jax.Array,
-    paths: threads.Paths,
+    paths: Paths,
     own: jax.Array,
     everywhere: bool,
 ) -> Replay:

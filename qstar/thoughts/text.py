@@ -58,7 +58,9 @@ def generate(
       UserError: a model that cannot think, or see `sample.batching.generate`.
     """
     t = model.config.thoughts if thoughts is True else thoughts
-    require((isinstance(t, ThoughtConfig), "thoughts=True needs a model whose config has thoughts; pass a ThoughtConfig"))
+    require(
+        (isinstance(t, ThoughtConfig), "thoughts=True needs a model whose config has thoughts; pass a ThoughtConfig")
+    )
     missing = sorted({"thoughts", "mixing"} - model.params.keys())
     require((not missing, f"the model has no parameters {' and '.join(missing)}; add them with models.mixing.attach"))
     stop = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -59,7 +59,7 @@ def run_thread(
     params: Params,
     config: ModelConfig,
     row: Batch,
-    text: Text,
+    pairs: Pairs,
     j: jax.Array,
     x: jax.Array,
     first: int | jax.Array,
@@ -68,12 +68,13 @@ def run_thread(
     """Feeds some tokens of one thread, and returns their final states [t, E] and keys and values [L, G, t, K].
 
     Args:
-      j: [] the position. x: [t, E] rows like those of the embedding table. first: which token of the thread x[0] is, from 1.
+      pairs: of the text. j: [] the position. x: [t, E] rows like those of the embedding table.
+      first: which token of the thread x[0] is, from 1.
       own: keys and values [L, G, n, K] of the thread so far, at column i token i + 1; those from `first` on are not seen.
     """
     t, window = x.shape[0], config.sliding_window
     steps = first + jnp.arange(t)
-    past: list[Segment | Shared] = [Shared(*text.pairs, layout.thread_sight(row, config, j, steps))]
+    past: list[Segment | Shared] = [Shared(*pairs, layout.thread_sight(row, config, j, steps))]
     if own is not None:
         made = 1 + jnp.arange(own[0].shape[2])
         seen = jnp.broadcast_to(made < first, (t, made.shape[0]))
@@ -83,19 +84,12 @@ def run_thread(
     return decoder.run(params, config, x, positions, text_mask(None, t, window), past)
 
 
-def teach(
-    params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, thought: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Runs a whole thread in one pass, given its thought [S] (the replay schedule).
-
-    Returns:
-      Its states [S, E] that the thought's tokens are drawn from, and those [T, E] that predict the true tokens.
-    """
+def feed(params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, thought: jax.Array) -> jax.Array:
+    """Returns what a thread is fed, [start, c_1 .. c_S, end, x[j+1] .. x[j+T-1]], as rows [n, E], given c [S]."""
     S, T = config.thoughts.thought_tokens, config.thoughts.talk_tokens
     start, end = (mixing.vector(params, config, name)[None] for name in ("start", "end"))
     rows = params["embed"]["table"][jnp.concatenate([thought, layout.future(row, config, j, T - 1)])]
-    hidden, _ = run_thread(params, config, row, text, j, jnp.concatenate([start, rows[:S], end, rows[S:]]), 1)
-    return hidden[:S], hidden[S + 1 :]
+    return jnp.concatenate([start, rows[:S], end, rows[S:]])
 
 
 def step(
@@ -110,54 +104,18 @@ def step(
 ) -> tuple[jax.Array, Pairs]:
     """Feeds token i of a thread, from 0 (the start vector, then the drawn tokens): its state [E], and `own` with it."""
     x = jnp.where(i == 0, mixing.vector(params, config, "start"), params["embed"]["table"][token])
-    hidden, new = run_thread(params, config, row, text, j, x[None], i + 1, own)
+    hidden, new = run_thread(params, config, row, text.pairs, j, x[None], i + 1, own)
     return hidden[0], tuple(jax.lax.dynamic_update_slice_in_dim(o, k, i, axis=2) for o, k in zip(own, new))
 
 
 def talk(
     params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, token: jax.Array, own: Pairs
 ) -> jax.Array:
-    """Feeds what follows the last draw in one pass, [c_S, end, x[j+1] ..]: the states [T, E] that predict true tokens."""
+    """Feeds what follows the last draw in one pass, [c_S, end, x[j+1] ..], and returns the states [T + 1, E]."""
     S, T = config.thoughts.thought_tokens, config.thoughts.talk_tokens
     rows = params["embed"]["table"][jnp.append(token[None], layout.future(row, config, j, T - 1))]
     x = jnp.concatenate([rows[:1], mixing.vector(params, config, "end")[None], rows[1:]])
-    return run_thread(params, config, row, text, j, x, S + 1, own)[0][1:]
-
-
-def mix(
-    params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, states: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Mixes talk states [T, E] with those of the text alone for the same tokens: [T, E], and the weights w [T].
-
-    Talk step s goes with text state j + s (official code: the base states rolled left by s; past the end they wrap
-    round, and no loss looks).
-    """
-    N = row.tokens.shape[0]
-    base = text.hidden[(j + jnp.arange(states.shape[0])) % N]
-    return mixing.mix(params, config, base, states)
-
-
-class Paths(NamedTuple):
-    """All final states that a batch with thoughts is judged by."""
-
-    base: jax.Array  # [B, N, E] without thoughts
-    think: jax.Array  # [B, P, M, S, E] that the thoughts' tokens were drawn from
-    talk: jax.Array  # [B, P, M, T, E] after a thought, before mixing
-    mixed: jax.Array  # [B, P, M, T, E]
-    weight: jax.Array  # [B, P, M, T] float32, of the thought
-
-
-def _paths(params: Params, config: ModelConfig, batch: Batch, texts: Text, positions, think, talk) -> Paths:
-    mixed, weight = over_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
-    return Paths(texts.hidden, think, talk, mixed, weight)
-
-
-def replay_paths(
-    params: Params, config: ModelConfig, batch: Batch, texts: Text, positions: jax.Array, thoughts: jax.Array
-) -> Paths:
-    """The replay schedule: one teacher-forced pass over all threads, given thoughts [B, P, M, S] at positions [B, M]."""
-    think, talk = over_thoughts(partial(teach, params, config))(batch, texts, positions, thoughts)
-    return _paths(params, config, batch, texts, positions, think, talk)
+    return run_thread(params, config, row, text.pairs, j, x, S + 1, own)[0]
 
 
 class Rollout(NamedTuple):
@@ -178,30 +136,25 @@ def roll(
     """Writes all thoughts side by side, a token at a time.
 
     Args:
-      draw: (i, states [B, P, M, E]) -> the i-th tokens [B, P, M] int32, and what else to record of them.
+      draw: (i, states [B, P, M, E]) -> the i-th tokens [B, P, M] int32, and what to record of them.
     """
     c, (B, M), S = config, positions.shape, config.thoughts.thought_tokens
-    shape = (B, passes, M, c.num_layers, c.num_kv_heads, S, c.head_dim)
-    own = (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
+    empty = jnp.zeros((B, passes, M, c.num_layers, c.num_kv_heads, S, c.head_dim), c.dtype)
 
     def body(carry: tuple[jax.Array, Pairs], i: jax.Array) -> tuple[Any, Any]:
         hidden, own = over_thoughts(partial(step, params, c, i))(batch, texts, positions, *carry)
         token, record = draw(i, hidden)
         return (token, own), (hidden, record)
 
-    start = (jnp.zeros((B, passes, M), jnp.int32), own)
+    start = (jnp.zeros((B, passes, M), jnp.int32), (empty, empty))
     (token, own), (think, records) = jax.lax.scan(body, start, jnp.arange(S))
     return Rollout(records, jnp.moveaxis(think, 0, 3), token, own)
 
 
-def joint_paths(
+def roll_and_talk(
     params: Params, config: ModelConfig, batch: Batch, texts: Text, positions: jax.Array, passes: int, draw: Draw
-) -> tuple[Paths, Any]:
-    """The joint schedule: the rollout itself is differentiated, and the talk tokens are one pass on its keys and values.
-
-    Returns:
-      The paths, and the draws' records [S, ...].
-    """
+) -> tuple[jax.Array, Any]:
+    """A rollout, and what follows it as one pass on its keys and values: states [B, P, M, n, E], and the draws' records."""
     rollout = roll(params, config, batch, texts, positions, passes, draw)
     states = over_thoughts(partial(talk, params, config))(batch, texts, positions, rollout.token, rollout.own)
-    return _paths(params, config, batch, texts, positions, rollout.think, states), rollout.records
+    return jnp.concatenate([rollout.think, states], axis=3), rollout.records

@@ -5,8 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from qstar.data import read_jsonl, read_records, write_jsonl
-from qstar.data import sources
+from qstar.data import read_jsonl, read_records, sources, write_jsonl
 from qstar.errors import UserError
 
 ROWS = [{"question": "1+1?", "answer": "2"}, {"question": "é 漢\u2028字", "answer": "3"}]

@@ -20,7 +20,6 @@ import re
 import numpy as np
 import pytest
 
-from conftest import shared
 from qstar.tasks import make_task
 from qstar.train.evaluate import best_of_k, bootstrap_ci, majority_at_k, mean_auc, pass_at_k, selection_regret
 
@@ -34,12 +33,12 @@ def in_our_format(solution: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def task():
+def task(shared):
     return make_task("gsm8k", train=str(shared("data/gsm8k/train.jsonl")), test=str(shared("data/gsm8k/test.jsonl")))
 
 
 @pytest.fixture(scope="module")
-def rows(task):
+def rows(task, shared):
     """Per question: the problem, and for each model its parsed answer, our judgement and the published label."""
     problems = {p.question: p for p in task.problems("test")}
     out = []
@@ -66,7 +65,7 @@ def test_only_solutions_without_an_answer_line_have_no_answer(rows):
     assert len(none) == 11 and not any(rows[i][3][m] for i, m in none)
 
 
-def test_comparing_letters_as_the_star_release_does_would_not(rows, task):
+def test_comparing_letters_as_the_star_release_does_would_not(rows, shared):
     """What the exact fractions are for: "3.0" is 3, and "5,000" is 5000."""
     strict = make_task("gsm8k", test=str(shared("data/gsm8k/test.jsonl")), strict=True)
     gold = {p.question: p.gold for p in strict.problems("test")}

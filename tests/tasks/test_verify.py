@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import collections
+import decimal
+import fractions
 import json
 import os
+import pathlib
 import socket
 import sys
+import tempfile
 import time
 
 import pytest
-from conftest import shared
 
 from qstar.errors import UserError
 from qstar.tasks.humaneval import HumanEval
@@ -45,44 +49,53 @@ def pool():
         yield pool
 
 
-def family() -> dict[int, str]:
-    """Every process that descends from this one: {id: state}."""
-    parent, state = {}, {}
+def family(root: int) -> set[int]:
+    """Every process that descends from `root`."""
+    parent = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{entry}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
+                parent[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
         except (OSError, IndexError):
             continue
-        parent[int(entry)], state[int(entry)] = int(fields[1]), fields[0]
-    mine = {os.getpid()}
-    while new := {p for p, up in parent.items() if up in mine} - mine:
-        mine |= new
-    return {p: state[p] for p in mine - {os.getpid()}}
+    found = {root}
+    while new := {p for p, up in parent.items() if up in found} - found:
+        found |= new
+    return found - {root}
 
 
-def settled(count: int, seconds: float = 5.0) -> int:
-    """How many descendants there are once there are `count`, or after so many seconds."""
+def idle(pool: Verifier, seconds: float = 10.0) -> bool:
+    """Whether each warden comes to have nothing below it but the judge and the empty process that wait for a job.
+
+    A warden adopts what loses its parent, so whatever a program left behind would be there.
+    """
     end = time.monotonic() + seconds
-    while len(family()) != count and time.monotonic() < end:
+    while any(len(family(w._process.pid)) != 2 for w in pool._workers):
+        if time.monotonic() > end:
+            return False
         time.sleep(0.02)
-    return len(family())
+    return True
 
 
-def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
+@pytest.fixture
+def open_folder():
+    """A folder that everybody may reach and write, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        yield pathlib.Path(name)
+
+
+def test_no_hostile_program_passes_escapes_or_stays(verifier, open_folder):
     """On one pool, one after the other: each has to leave the pool as it was for the next."""
-    os.chmod(tmp_path, 0o777)  # what keeps them from writing here is not that they may not
-    secret = TOKEN if verifier.isolation != "seccomp" else "nothing"  # which alone does not keep them from reading
-    (tmp_path / "kept").write_text(secret)
-    os.chmod(tmp_path / "kept", 0o666)
-    elsewhere = settled(0, 0.1)  # of other pools in this process; wardens of this one included
+    (open_folder / "kept").write_text(TOKEN)
+    os.chmod(open_folder / "kept", 0o666)  # so it is not their user that keeps them from it
     wrong = {}
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
         server.setblocking(False)
         port = server.getsockname()[1]
         datagrams.bind(("127.0.0.1", port))
         datagrams.setblocking(False)
-        fill = {"{folder}": str(tmp_path), "{port}": str(port)}
+        fill = {"{folder}": str(open_folder), "{port}": str(port)}
         jobs = []
         for program, _ in HOSTILE.values():
             for name, value in fill.items():
@@ -92,14 +105,15 @@ def test_no_hostile_program_passes_escapes_or_stays(verifier, tmp_path):
         verdicts = verifier.run_many(jobs, timeout_s=LIMIT, memory_mb=128)
         took = time.monotonic() - began
         for name, verdict in zip(HOSTILE, verdicts, strict=True):
-            if verdict.passed or verdict.reason not in HOSTILE[name][1] or verdict.seconds > LIMIT + 6:
+            slow = {"timeout"} if verdict.seconds >= LIMIT else set()  # a busy machine may get no further in that time
+            if verdict.passed or verdict.reason not in HOSTILE[name][1] | slow or verdict.seconds > LIMIT + 6:
                 wrong[name] = verdict
         for listener in (server.accept, lambda: datagrams.recv(9)):
             with pytest.raises(BlockingIOError):  # nobody called
                 listener()
     assert not wrong
-    assert sorted(os.listdir(tmp_path)) == ["kept"] and (tmp_path / "kept").read_text() == secret
-    assert settled(elsewhere) == elsewhere, family()
+    assert sorted(os.listdir(open_folder)) == ["kept"] and (open_folder / "kept").read_text() == TOKEN
+    assert idle(verifier)
     assert took < len(HOSTILE) * (LIMIT + 1)
     honest = Job(f"def f(x): return {TOKEN!r}", TESTS)
     assert all(v.passed for v in verifier.run_many([honest] * 8))  # and the pool works as before
@@ -112,9 +126,8 @@ def test_there_are_enough_hostile_programs():
 def test_a_hostile_program_that_knew_the_answer_would_pass(pool):
     """The table above fails programs because they do not know the token, not because they are badly written."""
     knows = "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
-    before = settled(0, 0.1)
     assert pool.run(Job(knows + f"def f(x): return {TOKEN!r}", TESTS)).passed
-    assert settled(before) == before  # its thread is gone
+    assert idle(pool)  # its thread is gone
 
 
 @pytest.mark.parametrize(
@@ -134,13 +147,18 @@ def test_a_hostile_program_that_knew_the_answer_would_pass(pool):
         ("import time\ndef f(x): time.sleep(9)", "try:\n    f(1)\nexcept:\n    pass\nassert True", "timeout"),
         ("import os\ndef f(x): os._exit(0)", "try:\n    f(1)\nexcept:\n    pass\nassert True", "exited"),
         ("def f(x): return x", "assert sorted(f({3, 1})) == [1, 3] and f(2.5) == 2.5", "passed"),
-        ("class P:\n    def __init__(s, a): s.a = a\ndef f(p): return p.a", "p = P(3)\np.a = 4\nassert f(p) == p.a == 4", "passed"),
+        ("class P:\n    def __init__(s, a): s.a = a\ndef f(p): return p.a", "p = P(3)\np.a = 4\nassert f(p) == p.a == 4",
+         "passed"),
         ("class P: pass\ndef f(): return [P()]", "assert f() == f()", "wrong"),  # equal to nothing, not even itself
+        ("def f(): return object()", "assert f() != 3", "wrong"),  # and differs from nothing
+        ("import asyncio\nasync def g(x): return x\ndef f(x): return asyncio.run(g(x))", "assert f(1) == 1",
+         "passed"),
         ("def f(n): yield from range(n)", "assert list(f(3)) == [0, 1, 2] and sum(f(4)) == 6", "passed"),
         ("import itertools\ndef f(n): return itertools.count()", "assert list(f(3)) == [0]", "timeout"),
-        ("import re\ndef f(s): return re.match('a', s)", "assert f('ab')\nassert not f('b')\nassert f('b') is None", "passed"),
+        ("import re\ndef f(s): return re.match('a', s)", "assert f('ab') and not f('b')\nassert f('b') is None", "passed"),
         ("from collections import Counter\ndef f(s): return Counter(s)", "assert f('aab') == {'a': 2, 'b': 1}", "passed"),
-        ("from collections import namedtuple\nT = namedtuple('T', 'a b')\ndef f(): return T(1, [2])", "assert f() == (1, [2])", "passed"),
+        ("from collections import namedtuple\nT = namedtuple('T', 'a b')\ndef f(): return T(1, 2)", "assert f() == (1, 2)",
+         "passed"),
         ("def f(x): return x", "assert f(lambda: 1) == 1", "error"),  # functions cannot be handed over
         ("def f(x):\n    x.clear()\n    return []", "a = [1]\nassert f(a) == a", "wrong"),  # arguments are copies
         ("def sum(a, b): return a * b", "assert sum(2, 3) == 6", "passed"),  # the tests name nothing else
@@ -185,8 +203,12 @@ def test_a_pool_whose_processes_were_killed_goes_on():
         os.kill(pool._workers[0]._process.pid, 9)
         pool._workers[0]._process.wait()
         assert pool.run(job).passed
-        alone = settled(0, 0.1)
-    assert settled(max(0, alone - 3)) <= alone - 3  # warden, judge and program went with the pool
+        assert idle(pool)
+        mine = {pool._workers[0]._process.pid, *family(pool._workers[0]._process.pid)}
+    end = time.monotonic() + 10
+    while mine & family(1) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert len(mine) == 3 and not mine & family(1)  # warden, judge and program went with the pool
 
 
 def test_memory_is_what_was_asked_for(pool):
@@ -196,7 +218,8 @@ def test_memory_is_what_was_asked_for(pool):
 
 
 @pytest.mark.parametrize(
-    "tests, what", [("assert f(", "not Python"), ("f(1)", "assert nothing"), ("", "assert nothing")]
+    "tests, what",
+    [("assert f(", "not Python"), ("assert f()\nreturn", "not Python"), ("f(1)", "assert nothing"), ("", "assert nothing")],
 )
 def test_tests_that_cannot_fail_a_program_are_refused(pool, tests, what):
     with pytest.raises(ValueError, match=what):
@@ -225,7 +248,8 @@ def test_needed_names_are_those_that_the_program_has_to_bring():
 
 VALUES = [
     None, True, 0, -5, 2**62, -(2**200), 1.5, -0.0, float("inf"), "é\ud800\0", b"\x00\xff", 2 - 1j, [], [1, [2, ()]], (1,),
-    {1: "a", (2, "b"): [None]}, {1, "a"}, frozenset({(1, 2)}), range(3, 9, 2), bytearray(b"x"), int, [str, type(None)], {"handle": ["list"]},
+    {1: "a", (2, "b"): [None]}, {1, "a"}, frozenset({(1, 2)}), range(3, 9, 2), bytearray(b"x"), int, [str, type(None)],
+    {"handle": ["list"]}, collections.deque([1, 2]), fractions.Fraction(-1, 3), decimal.Decimal("1.10"),
 ]  # fmt: skip
 
 
@@ -250,13 +274,17 @@ def test_subclasses_arrive_as_what_they_hold():
 
         __index__ = __int__
 
-    assert codec.decode(codec.encode([Loud([1, 2]), Big(3)], None), None) == [[1, 2], 3]
+    class Other(str):
+        def __str__(self):
+            return "other"
+
+    assert codec.decode(codec.encode([Loud([1, 2]), Big(3), Other("x")], None), None) == [[1, 2], 3, "x"]
     assert type(codec.decode(codec.encode(Big(3), None), None)) is int
 
 
 @pytest.mark.parametrize(
     "data",
-    [{}, [], ["list", {}], ["nonsense"], ["int", "x"], ["handle", "1"], ["handle", True], ["type", "object"],
+    [{}, [], ["list", {}], ["nonsense"], ["int", "x"], ["handle", "1"], ["handle", True], ["type", "object"], ["deque", {}],
      ["dict", 3], ["range", "a"], ["set", ["list"]], ["bytes", 3], ["complex", "1"], [["list"]], ["decimal", "x"]],
     ids=repr,
 )  # fmt: skip
@@ -274,7 +302,7 @@ def test_what_the_program_raises_never_ends_the_judge(name):
 # ------------------------------------------------------------------------------------------------ reference programs
 
 
-def references():
+def references(shared):
     """(task, problem, reference program as a model would have written it) of both data sets."""
     mbpp = MBPP(data=str(shared("data/mbpp/mbpp.jsonl")))
     yield from ((mbpp, p, mbpp.solution(p)) for s in ("few_shot", "test", "val", "train") for p in mbpp.every(s))
@@ -283,14 +311,14 @@ def references():
         yield from ((task, p, task.solution(p)) for p in task.problems("test"))
 
 
-def test_every_reference_program_passes(pool):
-    cases = list(references())
+def test_every_reference_program_passes(pool, shared):
+    cases = list(references(shared))
     assert len(cases) == 974 + 2 * 164
     found = pool.run_many([task.job(p, task.parse(text)) for task, p, text in cases], timeout_s=120, memory_mb=512)
     assert not {p.id: v for (_, p, _), v in zip(cases, found) if not v.passed}
 
 
-def test_no_reference_program_passes_for_another_problem(pool):
+def test_no_reference_program_passes_for_another_problem(pool, shared):
     """The tests do test: the next problem's program, renamed to the function that is asked for, fails."""
     task = HumanEval(data=str(shared("data/humaneval/HumanEval.jsonl")))
     problems = task.problems("test")[:40]
@@ -301,7 +329,7 @@ def test_no_reference_program_passes_for_another_problem(pool):
     assert not any(v.passed for v in pool.run_many(jobs, timeout_s=10))
 
 
-def test_a_program_cannot_redefine_the_helpers_of_its_tests(pool):
+def test_a_program_cannot_redefine_the_helpers_of_its_tests(pool, shared):
     """HumanEval/32 measures a root by `poly`, which stands in the prompt, so in the program as well."""
     task = HumanEval(data=str(shared("data/humaneval/HumanEval.jsonl")))
     (problem,) = [p for p in task.problems("test") if p.id == "HumanEval/32"]

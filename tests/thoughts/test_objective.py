@@ -12,8 +12,8 @@ import pytest
 
 from qstar.models.thought_config import ThoughtConfig
 from qstar.text.packing import Example, pack
-from qstar.thoughts import objective, threads
-from qstar.thoughts.layout import text_batch
+from qstar.thoughts import generate, objective, threads
+from qstar.thoughts.layout import all_positions, text_batch
 from qstar.thoughts.replay import replay
 from qstar.train import losses, optim
 from qstar.train.state import create_state
@@ -173,3 +173,32 @@ def test_the_text_is_read_once_for_all_passes():
     jaxpr = str(jax.make_jaxpr(lambda p: threads.read(p, LLAMA, batch).hidden)(params("llama")))
     assert f"{2},{N},24" in jaxpr
     assert optax.global_norm(value_and_grad(params("llama"), LLAMA, batch)[1]) > 0
+
+
+def same_gradients(a, b):
+    np.testing.assert_allclose(a[0][0], b[0][0], rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1])):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("piece_tokens", [1, 40])
+def test_the_gradient_in_pieces_is_that_of_all_threads_at_once(piece_tokens):
+    """Pieces of one position each; and pieces that do not divide the positions."""
+    batch = text_batch(*texts())
+    whole = value_and_grad(params("llama"), LLAMA, batch)
+    same_gradients(value_and_grad(params("llama"), LLAMA.replace(piece_tokens=piece_tokens), batch), whole)
+
+
+def test_states_kept_from_the_rollout_give_the_gradient_of_states_found_anew():
+    batch, tree, P = text_batch(*texts()), params("llama"), LLAMA.thoughts.thoughts_per_position
+    positions = all_positions(batch, predicting=True)
+
+    @jax.jit
+    def think(tree):
+        read = threads.read(tree, LLAMA, batch)
+        return generate.sample(tree, LLAMA, batch, read, positions, jax.random.split(KEY)[0], P)[0]
+
+    drawn = think(tree)  # [S, B, P, M]
+    own = drawn.reshape(drawn.shape[0], -1, drawn.shape[3])  # [S, B * P, M]
+    anew = value_and_grad(tree, LLAMA, batch, thoughts=own, positions=positions)
+    same_gradients(value_and_grad(tree, LLAMA, batch, positions=positions), anew)

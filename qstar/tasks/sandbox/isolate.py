@@ -1,10 +1,11 @@
 """What Linux offers to lock a process in: namespaces, Landlock, seccomp, capabilities, resource limits. x86-64.
 
-Two strengths. "namespaces": the processes live on a file system of their own that holds Python's library read-only
+Three strengths. "namespaces": the processes live on a file system of their own that holds Python's library read-only
 and one small scratch folder, with no network, no other process in sight and no /proc. Where the system does not let
-an ordinary user make namespaces (many containers): "landlock" or, on old kernels, "seccomp", where nothing can be
-written at all; with Landlock nothing but Python's library can be read, without it any file the user may read.
-In all of them seccomp refuses new processes, programs, sockets, signals to others, and what reaches into other processes.
+an ordinary user make namespaces (many containers): "landlock", where nothing can be written and nothing but Python's
+library can be read; and on kernels without it "seccomp", where no file can be opened at all, so that only modules that
+were imported before can be. In all of them seccomp refuses new processes, programs, sockets, signals to others, and
+what reaches into other processes.
 """
 
 from __future__ import annotations
@@ -111,16 +112,18 @@ def enter_namespaces() -> None:
         Refused: a step is not allowed. The process may be half-way in and has to end.
     """
     _new_user_namespace()
-    handles = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in library_folders()}
+    folders = sorted(library_folders(), key=len)  # a folder before what lies in it
+    links = {path: os.readlink(path) for path in folders if os.path.islink(path)}  # /lib -> usr/lib
+    handles = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in folders if path not in links}
     _mount(None, "/", None, _REC | _PRIVATE)
     root = "/usr"  # any folder that exists: it is covered, and the handles still reach what lies below it
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
+    for path, target in links.items():
+        os.makedirs(os.path.dirname(root + path), exist_ok=True)
+        os.symlink(target, root + path)
     for path, fd in handles.items():
         place = root + path
-        if os.path.islink(path):  # /lib -> usr/lib
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            os.symlink(os.readlink(path), place)
-        elif not os.path.isdir(place):  # a folder of one that is bound already is there
+        if not os.path.isdir(place):  # a folder of one that is bound already is there
             os.makedirs(place)
             _mount(f"/proc/self/fd/{fd}", place, None, _BIND | _REC)
             kept = sum(to for bit, to in _KEPT_FLAGS.items() if os.statvfs(place).f_flag & bit)
@@ -180,16 +183,18 @@ def new_process_namespace() -> None:
 # -------------------------------------------------------------------------------------------------------- Landlock
 
 
-def landlock(folders: list[str]) -> bool:
-    """Leaves this process only the reading of `folders`; False where the kernel has no Landlock."""
+def landlock(folders: list[str]) -> None:
+    """Leaves this process only the reading of `folders`.
+
+    Raises:
+        Refused: the kernel has no Landlock.
+    """
     abi = _libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if abi < 1:
-        return False
+        raise Refused("the kernel has no Landlock")
     everything = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1  # rights that this version knows
     attributes = struct.pack("<Q", everything)
-    ruleset = _libc.syscall(ctypes.c_long(444), attributes, ctypes.c_size_t(8), ctypes.c_uint(0))
-    if ruleset < 0:
-        return False
+    ruleset = _syscall("landlock_create_ruleset", 444, attributes, ctypes.c_size_t(8), ctypes.c_uint(0))
     for folder in folders:
         fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
         rule = struct.pack("<Qi", 0b1101, fd)  # execute (mapping a library), read a file, list a folder
@@ -198,18 +203,17 @@ def landlock(folders: list[str]) -> bool:
     _prctl("PR_SET_NO_NEW_PRIVS", 38, 1)
     _syscall("landlock_restrict_self", 446, ctypes.c_int(ruleset), ctypes.c_uint(0))
     os.close(ruleset)
-    return True
 
 
 # --------------------------------------------------------------------------------------------------------- seccomp
 
-_LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _AND, _JEQ, _JGE, _JSET, _RET = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
 _X86_64 = 0xC000003E
 _LAST = 462  # numbers above it are younger than this list: refused as unknown
 _DENIED = (
     *(57, 58, 59, 322),  # fork, vfork, execve, execveat
-    *(41, 42, 43, 44, 46, 47, 49, 50, 53, 288, 299, 307),  # sockets: made, joined, and file descriptors sent over them
+    *(41, 42, 43, 44, 46, 47, 49, 50, 288, 299, 307),  # sockets: made, joined, and file descriptors sent over them
     *(101, 310, 311, 312, 424, 434, 438, 440, 448),  # ptrace, memory of others, kcmp, pidfd_*, process_madvise/mrelease
     *(29, 30, 31, 64, 65, 66, 68, 69, 70, 71, 220, 240, 241, 319, 447),  # shared memory, semaphores, queues, memfd
     *(155, 161, 165, 166, 272, 308, 428, 429, 430, 431, 432, 433, 442),  # roots, mounts, namespaces
@@ -222,12 +226,13 @@ _WRITES = (76, 82, 83, 84, 85, 86, 87, 88, 90, 91, 92, 93, 94, 132, 188, 189, 19
 _WRITES_AT = (258, 260, 261, 263, 264, 265, 266, 268, 280, 316, 452)
 
 
-def seccomp_filter(pid: int, read_only: bool) -> bytes:
+def seccomp_filter(pid: int, isolation: str) -> bytes:
     """The filter program: the numbers above, and calls that are allowed with certain arguments only.
 
     Args:
         pid: of the process itself, which it may signal.
-        read_only: refuse opening for writing, and all other changes to files.
+        isolation: with namespaces the file system is its own; with the others it can change no file, and with seccomp
+            alone it can open none: the pipes and the memory of its user's other processes are files, too.
     """
     deny, allow, unknown = _op(_RET, _EPERM), _op(_RET, _ALLOW), _op(_RET, _ENOSYS)
 
@@ -239,13 +244,15 @@ def seccomp_filter(pid: int, read_only: bool) -> bytes:
         56: argument(0) + _op(_JSET, 0x10000, 0, 1) + allow + deny,  # clone: threads only
         435: unknown,  # clone3: glibc then falls back to clone, whose flags can be read
         16: argument(1) + _op(_JEQ, 0x5412, 0, 1) + deny + allow,  # ioctl: no typing into a terminal (TIOCSTI)
+        53: argument(1) + _op(_AND, 0xF) + _op(_JEQ, 1, 0, 1) + allow + deny,  # socketpair: streams, as asyncio makes one
         157: argument(0) + _op(_JEQ, 1, 0, 1) + deny + allow,  # prctl: all but PR_SET_PDEATHSIG
         302: argument(0) + _op(_JEQ, 0, 0, 1) + allow + own,  # prlimit64: of itself
         **dict.fromkeys((62, 200, 234), argument(0) + own),  # kill, tkill, tgkill: itself
     }
-    if read_only:
+    if isolation != "namespaces":
         writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | 0x400000  # __O_TMPFILE
-        blocks |= {nr: argument(i) + _op(_JSET, writing, 0, 1) + deny + allow for nr, i in ((2, 1), (257, 2))}
+        reading = deny if isolation == "seccomp" else allow
+        blocks |= {nr: argument(i) + _op(_JSET, writing, 0, 1) + deny + reading for nr, i in ((2, 1), (257, 2))}
         blocks[437] = unknown  # openat2 hides its flags behind a pointer
         blocks |= dict.fromkeys((*_WRITES, *_WRITES_AT), deny)
     code = _op(_LOAD, 4) + _op(_JEQ, _X86_64, 1, 0) + _op(_RET, _KILL) + _op(_LOAD, 0)

@@ -249,7 +249,7 @@ def _become_prisoner(fd: int, baseline: int, isolation: str) -> None:
         if isolation == "landlock":
             isolate.landlock(isolate.library_folders())
         _give_up_powers(isolation)
-        isolate.seccomp(isolate.seccomp_filter(os.getpid(), read_only=isolation != "namespaces"))
+        isolate.seccomp(isolate.seccomp_filter(os.getpid(), isolation))
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
         prisoner.live(3, baseline)
     except codec.Closed:

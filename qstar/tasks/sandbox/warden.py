@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import codec  # noqa: E402
@@ -26,6 +27,18 @@ _PRELOADED = """abc array bisect calendar cmath collections contextlib copy csv 
 functools hashlib heapq io itertools json math numbers operator queue random re statistics string struct textwrap threading
 time typing unicodedata""".split()
 
+# And these where programs cannot open a file, so cannot import anything else.
+_LIBRARY = """ast asyncio base64 binascii codecs concurrent.futures difflib doctest encodings.ascii encodings.idna
+encodings.latin_1 encodings.utf_16 glob graphlib hmac html inspect ipaddress keyword logging pathlib platform
+pprint secrets select shutil signal subprocess tempfile textwrap timeit tokenize traceback types unittest
+urllib.parse uuid weakref zlib""".split()
+
+
+def _import(names: list[str]) -> None:
+    for name in names:
+        with contextlib.suppress(ImportError):  # a small build of Python may lack one
+            importlib.import_module(name)
+
 
 def _lock_in(strength: str) -> str:
     """Enters the strongest isolation there is, or the one asked for, and says which it is."""
@@ -34,10 +47,12 @@ def _lock_in(strength: str) -> str:
     isolate.adopt_orphans()
     found = strength
     if strength == "auto" and (found := "namespaces") and not _works(lambda: _namespaces(judge_too=True)):
-        found = "landlock" if _works(lambda: isolate.landlock([]) or _refuse("landlock")) else "seccomp"
+        found = "landlock" if _works(lambda: isolate.landlock([])) else "seccomp"
     if found == "namespaces":
         _namespaces()
-    if not _works(lambda: isolate.seccomp(isolate.seccomp_filter(os.getpid(), read_only=True))):
+    if found == "landlock" and not _works(lambda: isolate.landlock([])):
+        raise isolate.Refused("the kernel has no Landlock")
+    if not _works(lambda: isolate.seccomp(isolate.seccomp_filter(os.getpid(), "seccomp"))):
         raise isolate.Refused("seccomp filters are not allowed here")
     return found
 
@@ -48,11 +63,7 @@ def _namespaces(judge_too: bool = False) -> None:
         isolate.new_process_namespace()
 
 
-def _refuse(what: str) -> None:
-    raise isolate.Refused(what)
-
-
-def _works(step) -> bool:
+def _works(step: Callable[[], None]) -> bool:
     """Whether a step succeeds, tried in a child."""
     pid = os.fork()
     if pid == 0:
@@ -89,15 +100,18 @@ def _sweep(isolation: str) -> bool:
 def main(jobs: int, verdicts: int, strength: str) -> int:
     """Serves until the pipe of jobs is closed; returns the exit status."""
     warnings.simplefilter("ignore")  # of the tests' code, on our standard error
-    for name in _PRELOADED:
-        importlib.import_module(name)
+    _import(_PRELOADED)
     sys.path.pop(0)
-    baseline = _address_space()
+    baseline = _address_space()  # here, as there may be no /proc afterwards
     try:
         isolation = _lock_in(strength)
     except (isolate.Refused, OSError) as error:
         codec.send(verdicts, {"refused": str(error)})
         return 1
+    if isolation == "seccomp":
+        _import(_LIBRARY)
+        baseline = _address_space()
+    isolate.hide_memory()  # its pipes, too: the judge's and the program's process inherit that
     codec.send(verdicts, {"ready": isolation})
     gc.collect()
     gc.freeze()  # judges and programs are copies of this process: leave its pages shared

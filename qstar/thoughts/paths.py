@@ -1,0 +1,78 @@
+"""Both schedules: the final states that a batch with thoughts is judged by."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qstar.models import mixing
+from qstar.models.config import ModelConfig
+from qstar.thoughts import pieces
+from qstar.thoughts.threads import Draw, Text, feed, over_thoughts, roll_and_talk
+from qstar.types import Batch, Params
+
+
+def mix(
+    params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, states: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mixes talk states [T, E] with those of the text alone for the same tokens: [T, E], and the weights w [T].
+
+    Talk step s goes with text state j + s (official code: the base states rolled left by s; past the end they wrap
+    round, and no loss looks).
+    """
+    N = row.tokens.shape[0]
+    base = text.hidden[(j + jnp.arange(states.shape[0])) % N]
+    return mixing.mix(params, config, base, states)
+
+
+class Paths(NamedTuple):
+    """All final states that a batch with thoughts is judged by."""
+
+    base: jax.Array  # [B, N, E] without thoughts
+    think: jax.Array  # [B, P, M, S, E] that the thoughts' tokens were drawn from
+    talk: jax.Array  # [B, P, M, T, E] after a thought, before mixing
+    mixed: jax.Array  # [B, P, M, T, E]
+    weight: jax.Array  # [B, P, M, T] float32, of the thought
+
+
+def _paths(params: Params, config: ModelConfig, batch: Batch, texts: Text, positions, states: jax.Array) -> Paths:
+    S = config.thoughts.thought_tokens
+    think, talk = states[..., :S, :], states[..., S + 1 :, :]
+    mixed, weight = over_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
+    return Paths(texts.hidden, think, talk, mixed, weight)
+
+
+def replay_paths(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    texts: Text,
+    positions: jax.Array,
+    thoughts: jax.Array,
+    known: jax.Array | None = None,
+) -> Paths:
+    """The replay schedule: one teacher-forced pass over all threads, a piece of the positions at a time.
+
+    Args:
+      positions: [B, M]. thoughts: [B, P, M, S].
+      known: [B, P, M, n, E] the threads' states, where a rollout has found them already: they are then run only for the
+        gradient.
+    """
+    fed = over_thoughts(partial(feed, params, config))(batch, texts, positions, thoughts)
+    states = pieces.thread_states(params, config, batch, texts.pairs, positions, fed, known)
+    return _paths(params, config, batch, texts, positions, states)
+
+
+def joint_paths(
+    params: Params, config: ModelConfig, batch: Batch, texts: Text, positions: jax.Array, passes: int, draw: Draw
+) -> tuple[Paths, Any]:
+    """The joint schedule: the rollout itself is differentiated.
+
+    Returns:
+      The paths, and the draws' records [S, ...].
+    """
+    states, records = roll_and_talk(params, config, batch, texts, positions, passes, draw)
+    return _paths(params, config, batch, texts, positions, states), records
