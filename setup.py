@@ -38,6 +38,7 @@ setup(
             "hypothesis>=6",  # random cases for metrics, packing and parsers
             "math-verify>=0.9",  # the MATH task
             "torch>=2.6",  # the independent reference of models and losses
+            "peft>=0.15",  # reads the adapters that LoRA runs write
         ],
     },
     entry_points={"console_scripts": ["qstar=qstar.__main__:main"]},

@@ -69,6 +69,24 @@ def star_config() -> ConfigDict:
     )
 
 
+def v_star_config() -> ConfigDict:
+    """Returns the V-STaR config all others change: STaR's sections and the verifiers' (the paper prints no rates)."""
+    config = star_config()
+    config.method = "v_star"
+    config.name = "v_star"
+    config.loop = {"n_iters": 3, "k": 16, "temperature": 0.7}
+    config.arms = {"v_star": {"preset": "v_star"}}
+    config.sft = {"problems": None, "steps": "epochs:2:0"}
+    config.pairs = {"per_problem": 16, "negatives": "parsed"}
+    update = {k: config.train[k] for k in ("batch_size", "accumulate", "lr", "schedule", "warmup", "b1", "b2", "clip")}
+    update |= {"epochs": 1.0, "steps": 0, "packed": True, "row_length": 1024, "save_every": 100, "log_every": 50}
+    config.dpo = {**update, "beta": 0.1}
+    config.orm = {**update, "lm_weight": 0.1, "dropout": 0.2}
+    config.prm = {**update, "lm_weight": 0.1, "dropout": 0.2}
+    config.select = {"samples": 128, "temperature": 0.7, "limit": 0, "m": 4}
+    return config
+
+
 def quiet_config() -> ConfigDict:
     """Returns the Quiet-STaR config all others change: the official optimiser, no text and no model yet."""
     update = {

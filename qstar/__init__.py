@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qstar.errors import UserError
     from qstar.methods.generation import generate
+    from qstar.methods.verifier import Verifier, score
     from qstar.models.model import Model, load, logits, logprobs, save
     from qstar.models.thought_config import ThoughtConfig
     from qstar.types import Completion
@@ -25,12 +26,14 @@ _HOME = {
     "Completion": "qstar.types",
     "Model": "qstar.models.model",
     "UserError": "qstar.errors",
+    "Verifier": "qstar.methods.verifier",
     "ThoughtConfig": "qstar.models.thought_config",
     "generate": "qstar.methods.generation",
     "load": "qstar.models.model",
     "logits": "qstar.models.model",
     "logprobs": "qstar.models.model",
     "save": "qstar.models.model",
+    "score": "qstar.methods.verifier",
 }
 
 __all__ = [
@@ -38,12 +41,14 @@ __all__ = [
     "Model",
     "ThoughtConfig",
     "UserError",
+    "Verifier",
     "__version__",
     "generate",
     "load",
     "logits",
     "logprobs",
     "save",
+    "score",
 ]
 
 

@@ -156,6 +156,7 @@ def evaluate(argv: list[str]) -> int:
     p.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=256, help="of an answer (default: 256)")
     p.add_argument("--samples", metavar="N", type=_whole(0), default=0, help="per problem, for pass@k and majority@k")
     p.add_argument("--temperature", metavar="T", type=_TEMPERATURE, default=0.7, help="of those samples (default: 0.7)")
+    p.add_argument("--verifier", metavar="NAME=DIR[:SCORE]", action="append", default=[], help=_VERIFIER)
     p.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the draws (default: 0)")
     p.add_argument("--out", metavar="DIR", help="keeps the answers (JSONL), so that a second call only counts")
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -177,7 +178,8 @@ def evaluate(argv: list[str]) -> int:
 
     task = make_task(a.task, **a.task_options)
     task.problems(a.split)  # a fault in the data shows before the model is read
-    unused = ("out", "json", "device", "metric", "thoughts", "passes", "thought_temperature")
+    scorers = _scorers(a.verifier, task)
+    unused = ("verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature")
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
     result = evaluate_model(
         load(a.model),
@@ -190,6 +192,7 @@ def evaluate(argv: list[str]) -> int:
         seed=a.seed,
         out=Path(a.out).expanduser() if a.out else None,
         made_with=made_with,
+        scorers=scorers,
     )
     if a.json:
         print(json.dumps(result))
@@ -198,10 +201,34 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+_VERIFIER = (
+    "a model that scores the samples, for best-of-k: the folder of a `qstar export --verifier`; SCORE is logp (without a "
+    "head), mean_logp, orm, prm_min or prm_product; repeatable"
+)
 _METRICS = (
     "answers: what the model writes, judged (default); expected: zero-shot probability of the right answer, and exact match; "
     "cot: majority votes after zero-shot reasoning. The last two are those of Quiet-STaR, with thoughts and without"
 )
+
+
+def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
+    """Reads NAME=DIR[:SCORE] of --verifier."""
+    import functools
+    import re
+
+    from qstar.methods.verifier import SCORES, Verifier, score
+    from qstar.models.model import load
+
+    out: dict[str, Any] = {}
+    for flag in flags:
+        name, equals, folder = flag.partition("=")
+        folder, _, rule = folder.rpartition(":") if folder.rpartition(":")[2] in SCORES else (folder, "", "")
+        if not equals or not re.fullmatch(r"\w+", name) or name in ("own", *out):
+            raise UserError(f"evaluate: --verifier={flag} must be NAME=DIR, each NAME once and not 'own'")
+        verifier = Verifier(load(folder), rule, steps=task.steps)
+        verifier.rule  # noqa: B018  a score that does not fit the model shows before anything is sampled
+        out[name] = functools.partial(score, verifier)
+    return out
 
 
 def _evaluate_quiet(a: argparse.Namespace) -> int:
@@ -244,12 +271,13 @@ def export(argv: list[str]) -> int:
     p.add_argument("--run", metavar="DIR", required=True, help="run folder: the --workdir of qstar train")
     p.add_argument("--arm", metavar="NAME", help="arm of the run (default: the first, by name)")
     p.add_argument("--iteration", metavar="N", type=_whole(0), help="loop of the arm, 0: base (default: the last)")
+    p.add_argument("--verifier", choices=("dpo", "orm", "prm"), default="", help="of a V-STaR run, not its generator")
     p.add_argument("--out", metavar="DIR", required=True, help="new folder, or an earlier export to replace")
     a = p.parse_args(argv)
     start_jax(a.device)
     from qstar.methods.evaluation import export_model
 
-    print(export_model(Path(a.run).expanduser(), a.arm, a.iteration, Path(a.out).expanduser()))
+    print(export_model(Path(a.run).expanduser(), a.arm, a.iteration, Path(a.out).expanduser(), a.verifier))
     return 0
 
 

@@ -59,6 +59,27 @@ class Batch:
     positions: jax.Array  # [B, T] int32; from 0 in every document
 
 
+@flax.struct.dataclass
+class Preference:
+    """Pairs of a better and a worse completion. A pair stands in one row, so that any cut of the rows keeps it whole.
+
+    In a row, segment 2p + 1 is the chosen and segment 2p + 2 the rejected completion of pair p, each after its prompt.
+    """
+
+    rows: Batch  # [B, T]; the mask is 1 on completions, EOS included
+    reference: jax.Array  # [B, P, 2] float32: log p(chosen), log p(rejected) under the reference
+    weight: jax.Array  # [B, P] float32: 1 where there is a pair
+
+
+@flax.struct.dataclass
+class Graded:
+    """Completions with a judgement of some of their tokens: what a value head learns from."""
+
+    rows: Batch  # [B, T]; the mask is on the tokens whose likelihood is learnt beside (see `value.value_loss`)
+    labels: jax.Array  # [B, T] float32 in [0, 1]: the chance that what stands up to this token is (or ends) right
+    weight: jax.Array  # [B, T] float32: 1 where the head is asked
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """One sampled continuation of a prompt."""

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from rich.console import Console
@@ -35,6 +35,8 @@ from qstar.types import Rollout
 class Context(Screen):
     """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
 
+    SECTIONS: ClassVar = Sections
+    GATE: ClassVar = Gate
     config: Any
     workdir: Path
     console: Console
@@ -53,7 +55,7 @@ class Context(Screen):
     @classmethod
     def make(cls, config: Any, workdir: Path, console: Console) -> Context:
         """Reads a config; all that can be wrong in these sections is found here, before anything is written."""
-        sections = settings_from(Sections, config.to_dict(), "")
+        sections = settings_from(cls.SECTIONS, config.to_dict(), "")
         task_options = dict(sections.task)
         base = {"steps": 0, **sections.base}
         check_type("config.base.steps", base["steps"], int)
@@ -71,7 +73,7 @@ class Context(Screen):
             evaluation=settings_from(Evaluation, sections.evaluate, "evaluate"),
             base_steps=base.pop("steps"),
             base_settings=settings_from(TrainSettings, base, "base"),
-            gates={k: settings_from(Gate, gate, f"gates.{k}") for k, gate in sections.gates.items()},
+            gates={k: settings_from(cls.GATE, gate, f"gates.{k}") for k, gate in sections.gates.items()},
         )
 
     def arm_settings(self, cls: type, presets: dict[str, dict[str, Any]], name: str) -> Any:
@@ -126,6 +128,10 @@ class Arm:
     def checkpoint(self, n: int) -> Path:
         """checkpoints/iter_NNN, the folder of M_n"""
         return self.folder / "checkpoints" / f"iter_{n:03d}"
+
+    def verifier(self, kind: str, n: int) -> Path:
+        """verifiers/KIND/iter_NNN, the folder of a verifier (V-STaR)"""
+        return self.folder / "verifiers" / kind / f"iter_{n:03d}"
 
     def kept_before(self, n: int) -> list[Rollout]:
         """Returns what loops 1 .. n-1 kept."""

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import collections
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from qstar.errors import UserError, unknown
+from qstar import tree
+from qstar.errors import UserError, require, unknown
 from qstar.methods import base_model, quiet_star
 from qstar.methods.arms import Context
 from qstar.methods.checks import check_lengths
-from qstar.methods.quiet_setup import Study
+from qstar.methods.quiet_setup import Study as QuietStudy
 from qstar.methods.rollouts import SampleSettings, attempt
-from qstar.methods.run_folder import open_run
+from qstar.methods.run_folder import once, open_run
+from qstar.methods.select import Scorer, curves, ks_for
+from qstar.methods.v_star_measure import by_problem, candidates
+from qstar.methods.v_star_setup import Study
+from qstar.methods.verifier import KINDS
+from qstar.models.heads import add_value_head
 from qstar.models.hf import read_json, refuse_foreign
 from qstar.models.model import Model, save
 from qstar.sample.vote import majority_at_k
 from qstar.tasks.base import Task
 from qstar.train.checkpoint import Checkpoints
-from qstar.train.evaluate import pass_at_k, summarise
+from qstar.train.evaluate import mean_auc, pass_at_k, summarise
 from qstar.types import Rollout
 
 
@@ -39,6 +47,7 @@ def evaluate_model(
     seed: int = 0,
     out: Path | None = None,
     made_with: dict[str, Any] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
 ) -> dict[str, Any]:
     """Returns greedy accuracy and, from `samples` completions per problem, pass@k and majority@k for k = 1, 2, 4, ...
 
@@ -47,6 +56,7 @@ def evaluate_model(
     Args:
       out: folder where answers are kept as JSONL; what is there already is not sampled again.
       made_with: what the answers depend on; kept in `out`, so that no answers of another model are counted.
+      scorers: name -> what scores the samples (`verifier.score` with a verifier, a judge), for best-of-k and votes by score.
 
     Raises:
       UserError: no tokenizer, no problems, a prompt too long for the model, or `out` is of another evaluation.
@@ -83,7 +93,35 @@ def evaluate_model(
                 stage="samples",
             )
             result.update(many(drawn, samples))
+            result.update(by_scores(drawn, samples, scorers or {}, folder))
     return result
+
+
+def by_scores(rollouts: list[Rollout], samples: int, scorers: Mapping[str, Scorer], folder: Path) -> dict[str, Any]:
+    """Returns `best@k:NAME`, `weighted@k:NAME` and `top4@k:NAME` with intervals, and `auc:NAME`, for every scorer.
+
+    "own" is always one: the log-probability under the model that wrote the samples. Scores are kept in
+    FOLDER/scores_NAME.jsonl, so that a second call does not score again.
+    """
+    groups = by_problem(rollouts)
+    scores: dict[str, list[list[float]]] = {"own": [[r.logprob for r in rows] for rows in groups]}
+    for name, scorer in scorers.items():
+
+        def make(scorer: Scorer = scorer) -> list[dict[str, Any]]:
+            found = scorer([rows[0].prompt for rows in groups], [[r.completion for r in rows] for rows in groups])
+            return [{"problem_id": rows[0].problem_id, "scores": row.tolist()} for rows, row in zip(groups, found)]
+
+        scores[name] = [row["scores"] for row in once(folder / f"scores_{name}.jsonl", make)]
+    some = [candidates(rows, {name: scores[name][i] for name in scores}) for i, rows in enumerate(groups)]
+    out: dict[str, Any] = {}
+    for rule, by_k in curves(some, ks_for(samples)).items():
+        way, slash, name = rule.partition("/")
+        for k, values in by_k.items() if slash else ():
+            out.update(summarise(f"{way}@{k}:{name}", values, [c.group for c in some]))
+    for name, values in scores.items():
+        area = mean_auc(values, [c.correct for c in some])
+        out[f"auc:{name}"] = None if math.isnan(area) else area
+    return out
 
 
 def result_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -128,19 +166,22 @@ def votes(
     return out
 
 
-def export_model(run: Path, arm: str | None, iteration: int | None, out: Path) -> Path:
+def export_model(run: Path, arm: str | None, iteration: int | None, out: Path, verifier: str = "") -> Path:
     """Writes the model of a run's arm and iteration (default: first arm, last iteration; 0 is the base) to `out`.
+
+    Args:
+      verifier: "dpo", "orm" or "prm": that verifier of a V-STaR run, instead of its generator.
 
     Raises:
       UserError: no such run, arm or iteration; the line says which there are.
     """
     refuse_foreign(out.expanduser().resolve())
-    model = trained_model(run, arm, iteration)
+    model = trained_model(run, arm, iteration, verifier)
     save(model, out)
     return out
 
 
-def trained_model(run: Path, arm: str | None = None, iteration: int | None = None) -> Model:
+def trained_model(run: Path, arm: str | None = None, iteration: int | None = None, verifier: str = "") -> Model:
     """Returns the model of a run's arm and iteration; see `export_model`."""
     if not (run / "config.json").is_file():
         raise UserError(f"--run={run}: holds no config.json, so it is no run; give the --workdir of a `qstar train`")
@@ -151,6 +192,11 @@ def trained_model(run: Path, arm: str | None = None, iteration: int | None = Non
     arm = arm or arms[0]
     if arm not in arms:
         raise unknown(f"--run={run}: arm {arm!r}", arm, arms)
+    require(
+        (not verifier or config.method == "v_star", f"--run={run}: only V-STaR has verifiers; leave --verifier out")
+    )
+    if config.method == "v_star":
+        return _v_star_model(run, config, arm, iteration, verifier)
     if config.method == "quiet_star":
         return _thinking_model(run, config, arm, iteration)
     done = sorted(int(p.parent.name[5:]) for p in (run / arm / "checkpoints").glob("iter_*/summary.json"))
@@ -169,10 +215,31 @@ def trained_model(run: Path, arm: str | None = None, iteration: int | None = Non
     return restore(model, folder)
 
 
+def _v_star_model(run: Path, config: ConfigDict, arm: str, iteration: int | None, verifier: str) -> Model:
+    """The generator of an arm and iteration (0: G_SFT), or one of its verifiers."""
+    if verifier and verifier not in KINDS:
+        raise unknown(f"--verifier={verifier}", verifier, KINDS)
+    home = run / arm / "verifiers" / verifier if verifier else run / arm / "checkpoints"
+    done = sorted(int(p.parent.name[5:]) for p in home.glob("iter_*/summary.json"))
+    done = done if verifier else [0, *done]
+    what = f"--run={run}: arm {arm!r} has no finished {verifier + ' verifier' if verifier else 'generator'}"
+    require((bool(done), f"{what}; let `qstar train` go on, or give its config.arms.{arm}.verifiers"))
+    iteration = done[-1] if iteration is None else iteration
+    require((iteration in done, f"{what} of iteration {iteration}; there are {', '.join(map(str, done))} (0: G_SFT)"))
+    config.mesh = "data=1,fsdp=-1"
+    model = base_model.architecture(Study.make(config, run, Console(quiet=True)))
+    folder = home / f"iter_{iteration:03d}" if iteration or verifier else run / "g_sft"
+    require(
+        ((folder / "summary.json").is_file(), f"--run={run}: G_SFT is not trained yet; let `qstar train` go on first")
+    )
+    model = add_value_head(model, verifier) if verifier in ("orm", "prm") else model
+    return restore(model.replace(params=tree.cast(model.params, np.float32)), folder)
+
+
 def _thinking_model(run: Path, config: ConfigDict, arm: str, iteration: int | None) -> Model:
     """The model of an arm of a Quiet-STaR run (iteration 0: its base), with start and end vectors and mixing head."""
     config.mesh = "data=1,fsdp=-1"
-    study = Study.make(config, run, Console(quiet=True))
+    study = QuietStudy.make(config, run, Console(quiet=True))
     model = base_model.loaded_or_random(study, study.corpus.tokenizer)
     if iteration not in (None, 0):
         raise UserError(f"--run={run}: Quiet-STaR has no iterations; leave --iteration out (0: base)")

@@ -78,7 +78,13 @@ class Study(Screen):
         start_text = extra["thoughts"].pop("start_text", "---")
         parity = extra["thoughts"].pop("parity", False)
         corpus = make_corpus(extra["data"], sections.model.get("path", ""))
-        settings_from(UpdateSettings, sections.train, "train")
+        update = settings_from(UpdateSettings, sections.train, "train")
+        require(
+            (
+                not update.lora_rank,
+                f"config.train.lora_rank={update.lora_rank}: Quiet-STaR trains all of a model; leave it at 0",
+            )
+        )
         check_keys(ThoughtConfig, extra["thoughts"], "thoughts")
         study = cls(
             config=config,

@@ -12,7 +12,7 @@ from typing import Any
 from qstar.errors import UserError, check_type, require, unknown
 from qstar.tasks.base import SPLITS
 
-_TAKEN = ("base", "tensorboard")  # folders of a run that are no arms
+_TAKEN = ("base", "g_sft", "tensorboard")  # folders of a run that are no arms
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Loop:
 
     n_iters: int = 16
     problems_per_iter: int | None = 10_000
+    fresh: bool = True  # problems are drawn anew in every loop; False: the same ones
     k: int = 1  # samples per problem
     temperature: float | None = None  # None: as `sample` says
     rationalize: bool = True
@@ -166,7 +167,7 @@ def outer_loop(arm: Arm, loop: Loop, base: Model) -> Model:
 def rationalised_rollouts(arm: Arm, loop: Loop, model: Model, n: int) -> list[Rollout]:
     """Samples, rationalises the failures, and decides what is kept: rationales/iter_NNN.jsonl."""
     ctx = arm.ctx
-    problems = ctx.task.pool(n, ctx.seed, loop.problems_per_iter)
+    problems = drawn(ctx, loop, n)
     by_id = {p.id: p for p in problems}
 
     def make() -> list[dict[str, Any]]:
@@ -181,6 +182,11 @@ def rationalised_rollouts(arm: Arm, loop: Loop, model: Model, n: int) -> list[Ro
     rows = [Rollout(**row) for row in once(arm.rationales(n), make)]
     arm.show_examples(rows)
     return rows
+
+
+def drawn(ctx: Context, loop: Loop, n: int) -> list[Problem]:
+    """The problems of loop n."""
+    return ctx.task.pool(n if loop.fresh else 1, ctx.seed, loop.problems_per_iter)
 
 
 def sample(arm: Arm, loop: Loop, model: Model, problems: list[Problem], n: int, *, hinted: bool) -> list[Rollout]:
@@ -249,15 +255,13 @@ def training_examples(arm: Arm, loop: Loop, kept: list[Rollout], n: int) -> list
     if loop.accumulate:
         kept = arm.kept_before(n) + kept
     rows = []
-    problems = {
-        p.id: p for m in {r.iteration for r in kept} for p in ctx.task.pool(m, ctx.seed, loop.problems_per_iter)
-    }
+    problems = {p.id: p for m in {r.iteration for r in kept} for p in drawn(ctx, loop, m)}
     prefix = ctx.task.prefix() if loop.few_shot_in_train else ""
     for r in kept:
         prompt = ctx.task.prompt(problems[r.problem_id], hint=show_hint(r, loop.p_keep_hint))
         rows.append(to_example(ctx.tokenizer, prefix + prompt, r.completion))
     if loop.include_sft_data:
-        gold = [(p, ctx.task.solution(p)) for p in ctx.task.pool(n, ctx.seed, loop.problems_per_iter)]
+        gold = [(p, ctx.task.solution(p)) for p in drawn(ctx, loop, n)]
         rows += [to_example(ctx.tokenizer, prefix + ctx.task.prompt(p), s) for p, s in gold if s is not None]
     return ctx.fitting(rows)
 

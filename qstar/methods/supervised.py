@@ -45,7 +45,7 @@ def sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
     """Returns (optimiser, jitted step), one per configuration: all loops of a run share one compilation."""
     tx = settings.optimiser()
     loss = functools.partial(losses.sft_loss, config=config, z_loss=settings.z_loss)
-    return tx, make_step(loss, tx, settings.accumulate)
+    return tx, make_step(settings.through(loss), tx, settings.accumulate)
 
 
 def fine_tune(

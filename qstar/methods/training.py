@@ -14,15 +14,16 @@ import numpy as np
 import optax
 
 from qstar import tree
-from qstar.errors import require
+from qstar.errors import UserError, require
 from qstar.methods.run_folder import once_json
+from qstar.models import lora
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.model import Model
 from qstar.train import optim
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import fit
 from qstar.train.metrics import Writer
-from qstar.train.state import create_state
+from qstar.train.state import create_state, optimizer_for
 from qstar.types import Batch, Params
 
 
@@ -43,8 +44,13 @@ class UpdateSettings:
     save_every: int = 0
     log_every: int = 50
     max_bad: int = 20
+    lora_rank: int = 0  # 0: all parameters train; else adapters of this rank beside frozen ones
+    lora_alpha: float = 32.0
+    lora_targets: tuple = lora.KERNELS
 
     def __post_init__(self):
+        if self.lora_rank:
+            self.lora  # noqa: B018  says what is wrong
         kinds = ", ".join(optim.SCHEDULES)
         require(
             (self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1"),
@@ -64,11 +70,25 @@ class UpdateSettings:
             (self.save_every >= 0, f"save_every={self.save_every} must be 0 (only at the end) or more steps"),
             (self.log_every >= 1, f"log_every={self.log_every} must be at least 1 step"),
             (self.max_bad >= 1, f"max_bad={self.max_bad} must be at least 1 update"),
+            (self.lora_rank >= 0, f"lora_rank={self.lora_rank} must be 0 (no adapters) or more"),
         )
 
+    @property
+    def lora(self) -> lora.Lora:
+        """The adapters' settings."""
+        try:
+            return lora.Lora(self.lora_rank, self.lora_alpha, tuple(self.lora_targets))
+        except UserError as e:
+            raise UserError(f"lora_{e}") from None
+
     def optimiser(self) -> optax.GradientTransformation:
-        """Returns AdamW's direction with these settings."""
-        return optim.adamw(b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, clip=self.clip)
+        """Returns AdamW's direction with these settings, over what trains."""
+        tx = optim.adamw(b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, clip=self.clip)
+        return optimizer_for(tx, "^policy/") if self.lora_rank else tx
+
+    def through(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the loss of what trains: itself, or as a function of adapters."""
+        return lora.through(loss, self.lora.scale) if self.lora_rank else loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +102,7 @@ class Stage:
     writer: Writer
     label: dict[str, Any]  # of the metrics rows: arm, iteration
     progress: Callable[[int, dict[str, float]], None] | None = None
+    name: str = "train"  # the `stage` of its metrics rows
 
 
 def finished(folder: Path) -> bool:
@@ -110,7 +131,9 @@ def train_stage(
       watch: is shown (step, policy) at every log, and where a resumed run starts; True from it ends the stage early.
     """
     # Master weights are float32, whatever the folder kept them in: updates of 1e-6 round to nothing in bfloat16.
-    start = start.replace(params=tree.cast(start.params, np.float32))
+    # (Beside LoRA's adapters, which are float32, what is frozen stays as it is.)
+    if not stage.settings.lora_rank:
+        start = start.replace(params=tree.cast(start.params, np.float32))
     weights = Checkpoints(stage.folder / "model")
     done = stage.folder / "summary.json"
     if finished(stage.folder):
@@ -118,12 +141,29 @@ def train_stage(
         params, _ = weights.restore(start.params)
         weights.close()
         return start.replace(params=params), once_json(done, dict)
-    params, summary = _train(start, stage, tx, step_at, batch_at, roles or {}, watch)
+    if stage.settings.lora_rank:
+        params, summary = _train_adapters(start, stage, tx, step_at, batch_at, roles or {}, watch)
+    else:
+        params, summary = _train(start, stage, tx, step_at, batch_at, roles or {}, watch)
     weights.save(summary["steps"], params)
     weights.close()
     once_json(done, lambda: summary)
     shutil.rmtree(stage.folder / "training", ignore_errors=True)  # moments are of no use to the next loop
     return start.replace(params=params), summary
+
+
+def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch):
+    """Trains adapters beside the frozen parameters; returns these merged, and leaves FOLDER/adapter in PEFT's layout."""
+    settings = stage.settings.lora
+    fresh = lora.init(start.config, settings, jax.random.fold_in(jax.random.key(stage.seed), 1))
+    if start.config.value_head:
+        fresh["value"] = tree.cast(start.params["value"], np.float32)  # a head has nothing to be an adapter of
+    adapted = start.replace(params=fresh)
+    adapters, summary = _train(adapted, stage, tx, step_at, batch_at, {**roles, "base": start.params}, watch)
+    if jax.process_index() == 0:
+        lora.save_adapters(start.config, adapters, settings, stage.folder / "adapter")
+    merged = jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
+    return merged, {**summary, "adapter_parameters": tree.size(adapters)}
 
 
 def _train(start, stage, tx, step_at, batch_at, roles, watch):
@@ -150,11 +190,14 @@ def _train(start, stage, tx, step_at, batch_at, roles, watch):
         state, last = at.state, at.step
         if at.metrics:
             metrics = at.metrics
-            stage.writer.write(stage="train", step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **metrics)
+            stage.writer.write(
+                stage=stage.name, step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **metrics
+            )
             if stage.progress is not None:
                 stage.progress(at.step, metrics)
         if watch is not None and watch(at.step, state.params["policy"]):
             break
     checkpoints.close()
-    keys = ("loss", "accuracy", "tokens", "skipped")
-    return state.params["policy"], {"steps": last, **{k: metrics.get(k) for k in keys}}
+    keys = dict.fromkeys(("loss", "accuracy", "tokens", "skipped", *metrics))
+    shown = {k: metrics.get(k) for k in keys if not k.endswith(("_per_step", "_per_second"))}  # no clocks
+    return state.params["policy"], {"steps": last, **shown}

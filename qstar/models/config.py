@@ -58,6 +58,7 @@ class ModelConfig:
     bos_id: int | None = None
     eos_id: int | None = None
     thoughts: ThoughtConfig | None = None  # it thinks before it speaks (Quiet-STaR): two more trees of parameters
+    value_head: str = ""  # "orm" or "prm": it judges solutions (a verifier); one more tree of parameters
 
     dtype: str = "float32"  # of the computation; parameters keep their own dtype
     remat: str = "none"  # "none" | "block" (keep block inputs) | "dots" (keep matrix products)
@@ -71,6 +72,7 @@ class ModelConfig:
             ("activation", ("silu", "gelu", "gelu_tanh")),
             ("position", ("rope", "learned")),
             ("remat", ("none", "block", "dots")),
+            ("value_head", ("", "orm", "prm")),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"model config: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -210,6 +212,7 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
 
 def _thinking(config: ModelConfig, raw: dict[str, Any]) -> ModelConfig:
     fields = raw.get("qstar_thoughts")
+    config = config.replace(value_head=raw.get("qstar_value_head", ""))
     return config if fields is None else config.replace(thoughts=ThoughtConfig.from_dict(fields))
 
 
@@ -338,7 +341,7 @@ def _gpt(c: dict[str, Any], where: str, positions: int, **own: Any) -> ModelConf
 
 def _from_tiny(c: dict[str, Any]) -> ModelConfig:
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
-    fields -= {"thoughts"}
+    fields -= {"thoughts", "value_head"}
     scaling = c.get("rope_scaling")  # json turned the pairs into lists, which do not hash
     return ModelConfig(
         **{**{k: v for k, v in c.items() if k in fields}, "rope_scaling": scaling and tuple(map(tuple, scaling))}
@@ -348,16 +351,23 @@ def _from_tiny(c: dict[str, Any]) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json` that `from_hf` and transformers read back.
 
-    A model that thinks adds the key `qstar_thoughts`, which transformers ignores. The `tiny` preset is no Hugging Face
-    architecture: its file carries this class' own fields and only qstar loads it.
+    A model that thinks adds the key `qstar_thoughts`, a verifier with a head `qstar_value_head`; transformers ignores
+    both. The `tiny` preset is no Hugging Face architecture: its file carries this class' own fields and only qstar loads
+    it.
     """
     out = _to_hf(config)
+    if config.value_head:
+        out["qstar_value_head"] = config.value_head
     return out if config.thoughts is None else {**out, "qstar_thoughts": dataclasses.asdict(config.thoughts)}
 
 
 def _to_hf(c: ModelConfig) -> dict[str, Any]:
     if c.family == "tiny":
-        return {"qstar_family": "tiny", "model_type": "qstar_tiny", **dataclasses.asdict(c.replace(thoughts=None))}
+        return {
+            "qstar_family": "tiny",
+            "model_type": "qstar_tiny",
+            **dataclasses.asdict(c.replace(thoughts=None, value_head="")),
+        }
     activation = {v: k for k, v in _ACTIVATIONS.items() if k != "gelu_pytorch_tanh"}[c.activation]
     common = {
         "model_type": c.family,

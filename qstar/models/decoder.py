@@ -6,7 +6,8 @@ per layer (1.3 to 2.3 times faster on a CPU), and so that past segments, mapped 
 
     embed/table [V, E]   positions/table [P, E]   layers/{q,k,v,o,up,gate,down}/kernel [L, in, out]   final_norm   head
 
-A model that thinks (`config.thoughts`) has the trees of `models.mixing` beside these; nothing here reads them.
+A model that thinks (`config.thoughts`) has the trees of `models.mixing` beside these, a verifier that of
+`models.heads`; nothing here reads them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
-from qstar.models.layers import Block, Norm, Turns, rope_turns
+from qstar.models.layers import Block, Norm, Turns, rope_turns, with_adapters
 from qstar.types import Params
 
 # Logical axes of every parameter, matched on the end of its path (leading axes that are not named, such as the stacked
@@ -31,6 +32,7 @@ PARAM_AXES = (
     (r"mixing/in/bias$", ("mlp",)),
     (r"mixing/hidden/kernel$", ("mlp", "embed")),
     (r"mixing/out/kernel$", ("embed", None)),
+    (r"value/kernel$", ("embed", None)),
     (r"embed/table$", ("vocab", "embed")),
     (r"positions/table$", (None, "embed")),
     (r"(q|k|v)/kernel$", ("embed", "heads")),
@@ -63,6 +65,8 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
         params.setdefault("head", {})["bias"] = jnp.zeros((c.vocab_size,))
     if c.thoughts is not None:
         params.update(mixing.init(c, jax.random.fold_in(key, 1)))
+    if c.value_head:
+        params["value"] = {"kernel": jnp.zeros((c.hidden_size, 1)), "bias": jnp.zeros((1,))}
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
@@ -104,7 +108,7 @@ def run_layers(
     block, turns = Block(config), _turns(config, positions)
 
     def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
-        return block.apply({"params": layer}, x, turns, mask, segments)
+        return block.apply({"params": with_adapters(layer)}, x, turns, mask, segments)
 
     if config.remat != "none":
         keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching, mlir
 
 from qstar.models.attention import attend, precision, write_column
 from qstar.models.config import ModelConfig
-from qstar.types import Ring, Segment, Shared
+from qstar.types import Params, Ring, Segment, Shared
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -186,3 +186,15 @@ def rotate(x: jax.Array, turns: Turns, config: ModelConfig) -> jax.Array:
     turned = pairs * cos + jnp.flip(pairs, pair) * (sign * sin)
     turned = turned.reshape(part.shape).astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def with_adapters(layer: Params) -> Params:
+    """Returns one layer's (or all stacked layers') parameters with LoRA's products added to the kernels that have one."""
+    out = {}
+    for name, leaves in layer.items():
+        if "lora_a" in leaves:
+            plain = {k: v for k, v in leaves.items() if not k.startswith("lora_")}
+            delta = jnp.matmul(leaves["lora_a"], leaves["lora_b"], precision=jax.lax.Precision.HIGHEST)
+            leaves = {**plain, "kernel": (plain["kernel"] + delta).astype(plain["kernel"].dtype)}
+        out[name] = leaves
+    return out

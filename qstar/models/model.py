@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -235,6 +235,16 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
     Raises:
       UserError: text for a model without tokenizer, an empty prompt, or a pair longer than the model's context.
     """
+    return score_tokens(model, prompts, completions, _next_logprobs)
+
+
+def score_tokens(
+    model: Model, prompts: Sequence[Any], completions: Sequence[Any], score: Callable[..., jax.Array]
+) -> list[np.ndarray]:
+    """Returns `score(params, config, tokens [B, T], mask [B, T]) -> [B, T]` on the tokens of each completion.
+
+    The column of a token is the one before it, where `_next_logprobs` keeps its log-probability.
+    """
     if isinstance(prompts, str) or isinstance(completions, str):
         raise UserError("prompts and completions are lists, one completion per prompt: put the text in [ ]")
     if len(prompts) != len(completions):
@@ -247,7 +257,7 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
         for r, i in enumerate(rows):
             ids = [*pairs[i][0], *pairs[i][1]]
             tokens[r, : len(ids)], mask[r, : len(ids)] = ids, 1
-        scores = np.asarray(_next_logprobs(model.params, model.config, *_place(model, tokens, mask)))
+        scores = np.asarray(score(model.params, model.config, *_place(model, tokens, mask)))
         for r, i in enumerate(rows):
             start = len(pairs[i][0]) - 1
             out[i] = scores[r, start : start + len(pairs[i][1])].copy()

@@ -95,6 +95,7 @@ _THOUGHTS = (
     *_linear("mixing/hidden", "talk_head.0.2"),
     *_linear("mixing/out", "talk_head.0.4"),
 )
+_VALUE = _linear("value", "score")  # as transformers' classifiers of tokens call it
 THOUGHT_SIGN = "talk_head.0.4.weight"  # files that hold it are of a model that thinks
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "tiny")
@@ -115,7 +116,7 @@ def name_map(config: ModelConfig) -> list[tuple[Row, tuple[int, ...]]]:
     Raises:
       UserError: the family's files have no place for one of the parameters (say, a gated MLP in GPT-2).
     """
-    rows = {row.path: row for row in (*NAMES.get(config.family, ()), *_THOUGHTS)}
+    rows = {row.path: row for row in (*NAMES.get(config.family, ()), *_THOUGHTS, *_VALUE)}
     leaves = tree.named_leaves(abstract_params(config))
     for path, _ in leaves:
         if path not in rows:

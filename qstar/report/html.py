@@ -17,6 +17,7 @@ from qstar.report.quiet.page import page as quiet_page
 from qstar.report.quiet.run import read_quiet_run
 from qstar.report.rationales import Row, kind
 from qstar.report.run import Run, read_config, read_run
+from qstar.report.selection import selection_section
 
 RATIONALE_BYTES = 2_200_000  # of the page's about 3 MB
 LONGEST_TEXT = 3000  # characters of a prompt or a completion; the files keep the rest
@@ -44,6 +45,7 @@ def page(run: Run) -> str:
     """The page of a STaR run as text."""
     parts = [
         sections.loop_section(run),
+        selection_section(run),
         sections.accuracy_section(run),
         sections.outcome_section(run),
         sections.audit_section(run),

@@ -133,3 +133,46 @@ def weighted_majority_at_k(
         return tied[:, names.index(gold)] / np.maximum(tied.sum(axis=1), 1)
 
     return over_subsets(share, len(answers), k, trials=trials, seed=seed)
+
+
+# -------------------------------------------------------------------------------------------------- of one set of samples
+
+
+def weighted_majority(answers: Sequence[str | None], weights: Sequence[float]) -> str | None:
+    """Returns the answer with the largest sum of weights; None never votes, nor does a weight that is no number.
+
+    Ties: the answer seen first.
+    """
+    votes: dict[str, float] = collections.defaultdict(float)
+    for answer, weight in zip(answers, weights, strict=True):
+        if answer is not None:
+            votes[answer] += 0.0 if math.isnan(weight) else weight
+    return max(votes, key=votes.__getitem__) if votes else None
+
+
+def best_of(scores: Sequence[float]) -> int | None:
+    """Returns the index of the largest score, the first of equal ones; what is no number comes last. None of none."""
+    ranked = ranking(scores)
+    return ranked[0] if ranked else None
+
+
+def ranking(scores: Sequence[float]) -> list[int]:
+    """Returns the indices by falling score, equal ones in order; what is no number comes last."""
+    return sorted(
+        range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i] if scores[i] == scores[i] else 0)
+    )
+
+
+def top_m_vote(answers: Sequence[str | None], scores: Sequence[float], m: int) -> str | None:
+    """Returns the majority's answer among the m best scored (Cobbe et al., section 4.3); ties: the better score.
+
+    Raises:
+      ValueError: m is not at least 1.
+    """
+    if m < 1:
+        raise ValueError(f"m={m} must be at least 1")
+    votes: dict[str, int] = collections.defaultdict(int)
+    for i in ranking(scores)[:m]:
+        if (answer := answers[i]) is not None:
+            votes[answer] += 1
+    return max(votes, key=votes.__getitem__) if votes else None  # the first of equal counts: the better scored

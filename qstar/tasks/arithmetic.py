@@ -166,6 +166,20 @@ class Arithmetic(Task):
         """Whether every character is that of the gold scratchpad; None without a scratchpad."""
         return None if self.format == "direct" else self.cut(completion) == problem.solution
 
+    def steps(self, completion: str) -> list[int]:
+        """Compact: every line, with the mark that closes it. The others: as in any text."""
+        if self.format != "compact":
+            return super().steps(completion)
+        return [at + 1 for at, c in enumerate(completion[:-1]) if c == "|"] + [len(completion)]
+
+    def step_labels(self, problem: Problem, completion: str) -> list[bool] | None:
+        """Whether everything up to the end of a line is that of the gold scratchpad."""
+        if self.format == "direct":
+            return None
+        ends = self.steps(completion)
+        right = [problem.solution.startswith(completion[:end]) for end in ends]
+        return [*right[:-1], completion == problem.solution]
+
     def _examples(self, problem: Problem) -> list[Problem]:
         """The few-shot examples of one problem, never the problem itself nor its mirror image."""
         if not self.shots:

@@ -116,6 +116,15 @@ class Task:
         """Whether every step is right, not only the answer; None where the task cannot tell."""
         return None
 
+    def steps(self, completion: str) -> list[int]:
+        """Where the steps of a completion end, as character offsets; the last is its length. Here: its lines."""
+        ends = [at + 1 for at, c in enumerate(completion) if c == "\n" and completion[:at].strip()]
+        return [e for e in ends if completion[e:].strip()] + [len(completion)]
+
+    def step_labels(self, problem: Problem, completion: str) -> list[bool] | None:
+        """Per step, whether all is right up to its end; None where the task cannot tell."""
+        return None
+
     def seeds(self) -> list[tuple[Problem, bool]]:
         """(problem, hinted) rows that a from-scratch base is trained on; most tasks have none."""
         return []

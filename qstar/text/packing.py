@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,31 +48,60 @@ def pack(
     Raises:
         UserError: a document is empty or longer than `length`.
     """
-    sizes = [len(example) for example in examples]
+    return pack_groups([[example] for example in examples], length, packed=packed, loss_on_prompt=loss_on_prompt)[0]
+
+
+def pack_groups(
+    groups: Sequence[Sequence[Example]],
+    length: int,
+    *,
+    packed: bool = True,
+    loss_on_prompt: bool = False,
+    extras: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Like `pack`, for groups of documents that stay together: member m of a row's g-th group (of M) is segment g M + m + 1.
+
+    Args:
+        groups: equally many documents in each (a pair for preferences).
+        extras: name -> per group and document, a float for each of its tokens; laid out as float32 [N, L].
+
+    Returns:
+        The arrays of `pack` with the extras, and int32 [N, G]: which groups are in a row, -1 where there is none.
+
+    Raises:
+        UserError: a document is empty, or a group is longer than `length`.
+    """
+    sizes = [sum(map(len, group)) for group in groups]
     for index, size in enumerate(sizes):
-        if size == 0:
-            raise UserError(f"document {index} has no tokens: drop it before packing")
+        what = f"document {index}" if len(groups[index]) == 1 else f"pair {index}"
+        if not all(map(len, groups[index])):
+            raise UserError(f"{what} has no tokens: drop it before packing")
         if size > length:
             raise UserError(
-                f"document {index} has {size} tokens but a row has {length}: "
-                "raise the row length or drop it before packing"
+                f"{what} has {size} tokens but a row has {length}: raise the row length or drop it before packing"
             )
     rows = _first_fit_decreasing(sizes, length) if packed else [[i] for i in range(len(sizes))]
+    extras = extras or {}
     shape = (len(rows), length)
     arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
-    arrays["mask"] = np.zeros(shape, np.float32)
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, index in enumerate(members, start=1):
-            example, size = examples[index], sizes[index]
-            place = np.s_[row, start : start + size]
-            arrays["tokens"][place] = [*example.prompt, *example.completion]
-            arrays["segment_ids"][place] = segment
-            arrays["positions"][place] = np.arange(size)
-            first_predicted = 1 if loss_on_prompt else max(1, len(example.prompt))
-            arrays["mask"][row, start + first_predicted : start + size] = 1
-            start += size
-    return arrays
+    arrays |= {name: np.zeros(shape, np.float32) for name in ("mask", *extras)}
+    chosen = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
+    for row, indices in enumerate(rows):
+        start, segment = 0, 0
+        chosen[row, : len(indices)] = indices
+        for index in indices:
+            for member, example in enumerate(groups[index]):
+                segment += 1
+                place = np.s_[row, start : start + len(example)]
+                arrays["tokens"][place] = [*example.prompt, *example.completion]
+                arrays["segment_ids"][place] = segment
+                arrays["positions"][place] = np.arange(len(example))
+                first_predicted = 1 if loss_on_prompt else max(1, len(example.prompt))
+                arrays["mask"][row, start + first_predicted : start + len(example)] = 1
+                for name, values in extras.items():
+                    arrays[name][place] = values[index][member]
+                start += len(example)
+    return arrays, chosen
 
 
 def _first_fit_decreasing(sizes: Sequence[int], length: int) -> list[list[int]]:

@@ -96,6 +96,25 @@ def scored_nll(
     return nll, hits, jax.lax.stop_gradient(each)
 
 
+def token_logprobs(hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array) -> jax.Array:
+    """Returns every token's log-probability [N] float32, through which gradients flow.
+
+    For losses that are no sum of them (pairs, ratios). Their cotangents are not known in the forward pass, so the backward
+    pass makes the logits of a chunk again: four products where `token_nll` has three.
+    """
+    if bias is None:
+        bias = jnp.zeros((kernel.shape[1],), jnp.float32)
+
+    @jax.checkpoint
+    def one(xs: Any) -> jax.Array:
+        h, t = xs
+        logits, _, logz = _logits(h, kernel, bias)
+        return jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0] - logz
+
+    each = jax.lax.map(one, chunks((hidden, targets), kernel.shape[1]))
+    return unchunk(each, targets.shape[0])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _token_nll(hidden, kernel, bias, targets, weights, z_loss):
     def body(carry, xs):

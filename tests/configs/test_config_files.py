@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
-from qstar.methods import quiet_star, star
+from qstar.methods import quiet_star, star, v_star
 from qstar.methods.arms import Context
 from qstar.methods.quiet_setup import Study
+from qstar.methods.v_star_setup import Study as VStudy
 from qstar.train import metrics
 from tests.methods import runs, stub
 
@@ -24,6 +25,9 @@ SMOKE = {
     "star_arithmetic.py": runs.arithmetic,
     "star_gsm8k.py": runs.gsm8k,
     "star_commonsense_qa.py": runs.commonsense_qa,
+    "v_star_arithmetic.py": runs.v_star,
+    "v_star_gsm8k.py": runs.v_star_gsm8k,
+    "v_star_mbpp.py": runs.v_star_mbpp,
     "quiet_star_tiny.py": runs.quiet_star,
     "quiet_star_mistral_7b.py": lambda: runs.finished("quiet_star_mistral_7b.py:smoke"),
     "fast_quiet_star.py": lambda: runs.finished("fast_quiet_star.py:smoke"),
@@ -31,7 +35,8 @@ SMOKE = {
 }
 QUIET = [name for name in FILES if "quiet" in name]
 EVERY = pytest.mark.parametrize("name", FILES)
-STAR = pytest.mark.parametrize("name", [name for name in FILES if name not in QUIET])
+VERIFIED = [name for name in FILES if name.startswith("v_star")]
+STAR = pytest.mark.parametrize("name", [name for name in FILES if name not in (*QUIET, *VERIFIED)])
 
 
 def module(name):
@@ -55,6 +60,48 @@ def test_it_loads_and_all_its_settings_are_known(name, mode, tmp_path):
     arms = [ctx.arm_settings(star.Loop, star.PRESETS, arm) for arm in config.arms]
     assert arms and not (tmp_path / "run").exists()
     json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize("name", VERIFIED)
+@pytest.mark.parametrize("mode", [None, "smoke", "smoke,seed=3", "arms=sft+verification+star+rft+star_dagger+v_star_1iter"])
+def test_a_v_star_config_loads_and_all_its_settings_are_known(name, mode, tmp_path):
+    config = module(name).get_config(mode)
+    assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
+    assert config.seed == (3 if mode and "seed" in mode else 0)
+    ctx = VStudy.make(config, tmp_path / "run", stub.Silent())
+    loops = {arm: ctx.arm_settings(v_star.Loop, v_star.PRESETS, arm) for arm in config.arms}
+    assert loops and not (tmp_path / "run").exists()
+    if mode and "arms" in mode:  # as many samples for all, and what the table of baselines says
+        assert {x.k * x.n_iters for x in loops.values()} == {0, 48}
+        assert {arm for arm, x in loops.items() if x.verifiers} == {"verification", "v_star_1iter"}
+    json.dumps(config.to_dict())
+
+
+def test_nothing_of_v_star_is_chosen_on_the_test_sums():
+    config = module("v_star_arithmetic.py").get_config("val")
+    assert config.evaluate.split == "val" and module("v_star_arithmetic.py").get_config().evaluate.split == "test"
+    assert {g.metric for g in config.gates.values()} <= {"pass@1", "pass@16", "majority@16"}  # of validation problems
+
+
+@pytest.mark.parametrize("name", VERIFIED)
+def test_the_smoke_mode_of_v_star_runs_to_the_end(name):
+    folder = SMOKE[name]()
+    config = json.loads((folder / "config.json").read_text())
+    assert "Choosing one of k" in (folder / "report.html").read_text()
+    for arm, own in config["arms"].items():
+        n = config["loop"]["n_iters"]
+        status = json.loads((folder / arm / "status.json").read_text())
+        assert status == {"status": "finished", "reason": "", "iterations": n}
+        for kind in own.get("verifiers", ("dpo",)):
+            done = json.loads((folder / arm / "verifiers" / kind / f"iter_{n:03d}" / "summary.json").read_text())
+            assert done["steps"] > 0 and done["skipped"] == 0
+        found = json.loads((folder / arm / "selection" / f"iter_{n:03d}.json").read_text())
+        assert {"pass", "majority", "best/own", "best/dpo", "best/random"} <= set(found["curves"])
+        assert found["samples"] == config["select"]["samples"]
+        rows = [r for r in metrics.read(folder) if r["stage"] == "selection" and r["arm"] == arm]
+        assert [r["step"] for r in rows] == [int(k) for k in found["curves"]["pass"]]
+        if config["train"].get("lora_rank"):
+            assert (folder / arm / "verifiers" / "dpo" / f"iter_{n:03d}" / "adapter" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("name", QUIET)
@@ -108,6 +155,11 @@ def test_its_docstring_names_the_command(name):
         r"qstar train --config=(configs/\S+?\.py)(?:\S*) --workdir=\S+", module(name).__doc__
     )
     assert commands and set(commands) == {f"configs/{name}"}
+
+
+@pytest.mark.parametrize("name", ["v_star_gsm8k.py", "v_star_mbpp.py"])
+def test_a_v_star_docstring_is_plain_about_what_was_run(name):
+    assert "not run here" in " ".join(module(name).__doc__.split()).lower()
 
 
 @STAR

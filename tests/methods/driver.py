@@ -106,6 +106,7 @@ def main(path):
 
     import qstar.methods.quiet_star
     import qstar.methods.star  # noqa: F401
+    import qstar.methods.v_star  # noqa: F401
 
     codes = []
     for job in json.loads(pathlib.Path(path).read_text(encoding="utf-8")):

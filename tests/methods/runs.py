@@ -77,8 +77,9 @@ def events(folder):
 
 
 def answers(folder):
-    """The bytes of every file of rationales and evaluations of a run."""
-    files = [f for kind in ("rationales", "evaluation", "thoughts") for f in folder.glob(f"*/{kind}/*")]
+    """The bytes of every file of rationales, evaluations and buffers of a run."""
+    kinds = ("rationales", "evaluation", "thoughts", "d_gen", "d_ver", "selection", "verifiers/*/*")
+    files = [f for kind in kinds for f in folder.glob(f"*/{kind}/*") if f.is_file()]
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
@@ -87,7 +88,8 @@ def weights(folder):
     import orbax.checkpoint as ocp
 
     out = {}
-    for at in sorted([*folder.glob("*/model/*/state"), *folder.glob("*/checkpoints/*/model/*/state")]):
+    where = ("*/model/*/state", "*/checkpoints/*/model/*/state", "*/verifiers/*/*/model/*/state")
+    for at in sorted(path for pattern in where for path in folder.glob(pattern)):
         leaves = _leaves(ocp.PyTreeCheckpointer().restore(at))
         assert leaves
         out[str(at.relative_to(folder))] = leaves
@@ -150,4 +152,20 @@ def quiet_star():
     return finished(QUIET)
 
 
+def v_star():
+    """The smoke run of configs/v_star_arithmetic.py, one of its arms."""
+    return finished(V_STAR)
+
+
+def v_star_gsm8k():
+    """The smoke run of configs/v_star_gsm8k.py."""
+    return finished(pretrained_config("v_star_gsm8k.py", "data/gsm8k"))
+
+
+def v_star_mbpp():
+    """The smoke run of configs/v_star_mbpp.py."""
+    return finished(pretrained_config("v_star_mbpp.py", "data/mbpp"))
+
+
+V_STAR = "v_star_arithmetic.py:smoke,arms=v_star"
 QUIET = "quiet_star_tiny.py:smoke,arms=quiet_star+same_text"

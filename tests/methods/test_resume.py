@@ -20,6 +20,13 @@ ARITHMETIC = [
 ]
 GSM8K = ["done star/stages/iter_001/sample_000.jsonl", "batch star/checkpoints/iter_001 5"]
 
+V_STAR = [
+    "done v_star/stages/iter_002/sample_001.jsonl",  # in the middle of sampling from G_1
+    "done v_star/d_gen/iter_002.jsonl",  # between the two buffers
+    "saving v_star/verifiers/dpo/iter_002/training 4",  # while the verifier trains
+    "done v_star/selection/samples_002_000.jsonl",  # in the middle of the test samples
+]
+
 
 @pytest.fixture(scope="module")
 def arithmetic():
@@ -32,13 +39,18 @@ def gsm8k():
     return runs.gsm8k(), runs.killed(config, GSM8K, runs.SMALLER)
 
 
-PAIRS = pytest.mark.parametrize("pair", ["arithmetic", "gsm8k"])
+@pytest.fixture(scope="module")
+def v_star():
+    return runs.v_star(), runs.killed(runs.V_STAR, V_STAR)
+
+
+PAIRS = pytest.mark.parametrize("pair", ["arithmetic", "gsm8k", "v_star"])
 
 
 @PAIRS
 def test_rationales_and_evaluations_are_byte_identical(pair, request):
     whole, resumed = map(runs.answers, request.getfixturevalue(pair))
-    assert len(whole) == {"arithmetic": 2 * (2 + 2 * 3), "gsm8k": 1 + 2 + 1}[pair]
+    assert len(whole) == {"arithmetic": 2 * (2 + 2 * 3), "gsm8k": 1 + 2 + 1, "v_star": 2 + 3 + 3 + 3 + 4 + 4}[pair]
     assert sorted(whole) == sorted(name for name in resumed if ".jsonl.tmp-" not in name)
     assert [name for name in whole if whole[name] != resumed[name]] == []
 
@@ -46,7 +58,7 @@ def test_rationales_and_evaluations_are_byte_identical(pair, request):
 @PAIRS
 def test_models_are_bit_identical(pair, request):
     whole, resumed = map(runs.weights, request.getfixturevalue(pair))
-    assert len(whole) == {"arithmetic": 1 + 2 * 2, "gsm8k": 1}[pair]
+    assert len(whole) == {"arithmetic": 1 + 2 * 2, "gsm8k": 1, "v_star": 2 + 2 + 3}[pair]
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if whole[name] != resumed[name]] == []
     assert len({str(model) for model in whole.values()}) == len(whole)  # and they are not all the same model

@@ -1,0 +1,182 @@
+"""Choosing one of k solutions, and how good each way of choosing would be for every k.
+
+    greedy             the solution decoded without sampling
+    majority           the answer that most solutions give                                        self-consistency
+    weighted_majority  the same, each vote weighed by its score
+    best_of_k          the solution with the best score: a verifier's, the writer's own, a judge's            V-STaR
+    top_m_vote         the majority among the m best scored                                    Cobbe et al. 2021
+
+A scorer is any `f(prompts, [completions of each]) -> [N, n]`: `verifier.score` with a verifier, or `llm_judge`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from qstar.errors import unknown
+from qstar.sample.vote import best_of, majority, over_subsets, ranking, top_m_vote, weighted_majority
+from qstar.tasks.base import stable_rng
+from qstar.train.evaluate import best_of_k, bootstrap_ci, majority_at_k, pass_at_k, weighted_majority_at_k
+
+Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
+RULES = ("greedy", "majority", "weighted_majority", "best_of_k", "top_m_vote")
+SUBSETS = 200  # drawn to measure the rules that have no closed form
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The n solutions of one problem."""
+
+    answers: Sequence[str | None]  # None: unreadable or cut off; in a measurement "right" stands for every right one
+    correct: Sequence[bool]
+    scores: Mapping[str, Sequence[float]]  # scorer -> one per solution
+    group: str = ""
+
+
+def choose(
+    rule: str, answers: Sequence[str | None], scores: Sequence[float] | None = None, *, m: int = 4
+) -> int | None:
+    """Returns the index of the solution that a rule takes, or None where no solution has an answer (or there is none).
+
+    Args:
+      rule: one of RULES; "greedy" takes the first.
+      scores: larger is better; without them the votes count alone. Of the solutions with the winning answer the best scored
+        is taken. For weighted votes see `weights`.
+
+    Raises:
+      UserError: no such rule.
+    """
+    if rule not in RULES:
+        raise unknown(f"selection rule {rule!r}", rule, RULES)
+    if rule == "greedy":
+        return 0 if answers else None
+    order = ranking(scores) if scores is not None else list(range(len(answers)))
+    scores = [0.0] * len(answers) if scores is None else scores
+    if rule == "best_of_k":
+        return best_of(scores)
+    if rule == "majority":
+        won = majority(answers, [0.0 if math.isnan(s) else s for s in scores])
+    elif rule == "weighted_majority":
+        won = weighted_majority(answers, weights(scores))
+    else:
+        won = top_m_vote(answers, scores, m)
+    return next((i for i in order if answers[i] == won), None) if won is not None else None
+
+
+def weights(scores: Sequence[float]) -> list[float]:
+    """Returns positive weights of votes: chances (scores all in [0, 1]) as they are, log-likelihoods as exp(s - max)."""
+    finite = [s for s in scores if math.isfinite(s)]
+    if not finite:
+        return [1.0] * len(scores)
+    if all(0 <= s <= 1 for s in finite):
+        return [s if math.isfinite(s) else 0.0 for s in scores]
+    top = max(finite)
+    return [math.exp(s - top) if math.isfinite(s) else 0.0 for s in scores]
+
+
+def llm_judge(ask: Callable[[list[str]], list[str]], template: str | None = None) -> Scorer:
+    """Makes a scorer of any model that answers prompts: LLM as a judge (arXiv 2306.05685), one answer at a time.
+
+    One by one there is no order to be biased by; leanings to length and to the judge's own style stay.
+
+    Args:
+      ask: texts -> the judge's replies. template: with {prompt} and {completion}; the grade is the last number of a reply.
+
+    Returns:
+      A scorer; NaN, which comes last, where a reply holds no number.
+    """
+    template = template or _JUDGE
+
+    def scorer(prompts: Sequence[str], completions: Sequence[Sequence[str]]) -> np.ndarray:
+        texts = [template.format(prompt=p, completion=c) for p, cs in zip(prompts, completions) for c in cs]
+        grades = [re.findall(r"-?\d+(?:\.\d+)?", reply) for reply in ask(texts)]
+        flat = [float(found[-1]) if found else math.nan for found in grades]
+        return np.array(flat, np.float32).reshape(len(prompts), -1)
+
+    return scorer
+
+
+_JUDGE = (
+    "Judge the solution of the problem below. Look for the first mistake, if there is one, and then grade how "
+    "likely the solution is right with a number from 0 to 10 on the last line.\n\n"
+    "Problem:\n{prompt}\n\nSolution:\n{completion}\n\nGrade:"
+)
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+
+def ks_for(n: int) -> list[int]:
+    """Returns 1, 2, 4, ... up to n."""
+    return [2**i for i in range(n.bit_length()) if 2**i <= n]
+
+
+def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> dict[str, dict[int, list[float]]]:
+    """Returns rule -> k -> the chance to be right of each problem, from subsets of k of its n solutions.
+
+    Rules: `pass`, `majority`, and for every scorer S: `best/S`, `weighted/S`, `top{m}/S`. The first three are exact
+    expectations over subsets; the last two are means over 200 random ones where there are more.
+    """
+    out: dict[str, dict[int, list[float]]] = {"pass": {}, "majority": {}}
+    scorers = list(problems[0].scores) if problems else []
+    for k in ks:
+        out["pass"][k] = [pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
+        out["majority"][k] = [majority_at_k(_ballot(p), "right", k) for p in problems]
+        for name in scorers:
+            out.setdefault(f"best/{name}", {})[k] = [best_of_k(p.scores[name], p.correct, k) for p in problems]
+            voted = [_voted(p, name, k, m) for p in problems]
+            for rule in voted[0]:
+                out.setdefault(f"{rule}/{name}", {})[k] = [v[rule] for v in voted]
+    return out
+
+
+def _ballot(p: Candidates) -> list[str | None]:
+    return [a and ("right" if right else a) for a, right in zip(p.answers, p.correct)]
+
+
+def _voted(p: Candidates, name: str, k: int, m: int) -> dict[str, float]:
+    """Weighted and top-m votes of one problem."""
+    ballot, scores = _ballot(p), np.nan_to_num(np.asarray(p.scores[name], float), nan=-np.inf)
+    names = sorted({a for a in ballot if a is not None}, key=lambda a: (a != "right", a))
+    votes = np.array([[a == name for name in names] for a in ballot], float).reshape(len(ballot), len(names))
+
+    def top(rows: np.ndarray) -> np.ndarray:
+        order = np.argsort(-scores[rows], axis=1, kind="stable")[:, :m]
+        return _right_share(votes[np.take_along_axis(rows, order, axis=1)].sum(axis=1), names)
+
+    n = len(ballot)
+    weighted = weighted_majority_at_k(ballot, weights(p.scores[name]), "right", k, trials=SUBSETS)[0]
+    return {"weighted": weighted, f"top{m}": over_subsets(top, n, k, trials=SUBSETS)[0]}
+
+
+def _right_share(votes: np.ndarray, names: list[str]) -> np.ndarray:
+    """How much of each vote [S, answers] the right answer wins, the first of `names` if it is there; ties are shared."""
+    if "right" not in names:
+        return np.zeros(len(votes))
+    top = votes.max(axis=1, keepdims=True)
+    winners = (votes >= top) & (top > 0)
+    return winners[:, 0] / np.maximum(winners.sum(axis=1), 1)
+
+
+def summary(values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, dict[str, list[float]]]:
+    """Returns rule -> {k: [mean, low, high]} of `curves`, with the 95% bootstrap interval over problems."""
+    return {
+        rule: {str(k): [float(np.mean(v)), *bootstrap_ci(v)] for k, v in by_k.items()} for rule, by_k in values.items()
+    }
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """Returns [mean, low, high] of a - b over the same problems: a paired 95% bootstrap interval."""
+    d = np.asarray(a, float) - np.asarray(b, float)
+    return [float(d.mean()), *bootstrap_ci(d)]
+
+
+def random_scores(problem: str, n: int) -> list[float]:
+    """Returns scores that mean nothing, the same in every run."""
+    rng = stable_rng("random scores", problem)
+    return [rng.random() for _ in range(n)]

@@ -1,0 +1,173 @@
+"""Measuring selection: N samples per problem from the last generator, once, and every way to choose from k of them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qstar.methods import select as choosing
+from qstar.methods.arms import Arm
+from qstar.methods.rollouts import attempt
+from qstar.methods.run_folder import once, once_json
+from qstar.methods.select import Candidates
+from qstar.methods.verifier import KINDS, Verifier, score
+from qstar.models.model import Model
+from qstar.tasks.base import Problem
+from qstar.train.evaluate import majority_at_k, mean_auc, pass_at_k, pooled_auc
+from qstar.train.metrics import show_table
+from qstar.types import Rollout
+
+
+def sampled_accuracy(ctx: Any, model: Model) -> dict[str, float]:
+    """Returns pass@1, pass@16 and majority@16 on validation problems, for the gates of G_SFT."""
+    settings = dataclasses.replace(ctx.sample_settings, temperature=ctx.select.temperature)
+    folder = ctx.workdir / "g_sft" / "gates"
+    problems = ctx.task.problems("val")
+    rows = attempt(
+        model, ctx.task, problems, settings, k=16, hinted=False, iteration=0, seed=0, folder=folder, stage="val"
+    )
+    some = [candidates(problem, {}) for problem in by_problem(rows)]
+    mean = lambda f: float(np.mean([f(c) for c in some]))  # noqa: E731
+    return {
+        "pass@1": mean(lambda c: np.mean(c.correct)),
+        "pass@16": mean(lambda c: pass_at_k(16, sum(c.correct), 16)),
+        "majority@16": mean(lambda c: majority_at_k(c.answers, "right", 16)),
+    }
+
+
+def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model], n: int) -> dict[str, Any]:
+    """Returns and keeps (selection/iter_NNN.json) the curves of all rules and scorers; prints them; writes metrics rows."""
+    ctx = arm.ctx
+    if not ctx.select.samples:
+        return {}
+    problems = ctx.task.problems(ctx.evaluation.split)[: ctx.select.limit or None]
+    folder = arm.folder / "selection"
+    with arm.timed("select"):
+        rollouts = test_samples(arm, generator, problems, n)
+        scored = once(folder / f"scores_{n:03d}.jsonl", lambda: _score_rows(ctx, rollouts, sft, verifiers))
+        found = once_json(
+            folder / f"iter_{n:03d}.json", lambda: result(rollouts, scored, ctx.select.samples, ctx.select.m)
+        )
+    for k, row in table(found).items():
+        ctx.writer.write(stage="selection", step=int(k), arm=arm.name, iteration=n, **row)
+    if jax.process_index() == 0:
+        show_table(ctx.console, f"{arm.name}: chance to be right with k samples", printed(found))
+    return found
+
+
+def test_samples(arm: Arm, generator: Model, problems: Sequence[Problem], n: int) -> list[Rollout]:
+    """N samples per held-out problem: selection/samples_NNN_RRR.jsonl."""
+    ctx = arm.ctx
+    settings = dataclasses.replace(ctx.sample_settings, temperature=ctx.select.temperature)
+    with ctx.bar("test samples", len(problems) * ctx.select.samples) as progress:
+        return attempt(
+            generator,
+            ctx.task,
+            problems,
+            settings,
+            k=ctx.select.samples,
+            hinted=False,
+            iteration=n,
+            seed=0,
+            folder=arm.folder / "selection",
+            stage=f"samples_{n:03d}",
+            progress=progress,
+        )
+
+
+def _score_rows(ctx: Any, rollouts: list[Rollout], sft: Model, verifiers: dict[str, Model]) -> list[dict[str, Any]]:
+    """One row per sample: its scores. What was cut off is scored as if it had ended there."""
+    prompts, texts = [r.prompt for r in rollouts], [r.completion for r in rollouts]
+    columns: dict[str, Any] = {"own": [r.logprob for r in rollouts]}
+    reference = score(Verifier(sft, "logp"), prompts, texts)
+    for kind, model in verifiers.items():
+        for rule in KINDS[kind]:
+            name = kind if rule in ("logp", "orm") else f"{kind}_{rule.removeprefix('prm_')}"
+            if rule == "logratio":
+                columns[name] = columns[kind] - reference  # not scored twice
+                continue
+            columns[name] = score(Verifier(model, rule, steps=ctx.task.steps), prompts, texts)
+    columns["sft"] = reference
+    if "dpo" in columns:  # ours, not the paper's: the writer and the verifier must both find it likely
+        columns["own+dpo"] = np.asarray(columns["own"]) + columns["dpo"]
+    rows = [{"problem_id": r.problem_id, "sample": r.sample} for r in rollouts]
+    for name, values in columns.items():
+        for row, value in zip(rows, values):
+            row[name] = float(value)
+    return rows
+
+
+def by_problem(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """Returns the samples of each problem."""
+    groups: dict[str, list[Rollout]] = collections.defaultdict(list)
+    for r in rollouts:
+        groups[r.problem_id].append(r)
+    return list(groups.values())
+
+
+def candidates(rows: Sequence[Rollout], scores: dict[str, list[float]]) -> Candidates:
+    """Returns one problem's samples. All right answers count as one, however written; what is cut off does not vote."""
+    answers = [None if r.truncated else ("right" if r.correct else r.answer) for r in rows]
+    return Candidates(answers, [r.correct for r in rows], scores, rows[0].group)
+
+
+def result(rollouts: list[Rollout], scored: list[dict[str, Any]], samples: int, m: int) -> dict[str, Any]:
+    """Returns the curves with their intervals, AUCs, and what a verifier gains over the others at k = 16."""
+    scorers = [name for name in scored[0] if name not in ("problem_id", "sample")]
+    values = {(row["problem_id"], row["sample"]): row for row in scored}
+    some = []
+    for rows in by_problem(rollouts):
+        scores = {s: [values[r.problem_id, r.sample][s] for r in rows] for s in scorers}
+        scores["random"] = choosing.random_scores(rows[0].problem_id, len(rows))
+        some.append(candidates(rows, scores))
+    ks = choosing.ks_for(samples)
+    curves = choosing.curves(some, ks, m=m)
+    at = 16 if samples >= 16 else ks[-1]
+    right = [c.correct for c in some]
+    quality = {s: [c.scores[s] for c in some] for s in some[0].scores}
+    against = {rule: curves[rule][at] for rule in ("majority", "best/own", "best/random")}
+    return {
+        "problems": len(some),
+        "samples": samples,
+        "curves": choosing.summary(curves),
+        "auc": {s: number(mean_auc(v, right)) for s, v in quality.items()},
+        "auc_pooled": {s: number(pooled_auc(v, right)) for s, v in quality.items()},
+        f"gain@{at}": {
+            f"{rule} - {other}": choosing.difference(curves[rule][at], there)
+            for rule in curves
+            if rule.startswith("best/") and rule not in against
+            for other, there in against.items()
+        },
+    }
+
+
+def number(x: float) -> float | None:
+    """Returns x, or None for NaN, which JSON does not have."""
+    return None if math.isnan(x) else x
+
+
+def table(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Returns k -> {rule: mean, rule_low, rule_high}: the metrics rows of a selection."""
+    out: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    for rule, by_k in found["curves"].items():
+        for k, (mean, low, high) in by_k.items():
+            out[k] |= {rule: mean, f"{rule}_low": low, f"{rule}_high": high}
+    return dict(out)
+
+
+def printed(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows of a table: a rule each, its values for some k, and its scorer's AUC."""
+    ks = list(found["curves"]["pass"])
+    shown = [k for k in ks if k in ("1", "4", "16", "64")] or ks
+    rows = []
+    for rule, by_k in found["curves"].items():
+        if rule.startswith(("pass", "majority", "best/")):
+            auc = found["auc"].get(rule.partition("/")[2])
+            rows.append({"rule": rule, **{f"k={k}": by_k[k][0] for k in shown}, "AUC": auc})
+    return rows

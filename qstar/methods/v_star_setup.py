@@ -1,0 +1,95 @@
+"""What a V-STaR run has besides a STaR run: D_SFT, the pairs, the verifiers' settings, and how selection is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from qstar.errors import require
+from qstar.methods import star
+from qstar.methods.arms import Context
+from qstar.methods.pairs import PairSettings
+from qstar.methods.settings import Gate, Sections, settings_from
+from qstar.methods.verifier import VerifierSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class VSections(Sections):
+    """The sections of a V-STaR config."""
+
+    sft: dict = dataclasses.field(default_factory=dict)
+    pairs: dict = dataclasses.field(default_factory=dict)
+    dpo: dict = dataclasses.field(default_factory=dict)
+    orm: dict = dataclasses.field(default_factory=dict)
+    prm: dict = dataclasses.field(default_factory=dict)
+    select: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervision:
+    """D_SFT. A config's `sft` section."""
+
+    problems: int | None = None  # with human solutions; None: all of the training set
+    steps: str = "epochs:2:0"  # of G_SFT (2 epochs on GSM8K, 3 on MBPP)
+
+    def __post_init__(self):
+        star.steps_for(self.steps, 1, 1, 1)
+        require((self.problems is None or self.problems >= 1, f"problems={self.problems} must be at least 1, or None"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Selecting:
+    """How the last generator is sampled to measure selection. A config's `select` section."""
+
+    samples: int = 128  # N per problem
+    temperature: float = 0.7
+    limit: int = 0  # first so many problems (0: all)
+    m: int = 4  # of the top-m vote
+
+    def __post_init__(self):
+        require(
+            (self.samples >= 0, f"samples={self.samples} must be 0 (measure nothing) or more"),
+            (self.temperature >= 0, f"temperature={self.temperature} must be 0 or more"),
+            (self.limit >= 0, f"limit={self.limit} must be 0 (all) or more"),
+            (self.m >= 1, f"m={self.m} must be at least 1"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledGate(Gate):
+    """A bound on what samples of G_SFT are like, on validation problems."""
+
+    NAMES: ClassVar = ("pass@1", "pass@16", "majority@16")
+
+
+@dataclasses.dataclass
+class Study(Context):
+    """One V-STaR run."""
+
+    SECTIONS: ClassVar = VSections
+    GATE: ClassVar = SampledGate
+    sft: Supervision = None
+    pairs: PairSettings = None
+    dpo: VerifierSettings = None
+    orm: VerifierSettings = None
+    prm: VerifierSettings = None
+    select: Selecting = None
+
+    @classmethod
+    def make(cls, config: Any, workdir: Path, console: Console) -> Study:
+        """Reads a config; all that can be wrong in it is found here, before anything is written."""
+        ctx = super().make(config, workdir, console)
+        kinds = {"sft": Supervision, "pairs": PairSettings, "select": Selecting}
+        kinds |= dict.fromkeys(("dpo", "orm", "prm"), VerifierSettings)
+        for name, kind in kinds.items():
+            values = config.get(name)
+            setattr(ctx, name, settings_from(kind, values.to_dict() if values else {}, name))
+        return ctx
+
+    @property
+    def few_shot(self) -> str:
+        """The few-shot text in front of training rows, where the config's `loop` says so."""
+        return self.task.prefix() if self.config.loop.get("few_shot_in_train") else ""

@@ -1,0 +1,297 @@
+"""Verifiers: training one from D_VER, and scoring with it.
+
+A verifier is a model of its own. It never writes solutions (as a generator it soon gets worse, V-STaR, section 4.6), and
+scores those of any generator:
+
+    dpo   the language model that DPO made of G_SFT; score log V(y|x)                                   V-STaR
+    orm   a head on every token; score sigmoid at the last one                                          2110.14168
+    prm   a head after every step; score the least, or the product, of its sigmoids                     2305.20050
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qstar.data.loader import batches
+from qstar.errors import UserError, require, unknown
+from qstar.methods.buffers import Solution
+from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, to_examples
+from qstar.methods.run_folder import once
+from qstar.methods.training import Stage, UpdateSettings, finished, train_stage
+from qstar.models.heads import add_value_head, values
+from qstar.models.model import Model, load, logprobs
+from qstar.tasks.base import Problem, Task
+from qstar.text.packing import Example
+from qstar.train.metrics import Writer
+from qstar.train.preference import dpo_loss
+from qstar.train.step import make_step
+from qstar.train.value import value_loss
+from qstar.types import Batch, Graded, Preference
+
+SCORES = ("logp", "mean_logp", "logratio", "orm", "prm_min", "prm_product")
+KINDS = {"dpo": ("logp", "logratio", "mean_logp"), "orm": ("orm",), "prm": ("prm_min", "prm_product")}
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifierSettings(UpdateSettings):
+    """How a verifier is trained. A config's `dpo`, `orm` and `prm` sections."""
+
+    epochs: float = 1.0
+    steps: int = 0  # instead of epochs, where it is not 0
+    beta: float = 0.1  # dpo: pull towards G_SFT
+    lm_weight: float = 0.1  # orm, prm: of the likelihood of right solutions, beside the judgement
+    dropout: float = 0.2  # orm, prm: on what the head reads
+    packed: bool = True
+    row_length: int = 1024  # for dpo, of a pair's two solutions together
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            (0 < self.epochs < math.inf, f"epochs={self.epochs} must be above 0"),
+            (self.steps >= 0, f"steps={self.steps} must be 0 (as many as epochs says) or more"),
+            (0 < self.beta < math.inf, f"beta={self.beta} must be above 0"),
+            (0 <= self.lm_weight < math.inf, f"lm_weight={self.lm_weight} must be 0 or more"),
+            (0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)"),
+            (self.row_length >= 2, f"row_length={self.row_length} must be at least 2 tokens"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Verifier:
+    """A model and how its numbers become a score."""
+
+    model: Model
+    score: str = ""  # one of SCORES; "": by the model: logp without a head, else orm or prm_min
+    reference: Model | None = None  # for logratio: G_SFT
+    steps: Callable[[str], list[int]] | None = None  # for prm_*: `Task.steps`; None: every line is a step
+
+    @property
+    def rule(self) -> str:
+        """The score's name.
+
+        Raises:
+          UserError: it does not fit the model.
+        """
+        head = self.model.config.value_head
+        rule = self.score or {"": "logp", "orm": "orm", "prm": "prm_min"}[head]
+        if rule not in SCORES:
+            raise unknown(f"score {rule!r}", rule, SCORES)
+        needs = rule.partition("_")[0] if rule in ("orm", "prm_min", "prm_product") else ""
+        require(
+            (
+                head == needs or not needs,
+                f"score {rule!r} needs a model with a value head {needs!r}; this has {head or 'none'}",
+            ),
+            (rule != "logratio" or self.reference is not None, "score 'logratio' needs a reference model, G_SFT"),
+        )
+        return rule
+
+
+def score(
+    verifier: Verifier | Model | str | os.PathLike, prompts: Sequence[Any], completions: Sequence[Any]
+) -> np.ndarray:
+    """Scores solutions, whoever wrote them; larger is better.
+
+    Args:
+      verifier: a Verifier, a model, or the folder of one (see `qstar export --verifier`).
+      prompts: N texts, or lists of token ids taken as they are.
+      completions: N, or N lists of n each: texts, which the model's EOS is put after, or lists of token ids (with their
+        EOS, if they have one; without it a solution is taken as cut off).
+
+    Returns:
+      float32 [N] or [N, n]: `logp` sums log V(token) over the completion, EOS included; `mean_logp` divides by their number;
+      `logratio` subtracts the reference's; `orm` is the chance of being right, read at the last token; `prm_min` and
+      `prm_product` those of all steps, the least or all together.
+
+    Raises:
+      UserError: see `model.logprobs`; a score that does not fit the model.
+    """
+    v = (
+        verifier
+        if isinstance(verifier, Verifier)
+        else Verifier(verifier if isinstance(verifier, Model) else load(verifier))
+    )
+    rule = v.rule
+    if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
+        raise UserError(
+            "prompts and completions are two lists of one length; several completions of a prompt are a list"
+        )
+    nested = bool(completions) and _is_list_of_completions(completions[0])
+    if nested and len({len(c) for c in completions}) > 1:
+        raise UserError("every prompt needs equally many completions: pad the lists, or score them one by one")
+    flat = [(p, c) for p, cs in zip(prompts, completions) for c in (cs if nested else [cs])]
+    rows: dict[tuple, int] = {}  # equal solutions are scored once
+    index = [rows.setdefault((_hashable(p), _hashable(c)), len(rows)) for p, c in flat]
+    found = _scores(v, rule, list(rows))
+    out = found[np.asarray(index, int)] if flat else np.zeros(0, np.float32)
+    return out.reshape(len(prompts), -1) if nested else out
+
+
+def _is_list_of_completions(x: Any) -> bool:
+    return (
+        not isinstance(x, str) and len(x) > 0 and (isinstance(x[0], str) or isinstance(x[0], (list, tuple, np.ndarray)))
+    )
+
+
+def _hashable(x: Any) -> Any:
+    return x if isinstance(x, str) else tuple(int(t) for t in x)
+
+
+def _scores(v: Verifier, rule: str, pairs: Sequence[tuple[Any, Any]]) -> np.ndarray:
+    texts = [c for _, c in pairs]
+    rows = [_ids(v.model, p, c) for p, c in pairs]
+    heads, tails = [e.prompt for e in rows], [e.completion for e in rows]
+    if rule in ("logp", "mean_logp", "logratio"):
+        each = logprobs(v.model, heads, tails)
+        sums = np.array([x.sum() for x in each], np.float32)
+        if rule == "mean_logp":
+            return sums / np.array([max(1, len(x)) for x in each], np.float32)
+        return sums - _scores(Verifier(v.reference), "logp", pairs) if rule == "logratio" else sums
+    odds = values(v.model, heads, tails)
+    if rule == "orm":
+        return np.array([_sigmoid(x[-1:]).sum() for x in odds], np.float32)
+    task = _Steps(v.steps)
+    out = np.zeros(len(pairs), np.float32)
+    for i, ((prompt, _), text, x) in enumerate(zip(pairs, texts, odds)):
+        if not isinstance(text, str) or not isinstance(prompt, str):
+            raise UserError(f"score {rule!r} needs texts: where steps end cannot be told from token ids")
+        judged = _sigmoid(x[step_ends(task, v.model.tokenizer, prompt, text)])
+        out[i] = judged.min() if rule == "prm_min" else judged.prod()
+    return out
+
+
+class _Steps(Task):
+    def __init__(self, steps: Callable[[str], list[int]] | None):
+        self.steps = steps or super().steps
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+def _ids(model: Model, prompt: Any, completion: Any) -> Example:
+    if isinstance(completion, str):
+        if model.tokenizer is None:
+            raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids")
+        if isinstance(prompt, str):
+            return to_examples(model.tokenizer, prompt, [completion])[0]
+        return Example(list(prompt), [*model.tokenizer.encode(completion), model.tokenizer.eos_id])
+    head = model.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+    return Example(head, list(completion))
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Where a verifier is trained, and how."""
+
+    folder: Path
+    settings: VerifierSettings
+    seed: int
+    writer: Writer
+    label: dict[str, Any]
+    bar: Callable[[int], Any] = contextlib.nullcontext  # steps -> a context that yields the progress bar's update
+
+
+def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[str, Any]]:
+    """Trains V by DPO: initial policy and reference are both G_SFT, whose log-probabilities are computed once.
+
+    FOLDER/pairs.jsonl holds the pairs with them: killed at any point and called again, it ends with the same bits.
+
+    Raises:
+      UserError: no pairs, or none that fits into a row.
+    """
+    s = job.settings
+
+    def make() -> list[dict[str, Any]]:
+        prompts, both = [p.prompt for p in pairs], [[p.chosen, p.rejected] for p in pairs]
+        scores = score(Verifier(sft, "logp"), prompts, both).astype(float)
+        return [{**dataclasses.asdict(p), "reference": r.tolist()} for p, r in zip(pairs, scores)]
+
+    rows = once(job.folder / "pairs.jsonl", make)
+    groups = [tuple(to_examples(sft.tokenizer, r["prompt"], [r["chosen"], r["rejected"]])) for r in rows]
+    fits = [i for i, group in enumerate(groups) if sum(map(len, group)) <= s.row_length]
+    if not fits:
+        raise UserError(f"config.dpo.row_length={s.row_length}: none of {len(rows)} pairs fits into a row")
+    reference = np.array([rows[i]["reference"] for i in fits], np.float32)
+    arrays = pair_arrays([groups[i] for i in fits], reference, s.row_length, s.packed)
+    tx, step = _dpo_step(sft.config, s)
+
+    def to_batch(a: dict[str, np.ndarray]) -> Preference:
+        extra = {k: a.pop(k) for k in ("reference", "weight")}
+        return Preference(Batch(**a), **extra)
+
+    model, summary = _train(sft, job, tx, step, arrays, to_batch, "dpo")
+    return model, {**summary, "pairs": len(fits), "dropped_pairs": len(rows) - len(fits)}
+
+
+def train_head(
+    sft: Model, kind: str, solutions: Sequence[Solution], task: Task, problems: dict[str, Problem], job: Job
+) -> tuple[Model, dict[str, Any]]:
+    """Trains an ORM or a PRM, from G_SFT with a fresh head, on the solutions of D_VER.
+
+    Raises:
+      UserError: nothing fits into a row; for a PRM, a task that cannot judge steps (see `Task.step_labels`).
+    """
+    s, tokenizer = job.settings, sft.tokenizer
+    steps = None
+    if kind == "prm":
+        labels = [task.step_labels(problems[x.problem_id], x.completion) for x in solutions]
+        fault = f"config.loop.verifiers: task {task.name} cannot judge single steps, which a prm learns from; use orm or dpo"
+        require((all(label is not None for label in labels), fault))
+        ends = [step_ends(task, tokenizer, x.prompt, x.completion) for x in solutions]
+        steps = [(e, label[-len(e) :]) for e, label in zip(ends, labels)]
+    sizes = [len(to_examples(tokenizer, x.prompt, [x.completion])[0]) for x in solutions]
+    fits = [i for i, size in enumerate(sizes) if size <= s.row_length]
+    if not fits:
+        raise UserError(f"config.{kind}.row_length={s.row_length}: none of {len(solutions)} solutions fits into a row")
+    some = [solutions[i] for i in fits]
+    arrays = graded_arrays(some, tokenizer, s.row_length, s.packed, steps and [steps[i] for i in fits])
+    start = add_value_head(sft, kind)
+    tx, step = _value_step(start.config, s)
+
+    def to_batch(a: dict[str, np.ndarray]) -> Graded:
+        extra = {k: a.pop(k) for k in ("labels", "weight")}
+        return Graded(Batch(**a), **extra)
+
+    model, summary = _train(start, job, tx, step, arrays, to_batch, kind)
+    return model, {**summary, "solutions": len(fits), "dropped_solutions": len(solutions) - len(fits)}
+
+
+@functools.cache
+def _dpo_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
+    tx = s.optimiser()
+    return tx, make_step(s.through(functools.partial(dpo_loss, config=config, beta=s.beta)), tx, s.accumulate)
+
+
+@functools.cache
+def _value_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
+    tx = s.optimiser()
+    loss = functools.partial(value_loss, config=config, lm_weight=s.lm_weight, dropout=s.dropout)
+    return tx, make_step(s.through(loss), tx, s.accumulate)
+
+
+def _train(start, job, tx, step, arrays, to_batch, kind):
+    s, rows = job.settings, len(arrays["tokens"])
+    steps = s.steps or max(1, round(s.epochs * rows / s.batch_size))
+    batch_at = None
+    if not finished(job.folder):
+        shard = (jax.process_index(), jax.process_count())
+        stream = batches(arrays, s.batch_size, seed=job.seed, shard=shard)
+        batch_at = lambda n: to_batch(stream[n])  # noqa: E731
+    with job.bar(steps) as progress:
+        shown = progress if callable(progress) else None
+        stage = Stage(job.folder, s, steps, job.seed, job.writer, job.label, shown, kind)
+        return train_stage(start, stage, tx, lambda n: step, batch_at)

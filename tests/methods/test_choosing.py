@@ -1,0 +1,142 @@
+"""Choosing one of k solutions, and the expected value of every rule, against all subsets counted one by one."""
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from qstar.errors import UserError
+from qstar.methods import select
+from qstar.methods.select import Candidates, choose, curves
+from qstar.sample.vote import best_of, majority, top_m_vote, weighted_majority
+
+NAN = math.nan
+
+
+def test_best_of_takes_the_first_of_the_best_and_no_number_last():
+    assert best_of([1.0, 3.0, 3.0]) == 1 and best_of([NAN, -math.inf, NAN]) == 1
+    assert best_of([NAN, NAN]) == 0 and best_of([]) is None
+
+
+def test_weighted_votes():
+    assert weighted_majority(["a", "b", "b"], [0.9, 0.4, 0.4]) == "a"
+    assert weighted_majority(["a", "b", "b"], [0.9, 0.5, 0.5]) == "b"
+    assert weighted_majority([None, "b"], [9.0, 0.1]) == "b" and weighted_majority([None], [1.0]) is None
+    assert weighted_majority(["a", "b"], [NAN, 0.1]) == "b"
+
+
+def test_equal_weights_make_the_plain_majority():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        answers = [[None, "a", "b", "c"][i] for i in rng.integers(0, 4, 7)]
+        votes = {a: answers.count(a) for a in answers if a is not None}
+        won = weighted_majority(answers, [1.0] * 7)
+        assert won is None if not votes else votes[won] == max(votes.values()) == votes[majority(answers)]
+
+
+def test_top_m_votes_among_the_best_alone():
+    answers, scores = ["a", "b", "b", "c", "c"], [5.0, 1.0, 0.0, 4.0, 3.0]
+    assert top_m_vote(answers, scores, 1) == "a" and top_m_vote(answers, scores, 3) == "c"
+    assert top_m_vote(answers, scores, 2) == "a"  # a tie goes to the better score
+    assert top_m_vote(answers, scores, 99) == "c"
+    with pytest.raises(ValueError, match="m=0"):
+        top_m_vote(answers, scores, 0)
+
+
+def test_a_rule_takes_the_best_scored_solution_of_the_winning_answer():
+    answers, scores = ["a", "b", "b", None], [-1.0, -3.0, -2.0, 0.0]
+    assert choose("greedy", answers) == 0
+    assert choose("majority", answers, scores) == 2 and choose("majority", answers) == 1
+    assert choose("best_of_k", answers, scores) == 3  # a verifier may prefer what cannot be read: so be it
+    assert choose("weighted_majority", answers, scores) == 0  # e^-1 against e^-3 + e^-2
+    assert choose("top_m_vote", answers, scores, m=2) == 0
+    assert choose("majority", [None, None]) is None and choose("greedy", []) is None
+    with pytest.raises(UserError, match="majority"):
+        choose("majorty", answers)
+
+
+def test_chances_weigh_as_they_are_and_likelihoods_by_their_exponential():
+    assert select.weights([0.2, 1.0, NAN]) == [0.2, 1.0, 0.0]
+    assert select.weights([-700.0, -701.0]) == pytest.approx([1.0, math.exp(-1)])
+    assert select.weights([NAN, NAN]) == [1.0, 1.0]
+
+
+def brute(problem, k, win):
+    """The mean over all subsets of k."""
+    found = [win(list(s)) for s in itertools.combinations(range(len(problem.answers)), k)]
+    return sum(found) / len(found)
+
+
+def share(values, correct):
+    """How often a uniform choice among the largest is right."""
+    top = [c for v, c in zip(values, correct) if v == max(values)]
+    return sum(top) / len(top)
+
+
+@pytest.fixture(scope="module")
+def problems():
+    rng = np.random.default_rng(1)
+    out = []
+    for _ in range(6):
+        correct = rng.random(8) < 0.4
+        answers = ["right" if c else rng.choice([None, "x", "y"], p=[0.2, 0.5, 0.3]) for c in correct]
+        scores = {"v": rng.integers(0, 4, 8).astype(float), "logp": rng.normal(-9, 1, 8)}
+        out.append(Candidates(answers, correct.tolist(), scores))
+    return out
+
+
+def test_best_of_k_is_the_mean_over_all_subsets(problems):
+    found = curves(problems, [1, 2, 4, 8])
+    for k, p in itertools.product([1, 2, 4, 8], range(len(problems))):
+        c = problems[p]
+        for name in ("v", "logp"):
+            exact = brute(c, k, lambda s: share([c.scores[name][i] for i in s], [c.correct[i] for i in s]))  # noqa: B023
+            assert found[f"best/{name}"][k][p] == pytest.approx(exact)
+        assert found["pass"][k][p] == pytest.approx(brute(c, k, lambda s: any(c.correct[i] for i in s)))  # noqa: B023
+        assert found["majority"][1][p] == pytest.approx(np.mean(c.correct))
+
+
+def test_votes_by_score_are_near_the_mean_over_all_subsets(problems):
+    k, m = 4, 2
+    found = curves(problems, [k, 8], m=m)
+
+    def weighted(c, s):
+        votes = {}
+        for i in s:
+            if c.answers[i] is not None:
+                votes[c.answers[i]] = votes.get(c.answers[i], 0) + math.exp(c.scores["logp"][i])
+        return bool(votes) and max(votes, key=votes.get) == "right"
+
+    def top(c, s):
+        best = sorted(s, key=lambda i: -c.scores["logp"][i])[:m]
+        votes = [c.answers[i] for i in best if c.answers[i] is not None]
+        counts = {a: votes.count(a) for a in votes}
+        return share(list(counts.values()), [a == "right" for a in counts]) if votes else 0.0
+
+    for rule, win in (("weighted", weighted), (f"top{m}", top)):
+        ours = [found[f"{rule}/logp"][k][i] for i in range(len(problems))]
+        exact = [brute(c, k, functools.partial(win, c)) for c in problems]
+        np.testing.assert_allclose(ours, exact, atol=0.13)  # 200 of 70 subsets, drawn
+        assert np.mean(ours) == pytest.approx(np.mean(exact), abs=0.04)
+        assert found[f"{rule}/logp"][8][0] == pytest.approx(brute(problems[0], 8, lambda s: win(problems[0], s)))
+
+
+def test_a_judge_grades_one_solution_at_a_time_and_a_reply_without_number_comes_last():
+    asked = []
+
+    def ask(texts):
+        asked.extend(texts)
+        return ["Step 2 is wrong.\n3", "fine: 9.5", "no idea", "-1"]
+
+    scores = select.llm_judge(ask)(["p", "q"], [["a", "b"], ["c", "d"]])
+    assert scores.shape == (2, 2) and scores[0].tolist() == [3.0, 9.5] and scores[1, 1] == -1
+    assert math.isnan(scores[1, 0]) and "p" in asked[1] and "b" in asked[1] and best_of(scores[1]) == 1
+
+
+def test_a_paired_difference_is_narrower_than_its_parts():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)
+    gain, low, high = select.difference(hard + 0.05, hard)
+    assert gain == pytest.approx(0.05) and low == pytest.approx(0.05) and high == pytest.approx(0.05)

@@ -1,0 +1,183 @@
+"""V-STaR's loop with scripted samplers and trainers: what enters D_GEN and D_VER, and what is trained on what, per preset."""
+
+import json
+
+import pytest
+
+from qstar.data.sources import read_jsonl
+from qstar.errors import UserError
+from qstar.methods import arms, star, v_star, v_star_measure
+from qstar.methods.arms import Arm
+from qstar.methods.v_star_setup import Study
+from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
+from qstar.text.tokenizer import char_tokenizer
+from tests.methods import stub
+
+
+class Fake:
+    """A model that is only a name."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+def study(tmp_path, preset, **own):
+    from configs.v_star_arithmetic import get_config
+
+    config = get_config("smoke")
+    config.task.pool, config.task.seeds = {"1": 6}, {"1": (4, 0)}
+    config.task.update(eval_digits=[1], eval_per_length=4)
+    config.sft = {"problems": 3, "steps": "lin:2:0"}
+    config.loop = {"n_iters": 3, "k": 2, "steps": "lin:2:0"}
+    config.select.update(samples=2)
+    config.arms = {"arm": {"preset": preset, "k": 2, **own}}
+    ctx = Study.make(config, tmp_path, stub.Silent())
+    ctx.tokenizer = char_tokenizer(ALPHABET, pad=PAD, eos=EOS)
+    ctx.start()
+    return ctx
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Scripted stages. Of problems whose first digit is odd, sample 0 is right (`right`, another text in every iteration);
+    sample 1 is wrong. Returns what was done, in order."""
+    log = []
+
+    def attempt(model, task, problems, settings, *, k, iteration, stage, **_):
+        log.append(("sample" if stage == "sample" else "test", model.name, iteration))
+        rows = []
+        for p in problems:
+            odd = int(p.id[0]) % 2
+            for j in range(k):
+                text = right(p, iteration) if odd and j == 0 else f"#{iteration}{j}"
+                rows.append(stub.rollout(task, p, text, iteration=iteration, sample=j))
+        return rows
+
+    def train(arm, loop, start, examples, n):
+        rows = sorted(arm.ctx.tokenizer.decode(e.prompt + e.completion) for e in examples)
+        log.append(("sft", start.name, rows))
+        return Fake(f"G{n}"), {"trained_rows": len(rows)}
+
+    def dpo(sft, pairs, job):
+        log.append(("dpo", sft.name, pairs))
+        return Fake("V"), {"steps": 1, "loss": 0.5, "accuracy": 1.0}
+
+    def head(sft, kind, solutions, task, problems, job):
+        log.append((kind, sft.name, solutions))
+        assert {s.problem_id for s in solutions} <= problems.keys()
+        return Fake(kind), {"steps": 1, "loss": 0.5, "accuracy": 1.0}
+
+    monkeypatch.setattr(v_star, "attempt", attempt)
+    monkeypatch.setattr(v_star_measure, "attempt", attempt)
+    monkeypatch.setattr(arms, "attempt", attempt)
+    monkeypatch.setattr(star, "train", train)
+    monkeypatch.setattr(v_star, "train_dpo", dpo)
+    monkeypatch.setattr(v_star, "train_head", head)
+    monkeypatch.setattr(v_star_measure, "score", lambda v, prompts, texts: __import__("numpy").zeros(len(texts)))
+    return log
+
+
+def go(ctx):
+    loop = ctx.arm_settings(v_star.Loop, v_star.PRESETS, "arm")
+    arm = Arm(ctx, "arm")
+    v_star.outer_loop(arm, loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
+    return arm
+
+
+def right(problem, n):
+    """What the script of iteration n answers."""
+    return "|" * n + f"#{problem.gold}"
+
+
+def test_v_star_accumulates_restarts_from_the_base_and_trains_one_verifier_from_g_sft(tmp_path, told):
+    ctx = study(tmp_path, "v_star")
+    go(ctx)
+    kinds = [(kind, name) for kind, name, *_ in told if kind != "test"]
+    assert kinds == [("sample", "G_SFT"), ("sft", "base"), ("sample", "G1"), ("sft", "base"), ("sample", "G2"),
+                     ("sft", "base"), ("dpo", "G_SFT")]  # fmt: skip
+    odd = [p for p in ctx.task.pool(1, ctx.seed, None) if int(p.id[0]) % 2]
+    gold = [s.prompt + s.completion for s in v_star.d_sft(ctx)]
+    for n, rows in enumerate([rows for kind, _, rows in told if kind == "sft"], 1):
+        assert rows == sorted(gold + [ctx.task.prompt(p) + right(p, m) for p in odd for m in range(1, n + 1)])
+
+
+def test_the_buffers_hold_who_found_what_and_the_pairs_come_from_all_of_them(tmp_path, told):
+    ctx = study(tmp_path, "v_star")
+    arm = go(ctx)
+    d_ver = [row for n in range(4) for row in read_jsonl(arm.folder / "d_ver" / f"iter_{n:03d}.jsonl")]
+    d_gen = [row for n in range(4) for row in read_jsonl(arm.folder / "d_gen" / f"iter_{n:03d}.jsonl")]
+    assert all(row["correct"] for row in d_gen) and {r["source"] for r in d_gen} == {"human", "model"}
+    assert {(r["iteration"], r["source"]) for r in d_ver if not r["correct"]} == {(n, "model") for n in (1, 2, 3)}
+    assert [r for r in d_ver if r["source"] == "human"] == [r for r in d_gen if r["source"] == "human"]
+    pairs = next(what for kind, _, what in told if kind == "dpo")
+    wrong = {r["completion"] for r in d_ver if not r["correct"]}
+    assert pairs and {p.rejected for p in pairs} <= wrong and {p.rejected[1] for p in pairs} == {"1", "2", "3"}
+
+
+@pytest.mark.parametrize(
+    "preset, samples, generators, verified",
+    [
+        ("sft", [], [], []),
+        ("verification", ["G_SFT"], [], ["dpo"]),
+        ("star", ["G_SFT", "G1", "G2"], ["model"] * 3, []),
+        ("rft", ["G_SFT"], ["both"], []),
+        ("star_dagger", ["G_SFT", "G1", "G2"], ["both"] * 3, []),
+        ("v_star_1iter", ["G_SFT"], ["both"], ["dpo"]),
+        ("v_star", ["G_SFT", "G1", "G2"], ["both"] * 3, ["dpo"]),
+    ],
+)
+def test_the_rows_of_the_table_of_baselines(tmp_path, told, preset, samples, generators, verified):
+    """2402.06457, table 1: data of the generator, data of the verifier, iterative or not."""
+    ctx = study(tmp_path, preset)
+    go(ctx)
+    gold = {s.prompt + s.completion for s in v_star.d_sft(ctx)}
+    assert [name for kind, name, *_ in told if kind == "sample"] == samples
+    trained = [(name, set(rows)) for kind, name, rows in told if kind == "sft"]
+    assert all(name == "base" for name, _ in trained) and len(trained) == len(generators)
+    for (_, rows), what in zip(trained, generators):
+        assert (gold <= rows) == (what == "both") and rows - gold
+    assert [kind for kind, *_ in told if kind == "dpo"] == verified
+    assert v_star.PRESETS[preset].get("k", 16) * max(1, len(samples)) in (16, 48)  # as many samples in all
+
+
+def test_a_verifier_in_every_iteration_and_other_kinds_if_asked_for(tmp_path, told):
+    ctx = study(tmp_path, "v_star", verifier_every_iter=True, verifiers=("dpo", "orm", "prm"))
+    arm = go(ctx)
+    kinds = [kind for kind, *_ in told if kind in ("dpo", "orm", "prm")]
+    assert kinds == ["dpo", "orm", "prm"] * 3
+    sizes = [len(what) for kind, _, what in told if kind == "orm"]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert sorted(p.name for p in (arm.folder / "selection").glob("iter_*.json")) == [f"iter_{n:03d}.json" for n in (1, 2, 3)]
+    found = json.loads((arm.folder / "selection" / "iter_003.json").read_text())
+    assert {"best/own", "best/dpo", "best/dpo_logratio", "best/orm", "best/prm_min", "best/random"} <= set(found["curves"])
+
+
+def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, monkeypatch):
+    folders = []
+    inner = v_star.attempt
+
+    def attempt(*args, folder, seed, **kw):
+        folders.append((folder.relative_to(tmp_path), seed))
+        return inner(*args, **kw)
+
+    monkeypatch.setattr(v_star, "attempt", attempt)
+    ctx = study(tmp_path, "v_star")
+    ctx.config.arms = {"arm": {"preset": "v_star", "k": 2}, "other": {"preset": "v_star", "k": 2}}
+    for name in ("arm", "other"):
+        loop = ctx.arm_settings(v_star.Loop, v_star.PRESETS, name)
+        v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
+    assert folders[0] == folders[3] and len({f for f in folders}) == 5
+
+
+@pytest.mark.parametrize("own", [{"verifiers": ("dop",)}, {"rationalize": True}, {"accumulate": False}])
+def test_switches_that_make_no_sense_are_named(own, tmp_path):
+    ctx = study(tmp_path, "v_star", **own)
+    with pytest.raises(UserError, match=next(iter(own))):
+        ctx.arm_settings(v_star.Loop, v_star.PRESETS, "arm")
+
+
+def test_data_without_solutions_is_refused(tmp_path, monkeypatch):
+    ctx = study(tmp_path, "v_star")
+    monkeypatch.setattr(type(ctx.task), "solution", lambda self, problem: None)
+    with pytest.raises(UserError, match="D_SFT"):
+        v_star.d_sft(ctx)
