@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 from qstar.errors import UserError, unknown
+from qstar.models import encdec_config
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.thought_config import ThoughtConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,7 +23,7 @@ SIZES = (
     "scan_unroll",
     "piece_tokens",
 )
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj", "t5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +186,8 @@ def _gptj_6b(**changes: Any) -> ModelConfig:
 # ------------------------------------------------------------------------------------------ Hugging Face config.json
 
 
-def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """Reads a Hugging Face `config.json`.
+def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig | EncDecConfig:
+    """Reads a Hugging Face `config.json`, of a decoder or of a T5.
 
     Raises:
       UserError: a family, activation or option that is not implemented, or a missing key; the line names it.
@@ -195,6 +197,7 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
         "gpt2": _from_gpt2,
         "gptj": _from_gptj,
         **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _from_llama),
+        "t5": encdec_config.from_hf,
     }
     if config.get("qstar_family") == "tiny":
         return _thinking(_from_tiny(config), config)
@@ -348,13 +351,15 @@ def _from_tiny(c: dict[str, Any]) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
+def to_hf(config: ModelConfig | EncDecConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json` that `from_hf` and transformers read back.
 
     A model that thinks adds the key `qstar_thoughts`, a verifier with a head `qstar_value_head`; transformers ignores
     both. The `tiny` preset is no Hugging Face architecture: its file carries this class' own fields and only qstar loads
     it.
     """
+    if isinstance(config, EncDecConfig):
+        return encdec_config.to_hf(config)
     out = _to_hf(config)
     if config.value_head:
         out["qstar_value_head"] = config.value_head

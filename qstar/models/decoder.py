@@ -35,6 +35,7 @@ PARAM_AXES = (
     (r"value/kernel$", ("embed", None)),
     (r"embed/table$", ("vocab", "embed")),
     (r"positions/table$", (None, "embed")),
+    (r"relative/table$", (None, "heads")),
     (r"(q|k|v)/kernel$", ("embed", "heads")),
     (r"(q|k|v)/bias$", ("heads",)),
     (r"o/kernel$", ("heads", "embed")),
@@ -162,13 +163,16 @@ def run(
     return Norm(config.norm, config.norm_eps).apply({"params": params["final_norm"]}, x), kv
 
 
-def head(params: Params, config: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the vocabulary projection [E, V] and its bias [V] or None (the embedding transposed where it is tied)."""
+def head(params: Params, config: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the vocabulary projection [E, V] and its bias [V] or None (the embedding transposed where it is tied).
+
+    For an encoder-decoder, too: its tree has the same names there.
+    """
     own = params.get("head", {})
     return params["embed"]["table"].T if config.tie_embeddings else own["kernel"], own.get("bias")
 
 
-def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+def unembed(params: Params, config: Any, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., E]; products in the hidden dtype, sums in float32."""
     kernel, bias = head(params, config)
     logits = jnp.matmul(

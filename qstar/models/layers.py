@@ -19,8 +19,9 @@ from qstar.models.attention import attend, precision, write_column
 from qstar.models.config import ModelConfig
 from qstar.types import Params, Ring, Segment, Shared
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
+    "relu": nn.relu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
@@ -135,7 +136,7 @@ class Block(nn.Module):
 
     def _mlp(self, h: jax.Array, out_std: float) -> jax.Array:
         c = self.config
-        act = _ACTIVATIONS[c.activation]
+        act = ACTIVATIONS[c.activation]
         up = Linear(c.intermediate_size, c.mlp_bias, c.init_std, name="up")(h)
         if c.gated_mlp:
             up = act(Linear(c.intermediate_size, c.mlp_bias, c.init_std, name="gate")(h)) * up

@@ -12,8 +12,10 @@ import numpy as np
 
 from qstar.errors import UserError, require
 from qstar.mesh import batch_sharding, replicated
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
 from qstar.sample import sampler as S
+from qstar.sample import seq2seq
 from qstar.sample.logits import Knobs
 from qstar.types import Completion
 
@@ -98,6 +100,11 @@ def stream(
     """Like `generate`, but yields (prompt index, sample index, completion) as completions finish."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     _check_knobs(max_new_tokens, temperature, top_k, top_p, n, stop)
+    if isinstance(model.config, EncDecConfig):
+        yield from _read_and_write(
+            model, prompts, prefix, max_new_tokens, temperature, top_k, top_p, n, stop, seed, slots
+        )
+        return
     prefix_ids, rows = _encode(model, prompts, prefix)
     _check_lengths(model, prefix_ids, rows, max_new_tokens)
     if stop and model.tokenizer is None:
@@ -109,6 +116,24 @@ def stream(
         requests = [Request(i, j, tuple(rows[i])) for i in members for j in range(n)]
         queue = _Queue(model, params, shared, requests, n, length, max_new_tokens, slots, seed, stop)
         yield from queue.run(knobs)
+
+
+def _read_and_write(model, prompts, prefix, max_new_tokens, temperature, top_k, top_p, n, stop, seed, slots):
+    """`stream` of an encoder-decoder: its prompts (with the prefix in front) go into the encoder."""
+    rows = seq2seq.encode_prompts(model, prompts, prefix)
+    if stop and model.tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this model has none; pass tokens and rely on the EOS id")
+    yield from seq2seq.stream(
+        model,
+        rows,
+        _buckets([len(r) for r in rows], n),
+        max_new_tokens=max_new_tokens,
+        knobs=Knobs.make(temperature, top_k, top_p),
+        n=n,
+        stop=stop,
+        seed=seed,
+        slots=slots or default_slots(len(rows) * n),
+    )
 
 
 class _Queue:
