@@ -314,7 +314,7 @@ def _check_lengths(model: Model, prefix: list[int], rows: list[list[int]], max_n
 
 
 def _prefill_prefix(model: Model, params, prefix_ids: list[int]) -> S.Prefix:
-    padded = np.zeros(_bucket(len(prefix_ids)) if prefix_ids else 0, np.int32)
+    padded = np.zeros(padded_length(len(prefix_ids)) if prefix_ids else 0, np.int32)
     padded[: len(prefix_ids)] = prefix_ids
     return S.prefill_prefix(params, model.config, jnp.asarray(padded), jnp.int32(len(prefix_ids)))
 
@@ -328,7 +328,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _bucket(n: int) -> int:
+def padded_length(n: int) -> int:
     """Padded length: the next of 8, 12, 16, 24, 32, 48, 64, 96, ... (at most a third of it padding, from 8 up)."""
     size = max(8, _power_of_two(n))
     return size * 3 // 4 if size >= 16 and n <= size * 3 // 4 else size
@@ -338,7 +338,7 @@ def _buckets(lengths: Sequence[int], n: int) -> list[tuple[int, list[int]]]:
     """Groups prompt indices by padded length, shortest first; a group too small to fill the slots joins the next."""
     groups: dict[int, list[int]] = collections.defaultdict(list)
     for i, length in enumerate(lengths):
-        groups[_bucket(length)].append(i)
+        groups[padded_length(length)].append(i)
     out: list[tuple[int, list[int]]] = []
     carried: list[int] = []
     sizes = sorted(groups)
