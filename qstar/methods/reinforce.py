@@ -42,7 +42,7 @@ from qstar.train.loop import Diverged
 from qstar.train.metrics import Writer
 from qstar.train.state import TrainState, create_state
 from qstar.train.step import make_step
-from qstar.types import Completion
+from qstar.types import Completion, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +120,14 @@ def reinforce(
     writer: Writer,
     label: dict[str, Any],
     progress: Callable[[int, dict[str, float]], None] | None = None,
+    watch: Callable[[int, Params], None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a copy of `start` on the environment's scores; returns the new model with a summary.
 
     Args:
       folder: holds `model/` (the parameters) and `summary.json` when done, and `training/` until then.
       label: arm and so on, for the metrics rows (stage "rl").
+      watch: is shown (updates done, the policy's parameters) after every update; it may read them, not keep them.
 
     Raises:
       UserError: minibatches that do not divide the responses. Diverged: updates that were not finite.
@@ -142,7 +144,7 @@ def reinforce(
         weights.close()
         return start.replace(params=params), once_json(done, dict)
     run = Run(start, environment, rl_settings, settings, seed, _encoder(start))
-    params, summary = _train(run, folder, writer, label, progress)
+    params, summary = _train(run, folder, writer, label, progress, watch)
     weights.save(summary["updates"], params)
     weights.close()
     once_json(done, lambda: summary)
@@ -150,7 +152,9 @@ def reinforce(
     return start.replace(params=params), summary
 
 
-def _train(run: Run, folder: Path, writer: Writer, label: dict[str, Any], progress: Any) -> tuple[Any, dict[str, Any]]:
+def _train(
+    run: Run, folder: Path, writer: Writer, label: dict[str, Any], progress: Any, watch: Any
+) -> tuple[Any, dict[str, Any]]:
     s = run.settings
     tx, step = _compiled(**run.static, update=_only_updates(s))
     params = {"policy": run.start.params}
@@ -176,6 +180,8 @@ def _train(run: Run, folder: Path, writer: Writer, label: dict[str, Any], progre
             writer.write(stage="rl", step=last, lr=float(lr_at(update)), **label, **metrics)
         if progress is not None:
             progress(last, {"loss": metrics["loss"]})
+        if watch is not None:
+            watch(last, state.params["policy"])
         if s.max_kl and metrics["kl"] > s.max_kl:
             stopped = f"{metrics['kl']:.2f} nats per response from the reference (max_kl={s.max_kl})"
             break
