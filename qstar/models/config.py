@@ -56,6 +56,8 @@ class ModelConfig:
     rope_scaling: tuple[tuple[str, Any], ...] | None = None  # sorted items of the Hugging Face dict
     sliding_window: int | None = None  # a token sees itself and the window-1 before it
     tie_embeddings: bool = True
+    relative_bias: bool = False  # each head of each layer adds a learned number per distance to its scores
+    local_init: float = 0.0  # of it, in layer 0: head h begins by looking h tokens back (all heads but the last)
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
     bos_id: int | None = None
     eos_id: int | None = None
@@ -84,6 +86,8 @@ class ModelConfig:
                 raise UserError(f"model config: {name}={size!r} must be a whole number of at least 1")
         if self.dtype not in DTYPES:
             raise UserError(f"model config: dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.thoughts is not None and self.relative_bias:
+            raise UserError("model config: thoughts and relative_bias do not go together; leave one of them out")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"

@@ -60,6 +60,10 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
     }
     if c.position == "learned":
         params["positions"] = {"table": c.init_std * jax.random.normal(keys[2], (c.max_positions, c.hidden_size))}
+    if c.relative_bias:
+        heads = jnp.arange(c.num_heads - 1)
+        table = params["layers"]["relative"]["table"]
+        params["layers"]["relative"]["table"] = table.at[0, heads, heads].set(c.local_init)
     if not c.tie_embeddings:
         params["head"] = {"kernel": c.init_std * jax.random.normal(keys[3], (c.hidden_size, c.vocab_size))}
     if c.head_bias:  # GPT-J keeps its bias where the kernel is tied, too
@@ -123,7 +127,7 @@ def run_layers(
 
     def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         layer, pairs = xs
-        return one(x, layer, [type(s)(k, v, s.mask) for (k, v), s in zip(pairs, past)])
+        return one(x, layer, [s._replace(keys=k, values=v) for (k, v), s in zip(pairs, past)])
 
     stacked_pairs = [(s.keys, s.values) for s in past]
     return jax.lax.scan(body, x, (layers, stacked_pairs), unroll=min(config.scan_unroll, config.num_layers))

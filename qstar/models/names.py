@@ -44,7 +44,8 @@ _conv1d = functools.partial(_linear, transpose=False)  # GPT-2's own layer keeps
 
 _LLAMA = (
     Row("embed/table", "model.embed_tokens.weight"),
-    Row("positions/table", "model.embed_positions.weight"),  # only `tiny` can have it
+    Row("positions/table", "model.embed_positions.weight"),  # only `tiny` can have it, and the next
+    Row("layers/relative/table", "model.layers.{i}.self_attn.relative_bias"),
     *_norm("layers/attn_norm", "model.layers.{i}.input_layernorm"),
     *_linear("layers/q", "model.layers.{i}.self_attn.q_proj"),
     *_linear("layers/k", "model.layers.{i}.self_attn.k_proj"),

@@ -212,8 +212,8 @@ def _step(params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, 
         past = [
             [
                 *_prefix_segments(pre, prefix, position[None], config),
-                Segment(*pro, in_prompt),
-                Ring(*rin, in_ring, column),
+                Segment(*pro, in_prompt, positions=prefix.length + jnp.arange(sampler.prompt_length)),
+                Ring(*rin, in_ring, column, position - age),
             ]
             for pre, pro, rin in zip(prefix.pairs, prompt, ring)
         ]
@@ -249,7 +249,7 @@ def _prefix_segments(
     mask = jnp.broadcast_to(index < prefix.length, (positions.shape[0], index.shape[0]))
     if config.sliding_window is not None:
         mask &= positions[:, None] - index < config.sliding_window
-    return [Segment(*pair, mask)]
+    return [Segment(*pair, mask, positions=index)]
 
 
 def draw_rows(logits, keys, counts, knobs, sampler):
