@@ -18,8 +18,8 @@ from qstar.tasks.qa_metrics import normalise
 # Words that say nothing of what a text is about.
 STOP = frozenset(
     "a an the and or but if so then than that this these those is are was were be been being am do does did has have had of "
-    "in on at by for from to with as it its he she his her they them their there here which who whom whose what when where why "
-    "how not no yes also both same more most such into about after before over under between during i you we us".split()
+    "in on at by for from to with as it its he she his her they them their there here which who whom whose what when where "
+    "why how not no yes also both same more most such into about after before over under between during i you we us".split()
 )
 BAND = (15, 60)  # words of a readable rationale
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
