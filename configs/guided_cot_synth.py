@@ -44,8 +44,8 @@ def get_config(arg=None):
     config.update({"method": "guided_cot", "name": "guided_cot_synth", "seed": arg.seed, "students": arg.students})
     config.task = {"name": "hops"}
     config.arms = with_starts(arg.arms.split("+"))
-    config.world = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 400, "questions": 1000, "samples": 4,
-                    "rl_questions": 2000, "test": 2000}  # fmt: skip
+    config.world = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 400, "questions": 1000,
+                    "samples": 4, "rl_questions": 2000, "test": 2000}  # fmt: skip
     config.distil = {"kind": "hard"}
     config.distil_train = {"batch_size": 64, "lr": 1e-3, "schedule": "cosine", "warmup": 50, "max_new_tokens": 7, "b2": 0.98}
     config.rl = {"group": 4, "kl_weight": 0.05, "kl_in": "", "no_eos_penalty": 1.0}
@@ -87,7 +87,8 @@ def gates():
 
 def smoke(config):
     """Under a minute: every stage runs, nothing is learnt."""
-    config.world.update(copy_steps=10, mixed_steps=20, small_steps=10, direct_steps=10, questions=24, samples=2, rl_questions=32, test=40)
+    config.world.update(copy_steps=10, mixed_steps=20, small_steps=10, direct_steps=10)
+    config.world.update(questions=24, samples=2, rl_questions=32, test=40)
     config.world.large = {"hidden_size": 32, "num_layers": 1}
     config.world.small = {"hidden_size": 16, "num_layers": 1}
     config.gates = {}

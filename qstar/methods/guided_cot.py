@@ -24,7 +24,8 @@ import numpy as np
 from rich.console import Console
 
 from qstar.errors import UserError, check_type, require
-from qstar.methods import guided_synth
+from qstar.mesh import make_mesh
+from qstar.methods import guided_multihop, guided_synth
 from qstar.methods.distillation import DistilTrain, Pair, distil
 from qstar.methods.gates import check_gates
 from qstar.methods.quiet_star import in_order
@@ -34,6 +35,8 @@ from qstar.methods.screen import Screen
 from qstar.methods.settings import Gate, Log, Sections, settings_from
 from qstar.methods.training import Stage
 from qstar.models.model import Model
+from qstar.tasks import make_task
+from qstar.tasks.multihop import MultiHop
 from qstar.train.distil import DistilSettings
 from qstar.train.evaluate import paired
 from qstar.train.loop import Diverged
@@ -136,8 +139,7 @@ class Study(Screen):
         require((students >= 1, f"config.students={students} must be at least 1"))
         sections = settings_from(Sections, {"model": {}, "loop": {}, "sample": {}, "evaluate": {}, **values}, "")
         settings_from(Log, sections.log, "log")
-        settings = settings_from(guided_synth.SynthSettings, extra["world"], "world")
-        setting = guided_synth.Synth(settings, stable_seed(config.seed, "world"))
+        setting = make_setting(sections, extra["world"], workdir)
         study = cls(
             config=config,
             workdir=workdir,
@@ -170,6 +172,19 @@ class Study(Screen):
     def student_folder(self, seed: int) -> Path:
         """WORKDIR/student_N"""
         return self.workdir / f"student_{seed}"
+
+
+def make_setting(sections: Sections, world: dict[str, Any], workdir: Path) -> Setting:
+    """Returns the two-hop world (task "hops"), or the questions of a multi-hop task."""
+    options = dict(sections.task)
+    name, seed = options.pop("name"), stable_seed(sections.seed, "world")
+    if name == "hops":
+        return guided_synth.Synth(settings_from(guided_synth.SynthSettings, world, "world"), seed)
+    settings = settings_from(guided_multihop.MultiHopSettings, world, "world")
+    task = make_task(name, **options)
+    require((isinstance(task, MultiHop), f"config.task.name={name!r} has no paragraphs to reason over; use hotpotqa"))
+    mesh = make_mesh(sections.mesh) if jax.device_count() > 1 or sections.mesh != "data=-1" else None
+    return guided_multihop.MultiHop(settings, task, seed, workdir, mesh)
 
 
 def run(config: Any, workdir: Path, console: Any) -> None:

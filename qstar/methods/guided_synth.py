@@ -52,7 +52,7 @@ class SynthSettings:
     def __post_init__(self):
         counts = ("mixed_steps", "questions", "samples", "rl_questions", "test")
         require(*((getattr(self, n) >= 1, f"{n}={getattr(self, n)} must be at least 1") for n in counts),
-                (min(self.copy_steps, self.small_steps, self.direct_steps) >= 0, "copy_, small_ and direct_steps must be 0 or more"),
+                (min(self.copy_steps, self.small_steps, self.direct_steps) >= 0, "a number of steps is below 0"),
                 (len(self.mix) == 4 and sum(self.mix) > 0, f"mix={self.mix} must be four numbers of rows"))  # fmt: skip
 
 
