@@ -16,7 +16,8 @@ from qstar.methods import answerer as A
 from qstar.methods import guided_rewards as G
 from qstar.tasks.aspects import ASPECTS, View, bare_answer, chosen
 
-CONTEXT = "Ada Lovelace: Ada Lovelace was born in London. She wrote notes. Lord Byron: Lord Byron died in Missolonghi in 1824."
+CONTEXT = ("Ada Lovelace: Ada Lovelace was born in London. She wrote notes. Lord Byron: Lord Byron died in "
+           "Missolonghi in 1824.")  # fmt: skip
 QUESTION = "Where did the father of Ada Lovelace die?"
 GOOD = ("Ada Lovelace was born in London and she was the daughter of Lord Byron. Lord Byron was the father of Ada "
         "Lovelace. Lord Byron died in Missolonghi in 1824.")  # fmt: skip
@@ -96,8 +97,10 @@ def test_an_aspect_reward_alone_never_asks_the_answerer():
     assert [G.task_score("in Cork city", "Cork", m) for m in G.METRICS] == [0.0, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("wrong, word", [(dict(metric="bleu"), "metric"), (dict(accuracy=0, aspect=0), "nothing to reward"),
-                                         (dict(aspects={"beauty": 1}), "beauty"), (dict(aspects={}), "none weighs")])  # fmt: skip
+@pytest.mark.parametrize("wrong, word", [
+    (dict(metric="bleu"), "metric"), (dict(accuracy=0, aspect=0), "nothing to reward"),
+    (dict(aspects={"beauty": 1}), "beauty"), (dict(aspects={}), "none weighs"),
+])  # fmt: skip
 def test_settings_that_make_no_sense_are_named(wrong, word):
     with pytest.raises(UserError, match=word):
         G.RewardSettings(**wrong)
@@ -133,7 +136,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.reply(200, json.dumps(failure).encode())
             return self.reply(failure, b"model not loaded")
         texts = self.server.answer(body["prompt"])
-        choices = [{"index": i, "text": f" {t}\n", "logprobs": {"token_logprobs": [None, -0.5, -0.25]}} for i, t in enumerate(texts)]
+        scores = {"token_logprobs": [None, -0.5, -0.25]}
+        choices = [{"index": i, "text": f" {t}\n", "logprobs": scores} for i, t in enumerate(texts)]
         self.reply(200, json.dumps({"choices": choices[::-1]}).encode())
 
     def reply(self, code, content):

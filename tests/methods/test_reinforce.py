@@ -48,7 +48,8 @@ RL = dict(group=4, kl_weight=0.01, no_eos_penalty=0.0)
 
 def train(folder, rl, settings=SETTINGS, model=None, environment=None):
     writer = Writer(folder)
-    out = R.reinforce(model or start(), environment or Next(), rl, settings, seed=1, folder=folder / "arm", writer=writer, label={"arm": "x"})
+    where = dict(folder=folder / "arm", writer=writer, label={"arm": "x"})
+    out = R.reinforce(model or start(), environment or Next(), rl, settings, seed=1, **where)
     writer.close()
     return out
 
