@@ -55,7 +55,7 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
     layer_keys = jax.random.split(keys[0], c.num_layers)
     params: Params = {
         "embed": {"table": c.init_std * jax.random.normal(keys[1], (c.vocab_size, c.hidden_size))},
-        "layers": jax.vmap(lambda k: Block(c).init(k, x, turns, None)["params"])(layer_keys),
+        "layers": jax.vmap(lambda k: Block(c).init(k, x, turns, None, (), jnp.zeros((1,), jnp.int32))["params"])(layer_keys),
         "final_norm": Norm(c.norm, c.norm_eps).init(keys[0], x)["params"],
     }
     if c.position == "learned":
@@ -113,7 +113,7 @@ def run_layers(
     block, turns = Block(config), _turns(config, positions)
 
     def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
-        return block.apply({"params": with_adapters(layer)}, x, turns, mask, segments)
+        return block.apply({"params": with_adapters(layer)}, x, turns, mask, segments, positions)
 
     if config.remat != "none":
         keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

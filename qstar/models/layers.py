@@ -114,10 +114,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, turns: Turns | None, mask: jax.Array | None, past: Sequence[Segment | Shared | Ring] = ()
+        self,
+        x: jax.Array,
+        turns: Turns | None,
+        mask: jax.Array | None,
+        past: Sequence[Segment | Shared | Ring] = (),
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Args: x [T, E]; turns: of rotary positions; mask [T, T] of the tokens among themselves; past: segments
-        [G, S, K], of which the last may be a `Ring` (then T = 1, and `mask` is the ring's).
+        [G, S, K], of which the last may be a `Ring` (then T = 1, and `mask` is the ring's); positions [T], which only
+        relative biases need.
 
         Returns: x [T, E] and the new (keys, values), each [G, T, K], rotated already; with a ring, the ring's [G, R, K].
         """
