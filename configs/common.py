@@ -120,3 +120,14 @@ def quiet_config() -> ConfigDict:
             "log": {"wandb": {}},
         }
     )
+
+
+def rl_config() -> ConfigDict:
+    """Returns the config that all of RL with verifiable rewards change: GRPO, no task and no model yet."""
+    config = star_config()
+    for key in ("z_loss", "loss_on_prompt", "packed", "row_length"):
+        del config.train[key]
+    config.update({"method": "rl", "name": "rl", "loop": {"rounds": 4}, "arms": {"grpo": {"estimator": "grpo"}}})
+    config.rl = {"group": 8, "kl_weight": 0.05, "clip": 0.2, "temperature": 1.0}
+    config.train.update(updates=100, prompts=64, epochs=1, max_new_tokens=96, save_every=20, log_every=1)
+    return config

@@ -26,6 +26,8 @@ class Segment(NamedTuple):
     keys: jax.Array  # [G, S, K]
     values: jax.Array  # [G, S, K]
     mask: jax.Array | None  # bool, broadcastable to [T, S]; None = everything is visible
+    bias: jax.Array | None = None  # float32 [H, T, S] added to the scores (relative positions)
+    positions: jax.Array | None = None  # [S] int32: where the keys stand; decoders with relative positions need it
 
 
 class Shared(NamedTuple):
@@ -47,6 +49,7 @@ class Ring(NamedTuple):
     values: jax.Array  # [G, R, K]
     mask: jax.Array  # bool [R]: what the token sees, its own column included
     column: jax.Array  # [] int32: where the token goes, the same for all rows that are decoded together
+    positions: jax.Array | None = None  # [R] int32, as in `Segment`
 
 
 @flax.struct.dataclass

@@ -13,9 +13,15 @@ def run(config: Any, workdir: Any, console: Any) -> None:
       UserError: unknown method.
     """
     from qstar.errors import unknown
-    from qstar.methods import quiet_star, star, v_star
+    from qstar.methods import guided_cot, quiet_star, rl, star, v_star
 
-    methods: dict[str, Callable[..., None]] = {"star": star.run, "quiet_star": quiet_star.run, "v_star": v_star.run}
+    methods: dict[str, Callable[..., None]] = {
+        "star": star.run,
+        "quiet_star": quiet_star.run,
+        "v_star": v_star.run,
+        "rl": rl.run,
+        "guided_cot": guided_cot.run,
+    }
     if config.get("method") not in methods:
         raise unknown(f"config.method={config.get('method')!r}", str(config.get("method")), methods)
     methods[config.method](config, workdir, console)

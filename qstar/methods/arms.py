@@ -20,6 +20,7 @@ from qstar.methods.run_folder import once, write_json
 from qstar.methods.screen import Screen, one_line
 from qstar.methods.settings import Evaluation, Gate, Log, Sections, settings_from
 from qstar.methods.supervised import TrainSettings
+from qstar.methods.training import UpdateSettings
 from qstar.models.model import Model
 from qstar.tasks import make_task
 from qstar.tasks.base import Problem, Task
@@ -43,7 +44,7 @@ class Context(Screen):
     task: Task
     mesh: Any
     seed: int
-    train_settings: TrainSettings
+    train_settings: UpdateSettings  # a TrainSettings, or what the method trains by
     sample_settings: SampleSettings
     evaluation: Evaluation
     base_settings: TrainSettings  # of a from-scratch model
@@ -53,8 +54,12 @@ class Context(Screen):
     writer: Writer = None
 
     @classmethod
-    def make(cls, config: Any, workdir: Path, console: Console) -> Context:
-        """Reads a config; all that can be wrong in these sections is found here, before anything is written."""
+    def make(cls, config: Any, workdir: Path, console: Console, train: type = TrainSettings) -> Context:
+        """Reads a config; all that can be wrong in these sections is found here, before anything is written.
+
+        Args:
+          train: the settings class of the section `train`.
+        """
         sections = settings_from(cls.SECTIONS, config.to_dict(), "")
         task_options = dict(sections.task)
         base = {"steps": 0, **sections.base}
@@ -68,7 +73,7 @@ class Context(Screen):
             task=make_task(task_options.pop("name"), **task_options),
             mesh=make_mesh(config.mesh) if jax.device_count() > 1 or config.mesh != "data=-1" else None,
             seed=config.seed,
-            train_settings=settings_from(TrainSettings, sections.train, "train"),
+            train_settings=settings_from(train, sections.train, "train"),
             sample_settings=settings_from(SampleSettings, sections.sample, "sample"),
             evaluation=settings_from(Evaluation, sections.evaluate, "evaluate"),
             base_steps=base.pop("steps"),
@@ -156,7 +161,7 @@ class Arm:
         out: dict[str, Any] = {}
         for hinted in (False, True) if e.hinted else (False,):
             stage = f"iter_{n:03d}" + ("_hinted" if hinted else "")
-            rows = self._answers(model, e.split, stage, n, hinted=hinted)
+            rows = self.answers(model, e.split, stage, n, hinted=hinted)
             name = "hinted_accuracy" if hinted else "accuracy"
             out.update(summarise(name, [float(r.correct) for r in rows], [r.group for r in rows]))
             if not hinted:
@@ -213,7 +218,7 @@ class Arm:
             weights = Checkpoints(self.checkpoint(best) / "model")
             model = base.replace(params=weights.restore(base.params)[0])
             weights.close()
-        rows = self._answers(model, "test", "test", best, hinted=False)
+        rows = self.answers(model, "test", "test", best, hinted=False)
         result = summarise("accuracy", [float(r.correct) for r in rows], [r.group for r in rows])
         self.ctx.writer.write(stage="test", step=best, arm=self.name, iteration=best, **result)
         self.ctx.say(
@@ -221,7 +226,7 @@ class Arm:
             f"({result['accuracy_low']:.4f} to {result['accuracy_high']:.4f})"
         )
 
-    def _answers(self, model: Model, split: str, stage: str, n: int, *, hinted: bool) -> list[Rollout]:
+    def answers(self, model: Model, split: str, stage: str, n: int, *, hinted: bool) -> list[Rollout]:
         """Greedy answers on a split, kept in evaluation/<stage>.jsonl."""
         ctx = self.ctx
         problems = ctx.task.problems(split)[: ctx.evaluation.limit or None]

@@ -31,6 +31,7 @@ class Sections:
     train: dict
     evaluate: dict
     base: dict = dataclasses.field(default_factory=dict)
+    rl: dict = dataclasses.field(default_factory=dict)
     gates: dict = dataclasses.field(default_factory=dict)
     log: dict = dataclasses.field(default_factory=dict)
 

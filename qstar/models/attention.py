@@ -30,7 +30,7 @@ def attend(q: jax.Array, segments: Sequence[Segment | Shared], *, scale: float) 
 
     Args:
       q: [T, H, K] queries; each of the G key/value heads serves H / G neighbouring query heads.
-      segments: keys and values [G, S, K] with masks broadcastable to [T, S].
+      segments: keys and values [G, S, K] with masks broadcastable to [T, S], and biases [H, T, S] if any.
       scale: factor on the scores, 1 / sqrt(K) in every decoder here.
 
     Returns:
@@ -75,9 +75,11 @@ def _scores(rows: jax.Array, segment: Segment, scale: float, T: int) -> jax.Arra
     s = scale * jnp.einsum(
         "gnk,gsk->gns", rows, segment.keys, precision=precision(rows.dtype), preferred_element_type=jnp.float32
     )
+    G, _, S = s.shape
+    if segment.bias is not None:  # neighbouring heads share a group, as in `by_group`
+        s = s + segment.bias.reshape(G, -1, S)
     if segment.mask is None:
         return s
-    G, _, S = s.shape
     return jnp.where(segment.mask, s.reshape(G, -1, T, S), NEG).reshape(s.shape)
 
 

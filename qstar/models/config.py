@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 from qstar.errors import UserError, unknown
+from qstar.models import encdec_config
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.thought_config import ThoughtConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,7 +23,7 @@ SIZES = (
     "scan_unroll",
     "piece_tokens",
 )
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj", "t5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,8 @@ class ModelConfig:
     rope_scaling: tuple[tuple[str, Any], ...] | None = None  # sorted items of the Hugging Face dict
     sliding_window: int | None = None  # a token sees itself and the window-1 before it
     tie_embeddings: bool = True
+    relative_bias: bool = False  # each head of each layer adds a learned number per distance to its scores
+    local_init: float = 0.0  # of it, in layer 0: head h begins by looking h tokens back (all heads but the last)
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
     bos_id: int | None = None
     eos_id: int | None = None
@@ -82,6 +86,8 @@ class ModelConfig:
                 raise UserError(f"model config: {name}={size!r} must be a whole number of at least 1")
         if self.dtype not in DTYPES:
             raise UserError(f"model config: dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.thoughts is not None and self.relative_bias:
+            raise UserError("model config: thoughts and relative_bias do not go together; leave one of them out")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
@@ -184,8 +190,8 @@ def _gptj_6b(**changes: Any) -> ModelConfig:
 # ------------------------------------------------------------------------------------------ Hugging Face config.json
 
 
-def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """Reads a Hugging Face `config.json`.
+def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig | EncDecConfig:
+    """Reads a Hugging Face `config.json`, of a decoder or of a T5.
 
     Raises:
       UserError: a family, activation or option that is not implemented, or a missing key; the line names it.
@@ -195,6 +201,7 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
         "gpt2": _from_gpt2,
         "gptj": _from_gptj,
         **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _from_llama),
+        "t5": encdec_config.from_hf,
     }
     if config.get("qstar_family") == "tiny":
         return _thinking(_from_tiny(config), config)
@@ -348,13 +355,15 @@ def _from_tiny(c: dict[str, Any]) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
+def to_hf(config: ModelConfig | EncDecConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json` that `from_hf` and transformers read back.
 
     A model that thinks adds the key `qstar_thoughts`, a verifier with a head `qstar_value_head`; transformers ignores
     both. The `tiny` preset is no Hugging Face architecture: its file carries this class' own fields and only qstar loads
     it.
     """
+    if isinstance(config, EncDecConfig):
+        return encdec_config.to_hf(config)
     out = _to_hf(config)
     if config.value_head:
         out["qstar_value_head"] = config.value_head

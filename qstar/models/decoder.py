@@ -35,6 +35,7 @@ PARAM_AXES = (
     (r"value/kernel$", ("embed", None)),
     (r"embed/table$", ("vocab", "embed")),
     (r"positions/table$", (None, "embed")),
+    (r"relative/table$", (None, "heads")),
     (r"(q|k|v)/kernel$", ("embed", "heads")),
     (r"(q|k|v)/bias$", ("heads",)),
     (r"o/kernel$", ("heads", "embed")),
@@ -54,11 +55,15 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
     layer_keys = jax.random.split(keys[0], c.num_layers)
     params: Params = {
         "embed": {"table": c.init_std * jax.random.normal(keys[1], (c.vocab_size, c.hidden_size))},
-        "layers": jax.vmap(lambda k: Block(c).init(k, x, turns, None)["params"])(layer_keys),
+        "layers": jax.vmap(lambda k: Block(c).init(k, x, turns, None, (), jnp.zeros((1,), jnp.int32))["params"])(layer_keys),
         "final_norm": Norm(c.norm, c.norm_eps).init(keys[0], x)["params"],
     }
     if c.position == "learned":
         params["positions"] = {"table": c.init_std * jax.random.normal(keys[2], (c.max_positions, c.hidden_size))}
+    if c.relative_bias:
+        heads = jnp.arange(c.num_heads - 1)
+        table = params["layers"]["relative"]["table"]
+        params["layers"]["relative"]["table"] = table.at[0, heads, heads].set(c.local_init)
     if not c.tie_embeddings:
         params["head"] = {"kernel": c.init_std * jax.random.normal(keys[3], (c.hidden_size, c.vocab_size))}
     if c.head_bias:  # GPT-J keeps its bias where the kernel is tied, too
@@ -108,7 +113,7 @@ def run_layers(
     block, turns = Block(config), _turns(config, positions)
 
     def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
-        return block.apply({"params": with_adapters(layer)}, x, turns, mask, segments)
+        return block.apply({"params": with_adapters(layer)}, x, turns, mask, segments, positions)
 
     if config.remat != "none":
         keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -122,7 +127,7 @@ def run_layers(
 
     def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         layer, pairs = xs
-        return one(x, layer, [type(s)(k, v, s.mask) for (k, v), s in zip(pairs, past)])
+        return one(x, layer, [s._replace(keys=k, values=v) for (k, v), s in zip(pairs, past)])
 
     stacked_pairs = [(s.keys, s.values) for s in past]
     return jax.lax.scan(body, x, (layers, stacked_pairs), unroll=min(config.scan_unroll, config.num_layers))
@@ -162,13 +167,16 @@ def run(
     return Norm(config.norm, config.norm_eps).apply({"params": params["final_norm"]}, x), kv
 
 
-def head(params: Params, config: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the vocabulary projection [E, V] and its bias [V] or None (the embedding transposed where it is tied)."""
+def head(params: Params, config: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the vocabulary projection [E, V] and its bias [V] or None (the embedding transposed where it is tied).
+
+    For an encoder-decoder, too: its tree has the same names there.
+    """
     own = params.get("head", {})
     return params["embed"]["table"].T if config.tie_embeddings else own["kernel"], own.get("bias")
 
 
-def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+def unembed(params: Params, config: Any, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., E]; products in the hidden dtype, sums in float32."""
     kernel, bias = head(params, config)
     logits = jnp.matmul(

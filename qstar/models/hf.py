@@ -28,6 +28,7 @@ from qstar.errors import UserError
 from qstar.mesh import shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, to_hf
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.names import (
     BUFFERS,
     THOUGHT_SIGN,
@@ -165,6 +166,23 @@ def thinks(folder: str | os.PathLike) -> bool:
     return THOUGHT_SIGN in _Weights(pathlib.Path(folder).expanduser(), "").slices
 
 
+def settle_head(folder: str | os.PathLike, config: EncDecConfig) -> EncDecConfig:
+    """Returns the config of a T5 with what its weights say of the head, whatever config.json does.
+
+    No `lm_head.weight`: tied. One that differs from the embedding: untied. One that equals it: as config.json says.
+    """
+    slices = _Weights(pathlib.Path(folder).expanduser(), "").slices
+    head, table = slices.get("lm_head.weight"), slices.get("shared.weight")
+    if head is None:
+        return config.replace(tie_embeddings=True)
+    if table is None or head().get_shape() != table().get_shape():
+        return config.replace(tie_embeddings=False)
+    rows, step = head().get_shape()[0], 4096
+    parts = [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+    same = all(np.array_equal(head()[part], table()[part]) for part in parts)
+    return config if same else config.replace(tie_embeddings=False)
+
+
 def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None) -> Params:
     """Reads parameters from `model.safetensors`, or from the shards listed in `model.safetensors.index.json`.
 
@@ -176,7 +194,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
       dtype: of the parameters; None keeps what is stored (float32, bfloat16 or float16).
 
     Returns:
-      The parameter tree of `decoder.init`, layers stacked on the leading axis.
+      The parameter tree of `policy.init`, layers stacked on the leading axis.
 
     Raises:
       UserError: weights missing, truncated, pickled, or unlike the config; the line names file and tensor.
@@ -311,9 +329,9 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, list[Piece]]]:
     """Yields every tensor of the files with its pieces (three for a fused q | k | v), layer by layer."""
     out: dict[str, list[Piece]] = {}
     rows = name_map(config)
-    for layer in range(-1, config.num_layers):
-        for row, _ in rows:
-            if ("{i}" in row.name) == (layer >= 0):
+    for layer in range(-1, max(shape[0] for row, shape in rows if "{i}" in row.name)):
+        for row, shape in rows:
+            if ("{i}" in row.name) == (layer >= 0) and layer < shape[0]:
                 out.setdefault(row.name.format(i=layer), []).append((row, layer))
     for name, pieces in out.items():
         yield name, sorted(pieces, key=lambda piece: piece[0].part or 0)

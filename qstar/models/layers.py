@@ -19,8 +19,9 @@ from qstar.models.attention import attend, precision, write_column
 from qstar.models.config import ModelConfig
 from qstar.types import Params, Ring, Segment, Shared
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
+    "relu": nn.relu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
@@ -92,6 +93,20 @@ class Linear(nn.Module):
         return y
 
 
+class Relative(nn.Module):
+    """What a head adds to its scores by distance in tokens (longer ones share the last number)."""
+
+    heads: int
+    length: int
+
+    @nn.compact
+    def __call__(self, queries: jax.Array, segments: Sequence[Segment], keys: Sequence[jax.Array]) -> list[Segment]:
+        """Returns the segments with their biases [H, T, S], for queries at [T] and each segment's keys at [S]."""
+        table = self.param("table", nn.initializers.zeros, (self.heads, self.length)).astype(jnp.float32)
+        distances = [jnp.clip(queries[:, None] - k[None, :], 0, self.length - 1) for k in keys]
+        return [s._replace(bias=table[:, d]) for s, d in zip(segments, distances)]
+
+
 class Block(nn.Module):
     """One transformer block: attention over `past` and the block's own tokens, then the MLP (or both at once, GPT-J)."""
 
@@ -99,10 +114,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, turns: Turns | None, mask: jax.Array | None, past: Sequence[Segment | Shared | Ring] = ()
+        self,
+        x: jax.Array,
+        turns: Turns | None,
+        mask: jax.Array | None,
+        past: Sequence[Segment | Shared | Ring] = (),
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Args: x [T, E]; turns: of rotary positions; mask [T, T] of the tokens among themselves; past: segments
-        [G, S, K], of which the last may be a `Ring` (then T = 1, and `mask` is the ring's).
+        [G, S, K], of which the last may be a `Ring` (then T = 1, and `mask` is the ring's); positions [T], which only
+        relative biases need.
 
         Returns: x [T, E] and the new (keys, values), each [G, T, K], rotated already; with a ring, the ring's [G, R, K].
         """
@@ -116,12 +137,20 @@ class Block(nn.Module):
         if turns is not None:
             q, k = rotate(q, turns, c), rotate(k, turns, c)
         k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)  # [G, T, K]
+        at = positions
         if past and isinstance(past[-1], Ring):
             *past, ring = past
+            at = ring.positions
             k, v = write_column(ring.keys, k, ring.column), write_column(ring.values, v, ring.column)  # [G, R, K]
             mask = ring.mask
+        segments = [*past, Segment(k, v, mask)]
+        if c.relative_bias:
+            if not past and at is positions:  # index differences are position differences: see `attention.text_mask`
+                at = positions = jnp.arange(x.shape[0])  # and these are one array for all rows
+            relative = Relative(c.num_heads, c.max_positions, name="relative")
+            segments = relative(positions, segments, [*(s.positions for s in past), at])
         with jax.named_scope("attention"):
-            a = attend(q, [*past, Segment(k, v, mask)], scale=c.head_dim**-0.5)
+            a = attend(q, segments, scale=c.head_dim**-0.5)
         a = Linear(c.hidden_size, c.out_bias, residual_std, name="o")(a.reshape(-1, c.num_heads * c.head_dim))
         if c.parallel_block:
             return x + a + self._mlp(h, residual_std), (k, v)
@@ -135,7 +164,7 @@ class Block(nn.Module):
 
     def _mlp(self, h: jax.Array, out_std: float) -> jax.Array:
         c = self.config
-        act = _ACTIVATIONS[c.activation]
+        act = ACTIVATIONS[c.activation]
         up = Linear(c.intermediate_size, c.mlp_bias, c.init_std, name="up")(h)
         if c.gated_mlp:
             up = act(Linear(c.intermediate_size, c.mlp_bias, c.init_std, name="gate")(h)) * up

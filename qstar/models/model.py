@@ -21,11 +21,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qstar import tree
-from qstar.errors import UserError
+from qstar.errors import UserError, require
 from qstar.mesh import put_batch
-from qstar.models import decoder, hf
+from qstar.models import decoder, encdec, hf, policy
 from qstar.models.attention import text_mask
 from qstar.models.config import DTYPES, ModelConfig, from_hf, official_thoughts, to_hf
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.thought_config import ThoughtConfig
 from qstar.text.tokenizer import Tokenizer, load_tokenizer
 from qstar.types import Params
@@ -37,9 +38,9 @@ MIN_LENGTH = 16  # the shortest length bucket; the others are powers of two
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A decoder with its weights. The mesh, if any, is the one that the parameters are sharded over."""
+    """A decoder or an encoder-decoder with its weights. The mesh, if any, is the one that the parameters are sharded over."""
 
-    config: ModelConfig
+    config: ModelConfig | EncDecConfig
     params: Params
     tokenizer: Tokenizer | None = None
     mesh: Mesh | None = None
@@ -74,7 +75,10 @@ def load(
     folder = pathlib.Path(path).expanduser()
     raw = hf.read_config(folder)
     config = from_hf(raw, where=str(folder / "config.json")).replace(dtype=_compute_dtype(raw, dtype))
-    if thoughts is not None or config.thoughts is None and hf.thinks(folder):
+    if isinstance(config, EncDecConfig):
+        require((thoughts is None, f"{folder}: an encoder-decoder cannot think before it speaks; leave `thoughts` out"))
+        config = hf.settle_head(folder, config)
+    elif thoughts is not None or config.thoughts is None and hf.thinks(folder):
         config = config.replace(thoughts=thoughts or official_thoughts(raw))
     return Model(config, hf.read_params(folder, config, mesh), load_tokenizer(folder), mesh)
 
@@ -114,6 +118,9 @@ def _write_extras(model: Model, folder: pathlib.Path) -> None:
 
 def _check_expressible(config: ModelConfig) -> None:
     """Raises UserError where config.json would read back as another graph (say, a Llama with scaled embeddings)."""
+    if isinstance(config, EncDecConfig):
+        to_hf(config)  # says what it cannot express
+        return
     # No part of the graph:
     run = {"dtype": "float32", "remat": "none", "scan_unroll": 1, "piece_tokens": 2048, "init_std": 0.02}
     there = config.replace(**run, rotary_dim=config.rotary_dim or config.head_dim)
@@ -179,13 +186,33 @@ def _place(model: Model, *arrays: Any) -> tuple[Any, ...]:
     return arrays if model.mesh is None else put_batch(arrays, model.mesh)
 
 
-def logits(model: Model, tokens: Any, mask: Any = None) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="config")
+def _encdec_logits(
+    params: Params, config: EncDecConfig, source: jax.Array, source_mask: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    def one(source: jax.Array, real: jax.Array, tokens: jax.Array) -> jax.Array:
+        states = encdec.encode(params, config, source, real)
+        return decoder.unembed(params, config, encdec.decode(params, config, tokens, states, real))
+
+    return jax.vmap(one)(source, source_mask, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _response_logprobs(params: Params, config: EncDecConfig, *arrays: jax.Array) -> jax.Array:
+    return policy.response_scores(params, config, *arrays)[0]
+
+
+def logits(
+    model: Model, tokens: Any, mask: Any = None, *, encoder_tokens: Any = None, encoder_mask: Any = None
+) -> jax.Array:
     """Returns float32 logits [B, T, V]: row t is about token t + 1.
 
     Args:
       tokens: [B, T] ids (nested lists of one length, or an array).
       mask: [B, T], 1 for real tokens and 0 for padding, on either side of a row; default: all real. Logits at
         padding mean nothing.
+      encoder_tokens, encoder_mask: [B, S] likewise, what an encoder-decoder reads, padded on the right. Its `tokens` are
+        the decoder's inputs: they begin with `config.start_id`, and need no mask.
 
     Raises:
       UserError: a row has more real tokens than the model's context, ids outside the vocabulary, or not [B, T].
@@ -197,11 +224,29 @@ def logits(model: Model, tokens: Any, mask: Any = None) -> jax.Array:
     if tokens.ndim != 2 or mask.shape != tokens.shape:
         raise UserError(f"tokens {tokens.shape} and mask {mask.shape} must both have shape [B, T]")
     limit = model.config.max_positions
+    if isinstance(model.config, EncDecConfig):
+        return _read_and_write(model, tokens, encoder_tokens, encoder_mask)
+    require(
+        (encoder_tokens is None, "encoder_tokens are for encoder-decoders, and this model is a decoder; leave them out")
+    )
     if tokens.shape[1] > limit:
         counts = np.asarray(mask != 0).sum(axis=1)
         if counts.max() > limit:
             raise _overflow(int(counts.argmax()), int(counts.max()), limit)
     return _logits(model.params, model.config, *_place(model, tokens, mask))
+
+
+def _read_and_write(model: Model, tokens: Any, source: Any, source_mask: Any) -> jax.Array:
+    """`logits` of an encoder-decoder."""
+    require((source is not None, "an encoder-decoder needs encoder_tokens beside the decoder's tokens; pass both"))
+    source = _as_tokens(source, model.config)
+    real = np.ones(source.shape, np.int32) if source_mask is None else np.asarray(source_mask)
+    fits = source.ndim == 2 and source.shape[0] == tokens.shape[0] and real.shape == source.shape
+    shapes = f"encoder_tokens {source.shape}, encoder_mask {real.shape} and tokens {tokens.shape}"
+    require((fits, f"{shapes} must have shapes [B, S], [B, S] and [B, T]"))
+    longest, limit = max(source.shape[1], tokens.shape[1]), model.config.max_positions
+    require((longest <= limit, f"{longest} tokens exceed the model's max_positions of {limit}; shorten the text"))
+    return _encdec_logits(model.params, model.config, *_place(model, source, real, np.asarray(tokens)))
 
 
 def _as_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
@@ -250,6 +295,8 @@ def score_tokens(
     if len(prompts) != len(completions):
         raise UserError(f"{len(prompts)} prompts but {len(completions)} completions; give one per prompt")
     pairs = [_encode_pair(model, i, p, c) for i, (p, c) in enumerate(zip(prompts, completions))]
+    if isinstance(model.config, EncDecConfig):
+        return _encdec_logprobs(model, pairs)
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(pairs)
     for length, rows in _chunks([len(p) + len(c) for p, c in pairs]):
         count = 1 << (len(rows) - 1).bit_length()  # a power of two: few shapes to compile
@@ -264,13 +311,38 @@ def score_tokens(
     return out
 
 
+def _encdec_logprobs(model: Model, pairs: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+    """`logprobs` of an encoder-decoder: rows of like total length together, each half padded to its own bucket."""
+    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(pairs)
+    for _, rows in _chunks([len(p) + len(c) for p, c in pairs]):
+        P, R = (max(MIN_LENGTH, 1 << (max(len(pairs[i][k]) for i in rows) - 1).bit_length()) for k in (0, 1))
+        count = 1 << (len(rows) - 1).bit_length()
+        prompt, real = policy.pad_prompts(model.config, [pairs[i][0] for i in rows] + [[]] * (count - len(rows)), P)
+        response = np.zeros((count, R), np.int32)
+        for r, i in enumerate(rows):
+            response[r, : len(pairs[i][1])] = pairs[i][1]
+        arrays = _place(model, prompt, real, response)
+        scores = np.asarray(_response_logprobs(model.params, model.config, *arrays))
+        for r, i in enumerate(rows):
+            out[i] = scores[r, : len(pairs[i][1])].copy()
+    return out
+
+
+def encoder_ids(model: Model, text: str) -> list[int]:
+    """Returns the ids of a text as an encoder reads it: T5 was trained with an end-of-text token after every input."""
+    return [*model.tokenizer.encode(text), model.config.eos_id]
+
+
 def _encode_pair(model: Model, i: int, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
     tokenizer = model.tokenizer
     if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
         raise UserError(
             "this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text"
         )
-    if isinstance(prompt, str) and isinstance(completion, str):
+    if isinstance(model.config, EncDecConfig):
+        head = encoder_ids(model, prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        tail = tokenizer.encode(completion) if isinstance(completion, str) else [int(t) for t in completion]
+    elif isinstance(prompt, str) and isinstance(completion, str):
         head, tail = tokenizer.encode_pair(prompt, completion)
     else:
         head = tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(t) for t in prompt]

@@ -1,7 +1,7 @@
 """How Hugging Face's files name and lay out a decoder's parameters: one table per family, read both ways.
 
 A row says under which name the files keep a parameter, and how its layout differs (PyTorch's Linear keeps
-[out, in]; GPT-2 fuses q, k and v). Which rows apply is not written twice: `decoder.init`, traced without
+[out, in]; GPT-2 fuses q, k and v). Which rows apply is not written twice: `policy.init`, traced without
 computing, says which parameters a config has and their shapes.
 """
 
@@ -15,8 +15,9 @@ import jax
 
 from qstar import tree
 from qstar.errors import UserError
-from qstar.models import decoder
+from qstar.models import policy
 from qstar.models.config import ModelConfig
+from qstar.models.encdec_config import EncDecConfig
 from qstar.types import Params
 
 
@@ -43,7 +44,8 @@ _conv1d = functools.partial(_linear, transpose=False)  # GPT-2's own layer keeps
 
 _LLAMA = (
     Row("embed/table", "model.embed_tokens.weight"),
-    Row("positions/table", "model.embed_positions.weight"),  # only `tiny` can have it
+    Row("positions/table", "model.embed_positions.weight"),  # only `tiny` can have it, and the next
+    Row("layers/relative/table", "model.layers.{i}.self_attn.relative_bias"),
     *_norm("layers/attn_norm", "model.layers.{i}.input_layernorm"),
     *_linear("layers/q", "model.layers.{i}.self_attn.q_proj"),
     *_linear("layers/k", "model.layers.{i}.self_attn.k_proj"),
@@ -87,6 +89,32 @@ _GPTJ = (
     *_linear("head", "lm_head"),
 )
 
+
+def _t5_stack(stack: str, mlp: int) -> tuple[Row, ...]:
+    """Rows of one stack; `mlp` is the number of the sub-layer that holds the MLP."""
+    at, to = f"{stack}.block.{{i}}.layer", f"{stack}/layers"
+    relative = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"  # all layers read layer 0's
+    return (
+        *_norm(f"{to}/attn_norm", f"{at}.0.layer_norm"),
+        *(row for n in "qkvo" for row in _linear(f"{to}/{n}", f"{at}.0.SelfAttention.{n}")),
+        *_norm(f"{to}/cross_norm", f"{at}.1.layer_norm"),
+        *(row for n in "qkvo" for row in _linear(f"{to}/cross_{n}", f"{at}.1.EncDecAttention.{n}")),
+        *_norm(f"{to}/mlp_norm", f"{at}.{mlp}.layer_norm"),
+        *_linear(f"{to}/gate", f"{at}.{mlp}.DenseReluDense.wi_0"),
+        *_linear(f"{to}/up", f"{at}.{mlp}.DenseReluDense.wi_1"),
+        *_linear(f"{to}/down", f"{at}.{mlp}.DenseReluDense.wo"),
+        *_norm(f"{stack}/final_norm", f"{stack}.final_layer_norm"),
+        Row(f"{stack}/relative/table", relative),
+    )
+
+
+_T5 = (
+    Row("embed/table", "shared.weight"),
+    *_t5_stack("encoder", 1),
+    *_t5_stack("decoder", 2),
+    *_linear("head", "lm_head"),
+)
+
 # Of the official Quiet-STaR code, whatever the family; the second row of a vector is a log-std that it never uses.
 _THOUGHTS = (
     Row("thoughts/start", "start_embedding", spare=True),
@@ -99,24 +127,30 @@ _VALUE = _linear("value", "score")  # as transformers' classifiers of tokens cal
 THOUGHT_SIGN = "talk_head.0.4.weight"  # files that hold it are of a model that thinks
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "tiny")
-NAMES = {**dict.fromkeys(_LIKE_LLAMA, _LLAMA), "gpt2": _GPT2, "gptj": _GPTJ}
+NAMES = {**dict.fromkeys(_LIKE_LLAMA, _LLAMA), "gpt2": _GPT2, "gptj": _GPTJ, "t5": _T5}
 
 # Causal masks and rotary tables that old versions of transformers saved among the weights.
-BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
+# And T5's copies of the embedding, with a table of positions for cross-attention that nothing reads.
+BUFFERS = re.compile(
+    r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|^(en|de)coder\.embed_tokens\.weight$"
+    r"|EncDecAttention\.relative_attention_bias\.weight$"
+)
 
 
-def abstract_params(config: ModelConfig) -> Params:
+def abstract_params(config: ModelConfig | EncDecConfig) -> Params:
     """Returns the tree of shapes of a config's parameters (ShapeDtypeStruct leaves, nothing is computed)."""
-    return jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
+    return jax.eval_shape(functools.partial(policy.init, config), jax.random.key(0))
 
 
-def name_map(config: ModelConfig) -> list[tuple[Row, tuple[int, ...]]]:
+def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, ...]]]:
     """Returns the rows that apply to a config, with the shape of each parameter.
 
     Raises:
       UserError: the family's files have no place for one of the parameters (say, a gated MLP in GPT-2).
     """
     rows = {row.path: row for row in (*NAMES.get(config.family, ()), *_THOUGHTS, *_VALUE)}
+    if isinstance(config, EncDecConfig) and not config.gated_mlp:  # the first T5 has one matrix there, and no number
+        rows = {path: row._replace(name=row.name.replace("wi_1", "wi")) for path, row in rows.items()}
     leaves = tree.named_leaves(abstract_params(config))
     for path, _ in leaves:
         if path not in rows:
@@ -142,6 +176,8 @@ def file_names(row: Row, shape: tuple[int, ...]) -> list[str]:
     return [row.name.format(i=i) for i in range(shape[0])] if "{i}" in row.name else [row.name]
 
 
-def base_prefix(config: ModelConfig) -> str:
+def base_prefix(config: ModelConfig | EncDecConfig) -> str:
     """Returns what the names inside a family's base model begin with."""
+    if isinstance(config, EncDecConfig):
+        return ""
     return "transformer." if config.family in ("gpt2", "gptj") else "model."

@@ -12,8 +12,10 @@ import numpy as np
 
 from qstar.errors import UserError, require
 from qstar.mesh import batch_sharding, replicated
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
 from qstar.sample import sampler as S
+from qstar.sample import seq2seq
 from qstar.sample.logits import Knobs
 from qstar.types import Completion
 
@@ -98,6 +100,11 @@ def stream(
     """Like `generate`, but yields (prompt index, sample index, completion) as completions finish."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     _check_knobs(max_new_tokens, temperature, top_k, top_p, n, stop)
+    if isinstance(model.config, EncDecConfig):
+        yield from _read_and_write(
+            model, prompts, prefix, max_new_tokens, temperature, top_k, top_p, n, stop, seed, slots
+        )
+        return
     prefix_ids, rows = _encode(model, prompts, prefix)
     _check_lengths(model, prefix_ids, rows, max_new_tokens)
     if stop and model.tokenizer is None:
@@ -109,6 +116,24 @@ def stream(
         requests = [Request(i, j, tuple(rows[i])) for i in members for j in range(n)]
         queue = _Queue(model, params, shared, requests, n, length, max_new_tokens, slots, seed, stop)
         yield from queue.run(knobs)
+
+
+def _read_and_write(model, prompts, prefix, max_new_tokens, temperature, top_k, top_p, n, stop, seed, slots):
+    """`stream` of an encoder-decoder: its prompts (with the prefix in front) go into the encoder."""
+    rows = seq2seq.encode_prompts(model, prompts, prefix)
+    if stop and model.tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this model has none; pass tokens and rely on the EOS id")
+    yield from seq2seq.stream(
+        model,
+        rows,
+        _buckets([len(r) for r in rows], n),
+        max_new_tokens=max_new_tokens,
+        knobs=Knobs.make(temperature, top_k, top_p),
+        n=n,
+        stop=stop,
+        seed=seed,
+        slots=slots or default_slots(len(rows) * n),
+    )
 
 
 class _Queue:
@@ -289,7 +314,7 @@ def _check_lengths(model: Model, prefix: list[int], rows: list[list[int]], max_n
 
 
 def _prefill_prefix(model: Model, params, prefix_ids: list[int]) -> S.Prefix:
-    padded = np.zeros(_bucket(len(prefix_ids)) if prefix_ids else 0, np.int32)
+    padded = np.zeros(padded_length(len(prefix_ids)) if prefix_ids else 0, np.int32)
     padded[: len(prefix_ids)] = prefix_ids
     return S.prefill_prefix(params, model.config, jnp.asarray(padded), jnp.int32(len(prefix_ids)))
 
@@ -303,7 +328,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _bucket(n: int) -> int:
+def padded_length(n: int) -> int:
     """Padded length: the next of 8, 12, 16, 24, 32, 48, 64, 96, ... (at most a third of it padding, from 8 up)."""
     size = max(8, _power_of_two(n))
     return size * 3 // 4 if size >= 16 and n <= size * 3 // 4 else size
@@ -313,7 +338,7 @@ def _buckets(lengths: Sequence[int], n: int) -> list[tuple[int, list[int]]]:
     """Groups prompt indices by padded length, shortest first; a group too small to fill the slots joins the next."""
     groups: dict[int, list[int]] = collections.defaultdict(list)
     for i, length in enumerate(lengths):
-        groups[_bucket(length)].append(i)
+        groups[padded_length(length)].append(i)
     out: list[tuple[int, list[int]]] = []
     carried: list[int] = []
     sizes = sorted(groups)

@@ -145,12 +145,12 @@ def refill(
     hidden, pairs = jax.vmap(prefill)(fill.tokens, fill.lengths)  # [N, E], per layer [N, G, Lp, K]
     keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(seed, r[0]), r[1]))(fill.request)
     logits = decoder.unembed(params, config, hidden)[fill.source]  # [M, V]
-    token, logprob, sample_logprob = _draw_rows(logits, keys, jnp.zeros_like(fill.slot), knobs, sampler)
+    token, logprob, sample_logprob = draw_rows(logits, keys, jnp.zeros_like(fill.slot), knobs, sampler)
 
     def seat(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[fill.slot].set(new, mode="drop")
 
-    stopped = _is_stop(token, sampler)
+    stopped = is_stop(token, sampler)
     first = jnp.arange(sampler.max_new) == 0
     rows = fill.slot.shape[0]
     return state.replace(
@@ -212,8 +212,8 @@ def _step(params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, 
         past = [
             [
                 *_prefix_segments(pre, prefix, position[None], config),
-                Segment(*pro, in_prompt),
-                Ring(*rin, in_ring, column),
+                Segment(*pro, in_prompt, positions=prefix.length + jnp.arange(sampler.prompt_length)),
+                Ring(*rin, in_ring, column, position - age),
             ]
             for pre, pro, rin in zip(prefix.pairs, prompt, ring)
         ]
@@ -222,10 +222,10 @@ def _step(params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, 
 
     hidden, ring = jax.vmap(row)(state.token, state.prompt_len, state.born, state.prompt, state.ring)
     logits = decoder.unembed(params, config, hidden)
-    token, logprob, sample_logprob = _draw_rows(logits, state.key, state.count, knobs, sampler)
+    token, logprob, sample_logprob = draw_rows(logits, state.key, state.count, knobs, sampler)
     here = (jnp.arange(R) == state.count[:, None]) & state.active[:, None]  # [B, R]
     count = state.count + state.active
-    stopped = state.stopped | (state.active & _is_stop(token, sampler))
+    stopped = state.stopped | (state.active & is_stop(token, sampler))
     return state.replace(
         ring=ring,
         token=token,
@@ -249,10 +249,10 @@ def _prefix_segments(
     mask = jnp.broadcast_to(index < prefix.length, (positions.shape[0], index.shape[0]))
     if config.sliding_window is not None:
         mask &= positions[:, None] - index < config.sliding_window
-    return [Segment(*pair, mask)]
+    return [Segment(*pair, mask, positions=index)]
 
 
-def _draw_rows(logits, keys, counts, knobs, sampler):
+def draw_rows(logits, keys, counts, knobs, sampler):
     """Draws a token per row: [B, V] logits, per-request keys, and how many tokens each request has drawn before."""
     if sampler.vocab_limit < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < sampler.vocab_limit, logits, NEG)
@@ -260,7 +260,8 @@ def _draw_rows(logits, keys, counts, knobs, sampler):
     return jax.vmap(draw, in_axes=(0, 0, None))(logits, u, knobs)
 
 
-def _is_stop(token: jax.Array, sampler: Sampler) -> jax.Array:
+def is_stop(token: jax.Array, sampler: Sampler) -> jax.Array:
+    """Returns bool [B]: which of the tokens [B] end a completion."""
     if not sampler.stop_ids:
         return jnp.zeros(token.shape, bool)
     return jnp.any(token[:, None] == jnp.asarray(sampler.stop_ids), axis=-1)

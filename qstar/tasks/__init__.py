@@ -16,6 +16,9 @@ __all__ = ["DatasetTask", "Problem", "Task", "make_task"]
 _TASKS = {
     "arithmetic": ("qstar.tasks.arithmetic", "Arithmetic"),
     "commonsense_qa": ("qstar.tasks.commonsense_qa", "CommonsenseQA"),
+    "hotpotqa": ("qstar.tasks.multihop", "HotpotQA"),
+    "2wikimultihopqa": ("qstar.tasks.multihop", "TwoWikiMultiHopQA"),
+    "strategy_qa": ("qstar.tasks.strategy_qa", "StrategyQA"),
     "gsm8k": ("qstar.tasks.gsm8k", "GSM8K"),
     "humaneval": ("qstar.tasks.humaneval", "HumanEval"),
     "math": ("qstar.tasks.math", "MATH"),

@@ -21,6 +21,7 @@ __all__ = [
     "fit_platt",
     "majority_at_k",
     "mean_auc",
+    "paired",
     "pass_at_k",
     "pooled_auc",
     "selection_regret",
@@ -220,3 +221,13 @@ def summarise(prefix: str, values: Sequence[float], groups: Sequence[str]) -> di
         mean = float(np.mean(mine)) if mine else math.nan
         out.update({f"{prefix}{name}": mean, f"{prefix}_low{name}": low, f"{prefix}_high{name}": high})
     return out
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Returns (low, difference, high) of mean(after - before) over the same questions, with its 95% bootstrap interval.
+
+    The interval is over questions; of other models it knows nothing.
+    """
+    each = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    low, high = bootstrap_ci(each, resamples=2000)
+    return low, float(each.mean()), high

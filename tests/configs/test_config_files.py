@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
-from qstar.methods import quiet_star, star, v_star
+from qstar.methods import guided_cot, quiet_star, rl, star, v_star
 from qstar.methods.arms import Context
 from qstar.methods.quiet_setup import Study
 from qstar.methods.v_star_setup import Study as VStudy
@@ -32,11 +32,17 @@ SMOKE = {
     "quiet_star_mistral_7b.py": lambda: runs.finished("quiet_star_mistral_7b.py:smoke"),
     "fast_quiet_star.py": lambda: runs.finished("fast_quiet_star.py:smoke"),
     "quiet_star_text.py": lambda: runs.finished("quiet_star_text.py:smoke"),
+    "grpo_arithmetic.py": lambda: runs.finished("grpo_arithmetic.py:smoke"),
+    "guided_cot_synth.py": lambda: runs.finished("guided_cot_synth.py:smoke"),
+    "guided_cot_hotpotqa.py": None,  # runs in tests/methods/test_guided_cot.py, its large model behind a local HTTP server
+    "grpo_gsm8k.py": lambda: runs.finished(runs.pretrained_config("grpo_gsm8k.py", "data/gsm8k")),
 }
 QUIET = [name for name in FILES if "quiet" in name]
+GRPO = [name for name in FILES if name.startswith("grpo_")]
+GUIDED = [name for name in FILES if name.startswith("guided_")]
 EVERY = pytest.mark.parametrize("name", FILES)
 VERIFIED = [name for name in FILES if name.startswith("v_star")]
-STAR = pytest.mark.parametrize("name", [name for name in FILES if name not in (*QUIET, *VERIFIED)])
+STAR = pytest.mark.parametrize("name", [name for name in FILES if name.startswith("star_")])
 
 
 def module(name):
@@ -114,6 +120,67 @@ def test_a_quiet_star_config_loads_and_all_its_settings_are_known(name, tmp_path
     study = Study.make(config, tmp_path / "run", stub.Silent())  # the texts of the other modes are not here
     recipes = quiet_star.in_order({arm: study.recipe(quiet_star.Recipe, arm) for arm in config.arms})
     assert recipes and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", GRPO)
+@pytest.mark.parametrize("mode", [None, "smoke", "smoke,seed=3"])
+def test_an_rl_config_loads_and_all_its_settings_are_known(name, mode, tmp_path):
+    config = module(name).get_config(mode)
+    assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
+    assert config.seed == (3 if mode and "seed" in mode else 0)
+    ctx = Context.make(config, tmp_path / "run", stub.Silent(), train=rl.ReinforceSettings)
+    assert rl.settings_from(rl.Loop, config.loop.to_dict(), "loop").rounds
+    assert all(rl.arm_settings(ctx, arm) for arm in config.arms) and not (tmp_path / "run").exists()
+    json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.parametrize("mode", [None, "smoke", "smoke,seed=3"])
+def test_a_guided_config_loads_and_all_its_settings_are_known(name, mode, tmp_path):
+    config = module(name).get_config(mode)
+    assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
+    assert config.seed == (3 if mode and "seed" in mode else 0)
+    study = guided_cot.Study.make(config, tmp_path / "run", stub.Silent())
+    assert all(study.rl_settings(arm) for arm in study.recipes) and not (tmp_path / "run").exists()
+    assert all(r.start == "base" or r.start in study.recipes for r in study.recipes.values())
+    json.dumps(config.to_dict())
+
+
+def test_the_smoke_mode_of_guided_cot_runs_to_the_end():
+    folder = SMOKE["guided_cot_synth.py"]()
+    config = json.loads((folder / "config.json").read_text())
+    found = json.loads((folder / "results.json").read_text())
+    names = [row["arm"] for row in found["arms"]]
+    fixed = {"random object", "standard", "own CoT", "empty rationale", "shuffled gold", "gold rationale"}
+    assert fixed | set(config["arms"]) <= set(names) and all(0 <= row["mean"] <= 100 for row in found["arms"])
+    assert {"from": "kd_unfiltered", "to": "rl_both_unfiltered"}.items() <= found["differences"][-1].items()
+    assert all(d["low"] <= d["difference"] <= d["high"] for d in found["differences"])
+    measured = json.loads((folder / "large" / "measured.json").read_text())
+    assert {"standard", "cot", "gold", "copied", "headroom"} <= measured.keys()
+    rows = read_jsonl(folder / "student_0" / "teacher.jsonl")
+    assert len(rows) == 48 and all(len(r["rationale"]) == 7 for r in rows)
+    buffer = json.loads((folder / "student_0" / "kd_unfiltered" / "buffer.json").read_text())
+    assert buffer["keep_rate"] == 1.0 and buffer["rows"] == 48
+    rl_rows = [r for r in metrics.read(folder) if r["stage"] == "rl"]
+    assert [r["step"] for r in rl_rows] == [1, 2, 3] and {"reward/accuracy", "reward/factuality"} <= rl_rows[0].keys()
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", GRPO)
+def test_the_smoke_mode_of_rl_runs_to_the_end(name):
+    folder = SMOKE[name]()
+    config = json.loads((folder / "config.json").read_text())
+    assert (folder / "report.html").stat().st_size > 5_000
+    for arm in config["arms"]:
+        rounds, updates = config["loop"]["rounds"], config["train"]["updates"]
+        assert json.loads((folder / arm / "status.json").read_text())["status"] == "finished"
+        mine = [r for r in metrics.read(folder) if r["arm"] == arm]
+        assert [r["iteration"] for r in mine if r["stage"] == "iteration"] == list(range(rounds + 1))
+        rl_rows = [r for r in mine if r["stage"] == "rl"]
+        assert [r["step"] for r in rl_rows] == list(range(1, updates + 1))
+        assert all(r["skipped"] == 0 and abs(r["kl"]) < 5 and r["response_tokens"] > 0 for r in rl_rows)
+        assert all(r["reward/correct"] <= r["reward/parsed"] for r in rl_rows)
+        assert rl_rows[0]["kl"] == 0 and abs(rl_rows[0]["moved"]) < 0.1
 
 
 @pytest.mark.parametrize("study", ["lengths", "official", "fast", "documents=2", "arms=long+pause_long"])

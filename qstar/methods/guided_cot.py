@@ -1,0 +1,338 @@
+"""LM-Guided CoT: a small model writes rationales, a large frozen one answers with them (arXiv 2404.03414).
+
+    1 distil     (r, a) = LARGE(context, question)             the large model explains and answers
+                 keep r where a is right                       SMALL = fine-tune(SMALL, (context, question) -> r)
+    2 refine     r = SMALL(context, question)                  RL: PPO, as in the paper, or RLOO, or GRPO
+                 reward = aspects of r + LARGE answers right with it
+    3 answer     r = SMALL(context, question);  a = LARGE(context, question, r)        LARGE is never trained
+
+Implements the method as its abstract and figure 1 describe it. Sizes, weights, filters and the measures of the aspects are
+our choices: the paper's were not at hand. Arms differ in the filter, in what they start from and in what RL pays for; all
+meet the same questions, so differences are paired.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from qstar.errors import UserError, check_type, require
+from qstar.mesh import make_mesh
+from qstar.methods import guided_multihop, guided_synth
+from qstar.methods.distillation import DistilTrain, Pair, distil
+from qstar.methods.gates import check_gates
+from qstar.methods.quiet_star import in_order
+from qstar.methods.reinforce import Environment, ReinforceSettings, reinforce
+from qstar.methods.run_folder import check_run, once, once_json, open_run, stable_seed, write_json
+from qstar.methods.screen import Screen
+from qstar.methods.settings import Gate, Log, Sections, settings_from
+from qstar.methods.training import Stage
+from qstar.models.model import Model
+from qstar.tasks import make_task
+from qstar.tasks.multihop import MultiHop
+from qstar.train.distil import DistilSettings
+from qstar.train.evaluate import paired
+from qstar.train.loop import Diverged
+from qstar.train.metrics import Writer, show_table
+from qstar.train.rl import RLSettings
+
+FILTERS = ("em", "none", "parity", "f1", "includes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One arm. Keys of a config's `arms.<name>` section."""
+
+    start: str = "base"  # the undistilled small model, or an earlier arm (which is then refined by RL)
+    filter: str = "em"  # of the teacher's rationales: its answer is right; "none"; loose ones
+    steps: int = 400  # of distillation
+    rl: dict = dataclasses.field(default_factory=dict)  # over the config's `rl`
+    train: dict = dataclasses.field(default_factory=dict)  # over the config's `train` (RL) or `distil_train`
+    accuracy: float = 1.0  # what RL pays for the large model's right answer
+    aspect: float = 1.0  # and for the aspects' mean
+    weak: bool = False  # a weaker measure of factuality
+    teacher: str = ""  # `in_order` asks; nothing here learns from an arm
+
+    def __post_init__(self):
+        require(
+            (self.filter in FILTERS, f"filter={self.filter!r} is not one of {', '.join(FILTERS)}"),
+            (self.steps >= 0, f"steps={self.steps} must be 0 or more"),
+            (self.accuracy >= 0 and self.aspect >= 0, "accuracy and aspect must be 0 or more"),
+            (self.accuracy + self.aspect > 0, "accuracy and aspect are both 0: there is nothing to reward"),
+            (not self.teacher, "teacher: every arm's teacher is the large model; leave it out"),
+            (self.start != "base" or not self.rl, "rl is for arms that start from another one; name it in `start`"),
+        )
+
+
+class GuidedGate(Gate):
+    """A bound on a measurement of the large model, see `guided_synth.Synth.gates`."""
+
+    NAMES = ("standard", "cot", "gold", "shuffled", "empty", "wrong", "copied", "headroom", "shuffled_gap")
+
+
+class Setting(Protocol):
+    """Where the method is played out: a large model, questions, and how rationales are judged."""
+
+    max_new_tokens: int  # of a rationale
+
+    def train_large(self, stage: Any) -> Any:
+        """Makes or loads the large model."""
+
+    def gates(self) -> dict[str, float]:
+        """What must hold of it."""
+
+    def base(self, seed: int, stage: Any) -> Model:
+        """The small model before distillation."""
+
+    def teacher_rows(self, seed: int) -> list[dict[str, Any]]:
+        """The large model's rationales and answers."""
+
+    def kept(self, rows: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
+        """Those that a filter keeps."""
+
+    def to_pairs(self, rows: list[dict[str, Any]]) -> list[Pair]:
+        """As the student learns them."""
+
+    def environment(self, seed: int, group: int, prompts: int, recipe: Recipe) -> Environment:
+        """RL's prompts and rewards."""
+
+    def fixed_arms(self) -> dict[str, np.ndarray]:
+        """Arms that need no student: whether each test question is answered right."""
+
+    def controls(self, base: Model, seed: int, stage: Any) -> dict[str, Any]:
+        """Whatever else is to be measured of a student seed: models, or functions that measure themselves."""
+
+    def measure(self, student: Any) -> tuple[np.ndarray, dict[str, float]]:
+        """The same for a student, and what else there is to say of it."""
+
+
+@dataclasses.dataclass
+class Study(Screen):
+    """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
+
+    config: Any
+    workdir: Path
+    console: Console
+    setting: Setting
+    seed: int
+    students: int
+    recipes: dict[str, Recipe]
+    distil_settings: DistilSettings
+    distil_train: DistilTrain
+    gates: dict[str, Gate]
+    writer: Writer = None
+
+    @classmethod
+    def make(cls, config: Any, workdir: Path, console: Console) -> Study:
+        """Reads a config; all that can be wrong in it is found here, before anything is written."""
+        values = config.to_dict()
+        extra = {k: values.pop(k, {}) for k in ("world", "distil", "distil_train")}
+        students = values.pop("students", 1)
+        check_type("config.students", students, int)
+        require((students >= 1, f"config.students={students} must be at least 1"))
+        sections = settings_from(Sections, {"model": {}, "loop": {}, "sample": {}, "evaluate": {}, **values}, "")
+        settings_from(Log, sections.log, "log")
+        setting = make_setting(sections, extra["world"], workdir)
+        study = cls(
+            config=config,
+            workdir=workdir,
+            console=console,
+            setting=setting,
+            seed=config.seed,
+            students=students,
+            recipes=in_order({n: settings_from(Recipe, arm, f"arms.{n}") for n, arm in sections.arms.items()}),
+            distil_settings=settings_from(DistilSettings, extra["distil"], "distil"),
+            distil_train=settings_from(DistilTrain, extra["distil_train"], "distil_train"),
+            gates={k: settings_from(GuidedGate, gate, f"gates.{k}") for k, gate in sections.gates.items()},
+        )
+        for name in study.recipes:
+            study.rl_settings(name)
+        return study
+
+    def rl_settings(self, name: str) -> tuple[RLSettings, ReinforceSettings]:
+        """Returns an arm's RL settings: the config's, with the arm's changes."""
+        recipe, values = self.recipes[name], self.config.to_dict()
+        rl = settings_from(RLSettings, {**values.get("rl", {}), **recipe.rl}, f"arms.{name}.rl")
+        changes = recipe.train if recipe.start != "base" else {}
+        train = {**values["train"], "max_new_tokens": self.setting.max_new_tokens, **changes}
+        return rl, settings_from(ReinforceSettings, train, f"arms.{name}.train")
+
+    def stage(self, where: Path, label: dict[str, Any], name: str, settings: Any, steps: int, seed: int) -> Stage:
+        """Returns a training stage in the folder WHERE/name."""
+        self.say(f"  {name}: {steps} steps")
+        return Stage(where / name, settings, steps, seed, self.writer, {**label, "part": name})
+
+    def student_folder(self, seed: int) -> Path:
+        """WORKDIR/student_N"""
+        return self.workdir / f"student_{seed}"
+
+
+def make_setting(sections: Sections, world: dict[str, Any], workdir: Path) -> Setting:
+    """Returns the two-hop world (task "hops"), or the questions of a multi-hop task."""
+    options = dict(sections.task)
+    name, seed = options.pop("name"), stable_seed(sections.seed, "world")
+    if name == "hops":
+        return guided_synth.Synth(settings_from(guided_synth.SynthSettings, world, "world"), seed)
+    settings = settings_from(guided_multihop.MultiHopSettings, world, "world")
+    task = make_task(name, **options)
+    require((isinstance(task, MultiHop), f"config.task.name={name!r} has no paragraphs to reason over; use hotpotqa"))
+    mesh = make_mesh(sections.mesh) if jax.device_count() > 1 or sections.mesh != "data=-1" else None
+    return guided_multihop.MultiHop(settings, task, seed, workdir, mesh)
+
+
+def run(config: Any, workdir: Path, console: Any) -> None:
+    """Runs every arm of a config for every student seed, going on where an earlier run of the same config stopped."""
+    study = Study.make(config, Path(workdir), console)
+    check_run(study.workdir, config.to_dict())
+    open_run(study.workdir, config.to_dict())
+    log = config.get("log") or {}
+    study.writer = Writer(study.workdir, wandb=log.wandb.to_dict() if log.get("wandb") else None)
+    study.say("\n[bold]large model[/bold]")
+    study.setting.train_large(functools.partial(study.stage, study.workdir, {"arm": "large"}))
+    measures = functools.partial(once_json, study.workdir / "large" / "measured.json", study.setting.gates)
+    check_gates(study.console, study.workdir / "large", study.gates, measures)
+    measures()  # also where no gate asks for them
+    right: dict[str, dict[int, np.ndarray]] = {}
+    fixed = once_json(study.workdir / "large" / "fixed_arms.json", lambda: _as_lists(study.setting.fixed_arms()))
+    right |= {name: {0: np.asarray(x, bool)} for name, x in fixed.items()}
+    measured: dict[str, list[dict[str, float]]] = {}
+    for seed in range(study.students):
+        for name, found in student(study, seed).items():
+            right.setdefault(name, {})[seed] = np.asarray(found.pop("right"), bool)
+            measured.setdefault(name, []).append(found)
+    results(study, right, measured)
+    study.writer.close()
+
+
+def student(study: Study, seed: int) -> dict[str, dict[str, Any]]:
+    """Runs all arms for one student seed; returns what was measured of each."""
+    folder, own = study.student_folder(seed), stable_seed(study.seed, "student", seed)
+    study.say(f"\n[bold]student {seed}[/bold]")
+    label = {"arm": f"student_{seed}"}
+    models = {"base": study.setting.base(own, functools.partial(study.stage, folder, label))}
+    rows = once(folder / "teacher.jsonl", lambda: study.setting.teacher_rows(own))
+    out = {"undistilled": evaluate(study, folder, "undistilled", models["base"], seed)}
+    controls = study.setting.controls(models["base"], own, functools.partial(study.stage, folder, label))
+    out |= {name: evaluate(study, folder, name, control, seed) for name, control in controls.items()}
+    for name, recipe in study.recipes.items():
+        study.say(f"  {name}")
+        try:
+            if recipe.start == "base":
+                models[name] = distilled(study, folder, name, models["base"], rows, own, seed)
+            else:
+                models[name] = refined(study, folder, name, models[recipe.start], own, seed)
+        except Diverged as e:
+            raise UserError(f"config.arms.{name}: {e}") from None
+        out[name] = evaluate(study, folder, name, models[name], seed)
+    return out
+
+
+def distilled(
+    study: Study, folder: Path, name: str, base: Model, rows: list[dict[str, Any]], own: int, seed: int
+) -> Model:
+    """Step 1: imitates the teacher's rationales that the filter keeps."""
+    recipe = study.recipes[name]
+    kept = study.setting.kept(rows, recipe.filter)
+    record = {"rows": len(rows), "kept": len(kept), "keep_rate": len(kept) / max(1, len(rows))}
+    for kind in sorted({r.get("type", "") for r in rows}):
+        mine = [r for r in rows if r.get("type", "") == kind]
+        record[f"keep_rate/{kind}"] = sum(r.get("type", "") == kind for r in kept) / len(mine)
+    once_json(folder / name / "buffer.json", lambda: {"filter": recipe.filter, **record})
+    train = dataclasses.replace(study.distil_train, **recipe.train)
+    with study.bar(name, recipe.steps) as progress:
+        return distil(
+            base,
+            study.setting.to_pairs(kept),
+            study.distil_settings,
+            train,
+            steps=recipe.steps,
+            seed=own,
+            folder=folder / name / "distil",
+            writer=study.writer,
+            label={"arm": name, "student": seed},
+            teacher=getattr(study.setting, "large", None),
+            progress=progress,
+        )[0]
+
+
+def refined(study: Study, folder: Path, name: str, start: Model, own: int, seed: int) -> Model:
+    """Step 2: RL with the aspects and the large model's answers."""
+    rl_settings, settings = study.rl_settings(name)
+    world = study.setting.environment(own, rl_settings.group, settings.prompts, study.recipes[name])
+    with study.bar(name, settings.updates) as progress:
+        return reinforce(
+            start,
+            world,
+            rl_settings,
+            settings,
+            seed=stable_seed(own, "rl"),
+            folder=folder / name / "rl",
+            writer=study.writer,
+            label={"arm": name, "student": seed},
+            progress=progress,
+        )[0]
+
+
+def evaluate(study: Study, folder: Path, name: str, model: Model, seed: int) -> dict[str, Any]:
+    """Step 3 on the test questions, once: FOLDER/NAME/evaluation.json."""
+
+    def make() -> dict[str, Any]:
+        right, found = study.setting.measure(model)
+        study.writer.write(stage="arm", step=0, arm=name, student=seed, accuracy=100.0 * float(right.mean()), **found)
+        return {"right": right.astype(int).tolist(), "accuracy": 100.0 * float(right.mean()), **found}
+
+    found = once_json(folder / name / "evaluation.json", make)
+    study.say(f"    {found['accuracy']:.1f} right")
+    return found
+
+
+def results(
+    study: Study, right: dict[str, dict[int, np.ndarray]], measured: dict[str, list[dict[str, float]]]
+) -> dict[str, Any]:
+    """Writes results.json and prints the table: accuracies per student, and paired differences between the arms."""
+    rows = []
+    for name, seeds in right.items():
+        each = [100.0 * float(x.mean()) for x in seeds.values()]
+        row = {"arm": name, "mean": float(np.mean(each)), "students": " / ".join(f"{x:.1f}" for x in each)}
+        found = measured.get(name, [])
+        rows.append(
+            row | {k: float(np.mean([f[k] for f in found])) if found and k in found[0] else None for k in SHOWN}
+        )
+    steps = [(a, b) for a, b in _steps(study.recipes) if a in right and b in right]
+    differences = []
+    for a, b in steps:
+        low, middle, high = paired(*(_over_students(right[n], study.students) for n in (a, b)))
+        differences.append({"from": a, "to": b, "difference": 100 * middle, "low": 100 * low, "high": 100 * high})
+    out = {"arms": rows, "differences": differences}
+    write_json(study.workdir / "results.json", out)
+    if jax.process_index() == 0:
+        show_table(study.console, "right answers, %", rows)
+        show_table(study.console, "paired differences, 95% over questions", differences)
+    return out
+
+
+SHOWN = ("quality", "gold_chain", "first_hop", "smuggled")
+
+
+def _steps(recipes: dict[str, Recipe]) -> list[tuple[str, str]]:
+    """The comparisons: along the method, and every arm with what it starts from."""
+    first = [n for n, r in recipes.items() if r.start == "base"]
+    fixed = [("standard", "own CoT"), *(("own CoT", n) for n in first)]
+    fixed += [(a, b) for i, a in enumerate(first) for b in first[i + 1 :]]
+    return [*fixed, *((r.start, n) for n, r in recipes.items() if r.start != "base")]
+
+
+def _over_students(seeds: dict[int, np.ndarray], count: int) -> np.ndarray:
+    """Returns float [questions]: the mean over students (an arm without students is the same for all)."""
+    return np.mean([seeds.get(s, seeds.get(0)) for s in range(count)], axis=0)
+
+
+def _as_lists(arms: dict[str, np.ndarray]) -> dict[str, Sequence[int]]:
+    return {n: np.asarray(x).astype(int).tolist() for n, x in arms.items()}

@@ -1,0 +1,157 @@
+"""Reinforcement learning with verifiable rewards: a response earns 1 if its answer is right (DeepSeekMath's GRPO, RLOO, PPO).
+
+What users expect beside STaR, on the same tasks: STaR keeps the right rationales and imitates them; RL also learns from
+the wrong ones, and from how surprising the right ones were.
+
+    for every update:
+        responses = policy(problems), a group of each     reinforce.reinforce
+        scores    = 1 where the task's own parser finds the right answer
+        update by PPO, RLOO or GRPO                       train.rl
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qstar.errors import UserError, require
+from qstar.methods import base_model, checks
+from qstar.methods.arms import Arm, Context
+from qstar.methods.reinforce import ReinforceSettings, Scored, reinforce
+from qstar.methods.run_folder import check_run, open_run, stable_seed
+from qstar.methods.settings import settings_from
+from qstar.models.model import Model
+from qstar.tasks.base import Problem, Task
+from qstar.train.loop import Diverged
+from qstar.train.rl import RLSettings
+from qstar.types import Completion
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """How long, and how often measured. A config's `loop` section."""
+
+    rounds: int = 4  # evaluations on the way, the last at the end
+    problems_per_iter: int | None = None  # of the pool; None: all there are
+    few_shot_at_sample: bool = True
+    rationalize: bool = False  # what `checks` asks every loop for: nothing here is hinted
+    seed_share: float = 0.0
+
+    def __post_init__(self):
+        least = self.problems_per_iter is None or self.problems_per_iter >= 1
+        require(
+            (self.rounds >= 1, f"rounds={self.rounds} must be at least 1"),
+            (least, f"problems_per_iter={self.problems_per_iter} must be at least 1, or None"),
+            (not self.rationalize and not self.seed_share, "rationalize and seed_share belong to STaR; leave them out"),
+        )
+
+
+class Verifiable:
+    """A task as an environment: prompts are its problems, a pass over the pool after the other; 1 for a right answer."""
+
+    def __init__(self, task: Task, seed: int, prompts: int, pool: int | None, few_shot: bool = True):
+        """`prompts` problems per update; `pool`: how many there are in a pass (None: all)."""
+        self.task, self.seed, self.count, self.pool = task, seed, prompts, pool
+        self.prefix = task.prefix() if few_shot else ""
+        self.per_pass = len(self._problems(0)) // prompts
+        require((self.per_pass > 0, f"config.train.prompts={prompts} is more than the pool has; lower it"))
+
+    def problems(self, update: int) -> list[Problem]:
+        """The problems of an update."""
+        epoch, at = divmod(update, self.per_pass)
+        return self._problems(epoch)[at * self.count : (at + 1) * self.count]
+
+    def prompts(self, update: int) -> list[str]:
+        return [self.prefix + self.task.prompt(p) for p in self.problems(update)]
+
+    def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> Scored:
+        pairs = [(p, done) for p, row in zip(self.problems(update), responses) for done in row]
+        answers = [self.task.parse(self.task.cut(done.text)) for _, done in pairs]
+        right = [done.stopped and self.task.correct(p, a) for (p, done), a in zip(pairs, answers)]
+        scores = np.asarray(right, np.float32)
+        return Scored(scores, {"correct": scores, "parsed": np.asarray([a is not None for a in answers], np.float32)})
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  one environment per arm, and it lives as long as the arm
+    def _problems(self, epoch: int) -> list[Problem]:
+        return self.task.pool(epoch, self.seed, self.pool)
+
+
+def run(config: Any, workdir: Path, console: Any) -> None:
+    """Runs every arm of an RL config in `workdir`, going on where an earlier run of the same config stopped."""
+    ctx = Context.make(config, Path(workdir), console, train=ReinforceSettings)
+    loop = settings_from(Loop, config.loop.to_dict(), "loop")
+    arms = {name: arm_settings(ctx, name) for name in config.arms}
+    check_run(ctx.workdir, config.to_dict())
+    base_model.model_options(ctx)
+    checks.check_problems(ctx, [loop])
+    start = base_model.architecture(ctx)
+    checks.check_room(ctx, start, [loop])
+    worlds = {
+        name: Verifiable(ctx.task, ctx.seed, settings.prompts, loop.problems_per_iter, loop.few_shot_at_sample)
+        for name, (_, settings) in arms.items()
+    }
+    open_run(ctx.workdir, config.to_dict())
+    ctx.start()
+    base = base_model.prepare(ctx, start)
+    for name, (rl_settings, settings) in arms.items():
+        train_arm(Arm(ctx, name), loop, rl_settings, settings, worlds[name], base)
+    ctx.close()
+
+
+def arm_settings(ctx: Context, name: str) -> tuple[RLSettings, ReinforceSettings]:
+    """Returns an arm's settings: the config's `rl` and `train` sections, over them its own keys and its `train`."""
+    own = ctx.config.arms[name].to_dict()
+    own.pop("preset", None)
+    train = {**ctx.config.train.to_dict(), **own.pop("train", {})}
+    rl_settings = settings_from(RLSettings, {**ctx.config.rl.to_dict(), **own}, f"arms.{name}")
+    settings = settings_from(ReinforceSettings, train, f"arms.{name}.train")
+    count = settings.prompts * rl_settings.group
+    line = f"config.arms.{name}: train.batch_size={settings.batch_size} does not divide train.prompts * group = {count}"
+    require((count % settings.batch_size == 0, line))
+    return rl_settings, settings
+
+
+def train_arm(
+    arm: Arm, loop: Loop, rl_settings: RLSettings, settings: ReinforceSettings, environment: Verifiable, base: Model
+) -> Model:
+    """Trains one arm from the base, measuring it `loop.rounds` times; returns its model."""
+    ctx = arm.ctx
+    arm.report(0, arm.evaluate(base, 0), {})
+    ctx.say(f"\n[bold]{arm.name}[/bold]: {rl_settings.estimator}, {settings.updates} updates")
+    marks = {math.ceil(settings.updates * n / loop.rounds): n for n in range(1, loop.rounds + 1)}
+
+    def watch(update: int, params: Any) -> None:
+        if (n := marks.get(update)) is None:
+            return
+        rows = arm.answers(base.replace(params=params), ctx.evaluation.split, f"iter_{n:03d}", n, hinted=False)
+        ctx.say(f"  update {update}: accuracy {np.mean([r.correct for r in rows]):.4f}")
+
+    try:
+        with arm.timed("train"), ctx.bar(arm.name, settings.updates) as progress:
+            model, done = reinforce(
+                base,
+                environment,
+                rl_settings,
+                settings,
+                seed=stable_seed(ctx.seed, arm.name),
+                folder=arm.checkpoint(loop.rounds),
+                writer=ctx.writer,
+                label={"arm": arm.name},
+                progress=progress,
+                watch=watch,
+            )
+    except Diverged as e:
+        raise UserError(f"config.arms.{arm.name}: {e}") from None
+    if done["stopped"]:
+        ctx.say(f"[yellow]{arm.name} stopped after {done['updates']} updates: {done['stopped']}")
+    for update, n in marks.items():
+        if update <= done["updates"] or n == loop.rounds:
+            arm.report(n, arm.evaluate(model, n), {"updates": min(update, done["updates"]), **done})
+    arm.finish(base)
+    return model

@@ -1,0 +1,163 @@
+"""Eight aspects of a rationale, each a number in [0, 1] that knows neither the gold answer nor a gold rationale.
+
+The paper (2404.03414) names them and does not say how they were measured; these measures are ours. Each has a version, which
+goes into the records: a number means nothing without the rule that made it. What they see is a `View`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from qstar.errors import unknown
+from qstar.tasks.qa_metrics import normalise
+
+# Words that say nothing of what a text is about.
+STOP = frozenset(
+    "a an the and or but if so then than that this these those is are was were be been being am do does did has have had of "
+    "in on at by for from to with as it its he she his her they them their there here which who whom whose what when where "
+    "why how not no yes also both same more most such into about after before over under between during i you we us".split()
+)
+BAND = (15, 60)  # words of a readable rationale
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_NEGATIONS = frozenset(("not", "no", "never", "isnt", "wasnt", "arent", "werent", "doesnt", "didnt"))
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What an aspect may look at."""
+
+    question: str
+    context: str
+    rationale: str
+    mean_logprob: float | None = None  # nats per token under a frozen language model, where somebody has measured it
+
+    @functools.cached_property
+    def words(self) -> list[str]:
+        """The rationale's words, normalised."""
+        return normalise(self.rationale).split()
+
+    @functools.cached_property
+    def sentences(self) -> list[list[str]]:
+        """Normalised words of its sentences, empty ones left out."""
+        return [w for w in (normalise(s).split() for s in _SENTENCE.split(self.rationale.strip())) if w]
+
+
+@dataclasses.dataclass(frozen=True)
+class Aspect:
+    """A named, versioned measure."""
+
+    name: str
+    version: str
+    measure: Callable[[View], float]
+
+    def __call__(self, view: View) -> float:
+        """Returns the measure, 0 for an empty rationale."""
+        return min(1.0, max(0.0, self.measure(view))) if view.words else 0.0
+
+
+def content(words: Sequence[str]) -> list[str]:
+    """Words that carry meaning, in order."""
+    return [w for w in words if w not in STOP]
+
+
+def factuality(v: View) -> float:
+    """Share of the rationale's pairs of neighbouring content words that some sentence of the context holds both of."""
+    pairs = [p for s in v.sentences for p in zip(content(s), content(s)[1:])]
+    sources = [set(normalise(s).split()) for s in _SENTENCE.split(v.context)]
+    if not pairs:
+        return float(set(content(v.words)) <= set(normalise(v.context).split()))
+    return sum(any(a in s and b in s for s in sources) for a, b in pairs) / len(pairs)
+
+
+def relevance(v: View) -> float:
+    """Share of the question's content words that the rationale names."""
+    asked = set(content(normalise(v.question).split()))
+    return len(asked & set(v.words)) / len(asked) if asked else 1.0
+
+
+def logicality(v: View) -> float:
+    """Share of neighbouring steps that share a content word (a chain), and a last step that says something new."""
+    steps = [set(content(s)) for s in v.sentences]
+    if len(steps) < 2:
+        return 0.5
+    linked = sum(bool(a & b) for a, b in zip(steps, steps[1:])) / (len(steps) - 1)
+    new = bool(steps[-1] - set(content(normalise(v.question).split())))
+    return linked if new else linked / 2
+
+
+def consistency(v: View) -> float:
+    """1 unless a sentence stands there together with its negation."""
+    seen: dict[tuple[str, ...], set[bool]] = {}
+    for s in v.sentences:
+        bare = tuple(w for w in s if w not in _NEGATIONS)
+        seen.setdefault(bare, set()).add(len(bare) % 2 == len(s) % 2)
+    clashes = sum(len(signs) > 1 for signs in seen.values())
+    return 1.0 - clashes / max(1, len(seen))
+
+
+def coherence(v: View) -> float:
+    """How alike neighbouring sentences are: shared content words over those of the shorter, averaged, 1 at a half."""
+    steps = [set(content(s)) for s in v.sentences]
+    pairs = [(a, b) for a, b in zip(steps, steps[1:]) if a and b]
+    if not pairs:
+        return 0.5
+    return min(1.0, 2 * sum(len(a & b) / min(len(a), len(b)) for a, b in pairs) / len(pairs))
+
+
+def fluency(v: View) -> float:
+    """exp(mean log-probability / 2) where a model has read it, else the share of sentences that end in a stop."""
+    if v.mean_logprob is not None:
+        return math.exp(0.5 * min(0.0, v.mean_logprob))
+    parts = [s for s in _SENTENCE.split(v.rationale.strip()) if s.strip()]
+    return sum(s.rstrip().endswith((".", "!", "?")) for s in parts) / max(1, len(parts))
+
+
+def naturalness(v: View) -> float:
+    """1 less the share of repeated three-word runs; 0 for what only echoes the question, or is no sentence at all."""
+    if len(v.words) < 4 or normalise(v.question) in " ".join(v.words) and len(v.words) < 1.5 * len(v.question.split()):
+        return 0.0
+    runs = list(zip(v.words, v.words[1:], v.words[2:]))
+    return len(set(runs)) / len(runs)
+
+
+def readability(v: View) -> float:
+    """1 in the band of lengths, falling to 0 at none and at three times the longest."""
+    n, (low, high) = len(v.words), BAND
+    return n / low if n < low else 1.0 if n <= high else 1.0 - (n - high) / (2 * high)
+
+
+ASPECTS = {
+    f.__name__: Aspect(f.__name__, "1", f)
+    for f in (factuality, relevance, logicality, consistency, coherence, fluency, naturalness, readability)
+}
+
+
+def chosen(weights: Mapping[str, float], known: Mapping[str, Aspect] = ASPECTS) -> dict[str, tuple[Aspect, float]]:
+    """Returns the aspects that weigh something.
+
+    Raises:
+      UserError: a name that none has.
+    """
+    for name in weights:
+        if name not in known:
+            raise unknown(f"rewards.aspects.{name}", name, known)
+    return {n: (known[n], float(w)) for n, w in weights.items() if w}
+
+
+def bare_answer(rationale: str, answer: str, spare: int = 2) -> bool:
+    """Whether a rationale is just the answer it led to: takes its words away and no more than `spare` content words are left.
+
+    The answer is the answerer's own, not the gold one: with accuracy alone as reward, writing the bare answer is optimal.
+    """
+    said = normalise(answer).split()
+    left = content(normalise(rationale).split())
+    if not said or not set(said) <= set(normalise(rationale).split()):
+        return False
+    for w in said:
+        if w in left:
+            left.remove(w)
+    return len(left) <= spare

@@ -1,0 +1,276 @@
+"""Reinforcement learning on sampled responses: one rollout record, one clipped loss, three estimators of the advantage.
+
+    PPO    A_t = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t     1707.06347, 1506.02438
+    RLOO   A   = S - mean of the other responses' S to the same prompt                       2402.14740
+    GRPO   A   = (S - mean of the group) / (its std + 1e-4)                                  2402.03300; no std: 2503.20783
+
+    loss = mean over tokens of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),   rho = exp(logp - old logp)
+
+The divergence from the reference may stand in two places, and only there (x ~ pi, r = ref / pi):
+
+    in the reward, -beta k1 with k1 = -log r     its expected gradient is that of KL(pi, ref) (k3 there would not be)
+    in the loss, beta k2 with k2 = (log r)^2 / 2, or beta rho k3 with k3 = r - 1 - log r     the same gradient, on policy
+
+k1 as a loss has no gradient at all in expectation, and k3 without rho has that of KL(ref, pi): neither is offered.
+
+Old, reference and new log-probabilities come from one function, `measure`, in one dtype, so that rho is 1 until something
+has been learnt. Rewards are float32: an integer array would cut 0.7 down to 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from qstar.errors import require
+from qstar.models import policy, value
+from qstar.tree import masked_mean
+from qstar.types import Metrics, Params
+
+ESTIMATORS = ("ppo", "rloo", "grpo")
+PLACES = ("reward", "k2", "ratio_k3", "none")
+DEFAULT_PLACE = {"ppo": "reward", "rloo": "reward", "grpo": "k2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RLSettings:
+    """How scored responses become a loss. A config's `rl` section. Hashable: static under `jit`."""
+
+    estimator: str = "grpo"
+    group: int = 8  # responses per prompt; PPO needs no more than 1
+    clip: float = 0.2
+    kl_weight: float = 0.05
+    kl_in: str = ""  # "reward", "k2" or "ratio_k3" (in the loss), "none"; "" = reward, but k2 for GRPO
+    kl_target: float = 0.0  # nats per response at which an adaptive weight stays; 0 = the weight is fixed
+    kl_horizon: int = 10_000  # responses over which it adapts
+    gamma: float = 1.0
+    lam: float = 0.95  # of generalised advantage estimation
+    value_clip: float = 0.2
+    value_weight: float = 0.5
+    value_trunk: bool = True  # the value loss also trains what it shares with the policy
+    entropy_weight: float = 0.0
+    whiten: bool = True  # PPO's advantages, over the batch
+    divide_by_std: bool = True  # GRPO; False is Dr. GRPO
+    mean_over: str = "tokens"  # of the whole batch, or "sequences": the mean of the means
+    no_eos_penalty: float = 1.0  # taken off the score of a response that did not end
+    score_limit: float = 10.0  # scores are clipped to plus or minus this
+    temperature: float = 1.0  # of the rollouts; what is scored is the same distribution
+
+    def __post_init__(self):
+        shares = {n: getattr(self, n) for n in ("gamma", "lam")}
+        least = {n: getattr(self, n) for n in ("kl_weight", "kl_target", "value_weight", "no_eos_penalty")}
+        above = {n: getattr(self, n) for n in ("clip", "value_clip", "score_limit", "temperature", "kl_horizon")}
+        places = ("", *PLACES)
+        require(
+            (self.estimator in ESTIMATORS, f"estimator={self.estimator!r} is not one of {', '.join(ESTIMATORS)}"),
+            (self.kl_in in places, f"kl_in={self.kl_in!r} is not one of {', '.join(PLACES)}"),
+            (self.mean_over in ("tokens", "sequences"), f"mean_over={self.mean_over!r} is not tokens or sequences"),
+            (self.group >= 1, f"group={self.group} must be at least 1"),
+            (
+                self.group >= 2 or self.estimator == "ppo",
+                f"group={self.group} must be at least 2 for {self.estimator}: it compares the responses to a prompt",
+            ),
+            *((0 <= v <= 1, f"{n}={v} must be in [0, 1]") for n, v in shares.items()),
+            *((0 <= v < math.inf, f"{n}={v} must be 0 or more") for n, v in least.items()),
+            *((0 < v < math.inf, f"{n}={v} must be above 0") for n, v in above.items()),
+        )
+
+    @property
+    def place(self) -> str:
+        """Where the divergence from the reference stands."""
+        return self.kl_in or DEFAULT_PLACE[self.estimator]
+
+
+@flax.struct.dataclass
+class Experience:
+    """Responses to prompts, scored. The `group` responses to a prompt are neighbours. [B, R] is float32 but for ids."""
+
+    prompt: jax.Array  # [B, P] int32
+    prompt_mask: jax.Array  # [B, P] int32, see `policy.response_states`
+    response: jax.Array  # [B, R] int32
+    mask: jax.Array  # [B, R]: 1 for the response's tokens, the EOS that ended it among them
+    old_logprobs: jax.Array  # [B, R] under the policy that wrote it
+    ref_logprobs: jax.Array  # [B, R] under the reference
+    values: jax.Array  # [B, R], 0 without a value head
+    advantages: jax.Array  # [B, R]
+    returns: jax.Array  # [B, R]: what the values should have been
+    kl_weight: jax.Array  # [B], one number: dynamic, and it splits with the batch
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities
+
+
+def measure(
+    params: dict[str, Params],
+    prompt: jax.Array,
+    prompt_mask: jax.Array,
+    response: jax.Array,
+    *,
+    config: policy.AnyConfig,
+    settings: RLSettings,
+    limit: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns log-probabilities, entropies and values of the response tokens, each float32 [B, R].
+
+    Args:
+      params: {"policy": ..., and "value" if there is one}. limit: ids from here on are never drawn.
+    """
+    states = policy.response_states(params["policy"], config, prompt, prompt_mask, response)
+    scores = functools.partial(policy.token_scores, params["policy"], config, temperature=settings.temperature)
+    logprobs, entropy = scores(states, response, limit=limit)
+    if "value" not in params:
+        return logprobs, entropy, jnp.zeros_like(logprobs)
+    trunk = states if settings.value_trunk else jax.lax.stop_gradient(states)
+    return logprobs, entropy, value.apply(params["value"], trunk)
+
+
+measure_jit = jax.jit(measure, static_argnames=("config", "settings", "limit"))
+
+
+# ----------------------------------------------------------------------------------------------------- advantages
+
+
+def score_with_penalty(scores: Any, ended: Any, settings: RLSettings) -> jax.Array:
+    """Returns float32 [B]: scores less the penalty for responses that did not end, clipped."""
+    scores = jnp.asarray(scores, jnp.float32) - settings.no_eos_penalty * (1.0 - jnp.asarray(ended, jnp.float32))
+    return jnp.clip(scores, -settings.score_limit, settings.score_limit)
+
+
+def token_rewards(scores: jax.Array, k1: jax.Array, mask: jax.Array, kl_weight: Any) -> jax.Array:
+    """Returns float32 [B, R]: -kl_weight * k1 at every token, and the score at the last one."""
+    last = jnp.arange(mask.shape[1]) == jnp.sum(mask > 0, axis=1, keepdims=True) - 1
+    return (-kl_weight * k1 + jnp.where(last, scores[:, None], 0.0)) * mask
+
+
+def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float, lam: float) -> jax.Array:
+    """Generalised advantage estimation (1506.02438) within each response: float32 [B, R], 0 where the mask is."""
+    following = jnp.concatenate([(values * mask)[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
+    delta = (rewards + gamma * following - values) * mask
+
+    def back(after: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total = now + gamma * lam * after
+        return total, total
+
+    return jax.lax.scan(back, jnp.zeros_like(delta[:, 0]), delta.T, reverse=True)[1].T * mask
+
+
+def leave_one_out(scores: jax.Array, group: int) -> jax.Array:
+    """RLOO: each score [B] less the mean of the other ones of its group; sums to 0 in every group."""
+    s = scores.reshape(-1, group)
+    return (s - (jnp.sum(s, axis=1, keepdims=True) - s) / (group - 1)).reshape(-1)
+
+
+def group_normalised(scores: jax.Array, group: int, divide_by_std: bool = True) -> jax.Array:
+    """GRPO: each score [B] less its group's mean, over the group's standard deviation (n - 1) plus 1e-4."""
+    s = scores.reshape(-1, group)
+    centred = s - jnp.mean(s, axis=1, keepdims=True)
+    if divide_by_std:
+        centred = centred / (jnp.std(s, axis=1, ddof=1, keepdims=True) + 1e-4)
+    return centred.reshape(-1)
+
+
+def whitened(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns x [B, R] with mean 0 and standard deviation 1 over the mask; a lone token becomes 0, not NaN."""
+    centred = x - masked_mean(x, mask)
+    return centred / (jnp.sqrt(masked_mean(jnp.square(centred), mask)) + 1e-8) * mask
+
+
+def estimate(
+    scores: jax.Array,
+    old_logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    kl_weight: Any,
+    settings: RLSettings,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns advantages and returns, float32 [B, R], of scores [B] (see the head of this file)."""
+    k1 = (old_logprobs - ref_logprobs) * mask
+    paid = kl_weight if settings.place == "reward" else 0.0
+    if settings.estimator == "ppo":
+        raw = gae(token_rewards(scores, k1, mask, paid), values, mask, settings.gamma, settings.lam)
+        return (whitened(raw, mask) if settings.whiten else raw), (raw + values) * mask
+    whole = scores - paid * jnp.sum(k1, axis=1)
+    if settings.estimator == "rloo":
+        each = leave_one_out(whole, settings.group)
+    else:
+        each = group_normalised(whole, settings.group, settings.divide_by_std)
+    return each[:, None] * mask, jnp.zeros_like(mask)
+
+
+estimate_jit = jax.jit(estimate, static_argnames="settings")
+
+
+def adapted(kl_weight: float, kl: float, responses: int, settings: RLSettings) -> float:
+    """Returns the weight after a batch of `responses` with `kl` nats each (1909.08593): moves towards the target."""
+    if not settings.kl_target:
+        return kl_weight
+    error = min(max(kl / settings.kl_target - 1.0, -0.2), 0.2)
+    return kl_weight * (1.0 + error * responses / settings.kl_horizon)
+
+
+# ----------------------------------------------------------------------------------------------------------- loss
+
+
+def rl_loss(
+    params: dict[str, Params],
+    batch: Experience,
+    rng: jax.Array,
+    *,
+    config: policy.AnyConfig,
+    settings: RLSettings,
+    limit: int,
+) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+    """The clipped loss, the value loss, the divergence and the entropy bonus, as one sum over tokens with its weight."""
+    del rng
+    found = measure(
+        params, batch.prompt, batch.prompt_mask, batch.response, config=config, settings=settings, limit=limit
+    )
+    return surrogate(*found, batch, settings)
+
+
+def surrogate(
+    logprobs: jax.Array, entropy: jax.Array, values: jax.Array, batch: Experience, settings: RLSettings
+) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+    """`rl_loss` from what `measure` found, all [B, R]."""
+    s, mask = settings, batch.mask
+    each = mask
+    if s.mean_over == "sequences":
+        each = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
+    weight = jnp.sum(each)
+    log_ratio = jnp.where(mask > 0, logprobs - batch.old_logprobs, 0.0)
+    ratio = jnp.exp(log_ratio)
+    limited = jnp.clip(ratio, 1.0 - s.clip, 1.0 + s.clip)
+    policy_loss = jnp.maximum(-batch.advantages * ratio, -batch.advantages * limited)
+    total = policy_loss - s.entropy_weight * entropy
+    log_r = jnp.where(mask > 0, batch.ref_logprobs - logprobs, 0.0)
+    if s.place == "k2":
+        total = total + batch.kl_weight[:, None] * 0.5 * jnp.square(log_r)
+    elif s.place == "ratio_k3":
+        total = total + batch.kl_weight[:, None] * ratio * (jnp.exp(log_r) - 1.0 - log_r)
+    value_loss = jnp.zeros_like(total)
+    if s.estimator == "ppo":
+        near = jnp.clip(values, batch.values - s.value_clip, batch.values + s.value_clip)
+        value_loss = 0.5 * jnp.maximum(jnp.square(values - batch.returns), jnp.square(near - batch.returns))
+        total = total + s.value_weight * value_loss
+
+    def over(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(jnp.where(mask > 0, x * each, 0.0)), weight
+
+    metrics = {
+        "loss": over(total),
+        "policy_loss": over(policy_loss),
+        "entropy": over(entropy),
+        "clipped": over((jnp.abs(ratio - 1.0) > s.clip).astype(jnp.float32)),
+        "moved": over(ratio - 1.0 - log_ratio),  # nats per token from the policy that wrote the responses
+        "tokens": (jnp.sum(mask), jnp.float32(0)),
+    }
+    if s.estimator == "ppo":
+        metrics["value_loss"] = over(value_loss)
+    return over(total), metrics

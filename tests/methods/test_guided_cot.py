@@ -1,0 +1,134 @@
+"""LM-Guided CoT on real HotpotQA rows: a small T5 learns, a large model answers through a real HTTP server."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import shared
+
+import qstar
+from configs.guided_cot_hotpotqa import get_config
+from qstar.data.sources import read_jsonl
+from qstar.errors import UserError
+from qstar.methods import guided_cot as G
+from qstar.models import policy
+from qstar.models.encdec_config import EncDecConfig
+from qstar.tasks import make_task
+from qstar.text.tokenizer import load_tokenizer
+from qstar.train import metrics
+from qstar.train.evaluate import paired
+from tests.methods.stub import Silent
+from tests.methods.test_guided_rewards import Server
+
+SMALL = EncDecConfig(vocab_size=512, hidden_size=16, num_layers=1, num_decoder_layers=1, num_heads=2, head_dim=8,
+                     intermediate_size=16)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files():
+    return {"train": str(shared("data/hotpotqa/train_100.json")), "test": str(shared("data/hotpotqa/dev_sample_500.jsonl"))}
+
+
+@pytest.fixture(scope="module")
+def golds(files):
+    task = make_task("hotpotqa", **files)
+    return {p.question: p.meta["answer"] for s in ("train", "val", "test") for p in task.problems(s)}
+
+
+@pytest.fixture
+def server(golds):
+    """Explains every question and is right about those of even length; guided, it says what the rationale begins with."""
+
+    def say(prompts):
+        out = []
+        for p in prompts:
+            question = p.rpartition("Question: ")[2].partition(" Reasoning:")[0].partition(" Answer:")[0]
+            if "step by step" in p:
+                right = golds[question] if len(question) % 2 == 0 else "nobody knows"
+                out.append(f"The paragraphs say so. They agree. So the answer is {right}.")
+            else:
+                out.append(golds[question] if len(question) % 3 == 0 else "something")
+        return out
+
+    made = Server(answer=say)
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "t5"
+    params = jax.jit(functools.partial(policy.init, SMALL))(jax.random.key(0))
+    qstar.save(qstar.Model(SMALL, params, load_tokenizer(shared("weights/stories260k"))), folder)
+    return folder
+
+
+def config_for(server, small, files):
+    config = get_config(f"smoke,small={small},url={server.url},name=big,train={files['train']},test={files['test']}")
+    config.world.update(test=6, small_limit=900, large_limit=400, votes=2, questions=10)
+    config.world.large.wait = 0.01
+    config.arms = {"kd": {"filter": "em", "steps": 3}, "rl": {"start": "kd", "rl": {"estimator": "ppo", "group": 2}}}
+    return config
+
+
+def test_distillation_rl_and_guided_answers_run_end_to_end_over_http(server, small, files, golds, tmp_path):
+    config = config_for(server, small, files)
+    G.run(config, tmp_path, Silent())
+    rows = read_jsonl(tmp_path / "student_0" / "teacher.jsonl")
+    assert len(rows) == 10 and all(r["rationale"] == "The paragraphs say so. They agree." for r in rows)
+    buffer = json.loads((tmp_path / "student_0" / "kd" / "buffer.json").read_text())
+    even = [len(r["prompt"].rpartition("Question: ")[2].removesuffix(" Reasoning:")) % 2 == 0 for r in rows]
+    assert buffer["kept"] == sum(even) and 0 < buffer["keep_rate"] < 1
+    assert any(k.startswith("keep_rate/") for k in buffer)
+    found = {row["arm"]: row for row in json.loads((tmp_path / "results.json").read_text())["arms"]}
+    test = make_task("hotpotqa", **files).problems("test")[:6]
+    assert found["standard"]["mean"] == pytest.approx(100 * np.mean([len(p.question) % 3 == 0 for p in test]))
+    assert found["own CoT"]["mean"] == pytest.approx(100 * np.mean([len(p.question) % 2 == 0 for p in test]))
+    said = json.loads((tmp_path / "student_0" / "rl" / "evaluation.json").read_text())
+    assert said["accuracy"] == said["em"] == said["self_consistency"] == found["standard"]["mean"]  # it ignores rationales
+    assert {"coverage", "bare", "f1", "includes", "student_tokens", "answerer_tokens"} <= said.keys()
+    assert said["truncated"] > 0
+    rl_rows = [r for r in metrics.read(tmp_path) if r["stage"] == "rl"]
+    named = {"reward/accuracy", "reward/aspect/fluency", "reward/bare", "value_loss"}
+    assert len(rl_rows) == 2 and named <= rl_rows[0].keys()
+    asked = len(server.bodies)
+    everything = [p for b in server.bodies for p in b["prompt"]]
+    assert len(everything) == len(set(everything))  # every prompt was asked once
+    (tmp_path / "results.json").unlink()
+    G.run(config, tmp_path, Silent())  # all stages are done: nothing is asked or trained again
+    assert len(server.bodies) == asked and (tmp_path / "results.json").exists()
+
+
+def test_an_endpoint_that_is_away_is_one_line(server, small, files, tmp_path):
+    config = config_for(server, small, files)
+    config.world.large.update(url="http://127.0.0.1:9/v1", retries=1)
+    with pytest.raises(UserError, match="127.0.0.1:9/v1/completions is away after 2 attempts"):
+        G.run(config, tmp_path, Silent())
+
+
+@pytest.mark.parametrize("wrong, word", [
+    ({"arms": {"x": {"rl": {"group": 2}}}}, "arms.x"), ({"arms": {"x": {"start": "y"}}}, "'y' is neither"),
+    ({"arms": {"x": {"filter": "perfect"}}}, "filter='perfect'"), ({"task": {"name": "gsm8k"}}, "no paragraphs"),
+    ({"distil": {"kind": "soft"}}, "kind='soft'"), ({"students": 0}, "students=0"),
+])  # fmt: skip
+def test_mistakes_are_found_before_anything_is_written(wrong, word, tmp_path):
+    config = get_config("smoke")
+    for key, value in wrong.items():
+        config[key] = value
+    with pytest.raises(UserError, match=word):
+        G.Study.make(config, tmp_path / "run", Silent())
+    assert not (tmp_path / "run").exists()
+
+
+def test_paired_intervals_are_narrower_than_those_of_two_separate_arms():
+    rng = np.random.default_rng(0)
+    before = (rng.random(500) < 0.5).astype(float)
+    after = np.where(rng.random(500) < 0.1, 1.0, before)
+    low, middle, high = paired(before, after)
+    assert low < middle < high and middle == pytest.approx((after - before).mean()) and low > 0
+    assert high - low < 0.06 and paired(before, before) == (0, 0, 0)
