@@ -155,6 +155,7 @@ def _train(start, rows, settings, train, steps, seed, folder, writer, label, tea
                 raise Diverged(f"{bad} updates in a row were not finite, up to step {s + 1}; lower the learning rate")
         if train.save_every and (s + 1) % train.save_every == 0 and not ends:
             checkpoints.save(s + 1, state, {"bad": bad})
+            checkpoints.wait()
     checkpoints.close()
     return state.params["policy"], {"steps": steps, "loss": last.get("loss"), "nll": last.get("nll")}
 

@@ -187,6 +187,7 @@ def _train(
             break
         if s.save_every and last % s.save_every == 0 and last < s.updates:
             checkpoints.save(last, state, record)
+            checkpoints.wait()  # an environment may fail: nothing half written is left behind
         if record["bad"] >= s.max_bad:
             raise Diverged(
                 f"{record['bad']} updates in a row were not finite, up to update {last}; lower the learning rate"
