@@ -7,7 +7,7 @@ A frozen large model (0.45M parameters) reads facts, reasons imperfectly and ans
 rationales. Every question has facts of its own, so nothing is learnt by heart (`qstar/tasks/hops.py`).
 
 Seen with seed 0: the gates hold (standard 52.5, own chains 72.3, gold rationale 94.9 of 1,000 questions; a wrong rationale is
-copied in 53%), and guided by filtered distillation 92.8 of 2,000. The other arms have not been run to their end yet.
+copied in 53%). Results of the arms stand in the README.
 
     ...py:arms=kd_filtered+rl_ppo     any arms of ARMS (those they start from come along)
     ...py:seed=1                      another large model
