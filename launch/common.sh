@@ -106,7 +106,7 @@ start_job() { # start_job NAME COMMAND ...: in the background; it outlives the t
 }
 
 stop_job() { # stop_job NAME: SIGTERM, which saves; waits for the end
-    local id left=${QSTAR_STOP_SECONDS:-300}
+    local id left=$((${QSTAR_STOP_SECONDS:-240} + 30))
     job_runs "$1" || { echo "job $1 does not run"; return; }
     id=$(cat "$jobs_folder/$1.pid")
     kill -TERM "$id"
