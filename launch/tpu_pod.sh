@@ -20,7 +20,7 @@
 #   --delete             gives the machines back
 #   --dry-run            prints the commands
 #
-# The workdir is a folder that all workers see (Filestore, a bucket under gcsfuse): stages meet on disk.
+# The workdir is a folder that all workers see (a Filestore share that --setup mounts, say): stages meet on disk.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
@@ -62,7 +62,7 @@ check_run() {
     need_value --config "$config" "what to run"
     need_value --workdir "$workdir" "a folder that all workers see"
     case $workdir in
-    *://*) fail "--workdir=$workdir is no folder; mount the bucket, e.g. --setup='mkdir -p ~/runs && gcsfuse BUCKET ~/runs'" ;;
+    *://*) fail "--workdir=$workdir is no folder; name one on a disk that all workers mount (--setup=COMMAND mounts it)" ;;
     /* | \~/*) ;;
     *) fail "--workdir=$workdir is a folder of each worker alone; name the full path of a disk that all of them see" ;;
     esac

@@ -37,10 +37,20 @@ start) start_job "$name" bash launch/babysit.sh -- .venv/bin/python -m qstar tra
 wait)
     mkdir -p "$jobs_folder"
     ! job_runs "$name" || stop_job "$name" # left behind by a connection that broke
-    echo $$ >"$jobs_folder/$name.pid"
-    exec .venv/bin/python -m qstar train "$@" > >(tee -a "$jobs_folder/$name.log") 2>&1
+    rm -f "$jobs_folder/$name.stopped"
+    # Told to end because the machine goes, the run is not done (75); told by --stop, it is. What looks on has to know.
+    QSTAR_STOPPED_CODE=75 .venv/bin/python -m qstar train "$@" > >(tee -a "$jobs_folder/$name.log") 2>&1 &
+    echo $! >"$jobs_folder/$name.pid"
+    code=0
+    wait $! || code=$?
+    [ "$code" -ne 75 ] || [ ! -e "$jobs_folder/$name.stopped" ] || code=0
+    exit "$code"
     ;;
 logs) follow_log "$name" ;;
-stop) stop_job "$name" ;;
+stop)
+    mkdir -p "$jobs_folder"
+    touch "$jobs_folder/$name.stopped"
+    stop_job "$name"
+    ;;
 list) list_jobs ;;
 esac

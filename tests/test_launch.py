@@ -134,6 +134,14 @@ def test_a_pod_gets_the_code_installs_it_and_runs_the_very_words(bench, copy):
 
 def test_the_exit_code_of_a_run_comes_back(bench, copy):
     bench("tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy, code=3, QSTAR_EXITS="3")
+    bench("tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy, code=75, QSTAR_EXITS="75")  # the machine goes, the run is not done
+
+
+def test_a_run_that_was_stopped_is_not_started_again(bench, copy):
+    python = bench.path / "python"
+    python.write_text(python.read_text().replace('exit "${', 'touch "$HOME/.qstar/jobs/x.stopped"; exit "${'))
+    bench("tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy, QSTAR_EXITS="75")
+    assert "does not run" in bench("tpu_pod.sh", *POD, "--stop", cwd=copy)
 
 
 @pytest.mark.parametrize("states, made", [("\nWAITING_FOR_RESOURCES\nACTIVE\n", ["create"]),
