@@ -33,6 +33,7 @@ def once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str,
         if processes.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_jsonl(path, rows)
+        processes.agreed(True)  # whoever reads it next finds it
         return rows
     return read_jsonl(path)
 
@@ -42,6 +43,7 @@ def once_json(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not processes.exists(path):
         value = make()
         write_json(path, value)
+        processes.agreed(True)
         return value
     return json.loads(path.read_text(encoding="utf-8"))
 
