@@ -8,6 +8,7 @@ import sys
 
 from qstar import stop
 from qstar.errors import UserError, unknown
+from qstar.processes import is_first
 
 COMMANDS = {
     "train": "runs a config: --config=configs/star_arithmetic.py --workdir=runs/x",
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         print("qstar: " + " ".join(str(e).split()), file=sys.stderr)
         return 2
     except stop.Stopped:
-        print(f"qstar: stopped by SIGTERM and saved; go on with: qstar {shlex.join(argv)}", file=sys.stderr)
+        if is_first():
+            print(f"qstar: stopped by SIGTERM and saved; go on with: qstar {shlex.join(argv)}", file=sys.stderr)
         return stop.exit_code()
     except KeyboardInterrupt:
         more = "; the same command goes on from here" if argv[:1] == ["train"] else ""

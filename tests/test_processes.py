@@ -1,5 +1,6 @@
 """How the processes of a run find each other, and that what they make together is what one makes alone."""
 
+import json
 import os
 import pathlib
 import socket
@@ -92,3 +93,48 @@ def test_who_is_missing_is_named_with_the_command_that_starts_it():
     assert "process 1 of 3 did not come within 1 s" in said and f"127.0.0.1:{port} QSTAR_NUM_PROCESSES=3 QSTAR_PROCESS_ID=1" in said
     said = other.communicate(timeout=30)[1]
     assert other.returncode == 2 and "process 2 of 3 waited 1 s for process 0 at 127.0.0.1" in said
+
+
+LONG = ["-m", "qstar", "train", f"--config={ROOT}/configs/star_arithmetic.py:smoke", "--config.base.steps=30000",
+        "--config.base.log_every=10", "--config.base.save_every=0"]  # fmt: skip
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Starts the two processes of a run; none outlives the test."""
+    children = []
+
+    def call():
+        port = free_port()
+        more = {"PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
+        both = [start(port, i, 2, *LONG, f"--workdir={tmp_path}/run", **more) for i in (0, 1)]
+        children.extend(both)
+        return both
+
+    yield call
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def steps(folder):
+    file = folder / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_two_processes_train_one_model_and_stop_after_the_same_update(pair, tmp_path):
+    run = tmp_path / "run"
+    for signalled in (1, 0):  # whoever is told, both stop
+        before = len(steps(run))
+        both = pair()
+        end = time.monotonic() + 120
+        while len(steps(run)) < before + 3:
+            assert time.monotonic() < end and None in [c.poll() for c in both], [c.communicate() for c in both]
+            time.sleep(0.05)
+        both[signalled].terminate()
+        said = [child.communicate(timeout=60) for child in both]
+        assert [child.returncode for child in both] == [0, 0], said
+        assert "parameters" in said[0][0] and "parameters" not in said[1][0]  # the first alone prints ...
+        assert "stopped by SIGTERM and saved" in said[0][1] and "stopped by" not in said[1][1]
+    assert steps(run) == list(range(10, 10 * len(steps(run)) + 1, 10))  # ... and writes; and nothing is done twice
+    assert len(list(run.glob("base/training/*/state"))) == 1
