@@ -50,8 +50,8 @@ class Bench:
         self.states = folder / "states"
         self.states.write_text("ACTIVE\n")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "QSTAR_"))}
-        self.environment = {**kept, "PATH": f"{self.path}:{os.environ['PATH']}", "HOME": str(self.home), "CALLS": str(self.file),
-                            "STATES": str(self.states), "PYTHON": str(self.path / "python"), "USER": "me",
+        self.environment = {**kept, "PATH": f"{self.path}:{os.environ['PATH']}", "HOME": str(self.home),
+                            "CALLS": str(self.file), "STATES": str(self.states), "PYTHON": str(self.path / "python"), "USER": "me",
                             "QSTAR_POLL_SECONDS": "0"}  # fmt: skip
         for name in ("ZONE", "PROJECT"):
             self.environment.pop(name, None)
@@ -157,7 +157,8 @@ def test_machines_are_asked_for_where_there_are_none_or_no_longer(bench, states,
 
 
 @pytest.mark.parametrize("flag, last", [("--stop", [*ALL, "--command=bash ~/qstar/launch/worker.sh stop x"]),
-                                        ("--logs=3", ["--node=0", "--worker=3", "--command=bash ~/qstar/launch/worker.sh logs x"]),
+                                        ("--logs=3", ["--node=0", "--worker=3",
+                                                       "--command=bash ~/qstar/launch/worker.sh logs x"]),
                                         ("--delete", ["--force", "--quiet"]), ("--list", PLACE)])  # fmt: skip
 def test_pods_are_listed_followed_stopped_and_given_back(bench, flag, last):
     (call,) = words(bench("tpu_pod.sh", *POD, flag, "--dry-run"))
@@ -249,7 +250,8 @@ def test_a_jobset_holds_the_very_words(bench):
     assert group["replicas"] == 2 and job["parallelism"] == job["completions"] == 4 and job["backoffLimit"] == 0
     pod = job["template"]["spec"]
     assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
-                                   "cloud.google.com/gke-tpu-topology": "4x4", "cloud.google.com/gke-spot": "true"}  # fmt: skip
+                                   "cloud.google.com/gke-tpu-topology": "4x4",
+                                   "cloud.google.com/gke-spot": "true"}  # fmt: skip
     (box,) = pod["containers"]
     # Kubernetes reads $(NAME), and $$( is how to write a plain $(
     assert [w.replace("$$(", "$(") for w in box["command"]] == ["python", "-m", "qstar", "train", "--device=tpu", *RUN]
@@ -300,7 +302,8 @@ def test_babysit_passes_sigterm_on_and_does_not_start_again(bench, tmp_path):
 
 @pytest.mark.parametrize("script, arguments, culprit", [
     ("tpu_pod.sh", POD, "--config"), ("tpu_pod.sh", [*POD, "--config=c", "--workdir=gs://b/x"], "gs://b/x"),
-    ("tpu_pod.sh", [*POD, "--config=c", "--workdir=runs/x"], "runs/x"), ("tpu_pod.sh", ["--name=X", *POD[1:]][:2], "--name=X"),
+    ("tpu_pod.sh", [*POD, "--config=c", "--workdir=runs/x"], "runs/x"),
+    ("tpu_pod.sh", ["--name=X", *POD[1:]][:2], "--name=X"),
     ("tpu_pod.sh", [*POD[:2], "--type=v9-8", "--create"], "v9-8"), ("tpu_pod.sh", ["--name=x", "--config=c"], "--zone"),
     ("slurm.sh", ["--config=c"], "--workdir"), ("slurm.sh", ["--nodes=two", "--config=c"], "--nodes=two"),
     ("gke_xpk.sh", ["--name=x", "--list"], "--cluster"), ("gke_xpk.sh", [*JOBSET, *RUN, "--topology=4x"], "4x"),
@@ -314,7 +317,10 @@ def test_a_mistake_is_one_line_with_its_culprit(bench, script, arguments, culpri
     assert len(said.splitlines()) == 1 and said.startswith(f"launch/{script}: ") and culprit in said
 
 
-@pytest.mark.parametrize("script", [s.name for s in SCRIPTS if s.name not in ("common.sh", "local.sh", "test.sh", "slurm.sbatch")])
+OTHERS = ("common.sh", "local.sh", "test.sh", "slurm.sbatch")
+
+
+@pytest.mark.parametrize("script", [s.name for s in SCRIPTS if s.name not in OTHERS])
 def test_help_is_the_head_of_the_script(bench, script):
     said = bench(script, "--help")
     assert f"launch/{script}" in said and "set -euo" not in said and not bench.calls()

@@ -31,7 +31,8 @@ def free_port():
 def start(port, index, count, *command, **more):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "QSTAR_COORDINATOR": f"127.0.0.1:{port}", **more}
     environment |= {"QSTAR_NUM_PROCESSES": str(count), "QSTAR_PROCESS_ID": str(index)}
-    return subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], env=environment, text=True, **pipes)
 
 
 SLURM = {"SLURM_JOB_ID": "4097", "SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "gpu[007,010-012]"}
@@ -59,7 +60,8 @@ def test_the_environment_says_where_a_process_stands(environment, expected):
 
 def test_a_tpu_vm_is_asked_for_its_metadata(monkeypatch):
     told = {"worker-network-endpoints": "x:0:10.0.0.4,x:1:10.0.0.5", "agent-worker-number": "1",
-            "tpu-env": "A: 'b'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'"}  # fmt: skip
+            "tpu-env": "A: 'b'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+                       "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'"}  # fmt: skip
     monkeypatch.setattr(processes, "_metadata", lambda key: told.get(key, ""))
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
     found = processes.place({})
@@ -90,7 +92,8 @@ def test_who_is_missing_is_named_with_the_command_that_starts_it():
     first, other = (start(port, i, 3, "-c", MEET, "1") for i in (0, 2))
     said = first.communicate(timeout=30)[1]
     assert first.returncode == 2 and len(said.splitlines()) == 1
-    assert "process 1 of 3 did not come within 1 s" in said and f"127.0.0.1:{port} QSTAR_NUM_PROCESSES=3 QSTAR_PROCESS_ID=1" in said
+    assert "process 1 of 3 did not come within 1 s" in said
+    assert f"127.0.0.1:{port} QSTAR_NUM_PROCESSES=3 QSTAR_PROCESS_ID=1" in said
     said = other.communicate(timeout=30)[1]
     assert other.returncode == 2 and "process 2 of 3 waited 1 s for process 0 at 127.0.0.1" in said
 
