@@ -51,7 +51,8 @@ class Bench:
         self.states.write_text("ACTIVE\n")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "QSTAR_"))}
         self.environment = {**kept, "PATH": f"{self.path}:{os.environ['PATH']}", "HOME": str(self.home),
-                            "CALLS": str(self.file), "STATES": str(self.states), "PYTHON": str(self.path / "python"), "USER": "me",
+                            "CALLS": str(self.file), "STATES": str(self.states),
+                            "PYTHON": str(self.path / "python"), "USER": "me",
                             "QSTAR_POLL_SECONDS": "0"}  # fmt: skip
         for name in ("ZONE", "PROJECT"):
             self.environment.pop(name, None)
