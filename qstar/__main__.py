@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
+from qstar import stop
 from qstar.errors import UserError, unknown
+from qstar.processes import is_first
 
 COMMANDS = {
     "train": "runs a config: --config=configs/star_arithmetic.py --workdir=runs/x",
@@ -25,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print("qstar: " + " ".join(str(e).split()), file=sys.stderr)
         return 2
+    except stop.Stopped:
+        if is_first():
+            print(f"qstar: stopped by SIGTERM and saved; go on with: qstar {shlex.join(argv)}", file=sys.stderr)
+        return stop.exit_code()
     except KeyboardInterrupt:
         more = "; the same command goes on from here" if argv[:1] == ["train"] else ""
         print(f"qstar: interrupted{more}", file=sys.stderr)

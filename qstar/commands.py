@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qstar import stop
 from qstar.errors import UserError
+from qstar.processes import is_first
 from qstar.start import start_jax
 
 
@@ -86,17 +89,18 @@ def train(argv: list[str]) -> int:
     if a.config is None:
         raise UserError("train: --config=FILE is missing, e.g. --config=configs/star_arithmetic.py")
     config = read_config(a.config, overrides)
-    start_jax(a.device)
+    start_jax(a.device, several=True)
     import jax
     from rich.console import Console
 
     from qstar import methods
     from qstar.report.html import write_report
 
-    console = Console()
+    console = Console(quiet=not is_first())
     workdir = Path(a.workdir or f"runs/{config.get('name', 'run')}").expanduser()
-    methods.run(config, workdir, console)
-    if jax.process_index() == 0:
+    with stop.listening() if jax.process_count() == 1 else contextlib.nullcontext():
+        methods.run(config, workdir, console)
+    if is_first():
         console.print(f"report: {write_report(workdir)}", highlight=False, soft_wrap=True)
     return 0
 
@@ -149,7 +153,9 @@ def evaluate(argv: list[str]) -> int:
     """qstar evaluate --model=DIR --task=NAME"""
     p = _parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
     p.add_argument("--model", metavar="DIR", required=True, help="model folder in the Hugging Face layout")
-    p.add_argument("--task", metavar="NAME", required=True, help="arithmetic, commonsense_qa, gsm8k, humaneval, math or mbpp")
+    p.add_argument(
+        "--task", metavar="NAME", required=True, help="arithmetic, commonsense_qa, gsm8k, humaneval, math or mbpp"
+    )
     p.add_argument("--task-options", type=_json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}')
     p.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
     p.add_argument("--limit", metavar="N", type=_whole(0), default=0, help="first N problems (0: all)")

@@ -7,14 +7,17 @@ import importlib.util
 import os
 from pathlib import Path
 
+from qstar import processes
 from qstar.errors import UserError
 
 
-def start_jax(device: str = "auto") -> None:
+def start_jax(device: str = "auto", *, several: bool = False) -> None:
     """Chooses the platform and switches the persistent compilation cache on. Called before anything imports jax.
 
+    With `several`, waits for the other processes of the run, if the environment speaks of any (`processes.place`).
+
     Raises:
-      UserError: the device is not there.
+      UserError: the device is not there; another process did not come.
     """
     platform = {"auto": "", "gpu": "cuda"}.get(device, device)
     if platform:
@@ -25,6 +28,9 @@ def start_jax(device: str = "auto") -> None:
     accelerators = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators:
         keep_freed_memory()
+    here = processes.place(os.environ, device) if several else None
+    if here is not None and here.count > 1:
+        processes.join(here)
     import jax
 
     try:

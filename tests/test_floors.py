@@ -10,8 +10,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "types", "tree"},
-    {"mesh", "start", "text"},
+    {"errors", "types", "tree", "stop"},
+    {"mesh", "processes", "start", "text"},
     {"models", "data", "tasks"},
     {"sample", "thoughts", "train"},
     {"methods"},
@@ -19,6 +19,7 @@ FLOORS = (
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 WITHIN = {
+    ("start", "processes"),
     ("tasks", "data"),
     ("train.evaluate", "sample"),
     ("thoughts", "sample"),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 from rich.console import Console
 
+from qstar import processes
 from qstar.data.sources import read_jsonl
 from qstar.errors import check_type, require, unknown
 from qstar.mesh import make_mesh
@@ -174,7 +175,7 @@ class Arm:
         if n not in self._reported():  # now its stages were only read back, and the clock says nothing
             clock = {f"seconds_{k}": v for k, v in self.seconds.items()}
             self.ctx.writer.write(stage="iteration", step=n, arm=self.name, iteration=n, **metrics, **more, **clock)
-        if jax.process_index() == 0:
+        if processes.is_first():
             show_table(self.ctx.console, self.name, loop_rows([r for m, r in self._reported().items() if m <= n]))
 
     def _reported(self) -> dict[int, dict[str, Any]]:
@@ -208,7 +209,7 @@ class Arm:
     def finish(self, base: Model) -> None:
         """Marks the arm as done (a stop stays a stop). Loops that were chosen on validation are tested once, here."""
         best = self._scores.index(max(self._scores))
-        if not (self.folder / "status.json").exists():
+        if not processes.exists(self.folder / "status.json"):
             status = {"status": "finished", "reason": "", "iterations": len(self._scores) - 1}
             write_json(self.folder / "status.json", status)
         if self.ctx.evaluation.split != "val":

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from qstar import processes
 from qstar.errors import UserError, require
 from qstar.mesh import parameter_table, shardings
 from qstar.methods.arms import Context
@@ -179,7 +180,7 @@ def _gate_value(rows: dict[bool, list[Rollout]], metric: str) -> float:
 
 def show_parameters(ctx: Context, model: Model) -> None:
     """Prints the parameter table: path, shape, sharding, bytes per device."""
-    if jax.process_index() != 0:
+    if not processes.is_first():
         return
     where = shardings(model.params, decoder.PARAM_AXES, ctx.mesh) if ctx.mesh is not None else None
     if where is None:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from qstar import processes
 from qstar.errors import UserError
 from qstar.methods.run_folder import once_json
 from qstar.methods.settings import Gate
@@ -30,7 +29,7 @@ def check_gates(console: Any, folder: Path, gates: dict[str, Gate], measure: Cal
         {"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"}
         for k, g in found.items()
     ]
-    if jax.process_index() == 0:
+    if processes.is_first():
         show_table(console, "gates of the base", rows)
     failed = [(k, g) for k, g in found.items() if not g["ok"] and gates[k].stop]
     if failed:

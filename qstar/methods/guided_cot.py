@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from qstar import processes
 from qstar.errors import UserError, check_type, require
 from qstar.mesh import make_mesh
 from qstar.methods import guided_multihop, guided_synth
@@ -312,7 +313,7 @@ def results(
         differences.append({"from": a, "to": b, "difference": 100 * middle, "low": 100 * low, "high": 100 * high})
     out = {"arms": rows, "differences": differences}
     write_json(study.workdir / "results.json", out)
-    if jax.process_index() == 0:
+    if processes.is_first():
         show_table(study.console, "right answers, %", rows)
         show_table(study.console, "paired differences, 95% over questions", differences)
     return out

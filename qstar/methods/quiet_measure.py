@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qstar import processes
 from qstar.data.corpus import Rows
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.methods.quiet_base import holds_steps
@@ -68,11 +69,11 @@ def measure(study: Study, arm: str, model: Model, thinker: str, step: int) -> di
     place of the model's thoughts; right, the share of thoughts that hold the true steps.
     """
     path = study.workdir / arm / "evaluation" / f"step_{step:06d}.json"
-    if path.exists():
+    if processes.exists(path):
         return once_json(path, dict)
     found = once_json(path, lambda: _measure(study, arm, model, thinker, step))
     study.writer.write(stage="evaluation", arm=arm, step=step, **found)
-    if jax.process_index() == 0:
+    if processes.is_first():
         show_table(study.console, f"{arm}, step {step}", table(found))
     return found
 
@@ -177,9 +178,11 @@ def _kinds(study: Study, model: Model, rows: Rows) -> tuple[list[str], np.ndarra
     if rows.classes is not None:
         return list(study.corpus.classes), rows.classes[:, 1:]
     path = study.workdir / "base" / "difficulty.jsonl"  # of the first model that is measured: the one without training
-    if not path.exists():
+    if not processes.exists(path):
         nll, _, _ = _text(study, model, rows)
-        write_jsonl(path, [{"nll": np.round(x, 4).tolist()} for x in nll])
+        if processes.is_first():
+            write_jsonl(path, [{"nll": np.round(x, 4).tolist()} for x in nll])
+        processes.agreed(True)  # it is there before anybody reads it
     nll = np.asarray([r["nll"] for r in read_jsonl(path)])
     return [name for _, name in BUCKETS], np.searchsorted([edge for edge, _ in BUCKETS[:-1]], nll)
 
@@ -211,7 +214,7 @@ def _write_thoughts(
                 "thoughts": thoughts,
             }
         )
-    if jax.process_index() == 0:
+    if processes.is_first():
         write_jsonl(study.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out)
 
 

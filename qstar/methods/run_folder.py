@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from qstar import processes
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
 from qstar.models.hf import read_json
@@ -27,27 +28,29 @@ def once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str,
 
     The file appears whole or not at all: it is its own done-marker. In a run of several processes the first writes.
     """
-    if not path.exists():
+    if not processes.exists(path):
         rows = make()
-        if jax.process_index() == 0:
+        if processes.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_jsonl(path, rows)
+        processes.agreed(True)  # whoever reads it next finds it
         return rows
     return read_jsonl(path)
 
 
 def once_json(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Like `once`, for one JSON object."""
-    if not path.exists():
+    if not processes.exists(path):
         value = make()
         write_json(path, value)
+        processes.agreed(True)
         return value
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically (process 0 only)."""
-    if jax.process_index() != 0:
+    if not processes.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -62,11 +65,13 @@ def open_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> 
       UserError: see `check_run`; or the folder cannot be written.
     """
     check_run(workdir, config, flag)
+    processes.agreed(True)  # all have looked before the first one writes
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config)
         write_json(workdir / "environment.json", environment())
+        processes.agreed(True)
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be written ({e.strerror}); name another folder") from None
 

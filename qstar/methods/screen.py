@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from qstar import processes
 from qstar.types import Rollout
 
 SECONDS_A_LINE = 60  # of progress, where it goes to a file
@@ -24,7 +24,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Prints a line (process 0)."""
-        if jax.process_index() == 0:
+        if processes.is_first():
             self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager

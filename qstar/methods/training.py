@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from qstar import tree
+from qstar import processes, tree
 from qstar.errors import UserError, require
 from qstar.methods.run_folder import once_json
 from qstar.models import lora
@@ -107,7 +107,7 @@ class Stage:
 
 def finished(folder: Path) -> bool:
     """Whether the stage of this folder has ended."""
-    return (folder / "summary.json").exists()
+    return processes.exists(folder / "summary.json")
 
 
 def train_stage(
@@ -137,7 +137,7 @@ def train_stage(
     weights = Checkpoints(stage.folder / "model")
     done = stage.folder / "summary.json"
     if finished(stage.folder):
-        shutil.rmtree(stage.folder / "training", ignore_errors=True)  # a kill may have come between
+        _drop(stage.folder / "training")  # a kill may have come between
         params, _ = weights.restore(start.params)
         weights.close()
         return start.replace(params=params), once_json(done, dict)
@@ -148,8 +148,14 @@ def train_stage(
     weights.save(summary["steps"], params)
     weights.close()
     once_json(done, lambda: summary)
-    shutil.rmtree(stage.folder / "training", ignore_errors=True)  # moments are of no use to the next loop
+    _drop(stage.folder / "training")  # moments are of no use to the next loop
     return start.replace(params=params), summary
+
+
+def _drop(folder: Path) -> None:
+    processes.agreed(True)  # all have done with it
+    if processes.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch):
@@ -160,7 +166,7 @@ def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch):
         fresh["value"] = tree.cast(start.params["value"], np.float32)  # a head has nothing to be an adapter of
     adapted = start.replace(params=fresh)
     adapters, summary = _train(adapted, stage, tx, step_at, batch_at, {**roles, "base": start.params}, watch)
-    if jax.process_index() == 0:
+    if processes.is_first():
         lora.save_adapters(start.config, adapters, settings, stage.folder / "adapter")
     merged = jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
     return merged, {**summary, "adapter_parameters": tree.size(adapters)}

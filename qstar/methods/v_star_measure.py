@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from qstar import processes
 from qstar.methods import select as choosing
 from qstar.methods.arms import Arm
 from qstar.methods.rollouts import attempt
@@ -56,7 +56,7 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
         )
     for k, row in table(found).items():
         ctx.writer.write(stage="selection", step=int(k), arm=arm.name, iteration=n, **row)
-    if jax.process_index() == 0:
+    if processes.is_first():
         show_table(ctx.console, f"{arm.name}: chance to be right with k samples", printed(found))
     return found
 

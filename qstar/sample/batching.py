@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ class _Queue:
         self.occupant: list[Request | None] = [None] * slots
 
     def run(self, knobs: Knobs) -> Iterator[tuple[int, int, Completion]]:
-        state = _place(self.model, S.empty_state(self.sampler))
+        state = _placed(self.model, lambda: S.empty_state(self.sampler))
         cancel = np.zeros(self.sampler.slots, bool)
         per_fill = self.prompts_per_fill * self.group
         while self.waiting or any(self.occupant):
@@ -352,14 +352,18 @@ def _buckets(lengths: Sequence[int], n: int) -> list[tuple[int, list[int]]]:
     return out
 
 
-def _place(model: Model, state: S.SampleState) -> S.SampleState:
-    """Splits the slots over the mesh's batch axes, if there is a mesh."""
+def _placed(model: Model, make: Callable[[], S.SampleState]) -> S.SampleState:
+    """Makes a state and splits its slots over the mesh's batch axes, if there is a mesh."""
+    state = make()
     if model.mesh is None:
         return state
     split, whole = batch_sharding(model.mesh), replicated(model.mesh)
     ways = split.num_devices // model.mesh.shape["tensor"]
     divides = state.active.shape[0] % ways == 0
-    return jax.tree.map(lambda x: jax.device_put(x, split if x.ndim and divides else whole), state)
+    where = jax.tree.map(lambda x: split if x.ndim and divides else whole, state)
+    if jax.process_count() == 1:
+        return jax.device_put(state, where)
+    return jax.jit(make, out_shardings=where)()  # no process could put what belongs to the others' devices
 
 
 def _to_host(arrays):

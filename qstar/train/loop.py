@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from qstar import stop
 from qstar.mesh import put_batch
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.state import TrainState
@@ -55,7 +56,13 @@ def fit(
 
     Raises:
       Diverged: after saving the last good state.
+      Stopped: the process was told to end (SIGTERM), after saving where it is.
     """
+    with stop.held():
+        yield from _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, log_every, max_bad)
+
+
+def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, log_every, max_bad):
     window: list[dict[str, Any]] = []
     bad, since = 0, time.perf_counter()
     if checkpoints is not None and checkpoints.latest() is not None:
@@ -75,7 +82,8 @@ def fit(
         state, metrics = step_at(step)(state, batch, np.float32(lr_at(step)))
         window.append(metrics)
         done = step + 1
-        saving = checkpoints is not None and (done == steps or (save_every and done % save_every == 0))
+        stopping = stop.asked() and done < steps
+        saving = checkpoints is not None and (done == steps or stopping or (save_every and done % save_every == 0))
         if done % log_every == 0 or done == steps or saving:
             host = _floats(window)  # the only wait; the device has run ahead of the host until here
             bad, longest = _runs_of_bad(bad, [m["skipped"] for m in host[checked:]])
@@ -100,6 +108,10 @@ def fit(
                 now = time.perf_counter()
                 yield Progress(done, state, _means(host, now - since))
                 window, checked, since = [], 0, time.perf_counter()
+        if stopping:
+            if checkpoints is not None:
+                checkpoints.wait()
+            raise stop.Stopped
     if checkpoints is not None:
         checkpoints.wait()
 

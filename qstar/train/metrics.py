@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qstar.processes import is_first
+
 
 class Writer:
     """Appends rows to `metrics.jsonl` and scalars to TensorBoard events beside it.
@@ -20,16 +22,18 @@ class Writer:
     """
 
     def __init__(self, folder: Path, *, wandb: dict[str, Any] | None = None):
-        """Opens the files; `wandb` (keyword arguments of `wandb.init`) also logs there."""
+        """Opens the files, in the first process of several; `wandb` (keyword arguments of `wandb.init`) also logs there."""
         self.folder = Path(folder)
+        self._file = self._wandb = None
+        self._boards: dict[str, Any] = {}
+        if not is_first():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = open(path, "a", buffering=1, encoding="utf-8")
         if torn:  # a killed process was writing that line: the next row must not become part of it
             self._file.write("\n")
-        self._boards: dict[str, Any] = {}
-        self._wandb = None
         if wandb is not None:
             import wandb as wandb_module  # an extra: most runs do without
 
@@ -37,6 +41,8 @@ class Writer:
 
     def write(self, *, stage: str, step: int, arm: str = "", iteration: int = 0, **values: Any) -> None:
         """Writes one row. Numbers that are not finite become null (JSON has no NaN)."""
+        if self._file is None:
+            return
         row = {"arm": arm, "iteration": iteration, "stage": stage, "step": step, **values}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
@@ -56,7 +62,8 @@ class Writer:
 
     def close(self) -> None:
         """Flushes everything."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for board in self._boards.values():
             board.close()
         if self._wandb is not None:

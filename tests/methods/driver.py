@@ -4,7 +4,7 @@
 
 A job is {"config": "star_arithmetic.py:smoke", "flags": [..], "workdir": DIR, "kill": EVENT or null}. The
 product knows nothing of this: its functions are wrapped here so that they tell *events*, and the child sends
-itself SIGKILL when the first event that equals the plan comes by. Paths are relative to the workdir.
+itself SIGKILL when the first event that equals the plan comes by, SIGTERM where the plan is "term EVENT". Paths are relative to the workdir.
 
     begin FILE          before a JSONL file is made      replace FILE        written under its temporary name
     done FILE           the file is there                batch FOLDER STEP   before an update
@@ -39,6 +39,8 @@ class Events:
         print(event, file=self.file)
         if event == self.plan:
             os.kill(os.getpid(), signal.SIGKILL)
+        if f"term {event}" == self.plan:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def wrap(events):

@@ -106,3 +106,32 @@ def test_a_finished_run_is_left_as_it_is(arithmetic):
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*.jsonl")} == kept
     written = set(runs.events(folder)[before:])
     assert written == {"replace environment.json", "replace report.html"}
+
+
+TOLD = [
+    "term batch base 70",  # while the base trains: saved after that very update
+    "term begin no_rationalisation/stages/iter_001/sample_000.jsonl",  # anywhere else nothing waits
+    "term batch no_rationalisation/checkpoints/iter_001 12",
+    "term saving no_rationalisation/checkpoints/iter_001/training 16",  # a checkpoint is being written in the background
+    "term batch rationalisation/checkpoints/iter_002 3",  # an update whose metrics are logged
+]
+
+
+@pytest.fixture(scope="module")
+def told():
+    return runs.killed("star_arithmetic.py:smoke", TOLD)
+
+
+def test_told_to_end_it_saves_and_goes_on_to_the_same_end(arithmetic, told):
+    whole, _ = arithmetic
+    assert runs.answers(told) == runs.answers(whole)
+    assert runs.weights(told) == runs.weights(whole)
+    assert runs.numbers(told) == runs.numbers(whole)
+
+
+def test_told_to_end_no_update_is_lost_and_a_line_says_how_to_go_on(told):
+    updates = [e for e in runs.events(told) if e.startswith("batch ")]
+    assert len(updates) == len(set(updates)) > 100
+    log = told.with_suffix(".log").read_text()
+    assert log.count("qstar: stopped by SIGTERM and saved; go on with: qstar train --config=") == len(TOLD)
+    assert "Traceback" not in log

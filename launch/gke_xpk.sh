@@ -1,0 +1,210 @@
+#!/usr/bin/env bash
+# One run on TPU slices of a GKE cluster: through XPK, or as a JobSet of its own through kubectl.
+#
+#   bash launch/gke_xpk.sh --name=x --cluster=C --zone=us-east5-b --project=P --type=v6e-16 --image=IMAGE --config=... --workdir=/runs/x
+#   bash launch/gke_xpk.sh --jobset --name=x --accelerator=tpu-v6e-slice --topology=4x4 --image=IMAGE --claim=CLAIM --config=... --workdir=/runs/x
+#
+#   --name=NAME --image=IMAGE     of the workload; the image holds qstar[tpu] (its working folder: this repository)
+#   --slices=N --restarts=N       (default: 1 and 100)
+#   --grace=SECONDS               between SIGTERM and SIGKILL, for saving (default: 300)
+#   --spot                        on pre-emptible nodes
+#   --env=KEY=VALUE               repeatable. Keys and tokens: --secret
+# XPK:
+#   --cluster=C --zone=Z --project=P --type=TYPE     (zone, project: else the variables ZONE, PROJECT)
+# JobSet, in the namespace of your kubectl context:
+#   --accelerator=LABEL --topology=AxB[xC]           cloud.google.com/gke-tpu-accelerator and -topology
+#   --chips=N                     per host (default: 4)
+#   --claim=NAME                  PersistentVolumeClaim, mounted at /runs: all hosts see it
+#   --secret=NAME                 Kubernetes secret whose entries become environment variables
+#   --queue=NAME                  Kueue's LocalQueue
+#   --manifest                    prints the JobSet and submits nothing
+#
+#   --list | --logs | --stop      the workloads | the log of the first host | ends it: SIGTERM saves; the same command goes on
+#   --dry-run                     prints the commands
+#
+# Every other argument goes to `qstar train`.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+do=create via=xpk name="" image="" slices=1 restarts=100 grace=300 spot="" cluster="" zone=${ZONE:-} project=${PROJECT:-} type=""
+accelerator="" topology="" chips=4 claim="" secret="" queue="" config="" workdir="" rest=()
+# Told to end by the cluster and not by --stop, a run has to count as failed: that is what JobSet starts again.
+environment=(QSTAR_STOPPED_CODE=75)
+for argument in "$@"; do
+    value=${argument#*=}
+    case $argument in
+    --jobset) via=kubectl ;;
+    --manifest) via=kubectl do=manifest ;;
+    --name=*) name=$value ;;
+    --image=*) image=$value ;;
+    --slices=*) slices=$value ;;
+    --restarts=*) restarts=$value ;;
+    --grace=*) grace=$value ;;
+    --spot) spot=yes ;;
+    --env=*) environment+=("$value") ;;
+    --cluster=*) cluster=$value ;;
+    --zone=*) zone=$value ;;
+    --project=*) project=$value ;;
+    --type=*) type=$value ;;
+    --accelerator=*) accelerator=$value ;;
+    --topology=*) topology=$value ;;
+    --chips=*) chips=$value ;;
+    --claim=*) claim=$value ;;
+    --secret=*) secret=$value ;;
+    --queue=*) queue=$value ;;
+    --list | --logs | --stop) do=${argument#--} ;;
+    --dry-run) dry_run=yes ;;
+    -h | --help) show_help ;;
+    --config=*) config=$value rest+=("$argument") ;;
+    --workdir=*) workdir=$value rest+=("$argument") ;;
+    *) rest+=("$argument") ;;
+    esac
+done
+[ "$do" = list ] || need_name "$name"
+need_number --slices "$slices"
+need_number --restarts "$restarts"
+need_number --grace "$grace"
+need_number --chips "$chips"
+for pair in ${environment[@]+"${environment[@]}"}; do
+    case $pair in
+    [A-Za-z_]*=*) ;;
+    *) fail "--env=$pair is not KEY=VALUE" ;;
+    esac
+done
+command=(python -m qstar train --device=tpu ${rest[@]+"${rest[@]}"})
+case $do in
+create | manifest)
+    need_value --image "$image" "a container image that holds qstar"
+    need_value --config "$config" "what to run"
+    need_value --workdir "$workdir" "a folder that all hosts see"
+    ;;
+esac
+if [ "$via" = xpk ]; then
+    need_value --cluster "$cluster" "the GKE cluster that XPK made; --jobset goes through kubectl"
+    need_value --zone "$zone" "of the cluster, or the variable ZONE"
+    need_program xpk "pip install xpk, or use --jobset"
+    place=(--cluster="$cluster" --zone="$zone")
+    [ -z "$project" ] || place+=(--project="$project")
+else
+    [ "$do" = manifest ] || need_program kubectl "https://kubernetes.io/docs/tasks/tools says how"
+fi
+
+# shellcheck disable=SC2016  # nothing is to be expanded here
+json() { # json TEXT: as a string of JSON, which is one of YAML, too
+    local text=$1 slash="\\\\" quote='\"' line='\n' tab='\t' dollar='$$('
+    text=${text//\\/"$slash"}
+    text=${text//\"/"$quote"}
+    text=${text//$'\n'/"$line"}
+    text=${text//$'\t'/"$tab"}
+    text=${text//'$('/"$dollar"} # Kubernetes replaces $(NAME) in commands and values
+    printf '"%s"' "$text"
+}
+
+hosts() { # of a slice: chips of the topology / chips per host
+    local all=1 side
+    case $topology in
+    "" | *[!0-9x]* | x* | *x | *xx*) fail "--topology=$topology must be like 4x4 or 2x2x4" ;;
+    esac
+    for side in ${topology//x/ }; do all=$((all * side)); done
+    [ $((all % chips)) -eq 0 ] || fail "--topology=$topology has $all chips, which are no multiple of --chips=$chips"
+    echo $((all / chips))
+}
+
+jobset() {
+    local n word pair
+    need_value --accelerator "$accelerator" "e.g. tpu-v6e-slice"
+    n=$(hosts) || exit 2
+    cat <<EOY
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+EOY
+    [ -z "$queue" ] || printf '  labels:\n    kueue.x-k8s.io/queue-name: %s\n' "$(json "$queue")"
+    cat <<EOY
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: $restarts
+  replicatedJobs:
+  - name: slice
+    replicas: $slices
+    template:
+      spec:
+        parallelism: $n
+        completions: $n
+        backoffLimit: 0
+        template:
+          spec:
+            restartPolicy: Never
+            terminationGracePeriodSeconds: $grace
+            hostNetwork: true
+            dnsPolicy: ClusterFirstWithHostNet
+            nodeSelector:
+              cloud.google.com/gke-tpu-accelerator: $(json "$accelerator")
+              cloud.google.com/gke-tpu-topology: $(json "$topology")
+EOY
+    if [ -n "$spot" ]; then
+        cat <<'EOY'
+              cloud.google.com/gke-spot: "true"
+            tolerations:
+            - key: cloud.google.com/gke-spot
+              operator: Equal
+              value: "true"
+              effect: NoSchedule
+EOY
+    fi
+    [ -z "$claim" ] || printf '            volumes:\n            - name: runs\n              persistentVolumeClaim:\n                claimName: %s\n' "$(json "$claim")"
+    printf '            containers:\n            - name: qstar\n              image: %s\n              command:\n' "$(json "$image")"
+    for word in "${command[@]}"; do printf '              - %s\n' "$(json "$word")"; done
+    if [ ${#environment[@]} -gt 0 ]; then
+        printf '              env:\n'
+        for pair in "${environment[@]}"; do
+            printf '              - name: %s\n                value: %s\n' "$(json "${pair%%=*}")" "$(json "${pair#*=}")"
+        done
+    fi
+    [ -z "$secret" ] || printf '              envFrom:\n              - secretRef:\n                  name: %s\n' "$(json "$secret")"
+    [ -z "$claim" ] || printf '              volumeMounts:\n              - name: runs\n                mountPath: /runs\n'
+    cat <<EOY
+              ports:
+              - containerPort: 8471
+              - containerPort: 8080
+              resources:
+                limits:
+                  google.com/tpu: $chips
+EOY
+}
+
+create_workload() {
+    local call=(xpk workload create "${place[@]}" --workload="$name" --tpu-type="$type" --num-slices="$slices")
+    local pair
+    need_value --type "$type" "e.g. v6e-16"
+    call+=(--docker-image="$image" --max-restarts="$restarts" --termination-grace-period-seconds="$grace")
+    # Without it, XPK restarts after faults of the machines only, and a process that lost its peer ends with a failure.
+    call+=(--restart-on-user-code-failure)
+    [ -z "$spot" ] || call+=(--spot)
+    [ -z "$secret$claim$queue" ] || fail "--secret, --claim and --queue are of --jobset; XPK: xpk storage attach, --env"
+    for pair in ${environment[@]+"${environment[@]}"}; do call+=(--env "$pair"); done
+    run "${call[@]}" --command="$(quote "${command[@]}")" # one shell in the container splits it again
+}
+
+pods="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+case $via-$do in
+*-manifest) jobset ;;
+xpk-create) create_workload ;;
+xpk-list) run xpk workload list "${place[@]}" ;;
+xpk-stop) run xpk workload delete "${place[@]}" --workload="$name" --force ;;
+kubectl-create)
+    manifest=$(jobset) || exit 2
+    if [ -n "$dry_run" ]; then
+        printf '%s\n' "kubectl apply -f - <<'END'" "$manifest" END
+    else
+        kubectl apply -f - <<<"$manifest"
+    fi
+    ;;
+kubectl-list) run kubectl get jobsets ;;
+kubectl-stop) run kubectl delete jobset "$name" ;;
+*-logs) need_program kubectl "https://kubernetes.io/docs/tasks/tools says how" && run kubectl logs --follow --tail=200 --selector="$pods" ;;
+esac

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Submits launch/slurm.sbatch: a run over several GPU nodes.
+#
+#   bash launch/slurm.sh --install                                             once: .venv, on a disk that all nodes see
+#   bash launch/slurm.sh --name=x --nodes=4 --gpus=8 --config=configs/star_gsm8k.py --workdir=/shared/runs/x
+#
+#   --name=NAME       of the job (default: qstar)
+#   --nodes=N         (default: 2)       --gpus=N   per node, with a process each (default: 8)
+#   --time=LIMIT      e.g. 24:00:00; it is queued again until the run has ended
+#   --sbatch=OPTION   any other option of sbatch, e.g. --sbatch=--partition=a100; repeatable
+#   --list            your jobs
+#   --logs            follows the log of the job of that name
+#   --stop            SIGTERM to its processes: they save and end; the same command goes on later
+#   --dry-run         prints the commands
+#
+# Every other argument goes to `qstar train`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+. launch/common.sh
+
+do=submit name=qstar nodes=2 gpus=8 time="" config="" workdir="" more=() rest=()
+for argument in "$@"; do
+    value=${argument#*=}
+    case $argument in
+    --name=*) name=$value ;;
+    --nodes=*) nodes=$value ;;
+    --gpus=*) gpus=$value ;;
+    --time=*) time=$value ;;
+    --sbatch=*) more+=("$value") ;;
+    --install | --list | --logs | --stop) do=${argument#--} ;;
+    --dry-run) dry_run=yes ;;
+    -h | --help) show_help ;;
+    --config=*) config=$value rest+=("$argument") ;;
+    --workdir=*) workdir=$value rest+=("$argument") ;;
+    *) rest+=("$argument") ;;
+    esac
+done
+need_name "$name"
+need_number --nodes "$nodes"
+need_number --gpus "$gpus"
+[ "$do" = install ] || need_program sbatch "call this where jobs are submitted"
+user=${USER:-$(id -un)}
+
+job() { # id of the newest job of that name
+    local id
+    if [ -n "$dry_run" ]; then
+        id=JOB
+    else
+        id=$(squeue --noheader --user="$user" --name="$name" --format=%i --sort=-i | head -n 1)
+        [ -n "$id" ] || fail "no job of the name $name is queued or runs; --list shows your jobs"
+    fi
+    echo "$id"
+}
+
+case $do in
+install) run install_qstar cuda ;;
+submit)
+    need_value --config "$config" "what to run"
+    need_value --workdir "$workdir" "a folder that all nodes see"
+    command=(sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus")
+    [ -z "$time" ] || command+=(--time="$time")
+    run "${command[@]}" ${more[@]+"${more[@]}"} launch/slurm.sbatch "${rest[@]}"
+    ;;
+list) run squeue --user="$user" --format="%.12i %.24j %.4t %.12M %.5D %R" ;;
+logs) id=$(job) && run tail -n 200 -F "$name-$id.log" ;;
+stop) id=$(job) && run scancel --signal=TERM "$id" ;;
+esac

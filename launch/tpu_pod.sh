@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# From nothing to a run on every worker of a TPU slice (or of several), through Cloud TPU queued resources.
+#
+#   bash launch/tpu_pod.sh --name=x --type=v6e-16 --zone=us-east5-b --project=P --config=configs/star_gsm8k.py --workdir=/mnt/runs/x
+#
+# asks for the machines and waits for them, copies the files git knows, installs, and starts `qstar train` with every other
+# argument on all workers. Called again it goes on: machines that are there are used, those that were pre-empted made again.
+#
+#   --name=NAME --zone=ZONE --project=PROJECT    of the queued resource (zone and project: else ZONE and PROJECT, the variables)
+#   --type=TYPE          accelerator type: v4-8, v5litepod-16, v5p-32, v6e-16, ...
+#   --slices=N           more than one: multislice (default 1)
+#   --spot | --reserved  cheaper and pre-emptible | from your reservation
+#   --runtime=VERSION    image of the TPU VMs (default: by type)
+#   --setup=COMMAND      on every worker, before the start: mounts the disk that holds the workdir, exports keys, ...
+#   --create, --ship     only that: machines | code
+#   --wait               stays until the run ends, with its exit code (under launch/babysit.sh: survives pre-emption)
+#   --list               the queued resources of the zone
+#   --logs[=WORKER]      follows the log of a worker (default 0)
+#   --stop               SIGTERM to the run on all workers: it saves; the machines stay (and cost)
+#   --delete             gives the machines back
+#   --dry-run            prints the commands
+#
+# The workdir is a folder that all workers see (a Filestore share that --setup mounts, say): stages meet on disk.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+. launch/common.sh
+
+do=all name="" zone=${ZONE:-} project=${PROJECT:-} type="" runtime="" capacity="" slices=1 setup="" wait="" worker=0
+config="" workdir="" rest=()
+for argument in "$@"; do
+    value=${argument#*=}
+    case $argument in
+    --name=*) name=$value ;;
+    --zone=*) zone=$value ;;
+    --project=*) project=$value ;;
+    --type=*) type=$value ;;
+    --runtime=*) runtime=$value ;;
+    --slices=*) slices=$value ;;
+    --setup=*) setup=$value ;;
+    --spot | --reserved) capacity=$argument ;;
+    --wait) wait=yes ;;
+    --create | --ship | --list | --logs | --stop | --delete) do=${argument#--} ;;
+    --logs=*) do=logs worker=$value ;;
+    --dry-run) dry_run=yes ;;
+    -h | --help) show_help ;;
+    --config=*) config=$value rest+=("$argument") ;;
+    --workdir=*) workdir=$value rest+=("$argument") ;;
+    *) rest+=("$argument") ;;
+    esac
+done
+need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
+[ "$do" = list ] || need_name "$name"
+need_number --slices "$slices"
+need_number --logs "$worker"
+need_program gcloud "https://cloud.google.com/sdk/docs/install says how"
+place=(--zone="$zone")
+[ -z "$project" ] || place+=(--project="$project")
+queued=(gcloud compute tpus queued-resources)
+
+check_run() {
+    need_value --config "$config" "what to run"
+    need_value --workdir "$workdir" "a folder that all workers see"
+    case $workdir in
+    *://*) fail "--workdir=$workdir is no folder; name one on a disk that all workers mount (--setup=COMMAND mounts it)" ;;
+    /* | \~/*) ;;
+    *) fail "--workdir=$workdir is a folder of each worker alone; name the full path of a disk that all of them see" ;;
+    esac
+}
+
+check_type() {
+    need_value --type "$type" "e.g. v6e-16"
+    [ -n "$runtime" ] || case $type in
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
+    *) fail "--runtime=... is missing: no image is known for --type=$type" ;;
+    esac
+}
+
+on_workers() { # on_workers COMMAND: in the shell of every worker
+    run "${queued[@]}" ssh "$name" "${place[@]}" --node=all --worker=all --command="$1"
+}
+
+state() { # of the queued resource; nothing if there is none
+    "${queued[@]}" describe "$name" "${place[@]}" --format="value(state.state)" 2>/dev/null || true
+}
+
+delete() { run "${queued[@]}" delete "$name" "${place[@]}" --force --quiet; }
+
+create() {
+    local now command left=${QSTAR_PATIENCE:-86400} pause=${QSTAR_POLL_SECONDS:-30}
+    command=("${queued[@]}" create "$name" "${place[@]}" --accelerator-type="$type" --runtime-version="$runtime")
+    if [ "$slices" -gt 1 ]; then
+        command+=(--node-count="$slices" --node-prefix="$name")
+    else
+        command+=(--node-id="$name")
+    fi
+    [ -z "$capacity" ] || command+=("$capacity")
+    if [ -n "$dry_run" ]; then
+        quote "${command[@]}"
+        return
+    fi
+    now=$(state)
+    case $now in
+    FAILED | SUSPENDING | SUSPENDED | DELETING) # pre-empted, or never granted: its machines are gone for good
+        echo "$name is $now: asking for new machines"
+        delete
+        now=""
+        ;;
+    esac
+    [ -n "$now" ] || "${command[@]}"
+    while now=$(state) && [ "$now" != ACTIVE ]; do
+        case $now in
+        FAILED | SUSPENDING | SUSPENDED) return 1 ;;
+        esac
+        [ "$left" -gt 0 ] || fail "$name is still ${now:-unknown}; call again to go on waiting, or --delete it"
+        echo "$name is ${now:-unknown}; looking again in $pause s"
+        sleep "$pause"
+        left=$((left - pause))
+    done
+}
+
+ship() {
+    local code file
+    code=$(mktemp -d)/qstar.tgz
+    git rev-parse --is-inside-work-tree >/dev/null 2>&1 || fail "$PWD is no git checkout: what is to be shipped is what git knows"
+    if [ -z "$dry_run" ]; then # what git knows and what it does not ignore: code, and no keys, weights or runs
+        git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+            [ ! -e "$file" ] || printf '%s\0' "$file"
+        done | tar --null -czf "$code" -T -
+    fi
+    run "${queued[@]}" scp "$code" "$name:qstar.tgz" "${place[@]}" --node=all --worker=all
+    rm -rf "$(dirname "$code")"
+    on_workers "mkdir -p ~/qstar && tar -xzf ~/qstar.tgz -C ~/qstar && bash ~/qstar/launch/worker.sh install"
+}
+
+start() { # the words pass two shells: that of each worker reads one line
+    local how=start words
+    [ -z "$wait" ] || how="wait"
+    words=$(quote "$how" "$name" "${rest[@]}")
+    on_workers "${setup:+$setup && }bash ~/qstar/launch/worker.sh $words"
+}
+
+case $do in
+all) check_run && check_type && create && ship && start ;;
+create) check_type && create ;;
+ship) ship ;;
+list) run "${queued[@]}" list "${place[@]}" ;;
+logs) run "${queued[@]}" ssh "$name" "${place[@]}" --node=0 --worker="$worker" --command="bash ~/qstar/launch/worker.sh logs $name" ;;
+stop) on_workers "bash ~/qstar/launch/worker.sh stop $name" ;;
+delete) delete ;;
+esac

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# What launch/tpu_pod.sh runs on every worker of a pod, in the shipped copy of the code.
+#
+#   bash launch/worker.sh install                  Python 3.11 or newer where there is none, then qstar[tpu] into .venv
+#   bash launch/worker.sh start NAME ARGUMENT ...  `qstar train ARGUMENT ...` in the background, started again if it fails
+#   bash launch/worker.sh wait NAME ARGUMENT ...   the same in the foreground, once; the exit code is the run's
+#   bash launch/worker.sh logs NAME | stop NAME | list
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+. launch/common.sh
+
+install() {
+    if ! PYTHON=$(find_python 2>/dev/null); then # the images of TPU VMs come with Python 3.10
+        python3 -m pip install -q --user uv
+        python3 -m uv python install -q 3.12
+        PYTHON=$(python3 -m uv python find 3.12)
+    fi
+    export PYTHON
+    install_qstar tpu
+}
+
+do=${1:-}
+case $do in
+install | list) ;;
+start | wait | logs | stop)
+    need_name "${2:-}"
+    name=$2
+    shift 2
+    ;;
+-h | --help) show_help ;;
+*) fail "'$do' is none of install, start, wait, logs, stop, list" ;;
+esac
+case $do in
+install) install ;;
+start) start_job "$name" bash launch/babysit.sh -- .venv/bin/python -m qstar train "$@" ;;
+wait)
+    mkdir -p "$jobs_folder"
+    ! job_runs "$name" || stop_job "$name" # left behind by a connection that broke
+    rm -f "$jobs_folder/$name.stopped"
+    # Told to end because the machine goes, the run is not done (75); told by --stop, it is. What looks on has to know.
+    QSTAR_STOPPED_CODE=75 .venv/bin/python -m qstar train "$@" > >(tee -a "$jobs_folder/$name.log") 2>&1 &
+    echo $! >"$jobs_folder/$name.pid"
+    code=0
+    wait $! || code=$?
+    [ "$code" -ne 75 ] || [ ! -e "$jobs_folder/$name.stopped" ] || code=0
+    exit "$code"
+    ;;
+logs) follow_log "$name" ;;
+stop)
+    mkdir -p "$jobs_folder"
+    touch "$jobs_folder/$name.stopped"
+    stop_job "$name"
+    ;;
+list) list_jobs ;;
+esac

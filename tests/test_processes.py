@@ -1,0 +1,143 @@
+"""How the processes of a run find each other, and that what they make together is what one makes alone."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qstar import processes
+from qstar.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MEET = """
+import sys
+from qstar.__main__ import main
+from qstar import commands, processes
+commands.report = lambda argv: print(processes.meet(processes.place(), float(argv[0]))) or 0
+sys.exit(main(["report", sys.argv[1]]))
+"""
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(port, index, count, *command, **more):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "QSTAR_COORDINATOR": f"127.0.0.1:{port}", **more}
+    environment |= {"QSTAR_NUM_PROCESSES": str(count), "QSTAR_PROCESS_ID": str(index)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], env=environment, text=True, **pipes)
+
+
+SLURM = {"SLURM_JOB_ID": "4097", "SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "gpu[007,010-012]"}
+GKE = {"TPU_WORKER_HOSTNAMES": "a-0.x,a-1.x", "TPU_WORKER_ID": "1"}
+SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "b-0.x:8080"}
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({}, None),
+    ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # the batch shell: no step
+    ({**SLURM, "SLURM_NTASKS": "1"}, None),
+    (SLURM, ("gpu007:61441", 8, 3)),
+    ({**SLURM, "SLURM_STEP_NODELIST": "a1,b2"}, ("a1:61441", 8, 3)),
+    ({**SLURM, "SLURM_STEP_NODELIST": "n[01-04]", "JAX_COORDINATOR_PORT": "9"}, ("n01:9", 8, 3)),
+    (GKE, ("a-0.x:8482", 2, 1)),
+    ({**GKE, **SLICES}, ("b-0.x:8482", 4, 3)),
+    ({**GKE, "JAX_PLATFORMS": "cpu"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+    ({"QSTAR_COORDINATOR": "h:1", "QSTAR_NUM_PROCESSES": "2", "QSTAR_PROCESS_ID": "1", **SLURM}, ("h:1", 2, 1)),
+])  # fmt: skip
+def test_the_environment_says_where_a_process_stands(environment, expected):
+    found = processes.place(environment)
+    assert (found and (found.coordinator, found.count, found.index)) == expected
+
+
+def test_a_tpu_vm_is_asked_for_its_metadata(monkeypatch):
+    told = {"worker-network-endpoints": "x:0:10.0.0.4,x:1:10.0.0.5", "agent-worker-number": "1",
+            "tpu-env": "A: 'b'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+                       "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'"}  # fmt: skip
+    monkeypatch.setattr(processes, "_metadata", lambda key: told.get(key, ""))
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    found = processes.place({})
+    assert (found.coordinator, found.count, found.index) == ("10.0.0.9:8482", 4, 3)
+    assert processes.place({}, "cpu") is None and processes.place({"TPU_SKIP_MDS_QUERY": "1"}) is None
+
+
+@pytest.mark.parametrize("values, culprit", [
+    (("h:1", "2", ""), "QSTAR_PROCESS_ID is not set"), (("h", "2", "0"), "QSTAR_COORDINATOR=h "),
+    (("h:1", "two", "0"), "QSTAR_NUM_PROCESSES=two"), (("h:1", "2", "2"), "QSTAR_PROCESS_ID=2"),
+])  # fmt: skip
+def test_variables_that_contradict_themselves_are_named(values, culprit):
+    with pytest.raises(UserError, match=culprit):
+        processes.place(dict(zip(processes.VARIABLES, values)))
+
+
+def test_all_go_when_all_are_there_and_the_port_is_free_again():
+    port = free_port()
+    late = [start(port, i, 3, "-c", MEET, "20") for i in (2, 1)]
+    time.sleep(0.3)
+    for child in [start(port, 0, 3, "-c", MEET, "20"), *late]:
+        assert child.communicate(timeout=30) == ("None\n", "") and child.returncode == 0
+    socket.create_server(("", port)).close()
+
+
+def test_who_is_missing_is_named_with_the_command_that_starts_it():
+    port = free_port()
+    first, other = (start(port, i, 3, "-c", MEET, "1") for i in (0, 2))
+    said = first.communicate(timeout=30)[1]
+    assert first.returncode == 2 and len(said.splitlines()) == 1
+    assert "process 1 of 3 did not come within 1 s" in said
+    assert f"127.0.0.1:{port} QSTAR_NUM_PROCESSES=3 QSTAR_PROCESS_ID=1" in said
+    said = other.communicate(timeout=30)[1]
+    assert other.returncode == 2 and "process 2 of 3 waited 1 s for process 0 at 127.0.0.1" in said
+
+
+LONG = ["-m", "qstar", "train", f"--config={ROOT}/configs/star_arithmetic.py:smoke", "--config.base.steps=30000",
+        "--config.base.log_every=10", "--config.base.save_every=0"]  # fmt: skip
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Starts the two processes of a run; none outlives the test."""
+    children = []
+
+    def call():
+        port = free_port()
+        more = {"PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
+        both = [start(port, i, 2, *LONG, f"--workdir={tmp_path}/run", **more) for i in (0, 1)]
+        children.extend(both)
+        return both
+
+    yield call
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def steps(folder):
+    file = folder / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_two_processes_train_one_model_and_stop_after_the_same_update(pair, tmp_path):
+    run = tmp_path / "run"
+    for signalled in (1, 0):  # whoever is told, both stop
+        before = len(steps(run))
+        both = pair()
+        end = time.monotonic() + 120
+        while len(steps(run)) < before + 3:
+            assert time.monotonic() < end and None in [c.poll() for c in both], [c.communicate() for c in both]
+            time.sleep(0.05)
+        both[signalled].terminate()
+        said = [child.communicate(timeout=60) for child in both]
+        assert [child.returncode for child in both] == [0, 0], said
+        assert "parameters" in said[0][0] and "parameters" not in said[1][0]  # the first alone prints ...
+        assert "stopped by SIGTERM and saved" in said[0][1] and "stopped by" not in said[1][1]
+    assert steps(run) == list(range(10, 10 * len(steps(run)) + 1, 10))  # ... and writes; and nothing is done twice
+    assert len(list(run.glob("base/training/*/state"))) == 1
