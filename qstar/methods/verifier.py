@@ -215,14 +215,19 @@ def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[
     """
     s = job.settings
 
+    def tokens(prompt: str, chosen: str, rejected: str) -> tuple[Example, ...]:
+        return tuple(to_examples(sft.tokenizer, prompt, [chosen, rejected]))
+
     def make() -> list[dict[str, Any]]:
-        prompts, both = [p.prompt for p in pairs], [[p.chosen, p.rejected] for p in pairs]
-        scores = score(Verifier(sft, "logp"), prompts, both).astype(float)
-        return [{**dataclasses.asdict(p), "reference": r.tolist()} for p, r in zip(pairs, scores)]
+        fit = [sum(map(len, tokens(p.prompt, p.chosen, p.rejected))) <= s.row_length for p in pairs]
+        some = [p for p, ok in zip(pairs, fit) if ok]  # one that does not fit may be too long for the model, too
+        prompts, both = [p.prompt for p in some], [[p.chosen, p.rejected] for p in some]
+        scores = iter(score(Verifier(sft, "logp"), prompts, both).astype(float).tolist() if some else ())
+        return [{**dataclasses.asdict(p), "reference": next(scores) if ok else None} for p, ok in zip(pairs, fit)]
 
     rows = once(job.folder / "pairs.jsonl", make)
-    groups = [tuple(to_examples(sft.tokenizer, r["prompt"], [r["chosen"], r["rejected"]])) for r in rows]
-    fits = [i for i, group in enumerate(groups) if sum(map(len, group)) <= s.row_length]
+    groups = [tokens(r["prompt"], r["chosen"], r["rejected"]) for r in rows]
+    fits = [i for i, r in enumerate(rows) if r["reference"] is not None]
     if not fits:
         raise UserError(f"config.dpo.row_length={s.row_length}: none of {len(rows)} pairs fits into a row")
     reference = np.array([rows[i]["reference"] for i in fits], np.float32)

@@ -219,7 +219,8 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig |
 
 def _thinking(config: ModelConfig, raw: dict[str, Any]) -> ModelConfig:
     fields = raw.get("qstar_thoughts")
-    config = config.replace(value_head=raw.get("qstar_value_head", ""))
+    if raw.get("qstar_value_head"):
+        config = config.replace(value_head=raw["qstar_value_head"])
     return config if fields is None else config.replace(thoughts=ThoughtConfig.from_dict(fields))
 
 

@@ -78,7 +78,7 @@ def generate(
     for begin in range(0, len(requests), size):
         some = requests[begin : begin + size]
         padded = [*some, *[some[-1]] * (size - len(some))]
-        tokens = np.zeros((size, batching._bucket(max(len(rows[i]) for i, _ in some))), np.int32)
+        tokens = np.zeros((size, batching.padded_length(max(len(rows[i]) for i, _ in some))), np.int32)
         for r, (i, _) in enumerate(padded):
             tokens[r, : len(rows[i])] = rows[i]
         lengths = np.asarray([len(rows[i]) for i, _ in padded], np.int32)

@@ -19,7 +19,7 @@ class Letters(Task):
 
 
 def test_unknown_task_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'gsm' is unknown \(did you mean gsm8k\?\); there are arithmetic, comm"):
+    with pytest.raises(UserError, match=r"'gsm' is unknown \(did you mean gsm8k\?\); there are 2wiki"):
         make_task("gsm")
 
 
