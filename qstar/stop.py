@@ -28,6 +28,7 @@ class _State:
     told = False  # SIGTERM has come
     held = 0  # depth of `held`: somebody will look at `told`
     polls = 0  # of `asked` in a run of several processes
+    forking = threading.local()  # per thread that forks: the signals it had blocked before
 
 
 @contextlib.contextmanager
@@ -75,14 +76,24 @@ def _keep_time(pipe: socket.socket) -> None:
                 told = True
 
 
+def _before_fork() -> None:
+    """No signal comes while a child still has its parent's handler and pipe: it waits until `_in_child` is done."""
+    _State.forking.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _State.forking.blocked)
+
+
 def _in_child() -> None:
     """A forked child (a worker of a pool) ends by SIGTERM as ever, and does not write into its parent's pipe."""
     if signal.getsignal(signal.SIGTERM) is _on_sigterm:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 @contextlib.contextmanager
