@@ -275,7 +275,7 @@ def export(argv: list[str]) -> int:
     """qstar export --run=DIR --arm=NAME [--iteration=N] --out=DIR"""
     p = _parser("export", "Writes a model of a run as a folder in the Hugging Face layout.")
     p.add_argument("--run", metavar="DIR", required=True, help="run folder: the --workdir of qstar train")
-    p.add_argument("--arm", metavar="NAME", help="arm of the run (default: the first, by name)")
+    p.add_argument("--arm", metavar="NAME", help="arm of the run (default: the only one)")
     p.add_argument("--iteration", metavar="N", type=_whole(0), help="loop of the arm, 0: base (default: the last)")
     p.add_argument("--verifier", choices=("dpo", "orm", "prm"), default="", help="of a V-STaR run, not its generator")
     p.add_argument("--out", metavar="DIR", required=True, help="new folder, or an earlier export to replace")

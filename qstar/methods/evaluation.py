@@ -167,7 +167,7 @@ def votes(
 
 
 def export_model(run: Path, arm: str | None, iteration: int | None, out: Path, verifier: str = "") -> Path:
-    """Writes the model of a run's arm and iteration (default: first arm, last iteration; 0 is the base) to `out`.
+    """Writes the model of a run's arm and iteration (default: the only arm, its last iteration; 0 is the base) to `out`.
 
     Args:
       verifier: "dpo", "orm" or "prm": that verifier of a V-STaR run, instead of its generator.
@@ -189,6 +189,8 @@ def trained_model(run: Path, arm: str | None = None, iteration: int | None = Non
     if "method" not in config or not isinstance(config.get("arms"), ConfigDict):
         raise UserError(f"--run={run}: its config.json is not that of a run; give the --workdir of a `qstar train`")
     arms = sorted(config.arms.keys())
+    if arm is None and len(arms) > 1 and iteration != 0:
+        raise UserError(f"--run={run}: has the arms {', '.join(arms)}; name one with --arm")
     arm = arm or arms[0]
     if arm not in arms:
         raise unknown(f"--run={run}: arm {arm!r}", arm, arms)

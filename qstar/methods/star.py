@@ -50,7 +50,7 @@ class Loop:
     include_sft_data: bool = False  # gold solutions of the drawn problems in the mix
     steps: str = "exp:40:1.2"  # "exp:40:1.2", "lin:300:20" or "epochs:1:0.2"
     max_epochs: float | None = 10.0  # over the kept rows (as packed): S_n steps on a handful would only overfit
-    min_kept: int = 1  # stop the arm when fewer rows are kept
+    min_kept: int = 1  # stop the arm when there are fewer rows to train on (gold ones, if in the mix, count)
     seed_share: float = 0.0  # share of hinted gold seed rows in every batch (from-scratch models only)
     dedupe: bool = True
     cap_per_problem: int | None = None

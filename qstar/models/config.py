@@ -61,6 +61,7 @@ class ModelConfig:
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
     bos_id: int | None = None
     eos_id: int | None = None
+    also_eos: tuple[int, ...] = ()  # further ids that end a text (chat models have several)
     thoughts: ThoughtConfig | None = None  # it thinks before it speaks (Quiet-STaR): two more trees of parameters
     value_head: str = ""  # "orm" or "prm": it judges solutions (a verifier); one more tree of parameters
 
@@ -244,9 +245,10 @@ def _activation(name: str, where: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def _ids(c: dict[str, Any]) -> dict[str, int | None]:
+def _ids(c: dict[str, Any]) -> dict[str, Any]:
     eos = c.get("eos_token_id")
-    return {"bos_id": c.get("bos_token_id"), "eos_id": eos[0] if isinstance(eos, list) else eos}
+    first, *rest = eos if isinstance(eos, list) and eos else [eos]
+    return {"bos_id": c.get("bos_token_id"), "eos_id": first, "also_eos": tuple(rest)}
 
 
 def _from_llama(c: dict[str, Any], where: str) -> ModelConfig:
@@ -350,10 +352,10 @@ def _gpt(c: dict[str, Any], where: str, positions: int, **own: Any) -> ModelConf
 def _from_tiny(c: dict[str, Any]) -> ModelConfig:
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     fields -= {"thoughts", "value_head"}
-    scaling = c.get("rope_scaling")  # json turned the pairs into lists, which do not hash
-    return ModelConfig(
-        **{**{k: v for k, v in c.items() if k in fields}, "rope_scaling": scaling and tuple(map(tuple, scaling))}
-    )
+    own = {k: v for k, v in c.items() if k in fields}
+    scaling = c.get("rope_scaling")  # json turned tuples into lists, which do not hash
+    own |= {"rope_scaling": scaling and tuple(map(tuple, scaling)), "also_eos": tuple(c.get("also_eos", ()))}
+    return ModelConfig(**own)
 
 
 def to_hf(config: ModelConfig | EncDecConfig) -> dict[str, Any]:
@@ -384,7 +386,7 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tie_embeddings,
         "bos_token_id": c.bos_id,
-        "eos_token_id": c.eos_id,
+        "eos_token_id": [c.eos_id, *c.also_eos] if c.also_eos else c.eos_id,
         "torch_dtype": c.dtype,
     }
     if c.family in ("gpt2", "gptj"):

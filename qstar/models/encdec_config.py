@@ -143,7 +143,7 @@ def from_hf(c: dict[str, Any], where: str) -> EncDecConfig:
         tie_embeddings=bool(c.get("qstar_tied", tied)),
         scale_outputs=bool(c.get("scale_decoder_outputs", tied)),
         start_id=c.get("pad_token_id", 0) if start is None else start,
-        eos_id=c.get("eos_token_id", 1),
+        eos_id=c.get("eos_token_id", 1),  # one: T5 ends every text with </s>
     )
 
 

@@ -79,7 +79,13 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: config.json is missing; this is no model folder in the Hugging Face layout")
-    return read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"  # where chat models list all the ids that end a turn
+    more = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    if isinstance(more, list):
+        own = config.get("eos_token_id") or []
+        config["eos_token_id"] = list(dict.fromkeys([*(own if isinstance(own, list) else [own]), *more]))
+    return config
 
 
 class _Weights:

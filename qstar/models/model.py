@@ -49,6 +49,13 @@ class Model:
         """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: the tokenizer's EOS (without tokenizer: the config's), and the config's further ones."""
+        first = self.tokenizer.eos_id if self.tokenizer else self.config.eos_id
+        ids = (first, *getattr(self.config, "also_eos", ()))
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
     def __repr__(self) -> str:
         c = self.config
         text = "no tokenizer" if self.tokenizer is None else f"tokenizer of {self.tokenizer.vocab_size}"
@@ -109,10 +116,11 @@ def save(model: Model, path: str | os.PathLike) -> None:
 
 def _write_extras(model: Model, folder: pathlib.Path) -> None:
     """Tokenizer files and generation_config.json, where the tokenizer (if any) says what ends a text."""
-    ids = {"bos_token_id": model.config.bos_id, "eos_token_id": model.config.eos_id}
+    bos, ends = model.config.bos_id, model.stop_ids
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
-        ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id}
+        bos = model.tokenizer.bos_id
+    ids = {"bos_token_id": bos, "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None)}
     hf.write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
 
 

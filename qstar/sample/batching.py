@@ -146,10 +146,9 @@ class _Queue:
         self.group = min(n, max(1, slots // FILL_SHARE))  # samples of one prompt that share a prefill
         self.prompts_per_fill = max(1, slots // FILL_SHARE // self.group)
         tokenizer, config = model.tokenizer, model.config
-        eos = tokenizer.eos_id if tokenizer else config.eos_id
         self.sampler = S.Sampler(
             config=config,
-            stop_ids=() if eos is None else (eos,),
+            stop_ids=model.stop_ids,
             slots=slots,
             prompt_length=length,
             max_new=max_new,

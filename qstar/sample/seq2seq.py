@@ -151,13 +151,12 @@ def stream(
       rows: ids per prompt. buckets: (padded length, prompt indices). slots: rows decoded side by side.
     """
     c = model.config
-    eos = model.tokenizer.eos_id if model.tokenizer else c.eos_id
     params = prepare(model.params, c)
     group = max(1, slots // n)
     for length, members in buckets:
         sampler = Sampler(
             config=c,
-            stop_ids=() if eos is None else (eos,),
+            stop_ids=model.stop_ids,
             slots=group * n,
             prompt_length=length,
             max_new=max_new_tokens,

@@ -93,10 +93,9 @@ def generate(
 
 def _talker(model: Model, t: ThoughtConfig, max_new: int) -> decode.Talker:
     config, tokenizer = model.config, model.tokenizer
-    eos = tokenizer.eos_id if tokenizer else config.eos_id
     limit = min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
     one = config.replace(thoughts=t.replace(talk_tokens=1))
-    return decode.Talker(one, () if eos is None else (eos,), max_new, limit)
+    return decode.Talker(one, model.stop_ids, max_new, limit)
 
 
 def _completion(model: Model, drawn: decode.Drawn, r: int, stop: tuple[str, ...]) -> ThoughtfulCompletion:

@@ -22,6 +22,7 @@ from qstar import tree
 from qstar.errors import UserError
 from qstar.models import decoder, hf
 from qstar.models.config import ModelConfig, from_hf, preset, to_hf
+from qstar.models.model import Model
 from tests.models.oracle import CASES, V, random_tokens, torch_logits, torch_model
 
 TOKENS = random_tokens(2, 24)
@@ -183,6 +184,19 @@ def test_tiny_models_and_their_runtime_options_come_back(tmp_path):
                          qkv_bias=True, gated_mlp=True, rope_scaling=(("factor", 2.0), ("rope_type", "linear")))
     qstar.save(qstar.Model(odd, init(odd, jax.random.key(1))), tmp_path / "odd")
     assert qstar.load(tmp_path / "odd").config == odd
+
+
+def test_all_the_eos_ids_of_a_chat_model_are_read_and_written(tmp_path):
+    config = from_hf(OLD["gpt2"]).replace(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4,
+                                          intermediate_size=8, max_positions=8, eos_id=2)  # fmt: skip
+    qstar.save(Model(config, decoder.init(config, jax.random.key(0))), tmp_path)
+    assert qstar.load(tmp_path).stop_ids == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 2, 5]}')
+    chat = qstar.load(tmp_path)
+    assert (chat.config.eos_id, chat.config.also_eos, chat.stop_ids) == (2, (3, 5), (2, 3, 5))
+    qstar.save(chat, tmp_path / "again")
+    assert qstar.load(tmp_path / "again").config == chat.config
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [2, 3, 5]
 
 
 def test_stories260k_comes_back_with_its_tokenizer(shared, tmp_path):

@@ -115,6 +115,16 @@ def test_greedy_in_few_slots_is_the_slow_loop(case):
             assert c.sample_logprobs == [0.0] * len(row)
 
 
+def test_each_of_several_eos_ids_ends_a_row():
+    model, expected = made("window")
+    eos = model.config.eos_id
+    unused = next(t for t in range(V) if all(t not in row for row in expected))
+    both = model.replace(config=model.config.replace(eos_id=unused, also_eos=(eos,)))
+    assert both.stop_ids == (unused, eos)
+    out = qstar.generate(both, PROMPTS, max_new_tokens=NEW, temperature=0, slots=4)
+    assert tokens_of(out) == [[row] for row in expected]
+
+
 def test_a_prompt_alone_gives_what_it_gives_in_a_mixed_batch(case):
     model, expected = case
     for i in (
