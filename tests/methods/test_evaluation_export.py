@@ -221,7 +221,7 @@ def test_no_run_and_a_base_that_is_not_trained_are_named(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text((runs.arithmetic() / "config.json").read_text())
     with pytest.raises(UserError, match="not trained yet"):
-        export_model(tmp_path / "run", None, None, tmp_path / "m")
+        export_model(tmp_path / "run", "rationalisation", None, tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["run"] and [
         p.name for p in (tmp_path / "run").iterdir()
     ] == ["config.json"]
