@@ -8,7 +8,7 @@ import sys
 
 from qstar import stop
 from qstar.errors import UserError, unknown
-from qstar.processes import is_first
+from qstar.processes import is_first, leave
 
 COMMANDS = {
     "train": "runs a config: --config=configs/star_arithmetic.py --workdir=runs/x",
@@ -23,6 +23,12 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, or 2 for a user's mistake (one line on standard error)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    code = _run(argv)
+    leave()
+    return code
+
+
+def _run(argv: list[str]) -> int:
     try:
         return dispatch(argv)
     except UserError as e:

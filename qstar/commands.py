@@ -82,6 +82,7 @@ def train(argv: list[str]) -> int:
     p.add_argument("--config", metavar="FILE[:ARG]", help="config file, with its argument after a colon")
     p.add_argument("--config.KEY", dest="_", metavar="VALUE", help="replaces a value of the config; may be repeated")
     p.add_argument("--workdir", metavar="DIR", help="run folder (default: runs/<config.name>)")
+    p.add_argument("--profile", metavar="FIRST:LAST", help="traces these updates to WORKDIR/profile, e.g. 10:13")
     a, rest = p.parse_known_args(argv)
     from qstar.config_file import parse_overrides, read_config
 
@@ -95,11 +96,13 @@ def train(argv: list[str]) -> int:
 
     from qstar import methods
     from qstar.report.html import write_report
+    from qstar.train import profile
 
     console = Console(quiet=not is_first())
     workdir = Path(a.workdir or f"runs/{config.get('name', 'run')}").expanduser()
     with stop.listening() if jax.process_count() == 1 else contextlib.nullcontext():
-        methods.run(config, workdir, console)
+        with profile.tracing(a.profile, workdir / "profile"):
+            methods.run(config, workdir, console)
     if is_first():
         console.print(f"report: {write_report(workdir)}", highlight=False, soft_wrap=True)
     return 0

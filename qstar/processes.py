@@ -1,7 +1,8 @@
 """Several processes, one run: who they are, how they find each other, and what only the first of them does.
 
 Stages meet on disk: the run folder is one that all processes see. The first process alone prints and writes; whether a
-file is there is what the first one sees (`agreed`), or a slow disk would send processes different ways.
+file is there is what the first one sees (`agreed`), or a slow disk would send processes different ways. When one of them
+dies, the others, which wait for it in a collective, are told through the connections that they met by, and end.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import glob
 import os
 import socket
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -21,6 +23,7 @@ from qstar.errors import UserError
 
 SECONDS = 300  # to wait for the others, unless QSTAR_JOIN_SECONDS says otherwise
 SAY_AFTER = 5.0
+GRACE = 3.0  # seconds between the news that a process has died and the end of this one, whose own error may be on its way
 VARIABLES = ("QSTAR_COORDINATOR", "QSTAR_NUM_PROCESSES", "QSTAR_PROCESS_ID")
 TPU_PORT = 8482  # JAX's own choice on TPU VMs
 
@@ -154,13 +157,41 @@ def join(here: Place) -> None:
     import jax
 
     jax.distributed.initialize(here.coordinator, here.count, here.index, initialization_timeout=max(60, int(seconds)))
+    for index, line in _Lines.open.items():
+        threading.Thread(target=_watch, args=(here, index, line), daemon=True, name="qstar-peer").start()
+
+
+class _Lines:
+    open: dict[int, socket.socket] = {}  # process -> connection: process 0 has one to each, the others one to it
+
+
+def _watch(here: Place, index: int, line: socket.socket) -> None:
+    """Waits for a process to say that it is done (`leave`); ends this one if it dies instead."""
+    told = b""
+    with contextlib.suppress(OSError):
+        told = line.recv(3)
+    if told == b"bye":
+        return
+    _say(
+        f"process {index} of {here.count} has died, so process {here.index} ends, too; "
+        "start all of them again, and they go on from the last checkpoint"
+    )
+    time.sleep(GRACE)
+    os._exit(1)
+
+
+def leave() -> None:
+    """Says that this process has come to its end by itself, with whatever exit code."""
+    for line in _Lines.open.values():
+        with contextlib.suppress(OSError):
+            line.sendall(b"bye")
 
 
 def meet(here: Place, seconds: float) -> None:
     """Returns when all processes have called it. JAX's own rendezvous cannot say who is missing, and aborts.
 
     Process 0 listens on the coordinator's port, which JAX takes over afterwards; the others send their number and wait
-    for the word to go.
+    for the word to go. Their connections stay, to tell when one of them dies.
     """
     deadline = time.monotonic() + seconds
     if here.index == 0:
@@ -203,10 +234,21 @@ def _gather(here: Place, deadline: float, seconds: float) -> None:
                 index = int(other.recv(16))
                 if 0 < index < here.count:
                     there[index] = other  # one that was restarted while it waited has come again
-        for other in there.values():
+        for index, other in there.items():
             with contextlib.suppress(OSError):
                 other.sendall(b"go")
-                other.recv(1)  # let them close first: the port is free at once
+                other.settimeout(None)
+            _Lines.open[index] = _alive(other)
+        open_ones.pop_all()
+
+
+def _alive(line: socket.socket) -> socket.socket:
+    """Has the system ask every half minute whether the other end is there: a machine without power says nothing."""
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return line
 
 
 def _report(here: Place, deadline: float, seconds: float) -> None:
@@ -214,11 +256,17 @@ def _report(here: Place, deadline: float, seconds: float) -> None:
     began = time.monotonic()
     said = False
     while True:
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=2) as first:
-            first.sendall(b"%d" % here.index)
-            first.settimeout(max(0.1, deadline + 5 - time.monotonic()))  # the first one's message comes first
-            if first.recv(2) == b"go":
-                return
+        with contextlib.suppress(OSError):
+            first = socket.create_connection((host.strip("[]"), int(port)), timeout=2)
+            with contextlib.ExitStack() as until_go:
+                until_go.enter_context(first)
+                first.sendall(b"%d" % here.index)
+                first.settimeout(max(0.1, deadline + 5 - time.monotonic()))  # the first one's message comes first
+                if first.recv(2) == b"go":
+                    until_go.pop_all()
+                    first.settimeout(None)
+                    _Lines.open[0] = _alive(first)
+                    return
         now = time.monotonic()
         if now > deadline:
             raise UserError(

@@ -18,6 +18,7 @@ from qstar.errors import UserError
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model, save
+from qstar.train.profile import Compiles
 
 # Changes to the preset llama_20m: 512 ids put the work into the blocks, 32,000 into the vocabulary.
 SMALL_BLOCKS = {
@@ -68,19 +69,6 @@ def matmul_rate(size: int = 2048, repeats: int = 9) -> float:
     with torch.no_grad():
         seconds = interleaved({"jax": lambda: product(x).block_until_ready(), "torch": lambda: t @ t}, repeats)
     return 2 * size**3 / min(median(s) for s in seconds.values())
-
-
-class Compiles:
-    """Counts XLA compilations, so that "no recompiles after warm-up" is a number."""
-
-    def __init__(self):
-        """Starts listening (JAX has no way to stop: make one)."""
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def _on_event(self, name: str, seconds: float, **_: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
-            self.count += 1
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Model:

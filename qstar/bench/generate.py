@@ -11,7 +11,6 @@ import numpy as np
 from qstar.bench.common import (
     LLAMAS,
     SMALL_BLOCKS,
-    Compiles,
     interleaved,
     matmul_rate,
     median,
@@ -23,6 +22,7 @@ from qstar.bench.common import (
 from qstar.models.config import preset
 from qstar.models.model import Model, logits
 from qstar.sample.batching import generate
+from qstar.train.profile import Compiles
 
 PROMPT, NEW = 16, 64
 EOS = 1

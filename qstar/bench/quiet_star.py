@@ -85,13 +85,12 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
 
 def needed_flops(V: int, N: int, A: int, T: int = 4, P: int = 2) -> float:
     """Returns the FLOPs of one step on one text: 3 x the decomposed forward pass, causal attention counted once."""
-    c = bench_config(V, A, T, P)
-    L, q, H, S, runs = c.num_layers, c.num_heads * c.head_dim, c.hidden_size, A - 3, A + T - 1
-    dense = c.matmul_params - V * H
-    flops = 2 * dense * N * (runs - 1 + 1 / P)
-    flops += 4 * L * q * (N * N / 2 * (runs - 1 + 1 / P) + N * runs * (runs + 1) / 2)
-    flops += 2 * V * H * N * (1 / P + S + T) + 6 * H * H * N * T
-    return 3 * P * flops
+    import numpy as np
+
+    from qstar.bench.train import whole_rows
+    from qstar.train.flops import update_flops
+
+    return update_flops(bench_config(V, A, T, P), whole_rows(np.zeros((1, N), np.int32)), thinks=True)
 
 
 def dense_mib(V: int, N: int, A: int, T: int = 4, P: int = 2) -> float:
@@ -168,7 +167,7 @@ def _forget_peak() -> None:
 
 def row(spec: dict[str, Any]) -> dict[str, Any]:
     """Measures one row in this process; with 0 repeats it only fills the compilation cache, and returns nothing."""
-    from qstar.bench.common import Compiles
+    from qstar.train.profile import Compiles
 
     make = _step if spec["what"] == "step" else _token
     run, per = make(spec)

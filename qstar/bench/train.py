@@ -10,7 +10,6 @@ import numpy as np
 
 from qstar.bench.common import (
     LLAMAS,
-    Compiles,
     interleaved,
     matmul_rate,
     median,
@@ -22,6 +21,8 @@ from qstar.bench.common import (
 from qstar.models.config import preset
 from qstar.models.model import Model
 from qstar.train import losses, optim
+from qstar.train.flops import update_flops
+from qstar.train.profile import Compiles
 from qstar.train.state import create_state
 from qstar.train.step import make_step
 from qstar.types import Batch
@@ -40,10 +41,7 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
         ours, theirs = ours_step(model, tokens), torch_step(model, tokens)
         first_loss = ours(), theirs()
         seconds = interleaved({"qstar": ours, "torch": theirs}, repeats, compiles)
-        flops = (
-            6 * model.config.matmul_params * B * T
-            + 12 * model.config.num_layers * model.config.hidden_size * B * T * T // 2
-        )
+        flops = update_flops(model.config, whole_rows(tokens))
         rows.append(
             {
                 "size": name,
@@ -61,14 +59,18 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
     show("SFT step, float32", rows, notes, as_json)
 
 
+def whole_rows(tokens: np.ndarray) -> Batch:
+    """Returns rows [B, T] of one text each, all of it to be predicted."""
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return Batch(tokens, np.ones(tokens.shape, np.float32), np.ones(tokens.shape, np.int32), positions)
+
+
 def ours_step(model: Model, tokens: np.ndarray) -> Any:
     """Returns a function that runs one of our updates and returns its loss."""
-    B, T = tokens.shape
     tx = optim.adamw(b2=0.999)
     step = make_step(partial(losses.sft_loss, config=model.config), tx)
     holder = [create_state({"policy": model.params}, tx, seed=0)]
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    batch = jax.device_put(Batch(tokens, np.ones((B, T), np.float32), np.ones((B, T), np.int32), positions))
+    batch = jax.device_put(whole_rows(tokens))
 
     def run() -> float:
         holder[0], metrics = step(holder[0], batch, np.float32(LR))

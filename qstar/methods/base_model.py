@@ -32,7 +32,7 @@ from qstar.text.tokenizer import Tokenizer, char_tokenizer
 from qstar.train.loop import Diverged
 from qstar.train.state import init_params
 
-RUN_OPTIONS = {"dtype", "remat", "scan_unroll"}  # of a pretrained model: how it is run, not what it is
+RUN_OPTIONS = {"dtype", "attention", "remat", "scan_unroll"}  # of a pretrained model: how it is run, not what it is
 
 
 def prepare(ctx: Context, model: Model) -> Model:

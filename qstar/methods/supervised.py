@@ -44,7 +44,7 @@ class TrainSettings(UpdateSettings):
 def sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
     """Returns (optimiser, jitted step), one per configuration: all loops of a run share one compilation."""
     tx = settings.optimiser()
-    loss = functools.partial(losses.sft_loss, config=config, z_loss=settings.z_loss)
+    loss = functools.partial(losses.sft_loss, config=config, z_loss=settings.z_loss, one_text=not settings.packed)
     return tx, make_step(settings.through(loss), tx, settings.accumulate)
 
 

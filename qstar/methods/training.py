@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from qstar import processes, tree
 from qstar.errors import UserError, require
 from qstar.methods.run_folder import once_json
 from qstar.models import lora
+from qstar.models.config import ModelConfig
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.model import Model
-from qstar.train import optim
+from qstar.train import flops, optim
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import fit
 from qstar.train.metrics import Writer
+from qstar.train.profile import GUARDS, Watch
 from qstar.train.state import create_state, optimizer_for
 from qstar.types import Batch, Params
 
@@ -44,6 +47,7 @@ class UpdateSettings:
     save_every: int = 0
     log_every: int = 50
     max_bad: int = 20
+    transfer_guard: str = "allow"  # "log" or "disallow": what an update moves to or from the device unasked
     lora_rank: int = 0  # 0: all parameters train; else adapters of this rank beside frozen ones
     lora_alpha: float = 32.0
     lora_targets: tuple = lora.KERNELS
@@ -70,6 +74,10 @@ class UpdateSettings:
             (self.save_every >= 0, f"save_every={self.save_every} must be 0 (only at the end) or more steps"),
             (self.log_every >= 1, f"log_every={self.log_every} must be at least 1 step"),
             (self.max_bad >= 1, f"max_bad={self.max_bad} must be at least 1 update"),
+            (
+                self.transfer_guard in GUARDS,
+                f"transfer_guard={self.transfer_guard!r} is not one of {', '.join(GUARDS)}",
+            ),
             (self.lora_rank >= 0, f"lora_rank={self.lora_rank} must be 0 (no adapters) or more"),
         )
 
@@ -103,6 +111,9 @@ class Stage:
     label: dict[str, Any]  # of the metrics rows: arm, iteration
     progress: Callable[[int, dict[str, float]], None] | None = None
     name: str = "train"  # the `stage` of its metrics rows
+
+
+MACHINE = ("seconds", "tokens_per_second", "mfu", "recompiles", "memory")  # metrics of the machine, not of the model
 
 
 def finished(folder: Path) -> bool:
@@ -192,6 +203,7 @@ def _train(start, stage, tx, step_at, batch_at, roles, watch):
         save_every=s.save_every,
         log_every=s.log_every,
         max_bad=s.max_bad,
+        watch=Watch(_flops_of(start, s), s.transfer_guard),
     ):
         state, last = at.state, at.step
         if at.metrics:
@@ -205,5 +217,12 @@ def _train(start, stage, tx, step_at, batch_at, roles, watch):
             break
     checkpoints.close()
     keys = dict.fromkeys(("loss", "accuracy", "tokens", "skipped", *metrics))
-    shown = {k: metrics.get(k) for k in keys if not k.endswith(("_per_step", "_per_second"))}  # no clocks
+    shown = {k: metrics.get(k) for k in keys if not k.startswith(MACHINE)}
     return state.params["policy"], {"steps": last, **shown}
+
+
+def _flops_of(model: Model, settings: UpdateSettings) -> Callable[[Any], float] | None:
+    if not isinstance(model.config, ModelConfig):
+        return None
+    thinks = "mixing" in model.params
+    return functools.partial(flops.update_flops, model.config, frozen=settings.lora_rank > 0, thinks=thinks)

@@ -66,6 +66,7 @@ class ModelConfig:
     value_head: str = ""  # "orm" or "prm": it judges solutions (a verifier); one more tree of parameters
 
     dtype: str = "float32"  # of the computation; parameters keep their own dtype
+    attention: str = "auto"  # of a text with itself: "xla" | "splash" (TPU) | "cudnn" (GPU): `models.flash`
     remat: str = "none"  # "none" | "block" (keep block inputs) | "dots" (keep matrix products)
     piece_tokens: int = 2048  # of threads whose activations are held at once by the gradient of thoughts, in all rows
     scan_unroll: int = 1  # layers per iteration of the scan; on a CPU, all of them is fastest
@@ -76,6 +77,7 @@ class ModelConfig:
             ("norm", ("rms", "layer")),
             ("activation", ("silu", "gelu", "gelu_tanh")),
             ("position", ("rope", "learned")),
+            ("attention", ("auto", "xla", "splash", "cudnn")),
             ("remat", ("none", "block", "dots")),
             ("value_head", ("", "orm", "prm")),
         ):

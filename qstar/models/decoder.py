@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
+from qstar.models.flash import Sight
 from qstar.models.layers import Block, Norm, Turns, rope_turns, with_adapters
 from qstar.types import Params
 
@@ -96,7 +97,7 @@ def run_layers(
     config: ModelConfig,
     x: jax.Array,
     positions: jax.Array,
-    mask: jax.Array | None,
+    mask: jax.Array | Sight | None,
     past: Sequence[Any] = (),
 ) -> tuple[jax.Array, Any]:
     """Runs the blocks on one sequence.
@@ -147,7 +148,7 @@ def forward(
     config: ModelConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array | None,
+    mask: jax.Array | Sight | None,
     past: Sequence[Any] = (),
 ) -> tuple[jax.Array, Any]:
     """Returns the final hidden states [T, E] (after the last norm) of one sequence, and its new keys and values."""
@@ -159,7 +160,7 @@ def run(
     config: ModelConfig,
     x: jax.Array,
     positions: jax.Array,
-    mask: jax.Array | None,
+    mask: jax.Array | Sight | None,
     past: Sequence[Any] = (),
 ) -> tuple[jax.Array, Any]:
     """Like `forward`, from input vectors x [T, E] instead of tokens."""

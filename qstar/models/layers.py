@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 
 from qstar.models.attention import attend, precision, write_column
 from qstar.models.config import ModelConfig
+from qstar.models.flash import Sight
 from qstar.types import Params, Ring, Segment, Shared
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -117,7 +118,7 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         turns: Turns | None,
-        mask: jax.Array | None,
+        mask: jax.Array | Sight | None,
         past: Sequence[Segment | Shared | Ring] = (),
         positions: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

@@ -24,7 +24,7 @@ from qstar import tree
 from qstar.errors import UserError, require
 from qstar.mesh import put_batch
 from qstar.models import decoder, encdec, hf, policy
-from qstar.models.attention import text_mask
+from qstar.models.attention import text_sight
 from qstar.models.config import DTYPES, ModelConfig, from_hf, official_thoughts, to_hf
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.thought_config import ThoughtConfig
@@ -130,7 +130,14 @@ def _check_expressible(config: ModelConfig) -> None:
         to_hf(config)  # says what it cannot express
         return
     # No part of the graph:
-    run = {"dtype": "float32", "remat": "none", "scan_unroll": 1, "piece_tokens": 2048, "init_std": 0.02}
+    run = {
+        "dtype": "float32",
+        "attention": "auto",
+        "remat": "none",
+        "scan_unroll": 1,
+        "piece_tokens": 2048,
+        "init_std": 0.02,
+    }
     there = config.replace(**run, rotary_dim=config.rotary_dim or config.head_dim)
     back = from_hf(to_hf(config)).replace(**run)
     back = back.replace(rotary_dim=back.rotary_dim or back.head_dim)
@@ -154,8 +161,7 @@ def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, mask: 
 
     def one(tokens: jax.Array, real: jax.Array) -> jax.Array:
         positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
-        seen = text_mask(real, tokens.shape[0], config.sliding_window)
-        return decoder.forward(params, config, tokens, positions, seen)[0]
+        return decoder.forward(params, config, tokens, positions, text_sight(config, real))[0]
 
     return jax.vmap(one)(tokens, mask.astype(jnp.int32))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.models import decoder, encdec
-from qstar.models.attention import NEG, text_mask
+from qstar.models.attention import NEG, text_sight
 from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
 from qstar.types import Params
@@ -55,8 +55,7 @@ def response_states(
 
     def row(tokens: jax.Array, real: jax.Array) -> jax.Array:
         positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
-        mask = text_mask(real, tokens.shape[0], config.sliding_window)
-        return decoder.forward(params, config, tokens, positions, mask)[0][P - 1 : P - 1 + R]
+        return decoder.forward(params, config, tokens, positions, text_sight(config, real))[0][P - 1 : P - 1 + R]
 
     return jax.vmap(row)(tokens, real)
 

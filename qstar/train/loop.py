@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from qstar import stop
 from qstar.mesh import put_batch
 from qstar.train.checkpoint import Checkpoints
+from qstar.train.profile import Watch
 from qstar.train.state import TrainState
 
 
@@ -40,6 +41,7 @@ def fit(
     save_every: int = 0,
     log_every: int = 50,
     max_bad: int = 20,
+    watch: Watch | None = None,
 ) -> Iterator[Progress]:
     """Runs updates `state.step .. steps-1`, yielding every `log_every` of them and at the end, and where it resumes.
 
@@ -53,16 +55,20 @@ def fit(
       lr_at: the learning rate of a step (an optax schedule).
       save_every: steps between checkpoints (0: only at the end, if `checkpoints` is given).
       max_bad: stop after this many skipped (not finite) updates in a row.
+      watch: counts recompiles, FLOPs and memory, traces, and guards transfers (default: one that only counts).
 
     Raises:
       Diverged: after saving the last good state.
       Stopped: the process was told to end (SIGTERM), after saving where it is.
     """
     with stop.held():
-        yield from _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, log_every, max_bad)
+        watch = watch or Watch()
+        yield from _fit(
+            state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, log_every, max_bad, watch
+        )
 
 
-def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, log_every, max_bad):
+def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, log_every, max_bad, watch):
     window: list[dict[str, Any]] = []
     bad, since = 0, time.perf_counter()
     if checkpoints is not None and checkpoints.latest() is not None:
@@ -77,9 +83,11 @@ def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, 
     if first:
         yield Progress(first, state, {})
     for step in range(first, steps):
-        batch = batch_at(step)
-        batch = jax.device_put(batch) if mesh is None else put_batch(batch, mesh)
-        state, metrics = step_at(step)(state, batch, np.float32(lr_at(step)))
+        rows, update = batch_at(step), step_at(step)
+        arrays = rows, np.float32(lr_at(step))
+        with watch.update(update):  # nothing in here waits for the device
+            state, metrics = update(state, *(jax.device_put(arrays) if mesh is None else put_batch(arrays, mesh)))
+        watch.after(rows, metrics)
         window.append(metrics)
         done = step + 1
         stopping = stop.asked() and done < steps
@@ -106,7 +114,7 @@ def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, 
                 checkpoints.save(done, state, record)
             if done % log_every == 0 or done == steps:
                 now = time.perf_counter()
-                yield Progress(done, state, _means(host, now - since))
+                yield Progress(done, state, _means(host, now - since) | watch.report(now - since))
                 window, checked, since = [], 0, time.perf_counter()
         if stopping:
             if checkpoints is not None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.models import decoder
-from qstar.models.attention import precision, text_mask
+from qstar.models.attention import precision, text_sight
 from qstar.models.config import ModelConfig
 from qstar.types import Batch, Metrics, Params
 
@@ -24,19 +24,26 @@ SumWeight = tuple[jax.Array, jax.Array]
 
 
 def sft_loss(
-    params: dict[str, Params], batch: Batch, rng: jax.Array, *, config: ModelConfig, z_loss: float = 0.0
+    params: dict[str, Params],
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    config: ModelConfig,
+    z_loss: float = 0.0,
+    one_text: bool = False,
 ) -> tuple[SumWeight, Metrics]:
     """Negative log-likelihood of the tokens that `batch.mask` marks (STaR: the completions, EOS included).
 
     Args:
       params: {"policy": ...}. batch: rows [B, T]; the mask is on the token to be predicted.
       z_loss: weight of log(Z)^2 per token (the release trains with 1e-4; 0 here).
+      one_text: rows hold one document each, padded on the right (which cuDNN's attention needs to know).
 
     Returns:
       (sum of nll, number of tokens), and the metric `accuracy` (teacher-forced greedy hits).
     """
     del rng
-    hidden = hidden_states(params["policy"], config, batch)
+    hidden = hidden_states(params["policy"], config, batch, one_text)
     hidden = hidden[:, :-1].reshape(-1, config.hidden_size)
     targets, weights = batch.tokens[:, 1:].reshape(-1), batch.mask[:, 1:].reshape(-1)
     kernel, bias = decoder.head(params["policy"], config)
@@ -46,11 +53,11 @@ def sft_loss(
     return (nll, weight), {"loss": (nll, weight), "accuracy": (hits, weight), "tokens": count}
 
 
-def hidden_states(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
-    """Returns [B, T, E]: the decoder, written for one sequence, over the rows of a packed batch."""
+def hidden_states(params: Params, config: ModelConfig, batch: Batch, one_text: bool = False) -> jax.Array:
+    """Returns [B, T, E]: the decoder, written for one sequence, over the rows of a batch, packed or not (`one_text`)."""
 
     def one(tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        mask = text_mask(segment_ids, tokens.shape[0], config.sliding_window)
+        mask = text_sight(config, segment_ids, one_text=one_text, must=True)
         return decoder.forward(params, config, tokens, positions, mask)[0]
 
     return jax.vmap(one)(batch.tokens, batch.positions, batch.segment_ids)

@@ -15,6 +15,7 @@ import numpy as np
 from conftest import shared
 
 from qstar.data.sources import read_jsonl
+from qstar.methods.training import MACHINE
 from qstar.train import metrics
 from qstar.types import Rollout
 
@@ -102,12 +103,11 @@ def _leaves(node, path=""):
     return {k: v for name, child in node.items() for k, v in _leaves(child, f"{path}/{name}").items()}
 
 
-CLOCKS = ("seconds", "tokens_per_second", "mfu")
 
 
 def numbers(folder):
     """The metrics of a run without those that a clock made, sorted."""
-    rows = [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics.read(folder)]
+    rows = [{k: v for k, v in row.items() if not k.startswith(MACHINE)} for row in metrics.read(folder)]
     return sorted(rows, key=lambda row: (row["arm"], row["iteration"], row["stage"], row["step"]))
 
 

@@ -13,7 +13,7 @@ import pytest
 import qstar
 from qstar import tree
 from qstar.mesh import batch_sharding, make_mesh, put_batch, shardings
-from qstar.models import decoder
+from qstar.models import decoder, flash
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
 from qstar.text.packing import Example, pack
@@ -247,3 +247,27 @@ def test_greedy_texts_on_a_mesh_are_those_without_one():
     for a, b in zip(out, expected):
         np.testing.assert_allclose(a[0].logprobs, b[0].logprobs, atol=1e-4)
     assert len({tuple(c.tokens) for (c,) in out}) > 3
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+def test_splash_runs_on_each_device_s_rows_and_heads(monkeypatch):
+    """On a mesh the kernel stands in a `shard_map`; loss and gradients are those of XLA's attention on one device."""
+    seen, splash = set(), flash._splash
+    monkeypatch.setattr(flash, "_splash", lambda q, *rest, **how: seen.add(q.shape) or splash(q, *rest, **how))
+    batch = Batch(**pack([Example([5] * 3, list(range(1, 20 + i))) for i in range(8)], 128, packed=False))
+    params = {**alone()["policy"], "layers": jax.tree.map(lambda p: p[:1], alone()["policy"]["layers"])}
+    mesh = mesh_of(CUBE)
+
+    def gradients(attention, params, batch):
+        config = CONFIG.replace(num_layers=1, attention=attention)
+        f = lambda p: losses.sft_loss({"policy": p}, batch, None, config=config)[0][0]  # noqa: E731
+        return jax.device_get(jax.jit(jax.value_and_grad(f))(params))
+
+    there = jax.device_put(params, shardings(params, decoder.PARAM_AXES, mesh))
+    value, grads = gradients("splash", there, put_batch(batch, mesh))
+    expected, expected_grads = gradients("xla", params, batch)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    close(grads, expected_grads, 1e-5)
+    assert seen == {(8 // 4, 128, CONFIG.num_heads // 2, CONFIG.head_dim)}

@@ -1,0 +1,131 @@
+"""Watching a run: profiler traces of chosen updates, recompiles, memory, and what hides between host and device."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qstar.errors import UserError
+from qstar.processes import is_first
+from qstar.train import flops
+
+GUARDS = ("allow", "log", "disallow")
+
+
+class Compiles:
+    """Counts XLA compilations, so that "no recompiles after warm-up" is a number."""
+
+    def __init__(self):
+        """Starts listening (JAX has no way to stop: make one)."""
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, name: str, seconds: float, **_: Any) -> None:
+        if name == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+
+
+class Trace:
+    """A profiler trace of updates `first` to `last` of the first process, counted from 1 over all its stages."""
+
+    def __init__(self, span: str, folder: Path):
+        """Args: span: "10:13", or "10" for one update. folder: TensorBoard's profile plugin and xprof read it.
+
+        Raises:
+          UserError: another text.
+        """
+        found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", span)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise UserError(f"--profile={span} must be FIRST:LAST, updates counted from 1, e.g. 10:13")
+        self.first, self.last, self.folder, self.done, self.open = first, last, folder, 0, False
+
+    def begin(self) -> None:
+        """Called before an update."""
+        if self.done + 1 == self.first and is_first():
+            jax.profiler.start_trace(str(self.folder))
+            self.open = True
+
+    def end(self, result: Any) -> None:
+        """Called after an update: the last one is waited for, so that the trace holds what the device did."""
+        self.done += 1
+        if self.open and self.done == self.last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is still open (the run was shorter)."""
+        if self.open:
+            jax.profiler.stop_trace()
+            self.open = False
+
+
+class _Process:
+    compiles: Compiles | None = None  # one per process: listeners stay
+    trace: Trace | None = None
+
+
+@contextlib.contextmanager
+def tracing(span: str | None, folder: Path) -> Iterator[None]:
+    """Inside the block the updates of `span` (`Trace`) are traced; None traces nothing."""
+    _Process.trace = Trace(span, folder) if span is not None else None
+    try:
+        yield
+    finally:
+        if _Process.trace is not None:
+            _Process.trace.close()
+        _Process.trace = None
+
+
+class Watch:
+    """The updates of one stage."""
+
+    def __init__(self, flops_of: Callable[[Any], float] | None = None, transfer_guard: str = "allow"):
+        """Args: flops_of: host batch -> FLOPs of its update (of this process's rows). transfer_guard: of `GUARDS`; what an
+        update may move between host and device without saying so.
+        """
+        self._guard, self._warm, self._flops, self._of = transfer_guard, set(), 0.0, flops_of
+        self.recompiles = 0
+        self._peak = flops.peak(jax.devices()[0].device_kind) if flops_of is not None else None
+        if _Process.compiles is None:
+            _Process.compiles = Compiles()
+
+    @contextlib.contextmanager
+    def update(self, step: Any) -> Iterator[None]:
+        """Around one update by `step`, whose first call here is its warm-up; what it compiles later is a recompile."""
+        if _Process.trace is not None:
+            _Process.trace.begin()
+        before = _Process.compiles.count
+        with jax.transfer_guard(self._guard):
+            yield
+        if id(step) in self._warm:
+            self.recompiles += _Process.compiles.count - before
+        self._warm.add(id(step))
+
+    def after(self, batch: Any, result: Any) -> None:
+        """After an update: batch of host arrays, result of the update."""
+        if self._peak is not None:
+            self._flops += self._of(batch)
+        if _Process.trace is not None:
+            _Process.trace.end(result)
+
+    def report(self, seconds: float) -> dict[str, float]:
+        """Returns what there is to say since the last report, which took so long: `recompiles` of the stage so far, `mfu`
+        where the device's peak is known, `memory_gib` and `memory_peak_gib` of its fullest device where it tells."""
+        found: dict[str, float] = {"recompiles": self.recompiles}
+        if self._flops:
+            found["mfu"] = self._flops * jax.process_count() / (seconds * jax.device_count() * self._peak)
+            self._flops = 0.0
+        return found | memory()
+
+
+def memory() -> dict[str, float]:
+    """Returns the GiB in use and at the peak on this process's fullest device; nothing on a CPU, which keeps no count."""
+    stats = [s for s in (d.memory_stats() for d in jax.local_devices()) if s]
+    names = {"memory_gib": "bytes_in_use", "memory_peak_gib": "peak_bytes_in_use"}
+    return {k: max(s[v] for s in stats) / 2**30 for k, v in names.items() if stats and all(v in s for s in stats)}

@@ -1,0 +1,99 @@
+"""Two updates of each method's train step, on any mesh; as a program, in one of several processes.
+
+    QSTAR_COORDINATOR=... QSTAR_NUM_PROCESSES=2 QSTAR_PROCESS_ID=0 python -m tests.multi_device.steps MESH OUT.npz
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import jax
+import numpy as np
+
+from qstar import processes, tree
+from qstar.mesh import make_mesh, put_batch, shardings
+from qstar.models import decoder
+from qstar.models.config import ModelConfig
+from qstar.models.thought_config import ThoughtConfig
+from qstar.text.packing import Example, pack, pack_groups
+from qstar.thoughts import objective
+from qstar.train import losses, optim
+from qstar.train.preference import dpo_loss
+from qstar.train.state import create_state
+from qstar.train.step import make_step
+from qstar.train.value import value_loss
+from qstar.types import Batch, Graded, Preference
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=4,
+    intermediate_size=24,
+    max_positions=64,
+    init_std=0.2,
+    tie_embeddings=False,
+    thoughts=ThoughtConfig(thought_tokens=2, talk_tokens=2, forbidden_ids=(0,)),
+    value_head="orm",
+)
+TX = optim.adamw(weight_decay=0.1, clip=1.0, eps=0.1)  # a large eps, or the sign of a tiny gradient decides
+ROWS = 8
+
+
+def batches(seed):
+    """A batch for each method: rows with very unequal numbers of tokens that count."""
+    rng = np.random.default_rng(seed)
+    ids = lambda n: rng.integers(1, 64, n).tolist()  # noqa: E731
+    texts = Batch(**pack([Example(ids(2), ids(1 + 2 * i)) for i in range(ROWS)], 20, packed=False))
+    pairs, chosen = pack_groups([[Example(ids(2), ids(1 + i)), Example(ids(2), ids(9 - i))] for i in range(ROWS)], 20, packed=False)
+    preferences = Preference(
+        Batch(**pairs), rng.normal(-8, 1, (ROWS, 1, 2)).astype(np.float32), (chosen >= 0).astype(np.float32)
+    )
+    graded = Graded(texts, (rng.random(texts.mask.shape) < 0.5).astype(np.float32), texts.mask)
+    return {"star": texts, "quiet_star": texts, "dpo": preferences, "orm": graded}
+
+
+LOSSES = {"star": losses.sft_loss, "quiet_star": objective.loss, "dpo": dpo_loss, "orm": value_loss}
+
+
+@functools.cache
+def alone():
+    """Parameters on one device; norms are not 1, heads are not 0."""
+    params = jax.jit(decoder.init, static_argnums=0)(CONFIG, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: np.asarray(p) + np.float32(0.2) * rng.normal(size=p.shape).astype(np.float32), params)
+
+
+@functools.cache
+def step(method):
+    return make_step(functools.partial(LOSSES[method], config=CONFIG), TX)
+
+
+def two_updates(method, mesh):
+    """The new parameters and the metrics of both updates, as {name: array}."""
+    params = {"policy": alone()}
+    if mesh is not None:
+        where = shardings(params, decoder.PARAM_AXES, mesh)
+        params = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), params, where)
+    state, out = create_state(params, TX, seed=0, mesh=mesh, table=decoder.PARAM_AXES), {}
+    for i in range(2):
+        batch = batches(i)[method]
+        if mesh is not None:
+            first, count = jax.process_index(), jax.process_count()
+            mine = jax.tree.map(lambda x: x[first * ROWS // count : (first + 1) * ROWS // count], batch)
+            batch = put_batch(mine, mesh)
+        state, metrics = step(method)(state, batch, np.float32(1e-2))
+        out |= {f"{method}/{i}/{k}": np.asarray(v) for k, v in metrics.items()}  # and wait: few cores
+    whole = jax.jit(lambda x: x, out_shardings=None if mesh is None else jax.sharding.NamedSharding(mesh, jax.P()))
+    return out | {f"{method}/{n}": np.asarray(whole(x)) for n, x in tree.named_leaves(state.params)}
+
+
+if __name__ == "__main__":
+    processes.join(processes.place())
+    found = {k: v for m in LOSSES for k, v in two_updates(m, make_mesh(sys.argv[1])).items()}
+    if processes.is_first():
+        np.savez(sys.argv[2], **found)
+    processes.leave()
