@@ -130,6 +130,10 @@ class Task:
         """Per step, whether all is right up to its end; None where the task cannot tell."""
         return None
 
+    def fault(self, problem: Problem, completion: str) -> str | None:
+        """What kind of mistake a wrong completion makes first, in two words; None where the task cannot tell."""
+        return None
+
     def seeds(self) -> list[tuple[Problem, bool]]:
         """(problem, hinted) rows that a from-scratch base is trained on; most tasks have none."""
         return []
