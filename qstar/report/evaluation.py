@@ -11,7 +11,7 @@ from qstar.report import shell
 from qstar.report.frames import percent
 from qstar.report.markup import tag
 from qstar.report.pieces import note, section
-from qstar.report.selection import rule_chart, rule_table
+from qstar.report.selection import rule_chart, rule_table, shown_ks
 
 _CURVE = re.compile(r"(pass|majority|best|weighted|top\d+)@(\d+)(?::(\w+))?")
 _WORTH = ("auc", "auc_pooled", "ece", "brier", "ece_raw", "brier_raw")
@@ -21,7 +21,8 @@ def curves_of(result: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
     """Returns rule -> k -> [mean, low, high] of the flat result of `methods.evaluation.evaluate_model`."""
     out: dict[str, dict[str, list[float]]] = {}
     for key, value in result.items():
-        if match := _CURVE.fullmatch(key):
+        bound = key.endswith(("_low", "_high")) and key.rpartition("_")[0] in result
+        if not bound and (match := _CURVE.fullmatch(key)):
             rule = match[1] + (f"/{match[3]}" if match[3] else "")
             bounds = [result[f"{key}_{side}"] for side in ("low", "high")]
             out.setdefault(rule, {})[match[2]] = [value, *bounds]
@@ -47,8 +48,7 @@ def worth_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def curve_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the rows of a table: per rule its chances for some k with their intervals, its scorer's AUC and ECE."""
     curves, worth = curves_of(result), worth_of(result)
-    every = sorted(curves["pass"], key=int)
-    shown = [k for k in every if k in ("1", "4", "16", "64")] or every
+    shown = shown_ks(curves)
     rows = []
     for rule, by_k in curves.items():
         values = {f"k={k}": "{:.3f} ({:.3f}-{:.3f})".format(*by_k[k]) for k in shown}

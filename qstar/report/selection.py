@@ -29,7 +29,7 @@ NAMES = {
     "best/prm_product": "PRM, product",
     "best/random": "random",
 }
-_SCORERS = {rule.removeprefix("best/"): name for rule, name in NAMES.items() if rule.startswith("best/")}
+SCORERS = {rule.removeprefix("best/"): name for rule, name in NAMES.items() if rule.startswith("best/")}
 DRAWN = ("pass", "majority", "best/own", "best/dpo", "best/own+dpo", "best/orm", "best/prm_min", "best/random")
 
 
@@ -48,8 +48,14 @@ def selection_section(run: Run) -> Safe | None:
     parts: list[Safe | None] = [grid([rule_chart(name, found[max(found)]) for name, found in arms])]
     for name, found in arms:
         last = found[max(found)]
-        parts += [tag("h3", name), rule_table(last["curves"], last), _gains(last), _by_fault(last)]
-        parts += [*_by_iteration(name, found), cases_section(_cases(run.folder, name, found), _SCORERS)]
+        parts += [
+            tag("h3", name),
+            tag("p", headline(last)),
+            rule_table(last["curves"], last),
+            _gains(last),
+            _by_fault(last),
+        ]
+        parts += [*_by_iteration(name, found), cases_section(_cases(run.folder, name, found), SCORERS)]
     return section(
         "selection",
         "Choosing one of k",
@@ -61,6 +67,16 @@ def selection_section(run: Run) -> Safe | None:
         ),
         *parts,
     )
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """What the best verifier is worth, in one sentence: its best of 16 (or of all) beside a vote and one sample."""
+    curves = found["curves"]
+    k = "16" if "16" in curves["pass"] else max(curves["pass"], key=int)
+    verifier = next((r for r in ("best/dpo", "best/prm_min", "best/orm") if r in curves), "best/own")
+    told = [f"{rule_name(r)} {_interval(curves[r][k])}" for r in (verifier, "majority")]
+    one, ceiling = curves["pass"]["1"][0], curves["pass"][k][0]
+    return f"Right with {k} samples: {told[0]}; {told[1]}; one sample {one:.3f}, any of {k} {ceiling:.3f}."
 
 
 def rule_chart(name: str, found: Mapping[str, Any], drawn: Sequence[str] = DRAWN) -> Safe:
@@ -95,7 +111,7 @@ def rule_chart(name: str, found: Mapping[str, Any], drawn: Sequence[str] = DRAWN
 def rule_name(rule: str) -> str:
     """What a rule is called: `best/NAME` of an unknown scorer is its name."""
     way, _, scorer = rule.partition("/")
-    return NAMES.get(rule) or (scorer if way == "best" else f"{way} vote by {_SCORERS.get(scorer, scorer)}")
+    return NAMES.get(rule) or (scorer if way == "best" else f"{way} vote by {SCORERS.get(scorer, scorer)}")
 
 
 def rule_table(curves: Mapping[str, Any], worth: Mapping[str, Any], rules: Sequence[str] = ()) -> Safe:
@@ -105,19 +121,18 @@ def rule_table(curves: Mapping[str, Any], worth: Mapping[str, Any], rules: Seque
       worth: `auc`, `auc_pooled`, `regret`, `calibration`, each by scorer; what is missing stays empty.
       rules: those of NAMES where empty.
     """
-    every = sorted(curves["pass"], key=int)
-    ks = [k for k in every if k in ("1", "4", "16", "64")] or every
+    ks = shown_ks(curves)
+    at = "16" if "16" in ks else ks[-1]
     rows = []
     for rule in (r for r in (rules or NAMES) if r in curves):
         way, _, scorer = rule.partition("/")
         cells = [_interval(curves[rule][k]) for k in ks]
         if way == "best":
             fits = worth.get("calibration", {}).get(scorer, {})
-            regret = worth.get("regret", {}).get(scorer, {}).get(ks[-2] if len(ks) > 3 else ks[-1])
+            regret = worth.get("regret", {}).get(scorer, {}).get(at)
             cells += [*(_number(worth.get(key, {}).get(scorer)) for key in ("auc", "auc_pooled"))]
             cells += [_interval(regret) if regret else "", _with_raw(fits, "ece"), _with_raw(fits, "brier")]
         rows.append([rule_name(rule), *cells, *[""] * (len(ks) + 5 - len(cells))])
-    at = ks[-2] if len(ks) > 3 else ks[-1]
     head = [
         "rule",
         *(f"k = {k}" for k in ks),
@@ -128,6 +143,12 @@ def rule_table(curves: Mapping[str, Any], worth: Mapping[str, Any], rules: Seque
         "Brier",
     ]
     return table(head, rows)
+
+
+def shown_ks(curves: Mapping[str, Any]) -> list[str]:
+    """The k that a table has room for: all of four, else 1, 4, 16 and 64."""
+    every = sorted(curves["pass"], key=int)
+    return every if len(every) <= 4 else [k for k in every if k in ("1", "4", "16", "64")]
 
 
 def _with_raw(fits: Mapping[str, float], key: str) -> str:
@@ -147,7 +168,7 @@ def _by_fault(found: Mapping[str, Any]) -> Safe | None:
         [name, f"{kind['samples']:,} ({kind['samples'] / total:.1%})", *(_number(kind["auc"].get(s)) for s in names)]
         for name, kind in kinds.items()
     ]
-    head = ["AUC by first mistake", "wrong samples", *(_SCORERS[s] for s in names)]
+    head = ["AUC by first mistake", "wrong samples", *(SCORERS[s] for s in names)]
     return table(head, rows) if rows else None
 
 
@@ -167,13 +188,13 @@ def _by_iteration(arm: str, found: Mapping[int, Mapping[str, Any]]) -> list[Safe
     for number, scorer in enumerate(s for s in names if f"best/{s}" in DRAWN):
         there = [(n, one["auc"][scorer]) for n, one in found.items() if one["auc"].get(scorer) is not None]
         if there:
-            lines.append(Line(_SCORERS[scorer], *map(list, zip(*there)), f"var(--c{number % COLOURS})", shape=number))
+            lines.append(Line(SCORERS[scorer], *map(list, zip(*there)), f"var(--c{number % COLOURS})", shape=number))
     low = min((y for line in lines for y in line.y), default=0.5)
     title = f"AUC within problems by iteration, {arm}"
     chart = line_chart(
         lines, title=title, x_label="iteration", y_format=lambda y: f"{y:.2f}", y_range=(min(0.5, low), 1.0)
     )
-    return [card(title, chart), table(["AUC after iteration", *(_SCORERS[s] for s in names)], rows)]
+    return [card(title, chart), table(["AUC after iteration", *(SCORERS[s] for s in names)], rows)]
 
 
 def _cases(folder: Path, arm: str, found: Mapping[int, Mapping[str, Any]]) -> list[Case]:
