@@ -126,18 +126,18 @@ def rule_table(curves: Mapping[str, Any], worth: Mapping[str, Any], rules: Seque
     rows = []
     for rule in (r for r in (rules or NAMES) if r in curves):
         way, _, scorer = rule.partition("/")
-        cells = [_interval(curves[rule][k]) for k in ks]
+        cells = [_value(curves[rule][k]) for k in ks]
         if way == "best":
             fits = worth.get("calibration", {}).get(scorer, {})
             regret = worth.get("regret", {}).get(scorer, {}).get(at)
             cells += [*(_number(worth.get(key, {}).get(scorer)) for key in ("auc", "auc_pooled"))]
-            cells += [_interval(regret) if regret else "", _with_raw(fits, "ece"), _with_raw(fits, "brier")]
+            cells += [_value(regret) if regret else "", _with_raw(fits, "ece"), _with_raw(fits, "brier")]
         rows.append([rule_name(rule), *cells, *[""] * (len(ks) + 5 - len(cells))])
     head = [
         "rule",
         *(f"k = {k}" for k in ks),
-        "AUC within problems",
-        "AUC pooled",
+        "AUC in problems",
+        "pooled",
         f"regret at k = {at}",
         "ECE",
         "Brier",
@@ -149,6 +149,12 @@ def shown_ks(curves: Mapping[str, Any]) -> list[str]:
     """The k that a table has room for: all of four, else 1, 4, 16 and 64."""
     every = sorted(curves["pass"], key=int)
     return every if len(every) <= 4 else [k for k in every if k in ("1", "4", "16", "64")]
+
+
+def _value(values: Sequence[float]) -> Safe:
+    """A mean with its interval in small print, on one line."""
+    mean, low, high = values
+    return tag("span", f"{mean:.3f}", tag("small", f" {low:.3f}–{high:.3f}"), class_="value")
 
 
 def _with_raw(fits: Mapping[str, float], key: str) -> str:

@@ -30,11 +30,11 @@ def found(folder, arm="v_star", n=2):
 
 
 def interval(values):
-    return "{:.3f} ({:.3f} to {:.3f})".format(*values)
+    return "{:.3f} {:.3f}–{:.3f}".format(*values)
 
 
 def test_the_table_of_rules_holds_curves_areas_regret_and_calibration(folder, page):
-    rows = {row[0]: row[1:] for row in page.table("rule", "k = 1", "k = 2", "k = 4", "AUC within problems")}
+    rows = {row[0]: row[1:] for row in page.table("rule", "k = 1", "k = 2", "k = 4", "AUC in problems")}
     told = found(folder)
     assert rows["majority vote"][:3] == [interval(told["curves"]["majority"][k]) for k in "124"]
     for name in ("dpo", "own", "orm"):
