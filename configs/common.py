@@ -81,8 +81,9 @@ def v_star_config() -> ConfigDict:
     update = {k: config.train[k] for k in ("batch_size", "accumulate", "lr", "schedule", "warmup", "b1", "b2", "clip")}
     update |= {"epochs": 1.0, "steps": 0, "packed": True, "row_length": 1024, "save_every": 100, "log_every": 50}
     config.dpo = {**update, "beta": 0.1}
+    config.rpo = {**update, "beta": 0.1, "alpha": 1.0}
     config.orm = {**update, "lm_weight": 0.1, "dropout": 0.2}
-    config.prm = {**update, "lm_weight": 0.1, "dropout": 0.2}
+    config.prm = {**update, "lm_weight": 0.1, "dropout": 0.2, "rollouts": 0}
     config.select = {"samples": 128, "temperature": 0.7, "limit": 0, "m": 4}
     return config
 

@@ -26,6 +26,7 @@ ARMS = {
     "star_dagger": {"preset": "star_dagger"},
     "v_star_1iter": {"preset": "v_star_1iter"},
     "v_star": {"preset": "v_star", "verifiers": ("dpo", "orm")},
+    "rpo": {"preset": "rpo"},
     "v_star_prm": {"preset": "v_star", "verifiers": ("dpo", "orm", "prm")},
 }
 
@@ -65,6 +66,7 @@ def get_config(arg=None):
     config.evaluate.update(split="val" if arg.val else "test", hinted=False)
     config.pairs = {"per_problem": 8, "negatives": "parsed", "winners": "sampled", "repeats": 8}
     config.dpo.update(**optimiser, lr=5e-4, packed=False, row_length=124, epochs=1.0, save_every=100)
+    config.rpo.update(**optimiser, lr=3e-4, packed=False, row_length=124, epochs=1.0, save_every=100)
     config.orm.update(**optimiser, lr=1e-3, packed=False, row_length=62, steps=1200, save_every=200)
     config.prm.update(**optimiser, lr=1e-3, packed=False, row_length=62, steps=1200, save_every=200)
     config.select.update(samples=64, temperature=1.0)
@@ -115,7 +117,7 @@ def smoke(config):
     if "v_star" in config.arms:
         config.arms.v_star.verifiers = ("dpo", "orm", "prm")
     config.sample.update(max_new_tokens=34, round_size=64)
-    for kind, length in (("dpo", 96), ("orm", 48), ("prm", 48)):
+    for kind, length in (("rpo", 96), ("dpo", 96), ("orm", 48), ("prm", 48)):
         config[kind].update(row_length=length, batch_size=8, steps=8, save_every=4, log_every=4)
     config.select.update(samples=4)
     config.gates = {}

@@ -15,7 +15,7 @@ test.jsonl. Not run here at that size: only `smoke`, on 260K-parameter weights a
 from configs.common import parse_arg, v_star_config
 from qstar.errors import unknown
 
-PRESETS = ("sft", "verification", "star", "rft", "star_dagger", "v_star_1iter", "v_star")
+PRESETS = ("sft", "verification", "star", "rft", "star_dagger", "v_star_1iter", "v_star", "rpo")
 
 
 def get_config(arg=None):
@@ -35,7 +35,8 @@ def get_config(arg=None):
     config.loop.update(steps="epochs:2:0")
     config.sample.update(max_new_tokens=256, round_size=2048, temperature=0.7)
     config.train.update(batch_size=64, lr=1e-4, warmup=50, schedule="linear", end=0.1, row_length=1024, **lora)
-    config.dpo.update(batch_size=32, lr=2e-5, warmup=50, schedule="linear", row_length=1536, epochs=1.0, **lora)
+    for kind in ("dpo", "rpo"):
+        config[kind].update(batch_size=32, lr=2e-5, warmup=50, schedule="linear", row_length=1536, epochs=1.0, **lora)
     for kind in ("orm", "prm"):
         config[kind].update(batch_size=64, lr=5e-5, warmup=50, schedule="linear", row_length=1024, epochs=1.0, **lora)
     config.evaluate.update(split="test", hinted=False)  # settings are not chosen by it: the last iteration is reported
@@ -63,7 +64,7 @@ def smoke(config, model):
     config.sample.update(max_new_tokens=32, round_size=16)
     update = {"batch_size": 4, "warmup": 2, "save_every": 3, "log_every": 2, "lora_rank": 4}
     config.train.update(lr=1e-3, row_length=512, **update)
-    for kind, length in (("dpo", 768), ("orm", 512), ("prm", 512)):
+    for kind, length in (("rpo", 768), ("dpo", 768), ("orm", 512), ("prm", 512)):
         config[kind].update(lr=1e-3, row_length=length, steps=4, **update)
     config.evaluate.update(limit=8)
     config.select.update(samples=2, limit=8)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar import stop
-from qstar.errors import UserError
+from qstar.errors import UserError, require
 from qstar.processes import is_first
 from qstar.start import start_jax
 
@@ -182,14 +182,17 @@ def evaluate(argv: list[str]) -> int:
 
     from qstar.methods.evaluation import evaluate_model, result_rows
     from qstar.models.model import load
+    from qstar.report.evaluation import curve_rows, write_evaluation
     from qstar.tasks import make_task
     from qstar.train.metrics import show_table
 
     task = make_task(a.task, **a.task_options)
     task.problems(a.split)  # a fault in the data shows before the model is read
     scorers = _scorers(a.verifier, task)
+    require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
     unused = ("verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature")
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
+    out = Path(a.out).expanduser() if a.out else None
     result = evaluate_model(
         load(a.model),
         task,
@@ -199,14 +202,21 @@ def evaluate(argv: list[str]) -> int:
         max_new_tokens=a.max_new_tokens,
         temperature=a.temperature,
         seed=a.seed,
-        out=Path(a.out).expanduser() if a.out else None,
+        out=out,
         made_with=made_with,
         scorers=scorers,
     )
+    title = f"{a.task}, {a.split}"
+    page = write_evaluation(out, title, result, a.samples) if out and a.samples else None
     if a.json:
         print(json.dumps(result))
-    else:
-        show_table(Console(), f"{a.task}, {a.split}", result_rows(result))
+        return 0
+    console = Console()
+    show_table(console, title, result_rows({k: v for k, v in result.items() if "@" not in k and ":" not in k}))
+    if a.samples:
+        show_table(console, "chance to be right with k samples (95% interval over problems)", curve_rows(result))
+    if page:
+        console.print(f"curves: {page}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -298,6 +308,52 @@ def report(argv: list[str]) -> int:
     from qstar.report.html import write_report
 
     print(write_report(Path(a.run)))
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    """qstar compare --a=NAME=FILE --b=NAME=FILE --out=DIR | --out=DIR --votes=FILE"""
+    p = _parser(
+        "compare",
+        "Writes a page that asks which of two rationales is better without telling whose they are; with --votes, counts "
+        "what people said.",
+        device=False,
+        epilog="qstar compare --a=star=runs/x/rat/evaluation/iter_003.jsonl --b=gold=gold.jsonl --out=compare",
+    )
+    p.add_argument("--a", metavar="NAME=FILE", help="rationales: JSONL with problem_id, prompt and completion")
+    p.add_argument("--b", metavar="NAME=FILE", help="those they are compared with")
+    p.add_argument("--out", metavar="DIR", required=True, help="folder of compare.html and key.json")
+    p.add_argument("--count", metavar="N", type=_whole(1), default=50, help="questions at most (default: 50)")
+    p.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the draw, the order and the sides")
+    p.add_argument("--right", action="store_true", help="only problems that both got right")
+    p.add_argument("--votes", metavar="FILE", action="append", default=[], help="votes.jsonl of the page; repeatable")
+    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    a = p.parse_args(argv)
+    from rich.console import Console
+
+    from qstar.report.compare import Side, count_votes, write_comparison
+    from qstar.train.metrics import show_table
+
+    folder = Path(a.out).expanduser()
+    require((not a.votes or not (a.a or a.b), "compare: --votes counts what was asked before; leave --a and --b out"))
+    if not a.votes:
+        sides = {flag: (getattr(a, flag) or "").partition("=") for flag in ("a", "b")}
+        for flag, (name, _, file) in sides.items():
+            require(
+                (
+                    bool(name and file),
+                    f"compare: --{flag}=NAME=FILE is missing or incomplete (see qstar compare --help)",
+                )
+            )
+        made = [Side(name, file) for name, _, file in sides.values()]
+        print(write_comparison(*made, folder, count=a.count, seed=a.seed, right=a.right))
+        return 0
+    found = count_votes(folder, a.votes)
+    if a.json:
+        print(json.dumps(found))
+    else:
+        title = f"{found.pop('a')} against {found.pop('b')}: win rate of the first"
+        show_table(Console(), title, [found])
     return 0
 
 

@@ -35,6 +35,11 @@ QUIET = f"train --config={ROOT}/configs/quiet_star_tiny.py:smoke --workdir={{roo
 TEXT = f"train --config={ROOT}/configs/quiet_star_text.py:model={{root}}/models/good,data={{root}}/none.jsonl --workdir={{root}}/new"
 GSM = f"{ROOT}/configs/star_gsm8k.py:smoke,model={{root}}/models/good"
 TRAIN = f"train --config={SUMS} --workdir={{root}}/new"
+SUMS_V = f"{ROOT}/configs/v_star_arithmetic.py:smoke"
+V_STAR = f"train --config={SUMS_V} --workdir={{root}}/new"
+SCORED = "evaluate --model={root}/models/good --task=arithmetic --samples=2 --out={root}/new"
+COMPARE = "compare --a=x={root}/data/votes/a.jsonl --b=y={root}/data/votes/b.jsonl --out={root}/new"
+COUNT = "compare --out={root}/votes --votes={root}/data/votes"
 SAMPLE = "sample --model={root}/models/good --prompt=1+1="
 EVALUATE = "evaluate --model={root}/models/good --out={root}/new"
 
@@ -62,6 +67,46 @@ CASES = {
     "pattern that is none": (QUIET + " --config.arms.quiet_star.trains=(", "trains='('"),
     "thoughts longer than the context": (QUIET + " --config.model.max_positions=9", "the model has 9"),
     "text that is not there": (TEXT, "none.jsonl"),
+    # ---- V-STaR
+    "unknown row of the baselines": (V_STAR.replace("smoke", "smoke,arms=vstar"), "'vstar' is unknown (did you mean v_star?)"),
+    "unknown V-STaR preset": (V_STAR + " --config.arms.v_star.preset=v_stra", "preset='v_stra' is unknown (did you mean v_star?)"),
+    "unknown verifier": (V_STAR + """ --config.arms.v_star.verifiers='("dop",)'""", "verifiers: 'dop' is not one of dpo, orm, prm"),
+    "no samples to learn from": (V_STAR + " --config.loop.k=0", "config.loop.k=0 must be at least 1"),
+    "hints in V-STaR": (V_STAR + " --config.loop.rationalize=True", "config.loop.rationalize=True"),
+    "verifier without its buffer": (V_STAR + " --config.loop.accumulate=False", "accumulate=False: a verifier needs D_VER"),
+    "no pairs per problem": (V_STAR + " --config.pairs.per_problem=0", "config.pairs.per_problem=0"),
+    "unknown negatives": (V_STAR + " --config.pairs.negatives=all", "config.pairs.negatives='all' is not one of parsed, any"),
+    "unknown winners": (V_STAR + " --config.pairs.winners=best", "config.pairs.winners='best' is not one of"),
+    "unknown pair setting": (V_STAR + " --config.pairs.per_prblem=4", "config.pairs.per_prblem is unknown (did you mean per_problem?)"),
+    "beta 0": (V_STAR + " --config.dpo.beta=0", "config.dpo.beta=0.0 must be above 0"),
+    "all of the head dropped": (V_STAR + " --config.orm.dropout=1", "config.orm.dropout=1.0"),
+    "no supervised solutions": (V_STAR + " --config.sft.problems=0", "config.sft.problems=0"),
+    "bad steps of G_SFT": (V_STAR + " --config.sft.steps=many", "config.sft.steps='many'"),
+    "test samples below 0": (V_STAR + " --config.select.samples=-1", "config.select.samples=-1"),
+    "a vote of none": (V_STAR + " --config.select.m=0", "config.select.m=0"),
+    "V-STaR arm with a taken name": ("train --config={root}/configs/g_sft.py --workdir={root}/new", "config.arms.g_sft cannot be"),
+    "gate that V-STaR does not measure": ("train --config={root}/configs/v_gate.py --workdir={root}/new", "metric='accuracy' is not one of pass@1"),
+    "verifier folder that is not there": (SCORED + " --verifier=dpo={root}/none", "'{root}/none' does not exist"),
+    "verifier without a name": (SCORED + " --verifier={root}/models/good", "must be NAME=DIR"),
+    "verifier without a head as an orm": (SCORED + " --verifier=v={root}/models/good:orm", "score 'orm' needs a model with a value head"),
+    "verifier with nothing to score": (SCORED.replace("--samples=2", "") + " --verifier=v={root}/models/good", "give --samples=N"),
+    "export of an unknown verifier": ("export --run={root}/run --verifier=dop --out={root}/new", "--verifier: invalid choice: 'dop'"),
+    "export of a verifier that STaR has not": ("export --run={root}/run --verifier=dpo --out={root}/new", "only V-STaR has verifiers"),
+    "export of a verifier not yet trained": ("export --run={root}/v_run --verifier=orm --out={root}/new", "no finished orm verifier"),
+    "export of an untrained G_SFT": ("export --run={root}/v_run --out={root}/new", "G_SFT is not trained yet"),
+    # ---- the blind comparison
+    "comparison of one thing": (COMPARE.replace("--b=y=", "--b=x="), "both sides are called 'x'"),
+    "comparison with nothing": (COMPARE.partition("--b=")[0] + "--out={root}/new", "--b=NAME=FILE is missing"),
+    "comparison of missing rationales": (COMPARE.replace("b.jsonl", "none.jsonl"), "none.jsonl: no such file"),
+    "comparison of rows without text": (COMPARE.replace("b.jsonl", "short.jsonl"), "short.jsonl:1: field 'completion' is missing"),
+    "comparison of different problems": (COMPARE.replace("b.jsonl", "c.jsonl"), "have no problem in common"),
+    "comparison of equal texts": (COMPARE.replace("b.jsonl", "a.jsonl"), "hold the same rationales"),
+    "no questions": (COMPARE + " --count=0", "--count: '0'"),
+    "votes beside rationales": (COMPARE + " --votes={root}/data/votes/a.jsonl", "leave --a and --b out"),
+    "votes without a key": (COUNT.replace("out={root}/votes", "out={root}/papers") + "/votes.jsonl", "papers: holds no key.json"),
+    "votes of another page": (COUNT + "/other.jsonl", "other.jsonl:1: a vote of page 'q', but the key is that of 'p'"),
+    "votes for neither": (COUNT + "/choice.jsonl", "choice.jsonl:1: choice 'up' is not one of left, equal, right"),
+    "votes about nothing": (COUNT + "/item.jsonl", "item.jsonl:1: item '009' is not on the page"),
     # ---- the config file
     "no such config": ("train --config={root}/none.py", "{root}/none.py: no such file"),
     "config with a syntax error": ("train --config={root}/configs/syntax.py", "{root}/configs/syntax.py:2"),
@@ -225,6 +270,7 @@ def root(tmp_path_factory):
 def make_configs(folder):
     head = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom configs import star_arithmetic\n"
     sums = head + "def get_config(arg=None):\n  c = star_arithmetic.get_config('smoke')\n  "
+    verified = sums.replace("star_arithmetic", "v_star_arithmetic")
     texts = {
         "syntax": "x = 1\ndef get_config(:\n",
         "raises": "x = 1\n\ny = 1 / 0\n",
@@ -235,6 +281,8 @@ def make_configs(folder):
         "short": sums + "del c.mesh\n  return c\n",
         "gate": sums + "c.gates = {'first': {'metric': 'acuracy', 'min': 0.5, 'why': 'it must'}}\n  return c\n",
         "arm": sums + "c.arms = {'base': {'preset': 'star'}}\n  return c\n",
+        "g_sft": verified + "c.arms = {'g_sft': {'preset': 'v_star'}}\n  return c\n",
+        "v_gate": verified + "c.gates = {'first': {'metric': 'accuracy', 'min': 0.5, 'why': 'it must'}}\n  return c\n",
         "no_arms": sums + "c.arms = {}\n  return c\n",
     }
     folder.mkdir()
@@ -284,6 +332,13 @@ def make_data(folder):
         (folder / name / "test.jsonl").write_text(good)
 
 
+    row, votes = {"problem_id": "1", "prompt": "1 + 1?"}, {"page": "p", "item": "000", "choice": "left"}
+    rows = {name: {**row, "completion": name} for name in "ab"}
+    rows |= {"c": {**row, "problem_id": "2", "completion": "c"}, "short": row}
+    rows |= {"other": {**votes, "page": "q"}, "choice": {**votes, "choice": "up"}, "item": {**votes, "item": "009"}}
+    (folder / "votes").mkdir()
+    for name, row in rows.items():
+        (folder / "votes" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     code = {"mbpp": {"task_id": 11, "text": "t", "code": "x = 1", "test_list": ["f(1)"]}}
     code["humaneval"] = {"task_id": "a", "prompt": "def f(): 0", "canonical_solution": "", "test": "assert 1", "entry_point": "g"}
     code["math"] = {"problem": "1 + 1", "solution": "2", "level": "Level 1", "type": "Algebra"}
@@ -303,6 +358,9 @@ def make_runs(root):
     weights.save(150, zeros(other))
     weights.close()
     write_json(root / "run" / "base" / "summary.json", {"steps": 150})
+    open_run(root / "v_run", read_config(SUMS_V).to_dict())
+    (root / "votes").mkdir()
+    write_json(root / "votes" / "key.json", {"page": "p", "a": "x", "b": "y", "items": {"000": {"left": "a"}}})
     (root / "damaged").mkdir()
     (root / "damaged" / "config.json").write_text('{"method": ')
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from qstar.methods.checks import check_lengths
 from qstar.methods.quiet_setup import Study as QuietStudy
 from qstar.methods.rollouts import SampleSettings, attempt
 from qstar.methods.run_folder import once, open_run
-from qstar.methods.select import Scorer, curves, ks_for
+from qstar.methods.select import Scorer, curves, ks_for, quality
 from qstar.methods.v_star_measure import by_problem, candidates
 from qstar.methods.v_star_setup import Study
 from qstar.methods.verifier import KINDS
@@ -31,7 +30,7 @@ from qstar.models.model import Model, save
 from qstar.sample.vote import majority_at_k
 from qstar.tasks.base import Task
 from qstar.train.checkpoint import Checkpoints
-from qstar.train.evaluate import mean_auc, pass_at_k, summarise
+from qstar.train.evaluate import pass_at_k, summarise
 from qstar.types import Rollout
 
 
@@ -98,7 +97,8 @@ def evaluate_model(
 
 
 def by_scores(rollouts: list[Rollout], samples: int, scorers: Mapping[str, Scorer], folder: Path) -> dict[str, Any]:
-    """Returns `best@k:NAME`, `weighted@k:NAME` and `top4@k:NAME` with intervals, and `auc:NAME`, for every scorer.
+    """Returns `best@k:NAME`, `weighted@k:NAME`, `top4@k:NAME` and `regret@k:NAME` with intervals, and `auc:NAME`,
+    `auc_pooled:NAME`, `ece:NAME` and `brier:NAME` (after Platt scaling), for every scorer.
 
     "own" is always one: the log-probability under the model that wrote the samples. Scores are kept in
     FOLDER/scores_NAME.jsonl, so that a second call does not score again.
@@ -114,13 +114,17 @@ def by_scores(rollouts: list[Rollout], samples: int, scorers: Mapping[str, Score
         scores[name] = [row["scores"] for row in once(folder / f"scores_{name}.jsonl", make)]
     some = [candidates(rows, {name: scores[name][i] for name in scores}) for i, rows in enumerate(groups)]
     out: dict[str, Any] = {}
-    for rule, by_k in curves(some, ks_for(samples)).items():
+    values = curves(some, ks_for(samples))
+    for rule, by_k in values.items():
         way, slash, name = rule.partition("/")
-        for k, values in by_k.items() if slash else ():
-            out.update(summarise(f"{way}@{k}:{name}", values, [c.group for c in some]))
-    for name, values in scores.items():
-        area = mean_auc(values, [c.correct for c in some])
-        out[f"auc:{name}"] = None if math.isnan(area) else area
+        for k, each in by_k.items() if slash else ():
+            out.update(summarise(f"{way}@{k}:{name}", each, [c.group for c in some]))
+    worth = quality(some, values)
+    for name in scores:
+        out |= {f"auc:{name}": worth["auc"][name], f"auc_pooled:{name}": worth["auc_pooled"][name]}
+        out |= {f"{key}:{name}": value for key, value in worth["calibration"][name].items()}
+        for k, (mean, low, high) in worth["regret"][name].items():
+            out |= {f"regret@{k}:{name}": mean, f"regret@{k}:{name}_low": low, f"regret@{k}:{name}_high": high}
     return out
 
 

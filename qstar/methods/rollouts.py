@@ -116,7 +116,7 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
             completion=text,
             answer=answer,
             gold=problems[i].gold,
-            correct=done.stopped and task.correct(problems[i], answer),
+            correct=False,  # judged below
             verdict="",
             reason="",
             truncated=not done.stopped,
@@ -127,7 +127,10 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
         found[i, j] = row
         if progress is not None:
             progress(len(found), row)
-    return [found[key] for key in sorted(found)]
+    rows = [found[key] for key in sorted(found)]
+    whole = [row.answer if not row.truncated else None for row in rows]  # what is cut off is wrong, unjudged
+    right = task.judged([problems[i] for i, _ in sorted(found)], whole)
+    return [dataclasses.replace(row, correct=z) for row, z in zip(rows, right)]
 
 
 def select(

@@ -11,17 +11,28 @@ A scorer is any `f(prompts, [completions of each]) -> [N, n]`: `verifier.score` 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from qstar.errors import unknown
 from qstar.sample.vote import best_of, majority, over_subsets, ranking, top_m_vote, weighted_majority
 from qstar.tasks.base import stable_rng
-from qstar.train.evaluate import best_of_k, bootstrap_ci, majority_at_k, pass_at_k, weighted_majority_at_k
+from qstar.train.evaluate import (
+    best_of_k,
+    bootstrap_ci,
+    calibration,
+    majority_at_k,
+    mean_auc,
+    pass_at_k,
+    pooled_auc,
+    weighted_majority_at_k,
+)
 
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 RULES = ("greedy", "majority", "weighted_majority", "best_of_k", "top_m_vote")
@@ -168,6 +179,59 @@ def summary(values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, di
     return {
         rule: {str(k): [float(np.mean(v)), *bootstrap_ci(v)] for k, v in by_k.items()} for rule, by_k in values.items()
     }
+
+
+def quality(problems: Sequence[Candidates], values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, Any]:
+    """Returns what each scorer is worth beyond its curve, by name of the scorer.
+
+    `auc` (mean over problems) and `auc_pooled`, None where no problem has both classes; `calibration`, see
+    `train.evaluate.calibration`; `regret`: k -> [mean, low, high] of pass@k - best-of-k, what a perfect choice would add.
+
+    Args:
+      values: the `curves` of these problems.
+    """
+    right = [p.correct for p in problems]
+    out: dict[str, Any] = {"auc": {}, "auc_pooled": {}, "calibration": {}, "regret": {}}
+    for name in problems[0].scores if problems else ():
+        scores = [p.scores[name] for p in problems]
+        out["auc"][name] = _number(mean_auc(scores, right))
+        out["auc_pooled"][name] = _number(pooled_auc(scores, right))
+        out["calibration"][name] = calibration(scores, right)
+        best = values[f"best/{name}"]
+        out["regret"][name] = {str(k): difference(values["pass"][k], best[k]) for k in best}
+    return out
+
+
+def auc_by_fault(problems: Sequence[Candidates], faults: Sequence[Sequence[str | None]]) -> dict[str, dict[str, Any]]:
+    """Returns for every kind of mistake how well each scorer tells right samples from wrong ones of that kind alone.
+
+    Args:
+      faults: per problem and sample, the kind of its first mistake; None does not count.
+
+    Returns:
+      kind -> {"samples": wrong ones of the kind, "problems": with right ones beside them, "auc": {scorer: mean over
+      those problems}}, the commonest first. One that a verifier tells no better than chance is one that it cannot see.
+    """
+    counted = collections.Counter(
+        f for p, some in zip(problems, faults) for f, right in zip(some, p.correct) if f and not right
+    )
+    out = {}
+    for kind, count in sorted(counted.items(), key=lambda item: (-item[1], item[0])):
+        kept = [[i for i, f in enumerate(some) if p.correct[i] or f == kind] for p, some in zip(problems, faults)]
+        both = [(p, at) for p, at in zip(problems, kept) if len({bool(p.correct[i]) for i in at}) == 2]
+        areas = {
+            name: mean_auc(
+                [[p.scores[name][i] for i in at] for p, at in both], [[p.correct[i] for i in at] for p, at in both]
+            )
+            for name in problems[0].scores
+        }
+        out[kind] = {"samples": count, "problems": len(both), "auc": {name: _number(a) for name, a in areas.items()}}
+    return out
+
+
+def _number(x: float) -> float | None:
+    """x, or None for NaN, which JSON does not have."""
+    return None if math.isnan(x) else x
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from qstar.methods.gates import check_gates
 from qstar.methods.pairs import build_pairs, repeated
 from qstar.methods.rollouts import Selection, attempt, select, summary, to_example
 from qstar.methods.run_folder import check_run, once, open_run, stable_seed
+from qstar.methods.step_rollouts import rollout_labels
 from qstar.methods.supervised import fine_tune, pack_rows
 from qstar.methods.v_star_measure import measure, sampled_accuracy
 from qstar.methods.v_star_setup import Study
 from qstar.methods.verifier import KINDS, Job, train_dpo, train_head
 from qstar.models.model import Model
+from qstar.tasks.base import Problem
 from qstar.train.loop import Diverged
 from qstar.types import Rollout
 
@@ -49,6 +52,7 @@ class Loop(star.Loop):
     accumulate: bool = True
     include_sft_data: bool = True
     retrain: bool = True  # False: the generator stays G_SFT
+    update: str = "sft"  # how a generator learns: "sft" (from right solutions) or "rpo" (from pairs, see `improve`)
     verifiers: tuple = ()  # "dpo", "orm", "prm"
     verifier_every_iter: bool = False  # else once, at the end
     # STaR's cap_per_problem here means all iterations together, and takes the solutions that were sampled most often
@@ -58,6 +62,11 @@ class Loop(star.Loop):
         unknown = [v for v in self.verifiers if v not in KINDS]
         require(
             (not unknown, f"verifiers: {unknown and unknown[0]!r} is not one of {', '.join(KINDS)}"),
+            (self.update in ("sft", "rpo"), f"update={self.update!r} is not one of sft, rpo"),
+            (
+                self.update == "sft" or self.restart == "previous",
+                f"restart={self.restart!r}: update='rpo' goes on from the generator before; set restart='previous'",
+            ),
             (not self.rationalize, "rationalize=True: V-STaR has no hints (solutions to wrong answers would be right)"),
             (not self.retrain or not self.verifiers or self.accumulate, "accumulate=False: a verifier needs D_VER"),
         )
@@ -77,6 +86,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "star_dagger": {},
     "v_star_1iter": {**_ONCE, "verifiers": ("dpo",)},
     "v_star": {"verifiers": ("dpo",)},
+    # Iterative RPO (arXiv 2404.19733): every generator learns from the pairs that the one before has sampled
+    "rpo": {"update": "rpo", "restart": "previous", "accumulate": False, "include_sft_data": False},
 }
 
 
@@ -115,7 +126,10 @@ def outer_loop(arm: Arm, loop: Loop, base: Model, sft: Model, solutions: list[So
         known = {"d_gen": d_gen.add(n, sampled(kept)), "d_ver": d_ver.add(n, sampled(rollouts))}
         metrics = {f"{name}_{k}": v for name, some in known.items() for k, v in counts(some).items()}
         try:
-            if loop.retrain:
+            if loop.update == "rpo":
+                generator, trained = improve(arm, loop, generator, rollouts, n)
+                metrics |= trained
+            elif loop.retrain:
                 generator, trained = retrain(arm, loop, base, generator, known["d_gen"], kept, n)
                 metrics |= trained
             if loop.verifiers and (loop.verifier_every_iter or n == loop.n_iters):
@@ -215,6 +229,21 @@ def retrain(
     return star.train(arm, loop, base if loop.restart == "base" else generator, rows, n)
 
 
+def improve(arm: Arm, loop: Loop, generator: Model, rollouts: list[Rollout], n: int) -> tuple[Model, dict[str, Any]]:
+    """Iterative RPO: G <- DPO + alpha NLL of the winners, on pairs of this iteration's samples; reference: the G before."""
+    ctx, seed = arm.ctx, stable_seed(arm.ctx.seed, arm.name, n, "rpo")
+    pairs = build_pairs(merged(sampled(rollouts)), ctx.pairs, seed)
+    if len(pairs) < max(1, loop.min_kept):
+        ctx.say(f"[yellow]{len(pairs)} pairs to train on (loop.min_kept={loop.min_kept}): the generator before stays")
+        return generator, {"trained_rows": 0}
+    label = {"arm": arm.name, "iteration": n}
+    with arm.timed("train"):
+        job = Job(arm.checkpoint(n), ctx.rpo, seed, ctx.writer, label, functools.partial(ctx.bar, "rpo"))
+        model, done = train_dpo(generator, pairs, job)
+    told = {f"rpo_{k}": done.get(k) for k in ("accuracy", "margin", "nll", "chosen_drift", "rejected_drift")}
+    return model, {"trained_rows": done["pairs"], "train_steps": done["steps"], "train_loss": done["loss"], **told}
+
+
 def train_verifiers(
     arm: Arm, loop: Loop, sft: Model, d_ver: list[Solution], n: int
 ) -> tuple[dict[str, Model], dict[str, Any]]:
@@ -233,7 +262,26 @@ def train_verifiers(
                 models[kind], done = train_dpo(sft, pairs, job)
             else:
                 problems = {p.id: p for p in [*star.drawn(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.sft.problems)]}
-                models[kind], done = train_head(sft, kind, repeated(d_ver, ctx.pairs), ctx.task, problems, job)
+                labels = step_labels(arm, loop, sft, d_ver, problems, job) if kind == "prm" else None
+                models[kind], done = train_head(sft, kind, repeated(d_ver, ctx.pairs), ctx.task, problems, job, labels)
         told |= {f"{kind}_{k}": v for k, v in done.items() if v is not None}
         ctx.say(f"  {kind}: {done['steps']} steps, loss {done['loss'] or 0:.4f}, accuracy {done['accuracy'] or 0:.3f}")
     return models, told
+
+
+def step_labels(
+    arm: Arm, loop: Loop, sft: Model, d_ver: list[Solution], problems: dict[str, Problem], job: Job
+) -> Callable[[Solution], list[float]] | None:
+    """How right a solution's steps are, by continuations of G_SFT; None where the task is to be asked."""
+    ctx, n = arm.ctx, job.settings.rollouts
+    if not n:
+        return None
+    settings = ctx.sample_settings
+    if loop.temperature is not None:
+        settings = dataclasses.replace(settings, temperature=loop.temperature)
+    found = rollout_labels(
+        sft, ctx.task, problems, d_ver, settings, n=n, seed=job.seed, folder=job.folder / "rollouts",
+        few_shot=loop.few_shot_at_sample,
+    )  # fmt: skip
+    by_key = {s.key: labels for s, labels in zip(d_ver, found)}
+    return lambda s: by_key[s.key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ from qstar.methods.run_folder import once, once_json
 from qstar.methods.select import Candidates
 from qstar.methods.verifier import KINDS, Verifier, score
 from qstar.models.model import Model
-from qstar.tasks.base import Problem
-from qstar.train.evaluate import majority_at_k, mean_auc, pass_at_k, pooled_auc
+from qstar.tasks.base import Problem, Task
+from qstar.train.evaluate import majority_at_k, pass_at_k
 from qstar.train.metrics import show_table
 from qstar.types import Rollout
 
@@ -52,10 +51,14 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
         rollouts = test_samples(arm, generator, problems, n)
         scored = once(folder / f"scores_{n:03d}.jsonl", lambda: _score_rows(ctx, rollouts, sft, verifiers))
         found = once_json(
-            folder / f"iter_{n:03d}.json", lambda: result(rollouts, scored, ctx.select.samples, ctx.select.m)
+            folder / f"iter_{n:03d}.json",
+            lambda: result(rollouts, scored, ctx.select.samples, ctx.select.m, faults(ctx.task, problems, rollouts)),
         )
+    label = {"arm": arm.name, "iteration": n}
+    for name, row in scorer_rows(found).items():
+        ctx.writer.write(stage=f"scorer/{name}", step=n, **label, **row)
     for k, row in table(found).items():
-        ctx.writer.write(stage="selection", step=int(k), arm=arm.name, iteration=n, **row)
+        ctx.writer.write(stage="selection", step=int(k), **label, **row)
     if processes.is_first():
         show_table(ctx.console, f"{arm.name}: chance to be right with k samples", printed(found))
     return found
@@ -117,8 +120,25 @@ def candidates(rows: Sequence[Rollout], scores: dict[str, list[float]]) -> Candi
     return Candidates(answers, [r.correct for r in rows], scores, rows[0].group)
 
 
-def result(rollouts: list[Rollout], scored: list[dict[str, Any]], samples: int, m: int) -> dict[str, Any]:
-    """Returns the curves with their intervals, AUCs, and what a verifier gains over the others at k = 16."""
+def faults(task: Task, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[str | None]:
+    """Returns the kind of the first mistake of every sample, None of right ones and where the task cannot tell."""
+    by_id = {p.id: p for p in problems}
+    return [None if r.correct else task.fault(by_id[r.problem_id], r.completion) for r in rollouts]
+
+
+def result(
+    rollouts: list[Rollout],
+    scored: list[dict[str, Any]],
+    samples: int,
+    m: int,
+    faulty: Sequence[str | None] | None = None,
+) -> dict[str, Any]:
+    """Returns the curves with their intervals, what each scorer is worth, and what a verifier gains over the others at
+    k = 16.
+
+    Args:
+      faulty: the kind of mistake of each rollout, see `faults`.
+    """
     scorers = [name for name in scored[0] if name not in ("problem_id", "sample")]
     values = {(row["problem_id"], row["sample"]): row for row in scored}
     some = []
@@ -129,27 +149,31 @@ def result(rollouts: list[Rollout], scored: list[dict[str, Any]], samples: int, 
     ks = choosing.ks_for(samples)
     curves = choosing.curves(some, ks, m=m)
     at = 16 if samples >= 16 else ks[-1]
-    right = [c.correct for c in some]
-    quality = {s: [c.scores[s] for c in some] for s in some[0].scores}
     against = {rule: curves[rule][at] for rule in ("majority", "best/own", "best/random")}
+    kinds = dict(zip(((r.problem_id, r.sample) for r in rollouts), faulty or ()))
+    by_kind = [[kinds.get((r.problem_id, r.sample)) for r in rows] for rows in by_problem(rollouts)]
     return {
         "problems": len(some),
         "samples": samples,
         "curves": choosing.summary(curves),
-        "auc": {s: number(mean_auc(v, right)) for s, v in quality.items()},
-        "auc_pooled": {s: number(pooled_auc(v, right)) for s, v in quality.items()},
+        **choosing.quality(some, curves),
         f"gain@{at}": {
             f"{rule} - {other}": choosing.difference(curves[rule][at], there)
             for rule in curves
             if rule.startswith("best/") and rule not in against
             for other, there in against.items()
         },
+        "auc_by_fault": choosing.auc_by_fault(some, by_kind),
     }
 
 
-def number(x: float) -> float | None:
-    """Returns x, or None for NaN, which JSON does not have."""
-    return None if math.isnan(x) else x
+def scorer_rows(found: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Returns scorer -> its metrics row: AUC within problems and pooled, calibration, regret by k."""
+    return {
+        name: {"auc": area, "auc_pooled": found["auc_pooled"][name], **found["calibration"][name]}
+        | {f"regret@{k}": mean for k, (mean, _, _) in found["regret"][name].items()}
+        for name, area in found["auc"].items()
+    }
 
 
 def table(found: dict[str, Any]) -> dict[str, dict[str, float]]:

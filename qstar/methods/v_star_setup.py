@@ -22,6 +22,7 @@ class VSections(Sections):
 
     sft: dict = dataclasses.field(default_factory=dict)
     pairs: dict = dataclasses.field(default_factory=dict)
+    rpo: dict = dataclasses.field(default_factory=dict)
     dpo: dict = dataclasses.field(default_factory=dict)
     orm: dict = dataclasses.field(default_factory=dict)
     prm: dict = dataclasses.field(default_factory=dict)
@@ -73,6 +74,7 @@ class Study(Context):
     GATE: ClassVar = SampledGate
     sft: Supervision = None
     pairs: PairSettings = None
+    rpo: VerifierSettings = None  # of a generator
     dpo: VerifierSettings = None
     orm: VerifierSettings = None
     prm: VerifierSettings = None
@@ -83,7 +85,7 @@ class Study(Context):
         """Reads a config; all that can be wrong in it is found here, before anything is written."""
         ctx = super().make(config, workdir, console)
         kinds = {"sft": Supervision, "pairs": PairSettings, "select": Selecting}
-        kinds |= dict.fromkeys(("dpo", "orm", "prm"), VerifierSettings)
+        kinds |= dict.fromkeys(("rpo", "dpo", "orm", "prm"), VerifierSettings)
         for name, kind in kinds.items():
             values = config.get(name)
             setattr(ctx, name, settings_from(kind, values.to_dict() if values else {}, name))

@@ -49,6 +49,8 @@ class VerifierSettings(UpdateSettings):
     epochs: float = 1.0
     steps: int = 0  # instead of epochs, where it is not 0
     beta: float = 0.1  # dpo: pull towards G_SFT
+    alpha: float = 0.0  # rpo: of the likelihood of right solutions, per token, beside DPO
+    rollouts: int = 0  # prm: continuations per step that tell how right it is; 0: the task checks its steps
     lm_weight: float = 0.1  # orm, prm: of the likelihood of right solutions, beside the judgement
     dropout: float = 0.2  # orm, prm: on what the head reads
     packed: bool = True
@@ -60,6 +62,8 @@ class VerifierSettings(UpdateSettings):
             (0 < self.epochs < math.inf, f"epochs={self.epochs} must be above 0"),
             (self.steps >= 0, f"steps={self.steps} must be 0 (as many as epochs says) or more"),
             (0 < self.beta < math.inf, f"beta={self.beta} must be above 0"),
+            (0 <= self.alpha < math.inf, f"alpha={self.alpha} must be 0 (plain DPO) or more"),
+            (self.rollouts >= 0, f"rollouts={self.rollouts} must be 0 (ask the task) or more"),
             (0 <= self.lm_weight < math.inf, f"lm_weight={self.lm_weight} must be 0 or more"),
             (0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)"),
             (self.row_length >= 2, f"row_length={self.row_length} must be at least 2 tokens"),
@@ -238,26 +242,38 @@ def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[
         extra = {k: a.pop(k) for k in ("reference", "weight")}
         return Preference(Batch(**a), **extra)
 
-    model, summary = _train(sft, job, tx, step, arrays, to_batch, "dpo")
+    model, summary = _train(sft, job, tx, step, arrays, to_batch, "rpo" if s.alpha else "dpo")
     return model, {**summary, "pairs": len(fits), "dropped_pairs": len(rows) - len(fits)}
 
 
 def train_head(
-    sft: Model, kind: str, solutions: Sequence[Solution], task: Task, problems: dict[str, Problem], job: Job
+    sft: Model,
+    kind: str,
+    solutions: Sequence[Solution],
+    task: Task,
+    problems: dict[str, Problem],
+    job: Job,
+    labels: Callable[[Solution], Sequence[float] | None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains an ORM or a PRM, from G_SFT with a fresh head, on the solutions of D_VER.
 
+    Args:
+      labels: for a PRM, how right each of a solution's `task.steps` is; None: `Task.step_labels`.
+
     Raises:
-      UserError: nothing fits into a row; for a PRM, a task that cannot judge steps (see `Task.step_labels`).
+      UserError: nothing fits into a row; for a PRM, a task that cannot judge steps.
     """
     s, tokenizer = job.settings, sft.tokenizer
     steps = None
     if kind == "prm":
-        labels = [task.step_labels(problems[x.problem_id], x.completion) for x in solutions]
-        fault = f"config.loop.verifiers: task {task.name} cannot judge single steps, which a prm learns from; use orm or dpo"
-        require((all(label is not None for label in labels), fault))
+        ask = labels or (lambda x: task.step_labels(problems[x.problem_id], x.completion))
+        judged = [ask(x) for x in solutions]
+        fault = (
+            f"config.loop.verifiers: task {task.name} cannot judge the steps a prm learns from; set config.prm.rollouts"
+        )
+        require((all(some is not None for some in judged), fault))
         ends = [step_ends(task, tokenizer, x.prompt, x.completion) for x in solutions]
-        steps = [(e, label[-len(e) :]) for e, label in zip(ends, labels)]
+        steps = [(e, label[-len(e) :]) for e, label in zip(ends, judged)]
     sizes = [len(to_examples(tokenizer, x.prompt, [x.completion])[0]) for x in solutions]
     fits = [i for i, size in enumerate(sizes) if size <= s.row_length]
     if not fits:
@@ -278,7 +294,9 @@ def train_head(
 @functools.cache
 def _dpo_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
     tx = s.optimiser()
-    return tx, make_step(s.through(functools.partial(dpo_loss, config=config, beta=s.beta)), tx, s.accumulate)
+    return tx, make_step(
+        s.through(functools.partial(dpo_loss, config=config, beta=s.beta, alpha=s.alpha)), tx, s.accumulate
+    )
 
 
 @functools.cache

@@ -35,6 +35,7 @@ _SMALL = 10_000  # up to so many pairs are listed rather than drawn one by one
 
 _RELEASE_ANSWER = re.compile(r"(?:^|\n)</scratch>\n([0-9](?: [0-9])*)(?=\n|\Z)")
 _COMPACT_ANSWER = re.compile(r"#([0-9]+)\Z")
+_COMPACT_LINE = re.compile(r"((?:[0-9]\+[0-9])?),([0-9]+)C([0-9])")  # pair, sum so far, carry
 
 
 class Arithmetic(Task):
@@ -179,6 +180,23 @@ class Arithmetic(Task):
         ends = self.steps(completion)
         right = [problem.solution.startswith(completion[:end]) for end in ends]
         return [*right[:-1], completion == problem.solution]
+
+    def fault(self, problem: Problem, completion: str) -> str | None:
+        """Compact: of the first line that is not the gold scratchpad's, what is wrong; None if there is none."""
+        if self.format != "compact" or completion == problem.solution:
+            return None
+        gold, ours = problem.solution.split("|"), completion.split("|")
+        at = next((i for i, (a, b) in enumerate(zip(gold, ours)) if a != b), min(len(gold), len(ours)))
+        if at >= len(gold) - 2:
+            return {len(gold) - 2: "copied sum", len(gold) - 1: "copied answer"}.get(at, "extra lines")
+        if at == 0:
+            return "restated sum"
+        wanted, found = _COMPACT_LINE.fullmatch(gold[at]), _COMPACT_LINE.fullmatch(ours[at] if at < len(ours) else "")
+        if found is None or len(found[2]) != len(wanted[2]):
+            return "skipped line"
+        if found[1] != wanted[1] or found[2][1:] != wanted[2][1:]:
+            return "miscopied digit"
+        return "wrong digit" if found[2] != wanted[2] else "wrong carry"
 
     def _examples(self, problem: Problem) -> list[Problem]:
         """The few-shot examples of one problem, never the problem itself nor its mirror image."""

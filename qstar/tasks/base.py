@@ -10,6 +10,7 @@ import os
 import random
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,6 +97,10 @@ class Task:
         """Whether a parsed answer is right; None never is."""
         return answer is not None and answer == problem.gold
 
+    def judged(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
+        """`correct` of many at once, in order; tasks whose answers are costly to judge share the work out."""
+        return [self.correct(p, a) for p, a in zip(problems, answers, strict=True)]
+
     def leak(self, problem: Problem, completion: str) -> str | None:
         """Why a rationalised completion betrays that it was given the answer, or None."""
         return leak_marker(completion, problem.question)
@@ -123,6 +128,10 @@ class Task:
 
     def step_labels(self, problem: Problem, completion: str) -> list[bool] | None:
         """Per step, whether all is right up to its end; None where the task cannot tell."""
+        return None
+
+    def fault(self, problem: Problem, completion: str) -> str | None:
+        """What kind of mistake a wrong completion makes first, in two words; None where the task cannot tell."""
         return None
 
     def seeds(self) -> list[tuple[Problem, bool]]:

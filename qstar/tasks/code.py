@@ -62,6 +62,12 @@ class CodeTask(Task):
         of = dict(zip(distinct, found))
         return [of[job] for job in jobs]
 
+    def judged(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
+        there = [i for i, a in enumerate(answers) if a is not None]
+        found = self.verdicts([problems[i] for i in there], [answers[i] for i in there])
+        passed = dict(zip(there, (v.passed for v in found)))
+        return [passed.get(i, False) for i in range(len(answers))]
+
     def refuse_hint(self, hint: bool) -> None:
         """Raises UserError where a hinted prompt is asked for."""
         if hint:

@@ -17,6 +17,8 @@ __all__ = [
     "best_of_k",
     "bootstrap_ci",
     "brier",
+    "calibration",
+    "cross_fitted",
     "expected_calibration_error",
     "fit_platt",
     "majority_at_k",
@@ -190,6 +192,42 @@ def expected_calibration_error(probabilities: ArrayLike, correct: ArrayLike, bin
     p, z = (x.ravel() for x in _pair(probabilities, correct))
     gaps = np.sort(p)[::-1] - _shared_by_ties(p, z)
     return float(sum(abs(part.sum()) for part in np.array_split(gaps, min(bins, len(gaps)))) / len(gaps))
+
+
+def cross_fitted(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> list[np.ndarray]:
+    """Returns probabilities per problem, by Platt scaling fitted on the other half of the problems (every second one).
+
+    So every problem's probabilities come from a fit that has not seen it, and all problems are measured.
+
+    Args:
+      scores, correct: per problem [n].
+
+    Raises:
+      ValueError: a half lacks right or wrong samples; see `fit_platt`.
+    """
+    halves = [range(start, len(scores), 2) for start in (0, 1)]
+    join = lambda xs, half: np.concatenate([np.ravel(xs[i]) for i in half]) if len(half) else np.zeros(0)  # noqa: E731
+    fits = [fit_platt(join(scores, half), join(correct, half)) for half in reversed(halves)]
+    return [fits[i % 2](s) for i, s in enumerate(scores)]
+
+
+def calibration(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> dict[str, float]:
+    """Returns how well scores tell the chance to be right: `ece` and `brier`, after `cross_fitted` Platt scaling.
+
+    Where all scores lie in [0, 1] (ORM, PRM), also of the scores as they are: `ece_raw` and `brier_raw`. Empty where
+    there is nothing to fit: half of the problems without a right or without a wrong sample.
+    """
+    measures = {"ece": expected_calibration_error, "brier": brier}
+    z = np.concatenate([np.ravel(c) for c in correct]) if len(correct) else np.zeros(0)
+    try:
+        fitted = np.concatenate(cross_fitted(scores, correct))
+    except ValueError:
+        return {}
+    out = {name: float(f(fitted, z)) for name, f in measures.items()}
+    raw = np.concatenate([np.ravel(np.asarray(s, np.float64)) for s in scores])
+    if ((raw >= 0) & (raw <= 1)).all():
+        out |= {f"{name}_raw": float(f(raw, z)) for name, f in measures.items()}
+    return out
 
 
 # ------------------------------------------------------------------------------------------- intervals over problems

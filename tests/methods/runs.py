@@ -51,11 +51,17 @@ def finished(config, *flags):
 
 
 def killed(config, plans, flags=()):
-    """The folder of a run that was killed at each of the planned events in turn, then left to end."""
+    """The folder of a run that was killed at each of the planned events in turn, then left to end.
+
+    Of a plan that is a list the process is killed at the last event, and left by an exception at the others before
+    (see driver.py); the run ends where that last one is None.
+    """
     folder = scratch() / f"killed{next(_COUNT)}"
     job = {"config": config, "flags": list(flags), "workdir": str(folder)}
-    codes = drive([*({**job, "kill": plan} for plan in plans), job])
-    for plan, code in zip([*plans, None], codes, strict=True):
+    plans = [plan if isinstance(plan, list) else [plan] for plan in plans]
+    plans += [[None]] if plans[-1][-1] is not None else []
+    codes = drive([{**job, "drop": drops, "kill": kill} for *drops, kill in plans])
+    for (*_, plan), code in zip(plans, codes, strict=True):
         log = folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
         assert code == (-9 if plan and not plan.startswith("term ") else 0), f"planned end: {plan or 'none'}, exit code {code}\n{log}"
     return folder

@@ -11,6 +11,7 @@ from qstar.errors import UserError
 from qstar.methods import select
 from qstar.methods.select import Candidates, choose, curves
 from qstar.sample.vote import best_of, majority, top_m_vote, weighted_majority
+from qstar.train.evaluate import auc
 
 NAN = math.nan
 
@@ -140,3 +141,27 @@ def test_a_paired_difference_is_narrower_than_its_parts():
     hard = rng.random(200)
     gain, low, high = select.difference(hard + 0.05, hard)
     assert gain == pytest.approx(0.05) and low == pytest.approx(0.05) and high == pytest.approx(0.05)
+
+
+def test_what_a_scorer_is_worth(problems):
+    found = select.quality(problems, values := curves(problems, [1, 4]))
+    for name in ("v", "logp"):
+        areas = [auc(p.scores[name], p.correct) for p in problems]
+        assert found["auc"][name] == pytest.approx(np.nanmean(areas))
+        regret = np.subtract(values["pass"][4], values[f"best/{name}"][4])
+        assert found["regret"][name]["4"][0] == pytest.approx(regret.mean()) and found["regret"][name]["1"][0] == pytest.approx(0)
+        flat = [np.concatenate([np.asarray(x, float) for x in xs]) for xs in zip(*((p.scores[name], p.correct) for p in problems))]
+        assert found["auc_pooled"][name] == pytest.approx(auc(*flat))
+        assert found["calibration"][name].keys() == {"ece", "brier"}
+    nothing = [Candidates(["right"] * 2, [True] * 2, {"v": [1.0, 2.0]})]
+    assert select.quality(nothing, curves(nothing, [1]))["auc"] == {"v": None}
+
+
+def test_auc_by_the_kind_of_mistake_sets_aside_the_other_kinds():
+    """The scorer sees skipped lines and is blind to wrong digits."""
+    one = Candidates(["right", "x", "y", "z"], [True, False, False, False], {"v": [2.0, 2.0, 0.0, 2.0]})
+    two = Candidates(["right", "x"], [True, False], {"v": [0.0, -1.0]})
+    found = select.auc_by_fault([one, two], [[None, "digit", "line", None], [None, "line"]])
+    assert found == {"line": {"samples": 2, "problems": 2, "auc": {"v": 1.0}},
+                     "digit": {"samples": 1, "problems": 1, "auc": {"v": 0.5}}}  # fmt: skip
+    assert list(found) == ["line", "digit"]

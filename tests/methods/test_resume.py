@@ -20,11 +20,27 @@ ARITHMETIC = [
 ]
 GSM8K = ["done star/stages/iter_001/sample_000.jsonl", "batch star/checkpoints/iter_001 5"]
 
-V_STAR = [
-    "done v_star/stages/iter_002/sample_001.jsonl",  # in the middle of sampling from G_1
-    "done v_star/d_gen/iter_002.jsonl",  # between the two buffers
-    "saving v_star/verifiers/dpo/iter_002/training 4",  # while the verifier trains
-    "done v_star/selection/samples_002_000.jsonl",  # in the middle of the test samples
+V_STAR = [  # every stage; killed for good where a checkpoint is being written in the background
+    [
+        "batch g_sft 12",  # while G_SFT trains, past its first checkpoint
+        "done g_sft/stages/k4_t1/sample_000.jsonl",  # in the middle of sampling from G_SFT
+        "done v_star/rationales/iter_001.jsonl",  # before the buffers
+        "batch v_star/checkpoints/iter_001 10",  # while the generator trains
+        "done v_star/stages/evaluation/iter_001_000.jsonl",  # before its metrics are written
+        "done v_star/stages/iter_002/sample_001.jsonl",  # in the middle of sampling from G_1
+        "done v_star/d_gen/iter_002.jsonl",  # between the two buffers
+        "done v_star/d_ver/iter_002.jsonl",
+        "done v_star/verifiers/dpo/iter_002/pairs.jsonl",  # between the pairs and the verifier
+        "saving v_star/verifiers/dpo/iter_002/training 4",  # while the verifier trains
+    ],
+    [
+        "batch v_star/verifiers/orm/iter_002 6",
+        "batch v_star/verifiers/prm/iter_002 3",  # before its first checkpoint
+        "done v_star/selection/samples_002_000.jsonl",  # in the middle of the test samples
+        "begin v_star/selection/scores_002.jsonl",
+        "done v_star/selection/scores_002.jsonl",  # before the curves
+        None,
+    ],
 ]
 
 

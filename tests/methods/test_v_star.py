@@ -11,6 +11,7 @@ from qstar.methods.arms import Arm
 from qstar.methods.v_star_setup import Study
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
+from qstar.train import metrics
 from tests.methods import stub
 
 
@@ -60,9 +61,9 @@ def told(monkeypatch):
 
     def dpo(sft, pairs, job):
         log.append(("dpo", sft.name, pairs))
-        return Fake("V"), {"steps": 1, "loss": 0.5, "accuracy": 1.0}
+        return Fake("V"), {"steps": 1, "loss": 0.5, "accuracy": 1.0, "pairs": len(pairs)}
 
-    def head(sft, kind, solutions, task, problems, job):
+    def head(sft, kind, solutions, task, problems, job, labels=None):
         log.append((kind, sft.name, solutions))
         assert {s.problem_id for s in solutions} <= problems.keys()
         return Fake(kind), {"steps": 1, "loss": 0.5, "accuracy": 1.0}
@@ -140,6 +141,19 @@ def test_the_rows_of_the_table_of_baselines(tmp_path, told, preset, samples, gen
     assert v_star.PRESETS[preset].get("k", 16) * max(1, len(samples)) in (16, 48)  # as many samples in all
 
 
+def test_iterative_rpo_goes_on_from_the_generator_before_with_pairs_of_its_own_samples(tmp_path, told):
+    ctx = study(tmp_path, "rpo")
+    arm = go(ctx)
+    assert [(kind, name) for kind, name, *_ in told if kind != "test"] == [
+        ("sample", "G_SFT"), ("dpo", "G_SFT"), ("sample", "V"), ("dpo", "V"), ("sample", "V"), ("dpo", "V")]  # fmt: skip
+    odd = {p.id: p for p in ctx.task.pool(1, ctx.seed, None) if int(p.id[0]) % 2}
+    for n, pairs in enumerate([pairs for kind, _, pairs in told if kind == "dpo"], 1):
+        assert {(p.problem_id, p.chosen, p.rejected) for p in pairs} == {(i, right(p, n), f"#{n}1") for i, p in odd.items()}
+    rows = [r for r in metrics.read(tmp_path) if r["stage"] == "iteration" and r["iteration"]]
+    assert [r["trained_rows"] for r in rows] == [len(odd)] * 3 and rows[0]["rpo_accuracy"] == 1.0
+    assert not (arm.folder / "verifiers").exists()
+
+
 def test_a_verifier_in_every_iteration_and_other_kinds_if_asked_for(tmp_path, told):
     ctx = study(tmp_path, "v_star", verifier_every_iter=True, verifiers=("dpo", "orm", "prm"))
     arm = go(ctx)
@@ -169,7 +183,7 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, m
     assert folders[0] == folders[3] and len({f for f in folders}) == 5
 
 
-@pytest.mark.parametrize("own", [{"verifiers": ("dop",)}, {"rationalize": True}, {"accumulate": False}])
+@pytest.mark.parametrize("own", [{"verifiers": ("dop",)}, {"rationalize": True}, {"accumulate": False}, {"update": "dpo"}])
 def test_switches_that_make_no_sense_are_named(own, tmp_path):
     ctx = study(tmp_path, "v_star", **own)
     with pytest.raises(UserError, match=next(iter(own))):

@@ -339,3 +339,25 @@ def test_config_keys_may_be_text():
 def test_bad_options_are_named(options, culprit):
     with pytest.raises(UserError, match=culprit):
         make_task("arithmetic", **options)
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098", None),
+        ("747+361,C0|4+6,8C0|7+3,08C1|,118C1|1118|#1118", "restated sum"),
+        ("737+361,C0|3+6,7C0|7+3,97C0|,097C1|1097|#1097", "wrong digit"),
+        ("737+361,C0|3+6,8C1|7+3,08C1|,118C1|1118|#1118", "wrong carry"),
+        ("737+361,C0|3+6,8C0|7+3,97C0|,097C1|1097|#1097", "miscopied digit"),
+        ("737+361,C0|3+5,8C0|7+3,98C0|,098C1|1098|#1098", "miscopied digit"),
+        ("737+361,C0|3+6,8C0|,98C0|098|#98", "miscopied digit"),
+        ("737+361,C0|3+6,8C0|,098C1|1098|#1098", "skipped line"),
+        ("737+361,C0|3+6", "skipped line"),
+        ("737+361,C0|3+6,8C0|7+3,98C0|,098C1|1089|#1089", "copied sum"),
+        ("737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1089", "copied answer"),
+        ("737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098|", "extra lines"),
+    ],
+)
+def test_the_first_mistake_has_a_name(text, kind):
+    task = make_task("arithmetic", pool={3: 5}, seeds={})
+    assert task.fault(task.problem(737, 361), text) == kind

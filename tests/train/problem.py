@@ -38,3 +38,15 @@ def same(a, b) -> None:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
         x, y = np.asarray(raw(x)), np.asarray(raw(y))
         assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def assert_same_gradients(ours, theirs, share: float = 1e-5) -> None:
+    """Asserts of every parameter: |ours - theirs| <= 1e-5 |theirs|, in the Euclidean norm over its entries.
+
+    Entry by entry float32 cannot be asked for that: an entry is a sum of terms as large as the largest entries, and is
+    wrong by some 1e-7 of those, however small it is itself.
+    """
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs)):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape and np.linalg.norm(a - b) <= share * np.linalg.norm(b), jax.tree_util.keystr(path)

@@ -17,6 +17,8 @@ from qstar.train.evaluate import (
     best_of_k,
     bootstrap_ci,
     brier,
+    calibration,
+    cross_fitted,
     expected_calibration_error,
     fit_platt,
     majority_at_k,
@@ -201,3 +203,26 @@ def test_calibration_error_does_not_depend_on_the_order_of_equal_probabilities()
     p = [0.5] * 40
     first, last = ([1] * 20 + [0] * 20), ([0] * 20 + [1] * 20)
     assert expected_calibration_error(p, first) == expected_calibration_error(p, last) == pytest.approx(0)
+
+
+def test_cross_fitted_probabilities_come_from_the_other_half():
+    rng = np.random.default_rng(1)
+    scores = [rng.normal(0, 3, 200) for _ in range(6)]
+    correct = [rng.random(200) < 1 / (1 + np.exp(-(2 * s - 1 if i % 2 else -s))) for i, s in enumerate(scores)]
+    found = cross_fitted(scores, correct)
+    halves = [fit_platt(np.concatenate(scores[h::2]), np.concatenate(correct[h::2])) for h in (0, 1)]
+    assert halves[1].slope == pytest.approx(2, rel=0.2) and halves[0].slope == pytest.approx(-1, rel=0.2)
+    for i, p in enumerate(found):
+        np.testing.assert_allclose(p, halves[1 - i % 2](scores[i]))
+
+
+def test_calibration_measures_fitted_scores_and_chances_as_they_are():
+    rng = np.random.default_rng(2)
+    chances = [rng.random(500) for _ in range(40)]
+    correct = [rng.random(500) < c for c in chances]
+    logits = [40 * np.log(c / (1 - c)) - 7 for c in chances]
+    found = calibration(logits, correct)
+    assert found.keys() == {"ece", "brier"} and found["ece"] < 0.01 and found["brier"] == pytest.approx(1 / 6, abs=0.005)
+    raw = calibration([c**2 for c in chances], correct)
+    assert raw["brier_raw"] > raw["brier"] and raw["ece_raw"] == pytest.approx(1 / 6, abs=0.01)  # mean of c - c^2
+    assert calibration([[1.0, 2.0]], [[True, False]]) == {} == calibration([], [])  # nothing to fit a half on

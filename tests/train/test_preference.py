@@ -14,10 +14,11 @@ from qstar.models import decoder
 from qstar.models.config import preset
 from qstar.text.packing import Example, pack, pack_groups
 from qstar.train import losses
-from qstar.train.preference import dpo_loss
+from qstar.train.preference import dpo_loss, pair_logprobs
 from qstar.train.state import create_state
 from qstar.train.step import make_step
 from qstar.types import Batch, Preference
+from tests.train.problem import assert_same_gradients
 
 CONFIG = preset("tiny", hidden_size=16, num_layers=1, num_heads=2)
 RNG = np.random.default_rng(0)
@@ -96,7 +97,7 @@ def test_value_and_gradients_are_those_of_torch(params, beta, alpha):
         assert batch.rows.tokens.shape[0] == (len(PAIRS) if not packed else 3)
         (ours, (weight, metrics)), ours_grads = value_and_grad(beta, alpha)(params, batch)
         assert weight == len(PAIRS) and float(ours) == pytest.approx(value, rel=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours_grads, grads)
+        assert_same_gradients(ours_grads, grads)
         assert float(metrics["tokens"][0]) == sum(len(e.completion) for pair in PAIRS for e in pair)
 
 
@@ -112,6 +113,15 @@ def test_at_the_reference_the_loss_is_log_2_and_nothing_has_drifted(params):
     assert float(value / weight) == pytest.approx(np.log(2), abs=1e-5)
     for name in ("margin", "chosen_drift", "rejected_drift"):
         assert float(metrics[name][0]) == pytest.approx(0, abs=1e-4)
+
+    @jax.jit
+    def at_itself(params):  # to the last bit, where the same program makes both
+        batch = preference(True)
+        reference, _ = pair_logprobs(params, CONFIG, batch.rows, batch.weight.shape[1])
+        return dpo_loss({"policy": params}, batch.replace(reference=reference), None, config=CONFIG)[0]
+
+    value, weight = at_itself(params)
+    assert value / weight == np.float32(np.log(2))
     chosen = float(metrics["chosen_logprob"][0])
     assert chosen == pytest.approx(own[:, 0].sum(), rel=1e-5)
 

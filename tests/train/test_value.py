@@ -23,6 +23,7 @@ from qstar.text.tokenizer import char_tokenizer
 from qstar.train import losses
 from qstar.train.value import value_loss
 from qstar.types import Batch, Graded
+from tests.train.problem import assert_same_gradients
 
 TOKENIZER = char_tokenizer(ALPHABET, pad=PAD, eos=EOS)
 TEXTS = [("3+4=", "3+4,C0|,7C0|07|#7", True), ("5+6=", "5+6,C0|,0C1|10|#10", False), ("2+2=", "#4", True)]
@@ -90,7 +91,7 @@ def test_value_and_gradients_are_those_of_torch(model, steps):
         assert len(batch.labels) == (2 if packed else 3)
         (value, (weight, metrics)), grads = f(model.params, batch)
         assert weight == asked and float(value) == pytest.approx(expected.item(), rel=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, expected_grads)
+        assert_same_gradients(grads, expected_grads)
         assert float(metrics["lm_nll"][1]) == 18 + 3  # the tokens of the two right solutions
 
 

@@ -1,0 +1,258 @@
+"""Which of two rationales is better? A page that asks people blindly, and what their votes add up to.
+
+STaR (2203.14465, section 4.5) let people rank rationales of the same question without knowing who wrote which. Here a page
+shows two at a time. Sides and order are drawn by a seed; who wrote what stands in a key beside the page, not in it.
+
+    DIR/compare.html   the page: one file, no network, votes by mouse or keys, "Download" writes votes.jsonl
+    DIR/key.json       item -> problem, and whose rationale is on the left
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qstar.data.sources import read_records
+from qstar.errors import UserError, require
+from qstar.report import shell
+from qstar.report.markup import Safe, tag
+from qstar.report.pieces import note
+from qstar.report.run import read_dict
+from qstar.tasks.base import stable_rng
+from qstar.train.evaluate import bootstrap_ci
+
+FIELDS = ("problem_id", "prompt", "completion")  # of a row: what rationales, evaluations and buffers of a run hold
+CHOICES = {"left": 1.0, "equal": 0.5, "right": 0.0}  # worth for the left one
+
+
+class Side(NamedTuple):
+    """One of the two that are compared."""
+
+    name: str
+    file: str  # JSONL with FIELDS; of several rows of a problem the first counts
+
+
+def write_comparison(a: Side, b: Side, folder: Path, *, count: int = 50, seed: int = 0, right: bool = False) -> Path:
+    """Writes page and key into a folder, and returns the page's path. The same arguments make the same bytes.
+
+    Args:
+      count: questions on the page: problems that both have a rationale for, drawn by the seed. Where both wrote the same
+        text there is nothing to ask; those are counted in the key.
+      right: only problems that both got right (rows with `correct`), so that rationales are compared, not answers.
+
+    Raises:
+      UserError: a file that cannot be read, equal names, or nothing to compare.
+    """
+    require((a.name != b.name, f"compare: both sides are called {a.name!r}; give them two names"))
+    rows = [_first(side.file, right) for side in (a, b)]
+    common = [p for p in rows[0] if p in rows[1]]
+    differ = [p for p in common if rows[0][p]["completion"].split() != rows[1][p]["completion"].split()]
+    which = " that both got right" if right else ""
+    require((bool(common), f"compare: {a.file} and {b.file} have no problem in common{which}"))
+    require(
+        (
+            bool(differ),
+            f"compare: {a.file} and {b.file} hold the same rationales, for all {len(common)} problems{which}",
+        )
+    )
+    rng = stable_rng("compare", seed, a.name, b.name)
+    items, key = [], {}
+    for number, problem in enumerate(rng.sample(differ, min(count, len(differ)))):
+        pair = [{"who": "ab"[i], **rows[i][problem]} for i in (0, 1)]
+        rng.shuffle(pair)
+        name = f"{number:03d}"
+        prompt = min((r["prompt"] for r in pair), key=len)  # the one without a hint
+        items.append({"item": name, "prompt": prompt, "left": pair[0]["completion"], "right": pair[1]["completion"]})
+        key[name] = {"problem_id": problem, "left": pair[0]["who"]}
+    page = f"{zlib.crc32(json.dumps(items).encode()):08x}"
+    told = {"page": page, "a": a.name, "b": b.name, "seed": seed, "same_text": len(common) - len(differ), "items": key}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shell.write(folder / "key.json", json.dumps(told, indent=1) + "\n")
+        shell.write(folder / "compare.html", _page(page, items))
+    except OSError as error:
+        raise UserError(f"--out={folder}: cannot be written ({error.strerror or error})") from error
+    return folder / "compare.html"
+
+
+def _first(file: str, right: bool) -> dict[str, dict[str, Any]]:
+    """Problem -> its first row."""
+    out: dict[str, dict[str, Any]] = {}
+    for row in read_records(file, FIELDS):
+        if not right or row.get("correct"):
+            out.setdefault(str(row["problem_id"]), {"prompt": str(row["prompt"]), "completion": str(row["completion"])})
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------- the votes
+
+
+def count_votes(folder: Path, files: Sequence[str]) -> dict[str, Any]:
+    """Returns how often `a` won against `b`.
+
+    `win_rate` is the mean over items of the mean over their votes (an equal is half a win), with the 95% bootstrap
+    interval over items; `p` that of the two-sided sign test over items, those without a winner left out. Who votes twice
+    on an item counts with the last vote.
+
+    Args:
+      folder: of the page and its key. files: downloaded votes.
+
+    Raises:
+      UserError: no key, a broken file, or votes of another page or about no item of it.
+    """
+    key = read_dict(folder / "key.json")
+    require(("items" in key, f"{folder}: holds no key.json of a `qstar compare --out`; name that folder with --out"))
+    last: dict[tuple[str, str], float] = {}
+    for file in files:
+        for row in read_records(file, ("page", "item", "choice"), parse=lambda row: _checked(row, key)):
+            worth = CHOICES[row["choice"]]
+            wins = worth if key["items"][row["item"]]["left"] == "a" else 1 - worth
+            last[str(row.get("rater") or file), row["item"]] = wins
+    by_item: dict[str, list[float]] = {}
+    for (_, item), wins in last.items():
+        by_item.setdefault(item, []).append(wins)
+    rates = [float(np.mean(by_item[item])) for item in sorted(by_item)]
+    low, high = bootstrap_ci(rates)
+    every = list(last.values())
+    counts = {"votes": len(every), "items": len(rates), "raters": len({rater for rater, _ in last})}
+    counts |= {"wins": every.count(1.0), "equal": every.count(0.5), "losses": every.count(0.0)}
+    found = {"win_rate": float(np.mean(rates)), "win_rate_low": low, "win_rate_high": high, "p": sign_test(rates)}
+    return {"a": key["a"], "b": key["b"], **counts, **found}
+
+
+def _checked(row: Mapping[str, Any], key: Mapping[str, Any]) -> Mapping[str, Any]:
+    if row["page"] != key["page"]:
+        raise ValueError(f"a vote of page {row['page']!r}, but the key is that of {key['page']!r}")
+    if row["choice"] not in CHOICES:
+        raise ValueError(f"choice {row['choice']!r} is not one of {', '.join(CHOICES)}")
+    if row["item"] not in key["items"]:
+        raise ValueError(f"item {row['item']!r} is not on the page")
+    return row
+
+
+def sign_test(rates: Sequence[float]) -> float:
+    """Returns the two-sided p-value of as uneven a split of wins and losses (rates above and below 1/2) by fair coins."""
+    wins, losses = sum(r > 0.5 for r in rates), sum(r < 0.5 for r in rates)
+    n = wins + losses
+    tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def _page(page: str, items: Sequence[Mapping[str, str]]) -> str:
+    data = json.dumps({"page": page, "items": items}, ensure_ascii=False).replace("<", "\\u003c")
+    sides = [
+        tag(
+            "div",
+            tag("b", name),
+            tag("pre", id=f"text-{side}"),
+            tag("button", label, id=side, type="button"),
+            class_="card",
+        )
+        for side, name, label in (("left", "Left", "← Left is better"), ("right", "Right", "Right is better →"))
+    ]
+    body = tag(
+        "section",
+        note("Keys: ← left, → right, ↓ equally good, ↑ back. Votes stay in this browser until you download them."),
+        tag("p", tag("label", "Your name (optional) ", tag("input", id="rater", autocomplete="off"))),
+        tag("p", id="progress", aria_live="polite", class_="soft"),
+        tag("pre", id="prompt", class_="example"),
+        tag("div", *sides, class_="grid pair"),
+        tag(
+            "div",
+            tag("button", "↓ Equally good", id="equal", type="button"),
+            tag("button", "↑ Back", id="back", type="button"),
+            tag("button", "Download votes", id="download", type="button"),
+            class_="pages",
+        ),
+        tag("noscript", note("This page needs JavaScript.")),
+        tag("script", Safe(data), type="application/json", id="comparison"),
+    )
+    title = "Which rationale is better?"
+    said = "Two models answered each question. Say whose reasoning is better; nobody tells which is which."
+    header = [tag("h1", title), tag("p", said, class_="headline")]
+    return shell.document(title, header, [body], style=_STYLE, script=_SCRIPT)
+
+
+_STYLE = """
+.pair .card { max-width: none; } .pair pre { min-height: 9rem; margin: .6rem 0 .9rem; }
+.pair button, .pages button { padding: .6rem 1rem; } .chosen { outline: 2px solid var(--good); }
+"""
+
+# Texts enter through textContent: no model's text can become markup.
+_SCRIPT = """
+"use strict";
+(function () {
+  const data = JSON.parse(document.getElementById("comparison").textContent);
+  const at = (id) => document.getElementById(id);
+  const STORE = "qstar-compare-" + data.page;
+  let votes = {}, now = 0, since = Date.now();
+  try { votes = JSON.parse(localStorage.getItem(STORE)) || {}; } catch (error) { votes = {}; }  // private windows
+  while (now < data.items.length - 1 && votes[data.items[now].item]) now += 1;
+
+  function draw() {
+    const item = data.items[now], vote = votes[item.item];
+    at("prompt").textContent = item.prompt;
+    for (const side of ["left", "right"]) at("text-" + side).textContent = item[side];
+    for (const choice of ["left", "right", "equal"]) {
+      at(choice).classList.toggle("chosen", Boolean(vote) && vote.choice === choice);
+      at(choice).setAttribute("aria-pressed", String(Boolean(vote) && vote.choice === choice));
+    }
+    const done = Object.keys(votes).length;
+    at("progress").textContent = "Question " + (now + 1) + " of " + data.items.length + ", " + done + " answered" +
+      (done === data.items.length ? ". All done: download your votes." : "");
+    at("back").disabled = now === 0;
+    at("download").disabled = done === 0;
+    since = Date.now();
+  }
+
+  function choose(choice) {
+    const item = data.items[now].item;
+    votes[item] = { page: data.page, item: item, choice: choice, seconds: (Date.now() - since) / 1000 };
+    try { localStorage.setItem(STORE, JSON.stringify(votes)); } catch (error) { /* they stay in this tab */ }
+    if (now < data.items.length - 1) now += 1;
+    draw();
+  }
+
+  function back() {
+    if (now > 0) now -= 1;
+    draw();
+  }
+
+  function lines() {
+    const rater = at("rater").value.trim();
+    return Object.keys(votes).sort().map((item) => JSON.stringify({ ...votes[item], rater: rater }) + "\\n").join("");
+  }
+
+  function download() {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([lines()], { type: "application/x-ndjson" }));
+    link.download = "votes.jsonl";
+    document.body.append(link);
+    link.click();
+    link.remove();
+  }
+
+  for (const choice of ["left", "right", "equal"]) at(choice).addEventListener("click", () => choose(choice));
+  at("back").addEventListener("click", back);
+  at("download").addEventListener("click", download);
+  document.addEventListener("keydown", (event) => {
+    if (event.target === at("rater") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const keys = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "equal" };
+    if (keys[event.key]) choose(keys[event.key]);
+    else if (event.key === "ArrowUp") back();
+    else return;
+    event.preventDefault();
+  });
+  window.qstarVotes = lines;  // what the download holds
+  draw();
+})();
+"""
