@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from qstar.errors import UserError
-from qstar.models import decoder
-from qstar.models.config import ModelConfig
+from qstar.models import policy
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model, save
 
 # Changes to the preset llama_20m: 512 ids put the work into the blocks, 32,000 into the vocabulary.
@@ -83,9 +83,9 @@ class Compiles:
             self.count += 1
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> Model:
+def random_model(config: policy.AnyConfig, seed: int = 0) -> Model:
     """Returns a model with random weights and no tokenizer."""
-    return Model(config, jax.jit(lambda key: decoder.init(config, key))(jax.random.key(seed)))
+    return Model(config, jax.jit(lambda key: policy.init(config, key))(jax.random.key(seed)))
 
 
 def torch_twin(model: Model) -> Any:
@@ -96,7 +96,7 @@ def torch_twin(model: Model) -> Any:
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils import logging as transformers_logging
     except ImportError:
         raise UserError("qstar bench compares with transformers + PyTorch: pip install 'torch==2.13.0'") from None
@@ -105,7 +105,12 @@ def torch_twin(model: Model) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "model")
-        return AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+        auto = AutoModelForSeq2SeqLM if isinstance(model.config, EncDecConfig) else AutoModelForCausalLM
+        twin = auto.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+    for part in twin.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0  # T5's default: the same computation on both sides
+    return twin
 
 
 def show(title: str, rows: list[dict[str, Any]], notes: dict[str, Any], as_json: bool) -> None:

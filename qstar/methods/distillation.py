@@ -50,7 +50,8 @@ class DistilTrain(UpdateSettings):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(config: Any, teacher: Any, settings: Any, limit: int, update: UpdateSettings) -> tuple[Any, Any]:
+def compiled(config: Any, teacher: Any, settings: Any, limit: int, update: UpdateSettings) -> tuple[Any, Any]:
+    """Returns (optimiser, jitted step) of a student's shape, a teacher's, and what the step depends on."""
     tx = optimizer_for(update.optimiser(), "^policy/")
     loss = functools.partial(losses.distil_loss, config=config, teacher=teacher, settings=settings, limit=limit)
     return tx, make_step(loss, tx, update.accumulate)
@@ -116,7 +117,7 @@ def _train(start, rows, settings, train, steps, seed, folder, writer, label, tea
     rates = UpdateSettings(
         **{f.name: getattr(train, f.name) for f in dataclasses.fields(UpdateSettings) if f.name in _STATIC}
     )
-    tx, step = _compiled(start.config, other, settings, limit, rates)
+    tx, step = compiled(start.config, other, settings, limit, rates)
     params = {"policy": start.params}
     if settings.kind != "hard":
         params["teacher"] = teacher.params

@@ -44,6 +44,8 @@ from qstar.train.state import TrainState, create_state
 from qstar.train.step import make_step
 from qstar.types import Completion, Params
 
+SECONDS = ("seconds_rollout", "seconds_reward", "seconds_score", "seconds_update")  # of an update, in its metrics
+
 
 @dataclasses.dataclass(frozen=True)
 class ReinforceSettings(UpdateSettings):
@@ -102,8 +104,8 @@ class Run:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(config: Any, settings: rl.RLSettings, limit: int, update: UpdateSettings) -> tuple[Any, Any]:
-    """(optimiser, jitted step), one per configuration: all arms that share one share a compilation."""
+def compiled(config: Any, settings: rl.RLSettings, limit: int, update: UpdateSettings) -> tuple[Any, Any]:
+    """Returns (optimiser, jitted step), one per configuration: all arms that share one share a compilation."""
     tx = update.optimiser()
     loss = functools.partial(rl.rl_loss, config=config, settings=settings, limit=limit)
     return tx, make_step(loss, tx, update.accumulate)
@@ -156,7 +158,7 @@ def _train(
     run: Run, folder: Path, writer: Writer, label: dict[str, Any], progress: Any, watch: Any
 ) -> tuple[Any, dict[str, Any]]:
     s = run.settings
-    tx, step = _compiled(**run.static, update=_only_updates(s))
+    tx, step = compiled(**run.static, update=_only_updates(s))
     params = {"policy": run.start.params}
     if run.rl.estimator == "ppo":
         params["value"] = value.init(run.start.config.hidden_size, jax.random.key(stable_seed(run.seed, "value")))
@@ -171,7 +173,7 @@ def _train(
     stopped = ""
     last = first
     for update in range(first, s.updates):
-        state, metrics = _update(run, step, state, update, record["kl_weight"], np.float32(lr_at(update)))
+        state, metrics = one_update(run, step, state, update, record["kl_weight"], np.float32(lr_at(update)))
         record["kl_weight"] = rl.adapted(record["kl_weight"], metrics["kl"], s.prompts * run.rl.group, run.rl)
         record["first"], record["last"] = record["first"] or metrics, metrics
         record["bad"] = record["bad"] + 1 if metrics["skipped"] else 0
@@ -212,10 +214,15 @@ def _only_updates(s: ReinforceSettings) -> UpdateSettings:
     )
 
 
-def _update(
+def one_update(
     run: Run, step: Any, state: TrainState, update: int, kl_weight: float, lr: np.float32
 ) -> tuple[TrainState, dict[str, float]]:
-    """One round: rollouts, scores, advantages, gradient steps."""
+    """One round: rollouts, scores, advantages, gradient steps.
+
+    Returns:
+      The state, and metrics: among them the wall seconds of rollouts, of the environment (rewards; a frozen answerer is
+      asked there), of scoring (log-probabilities under policy and reference) and of the gradient steps.
+    """
     clock = [time.perf_counter()]
     prompts = run.environment.prompts(update)
     responses = rollouts(run, state.params["policy"], prompts, update)
@@ -223,6 +230,7 @@ def _update(
     scored = run.environment.score(update, responses)
     clock.append(time.perf_counter())
     batch, metrics = experience(run, state.params, prompts, responses, scored, kl_weight)
+    clock.append(time.perf_counter())
     found: list[dict[str, jax.Array]] = []
     s, count = run.settings, len(batch.response)
     for epoch in range(s.epochs):
@@ -239,7 +247,7 @@ def _update(
     clock.append(time.perf_counter())
     metrics |= {k: float(np.mean([m[k] for m in host])) for k in host[0] if k != "tokens"}
     metrics["kl_weight"] = kl_weight
-    metrics |= dict(zip(("seconds_rollout", "seconds_score", "seconds_update"), np.diff(clock).tolist()))
+    metrics |= dict(zip(SECONDS, np.diff(clock).tolist()))
     return state, metrics
 
 

@@ -113,6 +113,8 @@ def _write_extras(model: Model, folder: pathlib.Path) -> None:
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
         ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id}
+    if isinstance(model.config, EncDecConfig):  # `generate` of transformers reads the start here and nowhere else
+        ids |= dict.fromkeys(("decoder_start_token_id", "pad_token_id"), model.config.start_id)
     hf.write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
 
 
