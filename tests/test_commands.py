@@ -152,7 +152,7 @@ def test_overrides_take_the_type_of_what_they_replace():
     assert config.is_locked
 
 
-@pytest.mark.parametrize("what, loads", [("rl", 2), ("distill", 4)])
+@pytest.mark.parametrize("what, loads", [("rl", 1), ("distill", 2)])
 def test_the_benches_of_rl_and_distillation_say_where_time_goes_and_that_both_sides_do_the_same_work(what, loads, capsys):
     assert main(["bench", what, "--json", "--quick", "--device=cpu"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -165,7 +165,7 @@ def test_the_benches_of_rl_and_distillation_say_where_time_goes_and_that_both_si
     ours = rows[::2]
     assert all(r["recompiles"] == 0 for r in ours) and ours[-1]["rollout"] > 0  # the last one of each samples
     if what == "rl":
-        assert ours[-1]["answerer"] > 0.05 and all(r["scoring"] > 0 for r in ours)
+        assert ours[-1]["answerer"] > 0 and all(r["scoring"] > 0 for r in ours)
 
 
 def test_the_bench_of_the_sandbox_prints_its_throughput(capsys):

@@ -106,11 +106,8 @@ def torch_twin(model: Model) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "model")
         auto = AutoModelForSeq2SeqLM if isinstance(model.config, EncDecConfig) else AutoModelForCausalLM
-        twin = auto.from_pretrained(Path(folder) / "model", dtype=torch.float32)
-    for part in twin.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0  # T5's default: the same computation on both sides
-    return twin
+        extra = {"dropout_rate": 0.0} if isinstance(model.config, EncDecConfig) else {}  # the same work on both sides
+        return auto.from_pretrained(Path(folder) / "model", dtype=torch.float32, **extra)
 
 
 def show(title: str, rows: list[dict[str, Any]], notes: dict[str, Any], as_json: bool) -> None:
