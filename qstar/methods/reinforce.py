@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,16 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar import tree
+from qstar import processes, tree
 from qstar.errors import require
-from qstar.mesh import put_batch
+from qstar.mesh import put_whole_batch
 from qstar.methods.run_folder import once_json, stable_seed
 from qstar.methods.training import UpdateSettings, finished
-from qstar.models import policy, value
+from qstar.models import heads, policy
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model, encoder_ids
-from qstar.sample.batching import padded_length, stream
+from qstar.sample.batching import padded_length, stream, to_host
 from qstar.train import optim, rl
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Diverged
@@ -141,7 +140,7 @@ def reinforce(
     weights = Checkpoints(folder / "model")
     done = folder / "summary.json"
     if finished(folder):
-        shutil.rmtree(folder / "training", ignore_errors=True)
+        processes.remove(folder / "training")
         params, _ = weights.restore(start.params)
         weights.close()
         return start.replace(params=params), once_json(done, dict)
@@ -150,7 +149,7 @@ def reinforce(
     weights.save(summary["updates"], params)
     weights.close()
     once_json(done, lambda: summary)
-    shutil.rmtree(folder / "training", ignore_errors=True)
+    processes.remove(folder / "training")
     return start.replace(params=params), summary
 
 
@@ -161,7 +160,9 @@ def _train(
     tx, step = compiled(**run.static, update=_only_updates(s))
     params = {"policy": run.start.params}
     if run.rl.estimator == "ppo":
-        params["value"] = value.init(run.start.config.hidden_size, jax.random.key(stable_seed(run.seed, "value")))
+        params["value"] = heads.init_critic(
+            run.start.config.hidden_size, jax.random.key(stable_seed(run.seed, "value"))
+        )
     state = create_state(params, tx, seed=run.seed, mesh=run.start.mesh, table=PARAM_AXES)
     checkpoints = Checkpoints(folder / "training")
     record: dict[str, Any] = {"kl_weight": run.rl.kl_weight, "first": {}, "last": {}, "bad": 0}
@@ -238,7 +239,7 @@ def one_update(
         for at in range(0, count, s.batch_size):
             chosen = order[at : at + s.batch_size]
             rows = jax.tree.map(operator.itemgetter(chosen), batch)
-            rows = jax.device_put(rows) if run.start.mesh is None else put_batch(rows, run.start.mesh)
+            rows = jax.device_put(rows) if run.start.mesh is None else put_whole_batch(rows, run.start.mesh)
             state, more = step(state, rows, lr)
             found.append(more)
         if s.max_moved and float(found[-1]["moved"]) > s.max_moved:
@@ -284,10 +285,10 @@ def experience(
         response[i, : len(done.tokens)], mask[i, : len(done.tokens)] = done.tokens, 1.0
     ended = np.asarray([d.stopped for d in flat])
     inputs = (prompt, prompt_mask, response)
-    placed = inputs if run.start.mesh is None else put_batch(inputs, run.start.mesh)
+    placed = inputs if run.start.mesh is None else put_whole_batch(inputs, run.start.mesh)
     old, entropy, values = rl.measure_jit(params, *placed, **run.static)
     ref = rl.measure_jit({"policy": run.start.params}, *placed, **run.static)[0]
-    old, ref, values = (x * mask for x in jax.device_get((old, ref, values)))
+    old, ref, values = (x * mask for x in to_host((old, ref, values)))
     scores = np.asarray(rl.score_with_penalty(scored.scores, ended, run.rl))
     advantages, returns = jax.device_get(
         rl.estimate_jit(scores, old, ref, values, mask, jnp.float32(kl_weight), settings=run.rl)
