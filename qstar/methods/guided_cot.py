@@ -311,7 +311,8 @@ def evaluate(study: Study, folder: Path, name: str, model: Model, seed: int) -> 
 
     def make() -> dict[str, Any]:
         right, found = study.setting.measure(model)
-        study.writer.write(stage="arm", step=0, arm=name, student=seed, accuracy=100.0 * float(right.mean()), **found)
+        numbers = {k: v for k, v in found.items() if k != "examples"}
+        study.writer.write(stage="arm", step=0, arm=name, student=seed, accuracy=100.0 * float(right.mean()), **numbers)
         return {"right": right.astype(int).tolist(), "accuracy": 100.0 * float(right.mean()), **found}
 
     found = once_json(folder / name / "evaluation.json", make)

@@ -280,6 +280,10 @@ class MultiHop:
         }
         for kind in sorted({p.group for p in self.test}):
             found[f"right/{kind}"] = 100.0 * float(np.mean([r for r, p in zip(right, self.test) if p.group == kind]))
+        found["examples"] = [
+            {"question": p.question, "rationale": t, "answer": a.text, "gold": g, "right": bool(r), "notes": [p.group]}
+            for p, t, a, g, r in list(zip(self.test, texts, answers, golds, right))[:12]
+        ]
         if self.settings.votes:
             found["self_consistency"] = self._vote(student, golds)
         return right, found

@@ -297,7 +297,8 @@ class Synth:
             return student()
         w = self.test
         slot = self.rationales(student, w, hops.RAT)[:, 0]
-        right = self.guided(w, slot) == w.answer
+        said = self.guided(w, slot)
+        right = said == w.answer
         strict, weak = (hops.aspects(w, slot, weak=x) for x in (False, True))
         shuffled = self.guided(w, np.roll(slot, 1, axis=0)) == w.answer
         whole = np.all(slot == w.gold, axis=1)
@@ -313,7 +314,22 @@ class Synth:
             "student_reads": hops.QUESTION,
             "answerer_reads": hops.QUESTION + 1 + wrote,
             "answerer_tokens": 1.0,
+            "examples": self._examples(slot, said),
         }
+
+    def _examples(self, slot: np.ndarray, said: np.ndarray, count: int = 12) -> list[dict[str, Any]]:
+        """The first test questions in words."""
+        w, out = self.test, []
+        for i in range(min(count, len(w.answer))):
+            facts = [hops.words(f) for f in w.facts[i].reshape(7, 3)]
+            row = {"question": f"{hops.words(w.question[i])} ? ({', '.join(facts)})", "rationale": hops.words(slot[i])}
+            row |= {
+                "answer": hops.words([said[i]]),
+                "gold": hops.words([w.answer[i]]),
+                "right": bool(said[i] == w.answer[i]),
+            }
+            out.append(row | {"notes": [] if np.array_equal(slot[i], w.gold[i]) else ["not the gold chain"]})
+        return out
 
 
 @dataclasses.dataclass(frozen=True)

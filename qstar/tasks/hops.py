@@ -86,6 +86,14 @@ def copies(rng: np.random.Generator, worlds: Worlds) -> tuple[np.ndarray, np.nda
     return tokens, mask
 
 
+def words(ids: Sequence[int]) -> str:
+    """Returns ids as words: entities are capitals, relations r1 to r6, padding is left out."""
+    names = {EOS: ".", MARK: "=", STD: "STD", COT: "COT", RAT: "RAT", ANS: "ANS", CPY: "CPY"}
+    names |= {FIRST + i: chr(ord("A") + i) for i in range(ENTITIES)}
+    names |= {FIRST + ENTITIES + i: f"r{i + 1}" for i in range(RELATIONS)}
+    return " ".join(names[int(t)] for t in ids if int(t) != PAD)
+
+
 def clean(rationale: np.ndarray) -> np.ndarray:
     """Returns rationales [B, 7] as the answerer may read them: padding after EOS, and no mark or tag of their own."""
     ended = np.cumsum(rationale == EOS, axis=1) - (rationale == EOS) > 0
