@@ -92,17 +92,22 @@ def page(run: GuidedRun) -> str:
 
 
 def headline(run: GuidedRun) -> str:
-    """The result in a sentence or two."""
-    distilled = [n for n in run.arms if "rl" not in (run.config.get("arms", {}).get(n) or {}) and n in run.buffers]
-    fixed = {n: _mean([x]) for n, x in run.fixed.items()}
-    if not distilled or "standard" not in fixed:
+    """The result in a sentence or two: of distillation on what an exact filter keeps, and of RL from there."""
+    recipes = {n: r for n, r in (run.config.get("arms") or {}).items() if n in run.arms}
+    distilled = [n for n, r in recipes.items() if not r.get("rl")]
+    if not distilled or "standard" not in run.fixed:
         return "Nothing is measured yet."
-    best = max(run.arms, key=lambda n: accuracy(run, n) if n in run.config.get("arms", {}) else -1.0)
-    told = f"Guided by the arm {best}, the frozen large model answers {accuracy(run, best):.1f}% right"
+    fixed = {n: _mean([x]) for n, x in run.fixed.items()}
+    first = next((n for n in distilled if recipes[n].get("filter") == "em"), distilled[0])
+    refined = next((n for n, r in recipes.items() if r.get("start") == first), None)
+    told = f"Guided by {first}, the frozen large model answers {accuracy(run, first):.1f}% right"
+    if refined:
+        told += f", by {refined} {accuracy(run, refined):.1f}%"
     told += f"; asked alone {fixed['standard']:.1f}%, with a chain of its own {fixed.get('own CoT', 0):.1f}%"
     if "gold rationale" in fixed:
         told += f", with the gold rationale {fixed['gold rationale']:.1f}%"
-    return told + f". {len(next(iter(run.fixed.values()))):,} questions, {len(run.arms[best])} student(s)."
+    count, students = len(next(iter(run.fixed.values()))), len(run.arms[first])
+    return f"{told}. {count:,} questions, {students} student{'s' if students > 1 else ''}."
 
 
 def accuracy(run: GuidedRun, arm: str) -> float:
@@ -181,7 +186,9 @@ def filter_section(run: GuidedRun) -> Safe | None:
         rates = [f"{100 * sum(b.get(k, 0) for b in each) / len(each):.0f}%" for k in ("keep_rate", *kinds)]
         rows.append([tag("b", name), str(each[0].get("filter", "")), *counts, *rates])
     head = ["arm", "filter", "kept", "of", "rate", *(k.partition("/")[2] for k in kinds)]
-    about = "A filter that keeps nothing of a type teaches nothing about it; one that keeps everything teaches the errors."
+    about = (
+        "A filter that keeps nothing of a type teaches nothing about it; one that keeps everything teaches the errors."
+    )
     return section("filter", "What the filter kept", note(about), table(head, rows))
 
 

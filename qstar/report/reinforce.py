@@ -60,12 +60,12 @@ def _card(title: str, series: dict[str, list[tuple[Any, Any]]]) -> Safe | None:
     lines = [
         Line(name, *zip(*points), f"var(--c{number % COLOURS})", marks=len(points) == 1, dashed=number >= COLOURS)
         for number, (name, points) in enumerate(series.items())
-        if points
+        if any(y for _, y in points)
     ]
     if not lines:
         return None
-    low = min(0.0, *(min(line.y) for line in lines))
-    high = max(max(line.y) for line in lines)
+    low, high = min(min(line.y) for line in lines), max(max(line.y) for line in lines)
+    low = low if low < 0 or low > 0.5 * high else 0.0  # what moves only near the top is shown there
     chart = line_chart(lines, title=title, x_label="updates", y_format=lambda v: f"{v:g}",
                        y_range=(low, high) if low < high else None)  # fmt: skip
     return card(title, chart)
