@@ -32,7 +32,7 @@ LR, CLIP, EPS, BETA, ANSWER = 1e-5, 1.0, 0.2, 0.05, 8
 class Load:
     """How much an update is."""
 
-    prompts: int = 16
+    prompts: int = 8
     group: int = 4
     prompt: int = 32  # tokens
     new: int = 32
@@ -98,7 +98,7 @@ def measured(
     theirs, torch_splits, logprobs = torch_step(model, estimator, load, answerer)
     seconds = interleaved({"qstar": ours, "torch": theirs}, load.repeats, compiles)
     common = {"load": name, "torch/qstar": paired_ratio(seconds["qstar"], seconds["torch"])}
-    found = {"difference": difference(model, settings, load, logprobs), "recompiles": compiles.count}
+    found = {"recompiles": compiles.count, "difference": difference(model, settings, load, logprobs)}
     rows = []
     for side, each, more in (
         ("qstar", splits, found),

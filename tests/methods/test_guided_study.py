@@ -1,8 +1,6 @@
-"""What is said of LM-Guided CoT beyond accuracy: votes, choices among several rationales, leaks, costs, and its page."""
+"""What is said of LM-Guided CoT beyond accuracy: votes, choices among several rationales, leaks, smuggling."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -11,9 +9,7 @@ from configs.guided_cot_synth import get_config
 from qstar.errors import UserError
 from qstar.methods import guided_cot, guided_study
 from qstar.methods.guided_synth import Reward, Synth, SynthEnvironment, SynthSettings
-from qstar.report.guided import headline, page, read_guided
 from qstar.tasks import hops
-from qstar.train.metrics import Writer
 from qstar.types import Completion
 from tests.methods.stub import Silent
 
@@ -63,48 +59,9 @@ def test_smuggled_answers_are_found_and_earn_nothing_while_the_guard_is_on():
         environment = SynthEnvironment(world, w, 0, 2, 3, Reward(aspect=0.0, guard=guard))
         asked = w.take(environment._rows(0))
         honest, smuggler = asked.gold.tolist(), [[hops.FIRST] * 2 + [g[5]] * 4 + [hops.EOS] for g in asked.gold.tolist()]
-        rows = [[Completion("", t, [0.0] * 7, True) for t in pair] for pair in zip(honest, smuggler)]
+        rows = [[Completion("", t, [0.0] * 7, [0.0] * 7, True) for t in pair] for pair in zip(honest, smuggler)]
         found = environment.score(0, rows)
         assert found.parts["bare"].tolist() == [0, 1] * 3 and found.scores.tolist() == [1, paid] * 3
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guided")
-    guided_cot.run(get_config("smoke"), folder, Silent())
-    return folder
-
-
-def test_a_run_says_what_was_studied_and_what_it_costs(run):
-    results = json.loads((run / "results.json").read_text())
-    study = results["studies"]["kd_unfiltered"]
-    assert {"self_consistency", "choice/best/weak", "choice/oracle", "leak/first hop only"} <= study.keys()
-    assert study["choice/oracle"] >= study["choice/random"]
-    costs = json.loads((run / "large" / "costs.json").read_text())
-    assert costs["own CoT"] == {"answerer_reads": 25, "answerer_tokens": 8}
-    said = json.loads((run / "student_0" / "rl_both_unfiltered" / "evaluation.json").read_text())
-    assert said["answerer_reads"] == 26 + said["student_tokens"] and len(said["examples"]) == 12
-    assert said["examples"][0]["question"].count("r") >= 9  # two relations asked for, seven facts
-
-
-def test_the_page_shows_arms_filter_rl_study_costs_and_rationales_and_escapes_them(run):
-    file = run / "student_0" / "kd_unfiltered" / "evaluation.json"
-    said = json.loads(file.read_text())
-    said["examples"][0]["rationale"] = "<script>alert(1)</script>"
-    file.write_text(json.dumps(said))
-    writer = Writer(run)  # as a resumed run does
-    writer.write(stage="rl", step=3, arm="rl_both_unfiltered", student=0, score=9.0, kl=0.1, entropy=0.2)
-    writer.close()
-    read = read_guided(run)
-    text = page(read)
-    sections = ("arms", "filter", "reinforcement", "study", "smuggling", "cost", "rationales", "config")
-    assert all(f'<section id="{name}">' in text for name in sections)
-    assert "<script>alert" not in text and "&lt;script&gt;alert" in text
-    assert headline(read).startswith("Guided by kd_unfiltered, the frozen large model answers")
-    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")  # nothing is loaded
-    (run / "results.json").rename(run / "kept.json")
-    assert "not finished" in page(read_guided(run))
-    (run / "kept.json").rename(run / "results.json")
 
 
 def test_an_arm_to_study_that_is_not_there_is_named(tmp_path):

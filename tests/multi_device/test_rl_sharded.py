@@ -8,14 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-import qstar
 from qstar import tree
 from qstar.mesh import make_mesh, put_batch, shardings
 from qstar.models import heads, policy
 from qstar.models.config import preset
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
-from qstar.models.model import Model
 from qstar.train import distil, optim, rl
 from qstar.train.distil import DistilSettings, Lesson
 from qstar.train.rl import Experience, RLSettings
@@ -98,15 +96,7 @@ def test_loss_gradients_and_updates_are_those_of_one_device(name, spec):
         assert float(metrics[key]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), key
 
 
-def test_an_encoder_decoder_is_really_split_and_writes_and_scores_as_on_one_device():
-    mesh = make_mesh(CUBE)
-    placed = jax.device_put(parameters(T5), shardings(parameters(T5), PARAM_AXES, mesh))
+def test_an_encoder_decoder_is_really_split():
+    placed = jax.device_put(parameters(T5), shardings(parameters(T5), PARAM_AXES, make_mesh(CUBE)))
     kernels = {n: x for n, x in tree.named_leaves(placed) if n.endswith("kernel")}
     assert len(kernels) > 10 and all(x.size == 4 * x.addressable_shards[0].data.size for x in kernels.values())
-    rng = np.random.default_rng(5)
-    prompts = [rng.integers(2, V, 2 + i).tolist() for i in range(8)]
-    one, many = Model(T5, parameters(T5)), Model(T5, placed, mesh=mesh)
-    expected, found = (qstar.generate(m, prompts, max_new_tokens=5, temperature=0, slots=8) for m in (one, many))
-    assert [c.tokens for (c,) in found] == [c.tokens for (c,) in expected]
-    for (a,), (b,) in zip(found, expected):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
