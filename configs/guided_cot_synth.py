@@ -59,7 +59,7 @@ def get_config(arg=None):
     config.task = {"name": "hops"}
     config.studied = [n for n in STUDIED if n in with_starts(arg.arms.split("+"))]
     config.arms = with_starts(arg.arms.split("+"))
-    config.world = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 400, "questions": 1000,
+    config.world = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 2000, "questions": 1000,
                     "samples": 4, "rl_questions": 2000, "test": 2000}  # fmt: skip
     config.distil = {"kind": "hard"}
     config.distil_train = {

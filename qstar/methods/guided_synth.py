@@ -44,7 +44,8 @@ class SynthSettings:
     large_lr: float = 2.5e-3
     small_steps: int = 900  # one-hop reading of the small model: what a pretrained one would bring
     small_lr: float = 3e-3
-    direct_steps: int = 400  # of the small model that learns to answer by itself, a control
+    direct_steps: int = 2000  # of the small model that learns to answer by itself, a control
+    direct_lr: float = 3e-3
     questions: int = 1000  # that the teacher answers
     samples: int = 4  # by the teacher, per question
     rl_questions: int = 2000  # others, for RL
@@ -161,7 +162,7 @@ class Synth:
             chosen = np.random.default_rng([seed, step, 2]).integers(len(tokens), size=64)
             return tokens[chosen], mask[chosen]
 
-        return read_facts(start, text, stage("direct", _update(1e-3, 64, "cosine", 0.0), steps, seed))[0]
+        return read_facts(start, text, stage("direct", _update(self.settings.direct_lr, 64, "cosine", 0.0), steps, seed))[0]
 
     def controls(self, base: Model, seed: int, stage: Callable[..., Stage]) -> dict[str, Any]:
         """Returns a student that has learnt nothing at all, and the small model answering by itself."""

@@ -34,7 +34,7 @@ def reinforce_section(rows: Sequence[Row]) -> Safe | None:
         lines = {k.removeprefix(PARTS): [(r["step"], r[k]) for r in mine if r.get(k) is not None] for k in keys}
         charts.append(_card(f"What the score is made of · {name}", lines))
     for key in LATE:
-        if any(r.get(key) not in (None, mine[0].get(key)) for mine in arms.values() for r in mine):
+        if any(abs(r.get(key, 0) - mine[0].get(key, 0)) > 1e-6 for mine in arms.values() for r in mine):
             charts.append(_chart({"value_loss": "Loss of the critic", "moved": "Nats per token from the rollouts' policy",
                                   "clipped": "Share of tokens that were clipped", "ended": "Share that ended by themselves",
                                   "length": "Tokens per response"}[key], key, arms))  # fmt: skip
