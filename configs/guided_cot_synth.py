@@ -17,11 +17,17 @@ from configs.common import parse_arg, star_config
 from qstar.errors import unknown
 
 RLOO = {"estimator": "rloo"}
+FREE = {"estimator": "rloo", "kl_weight": 0.0}
 ARMS = {
     "kd_unfiltered": {"filter": "none"},
     "kd_loose": {"filter": "parity"},
     "kd_filtered": {"filter": "em"},
     "kd_filtered_long": {"filter": "em", "steps": 700},  # RL's compute, spent on distillation
+    "kd_loose_long": {"filter": "parity", "steps": 700},
+    "kd_unfiltered_long": {"filter": "none", "steps": 700},
+    "kd_short": {"filter": "em", "steps": 150},  # a weak start, and the same with RL's compute
+    "kd_short_long": {"filter": "em", "steps": 450},
+    "kd_none": {"filter": "none", "steps": 0},
     "rl_both": {"start": "kd_filtered", "rl": RLOO},
     "rl_aspects": {"start": "kd_filtered", "rl": RLOO, "accuracy": 0.0},
     "rl_accuracy": {"start": "kd_filtered", "rl": RLOO, "aspect": 0.0},
@@ -29,9 +35,14 @@ ARMS = {
     "rl_aspects_unfiltered": {"start": "kd_unfiltered", "rl": RLOO, "accuracy": 0.0},
     "rl_weak_unfiltered": {"start": "kd_unfiltered", "rl": RLOO, "accuracy": 0.0, "weak": True},
     "rl_both_loose": {"start": "kd_loose", "rl": RLOO},
+    "rl_both_short": {"start": "kd_short", "rl": RLOO},
+    # Accuracy alone, no divergence paid for, from a student that has read no rationale: the way to smuggling.
+    "rl_smuggle": {"start": "kd_none", "rl": FREE, "aspect": 0.0, "guard": False, "train": {"updates": 150}},
+    "rl_smuggle_guarded": {"start": "kd_none", "rl": FREE, "aspect": 0.0, "train": {"updates": 150}},
     "rl_grpo": {"start": "kd_unfiltered", "rl": {"estimator": "grpo"}},
     "rl_ppo": {"start": "kd_unfiltered", "rl": {"estimator": "ppo"}},
 }
+STUDIED = ("kd_unfiltered", "kd_filtered", "rl_both")  # votes, best of 16, leaks
 DEFAULT = (
     "kd_unfiltered+kd_loose+kd_filtered+kd_filtered_long+rl_both+rl_both_unfiltered+rl_aspects_unfiltered+rl_both_loose"
     "+rl_grpo+rl_ppo"
@@ -46,11 +57,19 @@ def get_config(arg=None):
         del config[key]
     config.update({"method": "guided_cot", "name": "guided_cot_synth", "seed": arg.seed, "students": arg.students})
     config.task = {"name": "hops"}
+    config.studied = [n for n in STUDIED if n in with_starts(arg.arms.split("+"))]
     config.arms = with_starts(arg.arms.split("+"))
-    config.world = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 400, "questions": 1000,
+    config.world = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 2000, "questions": 1000,
                     "samples": 4, "rl_questions": 2000, "test": 2000}  # fmt: skip
     config.distil = {"kind": "hard"}
-    config.distil_train = {"batch_size": 64, "lr": 1e-3, "schedule": "cosine", "warmup": 50, "max_new_tokens": 7, "b2": 0.98}
+    config.distil_train = {
+        "batch_size": 64,
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup": 50,
+        "max_new_tokens": 7,
+        "b2": 0.98,
+    }
     config.rl = {"group": 4, "kl_weight": 0.05, "kl_in": "", "no_eos_penalty": 1.0}
     config.train = {"updates": 80, "prompts": 64, "batch_size": 256, "lr": 5e-4, "schedule": "linear", "end": 0.1,
                     "warmup": 0, "log_every": 5, "save_every": 40, "clip": 1.0, "b2": 0.95}  # fmt: skip
@@ -91,10 +110,11 @@ def gates():
 def smoke(config):
     """Under a minute: every stage runs, nothing is learnt."""
     config.world.update(copy_steps=10, mixed_steps=20, small_steps=10, direct_steps=10)
-    config.world.update(questions=24, samples=2, rl_questions=32, test=40)
+    config.world.update(questions=24, samples=2, rl_questions=32, test=40, votes=2, choose=3)
     config.world.large = {"hidden_size": 32, "num_layers": 1}
     config.world.small = {"hidden_size": 16, "num_layers": 1}
     config.gates = {}
     config.distil_train.batch_size = 16
     config.train.update(updates=3, prompts=8, batch_size=32, log_every=1, save_every=2)
     config.arms = {k: {**v, "steps": 10} for k, v in with_starts(["kd_unfiltered", "rl_both_unfiltered"]).items()}
+    config.studied = ["kd_unfiltered"]

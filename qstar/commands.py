@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -357,24 +358,16 @@ def compare(argv: list[str]) -> int:
     return 0
 
 
+BENCHES = ("distil", "generate", "quiet_star", "rl", "sandbox", "train")  # modules of qstar.bench
+
+
 def bench(argv: list[str]) -> int:
-    """qstar bench generate | train | quiet_star | sandbox [--json]"""
+    """qstar bench distil | generate | quiet_star | rl | sandbox | train [--json]"""
     p = _parser("bench", "Measures qstar beside what it could be replaced by, on this machine, in one interleaved run.")
-    p.add_argument("what", choices=("generate", "train", "quiet_star", "sandbox"))
+    p.add_argument("what", choices=BENCHES, type=lambda text: "distil" if text == "distill" else text)
     p.add_argument("--json", action="store_true", help="JSON instead of a table")
     p.add_argument("--quick", action="store_true", help="one repetition of small sizes")
     a = p.parse_args(argv)
     start_jax(a.device)
-    from qstar.bench import generate as bench_generate
-    from qstar.bench import quiet_star as bench_quiet_star
-    from qstar.bench import sandbox as bench_sandbox
-    from qstar.bench import train as bench_train
-
-    parts = {
-        "generate": bench_generate,
-        "train": bench_train,
-        "quiet_star": bench_quiet_star,
-        "sandbox": bench_sandbox,
-    }
-    parts[a.what].main(as_json=a.json, quick=a.quick)
+    importlib.import_module(f"qstar.bench.{a.what}").main(as_json=a.json, quick=a.quick)
     return 0

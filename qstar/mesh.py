@@ -134,6 +134,19 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, batch)
 
 
+def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
+    """Like `put_batch` for arrays that every host holds whole (all of them drew or sampled the same rows)."""
+    whole, split = replicated(mesh), batch_sharding(mesh)
+    ways = math.prod(mesh.shape[a] for a in Rules().batch)
+
+    def place(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        target = split if x.ndim and x.shape[0] and x.shape[0] % ways == 0 else whole
+        return jax.make_array_from_callback(x.shape, target, x.__getitem__)
+
+    return jax.tree.map(place, batch)
+
+
 def parameter_table(params: Any, where: Any) -> str:
     """Returns a text table: path, shape, PartitionSpec and bytes per device of every leaf, and the totals."""
     rows, total, per_device = [], 0, 0

@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
+import json
 import os
+import shutil
 import socket
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from qstar.errors import UserError
 
@@ -53,6 +56,41 @@ def agreed(value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """Returns what `make` returns in the first process, which alone calls it, in all of them (a collective, see `agreed`).
+
+    For what may differ from process to process, or should be asked for once: a file, a server. The value must be JSON.
+
+    Raises:
+      UserError: `make` raised it; in all processes.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or jax.process_count() == 1:
+        return make()
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    told, fault = b"", False
+    if is_first():
+        try:
+            told = json.dumps(make()).encode()
+        except UserError as e:
+            told, fault = str(e).encode(), True
+    share = multihost_utils.broadcast_one_to_all
+    length, fault = (int(x) for x in share(np.asarray([len(told), fault])))
+    told = share(np.frombuffer(told if is_first() else bytes(length), np.uint8)).tobytes().decode()
+    if fault:
+        raise UserError(told)
+    return json.loads(told)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder, in one process, when all have done with it."""
+    agreed(True)
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def exists(path: Path) -> bool:

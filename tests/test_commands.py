@@ -152,6 +152,22 @@ def test_overrides_take_the_type_of_what_they_replace():
     assert config.is_locked
 
 
+@pytest.mark.parametrize("what, loads", [("rl", 1), ("distill", 2)])
+def test_the_benches_of_rl_and_distillation_say_where_time_goes_and_that_both_sides_do_the_same_work(what, loads, capsys):
+    assert main(["bench", what, "--json", "--quick", "--device=cpu"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [r["side"] for r in rows] == ["qstar", "torch"] * loads
+    for row in rows:
+        shares = [row.get(k, 0.0) for k in ("rollout", "answerer", "scoring", "update")]
+        assert sum(shares) == pytest.approx(1) and min(shares) >= 0 and row["seconds"] > 0 and row["torch/qstar"] > 0
+        same = row.get("difference", row.get("loss difference"))
+        assert same is None or same < 1e-4
+    ours = rows[::2]
+    assert all(r["recompiles"] == 0 for r in ours) and ours[-1]["rollout"] > 0  # the last one of each samples
+    if what == "rl":
+        assert ours[-1]["answerer"] > 0 and all(r["scoring"] > 0 for r in ours)
+
+
 def test_the_bench_of_the_sandbox_prints_its_throughput(capsys):
     assert main(["bench", "sandbox", "--json", "--quick", "--device=cpu"]) == 0
     found = json.loads(capsys.readouterr().out)

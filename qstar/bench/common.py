@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from qstar.errors import UserError
-from qstar.models import decoder
-from qstar.models.config import ModelConfig
+from qstar.models import policy
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model, save
 from qstar.train.profile import Compiles
 
@@ -71,9 +71,9 @@ def matmul_rate(size: int = 2048, repeats: int = 9) -> float:
     return 2 * size**3 / min(median(s) for s in seconds.values())
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> Model:
+def random_model(config: policy.AnyConfig, seed: int = 0) -> Model:
     """Returns a model with random weights and no tokenizer."""
-    return Model(config, jax.jit(lambda key: decoder.init(config, key))(jax.random.key(seed)))
+    return Model(config, jax.jit(lambda key: policy.init(config, key))(jax.random.key(seed)))
 
 
 def torch_twin(model: Model) -> Any:
@@ -84,7 +84,7 @@ def torch_twin(model: Model) -> Any:
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
         from transformers.utils import logging as transformers_logging
     except ImportError:
         raise UserError("qstar bench compares with transformers + PyTorch: pip install 'torch==2.13.0'") from None
@@ -93,7 +93,9 @@ def torch_twin(model: Model) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "model")
-        return AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+        auto = AutoModelForSeq2SeqLM if isinstance(model.config, EncDecConfig) else AutoModelForCausalLM
+        extra = {"dropout_rate": 0.0} if isinstance(model.config, EncDecConfig) else {}  # the same work on both sides
+        return auto.from_pretrained(Path(folder) / "model", dtype=torch.float32, **extra)
 
 
 def show(title: str, rows: list[dict[str, Any]], notes: dict[str, Any], as_json: bool) -> None:

@@ -1,5 +1,8 @@
 """The frozen answerer: a qstar model, any function, or an HTTP endpoint; never trained, asked in batches, cached.
 
+In a run of several processes a model answers in all of them together; a function or an endpoint is asked by the first one,
+which tells the others: two processes never hear two different answers, and the cache has one writer.
+
 answerer = Cached(HttpAnswerer("http://localhost:8000/v1", model="flan-t5-xxl"), folder / "answers.jsonl")
 [answer.text for answer in answerer.answer(prompts)]
 """
@@ -7,6 +10,7 @@ answerer = Cached(HttpAnswerer("http://localhost:8000/v1", model="flan-t5-xxl"),
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import http.client
 import json
@@ -17,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from qstar import processes
 from qstar.errors import UserError, require
 from qstar.models.model import Model
 from qstar.sample.batching import generate
@@ -63,10 +68,14 @@ class FunctionAnswerer:
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`."""
-        texts = list(self.function(prompts))
-        fault = f"answerer {self.name}: {len(texts)} answers to {len(prompts)} prompts; return one for each"
-        require((len(texts) == len(prompts), fault))
-        return [Answer(str(t).strip(), 0.0, 0) for t in texts]
+
+        def ask() -> list[str]:
+            texts = [str(t).strip() for t in self.function(prompts)]
+            fault = f"answerer {self.name}: {len(texts)} answers to {len(prompts)} prompts; return one for each"
+            require((len(texts) == len(prompts), fault))
+            return texts
+
+        return [Answer(t, 0.0, 0) for t in processes.from_first(ask)]
 
 
 @dataclasses.dataclass
@@ -94,10 +103,8 @@ class HttpAnswerer:
         Raises:
           UserError: the endpoint is away, refuses, or answers in another format; the line says which and what to do.
         """
-        out: list[Answer] = []
-        for at in range(0, len(prompts), self.batch):
-            out += self._ask(list(prompts[at : at + self.batch]))
-        return out
+        parts = [list(prompts[at : at + self.batch]) for at in range(0, len(prompts), self.batch)]
+        return [Answer(*a) for a in processes.from_first(lambda: [a for part in parts for a in self._ask(part)])]
 
     def _ask(self, prompts: list[str]) -> list[Answer]:
         body = {
@@ -164,13 +171,8 @@ class Cached:
         self.name = inner.name
         self.asked = self.told = 0
         self._known: dict[str, Answer] = {}
-        if file is not None and file.exists():
-            for line in file.read_text(encoding="utf-8").split("\n"):
-                try:
-                    row = json.loads(line)
-                    self._known[row["key"]] = Answer(row["text"], row["logprob"], row["tokens"])
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue
+        if file is not None:
+            self._known = {k: Answer(*a) for k, a in processes.from_first(functools.partial(_read_cache, file)).items()}
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`."""
@@ -180,11 +182,22 @@ class Cached:
         if new:
             found = dict(zip(new, self.inner.answer(list(new.values()))))
             self._known |= found
-            if self.file is not None:
+            if self.file is not None and processes.is_first():
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.open("a", encoding="utf-8") as out:
                     out.writelines(json.dumps({"key": k, **a._asdict()}) + "\n" for k, a in found.items())
         return [self._known[k] for k in keys]
+
+
+def _read_cache(file: Path) -> dict[str, Answer]:
+    out: dict[str, Answer] = {}
+    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
+        try:
+            row = json.loads(line)
+            out[row["key"]] = Answer(row["text"], row["logprob"], row["tokens"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return out
 
 
 def _first_words(error: urllib.error.HTTPError) -> str:

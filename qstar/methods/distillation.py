@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from qstar import tree
+from qstar import processes, tree
 from qstar.errors import require
-from qstar.mesh import put_batch
+from qstar.mesh import put_whole_batch
 from qstar.methods.run_folder import once_json, stable_seed
 from qstar.methods.training import UpdateSettings, finished
 from qstar.models import policy
@@ -50,7 +49,8 @@ class DistilTrain(UpdateSettings):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(config: Any, teacher: Any, settings: Any, limit: int, update: UpdateSettings) -> tuple[Any, Any]:
+def compiled(config: Any, teacher: Any, settings: Any, limit: int, update: UpdateSettings) -> tuple[Any, Any]:
+    """Returns (optimiser, jitted step) of a student's shape, a teacher's, and what the step depends on."""
     tx = optimizer_for(update.optimiser(), "^policy/")
     loss = functools.partial(losses.distil_loss, config=config, teacher=teacher, settings=settings, limit=limit)
     return tx, make_step(loss, tx, update.accumulate)
@@ -98,7 +98,7 @@ def distil(
     start = start.replace(params=tree.cast(start.params, np.float32))
     weights, done = Checkpoints(folder / "model"), folder / "summary.json"
     if finished(folder):
-        shutil.rmtree(folder / "training", ignore_errors=True)
+        processes.remove(folder / "training")
         params, _ = weights.restore(start.params)
         weights.close()
         return start.replace(params=params), once_json(done, dict)
@@ -106,7 +106,7 @@ def distil(
     weights.save(steps, params)
     weights.close()
     once_json(done, lambda: {**summary, "rows": len(rows)})
-    shutil.rmtree(folder / "training", ignore_errors=True)
+    processes.remove(folder / "training")
     return start.replace(params=params), once_json(done, dict)
 
 
@@ -116,7 +116,7 @@ def _train(start, rows, settings, train, steps, seed, folder, writer, label, tea
     rates = UpdateSettings(
         **{f.name: getattr(train, f.name) for f in dataclasses.fields(UpdateSettings) if f.name in _STATIC}
     )
-    tx, step = _compiled(start.config, other, settings, limit, rates)
+    tx, step = compiled(start.config, other, settings, limit, rates)
     params = {"policy": start.params}
     if settings.kind != "hard":
         params["teacher"] = teacher.params
@@ -138,7 +138,7 @@ def _train(start, rows, settings, train, steps, seed, folder, writer, label, tea
         if own:
             chosen = own_text(start, state.params["policy"], chosen, train.max_new_tokens, stable_seed(seed, s))
         batch = lesson(start.config, other, chosen, lengths, train.max_new_tokens)
-        batch = jax.device_put(batch) if start.mesh is None else put_batch(batch, start.mesh)
+        batch = jax.device_put(batch) if start.mesh is None else put_whole_batch(batch, start.mesh)
         state, metrics = step(state, batch, np.float32(rate[s]))
         window.append(metrics)
         ends = s + 1 == steps

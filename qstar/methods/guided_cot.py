@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from qstar import processes
-from qstar.errors import UserError, check_type, require
+from qstar.errors import UserError, check_type, require, unknown
 from qstar.mesh import make_mesh
 from qstar.methods import guided_multihop, guided_synth
 from qstar.methods.distillation import DistilTrain, Pair, distil
@@ -59,6 +59,7 @@ class Recipe:
     accuracy: float = 1.0  # what RL pays for the large model's right answer
     aspect: float = 1.0  # and for the aspects' mean
     weak: bool = False  # a weaker measure of factuality
+    guard: bool = True  # no reward for the right answer where a rationale is nothing but the answer
     teacher: str = ""  # `in_order` asks; nothing here learns from an arm
 
     def __post_init__(self):
@@ -110,8 +111,17 @@ class Setting(Protocol):
     def controls(self, base: Model, seed: int, stage: Any) -> dict[str, Any]:
         """Whatever else is to be measured of a student seed: models, or functions that measure themselves."""
 
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Tokens per question that the large model reads and writes in them."""
+
+    def own_votes(self) -> dict[str, float]:
+        """What a vote of the large model's own chains brings."""
+
     def measure(self, student: Any) -> tuple[np.ndarray, dict[str, float]]:
         """The same for a student, and what else there is to say of it."""
+
+    def study(self, student: Model) -> dict[str, float]:
+        """What takes longer to find out: votes, choices among several rationales, leaks."""
 
 
 @dataclasses.dataclass
@@ -124,6 +134,7 @@ class Study(Screen):
     setting: Setting
     seed: int
     students: int
+    studied: tuple[str, ...]
     recipes: dict[str, Recipe]
     distil_settings: DistilSettings
     distil_train: DistilTrain
@@ -135,8 +146,9 @@ class Study(Screen):
         """Reads a config; all that can be wrong in it is found here, before anything is written."""
         values = config.to_dict()
         extra = {k: values.pop(k, {}) for k in ("world", "distil", "distil_train")}
-        students = values.pop("students", 1)
+        students, studied = values.pop("students", 1), values.pop("studied", [])
         check_type("config.students", students, int)
+        check_type("config.studied", studied, list)
         require((students >= 1, f"config.students={students} must be at least 1"))
         sections = settings_from(Sections, {"model": {}, "loop": {}, "sample": {}, "evaluate": {}, **values}, "")
         settings_from(Log, sections.log, "log")
@@ -148,6 +160,7 @@ class Study(Screen):
             setting=setting,
             seed=config.seed,
             students=students,
+            studied=tuple(studied),
             recipes=in_order({n: settings_from(Recipe, arm, f"arms.{n}") for n, arm in sections.arms.items()}),
             distil_settings=settings_from(DistilSettings, extra["distil"], "distil"),
             distil_train=settings_from(DistilTrain, extra["distil_train"], "distil_train"),
@@ -155,6 +168,9 @@ class Study(Screen):
         )
         for name in study.recipes:
             study.rl_settings(name)
+        for name in study.studied:
+            if name not in study.recipes:
+                raise unknown(f"config.studied: {name!r}", name, study.recipes)
         return study
 
     def rl_settings(self, name: str) -> tuple[RLSettings, ReinforceSettings]:
@@ -203,6 +219,10 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     right: dict[str, dict[int, np.ndarray]] = {}
     fixed = once_json(study.workdir / "large" / "fixed_arms.json", lambda: _as_lists(study.setting.fixed_arms()))
     right |= {name: {0: np.asarray(x, bool)} for name, x in fixed.items()}
+    once_json(study.workdir / "large" / "costs.json", study.setting.costs)
+    if study.studied:
+        study.say("  own chains, by vote")
+        once_json(study.workdir / "large" / "votes.json", study.setting.own_votes)
     measured: dict[str, list[dict[str, float]]] = {}
     for seed in range(study.students):
         for name, found in student(study, seed).items():
@@ -232,6 +252,11 @@ def student(study: Study, seed: int) -> dict[str, dict[str, Any]]:
         except Diverged as e:
             raise UserError(f"config.arms.{name}: {e}") from None
         out[name] = evaluate(study, folder, name, models[name], seed)
+        if name in study.studied:
+            study.say("    votes, choices, leaks")
+            out[name]["study"] = once_json(
+                folder / name / "study.json", functools.partial(study.setting.study, models[name])
+            )
     return out
 
 
@@ -286,7 +311,8 @@ def evaluate(study: Study, folder: Path, name: str, model: Model, seed: int) -> 
 
     def make() -> dict[str, Any]:
         right, found = study.setting.measure(model)
-        study.writer.write(stage="arm", step=0, arm=name, student=seed, accuracy=100.0 * float(right.mean()), **found)
+        numbers = {k: v for k, v in found.items() if k != "examples"}
+        study.writer.write(stage="arm", step=0, arm=name, student=seed, accuracy=100.0 * float(right.mean()), **numbers)
         return {"right": right.astype(int).tolist(), "accuracy": 100.0 * float(right.mean()), **found}
 
     found = once_json(folder / name / "evaluation.json", make)
@@ -311,11 +337,16 @@ def results(
     for a, b in steps:
         low, middle, high = paired(*(_over_students(right[n], study.students) for n in (a, b)))
         differences.append({"from": a, "to": b, "difference": 100 * middle, "low": 100 * low, "high": 100 * high})
+    studies = {name: [f["study"] for f in found if "study" in f] for name, found in measured.items()}
     out = {"arms": rows, "differences": differences}
+    out["studies"] = {n: _means(each) for n, each in studies.items() if each}
     write_json(study.workdir / "results.json", out)
     if processes.is_first():
         show_table(study.console, "right answers, %", rows)
         show_table(study.console, "paired differences, 95% over questions", differences)
+        for name, found in out["studies"].items():
+            told = [{"what": k, "value": v} for k, v in found.items()]
+            show_table(study.console, f"{name}: votes, choices among several rationales, leaks", told)
     return out
 
 
@@ -323,16 +354,21 @@ SHOWN = ("quality", "gold_chain", "first_hop", "smuggled")
 
 
 def _steps(recipes: dict[str, Recipe]) -> list[tuple[str, str]]:
-    """The comparisons: along the method, and every arm with what it starts from."""
+    """The comparisons: along the method; every arm with its start, and with NAME_long, the start trained for longer."""
     first = [n for n, r in recipes.items() if r.start == "base"]
     fixed = [("standard", "own CoT"), *(("own CoT", n) for n in first)]
     fixed += [(a, b) for i, a in enumerate(first) for b in first[i + 1 :]]
-    return [*fixed, *((r.start, n) for n, r in recipes.items() if r.start != "base")]
+    refined = [(r.start, n) for n, r in recipes.items() if r.start != "base"]
+    return [*fixed, *refined, *((f"{a}_long", n) for a, n in refined if f"{a}_long" in recipes)]
 
 
 def _over_students(seeds: dict[int, np.ndarray], count: int) -> np.ndarray:
     """Returns float [questions]: the mean over students (an arm without students is the same for all)."""
     return np.mean([seeds.get(s, seeds.get(0)) for s in range(count)], axis=0)
+
+
+def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
 
 
 def _as_lists(arms: dict[str, np.ndarray]) -> dict[str, Sequence[int]]:

@@ -14,6 +14,7 @@ from qstar.errors import UserError, require, unknown
 from qstar.methods.answerer import Answerer, Cached, HttpAnswerer, ModelAnswerer
 from qstar.methods.distillation import Pair
 from qstar.methods.guided_rewards import METRICS, RewardSettings, rationale_scores, task_score
+from qstar.methods.guided_study import choices
 from qstar.methods.reinforce import Scored
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model, encoder_ids, load
@@ -152,15 +153,18 @@ class MultiHop:
 
     def prompt(self, problem: Problem, style: str, rationale: str = "", *, training: bool = False) -> str:
         """Returns a prompt that fits its reader; counts those whose context was cut."""
-        s, for_small = self.settings, style == "student"
-        large = getattr(self._large, "args", ()) if not for_small else (self.small,)
-        model = large[0] if large and isinstance(large[0], Model) else None
-        count = (lambda t: len(model.tokenizer.encode(t)) + 1) if model else (lambda t: len(t.split()))
-        limit = s.small_limit if for_small else s.large_limit
-        frame = M.frame_for(style, problem.question, rationale)
+        limit = self.settings.small_limit if style == "student" else self.settings.large_limit
+        frame, count = M.frame_for(style, problem.question, rationale), functools.partial(self.length, style=style)
         text, cut = M.fit(M.paragraphs(problem, self.task.context), frame, limit, count, keep_gold=training)
         self.built, self.truncated = self.built + 1, self.truncated + cut
         return text
+
+    def length(self, text: str, style: str) -> int:
+        """Tokens of a prompt for its reader, an end among them; words where the reader is behind HTTP."""
+        models = getattr(self._large, "args", ()) if style != "student" else (self.small,)
+        if not models or not isinstance(models[0], Model):
+            return len(text.split())
+        return len(models[0].tokenizer.encode(text)) + 1
 
     # ------------------------------------------------------------------------------------- teaching and rewards
 
@@ -205,7 +209,7 @@ class MultiHop:
     def environment(self, seed: int, group: int, prompts: int, recipe: Any) -> MultiHopEnvironment:
         """RL's prompts and rewards."""
         aspects = {k: v for k, v in self.settings.aspects.items() if not (recipe.weak and k == "factuality")}
-        reward = RewardSettings(recipe.accuracy, recipe.aspect, aspects, self.settings.metric)
+        reward = RewardSettings(recipe.accuracy, recipe.aspect, aspects, self.settings.metric, recipe.guard)
         problems = self.rl_problems()
         line = f"config.train.prompts={prompts} is more than the {len(problems)} questions that RL has; lower it"
         require((prompts <= len(problems), line))
@@ -255,7 +259,9 @@ class MultiHop:
         self.built = self.truncated = 0
         done = [row[0] for row in self.rationales(student)]
         texts, golds = [c.text for c in done], [p.meta["answer"] for p in self.test]
-        answers = self.guided(texts)
+        asked = [self.prompt(p, "guided", r) for p, r in zip(self.test, texts)]
+        answers = self.answerer.answer(asked)
+        read = [self.prompt(p, "student") for p in self.test]
         each = {m: np.asarray([task_score(a.text, g, m) for a, g in zip(answers, golds)]) for m in METRICS}
         quality = {n: [a(v) for v in self.views(self.test, texts)] for n, a in ASPECTS.items()}
         right = each[self.settings.metric] >= 0.5
@@ -266,15 +272,51 @@ class MultiHop:
             "coverage": 100.0 * float(np.mean([M.coverage(p, t) for p, t in zip(self.test, texts)])),
             "bare": 100.0 * float(np.mean([bare_answer(t, a.text) for t, a in zip(texts, answers)])),
             "unended": 100.0 * float(np.mean([not c.stopped for c in done])),
+            "student_reads": float(np.mean([self.length(x, "student") for x in read])),
             "student_tokens": float(np.mean([len(c.tokens) for c in done])),
+            "answerer_reads": float(np.mean([self.length(x, "guided") for x in asked])),
             "answerer_tokens": float(np.mean([a.tokens for a in answers])),
             "truncated": 100.0 * self.truncated / max(1, self.built),
         }
         for kind in sorted({p.group for p in self.test}):
             found[f"right/{kind}"] = 100.0 * float(np.mean([r for r, p in zip(right, self.test) if p.group == kind]))
+        found["examples"] = [
+            {"question": p.question, "rationale": t, "answer": a.text, "gold": g, "right": bool(r), "notes": [p.group]}
+            for p, t, a, g, r in list(zip(self.test, texts, answers, golds, right))[:12]
+        ]
         if self.settings.votes:
             found["self_consistency"] = self._vote(student, golds)
         return right, found
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Tokens per test question of arms without a student, read and written by the large model."""
+        out = {}
+        for arm, style, answerer in (("standard", "standard", self.answerer), ("own CoT", "cot", self.explainer)):
+            asked = [self.prompt(p, style) for p in self.test]
+            wrote = np.mean([a.tokens for a in answerer.answer(asked)])
+            read = np.mean([self.length(x, style) for x in asked])
+            out[arm] = {"answerer_reads": float(read), "answerer_tokens": float(wrote)}
+        return out
+
+    def own_votes(self) -> dict[str, float]:
+        """Answerers are greedy: there are no samples of theirs to vote."""
+        return {}
+
+    def study(self, student: Model) -> dict[str, float]:
+        """Whether the best-rated of several rationales are the most useful ones; needs `votes`."""
+        n = self.settings.votes
+        if not n:
+            return {}
+        rows = self.rationales(student, n, 1.0)
+        texts = [[row[j].text for row in rows] for j in range(n)]
+        golds = [p.meta["answer"] for p in self.test]
+        right = [[task_score(a.text, g, self.settings.metric) for a, g in zip(self.guided(t), golds)] for t in texts]
+        views = [self.views(self.test, t) for t in texts]
+        rated = {
+            name: np.asarray([[aspect(v) for v in column] for column in views]).T for name, aspect in ASPECTS.items()
+        }
+        rated["mean of the aspects"] = np.mean(list(rated.values()), axis=0)
+        return {f"choice/{k}": v for k, v in choices(np.asarray(right).T, rated).items()}
 
     def _vote(self, student: Model, golds: Sequence[str]) -> float:
         """Percent right by the vote of the answers with several sampled rationales; ties by summed log-probability."""

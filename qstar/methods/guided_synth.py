@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.errors import require
+from qstar.methods import guided_study
 from qstar.methods.distillation import Pair
 from qstar.methods.reinforce import Scored
 from qstar.methods.run_folder import stable_seed
@@ -27,7 +28,7 @@ from qstar.sample.batching import generate
 from qstar.tasks import hops
 from qstar.types import Batch, Completion
 
-ROWS = 500  # rows per forward pass of the answerer
+ROWS = 256  # rows per forward pass of the answerer: RL's rollouts fill it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +44,22 @@ class SynthSettings:
     large_lr: float = 2.5e-3
     small_steps: int = 900  # one-hop reading of the small model: what a pretrained one would bring
     small_lr: float = 3e-3
-    direct_steps: int = 400  # of the small model that learns to answer by itself, a control
+    direct_steps: int = 2000  # of the small model that learns to answer by itself, a control
+    direct_lr: float = 3e-3
     questions: int = 1000  # that the teacher answers
     samples: int = 4  # by the teacher, per question
     rl_questions: int = 2000  # others, for RL
     test: int = 2000
+    noise: tuple = hops.NOISE  # how often the teacher's text is wrong, by the question's first relation
+    two_ways: bool = False  # right chains are told backwards half the time, see `hops.mixed_text`
+    votes: int = 10  # rationales per test question for self-consistency, where an arm is studied
+    choose: int = 16  # rationales of which the best-rated one is compared with the most useful one, there
 
     def __post_init__(self):
-        counts = ("mixed_steps", "questions", "samples", "rl_questions", "test")
+        counts = ("mixed_steps", "questions", "samples", "rl_questions", "test", "votes", "choose")
         require(*((getattr(self, n) >= 1, f"{n}={getattr(self, n)} must be at least 1") for n in counts),
                 (min(self.copy_steps, self.small_steps, self.direct_steps) >= 0, "a number of steps is below 0"),
+                (len(self.noise) == hops.RELATIONS, f"noise={self.noise} must be {hops.RELATIONS} numbers, one per relation"),
                 (len(self.mix) == 4 and sum(self.mix) > 0, f"mix={self.mix} must be four numbers of rows"))  # fmt: skip
 
 
@@ -126,7 +133,8 @@ class Synth:
         def text(step: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng([self.seed, step])
             count = sum(s.mix)
-            return hops.mixed_text(rng, (count, 0, 0, 0) if step < s.copy_steps else s.mix)
+            mix = (count, 0, 0, 0) if step < s.copy_steps else s.mix
+            return hops.mixed_text(rng, mix, s.noise, two_ways=s.two_ways)
 
         start = fresh(model_config(s.large, s.local_init), stable_seed(self.seed, "large"))
         settings = _update(s.large_lr, sum(s.mix), "cosine", 0.05)
@@ -154,7 +162,7 @@ class Synth:
             chosen = np.random.default_rng([seed, step, 2]).integers(len(tokens), size=64)
             return tokens[chosen], mask[chosen]
 
-        return read_facts(start, text, stage("direct", _update(1e-3, 64, "cosine", 0.0), steps, seed))[0]
+        return read_facts(start, text, stage("direct", _update(self.settings.direct_lr, 64, "cosine", 0.0), steps, seed))[0]
 
     def controls(self, base: Model, seed: int, stage: Callable[..., Stage]) -> dict[str, Any]:
         """Returns a student that has learnt nothing at all, and the small model answering by itself."""
@@ -220,7 +228,7 @@ class Synth:
 
     def environment(self, seed: int, group: int, prompts: int, recipe: Any) -> SynthEnvironment:
         """Returns RL's prompts, and rewards as an arm's recipe weighs them."""
-        reward = Reward(recipe.accuracy, recipe.aspect, recipe.weak)
+        reward = Reward(recipe.accuracy, recipe.aspect, recipe.weak, recipe.guard)
         return SynthEnvironment(self, self.rl_set(seed), seed, group, prompts, reward)
 
     # ----------------------------------------------------------------------------------------------- measurements
@@ -260,7 +268,29 @@ class Synth:
             "look-alike": self.guided(w, w.alike),
             "gold rationale": self.guided(w, w.gold),
         }
-        return {k: v == w.answer for k, v in said.items()}
+        return {k: v == w.answer for k, v in said.items()} | guided_study.smuggled_gold(self)
+
+    def own_votes(self) -> dict[str, float]:
+        """The large model's own chains: percent right by one greedy chain, by one sampled, and by a vote of several."""
+        w, s = self.test, self.settings
+        chains = self.rationales(self.large, w, hops.COT, n=s.votes, temperature=0.7, seed=self.seed)
+        told = [self.answers(self.large, w, hops.COT, chains[:, j]) for j in range(s.votes)]
+        said, logp = (np.stack(x, axis=1) for x in zip(*told))
+        return {
+            "sampled": 100.0 * float(np.mean(said == w.answer[:, None])),
+            "self_consistency": guided_study.votes(said, logp, w.answer),
+        }
+
+    def study(self, student: Model) -> dict[str, float]:
+        """See `guided_study.studied`."""
+        return guided_study.studied(self, student)
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Tokens per test question of arms without a student, padding not counted: read and written by the large model."""
+        asked, answer = hops.QUESTION + 1, 1
+        chain = {"answerer_reads": hops.QUESTION, "answerer_tokens": hops.SLOT + answer}
+        return {"standard": {"answerer_reads": asked, "answerer_tokens": answer}, "own CoT": chain,
+                "gold rationale": {"answerer_reads": asked + hops.SLOT, "answerer_tokens": answer}}  # fmt: skip
 
     def measure(self, student: Any) -> tuple[np.ndarray, dict[str, float]]:
         """Returns whether each test question is answered right with the student's greedy rationale, and what it wrote."""
@@ -268,7 +298,8 @@ class Synth:
             return student()
         w = self.test
         slot = self.rationales(student, w, hops.RAT)[:, 0]
-        right = self.guided(w, slot) == w.answer
+        said = self.guided(w, slot)
+        right = said == w.answer
         strict, weak = (hops.aspects(w, slot, weak=x) for x in (False, True))
         shuffled = self.guided(w, np.roll(slot, 1, axis=0)) == w.answer
         whole = np.all(slot == w.gold, axis=1)
@@ -280,8 +311,26 @@ class Synth:
             "first_hop": 100.0 * float(np.mean(slot[:, 2] == w.gold[:, 2])),
             "smuggled": 100.0 * float(np.mean(named & ~whole)),
             "shuffled": 100.0 * float(shuffled.mean()),
-            "student_tokens": float(np.mean(np.sum(slot != hops.PAD, axis=1))),
+            "student_tokens": (wrote := float(np.mean(np.sum(slot != hops.PAD, axis=1)))),
+            "student_reads": hops.QUESTION,
+            "answerer_reads": hops.QUESTION + 1 + wrote,
+            "answerer_tokens": 1.0,
+            "examples": self._examples(slot, said),
         }
+
+    def _examples(self, slot: np.ndarray, said: np.ndarray, count: int = 12) -> list[dict[str, Any]]:
+        """The first test questions in words."""
+        w, out = self.test, []
+        for i in range(min(count, len(w.answer))):
+            facts = [hops.words(f) for f in w.facts[i].reshape(7, 3)]
+            row = {"question": f"{hops.words(w.question[i])} ? ({', '.join(facts)})", "rationale": hops.words(slot[i])}
+            row |= {
+                "answer": hops.words([said[i]]),
+                "gold": hops.words([w.answer[i]]),
+                "right": bool(said[i] == w.answer[i]),
+            }
+            out.append(row | {"notes": [] if np.array_equal(slot[i], w.gold[i]) else ["not the gold chain"]})
+        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +340,7 @@ class Reward:
     accuracy: float = 1.0
     aspect: float = 1.0
     weak: bool = False  # the weak factuality, which does not look at relations
+    guard: bool = True  # a rationale that names the answer and tells no fact earns no accuracy
 
 
 @dataclasses.dataclass
@@ -317,11 +367,13 @@ class SynthEnvironment:
         slot = np.stack([in_slot(c) for row in responses for c in row])
         parts = hops.aspects(w, slot, weak=self.reward.weak)
         aspect = np.mean(list(parts.values()), axis=0)
-        right = np.zeros(len(slot), np.float32)
+        right = bare = np.zeros(len(slot), np.float32)
         if self.reward.accuracy:
-            right = (self.synth.guided(w, slot) == w.answer).astype(np.float32)
+            said = self.synth.guided(w, slot)
+            right, bare = (said == w.answer).astype(np.float32), hops.bare(w, slot, said).astype(np.float32)
+            right = right * (1.0 - bare) if self.reward.guard else right
         scores = self.reward.accuracy * right + self.reward.aspect * aspect
-        return Scored(scores.astype(np.float32), {"accuracy": right, "aspect": aspect, **parts})
+        return Scored(scores.astype(np.float32), {"accuracy": right, "aspect": aspect, "bare": bare, **parts})
 
 
 def kept(rows: Sequence[dict[str, Any]], rule: str) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,16 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar import tree
+from qstar import processes, tree
 from qstar.errors import require
-from qstar.mesh import put_batch
+from qstar.mesh import put_whole_batch
 from qstar.methods.run_folder import once_json, stable_seed
 from qstar.methods.training import UpdateSettings, finished
-from qstar.models import policy, value
+from qstar.models import heads, policy
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model, encoder_ids
-from qstar.sample.batching import padded_length, stream
+from qstar.sample.batching import padded_length, stream, to_host
 from qstar.train import optim, rl
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Diverged
@@ -43,6 +42,8 @@ from qstar.train.metrics import Writer
 from qstar.train.state import TrainState, create_state
 from qstar.train.step import make_step
 from qstar.types import Completion, Params
+
+SECONDS = ("seconds_rollout", "seconds_reward", "seconds_score", "seconds_update")  # of an update, in its metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Run:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(config: Any, settings: rl.RLSettings, limit: int, update: UpdateSettings) -> tuple[Any, Any]:
-    """(optimiser, jitted step), one per configuration: all arms that share one share a compilation."""
+def compiled(config: Any, settings: rl.RLSettings, limit: int, update: UpdateSettings) -> tuple[Any, Any]:
+    """Returns (optimiser, jitted step), one per configuration: all arms that share one share a compilation."""
     tx = update.optimiser()
     loss = functools.partial(rl.rl_loss, config=config, settings=settings, limit=limit)
     return tx, make_step(loss, tx, update.accumulate)
@@ -139,7 +140,7 @@ def reinforce(
     weights = Checkpoints(folder / "model")
     done = folder / "summary.json"
     if finished(folder):
-        shutil.rmtree(folder / "training", ignore_errors=True)
+        processes.remove(folder / "training")
         params, _ = weights.restore(start.params)
         weights.close()
         return start.replace(params=params), once_json(done, dict)
@@ -148,7 +149,7 @@ def reinforce(
     weights.save(summary["updates"], params)
     weights.close()
     once_json(done, lambda: summary)
-    shutil.rmtree(folder / "training", ignore_errors=True)
+    processes.remove(folder / "training")
     return start.replace(params=params), summary
 
 
@@ -156,10 +157,12 @@ def _train(
     run: Run, folder: Path, writer: Writer, label: dict[str, Any], progress: Any, watch: Any
 ) -> tuple[Any, dict[str, Any]]:
     s = run.settings
-    tx, step = _compiled(**run.static, update=_only_updates(s))
+    tx, step = compiled(**run.static, update=_only_updates(s))
     params = {"policy": run.start.params}
     if run.rl.estimator == "ppo":
-        params["value"] = value.init(run.start.config.hidden_size, jax.random.key(stable_seed(run.seed, "value")))
+        params["value"] = heads.init_critic(
+            run.start.config.hidden_size, jax.random.key(stable_seed(run.seed, "value"))
+        )
     state = create_state(params, tx, seed=run.seed, mesh=run.start.mesh, table=PARAM_AXES)
     checkpoints = Checkpoints(folder / "training")
     record: dict[str, Any] = {"kl_weight": run.rl.kl_weight, "first": {}, "last": {}, "bad": 0}
@@ -171,7 +174,7 @@ def _train(
     stopped = ""
     last = first
     for update in range(first, s.updates):
-        state, metrics = _update(run, step, state, update, record["kl_weight"], np.float32(lr_at(update)))
+        state, metrics = one_update(run, step, state, update, record["kl_weight"], np.float32(lr_at(update)))
         record["kl_weight"] = rl.adapted(record["kl_weight"], metrics["kl"], s.prompts * run.rl.group, run.rl)
         record["first"], record["last"] = record["first"] or metrics, metrics
         record["bad"] = record["bad"] + 1 if metrics["skipped"] else 0
@@ -212,10 +215,15 @@ def _only_updates(s: ReinforceSettings) -> UpdateSettings:
     )
 
 
-def _update(
+def one_update(
     run: Run, step: Any, state: TrainState, update: int, kl_weight: float, lr: np.float32
 ) -> tuple[TrainState, dict[str, float]]:
-    """One round: rollouts, scores, advantages, gradient steps."""
+    """One round: rollouts, scores, advantages, gradient steps.
+
+    Returns:
+      The state, and metrics: among them the wall seconds of rollouts, of the environment (rewards; a frozen answerer is
+      asked there), of scoring (log-probabilities under policy and reference) and of the gradient steps.
+    """
     clock = [time.perf_counter()]
     prompts = run.environment.prompts(update)
     responses = rollouts(run, state.params["policy"], prompts, update)
@@ -223,6 +231,7 @@ def _update(
     scored = run.environment.score(update, responses)
     clock.append(time.perf_counter())
     batch, metrics = experience(run, state.params, prompts, responses, scored, kl_weight)
+    clock.append(time.perf_counter())
     found: list[dict[str, jax.Array]] = []
     s, count = run.settings, len(batch.response)
     for epoch in range(s.epochs):
@@ -230,7 +239,7 @@ def _update(
         for at in range(0, count, s.batch_size):
             chosen = order[at : at + s.batch_size]
             rows = jax.tree.map(operator.itemgetter(chosen), batch)
-            rows = jax.device_put(rows) if run.start.mesh is None else put_batch(rows, run.start.mesh)
+            rows = jax.device_put(rows) if run.start.mesh is None else put_whole_batch(rows, run.start.mesh)
             state, more = step(state, rows, lr)
             found.append(more)
         if s.max_moved and float(found[-1]["moved"]) > s.max_moved:
@@ -239,7 +248,7 @@ def _update(
     clock.append(time.perf_counter())
     metrics |= {k: float(np.mean([m[k] for m in host])) for k in host[0] if k != "tokens"}
     metrics["kl_weight"] = kl_weight
-    metrics |= dict(zip(("seconds_rollout", "seconds_score", "seconds_update"), np.diff(clock).tolist()))
+    metrics |= dict(zip(SECONDS, np.diff(clock).tolist()))
     return state, metrics
 
 
@@ -276,10 +285,10 @@ def experience(
         response[i, : len(done.tokens)], mask[i, : len(done.tokens)] = done.tokens, 1.0
     ended = np.asarray([d.stopped for d in flat])
     inputs = (prompt, prompt_mask, response)
-    placed = inputs if run.start.mesh is None else put_batch(inputs, run.start.mesh)
+    placed = inputs if run.start.mesh is None else put_whole_batch(inputs, run.start.mesh)
     old, entropy, values = rl.measure_jit(params, *placed, **run.static)
     ref = rl.measure_jit({"policy": run.start.params}, *placed, **run.static)[0]
-    old, ref, values = (x * mask for x in jax.device_get((old, ref, values)))
+    old, ref, values = (x * mask for x in to_host((old, ref, values)))
     scores = np.asarray(rl.score_with_penalty(scored.scores, ended, run.rl))
     advantages, returns = jax.device_get(
         rl.estimate_jit(scores, old, ref, values, mask, jnp.float32(kl_weight), settings=run.rl)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +147,7 @@ def train_stage(
     weights = Checkpoints(stage.folder / "model")
     done = stage.folder / "summary.json"
     if finished(stage.folder):
-        _drop(stage.folder / "training")  # a kill may have come between
+        processes.remove(stage.folder / "training")  # a kill may have come between
         params, _ = weights.restore(start.params)
         weights.close()
         return start.replace(params=params), once_json(done, dict)
@@ -159,14 +158,8 @@ def train_stage(
     weights.save(summary["steps"], params)
     weights.close()
     once_json(done, lambda: summary)
-    _drop(stage.folder / "training")  # moments are of no use to the next loop
+    processes.remove(stage.folder / "training")  # moments are of no use to the next loop
     return start.replace(params=params), summary
-
-
-def _drop(folder: Path) -> None:
-    processes.agreed(True)  # all have done with it
-    if processes.is_first():
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch):

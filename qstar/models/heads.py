@@ -1,9 +1,14 @@
-"""The value head of a verifier: one number per token, read off the final hidden state.
+"""Heads that read one number per token off the final hidden state: a verifier's judgement, and PPO's critic.
 
-    value/kernel [E, 1]   value/bias [1]
+    value/kernel [E, 1]   value/bias [1]                               verifier, log-odds
 
 It is a part of the decoder's parameter tree wherever `config.value_head` says so, so that training, checkpoints and the
 Hugging Face layout know it like any other parameter (as `score`, the name that transformers gives to a token classifier's).
+
+    value/in [E, 2E]   ReLU   value/out [2E, 1]                        critic, expected reward
+
+The critic is a role of its own beside the policy ({"policy": ..., "value": ...}), of decoders and encoder-decoders alike: it
+goes when training ends. It has a layer of its own because what is worth a reward is no linear feature of a language model.
 """
 
 from __future__ import annotations
@@ -59,3 +64,19 @@ def values(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -> 
     if not model.config.value_head:
         raise UserError("this model has no value head (config.json names no qstar_value_head); score by log-likelihood")
     return score_tokens(model, prompts, completions, _values)
+
+
+def init_critic(width: int, key: jax.Array) -> Params:
+    """Returns the parameters of width -> 2 width -> ReLU -> 1. The last layer starts at 0: no value before any evidence."""
+    hidden = width**-0.5 * jax.random.normal(key, (width, 2 * width))
+    return {
+        "in": {"kernel": hidden, "bias": jnp.zeros((2 * width,))},
+        "out": {"kernel": jnp.zeros((2 * width, 1)), "bias": jnp.zeros((1,))},
+    }
+
+
+def critic(params: Params, states: jax.Array) -> jax.Array:
+    """Returns values [...] float32 of states [..., E]."""
+    x = states.astype(jnp.float32)
+    x = jax.nn.relu(x @ params["in"]["kernel"] + params["in"]["bias"])
+    return (x @ params["out"]["kernel"] + params["out"]["bias"])[..., 0]

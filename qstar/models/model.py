@@ -121,6 +121,8 @@ def _write_extras(model: Model, folder: pathlib.Path) -> None:
         model.tokenizer.save(folder)
         bos = model.tokenizer.bos_id
     ids = {"bos_token_id": bos, "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None)}
+    if isinstance(model.config, EncDecConfig):  # `generate` of transformers reads the start here and nowhere else
+        ids |= dict.fromkeys(("decoder_start_token_id", "pad_token_id"), model.config.start_id)
     hf.write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import UserError
-from qstar.report import appendix, frames, sections, shell
+from qstar.report import appendix, frames, guided, sections, shell
 from qstar.report.markup import Safe, tag
 from qstar.report.pieces import note, section
 from qstar.report.quiet.page import page as quiet_page
 from qstar.report.quiet.run import read_quiet_run
 from qstar.report.rationales import Row, kind
+from qstar.report.reinforce import reinforce_section
 from qstar.report.run import Run, read_config, read_run
 from qstar.report.selection import selection_section
+from qstar.train import metrics
 
 RATIONALE_BYTES = 2_200_000  # of the page's about 3 MB
 LONGEST_TEXT = 3000  # characters of a prompt or a completion; the files keep the rest
@@ -32,7 +34,11 @@ def write_report(run_folder: str | os.PathLike) -> Path:
         UserError: the folder is missing or not a run's, a file in it is broken, or it cannot be written to.
     """
     folder, config = read_config(run_folder)
-    text = quiet_page(read_quiet_run(folder)) if config["method"] == "quiet_star" else page(read_run(folder))
+    pages = {
+        "quiet_star": lambda: quiet_page(read_quiet_run(folder)),
+        "guided_cot": lambda: guided.page(guided.read_guided(folder)),
+    }
+    text = pages.get(config["method"], lambda: page(read_run(folder)))()
     path = folder / "report.html"
     try:
         shell.write(path, text)
@@ -49,6 +55,7 @@ def page(run: Run) -> str:
         sections.accuracy_section(run),
         sections.outcome_section(run),
         sections.audit_section(run),
+        reinforce_section(metrics.read(run.folder)) if run.method == "rl" else None,
         rationale_section(run),
         appendix.training_section(run),
         appendix.gates_section(run),

@@ -204,7 +204,7 @@ class _Queue:
 
     def _harvest(self, state: S.SampleState, cancel: np.ndarray) -> Iterator[tuple[int, int, Completion]]:
         """Yields the rows that are done and frees their slots; marks rows that a stop string ends in `cancel`."""
-        active, stopped, count, tokens, logprobs, sample_logprobs = _to_host(
+        active, stopped, count, tokens, logprobs, sample_logprobs = to_host(
             (state.active, state.stopped, state.count, state.tokens, state.logprobs, state.sample_logprobs)
         )
         for i, request in enumerate(self.occupant):
@@ -365,7 +365,7 @@ def _placed(model: Model, make: Callable[[], S.SampleState]) -> S.SampleState:
     return jax.jit(make, out_shardings=where)()  # no process could put what belongs to the others' devices
 
 
-def _to_host(arrays):
+def to_host(arrays):
     """Brings arrays to every host (they may be split over several)."""
     if jax.process_count() == 1:
         return jax.device_get(arrays)

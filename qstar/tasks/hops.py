@@ -12,6 +12,7 @@ A row is 34 tokens: facts (21), TAG x r1 r2 (4), the slot of the rationale (7), 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +86,14 @@ def copies(rng: np.random.Generator, worlds: Worlds) -> tuple[np.ndarray, np.nda
     return tokens, mask
 
 
+def words(ids: Sequence[int]) -> str:
+    """Returns ids as words: entities are capitals, relations r1 to r6, padding is left out."""
+    names = {EOS: ".", MARK: "=", STD: "STD", COT: "COT", RAT: "RAT", ANS: "ANS", CPY: "CPY"}
+    names |= {FIRST + i: chr(ord("A") + i) for i in range(ENTITIES)}
+    names |= {FIRST + ENTITIES + i: f"r{i + 1}" for i in range(RELATIONS)}
+    return " ".join(names[int(t)] for t in ids if int(t) != PAD)
+
+
 def clean(rationale: np.ndarray) -> np.ndarray:
     """Returns rationales [B, 7] as the answerer may read them: padding after EOS, and no mark or tag of their own."""
     ended = np.cumsum(rationale == EOS, axis=1) - (rationale == EOS) > 0
@@ -94,13 +103,30 @@ def clean(rationale: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- training text
 
 
-def mixed_text(rng: np.random.Generator, shares: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def backwards(chain: np.ndarray) -> np.ndarray:
+    """Returns chains [B, 7] with the second hop told first: y r2 z x r1 y EOS."""
+    return chain[:, [3, 4, 5, 0, 1, 2, 6]]
+
+
+def mixed_text(
+    rng: np.random.Generator,
+    shares: tuple[int, int, int, int],
+    noise: Sequence[float] = NOISE,
+    *,
+    two_ways: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and loss masks of the large model's text: (copy, standard, chain of thought, answering) rows of each.
 
-    Chains of thought take the look-alike first hop as often as NOISE says, and go on to its answer. Answering shows the true
-    answer beside a rationale: 55% gold, 25% a wrong chain, 10% of another question, 10% none; so it neither ignores what it
-    reads nor copies it blindly.
+    Chains of thought take the look-alike first hop as often as `noise` says (by the question's first relation), and go on to
+    its answer. Answering shows the true answer beside a rationale: 55% gold, 25% a wrong chain, 10% of another question, 10%
+    none; so it neither ignores what it reads nor copies it blindly. With `two_ways` right chains are told backwards half the
+    time, wrong ones never: where the wrong one is likelier than either way, it is what greedy decoding writes and not what
+    most samples lead to (the case for self-consistency).
     """
+
+    def told(gold: np.ndarray) -> np.ndarray:
+        return np.where((rng.random(len(gold)) < 0.5)[:, None], backwards(gold), gold) if two_ways else gold
+
     copy, std, cot, ans = shares
     parts = [copies(rng, draw(rng, copy))] if copy else []
     last = np.zeros(LENGTH, np.float32)
@@ -110,16 +136,16 @@ def mixed_text(rng: np.random.Generator, shares: tuple[int, int, int, int]) -> t
         parts.append((tokens, np.broadcast_to(last, tokens.shape)))
     if cot:
         w = draw(rng, cot)
-        wrong = rng.random(cot) < np.asarray(NOISE)[w.question[:, 1] - FIRST - ENTITIES]
-        slot = np.where(wrong[:, None], w.alike, w.gold)
-        tokens = rows(w, COT, slot, slot[:, 5])
+        wrong = rng.random(cot) < np.asarray(noise)[w.question[:, 1] - FIRST - ENTITIES]
+        slot = np.where(wrong[:, None], w.alike, told(w.gold))
+        tokens = rows(w, COT, slot, np.where(wrong, w.alike[:, 5], w.answer))
         mask = np.broadcast_to((np.arange(LENGTH) >= QUESTION) & (np.arange(LENGTH) != QUESTION + SLOT), tokens.shape)
         parts.append((tokens, mask.astype(np.float32)))
     if ans:
         w, kind = draw(rng, ans), rng.random(ans)
         wrong = np.where((rng.random(ans) < 0.5)[:, None], w.alike, w.other)
         upto = [kind[:, None] < share for share in (0.55, 0.8, 0.9)]
-        slot = np.select(upto, [w.gold, wrong, np.roll(w.gold, 1, axis=0)], PAD)
+        slot = np.select(upto, [told(w.gold), wrong, np.roll(w.gold, 1, axis=0)], PAD)
         tokens = rows(w, ANS, slot)
         parts.append((tokens, np.broadcast_to(last, tokens.shape)))
     tokens, masks = zip(*parts)
@@ -143,3 +169,8 @@ def aspects(worlds: Worlds, rationale: np.ndarray, *, weak: bool = False) -> dic
     form = (r[:, 6] == EOS) & np.all(r[:, :6] >= FIRST, axis=1)
     found = (known.mean(axis=1), r[:, 0] == worlds.question[:, 0], (r[:, 3] == r[:, 2]) & (r[:, 3] >= FIRST), form)
     return {n: x.astype(np.float32) for n, x in zip(("factuality", "relevance", "coherence", "form"), found)}
+
+
+def bare(worlds: Worlds, rationale: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """Returns bool [B]: rationales [B, 7] that name the answer given with them [B] and tell no fact (smuggled answers)."""
+    return np.any(rationale == said[:, None], axis=1) & (aspects(worlds, rationale)["factuality"] == 0)

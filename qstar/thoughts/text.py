@@ -85,7 +85,7 @@ def generate(
         keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, r[0]), r[1]))(jnp.asarray(padded))
         if model.mesh is not None:
             tokens, lengths = put_batch((tokens, lengths), model.mesh)
-        drawn = batching._to_host(decode.write(model.params, talker, tokens, lengths, keys, knobs, heat))
+        drawn = batching.to_host(decode.write(model.params, talker, tokens, lengths, keys, knobs, heat))
         for r, (i, k) in enumerate(some):
             out[i].append((k, _completion(model, drawn, r, stop)))
     return [[c for _, c in sorted(row, key=lambda pair: pair[0])] for row in out]

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from qstar.errors import require
-from qstar.models import policy, value
+from qstar.models import heads, policy
 from qstar.tree import masked_mean
 from qstar.types import Metrics, Params
 
@@ -127,7 +127,7 @@ def measure(
     if "value" not in params:
         return logprobs, entropy, jnp.zeros_like(logprobs)
     trunk = states if settings.value_trunk else jax.lax.stop_gradient(states)
-    return logprobs, entropy, value.apply(params["value"], trunk)
+    return logprobs, entropy, heads.critic(params["value"], trunk)
 
 
 measure_jit = jax.jit(measure, static_argnames=("config", "settings", "limit"))

@@ -15,6 +15,7 @@ from configs.guided_cot_hotpotqa import get_config
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods import guided_cot as G
+from qstar.methods.guided_multihop import MultiHop, MultiHopSettings
 from qstar.models import policy
 from qstar.models.encdec_config import EncDecConfig
 from qstar.tasks import make_task
@@ -102,6 +103,20 @@ def test_distillation_rl_and_guided_answers_run_end_to_end_over_http(server, sma
     (tmp_path / "results.json").unlink()
     G.run(config, tmp_path, Silent())  # all stages are done: nothing is asked or trained again
     assert len(server.bodies) == asked and (tmp_path / "results.json").exists()
+
+
+def test_the_teachers_questions_and_those_of_rl_and_test_are_never_the_same(files, tmp_path):
+    task = make_task("hotpotqa", **files)
+    world = MultiHop(MultiHopSettings(small="x", large={"url": "y"}), task, 3, tmp_path)
+    teacher, rl, test = ({p.id for p in ps} for ps in (world.teacher_problems(), world.rl_problems(), world.test))
+    assert not teacher & rl and not (teacher | rl) & test and len(teacher) + len(rl) == len(task.problems("train"))
+    again = MultiHop(MultiHopSettings(small="x", large={"url": "y"}, questions=5), task, 3, tmp_path)
+    assert {p.id for p in again.teacher_problems()} < teacher
+    told = [("1", "It is so.", "cork."), ("1", "It is so.", "cork."), ("2", "  ", "Cork"), ("3", "It is.", None)]
+    told += [("4", "So.", "Cork city")]
+    rows = [{"prompt": p, "rationale": r, "answer": a, "gold": "Cork"} for p, r, a in told]
+    kept = {rule: [r["prompt"] for r in world.kept(rows, rule)] for rule in ("em", "f1", "includes", "none")}
+    assert kept == {"em": ["1"], "f1": ["1", "4"], "includes": ["1", "4"], "none": ["1", "3", "4"]}  # once each, none empty
 
 
 def test_an_endpoint_that_is_away_is_one_line(server, small, files, tmp_path):

@@ -154,6 +154,8 @@ def test_export_loads_in_transformers_bit_for_bit_and_in_qstar(pair, tmp_path):
     qstar.save(pair.model, tmp_path / "out")
     again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     np.testing.assert_array_equal(torch_logits(again), torch_logits(pair.torch))
+    ids = torch.tensor(SOURCE)
+    assert again.generate(ids, max_new_tokens=4).tolist() == pair.torch.generate(ids, max_new_tokens=4).tolist()
     back = qstar.load(tmp_path / "out")
     assert back.config == pair.model.config
     assert jax.tree.all(jax.tree.map(np.array_equal, back.params, pair.model.params))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qstar.errors import UserError
-from qstar.models import policy, value
+from qstar.models import heads, policy
 from qstar.models.config import preset
 from qstar.models.encdec_config import EncDecConfig
 from qstar.train import rl
@@ -223,7 +223,7 @@ def test_scores_equal_those_of_one_response_after_its_prompt_alone(config):
 @pytest.mark.parametrize("config", [DECODER, T5], ids=["decoder", "encoder-decoder"])
 def test_old_equal_to_new_without_advantage_or_divergence_changes_nothing_in_the_policy(config):
     s = RLSettings(estimator="ppo", group=2, kl_in="none", value_trunk=False)
-    params = {"policy": policy.init(config, jax.random.key(1)), "value": value.init(16, jax.random.key(2))}
+    params = {"policy": policy.init(config, jax.random.key(1)), "value": heads.init_critic(16, jax.random.key(2))}
     batch, static = model_batch(config, s, params)
     batch = batch.replace(advantages=np.zeros_like(MASK), returns=MASK)
 

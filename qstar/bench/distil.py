@@ -1,0 +1,172 @@
+"""A step of distillation beside a plain PyTorch loop: imitated text, a teacher's whole predictions, and on-policy text (GKD).
+
+Same weights, same text, one AdamW update each; the loss of the first step is compared. On-policy, both sides let the student
+write first: qstar by its sampler, the loop by transformers' `generate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from qstar.bench.common import (
+    SMALL_BLOCKS,
+    Compiles,
+    interleaved,
+    matmul_rate,
+    median,
+    paired_ratio,
+    random_model,
+    show,
+    torch_twin,
+)
+from qstar.methods import distillation
+from qstar.methods.distillation import DistilTrain, Pair
+from qstar.models.config import preset
+from qstar.models.encdec_config import EncDecConfig
+from qstar.models.model import Model
+from qstar.train.distil import DistilSettings
+from qstar.train.state import create_state
+
+LR, BETA = 1e-5, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How much a step is."""
+
+    rows: int = 32
+    prompt: int = 96  # tokens
+    new: int = 32
+    vocab: int = 512
+    repeats: int = 5
+
+    def pairs(self) -> list[Pair]:
+        """Random prompts and responses."""
+        rng = np.random.default_rng(0)
+        draw = lambda n: rng.integers(2, self.vocab, (self.rows, n)).tolist()  # noqa: E731
+        return [Pair(tuple(p), tuple(r)) for p, r in zip(draw(self.prompt), draw(self.new))]
+
+
+def main(*, as_json: bool = False, quick: bool = False) -> None:
+    """Measures a step of every kind and prints the table."""
+    load = Load(4, 8, 8, 64, 1) if quick else Load()
+    tiny = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 64}
+    shapes = (tiny, {**tiny, "num_layers": 2}) if quick else (SMALL_BLOCKS, {})
+    student, teacher = (random_model(preset("llama_20m", **s, vocab_size=load.vocab, eos_id=None)) for s in shapes)
+    width, depth = (32, 1) if quick else (256, 6)
+    t5 = EncDecConfig(vocab_size=load.vocab, hidden_size=width, num_layers=depth, num_decoder_layers=depth,
+                      num_heads=width // 32, head_dim=32, intermediate_size=2 * width, eos_id=None)  # fmt: skip
+    rate, compiles, rows = matmul_rate(*((256, 2) if quick else ())), Compiles(), []
+    loads = (
+        ("text, 3.4M Llama", student, DistilSettings()),
+        ("text, T5 of 6 + 6 layers", random_model(t5), DistilSettings()),
+        ("forward KL from 20M", student, DistilSettings(kind="forward_kl")),
+        ("on-policy JSD from 20M", student, DistilSettings(kind="jsd", beta=BETA, on_policy=1.0)),
+    )
+    for name, model, settings in loads[1::2] if quick else loads:
+        rows += measured(name, model, teacher, settings, load, compiles)
+    notes = {
+        "matmul GFLOP/s": round(rate / 1e9),
+        "shares": "rollout (the student writes), update (teacher, loss, gradients, AdamW)",
+        "a step": f"{load.rows} rows of {load.prompt} + {load.new} tokens, float32",
+    }
+    show("a step of distillation", rows, notes, as_json)
+
+
+def measured(
+    name: str, model: Model, teacher: Model, settings: DistilSettings, load: Load, compiles: Compiles
+) -> list[dict[str, Any]]:
+    """Two rows of the table, ours and theirs."""
+    ours, splits = ours_step(model, teacher, settings, load)
+    theirs, torch_splits = torch_step(model, teacher, settings, load)
+    first = {side: f() for side, f in (("qstar", ours), ("torch", theirs))}
+    seconds = interleaved({"qstar": ours, "torch": theirs}, load.repeats, compiles)
+    common = {"load": name, "torch/qstar": paired_ratio(seconds["qstar"], seconds["torch"])}
+    apart = None if settings.on_policy else abs(first["qstar"] - first["torch"])
+    out = []
+    for side, each, count in (("qstar", splits, compiles.count), ("torch", torch_splits, None)):
+        rollout = median([written / max(whole, 1e-9) for written, whole in each[2:]])
+        out.append({"side": side, **common, "seconds": median(seconds[side]), "rollout": rollout, "update": 1 - rollout,
+                    "loss difference": apart if side == "qstar" else None, "recompiles": count})  # fmt: skip
+    return out
+
+
+def ours_step(model: Model, teacher: Model, settings: DistilSettings, load: Load) -> tuple[Callable[[], float], list]:
+    """Returns a function that makes one of our steps and returns its loss, and the list of its (rollout, whole) seconds."""
+    train = DistilTrain(batch_size=load.rows, lr=LR, b2=0.999, max_new_tokens=load.new)
+    tx, step = distillation.compiled(model.config, teacher.config, settings, model.config.vocab_size, train)
+    params = {"policy": model.params} | ({"teacher": teacher.params} if settings.kind != "hard" else {})
+    holder, splits, pairs = [create_state(params, tx, seed=0)], [], load.pairs()
+
+    def run() -> float:
+        began, rows = time.perf_counter(), pairs
+        if settings.on_policy:
+            rows = distillation.own_text(model, holder[0].params["policy"], pairs, load.new, len(splits))
+        wrote = time.perf_counter()
+        batch = distillation.lesson(model.config, teacher.config, rows, [load.prompt, load.prompt], load.new)
+        holder[0], metrics = step(holder[0], jax.device_put(batch), np.float32(LR))
+        loss = float(metrics["loss"])
+        splits.append((wrote - began, time.perf_counter() - began))
+        return loss
+
+    return run, splits
+
+
+def torch_step(model: Model, teacher: Model, settings: DistilSettings, load: Load) -> tuple[Callable[[], float], list]:
+    """The same in plain PyTorch."""
+    import torch
+
+    twin, seq2seq = torch_twin(model), isinstance(model.config, EncDecConfig)
+    taught = torch_twin(teacher).eval() if settings.kind != "hard" else None
+    optimiser = torch.optim.AdamW(twin.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
+    prompts, given = (torch.tensor([list(p[k]) for p in load.pairs()]) for k in (0, 1))
+    splits: list[tuple[float, float]] = []
+
+    def logp(net: Any, responses: Any) -> Any:
+        if seq2seq:
+            fed = torch.cat([torch.zeros_like(responses[:, :1]), responses[:, :-1]], dim=1)
+            return torch.log_softmax(net(input_ids=prompts, decoder_input_ids=fed).logits, -1)
+        whole = torch.cat([prompts, responses[:, :-1]], dim=1)
+        return torch.log_softmax(net(whole).logits[:, load.prompt - 1 :], -1)
+
+    def kl(a: Any, b: Any) -> Any:
+        return (a.exp() * (a - b)).sum(-1)
+
+    def divergence(p: Any, q: Any) -> Any:
+        if settings.kind == "forward_kl":
+            return kl(p, q)
+        m = torch.logaddexp(p + math.log(BETA), q + math.log(1 - BETA))
+        return BETA * kl(p, m) + (1 - BETA) * kl(q, m)
+
+    def run() -> float:
+        began, responses = time.perf_counter(), given
+        if settings.on_policy:
+            options = dict(max_new_tokens=load.new, min_new_tokens=load.new, pad_token_id=0, eos_token_id=None)
+            with torch.no_grad():
+                out = twin.eval().generate(
+                    prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, **options
+                )
+            responses = out[:, load.prompt :]
+        wrote = time.perf_counter()
+        q = logp(twin.train(), responses)
+        if taught is None:
+            loss = -q.gather(-1, responses[..., None]).mean()
+        else:
+            with torch.no_grad():
+                p = logp(taught, responses)
+            loss = divergence(p, q).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        splits.append((wrote - began, time.perf_counter() - began))
+        return loss.item()
+
+    return run, splits

@@ -1,0 +1,69 @@
+"""The notebook and the page of LM-Guided CoT state the numbers of a smoke run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.guided_cot_synth import get_config
+from qstar.methods import guided_cot
+from qstar.report.guided import headline, page, read_guided
+from qstar.train.metrics import Writer
+from tests.methods.stub import Silent
+from tests.notebooks.test_star_notebook import outputs, told
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_guided_cot.ipynb"
+
+nbformat = pytest.importorskip("nbformat", reason="needs nbformat (pip install -e .[notebooks])")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guided")
+    guided_cot.run(get_config("smoke"), folder, Silent())
+    return folder
+
+
+def test_a_run_says_what_was_studied_and_what_it_costs(run):
+    results = json.loads((run / "results.json").read_text())
+    study = results["studies"]["kd_unfiltered"]
+    assert {"self_consistency", "choice/best/weak", "choice/oracle", "leak/first hop only"} <= study.keys()
+    assert study["choice/oracle"] >= study["choice/random"]
+    costs = json.loads((run / "large" / "costs.json").read_text())
+    assert costs["own CoT"] == {"answerer_reads": 25, "answerer_tokens": 8}
+    said = json.loads((run / "student_0" / "rl_both_unfiltered" / "evaluation.json").read_text())
+    assert said["answerer_reads"] == 26 + said["student_tokens"] and len(said["examples"]) == 12
+    assert said["examples"][0]["question"].count("r") >= 9  # two relations asked for, seven facts
+
+
+def test_the_page_shows_arms_filter_rl_study_costs_and_rationales_and_escapes_them(run):
+    file = run / "student_0" / "kd_unfiltered" / "evaluation.json"
+    said = json.loads(file.read_text())
+    said["examples"][0]["rationale"] = "<script>alert(1)</script>"
+    file.write_text(json.dumps(said))
+    writer = Writer(run)  # as a resumed run does
+    writer.write(stage="rl", step=3, arm="rl_both_unfiltered", student=0, score=9.0, kl=0.1, entropy=0.2)
+    writer.close()
+    read = read_guided(run)
+    text = page(read)
+    sections = ("arms", "filter", "reinforcement", "study", "smuggling", "cost", "rationales", "config")
+    assert all(f'<section id="{name}">' in text for name in sections)
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text
+    assert headline(read).startswith("Guided by kd_unfiltered, the frozen large model answers")
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")  # nothing is loaded
+    (run / "results.json").rename(run / "kept.json")
+    assert "not finished" in page(read_guided(run))
+    (run / "kept.json").rename(run / "results.json")
+
+
+def test_notebook_states_the_numbers_of_the_run(run, monkeypatch):
+    printed, figures = told(outputs(NOTEBOOK, run, monkeypatch))
+    assert headline(read_guided(run)) in printed and figures == 2
+    assert "kd_unfiltered (none): 48 of 48" in printed and "choice/oracle" in printed
+    assert "[rl_both_unfiltered] " in printed and "-> rl_both_unfiltered" in printed
+
+
+def test_notebook_is_kept_without_outputs():
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
