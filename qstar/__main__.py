@@ -16,7 +16,7 @@ COMMANDS = {
     "evaluate": "accuracy, pass@k and majority@k of a model on a task",
     "export": "takes a model out of a run, in the Hugging Face layout",
     "report": "writes the HTML page of a run",
-    "compare": "asks people which of two rationales is better, and counts their votes",
+    "compare": "asks people which of two rationales is better; counts their votes",
     "bench": "measures speed beside transformers + PyTorch",
 }
 
