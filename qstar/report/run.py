@@ -94,7 +94,7 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
         method=str(config["method"]),
         config=config,
         environment=read_dict(folder / "environment.json"),
-        gates=read_dict(folder / "base" / "gates.json"),
+        gates={k: v for where in ("base", "g_sft") for k, v in read_dict(folder / where / "gates.json").items()},
         arms=sorted(arms, key=lambda arm: arm.rationalises is False),  # the arm without is the comparison
         base_train=_stage([row for row in rows if row["arm"] not in names], "train"),
     )

@@ -43,6 +43,7 @@ def test_the_table_of_rules_holds_curves_areas_regret_and_calibration(folder, pa
         assert cells[3:6] == [f"{told['auc'][name]:.3f}", f"{told['auc_pooled'][name]:.3f}", interval(told["regret"][name]["4"])]
         raw = f" ({fits['ece_raw']:.3f})" if name == "orm" else ""
         assert cells[6] == f"{fits['ece']:.3f}{raw}"
+    assert "headroom" in page.text and "0.652" in page.text  # the gates of G_SFT
     assert headline(told) in page.text and "V-STaR verifier (DPO)" in headline(told)
 
 

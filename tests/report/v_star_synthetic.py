@@ -19,6 +19,9 @@ def write_v_star_run(folder, arms=("v_star", "verification"), problems=30, sampl
     config = {"method": "v_star", "name": "v_star_test", "seed": 0, "task": {"name": "arithmetic"}}
     config |= {"arms": {arm: {} for arm in arms}, "train": {}, "loop": {}}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "g_sft").mkdir()
+    gate = {"metric": "pass@1", "value": 0.652, "limit": "at most 0.6", "ok": False, "why": "little to choose"}
+    (folder / "g_sft" / "gates.json").write_text(json.dumps({"headroom": gate}))
     rows = []
     for arm in arms:
         for n in (1, 2) if arm == "v_star" else (1,):
