@@ -11,7 +11,7 @@ from qstar.report import shell
 from qstar.report.frames import percent
 from qstar.report.markup import tag
 from qstar.report.pieces import note, section
-from qstar.report.selection import rule_chart, rule_table, shown_ks
+from qstar.report.selection import rule_chart, rule_name, rule_table, shown_ks
 
 _CURVE = re.compile(r"(pass|majority|best|weighted|top\d+)@(\d+)(?::(\w+))?")
 _WORTH = ("auc", "auc_pooled", "ece", "brier", "ece_raw", "brier_raw")
@@ -68,11 +68,8 @@ def evaluation_page(title: str, result: Mapping[str, Any], samples: int) -> str:
     drawn = ["pass", "majority", *(rule for rule in curves if rule.startswith("best/"))]
     found = {"curves": curves, "problems": result["problems"], "samples": samples}
     top = max(curves["pass"], key=int)
-    said = f"Of {result['problems']:,} problems, {percent(result['accuracy'])} are solved greedily; "
-    best = max((r for r in drawn if r != "pass"), key=lambda r: curves[r][top][0])
-    said += (
-        f"with {top} samples the best choice here is {best.replace('/', ' of k by ')}: {percent(curves[best][top][0])}."
-    )
+    told = ", ".join(f"{rule_name(rule)} {percent(curves[rule][top][0])}" for rule in drawn)
+    said = f"Greedily {percent(result['accuracy'])} of {result['problems']:,} problems; with {top} samples {told}."
     header = [tag("h1", title), tag("p", said, class_="headline")]
     explained = note(
         "Chance that the chosen solution is right, over all subsets of k of the samples of each problem, with 95% intervals "
