@@ -92,8 +92,8 @@ CASES = {
     "verifier with nothing to score": (SCORED.replace("--samples=2", "") + " --verifier=v={root}/models/good", "give --samples=N"),
     "export of an unknown verifier": ("export --run={root}/run --verifier=dop --out={root}/new", "--verifier: invalid choice: 'dop'"),
     "export of a verifier that STaR has not": ("export --run={root}/run --verifier=dpo --out={root}/new", "only V-STaR has verifiers"),
-    "export of a verifier not yet trained": ("export --run={root}/v_run --verifier=orm --out={root}/new", "no finished orm verifier"),
-    "export of an untrained G_SFT": ("export --run={root}/v_run --out={root}/new", "G_SFT is not trained yet"),
+    "export of a verifier not yet trained": ("export --run={root}/v_run --arm=v_star --verifier=orm --out={root}/new", "no finished orm verifier"),
+    "export of an untrained G_SFT": ("export --run={root}/v_run --arm=v_star --out={root}/new", "G_SFT is not trained yet"),
     # ---- the blind comparison
     "comparison of one thing": (COMPARE.replace("--b=y=", "--b=x="), "both sides are called 'x'"),
     "comparison with nothing": (COMPARE.partition("--b=")[0] + "--out={root}/new", "--b=NAME=FILE is missing"),
