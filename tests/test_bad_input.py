@@ -91,7 +91,7 @@ CASES = {
     "verifier without a head as an orm": (SCORED + " --verifier=v={root}/models/good:orm", "score 'orm' needs a model with a value head"),
     "verifier with nothing to score": (SCORED.replace("--samples=2", "") + " --verifier=v={root}/models/good", "give --samples=N"),
     "export of an unknown verifier": ("export --run={root}/run --verifier=dop --out={root}/new", "--verifier: invalid choice: 'dop'"),
-    "export of a verifier that STaR has not": ("export --run={root}/run --verifier=dpo --out={root}/new", "only V-STaR has verifiers"),
+    "export of a verifier that STaR has not": ("export --run={root}/run --arm=rationalisation --verifier=dpo --out={root}/new", "only V-STaR has verifiers"),
     "export of a verifier not yet trained": ("export --run={root}/v_run --arm=v_star --verifier=orm --out={root}/new", "no finished orm verifier"),
     "export of an untrained G_SFT": ("export --run={root}/v_run --arm=v_star --out={root}/new", "G_SFT is not trained yet"),
     # ---- the blind comparison
