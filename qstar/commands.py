@@ -14,7 +14,7 @@ from typing import Any
 from qstar import stop
 from qstar.errors import UserError, require
 from qstar.processes import is_first
-from qstar.start import start_jax
+from qstar.start import simulate, start_jax
 
 
 class _Parser(argparse.ArgumentParser):
@@ -356,6 +356,48 @@ def compare(argv: list[str]) -> int:
         title = f"{found.pop('a')} against {found.pop('b')}: win rate of the first"
         show_table(Console(), title, [found])
     return 0
+
+
+def plan(argv: list[str]) -> int:
+    """qstar plan --config=FILE[:ARG] --topology=v5e:4x4[,v5e:8x8] [--config.key=value ...]"""
+    p = _parser(
+        "plan",
+        "Compiles what a config would run, for a slice that is not here: memory, collectives, time at best. Exit code 1: no.",
+        epilog="qstar plan --config=configs/star_gsm8k.py --topology=v6e:2x4 --config.train.batch_size=16",
+        device=False,
+    )
+    p.add_argument("--config", metavar="FILE[:ARG]", help="config file, with its argument after a colon")
+    p.add_argument("--config.KEY", dest="_", metavar="VALUE", help="replaces a value of the config; may be repeated")
+    p.add_argument("--topology", metavar="NAME", required=True, help="v5e:4x4, v5p:2x2x1, v6e:2x4, gpu:8, cpu:8; or several")
+    p.add_argument("--search", action="store_true", help="finds the cheapest layout that fits (mesh, remat, accumulate)")
+    p.add_argument("--only", metavar="TEXT", default="", help="programs whose names hold this text")
+    p.add_argument("--rows-per-chip", metavar="N", type=_whole(0), default=0, help="instead of the config's batch size")
+    p.add_argument("--hlo", metavar="DIR", default="", help="keeps the compiled texts there")
+    p.add_argument("--hbm", metavar="GIB", type=_number(lambda x: x > 0, "above 0"), default=0.0, help="per chip")
+    p.add_argument("--prompt-tokens", metavar="N", type=_whole(1), default=256, help="of a prompt (default: 256)")
+    p.add_argument("--prefix-tokens", metavar="N", type=_whole(0), default=0, help="of a few-shot prefix (default: 0)")
+    p.add_argument("--full-effort", action="store_true", help="optimise as for a run: slower, temporaries a little smaller")
+    p.add_argument("--json", action="store_true", help="one JSON object (a list, of several slices)")
+    a, rest = p.parse_known_args(argv)
+    from qstar.config_file import parse_overrides, read_config
+
+    overrides = parse_overrides(rest)
+    if a.config is None:
+        raise UserError("plan: --config=FILE is missing, e.g. --config=configs/star_gsm8k.py")
+    config = read_config(a.config, overrides)
+    names = [name for name in a.topology.split(",") if name]
+    simulate(names)
+    start_jax("cpu")
+    from qstar.plan import run
+    from qstar.plan.cases import Assumed
+
+    assumed = Assumed(a.prompt_tokens, a.prefix_tokens)
+    options = dict(only=a.only, hbm=a.hbm, as_json=a.json, quick=not a.full_effort, rows_per_chip=a.rows_per_chip, keep=a.hlo)
+    if a.search:
+        from qstar.plan.search import main as search
+
+        return search(config, names, assumed, **options)
+    return run.main(config, names, assumed, **options)
 
 
 BENCHES = ("distil", "generate", "quiet_star", "rl", "sandbox", "train")  # modules of qstar.bench

@@ -9,10 +9,12 @@ these to mesh axes. The optimiser's moments carry the parameter's path as a suff
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ class Rules:
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
+    rows: tuple[str, ...] = AXES  # of something small that every device would do alike
 
     def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
         """Returns the PartitionSpec of an array with these logical axes.
@@ -62,6 +65,11 @@ class Rules:
             taken |= set(wanted)
             out.append(wanted if len(wanted) > 1 else wanted[0])
         return P(*out)
+
+
+# Sampling reads every parameter for every token: gathered each time, they would cost more than all else. So heads, MLP and
+# vocabulary are split over all but the data axis, and what is exchanged is the width of a token.
+SAMPLING = Rules(batch=("data",), embed=(), heads=("fsdp", "tensor"), mlp=("fsdp", "tensor"), vocab=("fsdp", "tensor"))
 
 
 def make_mesh(spec: str = "data=-1", devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -106,6 +114,89 @@ def shardings(state: Any, table: AxisTable, mesh: Mesh, rules: Rules = Rules()) 
         return NamedSharding(mesh, P())
 
     return tree.map_named(one, state)
+
+
+# ------------------------------------------------------------------------------------------- inside of a program
+
+
+def mesh_jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Returns `jax.jit(f)`, called and lowered in the mesh that its first argument lies on, if it lies on one.
+
+    So that what is traced knows the mesh (`whole`, `map_rows`, `ways`), without being told.
+    """
+    jitted = jax.jit(f, **options)
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _entered(args[0]):
+            return jitted(*args, **kwargs)
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        with _entered(args[0]):
+            return jitted.lower(*args, **kwargs)
+
+    call.lower, call._cache_size = lower, jitted._cache_size
+    return call
+
+
+def _entered(tree_: Any) -> Any:
+    first = next(iter(jax.tree.leaves(tree_)), None)
+    where = None if isinstance(first, jax.core.Tracer) else getattr(first, "sharding", None)
+    return jax.set_mesh(where.mesh) if isinstance(where, NamedSharding) else contextlib.nullcontext()
+
+
+def ways(rows: int = 0, rules: Rules = Rules()) -> tuple[str, ...]:
+    """Returns the axes of the mesh that a program is traced in over which so many rows are split: none, outside of a mesh
+    or where they do not divide (0 divides by all)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(a for a in rules.batch if not mesh.empty and mesh.shape[a] > 1)
+    return axes if rows % math.prod(mesh.shape[a] for a in axes) == 0 else ()
+
+
+def count_ways(rows: int = 0) -> int:
+    """Returns into how many parts `ways` splits the rows."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in ways(rows))
+
+
+def map_rows(f: Callable[..., Any], in_axes: Any = 0, rules: Rules = Rules()) -> Callable[..., Any]:
+    """Returns `jax.vmap(f)` over rows that are split over the batch axes of the mesh; the first argument is mapped, at 0."""
+
+    def mapped(*args: Any) -> Any:
+        axes = ways(jax.tree.leaves(args[0])[0].shape[0], rules)
+        return jax.vmap(f, in_axes, spmd_axis_name=axes or None)(*args)
+
+    return mapped
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Keeps an array of one row, say [T, E], whole on every device, whatever the parameters it meets are split over.
+
+    With `map_rows` around it, rows then stay where they are. Without it the compiler is free, too, to split activations
+    over their width, as the parameters are under `fsdp`: it gathers rows and reduces activations instead of gathering
+    parameters. Outside of a mesh it does nothing.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*(None,) * x.ndim))
+
+
+def laid(x: jax.Array, axes: Axes, rules: Rules = Rules()) -> jax.Array:
+    """Keeps an array split as the table says of its logical axes, e.g. a sum of gradients like its parameter (so that the
+    parts from many rows are reduced and scattered, not reduced everywhere). Outside of a mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, rules.spec(axes, x.shape, mesh))
+
+
+def laid_tree(tree_: Any, table: AxisTable, rules: Rules = Rules()) -> Any:
+    """`laid`, for a tree and its table; leaves that no pattern matches are whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree_
+    where = shardings(tree_, table, mesh, rules)
+    return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, s.spec), tree_, where)
+
+
+# ------------------------------------------------------------------------------------------------ around a program
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:

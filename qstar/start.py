@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from qstar import processes
@@ -40,6 +41,16 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
         raise UserError(f"--device={device}: JAX finds none ({reason}); install its extra or use cpu") from None
     if device not in ("auto", found):  # called from a program that has started jax already
         raise UserError(f"--device={device}: JAX has started on {found} already; name the device first")
+
+
+def simulate(topologies: Iterable[str]) -> None:
+    """Asks for as many CPU devices as `cpu:N` (and `gpu:N`, where there is no GPU) of these names need. Before JAX starts."""
+    named = (t.partition(":")[::2] for t in topologies)
+    counts = [int(n or 8) for kind, n in named if kind in ("cpu", "gpu") and (n or "8").isdecimal()]
+    if counts and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        flag = f"--xla_force_host_platform_device_count={max(counts)}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        os.environ.setdefault("PJRT_NPROC", "16")
 
 
 def keep_freed_memory() -> None:

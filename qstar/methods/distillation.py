@@ -113,10 +113,7 @@ def distil(
 def _train(start, rows, settings, train, steps, seed, folder, writer, label, teacher, progress):
     limit = policy.text_limit(start.config, start.tokenizer)
     other = (teacher or start).config
-    rates = UpdateSettings(
-        **{f.name: getattr(train, f.name) for f in dataclasses.fields(UpdateSettings) if f.name in _STATIC}
-    )
-    tx, step = compiled(start.config, other, settings, limit, rates)
+    tx, step = compiled(start.config, other, settings, limit, only_updates(train))
     params = {"policy": start.params}
     if settings.kind != "hard":
         params["teacher"] = teacher.params
@@ -160,7 +157,9 @@ def _train(start, rows, settings, train, steps, seed, folder, writer, label, tea
     return state.params["policy"], {"steps": steps, "loss": last.get("loss"), "nll": last.get("nll")}
 
 
-_STATIC = ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip")  # what the compiled step depends on
+def only_updates(train: UpdateSettings) -> UpdateSettings:
+    """Returns what the compiled step depends on: runs that differ in rates and lengths share a compilation."""
+    return UpdateSettings(**{n: getattr(train, n) for n in ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip")})
 
 
 def lesson(

@@ -28,6 +28,7 @@ import numpy as np
 from qstar import processes, tree
 from qstar.errors import require
 from qstar.mesh import put_whole_batch
+from qstar.methods.distillation import only_updates
 from qstar.methods.run_folder import once_json, stable_seed
 from qstar.methods.training import UpdateSettings, finished
 from qstar.models import heads, policy
@@ -157,7 +158,7 @@ def _train(
     run: Run, folder: Path, writer: Writer, label: dict[str, Any], progress: Any, watch: Any
 ) -> tuple[Any, dict[str, Any]]:
     s = run.settings
-    tx, step = compiled(**run.static, update=_only_updates(s))
+    tx, step = compiled(**run.static, update=only_updates(s))
     params = {"policy": run.start.params}
     if run.rl.estimator == "ppo":
         params["value"] = heads.init_critic(
@@ -201,18 +202,6 @@ def _train(
     for when in ("first", "last"):
         summary |= {f"{k}_{when}": record[when].get(k) for k in keys}
     return state.params["policy"], summary
-
-
-def _only_updates(s: ReinforceSettings) -> UpdateSettings:
-    """What the compiled step depends on: runs that differ in rates and lengths share a compilation."""
-    return UpdateSettings(
-        batch_size=s.batch_size,
-        accumulate=s.accumulate,
-        b1=s.b1,
-        b2=s.b2,
-        weight_decay=s.weight_decay,
-        clip=s.clip,
-    )
 
 
 def one_update(

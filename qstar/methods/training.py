@@ -165,15 +165,20 @@ def train_stage(
 def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch):
     """Trains adapters beside the frozen parameters; returns these merged, and leaves FOLDER/adapter in PEFT's layout."""
     settings = stage.settings.lora
-    fresh = lora.init(start.config, settings, jax.random.fold_in(jax.random.key(stage.seed), 1))
-    if start.config.value_head:
-        fresh["value"] = tree.cast(start.params["value"], np.float32)  # a head has nothing to be an adapter of
-    adapted = start.replace(params=fresh)
+    adapted = start.replace(params=fresh_adapters(start, settings, stage.seed))
     adapters, summary = _train(adapted, stage, tx, step_at, batch_at, {**roles, "base": start.params}, watch)
     if processes.is_first():
         lora.save_adapters(start.config, adapters, settings, stage.folder / "adapter")
     merged = jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
     return merged, {**summary, "adapter_parameters": tree.size(adapters)}
+
+
+def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:
+    """Returns what is trained in place of the parameters: fresh adapters, and a value head whole."""
+    fresh = lora.init(start.config, settings, jax.random.fold_in(jax.random.key(seed), 1))
+    if start.config.value_head:
+        fresh["value"] = tree.cast(start.params["value"], np.float32)  # a head has nothing to be an adapter of
+    return fresh
 
 
 def _train(start, stage, tx, step_at, batch_at, roles, watch):

@@ -236,7 +236,7 @@ def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[
         raise UserError(f"config.dpo.row_length={s.row_length}: none of {len(rows)} pairs fits into a row")
     reference = np.array([rows[i]["reference"] for i in fits], np.float32)
     arrays = pair_arrays([groups[i] for i in fits], reference, s.row_length, s.packed)
-    tx, step = _dpo_step(sft.config, s)
+    tx, step = dpo_step(sft.config, s)
 
     def to_batch(a: dict[str, np.ndarray]) -> Preference:
         extra = {k: a.pop(k) for k in ("reference", "weight")}
@@ -281,7 +281,7 @@ def train_head(
     some = [solutions[i] for i in fits]
     arrays = graded_arrays(some, tokenizer, s.row_length, s.packed, steps and [steps[i] for i in fits])
     start = add_value_head(sft, kind)
-    tx, step = _value_step(start.config, s)
+    tx, step = value_step(start.config, s)
 
     def to_batch(a: dict[str, np.ndarray]) -> Graded:
         extra = {k: a.pop(k) for k in ("labels", "weight")}
@@ -292,7 +292,8 @@ def train_head(
 
 
 @functools.cache
-def _dpo_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
+def dpo_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
+    """Returns (optimiser, jitted step) of DPO, one per configuration."""
     tx = s.optimiser()
     return tx, make_step(
         s.through(functools.partial(dpo_loss, config=config, beta=s.beta, alpha=s.alpha)), tx, s.accumulate
@@ -300,7 +301,8 @@ def _dpo_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _value_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
+def value_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
+    """Returns (optimiser, jitted step) of a verifier with a head, one per configuration."""
     tx = s.optimiser()
     loss = functools.partial(value_loss, config=config, lm_weight=s.lm_weight, dropout=s.dropout)
     return tx, make_step(s.through(loss), tx, s.accumulate)

@@ -68,7 +68,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the computation; parameters keep their own dtype
     attention: str = "auto"  # of a text with itself: "xla" | "splash" (TPU) | "cudnn" (GPU): `models.flash`
     remat: str = "none"  # "none" | "block" (keep block inputs) | "dots" (keep matrix products)
-    piece_tokens: int = 2048  # of threads whose activations are held at once by the gradient of thoughts, in all rows
+    piece_tokens: int = 2048  # of threads whose activations a device holds at once in the gradient of thoughts
     scan_unroll: int = 1  # layers per iteration of the scan; on a CPU, all of them is fastest
     init_std: float = 0.02
 

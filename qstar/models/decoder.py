@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qstar.mesh import whole
 from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
@@ -46,6 +47,12 @@ PARAM_AXES = (
     (r"(up|gate)/kernel$", ("embed", "mlp")),
     (r"(up|gate)/bias$", ("mlp",)),
     (r"down/kernel$", ("mlp", "embed")),
+    (r"(q|k|v|up|gate)/lora_a$", ("embed", None)),  # so that the product of a pair lies where its kernel does
+    (r"(q|k|v)/lora_b$", (None, "heads")),
+    (r"(up|gate)/lora_b$", (None, "mlp")),
+    (r"o/lora_a$", ("heads", None)),
+    (r"down/lora_a$", ("mlp", None)),
+    (r"(o|down)/lora_b$", (None, "embed")),
     (r"head/kernel$", ("embed", "vocab")),
     (r"head/bias$", ("vocab",)),
 )
@@ -92,7 +99,7 @@ def place(params: Params, config: ModelConfig, rows: jax.Array, positions: jax.A
         x = x * jnp.asarray(config.hidden_size**0.5, dtype)
     if config.position == "learned":
         x = x + params["positions"]["table"][positions].astype(dtype)
-    return x
+    return whole(x)
 
 
 def run_layers(
@@ -117,7 +124,8 @@ def run_layers(
     block, turns = Block(config), _turns(config, positions)
 
     def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
-        return block.apply({"params": with_adapters(layer)}, x, turns, mask, segments, positions)
+        x, kv = block.apply({"params": with_adapters(layer)}, x, turns, mask, segments, positions)
+        return whole(x), kv
 
     if config.remat != "none":
         keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qstar.mesh import whole
 from qstar.models.attention import attend, write_column
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.layers import ACTIVATIONS, Linear, Norm
@@ -234,7 +235,7 @@ def scaled(config: EncDecConfig, x: jax.Array) -> jax.Array:
 
 
 def _embed(params: Params, config: EncDecConfig, tokens: jax.Array) -> jax.Array:
-    return params["embed"]["table"][tokens].astype(config.dtype)
+    return whole(params["embed"]["table"][tokens].astype(config.dtype))
 
 
 def _run(
@@ -251,7 +252,8 @@ def _run(
     layers = stack["layers"]
 
     def one(x: jax.Array, layer: Params, source: Any, ring: Ring | None = None) -> tuple[jax.Array, Any]:
-        return block.apply({"params": layer}, x, bias, mask, source, ring)
+        x, kv = block.apply({"params": layer}, x, bias, mask, source, ring)
+        return whole(x), kv
 
     if isinstance(layers, list):
         new = []

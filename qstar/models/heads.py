@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.errors import UserError
+from qstar.mesh import mesh_jit
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model, hidden_states, score_tokens
@@ -46,7 +47,7 @@ def value_logits(params: Params, hidden: jax.Array) -> jax.Array:
     return (out + params["value"]["bias"].astype(jnp.float32))[..., 0]
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(mesh_jit, static_argnames="config")
 def _values(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns [B, T]: at t, the head's logit after token t + 1 (so that it lines up with log-probabilities)."""
     return jnp.roll(value_logits(params, hidden_states(params, config, tokens, mask)), -1, axis=1)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from qstar import tree
 from qstar.errors import UserError, require
-from qstar.mesh import put_batch
+from qstar.mesh import map_rows, mesh_jit, put_batch
 from qstar.models import decoder, encdec, hf, policy
 from qstar.models.attention import text_sight
 from qstar.models.config import DTYPES, ModelConfig, from_hf, official_thoughts, to_hf
@@ -165,15 +165,15 @@ def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, mask: 
         positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
         return decoder.forward(params, config, tokens, positions, text_sight(config, real))[0]
 
-    return jax.vmap(one)(tokens, mask.astype(jnp.int32))
+    return map_rows(one)(tokens, mask.astype(jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(mesh_jit, static_argnames="config")
 def _logits(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     return decoder.unembed(params, config, hidden_states(params, config, tokens, mask))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(mesh_jit, static_argnames="config")
 def _next_logprobs(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns [B, T]: at t, the log-probability of token t + 1 (the last column means nothing).
 
@@ -202,7 +202,7 @@ def _place(model: Model, *arrays: Any) -> tuple[Any, ...]:
     return arrays if model.mesh is None else put_batch(arrays, model.mesh)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(mesh_jit, static_argnames="config")
 def _encdec_logits(
     params: Params, config: EncDecConfig, source: jax.Array, source_mask: jax.Array, tokens: jax.Array
 ) -> jax.Array:
@@ -210,10 +210,10 @@ def _encdec_logits(
         states = encdec.encode(params, config, source, real)
         return decoder.unembed(params, config, encdec.decode(params, config, tokens, states, real))
 
-    return jax.vmap(one)(source, source_mask, tokens)
+    return map_rows(one)(source, source_mask, tokens)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(mesh_jit, static_argnames="config")
 def _response_logprobs(params: Params, config: EncDecConfig, *arrays: jax.Array) -> jax.Array:
     return policy.response_scores(params, config, *arrays)[0]
 

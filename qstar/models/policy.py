@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qstar.mesh import map_rows
 from qstar.models import decoder, encdec
 from qstar.models.attention import NEG, text_sight
 from qstar.models.config import ModelConfig
@@ -47,7 +48,7 @@ def response_states(
             )  # y[t-1] stands at t: no offset
             return encdec.decode(params, config, fed, states, real)
 
-        return jax.vmap(one)(prompt, prompt_mask, response)
+        return map_rows(one)(prompt, prompt_mask, response)
 
     P, R = prompt.shape[1], response.shape[1]
     tokens = jnp.concatenate([prompt, response[:, :-1]], axis=1)  # the last token predicts nothing
@@ -57,7 +58,7 @@ def response_states(
         positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
         return decoder.forward(params, config, tokens, positions, text_sight(config, real))[0][P - 1 : P - 1 + R]
 
-    return jax.vmap(row)(tokens, real)
+    return map_rows(row)(tokens, real)
 
 
 def response_scores(

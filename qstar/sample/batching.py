@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from qstar.errors import UserError, require
-from qstar.mesh import batch_sharding, replicated
+from qstar.mesh import SAMPLING, Rules
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
 from qstar.sample import sampler as S
@@ -356,13 +359,25 @@ def _placed(model: Model, make: Callable[[], S.SampleState]) -> S.SampleState:
     state = make()
     if model.mesh is None:
         return state
-    split, whole = batch_sharding(model.mesh), replicated(model.mesh)
-    ways = split.num_devices // model.mesh.shape["tensor"]
-    divides = state.active.shape[0] % ways == 0
-    where = jax.tree.map(lambda x: split if x.ndim and divides else whole, state)
+    where = state_shardings(state, model.mesh)
     if jax.process_count() == 1:
         return jax.device_put(state, where)
     return jax.jit(make, out_shardings=where)()  # no process could put what belongs to the others' devices
+
+
+def state_shardings(state: S.SampleState, mesh: Mesh) -> S.SampleState:
+    """Returns where the slots of a state lie: caches [B, G, R, K] split by their heads, as the parameters are for sampling
+    (by rows, where the heads do not divide), the rest by rows over the data axis."""
+
+    def place(x: Any, axes: tuple[str | None, ...], rules: Rules) -> NamedSharding:
+        return NamedSharding(mesh, rules.spec(axes[: x.ndim], x.shape, mesh))
+
+    heads = jax.tree.leaves(state.ring)[0].shape[1]
+    over = math.prod(mesh.shape[a] for a in SAMPLING.heads)
+    rules = SAMPLING if heads % over == 0 else Rules(heads=())
+    cached = jax.tree.map(lambda x: place(x, ("batch", "heads", None, None), rules), (state.prompt, state.ring))
+    rows = jax.tree.map(lambda x: place(x, ("batch", None), SAMPLING), state)
+    return rows.replace(prompt=cached[0], ring=cached[1])
 
 
 def to_host(arrays):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from qstar import tree
+from qstar.mesh import SAMPLING, laid, laid_tree, map_rows, mesh_jit
 from qstar.models import decoder
 from qstar.models.attention import text_mask
 from qstar.models.config import ModelConfig
@@ -76,15 +77,16 @@ class Fill(NamedTuple):
     request: jax.Array  # [M, 2] int32: which prompt, and which of its samples; folded into the seed
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(mesh_jit, static_argnames="config")
 def prepare(params: Params, config: ModelConfig) -> Params:
-    """Returns parameters as the decode loop reads them: matrices in the compute dtype, layers unstacked."""
+    """Returns parameters as the decode loop reads them: matrices in the compute dtype, layers unstacked, split for it."""
 
     def cast(name: str, x: jax.Array) -> jax.Array:
         return x.astype(config.dtype) if name.endswith(("kernel", "table")) else x
 
     params = tree.map_named(cast, params)
-    return {**params, "layers": decoder.unstack(params["layers"], config)}
+    params = {**params, "layers": decoder.unstack(params["layers"], config)}
+    return laid_tree(params, decoder.PARAM_AXES, SAMPLING)
 
 
 def empty_state(sampler: Sampler) -> SampleState:
@@ -116,7 +118,7 @@ def empty_state(sampler: Sampler) -> SampleState:
     )
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(mesh_jit, static_argnames="config")
 def prefill_prefix(params: Params, config: ModelConfig, tokens: jax.Array, length: jax.Array) -> Prefix:
     """Runs the shared prefix once. tokens: [P] int32, right padded (P may be 0); length: how many are real."""
     if not tokens.shape[0]:
@@ -124,10 +126,10 @@ def prefill_prefix(params: Params, config: ModelConfig, tokens: jax.Array, lengt
         return Prefix([(none, none)] * config.num_layers, length)
     mask = text_mask(None, tokens.shape[0], config.sliding_window)
     _, pairs = decoder.forward(params, config, tokens, jnp.arange(tokens.shape[0]), mask)
-    return Prefix(pairs, length)
+    return Prefix([tuple(laid(x, ("heads", None, None), SAMPLING) for x in pair) for pair in pairs], length)
 
 
-@partial(jax.jit, static_argnames="sampler", donate_argnames="state")
+@partial(mesh_jit, static_argnames="sampler", donate_argnames="state")
 def refill(
     params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, fill: Fill, seed: jax.Array, knobs: Knobs
 ) -> SampleState:
@@ -142,7 +144,7 @@ def refill(
         hidden, pairs = decoder.forward(params, config, tokens, positions, own_mask, past)
         return hidden[length - 1], pairs
 
-    hidden, pairs = jax.vmap(prefill)(fill.tokens, fill.lengths)  # [N, E], per layer [N, G, Lp, K]
+    hidden, pairs = map_rows(prefill, rules=SAMPLING)(fill.tokens, fill.lengths)  # [N, E], per layer [N, G, Lp, K]
     keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(seed, r[0]), r[1]))(fill.request)
     logits = decoder.unembed(params, config, hidden)[fill.source]  # [M, V]
     token, logprob, sample_logprob = draw_rows(logits, keys, jnp.zeros_like(fill.slot), knobs, sampler)
@@ -169,7 +171,7 @@ def refill(
     )
 
 
-@partial(jax.jit, static_argnames="sampler", donate_argnames="state")
+@partial(mesh_jit, static_argnames="sampler", donate_argnames="state")
 def decode(
     params: Params,
     sampler: Sampler,
@@ -220,7 +222,7 @@ def _step(params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, 
         hidden, ring = decoder.forward(params, config, token[None], position[None], None, past)
         return hidden[0], ring
 
-    hidden, ring = jax.vmap(row)(state.token, state.prompt_len, state.born, state.prompt, state.ring)
+    hidden, ring = map_rows(row, rules=SAMPLING)(state.token, state.prompt_len, state.born, state.prompt, state.ring)
     logits = decoder.unembed(params, config, hidden)
     token, logprob, sample_logprob = draw_rows(logits, state.key, state.count, knobs, sampler)
     here = (jnp.arange(R) == state.count[:, None]) & state.active[:, None]  # [B, R]
@@ -256,6 +258,8 @@ def draw_rows(logits, keys, counts, knobs, sampler):
     """Draws a token per row: [B, V] logits, per-request keys, and how many tokens each request has drawn before."""
     if sampler.vocab_limit < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < sampler.vocab_limit, logits, NEG)
+    # Made where the vocabulary's parts are; then a row's whole vocabulary to one device, rather than all rows' to all.
+    logits = laid(laid(logits, ("batch", "vocab"), SAMPLING), ("rows", None))
     u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, counts)
     return jax.vmap(draw, in_axes=(0, 0, None))(logits, u, knobs)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from qstar import tree
 from qstar.errors import UserError
-from qstar.mesh import put_batch
+from qstar.mesh import SAMPLING, Rules, laid_tree, map_rows, mesh_jit, put_batch
 from qstar.models import decoder, encdec, policy
 from qstar.models.model import Model, encoder_ids
 from qstar.sample.logits import Knobs
@@ -24,7 +24,7 @@ from qstar.sample.sampler import Sampler, draw_rows, is_stop
 from qstar.types import Completion, Params
 
 
-@partial(jax.jit, static_argnames="sampler")
+@partial(mesh_jit, static_argnames="sampler")
 def sample_rows(
     params: Params,
     sampler: Sampler,
@@ -49,10 +49,10 @@ def sample_rows(
         real = jnp.arange(tokens.shape[0]) < length
         return encdec.cross_sources(params, c, encdec.encode(params, c, tokens, real), real)
 
-    sources = jax.vmap(read)(tokens, lengths)
+    sources = map_rows(read)(tokens, lengths)
     step_row = partial(encdec.decode_step, params, c)
     # Samples share the sources of their prompt: the inner map leaves them whole.
-    step_all = jax.vmap(jax.vmap(step_row, in_axes=(0, None, None, 0)), in_axes=(0, None, 0, 0))
+    step_all = map_rows(jax.vmap(step_row, in_axes=(0, None, None, 0)), in_axes=(0, None, 0, 0), rules=SAMPLING)
     keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(seed, r[0]), r[1]))(requests.reshape(N * n, 2))
     empty = jnp.zeros((N, n, c.num_heads, R, c.head_dim), c.dtype)
     state = {
@@ -93,14 +93,20 @@ def sample_rows(
     return {k: state[k] for k in ("tokens", "logprobs", "sample_logprobs", "count", "stopped")}
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(mesh_jit, static_argnames="config")
 def prepare(params: Params, config: Any) -> Params:
     """Returns parameters as decoding reads them: matrices in the compute dtype, the decoder's layers unstacked."""
 
     def cast(name: str, x: jax.Array) -> jax.Array:
         return x.astype(config.dtype) if name.endswith("kernel") or name == "embed/table" else x
 
-    return encdec.unstack(tree.map_named(cast, params), config)
+    params = encdec.unstack(tree.map_named(cast, params), config)
+    return {k: laid_tree({k: v}, decoder.PARAM_AXES, rules_of(k))[k] for k, v in params.items()}
+
+
+def rules_of(part: str) -> Rules:
+    """Returns how a part of the parameters is split: reading many tokens at once is like training, writing is not."""
+    return Rules() if part == "encoder" else SAMPLING
 
 
 def encode_prompts(model: Model, prompts: Sequence[Any], prefix: Any = "") -> list[list[int]]:

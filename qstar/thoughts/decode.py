@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qstar.mesh import map_rows, mesh_jit
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.sample.logits import NEG, Knobs, draw
@@ -54,7 +55,7 @@ class _State(NamedTuple):
     out: Drawn
 
 
-@partial(jax.jit, static_argnames="talker")
+@partial(mesh_jit, static_argnames="talker")
 def write(
     params: Params,
     talker: Talker,
@@ -123,7 +124,7 @@ def _next(params: Params, talker: Talker, keys: jax.Array, knobs: Knobs, heat: j
         out.count + active,
         out.stopped | (active & stop),
     )
-    batch, texts = jax.vmap(partial(_append, params, talker.config))(state.batch, state.texts, state.length, token)
+    batch, texts = map_rows(partial(_append, params, talker.config))(state.batch, state.texts, state.length, token)
     return _State(state.step + 1, batch, texts, state.length + 1, active & ~stop, out)
 
 

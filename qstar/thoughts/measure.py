@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qstar.mesh import mesh_jit
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import generate, layout, select, threads
@@ -32,7 +33,7 @@ class Scores(NamedTuple):
     counted: jax.Array  # [B, M] bool: there is a token to predict
 
 
-@partial(jax.jit, static_argnames=("config", "passes"))
+@partial(mesh_jit, static_argnames=("config", "passes"))
 def score(
     params: Params,
     config: ModelConfig,
@@ -69,7 +70,7 @@ def score(
     return Scores(base_nll, base_hit, entropy, *first, reward, paths.weight[..., 0], own, thought_nll, counted)
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(mesh_jit, static_argnames="config")
 def score_text(params: Params, config: ModelConfig, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same for a model that does not think: nll [B, N-1], hit, counted."""
     texts = threads.read(params, config, batch)

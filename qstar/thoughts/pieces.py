@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qstar.mesh import count_ways
 from qstar.models.config import ModelConfig
 from qstar.thoughts import threads
 from qstar.types import Batch, Params
@@ -54,7 +55,7 @@ def _run(
 def _cut(config: ModelConfig, positions: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Cuts [B, M] and [B, P, M, ...] into equal pieces [C, B, m] and [C, B, P, m, ...], filled up with zeros."""
     B, P, M, n, _ = arrays[0].shape
-    m = min(M, max(1, config.piece_tokens // (B * P * n)))
+    m = min(M, max(1, config.piece_tokens * count_ways(B) // (B * P * n)))
     count = -(-M // m)
     m = -(-M // count)
 

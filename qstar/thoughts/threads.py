@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qstar.mesh import map_rows
 from qstar.models import decoder, mixing
 from qstar.models.attention import text_mask
 from qstar.models.config import ModelConfig
@@ -41,7 +42,7 @@ def over_thoughts(f: Callable[..., Any]) -> Callable[..., Any]:
         rest = (0,) * len(own)
         per_position = jax.vmap(f, (None, None, 0, *rest))
         per_pass = jax.vmap(per_position, (None, None, None, *rest))
-        return jax.vmap(per_pass)(batch, texts, positions, *own)
+        return map_rows(per_pass)(batch, texts, positions, *own)
 
     return lifted
 
@@ -52,7 +53,7 @@ def read(params: Params, config: ModelConfig, batch: Batch) -> Text:
     def one(row: Batch) -> Text:
         return Text(*decoder.forward(params, config, row.tokens, row.positions, layout.text_sight(row, config)))
 
-    return jax.vmap(one)(batch)
+    return map_rows(one)(batch)
 
 
 def run_thread(

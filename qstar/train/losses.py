@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qstar.mesh import count_ways, laid, map_rows
 from qstar.models import decoder
 from qstar.models.attention import precision, text_sight
 from qstar.models.config import ModelConfig
@@ -60,7 +61,7 @@ def hidden_states(params: Params, config: ModelConfig, batch: Batch, one_text: b
         mask = text_sight(config, segment_ids, one_text=one_text, must=True)
         return decoder.forward(params, config, tokens, positions, mask)[0]
 
-    return jax.vmap(one)(batch.tokens, batch.positions, batch.segment_ids)
+    return map_rows(one)(batch.tokens, batch.positions, batch.segment_ids)
 
 
 # ---------------------------------------------------------------------------------- vocabulary loss in chunks of tokens
@@ -112,6 +113,8 @@ def token_logprobs(hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None,
     if bias is None:
         bias = jnp.zeros((kernel.shape[1],), jnp.float32)
 
+    kernel = _gathered(kernel, hidden.dtype)
+
     @jax.checkpoint
     def one(xs: Any) -> jax.Array:
         h, t = xs
@@ -130,6 +133,7 @@ def _token_nll(hidden, kernel, bias, targets, weights, z_loss):
         nll, hits, each = _nll(logits, top, logz, t, w, z_loss)
         return (carry[0] + nll, carry[1] + hits), each
 
+    kernel = _gathered(kernel, hidden.dtype)
     zero = jnp.zeros((), jnp.float32)
     (nll, hits), each = jax.lax.scan(body, (zero, zero), chunks((hidden, targets, weights), kernel.shape[1]))
     return nll, hits, unchunk(each, targets.shape[0])
@@ -141,16 +145,18 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss):
     def body(carry, xs):
         nll_sum, hit_sum, d_kernel, d_bias = carry
         h, t, w = xs
-        logits, top, logz = _logits(h, kernel, bias)
+        logits, top, logz = _logits(h, low, bias)
         nll, hits, each = _nll(logits, top, logz, t, w, z_loss)
         d_logits = jnp.exp(logits - logz[:, None]) * (w * (1 + 2 * z_loss * logz))[:, None]
         d_logits = jnp.where(jnp.arange(logits.shape[1]) == t[:, None], d_logits - w[:, None], d_logits)
         d_low = d_logits.astype(h.dtype)
         exact = precision(h.dtype)
-        d_hidden = jnp.matmul(d_low, kernel.astype(h.dtype).T, precision=exact)
+        d_hidden = jnp.matmul(d_low, low.T, precision=exact)
         d_kernel = d_kernel + jnp.matmul(h.T, d_low, precision=exact, preferred_element_type=jnp.float32)
+        d_kernel = laid(d_kernel, ("embed", "vocab"))
         return (nll_sum + nll, hit_sum + hits, d_kernel, d_bias + jnp.sum(d_logits, axis=0)), (d_hidden, each)
 
+    low = _gathered(kernel, hidden.dtype)
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
     xs = chunks((hidden, targets, weights), kernel.shape[1])
@@ -175,6 +181,12 @@ def _backward(z_loss, saved, cotangents):
 _token_nll.defvjp(_forward, _backward)
 
 
+def _gathered(kernel: jax.Array, dtype: Any) -> jax.Array:
+    """The kernel [E, V] in the compute dtype, all of its rows on every device: once, before the chunks."""
+    low = laid(kernel.astype(dtype), ("embed", "vocab"))  # or it would be gathered first and cast then
+    return laid(low, (None, "vocab"))
+
+
 def _logits(h, kernel, bias):
     logits = jnp.matmul(h, kernel.astype(h.dtype), precision=precision(h.dtype), preferred_element_type=jnp.float32)
     logits = logits + bias
@@ -192,20 +204,26 @@ def _nll(logits, top, logz, targets, weights, z_loss):
 def chunks(arrays: Any, vocab: int) -> Any:
     """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on weighs nothing.
 
-    A chunk takes every C-th token, so that tokens which are split over devices stay split within each chunk.
+    A chunk takes every C-th token of each device, so that tokens which are split over devices stay split within each chunk.
     """
     N = arrays[0].shape[0]
-    n = min(N, max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab)))
-    count = -(-N // n)
-    n = -(-N // count)
+    parts = count_ways(N)
+    own = N // parts
+    n = min(own, max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab)))
+    count = -(-own // n)
+    n = -(-own // count)
 
     def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, count * n - N)] + [(0, 0)] * (x.ndim - 1))
-        return jnp.swapaxes(padded.reshape(n, count, *x.shape[1:]), 0, 1)
+        rest = x.shape[1:]
+        padded = jnp.pad(x.reshape(parts, own, *rest), [(0, 0), (0, count * n - own)] + [(0, 0)] * len(rest))
+        chunk = jnp.moveaxis(padded.reshape(parts, n, count, *rest), 2, 0).reshape(count, parts * n, *rest)
+        return laid(chunk, (None, "batch") + (None,) * len(rest))
 
     return jax.tree.map(cut, arrays)
 
 
 def unchunk(x: jax.Array, count: int) -> jax.Array:
     """Returns [count, ...] from chunks [C, n, ...] of `chunks`."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:count]
+    parts, rest = count_ways(count), x.shape[2:]
+    x = jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *rest), 0, 2)  # [parts, n, C, ...]
+    return x.reshape(parts, -1, *rest)[:, : count // parts].reshape(count, *rest)

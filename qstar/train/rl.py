@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from qstar.errors import require
+from qstar.mesh import mesh_jit
 from qstar.models import heads, policy
 from qstar.tree import masked_mean
 from qstar.types import Metrics, Params
@@ -130,7 +131,7 @@ def measure(
     return logprobs, entropy, heads.critic(params["value"], trunk)
 
 
-measure_jit = jax.jit(measure, static_argnames=("config", "settings", "limit"))
+measure_jit = mesh_jit(measure, static_argnames=("config", "settings", "limit"))
 
 
 # ----------------------------------------------------------------------------------------------------- advantages

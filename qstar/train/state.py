@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from qstar import tree
-from qstar.mesh import AxisTable, shardings
+from qstar.mesh import AxisTable, Rules, shardings
 from qstar.types import Params
 
 
@@ -57,11 +57,25 @@ def create_state(
 
 @functools.cache
 def _creator(tx: optax.GradientTransformation, mesh: Mesh | None, table: tuple) -> Callable[..., TrainState]:
-    def create(params: dict[str, Params], key: jax.Array) -> TrainState:
-        copies = jax.tree.map(jnp.copy, params)  # the step donates its state; the caller keeps its parameters
-        return TrainState(params=copies, opt_state=tx.init(copies), step=jnp.int32(0), rng=key)
+    return sharded_jit(functools.partial(_fresh, tx), mesh, table)
 
-    return sharded_jit(create, mesh, table)
+
+def _fresh(tx: optax.GradientTransformation, params: dict[str, Params], key: jax.Array) -> TrainState:
+    copies = jax.tree.map(jnp.copy, params)  # the step donates its state; the caller keeps its parameters
+    return TrainState(params=copies, opt_state=tx.init(copies), step=jnp.int32(0), rng=key)
+
+
+def abstract_state(
+    params: dict[str, Params], tx: optax.GradientTransformation, *, mesh: Mesh, table: AxisTable
+) -> TrainState:
+    """Returns the shapes, dtypes and shardings of what `create_state` makes of parameters (abstract ones will do)."""
+    return abstract(jax.eval_shape(functools.partial(_fresh, tx), params, jax.random.key(0)), mesh, table)
+
+
+def abstract(tree_: Any, mesh: Mesh, table: AxisTable, rules: Rules = Rules()) -> Any:
+    """Returns a tree as ShapeDtypeStruct leaves, sharded by the table."""
+    where = shardings(tree_, table, mesh, rules)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree_, where)
 
 
 def init_params(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from qstar import tree
+from qstar.mesh import mesh_jit
 from qstar.train.state import TrainState
 from qstar.types import Metrics
 
@@ -70,7 +71,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         )
         return state, means
 
-    return jax.jit(step, donate_argnums=0)
+    return mesh_jit(step, donate_argnums=0)
 
 
 def _nonzero(weight: jax.Array) -> jax.Array:

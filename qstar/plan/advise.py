@@ -1,0 +1,56 @@
+"""What is too large, and what would make it fit: by arithmetic alone, before anything more is compiled."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jax.sharding import Mesh
+
+from qstar.plan.program import Plan
+from qstar.plan.show import size
+
+NAMES = {"optimiser": "optimiser state", "cache": "KV cache"}
+
+
+def culprit(plan: Plan) -> tuple[str, int]:
+    """Returns the largest thing in a program that does not fit, and its bytes per chip."""
+    things = {NAMES.get(k, k): v for k, v in {**plan.parts, **plan.held, "activations": plan.activations}.items()}
+    name = max(things, key=things.get)
+    return name, things[name]
+
+
+def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
+    """Returns one line that names the culprit, and lines that say what would help."""
+    name, bytes_ = culprit(plan)
+    over = plan.peak - plan.hbm
+    out = [f"{plan.name}: {name} {size(bytes_)} of {size(plan.hbm)} per chip, {size(over)} too much in all"]
+    chips, split = mesh.size, mesh.shape["fsdp"] * mesh.shape["tensor"]
+    sharded = sum(plan.parts.get(k, 0) for k in ("parameters", "optimiser")) + sum(plan.held.values())
+    rest = plan.peak - sharded
+    if split < chips:
+        left = sharded * split // chips + rest
+        verdict = "fits" if left <= plan.hbm else f"still {size(left - plan.hbm)} too much"
+        out.append(f"fsdp={chips // mesh.shape['tensor']} would hold {size(left)} per chip ({verdict})")
+    room = plan.hbm - rest
+    if room > 0 and sharded > 0:
+        need = 2 ** math.ceil(math.log2(max(1, sharded * split / room)))
+        if need > chips:
+            out.append(
+                f"{need} of these chips with fsdp={need} would hold parameters and optimiser beside what else there is"
+            )
+    if plan.parts.get("optimiser") and not config.get("train", {}).get("lora_rank"):
+        if config.get("method") not in ("quiet_star", "guided_cot", "rl"):
+            out.append("train.lora_rank=16 would leave next to no optimiser state and float32 masters")
+    if plan.activations > plan.hbm // 4 and plan.parts.get("optimiser"):
+        train = config.get("train", {})
+        if config.get("model", {}).get("remat", "none") != "block":
+            out.append("model.remat=block would keep the blocks' inputs alone")
+        rows = train.get("batch_size", 1) // train.get("accumulate", 1)
+        ways = chips // mesh.shape["tensor"]
+        if rows > ways:
+            out.append(f"train.accumulate={train.get('batch_size', 1) // ways} would run one row per chip at a time")
+        out.append(f"tensor={2 * mesh.shape['tensor']} would split the activations of heads and MLP once more")
+    if plan.parts.get("cache", 0) > plan.hbm // 4:
+        out.append("sample.slots (rows side by side) scales the KV cache")
+    return out

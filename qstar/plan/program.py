@@ -1,0 +1,127 @@
+"""One program of a run with abstract arguments, and what the compiler says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from qstar.plan.hlo import Costs
+from qstar.plan.hlo import Program as Text
+from qstar.plan.topology import GIB, Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a run compiles, before it is compiled."""
+
+    name: str
+    lower: Callable[[], Any]  # -> jax.stages.Lowered
+    parts: dict[str, Any]  # name -> abstract arguments with their shardings: parameters, optimiser, cache, batch
+    held: dict[str, Any]  # name -> abstract arrays that are alive beside it
+    flops: float  # that the mathematics needs, on all chips together
+    rule: str  # how they were counted
+    steps: int = 1  # of a loop that ends when its data say so
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Plan:
+    """What one program needs of each chip. Bytes, FLOPs, seconds."""
+
+    name: str
+    fits: bool
+    parts: dict[str, int]
+    held: dict[str, int]
+    activations: int  # temporaries of the program; as far as known where it does not fit
+    peak: int  # all of these together
+    hbm: int
+    flops: float = 0.0  # executed
+    needed: float = 0.0  # that the mathematics needs
+    traffic: float = 0.0
+    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
+    mfu: float = 0.0
+    compile_seconds: float = 0.0
+    compiled: bool = False
+    rule: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """The least time that one run can take."""
+        return max(self.times.values(), default=0.0)
+
+
+def local_bytes(tree: Any) -> int:
+    """Returns the bytes of a tree of abstract arrays on one device."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        shape = x.sharding.shard_shape(x.shape) if isinstance(x.sharding, NamedSharding) else x.shape
+        size = 16 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
+        total += math.prod(shape) * size
+    return total
+
+
+def compile_program(program: Program, topology: Topology, keep: Callable[[str], None] | None = None) -> Plan:
+    """Compiles a program for a slice and reads the result.
+
+    What cannot fit, since its arguments do not, is not compiled.
+
+    Args:
+      keep: is given the compiled text.
+    """
+    parts = {k: local_bytes(v) for k, v in program.parts.items()}
+    held = {k: local_bytes(v) for k, v in program.held.items()}
+    arguments, beside, hbm = sum(parts.values()), sum(held.values()), int(topology.chip.hbm)
+    chips = len(topology.devices)
+    plan = Plan(program.name, False, parts, held, 0, arguments + beside, hbm, needed=program.flops / chips,
+                rule=program.rule, notes=program.notes)  # fmt: skip
+    if plan.peak > hbm:
+        return plan
+    began = time.perf_counter()
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        plan.activations = max(_exhausted(str(e)) - arguments, hbm - arguments)
+        plan.peak, plan.compile_seconds = arguments + beside + plan.activations, time.perf_counter() - began
+        return plan
+    plan.compile_seconds, plan.compiled = time.perf_counter() - began, True
+    memory = compiled.memory_analysis()
+    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that take no argument's place
+    plan.activations = memory.temp_size_in_bytes + max(0, extra)
+    plan.peak = memory.argument_size_in_bytes + beside + plan.activations
+    plan.fits = plan.peak <= hbm
+    text = compiled.as_text()
+    if keep is not None:
+        keep(text)
+    count(plan, Text(text, program.steps).costs(), topology)
+    return plan
+
+
+def count(plan: Plan, costs: Costs, topology: Topology) -> None:
+    """Fills in what the compiled text says: FLOPs, traffic, collectives, and the time that they take at best."""
+    chip = topology.chip
+    plan.flops, plan.traffic = costs.flops, costs.bytes
+    plan.collectives = {k: {"count": c.count, "bytes": c.bytes} for k, c in sorted(costs.collectives.items())}
+    plan.times = {
+        "compute": costs.flops / chip.flops,
+        "memory": costs.bytes / chip.bandwidth,
+        "links": costs.wire / chip.links,
+    }
+    plan.mfu = plan.needed / chip.flops / plan.seconds if plan.seconds else 0.0
+
+
+def _exhausted(message: str) -> int:
+    """Returns the bytes that a program would have used, as a TPU compiler's complaint says: `Used 28.05G of 15.75G hbm`."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    scale = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    return int(float(found[1]) * scale[found[2]]) if found else 0

@@ -1,0 +1,118 @@
+"""The cheapest layout of a config that fits on a slice: mesh, rematerialisation and micro-batches are varied.
+
+Layouts are ordered by what they are known to cost, and compiled in this order until one fits: rows that do not divide over
+the chips (each chip then computes all of them) are worst, then tensor parallelism (it exchanges activations in every layer),
+then recomputation, then more micro-batches (parameters are gathered once for each). What cannot fit by arithmetic alone is
+not compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from qstar.plan import show
+from qstar.plan.cases import Assumed, programs
+from qstar.plan.program import Plan, compile_program, local_bytes
+from qstar.plan.run import settled
+from qstar.plan.topology import Topology, open_topology
+
+
+class Layout(NamedTuple):
+    """One way to run a config."""
+
+    mesh: str
+    remat: str
+    accumulate: int
+
+    def apply(self, config: Any) -> Any:
+        """Returns a copy of the config with it."""
+        c = config.copy_and_resolve_references().unlock()
+        c.mesh = self.mesh
+        if "model" in c and self.remat:
+            c.model.remat = self.remat
+        c.train.accumulate = self.accumulate
+        return c
+
+    @property
+    def flags(self) -> str:
+        """How to say so on the command line."""
+        remat = f" --config.model.remat={self.remat}" if self.remat else ""
+        return f"--config.mesh={self.mesh}{remat} --config.train.accumulate={self.accumulate}"
+
+
+def layouts(config: Any, chips: int) -> list[Layout]:
+    """Returns the layouts of a config on so many chips, the cheapest first."""
+    rows = config.train.get("batch_size", 1)
+    remats = ("none", "block") if config.get("model") and "remat" in config.model else ("",)
+    powers = [2**i for i in range(int(math.log2(chips)) + 1)]
+    out = []
+    for tensor in (t for t in powers if chips % t == 0 and t <= 16):
+        for fsdp in (f for f in powers if chips // tensor % f == 0):
+            data = chips // tensor // fsdp
+            for remat in remats:
+                for accumulate in (a for a in (1, 2, 4, 8, 16) if rows % a == 0):
+                    wasted = rows // accumulate % (data * fsdp) != 0
+                    cost = (wasted, tensor, remat == "block", accumulate, fsdp)
+                    out.append((cost, Layout(f"data={data},fsdp={fsdp},tensor={tensor}", remat, accumulate)))
+    return [layout for _, layout in sorted(out, key=lambda pair: pair[0])]
+
+
+def tried(config: Any, topology: Topology, assumed: Assumed, only: str) -> Iterator[tuple[Layout, list[Plan]]]:
+    """Yields every layout that is compiled, with its programs up to the first that does not fit."""
+    too_large: list[Layout] = []
+    for layout in layouts(config, len(topology.devices)):
+        if any(same_but_larger(layout, other) for other in too_large):
+            continue
+        plans = []
+        found = [p for p in programs(layout.apply(config), topology.devices, assumed) if only in p.name]
+        if any(local_bytes({**p.parts, **p.held}) > topology.chip.hbm for p in found):
+            continue
+        for program in found:
+            plans.append(compile_program(program, topology))
+            if not plans[-1].fits:
+                too_large.append(layout)
+                break
+        yield layout, plans
+        if all(p.fits for p in plans):
+            return
+
+
+def same_but_larger(layout: Layout, other: Layout) -> bool:
+    """Whether a layout keeps at least as many activations as another one, on the same mesh."""
+    order = ("", "block", "none")
+    more = order.index(layout.remat) >= order.index(other.remat)
+    return layout.mesh == other.mesh and more and layout.accumulate <= other.accumulate
+
+
+def main(config: Any, names: Sequence[str], assumed: Assumed, *, only: str = "", hbm: float = 0.0, as_json: bool = False,
+         quick: bool = True, **_: Any) -> int:  # fmt: skip
+    """Searches on every slice named. Returns the exit code: 1 where nothing fits."""
+    fits, out = True, []
+    for name in names:
+        topology = open_topology(name, hbm)
+        best = None
+        with settled(quick):
+            for layout, plans in tried(config, topology, assumed, only):
+                good = all(p.fits for p in plans)
+                best = layout if good else best
+                if not as_json:
+                    worst = max(plans, key=lambda p: p.peak)
+                    verdict = "fits" if good else f"{worst.name} does not fit"
+                    print(
+                        f"{layout.flags}: {verdict}, {show.size(worst.peak)} of {show.size(worst.hbm)} per chip",
+                        flush=True,
+                    )
+                if good:
+                    text = show.as_json(plans, topology, layout.mesh, [layout.flags])
+                    out.append(text)
+        fits &= best is not None
+        if not as_json:
+            print(
+                f"{name}: {best.flags if best else 'no layout fits; take a larger slice, or LoRA (train.lora_rank=16)'}\n"
+            )
+    if as_json:
+        print(json.dumps(out))
+    return 0 if fits else 1

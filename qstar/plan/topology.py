@@ -1,0 +1,115 @@
+"""Slices that are not here: their chips, and devices to compile for.
+
+TPU slices are described to the TPU compiler of the package `libtpu`, which runs on any machine. A GPU program is compiled
+for the GPUs of this machine; where there are none, and for `cpu:N`, for N simulated CPU devices, with the memory of the chip
+as the limit: what XLA's CPU compiler holds at once is a guide there, not a promise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+
+from qstar.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one chip can do at best, by its maker's tables; bytes and seconds."""
+
+    name: str
+    hbm: float  # bytes that a program can use
+    flops: float  # bfloat16, per second
+    bandwidth: float  # of main memory
+    links: float  # bytes per second that leave a chip over all its links at once, one way
+
+
+CHIPS = {
+    "v4": Chip("TPU v4", 32 * GIB, 275e12, 1.228e12, 2.7e11),
+    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 0.819e12, 1.8e11),
+    "v5p": Chip("TPU v5p", 95.0 * GIB, 459e12, 2.765e12, 5.4e11),
+    "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1.640e12, 3.6e11),
+    "gpu": Chip("H100 80GB", 79.0 * GIB, 989e12, 3.35e12, 4.5e11),
+    "cpu": Chip("simulated device", 4.0 * GIB, 1e11, 2e10, 1e10),
+}
+_SHAPES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # axes of a slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: its name, its chip and as many devices to compile for."""
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]
+    real: bool  # whether the compiler is that of the chip
+
+
+def _gpu_plugin() -> bool:
+    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+
+
+def _read(name: str) -> tuple[str, int, str]:
+    """Returns kind, number of chips and shape of `v5e:4x4`, `gpu:8` or `cpu:8`.
+
+    Raises:
+      UserError: none of these.
+    """
+    kind, _, shape = name.partition(":")
+    if kind in ("gpu", "cpu") and re.fullmatch(r"[1-9]\d{0,3}|", shape):
+        return kind, int(shape or 8), shape
+    if kind in _SHAPES and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) and shape.count("x") == _SHAPES[kind] - 1:
+        return kind, math.prod(map(int, shape.split("x"))), shape
+    forms = "v5e:4x4, v6e:2x4, v5p:2x2x2, v4:2x2x1, gpu:8 or cpu:8"
+    raise UserError(f"--topology={name}: not a slice that is known here; give one like {forms}")
+
+
+def open_topology(name: str, hbm: float = 0.0) -> Topology:
+    """Returns a slice to compile for.
+
+    Args:
+      hbm: GiB per chip instead of the table's.
+
+    Raises:
+      UserError: an unknown slice, one that the compiler does not know, or no compiler for it.
+    """
+    kind, count, shape = _read(name)
+    chip = dataclasses.replace(CHIPS[kind], hbm=hbm * GIB) if hbm else CHIPS[kind]
+    if kind in _SHAPES:
+        return Topology(name, chip, _tpu_devices(name, count, shape), True)
+    found = jax.devices("gpu" if kind == "gpu" and _gpu_plugin() else "cpu")
+    if len(found) < count:
+        raise UserError(
+            f"--topology={name}: {len(found)} devices are there; set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return Topology(name, chip, tuple(found[:count]), found[0].platform == "gpu")
+
+
+def _tpu_devices(name: str, count: int, shape: str) -> tuple[Any, ...]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--topology={name}: needs the TPU compiler; pip install 'qstar[plan]'")
+    for key, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+    ):
+        os.environ.setdefault(key, value)  # no metadata server here; the other two only silence warnings
+    from jax.experimental import topologies
+
+    options = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except Exception as e:  # noqa: BLE001  libtpu raises what it likes, a lock held by another process among it
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        if "lockfile" in reason:
+            raise UserError(f"--topology={name}: another process holds the TPU compiler; wait until it ends") from None
+        raise UserError(f"--topology={name}: the TPU compiler does not take it ({reason})") from None
+    return tuple(found[:count])

@@ -1,0 +1,81 @@
+"""Costs are read from a program's text: loops count as often as they run, whoever compiled it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qstar.plan import hlo
+
+
+def text_of(f, *shapes):
+    return jax.jit(f).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile().as_text()
+
+
+def test_products_in_nested_loops_count_as_often_as_they_run():
+    def step(x, w):
+        inner = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+        outer = lambda x, _: (jax.lax.scan(inner, x, w)[0], None)  # noqa: E731
+        return jax.lax.scan(outer, x, None, length=5)[0]
+
+    assert hlo.Program(text_of(step, (8, 16), (3, 16, 16))).costs().flops == 5 * 3 * 2 * 8 * 16 * 16
+
+
+def test_a_loop_that_its_data_end_runs_as_often_as_assumed():
+    def decode(x, w):
+        return jax.lax.while_loop(lambda s: jnp.sum(s) < 7.0, lambda s: jnp.tanh(s @ w), x)
+
+    costs = hlo.Program(text_of(decode, (8, 16), (16, 16)), assumed=11).costs()
+    assert costs.flops == 11 * 2 * 8 * 16 * 16 and costs.unknown_loops == 1
+
+
+def test_a_scan_reads_a_slice_of_its_weights_in_each_turn_and_not_all_of_them():
+    L, B, E = 50, 4, 64
+    scan = lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]  # noqa: E731
+    moved = hlo.Program(text_of(scan, (B, E), (L, E, E))).costs().bytes
+    assert 4 * L * E * E <= moved < 4 * 4 * L * E * E  # all weights once, not L times
+
+
+# What a TPU compiler writes (names shortened). Batch axes are spatial ones, in which one tap in n meets data.
+TPU = """HloModule jit_step, is_scheduled=true
+
+%cond (p: (s32[], bf16[8,128])) -> pred[] {
+  %n = s32[]{:T(128)} constant(28)
+  %p = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%all-reduce-scatter.1 (x: f32[16,1024]) -> f32[2,1024] {
+  %x = f32[16,1024]{1,0:T(8,128)} parameter(0)
+  %sum = f32[16,1024]{1,0:T(8,128)} all-reduce(%x), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %part = f32[2,1024]{1,0:T(8,128)} dynamic-slice(%sum, %z, %z), dynamic_slice_sizes={2,1024}
+}
+
+%body (p.1: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %p.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %q = bf16[16,32,256]{2,1,0:T(8,128)(2,1)S(1)} fusion(%p.1), kind=kLoop, calls=%nothing
+  %k = bf16[16,64,256]{2,1,0:T(8,128)(2,1)} fusion(%p.1), kind=kLoop, calls=%nothing
+  %scores = f32[16,32,64]{1,2,0} convolution(%q, %k), window={size=16 stride=15 lhs_dilate=16}, dim_labels=0bf_0oi->0bf
+  %w = bf16[512,128]{1,0:T(8,128)(2,1)} fusion(%p.1), kind=kLoop, calls=%nothing
+  %all = bf16[4096,128]{1,0:T(8,128)(2,1)} all-gather(%w), replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
+  %g = f32[16,1024]{1,0:T(8,128)} fusion(%all), kind=kLoop, calls=%nothing
+  %part.1 = f32[2,1024]{1,0:T(8,128)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %t = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%i, %x)
+}
+
+ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %loop = (s32[]{:T(128)}, /*index=1*/bf16[8,128]{1,0:T(8,128)(2,1)}) while(%a), condition=%cond, body=%body
+  ROOT %out = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_tpus_text_is_read_alike():
+    costs = hlo.Program(TPU).costs()
+    assert costs.flops == 28 * 2 * 16 * 32 * 64 * 256  # 16 products of [32, 256] and [256, 64]
+    assert costs.collectives["all-gather"].bytes == pytest.approx(28 * 7 / 8 * 4096 * 128 * 2)
+    assert costs.collectives["reduce-scatter"].bytes == pytest.approx(28 * 7 / 8 * 16 * 1024 * 4)
+    assert {k: c.count for k, c in costs.collectives.items()} == {"all-gather": 28, "reduce-scatter": 28}
