@@ -135,7 +135,7 @@ def mesh_jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         with _entered(args[0]):
             return jitted.lower(*args, **kwargs)
 
-    call.lower, call._cache_size = lower, jitted._cache_size
+    call.lower, call._cache_size, call.clear_cache = lower, jitted._cache_size, jitted.clear_cache
     return call
 
 
