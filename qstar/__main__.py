@@ -17,7 +17,7 @@ COMMANDS = {
     "export": "takes a model out of a run, in the Hugging Face layout",
     "report": "writes the HTML page of a run",
     "compare": "asks people which of two rationales is better; counts their votes",
-    "plan": "whether a config fits on a TPU slice or GPUs, and how fast it can be at best",
+    "plan": "whether a config fits on a TPU slice or GPUs, and its speed at best",
     "bench": "measures speed beside transformers + PyTorch",
 }
 

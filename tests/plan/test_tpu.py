@@ -22,7 +22,12 @@ SMALL = [("--config.model.path", ""), ("--config.model.preset", "llama_20m"), ("
 
 @needs_compiler
 def test_under_fsdp_a_tpu_reduces_and_scatters_gradients_and_gathers_no_activation():
-    topology = open_topology("v5e:2x4")
+    try:
+        topology = open_topology("v5e:2x4")
+    except UserError as e:
+        if "another process" not in str(e):
+            raise
+        pytest.skip(str(e))
     config, kept = read_config("configs/star_gsm8k.py", SMALL), []
     step = next(p for p in programs(config, topology.devices, Assumed()) if p.name == "fine-tuning")
     with settled():
