@@ -30,7 +30,8 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
     rest = plan.peak - sharded
     if split < chips:
         left = sharded * split // chips + rest
-        verdict = "fits" if left <= plan.hbm else f"still {size(left - plan.hbm)} too much"
+        known = "" if plan.activations else ", before activations"
+        verdict = f"fits{known}" if left <= plan.hbm else f"still {size(left - plan.hbm)} too much"
         out.append(f"fsdp={chips // mesh.shape['tensor']} would hold {size(left)} per chip ({verdict})")
     room = plan.hbm - rest
     if room > 0 and sharded > 0:
