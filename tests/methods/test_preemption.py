@@ -1,0 +1,44 @@
+"""Ended at many random places, by SIGTERM and SIGKILL in turn, a run comes to the same end, bit for bit.
+
+Opt-in, for it takes many minutes: QSTAR_LONG_TESTS=1 python -m pytest tests/methods/test_preemption.py. Another
+QSTAR_LONG_SEED draws other places. (A few chosen places of each kind are in every run of the tests: see test_resume.py.)
+"""
+
+import collections
+import os
+import random
+
+import pytest
+
+from tests.methods import runs
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("QSTAR_LONG_TESTS"), reason="takes many minutes: set QSTAR_LONG_TESTS=1 to run it"
+)
+POINTS = 20
+CONFIGS = {
+    "star": "star_arithmetic.py:smoke",
+    "v_star": runs.V_STAR,
+    "quiet_star": "quiet_star_tiny.py:smoke,arms=quiet_star",
+}
+
+
+def places(told, seed):
+    """Draws events of an undisturbed run, in its order, with the signal that each brings."""
+    counts = collections.Counter(told)
+    once = [e for e in told if counts[e] == 1 and "/" in e and not e.startswith("saved ")]
+    draw = random.Random(seed)
+    chosen = sorted(draw.sample(range(len(once)), POINTS))
+    return [draw.choice(("", "term ")) + once[i] for i in chosen]
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_run_ended_at_random_places_comes_to_the_same_end(method):
+    config = CONFIGS[method]
+    whole = runs.killed(config, [])
+    plans = places(runs.events(whole), int(os.environ.get("QSTAR_LONG_SEED", "0")))
+    print(*plans, sep="\n")
+    resumed = runs.killed(config, plans)
+    assert runs.answers(resumed) == runs.answers(whole)
+    assert runs.weights(resumed) == runs.weights(whole) and runs.weights(whole)
+    assert runs.numbers(resumed) == runs.numbers(whole)
