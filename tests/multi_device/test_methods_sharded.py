@@ -66,5 +66,6 @@ def by_two_processes(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_make_the_updates_of_one_with_as_many_devices_and_of_one_device(method, by_two_processes):
     found = {k: v for k, v in by_two_processes.items() if k.startswith(f"{method}/")}
-    agree(found, steps.two_updates(method, make_mesh(CUBE, jax.devices()[:8])))
     agree(found, one(method))
+    if LONG:
+        agree(found, steps.two_updates(method, make_mesh(CUBE, jax.devices()[:8])))
