@@ -49,7 +49,7 @@ def update(event):
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_run_ended_at_random_places_comes_to_the_same_end(method):
     config = CONFIGS[method]
-    whole = runs.killed(config, [])
+    whole = runs.killed(config, [None])
     plans = places(runs.events(whole), int(os.environ.get("QSTAR_LONG_SEED", "0")))
     print(*plans, sep="\n")
     resumed = runs.killed(config, plans)
