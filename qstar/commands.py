@@ -125,6 +125,7 @@ def sample(argv: list[str]) -> int:
     p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends a continuation; repeatable")
     p.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the draws (default: 0)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in (default: as stored)")
+    p.add_argument("--weights", choices=("", "int8"), default="", help="int8: the blocks' in 8 bits (default: as stored)")
     p.add_argument("--json", action="store_true", help="an object per continuation, with tokens and log-probabilities")
     a = p.parse_args(argv)
     start_jax(a.device)
@@ -141,6 +142,7 @@ def sample(argv: list[str]) -> int:
         n=a.n,
         stop=tuple(a.stop),
         seed=a.seed,
+        weights=a.weights,
     )
     pairs = [(prompt, c) for prompt, completions in zip(a.prompt, found) for c in completions]
     if a.json:

@@ -26,6 +26,7 @@ class Stopped(BaseException):
 
 class _State:
     told = False  # SIGTERM has come
+    heard = False  # and who held it knows
     held = 0  # depth of `held`: somebody will look at `told`
     polls = 0  # of `asked` in a run of several processes
     forking = threading.local()  # per thread that forks: the signals it had blocked before
@@ -37,7 +38,7 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.told, _State.held = False, 0
+    _State.told, _State.heard, _State.held = False, False, 0
     # The handler runs between two bytecodes of the main thread, which may be compiling for minutes. The pipe is written
     # by the signal itself, and read by a thread that can keep the time.
     ours, theirs = socket.socketpair()
@@ -48,6 +49,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        _State.told = _State.heard = False
         signal.signal(signal.SIGTERM, old if old is not None else signal.SIG_DFL)
         signal.set_wakeup_fd(old_pipe)
         theirs.close()  # ends the thread
@@ -98,12 +100,15 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Inside the block SIGTERM only makes `asked` true: who holds it asks often, saves, and raises `Stopped`."""
+    """Inside the block SIGTERM only makes `asked` true: who holds it asks often, saves, and raises `Stopped`; if it came too
+    late to be asked for, the block's end does."""
     _State.held += 1
     try:
         yield
     finally:
         _State.held -= 1
+    if _State.told and not _State.heard and not _State.held:
+        raise Stopped
 
 
 def asked() -> bool:
@@ -111,6 +116,7 @@ def asked() -> bool:
     get the same answer (JAX's coordination service agrees on an update that none has passed)."""
     jax = sys.modules.get("jax")
     if jax is None or jax.process_count() == 1:
+        _State.heard = _State.told
         return _State.told
     from jax.experimental import multihost_utils
 

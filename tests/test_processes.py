@@ -99,20 +99,19 @@ def test_who_is_missing_is_named_with_the_command_that_starts_it():
 
 
 LONG = ["-m", "qstar", "train", f"--config={ROOT}/configs/star_arithmetic.py:smoke", "--config.base.steps=30000",
-        "--config.base.log_every=10", "--config.base.save_every=0"]  # fmt: skip
+        "--config.base.log_every=10", "--config.base.save_every=10"]  # fmt: skip
 
 
 @pytest.fixture
-def pair(tmp_path):
-    """Starts the two processes of a run; none outlives the test."""
+def train(tmp_path):
+    """Starts the processes of a run; none outlives the test."""
     children = []
 
-    def call():
+    def call(count):
         port = free_port()
         more = {"PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
-        both = [start(port, i, 2, *LONG, f"--workdir={tmp_path}/run", **more) for i in (0, 1)]
-        children.extend(both)
-        return both
+        children.extend(start(port, i, count, *LONG, f"--workdir={tmp_path}/run", **more) for i in range(count))
+        return children[-count:]
 
     yield call
     for child in children:
@@ -125,19 +124,37 @@ def steps(folder):
     return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_two_processes_train_one_model_and_stop_after_the_same_update(pair, tmp_path):
+def until(run, children, rows):
+    """Waits until the run has logged so many rows."""
+    end = time.monotonic() + 300
+    while len(steps(run)) < rows:
+        assert time.monotonic() < end and all(c.poll() is None for c in children), [c.communicate() for c in children]
+        time.sleep(0.05)
+
+
+def test_two_processes_train_one_model_stop_and_die_together_and_one_goes_on(train, tmp_path):
     run = tmp_path / "run"
-    for signalled in (1, 0):  # whoever is told, both stop
-        before = len(steps(run))
-        both = pair()
-        end = time.monotonic() + 120
-        while len(steps(run)) < before + 3:
-            assert time.monotonic() < end and None in [c.poll() for c in both], [c.communicate() for c in both]
-            time.sleep(0.05)
-        both[signalled].terminate()
-        said = [child.communicate(timeout=60) for child in both]
-        assert [child.returncode for child in both] == [0, 0], said
-        assert "parameters" in said[0][0] and "parameters" not in said[1][0]  # the first alone prints ...
-        assert "stopped by SIGTERM and saved" in said[0][1] and "stopped by" not in said[1][1]
+    both = train(2)
+    until(run, both, 3)
+    both[1].terminate()  # whoever is told, both stop after the same update
+    said = [child.communicate(timeout=120) for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
+    assert "parameters" in said[0][0] and "parameters" not in said[1][0]  # the first alone prints ...
+    assert "stopped by SIGTERM and saved" in said[0][1] and "stopped by" not in said[1][1]
+
+    both = train(2)
+    until(run, both, len(steps(run)) + 3)
     assert steps(run) == list(range(10, 10 * len(steps(run)) + 1, 10))  # ... and writes; and nothing is done twice
+    both[1].kill()
+    said = both[0].communicate(timeout=60)[1]
+    assert both[0].returncode not in (0, 2), said
+    assert "process 1 of 2 has died, so process 0 ends, too; start all of them again" in said
+
+    died = steps(run)[-1]
+    (alone,) = train(1)  # on half as many devices
+    until(run, [alone], len(steps(run)) + 3)
+    alone.terminate()
+    assert alone.communicate(timeout=120)[0] and alone.returncode == 0
+    again = steps(run)[steps(run).index(died) + 1 :]
+    assert died - 20 <= again[0] <= died + 10 and again == list(range(again[0], again[-1] + 1, 10))
     assert len(list(run.glob("base/training/*/state"))) == 1

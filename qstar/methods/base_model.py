@@ -64,7 +64,9 @@ def model_options(ctx: Any) -> tuple[str, str, dict[str, Any]]:
         fixed = next(iter(sorted(options.keys() - RUN_OPTIONS)), "")
         free = ", ".join(sorted(RUN_OPTIONS))
         require((not fixed, f"config.model.{fixed} is fixed by the weights of {path}; there you can set {free}"))
-        read_config(path)
+        t5 = read_config(path).get("model_type") == "t5"
+        why = "config.model.attention: a T5 has relative biases, which only XLA's attention knows; leave it out"
+        require((not (t5 and "attention" in options), why))
     require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
     return path, name, options
 

@@ -25,7 +25,8 @@ def generate(
       prompts: texts, or lists of token ids taken as they are.
       thoughts: None answers at once. True, or a ThoughtConfig, thinks before every token (Quiet-STaR), and its completions
         hold the thoughts, too.
-      sampling: max_new_tokens, temperature, top_k, top_p, n, stop, seed, prefix, slots: see `sample.batching.generate`.
+      sampling: max_new_tokens, temperature, top_k, top_p, n, stop, seed, prefix, slots, weights: see
+        `sample.batching.generate`.
 
     Returns:
       Per prompt, a list of n `Completion(text, tokens, logprobs, sample_logprobs, stopped)`.

@@ -79,7 +79,7 @@ batching.primitive_batchers[_project] = _project_rows
 
 
 class Linear(nn.Module):
-    """x [..., in] @ kernel [in, out] (+ bias), in the dtype of x."""
+    """x [..., in] @ kernel [in, out] (+ bias), in the dtype of x. The kernel may be int8 with a scale: see `models.int8`."""
 
     features: int
     bias: bool
@@ -88,7 +88,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
-        y = project(x, kernel.astype(x.dtype))
+        if self.has_variable("params", "scale"):
+            kernel, x = jax.lax.optimization_barrier((kernel, x))  # or a decode loop would keep a wide copy outside of it
+            y = (project(x, kernel.astype(x.dtype)) * self.get_variable("params", "scale")).astype(x.dtype)
+        else:
+            y = project(x, kernel.astype(x.dtype))
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from qstar.errors import UserError, require
 from qstar.mesh import SAMPLING, Rules
 from qstar.models.encdec_config import EncDecConfig
+from qstar.models.int8 import KINDS, quantise_jit
 from qstar.models.model import Model
 from qstar.sample import sampler as S
 from qstar.sample import seq2seq
@@ -49,6 +50,7 @@ def generate(
     seed: int = 0,
     prefix: str | Sequence[int] = "",
     slots: int | None = None,
+    weights: str = "",
 ) -> list[list[Completion]]:
     """Samples n completions of every prompt.
 
@@ -61,6 +63,7 @@ def generate(
       prefix: text or ids in front of every prompt, run once and shared (few-shot examples).
       seed: draws depend on (seed, prompt index, sample index) alone, not on batching.
       slots: rows decoded side by side; default: as many as there are requests, up to 256.
+      weights: "int8" samples with the blocks' weights in 8 bits (`models.int8`), a decoder's; "" as they are.
 
     Returns:
       Per prompt, a list of n `Completion(text, tokens, logprobs, sample_logprobs, stopped)`.
@@ -81,6 +84,7 @@ def generate(
         seed=seed,
         prefix=prefix,
         slots=slots,
+        weights=weights,
     ):
         out[prompt][sample] = completion
     return out  # type: ignore[return-value]
@@ -99,11 +103,17 @@ def stream(
     seed: int = 0,
     prefix: str | Sequence[int] = "",
     slots: int | None = None,
+    weights: str = "",
 ) -> Iterator[tuple[int, int, Completion]]:
     """Like `generate`, but yields (prompt index, sample index, completion) as completions finish."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     _check_knobs(max_new_tokens, temperature, top_k, top_p, n, stop)
-    if isinstance(model.config, EncDecConfig):
+    decoder = not isinstance(model.config, EncDecConfig)
+    require(
+        (weights in KINDS, f"weights={weights!r} is not one of '', int8"),
+        (decoder or not weights, "weights='int8' is for decoders, and this model is an encoder-decoder; leave it out"),
+    )
+    if not decoder:
         yield from _read_and_write(
             model, prompts, prefix, max_new_tokens, temperature, top_k, top_p, n, stop, seed, slots
         )
@@ -112,6 +122,8 @@ def stream(
     _check_lengths(model, prefix_ids, rows, max_new_tokens)
     if stop and model.tokenizer is None:
         raise UserError("stop strings need a tokenizer, and this model has none; pass tokens and rely on the EOS id")
+    if weights:
+        model = model.replace(params=quantise_jit(model.params))
     params = S.prepare(model.params, model.config)
     shared = _prefill_prefix(model, params, prefix_ids)
     knobs = Knobs.make(temperature, top_k, top_p)

@@ -82,7 +82,8 @@ def prepare(params: Params, config: ModelConfig) -> Params:
     """Returns parameters as the decode loop reads them: matrices in the compute dtype, layers unstacked, split for it."""
 
     def cast(name: str, x: jax.Array) -> jax.Array:
-        return x.astype(config.dtype) if name.endswith(("kernel", "table")) else x
+        wide = name.endswith(("kernel", "table")) and x.dtype != jnp.int8
+        return x.astype(config.dtype) if wide else x
 
     params = tree.map_named(cast, params)
     params = {**params, "layers": decoder.unstack(params["layers"], config)}

@@ -90,7 +90,7 @@ def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, 
         watch.after(rows, metrics)
         window.append(metrics)
         done = step + 1
-        stopping = stop.asked() and done < steps
+        stopping = stop.asked()
         saving = checkpoints is not None and (done == steps or stopping or (save_every and done % save_every == 0))
         if done % log_every == 0 or done == steps or saving:
             host = _floats(window)  # the only wait; the device has run ahead of the host until here
@@ -116,7 +116,7 @@ def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, 
                 now = time.perf_counter()
                 yield Progress(done, state, _means(host, now - since) | watch.report(now - since))
                 window, checked, since = [], 0, time.perf_counter()
-        if stopping:
+        if stopping:  # after the last update, too: what follows may take longer than there is time
             if checkpoints is not None:
                 checkpoints.wait()
             raise stop.Stopped

@@ -45,8 +45,8 @@ def same(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max())), found, expected)
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_splash_is_softmax_attention_in_packed_rows_with_its_gradients(window, monkeypatch):
+def test_splash_is_softmax_attention_in_packed_rows_with_its_gradients(monkeypatch, window=40):
+    """(Without a window, and on a mesh: see tests/multi_device.)"""
     monkeypatch.setattr(flash, "BLOCK", 128)  # two tiles
     config = CONFIG.replace(attention="splash", sliding_window=window)
     assert text_sight(config, PACKED[0]).impl == "splash"

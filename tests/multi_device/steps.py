@@ -1,18 +1,19 @@
 """Two updates of each method's train step, on any mesh; as a program, in one of several processes.
 
-    QSTAR_COORDINATOR=... QSTAR_NUM_PROCESSES=2 QSTAR_PROCESS_ID=0 python -m tests.multi_device.steps MESH OUT.npz
+    QSTAR_COORDINATOR=... QSTAR_NUM_PROCESSES=2 QSTAR_PROCESS_ID=0 python -m tests.multi_device.steps MESH OUT.npz METHOD ...
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 
 import jax
 import numpy as np
 
 from qstar import processes, tree
-from qstar.mesh import make_mesh, put_batch, shardings
+from qstar.mesh import make_mesh, put_batch, replicated, shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.thought_config import ThoughtConfig
@@ -48,15 +49,25 @@ def batches(seed):
     rng = np.random.default_rng(seed)
     ids = lambda n: rng.integers(1, 64, n).tolist()  # noqa: E731
     texts = Batch(**pack([Example(ids(2), ids(1 + 2 * i)) for i in range(ROWS)], 20, packed=False))
-    pairs, chosen = pack_groups([[Example(ids(2), ids(1 + i)), Example(ids(2), ids(9 - i))] for i in range(ROWS)], 20, packed=False)
+    two = [[Example(ids(2), ids(1 + i)), Example(ids(2), ids(9 - i))] for i in range(ROWS)]
+    pairs, chosen = pack_groups(two, 20, packed=False)
     preferences = Preference(
         Batch(**pairs), rng.normal(-8, 1, (ROWS, 1, 2)).astype(np.float32), (chosen >= 0).astype(np.float32)
     )
     graded = Graded(texts, (rng.random(texts.mask.shape) < 0.5).astype(np.float32), texts.mask)
-    return {"star": texts, "quiet_star": texts, "dpo": preferences, "orm": graded}
+    found = {"star": texts, "quiet_star": texts, "dpo": preferences, "orm": graded}
+    return found | {QUICK: {k: found[k] for k in THREE}}
 
 
-LOSSES = {"star": losses.sft_loss, "quiet_star": objective.loss, "dpo": dpo_loss, "orm": value_loss}
+def together(params, batch, rng, *, config):
+    """The losses of STaR and V-STaR added up: one program to compile instead of three."""
+    found = {k: LOSSES[k](params, batch[k], rng, config=config) for k in THREE}
+    sums = [sum(x[0][i] for x in found.values()) for i in (0, 1)]
+    return tuple(sums), {f"{k}/{name}": m for k, (_, metrics) in found.items() for name, m in metrics.items()}
+
+
+THREE, QUICK = ("star", "dpo", "orm"), "star, dpo and orm"
+LOSSES = {"star": losses.sft_loss, "quiet_star": objective.loss, "dpo": dpo_loss, "orm": value_loss, QUICK: together}
 
 
 @functools.cache
@@ -82,18 +93,19 @@ def two_updates(method, mesh):
     for i in range(2):
         batch = batches(i)[method]
         if mesh is not None:
-            first, count = jax.process_index(), jax.process_count()
-            mine = jax.tree.map(lambda x: x[first * ROWS // count : (first + 1) * ROWS // count], batch)
-            batch = put_batch(mine, mesh)
+            mine = slice(*(ROWS * (jax.process_index() + i) // jax.process_count() for i in (0, 1)))
+            batch = put_batch(jax.tree.map(operator.itemgetter(mine), batch), mesh)
         state, metrics = step(method)(state, batch, np.float32(1e-2))
         out |= {f"{method}/{i}/{k}": np.asarray(v) for k, v in metrics.items()}  # and wait: few cores
-    whole = jax.jit(lambda x: x, out_shardings=None if mesh is None else jax.sharding.NamedSharding(mesh, jax.P()))
-    return out | {f"{method}/{n}": np.asarray(whole(x)) for n, x in tree.named_leaves(state.params)}
+    params = state.params
+    if jax.process_count() > 1:  # no process holds all of it
+        params = jax.jit(lambda x: x, out_shardings=replicated(mesh))(params)
+    return out | {f"{method}/{n}": x for n, x in tree.named_leaves(jax.device_get(params))}
 
 
 if __name__ == "__main__":
     processes.join(processes.place())
-    found = {k: v for m in LOSSES for k, v in two_updates(m, make_mesh(sys.argv[1])).items()}
+    found = {k: v for m in sys.argv[3:] for k, v in two_updates(m, make_mesh(sys.argv[1])).items()}
     if processes.is_first():
         np.savez(sys.argv[2], **found)
     processes.leave()

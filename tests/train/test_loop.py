@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar import UserError
+from qstar import UserError, stop
 from qstar.train import optim
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Diverged, fit
@@ -118,6 +120,20 @@ def test_the_newest_checkpoints_stay_with_their_records(tmp_path):
     state, record = checkpoints.restore({"w": jnp.zeros(3)}, 5)
     assert record == {"step": 5} and (state["w"] == 5).all()
     checkpoints.close()
+
+
+@pytest.mark.parametrize("when", ["before the last update", "while it is saved"])
+def test_told_to_end_in_its_last_update_a_run_does_not_go_on_to_what_follows(when, tmp_path, monkeypatch):
+    """All of it is saved, and `Stopped` is raised, so that no evaluation keeps the machine."""
+    tell = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    save = Checkpoints.save
+    if when == "while it is saved":
+        monkeypatch.setattr(Checkpoints, "save", lambda self, *a, **k: (save(self, *a, **k), tell()))
+    early = lambda s: (tell() if s == STEPS - 1 and when != "while it is saved" else None, batch(s))[1]  # noqa: E731
+    with stop.listening(), pytest.raises(stop.Stopped):
+        run(tmp_path, early)
+    monkeypatch.undo()
+    assert run(tmp_path, batch_at=None).step == STEPS
 
 
 def test_means_are_over_the_updates_since_the_last_report():
