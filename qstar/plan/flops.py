@@ -1,8 +1,4 @@
-"""FLOPs that the mathematics of a step needs: the rule behind every MFU here.
-
-    2 per parameter of a matrix product and token going forward, and 4 going back (2 where the parameter is frozen);
-    attention: 4 per layer, head width and pair of tokens that see each other, forward, and 8 back;
-    the vocabulary's product only where a prediction is looked at.
+"""FLOPs that the mathematics of a program needs, by the rule behind every MFU here (`train.flops`), from its sizes alone.
 
 Nothing is counted for what is computed again (rematerialisation), for padding, or twice on two chips: those are the
 compiler's or the layout's, and show as the difference to what is executed.
@@ -13,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from qstar.models.encdec_config import EncDecConfig
+from qstar.train.flops import count, seen
 
 Needed = tuple[float, str]
 
@@ -34,8 +31,8 @@ def t5_parts(c: EncDecConfig) -> tuple[float, float]:
 
 def pairs(config: Any, length: int, context: int = 0) -> float:
     """FLOPs of attention, forward, of a row of tokens that see each other causally, and a context before them."""
-    seen = length * (length + 1) / 2 + length * context
-    return 4.0 * config.num_layers * config.num_heads * config.head_dim * seen
+    each = 4.0 * config.num_layers * config.num_heads * config.head_dim
+    return each * (seen(length, getattr(config, "sliding_window", None)) + length * context)
 
 
 def forward(config: Any, rows: int, length: int, *, context: int = 0, predicted: int = 0) -> Needed:
@@ -46,33 +43,20 @@ def forward(config: Any, rows: int, length: int, *, context: int = 0, predicted:
 
 def update(config: Any, rows: int, length: int, lora: bool = False) -> Needed:
     """A supervised update on full rows."""
-    tokens, factor = rows * length, 2.0 if lora else 3.0
-    matrices = 2.0 * (core(config) + config.vocab_size * config.hidden_size) * tokens
-    return factor * matrices + 3.0 * rows * pairs(config, length), f"{2 * factor:.0f} N per token" + (
-        " (LoRA)" if lora else ""
-    )
-
-
-def thoughts(config: Any, rows: int, length: int) -> Needed:
-    """Thinking and talking at all positions but the last, one thought each, forward."""
-    t = config.thoughts
-    threads = rows * (length - 1)
-    text, _ = forward(config, rows, length, predicted=rows * length)
-    own = pairs(config, t.thread_tokens, 0) + 4.0 * config.num_layers * config.num_heads * config.head_dim * (
-        t.thread_tokens * length / 2
-    )
-    each = 2.0 * core(config) * t.thread_tokens + own
-    words = 2.0 * config.vocab_size * config.hidden_size * (t.thought_tokens + t.talk_tokens)
-    return text + threads * (each + words), "2 N per token of text and threads"
+    flops = count(config, rows * length, rows * seen(length, config.sliding_window), frozen=lora)
+    return flops, "4 N per token (LoRA)" if lora else "6 N per token"
 
 
 def quiet_star(config: Any, rows: int, length: int) -> Needed:
-    """An update: text and threads forward (the rollout) and back, thoughts at `think_fraction` of the positions."""
-    t = config.thoughts
-    text, _ = update(config, rows, length)
-    one, _ = thoughts(config, rows, length)
-    once, _ = forward(config, rows, length, predicted=rows * length)
-    return text + 3.0 * t.thoughts_per_position * t.think_fraction * (one - once), "6 N per token of text and threads"
+    """An update of a model that thinks, at `think_fraction` of the positions."""
+    flops = count(config, rows * length, rows * seen(length, config.sliding_window), thinks=True)
+    return flops, "6 N per token of text and threads"
+
+
+def thoughts(config: Any, rows: int, length: int) -> Needed:
+    """Thinking and talking at all positions, one thought each, forward: a third of what an update of it needs."""
+    one = config.replace(thoughts=config.thoughts.replace(thoughts_per_position=1, think_fraction=1.0))
+    return quiet_star(one, rows, length)[0] / 3, "2 N per token of text and threads"
 
 
 def respond(config: Any, rows: int, prompt: int, response: int, back: bool = False) -> Needed:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from qstar.errors import UserError
+from qstar.train.flops import PEAKS
 
 GIB = 2**30
 
@@ -33,11 +34,11 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 32 * GIB, 275e12, 1.228e12, 2.7e11),
-    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 0.819e12, 1.8e11),
-    "v5p": Chip("TPU v5p", 95.0 * GIB, 459e12, 2.765e12, 5.4e11),
-    "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1.640e12, 3.6e11),
-    "gpu": Chip("H100 80GB", 79.0 * GIB, 989e12, 3.35e12, 4.5e11),
+    "v4": Chip("TPU v4", 32 * GIB, PEAKS["TPU v4"], 1.228e12, 2.7e11),
+    "v5e": Chip("TPU v5e", 15.75 * GIB, PEAKS["TPU v5e"], 0.819e12, 1.8e11),
+    "v5p": Chip("TPU v5p", 95.0 * GIB, PEAKS["TPU v5"], 2.765e12, 5.4e11),
+    "v6e": Chip("TPU v6e", 31.25 * GIB, PEAKS["TPU v6"], 1.640e12, 3.6e11),
+    "gpu": Chip("H100 80GB", 79.0 * GIB, PEAKS["H100"], 3.35e12, 4.5e11),
     "cpu": Chip("simulated device", 4.0 * GIB, 1e11, 2e10, 1e10),
 }
 _SHAPES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # axes of a slice

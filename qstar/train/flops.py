@@ -43,16 +43,26 @@ def update_flops(config: ModelConfig, batch: Any, *, frozen: bool = False, think
       thinks: threads of `config.thoughts` follow every position.
     """
     rows = getattr(batch, "rows", batch)
-    real = np.asarray(rows.segment_ids) > 0
-    tokens, seen = float(real.sum()), float(((np.asarray(rows.positions) + 1) * real).sum())
+    real, before = np.asarray(rows.segment_ids) > 0, np.asarray(rows.positions) + 1
     if config.sliding_window is not None:
-        seen = float((np.minimum(np.asarray(rows.positions) + 1, config.sliding_window) * real).sum())
+        before = np.minimum(before, config.sliding_window)
+    return count(config, float(real.sum()), float((before * real).sum()), frozen=frozen, thinks=thinks)
+
+
+def seen(length: int, window: int | None = None) -> float:
+    """Returns the pairs of a token and one that it sees (itself, too) in a text of so many tokens."""
+    w = min(length, window or length)
+    return w * (w + 1) / 2 + (length - w) * w
+
+
+def count(config: ModelConfig, tokens: float, seen: float, *, frozen: bool = False, thinks: bool = False) -> float:
+    """Returns the FLOPs that an update needs on so many tokens, which see so many others; for the rest see `update_flops`."""
     c = config
     head, pair = c.vocab_size * c.hidden_size, 2 * c.num_layers * c.num_heads * c.head_dim
     weights, attention = c.matmul_params * tokens, pair * seen
     if thinks:
         t = c.thoughts
-        S, T, P = t.thought_tokens, t.talk_tokens, t.thoughts_per_position
+        S, T, P = t.thought_tokens, t.talk_tokens, t.thoughts_per_position * t.think_fraction
         n = S + T + 1  # tokens of a thread; the one at i sees the text up to its position and i of the thread
         weights += P * tokens * (n * (c.matmul_params - head) + (S + T) * head + 3 * c.hidden_size**2 * T)
         attention += P * pair * (n * seen + tokens * n * (n + 1) / 2)
