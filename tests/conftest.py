@@ -7,7 +7,9 @@ the tests of text, data and tasks never need it and stay fast. A value that is s
 import gc
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -24,6 +26,11 @@ for _name, _value in {
     "HF_HUB_OFFLINE": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Most tests are short and their programs tiny: what they wait for is the compiler, a quarter less without LLVM's
+# optimisations. The numbers that are compared do not depend on them.
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0").strip()
 
 if str(HERE) not in sys.path:  # so that `from conftest import shared` works in every import mode of pytest
     sys.path.insert(0, str(HERE))
@@ -50,3 +57,14 @@ def _forget_programs():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+def pytest_configure(config):
+    """A folder for whole runs, which all workers share; its path travels to them in the environment."""
+    if not hasattr(config, "workerinput"):
+        os.environ["QSTAR_TEST_RUNS"] = config.qstar_runs = tempfile.mkdtemp(prefix="qstar-runs-")
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "qstar_runs"):
+        shutil.rmtree(config.qstar_runs, ignore_errors=True)

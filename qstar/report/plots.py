@@ -61,13 +61,14 @@ def line_chart(
 
     Args:
         title: what the chart shows, for readers who cannot see it.
-        y_range: None fits the data, from 0.
+        y_range: None fits the data, and 0.
         x_name: text of a tick and, in tooltips, of a point.
     """
     xs = [x for line in lines for x in line.x]
-    ys = [y for line in lines for y in (*line.y, *line.high)]
+    ys = [y for line in lines for y in (*line.y, *line.low, *line.high)]
     ticks = nice_ticks(min(xs), max(max(xs), min(xs) + 1), 8, whole=True)
-    y_ticks = nice_ticks(*(y_range or (0.0, max(ys) or 1.0)), 5)
+    low, high = y_range or (min(0.0, *ys), max(0.0, *ys))
+    y_ticks = nice_ticks(low, high if high > low else low + 1.0, 5)
     named = [line.label or line.name for line in lines]
     axes = Axes((ticks[0], max(xs[0], *xs, ticks[0] + 1)), (y_ticks[0], y_ticks[-1]), _room(named))
     parts = [_frame(axes, y_ticks, y_format)]

@@ -1,15 +1,14 @@
 """Whole runs of the configs' smoke modes, each made once per session, and what runs are compared by."""
 
-import atexit
+import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 
 import numpy as np
 from conftest import shared
@@ -24,12 +23,14 @@ DRIVER = pathlib.Path(__file__).with_name("driver.py")
 _COUNT = itertools.count()
 
 
-@functools.cache
 def scratch():
-    """A folder of this test session, removed at its end."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="qstar-runs-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    """The folder of this test session, which all its workers share (conftest.py makes and removes it)."""
+    return pathlib.Path(os.environ["QSTAR_TEST_RUNS"])
+
+
+def fresh(name):
+    """A path in it that no other worker has."""
+    return scratch() / f"{name}{os.getpid()}-{next(_COUNT)}"
 
 
 def qstar(*arguments, timeout=900):
@@ -43,10 +44,15 @@ def qstar(*arguments, timeout=900):
 
 @functools.cache
 def finished(config, *flags):
-    """The folder of an uninterrupted `qstar train --config=configs/CONFIG FLAGS`."""
-    folder = scratch() / f"whole{next(_COUNT)}"
-    done = qstar("train", f"--config={ROOT}/configs/{config}", f"--workdir={folder}", *flags)
-    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
+    """The folder of an uninterrupted `qstar train --config=configs/CONFIG FLAGS`, made by the first worker that asks."""
+    folder = scratch() / ("whole-" + hashlib.sha256(repr((config, flags)).encode()).hexdigest()[:12])
+    made = folder.with_suffix(".made")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait
+        if not made.exists():
+            done = qstar("train", f"--config={ROOT}/configs/{config}", f"--workdir={folder}", *flags)
+            assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
+            made.touch()
     return folder
 
 
@@ -56,7 +62,7 @@ def killed(config, plans, flags=()):
     Of a plan that is a list the process is killed at the last event, and left by an exception at the others before
     (see driver.py); the run ends where that last one is None.
     """
-    folder = scratch() / f"killed{next(_COUNT)}"
+    folder = fresh("killed")
     job = {"config": config, "flags": list(flags), "workdir": str(folder)}
     plans = [plan if isinstance(plan, list) else [plan] for plan in plans]
     plans += [[None]] if plans[-1][-1] is not None else []
@@ -69,7 +75,7 @@ def killed(config, plans, flags=()):
 
 def drive(jobs):
     """Runs jobs (see driver.py) and returns their exit codes."""
-    plan = scratch() / f"jobs{next(_COUNT)}.json"
+    plan = fresh("jobs").with_suffix(".json")
     plan.write_text(json.dumps(jobs), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(

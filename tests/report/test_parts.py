@@ -1,5 +1,6 @@
 """The parts of a report by themselves: samples and counts of rationales, hints, curves, ticks, escaping."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -118,3 +119,11 @@ def test_ticks_of_loops_are_whole_numbers():
 
 def test_tag_escapes_all_but_markup():
     assert tag("p", "<b>", Safe("<i>"), class_='"') == '<p class="&quot;">&lt;b&gt;<i></p>'
+
+
+@pytest.mark.parametrize("ys", [(-3.0, -1.0), (0.0, 0.0), (-2.0, 5.0)])
+def test_a_chart_covers_what_is_below_zero_and_what_is_only_zero(ys):
+    line = plots.Line("a", (1, 2), ys, "red")
+    svg = str(plots.line_chart([line], title="t", x_label="x", y_format=lambda v: f"<{v:g}>"))
+    ticks = [float(t) for t in re.findall(r"&lt;(-?[\d.]+)&gt;", svg)]
+    assert min(ticks) <= min(0, *ys) and max(ticks) >= max(0, *ys) and max(ticks) > min(ticks)
