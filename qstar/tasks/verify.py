@@ -39,6 +39,7 @@ import signal
 import subprocess
 import symtable
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,9 @@ def _pool_of(pid: int) -> Verifier:
     return verifier
 
 
+_PARSING = threading.Lock()  # CPython 3.11 counts the depth of all threads' trees in one place, and gives up (SystemError)
+
+
 @functools.lru_cache(maxsize=4096)
 def needed_names(tests: str) -> tuple[str, ...]:
     """The global names that tests use and do not make themselves: what they need from the program.
@@ -131,7 +135,9 @@ def needed_names(tests: str) -> tuple[str, ...]:
         ValueError: the tests do not parse, or assert nothing.
     """
     try:
-        asserts = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(tests)))
+        with _PARSING:
+            tree = ast.parse(tests)
+        asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
         tables = [symtable.symtable(tests, "tests", "exec")]
         compile(tests, "tests", "exec", dont_inherit=True)  # finds more than the parser: a `return` outside a function
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

@@ -6,6 +6,7 @@ import ast
 import collections
 import decimal
 import fractions
+import gc
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -242,6 +244,20 @@ def test_needed_names_are_those_that_the_program_has_to_bring():
     assert needed_names("import math\ndef check(c):\n    y = math.pi\n    assert c(h(y)) == y\ncheck(f)") == ("f", "h")
     assert needed_names("assert sum(1, 2) == 3") == ("sum",)
     assert needed_names("n = Node(1)\nn.left = Node(2)\nassert depth(n) == 2") == ("Node", "depth")
+
+
+def test_tests_are_read_by_many_threads_at_once():
+    """The collector may run Python code (JAX has it do so) between two nodes of a tree: then it is another thread's turn."""
+    threshold, turn = gc.get_threshold(), lambda *_: time.sleep(0)
+    tests = [f"assert f({i}) == " + "[" * 30 + "]" * 30 + f"\nassert g() == {[[j] for j in range(200)]}" for i in range(60)]
+    gc.callbacks.append(turn)
+    gc.set_threshold(100)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(needed_names, tests)) == {("f", "g")}
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(turn)
 
 
 # ------------------------------------------------------------------------------------------------------- the values
