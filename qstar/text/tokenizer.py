@@ -110,7 +110,7 @@ class Tokenizer:
             for position, character in enumerate(text):
                 try:
                     self._backend.encode(character, add_special_tokens=False)
-                except Exception:
+                except Exception:  # tokenizers raises nothing narrower
                     return UserError(
                         f"character {character!r} (position {position} of {_shorten(text)!r}) is not in the "
                         "tokenizer's alphabet: add it there or remove it from the text"
