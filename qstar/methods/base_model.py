@@ -8,6 +8,7 @@ Gates check that the base is in the window where the experiment means something,
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -16,10 +17,10 @@ from qstar import processes
 from qstar.errors import UserError, require
 from qstar.mesh import parameter_table, shardings
 from qstar.methods.arms import Context
-from qstar.methods.checks import check_fits
+from qstar.methods.checks import check_fits, check_problems, check_room
 from qstar.methods.gates import check_gates
 from qstar.methods.rollouts import Rollout, attempt
-from qstar.methods.run_folder import stable_seed
+from qstar.methods.run_folder import check_run, stable_seed
 from qstar.methods.settings import check_keys
 from qstar.methods.supervised import fine_tune
 from qstar.models import decoder
@@ -33,6 +34,23 @@ from qstar.train.loop import Diverged
 from qstar.train.state import init_params
 
 RUN_OPTIONS = {"dtype", "attention", "remat", "scan_unroll"}  # of a pretrained model: how it is run, not what it is
+
+
+def checked(ctx: Context, config: Any, loops: Collection[Any]) -> Model:
+    """Looks for whatever is wrong with a run before anything of it is written; returns the `architecture`.
+
+    Args:
+      config: the whole config, which the run folder must hold if it holds one. loops: the arms' `Loop` settings.
+
+    Raises:
+      UserError: see `check_run`, `model_options`, `check_problems`, `architecture` and `check_room`.
+    """
+    check_run(ctx.workdir, config.to_dict())
+    model_options(ctx)
+    check_problems(ctx, loops)
+    start = architecture(ctx)
+    check_room(ctx, start, loops)
+    return start
 
 
 def prepare(ctx: Context, model: Model) -> Model:

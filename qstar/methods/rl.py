@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from qstar.errors import UserError, require
-from qstar.methods import base_model, checks
+from qstar.methods import base_model
 from qstar.methods.arms import Arm, Context
 from qstar.methods.reinforce import ReinforceSettings, Scored, reinforce
-from qstar.methods.run_folder import check_run, open_run, stable_seed
+from qstar.methods.run_folder import open_run, stable_seed
 from qstar.methods.settings import settings_from
 from qstar.models.model import Model
 from qstar.tasks.base import Problem, Task
@@ -87,11 +87,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx = Context.make(config, Path(workdir), console, train=ReinforceSettings)
     loop = settings_from(Loop, config.loop.to_dict(), "loop")
     arms = {name: arm_settings(ctx, name) for name in config.arms}
-    check_run(ctx.workdir, config.to_dict())
-    base_model.model_options(ctx)
-    checks.check_problems(ctx, [loop])
-    start = base_model.architecture(ctx)
-    checks.check_room(ctx, start, [loop])
+    start = base_model.checked(ctx, config, [loop])
     worlds = {
         name: Verifiable(ctx.task, ctx.seed, settings.prompts, loop.problems_per_iter, loop.few_shot_at_sample)
         for name, (_, settings) in arms.items()

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import UserError, require
-from qstar.methods import base_model, checks
+from qstar.methods import base_model
 from qstar.methods.arms import Arm, Context
 from qstar.methods.rollouts import Selection, attempt, select, show_hint, summary, to_example
-from qstar.methods.run_folder import check_run, once, open_run, stable_seed
+from qstar.methods.run_folder import once, open_run, stable_seed
 from qstar.methods.supervised import fine_tune, pack_rows
 from qstar.models.model import Model
 from qstar.tasks.base import Problem
@@ -121,11 +121,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a STaR config in `workdir`, going on where an earlier run of the same config stopped."""
     ctx = Context.make(config, Path(workdir), console)
     arms = {name: ctx.arm_settings(Loop, PRESETS, name) for name in config.arms}
-    check_run(ctx.workdir, config.to_dict())
-    base_model.model_options(ctx)
-    checks.check_problems(ctx, arms.values())
-    start = base_model.architecture(ctx)
-    checks.check_room(ctx, start, arms.values())
+    start = base_model.checked(ctx, config, arms.values())
     open_run(ctx.workdir, config.to_dict())
     ctx.start()
     base = base_model.prepare(ctx, start)

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import require
-from qstar.methods import base_model, checks, star
+from qstar.methods import base_model, star
 from qstar.methods.arms import Arm
 from qstar.methods.buffers import Buffer, Solution, counts, human, merged, most_sampled, sampled
 from qstar.methods.gates import check_gates
 from qstar.methods.pairs import build_pairs, repeated
 from qstar.methods.rollouts import Selection, attempt, select, summary, to_example
-from qstar.methods.run_folder import check_run, once, open_run, stable_seed
+from qstar.methods.run_folder import once, open_run, stable_seed
 from qstar.methods.step_rollouts import rollout_labels
 from qstar.methods.supervised import fine_tune, pack_rows
 from qstar.methods.v_star_measure import measure, sampled_accuracy
@@ -95,11 +95,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a V-STaR config in `workdir`, going on where an earlier run of the same config stopped."""
     ctx = Study.make(config, Path(workdir), console)
     arms = {name: ctx.arm_settings(Loop, PRESETS, name) for name in config.arms}
-    check_run(ctx.workdir, config.to_dict())
-    base_model.model_options(ctx)
-    checks.check_problems(ctx, arms.values())
-    start = base_model.architecture(ctx)
-    checks.check_room(ctx, start, arms.values())
+    start = base_model.checked(ctx, config, arms.values())
     solutions = d_sft(ctx)
     open_run(ctx.workdir, config.to_dict())
     ctx.start()
