@@ -225,8 +225,10 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, batch)
 
 
-def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
-    """Like `put_batch` for arrays that every host holds whole (all of them drew or sampled the same rows)."""
+def put_whole_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Like `put_batch` for arrays that every host holds whole (all of them drew, sampled or read the same rows)."""
+    if mesh is None:
+        return jax.device_put(batch)
     whole, split = replicated(mesh), batch_sharding(mesh)
     ways = math.prod(mesh.shape[a] for a in Rules().batch)
 
@@ -236,6 +238,20 @@ def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(x.shape, target, x.__getitem__)
 
     return jax.tree.map(place, batch)
+
+
+def to_host(arrays: Any) -> Any:
+    """Brings arrays to every host, whole: numpy arrays. They may be split over the devices of several (then it is a
+    collective: all processes call it, in the same order)."""
+
+    def fetch(x: Any) -> Any:
+        if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
+            return jax.device_get(x)
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(fetch, arrays) if jax.process_count() > 1 else jax.device_get(arrays)
 
 
 def parameter_table(params: Any, where: Any) -> str:

@@ -135,7 +135,7 @@ def _train(start, rows, settings, train, steps, seed, folder, writer, label, tea
         if own:
             chosen = own_text(start, state.params["policy"], chosen, train.max_new_tokens, stable_seed(seed, s))
         batch = lesson(start.config, other, chosen, lengths, train.max_new_tokens)
-        batch = jax.device_put(batch) if start.mesh is None else put_whole_batch(batch, start.mesh)
+        batch = put_whole_batch(batch, start.mesh)
         state, metrics = step(state, batch, np.float32(rate[s]))
         window.append(metrics)
         ends = s + 1 == steps

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qstar.errors import UserError, require
+from qstar.mesh import to_host
 from qstar.methods.gates import check_gates
 from qstar.methods.quiet_setup import Study
 from qstar.methods.run_folder import stable_seed
@@ -78,17 +78,17 @@ def fold_measurements(study: Study, model: Model, size: int = 600) -> dict[str, 
     """
     corpus, config = Folds(), model.config.replace(thoughts=study.thoughts)  # one document a row
     rows, hard = corpus.test_rows(size), len(corpus.classes) - 1
-    batch = jax.tree.map(jnp.asarray, study.batch(rows))
-    nll, _, _ = measure.score_text(model.params, config, batch)
-    dash = jnp.full_like(batch.tokens, study.start_id)
-    dash_nll, _, _ = measure.score_text(model.params, config, batch.replace(tokens=_after(batch.tokens, dash)))
-    at = rows.classes[:, 1:] == hard
-    # The dash is fed nowhere: `_after` swaps targets only where the answer stands, and no later score is read.
-    direct = np.asarray(nll) + np.log1p(-np.minimum(np.exp(-np.asarray(dash_nll)), 1 - 1e-6))
-    worked = corpus.worked_rows(size)
-    w_nll, w_hit, _ = (
-        np.asarray(x) for x in measure.score_text(model.params, config, jax.tree.map(jnp.asarray, study.batch(worked)))
+    batch, dashed = study.whole_batch(rows), rows.tokens.copy()
+    dashed[:, -2] = study.start_id  # in place of the answers of one-document rows
+    nll, dash_nll = (
+        to_host(measure.score_text(model.params, config, b)[0])
+        for b in (batch, study.whole_batch(rows._replace(tokens=dashed)))
     )
+    at = rows.classes[:, 1:] == hard
+    # The dash is fed nowhere: it swaps targets only where the answer stands, and no later score is read.
+    direct = nll + np.log1p(-np.minimum(np.exp(-dash_nll), 1 - 1e-6))
+    worked = corpus.worked_rows(size)
+    w_nll, w_hit, _ = to_host(measure.score_text(model.params, config, study.whole_batch(worked)))
     answer, step = worked.classes[:, 1:] == hard, worked.classes[:, 1:] == 2
     out = {
         "direct_nll": float(direct[at].mean()),
@@ -99,14 +99,9 @@ def fold_measurements(study: Study, model: Model, size: int = 600) -> dict[str, 
     params = mixing.attach(model.params, config, jax.random.key(0), study.start_id)
     for name, heat in (("right", 1.0), ("right_greedy", 0.0)):
         scores = measure.score(params, config, batch, jax.random.key(stable_seed("gates")), temperature=heat)
-        share = holds_steps(np.asarray(scores.thoughts), rows.expected[:, :-1])
+        share = holds_steps(to_host(scores.thoughts), rows.expected[:, :-1])
         out[name] = float(share[:, 0][at].mean())
     return out
-
-
-def _after(tokens: jax.Array, other: jax.Array) -> jax.Array:
-    """Returns tokens with the answers of one-document rows (the last but one) replaced."""
-    return tokens.at[:, -2].set(other[:, -2])
 
 
 def holds_steps(thoughts: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.errors import UserError, require
-from qstar.mesh import put_batch
+from qstar.mesh import put_whole_batch, to_host
 from qstar.methods.evaluation import votes
 from qstar.methods.generation import generate
 from qstar.models import decoder
@@ -97,17 +97,17 @@ def expected_accuracy(
         heat = jnp.float32(
             config.thoughts.temperature if config.thoughts and temperature is None else temperature or 0.0
         )
-        given = arrays if model.mesh is None else put_batch(arrays, model.mesh)
+        given = put_whole_batch(arrays[:3], model.mesh)
         found = answer_logits(
             model.params,
             config,
-            *given[:3],
+            *given,
             ids,
             jax.random.fold_in(key, number),
             heat,
             passes if config.thoughts else 0,
         )
-        for name, values in judge(found, arrays[3], arrays[4]).items():
+        for name, values in judge(to_host(found), arrays[3], arrays[4]).items():
             scores[name][some] = values[: len(some)]
     if not config.thoughts:
         scores = {name: scores[name] for name in ("expected_base", "exact_base")}

@@ -16,6 +16,7 @@ import numpy as np
 from qstar import processes
 from qstar.data.corpus import Rows
 from qstar.data.sources import read_jsonl, write_jsonl
+from qstar.mesh import to_host
 from qstar.methods.quiet_base import holds_steps
 from qstar.methods.quiet_setup import Study
 from qstar.methods.run_folder import once_json, stable_seed
@@ -146,7 +147,7 @@ def _batches(study: Study, rows: Rows) -> Any:
     for begin in range(0, len(rows.tokens), size):
         part = [x[begin : begin + size] for x in rows[:4]]
         own = len(part[0])
-        yield study.batch(Rows(*(np.concatenate([x, np.repeat(x[:1], size - own, axis=0)]) for x in part))), own
+        yield study.whole_batch(Rows(*(np.concatenate([x, np.repeat(x[:1], size - own, axis=0)]) for x in part))), own
 
 
 def _scores(study: Study, model: Model, rows: Rows, thinker: str, heat: float) -> m.Scores:
@@ -162,14 +163,14 @@ def _scores(study: Study, model: Model, rows: Rows, thinker: str, heat: float) -
         elif thinker == "pause":
             given = jnp.full(shape, config.thoughts.forbidden_ids[0], jnp.int32)
         found = m.score(model.params, config, batch, key, passes=P, temperature=heat, thoughts=given)
-        parts.append(jax.tree.map(lambda x, own=own: np.asarray(x)[:own], found))
+        parts.append(jax.tree.map(lambda x, own=own: x[:own], to_host(found)))
     return m.Scores(*(np.concatenate(x) for x in zip(*parts)))
 
 
 def _text(study: Study, model: Model, rows: Rows) -> tuple[np.ndarray, ...]:
     parts = []
     for batch, own in _batches(study, rows):
-        parts.append([np.asarray(x)[:own] for x in m.score_text(model.params, model.config, batch)])
+        parts.append([x[:own] for x in to_host(m.score_text(model.params, model.config, batch))])
     return tuple(np.concatenate(x) for x in zip(*parts))
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qstar.data.corpus import Corpus, Rows, TextCorpus
 from qstar.errors import UserError, check_type, require, unknown
-from qstar.mesh import make_mesh
+from qstar.mesh import make_mesh, put_whole_batch
 from qstar.methods.screen import Screen
 from qstar.methods.settings import Gate, Log, Sections, check_keys, settings_from
 from qstar.methods.training import UpdateSettings
@@ -131,6 +131,10 @@ class Study(Screen):
         count, index = jax.process_count(), jax.process_index()
         mine = slice(len(rows.tokens) * index // count, len(rows.tokens) * (index + 1) // count)
         return Batch(*(np.asarray(x[mine]) for x in rows[:4]))
+
+    def whole_batch(self, rows: Rows) -> Batch:
+        """Returns all of the rows, which every process has read, placed on the devices: what is measured."""
+        return put_whole_batch(Batch(*(np.asarray(x) for x in rows[:4])), self.mesh)
 
     def begin(self) -> None:
         """Opens the metrics files."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from qstar import processes, tree
 from qstar.errors import require
-from qstar.mesh import put_whole_batch
+from qstar.mesh import put_whole_batch, to_host
 from qstar.methods.distillation import only_updates
 from qstar.methods.run_folder import once_json, stable_seed
 from qstar.methods.training import UpdateSettings, finished
@@ -35,7 +35,7 @@ from qstar.models import heads, policy
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model, encoder_ids
-from qstar.sample.batching import padded_length, stream, to_host
+from qstar.sample.batching import padded_length, stream
 from qstar.train import optim, rl
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Diverged
@@ -228,7 +228,7 @@ def one_update(
         for at in range(0, count, s.batch_size):
             chosen = order[at : at + s.batch_size]
             rows = jax.tree.map(operator.itemgetter(chosen), batch)
-            rows = jax.device_put(rows) if run.start.mesh is None else put_whole_batch(rows, run.start.mesh)
+            rows = put_whole_batch(rows, run.start.mesh)
             state, more = step(state, rows, lr)
             found.append(more)
         if s.max_moved and float(found[-1]["moved"]) > s.max_moved:
@@ -274,7 +274,7 @@ def experience(
         response[i, : len(done.tokens)], mask[i, : len(done.tokens)] = done.tokens, 1.0
     ended = np.asarray([d.stopped for d in flat])
     inputs = (prompt, prompt_mask, response)
-    placed = inputs if run.start.mesh is None else put_whole_batch(inputs, run.start.mesh)
+    placed = put_whole_batch(inputs, run.start.mesh)
     old, entropy, values = rl.measure_jit(params, *placed, **run.static)
     ref = rl.measure_jit({"policy": run.start.params}, *placed, **run.static)[0]
     old, ref, values = (x * mask for x in to_host((old, ref, values)))

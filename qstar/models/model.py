@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from qstar import tree
 from qstar.errors import UserError, require
-from qstar.mesh import map_rows, mesh_jit, put_batch
+from qstar.mesh import map_rows, mesh_jit, put_whole_batch, to_host
 from qstar.models import decoder, encdec, hf, policy
 from qstar.models.attention import text_sight
 from qstar.models.config import DTYPES, ModelConfig, from_hf, official_thoughts, to_hf
@@ -199,7 +199,7 @@ def _next_logprobs(params: Params, config: ModelConfig, tokens: jax.Array, mask:
 
 
 def _place(model: Model, *arrays: Any) -> tuple[Any, ...]:
-    return arrays if model.mesh is None else put_batch(arrays, model.mesh)
+    return arrays if model.mesh is None else put_whole_batch(arrays, model.mesh)
 
 
 @functools.partial(mesh_jit, static_argnames="config")
@@ -320,7 +320,7 @@ def score_tokens(
         for r, i in enumerate(rows):
             ids = [*pairs[i][0], *pairs[i][1]]
             tokens[r, : len(ids)], mask[r, : len(ids)] = ids, 1
-        scores = np.asarray(score(model.params, model.config, *_place(model, tokens, mask)))
+        scores = to_host(score(model.params, model.config, *_place(model, tokens, mask)))
         for r, i in enumerate(rows):
             start = len(pairs[i][0]) - 1
             out[i] = scores[r, start : start + len(pairs[i][1])].copy()
@@ -338,7 +338,7 @@ def _encdec_logprobs(model: Model, pairs: list[tuple[list[int], list[int]]]) -> 
         for r, i in enumerate(rows):
             response[r, : len(pairs[i][1])] = pairs[i][1]
         arrays = _place(model, prompt, real, response)
-        scores = np.asarray(_response_logprobs(model.params, model.config, *arrays))
+        scores = to_host(_response_logprobs(model.params, model.config, *arrays))
         for r, i in enumerate(rows):
             out[i] = scores[r, : len(pairs[i][1])].copy()
     return out

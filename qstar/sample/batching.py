@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from qstar.errors import UserError, require
-from qstar.mesh import SAMPLING, Rules
+from qstar.mesh import SAMPLING, Rules, to_host
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.int8 import KINDS, quantise_jit
 from qstar.models.model import Model
@@ -390,12 +390,3 @@ def state_shardings(state: S.SampleState, mesh: Mesh) -> S.SampleState:
     cached = jax.tree.map(lambda x: place(x, ("batch", "heads", None, None), rules), (state.prompt, state.ring))
     rows = jax.tree.map(lambda x: place(x, ("batch", None), SAMPLING), state)
     return rows.replace(prompt=cached[0], ring=cached[1])
-
-
-def to_host(arrays):
-    """Brings arrays to every host (they may be split over several)."""
-    if jax.process_count() == 1:
-        return jax.device_get(arrays)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(arrays, tiled=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from qstar import tree
 from qstar.errors import UserError
-from qstar.mesh import SAMPLING, Rules, laid_tree, map_rows, mesh_jit, put_batch
+from qstar.mesh import SAMPLING, Rules, laid_tree, map_rows, mesh_jit, put_whole_batch, to_host
 from qstar.models import decoder, encdec, policy
 from qstar.models.model import Model, encoder_ids
 from qstar.sample.logits import Knobs
@@ -175,9 +175,8 @@ def stream(
                 tokens[r, : len(rows[i])], lengths[r] = rows[i], len(rows[i])
             ids = np.asarray(chosen + [0] * (group - len(chosen)), np.int32)
             requests = np.stack(np.broadcast_arrays(ids[:, None], np.arange(n, dtype=np.int32)[None]), axis=-1)
-            arrays = (tokens, lengths, requests)
-            arrays = arrays if model.mesh is None else put_batch(arrays, model.mesh)
-            found = jax.device_get(sample_rows(params, sampler, *arrays, jax.random.key(seed), knobs))
+            arrays = put_whole_batch((tokens, lengths, requests), model.mesh)
+            found = to_host(sample_rows(params, sampler, *arrays, jax.random.key(seed), knobs))
             for r, i in enumerate(chosen):
                 for j in range(n):
                     yield i, j, _completion(model, {k: v[r, j] for k, v in found.items()}, stop)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.errors import UserError, require
-from qstar.mesh import put_batch
+from qstar.mesh import put_whole_batch, to_host
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
 from qstar.sample import batching
@@ -83,9 +83,8 @@ def generate(
             tokens[r, : len(rows[i])] = rows[i]
         lengths = np.asarray([len(rows[i]) for i, _ in padded], np.int32)
         keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, r[0]), r[1]))(jnp.asarray(padded))
-        if model.mesh is not None:
-            tokens, lengths = put_batch((tokens, lengths), model.mesh)
-        drawn = batching.to_host(decode.write(model.params, talker, tokens, lengths, keys, knobs, heat))
+        tokens, lengths = put_whole_batch((tokens, lengths), model.mesh)
+        drawn = to_host(decode.write(model.params, talker, tokens, lengths, keys, knobs, heat))
         for r, (i, k) in enumerate(some):
             out[i].append((k, _completion(model, drawn, r, stop)))
     return [[c for _, c in sorted(row, key=lambda pair: pair[0])] for row in out]
