@@ -54,6 +54,10 @@ if _wanted:  # the workers and processes that a session starts find them in thei
     _flags = [f"--{name}={_FLAGS[name]}" for name in _known(_wanted)]
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags]).strip()
 
+# To trace a program makes some 100,000 objects that stay, and Python's collector looks at all of them again and again:
+# an eighth of the time at its usual thresholds.
+gc.set_threshold(100_000, 50, 100)
+
 if str(HERE) not in sys.path:  # so that `from conftest import shared` works in every import mode of pytest
     sys.path.insert(0, str(HERE))
 
