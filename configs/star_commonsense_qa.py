@@ -38,7 +38,7 @@ def get_config(arg=None):
     config.evaluate.update(split="val", hinted=False)
     if arg.smoke:
         config.mesh = "data=-1"
-        config.model = {"path": arg.model, "preset": "", "dtype": "float32", "remat": "none", "scan_unroll": 5}
+        config.model = {"path": arg.model, "preset": "", "dtype": "float32", "remat": "none"}
         config.task.direct = True
         config.loop.update(
             n_iters=2,

@@ -50,6 +50,7 @@ def get_config(arg=None):
         config.train.update(batch_size=8, lr=1e-3, warmup=10, row_length=512, save_every=20, log_every=20)
         config.evaluate.update(limit=64)
     if arg.smoke:
+        config.model.scan_unroll = 1  # a few updates: what they wait for is the compiler
         config.loop.update(problems_per_iter=24, steps="lin:12:4")
         config.sample.update(max_new_tokens=32, round_size=16)
         config.train.update(batch_size=4, save_every=5, log_every=4)

@@ -11,6 +11,6 @@ torch=$("$python" -c 'import sys; print("torch==2.13.0" if sys.version_info < (3
 install_qstar "test,notebooks" "$torch"
 export JAX_PLATFORMS=cpu TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PJRT_NPROC=16
 code=0
-.venv/bin/python -m pytest --ignore=tests/multi_device -n 2 --dist loadfile "$@" || code=$?  # two workers, file by file
+.venv/bin/python -m pytest --ignore=tests/multi_device -n 2 --dist loadfile --no-loadscope-reorder "$@" || code=$?  # two workers, file by file
 XLA_FLAGS=--xla_force_host_platform_device_count=8 .venv/bin/python -m pytest tests/multi_device || code=$?
 exit $code

@@ -5,8 +5,8 @@
 A job is {"config": "star_arithmetic.py:smoke", "flags": [..], "workdir": DIR, "kill": EVENT or null}. The
 product knows nothing of this: its functions are wrapped here so that they tell *events*, and the child sends
 itself SIGKILL when the first event that equals the plan comes by, SIGTERM where the plan is "term EVENT". Paths are relative to the workdir.
-With "drop": [EVENT, ...] it first leaves the run by an exception at each of these in turn and begins again in the same
-process, which costs neither a start nor a compilation.
+With "drop": [EVENT, ...] it first leaves the run by an exception (or, at "term EVENT", by SIGTERM) at each of these in
+turn and begins again in the same process, which costs neither a start nor a compilation.
 
     begin FILE          before a JSONL file is made      replace FILE        written under its temporary name
     done FILE           the file is there                batch FOLDER STEP   before an update
@@ -106,9 +106,11 @@ def child(job):
         where = f"--config={ROOT}/configs/{job['config']}", f"--workdir={job['workdir']}"
         command = ["train", *where, *job.get("flags", [])]
         for event in job.get("drop", []):
-            events.plan = f"drop {event}"
+            told = event.startswith("term ")
+            events.plan = event if told else f"drop {event}"
             try:
-                return main(command) or 1  # it should not have come to its end
+                if (code := main(command)) or not told:
+                    return code or 1  # it should not have come to its end
             except Dropped:
                 pass
         events.plan = job.get("kill")

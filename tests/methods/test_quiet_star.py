@@ -1,5 +1,6 @@
 """Quiet-STaR runs: resumption, the arms and what distinguishes them, and the measurements, each against slow ways."""
 
+import functools
 import json
 
 import jax
@@ -20,15 +21,19 @@ from qstar.train.metrics import read
 from tests.methods import runs
 
 CHAIN = [
-    "batch base 30",  # while the base trains
-    "saved base/model 60",  # trained, but not marked as such
-    "batch quiet_star 7",  # past the first checkpoint and the first measurement
-    "replace quiet_star/evaluation/step_000012.json",  # measured, but not written
-    "saving same_text/training 5",
+    [
+        "batch base 30",  # while the base trains
+        "saved base/model 60",  # trained, but not marked as such
+        "batch quiet_star 7",  # past the first checkpoint and the first measurement
+    ],
+    [
+        "replace quiet_star/evaluation/step_000012.json",  # measured, but not written
+        "saving same_text/training 5",
+    ],
 ]
 
 
-def test_a_run_killed_at_five_points_ends_with_the_same_bits():
+def test_a_run_killed_or_left_at_five_points_ends_with_the_same_bits():
     one, other = runs.quiet_star(), runs.killed(runs.QUIET, CHAIN)
     assert runs.answers(one) == runs.answers(other) and len(runs.answers(one)) >= 6
     assert runs.weights(one) == runs.weights(other) and len(runs.weights(one)) == 3
@@ -52,6 +57,9 @@ CONFIG = preset("tiny", hidden_size=32, num_layers=2, num_heads=2, vocab_size=24
 )
 
 
+replayed = jax.jit(replay.replay, static_argnums=1)
+
+
 def model_params(seed=0):
     params = decoder.init(CONFIG, jax.random.key(seed))
     params = mixing.attach(params, CONFIG, jax.random.key(1), 21)
@@ -66,12 +74,13 @@ def a_batch(size=3):
 
 def test_scores_are_those_of_the_full_replay():
     params, batch = model_params(), a_batch()
-    found = measure.score(params, CONFIG, batch, jax.random.key(3), passes=2, temperature=1.0)
+    score = jax.jit(functools.partial(measure.score, passes=2, temperature=1.0), static_argnums=1)
+    found = score(params, CONFIG, batch, jax.random.key(3))
     thoughts = np.asarray(found.thoughts)  # [B, P, M, S]
     B, P, M, S = thoughts.shape
     full = np.zeros((S, B * P, M + 1), np.int32)
     full[:, :, :M] = thoughts.reshape(B * P, M, S).transpose(2, 0, 1)
-    slow = replay.replay(params, CONFIG, batch.tokens, batch.mask, full)
+    slow = replayed(params, CONFIG, batch.tokens, batch.mask, full)
     np.testing.assert_allclose(found.nll.reshape(B * P, M), slow.talk_nll_s[0], atol=1e-4)
     np.testing.assert_allclose(found.base_nll, np.asarray(slow.base_nll)[::P], atol=1e-4)
     np.testing.assert_allclose(found.weight.reshape(B * P, M), slow.talk_mix_weight[0][:, :M], atol=1e-5)
@@ -83,11 +92,11 @@ def test_scores_are_those_of_the_full_replay():
 
 def test_pause_and_random_thoughts_reinforce_nothing():
     params, batch = {"policy": model_params()}, a_batch()
+    loss = jax.jit(quiet_star.given_loss, static_argnames=("config", "thinker"))
+    silent = CONFIG.replace(thoughts=CONFIG.thoughts.replace(policy_weight=100.0))
     for thinker in ("pause", "random"):
-        _, metrics = quiet_star.given_loss(params, batch, jax.random.key(0), config=CONFIG, thinker=thinker)
-        silent = CONFIG.replace(thoughts=CONFIG.thoughts.replace(policy_weight=100.0))
-        again, _ = quiet_star.given_loss(params, batch, jax.random.key(0), config=silent, thinker=thinker)
-        first, _ = quiet_star.given_loss(params, batch, jax.random.key(0), config=CONFIG, thinker=thinker)
+        again, _ = loss(params, batch, jax.random.key(0), config=silent, thinker=thinker)
+        first, _ = loss(params, batch, jax.random.key(0), config=CONFIG, thinker=thinker)
         assert float(first[0]) == float(again[0])
     own = measure.random_thoughts(jax.random.key(0), CONFIG, (1000,))
     assert set(np.unique(own)) == set(range(23))  # all but padding
@@ -98,24 +107,28 @@ def test_the_students_loss_is_likelihood_and_divergence_from_the_mean_of_the_tea
     student = decoder.init(CONFIG, jax.random.key(9))
     params = {"policy": student, "teacher": model_params()}
     key = jax.random.key(4)
-    (total, weight), metrics = distil.student_loss(params, batch, key, config=config, teacher=CONFIG, weight=2.0)
+    loss = functools.partial(distil.student_loss, batch=batch, rng=key, config=config, teacher=CONFIG, weight=2.0)
+    (total, weight), metrics = jax.jit(loss)(params)
     nll, _ = sft_loss({"policy": student}, batch, None, config=config)
     from qstar.thoughts import generate, layout, threads
 
-    texts = threads.read(params["teacher"], CONFIG, batch)
-    positions = layout.all_positions(batch, predicting=True)
-    own = np.asarray(generate.sample(params["teacher"], CONFIG, batch, texts, positions, key)[0])  # [S, B, P, M]
+    @jax.jit
+    def think(tree):
+        positions = layout.all_positions(batch, predicting=True)
+        return generate.sample(tree, CONFIG, batch, threads.read(tree, CONFIG, batch), positions, key)[0]
+
+    own = np.asarray(think(params["teacher"]))  # [S, B, P, M]
     S, B, P, M = own.shape
     full = np.zeros((S, B * P, M + 1), np.int32)
     full[:, :, :M] = own.reshape(S, B * P, M)
-    logits = replay.replay(params["teacher"], CONFIG, batch.tokens, batch.mask, full).talk_mixed_logits[0][:, :M]
+    logits = replayed(params["teacher"], CONFIG, batch.tokens, batch.mask, full).talk_mixed_logits[0][:, :M]
     p = np.asarray(jax.nn.softmax(logits)).reshape(B, P, M, -1).mean(1)
-    q = replay.replay({**student, **{k: params["teacher"][k] for k in ("thoughts", "mixing")}}, CONFIG, batch.tokens, batch.mask, full)
+    q = replayed({**student, **{k: params["teacher"][k] for k in ("thoughts", "mixing")}}, CONFIG, batch.tokens, batch.mask, full)
     q = np.asarray(jax.nn.log_softmax(q.base_logits))[::P][:, :M]
     divergence = np.sum(p * (np.log(p) - q))
     np.testing.assert_allclose(total, nll[0] + 2.0 * divergence, rtol=1e-4)
     assert float(weight) == B * M
-    grads = jax.grad(lambda t: distil.student_loss({**params, "teacher": t}, batch, key, config=config, teacher=CONFIG, weight=2.0)[0][0])(params["teacher"])
+    grads = jax.jit(jax.grad(lambda t: loss({**params, "teacher": t})[0][0]))(params["teacher"])
     assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
 
 

@@ -1,4 +1,4 @@
-"""A run that was killed, wherever that was, ends with the files and the bits of one that was not."""
+"""A run that was killed or left, wherever that was, ends with the files and the bits of one that was not."""
 
 import json
 
@@ -7,18 +7,25 @@ import pytest
 from tests.methods import runs
 
 # One chain: each process goes on from what the kill before it left.
+# Of each list, a process is left by an exception at all events but the last, and killed there (runs.killed).
 ARITHMETIC = [
-    "batch base 70",  # while the base trains, past its first checkpoint
-    "saving base/training 120",  # while a checkpoint is being written
-    "done no_rationalisation/stages/iter_001/sample_000.jsonl",  # in the middle of sampling
-    "batch no_rationalisation/checkpoints/iter_001 0",  # between selection and training
-    "batch no_rationalisation/checkpoints/iter_001 12",  # while a loop trains, past its first checkpoint
-    "saved no_rationalisation/checkpoints/iter_001/model 20",  # trained, but not marked as such
-    "done no_rationalisation/stages/evaluation/iter_001_000.jsonl",  # in the middle of an evaluation
-    "done rationalisation/stages/iter_001/rationalise_000.jsonl",  # in the middle of rationalising
-    "replace rationalisation/rationales/iter_002.jsonl",  # the selection is written under its temporary name
+    [
+        "batch base 70",  # while the base trains, past its first checkpoint
+        "saving base/training 120",  # while a checkpoint is being written
+    ],
+    [
+        "done no_rationalisation/stages/iter_001/sample_000.jsonl",  # in the middle of sampling
+        "batch no_rationalisation/checkpoints/iter_001 0",  # between selection and training
+        "batch no_rationalisation/checkpoints/iter_001 12",  # while a loop trains, past its first checkpoint
+    ],
+    [
+        "saved no_rationalisation/checkpoints/iter_001/model 20",  # trained, but not marked as such
+        "done no_rationalisation/stages/evaluation/iter_001_000.jsonl",  # in the middle of an evaluation
+        "done rationalisation/stages/iter_001/rationalise_000.jsonl",  # in the middle of rationalising
+        "replace rationalisation/rationales/iter_002.jsonl",  # the selection is written under its temporary name
+    ],
 ]
-GSM8K = ["done star/stages/iter_001/sample_000.jsonl", "batch star/checkpoints/iter_001 5"]
+GSM8K = [["done star/stages/iter_001/sample_000.jsonl", "batch star/checkpoints/iter_001 5"]]
 
 V_STAR = [  # every stage; killed for good where a checkpoint is being written in the background
     [
@@ -124,12 +131,16 @@ def test_a_finished_run_is_left_as_it_is(arithmetic):
     assert written == {"replace environment.json", "replace report.html"}
 
 
-TOLD = [
-    "term batch base 70",  # while the base trains: saved after that very update
-    "term begin no_rationalisation/stages/iter_001/sample_000.jsonl",  # anywhere else nothing waits
-    "term batch no_rationalisation/checkpoints/iter_001 12",
-    "term saving no_rationalisation/checkpoints/iter_001/training 16",  # a checkpoint is being written in the background
-    "term batch rationalisation/checkpoints/iter_002 3",  # an update whose metrics are logged
+TOLD = [  # each list in one process
+    [
+        "term batch base 70",  # while the base trains: saved after that very update
+        "term begin no_rationalisation/stages/iter_001/sample_000.jsonl",  # anywhere else nothing waits
+        "term batch no_rationalisation/checkpoints/iter_001 12",
+    ],
+    [
+        "term saving no_rationalisation/checkpoints/iter_001/training 16",  # a checkpoint is being written in the background
+        "term batch rationalisation/checkpoints/iter_002 3",  # an update whose metrics are logged
+    ],
 ]
 
 
@@ -149,5 +160,5 @@ def test_told_to_end_no_update_is_lost_and_a_line_says_how_to_go_on(told):
     updates = [e for e in runs.events(told) if e.startswith("batch ")]
     assert len(updates) == len(set(updates)) > 100
     log = told.with_suffix(".log").read_text()
-    assert log.count("qstar: stopped by SIGTERM and saved; go on with: qstar train --config=") == len(TOLD)
+    assert log.count("qstar: stopped by SIGTERM and saved; go on with: qstar train --config=") == sum(map(len, TOLD))
     assert "Traceback" not in log

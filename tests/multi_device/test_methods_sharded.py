@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from tests.multi_device import steps
 from tests.test_processes import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"  # half the time to compile
+FLAGS = re.sub(r"(device_count=)\d+", r"\g<1>4", os.environ["XLA_FLAGS"])  # conftest.py's, for half the devices
 CUBE = "data=2,fsdp=2,tensor=2"
 
 

@@ -1,15 +1,14 @@
 """The notebook and the page of LM-Guided CoT state the numbers of a smoke run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from configs.guided_cot_synth import get_config
-from qstar.methods import guided_cot
 from qstar.report.guided import headline, page, read_guided
 from qstar.train.metrics import Writer
-from tests.methods.stub import Silent
+from tests.methods import runs
 from tests.notebooks.test_star_notebook import outputs, told
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_guided_cot.ipynb"
@@ -19,9 +18,7 @@ nbformat = pytest.importorskip("nbformat", reason="needs nbformat (pip install -
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guided")
-    guided_cot.run(get_config("smoke"), folder, Silent())
-    return folder
+    return shutil.copytree(runs.finished("guided_cot_synth.py:smoke"), tmp_path_factory.mktemp("guided") / "run")
 
 
 def test_a_run_says_what_was_studied_and_what_it_costs(run):

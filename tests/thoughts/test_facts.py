@@ -40,7 +40,7 @@ def test_prefix_and_thread_written_out_as_a_sequence_give_the_same_logits(family
     (tokens, mask), own = texts(), thoughts()
     out = run(tree, config, tokens, mask, own)
     follow = jax.jit(explicit, static_argnums=1)
-    for j in (0, 4, N - T):
+    for j in (0, 4, N - T) if family in ("llama", "gpt2") else (N - T,):  # each is a length of its own to compile
         for row in range(2 * P):
             text = tokens[row // P]
             think, talk = follow(tree, config, text[: j + 1], own[:, row, j], text[j + 1 : j + T])
@@ -116,7 +116,8 @@ def test_permuting_the_passes_changes_no_loss():
 
 @families
 def test_both_schedules_are_one_mathematics(family):
-    a, b = (run(params(family), FAMILIES[family], *texts(), thoughts(), schedule=s) for s in ("replay", "joint"))
+    args = params(family), FAMILIES[family], *texts(), thoughts()
+    a, b = run(*args), run(*args, schedule="joint")  # the first is "replay", and compiled already
     for name, x, y in zip(a._fields, a, b):
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4, err_msg=name), x, y)
 

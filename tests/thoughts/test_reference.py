@@ -12,9 +12,7 @@ from qstar.thoughts import generate
 from qstar.thoughts.replay import replay
 from tests.thoughts import official, reference
 
-CASES = {
-    "recorded": dict(),
-    "greedy, one pass": dict(passes=1),
+CASES = {  # the second row is padded, the first is whole; without padding, the recorded case is its own (test_parity.py)
     "padded row": dict(passes=2, padded=True),
     "greedy, one pass, padded": dict(passes=1, padded=True),
     "one token each": dict(passes=3, S=1, T=1),
@@ -37,7 +35,7 @@ def both_ways(f, params):
 
 @functools.cache
 def expected(case):
-    """The reference's arrays and gradients, its own recorded case excepted: there the fixture is the judge."""
+    """The reference's arrays and gradients. Of the recorded case the fixture is the judge."""
     options = CASES[case]
     tokens, mask, thoughts = inputs(**options)
     model = official.model(sizes(options))
