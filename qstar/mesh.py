@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -220,12 +219,14 @@ def gathered(layer: Any, table: AxisTable, dtype: Any, rules: Rules = Rules()) -
             return x
         here = rules.spec(axes, x.shape, mesh)
         there = dataclasses.replace(rules, embed=()).spec(axes, x.shape, mesh)
-        return checkpoint_name(_moved(x.astype(dtype), here, there), "gathered")
+        return _moved(x.astype(dtype), here, there)
 
     return tree.map_named(one, layer)
 
 
-dropped = jax.checkpoint_policies.save_anything_except_these_names("gathered")  # keeps all else for the backward pass
+def dropped(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass may keep everything but what was only laid out anew."""
+    return primitive.name != "sharding_constraint"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -235,7 +236,7 @@ def _moved(x: jax.Array, here: P, there: P) -> jax.Array:
 
 
 _moved.defvjp(
-    lambda x, here, there: (_moved(x, here, there), None),
+    lambda x, here, there: (_moved.fun(x, here, there), None),  # plain, or `dropped` would see but a call
     lambda here, there, _, g: (jax.lax.with_sharding_constraint(g, here),),
 )
 

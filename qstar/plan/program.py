@@ -29,6 +29,7 @@ class Program:
     rule: str  # how they were counted
     steps: int = 1  # of a loop that ends when its data say so
     notes: tuple[str, ...] = ()
+    least: int = 0  # bytes of temporaries per chip that it cannot do without: for a search, before anything is compiled
 
 
 @dataclasses.dataclass
