@@ -53,5 +53,7 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
             out.append(f"train.accumulate={train.get('batch_size', 1) // ways} would run one row per chip at a time")
         out.append(f"tensor={2 * mesh.shape['tensor']} would split the activations of heads and MLP once more")
     if plan.name.startswith("sampling") and plan.activations + plan.parts.get("cache", 0) > plan.hbm // 4:
-        out.append("fewer rows side by side (sample.slots, of guided_cot's large model world.large.slots) take less of both")
+        out.append(
+            "fewer rows side by side (sample.slots, of guided_cot's large model world.large.slots) take less of both"
+        )
     return out

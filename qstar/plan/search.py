@@ -64,9 +64,12 @@ def layouts(config: Any, chips: int) -> list[Layout]:
 
 def tried(config: Any, topology: Topology, assumed: Assumed, only: str) -> Iterator[tuple[Layout, list[Plan]]]:
     """Yields every layout up to the first that fits: without plans where arithmetic rules it out, else with its programs up
-    to the first that does not fit."""
+    to the first that does not fit. Where it fits without rematerialisation, it follows with: reading what was kept may take
+    longer than computing it again, and only compiled programs tell."""
     too_large: list[Layout] = []
-    for layout in layouts(config, len(topology.devices)):
+    waiting = layouts(config, len(topology.devices))
+    while waiting:
+        layout = waiting.pop(0)
         if any(same_but_larger(layout, other) for other in too_large):
             yield layout, []
             continue
@@ -82,7 +85,7 @@ def tried(config: Any, topology: Topology, assumed: Assumed, only: str) -> Itera
                 break
         yield layout, plans
         if all(p.fits for p in plans):
-            return
+            waiting = [layout._replace(remat="block")] if layout.remat == "none" else []
 
 
 def same_but_larger(layout: Layout, other: Layout) -> bool:
@@ -111,11 +114,13 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, *, only: str = "",
                     ruled_out += 1
                     continue
                 worst = max(plans, key=lambda p: p.peak)
-                best = (layout, plans) if all(p.fits for p in plans) else None
-                verdict = "fits" if best else f"{worst.name} does not fit"
+                good, took = all(p.fits for p in plans), sum(p.seconds for p in plans)
+                if good and (best is None or took < sum(p.seconds for p in best[1])):
+                    best = layout, plans
+                verdict = f"fits, at best {show.seconds(took)}" if good else f"{worst.name} does not fit"
                 say(f"{layout.flags}: {verdict}, {show.size(worst.peak)} of {show.size(worst.hbm)} per chip")
         fits &= best is not None
-        say(f"{ruled_out} cheaper layouts were ruled out by arithmetic; {time.perf_counter() - began:.0f} s in all")
+        say(f"{ruled_out} layouts were ruled out by arithmetic; {time.perf_counter() - began:.0f} s in all")
         if best is None:
             say(f"{name}: no layout fits; take a larger slice, or LoRA (train.lora_rank=16)\n")
             continue
