@@ -1,4 +1,4 @@
-"""LM-Guided CoT on HotpotQA: FLAN-T5 small writes rationales, FLAN-T5 XXL answers; on a v4-8 or 8 GPUs.
+"""LM-Guided CoT on HotpotQA: FLAN-T5 small writes rationales, FLAN-T5 XXL answers; on a v6e-8 or 8 GPUs.
 
     qstar train --config=configs/guided_cot_hotpotqa.py:small=flan-t5-small,large=flan-t5-xxl --workdir=runs/guided_hotpotqa
     qstar train --config=configs/guided_cot_hotpotqa.py:small=flan-t5-small,url=http://host:8000/v1,name=NAME --workdir=runs/x
@@ -6,7 +6,8 @@
 `small` and `large` are folders in the Hugging Face layout; with `url` the large model is behind an endpoint that speaks the
 OpenAI completions format (vLLM, SGLang, TGI), where `name` is what it calls its model. `data` is a folder with train.json
 and dev.json, `task` hotpotqa or 2wikimultihopqa. Sizes of models as the paper's; its data sizes, weights and rates are
-not, so those here are ours. Not run here at that size; what was run is `smoke`, with a 260K-parameter student.
+not, so those here are ours. XXL answers `world.large.slots` prompts side by side: the keys and values that it reads of one
+take 0.6 GB, over all chips. Not run here at that size; what was run is `smoke`, with a 260K-parameter student.
 """
 
 from configs.common import parse_arg, star_config
@@ -24,7 +25,7 @@ def get_config(arg=None):
     config.task = {"name": arg.task, "context": "distractor"}
     if arg.data or arg.train:
         config.task.update(train=arg.train or f"{arg.data}/train.json", test=arg.test or f"{arg.data}/dev.json")
-    large = {"url": arg.url, "model": arg.name} if arg.url else {"path": arg.large, "dtype": "bfloat16"}
+    large = {"url": arg.url, "model": arg.name} if arg.url else {"path": arg.large, "dtype": "bfloat16", "slots": 128}
     config.world = {"small": arg.small, "large": large, "questions": 15_000, "rl_questions": 15_000, "test": 2000,
                     "votes": 10}  # fmt: skip
     config.distil = {"kind": "hard"}

@@ -14,7 +14,7 @@ from typing import Any
 from qstar import stop
 from qstar.errors import UserError, require
 from qstar.processes import is_first
-from qstar.start import simulate, start_jax
+from qstar.start import start_jax, start_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -388,8 +388,7 @@ def plan(argv: list[str]) -> int:
         raise UserError("plan: --config=FILE is missing, e.g. --config=configs/star_gsm8k.py")
     config = read_config(a.config, overrides)
     names = [name for name in a.topology.split(",") if name]
-    simulate(names)
-    start_jax("cpu")
+    start_plan(names)
     from qstar.plan import run
     from qstar.plan.cases import Assumed
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -194,6 +195,50 @@ def laid_tree(tree_: Any, table: AxisTable, rules: Rules = Rules()) -> Any:
         return tree_
     where = shardings(tree_, table, mesh, rules)
     return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, s.spec), tree_, where)
+
+
+def gathers(rules: Rules = Rules()) -> bool:
+    """Whether a program is traced in a mesh that splits `embed`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and any(mesh.shape[a] > 1 for a in rules.embed)
+
+
+def gathered(layer: Any, table: AxisTable, dtype: Any, rules: Rules = Rules()) -> Any:
+    """Returns a layer's parameters with its matrices in a dtype and whole along `embed`, gathered from where `gathers` says.
+
+    Their gradients are reduced and scattered into the layout that the matrices have. Left to itself, the compiler makes a
+    ring of partial products out of a gather and a product with many rows, and their sum goes through memory once for each
+    device of the ring: 1.5 instead of 0.9 TB in an update of Llama-2-7B's adapters on 8 chips. The backward pass gathers
+    again, under rematerialisation or the policy `dropped`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def one(name: str, x: jax.Array) -> jax.Array:
+        axes = next((axes for pattern, axes in table if re.search(pattern, name)), ())
+        if "embed" not in axes or x.ndim != len(axes) or x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        here = rules.spec(axes, x.shape, mesh)
+        there = dataclasses.replace(rules, embed=()).spec(axes, x.shape, mesh)
+        return _moved(x.astype(dtype), here, there)
+
+    return tree.map_named(one, layer)
+
+
+def dropped(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass may keep everything but what was only laid out anew."""
+    return primitive.name != "sharding_constraint"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, here: P, there: P) -> jax.Array:
+    """x, laid out `here`, laid out `there`; its cotangent moves back."""
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, here), there)
+
+
+_moved.defvjp(
+    lambda x, here, there: (_moved.fun(x, here, there), None),  # plain, or `dropped` would see but a call
+    lambda here, there, _, g: (jax.lax.with_sharding_constraint(g, here),),
+)
 
 
 # ------------------------------------------------------------------------------------------------ around a program

@@ -43,14 +43,28 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
         raise UserError(f"--device={device}: JAX has started on {found} already; name the device first")
 
 
-def simulate(topologies: Iterable[str]) -> None:
-    """Asks for as many CPU devices as `cpu:N` (and `gpu:N`, where there is no GPU) of these names need. Before JAX starts."""
-    named = (t.partition(":")[::2] for t in topologies)
-    counts = [int(n or 8) for kind, n in named if kind in ("cpu", "gpu") and (n or "8").isdecimal()]
+def start_plan(topologies: Iterable[str]) -> None:
+    """`start_jax` for slices that are described by name: on the CPU, with as many simulated devices as `cpu:N` and `gpu:N`
+    need, or on this machine's GPUs for `gpu`.
+
+    Raises:
+      UserError: `gpu`, and there is none.
+    """
+    named = [t.partition(":") for t in topologies]
+    counts = [int(n or 8) for kind, _, n in named if kind in ("cpu", "gpu") and (n or "8").isdecimal()]
     if counts and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         flag = f"--xla_force_host_platform_device_count={max(counts)}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
         os.environ.setdefault("PJRT_NPROC", "16")
+    if ("gpu", "", "") not in named:
+        return start_jax("cpu")
+    try:
+        start_jax("gpu")
+    except UserError:
+        raise UserError(
+            "--topology=gpu: JAX finds no GPU here; run it where there is one, with 'qstar[cuda]' installed, or give a number"
+            " (gpu:8) for simulated devices with a GPU's memory, which are a guide only"
+        ) from None
 
 
 def keep_freed_memory() -> None:

@@ -52,10 +52,12 @@ class ModelAnswerer:
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ("\n",)
     name: str = "model"
+    slots: int | None = None  # prompts read and answered side by side: what its caches take; no answer depends on it
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`."""
-        found = generate(self.model, prompts, max_new_tokens=self.max_new_tokens, temperature=0.0, stop=self.stop)
+        how = dict(max_new_tokens=self.max_new_tokens, temperature=0.0, stop=self.stop, slots=self.slots)
+        found = generate(self.model, prompts, **how)
         return [Answer(c.text.strip(), float(sum(c.logprobs)), len(c.tokens)) for (c,) in found]
 
 

@@ -32,7 +32,7 @@ class MultiHopSettings:
     """A config's `world` section: the two models, and how many questions each stage has."""
 
     small: str = ""  # folder of the model that writes rationales: T5 or a decoder
-    large: dict = dataclasses.field(default_factory=dict)  # {"path": DIR} or {"url": ..., "model": ...}
+    large: dict = dataclasses.field(default_factory=dict)  # {"path": DIR, "slots": N} or {"url": ..., "model": ...}
     questions: int = 1000  # that the teacher explains
     rl_questions: int = 1000  # others, for RL
     test: int = 500
@@ -93,12 +93,13 @@ class MultiHop:
         options = dict(self.settings.large)
         if "url" in options:
             return functools.partial(HttpAnswerer, **options)
-        extra = options.keys() - {"path", "dtype"}
+        extra, slots = options.keys() - {"path", "dtype", "slots"}, options.get("slots")
         require(
-            (not extra, f"config.world.large.{next(iter(extra), '')} is unknown; there are path, dtype, or url, model")
+            (not extra, f"config.world.large.{next(iter(extra), '')} is unknown; it has path, dtype, slots, or url, model"),
+            (slots is None or slots >= 1, f"config.world.large.slots={slots} must be at least 1"),
         )
         model = load(options["path"], mesh=self.mesh, dtype=options.get("dtype"))
-        return functools.partial(ModelAnswerer, model, name=str(options["path"]))
+        return functools.partial(ModelAnswerer, model, name=str(options["path"]), slots=slots)
 
     @functools.cached_property
     def answerer(self) -> Cached:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qstar.mesh import whole
+from qstar.mesh import dropped, gathered, gathers, whole
 from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
@@ -123,14 +123,21 @@ def run_layers(
     """
     block, turns = Block(config), _turns(config, positions)
 
+    listed = isinstance(layers, (list, tuple))
+    gather = gathers() and not listed and x.shape[0] > 1  # of a lone token, the compiler may move the token instead
+
     def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
-        x, kv = block.apply({"params": with_adapters(layer)}, x, turns, mask, segments, positions)
+        layer = with_adapters(layer)
+        layer = gathered(layer, PARAM_AXES, config.dtype) if gather else layer
+        x, kv = block.apply({"params": layer}, x, turns, mask, segments, positions)
         return whole(x), kv
 
     if config.remat != "none":
         keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         one = jax.checkpoint(one, policy=keep, prevent_cse=False)
-    if isinstance(layers, (list, tuple)):
+    elif gather:
+        one = jax.checkpoint(one, policy=dropped, prevent_cse=False)
+    if listed:
         new = []
         for i, layer in enumerate(layers):
             x, kv = one(x, layer, past[i] if past else ())

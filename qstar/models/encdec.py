@@ -13,7 +13,6 @@ of RL must be the same twice.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from operator import itemgetter
@@ -23,8 +22,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qstar.mesh import whole
+from qstar.mesh import dropped, gathered, gathers, whole
 from qstar.models.attention import attend, write_column
+from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.layers import ACTIVATIONS, Linear, Norm
 from qstar.types import Params, Ring, Segment
@@ -261,10 +261,16 @@ def _run(
             x, kv = one(x, layer, read, ring)
             new.append(kv)
     else:
-        step = functools.partial(one, source=source)
+        gather = gathers()
+
+        def step(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
+            return one(x, gathered(layer, PARAM_AXES, config.dtype) if gather else layer, source)
+
         if config.remat != "none":
             keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             step = jax.checkpoint(step, policy=keep, prevent_cse=False)
+        elif gather:
+            step = jax.checkpoint(step, policy=dropped, prevent_cse=False)
         count = jax.tree.leaves(layers)[0].shape[0]
         x, new = jax.lax.scan(
             lambda x, layer: (step(x, layer)[0], None), x, layers, unroll=min(config.scan_unroll, count)

@@ -115,8 +115,9 @@ def _rows(
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return run(q, keys, values, ids)
     rules = Rules()
-    rows = tuple(a for a in rules.batch if mesh.shape.get(a, 1) > 1)
-    heads = tuple(a for a in rules.heads if mesh.shape.get(a, 1) > 1)
+    # All axes of the mesh are named, those of size 1, too: over one that is not, a gradient would be summed (of one).
+    rows = tuple(a for a in rules.batch if a in mesh.shape)
+    heads = tuple(a for a in rules.heads if a in mesh.shape)
     rows = rows if q.shape[0] % math.prod(mesh.shape[a] for a in rows) == 0 else ()
     heads = heads if keys.shape[1] % math.prod(mesh.shape[a] for a in heads) == 0 else ()
     by_head, pair = P(rows or None, None, heads or None), P(rows or None, heads or None)

@@ -52,6 +52,8 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
         if rows > ways:
             out.append(f"train.accumulate={train.get('batch_size', 1) // ways} would run one row per chip at a time")
         out.append(f"tensor={2 * mesh.shape['tensor']} would split the activations of heads and MLP once more")
-    if plan.parts.get("cache", 0) > plan.hbm // 4:
-        out.append("sample.slots (rows side by side) scales the KV cache")
+    if plan.name.startswith("sampling") and plan.activations + plan.parts.get("cache", 0) > plan.hbm // 4:
+        out.append(
+            "fewer rows side by side (sample.slots, of guided_cot's large model world.large.slots) take less of both"
+        )
     return out

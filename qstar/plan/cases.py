@@ -37,7 +37,7 @@ from qstar.models.names import abstract_params
 from qstar.models.published import published
 from qstar.models.thought_config import ThoughtConfig
 from qstar.plan import flops
-from qstar.plan.program import Program
+from qstar.plan.program import Program, local_bytes
 from qstar.sample import sampler as S
 from qstar.sample.batching import FILL_SHARE, default_slots, padded_length, state_shardings
 from qstar.sample.logits import Knobs
@@ -118,6 +118,18 @@ def programs(config: Any, devices: Any, assumed: Assumed) -> list[Program]:
     return list(known[method](case))
 
 
+def named(found: list[Program], only: str) -> list[Program]:
+    """Returns the programs whose names hold `only`.
+
+    Raises:
+      UserError: none does.
+    """
+    names = "; ".join(p.name for p in found)
+    out = [p for p in found if only in p.name]
+    require((bool(out), f"--only={only}: in the name of no program of this config; they are: {names}"))
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------- models
 
 
@@ -185,7 +197,28 @@ def train_program(
         {**before, **(held or {})},
         *needed,
         notes=case.notes(settings.batch_size, settings.accumulate),
+        least=kept(case, model.config, settings, batch) + local_bytes(policy),
     )
+
+
+def kept(case: Case, config: Any, settings: UpdateSettings, batch: Any) -> int:
+    """Bytes per chip that a micro-batch of plain rows keeps from the forward pass for the backward one, at least.
+
+    In each layer, of each token: with `remat` its input alone, else what enters a matrix product, too. Attention's scores
+    and the vocabulary's are not counted.
+    """
+    c, rows = config, settings.batch_size // settings.accumulate
+    if not isinstance(c, ModelConfig):
+        return 0
+    length = max(x.shape[-1] for x in jax.tree.leaves(batch) if x.ndim == 2)
+    tensor = case.mesh.shape["tensor"]
+    heads, mlp = (
+        (c.num_heads + 2 * c.num_kv_heads + c.num_heads) * c.head_dim,
+        (3 if c.gated_mlp else 2) * c.intermediate_size,
+    )
+    each = c.hidden_size if c.remat == "block" else 2 * c.hidden_size + (heads + mlp) // tensor
+    split = case.row_ways if rows % case.row_ways == 0 else 1
+    return rows // split * length * c.num_layers * each * jnp.dtype(c.dtype).itemsize
 
 
 def sampling(

@@ -36,7 +36,9 @@ def programs(case: Case) -> Iterator[Program]:
     """Distillation and RL of the small model, and both models' sampling, on questions (task hotpotqa and its like)."""
     world = settings_from(MultiHopSettings, case.section("world"), "world")
     small = abstract_model(case, {"path": world.small}, "world.small")
-    large = None if "url" in world.large else abstract_model(case, dict(world.large), "world.large")
+    options = dict(world.large)
+    side_by_side = options.pop("slots", None)
+    large = None if "url" in options else abstract_model(case, options, "world.large")
     beside = {} if large is None else {"the large model": large.params}
     prompt, R = padded_length(world.small_limit), world.max_new_tokens
     recipes = [settings_from(Recipe, case.config.arms[n].to_dict(), f"arms.{n}") for n in case.config.arms]
@@ -59,7 +61,8 @@ def programs(case: Case) -> Iterator[Program]:
     if large is not None:
         limits = padded_length(world.large_limit)
         kept = {"the small model": done.params}
-        yield from answering(case, large, world.questions, limits, world.cot_tokens, "the large model's chains", kept)
+        chains = "the large model's chains"
+        yield from answering(case, large, world.questions, limits, world.cot_tokens, chains, kept, side_by_side)
 
 
 def rl(case: Case) -> Iterator[Program]:
@@ -104,14 +107,21 @@ def _responses(case: Case, rows: int, prompt: int, response: int) -> tuple[Any, 
 
 
 def answering(
-    case: Case, model: Model, requests: int, prompt: int, new: int, what: str, held: dict[str, Any]
+    case: Case,
+    model: Model,
+    requests: int,
+    prompt: int,
+    new: int,
+    what: str,
+    held: dict[str, Any],
+    slots: int | None = None,
 ) -> Iterator[Program]:
     """Yields the sampling of either kind of model."""
     if not isinstance(model.config, EncDecConfig):
-        settings = SampleSettings(max_new_tokens=new)
+        settings = SampleSettings(max_new_tokens=new, slots=slots)
         yield from sampling(case, model, settings, 1, requests, 0)
         return
-    c, slots = model.config, default_slots(requests)
+    c, slots = model.config, slots or default_slots(requests)
     sampler = Sampler(c, (c.eos_id,), slots, prompt, new, policy.text_limit(c))
     ready = jax.eval_shape(lambda p: seq2seq.prepare(p, c), model.params)
     params = {k: abstract({k: v}, case.mesh, PARAM_AXES, seq2seq.rules_of(k))[k] for k, v in ready.items()}

@@ -179,7 +179,7 @@ class Program:
         if i.op == "fusion" and any(c.startswith("all-reduce-scatter") for c in i.called("calls")):
             return "reduce-scatter"
         base = i.op.removesuffix("-start")
-        return base if base in COLLECTIVES else ""
+        return base if base in COLLECTIVES and group_size(i.attributes) != 1 else ""
 
     def trips(self, loop: Instruction, where: str) -> int | None:
         """Returns how often a loop runs, or None where only its data say so.
@@ -333,6 +333,8 @@ class Program:
 
     def _traffic(self, i: Instruction, where: str) -> float:
         """Bytes that an instruction moves; a fusion (or an instruction) that slices an operand reads the slice alone."""
+        if i.op == "custom-call" and '"AllocateBuffer"' in i.attributes:
+            return 0.0
         if i.op == "dynamic-update-slice":
             update = self._operand(i, 1, where)
             return 2.0 * update.bytes if update is not None else 0.0

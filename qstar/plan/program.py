@@ -29,6 +29,7 @@ class Program:
     rule: str  # how they were counted
     steps: int = 1  # of a loop that ends when its data say so
     notes: tuple[str, ...] = ()
+    least: int = 0  # bytes of temporaries per chip that it cannot do without: for a search, before anything is compiled
 
 
 @dataclasses.dataclass
@@ -48,7 +49,8 @@ class Plan:
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     times: dict[str, float] = dataclasses.field(default_factory=dict)
     mfu: float = 0.0
-    compile_seconds: float = 0.0
+    compile_seconds: float = 0.0  # wall time
+    compile_cpu_seconds: float = 0.0  # of all threads: what a machine that does nothing else would need at most
     compiled: bool = False
     rule: str = ""
     notes: tuple[str, ...] = ()
@@ -85,16 +87,22 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
                 rule=program.rule, notes=program.notes)  # fmt: skip
     if plan.peak > hbm:
         return plan
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
+
+    def clock() -> None:
+        plan.compile_seconds, plan.compile_cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         plan.activations = max(_exhausted(str(e)) - arguments, hbm - arguments)
-        plan.peak, plan.compile_seconds = arguments + beside + plan.activations, time.perf_counter() - began
+        plan.peak = arguments + beside + plan.activations
+        clock()
         return plan
-    plan.compile_seconds, plan.compiled = time.perf_counter() - began, True
+    clock()
+    plan.compiled = True
     memory = compiled.memory_analysis()
     extra = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that take no argument's place
     plan.activations = memory.temp_size_in_bytes + max(0, extra)

@@ -14,7 +14,7 @@ import jax
 
 from qstar.mesh import AXES, make_mesh
 from qstar.plan import advise, show
-from qstar.plan.cases import Assumed, programs
+from qstar.plan.cases import Assumed, named, programs
 from qstar.plan.program import Plan, compile_program
 from qstar.plan.topology import Topology, open_topology
 
@@ -39,12 +39,11 @@ def settled(quick: bool = True) -> Iterator[None]:
 def plan(
     config: Any, topology: Topology, assumed: Assumed, only: str = "", say: Any = print, keep: str = ""
 ) -> list[Plan]:
-    """Compiles the programs of a config whose names hold `only`; tells of each as it is done."""
+    """Compiles the programs of a config whose names hold `only` (which some must); tells of each as it is done."""
     out = []
-    for program in programs(config, topology.devices, assumed):
-        if only in program.name:
-            out.append(compile_program(program, topology, functools.partial(_write, keep, len(out)) if keep else None))
-            say("\n".join(show.lines(out[-1], topology)))
+    for program in named(programs(config, topology.devices, assumed), only):
+        out.append(compile_program(program, topology, functools.partial(_write, keep, len(out)) if keep else None))
+        say("\n".join(show.lines(out[-1], topology)))
     return out
 
 

@@ -3,18 +3,20 @@
 Layouts are ordered by what they are known to cost, and compiled in this order until one fits: rows that do not divide over
 the chips (each chip then computes all of them) are worst, then tensor parallelism (it exchanges activations in every layer),
 then recomputation, then more micro-batches (parameters are gathered once for each). What cannot fit by arithmetic alone is
-not compiled.
+not compiled: arguments, what the run keeps beside them, gradients, and what the forward pass keeps of plain rows.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from qstar.plan import show
-from qstar.plan.cases import Assumed, programs
+from qstar.plan.cases import Assumed, named, programs
 from qstar.plan.program import Plan, compile_program, local_bytes
 from qstar.plan.run import settled
 from qstar.plan.topology import Topology, open_topology
@@ -61,14 +63,20 @@ def layouts(config: Any, chips: int) -> list[Layout]:
 
 
 def tried(config: Any, topology: Topology, assumed: Assumed, only: str) -> Iterator[tuple[Layout, list[Plan]]]:
-    """Yields every layout that is compiled, with its programs up to the first that does not fit."""
+    """Yields every layout up to the first that fits: without plans where arithmetic rules it out, else with its programs up
+    to the first that does not fit. Where it fits without rematerialisation, it follows with: reading what was kept may take
+    longer than computing it again, and only compiled programs tell."""
     too_large: list[Layout] = []
-    for layout in layouts(config, len(topology.devices)):
+    waiting = layouts(config, len(topology.devices))
+    while waiting:
+        layout = waiting.pop(0)
         if any(same_but_larger(layout, other) for other in too_large):
+            yield layout, []
             continue
         plans = []
         found = [p for p in programs(layout.apply(config), topology.devices, assumed) if only in p.name]
-        if any(local_bytes({**p.parts, **p.held}) > topology.chip.hbm for p in found):
+        if any(local_bytes({**p.parts, **p.held}) + p.least > topology.chip.hbm for p in found):
+            yield layout, []
             continue
         for program in found:
             plans.append(compile_program(program, topology))
@@ -77,7 +85,7 @@ def tried(config: Any, topology: Topology, assumed: Assumed, only: str) -> Itera
                 break
         yield layout, plans
         if all(p.fits for p in plans):
-            return
+            waiting = [layout._replace(remat="block")] if layout.remat == "none" else []
 
 
 def same_but_larger(layout: Layout, other: Layout) -> bool:
@@ -89,30 +97,36 @@ def same_but_larger(layout: Layout, other: Layout) -> bool:
 
 def main(config: Any, names: Sequence[str], assumed: Assumed, *, only: str = "", hbm: float = 0.0, as_json: bool = False,
          quick: bool = True, **_: Any) -> int:  # fmt: skip
-    """Searches on every slice named. Returns the exit code: 1 where nothing fits."""
+    """Searches on every slice named. Returns the exit code: 1 where nothing fits.
+
+    Raises:
+      UserError: no program's name holds `only`.
+    """
+    say = (lambda _: None) if as_json else functools.partial(print, flush=True)
     fits, out = True, []
     for name in names:
         topology = open_topology(name, hbm)
-        best = None
+        best, ruled_out, began = None, 0, time.perf_counter()
         with settled(quick):
+            named(programs(config, topology.devices, assumed), only)
             for layout, plans in tried(config, topology, assumed, only):
-                good = all(p.fits for p in plans)
-                best = layout if good else best
-                if not as_json:
-                    worst = max(plans, key=lambda p: p.peak)
-                    verdict = "fits" if good else f"{worst.name} does not fit"
-                    print(
-                        f"{layout.flags}: {verdict}, {show.size(worst.peak)} of {show.size(worst.hbm)} per chip",
-                        flush=True,
-                    )
-                if good:
-                    text = show.as_json(plans, topology, layout.mesh, [layout.flags])
-                    out.append(text)
+                if not plans:
+                    ruled_out += 1
+                    continue
+                worst = max(plans, key=lambda p: p.peak)
+                good, took = all(p.fits for p in plans), sum(p.seconds for p in plans)
+                if good and (best is None or took < sum(p.seconds for p in best[1])):
+                    best = layout, plans
+                verdict = f"fits, at best {show.seconds(took)}" if good else f"{worst.name} does not fit"
+                say(f"{layout.flags}: {verdict}, {show.size(worst.peak)} of {show.size(worst.hbm)} per chip")
         fits &= best is not None
-        if not as_json:
-            print(
-                f"{name}: {best.flags if best else 'no layout fits; take a larger slice, or LoRA (train.lora_rank=16)'}\n"
-            )
+        say(f"{ruled_out} layouts were ruled out by arithmetic; {time.perf_counter() - began:.0f} s in all")
+        if best is None:
+            say(f"{name}: no layout fits; take a larger slice, or LoRA (train.lora_rank=16)\n")
+            continue
+        say("\n".join(line for p in best[1] for line in show.lines(p, topology)))
+        say(f"{name}: {best[0].flags}\n")
+        out.append(show.as_json(best[1], topology, best[0].mesh, [best[0].flags]))
     if as_json:
         print(json.dumps(out))
     return 0 if fits else 1

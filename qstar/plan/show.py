@@ -43,7 +43,7 @@ def lines(plan: Plan, topology: Topology) -> list[str]:
         which = max(plan.times, key=plan.times.get)
         each = ", ".join(f"{k} {seconds(t)}" for k, t in plan.times.items())
         out.append(f"    at best {seconds(plan.seconds)} ({which}; {each}) · MFU at most {100 * plan.mfu:.0f}%")
-        out.append(f"    compiled in {plan.compile_seconds:.0f} s")
+        out.append(f"    compiled in {plan.compile_seconds:.0f} s, {plan.compile_cpu_seconds:.0f} of a CPU")
     return out + [f"    note: {note}" for note in plan.notes]
 
 

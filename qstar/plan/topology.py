@@ -1,8 +1,8 @@
 """Slices that are not here: their chips, and devices to compile for.
 
-TPU slices are described to the TPU compiler of the package `libtpu`, which runs on any machine. A GPU program is compiled
-for the GPUs of this machine; where there are none, and for `cpu:N`, for N simulated CPU devices, with the memory of the chip
-as the limit: what XLA's CPU compiler holds at once is a guide there, not a promise.
+TPU slices are described to the TPU compiler of the package `libtpu`, which runs on any machine. `gpu` is the GPUs of this
+machine. `gpu:N` and `cpu:N` are N simulated CPU devices, with the memory of the chip as the limit: what XLA's CPU compiler
+holds at once is a guide there, not a promise.
 """
 
 from __future__ import annotations
@@ -54,10 +54,6 @@ class Topology:
     real: bool  # whether the compiler is that of the chip
 
 
-def _gpu_plugin() -> bool:
-    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
-
-
 def _read(name: str) -> tuple[str, int, str]:
     """Returns kind, number of chips and shape of `v5e:4x4`, `gpu:8` or `cpu:8`.
 
@@ -86,12 +82,14 @@ def open_topology(name: str, hbm: float = 0.0) -> Topology:
     chip = dataclasses.replace(CHIPS[kind], hbm=hbm * GIB) if hbm else CHIPS[kind]
     if kind in _SHAPES:
         return Topology(name, chip, _tpu_devices(name, count, shape), True)
-    found = jax.devices("gpu" if kind == "gpu" and _gpu_plugin() else "cpu")
+    if name == "gpu":
+        return Topology(name, chip, tuple(jax.devices("gpu")), True)
+    found = jax.devices("cpu")
     if len(found) < count:
         raise UserError(
             f"--topology={name}: {len(found)} devices are there; set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
-    return Topology(name, chip, tuple(found[:count]), found[0].platform == "gpu")
+    return Topology(name, chip, tuple(found[:count]), False)
 
 
 def _tpu_devices(name: str, count: int, shape: str) -> tuple[Any, ...]:

@@ -78,6 +78,13 @@ def test_under_fsdp_rows_stay_where_they_are_and_parameters_are_gathered():
             assert a.shape[-2:] in shapes, (kind, a.shape)  # neither [rows, tokens, width] nor [tokens, vocabulary]
 
 
+def test_gathered_matrices_are_gathered_again_and_not_kept_for_the_backward_pass():
+    _, text, program = planned("fine-tuning")
+    stacks = {x.shape for x in jax.tree.leaves(program.parts["parameters"]) if x.ndim == 3}
+    found = {a.shape for body in text.computations.values() for i in body for a in i.arrays}
+    assert stacks and not stacks & found  # no [layers, in, out] in whole: neither parameters nor what the scan keeps
+
+
 def test_sampling_gathers_neither_logits_nor_cache():
     plan, text, program = planned("sampling: 8 tokens")
     state, _ = program.parts["cache"]
@@ -98,10 +105,16 @@ def test_what_is_too_large_is_refused_with_its_culprit_and_what_would_help(capsy
     assert "lora_rank" in out and "compiled in" not in out  # what cannot fit is not compiled
 
 
-@pytest.mark.parametrize("name", ["v9:4x4", "v5e:4x4x4", "v5p:4x4", "cpu:x", "gpu:0"])
-def test_an_unknown_slice_is_a_users_mistake(name, capsys):
+@pytest.mark.parametrize("name", ["v9:4x4", "v5e:4x4x4", "v5p:4x4", "cpu:x", "gpu:0", "gpu"])
+def test_a_slice_that_is_unknown_or_not_here_is_a_users_mistake(name, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # put back afterwards
     assert main(["plan", "--config=configs/star_gsm8k.py", f"--topology={name}"]) == 2
     assert f"--topology={name}" in capsys.readouterr().err
+
+
+def test_a_program_that_is_not_there_is_a_users_mistake(capsys):
+    assert main(["plan", "--config=configs/star_gsm8k.py", "--topology=cpu:8", "--only=DPO"]) == 2
+    assert "--only=DPO" in (said := capsys.readouterr().err) and "fine-tuning; sampling: prefill" in said
 
 
 def test_layouts_come_cheapest_first_and_cover_the_chips():
@@ -126,6 +139,8 @@ def test_a_search_skips_what_cannot_fit_and_names_the_first_that_does(monkeypatc
 
     monkeypatch.setattr(search, "compile_program", compiled)
     topology = open_topology("cpu:8", hbm=1.7e-3)  # whole parameters and moments take more, halves do not
-    found = [(layout, plans[-1].fits) for layout, plans in search.tried(config(), topology, Assumed(prompt=8), "fine")]
+    seen = list(search.tried(config(), topology, Assumed(prompt=8), "fine"))
+    assert not seen[0][1]  # ruled out by arithmetic
+    found = [(layout, plans[-1].fits) for layout, plans in seen if plans]
     assert found[-1][1] and not any(good for _, good in found[:-1])
     assert "data=8" not in found[-1][0].mesh

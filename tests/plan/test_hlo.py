@@ -61,6 +61,8 @@ TPU = """HloModule jit_step, is_scheduled=true
   %w = bf16[512,128]{1,0:T(8,128)(2,1)} fusion(%p.1), kind=kLoop, calls=%nothing
   %all = bf16[4096,128]{1,0:T(8,128)(2,1)} all-gather(%w), replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
   %g = f32[16,1024]{1,0:T(8,128)} fusion(%all), kind=kLoop, calls=%nothing
+  %one = f32[16,1024]{1,0:T(8,128)} all-reduce(%g), replica_groups=mesh['a'=1,'b'=8] {'a'}, to_apply=%add
+  %room = f32[4096,1024]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
   %part.1 = f32[2,1024]{1,0:T(8,128)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %t = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%i, %x)
 }
