@@ -30,7 +30,9 @@ class Text(NamedTuple):
     pairs: Pairs  # keys and values [L, G, N, K]
 
 
-def over_thoughts(f: Callable[..., Any], own_axes: Sequence[int] | None = None, out_axes: Any = 0) -> Callable[..., Any]:
+def over_thoughts(
+    f: Callable[..., Any], own_axes: Sequence[int] | None = None, out_axes: Any = 0
+) -> Callable[..., Any]:
     """Lifts f(row, text, j, *own), of one thought, to all thoughts of a batch.
 
     Args:
