@@ -159,12 +159,14 @@ def count_ways(rows: int = 0) -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in ways(rows))
 
 
-def map_rows(f: Callable[..., Any], in_axes: Any = 0, rules: Rules = Rules()) -> Callable[..., Any]:
+def map_rows(
+    f: Callable[..., Any], in_axes: Any = 0, rules: Rules = Rules(), *, out_axes: Any = 0
+) -> Callable[..., Any]:
     """Returns `jax.vmap(f)` over rows that are split over the batch axes of the mesh; the first argument is mapped, at 0."""
 
     def mapped(*args: Any) -> Any:
         axes = ways(jax.tree.leaves(args[0])[0].shape[0], rules)
-        return jax.vmap(f, in_axes, spmd_axis_name=axes or None)(*args)
+        return jax.vmap(f, in_axes, out_axes, spmd_axis_name=axes or None)(*args)
 
     return mapped
 

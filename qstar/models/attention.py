@@ -60,7 +60,7 @@ def attend(q: jax.Array, segments: Sequence[Segment | Shared], *, scale: float) 
     out, total = 0.0, 0.0
     for part, lse in done:
         share = jnp.exp(lse - top)
-        out, total = out + share * part, total + share
+        out, total = out + _scaled(part, share), total + share
     for s, score in zip(own, scores):
         weights = jnp.exp(score - top)
         total = total + jnp.sum(weights, axis=-1, keepdims=True)
@@ -71,8 +71,13 @@ def attend(q: jax.Array, segments: Sequence[Segment | Shared], *, scale: float) 
             precision=precision(q.dtype),
             preferred_element_type=jnp.float32,
         )
-    out = (out / total).astype(q.dtype).reshape(G, H // G, T, K)  # normalised once, at the smaller array
+    out = _scaled(out, 1 / total).astype(q.dtype).reshape(G, H // G, T, K)  # normalised once, at the smaller array
     return jnp.moveaxis(out, 2, 0).reshape(T, H, K)
+
+
+def _scaled(rows: jax.Array, factors: jax.Array) -> jax.Array:
+    """Returns rows [G, N, K] times factors [G, N, 1]; the gradient of these is an inner product, and fast as such."""
+    return jnp.einsum("gnk,gn->gnk", rows, factors[..., 0], precision="highest")
 
 
 def _scores(rows: jax.Array, segment: Segment, scale: float, T: int) -> jax.Array:

@@ -110,7 +110,7 @@ def _backward(
     keys_t = jnp.swapaxes(keys, 2, 3)
     flat = (B, R, C * T, H)
     q_rows, out, d_out = (x.reshape(*flat, K) for x in (q, out, d_out))
-    lse, less = lse.reshape(flat), jnp.sum(out * d_out, axis=-1) - d_lse.reshape(flat)
+    lse, less = lse.reshape(flat), jnp.einsum("...k,...k->...", out, d_out, precision="highest") - d_lse.reshape(flat)
 
     def some(end: int, sums: Pair, q: jax.Array, d: jax.Array, less: jax.Array, lse: jax.Array, sight, fresh) -> Any:
         s = scale * dot("bgsk,bgkn->bgsn", keys[:, :, :end], q)

@@ -6,7 +6,7 @@ Every function here is written for a single thread. Its text's keys and values c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,8 +30,14 @@ class Text(NamedTuple):
     pairs: Pairs  # keys and values [L, G, N, K]
 
 
-def over_thoughts(f: Callable[..., Any]) -> Callable[..., Any]:
+def over_thoughts(
+    f: Callable[..., Any], own_axes: Sequence[int] | None = None, out_axes: Any = 0
+) -> Callable[..., Any]:
     """Lifts f(row, text, j, *own), of one thought, to all thoughts of a batch.
+
+    Args:
+      own_axes, out_axes: where [B, P, M] stand in what is each thought's own, and in the results: 0, or 1 for keys and
+        values, whose layers lead, because that is how they are read.
 
     Returns:
       g(batch [B, ...], texts [B, ...], positions [B, M], *own [B, P, M, ...]) -> f's results [B, P, M, ...]. Row, text and
@@ -39,10 +45,10 @@ def over_thoughts(f: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def lifted(batch: Batch, texts: Text, positions: jax.Array, *own: Any) -> Any:
-        rest = (0,) * len(own)
-        per_position = jax.vmap(f, (None, None, 0, *rest))
-        per_pass = jax.vmap(per_position, (None, None, None, *rest))
-        return map_rows(per_pass)(batch, texts, positions, *own)
+        rest = (0,) * len(own) if own_axes is None else tuple(own_axes)
+        per_position = jax.vmap(f, (None, None, 0, *rest), out_axes)
+        per_pass = jax.vmap(per_position, (None, None, None, *rest), out_axes)
+        return map_rows(per_pass, (0, 0, 0, *rest), out_axes=out_axes)(batch, texts, positions, *own)
 
     return lifted
 
@@ -103,10 +109,10 @@ def step(
     token: jax.Array,
     own: Pairs,
 ) -> tuple[jax.Array, Pairs]:
-    """Feeds token i of a thread, from 0 (the start vector, then the drawn tokens): its state [E], and `own` with it."""
+    """Feeds token i of a thread, from 0 (the start vector, then the drawn tokens): its state [E], keys and values."""
     x = jnp.where(i == 0, mixing.vector(params, config, "start"), params["embed"]["table"][token])
     hidden, new = run_thread(params, config, row, text.pairs, j, x[None], i + 1, own)
-    return hidden[0], tuple(jax.lax.dynamic_update_slice_in_dim(o, k, i, axis=2) for o, k in zip(own, new))
+    return hidden[0], new
 
 
 def talk(
@@ -125,7 +131,7 @@ class Rollout(NamedTuple):
     records: Any  # what `draw` returned, leading axis S
     think: jax.Array  # [B, P, M, S, E] states drawn from
     token: jax.Array  # [B, P, M] the last token
-    own: Pairs  # [B, P, M, L, G, S, K]
+    own: Pairs  # [L, B, P, M, G, S, K]
 
 
 Draw = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -140,10 +146,12 @@ def roll(
       draw: (i, states [B, P, M, E]) -> the i-th tokens [B, P, M] int32, and what to record of them.
     """
     c, (B, M), S = config, positions.shape, config.thoughts.thought_tokens
-    empty = jnp.zeros((B, passes, M, c.num_layers, c.num_kv_heads, S, c.head_dim), c.dtype)
+    empty = jnp.zeros((c.num_layers, B, passes, M, c.num_kv_heads, S, c.head_dim), c.dtype)
 
     def body(carry: tuple[jax.Array, Pairs], i: jax.Array) -> tuple[Any, Any]:
-        hidden, own = over_thoughts(partial(step, params, c, i))(batch, texts, positions, *carry)
+        token, own = carry
+        hidden, new = over_thoughts(partial(step, params, c, i), (0, 1), (0, 1))(batch, texts, positions, token, own)
+        own = tuple(jax.lax.dynamic_update_slice_in_dim(o, k, i, axis=5) for o, k in zip(own, new))
         token, record = draw(i, hidden)
         return (token, own), (hidden, record)
 
@@ -157,5 +165,6 @@ def roll_and_talk(
 ) -> tuple[jax.Array, Any]:
     """A rollout, and what follows it as one pass on its keys and values: states [B, P, M, n, E], and the draws' records."""
     rollout = roll(params, config, batch, texts, positions, passes, draw)
-    states = over_thoughts(partial(talk, params, config))(batch, texts, positions, rollout.token, rollout.own)
+    last = over_thoughts(partial(talk, params, config), (0, 1))
+    states = last(batch, texts, positions, rollout.token, rollout.own)
     return jnp.concatenate([rollout.think, states], axis=3), rollout.records
