@@ -145,20 +145,8 @@ SMALLER = (
 
 
 def pretrained_config(name, data):
-    """The smoke mode of a config that starts from pretrained weights, on the first rows of its data."""
-    return f"{name}:smoke,model={shared('weights/stories260k')},data={first_rows(data)}"
-
-
-def first_rows(data, most=600):
-    """A folder with the first rows of the large files of a shared one: to encode all of them takes seconds, every time."""
-    folder = scratch() / data
-    folder.mkdir(parents=True, exist_ok=True)
-    for source in shared(data).glob("*.jsonl"):
-        lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
-        part = fresh("rows")
-        part.write_text("".join(lines[: most if len(lines) > 1000 else None]), encoding="utf-8")
-        os.replace(part, folder / source.name)
-    return folder
+    """The smoke mode of a config that starts from pretrained weights."""
+    return f"{name}:smoke,model={shared('weights/stories260k')},data={shared(data)}"
 
 
 def gsm8k():
