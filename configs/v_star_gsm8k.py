@@ -58,7 +58,7 @@ def smoke(config, model):
     """Under a minute: a model that solves nothing, so D_VER holds human solutions as the right ones and its own as wrong."""
     config.mesh = "data=-1"
     config.model = {"path": model, "preset": "", "dtype": "float32", "remat": "none"}
-    config.sft = {"problems": 64, "steps": "lin:6:0"}
+    config.sft = {"problems": None, "steps": "lin:6:0"}
     config.loop.update(n_iters=1, k=2, problems_per_iter=12, steps="lin:4:0")
     config.pairs.negatives = "any"  # what such a model writes ends in no answer
     config.sample.update(max_new_tokens=32, round_size=16)

@@ -149,6 +149,21 @@ def pretrained_config(name, data):
     return f"{name}:smoke,model={shared('weights/stories260k')},data={shared(data)}"
 
 
+def short_rows(data, most=400, characters=330):
+    """A folder with the first short rows of a shared one's files: to encode all of 7,473 rows takes half of a smoke run.
+
+    With at most a token per character, a pair of two solutions fits into the smoke mode's rows whichever is drawn.
+    """
+    folder = scratch() / data
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in shared(data).glob("*.jsonl"):
+        lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+        part = fresh("rows")
+        part.write_text("".join([x for x in lines if len(x) <= characters and x.isascii()][:most]), encoding="utf-8")
+        os.replace(part, folder / source.name)
+    return folder
+
+
 def gsm8k():
     """The smoke run of configs/star_gsm8k.py."""
     return finished(pretrained_config("star_gsm8k.py", "data/gsm8k"), *SMALLER)
@@ -171,7 +186,7 @@ def v_star():
 
 def v_star_gsm8k():
     """The smoke run of configs/v_star_gsm8k.py."""
-    return finished(pretrained_config("v_star_gsm8k.py", "data/gsm8k"))
+    return finished(f"v_star_gsm8k.py:smoke,model={shared('weights/stories260k')},data={short_rows('data/gsm8k')}")
 
 
 def v_star_mbpp():
