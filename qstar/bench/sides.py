@@ -3,7 +3,7 @@
 In one process they would share an allocator, and the threads of the one, which wait for work by spinning, would take time
 from the other. Here each has what its users have: qstar starts as the command line does, PyTorch as it comes.
 
-A side is made by naming a function that, in the side's process, returns what is to be called: one function, or a dict of them.
+A side is made by a function that, called in the side's process, returns what is to be called: one function, or a dict.
 Arguments and results go through JSON.
 """
 
@@ -94,7 +94,9 @@ class Sides:
             process.stdin.flush()
         line = process.stdout.readline()
         if not line:
-            raise UserError(f"bench: the process of the {side} side died (exit code {process.wait()}); is there enough memory?")
+            raise UserError(
+                f"bench: the process of the {side} side died (exit code {process.wait()}); is there enough memory?"
+            )
         reply = json.loads(line)
         if "error" in reply:
             raise UserError(f"bench, {side} side: {reply['error']}")

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-Turns = tuple[jax.Array, jax.Array]  # cosines and sines [T, rotary_dim / 2] of rotary positions
+Turns = tuple[jax.Array, jax.Array]  # cosines and signed sines [T, rotary_dim] of rotary positions
 
 
 class Norm(nn.Module):
@@ -89,7 +89,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         if self.has_variable("params", "scale"):
-            kernel, x = jax.lax.optimization_barrier((kernel, x))  # or a decode loop would keep a wide copy outside of it
+            kernel, x = jax.lax.optimization_barrier(
+                (kernel, x)
+            )  # or a decode loop would keep a wide copy outside of it
             y = (project(x, kernel.astype(x.dtype)) * self.get_variable("params", "scale")).astype(x.dtype)
         else:
             y = project(x, kernel.astype(x.dtype))
@@ -199,26 +201,33 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def rope_turns(config: ModelConfig, positions: jax.Array) -> Turns:
-    """Returns cosines and sines [T, rotary_dim / 2] float32 of positions [T], once for all layers."""
+    """Returns cosines and sines [T, rotary_dim] float32 of positions [T], for `rotate`.
+
+    Each stands twice, once for either of a pair; the sine of the first is negative. The barrier keeps them one array for all
+    layers: XLA would put their computation into every rotation anew.
+    """
     angles = positions[:, None].astype(jnp.float32) * rope_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if config.rope_interleaved:
+        both = jnp.repeat(cos, 2, axis=-1), jnp.stack([-sin, sin], axis=-1).reshape(sin.shape[0], -1)
+    else:
+        both = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return jax.lax.optimization_barrier(both)
 
 
 def rotate(x: jax.Array, turns: Turns, config: ModelConfig) -> jax.Array:
-    """Rotates the first `rotary_dim` of each head of x [T, H, K] by turns, cosines and sines [T, rotary_dim / 2].
+    """Rotates the first `rotary_dim` of each head of x [T, H, K] by turns, cosines and sines [T, rotary_dim].
 
-    Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) where `rope_interleaved`. A pair's partner is found by reversing
-    an axis of length two: unlike slices and a concatenation, that fuses with the products.
+    Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) where `rope_interleaved`: x * cos + (x with partners changed) * sin.
     """
-    T, H, _ = x.shape
-    half = turns[0].shape[-1]
-    part, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
-    pair = -1 if config.rope_interleaved else -2  # the axis that holds the two of a pair
-    cos, sin = (jnp.expand_dims(t, (1, pair)) for t in turns)  # [T, 1, half, 1] or [T, 1, 1, half]
-    sign = jnp.expand_dims(jnp.array([-1.0, 1.0]), -1 - 2 - pair)  # against [half, 2] or [2, half]
-    pairs = part.reshape(T, H, half, 2) if config.rope_interleaved else part.reshape(T, H, 2, half)
-    turned = pairs * cos + jnp.flip(pairs, pair) * (sign * sin)
-    turned = turned.reshape(part.shape).astype(x.dtype)
+    cos, sin = (t[:, None] for t in turns)
+    D = cos.shape[-1]
+    part, rest = x[..., :D].astype(jnp.float32), x[..., D:]
+    if config.rope_interleaved:
+        partner = jnp.flip(part.reshape(*part.shape[:-1], -1, 2), -1).reshape(part.shape)
+    else:
+        partner = jnp.roll(part, D // 2, axis=-1)
+    turned = (part * cos + partner * sin).astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
