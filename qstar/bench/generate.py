@@ -69,7 +69,7 @@ def plain(
 
 
 def needed_bytes(config: ModelConfig, batch: int) -> float:
-    """Returns the bytes that a plain batch must read: at every step all weights, and the keys and values there are by then."""
+    """Returns the bytes that a plain batch must read: all weights at every step, and what the cache holds by then."""
     steps = np.arange(1, NEW)
     pairs = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return 4.0 * (config.matmul_params * NEW + pairs * batch * float(np.sum(PROMPT + steps)))

@@ -89,9 +89,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         if self.has_variable("params", "scale"):
-            kernel, x = jax.lax.optimization_barrier(
-                (kernel, x)
-            )  # or a decode loop would keep a wide copy outside of it
+            kernel, x = jax.lax.optimization_barrier((kernel, x))  # or a decode loop would keep a wide copy outside of it
             y = (project(x, kernel.astype(x.dtype)) * self.get_variable("params", "scale")).astype(x.dtype)
         else:
             y = project(x, kernel.astype(x.dtype))
