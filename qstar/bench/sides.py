@@ -148,4 +148,7 @@ def main(name: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (BrokenPipeError, KeyboardInterrupt):  # nobody is there to listen
+        os._exit(1)
