@@ -411,6 +411,10 @@ def bench(argv: list[str]) -> int:
     p.add_argument("--json", action="store_true", help="JSON instead of a table")
     p.add_argument("--quick", action="store_true", help="one repetition of small sizes")
     a = p.parse_args(argv)
-    start_jax(a.device)
-    importlib.import_module(f"qstar.bench.{a.what}").main(as_json=a.json, quick=a.quick)
+    bench = importlib.import_module(f"qstar.bench.{a.what}")
+    if a.what in ("quiet_star", "sandbox"):
+        start_jax(a.device)
+        bench.main(as_json=a.json, quick=a.quick)
+    else:  # both sides in processes of their own: this one starts no JAX
+        bench.main(as_json=a.json, quick=a.quick, device=a.device)
     return 0

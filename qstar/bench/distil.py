@@ -7,7 +7,9 @@ write first: qstar by its sampler, the loop by transformers' `generate`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,22 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from qstar.bench.common import (
-    SMALL_BLOCKS,
-    Compiles,
-    interleaved,
-    matmul_rate,
-    median,
-    paired_ratio,
-    random_model,
-    show,
-    torch_twin,
-)
+from qstar.bench.common import SMALL_BLOCKS, matmul_rate, median, paired_ratio, random_model, show, torch_twin
+from qstar.bench.sides import SIDES, Sides
 from qstar.methods import distillation
 from qstar.methods.distillation import DistilTrain, Pair
 from qstar.models.config import preset
 from qstar.models.encdec_config import EncDecConfig
-from qstar.models.model import Model
+from qstar.models.model import save
+from qstar.models.policy import AnyConfig
 from qstar.train.distil import DistilSettings
 from qstar.train.state import create_state
 
@@ -54,24 +48,21 @@ class Load:
         return [Pair(tuple(p), tuple(r)) for p, r in zip(draw(self.prompt), draw(self.new))]
 
 
-def main(*, as_json: bool = False, quick: bool = False) -> None:
+LOADS = (
+    ("text, 3.4M Llama", "llama", DistilSettings()),
+    ("text, T5 of 6 + 6 layers", "t5", DistilSettings()),
+    ("forward KL from 20M", "llama", DistilSettings(kind="forward_kl")),
+    ("on-policy JSD from 20M", "llama", DistilSettings(kind="jsd", beta=BETA, on_policy=1.0)),
+)
+
+
+def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") -> None:
     """Measures a step of every kind and prints the table."""
-    load = Load(4, 8, 8, 64, 1) if quick else Load()
-    tiny = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 64}
-    shapes = (tiny, {**tiny, "num_layers": 2}) if quick else (SMALL_BLOCKS, {})
-    student, teacher = (random_model(preset("llama_20m", **s, vocab_size=load.vocab, eos_id=None)) for s in shapes)
-    width, depth = (32, 1) if quick else (256, 6)
-    t5 = EncDecConfig(vocab_size=load.vocab, hidden_size=width, num_layers=depth, num_decoder_layers=depth,
-                      num_heads=width // 32, head_dim=32, intermediate_size=2 * width, eos_id=None)  # fmt: skip
-    rate, compiles, rows = matmul_rate(*((256, 2) if quick else ())), Compiles(), []
-    loads = (
-        ("text, 3.4M Llama", student, DistilSettings()),
-        ("text, T5 of 6 + 6 layers", random_model(t5), DistilSettings()),
-        ("forward KL from 20M", student, DistilSettings(kind="forward_kl")),
-        ("on-policy JSD from 20M", student, DistilSettings(kind="jsd", beta=BETA, on_policy=1.0)),
-    )
-    for name, model, settings in loads[2:] if quick else loads:
-        rows += measured(name, model, teacher, settings, load, compiles)
+    load, rows = Load(4, 8, 8, 64, 1) if quick else Load(), []
+    with Sides(device) as sides, tempfile.TemporaryDirectory() as folder:
+        rate = matmul_rate(*((256, 2) if quick else ()), sides=sides)
+        for name, student, settings in LOADS[2:] if quick else LOADS:
+            rows += measured(sides, folder, quick, load, name, student, settings)
     notes = {
         "matmul GFLOP/s": round(rate / 1e9),
         "shares": "rollout (the student writes), update (teacher, loss, gradients, AdamW)",
@@ -80,54 +71,74 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
     show("a step of distillation", rows, notes, as_json)
 
 
+def config(name: str, vocab: int, quick: bool) -> AnyConfig:
+    """Returns the sizes of a student, "llama" or "t5", or of the "teacher"."""
+    if name == "t5":
+        width, depth = (32, 1) if quick else (256, 6)
+        return EncDecConfig(vocab_size=vocab, hidden_size=width, num_layers=depth, num_decoder_layers=depth,
+                            num_heads=width // 32, head_dim=32, intermediate_size=2 * width, eos_id=None)  # fmt: skip
+    tiny = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 64}
+    shapes = {"llama": tiny, "teacher": {**tiny, "num_layers": 2}} if quick else {"llama": SMALL_BLOCKS, "teacher": {}}
+    return preset("llama_20m", **shapes[name], vocab_size=vocab, eos_id=None)
+
+
 def measured(
-    name: str, model: Model, teacher: Model, settings: DistilSettings, load: Load, compiles: Compiles
+    sides: Sides, folder: str, quick: bool, load: Load, name: str, student: str, settings: DistilSettings
 ) -> list[dict[str, Any]]:
     """Two rows of the table, ours and theirs."""
-    ours, splits = ours_step(model, teacher, settings, load)
-    theirs, torch_splits = torch_step(model, teacher, settings, load)
-    first = {side: f() for side, f in (("qstar", ours), ("torch", theirs))}
-    seconds = interleaved({"qstar": ours, "torch": theirs}, load.repeats, compiles)
-    common = {"load": name, "torch/qstar": paired_ratio(seconds["qstar"], seconds["torch"])}
-    apart = None if settings.on_policy else abs(first["qstar"] - first["torch"])
+    common = {"folder": folder, "load": dataclasses.asdict(load), "settings": dataclasses.asdict(settings)}
+    sides.make("qstar", ours_step, student=student, quick=quick, **common)
+    sides.make("torch", torch_step, **common)
+    first = [sides.call(side)["loss"] for side in SIDES]
+    turns = sides.interleaved(load.repeats)
+    same = {"load": name, "torch/qstar": paired_ratio(turns.seconds["qstar"], turns.seconds["torch"])}
+    apart = None if settings.on_policy else abs(first[0] - first[1])
+    found = {"qstar": (apart, turns.recompiles["qstar"]), "torch": (None, None)}
     out = []
-    for side, each, count in (("qstar", splits, compiles.count), ("torch", torch_splits, None)):
-        rollout = median([written / max(whole, 1e-9) for written, whole in each[2:]])
-        out.append({"side": side, **common, "seconds": median(seconds[side]), "rollout": rollout, "update": 1 - rollout,
-                    "loss difference": apart if side == "qstar" else None, "recompiles": count})  # fmt: skip
+    for side in SIDES:
+        rollout = median([r["rollout"] / max(r["whole"], 1e-9) for r in turns.results[side]])
+        out.append({"side": side, **same, "seconds": median(turns.seconds[side]), "rollout": rollout, "update": 1 - rollout,
+                    "loss difference": found[side][0], "recompiles": found[side][1]})  # fmt: skip
     return out
 
 
-def ours_step(model: Model, teacher: Model, settings: DistilSettings, load: Load) -> tuple[Callable[[], float], list]:
-    """Returns a function that makes one of our steps and returns its loss, and the list of its (rollout, whole) seconds."""
+def ours_step(
+    folder: str, load: dict[str, int], settings: dict[str, Any], student: str, quick: bool
+) -> Callable[[], dict[str, float]]:
+    """Saves the models in the folder. Returns a function that makes one of our steps: its loss, and the seconds of its
+    rollout and of the whole."""
+    load, settings = Load(**load), DistilSettings(**settings)
+    model, teacher = (random_model(config(name, load.vocab, quick)) for name in (student, "teacher"))
+    save(model, f"{folder}/student")
+    save(teacher, f"{folder}/teacher")
     train = DistilTrain(batch_size=load.rows, lr=LR, b2=0.999, max_new_tokens=load.new)
     tx, step = distillation.compiled(model.config, teacher.config, settings, model.config.vocab_size, train)
     params = {"policy": model.params} | ({"teacher": teacher.params} if settings.kind != "hard" else {})
-    holder, splits, pairs = [create_state(params, tx, seed=0)], [], load.pairs()
+    holder, pairs, count = [create_state(params, tx, seed=0)], load.pairs(), itertools.count()
 
-    def run() -> float:
-        began, rows = time.perf_counter(), pairs
+    def run() -> dict[str, float]:
+        began, rows, number = time.perf_counter(), pairs, next(count)
         if settings.on_policy:
-            rows = distillation.own_text(model, holder[0].params["policy"], pairs, load.new, len(splits))
+            rows = distillation.own_text(model, holder[0].params["policy"], pairs, load.new, number)
         wrote = time.perf_counter()
         batch = distillation.lesson(model.config, teacher.config, rows, [load.prompt, load.prompt], load.new)
         holder[0], metrics = step(holder[0], jax.device_put(batch), np.float32(LR))
         loss = float(metrics["loss"])
-        splits.append((wrote - began, time.perf_counter() - began))
-        return loss
+        return {"loss": loss, "rollout": wrote - began, "whole": time.perf_counter() - began}
 
-    return run, splits
+    return run
 
 
-def torch_step(model: Model, teacher: Model, settings: DistilSettings, load: Load) -> tuple[Callable[[], float], list]:
+def torch_step(folder: str, load: dict[str, int], settings: dict[str, Any]) -> Callable[[], dict[str, float]]:
     """The same in plain PyTorch."""
     import torch
 
-    twin, seq2seq = torch_twin(model), isinstance(model.config, EncDecConfig)
-    taught = torch_twin(teacher).eval() if settings.kind != "hard" else None
+    load, settings = Load(**load), DistilSettings(**settings)
+    twin = torch_twin(f"{folder}/student")
+    seq2seq = twin.config.is_encoder_decoder
+    taught = torch_twin(f"{folder}/teacher").eval() if settings.kind != "hard" else None
     optimiser = torch.optim.AdamW(twin.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
     prompts, given = (torch.tensor([list(p[k]) for p in load.pairs()]) for k in (0, 1))
-    splits: list[tuple[float, float]] = []
 
     def logp(net: Any, responses: Any) -> Any:
         if seq2seq:
@@ -145,7 +156,7 @@ def torch_step(model: Model, teacher: Model, settings: DistilSettings, load: Loa
         m = torch.logaddexp(p + math.log(BETA), q + math.log(1 - BETA))
         return BETA * kl(p, m) + (1 - BETA) * kl(q, m)
 
-    def run() -> float:
+    def run() -> dict[str, float]:
         began, responses = time.perf_counter(), given
         if settings.on_policy:
             options = dict(max_new_tokens=load.new, min_new_tokens=load.new, pad_token_id=0, eos_token_id=None)
@@ -166,7 +177,6 @@ def torch_step(model: Model, teacher: Model, settings: DistilSettings, load: Loa
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        splits.append((wrote - began, time.perf_counter() - began))
-        return loss.item()
+        return {"loss": loss.item(), "rollout": wrote - began, "whole": time.perf_counter() - began}
 
-    return run, splits
+    return run

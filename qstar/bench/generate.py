@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,85 +13,133 @@ import numpy as np
 from qstar.bench.common import (
     LLAMAS,
     SMALL_BLOCKS,
-    interleaved,
     matmul_rate,
     median,
+    memory_rate,
     paired_ratio,
     random_model,
     show,
     torch_twin,
 )
-from qstar.models.config import preset
-from qstar.models.model import Model, logits
+from qstar.bench.sides import Sides, Turns
+from qstar.models.config import ModelConfig, preset
+from qstar.models.model import Model, logits, save
 from qstar.sample.batching import generate
-from qstar.train.profile import Compiles
 
 PROMPT, NEW = 16, 64
+SHOTS, LONGEST, SAMPLES = 1000, 256, 4  # of the STaR-shaped load
 EOS = 1
 
 
-def main(*, as_json: bool = False, quick: bool = False) -> None:
+def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") -> None:
     """Measures plain batches and the STaR-shaped load and prints both tables in one."""
-    compiles = Compiles()
-    rate = matmul_rate(repeats=5 if quick else 9)
-    rows = []
-    for name, changes in LLAMAS[: 1 if quick else 2]:
-        model = random_model(preset("llama_20m", **changes))
-        for batch in (64,) if quick else (64, 256):
-            rows.append(plain(model, name, batch, 1 if quick else 3, rate, compiles))
-    rows.append(star_shaped(1, rate, compiles, problems=16 if quick else 256))
+    rows, repeats = [], 5 if quick else 9
+    with Sides(device) as sides, tempfile.TemporaryDirectory() as folder:
+        limits = matmul_rate(repeats=repeats, sides=sides), memory_rate(repeats=repeats, sides=sides)
+        for name, changes in LLAMAS[: 1 if quick else 2]:
+            for batch in (64,) if quick else (64, 256):
+                rows.append(plain(sides, folder, name, changes, batch, 1 if quick else 3, limits))
+        rows.append(star_shaped(sides, folder, 1, limits, problems=16 if quick else 256))
     notes = {
-        "matmul GFLOP/s": round(rate / 1e9),
+        "matmul GFLOP/s": round(limits[0] / 1e9),
+        "memory GB/s": round(limits[1] / 1e9, 1),
         "flop rule": "2 per matmul parameter and token, prompt once per prompt",
+        "roofline": "needed FLOPs at the matmul rate (f), or needed bytes at the memory rate (b: weights once per step, and"
+        " the filled cache): of max(f, b), and of f + b, where the two do not overlap; the letter says which is larger",
     }
     show("sampling, float32", rows, notes, as_json)
 
 
-def plain(model: Model, name: str, batch: int, repeats: int, rate: float, compiles: Compiles) -> dict[str, Any]:
+def plain(
+    sides: Sides,
+    folder: str,
+    name: str,
+    changes: dict[str, Any],
+    batch: int,
+    repeats: int,
+    limits: tuple[float, float],
+) -> dict[str, Any]:
     """`batch` prompts of 16 tokens, 64 new tokens each, sampled at temperature 1; nobody stops early."""
-    prompts = np.random.default_rng(0).integers(2, model.config.vocab_size, (batch, PROMPT)).tolist()
-    twin = torch_twin(model)
+    config = preset("llama_20m", **changes)
+    prompts = np.random.default_rng(0).integers(2, config.vocab_size, (batch, PROMPT)).tolist()
+    sides.make("qstar", ours_plain, folder=folder, changes=changes, prompts=prompts)
+    sides.make("torch", theirs_plain, folder=folder, prompts=prompts)
+    flops = 2 * config.matmul_params * batch * (PROMPT + NEW)
+    return _row(f"{name}, {batch} rows", sides.interleaved(repeats), flops, needed_bytes(config, batch), limits)
 
-    def ours() -> int:
+
+def needed_bytes(config: ModelConfig, batch: int) -> float:
+    """Returns the bytes that a plain batch must read: all weights at every step, and what the cache holds by then."""
+    steps = np.arange(1, NEW)
+    pairs = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return 4.0 * (config.matmul_params * NEW + pairs * batch * float(np.sum(PROMPT + steps)))
+
+
+def ours_plain(folder: str, changes: dict[str, Any], prompts: list[list[int]]) -> Callable[[], int]:
+    """Saves the model in the folder; returns a function that samples and returns the number of tokens."""
+    model = random_model(preset("llama_20m", **changes))
+    save(model, folder)
+
+    def run() -> int:
         found = generate(model, prompts, max_new_tokens=NEW, temperature=1.0)
         return sum(len(c.tokens) for row in found for c in row)
 
-    def theirs() -> int:
-        return torch_generate(twin, prompts, NEW, eos=None).numel() - batch * PROMPT
-
-    seconds = interleaved({"qstar": ours, "torch": theirs}, repeats, compiles)
-    flops = 2 * model.config.matmul_params * batch * (PROMPT + NEW)
-    return _row(f"{name}, {batch} rows", seconds, batch * NEW, batch * NEW, flops, rate, compiles.count)
+    return run
 
 
-def star_shaped(repeats: int, rate: float, compiles: Compiles, problems: int) -> dict[str, Any]:
+def theirs_plain(folder: str, prompts: list[list[int]]) -> Callable[[], int]:
+    """The same with transformers."""
+    twin = torch_twin(folder)
+    return lambda: torch_generate(twin, prompts, NEW, eos=None).numel() - len(prompts) * PROMPT
+
+
+def star_shaped(sides: Sides, folder: str, repeats: int, limits: tuple[float, float], problems: int) -> dict[str, Any]:
     """1,000 tokens of shots shared by all problems, 4 samples each, answers that stop by themselves (mean 40 tokens).
 
     `generate` of transformers gets the first 16 problems x 4 samples, as one batch: its rate does not depend on how
     many batches there are, and all of them would take ten minutes.
     """
-    model = stopping_model(mean_length=40)
+    prefix, prompts = star_prompts(problems)
+    sides.make("qstar", ours_star, folder=folder, problems=problems)
+    sides.make("torch", theirs_star, folder=folder, problems=problems)
+    turns = sides.interleaved(repeats)
+    params = preset("llama_20m", **SMALL_BLOCKS).matmul_params
+    flops = 2 * params * (SHOTS + sum(map(len, prompts)) + turns.results["qstar"][-1])
+    return _row(f"STaR load, {problems} x {SAMPLES}", turns, flops, None, limits)
+
+
+def star_prompts(problems: int) -> tuple[list[int], list[list[int]]]:
+    """Returns the shots and the problems, the same on both sides."""
     rng = np.random.default_rng(0)
-    vocab = model.config.vocab_size
-    prefix = rng.integers(2, vocab, 1000).tolist()
-    prompts = [rng.integers(2, vocab, rng.integers(40, 64)).tolist() for _ in range(problems)]
-    twin = torch_twin(model)
-    counts: dict[str, int] = {}
+    vocab = preset("llama_20m", **SMALL_BLOCKS).vocab_size
+    prefix = rng.integers(2, vocab, SHOTS).tolist()
+    return prefix, [rng.integers(2, vocab, rng.integers(40, 64)).tolist() for _ in range(problems)]
 
-    def ours() -> None:
-        found = generate(model, prompts, max_new_tokens=256, temperature=1.0, n=4, prefix=prefix)
-        counts["qstar"] = sum(len(c.tokens) for row in found for c in row)
 
-    def theirs() -> None:
-        rows = [prefix + p for p in prompts[:16]]
-        out = torch_generate(twin, rows, 256, eos=EOS, samples=4)
+def ours_star(folder: str, problems: int) -> Callable[[], int]:
+    """Saves the model in the folder; returns a function that answers all problems and returns the number of tokens."""
+    model = stopping_model(mean_length=40)
+    save(model, folder)
+    prefix, prompts = star_prompts(problems)
+
+    def run() -> int:
+        found = generate(model, prompts, max_new_tokens=LONGEST, temperature=1.0, n=SAMPLES, prefix=prefix)
+        return sum(len(c.tokens) for row in found for c in row)
+
+    return run
+
+
+def theirs_star(folder: str, problems: int) -> Callable[[], int]:
+    """Its first 16 problems with transformers."""
+    twin, (prefix, prompts) = torch_twin(folder), star_prompts(problems)
+    rows = [prefix + p for p in prompts[:16]]
+
+    def run() -> int:
+        out = torch_generate(twin, rows, LONGEST, eos=EOS, samples=SAMPLES)
         new = out[:, max(len(r) for r in rows) :].numpy()
-        counts["torch"] = int(np.sum(np.cumsum(new == EOS, axis=1) - (new == EOS) == 0))
+        return int(np.sum(np.cumsum(new == EOS, axis=1) - (new == EOS) == 0))
 
-    seconds = interleaved({"qstar": ours, "torch": theirs}, repeats, compiles)
-    flops = 2 * model.config.matmul_params * (1000 + sum(map(len, prompts)) + counts["qstar"])
-    row = _row(f"STaR load, {problems} x 4", seconds, counts["qstar"], counts["torch"], flops, rate, compiles.count)
-    return row
+    return run
 
 
 def stopping_model(mean_length: float) -> Model:
@@ -113,12 +163,12 @@ def stopping_model(mean_length: float) -> Model:
     return trial
 
 
-def torch_generate(twin: Any, rows: list[list[int]], new: int, *, eos: int | None, samples: int = 1) -> Any:
+def torch_generate(twin: Any, rows: Sequence[Sequence[int]], new: int, *, eos: int | None, samples: int = 1) -> Any:
     """Runs transformers' `generate` on left-padded rows."""
     import torch
 
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
     extra = {"min_new_tokens": new} if eos is None else {}
     with torch.no_grad():
@@ -137,16 +187,20 @@ def torch_generate(twin: Any, rows: list[list[int]], new: int, *, eos: int | Non
         )
 
 
-def _row(name, seconds, ours, theirs, flops, rate, recompiles) -> dict[str, Any]:
-    rates_ours = [ours / s for s in seconds["qstar"]]
-    rates_theirs = [theirs / s for s in seconds["torch"]]
-    return {
-        "load": name,
-        "qstar tokens/s": round(median(rates_ours)),
-        "torch tokens/s": round(median(rates_theirs)),
-        "qstar/torch": paired_ratio(rates_theirs, rates_ours),
-        "share of matmul rate": flops / median(seconds["qstar"]) / rate,
-        "qstar s": median(seconds["qstar"]),
-        "torch s": median(seconds["torch"]),
-        "recompiles": recompiles,
+def _row(load: str, turns: Turns, flops: float, read: float | None, limits: tuple[float, float]) -> dict[str, Any]:
+    seconds = {side: median(each) for side, each in turns.seconds.items()}
+    rates = {side: [n / s for n, s in zip(turns.results[side], turns.seconds[side])] for side in seconds}
+    row = {
+        "load": load,
+        "qstar tokens/s": round(median(rates["qstar"])),
+        "torch tokens/s": round(median(rates["torch"])),
+        "qstar/torch": paired_ratio(rates["torch"], rates["qstar"]),
+        "share of matmul rate": flops / seconds["qstar"] / limits[0],
     }
+    if read is None:
+        row |= dict.fromkeys(("share of roofline", "bound", "share of f + b"))
+    else:
+        f, b = flops / limits[0], read / limits[1]
+        row["share of roofline"], row["bound"] = max(f, b) / seconds["qstar"], "f" if f > b else "b"
+        row["share of f + b"] = (f + b) / seconds["qstar"]
+    return row | {"qstar s": seconds["qstar"], "torch s": seconds["torch"], "recompiles": turns.recompiles["qstar"]}

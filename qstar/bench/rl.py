@@ -9,17 +9,22 @@ since RLOO and PPO need them before. With an answerer, a larger frozen model rea
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from qstar.bench.common import Compiles, interleaved, matmul_rate, median, paired_ratio, random_model, show, torch_twin
+from qstar.bench.common import matmul_rate, median, paired_ratio, random_model, show, torch_twin
+from qstar.bench.sides import Sides
 from qstar.methods import reinforce
 from qstar.models.config import preset
 from qstar.models.encdec_config import EncDecConfig
-from qstar.models.model import Model
+from qstar.models.model import save
+from qstar.models.policy import AnyConfig
 from qstar.sample.batching import generate
 from qstar.train.rl import RLSettings, measure_jit
 from qstar.train.state import create_state
@@ -66,20 +71,16 @@ def worth(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return np.asarray([np.mean([t % 2 == 0 for t in row]) for row in rows], np.float32)
 
 
-def main(*, as_json: bool = False, quick: bool = False) -> None:
+def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") -> None:
     """Measures one update of three set-ups and prints the table."""
-    load = Load(4, 2, 8, 8, 64, 1) if quick else Load()
-    tiny = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 64}
-    llama = preset("llama_20m", **(tiny if quick else {}), vocab_size=load.vocab, eos_id=None)
-    rate, rows, compiles = matmul_rate(*((256, 2) if quick else ())), [], Compiles()
-    policy = random_model(llama)
-    if not quick:
-        rows += measured("GRPO, 20M Llama, checked answers", policy, "grpo", load, None, compiles)
-        rows += measured("RLOO, 20M Llama, checked answers", policy, "rloo", load, None, compiles)
-    width, depth = (32, 1) if quick else (256, 6)
-    t5 = EncDecConfig(vocab_size=load.vocab, hidden_size=width, num_layers=depth, num_decoder_layers=depth,
-                      num_heads=width // 32, head_dim=32, intermediate_size=2 * width, eos_id=None)  # fmt: skip
-    rows += measured("RLOO, T5, a frozen 20M Llama answers", random_model(t5), "rloo", load, policy, compiles)
+    load, rows = Load(4, 2, 8, 8, 64, 1) if quick else Load(), []
+    with Sides(device) as sides, tempfile.TemporaryDirectory() as folder:
+        rate = matmul_rate(*((256, 2) if quick else ()), sides=sides)
+        bench = partial(measured, sides, folder, quick, load)
+        if not quick:
+            rows += bench("GRPO, 20M Llama, checked answers", "llama", "grpo", "")
+            rows += bench("RLOO, 20M Llama, checked answers", "llama", "rloo", "")
+        rows += bench("RLOO, T5, a frozen 20M Llama answers", "t5", "rloo", "llama")
     notes = {
         "matmul GFLOP/s": round(rate / 1e9),
         "shares": "rollout, answerer (rewards), scoring (log-probabilities beforehand), update (loss, gradients, AdamW)",
@@ -89,56 +90,81 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
     show("a step of RL", rows, notes, as_json)
 
 
+def config(name: str, vocab: int, quick: bool) -> AnyConfig:
+    """Returns the sizes of "llama" or "t5"."""
+    if name == "llama":
+        tiny = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 64}
+        return preset("llama_20m", **(tiny if quick else {}), vocab_size=vocab, eos_id=None)
+    width, depth = (32, 1) if quick else (256, 6)
+    return EncDecConfig(vocab_size=vocab, hidden_size=width, num_layers=depth, num_decoder_layers=depth,
+                        num_heads=width // 32, head_dim=32, intermediate_size=2 * width, eos_id=None)  # fmt: skip
+
+
 def measured(
-    name: str, model: Model, estimator: str, load: Load, answerer: Model | None, compiles: Compiles
+    sides: Sides, folder: str, quick: bool, load: Load, name: str, policy: str, estimator: str, answerer: str
 ) -> list[dict[str, Any]]:
     """Two rows of the table, ours and theirs: seconds, and the shares of an update's parts (medians)."""
-    settings = RLSettings(estimator=estimator, group=load.group, clip=EPS, kl_weight=BETA, no_eos_penalty=0.0)
-    ours, splits = ours_step(model, settings, load, answerer)
-    theirs, torch_splits, logprobs = torch_step(model, estimator, load, answerer)
-    seconds = interleaved({"qstar": ours, "torch": theirs}, load.repeats, compiles)
-    common = {"load": name, "torch/qstar": paired_ratio(seconds["qstar"], seconds["torch"])}
-    found = {"recompiles": compiles.count, "difference": difference(model, settings, load, logprobs)}
+    common = {"folder": folder, "load": dataclasses.asdict(load), "estimator": estimator, "answerer": answerer}
+    sides.make("qstar", ours_step, policy=policy, quick=quick, **common)
+    sides.make("torch", torch_step, **common)
+    turns = sides.interleaved(load.repeats)
+    ours, theirs = (np.asarray(sides.call(side, "logprobs")) for side in ("qstar", "torch"))
+    same = {"load": name, "torch/qstar": paired_ratio(turns.seconds["qstar"], turns.seconds["torch"])}
+    found = {"recompiles": turns.recompiles["qstar"], "difference": float(np.abs(ours - theirs).max())}
     rows = []
-    for side, each, more in (
-        ("qstar", splits, found),
-        ("torch", torch_splits, {"difference": None, "recompiles": None}),
-    ):
-        parts = {k: median([s[k] for s in each[1:]]) for k in PARTS}
+    for side, more in (("qstar", found), ("torch", {"difference": None, "recompiles": None})):
+        parts = {k: median([s[k] for s in turns.results[side]]) for k in PARTS}
         shares = {k: v / sum(parts.values()) for k, v in parts.items()}
-        rows.append({"side": side, **common, "seconds": median(seconds[side]), **shares, **more})
+        rows.append({"side": side, **same, "seconds": median(turns.seconds[side]), **shares, **more})
     return rows
 
 
 def ours_step(
-    model: Model, settings: RLSettings, load: Load, answerer: Model | None
-) -> tuple[Any, list[dict[str, float]]]:
-    """Returns a function that makes one of our updates, and the list to which each adds its seconds by part."""
-    answer = None
-    if answerer is not None:
-        answer = lambda rows: generate(answerer, rows, max_new_tokens=ANSWER, temperature=0)  # noqa: E731
-    train = reinforce.ReinforceSettings(prompts=load.prompts, batch_size=load.prompts * load.group, lr=LR, b2=0.999,
-                                        max_new_tokens=load.new, clip=CLIP)  # fmt: skip
-    run = reinforce.Run(model, World(load, answer), settings, train, 0, list)
+    folder: str, load: dict[str, int], estimator: str, answerer: str, policy: str, quick: bool
+) -> dict[str, Callable[[], Any]]:
+    """Saves the models in the folder. Returns "run", which makes one of our updates and returns its seconds by part, and
+    "logprobs", of what `same_text` draws."""
+    size = Load(**load)
+    model, answer = random_model(config(policy, size.vocab, quick)), None
+    save(model, f"{folder}/policy")
+    if answerer:
+        reader = random_model(config(answerer, size.vocab, quick))
+        save(reader, f"{folder}/answerer")
+        answer = lambda rows: generate(reader, rows, max_new_tokens=ANSWER, temperature=0)  # noqa: E731
+    settings = RLSettings(estimator=estimator, group=size.group, clip=EPS, kl_weight=BETA, no_eos_penalty=0.0)
+    train = reinforce.ReinforceSettings(prompts=size.prompts, batch_size=size.prompts * size.group, lr=LR, b2=0.999,
+                                        max_new_tokens=size.new, clip=CLIP)  # fmt: skip
+    run = reinforce.Run(model, World(size, answer), settings, train, 0, list)
     tx, step = reinforce.compiled(**run.static, update=train)
-    holder, splits = [create_state({"policy": model.params}, tx, seed=0)], []
+    holder, count = [create_state({"policy": model.params}, tx, seed=0)], itertools.count()
 
-    def update() -> None:
-        holder[0], metrics = reinforce.one_update(run, step, holder[0], len(splits), BETA, np.float32(LR))
-        splits.append(dict(zip(PARTS, (metrics[k] for k in reinforce.SECONDS))))
+    def update() -> dict[str, float]:
+        holder[0], metrics = reinforce.one_update(run, step, holder[0], next(count), BETA, np.float32(LR))
+        return dict(zip(PARTS, (float(metrics[k]) for k in reinforce.SECONDS)))
 
-    return update, splits
+    def logprobs() -> list[list[float]]:
+        prompts, responses = same_text(size)
+        found = measure_jit({"policy": model.params}, prompts, np.ones_like(prompts), responses, config=model.config,
+                            settings=settings, limit=model.config.vocab_size)[0]  # fmt: skip
+        return np.asarray(found).tolist()
+
+    return {"run": update, "logprobs": logprobs}
 
 
-def torch_step(
-    model: Model, estimator: str, load: Load, answerer: Model | None
-) -> tuple[Any, list[dict[str, float]], Any]:
-    """The same in plain PyTorch, and its function from prompts and responses to log-probabilities."""
+def same_text(load: Load) -> tuple[np.ndarray, np.ndarray]:
+    """Returns prompts and responses [8, n] int32 on which both sides are asked for their log-probabilities."""
+    rng = np.random.default_rng(1)
+    return tuple(rng.integers(2, load.vocab, (8, n)).astype(np.int32) for n in (load.prompt, load.new))
+
+
+def torch_step(folder: str, load: dict[str, int], estimator: str, answerer: str) -> dict[str, Callable[[], Any]]:
+    """The same in plain PyTorch."""
     import torch
 
-    twin, frozen = torch_twin(model), torch_twin(model).eval()
-    reader = torch_twin(answerer).eval() if answerer is not None else None
-    seq2seq, world, splits = isinstance(model.config, EncDecConfig), World(load), []
+    load = Load(**load)
+    twin, frozen = torch_twin(f"{folder}/policy"), torch_twin(f"{folder}/policy").eval()
+    reader = torch_twin(f"{folder}/answerer").eval() if answerer else None
+    seq2seq, world, count = twin.config.is_encoder_decoder, World(load), itertools.count()
     optimiser = torch.optim.AdamW(twin.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
 
     def logprobs(net: Any, prompts: Any, responses: Any) -> Any:
@@ -156,9 +182,9 @@ def torch_step(
             return ((s - s.mean(1, keepdim=True)) / (s.std(1, keepdim=True) + 1e-4)).reshape(-1, 1)
         return (s - (s.sum(1, keepdim=True) - s) / (load.group - 1)).reshape(-1, 1)
 
-    def update() -> None:
+    def update() -> dict[str, float]:
         clock = [time.perf_counter()]
-        rows = torch.tensor(world.prompts(len(splits)))
+        rows = torch.tensor(world.prompts(next(count)))
         prompts = rows.repeat_interleave(load.group, dim=0)
         out = _torch_generate(twin.eval(), prompts, load.new)
         responses = out[:, 1:] if seq2seq else out[:, load.prompt :]
@@ -183,9 +209,13 @@ def torch_step(
         optimiser.step()
         optimiser.zero_grad()
         clock.append(time.perf_counter())
-        splits.append(dict(zip(PARTS, np.diff(clock).tolist())))
+        return dict(zip(PARTS, np.diff(clock).tolist()))
 
-    return update, splits, lambda p, r: logprobs(frozen, torch.from_numpy(p).long(), torch.from_numpy(r).long())
+    def of_same_text() -> list[list[float]]:
+        with torch.no_grad():
+            return logprobs(frozen, *(torch.from_numpy(x).long() for x in same_text(load))).tolist()
+
+    return {"run": update, "logprobs": of_same_text}
 
 
 def _torch_generate(net: Any, prompts: Any, new: int, sample: bool = True) -> Any:
@@ -195,15 +225,3 @@ def _torch_generate(net: Any, prompts: Any, new: int, sample: bool = True) -> An
     with torch.no_grad():
         return net.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new,
                             pad_token_id=0, eos_token_id=None, **options)  # fmt: skip
-
-
-def difference(model: Model, settings: RLSettings, load: Load, logprobs: Any) -> float:
-    """Returns the largest difference of the two sides' log-probabilities of the same responses: they do the same work."""
-    import torch
-
-    rng = np.random.default_rng(1)
-    prompts, responses = (rng.integers(2, load.vocab, (8, n)).astype(np.int32) for n in (load.prompt, load.new))
-    ours = measure_jit({"policy": model.params}, prompts, np.ones_like(prompts), responses, config=model.config,
-                       settings=settings, limit=model.config.vocab_size)[0]  # fmt: skip
-    with torch.no_grad():
-        return float(np.abs(np.asarray(ours) - logprobs(prompts, responses).numpy()).max())
