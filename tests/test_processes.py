@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from qstar import processes
@@ -96,6 +97,33 @@ def test_who_is_missing_is_named_with_the_command_that_starts_it():
     assert f"127.0.0.1:{port} QSTAR_NUM_PROCESSES=3 QSTAR_PROCESS_ID=1" in said
     said = other.communicate(timeout=30)[1]
     assert other.returncode == 2 and "process 2 of 3 waited 1 s for process 0 at 127.0.0.1" in said
+
+
+def test_two_processes_say_what_one_says(tmp_path):
+    import jax
+
+    import qstar
+    from answers import answers
+    from qstar.models import decoder, encdec
+    from qstar.models.encdec_config import EncDecConfig
+    from qstar.models.model import Model
+    from thoughts.families import FAMILIES
+
+    config = EncDecConfig(vocab_size=30, hidden_size=16, head_dim=4, intermediate_size=24, num_layers=1, num_decoder_layers=1, num_heads=4)
+    thinker = FAMILIES["llama"].replace(num_layers=1)
+    qstar.save(Model(thinker, decoder.init(thinker, jax.random.key(0))), tmp_path / "decoder")
+    qstar.save(Model(config, encdec.init(config, jax.random.key(0))), tmp_path / "encdec")
+    folders = [str(tmp_path / "decoder"), str(tmp_path / "encdec")]
+    port, flags = free_port(), f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    both = [start(port, i, 2, str(ROOT / "tests/answers.py"), *folders, XLA_FLAGS=flags) for i in (0, 1)]
+    alone = answers(*folders)
+    said = [child.communicate(timeout=300) for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
+    together = json.loads(said[0][0].splitlines()[-1])  # below what gloo says of its connections
+    assert together.keys() == alone.keys() and "tokens" not in said[1][0]
+    for what, expected in alone.items():
+        for ours, theirs in zip(together[what], expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5, err_msg=what)
 
 
 LONG = ["-m", "qstar", "train", f"--config={ROOT}/configs/star_arithmetic.py:smoke", "--config.base.steps=30000",
