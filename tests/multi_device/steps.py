@@ -25,6 +25,7 @@ from qstar.train.state import create_state
 from qstar.train.step import make_step
 from qstar.train.value import value_loss
 from qstar.types import Batch, Graded, Preference
+from tests.multi_device import test_rl_sharded
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -66,6 +67,7 @@ def together(params, batch, rng, *, config):
     return tuple(sums), {f"{k}/{name}": m for k, (_, metrics) in found.items() for name, m in metrics.items()}
 
 
+GUIDED = ("RL", "distillation")  # of LM-Guided CoT: PPO of a T5 with a critic, a T5 taught by a decoder
 THREE, QUICK = ("star", "dpo", "orm"), "star, dpo and orm"
 LOSSES = {"star": losses.sft_loss, "quiet_star": objective.loss, "dpo": dpo_loss, "orm": value_loss, QUICK: together}
 
@@ -80,18 +82,26 @@ def alone():
 
 @functools.cache
 def step(method):
+    if method in GUIDED:
+        return make_step(test_rl_sharded.case(method)[2], TX)
     return make_step(functools.partial(LOSSES[method], config=CONFIG), TX)
+
+
+def start(method):
+    """The parameters of all roles, on one device."""
+    return test_rl_sharded.case(method)[0] if method in GUIDED else {"policy": alone()}
 
 
 def two_updates(method, mesh):
     """The new parameters and the metrics of both updates, as {name: array}."""
-    params = {"policy": alone()}
+    params = start(method)
     if mesh is not None:
         where = shardings(params, decoder.PARAM_AXES, mesh)
-        params = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), params, where)
+        host = jax.tree.map(np.asarray, params)
+        params = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), host, where)
     state, out = create_state(params, TX, seed=0, mesh=mesh, table=decoder.PARAM_AXES), {}
     for i in range(2):
-        batch = batches(i)[method]
+        batch = test_rl_sharded.case(method)[1] if method in GUIDED else batches(i)[method]
         if mesh is not None:
             mine = slice(*(ROWS * (jax.process_index() + i) // jax.process_count() for i in (0, 1)))
             batch = put_batch(jax.tree.map(operator.itemgetter(mine), batch), mesh)

@@ -1,4 +1,4 @@
-"""The train steps of STaR, Quiet-STaR and V-STaR on 8 devices of one process and of two are those of one device."""
+"""The train steps of all four methods on 8 devices of one process and of two are those of one device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def agree(found, expected):
 
 
 LONG = bool(os.environ.get("QSTAR_LONG_TESTS"))  # one by one, Quiet-STaR too: minutes of compilation
-METHODS = ("star", "quiet_star", "dpo", "orm") if LONG else (steps.QUICK,)
+METHODS = ("star", "quiet_star", "dpo", "orm", *steps.GUIDED) if LONG else (steps.QUICK,)
 
 
 @pytest.mark.skipif(not LONG, reason="compiles for minutes: set QSTAR_LONG_TESTS=1 to run it")
