@@ -7,6 +7,7 @@ QSTAR_LONG_SEED draws other places. (A few chosen places of each kind are in eve
 import collections
 import os
 import random
+import re
 
 import pytest
 
@@ -30,7 +31,7 @@ def places(told, seed):
     saved is not done again.
     """
     counts = collections.Counter(told)
-    once = [e for e in told if counts[e] == 1 and "/" in e and not e.startswith("saved ")]
+    once = [e for e in told if counts[e] == 1 and ("/" in e or e.startswith("batch ")) and not e.startswith("saved ")]
     draw = random.Random(seed)
     chosen: list[int] = []
     for i in draw.sample(range(len(once)), len(once)):
@@ -41,8 +42,14 @@ def places(told, seed):
 
 
 def update(event):
-    """The training stage and the update that an event is about; (event, 0) outside of training."""
+    """The training stage and the update that an event is about; (event, 0) outside of training.
+
+    What Quiet-STaR measures after an update belongs to it.
+    """
     kind, place, *step = event.split()
+    measured = re.fullmatch(r"(.+)/(?:thoughts|evaluation)/step_(\d+)\.jsonl?", place)
+    if measured:
+        place, *step = measured.groups()
     return (place.removesuffix("/training"), int(step[0])) if step else (event, 0)
 
 
