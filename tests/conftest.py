@@ -5,8 +5,7 @@ the tests of text, data and tasks never need it and stay fast. A value that is s
 """
 
 import gc
-import importlib.util
-import mmap
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -31,28 +30,14 @@ for _name, _value in {
 
 # Most tests are short and their programs tiny: what they wait for is the compiler. Without LLVM's optimisations, with
 # XLA's older emitters of fusions, and in one piece per program it needs less than a third of the time. The numbers that
-# are compared do not depend on them. XLA ends a process that names a flag it does not know, so they are looked for first.
-_FLAGS = {
-    "xla_backend_optimization_level": "0",
-    "xla_cpu_use_fusion_emitters": "false",
-    "xla_cpu_parallel_codegen_split_count": "1",
-}
-
-
-def _known(names):
-    """Those of the flags that the installed jaxlib knows."""
-    spec = importlib.util.find_spec("jaxlib")
-    files = sorted(pathlib.Path(spec.origin).parent.rglob("*.so"), key=lambda f: -f.stat().st_size) if spec else []
-    if not files:
-        return []
-    with files[0].open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as library:
-        return [name for name in names if library.find(name.encode()) >= 0]
-
-
-_wanted = [name for name in _FLAGS if name not in os.environ.get("XLA_FLAGS", "")]
-if _wanted:  # the workers and processes that a session starts find them in their environment
-    _flags = [f"--{name}={_FLAGS[name]}" for name in _known(_wanted)]
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags]).strip()
+# are compared do not depend on them. XLA ends a process that names a flag it does not know: later jaxlibs have no older
+# emitters.
+_FLAGS = {"xla_backend_optimization_level": "0", "xla_cpu_parallel_codegen_split_count": "1"}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
+_flags = [f"--{name}={value}" for name, value in _FLAGS.items() if name not in os.environ.get("XLA_FLAGS", "")]
+# The workers and processes that a session starts find them in their environment.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags]).strip()
 
 # To trace a program makes some 100,000 objects that stay, and Python's collector looks at all of them again and again:
 # an eighth of the time at its usual thresholds.
