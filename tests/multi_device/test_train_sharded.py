@@ -23,7 +23,6 @@ from qstar.train.loop import fit
 from qstar.train.state import create_state, init_params
 from qstar.train.step import make_step
 from qstar.types import Batch
-from tests.train.problem import assert_same_gradients
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -109,7 +108,7 @@ def test_loss_gradients_and_updates_are_those_of_one_device(spec, count, accumul
     """The first moments after one update are the clipped gradients, times 1 - b1."""
     state, first, metrics = two_updates(spec, count, accumulate)
     expected, expected_first, expected_metrics = two_updates(None, 1, 1)
-    assert_same_gradients(first, expected_first)
+    close(first, expected_first, 1e-5)
     assert len(first) == len(jax.tree.leaves(alone())) and all(np.abs(x).max() > 1e-4 for x in first.values())
     close(state.params, expected.params, 1e-5)
     for m, e in zip(metrics, expected_metrics):
