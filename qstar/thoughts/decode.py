@@ -49,7 +49,7 @@ class Drawn(NamedTuple):
 class _State(NamedTuple):
     step: jax.Array  # []
     batch: Batch  # [B, N + max_new]: the text so far; what comes is padding
-    texts: threads.Text  # hidden [B, N + max_new, E], pairs [B, L, G, N + max_new, K]
+    texts: threads.Text  # hidden [B, N + max_new, E], pairs of as many tokens
     length: jax.Array  # [B] tokens of the text so far
     active: jax.Array  # [B]
     out: Drawn
@@ -68,7 +68,7 @@ def write(
     """Continues texts, with one thought before every token.
 
     Args:
-      params: a decoder's tree with `thoughts` and `mixing`, layers stacked.
+      params: a decoder's tree with `thoughts` and `mixing`, its layers listed (`sampler.prepare`) or stacked.
       tokens: [B, N] int32, padded on the right. lengths: [B]. keys: [B] random keys, one per row: a row's draws depend
         on its own key and the count of its tokens, not on its neighbours.
       knobs: of the text. heat: [] temperature of the thoughts, 0 = greedy.
@@ -83,7 +83,7 @@ def _first(params: Params, talker: Talker, tokens: jax.Array, lengths: jax.Array
     (B, N), new, c = tokens.shape, talker.max_new, talker.config
     batch = layout.text_batch(tokens, jnp.arange(N) < lengths[:, None])
     texts = threads.read(params, c, batch)
-    pairs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, new), (0, 0)]), texts.pairs)
+    pairs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, new), (0, 0)]), texts.pairs)
     texts = threads.Text(jnp.pad(texts.hidden, [(0, 0), (0, new), (0, 0)]), pairs)
     batch = layout.text_batch(jnp.pad(tokens, [(0, 0), (0, new)]), jnp.arange(N + new) < lengths[:, None])
     zeros = partial(jnp.zeros, (B, new))
@@ -165,13 +165,16 @@ def _append(
     seen = jnp.arange(row.tokens.shape[0]) < length
     if config.sliding_window is not None:
         seen &= length - jnp.arange(row.tokens.shape[0]) < config.sliding_window
-    past = [Segment(*text.pairs, seen[None])]
+    if threads.pairs_axis(params):
+        past = [Segment(*text.pairs, seen[None])]
+    else:
+        past = [[Segment(*pair, seen[None])] for pair in text.pairs]
     hidden, new = decoder.forward(params, config, token[None], position[None], None, past)
 
-    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+    def put(old: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), length, axis)
 
-    pairs = tuple(put(o, n, 2) for o, n in zip(text.pairs, new))
+    pairs = jax.tree.map(lambda o, n: put(o, n, o.ndim - 2), text.pairs, new)
     one = jnp.ones((1,), jnp.int32)
-    row = Batch(put(row.tokens, token[None], 0), put(row.mask, one, 0), put(row.segment_ids, one, 0), row.positions)
-    return row, threads.Text(put(text.hidden, hidden, 0), pairs)
+    row = Batch(put(row.tokens, token[None]), put(row.mask, one), put(row.segment_ids, one), row.positions)
+    return row, threads.Text(put(text.hidden, hidden), pairs)

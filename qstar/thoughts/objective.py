@@ -173,12 +173,15 @@ def judge(
     reward = rewards(base_nll, talk_nll, weights.talk > 0, positions)
     advantage = advantages(config, reward)
     share = credit(config, advantage) * weights.policy[:, None]  # [B, P, M]
-    cool, heat, ban = paths.think, t.policy_temperature, forbidden_bias(config)
+    think, thoughts = paths.think, own
+    if t.clip_negative and t.baseline == "passes" and P > 1:
+        think, thoughts, share = _without_worst(advantage, think, thoughts, share)
+    cool, heat, ban = think, t.policy_temperature, forbidden_bias(config)
     offset = bias if ban is None else ban if bias is None else bias + ban
     if heat != 1:
         cool, offset = cool / heat, None if offset is None else offset / heat
-    each = jnp.broadcast_to(share[..., None], own.shape)
-    policy_sum, thought_nll = _score(cool, kernel, offset, own, each)
+    each = jnp.broadcast_to(share[..., None], thoughts.shape)
+    policy_sum, thought_nll = _score(cool, kernel, offset, thoughts, each)
     policy = policy_sum / by.policy
 
     total = t.base_weight * nll_base + (1 - t.base_weight) * nll_talk + t.policy_weight * policy
@@ -197,6 +200,15 @@ def judge(
     return (total * weight, weight), metrics
 
 
+def _without_worst(advantage: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+    """Leaves the thought of least advantage [B, P, M] out of [B, P, M, ...] at every position: [B, P - 1, M, ...].
+
+    It is not better than the mean, so where advantages are clipped it has no credit: of two thoughts one is never scored.
+    """
+    kept = jnp.argsort(advantage, axis=1)[:, 1:]
+    return [jnp.take_along_axis(x, kept.reshape(*kept.shape, *[1] * (x.ndim - 3)), axis=1) for x in arrays]
+
+
 def _score(
     hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -211,13 +223,17 @@ def _metrics(
 ) -> Metrics:
     """Means over rewarded thoughts; `advantage` near 0 is the signature of a collapse (all thoughts of a place alike)."""
     there = jnp.broadcast_to((weights.policy > 0)[:, None], reward.shape).astype(jnp.float32)  # [B, P, M]
-    count = jnp.sum(there)
     means = {
         "reward": reward,
         "reward_positive": reward > 0,
         "advantage": jnp.abs(advantage),
         "mix_weight": w[..., 0],
         "mix_weight_abs": jnp.abs(w[..., 0]),
-        "thought_nll": jnp.mean(thought_nll, axis=-1),  # of sampled tokens: an estimate of their entropy
+        "thought_nll": jnp.mean(thought_nll, axis=-1),  # of (scored) sampled tokens: an estimate of their entropy
     }
-    return {k: (jax.lax.stop_gradient(jnp.sum(x * there)), count) for k, x in means.items()}
+
+    def mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        counted = there[:, : x.shape[1]]
+        return jax.lax.stop_gradient(jnp.sum(x * counted)), jnp.sum(counted)
+
+    return {k: mean(x) for k, x in means.items()}

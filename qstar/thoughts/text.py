@@ -13,7 +13,7 @@ from qstar.errors import UserError, require
 from qstar.mesh import put_whole_batch, to_host
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
-from qstar.sample import batching
+from qstar.sample import batching, sampler
 from qstar.sample.logits import Knobs
 from qstar.thoughts import decode
 from qstar.types import Completion
@@ -72,6 +72,7 @@ def generate(
     batching._check_lengths(model, [], rows, max_new_tokens)
     talker = _talker(model, t, max_new_tokens)
     knobs, heat, key = Knobs.make(temperature, top_k, top_p), jnp.float32(t.temperature), jax.random.key(seed)
+    params = sampler.prepare(model.params, model.config)
     out: list[list[tuple[int, ThoughtfulCompletion]]] = [[] for _ in prompts]
     requests = sorted(((i, k) for i in range(len(rows)) for k in range(n)), key=lambda r: len(rows[r[0]]))
     size = min(slots or ROWS, batching._power_of_two(len(requests)))
@@ -84,7 +85,7 @@ def generate(
         lengths = np.asarray([len(rows[i]) for i, _ in padded], np.int32)
         keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, r[0]), r[1]))(jnp.asarray(padded))
         tokens, lengths = put_whole_batch((tokens, lengths), model.mesh)
-        drawn = to_host(decode.write(model.params, talker, tokens, lengths, keys, knobs, heat))
+        drawn = to_host(decode.write(params, talker, tokens, lengths, keys, knobs, heat))
         for r, (i, k) in enumerate(some):
             out[i].append((k, _completion(model, drawn, r, stop)))
     return [[c for _, c in sorted(row, key=lambda pair: pair[0])] for row in out]

@@ -66,10 +66,11 @@ def test_chunked_loss_and_gradients_are_those_of_the_replay_in_full(choice, size
 
 
 def test_sampled_schedules_agree():
-    """The joint rollout draws what the replay's does, and has its gradients."""
-    batch = text_batch(*texts())
+    """The joint rollout draws what the replay's does, and has its gradients: here with its layers listed, there stacked."""
+    batch, listed = text_batch(*texts()), LLAMA.replace(scan_unroll=LLAMA.num_layers)
+    assert LLAMA.scan_unroll < LLAMA.num_layers
     (a, _), grads = value_and_grad(params("llama"), LLAMA, batch)  # "replay"
-    (b, _), others = value_and_grad(params("llama"), LLAMA, batch, schedule="joint")
+    (b, _), others = value_and_grad(params("llama"), listed, batch, schedule="joint")
     np.testing.assert_allclose(a, b, rtol=1e-5)
     for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(others)):
         np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(np.abs(y).max())))
