@@ -30,8 +30,8 @@ for _name, _value in {
 
 # Most tests are short and their programs tiny: what they wait for is the compiler. Without LLVM's optimisations, with
 # XLA's older emitters of fusions, and in one piece per program it needs less than a third of the time. What is set
-# already stays: the tests of 8 devices are optimised, since without that one sum of gradients is off by 1.02e-5. XLA ends a process that names a flag it does not know: later jaxlibs have no older
-# emitters.
+# already stays: the tests of 8 devices are optimised, since without that one sum of gradients is off by 1.02e-5. XLA ends
+# a process that names a flag it does not know: later jaxlibs have no older emitters.
 _FLAGS = {"xla_backend_optimization_level": "0", "xla_cpu_parallel_codegen_split_count": "1"}
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
