@@ -44,6 +44,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
         "matmul GFLOP/s": round(limits[0] / 1e9),
         "memory GB/s": round(limits[1] / 1e9, 1),
         "flop rule": "2 per matmul parameter and token, prompt once per prompt",
+        "of a step's products alone": "their share of the matmul rate, with no attention, cache or draw between them",
         "roofline": "needed FLOPs at the matmul rate (f), or needed bytes at the memory rate (b: weights once per step, and"
         " the filled cache): of max(f, b), and of f + b, where the two do not overlap; the letter says which is larger",
     }
@@ -65,7 +66,10 @@ def plain(
     sides.make("qstar", ours_plain, folder=folder, changes=changes, prompts=prompts)
     sides.make("torch", theirs_plain, folder=folder, prompts=prompts)
     flops = 2 * config.matmul_params * batch * (PROMPT + NEW)
-    return _row(f"{name}, {batch} rows", sides.interleaved(repeats), flops, needed_bytes(config, batch), limits)
+    row = _row(f"{name}, {batch} rows", sides.interleaved(repeats), flops, needed_bytes(config, batch), limits)
+    sides.make("qstar", ours_products, changes=changes, batch=batch)
+    alone = median(sides.interleaved(3 * repeats, sides=("qstar",)).seconds["qstar"])
+    return row | {"of a step's products alone": 2 * config.matmul_params * batch / alone / limits[0]}
 
 
 def needed_bytes(config: ModelConfig, batch: int) -> float:
@@ -83,6 +87,22 @@ def ours_plain(folder: str, changes: dict[str, Any], prompts: list[list[int]]) -
     def run() -> int:
         found = generate(model, prompts, max_new_tokens=NEW, temperature=1.0)
         return sum(len(c.tokens) for row in found for c in row)
+
+    return run
+
+
+def ours_products(changes: dict[str, Any], batch: int) -> Callable[[], None]:
+    """Returns a function that runs the products with matrices of one step of decoding, alone and independent of each other:
+    what share of the matmul rate XLA would reach if nothing else were to be done."""
+    c = preset("llama_20m", **changes)
+    E, heads, pairs, I = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+    layer = [(E, heads), (E, pairs), (E, pairs), (heads, E), (E, I), (E, I), (I, E)]
+    key = jax.random.key(0)
+    args = [[jax.random.normal(key, s) for s in ((batch, a), (a, b))] for a, b in [*layer * c.num_layers, (E, c.vocab_size)]]
+    step = jax.jit(lambda args: [x @ kernel for x, kernel in args])
+
+    def run() -> None:
+        jax.block_until_ready(step(args))
 
     return run
 
@@ -198,7 +218,7 @@ def _row(load: str, turns: Turns, flops: float, read: float | None, limits: tupl
         "share of matmul rate": flops / seconds["qstar"] / limits[0],
     }
     if read is None:
-        row |= dict.fromkeys(("share of roofline", "bound", "share of f + b"))
+        row |= dict.fromkeys(("share of roofline", "bound", "share of f + b", "of a step's products alone"))
     else:
         f, b = flops / limits[0], read / limits[1]
         row["share of roofline"], row["bound"] = max(f, b) / seconds["qstar"], "f" if f > b else "b"

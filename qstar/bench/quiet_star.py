@@ -57,6 +57,8 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
                 continue
             spec = {"what": "step", "side": side, "V": V, "N": N, "A": A, "repeats": 1 if quick else 5}
             rows.append(_beside(f"{side} V={V} N={N} n_ahead={A}", measured(spec), needed, *official))
+        found = measured({"what": "products", "V": V, "N": N, "A": A, "repeats": 1 if quick else 5})
+        rows.append(_beside(f"its products V={V} N={N} n_ahead={A}", found, needed, None, None))
     for A, N in [(4, 64)] if quick else [(A, N) for A in (4, 8, 12) for N in (64, 128, 256)]:
         for side in ("cached", "again"):
             found = measured({"what": "token", "side": side, "V": 512, "N": N, "A": A, "repeats": 1 if quick else 5})
@@ -65,6 +67,7 @@ def main(*, as_json: bool = False, quick: bool = False) -> None:
         "matmul GFLOP/s": round(rate / 1e9),
         "needed": "3 x the forward FLOPs of decomposed threads, half of the causal square, at that rate",
         "x needed": "wall s / needed s",
+        "its products": "replay's products with the matrices of layers and vocabulary, alone and independent of each other",
         "official": "recorded: CPU s on one thread, MiB over the baseline; faster, leaner: that / ours",
     }
     show("Quiet-STaR step and token, float32", rows, notes, as_json)
@@ -172,7 +175,7 @@ def row(spec: dict[str, Any]) -> dict[str, Any]:
     """Measures one row in this process; with 0 repeats it only fills the compilation cache, and returns nothing."""
     from qstar.train.profile import Compiles
 
-    make = _step if spec["what"] == "step" else _token
+    make = {"step": _step, "token": _token, "products": _products}[spec["what"]]
     run, per = make(spec)
     _forget_peak()  # the program is loaded: what that took is not the step's
     compiles, began = Compiles(), _resident()
@@ -220,6 +223,42 @@ def _step(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
     def run() -> None:
         holder[0], metrics = program(holder[0], batch, np.float32(1e-6))
         float(metrics["loss"])
+
+    return run, 1
+
+
+def _products(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
+    """The products that the step cannot do without, in the sizes it has them: what of its time is XLA's, before attention,
+    elementwise passes and the optimiser."""
+    import jax
+    import jax.numpy as jnp
+
+    from qstar.train.losses import chunks
+
+    c, M = bench_config(spec["V"], spec["A"]), spec["N"] - 1
+    E, I, V, t = c.hidden_size, c.intermediate_size, c.vocab_size, c.thoughts
+    S, T, P = t.thought_tokens, t.talk_tokens, t.thoughts_per_position
+    layers, head = [*[(E, E)] * 4, (E, I), (E, I), (I, E)] * c.num_layers, [(E, V)]
+    pieces = -(-M * P * t.thread_tokens // c.piece_tokens)
+    # Rows, matrices, how often forward, and how often backward (to the rows and to the matrices).
+    work = [(M, layers, 1, 1), (P * M, layers, S, 0), (P * M * (T + 1), layers, 1, 0)]  # text, rollout, talk
+    work += [(P * M * t.thread_tokens // pieces, layers, pieces, pieces)]  # replay
+    work += [(P * M, head, S, 0)]  # the draws
+    for rows in (M, *[P * M] * T, (P - 1) * M * S):  # scores of the text, of talk, and of thoughts
+        (found,) = jax.eval_shape(lambda rows=rows: chunks((jnp.zeros((rows,)),), V))
+        work.append((found.shape[1], head, found.shape[0], found.shape[0]))
+    kinds = (lambda x, g, w: x @ w, lambda x, g, w: g @ w.T, lambda x, g, w: x.T @ g)
+    calls = []
+    for rows, matrices, forward, backward in work:
+        keys = iter(jax.random.split(jax.random.key(0), 3 * len(matrices)))
+        args = [[jax.random.normal(next(keys), s) for s in ((rows, a), (rows, b), (a, b))] for a, b in matrices]
+        for kind, count in zip(kinds, (forward, backward, backward)):
+            alone = jax.jit(lambda args, kind=kind: [kind(*each) for each in args])
+            calls += [partial(alone, args)] * count
+
+    def run() -> None:
+        for call in calls:
+            jax.block_until_ready(call())
 
     return run, 1
 
