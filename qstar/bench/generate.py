@@ -44,7 +44,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
         "matmul GFLOP/s": round(limits[0] / 1e9),
         "memory GB/s": round(limits[1] / 1e9, 1),
         "flop rule": "2 per matmul parameter and token, prompt once per prompt",
-        "of a step's products alone": "their share of the matmul rate, with no attention, cache or draw between them",
+        "products alone": "share of the matmul rate of a step's products, with no attention, cache or draw between them",
         "roofline": "needed FLOPs at the matmul rate (f), or needed bytes at the memory rate (b: weights once per step, and"
         " the filled cache): of max(f, b), and of f + b, where the two do not overlap; the letter says which is larger",
     }
@@ -66,10 +66,11 @@ def plain(
     sides.make("qstar", ours_plain, folder=folder, changes=changes, prompts=prompts)
     sides.make("torch", theirs_plain, folder=folder, prompts=prompts)
     flops = 2 * config.matmul_params * batch * (PROMPT + NEW)
-    row = _row(f"{name}, {batch} rows", sides.interleaved(repeats), flops, needed_bytes(config, batch), limits)
+    turns = sides.interleaved(repeats)
     sides.make("qstar", ours_products, changes=changes, batch=batch)
-    alone = median(sides.interleaved(3 * repeats, sides=("qstar",)).seconds["qstar"])
-    return row | {"of a step's products alone": 2 * config.matmul_params * batch / alone / limits[0]}
+    seconds = median(sides.interleaved(3 * repeats, sides=("qstar",)).seconds["qstar"])
+    alone = 2 * config.matmul_params * batch / seconds / limits[0]
+    return _row(f"{name}, {batch} rows", turns, flops, limits, needed_bytes(config, batch), alone)
 
 
 def needed_bytes(config: ModelConfig, batch: int) -> float:
@@ -125,7 +126,7 @@ def star_shaped(sides: Sides, folder: str, repeats: int, limits: tuple[float, fl
     turns = sides.interleaved(repeats)
     params = preset("llama_20m", **SMALL_BLOCKS).matmul_params
     flops = 2 * params * (SHOTS + sum(map(len, prompts)) + turns.results["qstar"][-1])
-    return _row(f"STaR load, {problems} x {SAMPLES}", turns, flops, None, limits)
+    return _row(f"STaR load, {problems} x {SAMPLES}", turns, flops, limits)
 
 
 def star_prompts(problems: int) -> tuple[list[int], list[list[int]]]:
@@ -207,7 +208,14 @@ def torch_generate(twin: Any, rows: Sequence[Sequence[int]], new: int, *, eos: i
         )
 
 
-def _row(load: str, turns: Turns, flops: float, read: float | None, limits: tuple[float, float]) -> dict[str, Any]:
+def _row(
+    load: str,
+    turns: Turns,
+    flops: float,
+    limits: tuple[float, float],
+    read: float | None = None,
+    alone: float | None = None,
+) -> dict[str, Any]:
     seconds = {side: median(each) for side, each in turns.seconds.items()}
     rates = {side: [n / s for n, s in zip(turns.results[side], turns.seconds[side])] for side in seconds}
     row = {
@@ -218,9 +226,10 @@ def _row(load: str, turns: Turns, flops: float, read: float | None, limits: tupl
         "share of matmul rate": flops / seconds["qstar"] / limits[0],
     }
     if read is None:
-        row |= dict.fromkeys(("share of roofline", "bound", "share of f + b", "of a step's products alone"))
+        row |= dict.fromkeys(("share of roofline", "bound", "share of f + b"))
     else:
         f, b = flops / limits[0], read / limits[1]
         row["share of roofline"], row["bound"] = max(f, b) / seconds["qstar"], "f" if f > b else "b"
         row["share of f + b"] = (f + b) / seconds["qstar"]
+    row["products alone"] = alone
     return row | {"qstar s": seconds["qstar"], "torch s": seconds["torch"], "recompiles": turns.recompiles["qstar"]}
