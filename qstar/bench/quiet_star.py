@@ -228,8 +228,8 @@ def _step(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
 
 
 def _products(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
-    """The products that the step cannot do without, in the sizes it has them: what of its time is XLA's, before attention,
-    elementwise passes and the optimiser."""
+    """The products with matrices of the replay's step, in its sizes (its second forward pass included, the mixing head not):
+    what of its time is XLA's, before attention, elementwise passes and the optimiser."""
     import jax
     import jax.numpy as jnp
 
