@@ -165,10 +165,7 @@ def _append(
     seen = jnp.arange(row.tokens.shape[0]) < length
     if config.sliding_window is not None:
         seen &= length - jnp.arange(row.tokens.shape[0]) < config.sliding_window
-    if threads.pairs_axis(params):
-        past = [Segment(*text.pairs, seen[None])]
-    else:
-        past = [[Segment(*pair, seen[None])] for pair in text.pairs]
+    past = threads.past_of(params, lambda pair: [Segment(*pair, seen[None])], text.pairs)
     hidden, new = decoder.forward(params, config, token[None], position[None], None, past)
 
     def put(old: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:

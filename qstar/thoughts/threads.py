@@ -56,8 +56,8 @@ def over_thoughts(
 
 def unstacked(params: Params, config: ModelConfig, texts: Text) -> tuple[Params, Text]:
     """Returns parameters and texts [B, ...] with their layers listed, for loops that write: nothing is then cut out of the
-    stacks at every turn (a third to a half of the time of a token on a CPU). Only where the scan of layers is unrolled altogether,
-    and no matrices are to be gathered."""
+    stacks at every turn (a third to a half of the time of a token on a CPU). Only where the scan of layers is unrolled
+    altogether, and no matrices are to be gathered."""
     if pairs_axis(params) == 0 or config.scan_unroll < config.num_layers or gathers():
         return params, texts
     pairs = [tuple(x[:, i] for x in texts.pairs) for i in range(config.num_layers)]
@@ -67,6 +67,11 @@ def unstacked(params: Params, config: ModelConfig, texts: Text) -> tuple[Params,
 def pairs_axis(params: Params) -> int:
     """Returns which axis of keys and values comes after their layers: 1, or 0 where the layers are listed."""
     return 0 if isinstance(params["layers"], list) else 1
+
+
+def past_of(params: Params, segments: Callable[..., list[Segment | Shared]], *pairs: Pairs) -> list[Any]:
+    """Returns the `past` of `decoder.run`: the segments of keys and values, for all layers or of each."""
+    return segments(*pairs) if pairs_axis(params) else [segments(*each) for each in zip(*pairs)]
 
 
 def read(params: Params, config: ModelConfig, batch: Batch) -> Text:
@@ -98,18 +103,13 @@ def run_thread(
     t, window = x.shape[0], config.sliding_window
     steps = first + jnp.arange(t)
     sight = layout.thread_sight(row, config, j, steps)
-    if own is not None:
+    if own is None:
+        past = past_of(params, lambda pair: [Shared(*pair, sight)], pairs)
+    else:
         made = 1 + jnp.arange(jax.tree.leaves(own)[0].shape[-2])
         seen = jnp.broadcast_to(made < first, (t, made.shape[0]))
         seen = seen if window is None else seen & (steps[:, None] - made < window)
-
-    def segments(pairs: Any, own: Any) -> list[Segment | Shared]:
-        return [Shared(*pairs, sight)] if own is None else [Shared(*pairs, sight), Segment(*own, seen)]
-
-    if pairs_axis(params):
-        past = segments(pairs, own)
-    else:
-        past = [segments(*each) for each in zip(pairs, own or [None] * len(pairs))]
+        past = past_of(params, lambda pair, mine: [Shared(*pair, sight), Segment(*mine, seen)], pairs, own)
     positions = layout.thread_positions(row, config, j, steps)
     x = decoder.place(params, config, x, positions)
     return decoder.run(params, config, x, positions, text_mask(None, t, window), past)
