@@ -256,24 +256,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places host arrays on the mesh, split over the batch axis where it divides (each host passes its own rows).
-
-    Where the rows do not divide over the mesh they are replicated: the same answer, without the speed-up.
-    """
-    whole, split = replicated(mesh), batch_sharding(mesh)
-    ways = math.prod(mesh.shape[a] for a in Rules().batch)
-
-    def place(x: np.ndarray) -> jax.Array:
-        rows = x.shape[0] * jax.process_count() if np.ndim(x) else 0
-        target = split if rows and rows % ways == 0 else whole
-        return jax.make_array_from_process_local_data(target, np.asarray(x))
-
-    return jax.tree.map(place, batch)
-
-
 def put_whole_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Like `put_batch` for arrays that every host holds whole (all of them drew, sampled or read the same rows)."""
+    """Places host arrays on the mesh, split over the batch axes where the rows divide, else replicated.
+
+    Every process passes the whole batch: which rows a process's devices need follows from the mesh, not from the
+    number of processes. Several processes may share a batch shard (a tensor axis over hosts), and replicated rows must be
+    the same rows everywhere.
+    """
     if mesh is None:
         return jax.device_put(batch)
     whole, split = replicated(mesh), batch_sharding(mesh)

@@ -18,7 +18,7 @@ from qstar.mesh import (
     batch_sharding,
     make_mesh,
     parameter_table,
-    put_batch,
+    put_whole_batch,
     replicated,
     shardings,
 )
@@ -139,6 +139,6 @@ def test_the_table_adds_up():
 def test_batches_on_one_device_keep_their_values():
     mesh = make_mesh("data=-1", jax.devices()[:1])
     rows = {"x": np.arange(6).reshape(3, 2), "n": np.float32(2.0)}
-    out = put_batch(rows, mesh)
+    out = put_whole_batch(rows, mesh)
     assert math.prod(batch_sharding(mesh).shard_shape((3,))) == 3 and replicated(mesh).is_fully_replicated
     jax.tree.map(np.testing.assert_array_equal, out, rows)

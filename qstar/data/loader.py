@@ -22,7 +22,6 @@ def batches(
     *,
     seed: int,
     mix: tuple[Arrays, float] | None = None,
-    shard: tuple[int, int] = (0, 1),
 ) -> Batches:
     """An endless sequence of batches: rows shuffled anew every epoch, epochs joined without a gap.
 
@@ -32,52 +31,40 @@ def batches(
 
     Args:
         arrays: equally long arrays [N, ...], such as `qstar.text.pack` makes.
-        batch_size: rows of the whole batch, B, over all processes.
+        batch_size: rows of a batch, B. Every process of a run reads all of them.
         seed: of both shuffles.
         mix: (other arrays, share): the last round(share * B) rows of every batch come from there, shuffled
             and repeated on their own (hinted seed rows beside self-generated ones, for instance).
-        shard: (index, count): this process reads rows index * B / count .. (index + 1) * B / count. The
-            shards of a batch, joined in order, are the batch of shard (0, 1).
 
     Raises:
-        UserError: no rows, keys or row shapes that differ, a share outside 0..1, B not divisible by count.
+        UserError: no rows, keys or row shapes that differ, a share outside 0..1, B below 1.
     """
-    return Batches(arrays, batch_size, seed=seed, mix=mix, shard=shard)
+    return Batches(arrays, batch_size, seed=seed, mix=mix)
 
 
 class Batches:
-    """What `batches` returns: index it with a step, get a dict of arrays [B / count, ...]."""
+    """What `batches` returns: index it with a step, get a dict of arrays [B, ...]."""
 
-    def __init__(self, arrays: Arrays, batch_size: int, *, seed, mix, shard):
+    def __init__(self, arrays: Arrays, batch_size: int, *, seed, mix):
         other, share = mix if mix is not None else ({}, 0.0)
-        index, count = shard
         if not 0 <= share <= 1:
             raise UserError(f"mix share {share} is not between 0 and 1")
-        if batch_size < 1 or batch_size % count or not 0 <= index < count:
-            raise UserError(
-                f"batch size {batch_size} cannot be split over {count} processes (this one is "
-                f"{index}): make it a positive multiple of the process count"
-            )
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size} must be at least 1")
         mixed = round(share * batch_size)
         sources = [(arrays, batch_size - mixed, f"{seed}/main"), (other, mixed, f"{seed}/mix")]
         sources = [source for source in sources if source[1] > 0]
         _check([rows for rows, _, _ in sources])
         self._sources = [
-            (rows, size, _row_numbers(len(next(iter(rows.values()))), size, name)) for rows, size, name in sources
+            (rows, _row_numbers(len(next(iter(rows.values()))), size, name)) for rows, size, name in sources
         ]
-        self._start = index * batch_size // count
-        self._stop = (index + 1) * batch_size // count
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of `step` (0, 1, ..)."""
         if step < 0:
             raise IndexError(f"step {step}: batches count from 0 and have no end")
-        parts, offset = [], 0
-        for arrays, size, stream in self._sources:
-            chosen = stream[step][max(self._start - offset, 0) : max(self._stop - offset, 0)]
-            parts.append({key: np.asarray(array)[chosen] for key, array in arrays.items()})
-            offset += size
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        chosen = [(arrays, stream[step]) for arrays, stream in self._sources]
+        return {key: np.concatenate([np.asarray(arrays[key])[rows] for arrays, rows in chosen]) for key in chosen[0][0]}
 
 
 def _row_numbers(rows: int, size: int, name: str):

@@ -127,14 +127,12 @@ class Study(Screen):
         return settings_from(UpdateSettings, {**self.config.train.to_dict(), **changes}, where)
 
     def batch(self, rows: Rows) -> Batch:
-        """Returns the part of the rows that this process holds."""
-        count, index = jax.process_count(), jax.process_index()
-        mine = slice(len(rows.tokens) * index // count, len(rows.tokens) * (index + 1) // count)
-        return Batch(*(np.asarray(x[mine]) for x in rows[:4]))
+        """Returns all of the rows as host arrays; `fit` places them on the devices."""
+        return Batch(*(np.asarray(x) for x in rows[:4]))
 
     def whole_batch(self, rows: Rows) -> Batch:
         """Returns all of the rows, which every process has read, placed on the devices: what is measured."""
-        return put_whole_batch(Batch(*(np.asarray(x) for x in rows[:4])), self.mesh)
+        return put_whole_batch(self.batch(rows), self.mesh)
 
     def begin(self) -> None:
         """Opens the metrics files."""

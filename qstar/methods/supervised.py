@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from qstar.data.loader import batches
@@ -78,7 +77,6 @@ def fine_tune(
             settings.batch_size,
             seed=seed,
             mix=(pack_rows(mix[0], settings), mix[1]) if mix else None,
-            shard=(jax.process_index(), jax.process_count()),
         )
         batch_at = lambda s: Batch(**rows[s])  # noqa: E731
     tx, step_fn = sft_step(start.config, settings)

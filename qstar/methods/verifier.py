@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from qstar.data.loader import batches
@@ -313,8 +312,7 @@ def _train(start, job, tx, step, arrays, to_batch, kind):
     steps = s.steps or max(1, round(s.epochs * rows / s.batch_size))
     batch_at = None
     if not finished(job.folder):
-        shard = (jax.process_index(), jax.process_count())
-        stream = batches(arrays, s.batch_size, seed=job.seed, shard=shard)
+        stream = batches(arrays, s.batch_size, seed=job.seed)
         batch_at = lambda n: to_batch(stream[n])  # noqa: E731
     with job.bar(steps) as progress:
         shown = progress if callable(progress) else None

@@ -63,7 +63,7 @@ class Case:
     assumed: Assumed
 
     def spec(self, shape: tuple[int, ...], dtype: Any, *, split: bool = False) -> jax.ShapeDtypeStruct:
-        """An abstract array: one copy on every chip, or rows split as `put_batch` would."""
+        """An abstract array: one copy on every chip, or rows split as `put_whole_batch` would."""
         ways = self.row_ways
         where = batch_sharding(self.mesh) if split and shape[0] % ways == 0 else replicated(self.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)

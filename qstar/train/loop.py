@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qstar import stop
-from qstar.mesh import put_batch
+from qstar.mesh import put_whole_batch
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.profile import Watch
 from qstar.train.state import TrainState
@@ -51,7 +51,7 @@ def fit(
 
     Args:
       step_at: the update of a step (from `make_step`; one and the same, unless shapes change on the way).
-      batch_at: the pytree of host arrays of a step (a pure function of the step).
+      batch_at: the pytree of host arrays of a step: all rows, in every process (a pure function of the step).
       lr_at: the learning rate of a step (an optax schedule).
       save_every: steps between checkpoints (0: only at the end, if `checkpoints` is given).
       max_bad: stop after this many skipped (not finite) updates in a row.
@@ -86,7 +86,7 @@ def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, 
         rows, update = batch_at(step), step_at(step)
         arrays = rows, np.float32(lr_at(step))
         with watch.update(update):  # nothing in here waits for the device
-            state, metrics = update(state, *(jax.device_put(arrays) if mesh is None else put_batch(arrays, mesh)))
+            state, metrics = update(state, *put_whole_batch(arrays, mesh))
         watch.after(rows, metrics)
         window.append(metrics)
         done = step + 1

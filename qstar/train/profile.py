@@ -86,7 +86,7 @@ class Watch:
     """The updates of one stage."""
 
     def __init__(self, flops_of: Callable[[Any], float] | None = None, transfer_guard: str = "allow"):
-        """Args: flops_of: host batch -> FLOPs of its update (of this process's rows). transfer_guard: of `GUARDS`; what an
+        """Args: flops_of: host batch -> FLOPs of its update. transfer_guard: of `GUARDS`; what an
         update may move between host and device without saying so.
         """
         self._guard, self._warm, self._flops, self._of = transfer_guard, set(), 0.0, flops_of
@@ -119,7 +119,7 @@ class Watch:
         where the device's peak is known, `memory_gib` and `memory_peak_gib` of its fullest device where it tells."""
         found: dict[str, float] = {"recompiles": self.recompiles}
         if self._flops:
-            found["mfu"] = self._flops * jax.process_count() / (seconds * jax.device_count() * self._peak)
+            found["mfu"] = self._flops / (seconds * jax.device_count() * self._peak)
             self._flops = 0.0
         return found | memory()
 

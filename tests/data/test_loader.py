@@ -69,24 +69,12 @@ def test_mix_does_not_share_the_order_of_the_main_rows():
     assert [n + 1000 for n in batch[:64]] != batch[64:]
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
-def test_shards_joined_are_the_whole_batch(count):
-    options = {"seed": 5, "mix": (rows(9, start=1000), 0.3)}
-    whole = batches(rows(30), 8, **options)
-    parts = [batches(rows(30), 8, shard=(index, count), **options) for index in range(count)]
-    for step in range(6):
-        assert sum([ids(part[step]) for part in parts], []) == ids(whole[step])
-        assert {len(ids(part[step])) for part in parts} == {8 // count}
-
-
 @pytest.mark.parametrize("message, call", [
     ("no rows", lambda: batches(rows(0), 4, seed=0)),
     ("no rows", lambda: batches({}, 4, seed=0)),
     ("no rows", lambda: batches(rows(5), 4, seed=0, mix=(rows(0), 0.5))),
     ("share 1.5", lambda: batches(rows(5), 4, seed=0, mix=(rows(5), 1.5))),
-    ("batch size 6", lambda: batches(rows(5), 6, seed=0, shard=(0, 4))),
     ("batch size 0", lambda: batches(rows(5), 0, seed=0)),
-    ("this one is 2", lambda: batches(rows(5), 4, seed=0, shard=(2, 2))),
     ("differ in their number", lambda: batches({"a": np.zeros(3), "b": np.zeros(4)}, 2, seed=0)),
     ("same keys, shapes", lambda: batches(rows(5), 2, seed=0, mix=({"tokens": np.zeros((3, 5))}, 0.5))),
 ])

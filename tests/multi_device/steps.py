@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import functools
-import operator
 import sys
 
 import jax
 import numpy as np
 
 from qstar import processes, tree
-from qstar.mesh import make_mesh, put_batch, replicated, shardings
+from qstar.mesh import make_mesh, put_whole_batch, replicated, shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.thought_config import ThoughtConfig
@@ -103,8 +102,7 @@ def two_updates(method, mesh):
     for i in range(2):
         batch = test_rl_sharded.case(method)[1] if method in GUIDED else batches(i)[method]
         if mesh is not None:
-            mine = slice(*(ROWS * (jax.process_index() + i) // jax.process_count() for i in (0, 1)))
-            batch = put_batch(jax.tree.map(operator.itemgetter(mine), batch), mesh)
+            batch = put_whole_batch(batch, mesh)
         state, metrics = step(method)(state, batch, np.float32(1e-2))
         out |= {f"{method}/{i}/{k}": np.asarray(v) for k, v in metrics.items()}  # and wait: few cores
     params = state.params

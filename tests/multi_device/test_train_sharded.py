@@ -12,7 +12,7 @@ import pytest
 
 import qstar
 from qstar import tree
-from qstar.mesh import batch_sharding, make_mesh, put_batch, shardings
+from qstar.mesh import batch_sharding, make_mesh, put_whole_batch, shardings
 from qstar.models import decoder, flash
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
@@ -90,7 +90,7 @@ def two_updates(spec, count, accumulate):
     state = create_state(params, TX, seed=0, mesh=mesh, table=decoder.PARAM_AXES)
     metrics = []
     for i in range(2):
-        batch = rows(seed=i) if mesh is None else put_batch(rows(seed=i), mesh)
+        batch = rows(seed=i) if mesh is None else put_whole_batch(rows(seed=i), mesh)
         state, m = step_fn(accumulate)(state, batch, np.float32(1e-2))
         metrics.append(jax.device_get(m))  # and wait: simulated devices share few cores
         if i == 0:
@@ -150,10 +150,10 @@ def test_random_parameters_are_made_in_their_shards_and_are_the_same_numbers():
 
 def test_rows_that_do_not_divide_are_kept_whole_and_count_once():
     mesh = mesh_of("data=8")
-    batch = put_batch(rows(12), mesh)
+    batch = put_whole_batch(rows(12), mesh)
     assert batch.tokens.sharding.is_fully_replicated
-    assert put_batch(rows(16), mesh).tokens.sharding == batch_sharding(mesh)
-    assert [s.data.shape for s in put_batch(rows(16), mesh).tokens.addressable_shards] == [(2, 24)] * 8
+    assert put_whole_batch(rows(16), mesh).tokens.sharding == batch_sharding(mesh)
+    assert [s.data.shape for s in put_whole_batch(rows(16), mesh).tokens.addressable_shards] == [(2, 24)] * 8
     f = jax.jit(lambda p, b: losses.sft_loss(p, b, None, config=CONFIG)[0])
     many = f(placed(mesh), batch)
     one = f(alone(), rows(12))
@@ -165,7 +165,7 @@ def test_the_vocabulary_loss_in_chunks_is_the_same_on_a_mesh(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 64 * 50)  # 50 tokens at a time
     mesh = mesh_of(CUBE)
     f = lambda params, batch: losses.sft_loss(params, batch, None, config=CONFIG)[0][0]  # noqa: E731
-    value, grads = jax.jit(jax.value_and_grad(f))(placed(mesh), put_batch(rows(), mesh))
+    value, grads = jax.jit(jax.value_and_grad(f))(placed(mesh), put_whole_batch(rows(), mesh))
     _, first, metrics = two_updates(None, 1, 1)
     assert float(value) == pytest.approx(float(metrics[0]["loss"] * metrics[0]["tokens"]), rel=1e-5)
     factor = 0.1 * CLIP / metrics[0]["grad_norm"] / metrics[0]["tokens"]
@@ -264,7 +264,7 @@ def test_splash_runs_on_each_device_s_rows_and_heads(monkeypatch):
         return jax.device_get(jax.jit(jax.value_and_grad(f))(params))
 
     there = jax.device_put(params, shardings(params, decoder.PARAM_AXES, mesh))
-    value, grads = gradients("splash", there, put_batch(batch, mesh))
+    value, grads = gradients("splash", there, put_whole_batch(batch, mesh))
     expected, expected_grads = gradients("xla", params, batch)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     close(grads, expected_grads, 1e-5)
