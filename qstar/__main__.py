@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shlex
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
-from qstar import stop
-from qstar.errors import UserError, unknown
+from qstar import __version__, stop
+from qstar.errors import QstarWarning, UserError, unknown
 from qstar.processes import is_first, leave
 
 COMMANDS = {
@@ -25,9 +30,22 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, or 2 for a user's mistake (one line on standard error)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    code = _run(argv)
+    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is written as an escape
+        with contextlib.suppress(AttributeError, ValueError):  # a notebook's stream, or a closed one
+            stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+        code = _run(argv)
     leave()
     return code
+
+
+def _show_warning(usual: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Prints a warning of ours as one line, in the first process, and those of others as usual."""
+    if not issubclass(category, QstarWarning):
+        usual(message, category, *place)
+    elif is_first():
+        print("qstar: warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 def _run(argv: list[str]) -> int:
@@ -57,6 +75,9 @@ def dispatch(argv: list[str]) -> int:
         width = max(map(len, COMMANDS))
         lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
         print("usage: qstar COMMAND ...", "", *lines, "", "qstar COMMAND --help tells the options of each.", sep="\n")
+        return 0
+    if argv[0] in ("--version", "-V", "version"):
+        print(f"qstar {__version__}")
         return 0
     if argv[0] not in COMMANDS:
         raise unknown(f"command {argv[0]!r}", argv[0], COMMANDS)

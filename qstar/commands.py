@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar import stop
-from qstar.errors import UserError, require
+from qstar.errors import SEEDS, UserError, require
 from qstar.processes import is_first
 from qstar.start import start_jax, start_plan
 
@@ -30,12 +30,14 @@ def _parser(name: str, summary: str, *, device: bool = True, **options: Any) -> 
     return parser
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    """Reads a whole number that is at least so much."""
+def _whole(least: int, most: int = 10**18) -> Callable[[str], int]:
+    """Reads a whole number between two bounds."""
 
     def read(text: str) -> int:
-        if not text.removeprefix("-").isdecimal() or int(text) < least:
+        if not text.removeprefix("-").isdecimal() or int(text[:30]) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        if int(text[:30]) > most:
+            raise argparse.ArgumentTypeError(f"{text!r} is above {most}")
         return int(text)
 
     return read
@@ -123,7 +125,7 @@ def sample(argv: list[str]) -> int:
     p.add_argument("--top-p", metavar="P", type=_SHARE, default=1.0, help="only the likeliest that hold a share P")
     p.add_argument("--n", metavar="N", type=_whole(1), default=1, help="samples per prompt (default: 1)")
     p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends a continuation; repeatable")
-    p.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the draws (default: 0)")
+    p.add_argument("--seed", metavar="N", type=_whole(0, SEEDS - 1), default=0, help="of the draws (default: 0)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in (default: as stored)")
     p.add_argument("--weights", choices=("", "int8"), default="", help="int8: the blocks' in 8 bits (default: as stored)")
     p.add_argument("--json", action="store_true", help="an object per continuation, with tokens and log-probabilities")
@@ -162,17 +164,18 @@ def evaluate(argv: list[str]) -> int:
     p.add_argument(
         "--task", metavar="NAME", required=True, help="arithmetic, commonsense_qa, gsm8k, humaneval, math or mbpp"
     )
-    p.add_argument("--task-options", type=_json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}; '
-                   '"prompts": a folder of few-shot files, or null for none (default: built-in examples)')  # fmt: skip
+    p.add_argument("--task-options", type=_json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}')
     p.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
     p.add_argument("--limit", metavar="N", type=_whole(0), default=0, help="first N problems (0: all)")
     p.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=256, help="of an answer (default: 256)")
     p.add_argument("--samples", metavar="N", type=_whole(0), default=0, help="per problem, for pass@k and majority@k")
     p.add_argument("--temperature", metavar="T", type=_TEMPERATURE, default=0.7, help="of those samples (default: 0.7)")
     p.add_argument("--verifier", metavar="NAME=DIR[:SCORE]", action="append", default=[], help=_VERIFIER)
-    p.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the draws (default: 0)")
+    p.add_argument("--seed", metavar="N", type=_whole(0, SEEDS - 1), default=0, help="of the draws (default: 0)")
     p.add_argument("--out", metavar="DIR", help="keeps the answers (JSONL), so that a second call only counts")
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    p.add_argument("--too-long", choices=("error", "skip", "truncate"), default="error", help="prompts beyond the context: "
+                   "stop, leave those problems out, or drop the first tokens of the prompt (default: error)")  # fmt: skip
     p.add_argument("--metric", choices=("answers", "expected", "cot"), default="answers", help=_METRICS)
     p.add_argument("--thoughts", choices=("auto", "on", "off"), default="auto", help="for expected and cot: think before "
                    "every token, beside the numbers without (default: if the model can)")  # fmt: skip
@@ -184,19 +187,18 @@ def evaluate(argv: list[str]) -> int:
         return _evaluate_quiet(a)
     from rich.console import Console
 
-    from qstar.methods.evaluation import evaluate_model, result_rows, unanswered
+    from qstar.methods.evaluation import evaluate_model, result_rows
     from qstar.models.model import load
     from qstar.report.evaluation import curve_rows, write_evaluation
-    from qstar.tasks import has_examples, make_task
+    from qstar.tasks import make_task
     from qstar.train.metrics import show_table
 
-    if has_examples(a.task):
-        a.task_options = {"prompts": "built-in"} | a.task_options
     task = make_task(a.task, **a.task_options)
     task.problems(a.split)  # a fault in the data shows before the model is read
     scorers = _scorers(a.verifier, task)
     require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
     unused = ("verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature")
+    unused = (*unused, "too_long") if a.too_long == "error" else unused  # folders of earlier versions have no such key
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
     out = Path(a.out).expanduser() if a.out else None
     result = evaluate_model(
@@ -211,6 +213,7 @@ def evaluate(argv: list[str]) -> int:
         out=out,
         made_with=made_with,
         scorers=scorers,
+        too_long=a.too_long,
     )
     title = f"{a.task}, {a.split}"
     page = write_evaluation(out, title, result, a.samples) if out and a.samples else None
@@ -219,8 +222,6 @@ def evaluate(argv: list[str]) -> int:
         return 0
     console = Console()
     show_table(console, title, result_rows({k: v for k, v in result.items() if "@" not in k and ":" not in k}))
-    if warning := unanswered(result):
-        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     if a.samples:
         show_table(console, "chance to be right with k samples (95% interval over problems)", curve_rows(result))
     if page:
@@ -260,6 +261,8 @@ def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
 
 def _evaluate_quiet(a: argparse.Namespace) -> int:
     """`evaluate` with the metrics of Quiet-STaR."""
+    if a.too_long != "error":
+        raise UserError(f"evaluate: --too-long={a.too_long} is of --metric=answers; --metric={a.metric} knows only error")
     if a.out:
         raise UserError(f"evaluate: --out keeps the answers of --metric=answers; --metric={a.metric} writes none")
     from rich.console import Console
@@ -332,7 +335,7 @@ def compare(argv: list[str]) -> int:
     p.add_argument("--b", metavar="NAME=FILE", help="those they are compared with")
     p.add_argument("--out", metavar="DIR", required=True, help="folder of compare.html and key.json")
     p.add_argument("--count", metavar="N", type=_whole(1), default=50, help="questions at most (default: 50)")
-    p.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the draw, the order and the sides")
+    p.add_argument("--seed", metavar="N", type=_whole(0, SEEDS - 1), default=0, help="of the draw, the order and the sides")
     p.add_argument("--right", action="store_true", help="only problems that both got right")
     p.add_argument("--votes", metavar="FILE", action="append", default=[], help="votes.jsonl of the page; repeatable")
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")

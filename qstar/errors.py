@@ -18,6 +18,10 @@ class UserError(Exception):
     """
 
 
+class QstarWarning(UserWarning):
+    """What the user should know although the work goes on; the command line prints it as one line."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is none of the known ones, with the closest of them."""
     known = list(known)
@@ -34,6 +38,15 @@ def require(*checks: tuple[bool, str]) -> None:
     for holds, message in checks:
         if not holds:
             raise UserError(message)
+
+
+SEEDS = 2**64  # a seed is one of so many
+
+
+def check_seed(what: str, seed: int) -> None:
+    """Raises a UserError unless a seed is a whole number of 64 bits."""
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"{what}={seed} must be a whole number from 0 to {SEEDS - 1} (64 bits)")
 
 
 def check_type(what: str, value: Any, kind: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qstar.data.sources import read_records
+from qstar.data.sources import BAD_ROWS, read_records
 from qstar.errors import require
 from qstar.text.tokenizer import Tokenizer
 
@@ -80,11 +80,12 @@ class TextCorpus(Corpus):
         mode: str = "crop",
         split: str | None = None,
         limit: int = 0,
+        bad_rows: float = BAD_ROWS,
     ):
         """Reads the documents; they are tokenised when they are first used.
 
         Args:
-          source: file or hub name, see `data.sources.read_records`. limit: first so many documents (0: all).
+          source, bad_rows: see `data.sources.read_records`. limit: first so many documents (0: all).
 
         Raises:
           UserError: a source that cannot be read, or too few documents to hold some out.
@@ -93,7 +94,8 @@ class TextCorpus(Corpus):
             (mode in ("crop", "pack"), f"data.mode={mode!r} is not one of crop, pack"),
             (length >= 2, f"data.length={length} must be at least 2"),
         )
-        texts = [r[field] for r in read_records(source, [field], split=split, limit=limit or None)]
+        how = dict(split=split, limit=limit or None, parse=functools.partial(_text, field), bad_rows=bad_rows)
+        texts = read_records(source, [field], **how)
         require((len(texts) >= 2, f"{source}: {len(texts)} document; at least 2 are needed, one of them to test on"))
         self.tokenizer, self.length, self.mode = tokenizer, length, mode
         held = [i % HELD_OUT == HELD_OUT - 1 for i in _ranks(texts)]
@@ -134,6 +136,12 @@ class TextCorpus(Corpus):
                 positions[b, at : at + len(piece)] = np.arange(len(piece))
                 at += len(piece)
         return Rows(tokens, (segments > 0).astype(np.float32), segments, positions)
+
+
+def _text(field: str, record: dict) -> str:
+    if not isinstance(record[field], str):
+        raise ValueError(f"field {field!r} is of type {type(record[field]).__name__}, not text")
+    return record[field]
 
 
 def _ranks(texts: Sequence[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Records (plain dicts) in and out: JSONL, JSON and parquet files, local or on gs://, and the hub.
+"""Records (plain dicts) in and out: JSONL, JSON and parquet files, plain or gzipped, local or on gs://, and the hub.
 
 Every complaint names the file and the line (or record) it is about. `pyarrow` and `datasets` are imported
 where they are used; most runs need neither.
@@ -7,23 +7,37 @@ where they are used; most runs need neither.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import itertools
 import json
 import os
 import pathlib
 import re
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
-from qstar.errors import UserError
+from qstar.errors import QstarWarning, UserError
 
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 # Endings that can only mean "a file", so that data/train.csv is not taken for the hub's data set "train.csv".
 _FILE_ENDINGS = {".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".arrow"}
+# First bytes of files that are something else than their names say, and what to do about each.
+_FOREIGN = {
+    b"version https://git-lfs": "a Git LFS pointer, not the data; fetch the file itself (git lfs pull)",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"BZh": "compressed with bzip2; unpack it",
+    b"\xfd7zXZ": "compressed with xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
+    b"ARROW1": "an Arrow file; save it as parquet (datasets: to_parquet)",
+    b"<": "HTML or XML, perhaps the page of a download that failed; fetch the file itself",
+}
+BAD_ROWS = 0.01  # share of a task's or corpus' records that may be unusable before reading stops
 
-Place = tuple[str, Any]  # ("train.jsonl:12", the record found there)
+Place = tuple[str, Any]  # ("train.jsonl:12", the record found there, or the UserError that says why there is none)
 
 
 def read_records(
@@ -33,41 +47,87 @@ def read_records(
     split: str | None = None,
     limit: int | None = None,
     parse: Callable[[dict], Any] | None = None,
+    bad_rows: float = 0.0,
 ) -> list[Any]:
     """All records of a source, whole, in file order.
 
     Args:
-        source: a path that ends in .jsonl, .json (one array of objects) or .parquet, `~` and `gs://`
-            included; or a hub name "owner/name" or "owner/name:config", read through `datasets`.
+        source: a path that ends in .jsonl, .json (an array of objects, or an object per line) or .parquet, the first
+            two also with .gz, `~` and `gs://` included; a hub name "owner/name" or "owner/name:config", or a file of
+            the hub, "hf://datasets/owner/name/file.parquet", read through `datasets`.
         fields: keys that every record must have with a value other than null; other keys are kept too.
         split: the hub's split, "train" when None. A file is one split and ignores it.
         limit: stop after so many records.
-        parse: turns a record into what the caller wants; a ValueError it raises becomes a UserError that
-            says where the record stands.
+        parse: turns a record into what the caller wants; an error it raises becomes a UserError that says where the
+            record stands.
+        bad_rows: share of the records that may be unusable. They are left out, with a warning that names them.
 
     Returns:
         The records, or what `parse` made of them; at least one.
 
     Raises:
-        UserError: missing or unreadable source, unknown ending, a bad line, a missing field, no records.
+        UserError: missing or unreadable source, unknown ending, no records, or more bad lines, missing fields and
+            refusals of `parse` than `bad_rows` allows.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} would read nothing from {source}: give at least 1, or None for all")
-    records = []
+    if not 0 <= bad_rows < 1:
+        raise UserError(f"bad_rows={bad_rows} must be a share of the records, from 0 to below 1")
+    records, faults = [], []
     for place, record in itertools.islice(_open(os.fspath(source), split), limit):
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: a record must be a JSON object, not {type(record).__name__}")
-        for field in fields:
-            if record.get(field) is None:
-                there = ", ".join(record) or "none"
-                raise UserError(f"{place}: field {field!r} is missing; the record has {there}")
         try:
-            records.append(record if parse is None else parse(record))
-        except ValueError as error:
-            raise UserError(f"{place}: {error}") from error
+            records.append(_usable(place, record, fields, parse))
+        except UserError as fault:
+            if not bad_rows:
+                raise
+            faults.append(str(fault))
+    if faults:
+        count = len(records) + len(faults)
+        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        if len(faults) > bad_rows * count:
+            raise UserError(
+                f"{shown} ({source}: {len(faults)} of {count} records cannot be used, above bad_rows={bad_rows:g}, the share "
+                "that may be left out; mend the file or raise bad_rows)"
+            )
+        warnings.warn(f"{source}: {len(faults)} of {count} records are left out: {shown}", QstarWarning, stacklevel=2)
     if not records:
         raise UserError(f"{source}: no records in it; at least one is needed")
     return records
+
+
+def _usable(place: str, record: Any, fields: Sequence[str], parse: Callable[[dict], Any] | None) -> Any:
+    """The record, or what `parse` makes of it; a UserError names the place of one that cannot be used."""
+    if isinstance(record, UserError):
+        raise record
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: a record must be a JSON object, not {type(record).__name__}")
+    for field in fields:
+        if record.get(field) is None:
+            there = ", ".join(map(str, record)) or "none"
+            raise UserError(f"{place}: field {field!r} is missing; the record has {there}")
+    for field, value in record.items():
+        if (text := _surrogate(value)) is not None:
+            at = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+            raise UserError(
+                f"{place}: field {field!r} has half a surrogate pair ({text[at]!a}, character {at} of its text): no character"
+            )
+    try:
+        return record if parse is None else parse(record)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # a value of another type or shape
+        raise UserError(f"{place}: not of the expected form ({type(error).__name__}: {error})") from error
+
+
+def _surrogate(value: Any) -> str | None:
+    """The first text in a JSON value that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        try:
+            return None if value.isascii() or value.encode() else None
+        except UnicodeEncodeError:
+            return value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((text for part in parts if (text := _surrogate(part)) is not None), None)
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
@@ -76,7 +136,12 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     Raises:
         UserError: the file is missing or unreadable, or a line is not JSON (named file:line).
     """
-    return [row for _, row in _jsonl(_existing(os.fspath(path)))]
+    rows = []
+    for _, row in _jsonl(_existing(os.fspath(path))):
+        if isinstance(row, UserError):
+            raise row
+        rows.append(row)
+    return rows
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
@@ -122,7 +187,10 @@ def _plain(value: Any) -> Any:
 
 def _open(source: str, split: str | None) -> Iterator[Place]:
     """Picks the reader: an existing path or anything that looks like one is a file, the rest is the hub."""
-    suffix = pathlib.PurePosixPath(source).suffix.lower()
+    if source.startswith("hf://"):
+        return _hub_file(source)
+    suffixes = pathlib.PurePosixPath(source.lower()).suffixes
+    suffix = suffixes[-1] if suffixes else ""
     looks_local = source.startswith(("/", ".", "~")) or "://" in source or suffix in _FILE_ENDINGS
     if not looks_local and not epath.Path(source).exists():
         if match := _HUB_NAME.fullmatch(source):
@@ -133,9 +201,39 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
         )
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
     path = _existing(source)
-    if suffix not in readers:
-        raise UserError(f"{source}: unknown ending {suffix!r}; readable are {', '.join(readers)}")
-    return readers[suffix](path)
+    kind = suffix if suffix != ".gz" else "".join(suffixes[-2:-1])
+    if kind not in readers or (suffix == ".gz" and kind == ".parquet"):
+        raise UserError(f"{source}: unknown ending {suffix!r}; readable are {', '.join(readers)}, .jsonl.gz and .json.gz")
+    with _reading(path), path.open("rb") as file:
+        head = file.read(32)
+    for magic, what in _FOREIGN.items():
+        if head.startswith(magic):
+            raise UserError(f"{path}: is {what}")
+    return (_parquet if head.startswith(b"PAR1") else readers[kind])(path)
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    """Turns what a file that cannot be read raises into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path}: the gzip data is damaged ({error}); copy it again") from error
+
+
+@contextlib.contextmanager
+def _plain_bytes(path: epath.Path) -> Iterator[Any]:
+    """The file, opened to read its bytes, unpacked where it is gzip, whatever its name is."""
+    with _reading(path), path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if packed:
+            with gzip.open(file, "rb") as unpacked:
+                yield unpacked
+        else:
+            yield file
 
 
 def _existing(source: str) -> epath.Path:
@@ -148,28 +246,40 @@ def _existing(source: str) -> epath.Path:
 
 
 def _jsonl(path: epath.Path) -> Iterator[Place]:
-    """Lines end at \\n only: str.splitlines would also cut at U+2028, which JSON strings may hold."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _decode(line, f"{path}:{number}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    """An object per line; an array of objects under this name is read as `_json` reads it.
+
+    Lines end at \\n only: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    """
+    with _plain_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1 and line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
+                yield from _array(path, line + file.read())
+                return
+            if line.strip():
+                yield _decoded(line, f"{path}:{number}")
 
 
 def _json(path: epath.Path) -> Iterator[Place]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    """An array of objects, or one object; an object per line under this name is read as `_jsonl` reads it."""
+    with _plain_bytes(path) as file:
+        content = file.read()
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return _array(path, content)
+    place, record = _decoded(content, os.fspath(path))
+    return _jsonl(path) if isinstance(record, UserError) else iter([(place, record)])
+
+
+def _array(path: epath.Path, content: bytes) -> Iterator[Place]:
     rows = _decode(content, os.fspath(path))
-    if not isinstance(rows, list):
-        raise UserError(
-            f"{path}: holds one JSON {type(rows).__name__}, not an array of objects; "
-            "rename it to .jsonl if it has one object per line"
-        )
     return ((f"{path}: record {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _decoded(content: bytes, place: str) -> Place:
+    """A line's record, or the UserError of a line that holds none."""
+    try:
+        return place, _decode(content, place)
+    except UserError as fault:
+        return place, fault
 
 
 def _decode(content: bytes, place: str) -> Any:
@@ -197,14 +307,30 @@ def _parquet(path: epath.Path) -> Iterator[Place]:
 def _hub(source: str, path: str, config: str | None, split: str) -> Iterator[Place]:
     import datasets
 
-    try:
-        rows = datasets.load_dataset(path, config, split=split)
-    except Exception as error:  # network, permissions, names, splits: each has its own class, none shared
-        raise UserError(
-            f"{source} (split {split!r}): the hub gave nothing ({_first_line(error)}); "
-            "check the name and the network, or name a local file"
-        ) from error
+    with _hub_faults(f"{source} (split {split!r})"):
+        rows = iter(datasets.load_dataset(path, config, split=split))
     return ((f"{source} ({split}): record {number}", dict(row)) for number, row in enumerate(rows, start=1))
+
+
+def _hub_file(source: str) -> Iterator[Place]:
+    """One file of a repository on the hub: for data sets whose loading script `datasets` no longer runs."""
+    import datasets
+
+    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(pathlib.PurePosixPath(source).suffix.lower())
+    if kind is None:
+        raise UserError(f"{source}: unknown ending; readable are .jsonl, .json, .parquet")
+    with _hub_faults(source):
+        rows = iter(datasets.load_dataset(kind, data_files=source, split="train"))
+    return ((f"{source}: record {number}", dict(row)) for number, row in enumerate(rows, start=1))
+
+
+@contextlib.contextmanager
+def _hub_faults(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # network, permissions, names, splits: each has its own class, none shared
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what}: the hub gave nothing ({text}); check the name and the network, or name a local file") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+import functools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qstar.errors import UserError, require
+from qstar.errors import QstarWarning, UserError, require
 from qstar.methods.arms import Context
 from qstar.models.model import Model
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
+from qstar.text.tokenizer import Tokenizer
 
 
 def check_problems(ctx: Context, arms: Iterable[Any]) -> None:
@@ -71,6 +75,67 @@ def check_lengths(
                 f"problem {name}: {count} prompt tokens + max_new_tokens={max_new_tokens} exceed the model's context "
                 f"of {room} tokens; lower max_new_tokens, or take fewer few-shot examples or a model with more context"
             )
+
+
+TOO_LONG = ("error", "skip", "truncate")
+
+
+def fit_prompts(
+    model: Model, task: Task, problems: Sequence[Problem], max_new_tokens: int, too_long: str
+) -> tuple[Task, list[Problem], int]:
+    """Makes an evaluation fit into the model's context.
+
+    Args:
+      too_long: what happens to a prompt that leaves no room for `max_new_tokens`: "error", "skip" leaves its problem out,
+        "truncate" drops the first tokens of the prompt, never of the few-shot prefix.
+
+    Returns:
+      The task (with shorter prompts), the problems, and how many were left out or shortened. A warning names them.
+
+    Raises:
+      UserError: see `check_lengths`; nothing is left.
+    """
+    require((too_long in TOO_LONG, f"too_long={too_long!r} is not one of {', '.join(TOO_LONG)}"))
+    if too_long == "error":
+        try:
+            check_lengths(model, task, problems, max_new_tokens)
+        except UserError as e:
+            raise UserError(f"{e}; --too-long=skip or truncate goes on") from None
+        return task, list(problems), 0
+    prefix, limit = task.prefix(), model.config.max_positions - max_new_tokens
+    texts = [task.prompt(p) for p in problems]
+    encoded = model.tokenizer.encode_batch([prefix + text for text in texts], bos=True)
+    long = {p.id: text for p, text, ids in zip(problems, texts, encoded) if len(ids) > limit}
+    if not long:
+        return task, list(problems), 0
+    names = f"{', '.join(list(long)[:5])}{', ...' if len(long) > 5 else ''}"
+    what = f"{len(long)} of {len(problems)} prompts exceed the context of {model.config.max_positions} tokens"
+    if too_long == "skip":
+        require((len(long) < len(problems), f"{what} with max_new_tokens={max_new_tokens}; nothing is left to evaluate"))
+        warnings.warn(f"{what} and are left out: {names}", QstarWarning, stacklevel=2)
+        return task, [p for p in problems if p.id not in long], len(long)
+    short = {name: _last_tokens(model.tokenizer, prefix, text, limit) for name, text in long.items()}
+    warnings.warn(f"{what} and have lost their first tokens: {names}", QstarWarning, stacklevel=2)
+    task = copy.copy(task)
+    task.prompt = functools.partial(_shortened, task.prompt, short)
+    return task, list(problems), len(long)
+
+
+def _shortened(prompt: Any, short: Mapping[str, str], problem: Problem, hint: bool = False) -> str:
+    return prompt(problem, hint=hint) if hint or problem.id not in short else short[problem.id]
+
+
+def _last_tokens(tokenizer: Tokenizer, prefix: str, text: str, limit: int) -> str:
+    """The end of `text` that has, behind `prefix`, at most `limit` tokens."""
+    ids = tokenizer.encode(text)
+    for keep in range(len(ids) - 1, 0, -1):
+        end = tokenizer.decode(ids[-keep:])
+        over = len(tokenizer.encode(prefix + end, bos=True)) - limit
+        if over <= 0:
+            return end
+    raise UserError(
+        f"the few-shot prefix leaves no room for a prompt in {limit} tokens; lower max_new_tokens, or take fewer examples"
+    )
 
 
 def check_fits(examples: list[Example], row_length: int, section: str) -> None:

@@ -16,7 +16,7 @@ from qstar import tree
 from qstar.errors import UserError, require, unknown
 from qstar.methods import base_model, quiet_star
 from qstar.methods.arms import Context
-from qstar.methods.checks import check_lengths
+from qstar.methods.checks import fit_prompts
 from qstar.methods.quiet_setup import Study as QuietStudy
 from qstar.methods.rollouts import SampleSettings, attempt
 from qstar.methods.run_folder import once, open_run
@@ -47,16 +47,17 @@ def evaluate_model(
     out: Path | None = None,
     made_with: dict[str, Any] | None = None,
     scorers: Mapping[str, Scorer] | None = None,
+    too_long: str = "error",
 ) -> dict[str, Any]:
     """Returns greedy accuracy and, from `samples` completions per problem, pass@k and majority@k for k = 1, 2, 4, ...
 
-    Every metric comes with its 95% bootstrap interval over problems, and per group of problems. `answered` is the share of
-    greedy completions in which an answer was found.
+    Every metric comes with its 95% bootstrap interval over problems, and per group of problems.
 
     Args:
       out: folder where answers are kept as JSONL; what is there already is not sampled again.
       made_with: what the answers depend on; kept in `out`, so that no answers of another model are counted.
       scorers: name -> what scores the samples (`verifier.score` with a verifier, a judge), for best-of-k and votes by score.
+      too_long: what happens to prompts beyond the model's context, see `checks.fit_prompts`; "too_long" counts them.
 
     Raises:
       UserError: no tokenizer, no problems, a prompt too long for the model, or `out` is of another evaluation.
@@ -66,8 +67,7 @@ def evaluate_model(
     problems = task.problems(split)[: limit or None]
     if not problems:
         raise UserError(f"task {task.name} has no problems in split {split!r}")
-    fit_examples(model, task, max_new_tokens)
-    check_lengths(model, task, problems, max_new_tokens)
+    task, problems, long = fit_prompts(model, task, problems, max_new_tokens, too_long)
     if out is not None:
         open_run(out, made_with or {}, "--out")
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,9 +76,8 @@ def evaluate_model(
         greedy = attempt(
             model, task, problems, settings, k=1, hinted=False, iteration=0, seed=seed, folder=folder, stage="greedy"
         )
-        result: dict[str, Any] = {"problems": len(problems)}
+        result: dict[str, Any] = {"problems": len(problems)} | ({"too_long": long} if too_long != "error" else {})
         result.update(summarise("accuracy", [float(r.correct) for r in greedy], [r.group for r in greedy]))
-        result["answered"] = sum(r.answer is not None for r in greedy) / len(greedy)
         result["truncation_rate"] = sum(r.truncated for r in greedy) / len(greedy)
         if samples:
             settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=temperature)
@@ -97,23 +96,6 @@ def evaluate_model(
             result.update(many(drawn, samples))
             result.update(by_scores(drawn, samples, scorers or {}, folder))
     return result
-
-
-def fit_examples(model: Model, task: Task, max_new_tokens: int) -> None:
-    """Leaves out built-in examples that would take more than half of the room that answers leave in a short context."""
-    count, room = len(getattr(task, "examples", list)()), (model.config.max_positions - max_new_tokens) // 2
-    while count and len(model.tokenizer.encode(task.prefix(), bos=True)) > room:
-        count -= 1
-        task.keep_examples(count)
-
-
-def unanswered(result: Mapping[str, Any]) -> str:
-    """A warning where most completions hold no answer that the task can read, so that accuracy says little; or ""."""
-    share = result.get("answered", 1.0)
-    return "" if share >= 0.5 else (
-        f"warning: an answer was found in {share:.0%} of the completions only; accuracy says little about the model. Look at "
-        "the completions (--out), and give more --max-new-tokens or a prompt that shows the form of an answer"
-    )
 
 
 def by_scores(rollouts: list[Rollout], samples: int, scorers: Mapping[str, Scorer], folder: Path) -> dict[str, Any]:

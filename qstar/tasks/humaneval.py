@@ -50,7 +50,9 @@ class HumanEval(CodeTask):
     def problems(self, split: str) -> list[Problem]:
         check_has(self.name, split, ("test",))
         if self._problems is None:
-            self._problems = read_records(self._data or SOURCE, self.fields, split="test", parse=self.to_problem)
+            self._problems = read_records(
+                self._data or SOURCE, self.fields, split="test", parse=self.to_problem, bad_rows=self.bad_rows
+            )
         return self._problems
 
     def to_problem(self, record: dict) -> Problem:

@@ -11,6 +11,9 @@ from qstar.tasks.gsm8k import MARK, number
 
 _SUBSETS = ("all", "v_star")
 _FORMATS = ("boxed", "gsm8k")
+# The hub's copy has a configuration per subject and none of all.
+_HUB_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+                "precalculus")  # fmt: skip
 _V_STAR_SUBJECTS = {"algebra", "counting & probability", "prealgebra", "number theory"}
 _NUMERIC = re.compile(r"-?(?:[0-9]+(?:,[0-9]{3})*)?(?:\.[0-9]+)?")
 _DROPPED = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\[!,;: ]|\\\$|\$|\^\{?\\circ\}?|\\?%")
@@ -31,7 +34,7 @@ class MATH(DatasetTask):
     """
 
     name = "math"
-    default_source = "EleutherAI/hendrycks_math"
+    default_source = " ".join(f"EleutherAI/hendrycks_math:{name}" for name in _HUB_CONFIGS)
     fields = ("level",)
 
     def __init__(

@@ -97,7 +97,8 @@ class MBPP(CodeTask):
     def _read(self) -> dict[int, Problem]:
         if self._tasks is None:
             parts = [(self._data, None)] if self._data else [(SOURCE, split) for split in _HUB_SPLITS]
-            found = [p for s, split in parts for p in read_records(s, self.fields, split=split, parse=self.to_problem)]
+            how = dict(parse=self.to_problem, bad_rows=self.bad_rows)
+            found = [p for s, split in parts for p in read_records(s, self.fields, split=split, **how)]
             self._tasks = {p.meta["number"]: p for p in found}
             if len(self._tasks) < len(found):
                 raise UserError(f"{self._data or SOURCE}: a task_id stands there twice; each task has its own")

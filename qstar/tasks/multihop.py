@@ -194,7 +194,9 @@ class TwoWikiMultiHopQA(MultiHop):
     """Two to four out of ten; types comparison, inference, compositional, bridge_comparison; with evidence triples."""
 
     name = "2wikimultihopqa"
-    default_source = "xanhho/2WikiMultihopQA"
+    # The files of that repository, since it has a loading script, which `datasets` 4 no longer runs.
+    default_source = "hf://datasets/xanhho/2WikiMultihopQA/train.parquet"
+    default_test = "hf://datasets/xanhho/2WikiMultihopQA/dev.parquet"
 
 
 def _plain(value: Any) -> Any:

@@ -30,6 +30,8 @@ class StrategyQA(DatasetTask):
         answer = _YES.get(str(record["answer"]).strip().lower())
         if answer is None:
             raise ValueError(f"field 'answer' is {record['answer']!r}, neither yes nor no")
+        if not isinstance(record["question"], str):
+            raise ValueError(f"field 'question' is of type {type(record['question']).__name__}, not text")
         facts = record.get("facts") or []
         facts = [facts] if isinstance(facts, str) else list(map(str, facts))
         steps = " ".join(" ".join(f.split()) for f in facts)

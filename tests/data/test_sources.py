@@ -1,4 +1,5 @@
 import builtins
+import gzip
 import json
 import os
 
@@ -42,6 +43,43 @@ def test_the_three_formats_hold_the_same_records(tmp_path, file):
         assert read_records(str(tmp_path / name), FIELDS, limit=1) == ROWS[:1]
 
 
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+PACKED = gzip.compress(LINES, mtime=0)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl.gz", PACKED), ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)), ("a.json", LINES),
+    ("a.jsonl", json.dumps(ROWS, indent=1).encode()), ("a.json.gz", PACKED), ("a.jsonl", PACKED), ("a.jsonl.gz", LINES),
+    ("a.json", b"\xef\xbb\xbf" + LINES),
+], ids=str)  # fmt: skip
+def test_what_a_file_holds_decides_how_it_is_read(file, name, content):
+    assert read_records(file(name, content), FIELDS) == ROWS
+
+
+def test_parquet_under_another_name(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.json")
+    assert read_records(tmp_path / "a.json", FIELDS) == ROWS
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"), (b"PK\x03\x04...", "a zip archive"),
+    (b"<!DOCTYPE html><html>", "HTML"), (b"\x28\xb5\x2f\xfd..", "zstd"), (b"ARROW1\0\0", "an Arrow file"),
+    (gzip.compress(LINES * 99, mtime=0)[:-9], "gzip data is damaged"), (PACKED[:12], "gzip data is damaged"),
+], ids=str)  # fmt: skip
+def test_what_is_no_json_is_named(file, content, said):
+    for name in ("a.json", "b.jsonl", "c.jsonl.gz"):
+        path = file(name, content)
+        assert str(path) in refusal(path) and said in refusal(path)
+
+
+def test_a_bad_line_of_json_lines_named_json_is_named(file):
+    assert "a.json:2: not JSON" in refusal(file("a.json", '{"question": 1, "answer": 1}\n{"question": \n'))
+    assert "a.jsonl.gz:1: field 'answer'" in refusal(file("a.jsonl.gz", gzip.compress(b'{"question": 1}\n')))
+
+
 def test_home_folder_is_expanded(tmp_path, file, monkeypatch):
     file("a.jsonl", '{"x": 1}\n')
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -79,7 +117,9 @@ def test_bad_line_names_file_and_line(file):
 
 def test_bad_json_array(file):
     assert "a.json: not JSON" in refusal(file("a.json", "[1,\n 2,,]"))
-    assert "rename it to .jsonl" in refusal(file("b.json", '{"question": 1}'))
+    assert "b.json: field 'question' is missing; the record has version, data" in refusal(
+        file("b.json", '{"version": 1,\n "data": [{"question": 1}]}')
+    )
 
 
 def test_line_that_is_not_an_object(file):
@@ -154,6 +194,41 @@ def test_hub_trouble_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     message = refusal("openai/gsm8k:main", split="test")
     assert "openai/gsm8k:main (split 'test')" in message and "Couldn't reach it" in message
+
+
+def test_the_whole_error_of_datasets_is_shown(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*args, **kwargs):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['algebra', 'geometry']")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert "among the available configs: ['algebra', 'geometry']" in refusal("EleutherAI/hendrycks_math")
+
+
+def test_the_defaults_on_the_hub_can_be_read(monkeypatch):
+    """The hub, imitated: MATH has a configuration per subject and none of all, and a loading script is not run."""
+    datasets = pytest.importorskip("datasets")
+    from qstar.tasks import make_task
+
+    subjects = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
+    math = {"problem": "1+1", "level": "Level 1", "solution": "\\boxed{2}"}
+    hop = {"_id": "1", "question": "Which?", "answer": "Elbe", "context": '[["A", ["The Elbe."]]]', "supporting_facts": '[["A", 0]]'}
+
+    def load_dataset(path, name=None, *, split=None, data_files=None):
+        if path == "EleutherAI/hendrycks_math" and name in subjects:
+            return [{**math, "type": name}] * (2 if split == "test" else 3)
+        if path == "parquet" and data_files == f"hf://datasets/xanhho/2WikiMultihopQA/{'dev' if n == 'test' else 'train'}.parquet":
+            return [hop] * (2 if n == "test" else 60)
+        raise RuntimeError(f"not on the hub: {path} {name} {data_files}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for n in ("test", "train", "val"):
+        problems = make_task("math").problems(n)
+        assert [p.group for p in problems[:: 2 if n == "test" else 3]] == (subjects if problems else [])
+        assert len({p.id for p in problems}) == len(problems)
+        found = make_task("2wikimultihopqa").problems(n)
+        assert (not found or found[0].gold == "elbe") and (n != "test" or len(found) == 2)
 
 
 def test_written_rows_come_back(tmp_path):
