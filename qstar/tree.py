@@ -1,4 +1,4 @@
-"""Named paths, regex masks, casts, norms and masked means over pytrees."""
+"""Named paths, regex masks, casts, norms and masked means over pytrees; random keys from seeds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from qstar.errors import check_seed
+
+
+def random_key(seed: int) -> jax.Array:
+    """Returns `jax.random.key(seed)`, of which JAX without 64-bit numbers would read the lower 32 bits alone.
+
+    Raises:
+      UserError: a seed that is negative or longer than 64 bits.
+    """
+    check_seed("seed", seed)
+    if seed < 2**31:
+        return jax.random.key(seed)
+    return jax.random.wrap_key_data(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32), impl="threefry2x32")
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -20,6 +20,7 @@ FLOORS = (
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 WITHIN = {
     ("start", "processes"),
+    ("tree", "errors"),
     ("tasks", "data"),
     ("train.evaluate", "sample"),
     ("thoughts", "sample"),

@@ -10,9 +10,9 @@ def run(config: Any, workdir: Any, console: Any) -> None:
     """Runs the method that `config.method` names.
 
     Raises:
-      UserError: unknown method.
+      UserError: unknown method, or a seed of more than 64 bits.
     """
-    from qstar.errors import unknown
+    from qstar.errors import check_seed, unknown
     from qstar.methods import guided_cot, quiet_star, rl, star, v_star
 
     methods: dict[str, Callable[..., None]] = {
@@ -24,4 +24,6 @@ def run(config: Any, workdir: Any, console: Any) -> None:
     }
     if config.get("method") not in methods:
         raise unknown(f"config.method={config.get('method')!r}", str(config.get("method")), methods)
+    if isinstance(config.get("seed"), int):  # whoever reads the section refuses all else
+        check_seed("config.seed", config.seed)
     methods[config.method](config, workdir, console)

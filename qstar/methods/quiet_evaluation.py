@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qstar import tree
 from qstar.errors import UserError, require
 from qstar.mesh import put_whole_batch, to_host
 from qstar.methods.evaluation import votes
@@ -91,7 +92,7 @@ def expected_accuracy(
     rows = [tokenise(model, p, text, allowed) for p, text in zip(problems, texts)]
     scores = {name: np.zeros(len(rows)) for name in ("expected", "exact", "expected_base", "exact_base", "weight")}
     ids = jnp.asarray(list(allowed.values()), jnp.int32)
-    key = jax.random.key(seed)
+    key = tree.random_key(seed)
     for number, (length, some) in enumerate(batches(rows, batch_size)):
         arrays = _arrays([rows[i] for i in some], length, batch_size)
         heat = jnp.float32(

@@ -175,7 +175,7 @@ def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch):
 
 def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:
     """Returns what is trained in place of the parameters: fresh adapters, and a value head whole."""
-    fresh = lora.init(start.config, settings, jax.random.fold_in(jax.random.key(seed), 1))
+    fresh = lora.init(start.config, settings, jax.random.fold_in(tree.random_key(seed), 1))
     if start.config.value_head:
         fresh["value"] = tree.cast(start.params["value"], np.float32)  # a head has nothing to be an adapter of
     return fresh

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from qstar import tree
 from qstar.errors import UserError, require
 from qstar.mesh import SAMPLING, Rules, to_host
 from qstar.models.encdec_config import EncDecConfig
@@ -169,7 +170,7 @@ class _Queue:
             max_new=max_new,
             vocab_limit=min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size,
         )
-        self.seed = jax.random.key(seed)
+        self.seed = tree.random_key(seed)
         self.max_new = max_new
         self.occupant: list[Request | None] = [None] * slots
 

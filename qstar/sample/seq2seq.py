@@ -176,7 +176,7 @@ def stream(
             ids = np.asarray(chosen + [0] * (group - len(chosen)), np.int32)
             requests = np.stack(np.broadcast_arrays(ids[:, None], np.arange(n, dtype=np.int32)[None]), axis=-1)
             arrays = put_whole_batch((tokens, lengths, requests), model.mesh)
-            found = to_host(sample_rows(params, sampler, *arrays, jax.random.key(seed), knobs))
+            found = to_host(sample_rows(params, sampler, *arrays, tree.random_key(seed), knobs))
             for r, i in enumerate(chosen):
                 for j in range(n):
                     yield i, j, _completion(model, {k: v[r, j] for k, v in found.items()}, stop)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qstar import tree
 from qstar.errors import UserError, require
 from qstar.mesh import put_whole_batch, to_host
 from qstar.models.model import Model
@@ -71,7 +72,7 @@ def generate(
     rows = [[*shared, *row] for row in rows]
     batching._check_lengths(model, [], rows, max_new_tokens)
     talker = _talker(model, t, max_new_tokens)
-    knobs, heat, key = Knobs.make(temperature, top_k, top_p), jnp.float32(t.temperature), jax.random.key(seed)
+    knobs, heat, key = Knobs.make(temperature, top_k, top_p), jnp.float32(t.temperature), tree.random_key(seed)
     params = sampler.prepare(model.params, model.config)
     out: list[list[tuple[int, ThoughtfulCompletion]]] = [[] for _ in prompts]
     requests = sorted(((i, k) for i in range(len(rows)) for k in range(n)), key=lambda r: len(rows[r[0]]))

@@ -52,7 +52,7 @@ def create_state(
     Args:
       params: by role. table: logical axes by path pattern (`decoder.PARAM_AXES`).
     """
-    return _creator(tx, mesh, tuple(table))(params, jax.random.key(seed))
+    return _creator(tx, mesh, tuple(table))(params, tree.random_key(seed))
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def init_params(
     init: Callable[[jax.Array], Params], *, seed: int, mesh: Mesh | None = None, table: AxisTable = ()
 ) -> Params:
     """Returns random parameters made under jit, each device only its part."""
-    return sharded_jit(init, mesh, table)(jax.random.key(seed))
+    return sharded_jit(init, mesh, table)(tree.random_key(seed))
 
 
 def sharded_jit(f: Callable[..., Any], mesh: Mesh | None, table: AxisTable) -> Callable[..., Any]:
