@@ -1,0 +1,106 @@
+"""Goldens of five smoke runs, to show that a restructuring changed no result.
+
+    python tests/goldens.py make GOLDENS.json [--root=CHECKOUT] [--only=NAME]     runs them with the code of a checkout
+    python tests/goldens.py compare BEFORE.json AFTER.json                       exit code 1 and a list where they differ
+
+A golden is, per run: a hash of every JSONL and JSON file that holds results, a hash of every checkpoint's parameters (read
+by orbax alone) and the metrics without those that a clock made. The files stay outside of the repository: float sums
+differ between machines.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RUNS = {
+    "star": "star_arithmetic.py:smoke",
+    "quiet_star": "quiet_star_tiny.py:smoke",
+    "v_star": "v_star_arithmetic.py:smoke",
+    "guided_cot": "guided_cot_synth.py:smoke",
+    "grpo": "grpo_arithmetic.py:smoke",
+}
+CLOCK = ("seconds", "tokens_per_second", "memory", "mfu", "recompiles", "duration", "time", "rate")
+NOT_RESULTS = ("config.json", "environment.json", "metrics.jsonl")
+
+
+def golden(folder: pathlib.Path) -> dict:
+    """Returns the golden of a finished run's folder."""
+    files = sorted(p for kind in ("*.jsonl", "*.json") for p in folder.rglob(kind))
+    results = [
+        p for p in files if p.name not in NOT_RESULTS and "checkpoints" not in p.parts and "model" not in p.parts
+    ]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    numbers = [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows]
+    return {
+        "files": {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in results},
+        "parameters": {str(p.relative_to(folder)): _parameters(p) for p in sorted(folder.rglob("state")) if p.is_dir()},
+        "metrics": sorted(numbers, key=lambda row: json.dumps(row, sort_keys=True)),
+    }
+
+
+def _parameters(checkpoint: pathlib.Path) -> str:
+    import orbax.checkpoint as ocp
+
+    digest = hashlib.sha256()
+
+    def add(node, path):
+        if hasattr(node, "items"):
+            for name in sorted(node):
+                add(node[name], f"{path}/{name}")
+        else:
+            array = np.asarray(node)
+            digest.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
+
+    add(ocp.PyTreeCheckpointer().restore(checkpoint), "")
+    return digest.hexdigest()
+
+
+def make(path: str, root: pathlib.Path, only: str) -> None:
+    """Runs the configs with the code of `root` and writes their goldens."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    goldens = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, config in RUNS.items():
+            if only in ("", name):
+                folder = pathlib.Path(scratch) / name
+                command = ["train", f"--config={root}/configs/{config}", f"--workdir={folder}"]
+                subprocess.run([sys.executable, "-m", "qstar", *command], cwd=scratch, env=environment, check=True,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+                goldens[name] = golden(folder)
+    pathlib.Path(path).write_text(json.dumps(goldens, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def compare(before: str, after: str) -> int:
+    """Prints what differs between two files of goldens; returns the exit code."""
+    old, new = (json.loads(pathlib.Path(p).read_text(encoding="utf-8")) for p in (before, after))
+    different = []
+    for run in sorted(old.keys() & new.keys()):
+        for part in ("files", "parameters"):
+            a, b = old[run][part], new[run][part]
+            different += [f"{run}: {name}" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+        if old[run]["metrics"] != new[run]["metrics"]:
+            different.append(f"{run}: metrics")
+    print("\n".join(different) or f"equal: {', '.join(sorted(old.keys() & new.keys()))}")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("make")
+    p.add_argument("path")
+    p.add_argument("--root", type=pathlib.Path, default=ROOT)
+    p.add_argument("--only", default="", choices=("", *RUNS))
+    p = commands.add_parser("compare")
+    p.add_argument("before")
+    p.add_argument("after")
+    a = parser.parse_args()
+    sys.exit(compare(a.before, a.after) if a.command == "compare" else make(a.path, a.root.resolve(), a.only))
