@@ -24,7 +24,7 @@ import numpy as np
 from qstar.data.loader import batches
 from qstar.errors import UserError, require, unknown
 from qstar.methods.buffers import Solution
-from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, to_examples
+from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, step_targets, to_examples
 from qstar.methods.run_folder import once
 from qstar.methods.training import Stage, UpdateSettings, finished, train_stage
 from qstar.models.heads import add_value_head, values
@@ -168,7 +168,7 @@ def _scores(v: Verifier, rule: str, pairs: Sequence[tuple[Any, Any]]) -> np.ndar
     for i, ((prompt, _), text, x) in enumerate(zip(pairs, texts, odds)):
         if not isinstance(text, str) or not isinstance(prompt, str):
             raise UserError(f"score {rule!r} needs texts: where steps end cannot be told from token ids")
-        judged = _sigmoid(x[step_ends(task, v.model.tokenizer, prompt, text)])
+        judged = _sigmoid(x[list(dict.fromkeys(step_ends(task, v.model.tokenizer, prompt, text)))])
         out[i] = judged.min() if rule == "prm_min" else judged.prod()
     return out
 
@@ -272,7 +272,7 @@ def train_head(
         )
         require((all(some is not None for some in judged), fault))
         ends = [step_ends(task, tokenizer, x.prompt, x.completion) for x in solutions]
-        steps = [(e, label[-len(e) :]) for e, label in zip(ends, judged)]
+        steps = [step_targets(e, label) for e, label in zip(ends, judged)]
     sizes = [len(to_examples(tokenizer, x.prompt, [x.completion])[0]) for x in solutions]
     fits = [i for i, size in enumerate(sizes) if size <= s.row_length]
     if not fits:
