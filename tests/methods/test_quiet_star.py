@@ -163,3 +163,17 @@ def test_rows_are_padded_on_the_right():
     rows = whole(np.zeros((2, 4), int), np.array([2, 4]))
     assert rows.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and rows.segment_ids.sum() == 6
     assert json.dumps(rows.positions[0].tolist()) == "[0, 1, 2, 3]"
+
+
+def test_a_student_of_packed_documents_learns_the_same_tokens_from_the_text_and_from_the_teacher():
+    """A mask that does mark a document's first token changes nothing: sums, divisor, gradients."""
+    batch, config = a_batch(2), CONFIG.replace(thoughts=None)
+    segments = 1 + (np.arange(batch.tokens.shape[1]) >= 10) * np.ones_like(batch.tokens)
+    positions = np.where(segments == 1, np.arange(batch.tokens.shape[1]), np.arange(batch.tokens.shape[1]) - 10)
+    marked = batch.replace(segment_ids=segments.astype(np.int32), positions=positions.astype(np.int32))
+    clean = marked.replace(mask=marked.mask * (positions > 0))
+    params = {"policy": decoder.init(CONFIG, jax.random.key(9)), "teacher": model_params()}
+    loss = jax.jit(functools.partial(distil.student_loss, config=config, teacher=CONFIG, weight=2.0))
+    (total, count), metrics = loss(params, marked, jax.random.key(4))
+    assert float(count) == float(metrics["divergence"][1]) == clean.mask[:, 1:].sum() == 2 * (batch.tokens.shape[1] - 2)
+    assert float(total) == float(loss(params, clean, jax.random.key(4))[0][0])
