@@ -13,12 +13,13 @@ from rich.table import Table
 
 from qstar.processes import is_first
 
+KEYS = ("arm", "student", "part", "iteration", "stage", "step")  # rows that differ in one are different rows
+
 
 class Writer:
     """Appends rows to `metrics.jsonl` and scalars to TensorBoard events beside it.
 
-    A run that was killed may repeat a few rows after it resumes: readers keep the last row of an (arm, iteration,
-    stage, step); `read` does.
+    A run that was killed may repeat a few rows after it resumes: readers keep the last row of each `KEYS`; `read` does.
     """
 
     def __init__(self, folder: Path, *, wandb: dict[str, Any] | None = None):
@@ -46,12 +47,13 @@ class Writer:
         row = {"arm": arm, "iteration": iteration, "stage": stage, "step": step, **values}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
-        board = self._board(arm)
+        source = "_".join([arm, *(f"{k}_{values[k]}" for k in ("student", "part") if k in values)])
+        board = self._board(source)
         for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in KEYS:
                 board.add_scalar(f"{stage}/{name}", value, iteration if stage == "iteration" else step)
         if self._wandb is not None:
-            self._wandb.log({f"{arm}/{stage}/{k}": v for k, v in values.items()})
+            self._wandb.log({f"{source}/{stage}/{k}": v for k, v in values.items()})
 
     def _board(self, arm: str) -> Any:
         if arm not in self._boards:
@@ -71,7 +73,7 @@ class Writer:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics.jsonl, the last of each (arm, iteration, stage, step), in file order."""
+    """Returns the rows of a run's metrics.jsonl, the last of each `KEYS`, in file order."""
     path = Path(folder) / "metrics.jsonl"
     rows: dict[tuple, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -79,7 +81,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:  # the line a killed process was writing
             continue
-        key = (row["arm"], row["iteration"], row["stage"], row["step"])
+        key = tuple(map(row.get, KEYS))
         rows.pop(key, None)
         rows[key] = row
     return list(rows.values())
