@@ -81,6 +81,7 @@ class Graded:
     rows: Batch  # [B, T]; the mask is on the tokens whose likelihood is learnt beside (see `value.value_loss`)
     labels: jax.Array  # [B, T] float32 in [0, 1]: the chance that what stands up to this token is (or ends) right
     weight: jax.Array  # [B, T] float32: 1 where the head is asked
+    lm_scale: jax.Array | None = None  # [B], one number: judged tokens per learnt one over all data; None: of the batch
 
 
 @dataclasses.dataclass(frozen=True)

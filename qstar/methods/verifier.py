@@ -50,7 +50,7 @@ class VerifierSettings(UpdateSettings):
     beta: float = 0.1  # dpo: pull towards G_SFT
     alpha: float = 0.0  # rpo: of the likelihood of right solutions, per token, beside DPO
     rollouts: int = 0  # prm: continuations per step that tell how right it is; 0: the task checks its steps
-    lm_weight: float = 0.1  # orm, prm: of the likelihood of right solutions, beside the judgement
+    lm_weight: float = 0.1  # orm, prm: of the mean NLL of right solutions' tokens, beside the mean over judged tokens
     dropout: float = 0.2  # orm, prm: on what the head reads
     packed: bool = True
     row_length: int = 1024  # for dpo, of a pair's two solutions together
@@ -279,11 +279,13 @@ def train_head(
         raise UserError(f"config.{kind}.row_length={s.row_length}: none of {len(solutions)} solutions fits into a row")
     some = [solutions[i] for i in fits]
     arrays = graded_arrays(some, tokenizer, s.row_length, s.packed, steps and [steps[i] for i in fits])
+    scale = arrays["weight"].sum() / max(1.0, arrays["mask"].sum())  # judged tokens per learnt one
+    arrays["lm_scale"] = np.full(len(arrays["tokens"]), scale, np.float32)
     start = add_value_head(sft, kind)
     tx, step = value_step(start.config, s)
 
     def to_batch(a: dict[str, np.ndarray]) -> Graded:
-        extra = {k: a.pop(k) for k in ("labels", "weight")}
+        extra = {k: a.pop(k) for k in ("labels", "weight", "lm_scale")}
         return Graded(Batch(**a), **extra)
 
     model, summary = _train(start, job, tx, step, arrays, to_batch, kind)
