@@ -63,6 +63,16 @@ class Batch:
 
 
 @flax.struct.dataclass
+class Responses:
+    """Training rows of an encoder-decoder, or of whatever is trained on prompts and responses apart."""
+
+    prompt: jax.Array  # [B, P] int32
+    prompt_mask: jax.Array  # [B, P] int32, see `policy.response_states`
+    response: jax.Array  # [B, R] int32
+    mask: jax.Array  # [B, R] float32: 1 for the response's tokens, EOS among them
+
+
+@flax.struct.dataclass
 class Preference:
     """Pairs of a better and a worse completion. A pair stands in one row, so that any cut of the rows keeps it whole.
 

@@ -189,7 +189,7 @@ def _ids(model: Model, prompt: Any, completion: Any) -> Example:
         if isinstance(prompt, str):
             return to_examples(model.tokenizer, prompt, [completion])[0]
         return Example(list(prompt), [*model.tokenizer.encode(completion), model.tokenizer.eos_id])
-    head = model.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+    head = model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
     return Example(head, list(completion))
 
 
