@@ -6,13 +6,15 @@ import contextlib
 import functools
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qstar import __version__, stop
-from qstar.errors import QstarWarning, UserError, unknown
+from qstar.errors import QstarWarning, UserError, machine_fault, unknown
 from qstar.processes import is_first, leave
 
 COMMANDS = {
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is written as an escape
         with contextlib.suppress(AttributeError, ValueError):  # a notebook's stream, or a closed one
             stream.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _second_interrupt_ends():
         warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         code = _run(argv)
     leave()
@@ -49,8 +51,12 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
 
 
 def _run(argv: list[str]) -> int:
+    again = "; the same command goes on from here" if argv[:1] == ["train"] else ""
     try:
-        return dispatch(argv)
+        check_texts(argv)
+        code = dispatch(argv)
+        sys.stdout.flush()  # a full disk shows here, not when Python ends
+        return code
     except UserError as e:
         print("qstar: " + " ".join(str(e).split()), file=sys.stderr)
         return 2
@@ -59,12 +65,70 @@ def _run(argv: list[str]) -> int:
             print(f"qstar: stopped by SIGTERM and saved; go on with: qstar {shlex.join(argv)}", file=sys.stderr)
         return stop.exit_code()
     except KeyboardInterrupt:
-        more = "; the same command goes on from here" if argv[:1] == ["train"] else ""
-        print(f"qstar: interrupted{more}", file=sys.stderr)
+        print(f"qstar: interrupted{again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `qstar sample ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit) as e:  # `qstar sample ... | head`; rich makes a SystemExit of it
+        if not isinstance(e, BrokenPipeError) and not isinstance(e.__context__, BrokenPipeError):
+            raise
+        _drop_stdout()
+        if again:
+            print(f"qstar: stopped, since nobody reads its output any more{again}", file=sys.stderr)
         return 141
+    except Exception as e:
+        line = machine_fault(e)
+        if line is None:
+            raise
+        _drop_stdout()
+        print(f"qstar: {line}{again}", file=sys.stderr)
+        return 2
+
+
+def _drop_stdout() -> None:
+    """Lets what is still buffered go nowhere: Python flushes when it ends, which would fail once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _second_interrupt_ends() -> Iterator[None]:
+    """Inside the block a second Ctrl-C ends the process at once, whatever the first one is still being handled by."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def first(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, second)
+        raise KeyboardInterrupt
+
+    def second(number: int, frame: Any) -> None:
+        os.write(2, b"qstar: interrupted again, ends at once; the last checkpoint stays\n")
+        os._exit(130)
+
+    old = signal.getsignal(signal.SIGINT)
+    if old is signal.default_int_handler:  # somebody's own handler, or none (nohup), stays
+        signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        if old is signal.default_int_handler and signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, old)
+
+
+def check_texts(argv: list[str]) -> None:
+    """Looks whether the arguments and the current folder are UTF-8 text: paths stand in JSON and on the screen.
+
+    Raises:
+      UserError: one is not, or the current folder is gone.
+    """
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder does not exist any more; change to another one") from None
+    for what, text in [("the current folder", here), *(("argument", text) for text in argv)]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{what} {text!r}: is not UTF-8 text; rename it or name another path") from None
 
 
 def dispatch(argv: list[str]) -> int:

@@ -13,11 +13,22 @@ from typing import Any
 
 from qstar import stop
 from qstar.errors import SEEDS, UserError, require
+from qstar.files import parse_json
 from qstar.processes import is_first
 from qstar.start import start_jax, start_plan
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, *args: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
+        """Refuses names and paths that are empty, as an unset shell variable makes them (texts may be: --prompt='')."""
+        found, rest = super().parse_known_args(*args, **options)
+        for action in self._actions:
+            values = getattr(found, action.dest, None)
+            empty = "" in (values if isinstance(values, list) else [values])
+            if empty and action.default != "" and action.metavar not in (None, "TEXT", "VALUE"):
+                self.error(f"{(action.option_strings or [action.metavar])[0]} is empty; give a value, or leave it out")
+        return found, rest
+
     def error(self, message: str) -> None:
         raise UserError(f"{self.prog.removeprefix('qstar ')}: {message} (see {self.prog} --help)")
 
@@ -64,9 +75,9 @@ _SHARE = _number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({e.msg} at column {e.colno})") from None
+        value = parse_json(text, f"{text[:80]!r}")
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is a JSON {type(value).__name__}, not an object")
     return value
@@ -102,13 +113,21 @@ def train(argv: list[str]) -> int:
     from qstar.train import profile
 
     console = Console(quiet=not is_first())
-    workdir = Path(a.workdir or f"runs/{config.get('name', 'run')}").expanduser()
+    workdir = Path(a.workdir).expanduser() if a.workdir else _default_workdir(config.get("name", "run"))
     with stop.listening() if jax.process_count() == 1 else contextlib.nullcontext():
         with profile.tracing(a.profile, workdir / "profile"):
             methods.run(config, workdir, console)
     if is_first():
         console.print(f"report: {write_report(workdir)}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _default_workdir(name: Any) -> Path:
+    """Returns runs/NAME, which a name cannot leave."""
+    parts = Path(name).parts if isinstance(name, str) and name.isprintable() else ()
+    inside = bool(parts) and not Path(name).is_absolute() and ".." not in parts
+    require((inside, f"config.name={name!r} must name a folder inside runs/; or give --workdir=DIR"))
+    return Path("runs", name)
 
 
 # ---------------------------------------------------------------------------------------------------------- sample

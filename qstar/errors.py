@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -67,3 +70,22 @@ def check_type(what: str, value: Any, kind: Any) -> None:
     if not passes:
         names = " or ".join("None" if c is types.NoneType else c.__name__ for c in classes)
         raise UserError(f"{what}={value!r} must be of type {names}")
+
+
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG)
+
+
+def machine_fault(error: BaseException | None) -> str | None:
+    """Returns a line on a fault of the machine (disk full, quota, read-only, too many open files), None for other errors.
+
+    Looks at the causes of an error, too, and at the text of those of libraries that do not pass the system's error on.
+    """
+    seen = 0
+    while error is not None and seen < 20:
+        if isinstance(error, OSError) and error.errno in _FAULTS:
+            place = f"{error.filename}: " if error.filename else ""
+            return f"{place}{os.strerror(error.errno)}; free some space, or mend the disk or the limit that it names"
+        if found := re.search("|".join(os.strerror(n) for n in _FAULTS), str(error)):
+            return f"{found[0]} (while writing files); free some space, or mend the disk or the limit that it names"
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return None

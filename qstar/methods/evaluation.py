@@ -197,7 +197,8 @@ def trained_model(run: Path, arm: str | None = None, iteration: int | None = Non
     arms = sorted(config.arms.keys())
     if arm is None and len(arms) > 1 and iteration != 0:
         raise UserError(f"--run={run}: has the arms {', '.join(arms)}; name one with --arm")
-    arm = arm or arms[0]
+    require((bool(arms), f"--run={run}: its config.json names no arms"))
+    arm = arms[0] if arm is None else arm
     if arm not in arms:
         raise unknown(f"--run={run}: arm {arm!r}", arm, arms)
     require(

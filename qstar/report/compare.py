@@ -73,12 +73,23 @@ def write_comparison(a: Side, b: Side, folder: Path, *, count: int = 50, seed: i
     page = f"{zlib.crc32(json.dumps(items).encode()):08x}"
     told = {"page": page, "a": a.name, "b": b.name, "seed": seed, "same_text": len(common) - len(differ), "items": key}
     try:
+        _refuse_foreign(folder, told)
         folder.mkdir(parents=True, exist_ok=True)
         shell.write(folder / "key.json", json.dumps(told, indent=1) + "\n")
         shell.write(folder / "compare.html", _page(page, items))
     except OSError as error:
         raise UserError(f"--out={folder}: cannot be written ({error.strerror or error})") from error
     return folder / "compare.html"
+
+
+def _refuse_foreign(folder: Path, key: Mapping[str, Any]) -> None:
+    """Raises UserError unless the folder is absent, empty, or holds this very comparison."""
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
+    if "key.json" in names:
+        line = f"--out={folder}: holds another comparison, whose votes cannot be counted without its key; name another folder"
+        require((read_dict(folder / "key.json") == key, line))
+    else:
+        require((not names, f"--out={folder}: holds {next(iter(names), '')!r} but no comparison; name a new or empty folder"))
 
 
 def _first(file: str, right: bool) -> dict[str, dict[str, Any]]:
@@ -107,7 +118,16 @@ def count_votes(folder: Path, files: Sequence[str]) -> dict[str, Any]:
       UserError: no key, a broken file, or votes of another page or about no item of it.
     """
     key = read_dict(folder / "key.json")
-    require(("items" in key, f"{folder}: holds no key.json of a `qstar compare --out`; name that folder with --out"))
+    items = key.get("items")
+    require(
+        (items is not None, f"{folder}: holds no key.json of a `qstar compare --out`; name that folder with --out"),
+        (
+            isinstance(items, dict)
+            and all(isinstance(item, dict) and item.get("left") in ("a", "b") for item in items.values())
+            and {"page", "a", "b"} <= key.keys(),
+            f"{folder / 'key.json'}: is not as `qstar compare` wrote it; votes cannot be counted without the key",
+        ),
+    )
     last: dict[tuple[str, str], float] = {}
     for file in files:
         for row in read_records(file, ("page", "item", "choice"), parse=lambda row: _checked(row, key)):
@@ -129,10 +149,10 @@ def count_votes(folder: Path, files: Sequence[str]) -> dict[str, Any]:
 def _checked(row: Mapping[str, Any], key: Mapping[str, Any]) -> Mapping[str, Any]:
     if row["page"] != key["page"]:
         raise ValueError(f"a vote of page {row['page']!r}, but the key is that of {key['page']!r}")
-    if row["choice"] not in CHOICES:
-        raise ValueError(f"choice {row['choice']!r} is not one of {', '.join(CHOICES)}")
-    if row["item"] not in key["items"]:
-        raise ValueError(f"item {row['item']!r} is not on the page")
+    if not isinstance(row["choice"], str) or row["choice"] not in CHOICES:
+        raise ValueError(f"choice {row['choice']!r:.80} is not one of {', '.join(CHOICES)}")
+    if not isinstance(row["item"], str) or row["item"] not in key["items"]:
+        raise ValueError(f"item {row['item']!r:.80} is not on the page")
     return row
 
 
