@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "types", "tree", "stop"},
+    {"errors", "files", "types", "tree", "stop"},
     {"mesh", "processes", "start", "text"},
     {"models", "data", "tasks"},
     {"sample", "thoughts", "train"},
@@ -21,6 +21,7 @@ FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 WITHIN = {
     ("start", "processes"),
     ("tree", "errors"),
+    ("files", "errors"),
     ("tasks", "data"),
     ("train.evaluate", "sample"),
     ("thoughts", "sample"),

@@ -135,8 +135,7 @@ class TextCorpus(Corpus):
                 segments[b, at : at + len(piece)] = document
                 positions[b, at : at + len(piece)] = np.arange(len(piece))
                 at += len(piece)
-        predicted = positions > 0  # neither padding nor a document's first token: another document stands before it
-        return Rows(tokens, predicted.astype(np.float32), segments, positions)
+        return Rows(tokens, (segments > 0).astype(np.float32), segments, positions)
 
 
 def _text(field: str, record: dict) -> str:

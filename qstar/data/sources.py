@@ -20,6 +20,7 @@ from typing import Any
 
 from etils import epath
 
+from qstar import files
 from qstar.errors import QstarWarning, UserError
 
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
@@ -134,39 +135,35 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     """The rows of a JSONL file that `write_jsonl` made; an empty file is an empty list.
 
     Raises:
-        UserError: the file is missing or unreadable, or a line is not JSON (named file:line).
+        UserError: the file is missing or unreadable, differs from its checksum record, or a line is no JSON object
+            (named file:line).
     """
     rows = []
-    for _, row in _jsonl(_existing(os.fspath(path))):
+    for place, row in _jsonl(_existing(os.fspath(path))):
         if isinstance(row, UserError):
             raise row
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
         rows.append(row)
     return rows
 
 
-def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
+def write_jsonl(path: str | os.PathLike, rows: Iterable[dict], *, checksum: bool = False) -> None:
     """Writes one JSON object per line, all or nothing: a reader sees the old file or the whole new one.
 
     The rows go to a temporary file in the same folder (made if missing), which is flushed to the disk and
     renamed. Keys keep their order and text stays readable (no \\u escapes). On gs:// an object appears only
     once it is complete, which gives the same promise. numpy scalars and arrays are written as numbers.
+
+    Args:
+        checksum: also write a checksum record, which readers compare (local files only).
     """
     target = epath.Path(os.fspath(path)).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     if "://" in os.fspath(path):
         target.write_text("".join(map(_line, rows)))
         return
-    temporary = pathlib.Path(f"{target}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(map(_line, rows))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:  # also on Ctrl-C: leave no half-written file behind
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+    files.write(pathlib.Path(target), "".join(map(_line, rows)).encode(), checksum=checksum)
 
 
 def _line(row: dict) -> str:
@@ -192,7 +189,7 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
     suffixes = pathlib.PurePosixPath(source.lower()).suffixes
     suffix = suffixes[-1] if suffixes else ""
     looks_local = source.startswith(("/", ".", "~")) or "://" in source or suffix in _FILE_ENDINGS
-    if not looks_local and not epath.Path(source).exists():
+    if not looks_local and not os.path.exists(source):
         if match := _HUB_NAME.fullmatch(source):
             return _hub(source, match["path"], match["config"], split or "train")
         raise UserError(
@@ -237,10 +234,16 @@ def _plain_bytes(path: epath.Path) -> Iterator[Any]:
 
 
 def _existing(source: str) -> epath.Path:
-    path = epath.Path(source).expanduser()
-    if path.is_dir():
+    if re.match(r"(https?|ftp)://", source):
+        raise UserError(f"{source}: URLs are not read; download the file and name the local copy")
+    try:
+        path = epath.Path(source).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except Exception as error:  # unknown schemes, missing drivers, names the system refuses: each has its own class
+        raise UserError(f"{source}: cannot be opened ({_first_line(error)}); name a local file") from error
+    if is_folder:
         raise UserError(f"{source}: is a folder; name the file inside it")
-    if not path.exists():
+    if not exists:
         raise UserError(f"{source}: no such file")
     return path
 
@@ -251,6 +254,8 @@ def _jsonl(path: epath.Path) -> Iterator[Place]:
     Lines end at \\n only: str.splitlines would also cut at U+2028, which JSON strings may hold.
     """
     with _plain_bytes(path) as file:
+        if "://" not in os.fspath(path) and files.record_path(pathlib.Path(path)).exists():  # a run wrote it
+            files.read(pathlib.Path(path))
         for number, line in enumerate(file, start=1):
             if number == 1 and line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
                 yield from _array(path, line + file.read())
@@ -270,26 +275,16 @@ def _json(path: epath.Path) -> Iterator[Place]:
 
 
 def _array(path: epath.Path, content: bytes) -> Iterator[Place]:
-    rows = _decode(content, os.fspath(path))
+    rows = files.parse_json(content, os.fspath(path))
     return ((f"{path}: record {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _decoded(content: bytes, place: str) -> Place:
     """A line's record, or the UserError of a line that holds none."""
     try:
-        return place, _decode(content, place)
+        return place, files.parse_json(content, place)
     except UserError as fault:
         return place, fault
-
-
-def _decode(content: bytes, place: str) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{place}: not JSON ({error.msg} at {where})") from error
 
 
 def _parquet(path: epath.Path) -> Iterator[Place]:

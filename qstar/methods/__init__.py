@@ -14,6 +14,7 @@ def run(config: Any, workdir: Any, console: Any) -> None:
     """
     from qstar.errors import check_seed, unknown
     from qstar.methods import guided_cot, quiet_star, rl, star, v_star
+    from qstar.methods.run_folder import unlock
 
     methods: dict[str, Callable[..., None]] = {
         "star": star.run,
@@ -26,4 +27,7 @@ def run(config: Any, workdir: Any, console: Any) -> None:
         raise unknown(f"config.method={config.get('method')!r}", str(config.get("method")), methods)
     if isinstance(config.get("seed"), int):  # whoever reads the section refuses all else
         check_seed("config.seed", config.seed)
-    methods[config.method](config, workdir, console)
+    try:
+        methods[config.method](config, workdir, console)
+    finally:
+        unlock(workdir)

@@ -97,11 +97,10 @@ def distil(
         )
     start = start.replace(params=tree.cast(start.params, np.float32))
     weights, done = Checkpoints(folder / "model"), folder / "summary.json"
-    if finished(folder):
+    if finished(folder) and (kept := weights.resume(start.params)) is not None:
         processes.remove(folder / "training")
-        params, _ = weights.restore(start.params)
         weights.close()
-        return start.replace(params=params), once_json(done, dict)
+        return start.replace(params=kept.state), once_json(done, dict)
     params, summary = _train(start, rows, settings, train, steps, seed, folder, writer, label, teacher, progress)
     weights.save(steps, params)
     weights.close()
@@ -120,9 +119,8 @@ def _train(start, rows, settings, train, steps, seed, folder, writer, label, tea
     state = create_state(params, tx, seed=seed, mesh=start.mesh, table=PARAM_AXES)
     checkpoints = Checkpoints(folder / "training")
     at, bad, window = 0, 0, []
-    if checkpoints.latest() is not None:
-        at = checkpoints.latest()
-        state, record = checkpoints.restore(state)
+    if (kept := checkpoints.resume(state)) is not None:
+        state, record, at = kept
         bad = record["bad"]
     lengths = [padded_length(max(len(getattr(r, k)) for r in rows)) for k in ("prompt", "teacher_prompt")]
     lr_at = optim.schedule(train.schedule, train.lr, warmup=train.warmup, steps=steps, end=train.end)

@@ -140,11 +140,10 @@ def reinforce(
     start = start.replace(params=tree.cast(start.params, np.float32))
     weights = Checkpoints(folder / "model")
     done = folder / "summary.json"
-    if finished(folder):
+    if finished(folder) and (kept := weights.resume(start.params)) is not None:
         processes.remove(folder / "training")
-        params, _ = weights.restore(start.params)
         weights.close()
-        return start.replace(params=params), once_json(done, dict)
+        return start.replace(params=kept.state), once_json(done, dict)
     run = Run(start, environment, rl_settings, settings, seed, _encoder(start))
     params, summary = _train(run, folder, writer, label, progress, watch)
     weights.save(summary["updates"], params)
@@ -168,9 +167,8 @@ def _train(
     checkpoints = Checkpoints(folder / "training")
     record: dict[str, Any] = {"kl_weight": run.rl.kl_weight, "first": {}, "last": {}, "bad": 0}
     first = 0
-    if checkpoints.latest() is not None:
-        first = checkpoints.latest()
-        state, record = checkpoints.restore(state)
+    if (kept := checkpoints.resume(state)) is not None:
+        state, record, first = kept
     lr_at = optim.schedule(s.schedule, s.lr, warmup=s.warmup, steps=s.updates, end=s.end)
     stopped = ""
     last = first

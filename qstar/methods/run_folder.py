@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import zlib
@@ -14,7 +16,7 @@ from typing import Any
 
 import jax
 
-from qstar import processes
+from qstar import files, processes
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
 from qstar.models.hf import read_json
@@ -26,13 +28,14 @@ FREE_KEYS = ("log",)
 def once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Returns the rows of a JSONL file, making and writing it first if it is not there.
 
-    The file appears whole or not at all: it is its own done-marker. In a run of several processes the first writes.
+    The file appears whole or not at all: it is its own done-marker, and its checksum record tells later damage, after
+    which it is made again. In a run of several processes the first writes.
     """
-    if not processes.exists(path):
+    if not intact(path):
         rows = make()
         if processes.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_jsonl(path, rows)
+            write_jsonl(path, rows, checksum=True)
         processes.agreed(True)  # whoever reads it next finds it
         return rows
     return read_jsonl(path)
@@ -40,22 +43,24 @@ def once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str,
 
 def once_json(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Like `once`, for one JSON object."""
-    if not processes.exists(path):
+    if not intact(path):
         value = make()
         write_json(path, value)
         processes.agreed(True)
         return value
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
+
+
+def intact(path: Path) -> bool:
+    """Whether a stage file is there as it was written, as the first process sees it; the same in all of them."""
+    return processes.agreed(processes.is_first() and files.intact(path))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically (process 0 only)."""
-    if not processes.is_first():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes a JSON file atomically, with its checksum record (process 0 only)."""
+    if processes.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, (json.dumps(value, indent=1) + "\n").encode(), checksum=True)
 
 
 def open_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> None:
@@ -67,13 +72,65 @@ def open_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> 
     check_run(workdir, config, flag)
     processes.agreed(True)  # all have looked before the first one writes
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        processes.from_first(lambda: lock(workdir, flag))
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config)
         write_json(workdir / "environment.json", environment())
         processes.agreed(True)
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be written ({e.strerror}); name another folder") from None
+
+
+_locks: dict[Path, Any] = {}  # folder -> the open lock file: closing it would give the lock up
+
+
+def lock(workdir: Path, flag: str = "--workdir") -> None:
+    """Takes a run folder for this process (makes it if it is not there); a lock ends with the process that holds it.
+
+    The lock is the system's (POSIX, on WORKDIR/.lock), so none is left behind by a kill. Where the file system has none
+    (some mounted buckets) the file alone counts: while the process that it names runs on this host the folder is taken; a
+    dead one's lock, or one of another host, which cannot be asked, is taken over with a warning.
+
+    Raises:
+      UserError: another process has it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if workdir.resolve() in _locks:
+        return
+    file = (workdir / ".lock").open("a+", encoding="utf-8", errors="replace")
+    file.seek(0)
+    pid, host, begun, *_ = [*file.read().split(), "", "", ""]
+    own = [str(os.getpid()), socket.gethostname(), _begun(os.getpid())]
+    taken = f"{flag}={workdir}: process {pid} on {host} is running in it; wait for it, end it, or name another folder"
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(taken) from None
+    except OSError:
+        if host == own[1] and begun and begun == _begun(pid) and [pid, host, begun] != own:
+            file.close()
+            raise UserError(taken) from None
+        if pid and host != own[1]:
+            files.warn(f"{flag}={workdir}: takes over the lock of process {pid} on {host}; make sure that it has ended")
+    file.truncate(0)
+    file.write(" ".join(own) + "\n")
+    file.flush()
+    _locks[workdir.resolve()] = file
+
+
+def unlock(workdir: Path) -> None:
+    """Gives a run folder up, if this process has it."""
+    if file := _locks.pop(workdir.resolve(), None):
+        file.close()
+
+
+def _begun(pid: Any) -> str:
+    """When a process of this host began, in the system's ticks, which tells it from a later one with its id; "" if none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
 
 
 def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> None:

@@ -15,7 +15,7 @@ import optax
 
 from qstar import processes, tree
 from qstar.errors import UserError, require
-from qstar.methods.run_folder import once_json
+from qstar.methods.run_folder import intact, once_json
 from qstar.models import lora
 from qstar.models.config import ModelConfig
 from qstar.models.decoder import PARAM_AXES
@@ -116,8 +116,8 @@ MACHINE = ("seconds", "tokens_per_second", "mfu", "recompiles", "memory")  # met
 
 
 def finished(folder: Path) -> bool:
-    """Whether the stage of this folder has ended."""
-    return processes.exists(folder / "summary.json")
+    """Whether the stage of this folder has ended (its model may yet prove damaged: then it is trained again)."""
+    return intact(folder / "summary.json")
 
 
 def train_stage(
@@ -125,7 +125,7 @@ def train_stage(
     stage: Stage,
     tx: optax.GradientTransformation,
     step_at: Callable[[int], Any],
-    batch_at: Callable[[int], Batch] | None,
+    batch_at: Callable[[int], Batch],
     *,
     roles: dict[str, Params] | None = None,
     watch: Callable[[int, Params], bool | None] | None = None,
@@ -146,11 +146,10 @@ def train_stage(
         start = start.replace(params=tree.cast(start.params, np.float32))
     weights = Checkpoints(stage.folder / "model")
     done = stage.folder / "summary.json"
-    if finished(stage.folder):
+    if finished(stage.folder) and (kept := weights.resume(start.params)) is not None:
         processes.remove(stage.folder / "training")  # a kill may have come between
-        params, _ = weights.restore(start.params)
         weights.close()
-        return start.replace(params=params), once_json(done, dict)
+        return start.replace(params=kept.state), once_json(done, dict)
     if stage.settings.lora_rank:
         params, summary = _train_adapters(start, stage, tx, step_at, batch_at, roles or {}, watch)
     else:

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from qstar import tree
 from qstar.errors import UserError
+from qstar.files import parse_json, read
 from qstar.mesh import shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, to_hf
@@ -54,12 +55,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       UserError: the file is missing, unreadable or no JSON object; the line gives the place.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = read(path)
+        value = json.loads(content)
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: broken JSON ({e.msg}); copy the file again") from None
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError):
+        value = parse_json(content, f"{path}")  # names the other faults
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -158,8 +161,8 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             )
         raise UserError(f"{folder}: no weights found ({SINGLE} or {INDEX})")
     names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{folder / INDEX}: weight_map is missing or empty; copy the file again")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{folder / INDEX}: weight_map is missing, empty or no map to file names; copy the file again")
     files = [folder / name for name in sorted(set(names.values()))]
     for file in files:
         if not file.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import UserError
+from qstar.files import parse_json, read
 from qstar.report.rationales import Answers, Attempts, Row, read_answers, read_attempts
 from qstar.train import metrics
 
@@ -170,6 +170,6 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also text that is not UTF-8
-        raise UserError(f"{path}: not JSON ({error}); delete the file or mend it") from error
+        return parse_json(read(path), f"{path}")
+    except UserError as error:
+        raise UserError(f"{error}; delete the file or mend it") from None

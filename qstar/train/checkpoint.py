@@ -1,30 +1,49 @@
-"""Sharded, asynchronous checkpoints through orbax, and nothing of orbax elsewhere.
+"""Sharded, asynchronous checkpoints through orbax, checksummed; nothing of orbax elsewhere.
 
 A checkpoint holds the TrainState (parameters, moments, step, random key) and a small JSON record. The data position is
 the step itself: batches are a pure function of (data, seed, step). A folder half written by a killed process is never
 seen: orbax writes under a temporary name and renames.
+
+The record also holds a checksum of every array and of itself, compared on restore. The checksums are of the arrays, not
+of files: they are computed on the devices, do not depend on the layout of mesh or files, and appear with the checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import Any
+import math
+import zlib
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from qstar import tree
+from qstar import processes, tree
 from qstar.errors import UserError
+from qstar.files import UNVERIFIED, Damaged, warn
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every file it touches
+
+CHECKSUMS = "checksums"  # key of the record
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read."""
+
+    state: Any
+    record: dict[str, Any]
+    step: int
 
 
 class Checkpoints:
     """The checkpoints of one training run: `folder/<step>/`."""
 
-    def __init__(self, folder: Any, *, keep: int = 1):
-        """Opens (and creates) the folder; of several checkpoints the newest `keep` stay.
+    def __init__(self, folder: Any, *, keep: int = 2):
+        """Opens (and creates) the folder; of several checkpoints the newest `keep` stay (two: one may be damaged).
 
         Raises:
           UserError: the folder cannot be written.
@@ -45,52 +64,77 @@ class Checkpoints:
         """Starts saving; returns once the arrays are copied (a step that exists already is left as it is)."""
         if step in self._manager.all_steps():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record or {}))
+        record = json.loads(json.dumps(record or {}))
+        arrays = checksums(state)
+        record[CHECKSUMS] = {"arrays": arrays, "record": _crc(record, arrays)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         self._manager.save(step, args=args)
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Restores the newest (or the given) step onto the shapes, dtypes and shardings of `like`.
+    def resume(self, like: Any) -> Restored | None:
+        """Restores the newest intact checkpoint, None if there is none. Damaged ones are named and set aside.
 
         Raises:
-          UserError: nothing to restore, or a checkpoint of another model (the line names the first difference).
+          UserError: a checkpoint of another model, or one that the system does not let us read.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return Restored(*self._read(like, step), step)
+            except Damaged as e:
+                aside = self.folder / f"damaged-{step}"
+                warn(f"{e}; moved to {aside.name}, and the checkpoint before it, or the start, is used")
+                if processes.is_first():
+                    if aside.exists():
+                        aside.rmtree()
+                    (self.folder / str(step)).rename(aside)
+                processes.agreed(True)  # it is moved before any process looks again
+                self._manager.reload()
+        return None
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Restores the newest (or the given) step onto the shapes, dtypes and shardings of `like`; changes no file.
+
+        Raises:
+          UserError: nothing to restore, a damaged checkpoint, or one of another model (the line names the first difference).
         """
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self.folder}; train first, or name another folder")
+        try:
+            return self._read(like, step)
+        except Damaged as e:
+            raise UserError(f"{e}; `qstar train` in the same --workdir makes it again") from None
+
+    def _read(self, like: Any, step: int) -> tuple[Any, dict[str, Any]]:
+        where = self.folder / str(step)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            self._check(target, step)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
-            out = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, FileNotFoundError, OSError) as e:
-            reason = str(e).strip().splitlines()[0][:200]
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} cannot be read ({reason}); delete that folder to train again"
-            ) from None
-        return out["state"], out["record"]
-
-    def _check(self, target: Any, step: int) -> None:
-        """Compares the stored shapes with the wanted ones: orbax' own complaint does not fit on a line."""
-        stored = self._manager.item_metadata(step)["state"]
-        if stored is None:
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} holds no training state; delete that folder to train again"
-            )
-        have = {n: tuple(x.shape) for n, x in tree.named_leaves(stored) if hasattr(x, "shape")}
-        want = {n: tuple(x.shape) for n, x in tree.named_leaves(target)}
-        where = self.folder / str(step)
-        for name, shape in want.items():
-            if name not in have:
-                raise UserError(f"checkpoint {where} is of another model: it has no {name}; use another --workdir")
-            if have[name] != shape and "rng" not in name:
-                raise UserError(
-                    f"checkpoint {where} is of another model: {name} is {have[name]}, expected {shape}; use another --workdir"
-                )
-        extra = sorted(set(have) - set(want))
-        if extra:
-            raise UserError(
-                f"checkpoint {where} is of another model: it has {extra[0]}, which this one lacks; use another --workdir"
-            )
+            record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            found = record.pop(CHECKSUMS, None)
+            if found is not None and found["record"] != _crc(record, found["arrays"]):
+                raise Damaged(f"checkpoint {where} is damaged (the checksum of its record differs)")
+            if found is None:
+                warn(UNVERIFIED)
+                stored = self._manager.item_metadata(step)["state"]
+                arrays = {n: [list(x.shape), str(x.dtype), None] for n, x in tree.named_leaves(stored) if hasattr(x, "shape")}
+            else:
+                arrays = found["arrays"]
+            _compare(arrays, target, where)
+            # Read as stored, so that the checksums apply; cast below where another dtype is wanted.
+            as_stored = tree.map_named(lambda n, x: _with_dtype(x, arrays[n][1]), target)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(as_stored))
+            state = self._manager.restore(step, args=args)["state"]
+        except (UserError, MemoryError, PermissionError):
+            raise
+        except jax.errors.JaxRuntimeError:  # out of device memory: nothing is wrong with the files
+            raise
+        except Exception as e:  # what a damaged file raises depends on where it was hit
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+            raise Damaged(f"checkpoint {where} is damaged ({reason})") from None
+        if found is not None:
+            now = checksums(state)
+            if wrong := [name for name in arrays if now[name] != arrays[name]]:
+                raise Damaged(f"checkpoint {where} is damaged (the checksum of {wrong[0]} differs)")
+        return jax.tree.map(lambda x, t: x.astype(t.dtype) if jnp.issubdtype(t.dtype, jnp.floating) else x, state, target), record
 
     def wait(self) -> None:
         """Blocks until what was started is on disk."""
@@ -100,3 +144,59 @@ class Checkpoints:
         """Waits and lets go of the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _compare(arrays: dict[str, Any], target: Any, where: Any) -> None:
+    """Compares the stored names and shapes with the wanted ones: orbax' own complaint does not fit on a line."""
+    want = {n: tuple(x.shape) for n, x in tree.named_leaves(target)}
+    for name, shape in want.items():
+        if name not in arrays:
+            raise UserError(f"checkpoint {where} is of another model: it has no {name}; use another --workdir")
+        have = tuple(arrays[name][0])
+        if have != shape and "rng" not in name:
+            raise UserError(
+                f"checkpoint {where} is of another model: {name} is {have}, expected {shape}; use another --workdir"
+            )
+    if extra := sorted(set(arrays) - set(want)):
+        raise UserError(
+            f"checkpoint {where} is of another model: it has {extra[0]}, which this one lacks; use another --workdir"
+        )
+
+
+def _with_dtype(x: Any, dtype: str) -> Any:
+    """Returns the abstract array with the stored dtype (only numbers are cast, not random keys)."""
+    if not jnp.issubdtype(x.dtype, jnp.floating) or str(x.dtype) == dtype:
+        return x
+    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=getattr(x, "sharding", None))
+
+
+def _crc(*values: Any) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def checksums(state: Any) -> dict[str, list[Any]]:
+    """Returns {name: [shape, dtype, checksum]} of the arrays of a pytree."""
+    leaves = tree.named_leaves(state)
+    sums = jax.device_get([_checksum(x) for _, x in leaves])
+    return {name: [list(np.shape(x)), str(x.dtype), int(n)] for (name, x), n in zip(leaves, sums)}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """A 32-bit checksum of the bits and positions of an array's elements, the same for every sharding.
+
+    Each element is mixed with its position by a bijection (murmur3's finaliser); the sum of integers does not depend on
+    its order. A change of one element always changes the sum.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    width = max(8, min(32, x.dtype.itemsize * 8))  # 64-bit elements become pairs
+    h = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    for axis, size in enumerate(h.shape):  # no reshape, which could move a sharded array between devices
+        stride = math.prod(h.shape[axis + 1 :]) & 0xFFFFFFFF
+        h = h + jax.lax.broadcasted_iota(jnp.uint32, h.shape, axis) * jnp.uint32(stride * 0x9E3779B1 & 0xFFFFFFFF)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)

@@ -71,8 +71,9 @@ def fit(
 def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, log_every, max_bad, watch):
     window: list[dict[str, Any]] = []
     bad, since = 0, time.perf_counter()
-    if checkpoints is not None and checkpoints.latest() is not None:
-        state, record = checkpoints.restore(state)
+    kept = checkpoints.resume(state) if checkpoints is not None else None
+    if kept is not None:
+        state, record, _ = kept
         window, bad, since = record.get("window", []), record.get("bad", 0), since - record.get("seconds", 0.0)
     first, checked = int(state.step), len(window)
     if bad >= max_bad:  # it had diverged before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qstar.files import record_path, warn
 from qstar.processes import is_first
-
-KEYS = ("arm", "student", "part", "iteration", "stage", "step")  # rows that differ in one are different rows
 
 
 class Writer:
     """Appends rows to `metrics.jsonl` and scalars to TensorBoard events beside it.
 
-    A run that was killed may repeat a few rows after it resumes: readers keep the last row of each `KEYS`; `read` does.
+    A run that was killed may repeat a few rows after it resumes: readers keep the last row of an (arm, iteration,
+    stage, step); `read` does.
     """
 
     def __init__(self, folder: Path, *, wandb: dict[str, Any] | None = None):
@@ -30,11 +32,12 @@ class Writer:
         if not is_first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = open(path, "a", buffering=1, encoding="utf-8")
-        if torn:  # a killed process was writing that line: the next row must not become part of it
-            self._file.write("\n")
+        content, self._damaged = _content(self.folder)
+        self._hash = hashlib.blake2b(content, digest_size=16)
+        self._bytes, self._rows = len(content), content.count(b"\n")
+        self._file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+        if content[-1:] not in (b"", b"\n"):  # a killed process was writing that line: the next row is none of it
+            self._append(b"\n")
         if wandb is not None:
             import wandb as wandb_module  # an extra: most runs do without
 
@@ -46,14 +49,25 @@ class Writer:
             return
         row = {"arm": arm, "iteration": iteration, "stage": stage, "step": step, **values}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        source = "_".join([arm, *(f"{k}_{values[k]}" for k in ("student", "part") if k in values)])
-        board = self._board(source)
+        self._append((json.dumps(clean) + "\n").encode())
+        board = self._board(arm)
         for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in KEYS:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
                 board.add_scalar(f"{stage}/{name}", value, iteration if stage == "iteration" else step)
         if self._wandb is not None:
-            self._wandb.log({f"{source}/{stage}/{k}": v for k, v in values.items()})
+            self._wandb.log({f"{arm}/{stage}/{k}": v for k, v in values.items()})
+
+    def _append(self, line: bytes) -> None:
+        """Appends to the file, then records the checksum of what it holds up to there."""
+        self._file.write(line)
+        self._hash.update(line)
+        self._bytes, self._rows = self._bytes + len(line), self._rows + line.count(b"\n")
+        record = {"bytes": self._bytes, "rows": self._rows, "blake2b": self._hash.hexdigest(), "damaged": self._damaged}
+        path = record_path(self.folder / "metrics.jsonl")
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # no fsync: there are many rows
+        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
     def _board(self, arm: str) -> Any:
         if arm not in self._boards:
@@ -73,18 +87,46 @@ class Writer:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics.jsonl, the last of each `KEYS`, in file order."""
-    path = Path(folder) / "metrics.jsonl"
+    """Returns the rows of a run's metrics.jsonl, the last of each (arm, iteration, stage, step), in file order.
+
+    Damage is named; rows that cannot be read are left out.
+    """
     rows: dict[tuple, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in _content(Path(folder))[0].splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # the line a killed process was writing
+            key = (row["arm"], row["iteration"], row["stage"], row["step"])
+            if [type(x) for x in key] not in ([str, int, str, int], [str, int, str, type(None)]):
+                continue
+        except (ValueError, KeyError, TypeError, RecursionError):  # a damaged line, or one a killed process was writing
             continue
-        key = tuple(map(row.get, KEYS))
         rows.pop(key, None)
         rows[key] = row
     return list(rows.values())
+
+
+def _content(folder: Path) -> tuple[bytes, bool]:
+    """Returns the content of metrics.jsonl, and whether it is or once was damaged (which is said).
+
+    Its record counts the bytes up to the last row that was written; after a kill the file may hold a little more.
+    """
+    path = folder / "metrics.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    record = record_path(path)
+    if not record.exists():
+        return content, False  # of an earlier version, or nothing was written yet
+    try:
+        found = json.loads(record.read_bytes())
+        known = content[: found["bytes"]]
+        damaged = found["damaged"] or [len(known), hashlib.blake2b(known, digest_size=16).hexdigest()] != [
+            found["bytes"],
+            found["blake2b"],
+        ]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        damaged = True
+    if damaged:
+        warn(f"{path}: damaged; rows of metrics may be missing or wrong (models and answers are not read from it)")
+    return content, damaged
 
 
 def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:

@@ -59,13 +59,13 @@ def wrap(events):
     write, replace, save = run_folder.write_jsonl, os.replace, Checkpoints.save
     train = training._train
 
-    def write_jsonl(path, rows):
+    def write_jsonl(path, rows, **options):
         events.tell("begin", events.name(path))
-        write(path, rows)
+        write(path, rows, **options)
         events.tell("done", events.name(path))
 
     def replaced(source, target, **how):
-        if not events.name(target).startswith(".."):
+        if not events.name(target).startswith("..") and ".checksums" not in str(target):
             events.tell("replace", events.name(target))
         replace(source, target, **how)
 

@@ -22,7 +22,12 @@ def test_a_new_folder_holds_config_and_environment(tmp_path):
     assert json.loads((tmp_path / "a/b/config.json").read_text()) == json.loads(json.dumps(CONFIG))
     environment = json.loads((tmp_path / "a/b/environment.json").read_text())
     assert environment["platform"] == "cpu" and environment["jax"] and environment["command"]
-    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == ["config.json", "environment.json"]
+    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == [
+        ".checksums",
+        ".lock",
+        "config.json",
+        "environment.json",
+    ]
 
 
 def test_the_same_config_goes_on(tmp_path):

@@ -1,0 +1,129 @@
+"""Atomic, checksummed files and guarded JSON parsing.
+
+A file written here appears whole or not at all. With `checksum=True` a file of its name in the folder `.checksums` beside
+it records its size, number of lines and BLAKE2b hash. `read` compares them, so that a file that was truncated, changed or replaced
+later is named instead of used. A file without a record (from an earlier version) is accepted with one warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qstar.errors import QstarWarning, UserError
+
+UNVERIFIED = "some files or checkpoints of this run have no checksums (an earlier version wrote them): they are used unverified"
+
+
+class Damaged(UserError):
+    """A file or checkpoint whose content is not what was written."""
+
+
+def warn(text: str) -> None:
+    """Says what the user should know, once per text."""
+    warnings.warn(text, QstarWarning, stacklevel=2)
+
+
+def record_path(path: Path) -> Path:
+    """Returns the path of the checksum record of a file."""
+    return path.parent / ".checksums" / path.name
+
+
+def record_of(content: bytes) -> dict[str, Any]:
+    """Returns the checksum record of a content."""
+    return {
+        "bytes": len(content),
+        "rows": content.count(b"\n"),
+        "blake2b": hashlib.blake2b(content, digest_size=16).hexdigest(),
+    }
+
+
+def write(path: Path, content: bytes, *, checksum: bool = False) -> None:
+    """Writes a file atomically: to a temporary name, flushed to the disk, renamed.
+
+    The record is written first: a process killed between the two leaves a record without a file (which is then
+    missing, and made again) or, where a file is replaced, a record that lists the old content as well as the new.
+    """
+    if checksum:
+        records = [record_of(content)]
+        if path.exists() and (old := record_of(path.read_bytes())) not in records:
+            records.append(old)
+        record_path(path).parent.mkdir(exist_ok=True)
+        write(record_path(path), (json.dumps(records) + "\n").encode())
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # also on Ctrl-C: leave no partial file behind
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if checksum:  # a rename is durable once its folder is flushed; not every file system can
+        with contextlib.suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def read(path: Path) -> bytes:
+    """Returns the content of a file, compared with its checksum record where it has one.
+
+    Raises:
+      Damaged: content and record differ, or the record cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        records = json.loads(record_path(path).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return content
+    except (OSError, ValueError, RecursionError):
+        records = None
+    if not isinstance(records, list) or record_of(content) not in records:
+        raise Damaged(f"{path}: damaged (it differs from its record in .checksums)")
+    return content
+
+
+def intact(path: Path) -> bool:
+    """Whether a file is there as it was written. A damaged one is named, set aside as NAME.damaged, and counts as missing."""
+    if not path.exists():
+        return False
+    try:
+        read(path)
+    except Damaged as e:
+        warn(f"{e}; set aside as {path.name}.damaged and made again")
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        record_path(path).unlink(missing_ok=True)
+        return False
+    if not record_path(path).exists():
+        warn(UNVERIFIED)
+    return True
+
+
+def parse_json(content: bytes | str, place: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+      UserError: not UTF-8, not JSON, nested too deeply, or a number with too many digits; begins with `place`.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{place}: not UTF-8 text ({e.reason} at byte {e.start})") from None
+    except json.JSONDecodeError as e:
+        where = f"column {e.colno}" if e.lineno == 1 else f"line {e.lineno}, column {e.colno}"
+        raise UserError(f"{place}: not JSON ({e.msg} at {where})") from None
+    except RecursionError:
+        raise UserError(f"{place}: JSON nested too deeply to be read") from None
+    except ValueError as e:  # Python refuses to convert integers of more than 4,300 digits
+        raise UserError(f"{place}: JSON with a number that cannot be read ({e})") from None
