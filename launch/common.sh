@@ -86,6 +86,47 @@ need_number() { # need_number --flag VALUE
     esac
 }
 
+# What goes on to `qstar train` is looked at here, before anything is created, shipped or installed.
+
+train_argument() { # train_argument WORD: adds it to rest, if `qstar train` knows such a flag
+    case $1 in
+    --config=* | --workdir=* | --device=* | --profile=* | --config.?*) ;;
+    -*) fail "${1%%=*} is unknown; --help lists the flags, and qstar train has --config.KEY=VALUE, --device and --profile" ;;
+    *)
+        case ${rest[*]: -1} in
+        --config.*=* | [!-]* | "") fail "'$1' is no flag; flags are written --name=value" ;;
+        --config.*) ;; # --config.KEY VALUE
+        *) fail "'$1' is no flag; flags are written --name=value" ;;
+        esac
+        ;;
+    esac
+    rest+=("$1")
+}
+
+check_files() { # check_files here | shipped | image CONFIG: whether the config and the folders that it names are there
+    local where=$1 config=$2 file=${2%%:*} part key value parts=()
+    case $file in
+    /* | \~*) [ "$where" != here ] || [ -n "$dry_run" ] || [ -f "${file/#\~/$HOME}" ] || fail "--config=$file: no such file" ;;
+    *) [ -f "$file" ] || fail "--config=$file: no such file in $PWD" ;;
+    esac
+    case $config in *:*) IFS=, read -ra parts <<<"${config#*:}" ;; esac
+    for part in ${parts[@]+"${parts[@]}"} ${rest[@]+"${rest[@]}"}; do
+        key=${part%%=*} value=${part#*=}
+        case $key in model | small | large | data | prompts | --config.model.path) ;; *) continue ;; esac
+        case $value in
+        "" | *://*) ;;
+        /* | \~*) # a disk of the machines that run it; here it can be looked for only where they share it
+            [ "$where" != here ] || [ -n "$dry_run" ] || [ -d "${value/#\~/$HOME}" ] || fail "$part: no such folder"
+            ;;
+        *)
+            [ -d "$value" ] || fail "$part: no such folder in $PWD; name the full path of one that every machine sees"
+            [ "$where" != shipped ] || [ -n "$(git ls-files --cached --others --exclude-standard -- "$value")" ] ||
+                fail "$part: git ignores that folder, so it is not shipped; name the full path of one that all workers see"
+            ;;
+        esac
+    done
+}
+
 # Jobs of this machine: a process group each, with a log and the id of its leader in one folder.
 
 jobs_folder=${QSTAR_JOBS:-$HOME/.qstar/jobs}

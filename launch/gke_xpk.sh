@@ -22,7 +22,7 @@
 #   --list | --logs | --stop      the workloads | the log of the first host | ends it: SIGTERM saves; the same command goes on
 #   --dry-run                     prints the commands
 #
-# Every other argument goes to `qstar train`.
+# --config, --workdir, --config.KEY, --device and --profile go to `qstar train`.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -58,7 +58,7 @@ for argument in "$@"; do
     -h | --help) show_help ;;
     --config=*) config=$value rest+=("$argument") ;;
     --workdir=*) workdir=$value rest+=("$argument") ;;
-    *) rest+=("$argument") ;;
+    *) train_argument "$argument" ;;
     esac
 done
 [ "$do" = list ] || need_name "$name"
@@ -78,6 +78,7 @@ create | manifest)
     need_value --image "$image" "a container image that holds qstar"
     need_value --config "$config" "what to run"
     need_value --workdir "$workdir" "a folder that all hosts see"
+    (cd "$(dirname "${BASH_SOURCE[0]}")/.." && check_files image "$config") || exit 2
     ;;
 esac
 if [ "$via" = xpk ]; then
@@ -182,8 +183,8 @@ create_workload() {
     local pair
     need_value --type "$type" "e.g. v6e-16"
     call+=(--docker-image="$image" --max-restarts="$restarts" --termination-grace-period-seconds="$grace")
-    # Without it, XPK restarts after faults of the machines only, and a process that lost its peer ends with a failure.
-    call+=(--restart-on-user-code-failure)
+    # By itself XPK restarts after exit codes 42 and 127 to 255. 75: told to end by the cluster; 1: lost another process.
+    call+=(--restart-on-exit-codes="75,1")
     [ -z "$spot" ] || call+=(--spot)
     [ -z "$secret$claim$queue" ] || fail "--secret, --claim and --queue are of --jobset; XPK: xpk storage attach, --env"
     for pair in ${environment[@]+"${environment[@]}"}; do call+=(--env "$pair"); done

@@ -11,7 +11,7 @@
 #   --stop           SIGTERM: it saves, and the same command goes on later
 #   --dry-run        prints the commands
 #
-# Every other argument goes to `qstar train`.
+# --config, --workdir, --config.KEY, --device and --profile go to `qstar train`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
@@ -28,7 +28,7 @@ for argument in "$@"; do
     --dry-run) dry_run=yes ;;
     -h | --help) show_help ;;
     --config=*) config=$value rest+=("$argument") ;;
-    *) rest+=("$argument") ;;
+    *) train_argument "$argument" ;;
     esac
 done
 need_name "$name"
@@ -39,6 +39,7 @@ esac
 case $do in
 run)
     need_value --config "$config" "what to run"
+    check_files here "$config"
     [ -n "$dry_run" ] || [ "$(detect_device)" = gpu ] || fail "no GPU is here (nvidia-smi -L lists none); launch/local.sh runs on a CPU"
     command=(.venv/bin/python -m qstar train --device=gpu "${rest[@]}")
     [ -z "$gpus" ] || command=(env "CUDA_VISIBLE_DEVICES=$gpus" "${command[@]}")

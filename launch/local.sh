@@ -5,30 +5,29 @@
 #   bash launch/local.sh --config=configs/star_gsm8k.py --workdir=runs/gsm8k   any other
 #   bash launch/local.sh --device=cpu                                          cpu, gpu or tpu (default: what is there)
 #
-# Every other argument goes to `qstar train`. Run again after an interruption, it goes on where it stopped.
+# --workdir, --config.KEY and --profile go to `qstar train` (its help: qstar train --help). Run again after an interruption, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-device=$(detect_device)
-config=configs/star_arithmetic.py
+device="" config=configs/star_arithmetic.py
 rest=()
 for argument in "$@"; do
     case $argument in
     --config=*) config=${argument#--config=} ;;
     --device=*) device=${argument#--device=} ;;
-    *) rest+=("$argument") ;;
+    -h | --help) show_help ;;
+    *) train_argument "$argument" ;;
     esac
 done
+check_files here "$config"
+device=${device:-$(detect_device)}
 case $device in
 cpu) extras="" ;;
 gpu) extras=cuda ;;
 tpu) extras=tpu ;;
-*)
-    echo "launch/local.sh: --device=$device is not cpu, gpu or tpu" >&2
-    exit 2
-    ;;
+*) fail "--device=$device is not cpu, gpu or tpu" ;;
 esac
 install_qstar "$extras"
 exec .venv/bin/python -m qstar train --config="$config" --device="$device" ${rest[@]+"${rest[@]}"}

@@ -13,7 +13,7 @@
 #   --stop            SIGTERM to its processes: they save and end; the same command goes on later
 #   --dry-run         prints the commands
 #
-# Every other argument goes to `qstar train`.
+# --config, --workdir, --config.KEY, --device and --profile go to `qstar train`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
@@ -33,7 +33,7 @@ for argument in "$@"; do
     -h | --help) show_help ;;
     --config=*) config=$value rest+=("$argument") ;;
     --workdir=*) workdir=$value rest+=("$argument") ;;
-    *) rest+=("$argument") ;;
+    *) train_argument "$argument" ;;
     esac
 done
 need_name "$name"
@@ -58,6 +58,7 @@ install) run install_qstar cuda ;;
 submit)
     need_value --config "$config" "what to run"
     need_value --workdir "$workdir" "a folder that all nodes see"
+    check_files here "$config"
     command=(sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus")
     [ -z "$time" ] || command+=(--time="$time")
     run "${command[@]}" ${more[@]+"${more[@]}"} launch/slurm.sbatch "${rest[@]}"

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs all of them: those of 8 simulated devices in a process of their own.
+#
+#   bash launch/test.sh                  everything
+#   bash launch/test.sh -k name --lf     arguments go to pytest, but not to that of the 8 devices
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
+case ${1:-} in -h | --help) show_help ;; esac
 # torch is pinned to a release whose CPU build is easy to come by; it is the reference of the tests, nothing else.
 python=$(find_python)
 torch=$("$python" -c 'import sys; print("torch==2.13.0" if sys.version_info < (3, 12) else "torch")')

@@ -3,8 +3,9 @@
 #
 #   bash launch/tpu_pod.sh --name=x --type=v6e-16 --zone=us-east5-b --project=P --config=configs/star_gsm8k.py --workdir=/mnt/runs/x
 #
-# asks for the machines and waits for them, copies the files git knows, installs, and starts `qstar train` with every other
-# argument on all workers. Called again it goes on: machines that are there are used, those that were pre-empted made again.
+# asks for the machines and waits for them, copies the files git knows, installs, and starts `qstar train` on all workers with
+# its flags (--config, --workdir, --config.KEY, --device, --profile). Called again it goes on: machines that are there are
+# used, those that were pre-empted made again.
 #
 #   --name=NAME --zone=ZONE --project=PROJECT    of the queued resource (zone and project: else ZONE and PROJECT, the variables)
 #   --type=TYPE          accelerator type: v4-8, v5litepod-16, v5p-32, v6e-16, ...
@@ -46,7 +47,7 @@ for argument in "$@"; do
     -h | --help) show_help ;;
     --config=*) config=$value rest+=("$argument") ;;
     --workdir=*) workdir=$value rest+=("$argument") ;;
-    *) rest+=("$argument") ;;
+    *) train_argument "$argument" ;;
     esac
 done
 need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
@@ -66,6 +67,7 @@ check_run() {
     /* | \~/*) ;;
     *) fail "--workdir=$workdir is a folder of each worker alone; name the full path of a disk that all of them see" ;;
     esac
+    check_files shipped "$config"
 }
 
 check_type() {

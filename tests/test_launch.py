@@ -80,6 +80,7 @@ def copy(tmp_path):
     """A small checkout that scripts may install into."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "launch", folder / "launch")
+    shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copy(ROOT / "setup.py", folder)
     (folder / ".gitignore").write_text(".venv\nsecret.key\n")
     (folder / "secret.key").write_text("x")
@@ -220,11 +221,27 @@ def test_xpk_gets_a_command_that_one_shell_splits_into_the_very_words(bench):
     (call,) = bench.calls()
     assert call[:4] == ["xpk", "workload", "create", "--cluster=c"]
     for flag in ("--workload=x", "--tpu-type=v6e-16", "--num-slices=2", "--docker-image=i:1", "--max-restarts=100",
-                 "--termination-grace-period-seconds=300", "--restart-on-user-code-failure", "A=b c"):  # fmt: skip
+                 "--termination-grace-period-seconds=300", "--restart-on-exit-codes=75,1", "A=b c"):  # fmt: skip
         assert flag in call
     assert "QSTAR_STOPPED_CODE=75" in call  # told to end by the cluster, the run is not taken for done
     assert shlex.split(call[-1].removeprefix("--command="))[-3:] == RUN
     assert shlex.split(bench("gke_xpk.sh", *XPK, "--type=v6e-16", "--image=i:1", *RUN, "--dry-run"))[:3] == call[:3]
+
+
+@pytest.mark.parametrize("flags", [["--type=v6e-16", "--image=i:1", "--slices=2", "--spot", "--env=A=b c", *RUN], ["--list"], ["--stop"]])
+def test_the_parser_of_xpk_accepts_the_call(bench, flags):
+    folder = os.environ.get("QSTAR_XPK")
+    if not folder:
+        pytest.skip("needs xpk in an environment of its own (python -m venv x && x/bin/pip install xpk; QSTAR_XPK=x/bin)")
+    call = shlex.split(bench("gke_xpk.sh", *XPK, *flags, "--dry-run"))
+    program = ("import argparse, sys; from xpk.parser.core import set_parser; from xpk.commands.workload import get_restart_exit_codes\n"
+               "p = argparse.ArgumentParser(prog='xpk'); set_parser(parser=p); a = p.parse_args(sys.argv[1:])\n"
+               "print(*get_restart_exit_codes(a) if a.xpk_workload_subcommands == 'create' else [])")  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [os.path.join(folder, "python"), "-c", program, *call[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert call[2] != "create" or {"75", "1", "137", "143"} <= set(done.stdout.split())
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -318,7 +335,64 @@ def test_a_mistake_is_one_line_with_its_culprit(bench, script, arguments, culpri
     assert len(said.splitlines()) == 1 and said.startswith(f"launch/{script}: ") and culprit in said
 
 
-OTHERS = ("common.sh", "local.sh", "test.sh", "slurm.sbatch")
+SUBMIT = {
+    "tpu_pod.sh": [*POD, "--workdir=/mnt/x"],
+    "gke_xpk.sh": [*XPK, "--type=v6e-16", "--image=i:1", "--workdir=/runs/x"],
+    "slurm.sh": ["--workdir=/shared/x"],
+    "gpu_local.sh": [],
+    "local.sh": [],
+}
+STAR = "--config=configs/star_gsm8k.py"
+WRONG = {
+    "a flag with a typing error": ([STAR, "--spott"], "--spott is unknown"),
+    "a flag of another launcher": ([STAR, "--network=foo"], "--network is unknown"),
+    "a word": ([STAR, "smoke"], "'smoke' is no flag"),
+    "a config that is not there": (["--config=configs/nope.py"], "--config=configs/nope.py: no such file"),
+    "a model that is not there": ([STAR + ":smoke,model=nope"], "model=nope: no such folder"),
+    "a model of an override": ([STAR, "--config.model.path=nope/x"], "--config.model.path=nope/x: no such folder"),
+    "data that are not there": ([STAR + ":data=nope"], "data=nope: no such folder"),
+}
+
+
+@pytest.mark.parametrize("script", SUBMIT)
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_mistake_is_seen_before_anything_is_created(bench, copy, script, kind):
+    flags, culprit = WRONG[kind]
+    before = sorted(copy.rglob("*"))
+    said = bench(script, *SUBMIT[script], *flags, cwd=copy, code=2)
+    assert len(said.splitlines()) == 1 and said.startswith(f"launch/{script}: ") and culprit in said
+    assert not [c for c in bench.calls() if c[0] != "nvidia-smi"] and sorted(copy.rglob("*")) == before
+
+
+def test_a_model_that_git_ignores_is_not_shipped(bench, copy):
+    (copy / "weights").mkdir()
+    (copy / "weights/config.json").write_text("{}")
+    bench("tpu_pod.sh", *POD, "--workdir=/mnt/x", STAR + ":model=weights", "--dry-run", cwd=copy)
+    with open(copy / ".gitignore", "a") as file:
+        file.write("weights\n")
+    said = bench("tpu_pod.sh", *POD, "--workdir=/mnt/x", STAR + ":model=weights", cwd=copy, code=2)
+    assert "model=weights: git ignores that folder" in said and not bench.calls()
+
+
+def test_values_of_the_config_go_on_in_both_ways_of_writing(bench):
+    more = ["--config.train.lr", "1e-3", "--config.evaluate.hinted", "--profile=1:2", "--config.loop.k=4", "--device=gpu"]
+    assert shlex.split(bench("slurm.sh", *SUBMIT["slurm.sh"], STAR, *more, "--dry-run"))[-7:] == [STAR, *more]
+
+
+def test_the_commands_of_the_readme_are_accepted(bench):
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line.partition("  #")[0] for line in text.splitlines() if line.startswith("bash launch/")]
+    assert len(commands) >= 7
+    for command in commands:
+        if "local.sh" in command and "gpu" not in command or "test.sh" in command:
+            continue  # these install
+        environment = {**bench.environment, "PROJECT": "p", "IMAGE": "i:1"}
+        done = subprocess.run(["bash", "-c", f"{command} --dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+    assert not bench.calls()
+
+
+OTHERS = ("common.sh", "slurm.sbatch")
 
 
 @pytest.mark.parametrize("script", [s.name for s in SCRIPTS if s.name not in OTHERS])
