@@ -14,7 +14,10 @@ setup(
     license_files=["LICENSE"],
     keywords=["reasoning", "language models", "JAX", "STaR", "Quiet-STaR", "V-STaR", "chain of thought"],
     packages=find_packages(include=["qstar", "qstar.*"]),
-    package_data={"qstar": ["py.typed"]},  # the annotations are for users' type checkers, too
+    package_data={  # the annotations are for users' type checkers, too; worked examples stand in front of prompts
+        "qstar": ["py.typed"],
+        "qstar.tasks": ["examples/*.jsonl"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.8",  # plain: which accelerator is the extras' business, so that it installs anywhere

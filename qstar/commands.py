@@ -183,7 +183,8 @@ def evaluate(argv: list[str]) -> int:
     p.add_argument(
         "--task", metavar="NAME", required=True, help="arithmetic, commonsense_qa, gsm8k, humaneval, math or mbpp"
     )
-    p.add_argument("--task-options", type=_json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}')
+    p.add_argument("--task-options", type=_json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}; '
+                   '"prompts": a folder of few-shot files, or null for none (default: built-in examples)')  # fmt: skip
     p.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
     p.add_argument("--limit", metavar="N", type=_whole(0), default=0, help="first N problems (0: all)")
     p.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=256, help="of an answer (default: 256)")
@@ -206,12 +207,14 @@ def evaluate(argv: list[str]) -> int:
         return _evaluate_quiet(a)
     from rich.console import Console
 
-    from qstar.methods.evaluation import evaluate_model, result_rows
+    from qstar.methods.evaluation import evaluate_model, result_rows, unanswered
     from qstar.models.model import load
     from qstar.report.evaluation import curve_rows, write_evaluation
-    from qstar.tasks import make_task
+    from qstar.tasks import has_examples, make_task
     from qstar.train.metrics import show_table
 
+    if has_examples(a.task):
+        a.task_options = {"prompts": "built-in"} | a.task_options
     task = make_task(a.task, **a.task_options)
     task.problems(a.split)  # a fault in the data shows before the model is read
     scorers = _scorers(a.verifier, task)
@@ -241,6 +244,8 @@ def evaluate(argv: list[str]) -> int:
         return 0
     console = Console()
     show_table(console, title, result_rows({k: v for k, v in result.items() if "@" not in k and ":" not in k}))
+    if warning := unanswered(result):
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     if a.samples:
         show_table(console, "chance to be right with k samples (95% interval over problems)", curve_rows(result))
     if page:

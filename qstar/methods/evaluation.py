@@ -51,7 +51,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Returns greedy accuracy and, from `samples` completions per problem, pass@k and majority@k for k = 1, 2, 4, ...
 
-    Every metric comes with its 95% bootstrap interval over problems, and per group of problems.
+    Every metric comes with its 95% bootstrap interval over problems, and per group of problems. `answered` is the share of
+    greedy completions in which an answer was found.
 
     Args:
       out: folder where answers are kept as JSONL; what is there already is not sampled again.
@@ -67,6 +68,7 @@ def evaluate_model(
     problems = task.problems(split)[: limit or None]
     if not problems:
         raise UserError(f"task {task.name} has no problems in split {split!r}")
+    fit_examples(model, task, max_new_tokens)
     task, problems, long = fit_prompts(model, task, problems, max_new_tokens, too_long)
     if out is not None:
         open_run(out, made_with or {}, "--out")
@@ -78,6 +80,7 @@ def evaluate_model(
         )
         result: dict[str, Any] = {"problems": len(problems)} | ({"too_long": long} if too_long != "error" else {})
         result.update(summarise("accuracy", [float(r.correct) for r in greedy], [r.group for r in greedy]))
+        result["answered"] = sum(r.answer is not None for r in greedy) / len(greedy)
         result["truncation_rate"] = sum(r.truncated for r in greedy) / len(greedy)
         if samples:
             settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=temperature)
@@ -96,6 +99,23 @@ def evaluate_model(
             result.update(many(drawn, samples))
             result.update(by_scores(drawn, samples, scorers or {}, folder))
     return result
+
+
+def fit_examples(model: Model, task: Task, max_new_tokens: int) -> None:
+    """Leaves out built-in examples that would take more than half of the room that answers leave in a short context."""
+    count, room = len(getattr(task, "examples", list)()), (model.config.max_positions - max_new_tokens) // 2
+    while count and len(model.tokenizer.encode(task.prefix(), bos=True)) > room:
+        count -= 1
+        task.keep_examples(count)
+
+
+def unanswered(result: Mapping[str, Any]) -> str:
+    """A warning where most completions hold no answer that the task can read, so that accuracy says little; or ""."""
+    share = result.get("answered", 1.0)
+    return "" if share >= 0.5 else (
+        f"warning: an answer was found in {share:.0%} of the completions only; accuracy says little about the model. Look at "
+        "the completions (--out), and give more --max-new-tokens or a prompt that shows the form of an answer"
+    )
 
 
 def by_scores(rollouts: list[Rollout], samples: int, scorers: Mapping[str, Scorer], folder: Path) -> dict[str, Any]:

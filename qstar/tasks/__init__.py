@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pathlib
 import typing
 from typing import Any
 
 from qstar.errors import UserError, check_type, unknown
 from qstar.tasks.base import DatasetTask, Problem, Task
 
-__all__ = ["DatasetTask", "Problem", "Task", "make_task"]
+__all__ = ["DatasetTask", "Problem", "Task", "has_examples", "make_task"]
 
 # Configs name a task by text, so the names have to stand somewhere; each is imported only when asked for.
 _TASKS = {
@@ -24,6 +25,11 @@ _TASKS = {
     "math": ("qstar.tasks.math", "MATH"),
     "mbpp": ("qstar.tasks.mbpp", "MBPP"),
 }
+
+
+def has_examples(name: str) -> bool:
+    """Whether a task has worked examples of its own, `prompts="built-in"`."""
+    return (pathlib.Path(__file__).with_name("examples") / f"{name}.jsonl").is_file()
 
 
 def make_task(name: str, **options: Any) -> Task:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import random
 import re
 import zlib
@@ -20,6 +21,7 @@ from qstar.data.sources import BAD_ROWS, read_records
 from qstar.errors import UserError
 
 SPLITS = ("train", "val", "test")
+BUILT_IN = "built-in"  # the value of `prompts` that stands for the examples in the folder `examples`
 VAL_BUCKETS = 20  # one question in twenty of train is validation
 
 
@@ -158,14 +160,17 @@ class DatasetTask(Task):
         Args:
             train: file or hub name of the training records; the hub's own data set when None.
             test: the same for the test records.
-            prompts: folder with the few-shot files; None is zero-shot.
+            prompts: folder with the few-shot files; "built-in" is the worked examples that come with qstar, in
+                the form that `parse` reads; None is zero-shot.
         """
         self._sources = {
             "train": (train or self.default_source, "train"),
             "test": (test or self.default_test or self.default_source, self.test_split),
         }
-        texts = [_read_prompts(prompts, name) for name in self.prompt_files] if prompts else ["", ""]
-        self._prefix, self._hinted_prefix = texts
+        self._built_in = prompts == BUILT_IN
+        files = self.prompt_files if prompts and not self._built_in else ()
+        self._prefix, self._hinted_prefix = [_read_prompts(prompts, name) for name in files] or ["", ""]
+        self._examples: list[Problem] | None = None
         self._shots = {_key(question) for question in re.findall(r"^Q: (.*)$", self._prefix, re.MULTILINE)}
         self._records: dict[str, list[Problem]] = {}
 
@@ -176,13 +181,27 @@ class DatasetTask(Task):
     def problems(self, split: str) -> list[Problem]:
         check_split(split)
         records = self._read("test" if split == "test" else "train")
-        records = [problem for problem in records if _key(problem.question) not in self._shots]
+        shots = self._shots | {_key(example.question) for example in self.examples()}
+        records = [problem for problem in records if _key(problem.question) not in shots]
         if split == "test":
             return records
         return [p for p in records if (bucket(p.question, VAL_BUCKETS) == 0) == (split == "val")]
 
     def prefix(self, hint: bool = False) -> str:
+        if self._built_in:
+            return "".join(f"{self.prompt(e, hint)}{self.solution(e)}\n\n" for e in self.examples())
         return self._hinted_prefix if hint else self._prefix
+
+    def examples(self) -> list[Problem]:
+        """The built-in worked examples, where `prompts` asks for them."""
+        if self._examples is None:
+            file = pathlib.Path(__file__).with_name("examples") / f"{self.name}.jsonl"
+            self._examples = read_records(file, self.fields, parse=self.to_problem) if self._built_in else []
+        return self._examples
+
+    def keep_examples(self, count: int) -> None:
+        """Uses the first `count` built-in examples only."""
+        self._examples = self.examples()[:count]
 
     def _read(self, part: str) -> list[Problem]:
         if part not in self._records:

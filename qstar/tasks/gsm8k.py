@@ -6,17 +6,18 @@ import re
 from fractions import Fraction
 
 from qstar.errors import UserError
+from qstar.tasks import answers
 from qstar.tasks.base import DatasetTask, Problem, ZeroShot, leak_marker
 
 MARK = "####"
-_LONGEST = 100  # characters of a number; Python refuses to convert very long ones, and no answer is one
-_MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
-_DIGITS = r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?"  # begins and ends on a digit, so a lone "," is not a number
+_LONGEST, _MINUS, _DIGITS = answers.LONGEST, answers.MINUS, answers.DIGITS
 _ANSWER = re.compile(
     r"\s*[$€£]?\s*(?P<sign>[-+]?)\s*[$€£]?\s*"
     rf"(?P<number>{_DIGITS}(?:\s*/\s*{_DIGITS})?)"
     r"[^0-9]*"  # units, %, a full stop: anything without another digit, so neither 1e3 nor "5 or 6" passes
 )
+_MARK = re.compile(r"#{4,}[\s:]*(?:[A-Za-z]{2}[A-Za-z ]{0,40}[:=](?=[^A-Za-z\n]*[0-9]))?\s*")  # "#### Total: 72"
+_ENUMERATION = re.compile(r"1?[0-9][.)]\s+[A-Za-z]")  # "#### 2. Add up" is a heading
 _INTEGER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*")
 _NUMBER = re.compile(rf"(?<![0-9.,])-?{_DIGITS}")
 # A number or unknown joined by an operator to another or to a bracket: what a rationale has to have before
@@ -34,20 +35,18 @@ def number(text: str) -> Fraction | None:
     full stop behind the number; refuses exponents, a second number, words in front. Exact: 29 == 29.00.
     """
     match = _ANSWER.fullmatch(text.translate(_MINUS))
-    if match is None or len(match["number"]) > _LONGEST:
+    if match is None:
         return None
-    parts = [Fraction(part.strip()) for part in match["number"].replace(",", "").split("/")]
-    if parts[1:] == [0]:
-        return None
-    value = parts[0] / parts[1] if len(parts) == 2 else parts[0]
-    return -value if match["sign"] == "-" else value
+    return answers.number_of(match)
 
 
 class GSM8K(DatasetTask):
     """Question, reasoning in lines with ``<<48/2=24>>`` marks, and ``#### 72``.
 
-    The answer is the number behind the LAST ``####`` and is compared as an exact fraction; `strict` is the
-    STaR release instead: the first line with ``####``, text compared letter by letter in lower case.
+    The answer is the number behind the last ``####``, in whatever markup; without one, the last number that the
+    text states as its answer ("The answer is 72", ``\\boxed{72}``, a bold number in the last line) or consists of. It
+    is compared as an exact fraction. `strict` is the STaR release instead: the first line with ``####``, text
+    compared letter by letter in lower case.
 
     The release appends the whole human solution as the hint while its hinted few-shot file shows only
     " (72)"; `hint` chooses, and the default agrees with the file.
@@ -111,20 +110,18 @@ class GSM8K(DatasetTask):
 
     def cut(self, completion: str) -> str:
         text = super().cut(completion)
-        line = self._answer_line(text)
-        if line is None:
-            return text
-        start, end = line
-        match = None if self.strict else _ANSWER.fullmatch(text[start:end].translate(_MINUS))
-        return text[: start + match.end("number") if match else end]
+        found = None if self.strict else read(text)
+        if found is not None:
+            return text[: found[1]]
+        at = text.find(MARK) if self.strict else text.rfind(MARK)
+        return text if at < 0 else text[:at] + text[at:].partition("\n")[0]
 
     def parse(self, completion: str) -> str | None:
         text = super().cut(completion)
-        line = self._answer_line(text)
-        if line is None:
-            return None
-        written = text[slice(*line)]
-        return (written.rpartition(MARK)[2].strip().lower() or None) if self.strict else _normal(written)
+        if self.strict:
+            return text.partition(MARK)[2].partition("\n")[0].rpartition(MARK)[2].strip().lower() or None
+        found = read(text)
+        return str(found[0]) if found else None
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
         if answer is None or self.strict:
@@ -146,13 +143,52 @@ class GSM8K(DatasetTask):
         early = [number(match) for match in _NUMBER.findall(rationale[: step.start()] if step else rationale)]
         return "states the answer before computing anything" if gold in early and gold not in given else None
 
-    def _answer_line(self, text: str) -> tuple[int, int] | None:
-        """Where the answer is written: from behind its mark to the end of that line."""
-        at = text.find(MARK) if self.strict else text.rfind(MARK)
-        if at < 0:
+
+def read(text: str) -> tuple[Fraction, int] | None:
+    """The answer of a completion and where it ends there; see `GSM8K` for what counts as one."""
+    clean = answers.plain(text)
+    for end in answers.ends(clean.text):
+        part = clean.text[:end]
+        marks = [mark.end() for mark in _MARK.finditer(part)]
+        found, unreadable = _marked(part, marks)
+        if found is None and not unreadable:
+            stated = (answers.number_at(part, at, words=True) for _, at in reversed(answers.statements(part)))
+            found = next(filter(None, stated), None) or _enumerated(part, marks)
+        if found is not None:
+            return found.value, clean.original_end(found.end, text)
+        if unreadable:
             return None
-        end = text.find("\n", at)
-        return at + len(MARK), len(text) if end < 0 else end
+        if (value := _implied(part, text[: clean.at[end]])) is not None:
+            return value, clean.original_end(len(part.rstrip()), text)
+    return None
+
+
+def _implied(part: str, original: str) -> Fraction | None:
+    """The number in bold in the last line, that of a concluding sentence, or that which is all of the text."""
+    for piece in reversed(answers.emphasised(original)):
+        if found := answers.number_at(answers.plain(piece).text, 0, words=True):
+            return found.value
+    found = next((answers.number_at(part, at, words=True) for at in answers.concluded(part)), None)
+    return found.value if found else number(part)
+
+
+def _marked(text: str, marks: list[int]) -> tuple[answers.Found | None, bool]:
+    """The number behind the last mark that is none of a heading, and whether there is one that cannot be read."""
+    for at in reversed(marks):
+        line, found = answers.line_at(text, at), answers.number_at(text, at)
+        if found and not _ENUMERATION.match(line):
+            return found, False
+        if not found and not line[:1].isalpha():
+            return None, True
+        for start, tail in answers.statements(text):  # "#### Final answer: 72"
+            if at <= start <= at + len(line) and (found := answers.number_at(text, tail, words=True)):
+                return found, False
+    return None, False
+
+
+def _enumerated(text: str, marks: list[int]) -> answers.Found | None:
+    """The number of the last mark where that looks like a numbered heading, and no other answer is stated."""
+    return next(filter(None, (answers.number_at(text, at) for at in reversed(marks))), None)
 
 
 def _normal(text: str) -> str | None:
