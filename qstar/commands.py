@@ -180,9 +180,7 @@ def evaluate(argv: list[str]) -> int:
     """qstar evaluate --model=DIR --task=NAME"""
     p = _parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
     p.add_argument("--model", metavar="DIR", required=True, help="model folder in the Hugging Face layout")
-    p.add_argument(
-        "--task", metavar="NAME", required=True, help="arithmetic, commonsense_qa, gsm8k, humaneval, math or mbpp"
-    )
+    p.add_argument("--task", metavar="NAME", required=True, help="arithmetic, commonsense_qa, gsm8k, math, mbpp ...")
     p.add_argument("--task-options", type=_json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}; '
                    '"prompts": a folder of few-shot files, or null for none (default: built-in examples)')  # fmt: skip
     p.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
@@ -213,8 +211,7 @@ def evaluate(argv: list[str]) -> int:
     from qstar.tasks import has_examples, make_task
     from qstar.train.metrics import show_table
 
-    if has_examples(a.task):
-        a.task_options = {"prompts": "built-in"} | a.task_options
+    a.task_options = ({"prompts": "built-in"} if has_examples(a.task) else {}) | a.task_options
     task = make_task(a.task, **a.task_options)
     task.problems(a.split)  # a fault in the data shows before the model is read
     scorers = _scorers(a.verifier, task)

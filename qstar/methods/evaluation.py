@@ -21,13 +21,13 @@ from qstar.methods.quiet_setup import Study as QuietStudy
 from qstar.methods.rollouts import SampleSettings, attempt
 from qstar.methods.run_folder import once, open_run
 from qstar.methods.select import Scorer, curves, ks_for, quality
-from qstar.methods.v_star_measure import by_problem, candidates
+from qstar.methods.v_star_measure import Ballots, by_problem, candidates
 from qstar.methods.v_star_setup import Study
 from qstar.methods.verifier import KINDS
 from qstar.models.heads import add_value_head
 from qstar.models.hf import read_json, refuse_foreign
 from qstar.models.model import Model, save
-from qstar.sample.vote import majority_at_k
+from qstar.sample.vote import voted_right_at_k
 from qstar.tasks.base import Task
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.evaluate import pass_at_k, summarise
@@ -96,8 +96,8 @@ def evaluate_model(
                 folder=folder,
                 stage="samples",
             )
-            result.update(many(drawn, samples))
-            result.update(by_scores(drawn, samples, scorers or {}, folder))
+            result.update(many(drawn, samples, task.ballots))
+            result.update(by_scores(drawn, samples, scorers or {}, folder, task.ballots))
     return result
 
 
@@ -112,13 +112,19 @@ def fit_examples(model: Model, task: Task, max_new_tokens: int) -> None:
 def unanswered(result: Mapping[str, Any]) -> str:
     """A warning where most completions hold no answer that the task can read, so that accuracy says little; or ""."""
     share = result.get("answered", 1.0)
-    return "" if share >= 0.5 else (
-        f"warning: an answer was found in {share:.0%} of the completions only; accuracy says little about the model. Look at "
-        "the completions (--out), and give more --max-new-tokens or a prompt that shows the form of an answer"
+    return (
+        ""
+        if share >= 0.5
+        else (
+            f"warning: an answer was found in {share:.0%} of the completions only; accuracy says little. Look at "
+            "the completions (--out), and give more --max-new-tokens or a prompt that shows the form of an answer"
+        )
     )
 
 
-def by_scores(rollouts: list[Rollout], samples: int, scorers: Mapping[str, Scorer], folder: Path) -> dict[str, Any]:
+def by_scores(
+    rollouts: list[Rollout], samples: int, scorers: Mapping[str, Scorer], folder: Path, ballots: Ballots = list
+) -> dict[str, Any]:
     """Returns `best@k:NAME`, `weighted@k:NAME`, `top4@k:NAME` and `regret@k:NAME` with intervals, and `auc:NAME`,
     `auc_pooled:NAME`, `ece:NAME` and `brier:NAME` (after Platt scaling), for every scorer.
 
@@ -134,7 +140,7 @@ def by_scores(rollouts: list[Rollout], samples: int, scorers: Mapping[str, Score
             return [{"problem_id": rows[0].problem_id, "scores": row.tolist()} for rows, row in zip(groups, found)]
 
         scores[name] = [row["scores"] for row in once(folder / f"scores_{name}.jsonl", make)]
-    some = [candidates(rows, {name: scores[name][i] for name in scores}) for i, rows in enumerate(groups)]
+    some = [candidates(rows, {name: scores[name][i] for name in scores}, ballots) for i, rows in enumerate(groups)]
     out: dict[str, Any] = {}
     values = curves(some, ks_for(samples))
     for rule, by_k in values.items():
@@ -162,13 +168,15 @@ def result_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def many(rollouts: list[Rollout], samples: int) -> dict[str, Any]:
-    """Returns pass@k and majority@k for k = 1, 2, 4, ... up to the number of samples per problem."""
+def many(rollouts: list[Rollout], samples: int, ballots: Ballots = list) -> dict[str, Any]:
+    """Returns pass@k and majority@k for k = 1, 2, 4, ... up to the number of samples per problem. `ballots`: the task's."""
     by_problem: dict[str, list[Rollout]] = collections.defaultdict(list)
     for r in rollouts:
         by_problem[r.problem_id].append(r)
     drawn = list(by_problem.values())
-    answers = [[None if r.truncated else r.answer for r in rows] for rows in drawn]  # what is cut off does not vote
+    answers = [
+        ballots([None if r.truncated else r.answer for r in rows]) for rows in drawn
+    ]  # what is cut off does not vote
     right = [[r.correct for r in rows] for rows in drawn]
     return votes(answers, right, [rows[0].group for rows in drawn], samples)
 
@@ -178,14 +186,13 @@ def votes(
 ) -> dict[str, Any]:
     """Returns pass@k and majority@k with intervals, k = 1, 2, 4, ... up to `samples`, of each problem's answers.
 
-    In a vote the right answers count as one, however they are written; None does not vote, but passes if it is right.
+    Equal strings vote together (`Task.ballots`); None does not vote, but passes if it is right.
     """
     out: dict[str, Any] = {}
     k = 1
     while k <= samples:
         passed = [pass_at_k(len(some), sum(some), k) for some in right]
-        ballots = [[a and ("right" if r else a) for a, r in zip(*pair)] for pair in zip(answers, right)]
-        voted = [majority_at_k(ballot, "right", k) for ballot in ballots]
+        voted = [voted_right_at_k(*pair, k) for pair in zip(answers, right)]
         out.update(summarise(f"pass@{k}", passed, groups))
         out.update(summarise(f"majority@{k}", voted, groups))
         k *= 2

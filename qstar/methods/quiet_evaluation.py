@@ -318,7 +318,8 @@ def zero_shot_cot(
             found = _reasoned(model, asked, drawn, samples, max_new_tokens, answer_tokens)
             answers = [[task.parse_closing(text) for text in some] for some in found]
             right = [[task.correct(p, a) for a in some] for p, some in zip(problems, answers)]
-            result |= {f"{k}{suffix}": v for k, v in votes(answers, right, [""] * len(problems), samples).items()}
+            counted = votes([task.ballots(a) for a in answers], right, [""] * len(problems), samples)
+            result |= {f"{k}{suffix}": v for k, v in counted.items()}
     return result
 
 

@@ -21,13 +21,21 @@ from typing import Any
 import numpy as np
 
 from qstar.errors import unknown
-from qstar.sample.vote import best_of, majority, over_subsets, ranking, top_m_vote, weighted_majority
+from qstar.sample.vote import (
+    best_of,
+    majority,
+    over_subsets,
+    ranking,
+    right_shares,
+    top_m_vote,
+    voted_right_at_k,
+    weighted_majority,
+)
 from qstar.tasks.base import stable_rng
 from qstar.train.evaluate import (
     best_of_k,
     bootstrap_ci,
     calibration,
-    majority_at_k,
     mean_auc,
     pass_at_k,
     pooled_auc,
@@ -43,7 +51,7 @@ SUBSETS = 200  # drawn to measure the rules that have no closed form
 class Candidates:
     """The n solutions of one problem."""
 
-    answers: Sequence[str | None]  # None: unreadable or cut off; in a measurement "right" stands for every right one
+    answers: Sequence[str | None]  # what each votes for (`Task.ballots`); None: unreadable or cut off
     correct: Sequence[bool]
     scores: Mapping[str, Sequence[float]]  # scorer -> one per solution
     group: str = ""
@@ -137,7 +145,7 @@ def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> 
     scorers = list(problems[0].scores) if problems else []
     for k in ks:
         out["pass"][k] = [pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
-        out["majority"][k] = [majority_at_k(_ballot(p), "right", k) for p in problems]
+        out["majority"][k] = [voted_right_at_k(p.answers, p.correct, k) for p in problems]
         for name in scorers:
             out.setdefault(f"best/{name}", {})[k] = [best_of_k(p.scores[name], p.correct, k) for p in problems]
             voted = [_voted(p, name, k, m) for p in problems]
@@ -146,32 +154,36 @@ def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> 
     return out
 
 
-def _ballot(p: Candidates) -> list[str | None]:
-    return [a and ("right" if right else a) for a, right in zip(p.answers, p.correct)]
-
-
 def _voted(p: Candidates, name: str, k: int, m: int) -> dict[str, float]:
     """Weighted and top-m votes of one problem."""
-    ballot, scores = _ballot(p), np.nan_to_num(np.asarray(p.scores[name], float), nan=-np.inf)
-    names = sorted({a for a in ballot if a is not None}, key=lambda a: (a != "right", a))
+    ballot, shares, scores = (
+        p.answers,
+        right_shares(p.answers, p.correct),
+        np.nan_to_num(np.asarray(p.scores[name], float), nan=-np.inf),
+    )
+    names = sorted({a for a in ballot if a is not None})
+    right = np.array([shares.get(name, 0.0) for name in names])
     votes = np.array([[a == name for name in names] for a in ballot], float).reshape(len(ballot), len(names))
 
     def top(rows: np.ndarray) -> np.ndarray:
         order = np.argsort(-scores[rows], axis=1, kind="stable")[:, :m]
-        return _right_share(votes[np.take_along_axis(rows, order, axis=1)].sum(axis=1), names)
+        return _right_share(votes[np.take_along_axis(rows, order, axis=1)].sum(axis=1), right)
 
     n = len(ballot)
-    weighted = weighted_majority_at_k(ballot, weights(p.scores[name]), "right", k, trials=SUBSETS)[0]
+    votes_of = weights(p.scores[name])
+    weighted = sum(
+        share * weighted_majority_at_k(ballot, votes_of, a, k, trials=SUBSETS)[0] for a, share in shares.items()
+    )
     return {"weighted": weighted, f"top{m}": over_subsets(top, n, k, trials=SUBSETS)[0]}
 
 
-def _right_share(votes: np.ndarray, names: list[str]) -> np.ndarray:
-    """How much of each vote [S, answers] the right answer wins, the first of `names` if it is there; ties are shared."""
-    if "right" not in names:
+def _right_share(votes: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """How much of each vote [S, answers] right answers win; ties are shared. `right`: see `right_shares`."""
+    if not right.any():
         return np.zeros(len(votes))
     top = votes.max(axis=1, keepdims=True)
     winners = (votes >= top) & (top > 0)
-    return winners[:, 0] / np.maximum(winners.sum(axis=1), 1)
+    return winners @ right / np.maximum(winners.sum(axis=1), 1)
 
 
 def summary(values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, dict[str, list[float]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,13 @@ from qstar.methods.run_folder import once, once_json
 from qstar.methods.select import Candidates
 from qstar.methods.verifier import KINDS, Verifier, score
 from qstar.models.model import Model
+from qstar.sample.vote import voted_right_at_k
 from qstar.tasks.base import Problem, Task
-from qstar.train.evaluate import majority_at_k, pass_at_k
+from qstar.train.evaluate import pass_at_k
 from qstar.train.metrics import show_table
 from qstar.types import Rollout
+
+Ballots = Callable[[Sequence[str | None]], Sequence[str | None]]
 
 
 def sampled_accuracy(ctx: Any, model: Model) -> dict[str, float]:
@@ -31,12 +34,12 @@ def sampled_accuracy(ctx: Any, model: Model) -> dict[str, float]:
     rows = attempt(
         model, ctx.task, problems, settings, k=16, hinted=False, iteration=0, seed=0, folder=folder, stage="val"
     )
-    some = [candidates(problem, {}) for problem in by_problem(rows)]
+    some = [candidates(problem, {}, ctx.task.ballots) for problem in by_problem(rows)]
     mean = lambda f: float(np.mean([f(c) for c in some]))  # noqa: E731
     return {
         "pass@1": mean(lambda c: np.mean(c.correct)),
         "pass@16": mean(lambda c: pass_at_k(16, sum(c.correct), 16)),
-        "majority@16": mean(lambda c: majority_at_k(c.answers, "right", 16)),
+        "majority@16": mean(lambda c: voted_right_at_k(c.answers, c.correct, 16)),
     }
 
 
@@ -52,7 +55,14 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
         scored = once(folder / f"scores_{n:03d}.jsonl", lambda: _score_rows(ctx, rollouts, sft, verifiers))
         found = once_json(
             folder / f"iter_{n:03d}.json",
-            lambda: result(rollouts, scored, ctx.select.samples, ctx.select.m, faults(ctx.task, problems, rollouts)),
+            lambda: result(
+                rollouts,
+                scored,
+                ctx.select.samples,
+                ctx.select.m,
+                faults(ctx.task, problems, rollouts),
+                ctx.task.ballots,
+            ),
         )
     label = {"arm": arm.name, "iteration": n}
     for name, row in scorer_rows(found).items():
@@ -114,9 +124,9 @@ def by_problem(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
     return list(groups.values())
 
 
-def candidates(rows: Sequence[Rollout], scores: dict[str, list[float]]) -> Candidates:
-    """Returns one problem's samples. All right answers count as one, however written; what is cut off does not vote."""
-    answers = [None if r.truncated else ("right" if r.correct else r.answer) for r in rows]
+def candidates(rows: Sequence[Rollout], scores: dict[str, list[float]], ballots: Ballots = list) -> Candidates:
+    """Returns one problem's samples. What is cut off does not vote. `ballots`: the task's."""
+    answers = ballots([None if r.truncated else r.answer for r in rows])
     return Candidates(answers, [r.correct for r in rows], scores, rows[0].group)
 
 
@@ -132,12 +142,14 @@ def result(
     samples: int,
     m: int,
     faulty: Sequence[str | None] | None = None,
+    ballots: Ballots = list,
 ) -> dict[str, Any]:
     """Returns the curves with their intervals, what each scorer is worth, and what a verifier gains over the others at
     k = 16.
 
     Args:
       faulty: the kind of mistake of each rollout, see `faults`.
+      ballots: what the answers of one problem vote for, see `Task.ballots`.
     """
     scorers = [name for name in scored[0] if name not in ("problem_id", "sample")]
     values = {(row["problem_id"], row["sample"]): row for row in scored}
@@ -145,7 +157,7 @@ def result(
     for rows in by_problem(rollouts):
         scores = {s: [values[r.problem_id, r.sample][s] for r in rows] for s in scorers}
         scores["random"] = choosing.random_scores(rows[0].problem_id, len(rows))
-        some.append(candidates(rows, scores))
+        some.append(candidates(rows, scores, ballots))
     ks = choosing.ks_for(samples)
     curves = choosing.curves(some, ks, m=m)
     at = 16 if samples >= 16 else ks[-1]

@@ -62,6 +62,18 @@ def majority_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
     return min(1.0, total / float(_binomial(N, rate)[k]))  # rounding can reach 1 + 1e-13
 
 
+def right_shares(answers: Sequence[str | None], correct: Sequence[bool]) -> dict[str, float]:
+    """Returns the share of right samples under each answer that has any; nearly always 1, of one answer."""
+    counts = collections.Counter(a for a in answers if a is not None)
+    right = collections.Counter(a for a, z in zip(answers, correct) if z and a is not None)
+    return {a: n / counts[a] for a, n in right.items()}
+
+
+def voted_right_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
+    """Returns `majority_at_k` where any number of answers may be right: the chance that the answer which wins is."""
+    return sum(share * majority_at_k(answers, a, k) for a, share in right_shares(answers, correct).items())
+
+
 def _binomial(n: int, rate: float) -> np.ndarray:
     """Probabilities [n + 1] of 0..n successes."""
     if rate >= 1:

@@ -17,7 +17,10 @@ DIGITS = r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?"  # begins and ends on a digit, so a 
 BOX = "\x02"  # stands for \boxed and <answer> in text without markup
 
 _THINKING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
-_TURN = r"<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_of_text|end|user|assistant)\|>|</s>|<(?:start|end)_of_turn>|\[/?INST\]"
+_TURN = (
+    r"<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_of_text|end|user|assistant)\|>|</s>"
+    r"|<(?:start|end)_of_turn>|\[/?INST\]"
+)
 _MARKUP = tuple(
     (re.compile(pattern, re.IGNORECASE), new)
     for pattern, new in (
@@ -56,7 +59,9 @@ _NEXT = re.compile(
     r"|(?<=\n)\s*\n(?=[^\n]*\b(?:how|what|which|who|when|where|find|calculate)\b[^\n]*\?\s*$)",
     re.IGNORECASE | re.MULTILINE,
 )
-_OPENER = re.compile(r"\W*(?:sure|certainly|of course|ok|okay|let'?s|let us|let me|here|to solve|first)\b", re.IGNORECASE)
+_OPENER = re.compile(
+    r"\W*(?:sure|certainly|of course|ok|okay|let'?s|let us|let me|here|to solve|first)\b", re.IGNORECASE
+)
 _END_OF_TURN = re.compile(rf"(?<=\S)\s*(?:{_TURN})", re.IGNORECASE)
 
 _SIGN = r"[$€£¥₹₽₩₪₫฿]"
@@ -96,6 +101,12 @@ def without_thinking(text: str) -> str:
     return _THINKING.sub("", text)
 
 
+def first_turn(text: str) -> str:
+    """The text up to the end of the model's turn, where it writes on as the user."""
+    turn = _END_OF_TURN.search(text)
+    return text[: turn.start()] if turn else text
+
+
 def plain(text: str) -> Plain:
     """The text without thinking, Markdown, LaTeX and HTML: `**$\\boxed{72}$**` is `$\\x0272$`."""
     at = list(range(len(text) + 1))
@@ -117,8 +128,7 @@ def ends(text: str) -> Iterator[int]:
     The first end before which an answer is found is the right one. A heading that opens the text, or follows a line
     such as "Sure, let's solve it:", repeats the problem at hand.
     """
-    turn = _END_OF_TURN.search(text)
-    text = text[: turn.start()] if turn else text
+    text = first_turn(text)
     for match in _NEXT.finditer(text):
         before = text[: match.start()].strip()
         opening = not before or ("\n\n" not in before and (_OPENER.match(before) or before.endswith((":", "!"))))
@@ -178,7 +188,9 @@ def number_at(text: str, start: int, *, words: bool = False) -> Found | None:
     return None if value is None else Found(value, match.end("number"))
 
 
-_CONCLUSION = re.compile(r"(?:so|thus|therefore|hence|in total|in all|altogether|in conclusion|overall)\b,?", re.IGNORECASE)
+_CONCLUSION = re.compile(
+    r"(?:so|thus|therefore|hence|in total|in all|altogether|in conclusion|overall)\b,?", re.IGNORECASE
+)
 
 
 def concluded(text: str) -> list[int]:

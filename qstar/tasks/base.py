@@ -104,6 +104,10 @@ class Task:
         """`correct` of many at once, in order; tasks whose answers are costly to judge share the work out."""
         return [self.correct(p, a) for p, a in zip(problems, answers, strict=True)]
 
+    def ballots(self, answers: Sequence[str | None]) -> list[str | None]:
+        """What each answer to one problem votes for: equal answers are equal strings, found without the right answer."""
+        return list(answers)
+
     def leak(self, problem: Problem, completion: str) -> str | None:
         """Why a rationalised completion betrays that it was given the answer, or None."""
         return leak_marker(completion, problem.question)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 
 from qstar.errors import UserError, require
 from qstar.tasks import verify
 from qstar.tasks.base import Problem, Task, check_split
-
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+from qstar.tasks.programs import normal_program, program_in
 
 # After the prompt of the MBPP paper (Austin et al., 2108.07732). V-STaR asks both data sets with "the MBPP template" and
 # does not print it: that this is the one is our assumption.
@@ -24,11 +22,12 @@ END = "\n[DONE]"
 class CodeTask(Task):
     """Base of the tasks whose answers are programs. Subclasses write `every`, `prompt`, and `job`.
 
-    `parse` returns the program as text; equal programs are equal strings, so a vote over programs counts texts.
+    `parse` returns the program as text.
     There is nothing to give as a hint: rationalisation is refused.
     """
 
     stop: tuple[str, ...] = (END,)
+    first_block = False  # of several complete blocks in a completion the program is the last
 
     def __init__(self, *, timeout_s: float, memory_mb: int):
         require(
@@ -42,10 +41,7 @@ class CodeTask(Task):
         raise NotImplementedError
 
     def parse(self, completion: str) -> str | None:
-        text = self.cut(completion).replace("\r\n", "\n")
-        fenced = _FENCE.search(text)
-        text = (fenced[1] if fenced else text).rstrip()
-        return text.strip("\n") or None
+        return program_in(completion, first=self.first_block)
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
         return answer is not None and self.verdict(problem, answer).passed
@@ -67,6 +63,10 @@ class CodeTask(Task):
         found = self.verdicts([problems[i] for i in there], [answers[i] for i in there])
         passed = dict(zip(there, (v.passed for v in found)))
         return [passed.get(i, False) for i in range(len(answers))]
+
+    def ballots(self, answers: Sequence[str | None]) -> list[str | None]:
+        """A vote is for a program's text without comments, docstrings and layout; the tests have no say in it."""
+        return [a and normal_program(a) for a in answers]
 
     def refuse_hint(self, hint: bool) -> None:
         """Raises UserError where a hinted prompt is asked for."""

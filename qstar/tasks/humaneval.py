@@ -6,8 +6,10 @@ import ast
 
 from qstar.data.sources import read_records
 from qstar.errors import UserError
+from qstar.tasks.answers import without_thinking
 from qstar.tasks.base import Problem
 from qstar.tasks.code import END, CodeTask, check_has, check_tests, text_fields
+from qstar.tasks.programs import as_body, blocks, is_body
 from qstar.tasks.verify import Job
 
 SOURCE = "openai/openai_humaneval"
@@ -84,11 +86,29 @@ class HumanEval(CodeTask):
             f"{problem.question.strip()}\n[BEGIN]\n"
         )
 
+    def cut(self, completion: str) -> str:
+        return super().cut(completion) if self.template == "mbpp" or self._continues(completion) else completion
+
     def parse(self, completion: str) -> str | None:
-        if self.template == "mbpp":
-            return super().parse(completion)
-        body = self.cut(completion).replace("\r\n", "\n").rstrip()
-        return body or None
+        if self.template == "mbpp" or not self._continues(completion):
+            program = super().parse(completion)
+            return as_body(program) if program and self.template == "completion" else program
+        lines = as_body(self.cut(completion).replace("\r\n", "\n").rstrip()).split("\n")
+        whole = "\n".join(lines)
+        while len(lines) > 1 and not is_body("\n".join(lines)):  # an explanation behind the body
+            lines.pop()
+        return ("\n".join(lines).rstrip() if is_body("\n".join(lines)) else whole) or None
+
+    def _continues(self, completion: str) -> bool:
+        """Whether a completion goes on with the body of the function, not with a message that holds the program."""
+        text = completion.replace("\r\n", "\n")
+        if without_thinking(text) != text or text.lstrip("\n").startswith(
+            ("def ", "from ", "import ", "class ", "@", "[BEGIN]")
+        ):
+            return False
+        fenced = blocks(text)
+        before = "\n".join(text.split("\n")[: fenced[0].start]) if fenced else ""
+        return not fenced or (bool(before.strip()) and is_body(as_body(before.rstrip())))
 
     def job(self, problem: Problem, program: str) -> Job:
         joint = "\n" if self.template == "mbpp" else ""  # the head alone is a function that returns None

@@ -23,7 +23,7 @@ class MBPP(CodeTask):
     """
 
     name = "mbpp"
-    fields = ("task_id", "text", "code", "test_list")
+    fields = ("task_id", "code", "test_list")
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class MBPP(CodeTask):
         """Reads nothing yet.
 
         Args:
-            data: file with all tasks; the hub's data set when None.
+            data: file with all tasks, in the full or the sanitized layout; the hub's full data set when None.
             shots: numbers of the few-shot tasks in front of prompts, those of the paper; () is zero-shot.
             timeout_s: wall time that a program and its tests may take.
             memory_mb: address space of a program, in MiB.
@@ -63,13 +63,19 @@ class MBPP(CodeTask):
 
     def to_problem(self, record: dict) -> Problem:
         """One record as a problem; a ValueError says what is wrong with it."""
-        text, code = text_fields(record, "text", "code")
+        name = "text" if record.get("text") is not None or "prompt" not in record else "prompt"  # the sanitized layout
+        if record.get(name) is None:
+            raise ValueError("has neither field 'text' nor, as in the sanitized layout, 'prompt'")
+        text, code = text_fields(record, name, "code")
         number, tests = record["task_id"], record["test_list"]
         if type(number) is not int or not 1 <= number <= 974:
             raise ValueError(f"field 'task_id' is {number!r}, not a whole number from 1 to 974")
         if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
             raise ValueError("field 'test_list' is not a list of assertions")
-        setup = record.get("test_setup_code") or ""
+        imports = record.get("test_imports") or []
+        if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+            raise ValueError("field 'test_imports' is not a list of import statements")
+        setup = "\n".join([*imports, *filter(None, [record.get("test_setup_code")])])
         check_tests("\n".join(tests))
         return Problem(
             id=f"mbpp-{number}",

@@ -121,7 +121,7 @@ def _pool_of(pid: int) -> Verifier:
     return verifier
 
 
-_PARSING = threading.Lock()  # CPython 3.11 counts the depth of all threads' trees in one place, and gives up (SystemError)
+PARSING = threading.Lock()  # CPython 3.11 counts the depth of all threads' trees in one place, and gives up (SystemError)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -135,7 +135,7 @@ def needed_names(tests: str) -> tuple[str, ...]:
         ValueError: the tests do not parse, or assert nothing.
     """
     try:
-        with _PARSING:
+        with PARSING:
             tree = ast.parse(tests)
         asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
         tables = [symtable.symtable(tests, "tests", "exec")]

@@ -1,7 +1,6 @@
 """The forms in which instruction-tuned models write answers, and the right value of each, in both readings of each task."""
 
 import json
-import random
 
 import pytest
 
@@ -62,7 +61,11 @@ GSM8K = [  # completion, lenient reading, strict reading
     ("The answer is either 5 or 6.", None, None),
     ("To convert the answer to weeks: 28 days", None, None),
     ("I cannot say.\n\nQuestion: Ann has 9?\nAnswer: 9", None, None),
-    ("Sure, let's solve it.\n\n**Problem:** Natalia sold 48 clips.\n\n**Solution:** 48 + 24 = 72.\n#### 72", "72", "72"),
+    (
+        "Sure, let's solve it.\n\n**Problem:** Natalia sold 48 clips.\n\n**Solution:** 48 + 24 = 72.\n#### 72",
+        "72",
+        "72",
+    ),
     ("<think>\nThe answer is 72.", None, None),
 ]
 

@@ -47,5 +47,7 @@ def test_a_real_model_answers_in_the_form_that_is_read(tmp_path, capfd):
     """40 problems and 256 tokens: SmolLM2-135M-Instruct .975, Qwen2.5-Coder-0.5B-Instruct .875; here a few of them."""
     model, data = real_model("smollm2-135m-instruct"), shared("data/gsm8k/test.jsonl")
     options = json.dumps({"test": str(data)})
-    assert main(["evaluate", f"--model={model}", "--task=gsm8k", f"--task-options={options}", "--limit=8", "--json"]) == 0
+    assert (
+        main(["evaluate", f"--model={model}", "--task=gsm8k", f"--task-options={options}", "--limit=8", "--json"]) == 0
+    )
     assert json.loads(capfd.readouterr().out)["answered"] > 0.8

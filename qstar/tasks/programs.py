@@ -1,0 +1,201 @@
+"""Programs in free text: the Python block of a Markdown fence, what stands between [BEGIN] and [DONE], or bare code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+import warnings
+from typing import NamedTuple
+
+from qstar.tasks.answers import first_turn, without_thinking
+from qstar.tasks.verify import PARSING
+
+_OPEN = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)$")
+_ONE_LINE = re.compile(r"^\s*```(?:(?:python|py)[0-9]*\s+)?([^`]+)```\s*$", re.IGNORECASE)
+_PYTHON = re.compile(
+    r"\W*(?:language-|lang\W+)?(?:i?py(?:thon)?(?:[-_ ]?[23](?:\.[0-9]+)?)?|tool_code)(?![\w-])", re.IGNORECASE
+)
+_FRAMES = (("[BEGIN]", "[DONE]"), ("[PYTHON]", "[/PYTHON]"))  # of MBPP's prompt, of Code Llama
+_CODE_LINE = re.compile(r"^([ \t]*)(?:(?:async )?def |class |import |from \S+ import |@\w)|^()\w+ *=[^=]", re.MULTILINE)
+_NEXT_TASK = re.compile(
+    r"^[^\w\n]*(?:Q|Question|Problem|Task|Exercise|User|Human)[*_\s]*(?:#?\s*[0-9]+)?[*_]*\s*[:.)]"
+    r"|\b(?:another|next|new|similar)\s+(?:problem|question|exercise|task)\b|^You are an expert Python programmer",
+    re.IGNORECASE | re.MULTILINE,
+)
+_DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+class Block(NamedTuple):
+    """A fenced block. `python` is None where the fence names no language; `start`, `end` are its lines."""
+
+    code: str
+    python: bool | None
+    closed: bool
+    start: int
+    end: int
+
+    def rank(self) -> int:
+        """How likely it is to be the program: 0 is no program."""
+        tree = syntax_tree(self.code)
+        defines = tree is not None and any(isinstance(node, _DEFINITION) for node in tree.body)
+        if self.python is False:
+            return int(defines)
+        if not self.closed:
+            return 2 if self.python or _CODE_LINE.search(self.code) else 0
+        if tree is None:
+            return 3 if self.python else 0
+        return 5 if defines else 4 if is_program(tree) else 0
+
+
+def program_in(text: str, *, first: bool = False) -> str | None:
+    """The program that a completion holds, or None.
+
+    Of several fenced blocks it is the last complete one that defines something (else: that is Python), before a further
+    problem that the model makes up. Reasoning in <think> tags is left out, and prose around bare code.
+
+    Args:
+        first: take the first such block instead.
+    """
+    text = _framed(first_turn(without_thinking(text)).replace("\r\n", "\n"))
+    found, kept, at = blocks(text), [], 0
+    lines = text.split("\n")
+    for block in found:
+        if any(b.rank() > 1 for b in kept) and _NEXT_TASK.search("\n".join(lines[at : block.start])):
+            break
+        kept.append(block)
+        at = block.end
+    best = max((block.rank() for block in kept), default=0)
+    if best:
+        ranked = [block for block in kept if block.rank() == best]
+        code = (ranked[0] if first else ranked[-1]).code
+    else:
+        for block in reversed(found):
+            lines[block.start : block.end] = []
+        code = _bare("\n".join(lines))
+    return (code or "").rstrip().strip("\n") or None
+
+
+def blocks(text: str) -> list[Block]:
+    """The fenced blocks of a text, the last one open where the text ends in it.
+
+    A fence inside a docstring does not end a block of Python whose code is complete only behind it.
+    """
+    lines = [re.sub(r"^> ?(?!>)", "", line) for line in text.split("\n")]
+    out, at = [], 0
+    while at < len(lines):
+        if whole := _ONE_LINE.match(lines[at]):
+            out.append(Block(whole[1], None, True, at, at + 1))
+        elif (opening := _OPEN.match(lines[at])) and not (opening["fence"][0] == "~" and opening["before"].strip()):
+            out.append(_block(lines, at, opening))
+        at = out[-1].end if out and out[-1].start == at else at + 1
+    return out
+
+
+def _block(lines: list[str], at: int, opening: re.Match) -> Block:
+    fence, info = opening["fence"], opening["info"].strip()
+    python = bool(_PYTHON.match(info)) if info.strip("{}. ") else None
+    indent = len(opening["before"]) if not opening["before"].strip() else 0
+    close = re.compile(rf"(.*?){re.escape(fence[0])}{{{len(fence)},}}(?:[ \t]*|[A-Z][\w']* .*)$")
+    ends = [
+        (i, m[1])
+        for i in range(at + 1, len(lines))
+        if (m := close.match(lines[i])) and not m[1].strip(" \t").endswith(fence[0])
+    ]
+    made = []
+    for end, glued in ends:
+        inside = [*lines[at + 1 : end], *([glued] if glued.strip() else [])]
+        code = "\n".join(line[indent:] if not line[:indent].strip() else line for line in inside)
+        made.append(Block(code, python, True, at, end + 1))
+        if python is False or syntax_tree(code) is not None:
+            return made[-1]
+    inside = [line[indent:] if not line[:indent].strip() else line for line in lines[at + 1 :]]
+    return made[0] if made else Block("\n".join(inside), python, False, at, len(lines))
+
+
+def syntax_tree(code: str) -> ast.Module | None:
+    """The code as a tree, or None if it is not Python."""
+    tree = _parsed(code)
+    return tree if isinstance(tree, ast.Module) else None
+
+
+def is_program(tree: ast.Module) -> bool:
+    """Whether there is more than names and constants in it: "Sorry" is Python, too."""
+    return any(
+        not (isinstance(s, ast.Expr) and isinstance(s.value, (ast.Name, ast.Constant, ast.Tuple))) for s in tree.body
+    )
+
+
+def as_body(code: str) -> str:
+    """Code as it continues a function's head: indented, where it is no program of its own."""
+    if is_body(code):
+        return code
+    code = code.strip("\n")
+    if _CODE_LINE.match(code) and not code[:1].isspace():
+        tree = syntax_tree(code)
+        if tree is None or any(isinstance(node, _DEFINITION) for node in tree.body):
+            return code
+    for body in ("    " + code, textwrap.indent(code, "    ")):
+        if is_body(body):
+            return body
+    return code
+
+
+def is_body(code: str) -> bool:
+    """Whether code is the body of a function and nothing else."""
+    tree = syntax_tree(f"def f():\n{code}\n")
+    return tree is not None and len(tree.body) == 1
+
+
+def normal_program(code: str) -> str:
+    """A program without comments, docstrings and layout, for programs that are to be told apart by what they do."""
+    tree = syntax_tree(code)
+    if tree is None:
+        return code
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, *_DEFINITION)) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _parsed(code: str) -> ast.Module | int:
+    """The tree, or the line of the error (0: unknown)."""
+    try:
+        with PARSING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # escapes that a later Python refuses
+            return ast.parse(code)
+    except SyntaxError as error:
+        return error.lineno or 0
+    except (ValueError, RecursionError, MemoryError):
+        return 0
+
+
+def _framed(text: str) -> str:
+    """What stands between the marks of a prompt's frame, of which either may be missing."""
+    for begin, end in _FRAMES:
+        start, stop = text.find(begin), re.search(rf"^[ \t]*{re.escape(end)}", text, re.MULTILINE)
+        if start >= 0 and not (stop and stop.start() < start):
+            text = text[start + len(begin) :]
+            stop = re.search(rf"{re.escape(end)}[ \t]*$", text, re.MULTILINE)
+        text = text[: stop.start()] if stop else text
+    return text
+
+
+def _bare(text: str) -> str | None:
+    """Code without a fence: the text, or from its first line of code as far as it is Python."""
+    tree = syntax_tree(text)
+    if tree is not None:
+        return text if is_program(tree) else None
+    starts = list(_CODE_LINE.finditer(text))
+    if not starts:
+        tree = syntax_tree(textwrap.dedent(text))
+        return text if tree is not None and is_program(tree) else None
+    indent = starts[0][1] or ""
+    lines = [line.removeprefix(indent) for line in text[starts[0].start() :].split("\n")]
+    end = len(lines)
+    while end > 0:
+        found = _parsed("\n".join(lines[:end]))
+        if isinstance(found, ast.Module):
+            return "\n".join(lines[:end])
+        end = min(end - 1, found - 1) if found else end - 1
+    return "\n".join(lines)
