@@ -120,9 +120,9 @@ class Context(Screen):
 class Arm:
     """One arm: WORKDIR/<name>/ and the numbers of its loops."""
 
-    def __init__(self, ctx: Context, name: str):
-        """Opens the arm's folder (created when something is written)."""
-        self.ctx, self.name = ctx, name
+    def __init__(self, ctx: Context, name: str, few_shot: bool = True):
+        """Opens the arm's folder (created when something is written); `few_shot`: as it samples, so it is measured."""
+        self.ctx, self.name, self.few_shot = ctx, name, few_shot
         self.folder = ctx.workdir / name
         self.seconds: dict[str, float] = {}
         self._scores: list[float] = []
@@ -245,6 +245,7 @@ class Arm:
                     seed=0,
                     folder=self.folder / "stages" / "evaluation",
                     stage=stage,
+                    few_shot=self.few_shot,
                     progress=progress,
                 )
             return [r.to_json() for r in rows]

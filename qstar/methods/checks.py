@@ -44,8 +44,9 @@ def check_room(ctx: Context, start: Model, arms: Iterable[Any]) -> None:
         check_fits(hinted_seeds, ctx.train_settings.row_length, "train")
     length = ctx.sample_settings.max_new_tokens
     problems = ctx.task.problems(ctx.evaluation.split)[: ctx.evaluation.limit or None]
+    few_shot = any(loop.few_shot_at_sample for loop in arms)
     for hinted in {False, ctx.evaluation.hinted}:
-        check_lengths(start, ctx.task, problems, length, hinted=hinted)
+        check_lengths(start, ctx.task, problems, length, hinted=hinted, few_shot=few_shot)
     for loop in arms:
         problems = ctx.task.pool(1, ctx.seed, loop.problems_per_iter)
         for hinted in {False, loop.rationalize}:

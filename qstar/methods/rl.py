@@ -96,7 +96,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx.start()
     base = base_model.prepare(ctx, start)
     for name, (rl_settings, settings) in arms.items():
-        train_arm(Arm(ctx, name), loop, rl_settings, settings, worlds[name], base)
+        train_arm(Arm(ctx, name, loop.few_shot_at_sample), loop, rl_settings, settings, worlds[name], base)
     ctx.close()
 
 

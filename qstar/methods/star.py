@@ -126,7 +126,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx.start()
     base = base_model.prepare(ctx, start)
     for name, loop in arms.items():
-        outer_loop(Arm(ctx, name), loop, base)
+        outer_loop(Arm(ctx, name, loop.few_shot_at_sample), loop, base)
     ctx.close()
 
 

@@ -104,7 +104,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     sft = supervised(ctx, base, solutions)
     check_gates(ctx.console, ctx.workdir / "g_sft", ctx.gates, lambda: sampled_accuracy(ctx, sft))
     for name, loop in arms.items():
-        outer_loop(Arm(ctx, name), loop, base, sft, solutions)
+        outer_loop(Arm(ctx, name, loop.few_shot_at_sample), loop, base, sft, solutions)
     ctx.close()
 
 
@@ -173,7 +173,7 @@ def supervised(ctx: Study, base: Model, solutions: list[Solution]) -> Model:
 
 
 def labelled_rollouts(arm: Arm, loop: Loop, generator: Model, n: int) -> list[Rollout]:
-    """k samples for every query, labelled: rationales/iter_NNN.jsonl. Those of G_SFT are shared by all arms of one k."""
+    """k samples for every query, labelled: rationales/iter_NNN.jsonl. Arms that ask G_SFT the same share its samples."""
     ctx = arm.ctx
     problems = star.drawn(ctx, loop, n)
     settings = ctx.sample_settings
@@ -181,7 +181,8 @@ def labelled_rollouts(arm: Arm, loop: Loop, generator: Model, n: int) -> list[Ro
         settings = dataclasses.replace(settings, temperature=loop.temperature)
     first = n == 1
     owner = ctx.workdir / "g_sft" if first else arm.folder
-    tag = f"k{loop.k}_t{settings.temperature:g}" if first else f"iter_{n:03d}"
+    asked = stable_seed(loop.few_shot_at_sample, *(p.id for p in problems))
+    tag = f"k{loop.k}_t{settings.temperature:g}_{asked:08x}" if first else f"iter_{n:03d}"
 
     def make() -> list[dict[str, Any]]:
         with arm.timed("sample"), ctx.bar("sample", len(problems) * loop.k) as progress:

@@ -31,9 +31,11 @@ def sampled_accuracy(ctx: Any, model: Model) -> dict[str, float]:
     settings = dataclasses.replace(ctx.sample_settings, temperature=ctx.select.temperature)
     folder = ctx.workdir / "g_sft" / "gates"
     problems = ctx.task.problems("val")
+    few_shot = ctx.config.loop.get("few_shot_at_sample", True)
     rows = attempt(
-        model, ctx.task, problems, settings, k=16, hinted=False, iteration=0, seed=0, folder=folder, stage="val"
-    )
+        model, ctx.task, problems, settings, k=16, hinted=False, iteration=0, seed=0, folder=folder, stage="val",
+        few_shot=few_shot,
+    )  # fmt: skip
     some = [candidates(problem, {}, ctx.task.ballots) for problem in by_problem(rows)]
     mean = lambda f: float(np.mean([f(c) for c in some]))  # noqa: E731
     return {
@@ -90,6 +92,7 @@ def test_samples(arm: Arm, generator: Model, problems: Sequence[Problem], n: int
             seed=0,
             folder=arm.folder / "selection",
             stage=f"samples_{n:03d}",
+            few_shot=arm.few_shot,
             progress=progress,
         )
 

@@ -30,7 +30,7 @@ GSM8K = [["done star/stages/iter_001/sample_000.jsonl", "batch star/checkpoints/
 V_STAR = [  # every stage; killed for good where a checkpoint is being written in the background
     [
         "batch g_sft 12",  # while G_SFT trains, past its first checkpoint
-        "done g_sft/stages/k4_t1/sample_000.jsonl",  # in the middle of sampling from G_SFT
+        "done g_sft/stages/k4_t1_18c98c75/sample_000.jsonl",  # in the middle of sampling from G_SFT
         "done v_star/rationales/iter_001.jsonl",  # before the buffers
         "batch v_star/checkpoints/iter_001 10",  # while the generator trains
         "done v_star/stages/evaluation/iter_001_000.jsonl",  # before its metrics are written

@@ -1,6 +1,7 @@
 """V-STaR's loop with scripted samplers and trainers: what enters D_GEN and D_VER, and what is trained on what, per preset."""
 
 import json
+import shutil
 
 import pytest
 
@@ -181,6 +182,52 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, m
         loop = ctx.arm_settings(v_star.Loop, v_star.PRESETS, name)
         v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
     assert folders[0] == folders[3] and len({f for f in folders}) == 5
+
+
+@pytest.mark.parametrize("own", [{"problems_per_iter": 3}, {"few_shot_at_sample": False}, {"fresh": True, "problems_per_iter": 4}])
+def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told, monkeypatch, own):
+    folders = {}
+    inner = v_star.attempt
+
+    def attempt(model, task, problems, *args, folder, iteration, **kw):
+        if iteration == 1:
+            folders.setdefault(folder, []).append([p.id for p in problems])
+        return inner(model, task, problems, *args, iteration=iteration, **kw)
+
+    monkeypatch.setattr(v_star, "attempt", attempt)
+    ctx = study(tmp_path, "v_star")
+    ctx.config.arms = {"arm": {"preset": "v_star", "k": 2}, "other": {"preset": "v_star", "k": 2, **own}}
+    for name in ("arm", "other"):
+        loop = ctx.arm_settings(v_star.Loop, v_star.PRESETS, name)
+        v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
+    assert len(folders) == 2 and all(len(asked) == 1 for asked in folders.values())
+
+
+@pytest.mark.parametrize("few_shot", [True, False])
+def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told, monkeypatch, few_shot):
+    """Greedy answers, test samples and the samples themselves: all with the few-shot text in front, or none."""
+    seen = set()
+    inner = v_star.attempt
+
+    def attempt(*args, stage, **kw):
+        seen.add((stage.split("_")[0], kw.get("few_shot", True)))
+        return inner(*args, stage=stage, **kw)
+
+    for module in (v_star, v_star_measure, arms):
+        monkeypatch.setattr(module, "attempt", attempt)
+    ctx = study(tmp_path / "run", "v_star")
+    ctx.writer.close()
+    shutil.rmtree(tmp_path / "run")
+    ctx.config.loop.few_shot_at_sample = few_shot
+    base = Fake("base")
+    monkeypatch.setattr(v_star.base_model, "checked", lambda *_: base)
+    monkeypatch.setattr(v_star.base_model, "show_parameters", lambda *_: None)
+    monkeypatch.setattr(v_star.base_model, "train_base", lambda *_: base)
+    monkeypatch.setattr(v_star, "supervised", lambda *_: Fake("G_SFT"))
+    monkeypatch.setattr(v_star.Study, "make", lambda *_: ctx)
+    v_star.run(ctx.config, tmp_path / "run", stub.Silent())
+    v_star.sampled_accuracy(ctx, Fake("G_SFT"))
+    assert seen == {(stage, few_shot) for stage in ("iter", "sample", "samples", "val")}
 
 
 @pytest.mark.parametrize("own", [{"verifiers": ("dop",)}, {"rationalize": True}, {"accumulate": False}, {"update": "dpo"}])
