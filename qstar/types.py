@@ -63,6 +63,16 @@ class Batch:
 
 
 @flax.struct.dataclass
+class Responses:
+    """Training rows of an encoder-decoder, or of whatever is trained on prompts and responses apart."""
+
+    prompt: jax.Array  # [B, P] int32
+    prompt_mask: jax.Array  # [B, P] int32, see `policy.response_states`
+    response: jax.Array  # [B, R] int32
+    mask: jax.Array  # [B, R] float32: 1 for the response's tokens, EOS among them
+
+
+@flax.struct.dataclass
 class Preference:
     """Pairs of a better and a worse completion. A pair stands in one row, so that any cut of the rows keeps it whole.
 
@@ -81,6 +91,7 @@ class Graded:
     rows: Batch  # [B, T]; the mask is on the tokens whose likelihood is learnt beside (see `value.value_loss`)
     labels: jax.Array  # [B, T] float32 in [0, 1]: the chance that what stands up to this token is (or ends) right
     weight: jax.Array  # [B, T] float32: 1 where the head is asked
+    lm_scale: jax.Array | None = None  # [B], one number: judged tokens per learnt one over all data; None: of the batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,8 @@ class TextCorpus(Corpus):
                 segments[b, at : at + len(piece)] = document
                 positions[b, at : at + len(piece)] = np.arange(len(piece))
                 at += len(piece)
-        return Rows(tokens, (segments > 0).astype(np.float32), segments, positions)
+        predicted = positions > 0  # neither padding nor a document's first token: another document stands before it
+        return Rows(tokens, predicted.astype(np.float32), segments, positions)
 
 
 def _text(field: str, record: dict) -> str:

@@ -17,14 +17,15 @@ from qstar import processes
 from qstar.errors import UserError, require
 from qstar.mesh import parameter_table, shardings
 from qstar.methods.arms import Context
-from qstar.methods.checks import check_fits, check_problems, check_room
+from qstar.methods.checks import check_fits, check_model, check_problems, check_room
 from qstar.methods.gates import check_gates
 from qstar.methods.rollouts import Rollout, attempt
 from qstar.methods.run_folder import check_run, stable_seed
 from qstar.methods.settings import check_keys
 from qstar.methods.supervised import fine_tune
 from qstar.models import decoder
-from qstar.models.config import ModelConfig, preset
+from qstar.models.config import ModelConfig, from_hf, preset
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.hf import read_config
 from qstar.models.model import Model, load
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
@@ -43,12 +44,13 @@ def checked(ctx: Context, config: Any, loops: Collection[Any]) -> Model:
       config: the whole config, which the run folder must hold if it holds one. loops: the arms' `Loop` settings.
 
     Raises:
-      UserError: see `check_run`, `model_options`, `check_problems`, `architecture` and `check_room`.
+      UserError: see `check_run`, `model_options`, `check_problems`, `architecture`, `check_model` and `check_room`.
     """
     check_run(ctx.workdir, config.to_dict())
     model_options(ctx)
     check_problems(ctx, loops)
     start = architecture(ctx)
+    check_model(ctx, start, loops)
     check_room(ctx, start, loops)
     return start
 
@@ -82,11 +84,15 @@ def model_options(ctx: Any) -> tuple[str, str, dict[str, Any]]:
         fixed = next(iter(sorted(options.keys() - RUN_OPTIONS)), "")
         free = ", ".join(sorted(RUN_OPTIONS))
         require((not fixed, f"config.model.{fixed} is fixed by the weights of {path}; there you can set {free}"))
-        t5 = read_config(path).get("model_type") == "t5"
         why = "config.model.attention: a T5 has relative biases, which only XLA's attention knows; leave it out"
-        require((not (t5 and "attention" in options), why))
+        require((not ("attention" in options and is_encoder_decoder(path)), why))
     require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
     return path, name, options
+
+
+def is_encoder_decoder(path: str) -> bool:
+    """Whether a model folder holds a T5; only its config.json is read."""
+    return isinstance(from_hf(read_config(path), where=f"{path}/config.json"), EncDecConfig)
 
 
 def architecture(ctx: Context) -> Model:

@@ -10,6 +10,8 @@ from typing import Any
 
 from qstar.errors import QstarWarning, UserError, require
 from qstar.methods.arms import Context
+from qstar.methods.supervised import TrainSettings, check_trainable
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
@@ -31,6 +33,21 @@ def check_problems(ctx: Context, arms: Iterable[Any]) -> None:
     for split, problems in found.items():
         fault = f"config.task: {ctx.task.name} has no problems in its split {split!r}; give it more data"
         require((bool(problems), fault))
+
+
+def check_model(ctx: Context, start: Model, arms: Iterable[Any]) -> None:
+    """Raises UserError where an arm trains in a way that this kind of model cannot be trained in."""
+    if isinstance(ctx.train_settings, TrainSettings):
+        try:
+            check_trainable(start.config, ctx.train_settings)
+        except UserError as e:
+            raise UserError(f"config.train.{e}") from None
+    if not isinstance(start.config, EncDecConfig):
+        return
+    for loop in arms:
+        pairs = [*getattr(loop, "verifiers", ()), *(["rpo"] if getattr(loop, "update", "sft") == "rpo" else [])]
+        line = f"config.model.path={ctx.config.model.path}: an encoder-decoder (T5) cannot be trained by"
+        require((not pairs, f"{line} {pairs and pairs[0]!r} (only by fine-tuning); leave that arm out, or take a decoder"))
 
 
 def check_room(ctx: Context, start: Model, arms: Iterable[Any]) -> None:

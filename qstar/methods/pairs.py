@@ -6,6 +6,7 @@ and a few problems would outweigh all others. So each problem gives at most `per
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import random
@@ -146,7 +147,20 @@ def graded_arrays(
 
 
 def step_ends(task: Task, tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:
-    """Returns the token of the completion in which each of its steps ends; the last step ends with EOS."""
-    ends = [len(tokenizer.encode_pair(prompt, completion[:at])[1]) - 1 for at in task.steps(completion)[:-1]]
-    whole = len(tokenizer.encode_pair(prompt, completion)[1])
-    return sorted({e for e in ends if 0 <= e < whole}) + [whole]
+    """Returns the token of the completion in which each of `task.steps` ends, one per step; the last ends with EOS.
+
+    Steps that end in one token share it (see `step_targets`).
+    """
+    ids = tokenizer.encode_pair(prompt, completion)[1]
+    dropped = len(completion) - len(tokenizer.decode(ids))  # SentencePiece drops a space in front
+
+    def reach(i: int) -> int:  # characters up to the end of token i; one that is incomplete does not count
+        return dropped + len(tokenizer.decode(ids[: i + 1]).rstrip("\ufffd"))
+
+    return [bisect.bisect_left(range(len(ids)), at, key=reach) for at in task.steps(completion)[:-1]] + [len(ids)]
+
+
+def step_targets(ends: Sequence[int], labels: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Returns the distinct tokens in which steps end and the label of each: that of the last step that ends there."""
+    last = dict(zip(ends, labels, strict=True))
+    return list(last), list(last.values())

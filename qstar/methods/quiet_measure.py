@@ -19,7 +19,7 @@ from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.mesh import to_host
 from qstar.methods.quiet_base import holds_steps
 from qstar.methods.quiet_setup import Study
-from qstar.methods.run_folder import once_json, stable_seed
+from qstar.methods.run_folder import once, once_json, stable_seed
 from qstar.models.model import Model
 from qstar.thoughts import measure as m
 from qstar.train.evaluate import bootstrap_ci
@@ -89,7 +89,7 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _measure(study: Study, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
     rows = study.corpus.test_rows(study.sight.rows)
-    names, kinds = _kinds(study, model, rows)
+    names, kinds = _kinds(study, rows)
     if thinker == "none":
         nll, hit, counted = _text(study, model, rows)
         values = {"nll_base": nll, "accuracy_base": hit}
@@ -123,8 +123,10 @@ def _by_kind(
         for key, x in values.items():
             out[f"{key}/{name}"] = float(x[mine].mean()) if mine.any() else None
             if key in ci and mine.any():  # rows are the independent things, not their tokens
-                per_row = [x[b][mine[b]].mean() for b in range(len(x)) if mine[b].any()]
-                out[f"{key}_low/{name}"], out[f"{key}_high/{name}"] = bootstrap_ci(per_row)
+                counts = mine.sum(axis=1)
+                sums = np.where(mine, x, 0.0).sum(axis=1)
+                interval = bootstrap_ci(sums[counts > 0], counts=counts[counts > 0])
+                out[f"{key}_low/{name}"], out[f"{key}_high/{name}"] = interval
     return out
 
 
@@ -174,17 +176,25 @@ def _text(study: Study, model: Model, rows: Rows) -> tuple[np.ndarray, ...]:
     return tuple(np.concatenate(x) for x in zip(*parts))
 
 
-def _kinds(study: Study, model: Model, rows: Rows) -> tuple[list[str], np.ndarray]:
+def measure_difficulty(study: Study, base: Model) -> None:
+    """Writes the base's NLL of every held-out token, WORKDIR/base/difficulty.jsonl, where the corpus names no kinds.
+
+    Called before any arm trains: the kinds of all arms' tables are how hard a token is for the base.
+    """
+    model = base.replace(config=base.config.replace(thoughts=study.thoughts))
+
+    def make() -> list[dict[str, Any]]:
+        return [{"nll": np.round(x, 4).tolist()} for x in _text(study, model, study.corpus.test_rows(study.sight.rows))[0]]
+
+    if not study.corpus.classes:
+        once(study.workdir / "base" / "difficulty.jsonl", make)
+
+
+def _kinds(study: Study, rows: Rows) -> tuple[list[str], np.ndarray]:
     """Returns the kinds' names, and that of the token after each position, [B, N-1]."""
     if rows.classes is not None:
         return list(study.corpus.classes), rows.classes[:, 1:]
-    path = study.workdir / "base" / "difficulty.jsonl"  # of the first model that is measured: the one without training
-    if not processes.exists(path):
-        nll, _, _ = _text(study, model, rows)
-        if processes.is_first():
-            write_jsonl(path, [{"nll": np.round(x, 4).tolist()} for x in nll])
-        processes.agreed(True)  # it is there before anybody reads it
-    nll = np.asarray([r["nll"] for r in read_jsonl(path)])
+    nll = np.asarray([r["nll"] for r in read_jsonl(study.workdir / "base" / "difficulty.jsonl")])
     return [name for _, name in BUCKETS], np.searchsorted([edge for edge, _ in BUCKETS[:-1]], nll)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from qstar.data.corpus import Corpus, Rows, TextCorpus
 from qstar.errors import UserError, check_type, require, unknown
 from qstar.mesh import make_mesh, put_whole_batch
+from qstar.methods import base_model
 from qstar.methods.screen import Screen
 from qstar.methods.settings import Gate, Log, Sections, check_keys, settings_from
 from qstar.methods.training import UpdateSettings
@@ -77,7 +78,10 @@ class Study(Screen):
         settings_from(Log, sections.log, "log")
         start_text = extra["thoughts"].pop("start_text", "---")
         parity = extra["thoughts"].pop("parity", False)
-        corpus = make_corpus(extra["data"], sections.model.get("path", ""))
+        path = sections.model.get("path", "")
+        why = "an encoder-decoder (T5) cannot think before each token of a text, as Quiet-STaR has it; take a decoder"
+        require((not path or not base_model.is_encoder_decoder(path), f"config.model.path={path}: {why}"))
+        corpus = make_corpus(extra["data"], path)
         update = settings_from(UpdateSettings, sections.train, "train")
         require(
             (

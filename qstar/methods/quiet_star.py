@@ -27,7 +27,7 @@ import numpy as np
 
 from qstar.errors import UserError, require
 from qstar.methods import base_model, quiet_base
-from qstar.methods.quiet_measure import Watch, measure
+from qstar.methods.quiet_measure import Watch, measure, measure_difficulty
 from qstar.methods.quiet_setup import Study
 from qstar.methods.run_folder import check_run, open_run, stable_seed
 from qstar.methods.training import Stage, UpdateSettings, train_stage
@@ -92,6 +92,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     open_run(study.workdir, config.to_dict())
     study.begin()
     models = {"base": quiet_base.prepare(study, start)}
+    measure_difficulty(study, models["base"])
     for name, recipe in recipes.items():
         study.say(f"\n[bold]{name}[/bold]: {recipe.steps} steps")
         models[name] = train_arm(study, name, recipe, models)

@@ -212,7 +212,7 @@ def train(arm: Arm, loop: Loop, start: Model, examples: list[Example], n: int) -
     """Fine-tunes `start` on the kept rationales for S_n steps, with fresh optimiser moments."""
     ctx = arm.ctx
     settings = ctx.train_settings
-    rows = len(pack_rows(examples, settings)["tokens"])  # several examples share a packed row
+    rows = len(pack_rows(examples, settings, start.config)["mask"])  # several examples share a packed row
     steps = steps_for(loop.steps, n, rows, settings.batch_size)
     if loop.max_epochs is not None:
         cap = max(1, int(loop.max_epochs * rows / settings.batch_size))

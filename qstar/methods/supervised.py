@@ -14,12 +14,15 @@ import numpy as np
 from qstar.data.loader import batches
 from qstar.errors import UserError, require
 from qstar.methods.training import Stage, UpdateSettings, train_stage
+from qstar.models import policy
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
+from qstar.sample.batching import padded_length
 from qstar.text.packing import Example, pack
 from qstar.train import losses
 from qstar.train.metrics import Writer
 from qstar.train.step import make_step
-from qstar.types import Batch
+from qstar.types import Batch, Responses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,12 @@ class TrainSettings(UpdateSettings):
 @functools.cache
 def sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
     """Returns (optimiser, jitted step), one per configuration: all loops of a run share one compilation."""
+    check_trainable(config, settings)
     tx = settings.optimiser()
-    loss = functools.partial(losses.sft_loss, config=config, z_loss=settings.z_loss, one_text=not settings.packed)
+    if isinstance(config, EncDecConfig):
+        loss = functools.partial(losses.response_loss, config=config, z_loss=settings.z_loss)
+    else:
+        loss = functools.partial(losses.sft_loss, config=config, z_loss=settings.z_loss, one_text=not settings.packed)
     return tx, make_step(settings.through(loss), tx, settings.accumulate)
 
 
@@ -70,28 +77,57 @@ def fine_tune(
       label: arm and iteration, for the metrics rows.
       mix: (other examples, share of every batch): hinted seed rows, in from-scratch runs.
     """
+    mixed = mix[0] if mix else ()
 
     @functools.cache  # packed when the first batch is asked for: a finished stage asks for none
     def rows() -> Any:
         return batches(
-            pack_rows(examples, settings),
+            pack_rows(examples, settings, start.config, beside=mixed),
             settings.batch_size,
             seed=seed,
-            mix=(pack_rows(mix[0], settings), mix[1]) if mix else None,
+            mix=(pack_rows(mixed, settings, start.config, beside=examples), mix[1]) if mix else None,
         )
 
+    kind = Responses if isinstance(start.config, EncDecConfig) else Batch
     tx, step_fn = sft_step(start.config, settings)
     stage = Stage(folder, settings, steps, seed, writer, label, progress)
-    model, done = train_stage(start, stage, tx, lambda s: step_fn, lambda s: Batch(**rows()[s]))
+    model, done = train_stage(start, stage, tx, lambda s: step_fn, lambda s: kind(**rows()[s]))
     return model, {**done, "rows": len(examples)}
 
 
-def pack_rows(examples: Sequence[Example], settings: TrainSettings) -> dict[str, np.ndarray]:
-    """Returns the packed rows of the examples.
+def check_trainable(config: Any, settings: TrainSettings) -> None:
+    """Raises UserError for settings that a model of this kind cannot be fine-tuned with."""
+    if not isinstance(config, EncDecConfig):
+        return
+    why = "is for decoders, and this model is an encoder-decoder (T5)"
+    require(
+        (not settings.lora_rank, f"lora_rank={settings.lora_rank} {why}, of which all parameters train; set it to 0"),
+        (not settings.loss_on_prompt, f"loss_on_prompt=True {why}, which predicts no prompt; set it to False"),
+    )
+
+
+def pack_rows(
+    examples: Sequence[Example], settings: TrainSettings, config: Any = None, *, beside: Sequence[Example] = ()
+) -> dict[str, np.ndarray]:
+    """Returns the examples as rows: packed ones [N, L] for a decoder; one each, prompt and response apart, for an
+    encoder-decoder, as wide as they and those that stand `beside` them in batches need.
 
     Raises:
       UserError: an example that is longer than `row_length`.
     """
     if not examples:
         raise UserError("no examples to train on")
+    if isinstance(config, EncDecConfig):
+        return _response_rows(examples, settings.row_length, config, [*examples, *beside])
     return pack(examples, settings.row_length, packed=settings.packed, loss_on_prompt=settings.loss_on_prompt)
+
+
+def _response_rows(examples, row_length, config, widest):
+    longest = max(map(len, examples))
+    require((longest <= row_length, f"row_length={row_length} is too short: the longest example has {longest} tokens"))
+    P, R = (padded_length(max(len(getattr(x, part)) for x in widest)) for part in ("prompt", "completion"))
+    prompt, prompt_mask = policy.pad_prompts(config, [x.prompt for x in examples], P)
+    response, mask = np.zeros((len(examples), R), np.int32), np.zeros((len(examples), R), np.float32)
+    for i, x in enumerate(examples):
+        response[i, : len(x.completion)], mask[i, : len(x.completion)] = x.completion, 1.0
+    return {"prompt": prompt, "prompt_mask": prompt_mask, "response": response, "mask": mask}

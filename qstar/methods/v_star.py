@@ -161,7 +161,7 @@ def supervised(ctx: Study, base: Model, solutions: list[Solution]) -> Model:
     """G_SFT <- SFT(G_base, D_SFT): one for all arms, in WORKDIR/g_sft."""
     rows = ctx.fitting([to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion) for s in solutions])
     s = ctx.train_settings
-    steps = star.steps_for(ctx.sft.steps, 1, len(pack_rows(rows, s)["tokens"]), s.batch_size)
+    steps = star.steps_for(ctx.sft.steps, 1, len(pack_rows(rows, s, base.config)["mask"]), s.batch_size)
     ctx.say(f"\n[bold]G_SFT[/bold]: {len(rows)} solutions, {steps} steps")
     with ctx.bar("sft", steps) as progress:
         seed = stable_seed(ctx.seed, "sft")

@@ -24,7 +24,7 @@ import numpy as np
 from qstar.data.loader import batches
 from qstar.errors import UserError, require, unknown
 from qstar.methods.buffers import Solution
-from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, to_examples
+from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, step_targets, to_examples
 from qstar.methods.run_folder import once
 from qstar.methods.training import Stage, UpdateSettings, train_stage
 from qstar.models.heads import add_value_head, values
@@ -50,7 +50,7 @@ class VerifierSettings(UpdateSettings):
     beta: float = 0.1  # dpo: pull towards G_SFT
     alpha: float = 0.0  # rpo: of the likelihood of right solutions, per token, beside DPO
     rollouts: int = 0  # prm: continuations per step that tell how right it is; 0: the task checks its steps
-    lm_weight: float = 0.1  # orm, prm: of the likelihood of right solutions, beside the judgement
+    lm_weight: float = 0.1  # orm, prm: of the mean NLL of right solutions' tokens, beside the mean over judged tokens
     dropout: float = 0.2  # orm, prm: on what the head reads
     packed: bool = True
     row_length: int = 1024  # for dpo, of a pair's two solutions together
@@ -168,7 +168,7 @@ def _scores(v: Verifier, rule: str, pairs: Sequence[tuple[Any, Any]]) -> np.ndar
     for i, ((prompt, _), text, x) in enumerate(zip(pairs, texts, odds)):
         if not isinstance(text, str) or not isinstance(prompt, str):
             raise UserError(f"score {rule!r} needs texts: where steps end cannot be told from token ids")
-        judged = _sigmoid(x[step_ends(task, v.model.tokenizer, prompt, text)])
+        judged = _sigmoid(x[list(dict.fromkeys(step_ends(task, v.model.tokenizer, prompt, text)))])
         out[i] = judged.min() if rule == "prm_min" else judged.prod()
     return out
 
@@ -189,7 +189,7 @@ def _ids(model: Model, prompt: Any, completion: Any) -> Example:
         if isinstance(prompt, str):
             return to_examples(model.tokenizer, prompt, [completion])[0]
         return Example(list(prompt), [*model.tokenizer.encode(completion), model.tokenizer.eos_id])
-    head = model.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+    head = model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
     return Example(head, list(completion))
 
 
@@ -272,18 +272,20 @@ def train_head(
         )
         require((all(some is not None for some in judged), fault))
         ends = [step_ends(task, tokenizer, x.prompt, x.completion) for x in solutions]
-        steps = [(e, label[-len(e) :]) for e, label in zip(ends, judged)]
+        steps = [step_targets(e, label) for e, label in zip(ends, judged)]
     sizes = [len(to_examples(tokenizer, x.prompt, [x.completion])[0]) for x in solutions]
     fits = [i for i, size in enumerate(sizes) if size <= s.row_length]
     if not fits:
         raise UserError(f"config.{kind}.row_length={s.row_length}: none of {len(solutions)} solutions fits into a row")
     some = [solutions[i] for i in fits]
     arrays = graded_arrays(some, tokenizer, s.row_length, s.packed, steps and [steps[i] for i in fits])
+    scale = arrays["weight"].sum() / max(1.0, arrays["mask"].sum())  # judged tokens per learnt one
+    arrays["lm_scale"] = np.full(len(arrays["tokens"]), scale, np.float32)
     start = add_value_head(sft, kind)
     tx, step = value_step(start.config, s)
 
     def to_batch(a: dict[str, np.ndarray]) -> Graded:
-        extra = {k: a.pop(k) for k in ("labels", "weight")}
+        extra = {k: a.pop(k) for k in ("labels", "weight", "lm_scale")}
         return Graded(Batch(**a), **extra)
 
     model, summary = _train(start, job, tx, step, arrays, to_batch, kind)

@@ -76,6 +76,7 @@ class EncDecConfig:
         return dataclasses.replace(self, **changes)
 
     thoughts = None  # it does not think before it speaks: that is for decoders
+    value_head = ""  # nor is one trained as a verifier
     sliding_window = None
 
     @property

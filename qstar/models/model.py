@@ -87,7 +87,10 @@ def load(
         config = hf.settle_head(folder, config)
     elif thoughts is not None or config.thoughts is None and hf.thinks(folder):
         config = config.replace(thoughts=thoughts or official_thoughts(raw))
-    return Model(config, hf.read_params(folder, config, mesh), load_tokenizer(folder), mesh)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None and isinstance(config, EncDecConfig):
+        tokenizer.encoder_end = config.eos_id
+    return Model(config, hf.read_params(folder, config, mesh), tokenizer, mesh)
 
 
 def _compute_dtype(raw: dict[str, Any], dtype: Any) -> str:

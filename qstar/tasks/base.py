@@ -129,8 +129,8 @@ class Task:
         return None
 
     def steps(self, completion: str) -> list[int]:
-        """Where the steps of a completion end, as character offsets; the last is its length. Here: its lines."""
-        ends = [at + 1 for at, c in enumerate(completion) if c == "\n" and completion[:at].strip()]
+        """Where the steps of a completion end, as character offsets; the last is its length. Here: its lines with text."""
+        ends = [line.end() for line in re.finditer(r"[^\n]*\S.*\n", completion)]
         return [e for e in ends if completion[e:].strip()] + [len(completion)]
 
     def step_labels(self, problem: Problem, completion: str) -> list[bool] | None:

@@ -31,6 +31,7 @@ class Tokenizer:
         eos_id: id that ends one; every tokenizer here has it.
         pad_id: the tokenizer's own padding id, else 0. It fills arrays and is never used as a mask, so it
             may coincide with a real token (pad == eos must not teach a model to never stop).
+        encoder_end: id that ends what an encoder reads, where the tokenizer is an encoder-decoder's; else None.
     """
 
     def __init__(self, hf: Any):
@@ -47,6 +48,7 @@ class Tokenizer:
         self.bos_id: int | None = hf.bos_token_id
         self.eos_id: int = hf.eos_token_id
         self.pad_id: int = 0 if hf.pad_token_id is None else hf.pad_token_id
+        self.encoder_end: int | None = None
         self._adds_bos = self.bos_id is not None and (
             bool(hf.init_kwargs.get("add_bos_token")) or self.bos_id in self._backend.encode("a").ids
         )
@@ -75,12 +77,18 @@ class Tokenizer:
         # GPT-2 names a BOS token but never puts one before a text: only an empty text starts from it.
         return [[self.bos_id, *item.ids] if self._adds_bos or not item.ids else item.ids for item in encoded]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text as a model reads it before it writes: BOS in front, or after it the end that an encoder needs."""
+        return self.encode(text, bos=True) if self.encoder_end is None else [*self.encode(text), self.encoder_end]
+
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Ids of a prompt (BOS in front) and of the completion that goes on where it ends.
 
         They are encoded together, since a SentencePiece tokenizer would put a space before a text of its own, as
-        long as that leaves the prompt's own ids alone.
+        long as that leaves the prompt's own ids alone. An encoder-decoder reads the one and writes the other: two texts.
         """
+        if self.encoder_end is not None:
+            return self.encode_prompt(prompt), self.encode(completion)
         head, whole = self.encode_batch([prompt, prompt + completion], bos=True)
         return head, whole[len(head) :] if whole[: len(head)] == head else self.encode(completion)
 

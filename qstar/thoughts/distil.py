@@ -35,7 +35,8 @@ def student_loss(
     thoughts = jnp.moveaxis(generate.sample(own, teacher, batch, texts, positions, rng)[0], 0, 3)
     mixed = replay_paths(own, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]  # [B, P, N-1, E]
     _, weights = layout.text_targets(batch)
-    (nll, count), metrics = sft_loss(params, batch, rng, config=config)
+    text = batch.replace(mask=jnp.pad(weights, ((0, 0), (1, 0))))  # both terms are over the same tokens
+    (nll, count), metrics = sft_loss(params, text, rng, config=config)
     hidden = hidden_states(params["policy"], config, batch)[:, :-1]
     divergence = _divergence(params["policy"], own, config, teacher, hidden, mixed, weights)
     metrics["divergence"] = (divergence, count)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from qstar.errors import require
 from qstar.models import policy
 from qstar.models.attention import NEG
-from qstar.types import Metrics, Params
+from qstar.types import Metrics, Params, Responses
 
 KINDS = ("hard", "forward_kl", "reverse_kl", "jsd")
 
@@ -49,13 +49,9 @@ class DistilSettings:
 
 
 @flax.struct.dataclass
-class Lesson:
+class Lesson(Responses):
     """Responses to learn from. The teacher may read a prompt of its own (one that shows the answer, or asks for more)."""
 
-    prompt: jax.Array  # [B, P] int32
-    prompt_mask: jax.Array  # [B, P] int32, see `policy.response_states`
-    response: jax.Array  # [B, R] int32
-    mask: jax.Array  # [B, R] float32: 1 for the response's tokens, EOS among them
     teacher_prompt: jax.Array  # [B, Q] int32
     teacher_mask: jax.Array  # [B, Q] int32
 

@@ -234,17 +234,28 @@ def calibration(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> di
 
 
 def bootstrap_ci(
-    values: Sequence[float], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+    values: Sequence[float],
+    *,
+    counts: Sequence[float] | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Returns the percentile bootstrap interval of the mean, resampling problems (one value per problem).
 
     (nan, nan) without values.
+
+    Args:
+      counts: where a problem has several parts (a row its tokens), how many: `values` are sums over them, and the interval
+        is that of the mean over all parts, sum(values) / sum(counts).
     """
     x = np.asarray(values, np.float64)
     if not len(x):
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
-    means = np.array([x[rng.integers(0, len(x), len(x))].mean() for _ in range(resamples)])
+    n = np.ones(len(x)) if counts is None else np.asarray(counts, np.float64)
+    drawn = (rng.integers(0, len(x), len(x)) for _ in range(resamples))
+    means = np.array([x[rows].mean() / n[rows].mean() for rows in drawn])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

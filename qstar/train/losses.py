@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.mesh import count_ways, laid, map_rows
-from qstar.models import decoder
+from qstar.models import decoder, policy
 from qstar.models.attention import precision, text_sight
 from qstar.models.config import ModelConfig
-from qstar.types import Batch, Metrics, Params
+from qstar.models.encdec_config import EncDecConfig
+from qstar.types import Batch, Metrics, Params, Responses
 
 CHUNK_BYTES = 8 * 2**20  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
 MIN_CHUNK = 512  # tokens: below that the kernel and its gradient would be read and written for too little work
@@ -44,10 +45,24 @@ def sft_loss(
       (sum of nll, number of tokens), and the metric `accuracy` (teacher-forced greedy hits).
     """
     del rng
-    hidden = hidden_states(params["policy"], config, batch, one_text)
-    hidden = hidden[:, :-1].reshape(-1, config.hidden_size)
-    targets, weights = batch.tokens[:, 1:].reshape(-1), batch.mask[:, 1:].reshape(-1)
-    kernel, bias = decoder.head(params["policy"], config)
+    hidden = hidden_states(params["policy"], config, batch, one_text)[:, :-1]
+    return _likelihood(params["policy"], config, hidden, batch.tokens[:, 1:], batch.mask[:, 1:], z_loss)
+
+
+def response_loss(
+    params: dict[str, Params], batch: Responses, rng: jax.Array, *, config: EncDecConfig, z_loss: float = 0.0
+) -> tuple[SumWeight, Metrics]:
+    """`sft_loss` of an encoder-decoder: the likelihood of the responses, given what the encoder reads of the prompts."""
+    del rng
+    p = params["policy"]
+    states = policy.response_states(p, config, batch.prompt, batch.prompt_mask, batch.response)
+    return _likelihood(p, config, states, batch.response, batch.mask, z_loss)
+
+
+def _likelihood(params, config, hidden, targets, weights, z_loss):
+    """Sums of the nll and of the greedy hits of targets [B, T] after hidden states [B, T, E], with their weights."""
+    kernel, bias = decoder.head(params, config)
+    hidden, targets, weights = hidden.reshape(-1, config.hidden_size), targets.reshape(-1), weights.reshape(-1)
     nll, hits = token_nll(hidden, kernel, bias, targets, weights, z_loss)
     weight = jnp.sum(weights)
     count = (weight, jnp.float32(0))  # weight 0: not divided, so accumulated micro-batches add up

@@ -16,12 +16,13 @@ from rich.table import Table
 from qstar.files import record_path, warn
 from qstar.processes import is_first
 
+KEYS = ("arm", "student", "part", "iteration", "stage", "step")  # rows that differ in one are different rows
+
 
 class Writer:
     """Appends rows to `metrics.jsonl` and scalars to TensorBoard events beside it.
 
-    A run that was killed may repeat a few rows after it resumes: readers keep the last row of an (arm, iteration,
-    stage, step); `read` does.
+    A run that was killed may repeat a few rows after it resumes: readers keep the last row of each `KEYS`; `read` does.
     """
 
     def __init__(self, folder: Path, *, wandb: dict[str, Any] | None = None):
@@ -50,12 +51,13 @@ class Writer:
         row = {"arm": arm, "iteration": iteration, "stage": stage, "step": step, **values}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._append((json.dumps(clean) + "\n").encode())
-        board = self._board(arm)
+        source = "_".join([arm, *(f"{k}_{values[k]}" for k in ("student", "part") if k in values)])
+        board = self._board(source)
         for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in KEYS:
                 board.add_scalar(f"{stage}/{name}", value, iteration if stage == "iteration" else step)
         if self._wandb is not None:
-            self._wandb.log({f"{arm}/{stage}/{k}": v for k, v in values.items()})
+            self._wandb.log({f"{source}/{stage}/{k}": v for k, v in values.items()})
 
     def _append(self, line: bytes) -> None:
         """Appends to the file, then records the checksum of what it holds up to there."""
@@ -87,7 +89,7 @@ class Writer:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics.jsonl, the last of each (arm, iteration, stage, step), in file order.
+    """Returns the rows of a run's metrics.jsonl, the last of each `KEYS`, in file order.
 
     Damage is named; rows that cannot be read are left out.
     """
@@ -95,12 +97,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
     for line in _content(Path(folder))[0].splitlines():
         try:
             row = json.loads(line)
-            key = (row["arm"], row["iteration"], row["stage"], row["step"])
-            if [type(x) for x in key] not in ([str, int, str, int], [str, int, str, type(None)]):
+            known = [type(row[k]) for k in ("arm", "iteration", "stage", "step")]
+            key = tuple(map(row.get, KEYS))
+            if known not in ([str, int, str, int], [str, int, str, type(None)]):
                 continue
+            rows.pop(key, None)
         except (ValueError, KeyError, TypeError, RecursionError):  # a damaged line, or one a killed process was writing
             continue
-        rows.pop(key, None)
         rows[key] = row
     return list(rows.values())
 

@@ -2,7 +2,7 @@
 
     ORM  at every token t of a completion y:  BCE(sigmoid(w . h_t + b), [y is right])       arXiv 2110.14168, section 4
     PRM  at the last token of every step s:   BCE(sigmoid(w . h_s + b), [all is right so far])   2305.20050; 2312.08935
-    both plus lambda * the language-modelling loss of right solutions
+    the mean over judged tokens, plus lambda * the mean over tokens of the language-modelling loss of right solutions
 
 Cobbe's verifier has a squared error on its value target and drops out 20% of the residual stream; cross-entropy is the
 usual form now, and the dropout here is on what the head reads. The score of an ORM is its judgement at the last token; that
@@ -32,6 +32,10 @@ def value_loss(
 ) -> tuple[SumWeight, Metrics]:
     """Binary cross-entropy of the value head where `batch.weight` asks it, plus lm_weight times the NLL of `rows.mask`.
 
+    Both are means over their own tokens, so that lm_weight means the same for an ORM, which judges every token, and for a PRM,
+    which judges one per step. The sum that is returned has one divisor, the judged tokens; `batch.lm_scale`, a count over
+    all data, brings the NLL to it, so that the update is the same however a batch is cut into micro-batches.
+
     Args:
       params: {"policy": ...}, of a `config` with a value head. rng: of the dropout.
       dropout: share of the head's inputs that are set to 0 (and the others scaled up) in training.
@@ -57,7 +61,8 @@ def value_loss(
         kernel, bias = decoder.head(policy, config)
         targets = batch.rows.tokens[:, 1:].reshape(-1)
         nll, _ = token_nll(hidden[:, :-1].reshape(-1, config.hidden_size), kernel, bias, targets, learnt)
-    total = judged + lm_weight * nll
+    scale = asked / jnp.maximum(jnp.sum(learnt), 1.0) if batch.lm_scale is None else batch.lm_scale[0]
+    total = judged + lm_weight * scale * nll
     metrics: Metrics = {
         "loss": (total, asked),
         "bce": (judged, asked),

@@ -35,7 +35,7 @@ def test_a_crop_is_a_piece_of_one_document(source):
         assert any(piece in t + "$" for t in texts)
         assert len(piece) == 16 or any(piece == t + "$" for t in texts)  # shorter only if the document is
         assert rows.positions[b][: len(piece)].tolist() == list(range(len(piece)))
-    assert np.array_equal(rows.mask, rows.segment_ids > 0)
+    assert np.array_equal(rows.mask[:, 1:], rows.segment_ids[:, 1:] > 0)
 
 
 def test_a_pack_holds_documents_one_after_the_other(source):
@@ -47,6 +47,17 @@ def test_a_pack_holds_documents_one_after_the_other(source):
         assert all(p in texts for p in pieces[:-1]) and any(t.startswith(pieces[-1]) for t in texts)
         starts = np.flatnonzero(rows.positions[b] == 0)
         assert len(starts) == rows.segment_ids[b].max()
+
+
+def test_no_arm_learns_to_predict_across_documents_of_a_pack(source):
+    """The targets of plain training are those of the thinking loss, token by token (so is a student's divisor)."""
+    from qstar.thoughts.layout import text_targets
+    from qstar.types import Batch
+
+    rows = TextCorpus(source[0], TOKENIZER, length=32, mode="pack").rows(0, 8, 0)
+    _, weights = text_targets(Batch(*rows[:4]))
+    assert (rows.segment_ids[:, 1:] != rows.segment_ids[:, :-1]).sum() >= 5
+    np.testing.assert_array_equal(rows.mask[:, 1:], weights)
 
 
 def test_held_out_documents_are_never_trained_on(source):

@@ -2,12 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from qstar.errors import UserError
 from qstar.methods.buffers import Buffer, Solution, counts, human, merged, most_sampled, sampled
-from qstar.methods.pairs import Pair, PairSettings, build_pairs, repeated
+from qstar.methods.pairs import Pair, PairSettings, build_pairs, graded_arrays, repeated, step_ends, step_targets
 from qstar.tasks.arithmetic import Arithmetic
+from qstar.tasks.base import Task
 from tests.methods import stub
 
 
@@ -133,3 +135,43 @@ def test_human_solutions_are_right_and_hinted_attempts_are_no_solutions():
         (False, True, True),
     ]
     assert counts(found) == {"solutions": 4, "right": 1, "wrong": 3, "human": 0, "mixed_problems": 1}
+
+
+def merging_newlines():
+    """A character tokenizer with one token for two line ends, as GPT-2's, Llama 3's and Qwen's have."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from qstar.text.tokenizer import Tokenizer
+
+    vocabulary = {token: i for i, token in enumerate([*"abcQ:$.\n ", "\n\n", ".\n\n"])}
+    backend = Backend(models.BPE(vocabulary, [("\n", "\n"), (".", "\n\n")]))
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="$"))
+
+
+@pytest.mark.parametrize(
+    "text, right, expected",
+    [
+        ("a\n\nb\n\nc", [1, 0, 0], {1: 1, 3: 0, 5: 0}),
+        ("a.\n\n\n\nb\nc", [1, 1, 0], {1: 1, 4: 1, 6: 0}),  # ".\n\n" is one token
+        ("\n\na\n \nb", [1, 0], {2: 1, 6: 0}),  # white space alone is no step
+        ("a\nb\n", [1, 0], {1: 1, 4: 0}),
+    ],
+)
+def test_step_labels_stay_with_their_steps_where_line_ends_share_a_token(text, right, expected):
+    tokenizer, task = merging_newlines(), Task()
+    assert len(task.steps(text)) == len(right)
+    ends = step_ends(task, tokenizer, "Q:", text)
+    found, labels = step_targets(ends, right)
+    assert dict(zip(found, labels)) == expected
+    arrays = graded_arrays([solution("Q:", text, False, prompt="Q:")], tokenizer, 16, False, [(found, labels)])
+    asked = arrays["weight"][0] > 0
+    assert dict(zip(np.flatnonzero(asked) - 2, arrays["labels"][0][asked])) == expected
+
+
+def test_steps_that_end_in_one_token_have_the_label_of_the_last():
+    assert step_targets([1, 1, 3], [1, 0, 0]) == ([1, 3], [0, 0])
+    with pytest.raises(ValueError):  # a label too few is not aligned from either side
+        step_targets([1, 3], [1])

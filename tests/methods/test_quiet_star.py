@@ -146,6 +146,15 @@ def test_means_by_kind_of_token():
     assert found == {"x/all": np.mean([0, 1, 2, 4, 5, 7]), "x/a": 3.5, "x/b": np.mean([1, 4, 5])}
 
 
+def test_an_interval_of_tokens_in_rows_of_unequal_length_holds_its_point():
+    where = np.where(np.arange(40) < np.array([2, 3, 4, 36, 38, 40] * 20)[:, None], 0, -2)
+    easier = np.array([0.2, 0.3, 0.25, 0.8, 0.7, 0.75] * 20)[:, None]  # in the long rows
+    x = (np.random.default_rng(0).random(where.shape) < easier).astype(float)
+    found = quiet_measure._by_kind(["a"], where, {"accuracy": x}, ci=("accuracy",))
+    for kind in ("all", "a"):
+        assert found[f"accuracy_low/{kind}"] < found[f"accuracy/{kind}"] < found[f"accuracy_high/{kind}"]
+
+
 def test_metrics_of_the_smoke_run_have_every_control():
     rows = [r for r in read(runs.quiet_star()) if r["stage"] == "evaluation" and r["arm"] == "quiet_star"]
     assert [r["step"] for r in rows] == [6, 12]
@@ -154,12 +163,54 @@ def test_metrics_of_the_smoke_run_have_every_control():
     assert sum(rows[-1]["weight_histogram"]["counts"]) == 40 * 8
 
 
-def test_text_is_bucketed_by_how_hard_it_is_for_the_base():
-    edges = [edge for edge, _ in quiet_measure.BUCKETS[:-1]]
-    assert np.searchsorted(edges, [0.1, 0.6, 3.0]).tolist() == [0, 1, 2]
+def test_text_is_bucketed_by_how_hard_it_is_for_the_base(tmp_path):
+    """The base is scored before any arm trains: one that has learnt nothing finds every token equally hard."""
+    from configs.quiet_star_text import get_config
+    from rich.console import Console
+
+    import qstar
+    from qstar.methods import base_model
+    from qstar.methods.quiet_setup import Study
+    from qstar.text.tokenizer import char_tokenizer
+
+    letters = "abcdefghijklmnop"
+    char_tokenizer(letters + "$.\n", pad=".", eos="$").save(tmp_path / "tokenizer")
+    lines = [json.dumps({"text": (letters * 9)[i : i + 40]}) for i in range(100)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    config = get_config(f"model={tmp_path / 'tokenizer'},data={tmp_path / 'text.jsonl'},scratch")
+    config.data.length, config.base.steps = 24, 0
+    config.model.update(hidden_size=16, num_layers=1, num_heads=2)
+    config.evaluate.update(rows=16, batch_size=16, every=20)
+    config.train.update(batch_size=16, lr=1e-2, warmup=0)
+    config.arms = {"plain": {"steps": 40, "thinker": "none"}}
+    quiet_star.run(config, tmp_path / "run", Console(quiet=True))
+    nll = np.array([json.loads(x)["nll"] for x in (tmp_path / "run/base/difficulty.jsonl").read_text().splitlines()])
+    study = Study.make(config, tmp_path / "run", Console(quiet=True))
+    base, tokens = base_model.loaded_or_random(study, study.corpus.tokenizer), study.corpus.test_rows(16).tokens
+    logp = jax.nn.log_softmax(qstar.logits(base, tokens)[:, :-1])
+    np.testing.assert_allclose(nll, -np.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0], atol=1e-3)
+    assert nll.min() > 2.0
+    rows = [r for r in read(tmp_path / "run") if r["stage"] == "evaluation"]
+    assert [r["step"] for r in rows] == [20, 40]
+    for r in rows:  # all are hard for the base, however much the arm has learnt
+        assert r["nll_base/hard (> 2 nats)"] == r["nll_base/all"] < 2.0
 
 
 def test_rows_are_padded_on_the_right():
     rows = whole(np.zeros((2, 4), int), np.array([2, 4]))
     assert rows.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and rows.segment_ids.sum() == 6
     assert json.dumps(rows.positions[0].tolist()) == "[0, 1, 2, 3]"
+
+
+def test_a_student_of_packed_documents_learns_the_same_tokens_from_the_text_and_from_the_teacher():
+    """A mask that does mark a document's first token changes nothing: sums, divisor, gradients."""
+    batch, config = a_batch(2), CONFIG.replace(thoughts=None)
+    segments = 1 + (np.arange(batch.tokens.shape[1]) >= 10) * np.ones_like(batch.tokens)
+    positions = np.where(segments == 1, np.arange(batch.tokens.shape[1]), np.arange(batch.tokens.shape[1]) - 10)
+    marked = batch.replace(segment_ids=segments.astype(np.int32), positions=positions.astype(np.int32))
+    clean = marked.replace(mask=marked.mask * (positions > 0))
+    params = {"policy": decoder.init(CONFIG, jax.random.key(9)), "teacher": model_params()}
+    loss = jax.jit(functools.partial(distil.student_loss, config=config, teacher=CONFIG, weight=2.0))
+    (total, count), metrics = loss(params, marked, jax.random.key(4))
+    assert float(count) == float(metrics["divergence"][1]) == clean.mask[:, 1:].sum() == 2 * (batch.tokens.shape[1] - 2)
+    assert float(total) == float(loss(params, clean, jax.random.key(4))[0][0])

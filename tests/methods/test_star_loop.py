@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -336,9 +337,10 @@ def test_epochs_are_counted_in_packed_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(star, "fine_tune", fine_tune)
     arm, loop = stub.arm_of(ctx)
-    star.train(arm, loop, None, examples, 1)
+    start = types.SimpleNamespace(config=ctx.config)  # of no encoder-decoder
+    star.train(arm, loop, start, examples, 1)
     assert asked["steps"] == 4 * rows // 4
-    star.train(arm, dataclasses.replace(loop, steps="epochs:8:0", max_epochs=None), None, examples, 1)
+    star.train(arm, dataclasses.replace(loop, steps="epochs:8:0", max_epochs=None), start, examples, 1)
     assert asked["steps"] == 8 * rows // 4
 
 

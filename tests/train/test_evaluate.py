@@ -226,3 +226,15 @@ def test_calibration_measures_fitted_scores_and_chances_as_they_are():
     raw = calibration([c**2 for c in chances], correct)
     assert raw["brier_raw"] > raw["brier"] and raw["ece_raw"] == pytest.approx(1 / 6, abs=0.01)  # mean of c - c^2
     assert calibration([[1.0, 2.0]], [[True, False]]) == {} == calibration([], [])  # nothing to fit a half on
+
+
+def test_the_interval_of_a_mean_over_parts_is_that_of_a_ratio():
+    """Rows of unequal length, the longer ones easier: the interval holds the mean over tokens, not the mean over rows."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 40, 300)
+    sums = rng.binomial(counts, 0.2 + 0.015 * counts)
+    point, low_high = sums.sum() / counts.sum(), bootstrap_ci(sums, counts=counts)
+    assert low_high[0] < point < low_high[1] and low_high[0] > (sums / counts).mean()
+    linear = np.sqrt(np.sum((sums - point * counts) ** 2)) / counts.sum()  # the delta method's standard error
+    assert low_high == pytest.approx((point - 1.96 * linear, point + 1.96 * linear), abs=0.005)
+    assert bootstrap_ci(sums / counts) == bootstrap_ci(sums / counts, counts=np.ones(300))

@@ -74,3 +74,22 @@ def test_the_table_shows_what_is_missing_as_a_dash(capsys):
     )
     out = capsys.readouterr().out
     assert "title" in out and "12,345" in out and "0.250" in out and " - " in out
+
+
+def test_rows_of_students_and_parts_are_kept_apart(tmp_path):
+    """A run with several students and stages of several parts (LM-Guided CoT): none overwrites another's row."""
+    for loss in (2.0, 1.0):  # written twice, as after a resume: the last one counts
+        writer = Writer(tmp_path)
+        for student in range(3):
+            for stage in ("arm", "rl"):
+                writer.write(stage=stage, step=0, arm="a", student=student, loss=loss + student)
+        for part in ("small", "direct"):
+            writer.write(stage="train", step=50, arm="student_0", part=part, loss=loss)
+        writer.close()
+    rows = read(tmp_path)
+    assert [(r["student"], r["stage"], r["loss"]) for r in rows if r["arm"] == "a"] == [
+        (student, stage, 1.0 + student) for student in range(3) for stage in ("arm", "rl")
+    ]
+    assert [(r["part"], r["loss"]) for r in rows if r["arm"] == "student_0"] == [("small", 1.0), ("direct", 1.0)]
+    boards = {p.name for p in (tmp_path / "tensorboard").iterdir()}
+    assert boards == {f"a_student_{n}" for n in range(3)} | {f"student_0_part_{p}" for p in ("small", "direct")}

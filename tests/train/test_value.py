@@ -58,8 +58,8 @@ def apart(params):
 
 
 def torch_value(vocab, head, steps, lm_weight):
-    """(sum over judged tokens of the cross-entropy) + lm_weight (sum of the nll of right solutions)."""
-    total, asked = 0.0, 0
+    """The judged tokens times [mean of their cross-entropy + lm_weight (mean nll of right solutions' tokens)]."""
+    total, asked, nll, learnt = 0.0, 0, 0.0, 0
     for i, s in enumerate(SOLUTIONS):
         ids = [*TOKENIZER.encode(s.completion), TOKENIZER.eos_id]
         ends, labels = (range(len(ids)), [float(s.correct)] * len(ids)) if steps is None else steps[i]
@@ -68,9 +68,9 @@ def torch_value(vocab, head, steps, lm_weight):
         bce = torch.nn.functional.binary_cross_entropy_with_logits(head[i, at], labels, reduction="sum")
         total, asked = total + bce, asked + len(at)
         if s.correct:
-            nll = torch.nn.functional.cross_entropy(vocab[i, 3 : 3 + len(ids)], torch.tensor(ids), reduction="sum")
-            total = total + lm_weight * nll
-    return total, asked
+            mine = torch.nn.functional.cross_entropy(vocab[i, 3 : 3 + len(ids)], torch.tensor(ids), reduction="sum")
+            nll, learnt = nll + mine, learnt + len(ids)
+    return total + asked * lm_weight * nll / learnt, asked
 
 
 @pytest.mark.parametrize("steps", [None, STEPS], ids=["orm", "prm"])
@@ -93,6 +93,38 @@ def test_value_and_gradients_are_those_of_torch(model, steps):
         assert weight == asked and float(value) == pytest.approx(expected.item(), rel=1e-5)
         assert_same_gradients(grads, expected_grads)
         assert float(metrics["lm_nll"][1]) == 18 + 3  # the tokens of the two right solutions
+
+
+def test_the_likelihoods_weight_does_not_depend_on_the_tokens_per_judged_step(model):
+    """Twice as many tokens between the judged ones: cross-entropy and lm_weight * NLL stay in the same proportion."""
+    for step in (1, 2, 8, 16):
+        tokens = np.full((1, 33), 5, np.int32)
+        there = np.r_[0, np.ones(32)][None].astype(np.float32)
+        judged = there * (np.arange(33) % step == 0)
+        rows = Batch(tokens, there, np.ones_like(tokens), np.arange(33, dtype=np.int32)[None])
+        (total, weight), found = value_loss(
+            {"policy": model.params}, Graded(rows, there, judged), None, config=model.config, lm_weight=0.5
+        )
+        bce, nll = (found[k][0] / found[k][1] for k in ("bce", "lm_nll"))
+        assert weight == judged.sum() == 32 // step
+        assert float(total / weight) == pytest.approx(float(bce + 0.5 * nll), rel=1e-5)
+
+
+def test_micro_batches_with_few_right_solutions_add_up_to_the_whole(model):
+    """All right solutions in one of three micro-batches: the same sums and gradients as of the whole batch."""
+    whole = graded(False, STEPS)
+    whole = whole.replace(lm_scale=np.full(3, whole.weight.sum() / whole.rows.mask.sum(), np.float32))
+
+    @jax.jit
+    def grad(batch):
+        return jax.grad(lambda p: value_loss({"policy": p}, batch, None, config=model.config, lm_weight=0.5)[0][0])(
+            model.params
+        )
+
+    parts = [grad(jax.tree.map(lambda x, i=i: x[i : i + 1], whole)) for i in range(3)]
+    assert_same_gradients(functools.reduce(functools.partial(jax.tree.map, jnp.add), parts), grad(whole))
+    alone = graded(False, STEPS)  # without a count over all data it is the batch's own
+    assert_same_gradients(grad(alone), grad(whole))
 
 
 def test_dropout_is_on_in_training_and_keeps_the_mean(model):
