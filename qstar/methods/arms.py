@@ -94,9 +94,7 @@ class Context(Screen):
 
     def start(self) -> None:
         """Opens the metrics files."""
-        log = self.config.get("log") or {}
-        wandb = log.wandb.to_dict() if log.get("wandb") else None
-        self.writer = Writer(self.workdir, wandb=wandb)
+        self.writer = Writer.of_run(self.workdir, self.config.to_dict())
 
     def close(self) -> None:
         """Flushes the metrics files."""

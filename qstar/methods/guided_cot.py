@@ -209,8 +209,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     study = Study.make(config, Path(workdir), console)
     check_run(study.workdir, config.to_dict())
     open_run(study.workdir, config.to_dict())
-    log = config.get("log") or {}
-    study.writer = Writer(study.workdir, wandb=log.wandb.to_dict() if log.get("wandb") else None)
+    study.writer = Writer.of_run(study.workdir, config.to_dict())
     study.say("\n[bold]large model[/bold]")
     study.setting.train_large(functools.partial(study.stage, study.workdir, {"arm": "large"}))
     measures = functools.partial(once_json, study.workdir / "large" / "measured.json", study.setting.gates)

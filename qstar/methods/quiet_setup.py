@@ -140,8 +140,7 @@ class Study(Screen):
 
     def begin(self) -> None:
         """Opens the metrics files."""
-        log = self.config.get("log") or {}
-        self.writer = Writer(self.workdir, wandb=log.wandb.to_dict() if log.get("wandb") else None)
+        self.writer = Writer.of_run(self.workdir, self.config.to_dict())
 
     def end(self) -> None:
         """Flushes the metrics files."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qstar.errors import UserError
 from qstar.files import record_path, warn
 from qstar.processes import is_first
 
@@ -25,11 +27,13 @@ class Writer:
     A run that was killed may repeat a few rows after it resumes: readers keep the last row of each `KEYS`; `read` does.
     """
 
-    def __init__(self, folder: Path, *, wandb: dict[str, Any] | None = None):
-        """Opens the files, in the first process of several; `wandb` (keyword arguments of `wandb.init`) also logs there."""
+    def __init__(self, folder: Path, *, wandb: dict[str, Any] | None = None, config: dict[str, Any] | None = None):
+        """Opens the files, in the first process of several; `wandb` (keyword arguments of `wandb.init`) also logs there,
+        with the run's `config`."""
         self.folder = Path(folder)
         self._file = self._wandb = None
         self._boards: dict[str, Any] = {}
+        self._axes: set[str] = set()
         if not is_first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -40,9 +44,12 @@ class Writer:
         if content[-1:] not in (b"", b"\n"):  # a killed process was writing that line: the next row is none of it
             self._append(b"\n")
         if wandb is not None:
-            import wandb as wandb_module  # an extra: most runs do without
+            self._wandb = _wandb_run(self.folder, {"config": config, **wandb})
 
-            self._wandb = wandb_module.init(dir=str(self.folder), **wandb)
+    @classmethod
+    def of_run(cls, folder: Path, config: dict[str, Any]) -> Writer:
+        """Opens the files of a run with this config, and wandb where its `log.wandb` is not empty."""
+        return cls(folder, wandb=(config.get("log") or {}).get("wandb") or None, config=config)
 
     def write(self, *, stage: str, step: int, arm: str = "", iteration: int = 0, **values: Any) -> None:
         """Writes one row. Numbers that are not finite become null (JSON has no NaN)."""
@@ -57,7 +64,13 @@ class Writer:
             if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in KEYS:
                 board.add_scalar(f"{stage}/{name}", value, iteration if stage == "iteration" else step)
         if self._wandb is not None:
-            self._wandb.log({f"{source}/{stage}/{k}": v for k, v in values.items()})
+            # wandb's own step may not fall, but every stage counts from 0: each has its step as a value, for the x axis.
+            prefix = "/".join(filter(None, (source, stage)))
+            if prefix not in self._axes:
+                self._wandb.define_metric(f"{prefix}/*", step_metric=f"{prefix}/step")
+                self._axes.add(prefix)
+            at = {"step": iteration if stage == "iteration" else step, "iteration": iteration}
+            self._wandb.log({f"{prefix}/{k}": v for k, v in {**values, **at}.items()})
 
     def _append(self, line: bytes) -> None:
         """Appends to the file, then records the checksum of what it holds up to there."""
@@ -86,6 +99,23 @@ class Writer:
             board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_run(folder: Path, options: dict[str, Any]) -> Any:
+    """Starts the run of a folder, or goes on with it: its id is kept there."""
+    import wandb  # an extra: most runs do without
+
+    path = folder / "wandb_id.txt"
+    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not known:
+        known = secrets.token_hex(8)
+        path.write_text(known + "\n", encoding="utf-8")
+    options = {"dir": str(folder), "id": known, "resume": "allow", **options}
+    try:
+        return wandb.init(**options)
+    except Exception as e:  # not logged in, no network, an option that it does not have
+        line = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"config.log.wandb: wandb.init refused ({line}); mend it, or leave config.log.wandb empty") from None
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

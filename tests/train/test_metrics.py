@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import pytest
 from rich.console import Console
 
+from qstar.errors import UserError
 from qstar.train.metrics import Writer, read, show_table
 
 
@@ -93,3 +96,55 @@ def test_rows_of_students_and_parts_are_kept_apart(tmp_path):
     assert [(r["part"], r["loss"]) for r in rows if r["arm"] == "student_0"] == [("small", 1.0), ("direct", 1.0)]
     boards = {p.name for p in (tmp_path / "tensorboard").iterdir()}
     assert boards == {f"a_student_{n}" for n in range(3)} | {f"student_0_part_{p}" for p in ("small", "direct")}
+
+
+# ---------------------------------------------------------------------------------------------------------- wandb
+
+
+class Service:
+    """A stand-in for the module `wandb`: runs by id, each with what it was given and the rows that it was sent."""
+
+    def __init__(self):
+        self.runs = {}
+
+    def init(self, *, id, **options):
+        run = self.runs.setdefault(id, types.SimpleNamespace(starts=[], rows=[], axes={}))
+        run.starts.append(options)
+        run.log = run.rows.append
+        run.define_metric = lambda name, step_metric: run.axes.update({name: step_metric})
+        run.finish = lambda: None
+        return run
+
+
+def test_wandb_gets_the_config_the_step_and_one_run_per_folder(tmp_path, monkeypatch):
+    service = Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    config = {"name": "sums", "train": {"lr": 0.1}, "log": {"wandb": {"project": "p"}}}
+    for step in (10, 20):  # a run, and its resumption
+        writer = Writer.of_run(tmp_path / "a", config)
+        writer.write(stage="train", step=step, arm="star", iteration=2, loss=1.0)
+        writer.write(stage="iteration", step=1, arm="star", iteration=1, accuracy=0.5)
+        writer.close()
+    ((name, run),) = service.runs.items()
+    assert name and [s["config"] for s in run.starts] == [config, config]
+    assert all(s["project"] == "p" and s["resume"] == "allow" for s in run.starts)
+    assert run.axes == {"star/train/*": "star/train/step", "star/iteration/*": "star/iteration/step"}
+    assert [r["star/train/step"] for r in run.rows if "star/train/loss" in r] == [10, 20]
+    assert run.rows[0] == {"star/train/loss": 1.0, "star/train/step": 10, "star/train/iteration": 2}
+
+    Writer.of_run(tmp_path / "b", config).close()
+    assert len(service.runs) == 2  # another folder is another run
+    Writer.of_run(tmp_path / "b", {**config, "log": {"wandb": {"id": "mine"}}}).close()
+    assert "mine" in service.runs
+    Writer.of_run(tmp_path / "c", {**config, "log": {"wandb": {}}}).close()
+    assert len(service.runs) == 3 and not (tmp_path / "c" / "wandb_id.txt").exists()
+
+
+def test_a_refusal_of_wandb_is_one_line(tmp_path, monkeypatch):
+    def init(**options):
+        raise RuntimeError("api_key not configured (no-tty).\n  call wandb.login()")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=r"config.log.wandb: .*api_key not configured .no-tty.*call wandb") as e:
+        Writer(tmp_path, wandb={"project": "p"})
+    assert "\n" not in str(e.value)
