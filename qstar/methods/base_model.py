@@ -24,9 +24,10 @@ from qstar.methods.run_folder import check_run, stable_seed
 from qstar.methods.settings import check_keys
 from qstar.methods.supervised import fine_tune
 from qstar.models import decoder
-from qstar.models.config import ModelConfig, from_hf, preset
+from qstar.models.config import ModelConfig, preset
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.hf import read_config
+from qstar.models.hf_config import from_hf
 from qstar.models.model import Model, load
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.packing import Example

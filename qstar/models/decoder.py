@@ -24,7 +24,8 @@ from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
 from qstar.models.flash import Sight
-from qstar.models.layers import Block, Norm, Turns, rope_turns, with_adapters
+from qstar.models.layers import Block, Norm, with_adapters
+from qstar.models.rope import Turns, rope_turns
 from qstar.types import Params
 
 # Logical axes of every parameter, matched on the end of its path (leading axes that are not named, such as the stacked

@@ -1,8 +1,9 @@
-"""T5, T5 v1.1 and FLAN-T5 as pure functions of one sequence: an encoder, and a decoder that reads its states.
+"""T5, T5 v1.1, FLAN-T5, mT5 and umT5 as pure functions of one sequence: an encoder, and a decoder that reads its states.
 
 What differs from `models.decoder` is T5's own: attention scores are not scaled; one table of relative positions per stack,
-which all its layers add to their scores; a second attention of every decoder layer over the encoder's states, without
-positions; and a head that may be the embedding (then, in the first T5, after a division by the square root of the width).
+which all its layers add to their scores (in umT5 each layer has one, at layers/relative); a second attention of every
+decoder layer over the encoder's states, without positions; and a head that may be the embedding (then, in the first T5,
+after a division by the square root of the width).
 
     embed/table [V, E]   {encoder,decoder}/layers/{q,k,v,o,gate,up,down,cross_q,...}/kernel [L, in, out]
     {encoder,decoder}/relative/table [buckets, H]   {encoder,decoder}/final_norm/scale [E]   head/kernel [E, V] if untied
@@ -13,8 +14,9 @@ of RL must be the same twice.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -120,9 +122,12 @@ def _init_stack(c: EncDecConfig, key: jax.Array, layers: int, *, cross: bool) ->
     x, bias = jnp.zeros((1, c.hidden_size)), jnp.zeros((c.num_heads, 1, 1))
     source = Segment(x, None, None) if cross else None
     block = Block(c, cross)
+    own = c.family == "umt5"
+    table = c.hidden_size**-0.5 * jax.random.normal(keys[1], ((layers,) if own else ()) + (c.buckets, c.num_heads))
+    blocks = jax.vmap(lambda k: block.init(k, x, bias, None, source)["params"])(jax.random.split(keys[0], layers))
     return {
-        "layers": jax.vmap(lambda k: block.init(k, x, bias, None, source)["params"])(jax.random.split(keys[0], layers)),
-        "relative": {"table": c.hidden_size**-0.5 * jax.random.normal(keys[1], (c.buckets, c.num_heads))},
+        "layers": {**blocks, "relative": {"table": table}} if own else blocks,
+        **({} if own else {"relative": {"table": table}}),
         "final_norm": Norm("rms", c.norm_eps).init(keys[2], x)["params"],
     }
 
@@ -150,9 +155,9 @@ def bucket(relative: jax.Array, *, both_ways: bool, buckets: int, max_distance: 
 
 
 def relative_bias(
-    table: jax.Array, config: EncDecConfig, queries: jax.Array, keys: jax.Array, *, both_ways: bool
+    config: EncDecConfig, queries: jax.Array, keys: jax.Array, both_ways: bool, table: jax.Array
 ) -> jax.Array:
-    """Returns what a stack adds to all its scores, float32 [H, T, S], for positions of queries [T] and keys [S]."""
+    """Returns what a table adds to all scores, float32 [H, T, S], for positions of queries [T] and keys [S]."""
     found = bucket(
         keys[None, :] - queries[:, None], both_ways=both_ways, buckets=config.buckets, max_distance=config.max_distance
     )
@@ -165,7 +170,7 @@ def relative_bias(
 def encode(params: Params, config: EncDecConfig, tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Returns the encoder's states [S, E] of tokens [S]; mask [S] is true for real ones (padding stands on the right)."""
     stack, index = params["encoder"], jnp.arange(tokens.shape[0])
-    bias = relative_bias(stack["relative"]["table"], config, index, index, both_ways=True)
+    bias = functools.partial(relative_bias, config, index, index, True)
     seen = None if mask is None else jnp.broadcast_to(mask.astype(bool), (tokens.shape[0],) * 2)
     x, _ = _run(stack, config, _embed(params, config, tokens), bias, seen, None)
     return x
@@ -180,7 +185,7 @@ def decode(
       tokens: [T], beginning with `config.start_id`. states: [S, E] of `encode`. mask: [S], true where states are real.
     """
     stack, index = params["decoder"], jnp.arange(tokens.shape[0])
-    bias = relative_bias(stack["relative"]["table"], config, index, index, both_ways=False)
+    bias = functools.partial(relative_bias, config, index, index, False)
     source = Segment(states, None, None if mask is None else mask.astype(bool)[None])
     x, _ = _run(stack, config, _embed(params, config, tokens), bias, index[None] <= index[:, None], source)
     return scaled(config, x)
@@ -203,7 +208,7 @@ def decode_step(
     """
     stack = params["decoder"]
     columns = jnp.arange(rings[0][0].shape[1])
-    bias = relative_bias(stack["relative"]["table"], config, step[None], columns, both_ways=False)
+    bias = functools.partial(relative_bias, config, step[None], columns, False)
     past = [Ring(k, v, columns <= step, step) for k, v in rings]
     x, rings = _run(stack, config, _embed(params, config, token[None]), bias, None, sources, past)
     return scaled(config, x)[0], rings
@@ -242,17 +247,23 @@ def _run(
     stack: Params,
     config: EncDecConfig,
     x: jax.Array,
-    bias: jax.Array,
+    bias: Callable[[jax.Array], jax.Array],
     mask: jax.Array | None,
     source: Any,
     rings: Sequence[Ring] = (),
 ) -> tuple[jax.Array, Any]:
-    """Runs a stack and its last norm: stacked layers by `lax.scan`, listed ones (with a source and a ring each) in turn."""
+    """Runs a stack and its last norm: stacked layers by `lax.scan`, listed ones (with a source and a ring each) in turn.
+
+    Args:
+      bias: from a table of relative positions to what is added to the scores.
+    """
     block = Block(config, source is not None)
     layers = stack["layers"]
+    of_all = bias(stack["relative"]["table"]) if "relative" in stack else None
 
     def one(x: jax.Array, layer: Params, source: Any, ring: Ring | None = None) -> tuple[jax.Array, Any]:
-        x, kv = block.apply({"params": layer}, x, bias, mask, source, ring)
+        own = bias(layer["relative"]["table"]) if of_all is None else of_all
+        x, kv = block.apply({"params": layer}, x, own, mask, source, ring)
         return whole(x), kv
 
     if isinstance(layers, list):

@@ -1,4 +1,4 @@
-"""What an encoder-decoder of the T5 family is: T5, T5 v1.1 and FLAN-T5, to and from Hugging Face's config.json."""
+"""Settings of an encoder-decoder (T5, T5 v1.1, FLAN-T5, mT5, umT5), to and from Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import dataclasses
 from typing import Any
 
 from qstar.errors import UserError, require
+from qstar.models import fields
 
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
-SENTINEL_VOCAB = {
-    32128: 32100
-}  # rows of the embedding -> ids that have a text: the rest pads the table to a round size
+# Rows of the embedding -> ids that have a text: the rest pads the table to a round size.
+SENTINEL_VOCAB = {32128: 32100, 250112: 250100}
+CLASSES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+_NEEDS = {
+    **dict.fromkeys(("vocab_size", "d_model", "num_heads", "d_kv", "d_ff"), fields.WIDTH),
+    "num_layers": fields.DEPTH,
+}
+_ALLOWS: dict[str, fields.Field] = {
+    "num_decoder_layers": fields.DEPTH,
+    **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), fields.WIDTH),
+    "layer_norm_epsilon": fields.EPSILON,
+    "feed_forward_proj": fields.Text(),
+    **dict.fromkeys(("tie_word_embeddings", "scale_decoder_outputs", "qstar_tied"), fields.Flag()),
+    **dict.fromkeys(("decoder_start_token_id", "pad_token_id", "eos_token_id"), fields.ID),
+}
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -30,7 +43,7 @@ SIZES = (
 class EncDecConfig:
     """What an encoder-decoder is (the first block) and how it is run here (the second). Hashable: static under `jit`."""
 
-    family: str = "t5"
+    family: str = "t5"  # "mt5" is v1.1 with other words; in "umt5" every layer has relative positions of its own
     vocab_size: int = 32128
     hidden_size: int = 512
     num_layers: int = 8  # of the encoder
@@ -63,6 +76,7 @@ class EncDecConfig:
                 (isinstance(v, int) and v >= 1, f"model config: {n}={v!r} must be a whole number of at least 1")
                 for n, v in sizes.items()
             ),
+            (self.family in CLASSES, f"model config: family={self.family!r} is not one of {', '.join(CLASSES)}"),
             (self.activation in kinds, f"model config: activation={self.activation!r} is not one of {', '.join(kinds)}"),
             (self.remat in ("none", "block", "dots"), f"model config: remat={self.remat!r} is not one of none, block, dots"),
             (self.dtype != "float16", f"model config: dtype='float16': {half}"),
@@ -121,7 +135,9 @@ def from_hf(c: dict[str, Any], where: str) -> EncDecConfig:
     Raises:
       UserError: an activation that is not implemented. KeyError: a key is missing (the caller names the file).
     """
-    kind = c.get("feed_forward_proj", "relu")
+    fields.check(c, where, _NEEDS, _ALLOWS)
+    family = c["model_type"]
+    kind = c.get("feed_forward_proj") or ("relu" if family == "t5" else "gated-gelu")
     gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
     name = "gelu_new" if kind == "gated-gelu" else name  # as transformers does: the tanh approximation
     if name not in ACTIVATIONS:
@@ -129,6 +145,7 @@ def from_hf(c: dict[str, Any], where: str) -> EncDecConfig:
     tied = c.get("tie_word_embeddings", True) is not False
     start = c.get("decoder_start_token_id")
     return EncDecConfig(
+        family=family,
         vocab_size=c["vocab_size"],
         hidden_size=c["d_model"],
         num_layers=c["num_layers"],
@@ -142,7 +159,7 @@ def from_hf(c: dict[str, Any], where: str) -> EncDecConfig:
         activation=ACTIVATIONS[name],
         gated_mlp=gated,
         tie_embeddings=bool(c.get("qstar_tied", tied)),
-        scale_outputs=bool(c.get("scale_decoder_outputs", tied)),
+        scale_outputs=family != "mt5" and bool(c.get("scale_decoder_outputs", tied)),  # mT5 never does
         start_id=c.get("pad_token_id", 0) if start is None else start,
         eos_id=c.get("eos_token_id", 1),  # one: T5 ends every text with </s>
     )
@@ -164,8 +181,8 @@ def to_hf(c: EncDecConfig) -> dict[str, Any]:
         )
     kind = ("gated-gelu" if name == "gelu_new" else f"gated-{name}") if c.gated_mlp else name
     return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
+        "architectures": [CLASSES[c.family] + "ForConditionalGeneration"],
+        "model_type": c.family,
         "is_encoder_decoder": True,
         "vocab_size": c.vocab_size,
         "d_model": c.hidden_size,

@@ -13,59 +13,47 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from qstar import tree
 from qstar.errors import UserError
-from qstar.files import parse_json, read
 from qstar.mesh import shardings
 from qstar.models import decoder
-from qstar.models.config import ModelConfig, to_hf
+from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
+from qstar.models.hf_config import to_hf
 from qstar.models.names import (
-    BUFFERS,
     THOUGHT_SIGN,
     Row,
     abstract_params,
-    base_prefix,
+    embedding_names,
     file_names,
-    file_shape,
     name_map,
+)
+from qstar.models.weight_files import (
+    DTYPES,
+    FORMATS,
+    HEAD,
+    INDEX,
+    SINGLE,
+    WeightFiles,
+    all_finite,
+    other_format,
+    others,
+    read_json,
 )
 from qstar.types import Params
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-
 # ---------------------------------------------------------------------------------------------------- reading
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
-
-    Raises:
-      UserError: the file is missing, unreadable or no JSON object; the line gives the place.
-    """
-    try:
-        content = read(path)
-        value = json.loads(content)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: broken JSON ({e.msg}); copy the file again") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError):
-        value = parse_json(content, f"{path}")  # names the other faults
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
@@ -75,13 +63,22 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
       UserError: no such folder, no config.json in it, or broken JSON.
     """
     folder = pathlib.Path(folder).expanduser()
+    if folder.is_file():
+        what = next((say for end, say in FORMATS.items() if folder.name.endswith(end)), "it is one file of a model")
+        raise UserError(f"{folder}: {what}; give the folder of the model in the Hugging Face layout (safetensors)")
     if not folder.is_dir():
         raise UserError(
             f"model folder {str(folder)!r} does not exist; give a local folder in the Hugging Face "
             "layout (`hf download NAME --local-dir FOLDER` fetches one)"
         )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: config.json is missing; this is no model folder in the Hugging Face layout")
+        if (folder / "adapter_config.json").is_file():
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            raise UserError(
+                f"{folder}: a PEFT adapter (of {base}) and no whole model; merge it into its base model first "
+                "(PEFT: `merge_and_unload`, then `save_pretrained`) and give that folder"
+            )
+        raise UserError(f"{folder}: config.json is missing; {other_format(folder)}")
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"  # where chat models list all the ids that end a turn
     more = read_json(generation).get("eos_token_id") if generation.is_file() else None
@@ -91,105 +88,35 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
-class _Weights:
-    """The tensors of a folder by name, over memory-mapped files: only what is sliced is read."""
-
-    def __init__(self, folder: pathlib.Path, prefix: str):
-        self.folder = folder
-        self.slices: dict[str, Callable[[], Any]] = {}
-        for file in _weight_files(folder):
-            try:
-                handle = safe_open(file, framework="np")
-            except (SafetensorError, OSError) as e:
-                raise UserError(f"{file}: truncated or no safetensors file ({e}); copy it again") from None
-            self.slices |= {name: functools.partial(handle.get_slice, name) for name in handle.keys()}
-        # Files saved from a bare model (the first GPT-2 uploads among them) lack the base model's prefix.
-        self.prefix = prefix if any(name.startswith(prefix) for name in self.slices) else ""
-        self.drop = prefix
-
-    def key(self, name: str) -> str:
-        """Returns the name in these files of the tensor that the table calls `name`."""
-        return name if self.prefix else name.removeprefix(self.drop)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.slices[self.key(name)]()
-
-    def check(self, rows: Iterable[tuple[Row, tuple[int, ...]]], tied: bool) -> None:
-        """Compares names, shapes and dtypes with the table, before anything is read.
-
-        Raises:
-          UserError: a tensor is missing, has another shape or an unsupported dtype, or is left over.
-        """
-        wanted = {self.key(n): file_shape(row, shape) for row, shape in rows for n in file_names(row, shape)}
-        found = {n for n in self.slices if not BUFFERS.search(n) and not (tied and n == "lm_head.weight")}
-        if missing := sorted(wanted.keys() - self.slices.keys()):
-            raise UserError(
-                f"{self.folder}: tensor {missing[0]!r}{_others(missing)} that config.json asks for is missing"
-            )
-        if extra := sorted(found - wanted.keys()):
-            shown = ", ".join(map(repr, extra[:3]))
-            raise UserError(
-                f"{self.folder}: unexpected tensors {shown}{_others(extra[2:])}; config.json describes another model"
-            )
-        for name, shape in wanted.items():
-            view = self.slices[name]()
-            if tuple(view.get_shape()) != shape:
-                raise UserError(
-                    f"{self.folder}: tensor {name!r} has shape {tuple(view.get_shape())}, but "
-                    f"config.json asks for {shape}"
-                )
-            if view.get_dtype() not in _DTYPES:
-                raise UserError(
-                    f"{self.folder}: tensor {name!r} has dtype {view.get_dtype()}; only "
-                    f"{', '.join(_DTYPES)} are supported"
-                )
-
-
-def _others(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
-        if pickles:
-            raise UserError(
-                f"{folder}: the weights are a pickle ({pickles[0]}), which can run code and is not read "
-                "here; convert them to safetensors (save_pretrained of a current transformers)"
-            )
-        raise UserError(f"{folder}: no weights found ({SINGLE} or {INDEX})")
-    names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise UserError(f"{folder / INDEX}: weight_map is missing, empty or no map to file names; copy the file again")
-    files = [folder / name for name in sorted(set(names.values()))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: the file is missing, but {INDEX} lists it; copy it, too")
-    return files
-
-
 def thinks(folder: str | os.PathLike) -> bool:
     """Returns whether the weights in a folder hold a mixing head (the official code's config.json may not say so)."""
-    return THOUGHT_SIGN in _Weights(pathlib.Path(folder).expanduser(), "").slices
+    return THOUGHT_SIGN in WeightFiles(pathlib.Path(folder).expanduser()).slices
 
 
-def settle_head(folder: str | os.PathLike, config: EncDecConfig) -> EncDecConfig:
-    """Returns the config of a T5 with what its weights say of the head, whatever config.json does.
+def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -> ModelConfig | EncDecConfig:
+    """Returns the config with what the weights say of the head, whatever config.json does, as transformers 5 reads it.
 
-    No `lm_head.weight`: tied. One that differs from the embedding: untied. One that equals it: as config.json says.
+    A `lm_head.weight` that differs from the embedding is a head of its own. Of a T5, whose config.json says nothing that
+    can be trusted, none means tied. A decoder whose config.json asks for a head needs one.
     """
-    slices = _Weights(pathlib.Path(folder).expanduser(), "").slices
-    head, table = slices.get("lm_head.weight"), slices.get("shared.weight")
-    if head is None:
-        return config.replace(tie_embeddings=True)
-    if table is None or head().get_shape() != table().get_shape():
-        return config.replace(tie_embeddings=False)
+    weights = WeightFiles(pathlib.Path(folder).expanduser(), config)
+    table, encdec = weights.key(embedding_names(config)[0]), isinstance(config, EncDecConfig)
+    if HEAD not in weights.slices:
+        return config.replace(tie_embeddings=True) if encdec else config
+    if not encdec and not config.tie_embeddings or table not in weights.slices:
+        return config
+    head, embedding = weights.slices[HEAD], weights.slices[table]
     rows, step = head().get_shape()[0], 4096
     parts = [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
-    same = all(np.array_equal(head()[part], table()[part]) for part in parts)
-    return config if same else config.replace(tie_embeddings=False)
+    if head().get_shape() == embedding().get_shape() and all(np.array_equal(head()[p], embedding()[p]) for p in parts):
+        return config
+    if not encdec:
+        warnings.warn(
+            f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {table}; the model is read with "
+            "this head (set tie_word_embeddings to false to silence this)",
+            stacklevel=3,
+        )
+    return config.replace(tie_embeddings=False)
 
 
 def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None) -> Params:
@@ -197,7 +124,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
 
     Args:
       folder: a local folder.
-      config: what the weights are of; see `models.config.from_hf`.
+      config: what the weights are of; see `models.hf_config.from_hf`.
       mesh: where to put them. Each parameter is created in its sharding: every device's part is sliced out of
         the memory-mapped files, and at no time is there a whole copy of a parameter on a device.
       dtype: of the parameters; None keeps what is stored (float32, bfloat16 or float16).
@@ -209,7 +136,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
       UserError: weights missing, truncated, pickled, or unlike the config; the line names file and tensor.
     """
     rows = name_map(config)
-    weights = _Weights(pathlib.Path(folder).expanduser(), base_prefix(config))
+    weights = WeightFiles(pathlib.Path(folder).expanduser(), config)
     weights.check(rows, config.tie_embeddings)
     by_path = {row.path: row for row, _ in rows}
     shapes = abstract_params(config)
@@ -218,7 +145,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
     def create(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         row, shape = by_path[path], leaf.shape
         names = file_names(row, shape)
-        stored = (_DTYPES[weights[n].get_dtype()] for n in names)
+        stored = (DTYPES[weights[n].get_dtype()] for n in names)
         kind = jnp.dtype(dtype or functools.reduce(jnp.promote_types, stored))
         parts: dict[Any, np.ndarray] = {}  # devices that hold the same part share one read
 
@@ -236,7 +163,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
 
 
 def _read_part(
-    weights: _Weights,
+    weights: WeightFiles,
     row: Row,
     names: list[str],
     shape: tuple[int, ...],
@@ -255,6 +182,8 @@ def _read_part(
     chosen = names[slice(*bounds[0])] if stacked else names
     for target, name in zip(out if stacked else out[None], chosen):
         piece = weights[name][index]
+        if not all_finite(piece):
+            raise UserError(f"{weights.folder}: tensor {name!r} holds NaN or infinity; copy the file again")
         target[...] = piece.T if row.transpose else piece
     return out
 
@@ -325,7 +254,7 @@ def _checked_leaves(config: ModelConfig, params: Params) -> dict[str, Any]:
             raise UserError(
                 f"parameter {path} has shape {leaves[path].shape}, but the config asks for {shape}; cannot export"
             )
-        if leaves[path].dtype not in _DTYPES.values():
+        if leaves[path].dtype not in DTYPES.values():
             raise UserError(f"parameter {path} has dtype {leaves[path].dtype}; export float32, bfloat16 or float16")
     return leaves
 
@@ -418,8 +347,7 @@ def refuse_foreign(target: pathlib.Path) -> None:
     foreign = [n for n in names if not _OWN_FILES.fullmatch(n)]
     if foreign:
         raise UserError(
-            f"{target} holds {foreign[0]!r}{_others(foreign)}, which is no part of a model export; "
-            "choose another folder"
+            f"{target} holds {foreign[0]!r}{others(foreign)}, which is no part of a model export; choose another folder"
         )
     if names and "model_type" not in (read_json(target / "config.json") if "config.json" in names else {}):
         raise UserError(f"{target} is not empty and no model export; choose another folder")

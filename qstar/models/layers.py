@@ -18,6 +18,7 @@ from jax.interpreters import ad, batching, mlir
 from qstar.models.attention import attend, precision, write_column
 from qstar.models.config import ModelConfig
 from qstar.models.flash import Sight
+from qstar.models.rope import Turns, rotate
 from qstar.types import Params, Ring, Segment, Shared
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -26,9 +27,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
-
-
-Turns = tuple[jax.Array, jax.Array]  # of rotary positions: cosines and signed sines [T, rotary_dim]
 
 
 class Norm(nn.Module):
@@ -178,55 +176,6 @@ class Block(nn.Module):
         else:
             up = act(up)
         return Linear(c.hidden_size, c.mlp_bias, out_std, name="down")(up)
-
-
-# ------------------------------------------------------------------------------------------------ rotary positions
-
-
-def rope_frequencies(config: ModelConfig) -> jax.Array:
-    """Returns the rotary inverse frequencies [rotary_dim / 2], with the linear or llama3 scaling of the config."""
-    dim = config.rotary_dim or config.head_dim
-    freq = config.rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-    scaling = dict(config.rope_scaling or ())
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "linear":
-        return freq / scaling["factor"]
-    if kind != "llama3":
-        return freq
-    # Llama 3.1: keep short wavelengths, stretch long ones by `factor`, blend in between.
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
-    blend = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return freq * (blend + (1 - blend) / scaling["factor"])
-
-
-def rope_turns(config: ModelConfig, positions: jax.Array) -> Turns:
-    """Returns what turns the heads at positions [T]: cosines and signed sines [T, rotary_dim] float32, once for all layers.
-
-    A number per element and not per pair: the two halves are then joined in memory, and not computed anew, cosine and
-    sine, wherever they are used (a CPU's compiler fuses them into every rotation of every layer).
-    """
-    angles = positions[:, None].astype(jnp.float32) * rope_frequencies(config)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if config.rope_interleaved:
-        return jnp.repeat(cos, 2, axis=1), jnp.stack([-sin, sin], axis=2).reshape(sin.shape[0], -1)
-    return jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
-
-
-def rotate(x: jax.Array, turns: Turns, config: ModelConfig) -> jax.Array:
-    """Rotates the first `rotary_dim` of each head of x [T, H, K] by turns, of `rope_turns`.
-
-    Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) where `rope_interleaved`.
-    """
-    cos, sin = (t[:, None] for t in turns)  # [T, 1, rotary_dim]
-    dim = cos.shape[-1]
-    part, rest = x[..., :dim].astype(jnp.float32), x[..., dim:]
-    if config.rope_interleaved:
-        partner = jnp.flip(part.reshape(*part.shape[:-1], -1, 2), -1).reshape(part.shape)
-    else:
-        partner = jnp.roll(part, dim // 2, axis=-1)
-    turned = (part * cos + partner * sin).astype(x.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 def with_adapters(layer: Params) -> Params:

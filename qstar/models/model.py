@@ -25,8 +25,9 @@ from qstar.errors import UserError, require
 from qstar.mesh import map_rows, mesh_jit, put_whole_batch, to_host
 from qstar.models import decoder, encdec, hf, policy
 from qstar.models.attention import text_sight
-from qstar.models.config import DTYPES, ModelConfig, from_hf, official_thoughts, to_hf
+from qstar.models.config import DTYPES, ModelConfig
 from qstar.models.encdec_config import EncDecConfig
+from qstar.models.hf_config import from_hf, official_thoughts, to_hf
 from qstar.models.thought_config import ThoughtConfig
 from qstar.text.tokenizer import Tokenizer, load_tokenizer
 from qstar.types import Params
@@ -84,9 +85,9 @@ def load(
     config = from_hf(raw, where=str(folder / "config.json")).replace(dtype=_compute_dtype(raw, dtype))
     if isinstance(config, EncDecConfig):
         require((thoughts is None, f"{folder}: an encoder-decoder cannot think before it speaks; leave `thoughts` out"))
-        config = hf.settle_head(folder, config)
     elif thoughts is not None or config.thoughts is None and hf.thinks(folder):
         config = config.replace(thoughts=thoughts or official_thoughts(raw))
+    config = hf.settle_head(folder, config)
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and isinstance(config, EncDecConfig):
         tokenizer.encoder_end = config.eos_id

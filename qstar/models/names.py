@@ -93,7 +93,7 @@ _GPTJ = (
 def _t5_stack(stack: str, mlp: int) -> tuple[Row, ...]:
     """Rows of one stack; `mlp` is the number of the sub-layer that holds the MLP."""
     at, to = f"{stack}.block.{{i}}.layer", f"{stack}/layers"
-    relative = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"  # all layers read layer 0's
+    relative = f"{at}.0.SelfAttention.relative_attention_bias.weight"
     return (
         *_norm(f"{to}/attn_norm", f"{at}.0.layer_norm"),
         *(row for n in "qkvo" for row in _linear(f"{to}/{n}", f"{at}.0.SelfAttention.{n}")),
@@ -104,7 +104,8 @@ def _t5_stack(stack: str, mlp: int) -> tuple[Row, ...]:
         *_linear(f"{to}/up", f"{at}.{mlp}.DenseReluDense.wi_1"),
         *_linear(f"{to}/down", f"{at}.{mlp}.DenseReluDense.wo"),
         *_norm(f"{stack}/final_norm", f"{stack}.final_layer_norm"),
-        Row(f"{stack}/relative/table", relative),
+        Row(f"{stack}/relative/table", relative.format(i=0)),  # all layers of a T5 read layer 0's
+        Row(f"{to}/relative/table", relative),  # umT5
     )
 
 
@@ -127,7 +128,7 @@ _VALUE = _linear("value", "score")  # as transformers' classifiers of tokens cal
 THOUGHT_SIGN = "talk_head.0.4.weight"  # files that hold it are of a model that thinks
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "tiny")
-NAMES = {**dict.fromkeys(_LIKE_LLAMA, _LLAMA), "gpt2": _GPT2, "gptj": _GPTJ, "t5": _T5}
+NAMES = {**dict.fromkeys(_LIKE_LLAMA, _LLAMA), "gpt2": _GPT2, "gptj": _GPTJ, **dict.fromkeys(("t5", "mt5", "umt5"), _T5)}
 
 # Causal masks and rotary tables that old versions of transformers saved among the weights.
 # And T5's copies of the embedding, with a table of positions for cross-attention that nothing reads.
@@ -176,8 +177,7 @@ def file_names(row: Row, shape: tuple[int, ...]) -> list[str]:
     return [row.name.format(i=i) for i in range(shape[0])] if "{i}" in row.name else [row.name]
 
 
-def base_prefix(config: ModelConfig | EncDecConfig) -> str:
-    """Returns what the names inside a family's base model begin with."""
-    if isinstance(config, EncDecConfig):
-        return ""
-    return "transformer." if config.family in ("gpt2", "gptj") else "model."
+def embedding_names(config: ModelConfig | EncDecConfig) -> tuple[str, str]:
+    """Returns the embedding's name in the files, and what the names inside a family's base model begin with."""
+    table = next(row.name for row in NAMES[config.family] if row.path == "embed/table")
+    return table, "" if isinstance(config, EncDecConfig) else table.partition(".")[0] + "."

@@ -1,6 +1,6 @@
 """Shapes of published models, so that what they need can be planned where their weights are not.
 
-Each entry is what the model's own config.json says, read by `config.from_hf` like any other, and the dtype its files keep.
+Each entry is what the model's own config.json says, read by `hf_config.from_hf` like any other, and the dtype its files keep.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import pathlib
 from typing import Any
 
 from qstar.errors import unknown
-from qstar.models.config import ModelConfig, from_hf
+from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig, flan_t5
+from qstar.models.hf_config import from_hf
 
 _LLAMA_7B = {
     "model_type": "llama",

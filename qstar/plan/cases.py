@@ -29,9 +29,10 @@ from qstar.methods.v_star import PRESETS, Loop
 from qstar.methods.verifier import VerifierSettings, dpo_step, value_step
 from qstar.models import mixing
 from qstar.models import model as models
-from qstar.models.config import SIZES, ModelConfig, from_hf, preset
+from qstar.models.config import SIZES, ModelConfig, preset
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.hf import read_config
+from qstar.models.hf_config import from_hf
 from qstar.models.model import Model
 from qstar.models.names import abstract_params
 from qstar.models.published import published

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import types
 
 import jax
@@ -38,6 +39,9 @@ CASES = {
     "v1.1 untied": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "v1.1 tied, as transformers 5 makes it": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "first T5, tied and scaled": dict(feed_forward_proj="relu"),
+    "mT5, untied": dict(feed_forward_proj="gated-gelu"),
+    "umT5, untied": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "umT5, tied and scaled": dict(feed_forward_proj="gated-gelu"),
 }
 RNG = np.random.default_rng(0)
 SOURCE, TARGET = RNG.integers(0, V, (2, 30)), RNG.integers(0, V, (2, 25))
@@ -48,9 +52,10 @@ REAL[1, 17:] = 0
 
 def torch_model(case: str) -> torch.nn.Module:
     """A random model in which no norm is 1 and relative positions matter."""
-    config = transformers.T5Config(**SIZES, **CASES[case])
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    if case == "v1.1 untied":
+    name = {"mT5": "MT5", "umT5": "UMT5"}.get(case.partition(",")[0], "T5")
+    config = getattr(transformers, name + "Config")(**SIZES, **CASES[case])
+    model = getattr(transformers, name + "ForConditionalGeneration")(config).eval()
+    if "untied" in case:
         model.lm_head.weight = torch.nn.Parameter(torch.zeros(V, 32))
     generator = torch.Generator().manual_seed(len(case))
     with torch.no_grad():
@@ -152,7 +157,7 @@ def test_relative_buckets_equal_the_reference(both_ways, buckets, far):
 
 def test_export_loads_in_transformers_bit_for_bit_and_in_qstar(pair, tmp_path):
     qstar.save(pair.model, tmp_path / "out")
-    again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    again = type(pair.torch).from_pretrained(tmp_path / "out").eval()
     np.testing.assert_array_equal(torch_logits(again), torch_logits(pair.torch))
     ids = torch.tensor(SOURCE)
     assert again.generate(ids, max_new_tokens=4).tolist() == pair.torch.generate(ids, max_new_tokens=4).tolist()
@@ -164,29 +169,38 @@ def test_export_loads_in_transformers_bit_for_bit_and_in_qstar(pair, tmp_path):
 def test_the_head_is_tied_where_the_tensors_say_so(pair):
     has_head = "lm_head.weight" in load_file(pair.folder / SINGLE)
     assert pair.model.config.tie_embeddings == (not has_head) == ("untied" not in pair.case)
-    assert pair.model.config.scale_outputs == pair.case.startswith(
-        "first"
-    )  # the flag of the file is true for all three
+    assert pair.model.config.scale_outputs == ("scaled" in pair.case)  # the flag of the file is true for all of them
     assert json.loads((pair.folder / "config.json").read_text())["tie_word_embeddings"] is True
 
 
 def test_files_of_older_versions_with_copies_of_the_embedding_are_read(pair, tmp_path):
     """transformers 4: no scale_decoder_outputs, a truthful tie flag, embed_tokens twice, a table that nothing reads."""
     config = json.loads((pair.folder / "config.json").read_text())
-    config.pop("scale_decoder_outputs")
-    config["tie_word_embeddings"] = pair.case.startswith("first")
+    config.pop("scale_decoder_outputs", None)
+    config["tie_word_embeddings"] = "scaled" in pair.case
     (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = load_file(pair.folder / SINGLE)
     for stack in ("encoder", "decoder"):
         tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"].copy()
     unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     tensors[unused] = np.zeros((8, 4), np.float32)
-    if pair.case.startswith("first"):
+    if "scaled" in pair.case:
         tensors["lm_head.weight"] = tensors["shared.weight"].copy()  # a copy is no head of its own
     save_file(tensors, tmp_path / SINGLE)
     old = qstar.load(tmp_path)
     assert old.config == pair.model.config
     assert jax.tree.all(jax.tree.map(np.array_equal, old.params, pair.model.params))
+
+
+@pytest.mark.parametrize("kept", ["encoder", "decoder"])
+def test_the_embedding_may_be_kept_under_the_name_of_one_of_the_stacks(pair, kept, tmp_path):
+    shutil.copytree(pair.folder, tmp_path / "m")
+    tensors = load_file(pair.folder / SINGLE)
+    tensors[f"{kept}.embed_tokens.weight"] = tensors.pop("shared.weight")
+    save_file(tensors, tmp_path / "m" / SINGLE, metadata={"format": "pt"})
+    model = qstar.load(tmp_path / "m")
+    assert model.config == pair.model.config
+    assert jax.tree.all(jax.tree.map(np.array_equal, model.params, pair.model.params))
 
 
 def test_flan_shapes_have_the_published_numbers_of_parameters():
@@ -204,7 +218,7 @@ def test_half_precision_is_bfloat16_and_close_where_it_computes(pair):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(low.params))  # masters stay
     ours = np.asarray(qstar.logits(low, TARGET, encoder_tokens=SOURCE, encoder_mask=REAL))
     theirs = torch_logits(pair.torch)
-    assert ours.dtype == np.float32 and 1e-3 < np.abs(ours - theirs).max() < 0.2 * np.abs(theirs).max()
+    assert ours.dtype == np.float32 and 1e-3 < np.abs(ours - theirs).max() < 0.3 * np.abs(theirs).max()
 
 
 # ------------------------------------------------------------------------------------------- sampling and scoring

@@ -1,0 +1,201 @@
+"""Safetensors files of a model folder: its tensors by name over memory maps, and what is wrong with a folder in a line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qstar.errors import UserError
+from qstar.files import parse_json, read
+from qstar.models.config import ModelConfig
+from qstar.models.encdec_config import EncDecConfig
+from qstar.models.names import BUFFERS, Row, embedding_names, file_names, file_shape
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+      UserError: the file is missing, unreadable or no JSON object; the line gives the place.
+    """
+    try:
+        content = read(path)
+        value = json.loads(content)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: broken JSON ({e.msg}); copy the file again") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError):
+        value = parse_json(content, f"{path}")  # names the other faults
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+# Ending of a file -> what it is, for messages about models in other formats.
+FORMATS = {
+    ".gguf": "GGUF is the format of llama.cpp, mostly quantised, and is not read",
+    ".bin": "a pickle can run code and is not read",
+    ".pth": "a pickle can run code and is not read",
+    ".pt": "a pickle can run code and is not read",
+    ".ckpt": "a checkpoint of another program is not read",
+    ".h5": "TensorFlow's format is not read",
+    ".msgpack": "Flax' format is not read",
+    ".onnx": "ONNX is not read",
+}
+
+
+def other_format(folder: pathlib.Path) -> str:
+    """Returns what a folder without config.json or weights in the Hugging Face layout holds instead, and what to do."""
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    for name in there:
+        for end, what in FORMATS.items():
+            if name.endswith(end):
+                return f"{name}: {what}; give the model's safetensors (save_pretrained of a current transformers)"
+    if "params.json" in there:
+        return "params.json is the layout of the model's makers; give its folder in the Hugging Face layout"
+    if other := [name for name in there if name.endswith(".safetensors")]:
+        return f"{other[0]} is not named {SINGLE} or listed in {INDEX}; rename it, or copy what is missing"
+    return "this is no model folder in the Hugging Face layout"
+
+
+# What training programs put into the names of parameters: torch.compile, DDP, FSDP.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\..*|SCB|weight_scale(_inv)?|weight_packed)$"
+)
+
+
+class WeightFiles:
+    """The tensors of a folder by name, over memory-mapped files: only what is sliced is read."""
+
+    def __init__(self, folder: pathlib.Path, config: ModelConfig | EncDecConfig | None = None):
+        self.folder = folder
+        self.slices: dict[str, Callable[[], Any]] = {}
+        for file in _weight_files(folder):
+            try:
+                handle = safe_open(file, framework="np")
+            except (SafetensorError, OSError) as e:
+                raise UserError(f"{file}: truncated or no safetensors file ({e}); copy it again") from None
+            names = {_WRAPPERS.sub("", name): name for name in handle.keys()}
+            self.slices |= {new: functools.partial(handle.get_slice, name) for new, name in names.items()}
+        self.drop = (
+            ""  # files saved from a bare model (the first GPT-2 uploads among them) lack the base model's prefix
+        )
+        if config is not None:
+            self._settle_names(*embedding_names(config), config)
+
+    def _settle_names(self, table: str, prefix: str, config: ModelConfig | EncDecConfig) -> None:
+        """Takes off what a wrapping module puts before all names, and finds the embedding under its other names."""
+        bare = table.removeprefix(prefix)
+        for goal in (table, bare):
+            leads = (
+                {n.removesuffix(goal) for n in self.slices if n.endswith("." + goal)} if goal not in self.slices else ()
+            )
+            if len(leads) == 1:
+                (lead,) = leads
+                self.slices = {n.removeprefix(lead): get for n, get in self.slices.items()}
+            if goal in self.slices:
+                self.drop = prefix if goal != table else ""
+                return
+        copies = [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]  # of T5
+        if config.tie_embeddings:
+            copies.append(HEAD)
+        for name in copies:
+            if name in self.slices:
+                self.slices[table] = self.slices[name]
+                return
+
+    def key(self, name: str) -> str:
+        """Returns the name in these files of the tensor that the table calls `name`."""
+        return name.removeprefix(self.drop)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.slices[self.key(name)]()
+
+    def _refuse_other_kinds(self) -> None:
+        """Raises UserError where the names are those of quantised weights or of adapters that are not merged."""
+        for name in self.slices:
+            if _QUANTISED.search(name):
+                what = "the weights are quantised, which are not read here; give the model before quantisation"
+                raise UserError(f"{self.folder}: tensor {name!r}: {what}")
+            if ".lora_A." in name or ".base_layer." in name:
+                what = "adapters stand beside their weights; merge them first (PEFT: `merge_and_unload`)"
+                raise UserError(f"{self.folder}: tensor {name!r}: {what}")
+
+    def check(self, rows: Iterable[tuple[Row, tuple[int, ...]]], tied: bool) -> None:
+        """Compares names, shapes and dtypes with the table, before anything is read.
+
+        Raises:
+          UserError: a tensor is missing, has another shape or an unsupported dtype, or is left over.
+        """
+        self._refuse_other_kinds()
+        wanted = {self.key(n): file_shape(row, shape) for row, shape in rows for n in file_names(row, shape)}
+        found = {n for n in self.slices if not BUFFERS.search(n) and not (tied and n == HEAD)}
+        if missing := sorted(wanted.keys() - self.slices.keys()):
+            there = "" if wanted.keys() & found or not found else f"; there are others, such as {min(found)!r}"
+            raise UserError(
+                f"{self.folder}: tensor {missing[0]!r}{others(missing)} that config.json asks for is missing{there}"
+            )
+        if extra := sorted(found - wanted.keys()):
+            shown = ", ".join(map(repr, extra[:3]))
+            raise UserError(
+                f"{self.folder}: unexpected tensors {shown}{others(extra[2:])}; config.json describes another model"
+            )
+        for name, shape in wanted.items():
+            view = self.slices[name]()
+            if tuple(view.get_shape()) != shape:
+                raise UserError(
+                    f"{self.folder}: tensor {name!r} has shape {tuple(view.get_shape())}, but "
+                    f"config.json asks for {shape}"
+                )
+            if view.get_dtype() not in DTYPES:
+                raise UserError(
+                    f"{self.folder}: tensor {name!r} has dtype {view.get_dtype()}; only "
+                    f"{', '.join(DTYPES)} are supported"
+                )
+
+
+def others(names: list[str]) -> str:
+    """Returns how many more there are than the one that a message names."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+        if pickles:
+            raise UserError(
+                f"{folder}: the weights are a pickle ({pickles[0]}), which can run code and is not read "
+                "here; convert them to safetensors (save_pretrained of a current transformers)"
+            )
+        raise UserError(f"{folder}: no weights found ({SINGLE} or {INDEX}); {other_format(folder)}")
+    names = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{folder / INDEX}: weight_map is missing, empty or no map to file names; copy the file again")
+    files = [folder / name for name in sorted(set(names.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: the file is missing, but {INDEX} lists it; copy it, too")
+    return files
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether no number has all bits of its exponent set; on integers, because NumPy is slow with bfloat16."""
+    exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[x.dtype.name]
+    bits = x.view(np.dtype(f"u{x.dtype.itemsize}"))
+    return not x.size or int((bits & exponent).max()) < exponent
