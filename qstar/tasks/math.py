@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Sequence
 
 from qstar.errors import UserError
-from qstar.tasks.base import DatasetTask, Problem, leak_marker
+from qstar.tasks import answers
+from qstar.tasks.base import BUILT_IN, DatasetTask, Problem, leak_marker
 from qstar.tasks.equal import Comparison, check_installed, comparer
 from qstar.tasks.gsm8k import MARK, number
 
@@ -16,6 +19,12 @@ _HUB_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate
                 "precalculus")  # fmt: skip
 _V_STAR_SUBJECTS = {"algebra", "counting & probability", "prealgebra", "number theory"}
 _NUMERIC = re.compile(r"-?(?:[0-9]+(?:,[0-9]{3})*)?(?:\.[0-9]+)?")
+_EMPHASIS = re.compile(r"\*\*|__|`")
+_TAG = re.compile(r"<(?:final_?)?answer>(.*?)</(?:final_?)?answer>", re.DOTALL | re.IGNORECASE)
+_EXPLANATION = re.compile(r"\W*(?:explanation|note|reasoning|steps?|verification|solution|why)\b", re.IGNORECASE)
+_FORMULA = re.compile(r"\$+(.+?)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_CLAUSE = re.compile(r"(?:[^.\n]|\.(?=\S))+")
+_QUANTITY = re.compile(r"(\$?-?[0-9][0-9,./]*%?)\s+[A-Za-z]{2,}[A-Za-z ]*")  # 5 apples
 _DROPPED = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\[!,;: ]|\\\$|\$|\^\{?\\circ\}?|\\?%")
 _SPACE = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])|\s+")  # a command and a letter stay apart
 _BARE_FRACTION = re.compile(r"\\frac(?:([0-9a-z])([0-9a-z])|\{([^{}]*)\}([0-9a-z])|([0-9a-z])\{([^{}]*)\})")
@@ -25,7 +34,10 @@ class MATH(DatasetTask):
     """Problem, solution in LaTeX, answer in its last ``\\boxed{..}``.
 
     Answers are equal if their normal forms are (`normal`), or if math-verify says so, in a process that is killed
-    after `timeout_s`; what times out is wrong. A vote counts normal forms, so 0.5 and \\frac{1}{2} do not vote together.
+    after `timeout_s`; what times out is wrong. In a vote answers that are equal to each other count together.
+
+    Without a box the answer is what the text states last ("The final answer is $5$."). What stands in thinking or behind an
+    invented further problem does not count. `strict` takes the last box of all and nothing else.
 
     `subset="v_star"` is the rule of V-STaR (2402.06457, section 4.1): level 1 of algebra, counting and probability,
     prealgebra and number theory, numeric answers, no LaTeX in the question. With "no LaTeX" read as "no command", so
@@ -42,18 +54,25 @@ class MATH(DatasetTask):
         *,
         train: str | None = None,
         test: str | None = None,
+        prompts: str | None = None,
         subset: str = "all",
         format: str = "boxed",
         timeout_s: float = 5.0,
+        strict: bool = False,
     ):
-        """`train`, `test`: files. `subset`: "all" or "v_star". `format`: "boxed" or "gsm8k". `timeout_s`: per comparison."""
+        """`train`, `test`: files. `prompts`: "built-in" or None. `subset`: "all" or "v_star". `format`: "boxed" or "gsm8k".
+        `timeout_s`: per comparison.
+        """
         for option, value, known in (("subset", subset, _SUBSETS), ("format", format, _FORMATS)):
             if value not in known:
                 raise UserError(f"math: {option}={value!r} is not one of {', '.join(known)}")
         if not timeout_s > 0:
             raise UserError(f"math: timeout_s={timeout_s} must be above 0")
         check_installed()  # now, not at the first answer
-        super().__init__(train=train, test=test)
+        if prompts not in (None, BUILT_IN):
+            raise UserError(f"math: prompts={prompts!r} is neither {BUILT_IN!r} nor None; it has no few-shot files")
+        super().__init__(train=train, test=test, prompts=prompts)
+        self.strict = strict
         self.subset, self.format, self.timeout_s = subset, format, timeout_s
         self.stop = ("\nQ:",) if format == "gsm8k" else ("\nProblem:",)
 
@@ -99,12 +118,26 @@ class MATH(DatasetTask):
         return text
 
     def parse(self, completion: str) -> str | None:
-        text = self.cut(completion)
-        if self.format == "gsm8k":
-            written = text.rpartition(MARK)[2] if MARK in text else None
-        else:
-            written = boxed(text)
-        return (normal(written) or None) if written is not None else None
+        text = super().cut(completion)
+        if self.strict:
+            marked = text.rpartition(MARK)[2].partition("\n")[0] if MARK in text else None
+            written = marked if self.format == "gsm8k" else boxed(text)
+            return (normal(written) or None) if written is not None else None
+        text = answers.without_thinking(text)
+        for end in answers.ends(text):
+            written = _marked(text[:end]) if self.format == "gsm8k" else _written(text[:end])
+            if written and normal(written):
+                return normal(written)
+        return None
+
+    def ballots(self, answers: Sequence[str | None]) -> list[str | None]:
+        """Answers that are equal to an earlier one vote for that."""
+        votes: list[str | None] = []
+        for answer in answers:
+            known = dict.fromkeys(vote for vote in votes if vote is not None)
+            same = answer in known or answer is None
+            votes.append(answer if same else next((v for v in known if _equal(v, answer, self.timeout_s)), answer))
+        return votes
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
         return answer is not None and self.compare(problem, answer).equal
@@ -121,6 +154,36 @@ class MATH(DatasetTask):
 
     def leak(self, problem: Problem, completion: str) -> str | None:
         return leak_marker(completion, problem.question)
+
+
+@functools.lru_cache(maxsize=65536)
+def _equal(one: str, other: str, timeout_s: float) -> bool:
+    """Whether two answers are equal, by their numbers where both are numbers."""
+    if _NUMERIC.fullmatch(one) and _NUMERIC.fullmatch(other):
+        return number(one) == number(other)
+    return comparer(timeout_s).compare(one, other).equal
+
+
+def _marked(text: str) -> str | None:
+    """What stands behind the last mark that opens no explanation."""
+    lines = [line.strip() for line in re.findall(rf"{MARK}+[ \t]*(.*)", text)]
+    lines = [line for line in lines if not _EXPLANATION.match(line)]
+    return (boxed(lines[-1]) or lines[-1].strip("*`_ ")) if lines else None
+
+
+def _written(text: str) -> str | None:
+    """What stands in the last box, else behind the last mark or statement of an answer."""
+    if (found := boxed(text)) is not None:
+        return found.strip("$")
+    text = _EMPHASIS.sub("", _TAG.sub(r"\nAnswer: \1\n", text))
+    if (found := _marked(text)) is not None:
+        return found
+    for _, start in reversed(answers.statements(text)):
+        found = _FORMULA.match(text, start) or _CLAUSE.match(text, start)
+        if found and found[found.lastindex or 0].strip():
+            written = found[found.lastindex or 0].strip()
+            return written[: quantity.end(1)] if (quantity := _QUANTITY.fullmatch(written)) else written
+    return None
 
 
 def in_v_star_subset(problem: Problem) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qstar.errors import UserError
+from qstar.tasks import answers
 from qstar.tasks.base import DatasetTask, Problem
 from qstar.tasks.qa_metrics import includes, normalise
 
@@ -26,6 +27,11 @@ THINK = "Answer the question based on the context. Think step by step."
 EXPLAIN = "Given the context, generate a step-wise rationale to answer the question."
 _MARKER = re.compile(r"(?:so|therefore,?)?\s*the answer is:?|answer\s*:", re.IGNORECASE)
 _SLOTS = re.compile(r"\b(?:answer|question|context|reasoning|prediction)\s*:", re.IGNORECASE)
+_NEXT_SLOT = re.compile(r"(?<=\S)\s+(?:Question|Context)\s*:")
+_VERDICT = re.compile(r"\W*((?i:yes|no))\b(?=\s*(?:[.;:!]|$|[,-]\s+[a-z]|because\b|since\b))")
+_REASON = re.compile(r",?\s+(?:because|since)\b")
+_ABBREVIATIONS = {"mrs", "prof", "inc", "ltd", "gen", "col", "rev", "hon", "capt", "sgt", "etc", "vol"}
+_SHORT = 8  # words of a first line that is an answer although another follows
 
 
 @dataclass(frozen=True)
@@ -133,10 +139,13 @@ class MultiHop(DatasetTask):
         context: str = "distractor",
         style: str = "standard",
         limit: int = 0,
+        strict: bool = False,
     ):
         """`train`, `test` as in `DatasetTask`; `context` is one of CONTEXTS, `style` of STYLES.
 
         Args:
+          strict: read an answer as the papers do: the first line (of `style="cot"`: behind the last "the answer is" or
+            "Answer:"), with all that stands in it.
           limit: words of a prompt (0: no limit). Methods that know a tokenizer count its tokens instead, with `fit`.
         """
         for what, value, known in (("context", context, CONTEXTS), ("style", style, STYLES[:2])):
@@ -145,10 +154,10 @@ class MultiHop(DatasetTask):
         if limit < 0:
             raise UserError(f"{self.name}: limit={limit} must be 0 (none) or more words")
         super().__init__(train=train, test=test)
-        self.context, self.style, self.limit = context, style, limit
-        self.out_of_range = (
-            0  # supporting facts that are not in the context: many in the full-wiki setting
-        )
+        self.context, self.style, self.limit, self.strict = context, style, limit, strict
+        if style == "cot" and not strict:
+            self.stop = ("\nQuestion:",)  # reasoning may have paragraphs
+        self.out_of_range = 0  # supporting facts that are not in the context: many in the full-wiki setting
 
     def to_problem(self, record: dict) -> Problem:
         parts = _context(record["context"])
@@ -177,10 +186,37 @@ class MultiHop(DatasetTask):
         return fit(paragraphs(problem, self.context), frame, self.limit, lambda text: len(text.split()))[0]
 
     def parse(self, completion: str) -> str | None:
+        if not self.strict:
+            text = answers.plain(completion).text
+            return next(filter(None, (_read(text[:end], self.style) for end in answers.ends(text))), None)
         text = self.cut(completion)
         answer = split_reasoning(text)[1] if self.style == "cot" else text.strip().splitlines()[:1]
         answer = answer[0] if isinstance(answer, list) and answer else answer
         return normalise(answer) if answer else None
+
+
+def _read(text: str, style: str) -> str | None:
+    """The answer of a text without markup: what it states last, or a short first line where no reasoning was asked for."""
+    text = _NEXT_SLOT.split(text.strip(), maxsplit=1)[0]
+    first, stated = text.partition("\n")[0], answers.statements(text)
+    in_first = bool(stated) and stated[0][0] < len(first)
+    if style != "cot" and not in_first and (not stated or len(first.split()) <= _SHORT):
+        return normalise(_phrase(first)) or None
+    phrases = (_phrase(answers.line_at(text, start)) for _, start in reversed(stated))
+    return next(filter(None, map(normalise, phrases)), None)
+
+
+def _phrase(line: str) -> str:
+    """The answer that a line begins with: its first sentence, without a reason, "yes" or "no" alone."""
+    line = line.replace(answers.BOX, " ").strip()
+    if verdict := _VERDICT.match(line):
+        return verdict[1]
+    for stop in re.finditer(r"[.!?]\s+(?=[A-Z])", line):
+        word = line[: stop.start()].split()[-1:]
+        if word and len(word[0]) > 2 and word[0].lower() not in _ABBREVIATIONS:
+            line = line[: stop.start()]
+            break
+    return _REASON.split(line, maxsplit=1)[0]
 
 
 class HotpotQA(MultiHop):

@@ -69,6 +69,162 @@ GSM8K = [  # completion, lenient reading, strict reading
     ("<think>\nThe answer is 72.", None, None),
 ]
 
+COMMONSENSE_QA = [  # completion, lenient reading, strict reading
+    (" Blotters absorb ink. Therefore, the answer is blotter (e).", "e", "e"),
+    (" (E) blotter, not (b) hat.", "e", "b"),
+    (" The answer is E.", "e", None),
+    (" **E**", "e", None),
+    (" E) blotter", "e", None),
+    (" Answer: E", "e", None),
+    ("E", "e", None),
+    ("E.", "e", None),
+    ("E. blotter", "e", None),
+    ("**E. blotter**\n\nA blotter absorbs ink, unlike (a).", "e", None),
+    ("**Answer: (E) blotter**\n\n**Explanation:** (a) and (b) hold no ink.", "e", "e"),
+    ("### Answer\n\n**(e) blotter**", "e", None),
+    ("The correct answer is **(E) blotter**.", "e", "e"),
+    ("The correct answer is option E: blotter.", "e", None),
+    ("The best choice is E because blotters absorb ink.", "e", None),
+    ("Let's look at each.\n\n(a) no.\n(b) no.\n\nSo the answer is (e).\n\nNote that (c) is close.", "e", None),
+    ("Option E is the correct answer.", "e", None),
+    ("E is correct.", "e", None),
+    ("\\boxed{E}", "e", None),
+    ("$\\boxed{\\text{(E) blotter}}$", "e", "e"),
+    ("<answer>E</answer>", "e", None),
+    ("<think>It is (a)?</think>The answer is `E`.", "e", "a"),
+    ('The answer is "E".', "e", None),
+    ("The answer is not (a) but (e).", "e", "e"),
+    ("Final answer: E\n\nQuestion: Where are hats?\nAnswer: B", "e", None),
+    ("The answer is E.\nQ: Where are hats?\nA: (b).", "e", None),
+    ("(e)\n\n**Question 2**: Where are hats?\n(b)", "e", "e"),
+    ("The answer is (E)<|im_end|>\n<|im_start|>user\nWhy not (b)?", "e", "b"),
+    ('{"answer": "E"}', "e", None),
+    ("Answer: e) blotter", "e", None),
+    ("The answer is [E].", "e", None),
+    ("(A) is wrong. (B) is wrong. (E) is right.", "e", "e"),
+    ("Pockets are wrong. So it must be E.", "e", None),
+    ("Therefore, E.", "e", None),
+    ("Pockets hold no ink.\nI choose **E**", "e", None),
+    ("The answer is a blotter.", None, None),
+    ("A blotter absorbs ink.", None, None),
+    ("Answer: A", "a", None),
+    ("A) shirt pocket", "a", None),
+    ("Ink is absorbed by blotters.", None, None),
+    ("<think>The answer is E", None, None),
+]
+STRATEGY_QA = [
+    (" Water is wet. So the answer is yes.", "yes", "yes"),
+    (" So the answer is not yes.", "no", "yes"),
+    (" The answer is unclear; there is no proof. Yes.", "yes", "no"),
+    (" **Yes**, it is.", "yes", None),
+    (" Answer: No", "no", None),
+    (' "Yes"', "yes", None),
+    (" So the answer is yes.\nSo the question's answer is likely known.", "yes", None),
+    ("Yes.", "yes", "yes"),
+    ("No, since dogs bark.", "no", "no"),
+    ("No one knows.", None, "no"),
+    ("**No.** Dogs bark.", "no", None),
+    ("True", "yes", "yes"),
+    ("The statement is false.", "no", None),
+    ("The answer is **no**.", "no", "no"),
+    ("The answer is: **No**\n\n**Explanation:** yes, some people think so.", "no", "no"),
+    ("### Answer\n\nNo", "no", None),
+    ("### Conclusion\n\nNo, dogs bark.", "no", None),
+    ("Final Answer: \\boxed{No}", "no", None),
+    ("\\boxed{\\text{Yes}}", "yes", None),
+    ("<answer>no</answer>", "no", None),
+    ("<think>The answer is yes?</think>\nThe answer is no.", "no", "no"),
+    ("Dogs bark. Therefore, no.", "no", None),
+    ("Dogs bark, and cats do not. So yes, they differ.", "yes", None),
+    ("The answer is most likely yes.", "yes", "yes"),
+    ("The answer is a definite no.", "no", "no"),
+    ("The answer to the question is no, as dogs bark.", "no", None),
+    ("The correct answer would be `yes`.", "yes", None),
+    ("The answer is no.\n\nQuestion: Do cats bark?\nAnswer: yes", "no", "no"),
+    ("The answer is no.\nQ: Do cats meow?\nA: So the answer is yes.", "no", "no"),
+    ("The answer is not clear.", None, None),
+    ("The answer is yes and no.", None, "yes"),
+    ("It depends. There is no way to know.", None, None),
+    ("Nobody knows.", None, None),
+    ("It is not true that dogs meow. The answer is not no.", "yes", "no"),
+    ("Let us think.\n\nDogs bark.\n\nThe answer is yes.", "yes", None),
+    ('{"answer": "yes"}', "yes", None),
+    ("Answer: False.", "no", None),
+]
+
+MATH = [
+    ("So $x = 5$. The answer is $\\boxed{5}$.", "5", "5"),
+    ("**Answer:** $\\boxed{5}$", "5", "5"),
+    ("### Final Answer\n\n$$\\boxed{\\frac{1}{2}}$$", "\\frac{1}{2}", "\\frac{1}{2}"),
+    ("\\[\n\\boxed{\\dfrac{1}{2}}\n\\]", "\\frac{1}{2}", "\\frac{1}{2}"),
+    ("\\boxed{$5$}", "5", "5"),
+    ("\\boxed{5}\n\n**Explanation:** because $2 + 3 = 5$.", "5", "5"),
+    ("\\boxed{5}\n\nProblem 2: What is $3 + 4$?\n\\boxed{7}", "5", "7"),
+    ("\\boxed{5}\n\n### Question\nAdd.\n\\boxed{7}", "5", "7"),
+    ("\\boxed{5}\n\nHere is another problem.\n\\boxed{7}", "5", "7"),
+    ("\\boxed{5}<|im_end|>\n<|im_start|>user\n\\boxed{7}", "5", "7"),
+    ("\\boxed{5}\nProblem:\nAdd.\nSolution: \\boxed{7}", "5", "5"),
+    ("<think>\\boxed{7}?</think>\\boxed{5}", "5", "5"),
+    ("\\boxed{7}, so I thought.</think>\nIt is $\\boxed{5}$.", "5", "5"),
+    ("<think>\\boxed{7}", None, "7"),
+    ("First \\boxed{2}, then \\boxed{3}.", "3", "3"),
+    ("Final Answer: The final answer is $5$. I hope it is correct.", "5", None),
+    ("The answer is $\\frac{1}{2}$.", "\\frac{1}{2}", None),
+    ("**Answer:** \\(2\\sqrt{3}\\)", "2\\sqrt{3}", None),
+    ("**Final Answer**\n\n\\[ x^2 + 1 \\]", "x^2+1", None),
+    ("Answer: 3.5", "3.5", None),
+    ("The answer is **12**.", "12", None),
+    ("Therefore the answer is 5 apples.", "5", None),
+    ("The correct answer is `(1,2)`.", "(1,2)", None),
+    ("<answer>5</answer>", "5", None),
+    ("It is five.\n#### 5", "5", None),
+    ("#### 5\n\n#### Explanation\nAdd.", "5", None),
+    ("$2 + 3 = 5$", None, None),
+    ("\\boxed{", None, None),
+    ("The answer is $1,000$.", "1000", None),
+    ("\\fbox{5}", "5", "5"),
+]
+HOTPOTQA = [  # after "Answer:"
+    (" Cork", "cork", "cork"),
+    ("Cork.", "cork", "cork"),
+    ("**Cork**", "cork", "cork"),
+    ("`Cork`", "cork", "cork"),
+    ('"Cork"', "cork", "cork"),
+    ("\\boxed{Cork}", "cork", "boxedcork"),
+    ("$\\boxed{\\text{Cork}}$", "cork", "boxedtextcork"),
+    ("The answer is Cork.", "cork", "answer is cork"),
+    ("The answer is **Cork**, because it is in Ireland.", "cork", "answer is cork because it is in ireland"),
+    ("Answer: Cork", "cork", "answer cork"),
+    ("**Answer:** Cork", "cork", "answer cork"),
+    ("Final Answer: Cork", "cork", "final answer cork"),
+    ("### Answer\nCork", "cork", "answer"),
+    ("<answer>Cork</answer>", "cork", "answercorkanswer"),
+    ("<think>Dublin?</think>\nCork", "cork", "thinkdublinthink"),
+    ("Cork\nExplanation: the answer is based on the context.", "cork", "cork"),
+    ("Cork\n\nQuestion: Who?\nAnswer: Ann", "cork", "cork"),
+    ("Cork Question: Who? Answer: Ann", "cork", "cork question who answer ann"),
+    ("Cork<|im_end|>", "cork", "corkimend"),
+    ("Cork. It is a city in Ireland.", "cork", "cork it is city in ireland"),
+    ("St. Louis", "st louis", "st louis"),
+    ("J. K. Rowling", "j k rowling", "j k rowling"),
+    ("yes", "yes", "yes"),
+    ("Yes, both are cities.", "yes", "yes both are cities"),
+    ("No. Ann is not.", "no", "no ann is not"),
+    ("Yes, Minister", "yes minister", "yes minister"),
+    ("The correct answer is the Beatles.", "beatles", "correct answer is beatles"),
+    ("To answer this, we need the city where Ann was born first.\nThe answer is Cork.", "cork",
+     "to answer this we need city where ann was born first"),
+    ("", None, None),
+    ("\n", None, None),
+]  # fmt: skip
+HOTPOTQA_COT = [  # after "Reasoning:"
+    ("Ann was born in Cork. So the answer is Cork.", "cork", "cork"),
+    ("Ann was born in Cork. So the answer is: **Cork**", "cork", "cork"),
+    ("Ann was born in Cork.\n\n**Answer:** Cork", "cork", None),
+    ("Ann was born in Cork. The final answer is \\boxed{Cork}.", "cork", None),
+    ("Ann was born in Cork.", None, None),
+]
+
 
 @pytest.fixture
 def rows(tmp_path):
@@ -80,7 +236,7 @@ def rows(tmp_path):
     return write
 
 
-def check(make, table):
+def check(make, table, least=25):
     """Reads every form in both ways; what is kept of a completion is read as the whole."""
     tasks = make(strict=False), make(strict=True)
     wrong = [
@@ -89,7 +245,7 @@ def check(make, table):
         for strict, right in enumerate(rights)
         if (found := tasks[strict].parse(text)) != right
     ]
-    assert len(table) >= 25 and not wrong
+    assert len(table) >= least and not wrong
     for text, lenient, _ in table:
         kept = tasks[0].cut(text)
         assert text.startswith(kept) and tasks[0].parse(kept) == lenient and tasks[0].cut(kept) == kept, (text, kept)
@@ -98,3 +254,38 @@ def check(make, table):
 def test_gsm8k_forms(rows):
     files = rows("gsm8k", {"question": "How many?", "answer": "#### 72"})
     check(lambda **o: make_task("gsm8k", **files, **o), GSM8K)
+
+
+def test_commonsense_qa_forms(rows):
+    choices = {"label": list("ABCDE"), "text": ["pocket", "hand", "inkwell", "drawer", "blotter"]}
+    files = rows("csqa", {"question": "What absorbs ink?", "answerKey": "E", "choices": choices})
+    check(lambda **o: make_task("commonsense_qa", prompts="built-in", **files, **o), COMMONSENSE_QA)
+
+
+def test_strategy_qa_forms(rows):
+    files = rows("strategy_qa", {"question": "Is water wet?", "answer": True})
+    check(lambda **o: make_task("strategy_qa", prompts="built-in", **files, **o), STRATEGY_QA)
+
+
+def test_math_forms(rows):
+    files = rows("math", {"problem": "Add.", "solution": "$\\boxed{5}$", "level": "Level 1", "type": "Algebra"})
+    check(lambda **o: make_task("math", **files, **o), MATH)
+
+
+def test_multi_hop_forms(rows):
+    row = {
+        "question": "Where?",
+        "answer": "Cork",
+        "context": [["Ann", ["Ann is of Cork."]]],
+        "supporting_facts": [["Ann", 0]],
+    }
+    files = rows("hotpotqa", row)
+    check(lambda **o: make_task("hotpotqa", **files, **o), HOTPOTQA)
+    check(lambda **o: make_task("hotpotqa", style="cot", **files, **o), HOTPOTQA_COT, least=5)
+
+
+def test_answers_to_math_problems_that_are_equal_vote_together(rows):
+    files = rows("math", {"problem": "Halve.", "solution": "$\\boxed{1}$", "level": "Level 1", "type": "Algebra"})
+    task = make_task("math", **files)
+    said = ["0.5", None, "\\frac{1}{2}", "2\\sqrt{3}", "\\sqrt{12}", "0.50", "7"]
+    assert task.ballots(said) == ["0.5", None, "0.5", "2\\sqrt{3}", "2\\sqrt{3}", "0.5", "7"]
