@@ -222,7 +222,7 @@ class Arm:
         self.ctx.writer.write(stage="test", step=best, arm=self.name, iteration=best, **result)
         self.ctx.say(
             f"{self.name}: best loop on validation {best}, test accuracy {result['accuracy']:.4f} "
-            f"({result['accuracy_low']:.4f} to {result['accuracy_high']:.4f})"
+            f"({result['accuracy_low']:.4f} to {result['accuracy_high']:.4f}; {len(rows)} problems)"
         )
 
     def answers(self, model: Model, split: str, stage: str, n: int, *, hinted: bool) -> list[Rollout]:

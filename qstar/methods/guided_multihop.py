@@ -108,8 +108,9 @@ class MultiHop:
 
     @functools.cached_property
     def explainer(self) -> Cached:
-        """The same model as it explains and answers at once: the teacher."""
-        return Cached(self._large(max_new_tokens=self.settings.cot_tokens), self.workdir / "large" / "chains.jsonl")
+        """The same model as it explains and answers at once: the teacher. A chain may have several lines."""
+        large = self._large(max_new_tokens=self.settings.cot_tokens, stop=M.RUN_ON)
+        return Cached(large, self.workdir / "large" / "chains.jsonl")
 
     def train_large(self, stage: Any) -> None:
         """It is trained already. Reads it, so that a fault shows now."""

@@ -150,10 +150,10 @@ class Study(Screen):
 def thought_config(options: dict[str, Any], parity: bool, corpus: Corpus) -> ThoughtConfig:
     """Returns the config's `thoughts`: the defaults, or the official code's where `parity` is set, with changes.
 
-    Padding and ids without text are never thought, unless `forbidden_ids` says otherwise.
+    The padding token, where the tokenizer has one, is never thought, unless `forbidden_ids` says otherwise.
     """
     if "forbidden_ids" not in options:
-        pad = corpus.tokenizer.pad_id
+        pad = corpus.tokenizer.hf.pad_token_id  # not `pad_id`, which is 0, a word, where there is no padding token
         options = {**options, "forbidden_ids": () if pad is None else (pad,)}
     return ThoughtConfig.parity(**options) if parity else ThoughtConfig(**options)
 

@@ -100,12 +100,16 @@ def run(config: Any, workdir: Path, console: Any) -> None:
 
 
 def check_room(study: Study, model: Model, name: str, recipe: Recipe) -> None:
-    """Raises UserError if a text with a thread after its last token does not fit into the model's context."""
+    """Raises UserError if a text with a thread after its last token does not fit into the model's context, or if `pause`
+    has no id that no text holds."""
     t, room = study.thoughts.replace(**recipe.thoughts), model.config.max_positions
     thread = 0 if recipe.thinker == "none" else max(t.thought_tokens, *recipe.lengths, 0) + t.talk_tokens + 1
     need = max(study.corpus.length + thread, study.corpus.base_length if study.base_steps else 0)
     line = f"config.arms.{name}: texts and thoughts take up to {need} positions and the model has {room}"
     require((need <= room, f"{line}; shorten data.length or the thoughts, or set model.max_positions"))
+    unused = {*t.forbidden_ids[:1]} - {study.corpus.tokenizer.eos_id}
+    line = f"config.arms.{name}.thinker='pause' needs an id that no text holds, and the tokenizer has no padding token"
+    require((bool(unused) or recipe.thinker != "pause", f"{line} of its own; name an unused id in config.thoughts.forbidden_ids"))
 
 
 def in_order(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
@@ -143,6 +147,9 @@ def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model])
         length, other = length_at(step), teacher and teacher.config
         return update(start.config, recipe.thinker, length, tx, settings, other, recipe.teacher_weight)
 
+    roles = {"teacher": teacher.params} if teacher else {}
+    if recipe.thinker == "sampled" and start.config.thoughts.kl_weight:
+        roles["reference"] = start.params  # what the arm starts from
     every = recipe.every or study.sight.every
     watch = Watch(study, name, start, recipe.thinker, every, recipe.patience)
     try:
@@ -154,7 +161,7 @@ def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model])
                 tx,
                 step_at,
                 lambda step: study.batch(study.corpus.rows(step, settings.batch_size, study.seed)),
-                roles={"teacher": teacher.params} if teacher else None,
+                roles=roles,
                 watch=watch,
             )
     except Diverged as e:
@@ -206,5 +213,5 @@ def given_loss(params: Any, batch: Batch, rng: jax.Array, *, config: ModelConfig
     B, N = batch.tokens.shape
     shape = (t.thought_tokens, B * t.thoughts_per_position, N - 1)
     own = random_thoughts(rng, config, shape) if thinker == "random" else jnp.full(shape, t.forbidden_ids[0], jnp.int32)
-    silent = config.replace(thoughts=t.replace(policy_weight=0.0))
+    silent = config.replace(thoughts=t.replace(policy_weight=0.0, kl_weight=0.0, entropy_weight=0.0))
     return objective.loss(params, batch, rng, config=silent, thoughts=own)

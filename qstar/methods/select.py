@@ -87,27 +87,37 @@ def choose(
     return next((i for i in order if answers[i] == won), None) if won is not None else None
 
 
-def weights(scores: Sequence[float]) -> list[float]:
-    """Returns positive weights of votes: chances (scores all in [0, 1]) as they are, log-likelihoods as exp(s - max)."""
+def are_chances(scores: Sequence[float]) -> bool:
+    """Whether scores are chances (all of the finite ones in [0, 1]) and not log-likelihoods."""
+    return all(0 <= s <= 1 for s in scores if math.isfinite(s))
+
+
+def weights(scores: Sequence[float], chances: bool | None = None) -> list[float]:
+    """Returns positive weights of votes: chances as they are, log-likelihoods as exp(s - max).
+
+    Args:
+      chances: which of the two; None: see `are_chances`. A measurement decides once per scorer, over all problems.
+    """
     finite = [s for s in scores if math.isfinite(s)]
     if not finite:
         return [1.0] * len(scores)
-    if all(0 <= s <= 1 for s in finite):
+    if are_chances(finite) if chances is None else chances:
         return [s if math.isfinite(s) else 0.0 for s in scores]
     top = max(finite)
     return [math.exp(s - top) if math.isfinite(s) else 0.0 for s in scores]
 
 
-def llm_judge(ask: Callable[[list[str]], list[str]], template: str | None = None) -> Scorer:
+def llm_judge(ask: Callable[[list[str]], list[str]], template: str | None = None, best: float = 10.0) -> Scorer:
     """Makes a scorer of any model that answers prompts: LLM as a judge (arXiv 2306.05685), one answer at a time.
 
     One by one there is no order to be biased by; leanings to length and to the judge's own style stay.
 
     Args:
       ask: texts -> the judge's replies. template: with {prompt} and {completion}; the grade is the last number of a reply.
+      best: the best grade; the worst is 0.
 
     Returns:
-      A scorer; NaN, which comes last, where a reply holds no number.
+      A scorer of chances, grade / best within [0, 1]; NaN, which comes last, where a reply holds no number.
     """
     template = template or _JUDGE
 
@@ -115,7 +125,7 @@ def llm_judge(ask: Callable[[list[str]], list[str]], template: str | None = None
         texts = [template.format(prompt=p, completion=c) for p, cs in zip(prompts, completions) for c in cs]
         grades = [re.findall(r"-?\d+(?:\.\d+)?", reply) for reply in ask(texts)]
         flat = [float(found[-1]) if found else math.nan for found in grades]
-        return np.array(flat, np.float32).reshape(len(prompts), -1)
+        return np.clip(np.array(flat, np.float32) / best, 0.0, 1.0).reshape(len(prompts), -1)
 
     return scorer
 
@@ -143,18 +153,19 @@ def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> 
     """
     out: dict[str, dict[int, list[float]]] = {"pass": {}, "majority": {}}
     scorers = list(problems[0].scores) if problems else []
+    chances = {name: all(are_chances(p.scores[name]) for p in problems) for name in scorers}
     for k in ks:
         out["pass"][k] = [pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
         out["majority"][k] = [voted_right_at_k(p.answers, p.correct, k) for p in problems]
         for name in scorers:
             out.setdefault(f"best/{name}", {})[k] = [best_of_k(p.scores[name], p.correct, k) for p in problems]
-            voted = [_voted(p, name, k, m) for p in problems]
+            voted = [_voted(p, name, k, m, chances[name]) for p in problems]
             for rule in voted[0]:
                 out.setdefault(f"{rule}/{name}", {})[k] = [v[rule] for v in voted]
     return out
 
 
-def _voted(p: Candidates, name: str, k: int, m: int) -> dict[str, float]:
+def _voted(p: Candidates, name: str, k: int, m: int, chances: bool) -> dict[str, float]:
     """Weighted and top-m votes of one problem."""
     ballot, shares, scores = (
         p.answers,
@@ -170,7 +181,7 @@ def _voted(p: Candidates, name: str, k: int, m: int) -> dict[str, float]:
         return _right_share(votes[np.take_along_axis(rows, order, axis=1)].sum(axis=1), right)
 
     n = len(ballot)
-    votes_of = weights(p.scores[name])
+    votes_of = weights(p.scores[name], chances)
     weighted = sum(
         share * weighted_majority_at_k(ballot, votes_of, a, k, trials=SUBSETS)[0] for a, share in shares.items()
     )

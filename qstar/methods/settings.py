@@ -52,7 +52,7 @@ class Evaluation:
     """What the model of every loop is measured on. A config's `evaluate` section."""
 
     split: str = "test"
-    limit: int = 0  # first so many problems (0: all)
+    limit: int = 0  # first so many problems (0: all) of every split, the final test's too
     hinted: bool = False  # also with the answer as a hint
 
     def __post_init__(self):

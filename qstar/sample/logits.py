@@ -1,8 +1,10 @@
 """From logits to a token and its two log-probabilities, for one row (`vmap` adds the others).
 
-The convention everywhere: `logprob` is under the model (temperature 1, the whole vocabulary), which is what a trainer
-recomputes; `sample_logprob` is under the distribution the token was really drawn from (temperature, top-k, top-p,
-greedy = 0). Confusing the two biases every importance ratio by the mass that a filter removed.
+The convention everywhere: `logprob` is under the model (temperature 1, no filter), which is what a trainer recomputes. It is
+over the ids that the sampler may draw: where a vocabulary is padded beyond its tokenizer (T5, Qwen), `model.logprobs` counts
+the padding's share, too, which training has made small. `sample_logprob` is under the distribution the token was really
+drawn from (temperature, top-k, top-p, greedy = 0). Confusing the two biases every importance ratio by the mass that a filter
+removed.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ COUNT = Callable[[str], int]  # tokens of a text
 ASK = "Answer the question based on the context."
 THINK = "Answer the question based on the context. Think step by step."
 EXPLAIN = "Given the context, generate a step-wise rationale to answer the question."
+RUN_ON = ("\nContext:", "\nQuestion:")  # where a model goes on with a question of its own making
 _MARKER = re.compile(r"(?:so|therefore,?)?\s*the answer is:?|answer\s*:", re.IGNORECASE)
 _SLOTS = re.compile(r"\b(?:answer|question|context|reasoning|prediction)\s*:", re.IGNORECASE)
 _NEXT_SLOT = re.compile(r"(?<=\S)\s+(?:Question|Context)\s*:")

@@ -106,8 +106,9 @@ def _pull(config: ModelConfig, saved: Any, cotangents: jax.Array) -> tuple[Any, 
         d_core, d_pairs, d_x = pull(d)
         return jax.tree.map(jnp.add, sums, (d_core, d_pairs)), d_x
 
-    zeros = jax.tree.map(jnp.zeros_like, (core, pairs))
-    (d_core, d_pairs), d_fed = jax.lax.scan(one, zeros, _cut(config, positions, fed, cotangents))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (core, pairs))  # many small terms: not in bfloat16
+    sums, d_fed = jax.lax.scan(one, zeros, _cut(config, positions, fed, cotangents))
+    d_core, d_pairs = jax.tree.map(lambda d, x: d.astype(x.dtype), sums, (core, pairs))
     return d_core, None, d_pairs, None, _join(d_fed, fed.shape[2])
 
 

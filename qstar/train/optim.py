@@ -40,6 +40,9 @@ def adamw(
 
     The rate itself is an argument of the train step: STaR's loops differ in their number of steps, hence in their
     schedule, and must not compile anew for it. Moments are float32 whatever the gradients are.
+
+    A choice: `weight_decay` falls on all that trains, as in PyTorch's AdamW over all parameters: embeddings, biases, norms,
+    adapters, start and end vectors, too. transformers' Trainer leaves out biases and norms.
     """
     parts = [optax.clip_by_global_norm(clip)] if clip else []
     parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype="float32"))

@@ -132,8 +132,20 @@ def test_a_judge_grades_one_solution_at_a_time_and_a_reply_without_number_comes_
         return ["Step 2 is wrong.\n3", "fine: 9.5", "no idea", "-1"]
 
     scores = select.llm_judge(ask)(["p", "q"], [["a", "b"], ["c", "d"]])
-    assert scores.shape == (2, 2) and scores[0].tolist() == [3.0, 9.5] and scores[1, 1] == -1
+    assert scores.shape == (2, 2) and scores[0].tolist() == pytest.approx([0.3, 0.95]) and scores[1, 1] == 0
     assert math.isnan(scores[1, 0]) and "p" in asked[1] and "b" in asked[1] and best_of(scores[1]) == 1
+
+
+def test_weights_of_votes_are_of_one_kind_for_all_problems_of_a_scorer():
+    """A judge's grades are chances; log-likelihoods that happen to lie in [0, 1] for one problem stay log-likelihoods."""
+    grades = select.llm_judge(lambda texts: ["0", "1", "1"])(["p"], [["a", "b", "c"]])[0].tolist()
+    assert select.weights(grades) == pytest.approx([0, 0.1, 0.1])
+    answers, correct = ["1", "2", "2", "2"], [True, False, False, False]
+    ratio = [1.0, 0.0, 0.0, 0.0]  # as chances 1 against 0; as log-likelihoods e against 3
+    odd = select.Candidates(answers, correct, {"logratio": ratio})
+    other = select.Candidates(answers, correct, {"logratio": [-3.0, -1.0, -2.0, 2.0]})
+    assert select.curves([odd], [4])["weighted/logratio"][4] == [1.0]
+    assert select.curves([odd, other], [4])["weighted/logratio"][4][0] == 0.0
 
 
 def test_a_paired_difference_is_narrower_than_its_parts():

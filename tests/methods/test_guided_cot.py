@@ -15,6 +15,7 @@ from configs.guided_cot_hotpotqa import get_config
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods import guided_cot as G
+from qstar.methods.answerer import FunctionAnswerer
 from qstar.methods.guided_multihop import MultiHop, MultiHopSettings
 from qstar.models import policy
 from qstar.models.encdec_config import EncDecConfig
@@ -147,3 +148,19 @@ def test_paired_intervals_are_narrower_than_those_of_two_separate_arms():
     low, middle, high = paired(before, after)
     assert low < middle < high and middle == pytest.approx((after - before).mean()) and low > 0
     assert high - low < 0.06 and paired(before, before) == (0, 0, 0)
+
+
+def test_a_teachers_chain_of_several_lines_is_kept_whole(files, tmp_path):
+    """As models behind HTTP write them; the question that they invent next is cut off."""
+    said = "Cork is in Ireland.\n\nSo it is not in France.\nThe answer is Cork."
+    world = MultiHop(MultiHopSettings(small="x", large={"url": "y"}, questions=2), make_task("hotpotqa", **files), 3, tmp_path)
+
+    def large(max_new_tokens, stop=("\n",)):
+        text = said + "\nQuestion: Where is Nice?\nThe answer is France."
+        end = min([text.find(s) for s in stop if s in text], default=len(text))
+        return FunctionAnswerer(lambda prompts: [text[:end]] * len(prompts))
+
+    world.__dict__.update(_large=large, small=None)
+    world.prompt = lambda p, style, **_: f"{style} {p.question}"
+    rows = world.teacher_rows(0)
+    assert [(r["rationale"], r["answer"]) for r in rows] == [(said.rpartition("\n")[0], "Cork")] * 2

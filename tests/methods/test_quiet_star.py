@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from qstar.data.corpus import whole
 from qstar.errors import UserError
-from qstar.methods import quiet_base, quiet_measure, quiet_star
+from qstar.methods import quiet_base, quiet_measure, quiet_setup, quiet_star
 from qstar.methods.quiet_star import Recipe
 from qstar.models import decoder, mixing
 from qstar.models.config import preset
@@ -214,3 +215,45 @@ def test_a_student_of_packed_documents_learns_the_same_tokens_from_the_text_and_
     (total, count), metrics = loss(params, marked, jax.random.key(4))
     assert float(count) == float(metrics["divergence"][1]) == clean.mask[:, 1:].sum() == 2 * (batch.tokens.shape[1] - 2)
     assert float(total) == float(loss(params, clean, jax.random.key(4))[0][0])
+
+
+def small_run(tmp_path, arms, **changes):
+    """A run of the tiny config's smoke without base training; returns its metrics rows."""
+    from configs.quiet_star_tiny import get_config
+    from rich.console import Console
+
+    config = get_config("smoke,arms=quiet_star")
+    config.base.steps = 0
+    config.model.update(hidden_size=16, num_layers=1)
+    config.train.update(batch_size=4, log_every=1)
+    config.evaluate.update(rows=8, batch_size=8)
+    config.thoughts.update(changes)
+    config.arms = {name: {"steps": 2, "every": 2, **arm} for name, arm in arms.items()}
+    quiet_star.run(config, tmp_path, Console(quiet=True))
+    return read(tmp_path)
+
+
+def test_a_config_can_keep_thoughts_near_the_model_they_start_from(tmp_path):
+    """kl_weight: nothing at the first step, where the two are one, then a pull; controls reinforce nothing and know none."""
+    arms = {"free": {}, "near": {"thoughts": {"kl_weight": 5.0}}, "pause": {"thinker": "pause", "thoughts": {"kl_weight": 5.0}}}
+    losses = {
+        (r["arm"], r["step"]): r["loss"] for r in small_run(tmp_path, arms, policy_weight=0.0) if r["stage"] == "train"
+    }
+    assert len(losses) == 6 and np.isfinite(list(losses.values())).all()
+
+
+@pytest.mark.parametrize("ids", [(), (21,)])
+def test_pause_tokens_need_an_id_that_no_text_holds(tmp_path, ids):
+    """No padding token (GPT-2), or one that ends documents: refused before anything is written."""
+    eos = Folds().tokenizer.eos_id
+    with pytest.raises(UserError, match="config.arms.pause.thinker='pause' needs an id .* config.thoughts.forbidden_ids"):
+        small_run(tmp_path / "run", {"pause": {"thinker": "pause"}}, forbidden_ids=ids and (eos,))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_word_with_id_0_is_not_taken_for_padding():
+    tokenizer = Folds().tokenizer
+    assert quiet_setup.thought_config({}, False, Folds()).forbidden_ids == (tokenizer.pad_id,)
+    corpus = Folds()
+    corpus.tokenizer = types.SimpleNamespace(pad_id=0, hf=types.SimpleNamespace(pad_token_id=None))
+    assert quiet_setup.thought_config({}, False, corpus).forbidden_ids == ()

@@ -12,7 +12,7 @@ import pytest
 
 from qstar.models.thought_config import ThoughtConfig
 from qstar.text.packing import Example, pack
-from qstar.thoughts import generate, objective, threads
+from qstar.thoughts import generate, objective, pieces, threads
 from qstar.thoughts.layout import all_positions, text_batch
 from qstar.thoughts.replay import replay
 from qstar.train import losses, optim
@@ -202,3 +202,12 @@ def test_states_kept_from_the_rollout_give_the_gradient_of_states_found_anew():
     own = drawn.reshape(drawn.shape[0], -1, drawn.shape[3])  # [S, B * P, M]
     anew = value_and_grad(tree, LLAMA, batch, thoughts=own, positions=positions)
     same_gradients(value_and_grad(tree, LLAMA, batch, positions=positions), anew)
+
+
+def test_gradients_of_the_texts_keys_are_added_up_in_float32(monkeypatch):
+    """512 pieces that each add 1: in bfloat16 the sum would stop at 256."""
+    monkeypatch.setattr(pieces, "_run", lambda config, batch, places, core, pairs, x: x * pairs)
+    fed = jnp.ones((1, 1, 512, 1, 1), jnp.bfloat16)
+    saved = ({}, None, jnp.ones((), jnp.bfloat16), jnp.zeros((1, 512), jnp.int32), fed)
+    d_pairs = pieces._pull(LLAMA.replace(piece_tokens=1), saved, fed)[2]
+    assert d_pairs.dtype == jnp.bfloat16 and d_pairs == 512
