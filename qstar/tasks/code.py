@@ -29,12 +29,12 @@ class CodeTask(Task):
     stop: tuple[str, ...] = (END,)
     first_block = False  # of several complete blocks in a completion the program is the last
 
-    def __init__(self, *, timeout_s: float, memory_mb: int):
+    def __init__(self, *, timeout_s: float, memory_mb: int, allow: Sequence[str] = ()):
         require(
             (timeout_s > 0, f"{self.name}: timeout_s={timeout_s} must be above 0"),
             (memory_mb > 0, f"{self.name}: memory_mb={memory_mb} must be above 0"),
         )
-        self.timeout_s, self.memory_mb = timeout_s, memory_mb
+        self.timeout_s, self.memory_mb, self.allow = timeout_s, memory_mb, tuple(allow)
 
     def job(self, problem: Problem, program: str) -> verify.Job:
         """The program as a whole and the tests that judge it."""
@@ -48,13 +48,13 @@ class CodeTask(Task):
 
     def verdict(self, problem: Problem, answer: str) -> verify.Verdict:
         """Why a program passes or fails: wrong answers, errors and time-outs are told apart (`verify.REASONS`)."""
-        return _judged(self.job(problem, answer), self.timeout_s, self.memory_mb)
+        return _judged(self.job(problem, answer), self.timeout_s, self.memory_mb, self.allow)
 
     def verdicts(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[verify.Verdict]:
         """`verdict` of many, judged by all workers at once, in order; the same program is run once."""
         jobs = [self.job(p, a) for p, a in zip(problems, answers, strict=True)]
         distinct = list(dict.fromkeys(jobs))
-        found = verify.pool().run_many(distinct, timeout_s=self.timeout_s, memory_mb=self.memory_mb)
+        found = verify.pool(self.allow).run_many(distinct, timeout_s=self.timeout_s, memory_mb=self.memory_mb)
         of = dict(zip(distinct, found))
         return [of[job] for job in jobs]
 
@@ -75,9 +75,9 @@ class CodeTask(Task):
 
 
 @functools.lru_cache(maxsize=65536)
-def _judged(job: verify.Job, timeout_s: float, memory_mb: int) -> verify.Verdict:
+def _judged(job: verify.Job, timeout_s: float, memory_mb: int, allow: tuple[str, ...]) -> verify.Verdict:
     """Samples repeat: the same program is not run twice."""
-    return verify.pool().run(job, timeout_s=timeout_s, memory_mb=memory_mb)
+    return verify.pool(allow).run(job, timeout_s=timeout_s, memory_mb=memory_mb)
 
 
 def text_fields(record: dict, *names: str) -> list[str]:

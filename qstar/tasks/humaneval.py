@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 
 from qstar.data.sources import read_records
 from qstar.errors import UserError
@@ -35,13 +36,14 @@ class HumanEval(CodeTask):
         template: str = "mbpp",
         timeout_s: float = 10.0,
         memory_mb: int = 512,
+        allow: Sequence[str] = (),
     ):
         """`data` is a file, the hub's data set when None; the others as in MBPP.
 
         Raises:
             UserError: unknown template, or limits that are not positive.
         """
-        super().__init__(timeout_s=timeout_s, memory_mb=memory_mb)
+        super().__init__(timeout_s=timeout_s, memory_mb=memory_mb, allow=allow)
         if template not in _TEMPLATES:
             raise UserError(f"humaneval: template={template!r} is not one of {', '.join(_TEMPLATES)}")
         self.template = template

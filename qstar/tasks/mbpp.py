@@ -32,6 +32,7 @@ class MBPP(CodeTask):
         shots: Sequence[int] = (2, 3, 4),
         timeout_s: float = 10.0,
         memory_mb: int = 512,
+        allow: Sequence[str] = (),
     ):
         """Reads nothing yet.
 
@@ -40,11 +41,12 @@ class MBPP(CodeTask):
             shots: numbers of the few-shot tasks in front of prompts, those of the paper; () is zero-shot.
             timeout_s: wall time that a program and its tests may take.
             memory_mb: address space of a program, in MiB.
+            allow: installed packages that programs may import, e.g. ("numpy",); see `verify.Verifier`.
 
         Raises:
             UserError: a shot that is none of the few-shot tasks, or limits that are not positive.
         """
-        super().__init__(timeout_s=timeout_s, memory_mb=memory_mb)
+        super().__init__(timeout_s=timeout_s, memory_mb=memory_mb, allow=allow)
         for shot in shots:
             if shot not in _RANGES["few_shot"]:
                 raise UserError(f"mbpp: shots={tuple(shots)}: {shot!r} is not a few-shot task, which are 1 to 10")

@@ -13,11 +13,19 @@ What is promised, and by what:
 * **Nothing outlives its limit.** Wall clock, CPU time, address space, file size, threads and open files are limited; new
   processes are refused by seccomp; the program's process is killed with its namespace after every verdict, and its
   judge by a timer of the kernel if values make it hang.
-* **Nothing gets out.** No sockets, no other process in reach, no capabilities. The file system is Python's library,
+* **Nothing gets out.** No sockets, no other process in reach, no capabilities, and no signal to any process but the
+  program's own, be it sent by the kernel (owners of descriptors, leases, terminals). The file system is Python's library,
   read-only, and an empty scratch folder of 16 MiB in memory: `Verifier.isolation` is "namespaces". Where the system
   does not allow user namespaces (many containers), nothing can be written, and the library is all that can be read
   ("landlock"); on kernels without Landlock no file can be opened, and programs import what was imported before them,
   some 80 modules ("seccomp"). Without seccomp, on other systems and processors, no program is run.
+* **Packages are lent, not trusted.** With `allow=("numpy",)` an installed package is imported before a program is locked
+  in, and its folder can be read; all of the above holds as without it. Numbers of numpy arrive as Python's, arrays as arrays.
+
+What is not covered: with "landlock" and "seccomp" a program can read the host's name and how many processors and how much
+memory there are, with "landlock" also what is installed in the `site-packages` of Python's own library (not those of a
+virtual environment). Programs that start processes (`multiprocessing`, `subprocess`) or read standard input, which is
+empty, fail in each of them.
 
 What is not promised: a program that knows the problem can still return the expected values by heart, and tests that
 are too weak pass wrong programs, here as anywhere. A bug of the kernel is a way out. Timing can be observed. Values
@@ -32,6 +40,7 @@ import atexit
 import builtins
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import queue
@@ -60,6 +69,8 @@ UNTESTED = "untested"  # no assertion was reached, though none failed
 REASONS = (PASSED, WRONG, ERROR, TIMEOUT, MEMORY, EXITED, OUTPUT, UNTESTED)
 
 _WARDEN = Path(__file__).with_name("sandbox") / "warden.py"
+# Nothing of ours; sets in the same order every time; and no threads of numpy's, which would keep the warden from namespaces.
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
 _GRACE = 5.0  # seconds beyond a job's limit after which its warden is taken for dead
 
 
@@ -93,7 +104,9 @@ class Job(NamedTuple):
     names: tuple[str, ...] | None = None
 
 
-def run_python(program: str, tests: str, *, timeout_s: float = 3.0, memory_mb: int = 256) -> Verdict:
+def run_python(
+    program: str, tests: str, *, timeout_s: float = 3.0, memory_mb: int = 256, allow: tuple[str, ...] = ()
+) -> Verdict:
     """Runs a program and judges it by its tests, in a pool of workers that this process keeps.
 
     Args:
@@ -101,22 +114,24 @@ def run_python(program: str, tests: str, *, timeout_s: float = 3.0, memory_mb: i
         tests: Python source that asserts, written by someone trusted; it uses names that the program defines.
         timeout_s: wall time of program and tests together.
         memory_mb: address space that the program may take, in MiB, beyond that of the interpreter.
+        allow: installed packages that the program and its tests may import, e.g. ("numpy",).
 
     Raises:
         ValueError: tests that do not parse or assert nothing, or limits that are not positive.
-        UserError: this machine has no way to lock a program in (Linux on x86-64 with seccomp is needed).
+        UserError: this machine has no way to lock a program in (Linux on x86-64 with seccomp is needed), or has no such
+            package.
     """
-    return pool().run(Job(program, tests), timeout_s=timeout_s, memory_mb=memory_mb)
+    return pool(allow).run(Job(program, tests), timeout_s=timeout_s, memory_mb=memory_mb)
 
 
-def pool() -> Verifier:
-    """The pool that this process keeps: one worker per CPU, started by the first call and closed at exit."""
-    return _pool_of(os.getpid())  # a fork must not talk into its parent's pipes
+def pool(allow: Iterable[str] = ()) -> Verifier:
+    """The pool that this process keeps for these packages: one worker per CPU, started by the first call, closed at exit."""
+    return _pool_of(os.getpid(), tuple(sorted(allow)))  # a fork must not talk into its parent's pipes
 
 
 @functools.cache
-def _pool_of(pid: int) -> Verifier:
-    verifier = Verifier()
+def _pool_of(pid: int, allow: tuple[str, ...]) -> Verifier:
+    verifier = Verifier(allow=allow)
     atexit.register(verifier.close)
     return verifier
 
@@ -157,21 +172,23 @@ def needed_names(tests: str) -> tuple[str, ...]:
 class Verifier:
     """A pool of workers, each judging one program at a time. A context manager; safe to use from several threads."""
 
-    def __init__(self, workers: int | None = None, *, isolation: str = "auto"):
-        """`workers`: one per CPU when None. `isolation`: "auto", or the one to insist on (see the module).
+    def __init__(self, workers: int | None = None, *, isolation: str = "auto", allow: Iterable[str] = ()):
+        """`workers`: one per CPU when None. `isolation`: "auto", or the one to insist on (see the module). `allow`: installed
+        packages that programs and tests may import; those that they import themselves have to be named, too.
 
         Raises:
-            UserError: this machine cannot lock programs in, or not in that way.
+            UserError: this machine cannot lock programs in, or not in that way, or lacks a package.
         """
         if isolation not in ("auto", "namespaces", "landlock", "seccomp"):
             raise UserError(f"isolation={isolation!r} is not one of auto, namespaces, landlock, seccomp")
+        folders = [_package_folder(name) for name in allow]
         count = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
         self._owner = os.getpid()
         try:
             for _ in range(count):
-                self._workers.append(_Worker(isolation))
+                self._workers.append(_Worker(isolation, folders))
                 self._idle.put(self._workers[-1])
         except BaseException:
             self.close()
@@ -219,11 +236,25 @@ class Verifier:
         self.close()
 
 
+def _package_folder(name: str) -> str:
+    """The folder of an installed package; it is not imported here.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if len(places) != 1:
+        why = "is not an installed package (a top-level name such as numpy); install it, or leave it out"
+        raise UserError(f"allow={name!r} {why}")
+    return os.path.realpath(places[0])
+
+
 class _Worker:
     """One warden process and the two pipes to it."""
 
-    def __init__(self, isolation: str):
-        self._wanted, self._process = isolation, None
+    def __init__(self, isolation: str, folders: list[str]):
+        self._wanted, self._folders, self._process = isolation, folders, None
         self._start()
 
     def run(self, order: dict) -> Verdict:
@@ -257,14 +288,15 @@ class _Worker:
     def _start(self) -> None:
         jobs, self._jobs = os.pipe()
         self._verdicts, verdicts = os.pipe()
-        command = [sys.executable, "-S", "-s", "-P", os.fspath(_WARDEN), str(jobs), str(verdicts), self._wanted]
+        arguments = [str(jobs), str(verdicts), self._wanted, *self._folders]
+        command = [sys.executable, "-S", "-s", "-P", os.fspath(_WARDEN), *arguments]
         try:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(jobs, verdicts),
-                env={"PYTHONHASHSEED": "0"},  # nothing of ours, and sets in the same order every time
+                env=_ENVIRONMENT,
                 start_new_session=True,  # a Ctrl-C is for us
             )
         finally:

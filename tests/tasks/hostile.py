@@ -24,6 +24,15 @@ def f(x):
     return found[0] if found else ""
 """
 
+def _signal(*steps: str, pair: str = "socket.socketpair()", process: str = "{victim}") -> str:
+    """A program that takes the steps, asks for signals when descriptor `a` is ready (O_ASYNC), and makes it ready."""
+    steps = (*steps, "fcntl.fcntl(a, 4, fcntl.fcntl(a, 3) | 0x2000)", "os.write(b if isinstance(b, int) else b.fileno(), b'x')")
+    lines = [f"try: {step}\nexcept OSError: pass" for step in steps]
+    head = "import ctypes, fcntl, os, resource, socket, struct, time\nl = ctypes.CDLL(None)\nt = (ctypes.c_int * 1)()"
+    made = f"p = {process}\ntry: a, b = {pair}\nexcept OSError: a, b = socket.socketpair()"
+    return "\n".join([head, made, *lines, "def f(x): return time.sleep(0.05)"])
+
+
 HOSTILE: dict[str, tuple[str, set[str]]] = {
     # ---- ends early, and says that all is well
     "exits with 0": ("import os; os._exit(0)", DEAD),
@@ -126,6 +135,38 @@ HOSTILE: dict[str, tuple[str, set[str]]] = {
     "mounts": ("import ctypes\nl = ctypes.CDLL(None, use_errno=True)\nassert l.mount(b'proc', b'.', b'proc', 0, None) == 0\ndef f(x): return 0", NO),
     "forgets its parent's death": ("import ctypes\nassert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0\ndef f(x): return 0", NO),
     "uses the 32-bit calls": ("import ctypes\nassert ctypes.CDLL(None).syscall(0x40000000 + 57) >= 0\ndef f(x): return 0", NO),
+    # ---- has the kernel signal another process
+    "owns a socket for another": (_signal("fcntl.fcntl(a, 8, p)", "fcntl.fcntl(a, 10, 9)"), NO),  # F_SETOWN, F_SETSIG
+    "owns a socket for a group": (_signal("fcntl.fcntl(a, 8, -p)"), NO),
+    "owns a socket by F_SETOWN_EX": (_signal("fcntl.fcntl(a, 15, struct.pack('ii', 1, p))", "fcntl.fcntl(a, 10, 9)"), NO),
+    "owns a socket by FIOSETOWN": (_signal("fcntl.ioctl(a, 0x8901, struct.pack('i', p))", "fcntl.fcntl(a, 10, 9)"), NO),
+    "owns a socket by SIOCSPGRP": (_signal("fcntl.ioctl(a, 0x8902, struct.pack('i', p))"), NO),
+    "owns a socket by numbers": (_signal("l.syscall(72, a.fileno(), 8, p)", "l.syscall(72, a.fileno(), 10, 9)"), NO),
+    "owns a pipe for another": (_signal("fcntl.fcntl(a, 8, p)", "fcntl.fcntl(a, 10, 9)", pair="os.pipe()"), NO),
+    "asks for signals by FIOASYNC": (_signal("fcntl.fcntl(a, 8, p)", "fcntl.ioctl(a, 0x5452, struct.pack('i', 1))"), NO),
+    "leases a file for another": (_signal("fcntl.fcntl(9, 8, p)", "fcntl.fcntl(9, 1024, 0)", "open(os.__file__, 'a')", pair="(os.dup2(os.open(os.__file__, 0), 9), 1)"), NO),
+    "watches a folder for another": (_signal("fcntl.fcntl(a, 8, p)", "fcntl.fcntl(a, 1026, 0x8000000F)", "open('x', 'w')", pair="(os.open('.', 0), 1)"), NO),
+    "moves a terminal to another": (_signal("fcntl.ioctl(0, 0x5410, struct.pack('i', p))"), NO),
+    "has its judge signalled": (_signal("fcntl.fcntl(a, 8, p)", "fcntl.fcntl(a, 10, 9)", process="os.getppid()"), NO),
+    "has its judge signalled by their socket": (_signal("fcntl.fcntl(a, 8, p)", "fcntl.fcntl(a, 10, 9)", pair="(3, 1)", process="os.getppid()"), NO),
+    "signals by numbers": (_signal(
+        "[l.syscall(n, p, 9) for n in (62, 200)]", "[l.syscall(62, -p, 9)]", "l.syscall(234, p, p, 9)", "l.syscall(129, p, 9, bytes(128))",
+        "l.syscall(297, p, p, 9, bytes(128))", "l.syscall(424, l.syscall(434, p, 0), 9, 0, 0)"), NO),
+    "has a timer signal another": (_signal(
+        "l.syscall(222, 1, (ctypes.c_int * 16)(0, 0, 9, 4, p), t)", "l.syscall(223, t[0], 0, (ctypes.c_long * 4)(0, 0, 0, 1), 0)"), NO),
+    "limits another": (_signal("resource.prlimit(p, resource.RLIMIT_CPU, (0, 0))"), NO),
+    # ---- uses numpy, where it may
+    "writes through a memory map": ("import numpy as np\nnp.memmap('{folder}/kept', 'u1', 'r+')[:] = 0\ndef f(x): return 0", NO),
+    "writes an array": ("import numpy as np\nnp.zeros(9).tofile('{folder}/mark')\ndef f(x): return 0", NO),
+    "opens numpy for writing": ("import numpy as np\nopen(np.__file__, 'r+')\ndef f(x): return 0", NO),
+    "reads beside numpy": (_HUNT + "import numpy, os\nd = os.path.dirname(os.path.dirname(numpy.__file__))\nassert set(os.listdir(d)) - {'numpy', 'numpy.libs'}\ndef f(x): return 0", NO),
+    "an array that equals everything": (
+        "import numpy as np\nclass A(np.ndarray):\n    def __eq__(s, o): return True\n    __bool__ = lambda s: True\n    tobytes = lambda *a: b''\n"
+        "def f(x): return np.zeros(3).view(A)", NO),
+    "a number that equals everything": ("import numpy as np\nclass A(np.float64):\n    def __eq__(s, o): return True\n    def item(s): return s\ndef f(x): return A(3)", NO),
+    "an array of objects": ("import numpy as np\nclass A:\n    def __eq__(s, o): return True\ndef f(x): return np.array([A()])", NO),
+    "sends an array of objects": ("import codec\ncodec.send(3, ['value', None])\ncodec.send(3, ['value', ['ndarray', '|O', [1], '00' * 8]])", ANY),
+    "sends an enormous array": ("import codec\ncodec.send(3, ['value', None])\ncodec.send(3, ['value', ['ndarray', '<f8', [1 << 40], '00' * 8]])", ANY),
     # ---- is no program
     "does not parse": ("def f(x: return 1", NO),
     "holds a zero": ("def f(x): return 1\0", NO),

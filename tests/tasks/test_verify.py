@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,10 +32,14 @@ TESTS = f"assert f(3) == {TOKEN!r}\nassert len(f(4)) == {len(TOKEN)}"
 LIMIT = 1.0
 
 
-@pytest.fixture(scope="module", params=["namespaces", "landlock", "seccomp"])
+ISOLATIONS = ("namespaces", "landlock", "seccomp")
+
+
+@pytest.fixture(scope="module", params=[*ISOLATIONS, *(f"{name} numpy" for name in ISOLATIONS)])
 def verifier(request):
+    isolation, *allow = request.param.split()
     try:
-        pool = Verifier(2, isolation=request.param)
+        pool = Verifier(2, isolation=isolation, allow=allow)
     except UserError as error:
         pytest.skip(str(error))
     with pool:
@@ -92,12 +97,14 @@ def test_no_hostile_program_passes_escapes_or_stays(verifier, open_folder):
     (open_folder / "kept").write_text(TOKEN)
     os.chmod(open_folder / "kept", 0o666)  # so it is not their user that keeps them from it
     wrong = {}
+    user = {"user": 65534} if os.geteuid() == 0 else {}  # a program's own user, whom it could signal
+    victim = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True, **user)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
         server.setblocking(False)
         port = server.getsockname()[1]
         datagrams.bind(("127.0.0.1", port))
         datagrams.setblocking(False)
-        fill = {"{folder}": str(open_folder), "{port}": str(port)}
+        fill = {"{folder}": str(open_folder), "{port}": str(port), "{victim}": str(victim.pid)}
         jobs = []
         for program, _ in HOSTILE.values():
             for name, value in fill.items():
@@ -113,7 +120,8 @@ def test_no_hostile_program_passes_escapes_or_stays(verifier, open_folder):
         for listener in (server.accept, lambda: datagrams.recv(9)):
             with pytest.raises(BlockingIOError):  # nobody called
                 listener()
-    assert not wrong
+    victim.stdin.close()
+    assert not wrong and victim.wait(20) == 0  # at the end of its input: nobody ended it
     assert sorted(os.listdir(open_folder)) == ["kept"] and (open_folder / "kept").read_text() == TOKEN
     assert idle(verifier)
     assert took < len(HOSTILE) * (LIMIT + 1)
@@ -167,6 +175,16 @@ def test_a_hostile_program_that_knew_the_answer_would_pass(pool):
         ("def set(x): return 0\ndef f(x): return 5", "assert set(f(1)) == set([1])", "error"),
         ("R = 3\ndef f(x): return x + R", "assert f(1) == 1 + R", "passed"),
         ("def f(x, *, y=1): return x * y", "assert f(2, y=3) == 6", "passed"),
+        ("class E(ValueError): pass\ndef f(): raise E('no')", "try:\n    f()\nexcept ValueError as e:\n    assert 'no' in str(e)",
+         "passed"),
+        ("class E(Exception): pass\ndef f(): raise E('no')", "try:\n    f()\nexcept ValueError:\n    assert True", "error"),
+        ("from datetime import *\ndef f(d): return d + timedelta(days=1)", "from datetime import *\n"
+         "assert f(date(2024, 2, 28)) == date(2024, 2, 29) and f(datetime(2024, 1, 1, 2)) > datetime(2024, 1, 2)", "passed"),
+        ("import threading\ndef f(n):\n    out, b = [], threading.Barrier(n)\n    def g(): b.wait(), out.append(1)\n"
+         "    ts = [threading.Thread(target=g) for _ in range(n)]\n    for t in ts: t.start()\n    for t in ts: t.join()\n"
+         "    return len(out)", "assert f(30) == 30", "passed"),
+        ("import fcntl, os\ndef f():\n    a, b = os.pipe()\n    os.set_blocking(a, False)\n    fcntl.fcntl(a, fcntl.F_SETFD, 1)\n"
+         "    return os.isatty(a), fcntl.fcntl(a, fcntl.F_GETFL) & os.O_NONBLOCK > 0", "assert f() == (False, True)", "passed"),
         ("def f(xs, t): return [x for x in xs if type(x) is not t]", "assert f((1, 'a'), int) == ['a']", "passed"),
     ],
 )  # fmt: skip
@@ -174,6 +192,57 @@ def test_reasons(pool, program, tests, reason):
     verdict = pool.run(Job(program, tests), timeout_s=1.5 if reason == "timeout" else 20)
     assert verdict.reason == reason, verdict
     assert verdict.passed == (reason == "passed") and reason in REASONS
+
+
+NUMPY = [
+    ("import numpy as np\ndef f(x): return np.sum(x)", "assert f([1, 2]) == 3 and f([0.5]) == 0.5"),
+    ("import numpy as np\ndef f(x): return x.T @ x", "import numpy as np\nassert (f(np.eye(3)) == np.eye(3)).all()"),
+    ("from numpy.linalg import inv\nimport numpy.random as r\ndef f(): return inv([[2.0]]).tolist(), r.rand(0).shape",
+     "assert f() == ([[0.5]], (0,))"),
+    ("import numpy as np\ndef f(): return {np.int64(3): [np.float32(0.5), np.bool_(True)], 'z': np.zeros((2, 0))}",
+     "z = f()\nassert z.pop('z').shape == (2, 0) and z == {3: [0.5, True]}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_numpy_can_be_allowed(isolation):
+    try:
+        pool = Verifier(1, isolation=isolation, allow=("numpy",))
+    except UserError as error:
+        pytest.skip(str(error))
+    with pool:
+        for job in NUMPY:
+            assert (found := pool.run(Job(*job), timeout_s=20)).passed, found
+        found = pool.run(Job("import yaml", "assert f()"), timeout_s=20)  # no other package, though it lies beside
+        assert found.reason == "error" and "No module named" in found.detail
+
+
+def test_a_task_says_which_packages_its_programs_may_import(tmp_path):
+    task = HumanEval(data="x", allow=["numpy"])
+    job = Job(*NUMPY[0])
+    task.job = lambda problem, program: job
+    assert task.correct(None, "") and task.judged([None], [""]) == [True]
+    assert not run_python(*job[:2], timeout_s=20).passed
+    assert run_python(*job[:2], timeout_s=20, allow=("numpy",)).passed
+
+
+@pytest.mark.parametrize("name", ["nonsense", "os", "../numpy", "numpy.linalg", ""])
+def test_a_package_that_cannot_be_allowed_is_named(name):
+    with pytest.raises(UserError, match=f"allow='{name}' is not an installed package"):
+        Verifier(1, allow=(name,))
+
+
+def test_a_program_in_namespaces_sees_neither_the_hosts_name_nor_what_is_installed():
+    try:
+        pool = Verifier(1, isolation="namespaces")
+    except UserError as error:
+        pytest.skip(str(error))
+    look = "import os, sysconfig\ndef f(name):\n    path = sysconfig.get_path('stdlib') + name\n    return os.path.isdir(path) and os.listdir(path)"
+    with pool:
+        for name in ("/site-packages", "/dist-packages"):
+            assert pool.run(Job(look, f"assert not f({name!r})")).passed
+        names = "import os, platform\ndef f(): return {os.uname().nodename, platform.node()}"
+        assert pool.run(Job(names, "assert f() == {'sandbox'}")).passed
 
 
 def test_run_python_is_the_pool_of_this_process():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import datetime
 import decimal
 import fractions
 import json
@@ -15,6 +16,7 @@ import math
 import os
 import select
 import struct
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +38,8 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
             return to_json(value, keep)
     if kind is type and TYPES.get(value.__name__) is value:
         return ["type", value.__name__]
+    if "numpy" in sys.modules:
+        return _numpy(value, keep)
     return ["handle", keep(value)]
 
 
@@ -44,6 +48,29 @@ def _items(tag: str, iterate: Callable[[Any], Any]) -> Callable[[Any, Any], list
 
 
 # The methods are those of the built-in class, not what a subclass made of them.
+def _numpy(value: Any, keep: Callable[[Any], int]) -> Any:
+    """Numbers of numpy as Python's, arrays of numbers as their bytes; anything else stays where it is."""
+    import numpy as np
+
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc" and value.dtype.itemsize <= 16:
+        if isinstance(value, np.ndarray):
+            return ["ndarray", value.dtype.str, list(value.shape), np.ndarray.tobytes(value).hex()]
+        item = np.generic.item(value)
+        if not isinstance(item, np.generic):  # a long double has no Python number
+            return encode(item, keep)
+    return ["handle", keep(value)]
+
+
+def _array(kind: Any, shape: Any, data: Any) -> Any:
+    if "numpy" not in sys.modules or not isinstance(kind, str):
+        raise TypeError("an array, where there is no numpy")
+    import numpy as np
+
+    if np.dtype(kind).kind not in "biufc":
+        raise TypeError("an array of numbers is needed")
+    return np.frombuffer(bytes.fromhex(data), kind).reshape([_whole(n) for n in shape]).copy()
+
+
 _ENCODERS: tuple[tuple[type, Callable[[Any, Any], Any]], ...] = (
     (str, lambda v, keep: str.__str__(v)),
     (int, lambda v, keep: ["int", int.__format__(v, "x")]),
@@ -60,6 +87,11 @@ _ENCODERS: tuple[tuple[type, Callable[[Any, Any], Any]], ...] = (
     (collections.deque, _items("deque", collections.deque.__iter__)),
     (fractions.Fraction, lambda v, keep: ["fraction", format(v.numerator, "x"), format(v.denominator, "x")]),
     (decimal.Decimal, lambda v, keep: ["decimal", decimal.Decimal.__str__(v)]),
+    *(
+        (cls, lambda v, keep, cls=cls: [cls.__name__, cls.isoformat(v)])
+        for cls in (datetime.datetime, datetime.date, datetime.time)  # a datetime is a date, so it comes first
+    ),
+    (datetime.timedelta, lambda v, keep: ["timedelta", v.days, v.seconds, v.microseconds]),
 )
 
 
@@ -103,6 +135,9 @@ _SCALARS: dict[str, Callable[..., Any]] = {
     "range": lambda *xs: range(*(_whole(decode(x, None)) for x in xs)),
     "fraction": lambda n, d: fractions.Fraction(int(n, 16), int(d, 16)),
     "decimal": lambda x: decimal.Decimal(x),
+    **{cls.__name__: cls.fromisoformat for cls in (datetime.datetime, datetime.date, datetime.time)},
+    "timedelta": lambda *xs: datetime.timedelta(*map(_whole, xs)),
+    "ndarray": _array,
 }
 
 

@@ -4,15 +4,17 @@ Three strengths. "namespaces": the processes live on a file system of their own 
 and one small scratch folder, with no network, no other process in sight and no /proc. Where the system does not let
 an ordinary user make namespaces (many containers): "landlock", where nothing can be written and nothing but Python's
 library can be read; and on kernels without it "seccomp", where no file can be opened at all, so that only modules that
-were imported before can be. In all of them seccomp refuses new processes, programs, sockets, signals to others, and
-what reaches into other processes.
+were imported before can be. In all of them seccomp refuses new processes, programs, sockets, signals to others (also
+those that the kernel would send), and what reaches into other processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
+import glob
 import os
-import platform
 import resource
 import signal
 import struct
@@ -27,6 +29,7 @@ SCRATCH_MB = 16
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 _KEPT_FLAGS = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}  # statvfs -> mount; dropping one is refused
+packages: list[str] = []  # folders of the installed packages that programs may import
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 
 
@@ -77,7 +80,7 @@ def limits(memory_bytes: int, cpu_seconds: int) -> None:
         (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
         (resource.RLIMIT_FSIZE, SCRATCH_MB << 20, SCRATCH_MB << 20),
         (resource.RLIMIT_NOFILE, 64, 64),
-        (resource.RLIMIT_NPROC, 64, 64),  # threads; new processes are refused anyway
+        (resource.RLIMIT_NPROC, 128, 128),  # threads; new processes are refused anyway
         (resource.RLIMIT_STACK, 8 << 20, 8 << 20),
         (resource.RLIMIT_CORE, 0, 0),
         (resource.RLIMIT_MEMLOCK, 0, 0),
@@ -88,10 +91,23 @@ def limits(memory_bytes: int, cpu_seconds: int) -> None:
         resource.setrlimit(what, tuple(cap))
 
 
+def few_arenas() -> None:
+    """Threads share one heap: each would reserve 64 MiB of address space for its own."""
+    with contextlib.suppress(AttributeError):  # not every C library has arenas
+        _libc.mallopt(-8, 1)
+
+
 def library_folders() -> list[str]:
-    """What a program may read: Python's standard library and the shared libraries."""
-    names = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *_LIBRARIES)
+    """What a program may read: Python's standard library, the shared libraries, and the folders of `packages`."""
+    names = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *_LIBRARIES, *packages)
     return [name for name in dict.fromkeys(names) if os.path.isdir(name)]
+
+
+def _installed_folders() -> list[str]:
+    """Folders within the library that hold what was installed besides Python."""
+    parents = [sysconfig.get_path("stdlib"), *glob.glob("/usr/lib/python3*")]
+    found = [f"{parent}/{name}" for parent in parents for name in ("site-packages", "dist-packages")]
+    return [path for path in dict.fromkeys(found) if os.path.isdir(path) and not os.path.islink(path)]
 
 
 def drop_root() -> None:
@@ -112,7 +128,8 @@ def enter_namespaces() -> None:
         Refused: a step is not allowed. The process may be half-way in and has to end.
     """
     _new_user_namespace()
-    folders = sorted(library_folders(), key=len)  # a folder before what lies in it
+    _call("sethostname", _libc.sethostname(b"sandbox", 7))
+    folders, covered = library_folders(), _installed_folders()
     links = {path: os.readlink(path) for path in folders if os.path.islink(path)}  # /lib -> usr/lib
     handles = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in folders if path not in links}
     _mount(None, "/", None, _REC | _PRIVATE)
@@ -121,13 +138,19 @@ def enter_namespaces() -> None:
     for path, target in links.items():
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
         os.symlink(target, root + path)
-    for path, fd in handles.items():
+    for path in sorted({*handles, *covered}, key=len):  # a folder before what lies in it
         place = root + path
-        if not os.path.isdir(place):  # a folder of one that is bound already is there
+        if path in handles and not os.path.isdir(place):  # a folder of one that is bound already is there
             os.makedirs(place)
-            _mount(f"/proc/self/fd/{fd}", place, None, _BIND | _REC)
+            _mount(f"/proc/self/fd/{handles[path]}", place, None, _BIND | _REC)
             kept = sum(to for bit, to in _KEPT_FLAGS.items() if os.statvfs(place).f_flag & bit)
             _mount(None, place, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV | kept)
+        elif path in covered and os.path.isdir(place):
+            _mount("tmpfs", place, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
+    for path in covered:
+        if os.path.isdir(root + path):
+            _mount(None, root + path, None, _REMOUNT | _RDONLY | _NOSUID | _NODEV)
+    for fd in handles.values():
         os.close(fd)
     os.mkdir(root + SCRATCH)
     size = f"size={SCRATCH_MB}m,nr_inodes=1024,mode=777"
@@ -222,6 +245,12 @@ _DENIED = (
     *(259, 305, 313, 320),  # as the line before: sessions, device nodes, clocks, modules, accounting, reboot ...
     *(129, 297, 141, 142, 144, 203, 251, 256, 279, 314),  # queued signals, priorities, other processes' memory policy
 )
+# What is left of fcntl and ioctl: descriptors, their flags (but O_ASYNC), locks, pipe sizes; what a file is, how much it
+# holds, blocking or not. Others make the kernel send signals, to whoever a number names: owners of descriptors (F_SETOWN,
+# F_SETOWN_EX, F_SETSIG, FIOSETOWN, SIOCSPGRP, FIOASYNC), leases and notices of files, terminals (TIOCSTI, TIOCSPGRP).
+_FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032)
+_IOCTL = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+_SETFL = 4
 _WRITES = (76, 82, 83, 84, 85, 86, 87, 88, 90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235)
 _WRITES_AT = (258, 260, 261, 263, 264, 265, 266, 268, 280, 316, 452)
 
@@ -243,7 +272,15 @@ def seccomp_filter(pid: int, isolation: str) -> bytes:
     blocks: dict[int, bytes] = {
         56: argument(0) + _op(_JSET, 0x10000, 0, 1) + allow + deny,  # clone: threads only
         435: unknown,  # clone3: glibc then falls back to clone, whose flags can be read
-        16: argument(1) + _op(_JEQ, 0x5412, 0, 1) + deny + allow,  # ioctl: no typing into a terminal (TIOCSTI)
+        16: argument(1) + b"".join(_op(_JEQ, n, 0, 1) + allow for n in _IOCTL) + deny,
+        72: argument(1)
+        + b"".join(_op(_JEQ, n, 0, 1) + allow for n in _FCNTL if n != _SETFL)
+        + _op(_JEQ, _SETFL, 1, 0)
+        + deny
+        + argument(2)
+        + _op(_JSET, fcntl.FASYNC, 0, 1)
+        + deny
+        + allow,
         53: argument(1) + _op(_AND, 0xF) + _op(_JEQ, 1, 0, 1) + allow + deny,  # socketpair: streams, as asyncio makes one
         157: argument(0) + _op(_JEQ, 1, 0, 1) + deny + allow,  # prctl: all but PR_SET_PDEATHSIG
         302: argument(0) + _op(_JEQ, 0, 0, 1) + allow + own,  # prlimit64: of itself
@@ -279,6 +316,7 @@ def seccomp(code: bytes) -> None:
 
 def supported() -> str | None:
     """Why this machine cannot run programs safely, or None."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"needs Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    machine = os.uname().machine if hasattr(os, "uname") else "another processor"  # `platform` would keep the host's name
+    if sys.platform != "linux" or machine != "x86_64":
+        return f"needs Linux on x86-64, this is {sys.platform} on {machine}"
     return None

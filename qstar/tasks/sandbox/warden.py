@@ -1,8 +1,9 @@
 """A long-lived process that locks itself in and then forks one judge per job. Started by `qstar.tasks.verify`.
 
-    python -S -s -P warden.py JOBS VERDICTS STRENGTH
+    python -S -s -P warden.py JOBS VERDICTS STRENGTH [FOLDER ...]
 
-JOBS and VERDICTS are inherited pipes. The warden itself never reads a job: what it knows, every program inherits.
+JOBS and VERDICTS are inherited pipes; each FOLDER is that of an installed package which programs may import.
+The warden itself never reads a job: what it knows, every program inherits.
 """
 
 from __future__ import annotations
@@ -38,6 +39,21 @@ def _import(names: list[str]) -> None:
     for name in names:
         with contextlib.suppress(ImportError):  # a small build of Python may lack one
             importlib.import_module(name)
+
+
+def _import_packages(folders: list[str]) -> None:
+    """Imports installed packages, so that programs find them in memory, and lets their folders be read."""
+    for folder in folders:
+        parent, name = os.path.split(folder)
+        sys.path.append(parent)
+        module = importlib.import_module(name)
+        for attribute in dir(module):  # some are imported when they are first asked for, which may be too late
+            with contextlib.suppress(Exception):
+                getattr(module, attribute)
+        sys.path.remove(parent)
+        isolate.packages += [folder, f"{folder}.libs"]  # wheels keep shared libraries beside the package
+    if "platform" in sys.modules:
+        importlib.reload(sys.modules["platform"])  # it remembers the host's name
 
 
 def _lock_in(strength: str) -> str:
@@ -97,11 +113,16 @@ def _sweep(isolation: str) -> bool:
     return True
 
 
-def main(jobs: int, verdicts: int, strength: str) -> int:
+def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
     """Serves until the pipe of jobs is closed; returns the exit status."""
     warnings.simplefilter("ignore")  # of the tests' code, on our standard error
     _import(_PRELOADED)
     sys.path.pop(0)
+    try:
+        _import_packages(folders)
+    except Exception as error:
+        codec.send(verdicts, {"refused": f"a package that programs may import cannot be: {error}"})
+        return 1
     baseline = _address_space()  # here, as there may be no /proc afterwards
     try:
         isolation = _lock_in(strength)
@@ -130,4 +151,4 @@ def main(jobs: int, verdicts: int, strength: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]))
