@@ -154,6 +154,14 @@ def abstract_model(case: Case, options: dict[str, Any], where: str = "model") ->
     return Model(config, abstract(params, case.mesh, PARAM_AXES), None, case.mesh)
 
 
+def decoder_model(case: Case) -> Model:
+    """`abstract_model` of the config's `model`, which may not be an encoder-decoder: fine-tuning one is not planned."""
+    model = abstract_model(case, case.section("model"))
+    line = f"config.model.path={case.section('model').get('path')}: plans of this method are for decoders, not for a T5"
+    require((isinstance(model.config, ModelConfig), f"{line}; name a decoder"))
+    return model
+
+
 def tree_cast(params: Any, dtype: Any) -> Any:
     """`tree.cast` of abstract arrays."""
     return jax.eval_shape(functools.partial(tree.cast, dtype=jnp.dtype(dtype)), params)
@@ -291,7 +299,7 @@ def scoring(case: Case, model: Model, length: int) -> Program:
 
 
 def _star(case: Case) -> Iterator[Program]:
-    model = abstract_model(case, case.section("model"))
+    model = decoder_model(case)
     settings = settings_from(TrainSettings, case.section("train"), "train")
     sample = settings_from(SampleSettings, case.section("sample"), "sample")
     batch = case.batch(settings.batch_size, settings.row_length)
@@ -316,7 +324,7 @@ def trained(case: Case, model: Model, settings: UpdateSettings) -> Model:
 
 
 def _v_star(case: Case) -> Iterator[Program]:
-    model = abstract_model(case, case.section("model"))
+    model = decoder_model(case)
     settings = settings_from(TrainSettings, case.section("train"), "train")
     sample = settings_from(SampleSettings, case.section("sample"), "sample")
     batch = case.batch(settings.batch_size, settings.row_length)
@@ -355,7 +363,7 @@ def _quiet_star(case: Case) -> Iterator[Program]:
     options.setdefault("forbidden_ids", ())
     make = ThoughtConfig.parity if options.pop("parity", False) else ThoughtConfig
     thoughts = make(**options)
-    model = abstract_model(case, case.section("model"))
+    model = decoder_model(case)
     length = case.section("data").get("length", 256)
     seen = set()
     for name in case.config.arms:
