@@ -11,6 +11,7 @@ from typing import Any
 from qstar.errors import QstarWarning, UserError, require
 from qstar.methods.arms import Context
 from qstar.methods.supervised import TrainSettings, check_trainable
+from qstar.methods.training import UpdateSettings
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
 from qstar.tasks.base import Problem, Task
@@ -37,9 +38,11 @@ def check_problems(ctx: Context, arms: Iterable[Any]) -> None:
 
 def check_model(ctx: Context, start: Model, arms: Iterable[Any]) -> None:
     """Raises UserError where an arm trains in a way that this kind of model cannot be trained in."""
-    if isinstance(ctx.train_settings, TrainSettings):
+    if isinstance(ctx.train_settings, UpdateSettings):
         try:
-            check_trainable(start.config, ctx.train_settings)
+            if isinstance(ctx.train_settings, TrainSettings):
+                check_trainable(start.config, ctx.train_settings)
+            ctx.train_settings.check_targets(start.config)
         except UserError as e:
             raise UserError(f"config.train.{e}") from None
     if not isinstance(start.config, EncDecConfig):

@@ -98,7 +98,7 @@ def fine_tune(
 def check_trainable(config: Any, settings: TrainSettings) -> None:
     """Raises UserError for settings that a model of this kind cannot be fine-tuned with."""
     if not isinstance(config, EncDecConfig):
-        return
+        return settings.check_targets(config)
     why = "is for decoders, and this model is an encoder-decoder (T5)"
     require(
         (not settings.lora_rank, f"lora_rank={settings.lora_rank} {why}, of which all parameters train; set it to 0"),

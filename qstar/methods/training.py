@@ -88,6 +88,14 @@ class UpdateSettings:
         except UserError as e:
             raise UserError(f"lora_{e}") from None
 
+    def check_targets(self, config: Any) -> None:
+        """Raises UserError where a model of this kind has no kernels that the adapters' targets name."""
+        try:
+            if self.lora_rank:
+                lora.check_targets(config, self.lora)
+        except UserError as e:
+            raise e if str(e).startswith("lora_") else UserError(f"lora_{e}") from None
+
     def optimiser(self) -> optax.GradientTransformation:
         """Returns AdamW's direction with these settings, over what trains."""
         tx = optim.adamw(b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, clip=self.clip)

@@ -24,7 +24,7 @@ from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
 from qstar.models.flash import Sight
-from qstar.models.layers import Block, Norm, with_adapters
+from qstar.models.layers import Block, Norm
 from qstar.models.rope import Turns, rope_turns
 from qstar.types import Params
 
@@ -48,7 +48,7 @@ PARAM_AXES = (
     (r"(up|gate)/kernel$", ("embed", "mlp")),
     (r"(up|gate)/bias$", ("mlp",)),
     (r"down/kernel$", ("mlp", "embed")),
-    (r"(q|k|v|up|gate)/lora_a$", ("embed", None)),  # so that the product of a pair lies where its kernel does
+    (r"(q|k|v|up|gate)/lora_a$", ("embed", None)),  # so that a pair's products lie where its kernel's do
     (r"(q|k|v)/lora_b$", (None, "heads")),
     (r"(up|gate)/lora_b$", (None, "mlp")),
     (r"o/lora_a$", ("heads", None)),
@@ -128,7 +128,6 @@ def run_layers(
     gather = gathers() and not listed and x.shape[0] > 1  # of a lone token, the compiler may move the token instead
 
     def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
-        layer = with_adapters(layer)
         layer = gathered(layer, PARAM_AXES, config.dtype) if gather else layer
         x, kv = block.apply({"params": layer}, x, turns, mask, segments, positions)
         return whole(x), kv

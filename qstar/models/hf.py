@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from qstar import tree
-from qstar.errors import UserError
+from qstar.errors import QstarWarning, UserError
 from qstar.mesh import shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
@@ -114,6 +114,7 @@ def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -
         warnings.warn(
             f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {table}; the model is read with "
             "this head (set tie_word_embeddings to false to silence this)",
+            QstarWarning,
             stacklevel=3,
         )
     return config.replace(tie_embeddings=False)

@@ -79,7 +79,11 @@ batching.primitive_batchers[_project] = _project_rows
 
 
 class Linear(nn.Module):
-    """x [..., in] @ kernel [in, out] (+ bias), in the dtype of x. The kernel may be int8 with a scale: see `models.int8`."""
+    """x [..., in] @ kernel [in, out] (+ bias), in the dtype of x.
+
+    The kernel may be int8 with a scale (see `models.int8`), or have LoRA's adapters beside it (see `models.lora`): their
+    product is added to that of the kernel and not to the kernel, in whose dtype a small change would vanish.
+    """
 
     features: int
     bias: bool
@@ -93,6 +97,9 @@ class Linear(nn.Module):
             y = (project(x, kernel.astype(x.dtype)) * self.get_variable("params", "scale")).astype(x.dtype)
         else:
             y = project(x, kernel.astype(x.dtype))
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name).astype(x.dtype) for name in ("lora_a", "lora_b"))
+            y = y + project(project(x, a), b)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y

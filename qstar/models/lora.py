@@ -1,10 +1,12 @@
-"""LoRA (arXiv 2106.09685) as a transform of the parameter tree: W + (alpha / r) A B beside frozen kernels W.
+"""LoRA (arXiv 2106.09685) as a transform of the parameter tree: x W + (alpha / r) (x A) B with frozen kernels W.
 
     layers/q/kernel [L, in, out]   ->   layers/q/lora_a [L, in, r]   layers/q/lora_b [L, r, out]
 
-`attach` puts adapters beside their kernels and the decoder adds their product layer by layer, so that a training step never
-holds the changed kernels (or their gradients) of all layers. `merge` makes plain parameters, for sampling and export.
-`save_adapters` writes PEFT's layout, which PEFT loads beside the base model: its A is [r, in] and its B is [out, r].
+`attach` puts adapters beside their kernels, where `layers.Linear` finds them; neither a changed kernel nor its gradient
+exists in a training step. `merge` makes plain parameters, for sampling and export. `save_adapters` and `load_adapters`
+write and read PEFT's files, whose A is [r, in] and whose B is [out, r], per module. What PEFT computes beyond this formula
+is refused. Ranks and scales that modules have of their own are read: smaller ranks are filled up with zeros, and scales go
+into B.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +27,16 @@ from safetensors.numpy import load_file, save_file
 
 from qstar import tree
 from qstar.errors import UserError, require
+from qstar.models import fields
 from qstar.models.config import ModelConfig
-from qstar.models.hf import read_json, write_json
+from qstar.models.encdec_config import EncDecConfig
+from qstar.models.hf import write_json
 from qstar.models.layers import with_adapters
-from qstar.models.names import NAMES, abstract_params
+from qstar.models.names import NAMES, Row, abstract_params
+from qstar.models.weight_files import read_json
 from qstar.types import Params
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
-_PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,7 @@ def init(config: ModelConfig, lora: Lora, key: jax.Array) -> Params:
 
     A value head is trained whole, beside them; `abstract_params` of a config without one has none.
     """
+    check_targets(config, lora)
     layers = abstract_params(config)["layers"]
     out: Params = {"layers": {}}
     for i, name in enumerate(n for n in KERNELS if n in lora.targets and n in layers):
@@ -71,6 +76,16 @@ def init(config: ModelConfig, lora: Lora, key: jax.Array) -> Params:
         a = jax.random.uniform(jax.random.fold_in(key, i), (L, rows, lora.rank), minval=-bound, maxval=bound)
         out["layers"][name] = {"lora_a": a, "lora_b": jnp.zeros((L, lora.rank, columns))}
     return out
+
+
+def check_targets(config: Any, lora: Lora) -> None:
+    """Raises UserError where the model has no such kernels; of the default targets it need not have all."""
+    if isinstance(config, EncDecConfig):
+        raise UserError(f"rank={lora.rank} is for decoders, and this model is an encoder-decoder (T5); set it to 0")
+    there = [n for n in KERNELS if n in abstract_params(config)["layers"]]
+    strange = [] if set(lora.targets) == set(KERNELS) else [t for t in lora.targets if t not in there]
+    fault = f"targets: {strange and strange[0]!r} is no kernel of this {config.family}; it has {', '.join(there)}"
+    require((not strange, fault))
 
 
 def attach(params: Params, adapters: Params, scale: float) -> Params:
@@ -98,36 +113,72 @@ def through(loss: Callable[..., Any], scale: float) -> Callable[..., Any]:
     return adapted
 
 
-# ---------------------------------------------------------------------------------------------------- PEFT's layout
+# ---------------------------------------------------------------------------------------------------- PEFT's files
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_RANK, _ALPHA = fields.WIDTH, fields.Number(1e-6, 1e6)
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights, too
+# Options of PEFT with which a module computes something else, or another module changes.
+_OTHER = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "trainable_token_indices"),
+    *(
+        "target_parameters",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "velora_config",
+        "monteclora_config",
+        "kasa_config",
+    ),
+)
 
 
-def peft_name(config: ModelConfig, name: str) -> str:
-    """Returns the module that PEFT would adapt, with {i} for the layer: model.layers.{i}.self_attn.q_proj.
-
-    Raises:
-      UserError: the family keeps that kernel fused with others (GPT-2's q, k, v).
-    """
+def module(config: ModelConfig, name: str) -> Row:
+    """Returns the row of a kernel; without ".weight" its name is that of the module that PEFT adapts, {i} for the layer."""
     row = next(r for r in NAMES[config.family] if r.path == f"layers/{name}/kernel")
-    if row.part is not None:
-        raise UserError(f"lora: {config.family} keeps {name} fused with others in its files; choose other targets")
-    return row.name.removesuffix(".weight")
+    return row._replace(name=row.name.removesuffix(".weight"))
+
+
+def _suffix(config: ModelConfig, name: str) -> str:
+    """Returns the end of a module's name that no other module has (both of GPT-2's output projections are c_proj)."""
+    ends = {r.name.rsplit(".", 1)[0] for r in NAMES[config.family] if r.path.endswith("/kernel")}
+    last = name.rpartition(".")[2]
+    return last if sum(e.endswith(f".{last}") for e in ends) == 1 else ".".join(name.split(".")[-2:])
 
 
 def save_adapters(
     config: ModelConfig, adapters: Params, lora: Lora, folder: str | os.PathLike, base: str = ""
 ) -> pathlib.Path:
-    """Writes adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` loads.
+    """Writes what `peft.PeftModel.from_pretrained` loads.
+
+    Kernels that the files keep fused (GPT-2's q, k, v) become one module whose rank is the sum of theirs.
 
     Args:
       base: name or folder of the base model, for the config. A trained value head goes into the file as `score`.
     """
     folder = pathlib.Path(folder).expanduser()
     tensors: dict[str, np.ndarray] = {}
-    names = {name: peft_name(config, name) for name in adapters["layers"]}
-    for name, pair in adapters["layers"].items():
-        for letter, leaf in (("A", pair["lora_a"]), ("B", pair["lora_b"])):
-            for i, x in enumerate(np.asarray(leaf, np.float32)):
-                tensors[f"{_PREFIX}{names[name].format(i=i)}.lora_{letter}.weight"] = np.ascontiguousarray(x.T)
+    modules: dict[str, list[tuple[int, str]]] = {}
+    for name in adapters["layers"]:
+        row = module(config, name)
+        modules.setdefault(row.name, []).append((row.part or 0, name))
+    ranks = {}
+    for stem, parts in modules.items():
+        if len(parts) > 1:
+            ranks[_suffix(config, stem)] = len(parts)
+        fused = module(config, parts[0][1]).part is not None
+        for i in range(config.num_layers):
+            pairs = [
+                (k, *(np.asarray(adapters["layers"][n][x][i], np.float32) for x in ("lora_a", "lora_b")))
+                for k, n in parts
+            ]
+            width = pairs[0][2].shape[1]
+            b = np.zeros((lora.rank * len(parts), width * (3 if fused else 1)), np.float32)
+            for at, (k, _, own) in enumerate(pairs):
+                b[at * lora.rank : (at + 1) * lora.rank, k * width : (k + 1) * width] = own
+            a = np.concatenate([own for _, own, _ in pairs], axis=1)
+            for letter, x in (("A", a), ("B", b)):
+                tensors[f"{_PREFIX}{stem.format(i=i)}.lora_{letter}.weight"] = np.ascontiguousarray(x.T)
     for path, leaf in tree.named_leaves(adapters.get("value", {})):
         part = {"kernel": "weight", "bias": "bias"}[path]
         tensors[f"{_PREFIX}score.{part}"] = np.ascontiguousarray(np.asarray(leaf, np.float32).T)
@@ -139,8 +190,10 @@ def save_adapters(
         "base_model_name_or_path": str(base) or None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
+        "rank_pattern": {name: n * lora.rank for name, n in ranks.items()},
+        "alpha_pattern": {name: n * lora.alpha for name, n in ranks.items()},
         "lora_dropout": 0.0,
-        "target_modules": sorted({n.rpartition(".")[2] for n in names.values()}),
+        "target_modules": sorted(_suffix(config, stem) for stem in modules),
         "modules_to_save": ["score"] if "value" in adapters else None,
         "bias": "none",
         "fan_in_fan_out": config.family == "gpt2",
@@ -150,39 +203,89 @@ def save_adapters(
     return folder
 
 
+def _check_settings(raw: dict[str, Any], where: str) -> None:
+    """Raises UserError where PEFT would compute something else than x W + scale (x A) B, or a value is no such value."""
+    kind = raw.get("peft_type")
+    merge = "merge it into its base model with PEFT (`merge_and_unload`) and load that"
+    require((kind == "LORA", f"{where}: peft_type {kind!r} is not LORA, which alone is read; {merge}"))
+    for key in _OTHER:
+        require((not raw.get(key), f"{where}: {key}={str(raw.get(key))[:60]} is more than plain LoRA; {merge}"))
+    start = raw.get("init_lora_weights", True)
+    require(
+        (start in _PLAIN_STARTS, f"{where}: init_lora_weights={start!r} changes the base weights, too; {merge}"),
+        (raw.get("bias", "none") == "none", f"{where}: bias={raw.get('bias')!r} trains biases, too; {merge}"),
+    )
+    fields.check(raw, where, {"r": _RANK, "lora_alpha": _ALPHA}, {"use_rslora": fields.Flag()})
+    for key, field in (("rank_pattern", _RANK), ("alpha_pattern", _ALPHA)):
+        pattern = raw.get(key) or {}
+        require((isinstance(pattern, dict), f"{where}: {key} must be an object"))
+        fields.check(pattern, f"{where}: {key}", dict.fromkeys(pattern, field), {})
+        for text in pattern:
+            try:
+                re.compile(text)
+            except re.error as e:
+                raise UserError(f"{where}: {key}: {text!r} is no regular expression ({e})") from None
+
+
+def _rank_and_scale(raw: dict[str, Any], name: str) -> tuple[int, float]:
+    """Returns those of a module: the first key of a pattern that matches the end of its name counts, as in PEFT."""
+
+    def own(key: str, default: Any) -> Any:
+        found = (v for k, v in (raw.get(key) or {}).items() if re.match(rf"(.*\.)?({k})$", name))
+        return next(found, default)
+
+    rank, alpha = own("rank_pattern", raw["r"]), own("alpha_pattern", raw["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+
+
 def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Params, Lora]:
     """Reads adapters that `save_adapters` or PEFT wrote.
 
     Raises:
-      UserError: a missing or broken file, or tensors that do not fit the model; the line names it.
+      UserError: a missing or broken file, an option that is more than plain LoRA, or tensors that do not fit the model;
+        the line names it.
     """
     folder = pathlib.Path(folder).expanduser()
     raw = read_json(folder / CONFIG)
+    _check_settings(raw, str(folder / CONFIG))
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({e}); copy it again") from None
+    tensors = {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): x for name, x in tensors.items()}
+    some = raw.get("layers_to_transform") or raw.get("exclude_modules") or isinstance(raw.get("target_modules"), str)
+    some = some or any("." in str(t) for t in raw.get("target_modules") or ())  # not every layer need have them
     layers = abstract_params(config)["layers"]
+    _, common = _rank_and_scale({**raw, "rank_pattern": None, "alpha_pattern": None}, "")
+    widest = max(raw["r"], *(raw.get("rank_pattern") or {"": 1}).values())
     out: Params = {"layers": {}}
+    used: set[str] = set()
     for name in (n for n in KERNELS if n in layers):
-        stem = _PREFIX + peft_name(config, name)
-        found = [
-            [tensors.pop(f"{stem.format(i=i)}.lora_{x}.weight", None) for i in range(config.num_layers)] for x in "AB"
-        ]
-        if all(t is None for half in found for t in half):
+        row, (L, rows, columns) = module(config, name), layers[name]["kernel"].shape
+        stems = [row.name.format(i=i) for i in range(L)]
+        there = [f"{_PREFIX}{stem}.lora_A.weight" in tensors for stem in stems]
+        if not any(there):
             continue
-        L, rows, columns = layers[name]["kernel"].shape
-        want = [(raw.get("r"), rows), (columns, raw.get("r"))]
-        for half, shape in zip(found, want):
-            fault = (
-                f"{folder / WEIGHTS}: {stem} needs a tensor {shape} in each of {L} layers; these are of another model"
-            )
-            require((all(t is not None and t.shape == shape for t in half), fault))
-        a, b = (jnp.asarray(np.stack([t.T for t in half]).astype(np.float32)) for half in found)
-        out["layers"][name] = {"lora_a": a, "lora_b": b}
+        fault = f"{folder / WEIGHTS}: {row.name} needs a tensor %s in each of {L} layers; these are of another model"
+        a, b = np.zeros((L, rows, widest), np.float32), np.zeros((L, widest, columns), np.float32)
+        for i, stem in enumerate(stems):
+            rank, scale = _rank_and_scale(raw, stem)
+            if not there[i] and some:
+                continue
+            keys = [f"{_PREFIX}{stem}.lora_{x}.weight" for x in "AB"]
+            for key, shape in zip(keys, [(rank, rows), (columns * (1 if row.part is None else 3), rank)]):
+                require((key in tensors and tensors[key].shape == shape, fault % (shape,)))
+            used.update(keys)
+            own = tensors[keys[1]].astype(np.float32).T
+            own = own if row.part is None else own[:, row.part * columns : (row.part + 1) * columns]
+            a[i, :, :rank] = tensors[keys[0]].astype(np.float32).T
+            b[i, :rank] = own if scale == common else scale / common * own
+        out["layers"][name] = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
     if f"{_PREFIX}score.weight" in tensors:
         head = {k: tensors.pop(f"{_PREFIX}score.{n}") for k, n in (("kernel", "weight"), ("bias", "bias"))}
         out["value"] = {k: jnp.asarray(v.T) for k, v in head.items()}
-    require((not tensors, f"{folder / WEIGHTS}: {next(iter(tensors), '')} adapts nothing that this model has"))
+    rest = sorted(tensors.keys() - used)
+    require((not rest, f"{folder / WEIGHTS}: {rest and rest[0]} adapts nothing that this model has"))
     require((bool(out["layers"]), f"{folder / WEIGHTS}: holds no adapters"))
-    return out, Lora(raw["r"], float(raw["lora_alpha"]), tuple(out["layers"]))
+    plain = widest == raw["r"] and not raw.get("use_rslora")
+    return out, Lora(widest, float(raw["lora_alpha"]) if plain else common * widest, tuple(out["layers"]))

@@ -11,10 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qstar
+from qstar import tree
 from qstar.errors import UserError
-from qstar.methods.supervised import TrainSettings, fine_tune
+from qstar.methods.supervised import TrainSettings, check_trainable, fine_tune
 from qstar.models import decoder, lora
 from qstar.models.config import ModelConfig
+from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.packing import Example
@@ -153,5 +155,149 @@ def test_files_that_do_not_fit_are_named(params, adapters, tmp_path):
               tmp_path / "adapter_model.safetensors")  # fmt: skip
     with pytest.raises(UserError, match="lm_head"):
         lora.load_adapters(CONFIG, tmp_path)
-    with pytest.raises(UserError, match="fused"):
-        lora.peft_name(CONFIG.replace(family="gpt2"), "q")
+
+
+# -------------------------------------------------------------------------------- PEFT as the reference, per family
+
+FAMILIES = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "qwen2": ["k_proj", "o_proj", "gate_proj", "up_proj"],
+    "gptj": ["q_proj", "out_proj", "fc_in", "fc_out"],
+    "gpt2": ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"],
+}
+OPTIONS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "alpha pattern": {"alpha_pattern": {"q_proj": 64, "fc_in": 3, "c_attn": 64, r"layers\.1\..*up_proj": 50}},
+    "rank pattern": {"rank_pattern": {"v_proj": 7, r"(layers|h)\.1\..*(down_proj|o_proj|c_fc|fc_out)": 2}},
+    "both, rslora": {"rank_pattern": {"down_proj": 8}, "alpha_pattern": {"1.self_attn.q_proj": 5}, "use_rslora": True},
+    "gaussian start, one layer": {"init_lora_weights": "gaussian", "layers_to_transform": [1]},
+}
+
+
+def peft_model(case, options, folder):
+    """Saves a random model with random adapters; returns PEFT's logits."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from tests.models.oracle import torch_model
+
+    base = torch_model(case)
+    base.save_pretrained(folder / "base")
+    how = dict(r=4, lora_alpha=16, target_modules=FAMILIES[case], task_type="CAUSAL_LM", **options)
+    made = peft.get_peft_model(base, peft.LoraConfig(**how))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for key, p in made.named_parameters():
+            if "lora_" in key:
+                p.copy_(torch.randn_like(p) * 0.1)
+        made.eval().save_pretrained(folder / "adapter")
+        return made(torch.tensor(TOKENS)).logits.numpy()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_adapters_of_peft_compute_the_same_logits(case, options, tmp_path):
+    expected = peft_model(case, OPTIONS[options], tmp_path)
+    model = qstar.load(tmp_path / "base")
+    plain = np.asarray(qstar.logits(model, TOKENS))
+    assert np.abs(expected - plain).max() > 0.05
+    adapters, settings = lora.load_adapters(model.config, tmp_path / "adapter")
+    for put in (lora.merge, lora.attach):
+        ours = qstar.logits(model.replace(params=put(model.params, adapters, settings.scale)), TOKENS)
+        np.testing.assert_allclose(ours, expected, atol=2e-5 * max(10, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("options, says", [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
+    ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights"), ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ({"use_dora": True}, "use_dora=True is more than plain LoRA; merge it"), ({"bias": "all"}, "bias='all'"),
+    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"), ({"modules_to_save": ["lm_head"]}, "lm_head"),
+])  # fmt: skip
+def test_adapters_that_are_more_than_plain_lora_are_refused_in_one_line(options, says, tmp_path):
+    peft_model("llama", options, tmp_path)
+    with pytest.raises(UserError, match=says) as e:
+        lora.load_adapters(qstar.load(tmp_path / "base").config, tmp_path / "adapter")
+    assert "\n" not in str(e.value) and str(tmp_path / "adapter") in str(e.value)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"peft_type": "IA3"}, "peft_type 'IA3' is not LORA"), ({"r": 0}, "r=0"), ({"lora_alpha": "16"}, "lora_alpha='16'"),
+    ({"r": None}, "'r' is missing"), ({"use_rslora": "yes"}, "use_rslora"), ({"rank_pattern": [4]}, "rank_pattern must be"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj=0"), ({"alpha_pattern": {"(": 4}}, "no regular expression"),
+    ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern: q_proj=nan"),
+    ({"rank_pattern": {"q_proj": 9}}, "another model"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
+])  # fmt: skip
+def test_adapter_settings_out_of_range_are_named(change, says, params, adapters, tmp_path):
+    lora.save_adapters(CONFIG, adapters, SETTINGS, tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(UserError, match=says):
+        lora.load_adapters(CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("case, targets", [
+    *((case, targets) for case in ("gpt2", "gptj") for targets in (lora.KERNELS, ("q", "v"), ("k",), ("o",))),
+    ("qwen2", lora.KERNELS),
+])  # fmt: skip
+def test_adapters_of_every_family_are_saved_for_peft(case, targets, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    import transformers
+
+    from tests.models.oracle import torch_model
+
+    torch_model(case).save_pretrained(tmp_path / "base")
+    model, settings = qstar.load(tmp_path / "base"), lora.Lora(3, 6.0, targets)
+    made = lora.init(model.config, settings, jax.random.key(1))
+    made = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), made)
+    lora.save_adapters(model.config, made, settings, tmp_path / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(torch.tensor(TOKENS)).logits.numpy()
+    ours = np.asarray(qstar.logits(model.replace(params=lora.attach(model.params, made, settings.scale)), TOKENS))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(10, np.abs(theirs).max()))
+    back, read = lora.load_adapters(model.config, tmp_path / "adapter")
+    again = qstar.logits(model.replace(params=lora.merge(model.params, back, read.scale)), TOKENS)
+    np.testing.assert_allclose(again, theirs, atol=2e-5 * max(10, np.abs(theirs).max()))
+
+
+def test_targets_that_a_family_lacks_are_refused_before_training():
+    gpt2 = CONFIG.replace(family="gpt2", gated_mlp=False)
+    lora.check_targets(gpt2, lora.Lora(4))  # the default names all kernels: those that the model has
+    settings = TrainSettings(lora_rank=4, lora_targets=("q", "gate"))
+    with pytest.raises(UserError, match="lora_targets: 'gate' is no kernel of this gpt2; it has q, k, v, o, up, down"):
+        check_trainable(gpt2, settings)
+    with pytest.raises(UserError, match="lora_rank=4 is for decoders"):
+        settings.check_targets(EncDecConfig())
+
+
+def test_a_tiny_change_is_not_rounded_away_beside_a_bfloat16_kernel(params, adapters):
+    """W + A B in bfloat16 leaves nearly all of W as it is; x W + (x A) B does not."""
+    half = tree.cast(params, jnp.bfloat16)
+    pairs = {n: {"lora_a": p["lora_a"], "lora_b": 1e-4 * p["lora_b"]} for n, p in adapters["layers"].items()}
+    tiny = {"layers": pairs}
+    base = np.asarray(qstar.logits(Model(CONFIG, half), TOKENS))  # float32 products of the numbers that bfloat16 holds
+    change = np.asarray(qstar.logits(Model(CONFIG, lora.attach(half, tiny, 2.0)), TOKENS)) - base
+    wide = lora.merge(tree.cast(half, jnp.float32), tiny, 2.0)
+    expected = np.asarray(qstar.logits(Model(CONFIG, wide), TOKENS)) - base
+    assert np.abs(change - expected).max() < 0.05 * np.abs(expected).max()
+    merged = np.asarray(qstar.logits(Model(CONFIG, lora.merge(half, tiny, 2.0)), TOKENS)) - base
+    assert np.abs(merged - expected).max() > 0.5 * np.abs(expected).max()  # what adding to the kernel makes of it
+
+
+def test_a_training_step_forms_no_gradient_of_a_kernel():
+    """4 N and not 6 N per token: of the frozen kernels only the products with activations and their gradients."""
+
+    config = CONFIG.replace(hidden_size=64, head_dim=32, intermediate_size=256)
+    made = lora.init(config, lora.Lora(3), jax.random.key(0))
+    policy = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
+
+    def loss(p):
+        return jnp.sum(qstar.logits(Model(config, p["policy"]), jnp.zeros((4, 16), jnp.int32)) ** 2)
+
+    def flops(f, *args):
+        return jax.jit(jax.grad(f)).lower(*args).compile().cost_analysis()["flops"]
+
+    def adapted(adapters, base):
+        frozen = lora.through(lambda p, batch, rng: loss(p), SETTINGS.scale)
+        return frozen({"policy": adapters, "base": base}, None, None)
+
+    assert flops(adapted, made, policy) < 0.8 * flops(loss, {"policy": policy})
