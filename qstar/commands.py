@@ -262,10 +262,9 @@ _METRICS = (
 
 def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
     """Reads NAME=DIR[:SCORE] of --verifier."""
-    import functools
     import re
 
-    from qstar.methods.verifier import SCORES, Verifier, score
+    from qstar.methods.verifier import SCORES, Verifier
     from qstar.models.model import load
 
     out: dict[str, Any] = {}
@@ -276,7 +275,7 @@ def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
             raise UserError(f"evaluate: --verifier={flag} must be NAME=DIR, each NAME once and not 'own'")
         verifier = Verifier(load(folder), rule, steps=task.steps)
         verifier.rule  # noqa: B018  a score that does not fit the model shows before anything is sampled
-        out[name] = functools.partial(score, verifier)
+        out[name] = verifier
     return out
 
 

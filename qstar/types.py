@@ -99,7 +99,7 @@ class Completion:
     """One sampled continuation of a prompt."""
 
     text: str | None  # None for a model without tokenizer
-    tokens: list[int]  # with the EOS token if one was drawn
+    tokens: list[int]  # as sampled, with the stop token if one was drawn; a stop string may end within the last
     logprobs: list[float]  # of each token under the model (temperature 1, no filter)
     sample_logprobs: list[float]  # of each token under the distribution it was really drawn from
     stopped: bool  # False: cut off by max_new_tokens
@@ -125,6 +125,7 @@ class Rollout:
     valid: bool | None  # every step exactly right, where the task can tell
     logprob: float  # sum over the completion's tokens, under the model
     n_tokens: int
+    tokens: list[int] | None = None  # of the completion as sampled, and what ends it; None in runs of older versions
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as a plain dict, in order."""

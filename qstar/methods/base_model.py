@@ -123,6 +123,8 @@ def loaded_or_random(ctx: Any, tokenizer: Tokenizer) -> Model:
         model = load(path, mesh=ctx.mesh, dtype=options.pop("dtype", None) or None)
         return model.replace(config=model.config.replace(**options))
     options.setdefault("vocab_size", tokenizer.vocab_size)
+    size, least = options["vocab_size"], tokenizer.vocab_size
+    require((size >= least, f"config.model.vocab_size={size} is less than the {least} tokens of the text; leave it out"))
     config = preset(name, eos_id=tokenizer.eos_id, **options)
     params = init_params(
         lambda key: decoder.init(config, key),

@@ -36,6 +36,7 @@ class Solution:
     iteration: int  # that found it; 0 for human ones
     group: str = ""
     count: int = 1  # how often it was sampled (a human solution: 1)
+    tokens: list[int] | None = None  # as first sampled, see `Rollout`; None of human ones
 
     @property
     def key(self) -> tuple[str, str]:
@@ -66,6 +67,7 @@ def sampled(rollouts: Iterable[Rollout]) -> list[Solution]:
             "model",
             r.iteration,
             r.group,
+            tokens=r.tokens,
         )
         for r in rollouts
         if not r.hinted

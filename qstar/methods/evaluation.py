@@ -23,12 +23,13 @@ from qstar.methods.run_folder import once, open_run
 from qstar.methods.select import Scorer, curves, ks_for, quality
 from qstar.methods.v_star_measure import Ballots, by_problem, candidates
 from qstar.methods.v_star_setup import Study
-from qstar.methods.verifier import KINDS
+from qstar.methods.verifier import KINDS, Verifier, score
 from qstar.models.heads import add_value_head
 from qstar.models.hf import read_json, refuse_foreign
 from qstar.models.model import Model, save
 from qstar.sample.vote import voted_right_at_k
 from qstar.tasks.base import Task
+from qstar.text.tokenizer import Tokenizer
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.evaluate import pass_at_k, summarise
 from qstar.types import Rollout
@@ -46,7 +47,7 @@ def evaluate_model(
     seed: int = 0,
     out: Path | None = None,
     made_with: dict[str, Any] | None = None,
-    scorers: Mapping[str, Scorer] | None = None,
+    scorers: Mapping[str, Scorer | Verifier] | None = None,
     too_long: str = "error",
 ) -> dict[str, Any]:
     """Returns greedy accuracy and, from `samples` completions per problem, pass@k and majority@k for k = 1, 2, 4, ...
@@ -57,7 +58,8 @@ def evaluate_model(
     Args:
       out: folder where answers are kept as JSONL; what is there already is not sampled again.
       made_with: what the answers depend on; kept in `out`, so that no answers of another model are counted.
-      scorers: name -> what scores the samples (`verifier.score` with a verifier, a judge), for best-of-k and votes by score.
+      scorers: name -> what scores the samples (a `Verifier`, or a function of prompts and completions such as a judge), for
+        best-of-k and votes by score.
       too_long: what happens to prompts beyond the model's context, see `checks.fit_prompts`; "too_long" counts them.
 
     Raises:
@@ -97,7 +99,7 @@ def evaluate_model(
                 stage="samples",
             )
             result.update(many(drawn, samples, task.ballots))
-            result.update(by_scores(drawn, samples, scorers or {}, folder, task.ballots))
+            result.update(by_scores(drawn, samples, scorers or {}, folder, task.ballots, model.tokenizer))
     return result
 
 
@@ -123,20 +125,30 @@ def unanswered(result: Mapping[str, Any]) -> str:
 
 
 def by_scores(
-    rollouts: list[Rollout], samples: int, scorers: Mapping[str, Scorer], folder: Path, ballots: Ballots = list
+    rollouts: list[Rollout],
+    samples: int,
+    scorers: Mapping[str, Scorer | Verifier],
+    folder: Path,
+    ballots: Ballots = list,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Returns `best@k:NAME`, `weighted@k:NAME`, `top4@k:NAME` and `regret@k:NAME` with intervals, and `auc:NAME`,
     `auc_pooled:NAME`, `ece:NAME` and `brier:NAME` (after Platt scaling), for every scorer.
 
     "own" is always one: the log-probability under the model that wrote the samples. Scores are kept in
-    FOLDER/scores_NAME.jsonl, so that a second call does not score again.
+    FOLDER/scores_NAME.jsonl, so that a second call does not score again. A `Verifier` with the `tokenizer` that the samples
+    were written with scores the ids that were sampled; every other scorer gets texts.
     """
     groups = by_problem(rollouts)
     scores: dict[str, list[list[float]]] = {"own": [[r.logprob for r in rows] for rows in groups]}
     for name, scorer in scorers.items():
 
         def make(scorer: Scorer = scorer) -> list[dict[str, Any]]:
-            found = scorer([rows[0].prompt for rows in groups], [[r.completion for r in rows] for rows in groups])
+            v = scorer if isinstance(scorer, Verifier) else None
+            ids = v is not None and tokenizer is not None and v.reads(tokenizer)  # as they were sampled
+            prompts = [rows[0].prompt for rows in groups]
+            written = [[r.tokens if ids and r.tokens is not None else r.completion for r in rows] for rows in groups]
+            found = score(v, prompts, written) if v is not None else scorer(prompts, written)
             return [{"problem_id": rows[0].problem_id, "scores": row.tolist()} for rows, row in zip(groups, found)]
 
         scores[name] = [row["scores"] for row in once(folder / f"scores_{name}.jsonl", make)]

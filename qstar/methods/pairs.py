@@ -6,7 +6,6 @@ and a few problems would outweigh all others. So each problem gives at most `per
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
 import random
@@ -16,6 +15,7 @@ import numpy as np
 
 from qstar.errors import require
 from qstar.methods.buffers import Solution
+from qstar.methods.rollouts import to_example
 from qstar.tasks.base import Task, stable_rng
 from qstar.text.packing import Example, pack_groups
 from qstar.text.tokenizer import Tokenizer
@@ -50,6 +50,8 @@ class Pair:
     prompt: str
     chosen: str
     rejected: str
+    chosen_tokens: list[int] | None = None  # see `Solution.tokens`
+    rejected_tokens: list[int] | None = None
 
 
 def build_pairs(solutions: Iterable[Solution], settings: PairSettings, seed: int) -> list[Pair]:
@@ -77,7 +79,10 @@ def build_pairs(solutions: Iterable[Solution], settings: PairSettings, seed: int
             turned = winners[i % len(winners) :] + winners[: i % len(winners)]
             orders.append(turned if settings.winners == "distinct" else _by_count(turned, rng))
         every = [(order[turn], losers[i]) for turn in range(len(winners)) for i, order in enumerate(orders)]
-        pairs += [Pair(problem, c.prompt, c.completion, r.completion) for c, r in every[: settings.per_problem]]
+        pairs += [
+            Pair(problem, c.prompt, c.completion, r.completion, c.tokens, r.tokens)
+            for c, r in every[: settings.per_problem]
+        ]
     return pairs
 
 
@@ -90,12 +95,6 @@ def _by_count(solutions: Sequence[Solution], rng: random.Random) -> list[Solutio
 def repeated(solutions: Iterable[Solution], settings: PairSettings) -> list[Solution]:
     """Returns what a head learns from: every solution as often as it was sampled, up to `repeats` times."""
     return [s for s in solutions for _ in range(min(s.count, settings.repeats))]
-
-
-def to_examples(tokenizer: Tokenizer, prompt: str, completions: Sequence[str]) -> list[Example]:
-    """Returns a prompt with each of its completions as an example, EOS included."""
-    encoded = [tokenizer.encode_pair(prompt, c) for c in completions]
-    return [Example(head, [*tail, tokenizer.eos_id]) for head, tail in encoded]
 
 
 def pair_arrays(
@@ -128,7 +127,7 @@ def graded_arrays(
     """
     examples, labels, weights, learnt = [], [], [], []
     for i, s in enumerate(solutions):
-        (example,) = to_examples(tokenizer, s.prompt, [s.completion])
+        example = to_example(tokenizer, s.prompt, s.completion, s.tokens)
         P, C = len(example.prompt), len(example.completion)
         label, weight = np.full(P + C, float(s.correct)), np.r_[np.zeros(P), np.ones(C)]
         if steps is not None:
@@ -146,18 +145,13 @@ def graded_arrays(
     return rows
 
 
-def step_ends(task: Task, tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:
+def step_ends(task: Task, tokenizer: Tokenizer, example: Example, text: str) -> list[int]:
     """Returns the token of the completion in which each of `task.steps` ends, one per step; the last ends with EOS.
 
     Steps that end in one token share it (see `step_targets`).
     """
-    ids = tokenizer.encode_pair(prompt, completion)[1]
-    dropped = len(completion) - len(tokenizer.decode(ids))  # SentencePiece drops a space in front
-
-    def reach(i: int) -> int:  # characters up to the end of token i; one that is incomplete does not count
-        return dropped + len(tokenizer.decode(ids[: i + 1]).rstrip("\ufffd"))
-
-    return [bisect.bisect_left(range(len(ids)), at, key=reach) for at in task.steps(completion)[:-1]] + [len(ids)]
+    head, ids = example.prompt, example.completion
+    return [tokenizer.count(ids, text[:at], after=head) - 1 for at in task.steps(text)[:-1]] + [len(ids) - 1]
 
 
 def step_targets(ends: Sequence[int], labels: Sequence[float]) -> tuple[list[int], list[float]]:

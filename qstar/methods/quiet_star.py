@@ -34,6 +34,7 @@ from qstar.methods.training import Stage, UpdateSettings, train_stage
 from qstar.models import mixing
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
+from qstar.models.policy import check_vocabulary
 from qstar.thoughts import distil, objective
 from qstar.thoughts.measure import random_thoughts
 from qstar.train import losses
@@ -87,6 +88,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     recipes = in_order(recipes)
     check_run(study.workdir, config.to_dict())
     start = base_model.loaded_or_random(study, study.corpus.tokenizer)
+    check_vocabulary(start.config, study.corpus.tokenizer, "config.data")
     for name, recipe in recipes.items():
         check_room(study, start, name, recipe)
     open_run(study.workdir, config.to_dict())

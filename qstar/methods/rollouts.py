@@ -17,7 +17,7 @@ from qstar.sample.batching import default_slots, stream
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
-from qstar.types import Rollout
+from qstar.types import Completion, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,7 @@ def attempt(
 
 def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot, progress) -> list[Rollout]:
     prompts = [task.prompt(p, hint=hinted) for p in problems]
+    prefix = task.prefix(hint=hinted) if few_shot else ""
     found: dict[tuple[int, int], Rollout] = {}
     for i, j, done in stream(
         model,
@@ -102,7 +103,7 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
         stop=task.stop,
         seed=seed,
         slots=settings.slots,
-        prefix=task.prefix(hint=hinted) if few_shot else "",
+        prefix=prefix,
     ):
         text = task.cut(done.text)
         answer = task.parse(text)
@@ -123,6 +124,7 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
             valid=task.audit(problems[i], text),
             logprob=round(float(sum(done.logprobs)), 4),
             n_tokens=len(done.tokens),
+            tokens=kept_tokens(model, prefix + prompts[i], done, text),
         )
         found[i, j] = row
         if progress is not None:
@@ -184,8 +186,31 @@ def why_rejected(row: Rollout, problem: Problem, task: Task, rules: Selection) -
     return None
 
 
-def to_example(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
-    """Returns a training example: BOS and prompt, then completion and EOS (so that the model learns to stop)."""
+def kept_tokens(model: Model, prompt: str, done: Completion, text: str) -> list[int]:
+    """Returns the ids that are trained on and scored for `text`, the part of a completion that is kept.
+
+    They are those that were sampled, the stop token included. Where a stop string or the task cut the text, its last token
+    is encoded anew if the cut fell within it. What did not end with a stop token gets the tokenizer's EOS.
+    """
+    tokenizer = model.tokenizer
+    alone = tokenizer.encoder_end is not None  # what an encoder-decoder writes has nothing before it
+    before = [] if alone else tokenizer.encode(prompt[-64:], bos=True)  # only whether there is text before counts
+    drawn = bool(done.tokens) and done.tokens[-1] in model.stop_ids
+    body = done.tokens[:-1] if drawn else done.tokens
+    end = done.tokens[-1] if drawn and text == done.text else tokenizer.eos_id
+    return [*tokenizer.keep(body, text, after=before), end]
+
+
+def to_example(tokenizer: Tokenizer, prompt: str, completion: str, tokens: Sequence[int] | None = None) -> Example:
+    """Returns a training example: BOS and prompt, then completion and EOS (so that the model learns to stop).
+
+    Args:
+      tokens: the completion as it was sampled (`Rollout.tokens`). They stay what they are where the hint was taken out of
+        the prompt or few-shot text put before it: the prompt is encoded by itself, as the model will read it when it is to
+        answer, and no token of the completion reaches into it. None: the completion is encoded.
+    """
+    if tokens is not None:
+        return Example(tokenizer.encode_prompt(prompt), list(tokens))
     head, tail = tokenizer.encode_pair(prompt, completion)
     return Example(head, [*tail, tokenizer.eos_id])
 

@@ -255,7 +255,7 @@ def training_examples(arm: Arm, loop: Loop, kept: list[Rollout], n: int) -> list
     prefix = ctx.task.prefix() if loop.few_shot_in_train else ""
     for r in kept:
         prompt = ctx.task.prompt(problems[r.problem_id], hint=show_hint(r, loop.p_keep_hint))
-        rows.append(to_example(ctx.tokenizer, prefix + prompt, r.completion))
+        rows.append(to_example(ctx.tokenizer, prefix + prompt, r.completion, r.tokens))
     if loop.include_sft_data:
         gold = [(p, ctx.task.solution(p)) for p in drawn(ctx, loop, n)]
         rows += [to_example(ctx.tokenizer, prefix + ctx.task.prompt(p), s) for p, s in gold if s is not None]

@@ -219,7 +219,8 @@ def retrain(
     models = [s for s in (d_gen if loop.accumulate else merged(sampled(kept))) if s.source == "model"]
     models = most_sampled(models, loop.cap_per_problem)
     people = [s for s in d_gen if s.source == "human"] if loop.include_sft_data else []
-    rows = ctx.fitting([to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion) for s in [*people, *models]])
+    some = [to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion, s.tokens) for s in [*people, *models]]
+    rows = ctx.fitting(some)
     if len(rows) < max(1, loop.min_kept):
         ctx.say(f"[yellow]{len(rows)} rows to train on (loop.min_kept={loop.min_kept}): the generator before stays")
         return generator, {"trained_rows": 0}

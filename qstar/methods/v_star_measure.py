@@ -98,17 +98,18 @@ def test_samples(arm: Arm, generator: Model, problems: Sequence[Problem], n: int
 
 
 def _score_rows(ctx: Any, rollouts: list[Rollout], sft: Model, verifiers: dict[str, Model]) -> list[dict[str, Any]]:
-    """One row per sample: its scores. What was cut off is scored as if it had ended there."""
-    prompts, texts = [r.prompt for r in rollouts], [r.completion for r in rollouts]
+    """One row per sample: its scores, of the ids that were sampled. What was cut off is scored as if it had ended there."""
+    prompts = [r.prompt for r in rollouts]
+    written = [r.completion if r.tokens is None else r.tokens for r in rollouts]
     columns: dict[str, Any] = {"own": [r.logprob for r in rollouts]}
-    reference = score(Verifier(sft, "logp"), prompts, texts)
+    reference = score(Verifier(sft, "logp"), prompts, written)
     for kind, model in verifiers.items():
         for rule in KINDS[kind]:
             name = kind if rule in ("logp", "orm") else f"{kind}_{rule.removeprefix('prm_')}"
             if rule == "logratio":
                 columns[name] = columns[kind] - reference  # not scored twice
                 continue
-            columns[name] = score(Verifier(model, rule, steps=ctx.task.steps), prompts, texts)
+            columns[name] = score(Verifier(model, rule, steps=ctx.task.steps), prompts, written)
     columns["sft"] = reference
     if "dpo" in columns:  # ours, not the paper's: the writer and the verifier must both find it likely
         columns["own+dpo"] = np.asarray(columns["own"]) + columns["dpo"]

@@ -24,13 +24,15 @@ import numpy as np
 from qstar.data.loader import batches
 from qstar.errors import UserError, require, unknown
 from qstar.methods.buffers import Solution
-from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, step_targets, to_examples
+from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, step_targets
+from qstar.methods.rollouts import to_example
 from qstar.methods.run_folder import once
 from qstar.methods.training import Stage, UpdateSettings, train_stage
 from qstar.models.heads import add_value_head, values
 from qstar.models.model import Model, load, logprobs
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
+from qstar.text.tokenizer import Tokenizer
 from qstar.train.metrics import Writer
 from qstar.train.preference import dpo_loss
 from qstar.train.step import make_step
@@ -99,6 +101,11 @@ class Verifier:
         )
         return rule
 
+    def reads(self, tokenizer: Tokenizer) -> bool:
+        """Whether ids of the tokenizer mean the same to this model (and to its reference)."""
+        models = [self.model] if self.reference is None else [self.model, self.reference]
+        return all(m.tokenizer is not None and m.tokenizer.spells_as(tokenizer) for m in models)
+
 
 def score(
     verifier: Verifier | Model | str | os.PathLike, prompts: Sequence[Any], completions: Sequence[Any]
@@ -108,8 +115,8 @@ def score(
     Args:
       verifier: a Verifier, a model, or the folder of one (see `qstar export --verifier`).
       prompts: N texts, or lists of token ids taken as they are.
-      completions: N, or N lists of n each: texts, which the model's EOS is put after, or lists of token ids (with their
-        EOS, if they have one; without it a solution is taken as cut off).
+      completions: N, or N lists of n each: texts, which the model's EOS is put after, or lists of token ids, taken as they
+        are (with their EOS, if they have one; without it a solution is taken as cut off).
 
     Returns:
       float32 [N] or [N, n]: `logp` sums log V(token) over the completion, EOS included; `mean_logp` divides by their number;
@@ -151,7 +158,6 @@ def _hashable(x: Any) -> Any:
 
 
 def _scores(v: Verifier, rule: str, pairs: Sequence[tuple[Any, Any]]) -> np.ndarray:
-    texts = [c for _, c in pairs]
     rows = [_ids(v.model, p, c) for p, c in pairs]
     heads, tails = [e.prompt for e in rows], [e.completion for e in rows]
     if rule in ("logp", "mean_logp", "logratio"):
@@ -163,12 +169,13 @@ def _scores(v: Verifier, rule: str, pairs: Sequence[tuple[Any, Any]]) -> np.ndar
     odds = values(v.model, heads, tails)
     if rule == "orm":
         return np.array([_sigmoid(x[-1:]).sum() for x in odds], np.float32)
-    task = _Steps(v.steps)
+    task, tokenizer = _Steps(v.steps), v.model.tokenizer
     out = np.zeros(len(pairs), np.float32)
-    for i, ((prompt, _), text, x) in enumerate(zip(pairs, texts, odds)):
-        if not isinstance(text, str) or not isinstance(prompt, str):
-            raise UserError(f"score {rule!r} needs texts: where steps end cannot be told from token ids")
-        judged = _sigmoid(x[list(dict.fromkeys(step_ends(task, v.model.tokenizer, prompt, text)))])
+    for i, ((_, text), row, x) in enumerate(zip(pairs, rows, odds)):
+        if tokenizer is None:
+            raise UserError(f"score {rule!r} needs texts, and this model has no tokenizer to read where steps end")
+        text = text if isinstance(text, str) else tokenizer.decode(row.completion, after=row.prompt)
+        judged = _sigmoid(x[list(dict.fromkeys(step_ends(task, tokenizer, row, text)))])
         out[i] = judged.min() if rule == "prm_min" else judged.prod()
     return out
 
@@ -187,8 +194,8 @@ def _ids(model: Model, prompt: Any, completion: Any) -> Example:
         if model.tokenizer is None:
             raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids")
         if isinstance(prompt, str):
-            return to_examples(model.tokenizer, prompt, [completion])[0]
-        return Example(list(prompt), [*model.tokenizer.encode(completion), model.tokenizer.eos_id])
+            return to_example(model.tokenizer, prompt, completion)
+        return Example(list(prompt), [*model.tokenizer.encode_continuation(completion), model.tokenizer.eos_id])
     head = model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
     return Example(head, list(completion))
 
@@ -218,18 +225,20 @@ def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[
     """
     s = job.settings
 
-    def tokens(prompt: str, chosen: str, rejected: str) -> tuple[Example, ...]:
-        return tuple(to_examples(sft.tokenizer, prompt, [chosen, rejected]))
+    def examples(p: Pair) -> tuple[Example, ...]:
+        sides = ((p.chosen, p.chosen_tokens), (p.rejected, p.rejected_tokens))
+        return tuple(to_example(sft.tokenizer, p.prompt, text, ids) for text, ids in sides)
 
     def make() -> list[dict[str, Any]]:
-        fit = [sum(map(len, tokens(p.prompt, p.chosen, p.rejected))) <= s.row_length for p in pairs]
-        some = [p for p, ok in zip(pairs, fit) if ok]  # one that does not fit may be too long for the model, too
-        prompts, both = [p.prompt for p in some], [[p.chosen, p.rejected] for p in some]
+        made = [examples(p) for p in pairs]
+        fit = [sum(map(len, e)) <= s.row_length for e in made]
+        some = [e for e, ok in zip(made, fit) if ok]  # one that does not fit may be too long for the model, too
+        prompts, both = [e[0].prompt for e in some], [[x.completion for x in e] for e in some]
         scores = iter(score(Verifier(sft, "logp"), prompts, both).astype(float).tolist() if some else ())
         return [{**dataclasses.asdict(p), "reference": next(scores) if ok else None} for p, ok in zip(pairs, fit)]
 
     rows = once(job.folder / "pairs.jsonl", make)
-    groups = [tokens(r["prompt"], r["chosen"], r["rejected"]) for r in rows]
+    groups = [examples(Pair(**{k: v for k, v in r.items() if k != "reference"})) for r in rows]
     fits = [i for i, r in enumerate(rows) if r["reference"] is not None]
     if not fits:
         raise UserError(f"config.dpo.row_length={s.row_length}: none of {len(rows)} pairs fits into a row")
@@ -263,6 +272,7 @@ def train_head(
       UserError: nothing fits into a row; for a PRM, a task that cannot judge steps.
     """
     s, tokenizer = job.settings, sft.tokenizer
+    examples = [to_example(tokenizer, x.prompt, x.completion, x.tokens) for x in solutions]
     steps = None
     if kind == "prm":
         ask = labels or (lambda x: task.step_labels(problems[x.problem_id], x.completion))
@@ -271,10 +281,9 @@ def train_head(
             f"config.loop.verifiers: task {task.name} cannot judge the steps a prm learns from; set config.prm.rollouts"
         )
         require((all(some is not None for some in judged), fault))
-        ends = [step_ends(task, tokenizer, x.prompt, x.completion) for x in solutions]
+        ends = [step_ends(task, tokenizer, e, x.completion) for e, x in zip(examples, solutions)]
         steps = [step_targets(e, label) for e, label in zip(ends, judged)]
-    sizes = [len(to_examples(tokenizer, x.prompt, [x.completion])[0]) for x in solutions]
-    fits = [i for i, size in enumerate(sizes) if size <= s.row_length]
+    fits = [i for i, e in enumerate(examples) if len(e) <= s.row_length]
     if not fits:
         raise UserError(f"config.{kind}.row_length={s.row_length}: none of {len(solutions)} solutions fits into a row")
     some = [solutions[i] for i in fits]

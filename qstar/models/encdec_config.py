@@ -23,7 +23,8 @@ _ALLOWS: dict[str, fields.Field] = {
     "layer_norm_epsilon": fields.EPSILON,
     "feed_forward_proj": fields.Text(),
     **dict.fromkeys(("tie_word_embeddings", "scale_decoder_outputs", "qstar_tied"), fields.Flag()),
-    **dict.fromkeys(("decoder_start_token_id", "pad_token_id", "eos_token_id"), fields.ID),
+    **dict.fromkeys(("decoder_start_token_id", "pad_token_id"), fields.ID),
+    "eos_token_id": fields.Ids(),
 }
 SIZES = (
     "vocab_size",
@@ -59,7 +60,8 @@ class EncDecConfig:
     tie_embeddings: bool = False
     scale_outputs: bool = False  # decoder outputs times 1 / sqrt(width) before the head: the first T5 only
     start_id: int = 0  # what decoding begins with: the id of padding, so masks come from lengths and never from ids
-    eos_id: int | None = 1
+    eos_id: int | None = 1  # after every text that the encoder reads
+    also_eos: tuple[int, ...] = ()  # further ids that end a response
     bos_id: int | None = None
     max_positions: int = 16_384  # T5 has no limit of its own; this one keeps a mistake from filling the memory
 
@@ -144,6 +146,8 @@ def from_hf(c: dict[str, Any], where: str) -> EncDecConfig:
         raise UserError(f"{where}: feed_forward_proj {kind!r} is not supported; only {', '.join(ACTIVATIONS)}")
     tied = c.get("tie_word_embeddings", True) is not False
     start = c.get("decoder_start_token_id")
+    eos = c.get("eos_token_id", 1)
+    eos, *more = eos if isinstance(eos, list) and eos else [eos]
     return EncDecConfig(
         family=family,
         vocab_size=c["vocab_size"],
@@ -161,7 +165,8 @@ def from_hf(c: dict[str, Any], where: str) -> EncDecConfig:
         tie_embeddings=bool(c.get("qstar_tied", tied)),
         scale_outputs=family != "mt5" and bool(c.get("scale_decoder_outputs", tied)),  # mT5 never does
         start_id=c.get("pad_token_id", 0) if start is None else start,
-        eos_id=c.get("eos_token_id", 1),  # one: T5 ends every text with </s>
+        eos_id=eos,
+        also_eos=tuple(more),
     )
 
 
@@ -200,6 +205,6 @@ def to_hf(c: EncDecConfig) -> dict[str, Any]:
         "qstar_tied": c.tie_embeddings,
         "decoder_start_token_id": c.start_id,
         "pad_token_id": c.start_id,
-        "eos_token_id": c.eos_id,
+        "eos_token_id": [c.eos_id, *c.also_eos] if c.also_eos else c.eos_id,
         "torch_dtype": c.dtype,
     }

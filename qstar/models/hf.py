@@ -30,6 +30,7 @@ from qstar.mesh import shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
+from qstar.models.fields import Ids
 from qstar.models.hf_config import to_hf
 from qstar.models.names import (
     THOUGHT_SIGN,
@@ -81,11 +82,18 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{folder}: config.json is missing; {other_format(folder)}")
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"  # where chat models list all the ids that end a turn
-    more = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    if isinstance(more, list):
-        own = config.get("eos_token_id") or []
-        config["eos_token_id"] = list(dict.fromkeys([*(own if isinstance(own, list) else [own]), *more]))
+    files = {folder / "config.json": config, generation: read_json(generation) if generation.is_file() else {}}
+    ids = dict.fromkeys(i for path, raw in files.items() for i in _end_ids(raw.get("eos_token_id"), path))
+    if ids:
+        config["eos_token_id"] = list(ids) if len(ids) > 1 else next(iter(ids))
     return config
+
+
+def _end_ids(value: Any, path: pathlib.Path) -> list[int]:
+    """Returns what `eos_token_id` holds, which is a number or a list of them."""
+    if value is not None and (fault := Ids().fault(value)):
+        raise UserError(f"{path}: eos_token_id={value!r} must be {fault}; copy the file again")
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def thinks(folder: str | os.PathLike) -> bool:

@@ -52,9 +52,9 @@ class Model:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a text: the tokenizer's EOS (without tokenizer: the config's), and the config's further ones."""
-        first = self.tokenizer.eos_id if self.tokenizer else self.config.eos_id
-        ids = (first, *getattr(self.config, "also_eos", ()))
+        """The ids that end a text: the tokenizer's EOS, and those of config.json and generation_config.json."""
+        first = self.tokenizer.eos_id if self.tokenizer else None
+        ids = (first, self.config.eos_id, *self.config.also_eos)
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     def __repr__(self) -> str:
@@ -91,6 +91,8 @@ def load(
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and isinstance(config, EncDecConfig):
         tokenizer.encoder_end = config.eos_id
+    if tokenizer is not None:
+        policy.check_vocabulary(config, tokenizer, str(folder))
     return Model(config, hf.read_params(folder, config, mesh), tokenizer, mesh)
 
 

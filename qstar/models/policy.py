@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qstar.errors import require
 from qstar.mesh import map_rows
 from qstar.models import decoder, encdec
 from qstar.models.attention import NEG, text_sight
@@ -21,6 +22,7 @@ from qstar.types import Params
 
 AnyConfig = ModelConfig | EncDecConfig
 CHUNK_LOGITS = 2**22  # most logits alive at once (16 MiB)
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 MIN_CHUNK = 64  # tokens, however large the vocabulary is
 
 
@@ -123,6 +125,23 @@ def text_limit(config: AnyConfig, tokenizer: Any = None) -> int:
     """Returns the first id that has no text and is never drawn (a padded vocabulary), or the vocabulary's size."""
     own = config.text_ids if isinstance(config, EncDecConfig) else config.vocab_size
     return own if tokenizer is None else min(own, tokenizer.vocab_size)
+
+
+def check_vocabulary(config: AnyConfig, tokenizer: Any, where: str) -> None:
+    """Compares what a tokenizer and a model call special with the rows of the embedding; an id beyond them computes NaN.
+
+    Further tokens may be beyond, as in models whose tokenizer is shared with larger ones; `encode` refuses their text.
+
+    Raises:
+      UserError: the id of a special token is beyond the model's vocabulary.
+    """
+    size = config.vocab_size
+    ids = [(f"{role}_id", getattr(tokenizer.hf, f"{role}_id")) for role in ROLES]
+    ids += [("eos_token_id", i) for i in (config.eos_id, *config.also_eos)]
+    bad = next((f"{name}={i}" for name, i in ids if i is not None and i >= size), "")
+    fault = f"{where}: {bad} is beyond the model's vocabulary of {size}"
+    require((not bad, f"{fault}; resize the embedding to the tokenizer, or use the tokenizer of these weights"))
+    tokenizer.limit = size
 
 
 def pad_prompts(config: AnyConfig, rows: list[list[int]], length: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -130,7 +130,7 @@ def stream(
     knobs = Knobs.make(temperature, top_k, top_p)
     for length, members in _buckets([len(r) for r in rows], n):
         requests = [Request(i, j, tuple(rows[i])) for i in members for j in range(n)]
-        queue = _Queue(model, params, shared, requests, n, length, max_new_tokens, slots, seed, stop)
+        queue = _Queue(model, params, shared, prefix_ids, requests, n, length, max_new_tokens, slots, seed, stop)
         yield from queue.run(knobs)
 
 
@@ -155,8 +155,9 @@ def _read_and_write(model, prompts, prefix, max_new_tokens, temperature, top_k, 
 class _Queue:
     """Requests of one length bucket, and the slots that work them off."""
 
-    def __init__(self, model, params, prefix, requests, n, length, max_new, slots, seed, stop):
+    def __init__(self, model, params, prefix, context, requests, n, length, max_new, slots, seed, stop):
         self.model, self.params, self.prefix, self.stop = model, params, prefix, stop
+        self.context = tuple(context)  # the ids of `prefix`
         self.waiting = collections.deque(requests)
         slots = slots or default_slots(len(requests))
         self.group = min(n, max(1, slots // FILL_SHARE))  # samples of one prompt that share a prefill
@@ -226,12 +227,15 @@ class _Queue:
         for i, request in enumerate(self.occupant):
             if request is None:
                 continue
-            length = int(count[i])
-            ids = tokens[i, :length].tolist()
-            cut = self._find_stop(ids) if self.stop else None
-            if active[i] and cut is None:
+            ids, ended = tokens[i, : int(count[i])].tolist(), bool(stopped[i])
+            if active[i] and not self.stop:
                 continue
-            text, length, ended = self._finish(ids, cut, bool(stopped[i]))
+            text, length = None, len(ids)
+            if (tokenizer := self.model.tokenizer) is not None:
+                prompt = self.context + request.tokens
+                text, length, ended = tokenizer.finish(ids, self.stop, after=prompt, stopped=ended)
+            if active[i] and not ended:
+                continue
             cancel[i] = bool(active[i])
             self.occupant[i] = None
             yield (
@@ -241,23 +245,6 @@ class _Queue:
                     text, ids[:length], logprobs[i, :length].tolist(), sample_logprobs[i, :length].tolist(), ended
                 ),
             )
-
-    def _find_stop(self, ids: list[int]) -> int | None:
-        """Returns the character offset of the first stop string in the decoded text, or None."""
-        text = self.model.tokenizer.decode(ids)
-        hits = [at for at in (text.find(s) for s in self.stop) if at >= 0]
-        return min(hits) if hits else None
-
-    def _finish(self, ids: list[int], cut: int | None, stopped: bool) -> tuple[str | None, int, bool]:
-        """Returns the text, how many tokens belong to it, and whether it ended by itself."""
-        if self.model.tokenizer is None:
-            return None, len(ids), stopped
-        text = self.model.tokenizer.decode(ids)
-        if cut is None:
-            return text, len(ids), stopped
-        keep = next(k for k in range(len(ids) + 1) if self.model.tokenizer.decode(ids[:k]).startswith(text[:cut]))
-        return text[:cut], keep, True
-
 
 # --------------------------------------------------------------------------------------------------------- details
 

@@ -187,10 +187,6 @@ def _completion(model: Model, row: dict[str, Any], stop: tuple[str, ...]) -> Com
     ids = row["tokens"][:count].tolist()
     text = None
     if model.tokenizer is not None:
-        text = model.tokenizer.decode(ids)
-        cuts = [at for at in map(text.find, stop) if at >= 0]
-        if cuts:
-            text, ended = text[: min(cuts)], True
-            count = next(k for k in range(count + 1) if model.tokenizer.decode(ids[:k]).startswith(text))
+        text, count, ended = model.tokenizer.finish(ids, stop, stopped=ended)
     probs = (row[k][:count].tolist() for k in ("logprobs", "sample_logprobs"))
     return Completion(text, ids[:count], *probs, ended)

@@ -6,6 +6,8 @@ packed rows, or a test of packing, never tokenises.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,6 +34,7 @@ class Tokenizer:
         pad_id: the tokenizer's own padding id, else 0. It fills arrays and is never used as a mask, so it
             may coincide with a real token (pad == eos must not teach a model to never stop).
         encoder_end: id that ends what an encoder reads, where the tokenizer is an encoder-decoder's; else None.
+        limit: rows of the embedding of the model it belongs to, or None; `encode` refuses ids from there on.
     """
 
     def __init__(self, hf: Any):
@@ -49,6 +52,7 @@ class Tokenizer:
         self.eos_id: int = hf.eos_token_id
         self.pad_id: int = 0 if hf.pad_token_id is None else hf.pad_token_id
         self.encoder_end: int | None = None
+        self.limit: int | None = None
         self._adds_bos = self.bos_id is not None and (
             bool(hf.init_kwargs.get("add_bos_token")) or self.bos_id in self._backend.encode("a").ids
         )
@@ -60,8 +64,11 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Ids of `text`, with `bos_id` in front when `bos` is asked for and the tokenizer puts one there.
 
+        A text that begins with the BOS token already (a rendered chat template) gets no second one.
+
         Raises:
-            UserError: a character has no id (only alphabets without an unknown token refuse one).
+            UserError: a character has no id (only alphabets without an unknown token refuse one), or the id of a
+                token is beyond the model's vocabulary.
         """
         return self.encode_batch([text], bos=bos)[0]
 
@@ -72,10 +79,13 @@ class Tokenizer:
             encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception for a missing [UNK]
             raise self._refusal(texts, error) from error
+        ids = [item.ids for item in encoded]
+        if self.limit is not None and self.limit < self.vocab_size:
+            self._refuse_beyond(ids)
         if not bos or self.bos_id is None:
-            return [item.ids for item in encoded]
+            return ids
         # GPT-2 names a BOS token but never puts one before a text: only an empty text starts from it.
-        return [[self.bos_id, *item.ids] if self._adds_bos or not item.ids else item.ids for item in encoded]
+        return [[self.bos_id, *x] if not x or self._adds_bos and x[0] != self.bos_id else x for x in ids]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text as a model reads it before it writes: BOS in front, or after it the end that an encoder needs."""
@@ -84,17 +94,95 @@ class Tokenizer:
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Ids of a prompt (BOS in front) and of the completion that goes on where it ends.
 
-        They are encoded together, since a SentencePiece tokenizer would put a space before a text of its own, as
-        long as that leaves the prompt's own ids alone. An encoder-decoder reads the one and writes the other: two texts.
+        They are encoded together as long as that leaves the prompt's own ids alone. An encoder-decoder reads the one and
+        writes the other: two texts.
         """
         if self.encoder_end is not None:
             return self.encode_prompt(prompt), self.encode(completion)
         head, whole = self.encode_batch([prompt, prompt + completion], bos=True)
-        return head, whole[len(head) :] if whole[: len(head)] == head else self.encode(completion)
+        if whole[: len(head)] == head:
+            return head, whole[len(head) :]
+        alone = self._special_ids.issuperset(head)
+        return head, self.encode(completion) if alone else self.encode_continuation(completion)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` (list or integer array [T]); special tokens are skipped, spaces left alone."""
-        return self._backend.decode(np.asarray(ids).astype(int).tolist(), skip_special_tokens=True)
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on after another one: without the space that SentencePiece puts before a document."""
+        for anchor in ("\n", "0", ":", "a") if self._adds_space else ():
+            head, whole = self.encode_batch([anchor, anchor + text])
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self.encode(text)
+
+    @functools.cached_property
+    def _adds_space(self) -> bool:
+        """Whether a space is put before every document when it is encoded, and taken away when it is decoded."""
+        try:
+            return self._decode(self.encode("a") * 2) != "aa"
+        except UserError:  # an alphabet without this letter
+            return False
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids that `decode` skips."""
+        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
+        """Text of `ids` (list or integer array [T]); special tokens are skipped, spaces left alone.
+
+        Args:
+            after: the ids that stand before, where `ids` go on after a prompt. Without them a SentencePiece tokenizer
+                takes `ids` for a document and drops its first space.
+        """
+        ids = np.asarray(ids).astype(int).tolist()
+        if self._adds_space and not self._special_ids.issuperset(map(int, after)):
+            return self._decode([*self.encode("a"), *ids])[1:]  # any text before keeps the space; this one is short
+        return self._decode(ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def decode_batch(self, ids: Iterable[Sequence[int]]) -> list[str]:
+        """`decode` of every row; rows may have different lengths."""
+        rows = [np.asarray(row).astype(int).tolist() for row in ids]
+        return self._backend.decode_batch(rows, skip_special_tokens=True)
+
+    def count(self, ids: Sequence[int], text: str, *, after: Sequence[int] = ()) -> int:
+        """How many of `ids` it takes to spell `text`, a beginning of what all of them spell."""
+        spells = lambda k: self.decode(ids[:k], after=after).startswith(text)  # noqa: E731
+        return bisect.bisect_left(range(len(ids)), True, key=spells)
+
+    def finish(
+        self, ids: Sequence[int], stop: Sequence[str] = (), *, after: Sequence[int] = (), stopped: bool = False
+    ) -> tuple[str, int, bool]:
+        """Reads a sampled completion, up to the first stop string if there is one.
+
+        Args:
+            after: the prompt's ids. stopped: whether the last id is one that ends a text; it is no part of the text, even
+                where the tokenizer does not list it as special.
+
+        Returns:
+            The text, how many ids belong to it (the token in which a stop string begins may reach into it), and whether
+            it has ended.
+        """
+        body = ids[:-1] if stopped else ids
+        text = self.decode(body, after=after)
+        cuts = [at for at in map(text.find, stop) if at >= 0]
+        if not cuts:
+            return text, len(ids), stopped
+        return text[: min(cuts)], self.count(body, text[: min(cuts)], after=after), True
+
+    def keep(self, ids: Sequence[int], text: str, *, after: Sequence[int] = ()) -> list[int]:
+        """Ids that spell `text`, a beginning of what `ids` spell: as they are up to the last token that lies in it whole.
+
+        What is left over, where `text` ends within a token, is encoded.
+        """
+        if self.decode(ids, after=after) == text:
+            return list(ids)
+        k = self.count(ids, text, after=after)
+        while k and not text.startswith(self.decode(ids[:k], after=after)):
+            k -= 1
+        rest = text[len(self.decode(ids[:k], after=after)) :]
+        return [*ids[:k], *(self.encode_continuation(rest) if k or len(after) else self.encode(rest))]
 
     def show(self, token: int) -> str:
         """The text of one token as a reader wants to see it: with its leading space, special tokens by name."""
@@ -103,14 +191,22 @@ class Tokenizer:
             return " " + piece[1:]
         return self.decode([token]) or piece
 
-    def decode_batch(self, ids: Iterable[Sequence[int]]) -> list[str]:
-        """`decode` of every row; rows may have different lengths."""
-        rows = [np.asarray(row).astype(int).tolist() for row in ids]
-        return self._backend.decode_batch(rows, skip_special_tokens=True)
-
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, the Hugging Face layout, into `folder`."""
         self.hf.save_pretrained(str(folder))
+
+    def spells_as(self, other: Tokenizer) -> bool:
+        """Whether the ids of the other tokenizer mean the same here."""
+        return self is other or self.hf.get_vocab() == other.hf.get_vocab()
+
+    def _refuse_beyond(self, rows: Iterable[Sequence[int]]) -> None:
+        """Raises UserError for an id that the model has no embedding of."""
+        bad = next((i for row in rows for i in row if i >= self.limit), None)
+        if bad is not None:
+            raise UserError(
+                f"token {self.hf.convert_ids_to_tokens(bad)!r} of the tokenizer has id {bad}, beyond the model's "
+                f"vocabulary of {self.limit}: take it out of the text, or resize the model's embedding to the tokenizer"
+            )
 
     def _refusal(self, texts: list[str], error: Exception) -> Exception:
         """The UserError that names the first character without an id, or `error` if there is none."""
@@ -134,7 +230,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
     `tokenizer_class` in tokenizer_config.json or `model_type` in config.json. Nothing is downloaded.
 
     A SentencePiece tokenizer puts a space before every text it is given, so the ids of `prompt + completion`
-    are not those of the two joined: encode whole documents where the seam matters.
+    are not those of the two joined: `encode_pair` and `decode` with `after` know what stands before.
 
     Returns:
         The tokenizer, or None when the folder holds no tokenizer files (weights alone are fine).

@@ -88,7 +88,7 @@ def generate(
         tokens, lengths = put_whole_batch((tokens, lengths), model.mesh)
         drawn = to_host(decode.write(params, talker, tokens, lengths, keys, knobs, heat))
         for r, (i, k) in enumerate(some):
-            out[i].append((k, _completion(model, drawn, r, stop)))
+            out[i].append((k, _completion(model, drawn, r, stop, rows[i])))
     return [[c for _, c in sorted(row, key=lambda pair: pair[0])] for row in out]
 
 
@@ -99,16 +99,14 @@ def _talker(model: Model, t: ThoughtConfig, max_new: int) -> decode.Talker:
     return decode.Talker(one, model.stop_ids, max_new, limit)
 
 
-def _completion(model: Model, drawn: decode.Drawn, r: int, stop: tuple[str, ...]) -> ThoughtfulCompletion:
+def _completion(
+    model: Model, drawn: decode.Drawn, r: int, stop: tuple[str, ...], prompt: list[int]
+) -> ThoughtfulCompletion:
     """Row r up to its end, or to the first stop string."""
     count, ended, text = int(drawn.count[r]), bool(drawn.stopped[r]), None
     ids = drawn.tokens[r, :count].tolist()
     if model.tokenizer is not None:
-        text = model.tokenizer.decode(ids)
-        hits = [at for at in (text.find(s) for s in stop) if at >= 0]
-        if hits:
-            text, ended = text[: min(hits)], True
-            count = next(k for k in range(count + 1) if model.tokenizer.decode(ids[:k]).startswith(text))
+        text, count, ended = model.tokenizer.finish(ids, stop, after=prompt, stopped=ended)
     return ThoughtfulCompletion(
         text,
         ids[:count],

@@ -8,6 +8,7 @@ import pytest
 from qstar.errors import UserError
 from qstar.methods.buffers import Buffer, Solution, counts, human, merged, most_sampled, sampled
 from qstar.methods.pairs import Pair, PairSettings, build_pairs, graded_arrays, repeated, step_ends, step_targets
+from qstar.methods.rollouts import to_example
 from qstar.tasks.arithmetic import Arithmetic
 from qstar.tasks.base import Task
 from tests.methods import stub
@@ -163,7 +164,7 @@ def merging_newlines():
 def test_step_labels_stay_with_their_steps_where_line_ends_share_a_token(text, right, expected):
     tokenizer, task = merging_newlines(), Task()
     assert len(task.steps(text)) == len(right)
-    ends = step_ends(task, tokenizer, "Q:", text)
+    ends = step_ends(task, tokenizer, to_example(tokenizer, "Q:", text), text)
     found, labels = step_targets(ends, right)
     assert dict(zip(found, labels)) == expected
     arrays = graded_arrays([solution("Q:", text, False, prompt="Q:")], tokenizer, 16, False, [(found, labels)])

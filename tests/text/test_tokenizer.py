@@ -1,3 +1,4 @@
+import itertools
 import json
 import pickle
 import shutil
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 
 from qstar.errors import UserError
-from qstar.text import char_tokenizer, load_tokenizer
+from qstar.text import Tokenizer, char_tokenizer, load_tokenizer
+from tests.text.kinds import KINDS, tokenizer
 
 ALPHABET = ".$0123456789+,C|#=()"
 # Text that clean-up of spaces, sub-word joins and byte fallback each get wrong in their own way.
@@ -78,9 +80,14 @@ def test_saved_character_tokenizer_is_the_same_tokenizer(chars, tmp_path):
         loaded.encode("x")
 
 
-@pytest.mark.parametrize("alphabet, pad, eos, culprit", [
-    ("abca", "a", "b", "'a'"), ("abc", ".", "b", "pad='.'"), ("abc", "a", "bc", "eos='bc'"),
-])
+@pytest.mark.parametrize(
+    "alphabet, pad, eos, culprit",
+    [
+        ("abca", "a", "b", "'a'"),
+        ("abc", ".", "b", "pad='.'"),
+        ("abc", "a", "bc", "eos='bc'"),
+    ],
+)
 def test_bad_alphabets_are_refused(alphabet, pad, eos, culprit):
     with pytest.raises(UserError, match=culprit):
         char_tokenizer(alphabet, pad=pad, eos=eos)
@@ -157,3 +164,63 @@ def test_tokenizer_without_eos_is_refused(stories, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
     with pytest.raises(UserError, match="no eos_token"):
         load_tokenizer(tmp_path)
+
+
+def by_transformers(text, ids):
+    return text.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_completion_is_decoded_with_what_stands_before(kind):
+    text = tokenizer(kind)
+    prompts = ["Q: Who?\nA:", "def f(x):\n", "7 + 5 =", "", " a b ", "(see\n\n"]
+    completions = [" a time", "    return x\n", "\n\nso: ", " ", "12", "x  y", "e.g. one"]
+    for prompt, completion in itertools.product(prompts, completions):
+        head, tail = text.encode_pair(prompt, completion)
+        whole = head + tail
+        for k in range(len(tail) + 1):
+            expected = by_transformers(text, head + tail[:k])[len(by_transformers(text, head)) :]
+            assert text.decode(tail[:k], after=head) == text.decode(np.array(tail[:k]), after=tuple(head)) == expected
+        assert prompt + text.decode(tail, after=head) == prompt + completion == by_transformers(text, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_goes_on_is_encoded_as_the_completion_it_is(kind):
+    text = tokenizer(kind)
+    head = text.encode("Q: Who?\nA:", bos=True)
+    for completion in (" a time", "    return x\n", "\n\nso: ", "12", "once"):
+        assert text.decode(text.encode_continuation(completion), after=head) == completion
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_ids_spell_the_text_that_is_kept(kind):
+    text = tokenizer(kind)
+    head, ids = text.encode_pair("Q: Who?\nA:", ' It was Tim, who said: "3 + 44 = 47."\n\nThe end.')
+    written = text.decode(ids, after=head)
+    for at in range(len(written) + 1):
+        kept = text.keep(ids, written[:at], after=head)
+        assert text.decode(kept, after=head) == written[:at]
+        whole = sum(len(text.decode(ids[:k], after=head)) <= at for k in range(1, len(ids) + 1))
+        assert kept[:whole] == ids[:whole]
+
+
+@pytest.mark.parametrize("kind", ["stories260k", "gemma-3-270m"])
+def test_a_text_that_begins_with_bos_gets_no_second_one(kind):
+    text = tokenizer(kind)
+    bos = text.hf.bos_token
+    expected = text.hf.encode(f"{bos}Once upon", add_special_tokens=False)
+    assert expected.count(text.bos_id) == 1
+    assert text.encode(f"{bos}Once upon", bos=True) == text.encode_pair(f"{bos}Once upon", " a")[0] == expected
+    assert text.encode(bos, bos=True) == text.encode("", bos=True) == [text.bos_id]
+    assert text.encode("Once", bos=True).count(text.bos_id) == 1
+
+
+def test_a_token_beyond_the_models_vocabulary_is_named(shared):
+    stories = load_tokenizer(shared("weights/stories260k"))
+    stories.hf.add_tokens(["<think>"], special_tokens=True)
+    text = Tokenizer(stories.hf)
+    assert text.encode("a<think>")[-1] == 512  # without a model there is no limit
+    text.limit = 512
+    assert text.encode("a") == stories.encode("a")
+    with pytest.raises(UserError, match="'<think>' of the tokenizer has id 512, beyond the model's vocabulary of 512"):
+        text.encode_pair("a", "b<think>")
