@@ -6,11 +6,14 @@ explanation or a problem of their own. The tasks share these steps; the papers' 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
+_SENTENCE = 500  # characters: what is looked at of one, so that no text takes long
+_HEADINGS = 20  # of further problems, likewise
 LONGEST = 100  # characters of a number; Python refuses to convert very long ones, and no answer is one
 MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
 DIGITS = r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?"  # begins and ends on a digit, so a lone "," is not a number
@@ -55,6 +58,7 @@ _NEXT = re.compile(
     r"^[^\w\n]*(?:[0-9]+[.)]\s*)?(?:(?:new|next|another|similar|sample|practice|bonus|additional)\s+)?"
     r"(?:(?P<strong>Q|Question|Problem|User|Human)|Example|Exercise|Task|Instructions?|Input|Student)"
     r"[*_\s]*(?:#?\s*[0-9]+)?[*_]*\s*(?:[:.)]|-\s|$)"
+    r"|(?<=\n\n)A:"
     r"|^.*\b(?:another|next|new|similar)\s+(?:problem|question|exercise|example)\b"
     r"|(?<=\n)\s*\n(?=[^\n]*\b(?:how|what|which|who|when|where|find|calculate)\b[^\n]*\?\s*$)",
     re.IGNORECASE | re.MULTILINE,
@@ -113,7 +117,7 @@ def plain(text: str) -> Plain:
     for pattern, new in ((_THINKING, ""), *_MARKUP):
         pieces, kept, last = [], [], 0
         for match in pattern.finditer(text):
-            put = match.expand(new)
+            put = match.expand(new) if "\\" in new else new
             pieces += [text[last : match.start()], put]
             kept += at[last : match.start()] + [at[match.start()]] * len(put)
             last = match.end()
@@ -129,7 +133,7 @@ def ends(text: str) -> Iterator[int]:
     such as "Sure, let's solve it:", repeats the problem at hand.
     """
     text = first_turn(text)
-    for match in _NEXT.finditer(text):
+    for match in itertools.islice(_NEXT.finditer(text), _HEADINGS):
         before = text[: match.start()].strip()
         opening = not before or ("\n\n" not in before and (_OPENER.match(before) or before.endswith((":", "!"))))
         if not opening:
@@ -160,7 +164,8 @@ def number_of(match: re.Match) -> Fraction | None:
     """The value of a match with the groups `sign` and `number`, thousands separators allowed."""
     if len(match["number"]) > LONGEST:
         return None
-    parts = [Fraction(re.sub(r"[^0-9.]", "", part)) for part in match["number"].split("/")]
+    written = re.sub(r"^([0-9]+),([0-9]{1,2})$", r"\1.\2", match["number"])  # 3,50 as in much of Europe
+    parts = [Fraction(re.sub(r"[^0-9.]", "", part)) for part in written.split("/")]
     if parts[1:] == [0]:
         return None
     value = parts[0] / parts[1] if len(parts) == 2 else parts[0]
@@ -173,19 +178,19 @@ def number_at(text: str, start: int, *, words: bool = False) -> Found | None:
     It stands first ("72 clips"), or behind the last "=" of a computation ("48 + 24 = 72"). With `words`, text may stand
     before either, if then there is one number in the sentence only ("that she sold 72 clips").
     """
-    text = text.replace(BOX, " ")
-    sentence = re.sub(r"\([^()]*\)", lambda m: " " * len(m[0]), sentence_at(text, start))
-    equals = sentence.rfind("=") + 1
-    if equals and (words or _COMPUTATION.fullmatch(sentence, 0, equals)):
-        start += equals
-    match = _LEADING.match(text, start)
-    if match is None and words and not equals:
+    text = text[start : start + _SENTENCE].replace(BOX, " ")
+    sentence = re.sub(r"\([^()]*\)", lambda m: " " * len(m[0]), sentence_at(text, 0))
+    begin = sentence.rfind("=") + 1
+    if not (begin and (words or _COMPUTATION.fullmatch(sentence, 0, begin))):
+        begin = 0
+    match = _LEADING.match(text, begin)
+    if match is None and words and "=" not in sentence:
         first = re.search(rf"{_SIGN}?(?<![\w.,])-?[0-9]", sentence)
-        match = first and _LEADING.match(text, start + first.start())
-        if match and re.search("[0-9]", sentence[match.end() - start :]):
+        match = first and _LEADING.match(text, first.start())
+        if match and re.search("[0-9]", sentence[match.end() :]):
             match = None
     value = match and number_of(match)
-    return None if value is None else Found(value, match.end("number"))
+    return None if value is None else Found(value, start + match.end("number"))
 
 
 _CONCLUSION = re.compile(

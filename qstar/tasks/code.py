@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qstar.errors import UserError, require
 from qstar.tasks import verify
 from qstar.tasks.base import Problem, Task, check_split
-from qstar.tasks.programs import normal_program, program_in
+from qstar.tasks.programs import as_module, normal_program, program_in
 
 # After the prompt of the MBPP paper (Austin et al., 2108.07732). V-STaR asks both data sets with "the MBPP template" and
 # does not print it: that this is the one is our assumption.
@@ -41,7 +41,8 @@ class CodeTask(Task):
         raise NotImplementedError
 
     def parse(self, completion: str) -> str | None:
-        return program_in(completion, first=self.first_block)
+        program = program_in(completion, first=self.first_block)
+        return program and as_module(program)
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
         return answer is not None and self.verdict(problem, answer).passed

@@ -10,7 +10,7 @@ from qstar.errors import UserError
 from qstar.tasks.answers import without_thinking
 from qstar.tasks.base import Problem
 from qstar.tasks.code import END, CodeTask, check_has, check_tests, text_fields
-from qstar.tasks.programs import as_body, blocks, is_body
+from qstar.tasks.programs import as_body, blocks, is_body, program_in
 from qstar.tasks.verify import Job
 
 SOURCE = "openai/openai_humaneval"
@@ -92,9 +92,11 @@ class HumanEval(CodeTask):
         return super().cut(completion) if self.template == "mbpp" or self._continues(completion) else completion
 
     def parse(self, completion: str) -> str | None:
-        if self.template == "mbpp" or not self._continues(completion):
-            program = super().parse(completion)
-            return as_body(program) if program and self.template == "completion" else program
+        if self.template == "mbpp":
+            return super().parse(completion)
+        if not self._continues(completion):
+            program = program_in(completion)
+            return program and as_body(program)
         lines = as_body(self.cut(completion).replace("\r\n", "\n").rstrip()).split("\n")
         whole = "\n".join(lines)
         while len(lines) > 1 and not is_body("\n".join(lines)):  # an explanation behind the body

@@ -37,8 +37,8 @@ class Block(NamedTuple):
 
     def rank(self) -> int:
         """How likely it is to be the program: 0 is no program."""
-        tree = syntax_tree(self.code)
-        defines = tree is not None and any(isinstance(node, _DEFINITION) for node in tree.body)
+        tree = _tree(self.code)
+        defines = tree is not None and _defines(tree)
         if self.python is False:
             return int(defines)
         if not self.closed:
@@ -107,7 +107,7 @@ def _block(lines: list[str], at: int, opening: re.Match) -> Block:
         inside = [*lines[at + 1 : end], *([glued] if glued.strip() else [])]
         code = "\n".join(line[indent:] if not line[:indent].strip() else line for line in inside)
         made.append(Block(code, python, True, at, end + 1))
-        if python is False or syntax_tree(code) is not None:
+        if python is False or _tree(code) is not None:
             return made[-1]
     inside = [line[indent:] if not line[:indent].strip() else line for line in lines[at + 1 :]]
     return made[0] if made else Block("\n".join(inside), python, False, at, len(lines))
@@ -119,11 +119,26 @@ def syntax_tree(code: str) -> ast.Module | None:
     return tree if isinstance(tree, ast.Module) else None
 
 
+def _tree(code: str) -> ast.Module | None:
+    """The code as a tree, where it is Python but for its indentation."""
+    return syntax_tree(code) or syntax_tree(textwrap.dedent(code))
+
+
+def _defines(tree: ast.Module) -> bool:
+    return any(isinstance(node, _DEFINITION) for node in tree.body)
+
+
 def is_program(tree: ast.Module) -> bool:
     """Whether there is more than names and constants in it: "Sorry" is Python, too."""
     return any(
         not (isinstance(s, ast.Expr) and isinstance(s.value, (ast.Name, ast.Constant, ast.Tuple))) for s in tree.body
     )
+
+
+def as_module(code: str) -> str:
+    """Code that defines something at the left margin, where it is Python there only."""
+    indented = syntax_tree(code) is None and (tree := _tree(code)) is not None and _defines(tree)
+    return textwrap.dedent(code) if indented else code
 
 
 def as_body(code: str) -> str:
@@ -133,7 +148,7 @@ def as_body(code: str) -> str:
     code = code.strip("\n")
     if _CODE_LINE.match(code) and not code[:1].isspace():
         tree = syntax_tree(code)
-        if tree is None or any(isinstance(node, _DEFINITION) for node in tree.body):
+        if tree is None or _defines(tree):
             return code
     for body in ("    " + code, textwrap.indent(code, "    ")):
         if is_body(body):

@@ -27,6 +27,8 @@ GSM8K = [  # completion, lenient reading, strict reading
     ("#### 72<|im_end|>\n<|im_start|>user\nAnn has 9.\n#### 9", "72", "72<|im_end|>"),
     ("<think>\n#### 5? No.\n</think>\n\nShe sold 48 + 24.\n#### 72", "72", "5? no."),
     ("#### 1. Clips in May\n48 / 2 = 24\n\n#### 2. In all\n48 + 24 = 72\n\n**Answer: 72**", "72", "1. clips in may"),
+    ("#### 72\n\nA: A bat costs $9.\n#### 9", "72", "72"),
+    ("#### \u20ac3,50", "7/2", "\u20ac3,50"),
     ("#### Final Answer\n\n**72**", "72", "final answer"),
     ("#### Answer: 72 clips", "72", "answer: 72 clips"),
     ("Step 1: 48 / 2 = 24.\nStep 2: 48 + 24 = 72.\n\n**Answer:** 72", "72", None),

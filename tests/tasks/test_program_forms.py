@@ -131,6 +131,7 @@ def test_whole_functions_pass_the_tests_of_the_completion_template(solutions):
         ("    return xs\n\nThis returns the list.", "    return xs"),
         ("return xs", "    return xs"),
         ("for x in xs:\n        pass\n    return xs", "    for x in xs:\n        pass\n    return xs"),
+        ("```\n    return xs\n```", "    return xs"),
         ("```python\nys = xs\nreturn ys\n```", "    ys = xs\n    return ys"),
         ("\n    return xs\n```\nThat is all.", "\n    return xs"),
     ],
@@ -156,6 +157,11 @@ def test_mbpp_reads_the_sanitized_layout(tmp_path):
         path.write_text(json.dumps([{**row, **change}]))
         with pytest.raises(Exception, match=what):
             make_task("mbpp", data=str(path)).problems("test")
+
+
+def test_a_program_that_is_indented_within_its_fence():
+    task = make_task("mbpp", data=str(shared("data/mbpp/mbpp.jsonl")))
+    assert task.parse("```\n" + "".join(f"    {line}\n" for line in CODE.split("\n")) + "```\n") == CODE
 
 
 def test_programs_are_compared_without_comments_and_layout():
