@@ -245,6 +245,8 @@ def evaluate(argv: list[str]) -> int:
         console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     if a.samples:
         show_table(console, "chance to be right with k samples (95% interval over problems)", curve_rows(result))
+        gains = result_rows({k: v for k, v in result.items() if k.startswith("gain@")})
+        show_table(console, "differences on the same samples, paired over problems", gains)
     if page:
         console.print(f"curves: {page}", highlight=False, soft_wrap=True)
     return 0

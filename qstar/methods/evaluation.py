@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from qstar.methods.checks import fit_prompts
 from qstar.methods.quiet_setup import Study as QuietStudy
 from qstar.methods.rollouts import SampleSettings, attempt
 from qstar.methods.run_folder import once, open_run
-from qstar.methods.select import Scorer, curves, ks_for, quality
+from qstar.methods.select import Scorer, curves, difference, ks_for, quality
 from qstar.methods.v_star_measure import Ballots, by_problem, candidates
 from qstar.methods.v_star_setup import Study
 from qstar.methods.verifier import KINDS, Verifier, score
@@ -133,7 +134,9 @@ def by_scores(
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Returns `best@k:NAME`, `weighted@k:NAME`, `top4@k:NAME` and `regret@k:NAME` with intervals, and `auc:NAME`,
-    `auc_pooled:NAME`, `ece:NAME` and `brier:NAME` (after Platt scaling), for every scorer.
+    `auc_pooled:NAME`, `ece:NAME` and `brier:NAME` (after Platt scaling), for every scorer; and of every two scorers, paired
+    over problems, `gain@k:B - A`, what best-of-k by B is right more often, at k = 16 (or all samples). All score the same
+    samples: so verifiers of several runs are compared.
 
     "own" is always one: the log-probability under the model that wrote the samples. Scores are kept in
     FOLDER/scores_NAME.jsonl, so that a second call does not score again. A `Verifier` with the `tokenizer` that the samples
@@ -165,6 +168,11 @@ def by_scores(
         out |= {f"{key}:{name}": value for key, value in worth["calibration"][name].items()}
         for k, (mean, low, high) in worth["regret"][name].items():
             out |= {f"regret@{k}:{name}": mean, f"regret@{k}:{name}_low": low, f"regret@{k}:{name}_high": high}
+    k = max(k for k in ks_for(samples) if k <= 16)
+    for a, b in itertools.combinations(scores, 2):
+        mean, low, high = difference(values[f"best/{b}"][k], values[f"best/{a}"][k])
+        key = f"gain@{k}:{b} - {a}"
+        out |= {key: mean, f"{key}_low": low, f"{key}_high": high}
     return out
 
 

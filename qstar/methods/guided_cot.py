@@ -353,12 +353,13 @@ SHOWN = ("quality", "gold_chain", "first_hop", "smuggled")
 
 
 def _steps(recipes: dict[str, Recipe]) -> list[tuple[str, str]]:
-    """The comparisons: along the method; every arm with its start, and with NAME_long, the start trained for longer."""
+    """The comparisons: along the method; every arm with its start, and with NAME_long and NAME_flops, the start trained for longer."""
     first = [n for n, r in recipes.items() if r.start == "base"]
     fixed = [("standard", "own CoT"), *(("own CoT", n) for n in first)]
     fixed += [(a, b) for i, a in enumerate(first) for b in first[i + 1 :]]
     refined = [(r.start, n) for n, r in recipes.items() if r.start != "base"]
-    return [*fixed, *refined, *((f"{a}_long", n) for a, n in refined if f"{a}_long" in recipes)]
+    longer = [(f"{a}_{kind}", n) for kind in ("long", "flops") for a, n in refined]
+    return [*fixed, *refined, *((a, n) for a, n in longer if a in recipes)]
 
 
 def _over_students(seeds: dict[int, np.ndarray], count: int) -> np.ndarray:

@@ -47,7 +47,7 @@ class Loop:
     few_shot_in_train: bool = False
     restart: str = "base"  # "base" (the paper) or "previous"
     accumulate: bool = False  # train on the kept rows of all loops so far
-    include_sft_data: bool = False  # gold solutions of the drawn problems in the mix
+    include_sft_data: bool = False  # gold solutions of this loop's problems (not of earlier ones) in the mix
     steps: str = "exp:40:1.2"  # "exp:40:1.2", "lin:300:20" or "epochs:1:0.2"
     max_epochs: float | None = 10.0  # over the kept rows (as packed): S_n steps on a handful would only overfit
     min_kept: int = 1  # stop the arm when there are fewer rows to train on (gold ones, if in the mix, count)

@@ -52,7 +52,9 @@ class ThoughtConfig:
     nll_mean: str = "tokens"  # sums over predicted tokens / their number; "nonzero": / the entries that are not 0.0
 
     think_fraction: float = 1.0  # of the positions that think in training; the cost is in proportion
-    think_where: str = "random"  # which: drawn anew every step, or "entropy": where the base model is least sure
+    # Which: drawn anew every step, or "entropy": where the base model is least sure. The chosen ones stand for all of a row only
+    # if drawn at random; with "entropy" NLL and reward are means over hard positions, a choice.
+    think_where: str = "random"
 
     def __post_init__(self):
         whole = {n: getattr(self, n) for n in ("thought_tokens", "talk_tokens", "thoughts_per_position")}

@@ -101,3 +101,8 @@ def test_scores_are_used_as_the_curves_say(tmp_path):
     passed = {k: np.mean(v) for k, v in curves(some, [1, 2, 4])["pass"].items()}
     assert [found[f"best@{k}:oracle"] for k in (1, 2, 4)] == pytest.approx([passed[k] for k in (1, 2, 4)])
     assert [found[f"best@{k}:none"] for k in (1, 2, 4)] == pytest.approx([passed[1]] * 3) and found["auc:oracle"] == 1
+    # Verifiers are compared on one common set of samples, paired over problems.
+    gains = {k: v for k, v in found.items() if k.startswith("gain@") and not k.endswith(("_low", "_high"))}
+    assert gains.keys() == {"gain@4:oracle - own", "gain@4:none - own", "gain@4:none - oracle"}
+    assert gains["gain@4:none - oracle"] == pytest.approx(passed[1] - passed[4])
+    assert found["gain@4:none - oracle_low"] < passed[1] - passed[4] < found["gain@4:none - oracle_high"]
