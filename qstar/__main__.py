@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is written as an escape
         with contextlib.suppress(AttributeError, ValueError):  # a notebook's stream, or a closed one
             stream.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings(), _second_interrupt_ends():
+    with warnings.catch_warnings(), _quiet_threads(), _second_interrupt_ends():
         warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         code = _run(argv)
     leave()
@@ -78,6 +78,11 @@ def _run(argv: list[str]) -> int:
         line = machine_fault(e)
         if line is None:
             raise
+        if isinstance(e, OSError) and e.filename is None:  # standard output has no file name
+            try:
+                os.write(sys.stdout.fileno(), b"\n")
+            except (OSError, ValueError):
+                line = f"standard output cannot be written ({e.strerror}); send it elsewhere"
         _drop_stdout()
         print(f"qstar: {line}{again}", file=sys.stderr)
         return 2
@@ -87,6 +92,21 @@ def _drop_stdout() -> None:
     """Lets what is still buffered go nowhere: Python flushes when it ends, which would fail once more."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Inside the block a full disk in a thread (orbax writes in some) is left to the main thread, which waits for it.
+
+    What such a write was still about to tell its event loop, which is closed by then, is of no use either.
+    """
+    usual = threading.excepthook, sys.unraisablehook
+    threading.excepthook = lambda args: None if machine_fault(args.exc_value) else usual[0](args)
+    sys.unraisablehook = lambda args: None if "Event loop is closed" in str(args.exc_value) else usual[1](args)
+    try:
+        yield
+    finally:
+        threading.excepthook, sys.unraisablehook = usual
 
 
 @contextlib.contextmanager

@@ -83,9 +83,9 @@ def machine_fault(error: BaseException | None) -> str | None:
     seen = 0
     while error is not None and seen < 20:
         if isinstance(error, OSError) and error.errno in _FAULTS:
-            place = f"{error.filename}: " if error.filename else ""
-            return f"{place}{os.strerror(error.errno)}; free some space, or mend the disk or the limit that it names"
+            return f"{error.filename or 'a file'}: {os.strerror(error.errno)}; free some space, or mend the disk or the limit that it names"
         if found := re.search("|".join(os.strerror(n) for n in _FAULTS), str(error)):
-            return f"{found[0]} (while writing files); free some space, or mend the disk or the limit that it names"
+            place = re.search(r'"(/[^"]*)"', str(error))
+            return f"{place[1] if place else 'a file'}: {found[0]}; free some space, or mend the disk or the limit that it names"
         error, seen = error.__cause__ or error.__context__, seen + 1
     return None

@@ -107,6 +107,10 @@ CASES = {
     "votes of another page": (COUNT + "/other.jsonl", "other.jsonl:1: a vote of page 'q', but the key is that of 'p'"),
     "votes for neither": (COUNT + "/choice.jsonl", "choice.jsonl:1: choice 'up' is not one of left, equal, right"),
     "votes about nothing": (COUNT + "/item.jsonl", "item.jsonl:1: item '009' is not on the page"),
+    "comparison into a folder of something else": (COMPARE.replace("{root}/new", "{root}/papers"), "papers: holds 'notes.txt' but no comparison"),
+    "comparison over another one": (COMPARE.replace("{root}/new", "{root}/votes"), "votes: holds another comparison"),
+    "export of an empty arm": ("export --run={root}/run --arm= --out={root}/new", "--arm is empty"),
+    "name that leaves runs": (TRAIN.partition(" --workdir")[0] + " --config.name=../x", "config.name='../x' must name a folder inside runs/"),
     # ---- the config file
     "no such config": ("train --config={root}/none.py", "{root}/none.py: no such file"),
     "config with a syntax error": ("train --config={root}/configs/syntax.py", "{root}/configs/syntax.py:2"),

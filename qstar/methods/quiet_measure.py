@@ -226,7 +226,7 @@ def _write_thoughts(
             }
         )
     if processes.is_first():
-        write_jsonl(study.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out)
+        write_jsonl(study.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out, checksum=True)
 
 
 def _round(x: np.ndarray, counted: np.ndarray) -> list[float | None]:

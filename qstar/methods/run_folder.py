@@ -151,6 +151,8 @@ def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") ->
             raise UserError(f"{flag}={workdir}: holds {strangers[0]} but no run of qstar; name an empty or a new one")
         if strangers:
             _check_same(read_json(there), json.loads(json.dumps(config)), f"{flag}={workdir}")
+    except files.Damaged as e:
+        raise UserError(f"{e}; without it the run cannot go on: restore it from a copy, or name another folder") from None
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be read ({e.strerror}); name another folder") from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import UserError
+from qstar.files import Damaged, read, record_path
 from qstar.report import appendix, frames, guided, sections, shell
 from qstar.report.markup import Safe, tag
 from qstar.report.pieces import note, section
@@ -38,13 +39,35 @@ def write_report(run_folder: str | os.PathLike) -> Path:
         "quiet_star": lambda: quiet_page(read_quiet_run(folder)),
         "guided_cot": lambda: guided.page(guided.read_guided(folder)),
     }
-    text = pages.get(config["method"], lambda: page(read_run(folder)))()
+    method = config["method"]
+    try:
+        text = (pages.get(method) if isinstance(method, str) and method in pages else lambda: page(read_run(folder)))()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if (culprit := _unverified(folder)) is None:
+            raise  # the files are as the run wrote them: a bug of ours
+        line = f"{culprit}: not as a run writes it ({type(error).__name__}: {error}); delete the file or mend it"
+        raise UserError(line) from error
     path = folder / "report.html"
     try:
         shell.write(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     return path
+
+
+def _unverified(folder: Path) -> Path | None:
+    """The first file of a run that has no checksum record, or differs from it."""
+    for path in sorted(p for p in folder.rglob("*.json*") if ".checksums" not in p.parts and p.is_file()):
+        try:
+            if path.name == "metrics.jsonl":
+                damaged = metrics.read_content(folder)[1]
+            else:
+                damaged = read(path) is None
+        except Damaged:
+            damaged = True
+        if damaged or not record_path(path).exists():
+            return path
+    return None
 
 
 def page(run: Run) -> str:

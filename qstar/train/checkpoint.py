@@ -26,7 +26,7 @@ from qstar import processes, tree
 from qstar.errors import UserError
 from qstar.files import UNVERIFIED, Damaged, warn
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every file it touches
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file it touches, and what it raises as well
 
 CHECKSUMS = "checksums"  # key of the record
 

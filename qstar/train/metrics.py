@@ -37,7 +37,7 @@ class Writer:
         if not is_first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        content, self._damaged = _content(self.folder)
+        content, self._damaged = read_content(self.folder)
         self._hash = hashlib.blake2b(content, digest_size=16)
         self._bytes, self._rows = len(content), content.count(b"\n")
         self._file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
@@ -124,7 +124,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     Damage is named; rows that cannot be read are left out.
     """
     rows: dict[tuple, dict[str, Any]] = {}
-    for line in _content(Path(folder))[0].splitlines():
+    for line in read_content(Path(folder))[0].splitlines():
         try:
             row = json.loads(line)
             known = [type(row[k]) for k in ("arm", "iteration", "stage", "step")]
@@ -138,7 +138,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _content(folder: Path) -> tuple[bytes, bool]:
+def read_content(folder: Path) -> tuple[bytes, bool]:
     """Returns the content of metrics.jsonl, and whether it is or once was damaged (which is said).
 
     Its record counts the bytes up to the last row that was written; after a kill the file may hold a little more.
