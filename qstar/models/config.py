@@ -107,6 +107,17 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     @property
+    def portable_family(self) -> str:
+        """The family of transformers that a `tiny` model is exported as; or nothing, where none computes the same."""
+        plain = self.replace(
+            norm="rms", parallel_block=False, head_bias=False, qk_norm=False, position="rope", rotary_dim=self.rotary_dim and
+            self.head_dim, rope_interleaved=False, rope_scaling=None, sliding_window=None, relative_bias=False,
+            out_bias=self.qkv_bias, tie_embeddings=self.tie_embeddings or self.embed_scale,
+        )  # fmt: skip
+        same = self.family == "tiny" and self == plain and self.hidden_size % self.num_heads == 0
+        return ("llama" if self.gated_mlp else "arcee") if same else ""
+
+    @property
     def matmul_params(self) -> int:
         """Parameters that take part in a matrix product per token (the vocabulary projection included)."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

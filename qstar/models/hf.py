@@ -36,6 +36,7 @@ from qstar.models.names import (
     THOUGHT_SIGN,
     Row,
     abstract_params,
+    copies,
     embedding_names,
     file_names,
     name_map,
@@ -275,7 +276,7 @@ Shards = dict[str, dict[str, list[Piece]]]  # file name -> tensor name -> pieces
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, list[Piece]]]:
     """Yields every tensor of the files with its pieces (three for a fused q | k | v), layer by layer."""
     out: dict[str, list[Piece]] = {}
-    rows = name_map(config)
+    rows = name_map(config) + copies(config)
     for layer in range(-1, max(shape[0] for row, shape in rows if "{i}" in row.name)):
         for row, shape in rows:
             if ("{i}" in row.name) == (layer >= 0) and layer < shape[0]:
@@ -316,6 +317,7 @@ def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
 
             x = multihost_utils.process_allgather(x, tiled=True)
         x = np.asarray(x)
+        x = x if row.factor == 1 else (x.astype(np.float32) * np.float32(row.factor)).astype(x.dtype)
         x = np.stack([x, np.zeros_like(x)]) if row.spare else x
         parts.append(x.T if row.transpose else x)
     # safetensors writes the buffer as it lies: a transposed view would be saved scrambled, without a word
@@ -324,7 +326,7 @@ def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
 
 def _dtype_entry(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, str]:
     """Returns the stored dtype under Hugging Face's key: transformers casts what it loads to it."""
-    return {} if config.family == "tiny" else {"torch_dtype": str(leaves["embed/table"].dtype)}
+    return {"torch_dtype": str(leaves["embed/table"].dtype)}
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

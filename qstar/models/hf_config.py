@@ -217,8 +217,8 @@ def to_hf(config: ModelConfig | EncDecConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json` that `from_hf` and transformers read back.
 
     A model that thinks adds the key `qstar_thoughts`, a verifier with a head `qstar_value_head`; transformers ignores
-    both. The `tiny` preset is no Hugging Face architecture: its file carries this class' own fields and only qstar loads
-    it.
+    both. The `tiny` preset's file carries this class' own fields, beside those of the family of transformers that computes
+    the same; where there is none, only qstar loads it.
     """
     if isinstance(config, EncDecConfig):
         return encdec_config.to_hf(config)
@@ -230,11 +230,12 @@ def to_hf(config: ModelConfig | EncDecConfig) -> dict[str, Any]:
 
 def _to_hf(c: ModelConfig) -> dict[str, Any]:
     if c.family == "tiny":
-        return {
-            "qstar_family": "tiny",
-            "model_type": "qstar_tiny",
-            **dataclasses.asdict(c.replace(thoughts=None, value_head="")),
-        }
+        own = {"qstar_family": "tiny", **dataclasses.asdict(c.replace(thoughts=None, value_head=""))}
+        if not c.portable_family:
+            return {**own, "model_type": "qstar_tiny"}
+        tied = c.tie_embeddings and not c.embed_scale  # the scaled copy of the embedding is another tensor than the head
+        theirs = c.replace(family=c.portable_family, embed_scale=False, tie_embeddings=tied)
+        return {**_to_hf(theirs), **own}  # they share no key that means another thing
     activation = {v: k for k, v in _ACTIVATIONS.items() if k != "gelu_pytorch_tanh"}[c.activation]
     common = {
         "model_type": c.family,
@@ -257,7 +258,7 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
             **common,
         }
         return out if c.family == "gpt2" else {**out, "rotary_dim": c.rotary_dim or c.head_dim}
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    names = {"arcee": "Arcee", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     out = {
         "architectures": [names[c.family] + "ForCausalLM"],
         "hidden_size": c.hidden_size,
@@ -274,9 +275,9 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
     }
     if c.rope_scaling:
         out["rope_scaling"] = dict(c.rope_scaling)
-    if c.family in ("llama", "qwen3"):
+    if c.family in ("llama", "arcee", "qwen3"):
         out["attention_bias"] = c.qkv_bias
-    if c.family == "llama":
+    if c.family in ("llama", "arcee"):
         out["mlp_bias"] = c.mlp_bias
     if c.family == "mistral":
         out["sliding_window"] = c.sliding_window

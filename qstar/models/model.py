@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qstar import tree
-from qstar.errors import UserError, require
+from qstar.errors import QstarWarning, UserError, require
 from qstar.mesh import map_rows, mesh_jit, put_whole_batch, to_host
 from qstar.models import decoder, encdec, hf, policy
 from qstar.models.attention import text_sight
@@ -117,6 +118,8 @@ def save(model: Model, path: str | os.PathLike) -> None:
         config.json cannot express, or the disk refuses.
     """
     _check_expressible(model.config)
+    if model.config.family == "tiny" and not model.config.portable_family:
+        warnings.warn(f"{path}: no other program can load this model: no family of transformers is like it", QstarWarning, 2)
     hf.write_params(path, model.config, model.params, extras=functools.partial(_write_extras, model))
 
 

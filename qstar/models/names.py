@@ -29,6 +29,7 @@ class Row(NamedTuple):
     transpose: bool = False  # the file keeps [out, in]
     part: int | None = None  # which third of a fused q | k | v, along the last axis
     spare: bool = False  # the file keeps [2, ...]: this, and a row that is not used (zeros when we write)
+    factor: float = 1.0  # of what is written
 
 
 def _linear(path: str, name: str, transpose: bool = True, part: int | None = None) -> tuple[Row, Row]:
@@ -152,6 +153,8 @@ def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, .
     rows = {row.path: row for row in (*NAMES.get(config.family, ()), *_THOUGHTS, *_VALUE)}
     if isinstance(config, EncDecConfig) and not config.gated_mlp:  # the first T5 has one matrix there, and no number
         rows = {path: row._replace(name=row.name.replace("wi_1", "wi")) for path, row in rows.items()}
+    if _scaled_for_others(config):
+        rows["embed/table"] = rows["embed/table"]._replace(name="lm_head.weight")
     leaves = tree.named_leaves(abstract_params(config))
     for path, _ in leaves:
         if path not in rows:
@@ -159,6 +162,19 @@ def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, .
                 f"model config: weights of family {config.family!r} have no place for {path}; use family 'tiny'"
             )
     return [(rows[path], leaf.shape) for path, leaf in leaves]
+
+
+def _scaled_for_others(config: ModelConfig | EncDecConfig) -> bool:
+    """Whether the files hold the embedding twice: as the head, and scaled, because no other program scales it."""
+    return isinstance(config, ModelConfig) and bool(config.portable_family) and config.embed_scale
+
+
+def copies(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, ...]]]:
+    """Returns rows that are written for other programs and never read here."""
+    if not _scaled_for_others(config):
+        return []
+    row = Row("embed/table", _LLAMA[0].name, factor=config.hidden_size**0.5)
+    return [(row, (config.vocab_size, config.hidden_size))]
 
 
 def file_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -180,4 +196,5 @@ def file_names(row: Row, shape: tuple[int, ...]) -> list[str]:
 def embedding_names(config: ModelConfig | EncDecConfig) -> tuple[str, str]:
     """Returns the embedding's name in the files, and what the names inside a family's base model begin with."""
     table = next(row.name for row in NAMES[config.family] if row.path == "embed/table")
-    return table, "" if isinstance(config, EncDecConfig) else table.partition(".")[0] + "."
+    prefix = "" if isinstance(config, EncDecConfig) else table.partition(".")[0] + "."
+    return "lm_head.weight" if _scaled_for_others(config) else table, prefix

@@ -110,10 +110,10 @@ class WeightFiles:
             if goal in self.slices:
                 self.drop = prefix if goal != table else ""
                 return
-        copies = [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]  # of T5
+        kept_as = [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]  # of T5
         if config.tie_embeddings:
-            copies.append(HEAD)
-        for name in copies:
+            kept_as += [HEAD, "model.embed_tokens.weight"]
+        for name in kept_as:
             if name in self.slices:
                 self.slices[table] = self.slices[name]
                 return
@@ -142,8 +142,9 @@ class WeightFiles:
           UserError: a tensor is missing, has another shape or an unsupported dtype, or is left over.
         """
         self._refuse_other_kinds()
+        unread = (HEAD, "model.embed_tokens.weight") if tied else ()
         wanted = {self.key(n): file_shape(row, shape) for row, shape in rows for n in file_names(row, shape)}
-        found = {n for n in self.slices if not BUFFERS.search(n) and not (tied and n == HEAD)}
+        found = {n for n in self.slices if not BUFFERS.search(n) and n not in unread}
         if missing := sorted(wanted.keys() - self.slices.keys()):
             there = "" if wanted.keys() & found or not found else f"; there are others, such as {min(found)!r}"
             raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from qstar.errors import UserError
+from qstar.text import tokenizer_files
 
 # Any of these in a folder means "there is a tokenizer here"; merges.txt and the configs alone are not enough.
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -35,6 +37,7 @@ class Tokenizer:
             may coincide with a real token (pad == eos must not teach a model to never stop).
         encoder_end: id that ends what an encoder reads, where the tokenizer is an encoder-decoder's; else None.
         limit: rows of the embedding of the model it belongs to, or None; `encode` refuses ids from there on.
+        files: settings, special tokens and chat template of the folder that it was read from, which `save` repeats.
     """
 
     def __init__(self, hf: Any):
@@ -53,6 +56,7 @@ class Tokenizer:
         self.pad_id: int = 0 if hf.pad_token_id is None else hf.pad_token_id
         self.encoder_end: int | None = None
         self.limit: int | None = None
+        self.files: dict[str, bytes] = {}
         self._adds_bos = self.bos_id is not None and (
             bool(hf.init_kwargs.get("add_bos_token")) or self.bos_id in self._backend.encode("a").ids
         )
@@ -192,8 +196,8 @@ class Tokenizer:
         return self.decode([token]) or piece
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, the Hugging Face layout, into `folder`."""
-        self.hf.save_pretrained(str(folder))
+        """Writes tokenizer.json and the source folder's other tokenizer files, the Hugging Face layout, into `folder`."""
+        tokenizer_files.write(self.hf, self.files, pathlib.Path(folder))
 
     def spells_as(self, other: Tokenizer) -> bool:
         """Whether the ids of the other tokenizer mean the same here."""
@@ -241,6 +245,12 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
     folder = pathlib.Path(folder).expanduser()
     found = [name for name in _FILES if (folder / name).is_file()]
     if not found:
+        kind = _tokenizer_class(folder)
+        if kind.startswith("ByT5"):
+            raise UserError(
+                f"{folder}: {kind} works on bytes and has no vocabulary file; such models are not supported: "
+                "take a T5, mT5 or FLAN-T5 with spiece.model or tokenizer.json"
+            )
         return None
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -255,7 +265,17 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
         raise UserError(
             f"{folder / found[0]}: the tokenizer files are broken ({reason}); copy them again from the model's source"
         ) from error
-    return Tokenizer(hf)
+    made = Tokenizer(hf)
+    made.files = tokenizer_files.read_kept(folder)
+    return made
+
+
+def _tokenizer_class(folder: pathlib.Path) -> str:
+    try:
+        settings = json.loads((folder / tokenizer_files.CONFIG).read_text(encoding="utf-8"))
+        return str(settings.get("tokenizer_class", ""))
+    except (OSError, ValueError, AttributeError):  # a folder without tokenizer: weights alone are fine
+        return ""
 
 
 def char_tokenizer(alphabet: str, *, pad: str, eos: str) -> Tokenizer:
