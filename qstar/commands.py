@@ -6,89 +6,21 @@ import argparse
 import contextlib
 import importlib
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qstar import stop
 from qstar.errors import SEEDS, UserError, require
-from qstar.files import parse_json
+from qstar.flags import SHARE, TEMPERATURE, command_parser, json_object, local_folder, number, whole_number
 from qstar.processes import is_first
 from qstar.start import start_jax, start_plan
-
-
-class _Parser(argparse.ArgumentParser):
-    def parse_known_args(self, *args: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
-        """Refuses names and paths that are empty, as an unset shell variable makes them (texts may be: --prompt='')."""
-        found, rest = super().parse_known_args(*args, **options)
-        for action in self._actions:
-            values = getattr(found, action.dest, None)
-            empty = "" in (values if isinstance(values, list) else [values])
-            if empty and action.default != "" and action.metavar not in (None, "TEXT", "VALUE"):
-                self.error(f"{(action.option_strings or [action.metavar])[0]} is empty; give a value, or leave it out")
-        return found, rest
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{self.prog.removeprefix('qstar ')}: {message} (see {self.prog} --help)")
-
-
-def _parser(name: str, summary: str, *, device: bool = True, **options: Any) -> _Parser:
-    parser = _Parser(prog=f"qstar {name}", description=summary, allow_abbrev=False, **options)
-    if device:
-        devices = ("auto", "cpu", "gpu", "tpu")
-        parser.add_argument("--device", choices=devices, default="auto", help="where to run (default: the best)")
-    return parser
-
-
-def _whole(least: int, most: int = 10**18) -> Callable[[str], int]:
-    """Reads a whole number between two bounds."""
-
-    def read(text: str) -> int:
-        if not text.removeprefix("-").isdecimal() or int(text[:30]) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        if int(text[:30]) > most:
-            raise argparse.ArgumentTypeError(f"{text!r} is above {most}")
-        return int(text)
-
-    return read
-
-
-def _number(fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
-    """Reads a finite number that fits."""
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and fits(value)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return read
-
-
-_TEMPERATURE = _number(lambda x: x >= 0, "a number of 0 (greedy) or more")
-_SHARE = _number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = parse_json(text, f"{text[:80]!r}")
-    except UserError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is a JSON {type(value).__name__}, not an object")
-    return value
-
 
 # ----------------------------------------------------------------------------------------------------------- train
 
 
 def train(argv: list[str]) -> int:
     """qstar train --config=FILE[:ARG] --workdir=DIR [--config.key=value ...]"""
-    p = _parser(
+    p = command_parser(
         "train",
         "Runs the method of a config file; called again after an interruption, goes on where it stopped.",
         epilog="qstar train --config=configs/star_arithmetic.py:smoke --config.train.lr=1e-3 --workdir=runs/x",
@@ -104,6 +36,7 @@ def train(argv: list[str]) -> int:
     if a.config is None:
         raise UserError("train: --config=FILE is missing, e.g. --config=configs/star_arithmetic.py")
     config = read_config(a.config, overrides)
+    workdir = local_folder("--workdir", a.workdir) if a.workdir else _default_workdir(config.get("name", "run"))
     start_jax(a.device, several=True)
     import jax
     from rich.console import Console
@@ -113,7 +46,6 @@ def train(argv: list[str]) -> int:
     from qstar.train import profile
 
     console = Console(quiet=not is_first())
-    workdir = Path(a.workdir).expanduser() if a.workdir else _default_workdir(config.get("name", "run"))
     with stop.listening() if jax.process_count() == 1 else contextlib.nullcontext():
         with profile.tracing(a.profile, workdir / "profile"):
             methods.run(config, workdir, console)
@@ -135,16 +67,16 @@ def _default_workdir(name: Any) -> Path:
 
 def sample(argv: list[str]) -> int:
     """qstar sample --model=DIR --prompt=TEXT"""
-    p = _parser("sample", "Writes continuations of a prompt.")
+    p = command_parser("sample", "Writes continuations of a prompt.")
     p.add_argument("--model", metavar="DIR", required=True, help="model folder in the Hugging Face layout")
     p.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="repeatable; '' starts from BOS")
-    p.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=128, help="at most so many (default: 128)")
-    p.add_argument("--temperature", metavar="T", type=_TEMPERATURE, default=1.0, help="0 = greedy (default: 1)")
-    p.add_argument("--top-k", metavar="K", type=_whole(0), default=0, help="only the K likeliest tokens (0: all)")
-    p.add_argument("--top-p", metavar="P", type=_SHARE, default=1.0, help="only the likeliest that hold a share P")
-    p.add_argument("--n", metavar="N", type=_whole(1), default=1, help="samples per prompt (default: 1)")
+    p.add_argument("--max-new-tokens", metavar="N", type=whole_number(1), default=128, help="at most so many (default: 128)")
+    p.add_argument("--temperature", metavar="T", type=TEMPERATURE, default=1.0, help="0 = greedy (default: 1)")
+    p.add_argument("--top-k", metavar="K", type=whole_number(0), default=0, help="only the K likeliest tokens (0: all)")
+    p.add_argument("--top-p", metavar="P", type=SHARE, default=1.0, help="only the likeliest that hold a share P")
+    p.add_argument("--n", metavar="N", type=whole_number(1), default=1, help="samples per prompt (default: 1)")
     p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends a continuation; repeatable")
-    p.add_argument("--seed", metavar="N", type=_whole(0, SEEDS - 1), default=0, help="of the draws (default: 0)")
+    p.add_argument("--seed", metavar="N", type=whole_number(0, SEEDS - 1), default=0, help="of the draws (default: 0)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in (default: as stored)")
     p.add_argument("--weights", choices=("", "int8"), default="", help="int8: the blocks' in 8 bits (default: as stored)")
     p.add_argument("--json", action="store_true", help="an object per continuation, with tokens and log-probabilities")
@@ -178,18 +110,18 @@ def sample(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """qstar evaluate --model=DIR --task=NAME"""
-    p = _parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
+    p = command_parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
     p.add_argument("--model", metavar="DIR", required=True, help="model folder in the Hugging Face layout")
     p.add_argument("--task", metavar="NAME", required=True, help="arithmetic, commonsense_qa, gsm8k, math, mbpp ...")
-    p.add_argument("--task-options", type=_json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}; '
+    p.add_argument("--task-options", type=json_object, default={}, metavar="JSON", help='e.g. {"test": "test.jsonl"}; '
                    '"prompts": a folder of few-shot files, or null for none (default: built-in examples)')  # fmt: skip
     p.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
-    p.add_argument("--limit", metavar="N", type=_whole(0), default=0, help="first N problems (0: all)")
-    p.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=256, help="of an answer (default: 256)")
-    p.add_argument("--samples", metavar="N", type=_whole(0), default=0, help="per problem, for pass@k and majority@k")
-    p.add_argument("--temperature", metavar="T", type=_TEMPERATURE, default=0.7, help="of those samples (default: 0.7)")
+    p.add_argument("--limit", metavar="N", type=whole_number(0), default=0, help="first N problems (0: all)")
+    p.add_argument("--max-new-tokens", metavar="N", type=whole_number(1), default=256, help="of an answer (default: 256)")
+    p.add_argument("--samples", metavar="N", type=whole_number(0), default=0, help="per problem, for pass@k and majority@k")
+    p.add_argument("--temperature", metavar="T", type=TEMPERATURE, default=0.7, help="of those samples (default: 0.7)")
     p.add_argument("--verifier", metavar="NAME=DIR[:SCORE]", action="append", default=[], help=_VERIFIER)
-    p.add_argument("--seed", metavar="N", type=_whole(0, SEEDS - 1), default=0, help="of the draws (default: 0)")
+    p.add_argument("--seed", metavar="N", type=whole_number(0, SEEDS - 1), default=0, help="of the draws (default: 0)")
     p.add_argument("--out", metavar="DIR", help="keeps the answers (JSONL), so that a second call only counts")
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     p.add_argument("--too-long", choices=("error", "skip", "truncate"), default="error", help="prompts beyond the context: "
@@ -197,8 +129,8 @@ def evaluate(argv: list[str]) -> int:
     p.add_argument("--metric", choices=("answers", "expected", "cot"), default="answers", help=_METRICS)
     p.add_argument("--thoughts", choices=("auto", "on", "off"), default="auto", help="for expected and cot: think before "
                    "every token, beside the numbers without (default: if the model can)")  # fmt: skip
-    p.add_argument("--passes", metavar="P", type=_whole(1), default=1, help="thoughts per position, for expected")
-    p.add_argument("--thought-temperature", metavar="T", type=_TEMPERATURE, help="0: greedy (default: as trained)")
+    p.add_argument("--passes", metavar="P", type=whole_number(1), default=1, help="thoughts per position, for expected")
+    p.add_argument("--thought-temperature", metavar="T", type=TEMPERATURE, help="0: greedy (default: as trained)")
     a = p.parse_args(argv)
     start_jax(a.device)
     if a.metric != "answers":
@@ -219,7 +151,7 @@ def evaluate(argv: list[str]) -> int:
     unused = ("verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature")
     unused = (*unused, "too_long") if a.too_long == "error" else unused  # folders of earlier versions have no such key
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
-    out = Path(a.out).expanduser() if a.out else None
+    out = local_folder("--out", a.out) if a.out else None
     result = evaluate_model(
         load(a.model),
         task,
@@ -319,23 +251,23 @@ def _evaluate_quiet(a: argparse.Namespace) -> int:
 
 def export(argv: list[str]) -> int:
     """qstar export --run=DIR --arm=NAME [--iteration=N] --out=DIR"""
-    p = _parser("export", "Writes a model of a run as a folder in the Hugging Face layout.")
+    p = command_parser("export", "Writes a model of a run as a folder in the Hugging Face layout.")
     p.add_argument("--run", metavar="DIR", required=True, help="run folder: the --workdir of qstar train")
     p.add_argument("--arm", metavar="NAME", help="arm of the run (default: the only one)")
-    p.add_argument("--iteration", metavar="N", type=_whole(0), help="loop of the arm, 0: base (default: the last)")
+    p.add_argument("--iteration", metavar="N", type=whole_number(0), help="loop of the arm, 0: base (default: the last)")
     p.add_argument("--verifier", choices=("dpo", "orm", "prm"), default="", help="of a V-STaR run, not its generator")
     p.add_argument("--out", metavar="DIR", required=True, help="new folder, or an earlier export to replace")
     a = p.parse_args(argv)
     start_jax(a.device)
     from qstar.methods.evaluation import export_model
 
-    print(export_model(Path(a.run).expanduser(), a.arm, a.iteration, Path(a.out).expanduser(), a.verifier))
+    print(export_model(local_folder("--run", a.run), a.arm, a.iteration, local_folder("--out", a.out), a.verifier))
     return 0
 
 
 def report(argv: list[str]) -> int:
     """qstar report RUN"""
-    p = _parser("report", "Writes RUN/report.html: one self-contained page.", device=False)
+    p = command_parser("report", "Writes RUN/report.html: one self-contained page.", device=False)
     p.add_argument("run", metavar="RUN", help="run folder: the --workdir of qstar train")
     a = p.parse_args(argv)
     from qstar.report.html import write_report
@@ -346,7 +278,7 @@ def report(argv: list[str]) -> int:
 
 def compare(argv: list[str]) -> int:
     """qstar compare --a=NAME=FILE --b=NAME=FILE --out=DIR | --out=DIR --votes=FILE"""
-    p = _parser(
+    p = command_parser(
         "compare",
         "Writes a page that asks which of two rationales is better without telling whose they are; with --votes, counts "
         "what people said.",
@@ -356,8 +288,8 @@ def compare(argv: list[str]) -> int:
     p.add_argument("--a", metavar="NAME=FILE", help="rationales: JSONL with problem_id, prompt and completion")
     p.add_argument("--b", metavar="NAME=FILE", help="those they are compared with")
     p.add_argument("--out", metavar="DIR", required=True, help="folder of compare.html and key.json")
-    p.add_argument("--count", metavar="N", type=_whole(1), default=50, help="questions at most (default: 50)")
-    p.add_argument("--seed", metavar="N", type=_whole(0, SEEDS - 1), default=0, help="of the draw, the order and the sides")
+    p.add_argument("--count", metavar="N", type=whole_number(1), default=50, help="questions at most (default: 50)")
+    p.add_argument("--seed", metavar="N", type=whole_number(0, SEEDS - 1), default=0, help="of the draw, the order and the sides")
     p.add_argument("--right", action="store_true", help="only problems that both got right")
     p.add_argument("--votes", metavar="FILE", action="append", default=[], help="votes.jsonl of the page; repeatable")
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -367,7 +299,7 @@ def compare(argv: list[str]) -> int:
     from qstar.report.compare import Side, count_votes, write_comparison
     from qstar.train.metrics import show_table
 
-    folder = Path(a.out).expanduser()
+    folder = local_folder("--out", a.out)
     require((not a.votes or not (a.a or a.b), "compare: --votes counts what was asked before; leave --a and --b out"))
     if not a.votes:
         sides = {flag: (getattr(a, flag) or "").partition("=") for flag in ("a", "b")}
@@ -392,7 +324,7 @@ def compare(argv: list[str]) -> int:
 
 def plan(argv: list[str]) -> int:
     """qstar plan --config=FILE[:ARG] --topology=v5e:4x4[,v5e:8x8] [--config.key=value ...]"""
-    p = _parser(
+    p = command_parser(
         "plan",
         "Compiles what a config would run, for a slice that is not here: memory, collectives, time at best. Exit code 1: no.",
         epilog="qstar plan --config=configs/star_gsm8k.py --topology=v6e:2x4 --config.train.batch_size=16",
@@ -403,11 +335,11 @@ def plan(argv: list[str]) -> int:
     p.add_argument("--topology", metavar="NAME", required=True, help="v5e:4x4, v5p:2x2x1, v6e:2x4, gpu:8, cpu:8; or several")
     p.add_argument("--search", action="store_true", help="finds the cheapest layout that fits (mesh, remat, accumulate)")
     p.add_argument("--only", metavar="TEXT", default="", help="programs whose names hold this text")
-    p.add_argument("--rows-per-chip", metavar="N", type=_whole(0), default=0, help="instead of the config's batch size")
+    p.add_argument("--rows-per-chip", metavar="N", type=whole_number(0), default=0, help="instead of the config's batch size")
     p.add_argument("--hlo", metavar="DIR", default="", help="keeps the compiled texts there")
-    p.add_argument("--hbm", metavar="GIB", type=_number(lambda x: x > 0, "above 0"), default=0.0, help="per chip")
-    p.add_argument("--prompt-tokens", metavar="N", type=_whole(1), default=256, help="of a prompt (default: 256)")
-    p.add_argument("--prefix-tokens", metavar="N", type=_whole(0), default=0, help="of a few-shot prefix (default: 0)")
+    p.add_argument("--hbm", metavar="GIB", type=number(lambda x: x > 0, "above 0"), default=0.0, help="per chip")
+    p.add_argument("--prompt-tokens", metavar="N", type=whole_number(1), default=256, help="of a prompt (default: 256)")
+    p.add_argument("--prefix-tokens", metavar="N", type=whole_number(0), default=0, help="of a few-shot prefix (default: 0)")
     p.add_argument("--full-effort", action="store_true", help="optimise as for a run: slower, temporaries a little smaller")
     p.add_argument("--json", action="store_true", help="one JSON object (a list, of several slices)")
     a, rest = p.parse_known_args(argv)
@@ -436,7 +368,7 @@ BENCHES = ("distil", "generate", "quiet_star", "rl", "sandbox", "train")  # modu
 
 def bench(argv: list[str]) -> int:
     """qstar bench distil | generate | quiet_star | rl | sandbox | train [--json]"""
-    p = _parser("bench", "Measures qstar beside what it could be replaced by, on this machine, in one interleaved run.")
+    p = command_parser("bench", "Measures qstar beside what it could be replaced by, on this machine, in one interleaved run.")
     p.add_argument("what", choices=BENCHES, type=lambda text: "distil" if text == "distill" else text)
     p.add_argument("--json", action="store_true", help="JSON instead of a table")
     p.add_argument("--quick", action="store_true", help="one repetition of small sizes")

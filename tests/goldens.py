@@ -28,7 +28,7 @@ RUNS = {
     "grpo": "grpo_arithmetic.py:smoke",
 }
 CLOCK = ("seconds", "tokens_per_second", "memory", "mfu", "recompiles", "duration", "time", "rate")
-NOT_RESULTS = ("config.json", "environment.json", "metrics.jsonl")
+NOT_RESULTS = ("config.json", "environment.json", "resolved.json", "metrics.jsonl")
 
 
 def golden(folder: pathlib.Path) -> dict:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from qstar.__main__ import main
 from qstar.config_file import read_config
-from qstar.methods.run_folder import open_run, write_json
+from qstar.methods.run_folder import open_run, unlock, write_json
 from qstar.models import hf
 from qstar.models.config import preset
 from qstar.models.model import Model, save
@@ -356,6 +356,7 @@ def make_runs(root):
     config = read_config(SUMS).to_dict()
     for name in ("run", "early"):
         open_run(root / name, config)
+        unlock(root / name)
         Writer(root / name).close()
     other = preset("tiny", vocab_size=20, hidden_size=32, num_layers=2)
     weights = Checkpoints(root / "run" / "base" / "model")
@@ -363,6 +364,7 @@ def make_runs(root):
     weights.close()
     write_json(root / "run" / "base" / "summary.json", {"steps": 150})
     open_run(root / "v_run", read_config(SUMS_V).to_dict())
+    unlock(root / "v_run")
     (root / "votes").mkdir()
     write_json(root / "votes" / "key.json", {"page": "p", "a": "x", "b": "y", "items": {"000": {"left": "a"}}})
     (root / "damaged").mkdir()
@@ -370,8 +372,8 @@ def make_runs(root):
 
 
 def snapshot(folder):
-    """Every path below a folder, with the bytes of the files."""
-    found = sorted(folder.rglob("*"))
+    """Every path below a folder, with the bytes of the files; not when a run was started and ended."""
+    found = [p for p in sorted(folder.rglob("*")) if p.name not in ("environment.json", "resolved.json")]
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in found}
 
 

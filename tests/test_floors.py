@@ -15,7 +15,7 @@ FLOORS = (
     {"models", "data", "tasks"},
     {"sample", "thoughts", "train"},
     {"methods"},
-    {"report", "bench", "plan", "commands", "config_file", "__main__"},
+    {"report", "bench", "plan", "commands", "flags", "config_file", "__main__"},
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 WITHIN = {
@@ -27,7 +27,7 @@ WITHIN = {
     ("thoughts", "sample"),
     ("thoughts", "train"),
     ("__main__", "commands"),  # what may look sideways
-    *(("commands", other) for other in ("report", "bench", "plan", "config_file")),
+    *(("commands", other) for other in ("report", "bench", "plan", "config_file", "flags")),
 }
 NO_JAX = ("text", "data", "tasks", "errors")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}

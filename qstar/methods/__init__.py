@@ -14,7 +14,7 @@ def run(config: Any, workdir: Any, console: Any) -> None:
     """
     from qstar.errors import check_seed, unknown
     from qstar.methods import guided_cot, quiet_star, rl, star, v_star
-    from qstar.methods.run_folder import unlock
+    from qstar.methods.run_folder import end_run, unlock
 
     methods: dict[str, Callable[..., None]] = {
         "star": star.run,
@@ -30,4 +30,5 @@ def run(config: Any, workdir: Any, console: Any) -> None:
     try:
         methods[config.method](config, workdir, console)
     finally:
+        end_run(workdir)
         unlock(workdir)

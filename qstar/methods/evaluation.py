@@ -20,7 +20,7 @@ from qstar.methods.arms import Context
 from qstar.methods.checks import fit_prompts
 from qstar.methods.quiet_setup import Study as QuietStudy
 from qstar.methods.rollouts import SampleSettings, attempt
-from qstar.methods.run_folder import once, open_run
+from qstar.methods.run_folder import end_run, once, open_run
 from qstar.methods.select import Scorer, curves, difference, ks_for, quality
 from qstar.methods.v_star_measure import Ballots, by_problem, candidates
 from qstar.methods.v_star_setup import Study
@@ -101,6 +101,8 @@ def evaluate_model(
             )
             result.update(many(drawn, samples, task.ballots))
             result.update(by_scores(drawn, samples, scorers or {}, folder, task.ballots, model.tokenizer))
+    if out is not None:
+        end_run(out)
     return result
 
 

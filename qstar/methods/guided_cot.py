@@ -35,6 +35,7 @@ from qstar.methods.run_folder import check_run, once, once_json, open_run, stabl
 from qstar.methods.screen import Screen
 from qstar.methods.settings import Gate, Log, Sections, settings_from
 from qstar.methods.training import Stage
+from qstar.models.hf import read_config
 from qstar.models.model import Model
 from qstar.tasks import make_task
 from qstar.tasks.multihop import MultiHop
@@ -208,7 +209,11 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a config for every student seed, going on where an earlier run of the same config stopped."""
     study = Study.make(config, Path(workdir), console)
     check_run(study.workdir, config.to_dict())
-    open_run(study.workdir, config.to_dict())
+    if isinstance(study.setting, guided_multihop.MultiHop):
+        for folder in filter(None, (study.setting.settings.small, study.setting.settings.large.get("path"))):
+            read_config(folder)  # a model that is not there shows before anything is written
+    arms = {n: {"arm": r, **dict(zip(("rl", "train"), study.rl_settings(n)))} for n, r in study.recipes.items()}
+    open_run(study.workdir, config.to_dict(), resolved={**study.settings(), "arms": arms})
     study.writer = Writer.of_run(study.workdir, config.to_dict())
     study.say("\n[bold]large model[/bold]")
     study.setting.train_large(functools.partial(study.stage, study.workdir, {"arm": "large"}))

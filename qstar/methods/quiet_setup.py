@@ -17,6 +17,7 @@ from qstar.methods import base_model
 from qstar.methods.screen import Screen
 from qstar.methods.settings import Gate, Log, Sections, check_keys, settings_from
 from qstar.methods.training import UpdateSettings
+from qstar.models.hf import read_config
 from qstar.models.thought_config import ThoughtConfig
 from qstar.tasks.folds import Folds
 from qstar.text.tokenizer import load_tokenizer
@@ -175,8 +176,12 @@ def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
         (bool(source), "config.data.source is not set; name a jsonl or parquet file, or a hub data set"),
         (bool(folder), "config.data.tokenizer is not set; name a folder with tokenizer files, or set model.path"),
     )
+    if folder == model_path:
+        read_config(folder)  # whether there is such a model at all
+    where = f"config.data.tokenizer={folder}"
+    require((Path(folder).expanduser().is_dir(), f"{where}: no such folder; name one that holds tokenizer files"))
     tokenizer = load_tokenizer(folder)
-    require((tokenizer is not None, f"{folder}: has no tokenizer files; name another folder in config.data.tokenizer"))
+    require((tokenizer is not None, f"{where}: this folder has no tokenizer files; name another one"))
     return _call(TextCorpus, options, source, tokenizer)
 
 

@@ -91,7 +91,8 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     check_vocabulary(start.config, study.corpus.tokenizer, "config.data")
     for name, recipe in recipes.items():
         check_room(study, start, name, recipe)
-    open_run(study.workdir, config.to_dict())
+    arms = {n: {"arm": r, "thoughts": study.thoughts.replace(**r.thoughts)} for n, r in recipes.items()}
+    open_run(study.workdir, config.to_dict(), resolved={"model": start.config, **study.settings(), "arms": arms})
     study.begin()
     models = {"base": quiet_base.prepare(study, start)}
     measure_difficulty(study, models["base"])

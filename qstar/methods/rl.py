@@ -92,7 +92,9 @@ def run(config: Any, workdir: Path, console: Any) -> None:
         name: Verifiable(ctx.task, ctx.seed, settings.prompts, loop.problems_per_iter, loop.few_shot_at_sample)
         for name, (_, settings) in arms.items()
     }
-    open_run(ctx.workdir, config.to_dict())
+    resolved = {name: {"rl": rl, "train": settings} for name, (rl, settings) in arms.items()}
+    resolved = {"model": start.config, **ctx.settings(), "loop": loop, "arms": resolved}
+    open_run(ctx.workdir, config.to_dict(), resolved=resolved)
     ctx.start()
     base = base_model.prepare(ctx, start)
     for name, (rl_settings, settings) in arms.items():

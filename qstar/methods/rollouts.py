@@ -65,7 +65,7 @@ def attempt(
     folder: Path,
     stage: str,
     few_shot: bool = True,
-    progress: Callable[[int, Rollout], None] | None = None,
+    progress: Callable[[int, Rollout | None], None] | None = None,
 ) -> list[Rollout]:
     """Samples k completions of every problem and scores them, one JSONL file per round of problems.
 
@@ -79,11 +79,17 @@ def attempt(
         chunk = problems[start : start + size]
         round_seed = stable_seed(seed, stage, iteration, r)
 
+        fresh = False
+
         def make(chunk: Sequence[Problem] = chunk, round_seed: int = round_seed) -> list[dict[str, Any]]:
+            nonlocal fresh
+            fresh = True
             rows = _round(model, task, chunk, settings, k, hinted, iteration, round_seed, few_shot, progress)
             return [row.to_json() for row in rows]
 
         rows = once(folder / f"{stage}_{r:03d}.jsonl", make)
+        if progress is not None and not fresh:  # an earlier process has made it
+            progress(len(rows), None)
         out += [Rollout(**row) for row in rows]
     return out
 

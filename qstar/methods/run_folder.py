@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import datetime
 import fcntl
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +28,7 @@ from qstar.models.hf import read_json
 
 # Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
 FREE_KEYS = ("log",)
+_BEGAN = time.monotonic()  # about when this process did
 
 
 def once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -63,8 +69,14 @@ def write_json(path: Path, value: Any) -> None:
         files.write(path, (json.dumps(value, indent=1) + "\n").encode(), checksum=True)
 
 
-def open_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> None:
+def open_run(
+    workdir: Path, config: dict[str, Any], flag: str = "--workdir", resolved: dict[str, Any] | None = None
+) -> None:
     """Starts a run in `workdir`, or goes on with the run of the same config that is there.
+
+    Args:
+      resolved: settings with all their defaults and presets filled in, for readers: resolved.json. Dataclasses are written
+        as objects.
 
     Raises:
       UserError: see `check_run`; or the folder cannot be written.
@@ -75,10 +87,40 @@ def open_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> 
         processes.from_first(lambda: lock(workdir, flag))
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config)
-        write_json(workdir / "environment.json", environment())
+        if resolved and not (workdir / "resolved.json").exists():
+            write_json(workdir / "resolved.json", _as_json(resolved))
+        old = workdir / "environment.json"
+        before = read_json(old) if files.intact(old) else {}
+        write_json(old, environment(before))
         processes.agreed(True)
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be written ({e.strerror}); name another folder") from None
+
+
+def end_run(workdir: Path) -> None:
+    """Adds to environment.json when this process ended, and its seconds; nothing where no run was opened by it."""
+    path = workdir / "environment.json"
+    if workdir.resolve() in _locks and files.intact(path):
+        there = read_json(path)
+        seconds = round(there.get("seconds", 0.0) + time.monotonic() - _BEGAN, 1)
+        with contextlib.suppress(OSError):  # a full disk: what ended the run is to be told, not this
+            write_json(path, there | {"ended": _now(), "seconds": seconds})
+
+
+def _as_json(value: Any) -> Any:
+    """Settings as JSON values; what JSON has no form for becomes text."""
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(v) for v in value]
+    finite = not isinstance(value, float) or abs(value) < float("inf")
+    return value if isinstance(value, (bool, int, float, str, type(None))) and finite else str(value)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 _locks: dict[Path, Any] = {}  # folder -> the open lock file: closing it would give the lock up
@@ -171,17 +213,28 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], where: str, prefix: st
             )
 
 
-def environment() -> dict[str, Any]:
-    """Returns what a reader needs to judge the run's numbers: versions, devices, revision, command."""
+def environment(before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what a reader needs to judge the run's numbers: dates, host, versions, devices, revision, command.
+
+    Args:
+      before: what an earlier process of the run wrote. Its start stays, and the seconds of all that ended by themselves
+        add up.
+    """
     import flax
     import jaxlib
     import optax
 
     from qstar import __version__
 
-    devices = jax.devices()
+    devices, before = jax.devices(), before or {}
+    program = Path(sys.argv[0]).name
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*(("python", "-m", "qstar") if program == "__main__.py" else (program,)), *sys.argv[1:]]),
+        "started": before.get("started") or _now(),
+        "ended": None,
+        "seconds": before.get("seconds") or 0.0,
+        "starts": (before.get("starts") or 0) + 1,
+        "host": socket.gethostname(),
         "qstar": __version__,
         "revision": _revision(),
         "python": platform.python_version(),

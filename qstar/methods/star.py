@@ -122,7 +122,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx = Context.make(config, Path(workdir), console)
     arms = {name: ctx.arm_settings(Loop, PRESETS, name) for name in config.arms}
     start = base_model.checked(ctx, config, arms.values())
-    open_run(ctx.workdir, config.to_dict())
+    open_run(ctx.workdir, config.to_dict(), resolved={"model": start.config, **ctx.settings(), "arms": arms})
     ctx.start()
     base = base_model.prepare(ctx, start)
     for name, loop in arms.items():

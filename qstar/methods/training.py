@@ -211,6 +211,8 @@ def _train(start, stage, tx, step_at, batch_at, roles, watch):
         watch=Watch(_flops_of(start, s), s.transfer_guard),
     ):
         state, last = at.state, at.step
+        if not at.metrics and stage.progress is not None:  # it goes on from a checkpoint
+            stage.progress(at.step, {})
         if at.metrics:
             metrics = at.metrics
             stage.writer.write(

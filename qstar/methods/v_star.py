@@ -97,7 +97,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     arms = {name: ctx.arm_settings(Loop, PRESETS, name) for name in config.arms}
     start = base_model.checked(ctx, config, arms.values())
     solutions = d_sft(ctx)
-    open_run(ctx.workdir, config.to_dict())
+    open_run(ctx.workdir, config.to_dict(), resolved={"model": start.config, **ctx.settings(), "arms": arms})
     ctx.start()
     base_model.show_parameters(ctx, start)
     base = start if config.model.path else base_model.train_base(ctx, start)

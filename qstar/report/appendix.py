@@ -114,10 +114,29 @@ def config_section(run: Run | QuietRun) -> Safe:
     )
     config = tag("div", table(["key", "value"], rows), id="config-table")
     parts = [details(f"Config ({len(flat)} keys)", search, config)]
+    if run.resolved:
+        lines = [[tag("code", key), tag("code", _json(value))] for key, value in flatten(run.resolved)]
+        parts.append(details("Settings with presets and defaults filled in", table(["", ""], lines)))
     if run.environment:
         lines = [[tag("code", key), tag("code", _json(value))] for key, value in flatten(run.environment)]
         parts.append(details("Environment", table(["", ""], lines)))
     return section("config", "How to repeat it", *parts)
+
+
+def provenance(environment: Mapping[str, Any]) -> Safe | None:
+    """When and where a run was made, how long it took, and by which command; for the head of a page."""
+    if not environment.get("started"):
+        return None  # of an earlier version
+    get, starts = environment.get, environment.get("starts") or 1
+    seconds = round(get("seconds") or 0)
+    clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} h" if seconds >= 3600 else f"{seconds} s"
+    parts = [
+        f"started {str(get('started'))[:16].replace('T', ' ')} UTC on {get('host')}",
+        clock + (f" in {starts} starts" if starts > 1 else "") if get("ended") else "not ended yet, or killed",
+        f"{get('devices')} x {get('device')}" + (f" in {get('processes')} processes" if get("processes") != 1 else ""),
+        f"qstar {get('qstar')}" + (f" ({get('revision')})" if get("revision") else ""),
+    ]
+    return note(" · ".join(parts), tag("br"), tag("code", get("command")))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -30,6 +30,7 @@ class GuidedRun:
     name: str
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
+    resolved: Mapping[str, Any]
     gates: Mapping[str, Any]
     fixed: Mapping[str, list[int]]  # arms without a student: whether each question is answered right
     arms: Mapping[str, list[Mapping[str, Any]]]  # arm -> an evaluation per student
@@ -58,6 +59,7 @@ def read_guided(folder: str | Path) -> GuidedRun:
         name=str(config.get("name") or folder.resolve().name),
         config=config,
         environment=read_dict(folder / "environment.json"),
+        resolved=read_dict(folder / "resolved.json"),
         gates=read_dict(large / "gates.json"),
         fixed=read_dict(large / "fixed_arms.json"),
         arms={n: [found for name, found in evaluated if name == n] for n in names},
@@ -82,7 +84,8 @@ def page(run: GuidedRun) -> str:
         appendix.gates_section(run, GATES),
         appendix.config_section(run),
     ]
-    header = [tag("h1", f"{run.name} · LM-Guided CoT"), tag("p", headline(run), class_="headline"), _steps(run)]
+    header = [tag("h1", f"{run.name} · LM-Guided CoT"), tag("p", headline(run), class_="headline")]
+    header += [appendix.provenance(run.environment), _steps(run)]
     if not run.results:
         unfinished = (
             "This run is not finished: it is still going on, or was interrupted. Make the report again to see more."

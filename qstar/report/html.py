@@ -93,6 +93,7 @@ def _header(run: Run) -> list[Safe | None]:
     return [
         tag("h1", f"{run.name} · {run.method}", tag("span", run.status, class_=f"chip {chip}")),
         _headline(run),
+        appendix.provenance(run.environment),
         sections.stopped(run),
         sections.summary(run),
     ]

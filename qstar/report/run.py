@@ -63,6 +63,7 @@ class Run:
     method: str
     config: Mapping[str, Any]
     environment: Mapping[str, Any] = field(default_factory=dict)
+    resolved: Mapping[str, Any] = field(default_factory=dict)  # the config with presets and defaults filled in
     gates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arms: Sequence[Arm] = ()
     base_train: Sequence[Row] = ()  # the training of a from-scratch base
@@ -94,6 +95,7 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
         method=str(config["method"]),
         config=config,
         environment=read_dict(folder / "environment.json"),
+        resolved=read_dict(folder / "resolved.json"),
         gates={k: v for where in ("base", "g_sft") for k, v in read_dict(folder / where / "gates.json").items()},
         arms=sorted(arms, key=lambda arm: arm.rationalises is False),  # the arm without is the comparison
         base_train=_stage([row for row in rows if row["arm"] not in names], "train"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ import numpy as np
 from qstar.errors import UserError
 from qstar.text import tokenizer_files
 
+# transformers says that there is no PyTorch, which reads like a failure: tokenizers are all that it is used for.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 # Any of these in a folder means "there is a tokenizer here"; merges.txt and the configs alone are not enough.
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 

@@ -163,11 +163,29 @@ def read_content(folder: Path) -> tuple[bytes, bool]:
 
 
 def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """Prints rows of equal keys as a table, in as few columns of the terminal as they take."""
+    """Prints rows of equal keys as a table, in as few columns of the terminal as they take.
+
+    What is wider than the terminal is cut into several tables, each with the first column; a single row stands upright.
+    """
     if not rows:
         return
+    cells = {name: [name, *(_cell(row[name]) for row in rows)] for name in rows[0]}
+    widths = {name: max(map(len, column)) + 2 for name, column in cells.items()}
+    if sum(widths.values()) > console.width + 2:
+        if len(rows) == 1:
+            return show_table(console, title, [{"": name, "value": _cell(value)} for name, value in rows[0].items()])
+        first, *others = rows[0]
+        fits, used = [], widths[first]
+        for name in others:
+            used += widths[name]
+            if fits and used > console.width + 2:
+                break
+            fits.append(name)
+        if fits != others:
+            show_table(console, title, [{k: row[k] for k in (first, *fits)} for row in rows])
+            return show_table(console, "", [{k: v for k, v in row.items() if k not in fits} for row in rows])
     table = Table(
-        title=title,
+        title=title or None,
         title_justify="left",
         title_style="bold",
         header_style="bold",

@@ -36,6 +36,7 @@ def page(run: QuietRun) -> str:
     header = [
         tag("h1", f"{run.name} · {run.method}"),
         tag("p", *_small_intervals(frames.headline(run)), class_="headline"),
+        appendix.provenance(run.environment),
         _method(run),
         _alarms(run),
     ]

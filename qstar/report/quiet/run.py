@@ -60,6 +60,7 @@ class QuietRun:
     method: str
     config: Mapping[str, Any]
     environment: Mapping[str, Any] = field(default_factory=dict)
+    resolved: Mapping[str, Any] = field(default_factory=dict)  # the config with presets and defaults filled in
     gates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arms: Sequence[QuietArm] = ()
     base_train: Sequence[Row] = ()  # the training of a from-scratch base
@@ -80,6 +81,7 @@ def read_quiet_run(folder: str | os.PathLike) -> QuietRun:
         method=str(config["method"]),
         config=config,
         environment=read_dict(folder / "environment.json"),
+        resolved=read_dict(folder / "resolved.json"),
         gates=read_dict(folder / "base" / "gates.json"),
         arms=[_read_arm(folder, name, rows) for name in names],
         base_train=_stage([row for row in rows if row.get("arm", "") not in names], "train"),
