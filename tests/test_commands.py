@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from qstar import files
 from qstar.__main__ import COMMANDS, main
 from qstar.config_file import parse_overrides, read_config
 from qstar.methods.arms import loop_rows
@@ -90,7 +91,7 @@ def test_evaluate_keeps_its_answers_for_the_second_call(capfd, model, tmp_path):
     assert first["problems"] == 1 and first["accuracy"] == 0
     kept = tmp_path / "answers" / "greedy_000.jsonl"
     answer = json.loads(kept.read_text())
-    kept.write_text(json.dumps({**answer, "correct": True}) + "\n")  # what is counted is what is kept
+    files.write(kept, (json.dumps({**answer, "correct": True}) + "\n").encode(), checksum=True)  # what is kept counts
     assert json.loads(call(capfd, "evaluate", *flags, out, "--json"))["accuracy"] == 1
     assert main(["evaluate", *flags, out, "--split=test", "--temperature=0.5"]) == 2  # other answers than these
 

@@ -85,8 +85,9 @@ def model_options(ctx: Any) -> tuple[str, str, dict[str, Any]]:
         fixed = next(iter(sorted(options.keys() - RUN_OPTIONS)), "")
         free = ", ".join(sorted(RUN_OPTIONS))
         require((not fixed, f"config.model.{fixed} is fixed by the weights of {path}; there you can set {free}"))
+        encoder_decoder = is_encoder_decoder(path)  # names a folder that is not there, before any data is read
         why = "config.model.attention: a T5 has relative biases, which only XLA's attention knows; leave it out"
-        require((not ("attention" in options and is_encoder_decoder(path)), why))
+        require((not ("attention" in options and encoder_decoder), why))
     require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
     return path, name, options
 
