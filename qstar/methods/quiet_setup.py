@@ -124,10 +124,10 @@ class Study(Screen):
         recipe = settings_from(cls, own, f"arms.{name}")
         check_keys(ThoughtConfig, recipe.thoughts, f"arms.{name}.thoughts")
         self.thoughts.replace(**recipe.thoughts)
-        self.settings(recipe.train, f"arms.{name}.train")
+        self.update_settings(recipe.train, f"arms.{name}.train")
         return recipe
 
-    def settings(self, changes: dict[str, Any], where: str = "train") -> UpdateSettings:
+    def update_settings(self, changes: dict[str, Any], where: str = "train") -> UpdateSettings:
         """Returns the config's `train` section with an arm's changes."""
         return settings_from(UpdateSettings, {**self.config.train.to_dict(), **changes}, where)
 

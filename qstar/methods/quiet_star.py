@@ -137,7 +137,7 @@ def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model])
     """Trains one arm from its start, measuring it on held-out text on the way; returns its model."""
     start = thinking(study, recipe, models[recipe.start])
     teacher = models[recipe.teacher] if recipe.teacher else None
-    settings = study.settings(recipe.train)
+    settings = study.update_settings(recipe.train)
     tx = optimizer_for(settings.optimiser(), f"^policy/.*({recipe.trains})")
     seed = stable_seed(study.seed, name)
 
