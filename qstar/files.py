@@ -110,6 +110,20 @@ def intact(path: Path) -> bool:
     return True
 
 
+def verify(folder: Path) -> None:
+    """Names every file below a folder that is missing or damaged by its record (`intact`), also those that no stage reads
+    again: reports read them."""
+    for record in sorted(folder.rglob(".checksums/*")):
+        path = record.parent.parent / record.name
+        if path.name == "metrics.jsonl" or ".tmp-" in path.name:  # metrics are verified by who reads them
+            continue
+        if not path.exists():
+            warn(f"{path}: missing, though it was written; a stage that needs it makes it again")
+            record.unlink()
+        else:
+            intact(path)
+
+
 def parse_json(content: bytes | str, place: str) -> Any:
     """Returns the value of a JSON text.
 

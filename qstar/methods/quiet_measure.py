@@ -19,7 +19,7 @@ from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.mesh import to_host
 from qstar.methods.quiet_base import holds_steps
 from qstar.methods.quiet_setup import Study
-from qstar.methods.run_folder import once, once_json, stable_seed
+from qstar.methods.run_folder import intact, once, once_json, stable_seed
 from qstar.models.model import Model
 from qstar.thoughts import measure as m
 from qstar.train.evaluate import bootstrap_ci
@@ -70,7 +70,7 @@ def measure(study: Study, arm: str, model: Model, thinker: str, step: int) -> di
     place of the model's thoughts; right, the share of thoughts that hold the true steps.
     """
     path = study.workdir / arm / "evaluation" / f"step_{step:06d}.json"
-    if processes.exists(path):
+    if intact(path):
         return once_json(path, dict)
     found = once_json(path, lambda: _measure(study, arm, model, thinker, step))
     study.writer.write(stage="evaluation", arm=arm, step=step, **found)

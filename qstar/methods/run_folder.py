@@ -85,6 +85,7 @@ def open_run(
     processes.agreed(True)  # all have looked before the first one writes
     try:
         processes.from_first(lambda: lock(workdir, flag))
+        processes.from_first(lambda: files.verify(workdir))
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config)
         if resolved and not (workdir / "resolved.json").exists():

@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 
-from qstar.errors import UserError
+from qstar.errors import QstarWarning, UserError
 from qstar.methods import run_folder
 from qstar.methods.run_folder import once, once_json, open_run, stable_seed, write_json
 from tests.methods import stub
@@ -143,3 +143,16 @@ def test_seeds_depend_on_their_parts_alone():
     assert stable_seed(0, "base", 3) == zlib.crc32(b"0/base/3") % 2**31
     assert len({stable_seed(0, "a", n, "train") for n in range(1000)}) == 1000
     assert all(0 <= stable_seed(n) < 2**31 for n in range(1000))
+
+
+def test_damage_is_named_when_a_run_is_opened_also_where_no_stage_reads_the_file_again(tmp_path):
+    open_run(tmp_path, CONFIG)
+    for name in ("kept", "gone", "changed"):
+        once(tmp_path / "arm" / f"{name}.jsonl", lambda: [{"x": 1}])
+    (tmp_path / "arm/gone.jsonl").unlink()
+    (tmp_path / "arm/changed.jsonl").write_text('{"x": 2}\n')
+    with pytest.warns(QstarWarning) as told:
+        open_run(tmp_path, CONFIG)
+    assert [name for name in ("kept", "gone", "changed") if any(name in str(w.message) for w in told)] == ["gone", "changed"]
+    assert (tmp_path / "arm/changed.jsonl.damaged").exists()
+    assert once(tmp_path / "arm/changed.jsonl", lambda: [{"x": 1}]) == [{"x": 1}]
