@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -29,16 +30,27 @@ COMMANDS = {
 }
 
 
+KEPT = {  # what a SIGTERM leaves of these commands, unless they say it; the others end as ever
+    "train": "what its stages have finished is saved",
+    "evaluate": "nothing is kept without --out",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, or 2 for a user's mistake (one line on standard error)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command. Returns the exit code: 0, 2 for a user's mistake, or 1 for a training that failed (one line on
+    standard error). Without `argv`, the command line is read, and the process ends here."""
+    whole = argv is None
+    argv = list(sys.argv[1:] if whole else argv)
     for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is written as an escape
         with contextlib.suppress(AttributeError, ValueError):  # a notebook's stream, or a closed one
             stream.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings(), _quiet_threads(), _second_interrupt_ends():
+    sigterm = stop.listening(last=whole) if argv and argv[0] in KEPT else contextlib.nullcontext()
+    with warnings.catch_warnings(), _quiet_threads(), _second_interrupt_ends(), sigterm:
         warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         code = _run(argv)
     leave()
+    if whole:
+        _end(code)
     return code
 
 
@@ -48,6 +60,21 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
         usual(message, category, *place)
     elif is_first():
         print("qstar: warning: " + " ".join(str(message).split()), file=sys.stderr)
+def _end(code: int) -> None:
+    """Ends the process without taking the interpreter down: threads of XLA may still compute, after an interruption above
+    all, and have crashed in that. What others registered for the exit is done, but for JAX's deletion of its backends."""
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        from jax._src import api
+
+        atexit.unregister(getattr(api, "clean_up", None))
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()  # the others would take a silent end for a crash
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def _run(argv: list[str]) -> int:
@@ -56,13 +83,17 @@ def _run(argv: list[str]) -> int:
         check_texts(argv)
         code = dispatch(argv)
         sys.stdout.flush()  # a full disk shows here, not when Python ends
+        stop.over()
         return code
     except UserError as e:
+        stop.over()
         print("qstar: " + " ".join(str(e).split()), file=sys.stderr)
-        return 2
-    except stop.Stopped:
+        return e.code
+    except stop.Stopped as e:
         if is_first():
-            print(f"qstar: stopped by SIGTERM and saved; go on with: qstar {shlex.join(argv)}", file=sys.stderr)
+            again = "start again" if argv[0] == "evaluate" and not e.saved else "go on"
+            saved = e.saved or KEPT.get(argv[0], "")
+            print(f"qstar: stopped by SIGTERM; {saved}; {again} with: qstar {shlex.join(argv)}", file=sys.stderr)
         return stop.exit_code()
     except KeyboardInterrupt:
         print(f"qstar: interrupted{again}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 from pathlib import Path
@@ -38,7 +37,6 @@ def train(argv: list[str]) -> int:
     config = read_config(a.config, overrides)
     workdir = local_folder("--workdir", a.workdir) if a.workdir else _default_workdir(config.get("name", "run"))
     start_jax(a.device, several=True)
-    import jax
     from rich.console import Console
 
     from qstar import methods
@@ -46,9 +44,8 @@ def train(argv: list[str]) -> int:
     from qstar.train import profile
 
     console = Console(quiet=not is_first())
-    with stop.listening() if jax.process_count() == 1 else contextlib.nullcontext():
-        with profile.tracing(a.profile, workdir / "profile"):
-            methods.run(config, workdir, console)
+    with profile.tracing(a.profile, workdir / "profile"):
+        methods.run(config, workdir, console)
     if is_first():
         console.print(f"report: {write_report(workdir)}", highlight=False, soft_wrap=True)
     return 0
@@ -152,20 +149,23 @@ def evaluate(argv: list[str]) -> int:
     unused = (*unused, "too_long") if a.too_long == "error" else unused  # folders of earlier versions have no such key
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
     out = local_folder("--out", a.out) if a.out else None
-    result = evaluate_model(
-        load(a.model),
-        task,
-        split=a.split,
-        limit=a.limit,
-        samples=a.samples,
-        max_new_tokens=a.max_new_tokens,
-        temperature=a.temperature,
-        seed=a.seed,
-        out=out,
-        made_with=made_with,
-        scorers=scorers,
-        too_long=a.too_long,
-    )
+    try:
+        result = evaluate_model(
+            load(a.model),
+            task,
+            split=a.split,
+            limit=a.limit,
+            samples=a.samples,
+            max_new_tokens=a.max_new_tokens,
+            temperature=a.temperature,
+            seed=a.seed,
+            out=out,
+            made_with=made_with,
+            scorers=scorers,
+            too_long=a.too_long,
+        )
+    except stop.Stopped:
+        raise stop.Stopped(f"finished rounds of answers are kept in {out}" if out else "") from None
     title = f"{a.task}, {a.split}"
     page = write_evaluation(out, title, result, a.samples) if out and a.samples else None
     if a.json:

@@ -20,6 +20,14 @@ class UserError(Exception):
     ``UserError`` is a bug of ours and keeps its traceback.
     """
 
+    code = 2  # the exit code
+
+
+class TrainingFailed(UserError):
+    """A training that has learnt nothing, or no longer learns: a line that says why, and exit code 1."""
+
+    code = 1
+
 
 class QstarWarning(UserWarning):
     """What the user should know although the work goes on; the command line prints it as one line."""

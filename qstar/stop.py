@@ -1,8 +1,9 @@
-"""Being told to end: SIGTERM, which schedulers send before they take a machine away.
+"""Graceful preemption: SIGTERM, which schedulers send before they take a machine away, saves and ends with exit code 0.
 
 While a model trains, the update at hand is finished and saved; anywhere else the run ends at once, for what its stages
 have finished is on disk. A second SIGTERM, or `QSTAR_STOP_SECONDS` (default: 240) after the first, ends the process
-whatever it is doing. In a run of several processes JAX listens instead, and all of them stop after the same update.
+whatever it is doing. In a run of several processes JAX listens instead, and all of them stop after the same update, or at
+the same stage file.
 """
 
 from __future__ import annotations
@@ -23,22 +24,32 @@ _EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGT
 class Stopped(BaseException):
     """The run was told to end. Like KeyboardInterrupt it is nobody's error, and passes through `except Exception`."""
 
+    def __init__(self, saved: str = ""):
+        """`saved` says what was, beside finished stages."""
+        super().__init__(saved)
+        self.saved = saved
+
 
 class _State:
     told = False  # SIGTERM has come
     heard = False  # and who held it knows
+    over = False  # the run is at its end: SIGTERM changes nothing any more
     held = 0  # depth of `held`: somebody will look at `told`
     polls = 0  # of `asked` in a run of several processes
     forking = threading.local()  # per thread that forks: the signals it had blocked before
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """Turns SIGTERM into `Stopped` inside the block. Only the main thread can; in another nothing changes."""
+def listening(*, last: bool = False) -> Iterator[None]:
+    """Turns SIGTERM into `Stopped` inside the block. Only the main thread can; in another nothing changes.
+
+    Args:
+      last: the process ends after the block, and SIGTERM is ignored from then on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.told, _State.heard, _State.held = False, False, 0
+    _State.told, _State.heard, _State.held, _State.over = False, False, 0, False
     # The handler runs between two bytecodes of the main thread, which may be compiling for minutes. The pipe is written
     # by the signal itself, and read by a thread that can keep the time.
     ours, theirs = socket.socketpair()
@@ -50,15 +61,22 @@ def listening() -> Iterator[None]:
         yield
     finally:
         _State.told = _State.heard = False
-        signal.signal(signal.SIGTERM, old if old is not None else signal.SIG_DFL)
+        after = old if old is not None else signal.SIG_DFL
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if last else after)
         signal.set_wakeup_fd(old_pipe)
         theirs.close()  # ends the thread
 
 
 def _on_sigterm(number, frame) -> None:
     _State.told = True
-    if not _State.held:
+    if not _State.held and not _State.over:
+        _State.heard = True
         raise Stopped
+
+
+def over() -> None:
+    """Tells that nothing is left to be saved: a SIGTERM in the last second does not turn success into something else."""
+    _State.over = True
 
 
 def _keep_time(pipe: socket.socket) -> None:
@@ -108,6 +126,26 @@ def held() -> Iterator[None]:
     finally:
         _State.held -= 1
     if _State.told and not _State.heard and not _State.held:
+        raise Stopped
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Inside a block of `held`: SIGTERM raises `Stopped` at once again, or now, if it has come already. For what takes long
+    and may be cut off, like a measurement between two updates."""
+    if asked():
+        raise Stopped
+    depth, _State.held = _State.held, 0
+    try:
+        yield
+    finally:
+        _State.held = depth
+
+
+def check() -> None:
+    """Raises `Stopped` if the run was told to end and nobody holds it: in a run of several processes, where no signal
+    interrupts, or where code of others has swallowed the exception. All processes call it at the same places."""
+    if not _State.held and asked():
         raise Stopped
 
 

@@ -135,10 +135,10 @@ def train(tmp_path):
     """Starts the processes of a run; none outlives the test."""
     children = []
 
-    def call(count):
+    def call(count, command=LONG):
         port = free_port()
         more = {"PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
-        children.extend(start(port, i, count, *LONG, f"--workdir={tmp_path}/run", **more) for i in range(count))
+        children.extend(start(port, i, count, *command, f"--workdir={tmp_path}/run", **more) for i in range(count))
         return children[-count:]
 
     yield call
@@ -147,15 +147,16 @@ def train(tmp_path):
         child.communicate()
 
 
-def steps(folder):
+def steps(folder, stage="train"):
     file = folder / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [row["step"] for row in rows if row["stage"] == stage]
 
 
-def until(run, children, rows):
+def until(run, children, rows, stage="train"):
     """Waits until the run has logged so many rows."""
     end = time.monotonic() + 300
-    while len(steps(run)) < rows:
+    while len(steps(run, stage)) < rows:
         assert time.monotonic() < end and all(c.poll() is None for c in children), [c.communicate() for c in children]
         time.sleep(0.05)
 
@@ -168,7 +169,7 @@ def test_two_processes_train_one_model_stop_and_die_together_and_one_goes_on(tra
     said = [child.communicate(timeout=120) for child in both]
     assert [child.returncode for child in both] == [0, 0], said
     assert "parameters" in said[0][0] and "parameters" not in said[1][0]  # the first alone prints ...
-    assert "stopped by SIGTERM and saved" in said[0][1] and "stopped by" not in said[1][1]
+    assert "stopped by SIGTERM; saved after update " in said[0][1] and "stopped by" not in said[1][1]
 
     both = train(2)
     until(run, both, len(steps(run)) + 3)
@@ -186,3 +187,22 @@ def test_two_processes_train_one_model_stop_and_die_together_and_one_goes_on(tra
     again = steps(run)[steps(run).index(died) + 1 :]
     assert died - 20 <= again[0] <= died + 10 and again == list(range(again[0], again[-1] + 1, 10))
     assert len(list(run.glob("base/training/*/state"))) == 1
+
+
+RL = ["-m", "qstar", "train", f"--config={ROOT}/configs/grpo_arithmetic.py:smoke", "--config.base.steps=4", "--config.loop.rounds=1",
+      "--config.train.updates=3000", "--config.train.log_every=1", "--config.train.save_every=0"]  # fmt: skip
+
+
+def test_two_processes_of_rl_save_and_stop_together_and_go_on_with_the_very_next_update(train, tmp_path):
+    run = tmp_path / "run"
+    both = train(2, RL)
+    until(run, both, 2, "rl")
+    both[1].terminate()
+    said = [child.communicate(timeout=120) for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
+    done = steps(run, "rl")
+    assert f"stopped by SIGTERM; saved after update {done[-1]};" in said[0][1]
+    both = train(2, RL)
+    until(run, both, len(done) + 2, "rl")
+    again = steps(run, "rl")[len(done) :]  # where it resumes, the last row is written once more
+    assert done == list(range(1, len(done) + 1)) and again[:2] == [done[-1], done[-1] + 1]

@@ -82,3 +82,40 @@ def test_a_forked_worker_that_is_ended_does_not_end_the_run(start):
     assert child.poll() is None
     child.terminate()
     assert child.communicate(timeout=20)[0] == "asked\n" and child.returncode == 0
+
+
+END = """
+import atexit, os, signal, sys
+from qstar import __main__, stop
+class Late:
+    def __del__(self):
+        os.write(1, b"the interpreter was taken down\\n")
+__main__.late = Late()
+atexit.register(print, "bye")
+def told():
+    os.kill(os.getpid(), signal.SIGTERM)
+def dispatch(argv):
+    if argv[1] == "run":
+        told()  # while the table is printed, the report written
+    return 0
+def leave():
+    if argv[1] == "leave":
+        told()
+argv = sys.argv[:] = ["qstar", sys.argv[2], sys.argv[1]]
+argv = argv[1:]
+__main__.dispatch, __main__.leave = dispatch, leave
+atexit.register(lambda: argv[1] == "exit" and told())
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize("when", ["never", "run", "leave", "exit"])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_signal_in_the_last_second_does_not_make_a_failure_of_the_run(command, when):
+    """Nor does the end of the interpreter, which XLA's threads have crashed in: the process ends before it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", END, when, command], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "bye\n"), done
+    said = {"train": "what its stages have finished is saved; go on with: qstar train run",
+            "evaluate": "nothing is kept without --out; start again with: qstar evaluate run"}[command]  # fmt: skip
+    assert done.stderr == (f"qstar: stopped by SIGTERM; {said}\n" if when == "run" else "")

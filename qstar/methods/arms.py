@@ -14,7 +14,7 @@ from rich.console import Console
 
 from qstar import processes
 from qstar.data.sources import read_jsonl
-from qstar.errors import check_type, require, unknown
+from qstar.errors import TrainingFailed, check_type, require, unknown
 from qstar.mesh import make_mesh
 from qstar.methods.rollouts import SampleSettings, attempt, to_example
 from qstar.methods.run_folder import once, write_json
@@ -53,6 +53,7 @@ class Context(Screen):
     gates: dict[str, Gate]
     tokenizer: Tokenizer = None  # set with the base model
     writer: Writer = None
+    failures: list[str] = dataclasses.field(default_factory=list)  # arms whose training failed
 
     @classmethod
     def make(cls, config: Any, workdir: Path, console: Console, train: type = TrainSettings) -> Context:
@@ -97,8 +98,14 @@ class Context(Screen):
         self.writer = Writer.of_run(self.workdir, self.config.to_dict())
 
     def close(self) -> None:
-        """Flushes the metrics files."""
+        """Flushes the metrics files.
+
+        Raises:
+          TrainingFailed: an arm did not learn.
+        """
         self.writer.close()
+        if self.failures:
+            raise TrainingFailed("; ".join(self.failures))
 
     def seed_example(self, problem: Problem, hinted: bool) -> Example:
         """Returns a gold row of a from-scratch model's base, as a training example."""
@@ -123,7 +130,7 @@ class Arm:
         self.ctx, self.name, self.few_shot = ctx, name, few_shot
         self.folder = ctx.workdir / name
         self.seconds: dict[str, float] = {}
-        self._scores: list[float] = []
+        self._scores: dict[int, float] = {}  # loop -> accuracy
 
     def rationales(self, n: int) -> Path:
         """rationales/iter_NNN.jsonl"""
@@ -165,7 +172,7 @@ class Arm:
             out.update(summarise(name, [float(r.correct) for r in rows], [r.group for r in rows]))
             if not hinted:
                 out["eval_truncation_rate"] = sum(r.truncated for r in rows) / max(1, len(rows))
-        self._scores.append(out["accuracy"])
+        self._scores[n] = out["accuracy"]
         return out
 
     def report(self, n: int, metrics: dict[str, Any], more: dict[str, Any]) -> None:
@@ -196,7 +203,12 @@ class Arm:
 
     def stale(self, patience: int) -> bool:
         """Whether the best score is `patience` loops old."""
-        return len(self._scores) - 1 - self._scores.index(max(self._scores)) >= patience
+        return sum(n > self.best for n in self._scores) >= patience
+
+    @property
+    def best(self) -> int:
+        """The loop of the best score so far, of equal ones the first."""
+        return max(self._scores, key=self._scores.get)
 
     def stop(self, n: int, reason: str) -> None:
         """Ends the arm early, with the reason and the number of loops that made a model in status.json."""
@@ -204,9 +216,14 @@ class Arm:
         status = {"status": "stopped", "reason": reason, "iterations": len(self._scores) - 1}
         write_json(self.folder / "status.json", status)
 
+    def fail(self, n: int, why: TrainingFailed) -> None:
+        """Ends the arm early; when the other arms are done, the run fails for it (`Context.close`)."""
+        self.stop(n, str(why))
+        self.ctx.failures.append(f"arm {self.name}, loop {n}: {why}")
+
     def finish(self, base: Model) -> None:
         """Marks the arm as done (a stop stays a stop). Loops that were chosen on validation are tested once, here."""
-        best = self._scores.index(max(self._scores))
+        best = self.best
         if not processes.exists(self.folder / "status.json"):
             status = {"status": "finished", "reason": "", "iterations": len(self._scores) - 1}
             write_json(self.folder / "status.json", status)

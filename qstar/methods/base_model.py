@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from qstar import processes
-from qstar.errors import UserError, require
+from qstar.errors import TrainingFailed, UserError, require
 from qstar.mesh import parameter_table, shardings
 from qstar.methods.arms import Context
 from qstar.methods.checks import check_fits, check_model, check_problems, check_room
@@ -174,7 +174,7 @@ def train_base(ctx: Context, model: Model) -> Model:
                 progress=progress,
             )
     except Diverged as e:
-        raise UserError(f"config.base.lr={settings.lr}: {e}") from None
+        raise TrainingFailed(f"config.base.lr={settings.lr}: {e}") from None
     ctx.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
     return model
 

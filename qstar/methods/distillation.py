@@ -8,24 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from qstar import processes, tree
 from qstar.errors import require
-from qstar.mesh import put_whole_batch
-from qstar.methods.run_folder import once_json, stable_seed
-from qstar.methods.training import UpdateSettings, finished
+from qstar.methods.run_folder import data_hash, stable_seed
+from qstar.methods.training import Stage, UpdateSettings, train_stage
 from qstar.models import policy
-from qstar.models.decoder import PARAM_AXES
 from qstar.models.model import Model
 from qstar.sample.batching import padded_length, stream
 from qstar.train import distil as losses
-from qstar.train import optim
-from qstar.train.checkpoint import Checkpoints
-from qstar.train.loop import Diverged
 from qstar.train.metrics import Writer
-from qstar.train.state import create_state, optimizer_for
+from qstar.train.state import TrainState, optimizer_for
 from qstar.train.step import make_step
 
 
@@ -45,7 +38,10 @@ class DistilTrain(UpdateSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        require((self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"))
+        require(
+            (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"),
+            (not self.lora_rank, f"lora_rank={self.lora_rank}: distillation trains all of a model; leave it at 0"),
+        )
 
 
 @functools.lru_cache(maxsize=16)
@@ -95,64 +91,31 @@ def distil(
         require(
             (sizes[0] == sizes[1], f"teacher and student have vocabularies of {sizes[0]} and {sizes[1]}: use 'hard'")
         )
-    start = start.replace(params=tree.cast(start.params, np.float32))
-    weights, done = Checkpoints(folder / "model"), folder / "summary.json"
-    if finished(folder) and (kept := weights.resume(start.params)) is not None:
-        processes.remove(folder / "training")
-        weights.close()
-        return start.replace(params=kept.state), once_json(done, dict)
-    params, summary = _train(start, rows, settings, train, steps, seed, folder, writer, label, teacher, progress)
-    weights.save(steps, params)
-    weights.close()
-    once_json(done, lambda: {**summary, "rows": len(rows)})
-    processes.remove(folder / "training")
-    return start.replace(params=params), once_json(done, dict)
-
-
-def _train(start, rows, settings, train, steps, seed, folder, writer, label, teacher, progress):
     limit = policy.text_limit(start.config, start.tokenizer)
     other = (teacher or start).config
     tx, step = compiled(start.config, other, settings, limit, only_updates(train))
-    params = {"policy": start.params}
-    if settings.kind != "hard":
-        params["teacher"] = teacher.params
-    state = create_state(params, tx, seed=seed, mesh=start.mesh, table=PARAM_AXES)
-    checkpoints = Checkpoints(folder / "training")
-    at, bad, window = 0, 0, []
-    if (kept := checkpoints.resume(state)) is not None:
-        state, record, at = kept
-        bad = record["bad"]
     lengths = [padded_length(max(len(getattr(r, k)) for r in rows)) for k in ("prompt", "teacher_prompt")]
-    lr_at = optim.schedule(train.schedule, train.lr, warmup=train.warmup, steps=steps, end=train.end)
-    rate = np.asarray(jax.vmap(lr_at)(np.arange(steps))) if steps else np.zeros(0)
-    last: dict[str, float] = {}
-    for s in range(at, steps):
+
+    def batch_at(s: int, state: TrainState) -> losses.Lesson:
         rng = np.random.default_rng([seed, s])
         own = settings.on_policy > 0 and rng.random() < settings.on_policy
         chosen = [rows[i] for i in rng.choice(len(rows), train.batch_size, replace=train.batch_size > len(rows))]
         if own:
             chosen = own_text(start, state.params["policy"], chosen, train.max_new_tokens, stable_seed(seed, s))
-        batch = lesson(start.config, other, chosen, lengths, train.max_new_tokens)
-        batch = put_whole_batch(batch, start.mesh)
-        state, metrics = step(state, batch, np.float32(rate[s]))
-        window.append(metrics)
-        ends = s + 1 == steps
-        if (s + 1) % train.log_every == 0 or ends:
-            host = jax.device_get(window)
-            skipped = [m["skipped"] for m in host]
-            bad = bad + len(skipped) if all(skipped) else 0
-            last = {k: float(np.mean([m[k] for m in host])) for k in host[0]}
-            writer.write(stage="train", step=s + 1, lr=float(rate[s]), **label, **last)
-            window = []
-            if progress is not None:
-                progress(s + 1, last)
-            if bad >= train.max_bad:
-                raise Diverged(f"{bad} updates in a row were not finite, up to step {s + 1}; lower the learning rate")
-        if train.save_every and (s + 1) % train.save_every == 0 and not ends:
-            checkpoints.save(s + 1, state, {"bad": bad})
-            checkpoints.wait()
-    checkpoints.close()
-    return state.params["policy"], {"steps": steps, "loss": last.get("loss"), "nll": last.get("nll")}
+        return lesson(start.config, other, chosen, lengths, train.max_new_tokens)
+
+    data = data_hash([settings, *rows])
+    stage = Stage(folder, train, steps, seed, writer, label, progress, data=data)
+    model, summary = train_stage(
+        start,
+        stage,
+        tx,
+        lambda s: step,
+        batch_at,
+        roles={"teacher": teacher.params} if soft else None,
+        on_policy=True,
+    )
+    return model, {**summary, "rows": len(rows)}
 
 
 def only_updates(train: UpdateSettings) -> UpdateSettings:

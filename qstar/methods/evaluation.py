@@ -35,6 +35,8 @@ from qstar.train.checkpoint import Checkpoints
 from qstar.train.evaluate import pass_at_k, summarise
 from qstar.types import Rollout
 
+ROUND = 512  # completions that are kept at once: what an interruption can lose
+
 
 def evaluate_model(
     model: Model,
@@ -77,7 +79,7 @@ def evaluate_model(
         open_run(out, made_with or {}, "--out")
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
-        settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=0.0)
+        settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=0.0, round_size=ROUND)
         greedy = attempt(
             model, task, problems, settings, k=1, hinted=False, iteration=0, seed=seed, folder=folder, stage="greedy"
         )
@@ -86,7 +88,7 @@ def evaluate_model(
         result["answered"] = sum(r.answer is not None for r in greedy) / len(greedy)
         result["truncation_rate"] = sum(r.truncated for r in greedy) / len(greedy)
         if samples:
-            settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=temperature)
+            settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=temperature, round_size=ROUND)
             drawn = attempt(
                 model,
                 task,

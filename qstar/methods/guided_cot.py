@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from qstar import processes
-from qstar.errors import UserError, check_type, require, unknown
+from qstar.errors import TrainingFailed, check_type, require, unknown
 from qstar.mesh import make_mesh
 from qstar.methods import guided_multihop, guided_synth
 from qstar.methods.distillation import DistilTrain, Pair, distil
@@ -254,7 +254,7 @@ def student(study: Study, seed: int) -> dict[str, dict[str, Any]]:
             else:
                 models[name] = refined(study, folder, name, models[recipe.start], own, seed)
         except Diverged as e:
-            raise UserError(f"config.arms.{name}: {e}") from None
+            raise TrainingFailed(f"config.arms.{name}: {e}") from None
         out[name] = evaluate(study, folder, name, models[name], seed)
         if name in study.studied:
             study.say("    votes, choices, leaks")

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 
-from qstar.errors import UserError, require
+from qstar.errors import TrainingFailed, require
 from qstar.mesh import to_host
 from qstar.methods.gates import check_gates
 from qstar.methods.quiet_setup import Study
@@ -64,7 +64,7 @@ def _train(study: Study, model: Model) -> Model:
                 lambda s: study.batch(study.corpus.base_rows(s, settings.batch_size, study.seed)),
             )
         except Diverged as e:
-            raise UserError(f"config.base.lr={settings.lr}: {e}") from None
+            raise TrainingFailed(f"config.base.lr={settings.lr}: {e}") from None
     study.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
     return model
 

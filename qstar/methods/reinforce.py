@@ -13,6 +13,7 @@ checkpoint and ends with the same bits: rollouts depend on (parameters, seed, up
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -25,12 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar import processes, tree
 from qstar.errors import require
 from qstar.mesh import put_whole_batch, to_host
 from qstar.methods.distillation import only_updates
-from qstar.methods.run_folder import once_json, stable_seed
-from qstar.methods.training import UpdateSettings, finished
+from qstar.methods.run_folder import data_hash, stable_seed
+from qstar.methods.training import MACHINE, UpdateSettings, train_once
 from qstar.models import heads, policy
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
@@ -38,8 +38,9 @@ from qstar.models.model import Model, encoder_ids
 from qstar.sample.batching import padded_length, stream
 from qstar.train import optim, rl
 from qstar.train.checkpoint import Checkpoints
-from qstar.train.loop import Diverged
+from qstar.train.loop import fit
 from qstar.train.metrics import Writer
+from qstar.train.profile import Watch
 from qstar.train.state import TrainState, create_state
 from qstar.train.step import make_step
 from qstar.types import Completion, Params
@@ -55,13 +56,14 @@ class ReinforceSettings(UpdateSettings):
     prompts: int = 64  # per update
     epochs: int = 1  # over the responses of an update
     max_new_tokens: int = 64
-    max_moved: float = 0.0  # nats per token from the old policy, above which the rest of an update is left out; 0 = off
+    max_moved: float = 0.0  # nats per token from the old policy, above which an update's other minibatches are left out; 0 = off
     max_kl: float = 0.0  # nats per response from the reference, above which training stops; 0 = never
 
     def __post_init__(self):
         super().__post_init__()
         least = {n: getattr(self, n) for n in ("prompts", "epochs", "max_new_tokens")}
         require(
+            (not self.lora_rank, f"lora_rank={self.lora_rank}: RL trains all of a model; leave it at 0"),
             (self.updates >= 0, f"updates={self.updates} must be 0 or more"),
             *((v >= 1, f"{n}={v} must be at least 1") for n, v in least.items()),
             *((getattr(self, n) >= 0, f"{n}={getattr(self, n)} must be 0 (off) or more") for n in ("max_moved", "max_kl")),
@@ -76,7 +78,7 @@ class Scored(NamedTuple):
 
 
 class Environment(Protocol):
-    """Prompts, and what responses to them are worth."""
+    """Prompts, and what responses to them are worth. Where it has `stop`, these strings end a response, too."""
 
     def prompts(self, update: int) -> Sequence[Any]:
         """The prompts of an update: texts, or lists of token ids. A pure function of the update."""
@@ -137,20 +139,14 @@ def reinforce(
     count = settings.prompts * rl_settings.group
     line = f"batch_size={settings.batch_size} does not divide prompts * group = {count}; choose a divisor"
     require((count % settings.batch_size == 0, line))
-    start = start.replace(params=tree.cast(start.params, np.float32))
-    weights = Checkpoints(folder / "model")
-    done = folder / "summary.json"
-    if finished(folder) and (kept := weights.resume(start.params)) is not None:
-        processes.remove(folder / "training")
-        weights.close()
-        return start.replace(params=kept.state), once_json(done, dict)
-    run = Run(start, environment, rl_settings, settings, seed, _encoder(start))
-    params, summary = _train(run, folder, writer, label, progress, watch)
-    weights.save(summary["updates"], params)
-    weights.close()
-    once_json(done, lambda: summary)
-    processes.remove(folder / "training")
-    return start.replace(params=params), summary
+    first = [list(map(str, environment.prompts(0)))] if settings.updates else []
+    made_with = {"settings": settings, "rl": rl_settings, "seed": seed, "data_hash": data_hash(first)}
+
+    def train(start: Model) -> tuple[Params, dict[str, Any]]:
+        run = Run(start, environment, rl_settings, settings, seed, _encoder(start))
+        return _train(run, folder, writer, label, progress, watch)
+
+    return train_once(start, folder, made_with, train)
 
 
 def _train(
@@ -164,37 +160,44 @@ def _train(
             run.start.config.hidden_size, jax.random.key(stable_seed(run.seed, "value"))
         )
     state = create_state(params, tx, seed=run.seed, mesh=run.start.mesh, table=PARAM_AXES)
-    checkpoints = Checkpoints(folder / "training")
-    record: dict[str, Any] = {"kl_weight": run.rl.kl_weight, "first": {}, "last": {}, "bad": 0}
-    first = 0
-    if (kept := checkpoints.resume(state)) is not None:
-        state, record, first = kept
     lr_at = optim.schedule(s.schedule, s.lr, warmup=s.warmup, steps=s.updates, end=s.end)
-    stopped = ""
-    last = first
-    for update in range(first, s.updates):
-        state, metrics = one_update(run, step, state, update, record["kl_weight"], np.float32(lr_at(update)))
+    record: dict[str, Any] = {"kl_weight": run.rl.kl_weight, "first": {}, "last": {}}
+
+    def update(state: TrainState, sampled: Sampled, lr: np.float32) -> tuple[TrainState, dict[str, float]]:
+        state, metrics = learn(run, step, state, sampled, lr)
         record["kl_weight"] = rl.adapted(record["kl_weight"], metrics["kl"], s.prompts * run.rl.group, run.rl)
         record["first"], record["last"] = record["first"] or metrics, metrics
-        record["bad"] = record["bad"] + 1 if metrics["skipped"] else 0
-        last = update + 1
-        if last % s.log_every == 0 or last == s.updates:
-            writer.write(stage="rl", step=last, lr=float(lr_at(update)), **label, **metrics)
-        if progress is not None:
-            progress(last, {"loss": metrics["loss"]})
-        if watch is not None:
-            watch(last, state.params["policy"])
-        if s.max_kl and metrics["kl"] > s.max_kl:
-            stopped = f"{metrics['kl']:.2f} nats per response from the reference (max_kl={s.max_kl})"
-            break
-        if s.save_every and last % s.save_every == 0 and last < s.updates:
-            checkpoints.save(last, state, record)
-            checkpoints.wait()  # an environment may fail: nothing half written is left behind
-        if record["bad"] >= s.max_bad:
-            raise Diverged(
-                f"{record['bad']} updates in a row were not finite, up to update {last}; lower the learning rate"
-            )
-    checkpoints.close()
+        return state, metrics
+
+    stopped, last = "", 0
+    with contextlib.closing(Checkpoints(folder / "training")) as checkpoints:  # also where an environment fails
+        for at in fit(
+            state,
+            lambda update_number: update,
+            lambda update_number, state: sample(run, state.params, update_number, record["kl_weight"]),
+            lambda update_number: float(lr_at(update_number)),
+            steps=s.updates,
+            checkpoints=checkpoints,
+            save_every=s.save_every,
+            log_every=1,
+            max_bad=s.max_bad,
+            watch=Watch(transfer_guard=s.transfer_guard),
+            on_policy=True,
+            place=lambda arrays: arrays,  # minibatch by minibatch, in `learn`
+            extra=record,
+        ):
+            state, last = at.state, at.step
+            if last and (last % s.log_every == 0 or last == s.updates):  # where it resumes, too: the row may be missing
+                row = {**record["last"], **{k: v for k, v in at.metrics.items() if k.startswith(MACHINE)}}
+                writer.write(stage="rl", step=last, lr=float(lr_at(last - 1)), **label, **row)
+            if at.metrics and progress is not None:
+                progress(last, {"loss": at.metrics["loss"]})
+            if last and watch is not None:
+                with at.interruptible():
+                    watch(last, state.params["policy"])
+            if s.max_kl and record["last"] and record["last"]["kl"] > s.max_kl:
+                stopped = f"{record['last']['kl']:.2f} nats per response from the reference (max_kl={s.max_kl})"
+                break
     summary = {"updates": last, "stopped": stopped}
     keys = ("score", "kl", "length", "ended")
     for when in ("first", "last"):
@@ -205,37 +208,52 @@ def _train(
 def one_update(
     run: Run, step: Any, state: TrainState, update: int, kl_weight: float, lr: np.float32
 ) -> tuple[TrainState, dict[str, float]]:
-    """One round: rollouts, scores, advantages, gradient steps.
+    """One round: rollouts, scores, advantages, gradient steps. Returns the state, and metrics (`sample`, `learn`)."""
+    return learn(run, step, state, sample(run, state.params, update, kl_weight), lr)
 
-    Returns:
-      The state, and metrics: among them the wall seconds of rollouts, of the environment (rewards; a frozen answerer is
-      asked there), of scoring (log-probabilities under policy and reference) and of the gradient steps.
-    """
+
+class Sampled(NamedTuple):
+    """The rollouts of an update, as they are learnt from."""
+
+    batch: rl.Experience  # host arrays
+    orders: np.ndarray  # [epochs, minibatches, batch_size] rows of the gradient steps
+    metrics: dict[str, float]
+
+
+def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
+    """Rollouts, scores and advantages of an update; among the metrics are the wall seconds of rollouts, of the environment
+    (rewards; a frozen answerer is asked there) and of scoring (log-probabilities under policy and reference)."""
     clock = [time.perf_counter()]
     prompts = run.environment.prompts(update)
-    responses = rollouts(run, state.params["policy"], prompts, update)
+    responses = rollouts(run, params["policy"], prompts, update)
     clock.append(time.perf_counter())
     scored = run.environment.score(update, responses)
     clock.append(time.perf_counter())
-    batch, metrics = experience(run, state.params, prompts, responses, scored, kl_weight)
+    batch, metrics = experience(run, params, prompts, responses, scored, kl_weight)
     clock.append(time.perf_counter())
-    found: list[dict[str, jax.Array]] = []
     s, count = run.settings, len(batch.response)
-    for epoch in range(s.epochs):
-        order = np.random.default_rng([run.seed, update, epoch]).permutation(count)
-        for at in range(0, count, s.batch_size):
-            chosen = order[at : at + s.batch_size]
-            rows = jax.tree.map(operator.itemgetter(chosen), batch)
-            rows = put_whole_batch(rows, run.start.mesh)
-            state, more = step(state, rows, lr)
-            found.append(more)
-        if s.max_moved and float(found[-1]["moved"]) > s.max_moved:
+    orders = [np.random.default_rng([run.seed, update, epoch]).permutation(count) for epoch in range(s.epochs)]
+    metrics |= {"kl_weight": kl_weight, **dict(zip(SECONDS, np.diff(clock).tolist()))}
+    return Sampled(batch, np.stack(orders).reshape(s.epochs, -1, s.batch_size), metrics)
+
+
+def learn(
+    run: Run, step: Any, state: TrainState, sampled: Sampled, lr: np.float32
+) -> tuple[TrainState, dict[str, float]]:
+    """Gradient steps on minibatches of the rollouts; stops where the policy has moved by more than `max_moved`."""
+    began = time.perf_counter()
+    found: list[dict[str, jax.Array]] = []
+    for chosen in sampled.orders.reshape(-1, run.settings.batch_size):
+        rows = jax.tree.map(operator.itemgetter(chosen), sampled.batch)
+        rows, rate = put_whole_batch((rows, lr), run.start.mesh)
+        state, more = step(state, rows, rate)
+        found.append(more)
+        if run.settings.max_moved and float(jax.device_get(more["moved"])) > run.settings.max_moved:
             break
     host = jax.device_get(found)
-    clock.append(time.perf_counter())
-    metrics |= {k: float(np.mean([m[k] for m in host])) for k in host[0] if k != "tokens"}
-    metrics["kl_weight"] = kl_weight
-    metrics |= dict(zip(SECONDS, np.diff(clock).tolist()))
+    finite = [m for m in host if not m["skipped"]] or host
+    metrics = sampled.metrics | {k: float(np.mean([m[k] for m in finite])) for k in host[0] if k != "tokens"}
+    metrics |= {"skipped": float(np.mean([m["skipped"] for m in host])), SECONDS[-1]: time.perf_counter() - began}
     return state, metrics
 
 
@@ -248,6 +266,7 @@ def rollouts(run: Run, params: Any, prompts: Sequence[Any], update: int) -> list
         max_new_tokens=run.settings.max_new_tokens,
         temperature=run.rl.temperature,
         n=run.rl.group,
+        stop=getattr(run.environment, "stop", ()),
         seed=stable_seed(run.seed, "rollout", update),
     ):
         out[i][j] = done

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -15,13 +16,14 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from qstar import files, processes
+from qstar import files, processes, stop
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
 from qstar.models.hf import read_json
@@ -43,6 +45,7 @@ def once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str,
             path.parent.mkdir(parents=True, exist_ok=True)
             write_jsonl(path, rows, checksum=True)
         processes.agreed(True)  # whoever reads it next finds it
+        stop.check()
         return rows
     return read_jsonl(path)
 
@@ -200,18 +203,45 @@ def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") ->
         raise UserError(f"{flag}={workdir}: cannot be read ({e.strerror}); name another folder") from None
 
 
-def _check_same(old: dict[str, Any], new: dict[str, Any], where: str, prefix: str = "") -> None:
+def _check_same(old: dict[str, Any], new: dict[str, Any], where: str, prefix: str = "", what: str = "config.") -> None:
     for key in sorted(set(old) | set(new)):
         if not prefix and key in FREE_KEYS:
             continue
         a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
         if isinstance(a, dict) and isinstance(b, dict):
-            _check_same(a, b, where, f"{prefix}{key}.")
+            _check_same(a, b, where, f"{prefix}{key}.", what)
         elif a != b:
             raise UserError(
-                f"{where}: was made with config.{prefix}{key}={a!r}, now it is {b!r}; "
+                f"{where}: was made with {what}{prefix}{key}={a!r}, now it is {b!r}; "
                 "name another folder, or use the same settings to go on with what is there"
             )
+
+
+def check_made_with(folder: Path, made_with: dict[str, Any]) -> None:
+    """Keeps what a training stage's result depends on in its folder; a folder without it is of an earlier version.
+
+    Raises:
+      UserError: the folder was made with something else: its model is the answer to another call.
+    """
+    path = folder / "made_with.json"
+    if processes.exists(folder / "summary.json") and not processes.exists(path):
+        return
+    made_with = json.loads(json.dumps(made_with))
+    old = once_json(path, lambda: made_with)
+    key, near = "start_norm_and_sum", {"rtol": 1e-3, "equal_nan": True}  # machines differ in how they round
+    if np.allclose(old.get(key, [0, 0]), made_with[key], atol=1e-3 * np.nan_to_num(made_with[key][0]), **near):
+        old = {**old, key: made_with[key]}
+    _check_same(old, made_with, str(folder), what="")
+
+
+def data_hash(parts: Iterable[Any]) -> str:
+    """Returns a hash of rows of token ids, texts, or arrays by name: what a training stage learns from."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = (part.dtype.str, part.shape, hashlib.sha256(np.ascontiguousarray(part)).hexdigest())
+        digest.update(repr(part).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def environment(before: dict[str, Any] | None = None) -> dict[str, Any]:

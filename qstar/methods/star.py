@@ -149,7 +149,7 @@ def outer_loop(arm: Arm, loop: Loop, base: Model) -> Model:
         try:
             model, trained = train(arm, loop, start, examples, n)
         except Diverged as e:
-            arm.stop(n, str(e))
+            arm.fail(n, e)
             break
         metrics = arm.evaluate(model, n)
         arm.report(n, metrics, {**summary(rollouts), **trained})

@@ -13,6 +13,7 @@ import numpy as np
 
 from qstar.data.loader import batches
 from qstar.errors import UserError, require
+from qstar.methods.run_folder import data_hash
 from qstar.methods.training import Stage, UpdateSettings, train_stage
 from qstar.models import policy
 from qstar.models.encdec_config import EncDecConfig
@@ -73,7 +74,8 @@ def fine_tune(
     it has finished it only loads.
 
     Args:
-      folder: holds `model/` (the parameters) when done, and `training/` until then.
+      folder: holds `model/` (the parameters) when done, and `training/` until then; with other examples or settings than
+        those it was made with it is refused.
       label: arm and iteration, for the metrics rows.
       mix: (other examples, share of every batch): hinted seed rows, in from-scratch runs.
     """
@@ -90,7 +92,8 @@ def fine_tune(
 
     kind = Responses if isinstance(start.config, EncDecConfig) else Batch
     tx, step_fn = sft_step(start.config, settings)
-    stage = Stage(folder, settings, steps, seed, writer, label, progress)
+    learnt = [*examples, *([mix[1], *mix[0]] if mix else ())]
+    stage = Stage(folder, settings, steps, seed, writer, label, progress, data=data_hash(learnt))
     model, done = train_stage(start, stage, tx, lambda s: step_fn, lambda s: kind(**rows()[s]))
     return model, {**done, "rows": len(examples)}
 

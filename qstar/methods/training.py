@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,7 +16,7 @@ import optax
 
 from qstar import processes, tree
 from qstar.errors import UserError, require
-from qstar.methods.run_folder import intact, once_json
+from qstar.methods.run_folder import check_made_with, intact, once_json
 from qstar.models import lora
 from qstar.models.config import ModelConfig
 from qstar.models.decoder import PARAM_AXES
@@ -26,7 +27,7 @@ from qstar.train.loop import fit
 from qstar.train.metrics import Writer
 from qstar.train.profile import GUARDS, Watch
 from qstar.train.state import create_state, optimizer_for
-from qstar.types import Batch, Params
+from qstar.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,10 @@ class Stage:
     label: dict[str, Any]  # of the metrics rows: arm, iteration
     progress: Callable[[int, dict[str, float]], None] | None = None
     name: str = "train"  # the `stage` of its metrics rows
+    data: str = ""  # a hash of what it learns from (`run_folder.data_hash`)
 
 
+FREE = ("save_every", "log_every", "max_bad", "transfer_guard")  # settings that change nothing in what is learnt
 MACHINE = ("seconds", "tokens_per_second", "mfu", "recompiles", "memory")  # metrics of the machine, not of the model
 
 
@@ -133,10 +136,12 @@ def train_stage(
     stage: Stage,
     tx: optax.GradientTransformation,
     step_at: Callable[[int], Any],
-    batch_at: Callable[[int], Batch],
+    batch_at: Callable[..., Any],
     *,
     roles: dict[str, Params] | None = None,
     watch: Callable[[int, Params], bool | None] | None = None,
+    choose: Callable[[Params, dict[str, Any]], tuple[Params, dict[str, Any]]] | None = None,
+    **how: Any,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a copy of `start` and returns the new model with a summary.
 
@@ -147,33 +152,73 @@ def train_stage(
       tx: over all roles. step_at: the update (`make_step`) of a step. batch_at: the host's rows of a step.
       roles: parameters beside `policy`, which do not train (a teacher).
       watch: is shown (step, policy) at every log, and where a resumed run starts; True from it ends the stage early.
+      choose: is given the last parameters and the summary, and returns those that are kept.
+      how: `on_policy` and `place` of `train.loop.fit`.
+
+    Raises:
+      UserError: the folder is of other data, settings or parameters. Diverged: see `fit`.
+    """
+
+    def train(start: Model) -> tuple[Params, dict[str, Any]]:
+        if stage.settings.lora_rank:
+            return _train_adapters(start, stage, tx, step_at, batch_at, roles or {}, watch, how)
+        found = _train(start, stage, tx, step_at, batch_at, roles or {}, watch, how)
+        return choose(*found) if choose is not None else found
+
+    made_with = {"settings": stage.settings, "steps": stage.steps, "seed": stage.seed, "data_hash": stage.data}
+    return train_once(start, stage.folder, made_with, train, cast=not stage.settings.lora_rank)
+
+
+def train_once(
+    start: Model,
+    folder: Path,
+    made_with: dict[str, Any],
+    train: Callable[[Model], tuple[Params, dict[str, Any]]],
+    *,
+    cast: bool = True,
+) -> tuple[Model, dict[str, Any]]:
+    """Returns the model and the summary that `train` makes of `start`, kept in `folder` and made once.
+
+    Args:
+      made_with: what the result depends on, beside the parameters of `start`; a folder that was made with anything else is
+        refused. Of settings, those that change nothing in the result are left out.
     """
     # Master weights are float32, whatever the folder kept them in: updates of 1e-6 round to nothing in bfloat16.
     # (Beside LoRA's adapters, which are float32, what is frozen stays as it is.)
-    if not stage.settings.lora_rank:
+    if cast:
         start = start.replace(params=tree.cast(start.params, np.float32))
-    weights = Checkpoints(stage.folder / "model")
-    done = stage.folder / "summary.json"
-    if finished(stage.folder) and (kept := weights.resume(start.params)) is not None:
-        processes.remove(stage.folder / "training")  # a kill may have come between
+    made_with = {k: _plain(v) if dataclasses.is_dataclass(v) else v for k, v in made_with.items()}
+    check_made_with(folder, {**made_with, "start_norm_and_sum": [float(x) for x in _moments(start.params)]})
+    weights = Checkpoints(folder / "model")
+    done = folder / "summary.json"
+    if finished(folder) and (kept := weights.resume(start.params)) is not None:
+        processes.remove(folder / "training")  # a kill may have come between
         weights.close()
         return start.replace(params=kept.state), once_json(done, dict)
-    if stage.settings.lora_rank:
-        params, summary = _train_adapters(start, stage, tx, step_at, batch_at, roles or {}, watch)
-    else:
-        params, summary = _train(start, stage, tx, step_at, batch_at, roles or {}, watch)
-    weights.save(summary["steps"], params)
+    params, summary = train(start)
+    weights.save(summary.get("steps", summary.get("updates")), params)
     weights.close()
     once_json(done, lambda: summary)
-    processes.remove(stage.folder / "training")  # moments are of no use to the next loop
+    processes.remove(folder / "training")  # moments are of no use to the next loop
     return start.replace(params=params), summary
 
 
-def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch):
+@jax.jit
+def _moments(params: Params) -> tuple[jax.Array, jax.Array]:
+    """Norm and sum of all parameters: what tells one model from another, on any machine."""
+    leaves = [x.astype(np.float32) for x in jax.tree.leaves(params)]
+    return optax.global_norm(leaves), sum(x.sum() for x in leaves)
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
+
+
+def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
     """Trains adapters beside the frozen parameters; returns these merged, and leaves FOLDER/adapter in PEFT's layout."""
     settings = stage.settings.lora
     adapted = start.replace(params=fresh_adapters(start, settings, stage.seed))
-    adapters, summary = _train(adapted, stage, tx, step_at, batch_at, {**roles, "base": start.params}, watch)
+    adapters, summary = _train(adapted, stage, tx, step_at, batch_at, {**roles, "base": start.params}, watch, how)
     if processes.is_first():
         lora.save_adapters(start.config, adapters, settings, stage.folder / "adapter")
     merged = jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
@@ -188,41 +233,44 @@ def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:
     return fresh
 
 
-def _train(start, stage, tx, step_at, batch_at, roles, watch):
+def _train(start, stage, tx, step_at, batch_at, roles, watch, how):
     s = stage.settings
     params = {"policy": start.params, **roles}
     state = create_state(params, tx, seed=stage.seed, mesh=start.mesh, table=PARAM_AXES)
     lr_at = optim.schedule(s.schedule, s.lr, warmup=s.warmup, steps=stage.steps, end=s.end)
-    checkpoints = Checkpoints(stage.folder / "training")
     metrics: dict[str, float] = {}
     last = 0
     lr_table = np.asarray(jax.vmap(lr_at)(np.arange(stage.steps))) if stage.steps else np.zeros(0)
-    for at in fit(
-        state,
-        step_at,
-        batch_at,
-        lambda step: lr_table[step],
-        steps=stage.steps,
-        mesh=start.mesh,
-        checkpoints=checkpoints,
-        save_every=s.save_every,
-        log_every=s.log_every,
-        max_bad=s.max_bad,
-        watch=Watch(_flops_of(start, s), s.transfer_guard),
-    ):
-        state, last = at.state, at.step
-        if not at.metrics and stage.progress is not None:  # it goes on from a checkpoint
-            stage.progress(at.step, {})
-        if at.metrics:
-            metrics = at.metrics
-            stage.writer.write(
-                stage=stage.name, step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **metrics
-            )
-            if stage.progress is not None:
-                stage.progress(at.step, metrics)
-        if watch is not None and watch(at.step, state.params["policy"]):
-            break
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(stage.folder / "training")) as checkpoints:
+        for at in fit(
+            state,
+            step_at,
+            batch_at,
+            lambda step: lr_table[step],
+            steps=stage.steps,
+            mesh=start.mesh,
+            checkpoints=checkpoints,
+            save_every=s.save_every,
+            log_every=s.log_every,
+            max_bad=s.max_bad,
+            watch=Watch(None if how else _flops_of(start, s), s.transfer_guard),
+            **how,
+        ):
+            state, last = at.state, at.step
+            if not at.metrics and stage.progress is not None:  # it goes on from a checkpoint
+                stage.progress(at.step, {})
+            if at.metrics:
+                metrics = at.metrics if math.isfinite(at.metrics.get("loss", 0.0)) or not metrics else metrics
+                stage.writer.write(
+                    stage=stage.name, step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **at.metrics
+                )
+                if stage.progress is not None:
+                    stage.progress(at.step, at.metrics)
+            if watch is not None:
+                with at.interruptible():
+                    ends = watch(at.step, state.params["policy"])
+                if ends:
+                    break
     keys = dict.fromkeys(("loss", "accuracy", "tokens", "skipped", *metrics))
     shown = {k: metrics.get(k) for k in keys if not k.startswith(MACHINE)}
     return state.params["policy"], {"steps": last, **shown}

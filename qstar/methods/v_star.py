@@ -132,7 +132,7 @@ def outer_loop(arm: Arm, loop: Loop, base: Model, sft: Model, solutions: list[So
                 verifiers, told = train_verifiers(arm, loop, sft, known["d_ver"], n)
                 metrics |= told
         except Diverged as e:
-            arm.stop(n, str(e))
+            arm.fail(n, e)
             return
         arm.report(n, arm.evaluate(generator, n), {**summary(rollouts), **metrics})
         if verifiers and n < loop.n_iters:

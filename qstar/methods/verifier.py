@@ -26,7 +26,7 @@ from qstar.errors import UserError, require, unknown
 from qstar.methods.buffers import Solution
 from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, step_targets
 from qstar.methods.rollouts import to_example
-from qstar.methods.run_folder import once
+from qstar.methods.run_folder import data_hash, once
 from qstar.methods.training import Stage, UpdateSettings, train_stage
 from qstar.models.heads import add_value_head, values
 from qstar.models.model import Model, load, logprobs
@@ -324,5 +324,6 @@ def _train(start, job, tx, step, arrays, to_batch, kind):
     stream = functools.cache(lambda: batches(arrays, s.batch_size, seed=job.seed))
     with job.bar(steps) as progress:
         shown = progress if callable(progress) else None
-        stage = Stage(job.folder, s, steps, job.seed, job.writer, job.label, shown, kind)
+        data = data_hash(part for name in sorted(arrays) for part in (name, arrays[name]))
+        stage = Stage(job.folder, s, steps, job.seed, job.writer, job.label, shown, kind, data)
         return train_stage(start, stage, tx, lambda n: step, lambda n: to_batch(stream()[n]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,13 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qstar import stop
+from qstar.errors import TrainingFailed
 from qstar.mesh import put_whole_batch
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.profile import Watch
 from qstar.train.state import TrainState
 
 
-class Diverged(RuntimeError):
+class Diverged(TrainingFailed):
     """Too many updates in a row were not finite. The parameters are still the last good ones."""
 
 
@@ -27,12 +30,23 @@ class Progress(NamedTuple):
     step: int
     state: TrainState
     metrics: dict[str, float]  # means over the steps since the last Progress; seconds and tokens per second with them
+    save: Callable[[], None] = lambda: None  # a checkpoint of this very step, unless there is one
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Around what the caller does before the next update, if that takes long: SIGTERM cuts it off, after saving."""
+        try:
+            with stop.released():
+                yield
+        except stop.Stopped:
+            self.save()
+            raise stop.Stopped(_saved(self.step)) from None
 
 
 def fit(
     state: TrainState,
     step_at: Callable[[int], Callable[..., tuple[TrainState, dict[str, jax.Array]]]],
-    batch_at: Callable[[int], Any],
+    batch_at: Callable[..., Any],
     lr_at: Callable[[int], Any],
     *,
     steps: int,
@@ -42,8 +56,11 @@ def fit(
     log_every: int = 50,
     max_bad: int = 20,
     watch: Watch | None = None,
+    on_policy: bool = False,
+    place: Callable[[Any], Any] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> Iterator[Progress]:
-    """Runs updates `state.step .. steps-1`, yielding every `log_every` of them and at the end, and where it resumes.
+    """Runs updates 0 .. steps-1, yielding every `log_every` of them and at the end, and where it resumes.
 
     With `checkpoints`, a run that was killed goes on from the newest one, and ends with the very same bits: the batch
     of step s is `batch_at(s)`, and the key of step s is folded from the state's. The metrics since the last Progress
@@ -56,82 +73,138 @@ def fit(
       save_every: steps between checkpoints (0: only at the end, if `checkpoints` is given).
       max_bad: stop after this many skipped (not finite) updates in a row.
       watch: counts recompiles, FLOPs and memory, traces, and guards transfers (default: one that only counts).
+      on_policy: `batch_at` is given the state, too, and may sample from its parameters.
+      place: puts (batch, learning rate) on the devices (default: every process has the whole batch).
+      extra: values of the caller's own that change on the way, kept with the checkpoints (JSON).
 
     Raises:
-      Diverged: after saving the last good state.
+      Diverged: after saving the last good state; also at the end, if nothing was learnt (see `_Fit.require_learnt`).
       Stopped: the process was told to end (SIGTERM), after saving where it is.
     """
+    place = place or functools.partial(put_whole_batch, mesh=mesh)
+    made = (lambda step, state: batch_at(step)) if not on_policy else batch_at
     with stop.held():
-        watch = watch or Watch()
-        yield from _fit(
-            state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, log_every, max_bad, watch
+        yield from _Fit(state, steps, checkpoints, save_every, log_every, max_bad, extra).run(
+            step_at, made, lr_at, place, watch or Watch()
         )
 
 
-def _fit(state, step_at, batch_at, lr_at, steps, mesh, checkpoints, save_every, log_every, max_bad, watch):
-    window: list[dict[str, Any]] = []
-    bad, since = 0, time.perf_counter()
-    kept = checkpoints.resume(state) if checkpoints is not None else None
-    if kept is not None:
-        state, record, _ = kept
-        window, bad, since = record.get("window", []), record.get("bad", 0), since - record.get("seconds", 0.0)
-    first, checked = int(state.step), len(window)
-    if bad >= max_bad:  # it had diverged before
-        raise Diverged(f"{bad} updates in a row were not finite, up to step {first}; lower the learning rate")
-    if first >= steps:
-        yield Progress(first, state, _means(window, time.perf_counter() - since) if window else {})
-        return
-    if first:
-        yield Progress(first, state, {})
-    for step in range(first, steps):
-        rows, update = batch_at(step), step_at(step)
-        arrays = rows, np.float32(lr_at(step))
-        with watch.update(update):  # nothing in here waits for the device
-            state, metrics = update(state, *put_whole_batch(arrays, mesh))
-        watch.after(rows, metrics)
-        window.append(metrics)
-        done = step + 1
-        stopping = stop.asked()
-        saving = checkpoints is not None and (done == steps or stopping or (save_every and done % save_every == 0))
-        if done % log_every == 0 or done == steps or saving:
-            host = _floats(window)  # the only wait; the device has run ahead of the host until here
-            bad, longest = _runs_of_bad(bad, [m["skipped"] for m in host[checked:]])
-            checked = len(host)
-            diverged = longest >= max_bad
-            told = done % log_every == 0 and done < steps  # a yield follows; only the last one is made again
-            record = {
-                "window": [] if told else host,
-                "bad": longest if diverged else bad,
-                "seconds": 0.0 if told else time.perf_counter() - since,
-            }
-            if diverged:
-                if checkpoints is not None:
-                    checkpoints.save(done, state, record)
-                    checkpoints.wait()
-                raise Diverged(
-                    f"{longest} updates in a row were not finite, up to step {done}; lower the learning rate"
-                )
-            if saving:
-                checkpoints.save(done, state, record)
-            if done % log_every == 0 or done == steps:
-                now = time.perf_counter()
-                yield Progress(done, state, _means(host, now - since) | watch.report(now - since))
-                window, checked, since = [], 0, time.perf_counter()
-        if stopping:  # after the last update, too: what follows may take longer than there is time
-            if checkpoints is not None:
-                checkpoints.wait()
-            raise stop.Stopped
-    if checkpoints is not None:
-        checkpoints.wait()
+class _Fit:
+    """The state of a run of `fit`."""
+
+    def __init__(self, state, steps, checkpoints, save_every, log_every, max_bad, extra):
+        self.state, self.steps, self.checkpoints, self.extra = state, steps, checkpoints, {} if extra is None else extra
+        self.save_every, self.log_every, self.max_bad = save_every, log_every, max_bad
+        self.window: list[dict[str, Any]] = []  # metrics since the last Progress
+        self.bad = self.learnt = self.first = 0  # skipped updates in a row; updates that learnt something; done before
+        self.since = time.perf_counter()
+        kept = checkpoints.resume(state) if checkpoints is not None else None
+        if kept is not None:
+            self.state, record, self.first = kept
+            self.window, self.bad = record.get("window", []), record.get("bad", 0)
+            self.learnt = record.get("learnt", self.first)
+            self.since -= record.get("seconds", 0.0)
+            self.extra.update(record.get("extra", {}))
+
+    def run(self, step_at, batch_at, lr_at, place, watch) -> Iterator[Progress]:
+        checked = len(self.window)  # of it, those that are counted as skipped or not
+        if self.bad >= self.max_bad:  # it had diverged before
+            raise Diverged(_not_finite(self.bad, self.first))
+        if self.first >= self.steps:
+            self.require_learnt(self.first)
+            means = _means(self.window, time.perf_counter() - self.since) if self.window else {}
+            yield Progress(self.first, self.state, means)
+            return
+        if self.first:
+            yield Progress(self.first, self.state, {})
+        for step in range(self.first, self.steps):
+            rows, update = batch_at(step, self.state), step_at(step)
+            arrays = rows, np.float32(lr_at(step))
+            with watch.update(update):  # nothing in here waits for the device
+                self.state, metrics = update(self.state, *place(arrays))
+            watch.after(rows, metrics)
+            self.window.append(metrics)
+            done = step + 1
+            stopping = stop.asked()
+            ends, logs = done == self.steps, done % self.log_every == 0
+            saves = ends or stopping or (self.save_every and done % self.save_every == 0)
+            if logs or ends or saves:
+                self.window = _floats(self.window)  # the only wait; the device has run ahead of the host until here
+                longest = self.count(self.window[checked:])
+                checked = len(self.window)
+                if longest >= self.max_bad:
+                    self.bad = longest
+                    self.save(done, again=not logs)
+                    self.wait()
+                    raise Diverged(_not_finite(longest, done))
+                if saves:
+                    self.save(done, again=not logs or ends)
+                if ends:
+                    self.require_learnt(done)
+                if logs or ends:
+                    seconds = time.perf_counter() - self.since
+                    host, self.window, checked, self.since = self.window, [], 0, time.perf_counter()
+                    yield Progress(
+                        done,
+                        self.state,
+                        _means(host, seconds) | watch.report(seconds),
+                        functools.partial(self.save_now, done),
+                    )
+                    self.since = time.perf_counter()
+            if stopping:  # after the last update, too: what follows may take longer than there is time
+                self.wait()
+                raise stop.Stopped(*() if self.checkpoints is None else (_saved(done),))
+        self.wait()
+
+    def count(self, metrics: list[dict[str, float]]) -> int:
+        """Counts updates that were skipped, and that learnt; returns the longest run of skipped ones."""
+        longest = self.bad
+        for m in metrics:
+            self.bad = self.bad + 1 if m["skipped"] else 0
+            longest = max(longest, self.bad)
+            self.learnt += m["skipped"] < 1 and m.get("tokens", 1.0) > 0
+        return longest
+
+    def require_learnt(self, done: int) -> None:
+        """Raises Diverged if nothing was learnt, in all updates or in those that the last loss is the mean of: such a model
+        must not pass for a trained one."""
+        why = ""
+        if not self.learnt:
+            why = f"none of {done} updates was finite and had a token to learn from; look at the data and the first model"
+        elif len(self.window) > 1 and all(m["skipped"] >= 1 for m in self.window):  # a single one may be by chance
+            why = _not_finite(len(self.window), done)
+        if done and why:
+            self.wait()
+            raise Diverged(why)
+
+    def save(self, done: int, *, again: bool) -> None:
+        """Starts a checkpoint; with `again`, what a resumed run needs to make the next Progress is kept with it."""
+        if self.checkpoints is None:
+            return
+        record = {
+            "window": self.window if again else [],
+            "bad": self.bad,
+            "learnt": self.learnt,
+            "seconds": time.perf_counter() - self.since if again else 0.0,
+            "extra": self.extra,
+        }
+        self.checkpoints.save(done, self.state, record)
+
+    def save_now(self, done: int) -> None:
+        self.save(done, again=False)
+        self.wait()
+
+    def wait(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
 
 
-def _runs_of_bad(run: int, skipped: list[float]) -> tuple[int, int]:
-    """Returns how long the run of skipped updates at the end is, and the longest one (the first goes on from `run`)."""
-    longest = run
-    for flag in skipped:
-        run = run + 1 if flag else 0
-        longest = max(longest, run)
-    return run, longest
+def _saved(done: int) -> str:
+    return f"saved after update {done}"
+
+
+def _not_finite(updates: int, done: int) -> str:
+    return f"{updates} updates in a row were not finite, up to step {done}; lower the learning rate"
 
 
 def _floats(window: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -139,9 +212,10 @@ def _floats(window: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _means(host: list[dict[str, float]], seconds: float) -> dict[str, float]:
-    means = {k: float(np.mean([m[k] for m in host])) for k in host[0]}
+    finite = [m for m in host if not m["skipped"]] or host
+    means = {k: float(np.mean([m[k] for m in finite])) for k in host[0]}
     means["skipped"] = float(np.sum([m["skipped"] for m in host]))
     means["seconds_per_step"] = seconds / len(host)
     if "tokens" in means:
-        means["tokens_per_second"] = means["tokens"] * len(host) / seconds
+        means["tokens_per_second"] = sum(m["tokens"] for m in host) / seconds
     return means

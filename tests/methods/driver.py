@@ -5,8 +5,10 @@
 A job is {"config": "star_arithmetic.py:smoke", "flags": [..], "workdir": DIR, "kill": EVENT or null}. The
 product knows nothing of this: its functions are wrapped here so that they tell *events*, and the child sends
 itself SIGKILL when the first event that equals the plan comes by, SIGTERM where the plan is "term EVENT". Paths are relative to the workdir.
-With "drop": [EVENT, ...] it first leaves the run by an exception (or, at "term EVENT", by SIGTERM) at each of these in
-turn and begins again in the same process, which costs neither a start nor a compilation.
+A plan "later SECONDS EVENT" sends the SIGTERM so long after the event, wherever the run then is. With "command" a job is
+another command line of qstar than `train` with this config. With "drop": [EVENT, ...] it first leaves the run by an exception (or, at "term EVENT", by SIGTERM) at each of these in
+turn and begins again in the same process, which costs neither a start nor a compilation. A "later" one may come after the
+run's end: then the others are left out.
 
     begin FILE          before a JSONL file is made      replace FILE        written under its temporary name
     done FILE           the file is there                batch FOLDER STEP   before an update
@@ -21,6 +23,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -35,6 +38,7 @@ class Events:
 
     def __init__(self, workdir, plan):
         self.workdir, self.plan = os.path.realpath(workdir), plan
+        self.timer = None
         self.file = open(f"{workdir}.events", "a", buffering=1, encoding="utf-8")
 
     def name(self, path):
@@ -49,15 +53,19 @@ class Events:
             os.kill(os.getpid(), signal.SIGTERM)
         if f"drop {event}" == self.plan:
             raise Dropped(event)
+        if (self.plan or "").startswith("later ") and self.plan.split(" ", 2)[2] == event:
+            self.timer = threading.Timer(float(self.plan.split()[1]), os.kill, (os.getpid(), signal.SIGTERM))
+            self.plan = None
+            self.timer.start()
 
 
 def wrap(events):
     """Makes the stages of qstar tell their events."""
-    from qstar.methods import run_folder, training
+    from qstar.methods import reinforce, run_folder, training
     from qstar.train.checkpoint import Checkpoints
 
     write, replace, save = run_folder.write_jsonl, os.replace, Checkpoints.save
-    train = training._train
+    fit = training.fit
 
     def write_jsonl(path, rows, **options):
         events.tell("begin", events.name(path))
@@ -80,17 +88,17 @@ def wrap(events):
             self.wait()
             events.tell("saved", where)
 
-    def trains(start, stage, tx, step_at, batch_at, *rest):
-        folder = events.name(stage.folder)
+    def trains(state, step_at, batch_at, lr_at, *, checkpoints, **rest):
+        folder = events.name(checkpoints.folder.parent)
 
-        def told(step):
+        def told(step, *state):
             events.tell("batch", folder, step)
-            return batch_at(step)
+            return batch_at(step, *state)
 
-        return train(start, stage, tx, step_at, told, *rest)
+        yield from fit(state, step_at, told, lr_at, checkpoints=checkpoints, **rest)
 
     run_folder.write_jsonl, os.replace, Checkpoints.save = write_jsonl, replaced, saves
-    training._train = trains
+    training.fit = reinforce.fit = trains
 
 
 def child(job):
@@ -103,16 +111,19 @@ def child(job):
     try:
         events = Events(job["workdir"], None)
         wrap(events)
-        where = f"--config={ROOT}/configs/{job['config']}", f"--workdir={job['workdir']}"
-        command = ["train", *where, *job.get("flags", [])]
+        where = f"--config={ROOT}/configs/{job.get('config')}", f"--workdir={job['workdir']}"
+        command = job.get("command") or ["train", *where, *job.get("flags", [])]
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a late one must not end this process between two runs
         for event in job.get("drop", []):
-            told = event.startswith("term ")
+            told = event.startswith(("term ", "later "))
             events.plan = event if told else f"drop {event}"
             try:
                 if (code := main(command)) or not told:
                     return code or 1  # it should not have come to its end
             except Dropped:
                 pass
+            if events.timer is not None:
+                events.timer.cancel()
         events.plan = job.get("kill")
         return main(command)
     except BaseException:
@@ -125,7 +136,9 @@ def main(path):
     import grain  # noqa: F401  what all children need is imported once
     import tensorboardX  # noqa: F401
 
+    import qstar.methods.guided_cot
     import qstar.methods.quiet_star
+    import qstar.methods.rl
     import qstar.methods.star  # noqa: F401
     import qstar.methods.v_star  # noqa: F401
 

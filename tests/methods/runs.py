@@ -64,6 +64,8 @@ def killed(config, plans, flags=()):
     """
     folder = fresh("killed")
     job = {"config": config, "flags": list(flags), "workdir": str(folder)}
+    if config.startswith("evaluate "):  # a command line instead of a config
+        job["command"] = [*config.split(), f"--out={folder}"]
     plans = [plan if isinstance(plan, list) else [plan] for plan in plans]
     plans += [[None]] if plans[-1][-1] is not None else []
     codes = drive([{**job, "drop": drops, "kill": kill} for *drops, kill in plans])
@@ -92,7 +94,10 @@ def events(folder):
 def answers(folder):
     """The bytes of every file of rationales, evaluations and buffers of a run."""
     kinds = ("rationales", "evaluation", "thoughts", "d_gen", "d_ver", "selection", "verifiers/*/*")
-    files = [f for kind in kinds for f in folder.glob(f"*/{kind}/*") if f.is_file()]
+    found = (f for kind in kinds for f in folder.glob(f"*/{kind}/*"))
+    files = [f for f in found if f.is_file() and f.name != "made_with.json"]
+    files += folder.glob("*.jsonl") if not (folder / "metrics.jsonl").exists() else ()  # of `qstar evaluate`
+    files += [f for f in folder.glob("*/*/*.json") if f.name in ("evaluation.json", "study.json")]  # of LM-Guided CoT
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
@@ -101,8 +106,7 @@ def weights(folder):
     import orbax.checkpoint as ocp
 
     out = {}
-    where = ("*/model/*/state", "*/checkpoints/*/model/*/state", "*/verifiers/*/*/model/*/state")
-    for at in sorted(path for pattern in where for path in folder.glob(pattern)):
+    for at in sorted(folder.glob("**/model/*/state")):
         leaves = _leaves(ocp.PyTreeCheckpointer().restore(at))
         assert leaves
         out[str(at.relative_to(folder))] = leaves

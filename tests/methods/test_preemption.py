@@ -1,27 +1,80 @@
-"""Ended at many random places, by SIGTERM and SIGKILL in turn, a run comes to the same end, bit for bit.
+"""Ended at many random places, by SIGTERM and SIGKILL, a run comes to the same end, bit for bit.
 
-Opt-in, for it takes many minutes: QSTAR_LONG_TESTS=1 python -m pytest tests/methods/test_preemption.py. Another
-QSTAR_LONG_SEED draws other places. (A few chosen places of each kind are in every run of the tests: see test_resume.py.)
+SIGTERM is honoured by every loop: a few moments in each by default, ten with QSTAR_LONG_TESTS=1. The chains of SIGTERM and
+SIGKILL through whole runs are opt-in, for they take many minutes; another QSTAR_LONG_SEED draws other places. (A few chosen
+places of each kind are in every run of the tests: see test_resume.py.)
 """
 
 import collections
+import functools
+import json
 import os
 import random
 import re
 
 import pytest
+from conftest import shared
 
 from tests.methods import runs
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("QSTAR_LONG_TESTS"), reason="takes many minutes: set QSTAR_LONG_TESTS=1 to run it"
-)
+LONG = bool(os.environ.get("QSTAR_LONG_TESTS"))
+SEED = int(os.environ.get("QSTAR_LONG_SEED", "0"))
 POINTS = 20
+MOMENTS = 10 if LONG else 2
 CONFIGS = {
     "star": "star_arithmetic.py:smoke",
     "v_star": runs.V_STAR,
     "quiet_star": "quiet_star_tiny.py:smoke,arms=quiet_star",
+    "guided_cot": "guided_cot_synth.py:smoke",
+    "rl": "grpo_arithmetic.py:smoke",
 }
+LOOPS = {  # the run, and the events of the loop in it
+    "STaR": ("star", "(no_)?rationalisation/(checkpoints|stages/iter)"),
+    "Quiet-STaR": ("quiet_star", "quiet_star"),
+    "V-STaR": ("v_star", "v_star/(checkpoints|stages/iter)"),
+    "verifier": ("v_star", "v_star/(verifiers|selection)"),
+    "distillation": ("guided_cot", "student_0/(teacher|kd_unfiltered)"),
+    "RL": ("rl", "grpo/checkpoints"),
+    "RL with a frozen reader": ("guided_cot", "student_0/rl_both"),
+    "base": ("rl", "base"),
+    "evaluation": ("evaluate", "(greedy|samples)_"),
+}
+
+
+def command(name):
+    """A config of the driver's, or the command line of an evaluation."""
+    if name != "evaluate":
+        return CONFIGS[name]
+    options = json.dumps({"test": f"{runs.short_rows('data/gsm8k')}/test.jsonl"}, separators=(",", ":"))
+    flags = f"--task=gsm8k --task-options={options} --limit=80 --samples=16 --max-new-tokens=24 --json"
+    return f"evaluate --model={shared('weights/stories260k')} {flags}"
+
+
+@functools.cache
+def undisturbed(name):
+    return runs.killed(command(name), [None])
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_sigterm_at_random_moments_saves_exits_0_and_goes_on(loop):
+    """The signal comes up to half a second after random events of the loop; no update is made twice."""
+    name, pattern = LOOPS[loop]
+    whole = undisturbed(name)
+    draw = random.Random(f"{SEED} {loop}")
+    told = runs.events(whole)
+    mine = [i for i, e in enumerate(told) if re.match(f"(batch|begin|done|saving) {pattern}", e) and told.count(e) == 1]
+    chosen = sorted(draw.sample(mine, min(MOMENTS, len(mine))))
+    moments = [f"later {draw.choice((0, 0.02, 0.1, 0.5)) * draw.random():.3f} {told[i]}" for i in chosen]
+    print(*moments, sep="\n")
+    resumed = runs.killed(command(name), [[*moments, None]])
+    log = resumed.with_suffix(".log").read_text(encoding="utf-8")
+    stops = re.findall(r"qstar: stopped by SIGTERM; (.*); go on with: qstar ", log)
+    assert "Traceback" not in log and 1 <= len(stops) <= len(moments), log[-3000:]
+    updates = [e for e in runs.events(resumed) if e.startswith("batch ")]
+    assert len(updates) == len(set(updates))
+    assert runs.answers(resumed) == runs.answers(whole) and runs.answers(whole)
+    assert runs.weights(resumed) == runs.weights(whole)
+    assert runs.numbers(resumed) == runs.numbers(whole)
 
 
 def places(told, seed):
@@ -53,11 +106,12 @@ def update(event):
     return (place.removesuffix("/training"), int(step[0])) if step else (event, 0)
 
 
+@pytest.mark.skipif(not LONG, reason="takes many minutes: set QSTAR_LONG_TESTS=1 to run it")
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_run_ended_at_random_places_comes_to_the_same_end(method):
     config = CONFIGS[method]
     whole = runs.killed(config, [None])
-    plans = places(runs.events(whole), int(os.environ.get("QSTAR_LONG_SEED", "0")))
+    plans = places(runs.events(whole), SEED)
     print(*plans, sep="\n")
     resumed = runs.killed(config, plans)
     assert len(plans) == POINTS

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from qstar import stop
 from qstar.errors import UserError
 from qstar.methods import reinforce as R
 from qstar.models import policy
@@ -17,6 +22,7 @@ from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
 from qstar.train.metrics import Writer, read
 from qstar.train.rl import RLSettings
+from qstar.train.state import create_state
 from tests.train.problem import same
 
 DECODER = preset("tiny", hidden_size=16, num_layers=1, num_heads=2, vocab_size=6, eos_id=None)
@@ -46,9 +52,9 @@ SETTINGS = R.ReinforceSettings(updates=40, prompts=8, batch_size=32, lr=2e-2, wa
 RL = dict(group=4, kl_weight=0.01, no_eos_penalty=0.0)
 
 
-def train(folder, rl, settings=SETTINGS, model=None, environment=None):
+def train(folder, rl, settings=SETTINGS, model=None, environment=None, **more):
     writer = Writer(folder)
-    where = dict(folder=folder / "arm", writer=writer, label={"arm": "x"})
+    where = dict(folder=folder / "arm", writer=writer, label={"arm": "x"}, **more)
     out = R.reinforce(model or start(), environment or Next(), rl, settings, seed=1, **where)
     writer.close()
     return out
@@ -97,6 +103,87 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     assert resumed == summary
     loaded, third = train(tmp_path / "killed", rl, settings, environment=Fatal(0))  # finished: only loads
     same(loaded.params, whole.params)
+
+
+class Told(Next):
+    """Tells which updates ask it; at one of them SIGTERM comes."""
+
+    def __init__(self, at=-1):
+        self.at, self.asked = at, []
+
+    def score(self, update, responses):
+        self.asked.append(update)
+        if update == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().score(update, responses)
+
+
+def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_path):
+    rl = RLSettings(estimator="ppo", kl_target=0.01, kl_horizon=100, **RL)
+    settings = dataclasses.replace(SETTINGS, updates=6)  # nothing is saved on the way
+    whole, summary = train(tmp_path / "whole", rl, settings)
+    first, second = Told(at=2), Told()
+    with stop.listening(), pytest.raises(stop.Stopped, match="saved after update 3"):
+        train(tmp_path / "told", rl, settings, environment=first)
+    again, resumed = train(tmp_path / "told", rl, settings, environment=second)
+    assert (first.asked, second.asked) == ([0, 1, 2], [3, 4, 5])
+    same(again.params, whole.params)
+    assert resumed == summary
+
+
+def test_sigterm_while_a_round_is_measured_saves_too(tmp_path):
+    def watch(update, params):
+        if update == 2 and not seen:
+            seen.append(update)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the measurement went on")
+
+    seen, settings, second = [], dataclasses.replace(SETTINGS, updates=4), Told()
+    with stop.listening(), pytest.raises(stop.Stopped, match="saved after update 2"):
+        train(tmp_path, RLSettings(**RL), settings, watch=watch)
+    train(tmp_path, RLSettings(**RL), settings, watch=watch, environment=second)
+    assert second.asked == [2, 3]
+
+
+def test_minibatches_after_one_that_has_moved_too_far_are_left_out():
+    """Also of the first and only epoch; the stub's step says how far it moved."""
+    made = []
+
+    def step(state, rows, lr):
+        made.append(len(rows.response))
+        moved = 5.0 if len(made) == 2 else 0.0
+        return state, {k: jnp.float32(v) for k, v in (("moved", moved), ("skipped", 0), ("loss", 0))}
+
+    for epochs, max_moved, wanted in ((1, 0.1, 2), (2, 0.1, 2), (2, 0.0, 8), (1, 10.0, 4)):
+        made.clear()
+        settings = dataclasses.replace(SETTINGS, epochs=epochs, batch_size=8, max_moved=max_moved)
+        run = R.Run(start(), Next(), RLSettings(**RL), settings, 0, list)
+        state = create_state({"policy": start().params}, optax.identity(), seed=0)
+        R.one_update(run, step, state, 0, 0.01, np.float32(0))
+        assert made == [8] * wanted
+
+
+@pytest.mark.parametrize(
+    "change,key",
+    [(dict(settings={"lr": 1e-3}), "settings.lr"), (dict(rl={"clip": 0.5}), "rl.clip"), (dict(world=1), "data_hash")],
+)
+def test_a_folder_of_another_call_is_refused(tmp_path, change, key):
+    class Other(Next):
+        def prompts(self, update):
+            return [[1, 1]] * 8
+
+    settings = dataclasses.replace(SETTINGS, updates=1)
+    model, _ = train(tmp_path, RLSettings(**RL), settings)
+    with pytest.raises(UserError, match=f"arm: was made with {key}=.*name another folder"):
+        rl, other = RLSettings(**{**RL, **change.get("rl", {})}), Other() if "world" in change else None
+        train(tmp_path, rl, dataclasses.replace(settings, **change.get("settings", {})), environment=other)
+    loaded, _ = train(tmp_path, RLSettings(**RL), dataclasses.replace(settings, save_every=3))  # changes no result
+    same(loaded.params, model.params)
+
+
+def test_adapters_are_refused():
+    with pytest.raises(UserError, match="lora_rank=8: RL trains all of a model"):
+        R.ReinforceSettings(lora_rank=8)
 
 
 def test_minibatches_that_do_not_divide_are_named(tmp_path):

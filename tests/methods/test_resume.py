@@ -1,6 +1,7 @@
 """A run that was killed or left, wherever that was, ends with the files and the bits of one that was not."""
 
 import json
+import re
 
 import pytest
 
@@ -160,5 +161,7 @@ def test_told_to_end_no_update_is_lost_and_a_line_says_how_to_go_on(told):
     updates = [e for e in runs.events(told) if e.startswith("batch ")]
     assert len(updates) == len(set(updates)) > 100
     log = told.with_suffix(".log").read_text()
-    assert log.count("qstar: stopped by SIGTERM and saved; go on with: qstar train --config=") == sum(map(len, TOLD))
+    ends = re.findall("qstar: stopped by SIGTERM; .*saved.*; go on with: qstar train --config=", log)
+    assert len(ends) == sum(map(len, TOLD))
+    assert "saved after update 71;" in log and "saved after update 13;" in log  # only where that is so
     assert "Traceback" not in log

@@ -1,5 +1,6 @@
 """The outer loop: its switches, where each training starts from, and when it ends."""
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from qstar.data.sources import read_jsonl
-from qstar.errors import UserError
+from qstar.errors import TrainingFailed, UserError
 from qstar.methods import star, supervised
 from qstar.methods.star import Loop, steps_for
 from qstar.train import metrics
@@ -149,13 +150,14 @@ def starts(monkeypatch):
     return seen
 
 
-def play(tmp_path, monkeypatch, write, answer=None, **sections):
+def play(tmp_path, monkeypatch, write, answer=None, fails="", **sections):
     """Runs the scripted job; returns (its folder, every arm's last model, what was asked of the sampler)."""
     models = {}
     outer = star.outer_loop
     monkeypatch.setattr(star, "outer_loop", lambda arm, *rest: models.setdefault(arm.name, outer(arm, *rest)))
     asked = stub.script(monkeypatch, write, answer)
-    star.run(stub.config(**sections), tmp_path / "run", stub.Silent())
+    with pytest.raises(TrainingFailed, match=fails) if fails else contextlib.nullcontext():
+        star.run(stub.config(**sections), tmp_path / "run", stub.Silent())
     return tmp_path / "run", models, asked
 
 
@@ -353,7 +355,8 @@ def test_divergence_ends_the_arm_with_the_model_before(tmp_path, monkeypatch):
         return made(start, examples, settings, folder=folder, **rest)
 
     monkeypatch.setattr(star, "fine_tune", fine_tune)
-    run, models, _ = play(tmp_path, monkeypatch, gold, loop={"n_iters": 4, "steps": "lin:2:0"})
+    loop = {"n_iters": 4, "steps": "lin:2:0"}
+    run, models, _ = play(tmp_path, monkeypatch, gold, fails="arm star, loop 2: 20 updates", loop=loop)
     assert (
         status(run)["status"] == "stopped"
         and status(run)["iterations"] == 1

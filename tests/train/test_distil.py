@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qstar import stop
 from qstar.errors import UserError
 from qstar.methods import distillation as D
 from qstar.models import policy
@@ -18,6 +21,7 @@ from qstar.models.model import Model, logits
 from qstar.train import distil
 from qstar.train.distil import DistilSettings
 from qstar.train.metrics import Writer
+from tests.train.problem import same
 
 RNG = np.random.default_rng(0)
 P, Q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in RNG.normal(size=(2, 5, 7)))
@@ -108,6 +112,40 @@ def test_a_student_learns_from_its_teacher(settings, tmp_path):
     writer.close()
     found = [int(np.argmax(logits(student, [list(p)])[0, -1])) for p in prompts]
     assert sum(a == b for a, b in zip(found, best)) >= 6 and summary["steps"] == 60
+
+
+def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_path, monkeypatch):
+    """Also where the student writes the text; and another call in the same folder is refused."""
+    settings, made, batch = DistilSettings(kind="jsd", on_policy=0.5), [], D.lesson
+    config = preset("tiny", hidden_size=16, num_layers=1, num_heads=2, vocab_size=9, eos_id=1)
+    train = D.DistilTrain(batch_size=7, lr=2e-2, warmup=0, max_new_tokens=1, log_every=3)
+    rows = [D.Pair((2, a), (a,)) for a in range(2, 9)]
+
+    def call(name, rows=rows, steps=8):
+        how = dict(steps=steps, seed=0, folder=tmp_path / name, writer=Writer(tmp_path), label={}, teacher=model(config, 5))
+        return D.distil(model(config), rows, settings, train, **how)
+
+    def lesson(*args):
+        made.append(0)
+        if len(made) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(*args)
+
+    whole, summary = call("whole")
+    monkeypatch.setattr(D, "lesson", lesson)
+    with stop.listening(), pytest.raises(stop.Stopped, match="saved after update 5"):
+        call("told")
+    again, resumed = call("told")
+    assert len(made) == 8 and resumed == summary
+    same(again.params, whole.params)
+    for wrong, key in ((dict(rows=rows[1:]), "data_hash"), (dict(steps=9), "steps=8, now it is 9")):
+        with pytest.raises(UserError, match=f"told: was made with {key}"):
+            call("told", **wrong)
+
+
+def test_adapters_are_refused():
+    with pytest.raises(UserError, match="lora_rank=4: distillation trains all of a model"):
+        D.DistilTrain(lora_rank=4)
 
 
 def test_mistakes_are_named(tmp_path):

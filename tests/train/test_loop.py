@@ -185,7 +185,40 @@ def test_bad_updates_that_good_ones_interrupt_do_not_stop_a_run(log_every, save_
     at = run(tmp_path, with_bad(*bad), max_bad=4, log_every=log_every, save_every=save_every)
     assert at.step == STEPS and int(at.state.step) == STEPS
     if log_every == 50:
-        assert at.metrics["skipped"] == len(bad) and math.isnan(at.metrics["loss"])
+        assert at.metrics["skipped"] == len(bad) and math.isfinite(at.metrics["loss"])  # of those that were made
+
+
+@pytest.mark.parametrize("log_every,save_every", [(1, 0), (4, 0), (50, 2)])
+def test_a_run_whose_updates_were_all_skipped_does_not_end_as_if_it_had_learnt(log_every, save_every, tmp_path):
+    how = dict(max_bad=20, log_every=log_every, save_every=save_every)
+    for _ in range(2):  # and not when it is started again, either
+        with pytest.raises(Diverged, match="none of 9 updates"):
+            run(tmp_path, with_bad(*range(STEPS)), **how)
+    with pytest.raises(Diverged, match="4 updates in a row were not finite, up to step 9"):  # the last loss is none
+        run(tmp_path / "late", with_bad(*range(5, STEPS)), max_bad=20, log_every=5)
+
+
+def test_a_failed_training_ends_with_exit_code_1(monkeypatch, capsys):
+    from qstar import __main__
+
+    def dispatch(argv):
+        raise Diverged("none of 9 updates was finite")
+
+    monkeypatch.setattr(__main__, "dispatch", dispatch)
+    assert __main__.main(["train"]) == 1
+    assert capsys.readouterr().err == "qstar: none of 9 updates was finite\n"
+
+
+def test_what_takes_long_between_two_updates_is_cut_off_by_sigterm_after_saving(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    with stop.listening(), pytest.raises(stop.Stopped, match="saved after update 4"):
+        for at in fit(fresh(), lambda s: STEP, batch, lr_at, steps=STEPS, checkpoints=checkpoints, log_every=4):
+            with at.interruptible():
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise AssertionError("it went on")
+    assert checkpoints.latest() == 4
+    checkpoints.close()
+    same(run(tmp_path).state.params, run().state.params)
 
 
 def test_without_checkpoints_divergence_is_told_all_the_same():
