@@ -11,6 +11,7 @@ the wrong ones, and from how surprising the right ones were.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,14 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from qstar.errors import UserError, require
+from qstar import processes
+from qstar.data.sources import read_jsonl
+from qstar.errors import TrainingFailed, require
 from qstar.methods import base_model
 from qstar.methods.arms import Arm, Context
 from qstar.methods.reinforce import ReinforceSettings, Scored, reinforce
+from qstar.methods.rollouts import judge, read_answer
 from qstar.methods.run_folder import open_run, stable_seed
 from qstar.methods.settings import settings_from
 from qstar.models.model import Model
 from qstar.tasks.base import Problem, Task
+from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Diverged
 from qstar.train.rl import RLSettings
 from qstar.types import Completion
@@ -58,7 +63,7 @@ class Verifiable:
     def __init__(self, task: Task, seed: int, prompts: int, pool: int | None, few_shot: bool = True):
         """`prompts` problems per update; `pool`: how many there are in a pass (None: all)."""
         self.task, self.seed, self.count, self.pool = task, seed, prompts, pool
-        self.prefix = task.prefix() if few_shot else ""
+        self.prefix, self.stop = task.prefix() if few_shot else "", task.stop
         self.per_pass = len(self._problems(0)) // prompts
         require((self.per_pass > 0, f"config.train.prompts={prompts} is more than the pool has; lower it"))
 
@@ -72,8 +77,8 @@ class Verifiable:
 
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> Scored:
         pairs = [(p, done) for p, row in zip(self.problems(update), responses) for done in row]
-        answers = [self.task.parse(self.task.cut(done.text)) for _, done in pairs]
-        right = [done.stopped and self.task.correct(p, a) for (p, done), a in zip(pairs, answers)]
+        answers = [read_answer(self.task, done)[1] for _, done in pairs]
+        right = judge(self.task, [p for p, _ in pairs], answers, [done.stopped for _, done in pairs])
         scores = np.asarray(right, np.float32)
         return Scored(scores, {"correct": scores, "parsed": np.asarray([a is not None for a in answers], np.float32)})
 
@@ -124,11 +129,23 @@ def train_arm(
     ctx.say(f"\n[bold]{arm.name}[/bold]: {rl_settings.estimator}, {settings.updates} updates")
     marks = {math.ceil(settings.updates * n / loop.rounds): n for n in range(1, loop.rounds + 1)}
 
+    scores: dict[int, float] = {}
+
     def watch(update: int, params: Any) -> None:
+        """Measures a round, and keeps its model as long as it is the best on validation: `Arm.finish` tests that one."""
         if (n := marks.get(update)) is None:
             return
-        rows = arm.answers(base.replace(params=params), ctx.evaluation.split, f"iter_{n:03d}", n, hinted=False)
+        model = base.replace(params=params)
+        rows = arm.answers(model, ctx.evaluation.split, f"iter_{n:03d}", n, hinted=False)
         ctx.say(f"  update {update}: accuracy {np.mean([r.correct for r in rows]):.4f}")
+        if ctx.evaluation.split != "val" or n == loop.rounds:
+            return
+        scores.update({m: accuracy(arm, m) for m in marks.values() if m <= n})
+        best = max(scores, key=scores.get)
+        if best == n:
+            save_round(arm, n, params)
+            for m in scores.keys() - {n}:
+                processes.remove(arm.checkpoint(m))
 
     try:
         with arm.timed("train"), ctx.bar(arm.name, settings.updates) as progress:
@@ -145,7 +162,7 @@ def train_arm(
                 watch=watch,
             )
     except Diverged as e:
-        raise UserError(f"config.arms.{arm.name}: {e}") from None
+        raise TrainingFailed(f"config.arms.{arm.name}: {e}") from None
     if done["stopped"]:
         ctx.say(f"[yellow]{arm.name} stopped after {done['updates']} updates: {done['stopped']}")
     for update, n in marks.items():
@@ -153,3 +170,14 @@ def train_arm(
             arm.report(n, arm.evaluate(model, n), {"updates": min(update, done["updates"]), **done})
     arm.finish(base)
     return model
+
+
+def accuracy(arm: Arm, n: int) -> float:
+    """The accuracy of a round that has been measured."""
+    return float(np.mean([row["correct"] for row in read_jsonl(arm.folder / "evaluation" / f"iter_{n:03d}.jsonl")]))
+
+
+def save_round(arm: Arm, n: int, params: Any) -> None:
+    """Keeps the parameters of a round where `Arm.finish` looks for them."""
+    with contextlib.closing(Checkpoints(arm.checkpoint(n) / "model")) as weights:
+        weights.save(n, params)

@@ -111,8 +111,7 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
         slots=settings.slots,
         prefix=prefix,
     ):
-        text = task.cut(done.text)
-        answer = task.parse(text)
+        text, answer = read_answer(task, done)
         row = Rollout(
             problem_id=problems[i].id,
             iteration=iteration,
@@ -136,9 +135,22 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
         if progress is not None:
             progress(len(found), row)
     rows = [found[key] for key in sorted(found)]
-    whole = [row.answer if not row.truncated else None for row in rows]  # what is cut off is wrong, unjudged
-    right = task.judged([problems[i] for i, _ in sorted(found)], whole)
+    at = [problems[i] for i, _ in sorted(found)]
+    right = judge(task, at, [row.answer for row in rows], [not row.truncated for row in rows])
     return [dataclasses.replace(row, correct=z) for row, z in zip(rows, right)]
+
+
+def read_answer(task: Task, done: Completion) -> tuple[str, str | None]:
+    """Returns a completion up to the end of its answer, and the answer."""
+    text = task.cut(done.text)
+    return text, task.parse(text)
+
+
+def judge(
+    task: Task, problems: Sequence[Problem], answers: Sequence[str | None], ended: Sequence[bool]
+) -> Sequence[bool]:
+    """Whether answers are right, for evaluations and for rewards alike: what is cut off is wrong, unjudged."""
+    return task.judged(problems, [a if whole else None for a, whole in zip(answers, ended, strict=True)])
 
 
 def select(
