@@ -55,6 +55,13 @@ class Corpus:
         """Rows that are held out, always the same."""
         raise NotImplementedError
 
+    def hold_out_stopping(self) -> None:
+        """Sets text for `stopping_rows` apart from that of `test_rows`, where both come from one store."""
+
+    def stopping_rows(self, size: int) -> Rows:
+        """Held-out rows by which a training is stopped; what is reported is measured on `test_rows`."""
+        raise NotImplementedError
+
 
 def whole(tokens: np.ndarray, lengths: np.ndarray, **more: Any) -> Rows:
     """Rows of one document each, padded on the right. tokens: [B, N]; lengths: [B]."""
@@ -102,7 +109,7 @@ class TextCorpus(Corpus):
         if not any(held):
             held[-1] = True
         self._train = [t for t, h in zip(texts, held) if not h]
-        self._test = [t for t, h in zip(texts, held) if h]
+        self._test = self._stopping = [t for t, h in zip(texts, held) if h]
         self._encoded = functools.lru_cache(maxsize=100_000)(self._encode)
 
     def rows(self, step: int, size: int, seed: int) -> Rows:
@@ -114,8 +121,18 @@ class TextCorpus(Corpus):
         """See `Corpus`: crops of held-out documents."""
         return self._rows(self._test, np.random.default_rng(0), size, "test")
 
+    def hold_out_stopping(self) -> None:
+        """See `Corpus`: every other held-out document (a single one serves for both, in other crops)."""
+        if len(self._test) > 1:
+            self._stopping, self._test = self._test[::2], self._test[1::2]
+            self._encoded.cache_clear()
+
+    def stopping_rows(self, size: int) -> Rows:
+        """See `Corpus`: crops of the documents that `hold_out_stopping` set apart."""
+        return self._rows(self._stopping, np.random.default_rng(1), size, "stopping")
+
     def _encode(self, split: str, index: int) -> np.ndarray:
-        text = (self._train if split == "train" else self._test)[index]
+        text = {"train": self._train, "test": self._test, "stopping": self._stopping}[split][index]
         eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         return np.asarray(self.tokenizer.encode(text, bos=True) + eos, np.int32)
 

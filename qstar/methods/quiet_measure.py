@@ -6,7 +6,9 @@ corpus, or, of any text, how hard its tokens are for the base model.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +22,10 @@ from qstar.mesh import to_host
 from qstar.methods.quiet_base import holds_steps
 from qstar.methods.quiet_setup import Study
 from qstar.methods.run_folder import intact, once, once_json, stable_seed
+from qstar.models.hf import read_json
 from qstar.models.model import Model
 from qstar.thoughts import measure as m
+from qstar.train.checkpoint import Checkpoints
 from qstar.train.evaluate import bootstrap_ci
 from qstar.train.metrics import show_table
 from qstar.types import Params
@@ -31,25 +35,68 @@ IGNORED, COLLAPSED = 0.01, 1e-3  # alarms: mean |weight|, and the spread of rewa
 
 
 class Watch:
-    """Measures a model in training every so many steps; says when it no longer improves."""
+    """Measures a model in training every so many steps; says when it no longer improves, and keeps the best one for that.
+
+    What it decides by is read from the files of the measurements, so that a resumed run decides alike.
+    """
 
     def __init__(self, study: Study, arm: str, like: Model, thinker: str, every: int, patience: int):
         """`like` is a model of the arm's configuration; `every` 0 never measures."""
         self.study, self.arm, self.like, self.thinker = study, arm, like, thinker
         self.every, self.patience = every, patience
-        self.scores: dict[int, float] = {}
 
     def __call__(self, step: int, params: Params) -> bool:
-        if not self.every or step % self.every or step in self.scores:
+        if not self.every or not step or step % self.every:
             return False
-        found = measure(self.study, self.arm, self.like.replace(params=params), self.thinker, step)
-        self.scores[step] = found.get("nll/all", found["nll_base/all"])
+        model = self.like.replace(params=params)
+        found = measure(self.study, self.arm, model, self.thinker, step)
         for text in alarms(found) if self.thinker == "sampled" else ():
             self.study.say(f"[yellow]{self.arm}, step {step}: {text}")
             self.study.writer.write(stage="alarm", arm=self.arm, step=step, text=text)
-        best = min(self.scores, key=self.scores.get)
-        since = sum(s > best for s in self.scores)
-        return bool(self.patience) and since >= self.patience
+        if not self.patience:
+            return False
+        once_json(self._path(step), lambda: {"nll": stopping_nll(self.study, model, self.thinker)})
+        best = self.best(step)
+        if best == step:
+            with contextlib.closing(Checkpoints(self.folder / "best")) as kept:
+                kept.save(step, params)
+        return sum(best < s <= step for s in self._steps()) >= self.patience
+
+    @property
+    def folder(self) -> Path:
+        """WORKDIR/<arm>/stopping: the scores that the arm stops by, and its best parameters so far."""
+        return self.study.workdir / self.arm / "stopping"
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}.json"
+
+    def _steps(self) -> list[int]:
+        return sorted(int(p.stem.removeprefix("step_")) for p in self.folder.glob("step_*.json"))
+
+    def best(self, last: int) -> int:
+        """The step of the least NLL up to `last`, of equal ones the first; 0 if there is none."""
+        scores = {s: read_json(self._path(s))["nll"] for s in self._steps() if s <= last}
+        return min(scores, key=scores.get, default=0)
+
+    def choose(self, params: Params, summary: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+        """Returns the best parameters instead of the last ones, and their step in the summary (`best_step`)."""
+        best = self.best(summary["steps"]) if self.patience else 0
+        if not best:
+            return params, summary
+        if best != summary["steps"]:
+            with contextlib.closing(Checkpoints(self.folder / "best")) as kept:
+                params, _ = kept.restore(params, best)
+        return params, {**summary, "best_step": best}
+
+
+def stopping_nll(study: Study, model: Model, thinker: str) -> float:
+    """The mean NLL that an arm stops by: of held-out text that is not reported."""
+    rows = study.corpus.stopping_rows(study.sight.rows)
+    if thinker == "none":
+        nll, _, counted = _text(study, model, rows)
+        return float(nll[counted].mean())
+    s = _scores(study, model, rows, thinker, 1.0)
+    return float(s.nll.mean(1)[s.counted].mean())
 
 
 def alarms(found: dict[str, Any]) -> list[str]:

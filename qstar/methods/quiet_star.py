@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar.errors import UserError, require
+from qstar.errors import TrainingFailed, UserError, require
 from qstar.methods import base_model, quiet_base
 from qstar.methods.quiet_measure import Watch, measure, measure_difficulty
 from qstar.methods.quiet_setup import Study
@@ -60,7 +60,8 @@ class Recipe:
     teacher: str = ""  # an earlier arm, whose predictions with thoughts a `thinker="none"` also learns
     teacher_weight: float = 1.0  # of that; the text's own likelihood has 1
     every: int = 0  # steps between two measurements; 0 = as the config's `evaluate` says
-    patience: int = 0  # evaluations without a better mixed NLL on held-out text until the arm stops; 0 = never
+    patience: int = 0  # evaluations without a better mixed NLL, on held-out text that is not reported, until the arm stops
+    # and the best model is kept; 0 = never
 
     def __post_init__(self):
         require(
@@ -91,6 +92,8 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     check_vocabulary(start.config, study.corpus.tokenizer, "config.data")
     for name, recipe in recipes.items():
         check_room(study, start, name, recipe)
+    if any(recipe.patience for recipe in recipes.values()):
+        study.corpus.hold_out_stopping()
     arms = {n: {"arm": r, "thoughts": study.thoughts.replace(**r.thoughts)} for n, r in recipes.items()}
     open_run(study.workdir, config.to_dict(), resolved={"model": start.config, **study.settings(), "arms": arms})
     study.begin()
@@ -158,7 +161,7 @@ def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model])
     try:
         with study.bar(name, recipe.steps) as progress:
             stage = Stage(study.workdir / name, settings, recipe.steps, seed, study.writer, {"arm": name}, progress)
-            model, _ = train_stage(
+            model, done = train_stage(
                 start,
                 stage,
                 tx,
@@ -166,10 +169,14 @@ def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model])
                 lambda step: study.batch(study.corpus.rows(step, settings.batch_size, study.seed)),
                 roles=roles,
                 watch=watch,
+                choose=watch.choose,
             )
     except Diverged as e:
-        raise UserError(f"config.arms.{name}.train.lr={settings.lr}: {e}") from None
-    measure(study, name, model, recipe.thinker, recipe.steps)
+        raise TrainingFailed(f"config.arms.{name}.train.lr={settings.lr}: {e}") from None
+    kept = done.get("best_step", done["steps"])
+    if kept < recipe.steps:
+        study.say(f"  {name}: ended after {done['steps']} of {recipe.steps} steps; the model of step {kept} is kept")
+    measure(study, name, model, recipe.thinker, kept)
     return model
 
 

@@ -72,6 +72,10 @@ class Folds(Corpus):
         """Direct documents of held-out operands."""
         return self._direct(np.random.default_rng([0, 3]), size, held_out=True)
 
+    def stopping_rows(self, size: int) -> Rows:
+        """Others of the same kind, drawn apart from those."""
+        return self._direct(np.random.default_rng([0, 5]), size, held_out=True)
+
     def worked_rows(self, size: int) -> Rows:
         """Held-out worked documents without slips: whether the base model can follow steps (for its gates)."""
         rng = np.random.default_rng([0, 4])

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from qstar.data.corpus import whole
+from qstar.data.corpus import TextCorpus, whole
 from qstar.errors import UserError
 from qstar.methods import quiet_base, quiet_measure, quiet_setup, quiet_star
 from qstar.methods.quiet_star import Recipe
 from qstar.models import decoder, mixing
 from qstar.models.config import preset
+from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
 from qstar.tasks.folds import Folds
 from qstar.thoughts import distil, measure, replay
@@ -257,3 +258,49 @@ def test_the_word_with_id_0_is_not_taken_for_padding():
     corpus = Folds()
     corpus.tokenizer = types.SimpleNamespace(pad_id=0, hf=types.SimpleNamespace(pad_token_id=None))
     assert quiet_setup.thought_config({}, False, corpus).forbidden_ids == ()
+
+
+class Study:
+    """What `quiet_measure.Watch` needs of a study."""
+
+    def __init__(self, folder):
+        self.workdir = folder
+
+    def say(self, text):
+        pass
+
+
+@pytest.mark.parametrize("resumed", [(), (20,), (10, 20), (30,)])
+def test_patience_remembers_over_a_resume_and_keeps_the_best_model(tmp_path, monkeypatch, resumed):
+    """NLL 1.1, 1.0, 1.2, 1.3 after 10, 20, 30, 40 steps with patience 2: it stops at 40 and step 20 is kept."""
+    nll = {10: 1.1, 20: 1.0, 30: 1.2, 40: 1.3}
+    monkeypatch.setattr(quiet_measure, "measure", lambda *_: {"nll/all": 0.0})  # what is reported does not decide
+    monkeypatch.setattr(quiet_measure, "stopping_nll", lambda study, model, thinker: nll[int(model.params["x"][0])])
+    like = Model(CONFIG, {})
+
+    def watch():
+        return quiet_measure.Watch(Study(tmp_path), "arm", like, "none", 10, 2)
+
+    one, ends = watch(), []
+    for step in range(1, 50):
+        if step in resumed:  # a new process begins where the last checkpoint was, and is shown that step again
+            one = watch()
+            one(step - step % 10, {"x": np.full(2, step, np.float32)})
+        ends.append(one(step, {"x": np.full(2, step, np.float32)}))
+        if ends[-1]:
+            break
+    assert step == 40 and not any(ends[:-1])
+    params, summary = watch().choose({"x": np.full(2, 40, np.float32)}, {"steps": 40})
+    assert summary == {"steps": 40, "best_step": 20} and params["x"].tolist() == [20, 20]
+
+
+def test_text_that_stops_a_training_is_not_the_text_that_is_reported(tmp_path):
+    lines = [json.dumps({"text": f"{i}" * 9}) for i in range(600)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
+    corpus = TextCorpus(tmp_path / "text.jsonl", Folds().tokenizer, length=24)
+    before = corpus.test_rows(40)
+    corpus.hold_out_stopping()
+    assert corpus._stopping and corpus._test and not set(corpus._stopping) & set(corpus._test)
+    assert not np.array_equal(before.tokens, corpus.test_rows(40).tokens)
+    folds = Folds()
+    assert not np.array_equal(folds.test_rows(40).tokens, folds.stopping_rows(40).tokens)
