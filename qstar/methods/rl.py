@@ -77,8 +77,8 @@ class Verifiable:
 
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> Scored:
         pairs = [(p, done) for p, row in zip(self.problems(update), responses) for done in row]
-        answers = [read_answer(self.task, done)[1] for _, done in pairs]
-        right = judge(self.task, [p for p, _ in pairs], answers, [done.stopped for _, done in pairs])
+        _, answers, ended = zip(*(read_answer(self.task, done) for _, done in pairs), strict=True)
+        right = judge(self.task, [p for p, _ in pairs], answers, ended)
         scores = np.asarray(right, np.float32)
         return Scored(scores, {"correct": scores, "parsed": np.asarray([a is not None for a in answers], np.float32)})
 

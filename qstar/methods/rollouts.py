@@ -111,7 +111,7 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
         slots=settings.slots,
         prefix=prefix,
     ):
-        text, answer = read_answer(task, done)
+        text, answer, ended = read_answer(task, done)
         row = Rollout(
             problem_id=problems[i].id,
             iteration=iteration,
@@ -125,7 +125,7 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
             correct=False,  # judged below
             verdict="",
             reason="",
-            truncated=not done.stopped,
+            truncated=not ended,
             valid=task.audit(problems[i], text),
             logprob=round(float(sum(done.logprobs)), 4),
             n_tokens=len(done.tokens),
@@ -140,10 +140,12 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
     return [dataclasses.replace(row, correct=z) for row, z in zip(rows, right)]
 
 
-def read_answer(task: Task, done: Completion) -> tuple[str, str | None]:
-    """Returns a completion up to the end of its answer, and the answer."""
-    text = task.cut(done.text)
-    return text, task.parse(text)
+def read_answer(task: Task, done: Completion) -> tuple[str, str | None, bool]:
+    """Returns a completion up to the end of its answer, the answer, and whether that end was reached: by a stop id or stop
+    string, or by text behind the answer."""
+    part = None if done.stopped else task.answered_part(done.text)
+    text = task.cut(done.text) if part is None else part
+    return text, task.parse(text), done.stopped or part is not None
 
 
 def judge(

@@ -92,6 +92,12 @@ class Task:
         ends = [at for at in map(completion.find, self.stop) if at >= 0]
         return completion[: min(ends, default=len(completion))]
 
+    def answered_part(self, completion: str) -> str | None:
+        """Of a completion that ran into the token limit: the part up to the end of its answer, or None if that is not
+        reached. A model that goes on writing behind a whole answer has answered."""
+        text = self.cut(completion)
+        return text if len(text.rstrip()) < len(completion.rstrip()) else None
+
     def parse(self, completion: str) -> str | None:
         """The answer as normalised text (equal answers are equal strings), or None if there is none."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qstar.errors import UserError, require
 from qstar.tasks import verify
 from qstar.tasks.base import Problem, Task, check_split
-from qstar.tasks.programs import as_module, normal_program, program_in
+from qstar.tasks.programs import as_module, normal_program, program_in, through_program
 
 # After the prompt of the MBPP paper (Austin et al., 2108.07732). V-STaR asks both data sets with "the MBPP template" and
 # does not print it: that this is the one is our assumption.
@@ -39,6 +39,10 @@ class CodeTask(Task):
     def job(self, problem: Problem, program: str) -> verify.Job:
         """The program as a whole and the tests that judge it."""
         raise NotImplementedError
+
+    def answered_part(self, completion: str) -> str | None:
+        part = super().answered_part(completion)
+        return part if part is not None else through_program(completion)  # a message: the program, then an explanation
 
     def parse(self, completion: str) -> str | None:
         program = program_in(completion, first=self.first_block)

@@ -23,6 +23,7 @@ _NEXT_TASK = re.compile(
     r"|\b(?:another|next|new|similar)\s+(?:problem|question|exercise|task)\b|^You are an expert Python programmer",
     re.IGNORECASE | re.MULTILINE,
 )
+COMPLETE = 5  # the rank of a closed block that defines something
 _DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -45,7 +46,7 @@ class Block(NamedTuple):
             return 2 if self.python or _CODE_LINE.search(self.code) else 0
         if tree is None:
             return 3 if self.python else 0
-        return 5 if defines else 4 if is_program(tree) else 0
+        return COMPLETE if defines else 4 if is_program(tree) else 0
 
 
 def program_in(text: str, *, first: bool = False) -> str | None:
@@ -74,6 +75,13 @@ def program_in(text: str, *, first: bool = False) -> str | None:
             lines[block.start : block.end] = []
         code = _bare("\n".join(lines))
     return (code or "").rstrip().strip("\n") or None
+
+
+def through_program(text: str) -> str | None:
+    """The text up to the end of the last closed block that defines something, or None if there is no such block."""
+    lines = text.split("\n")
+    ends = [b.end for b in blocks(text) if b.closed and b.rank() == COMPLETE]
+    return "\n".join(lines[: ends[-1]]) if ends else None
 
 
 def blocks(text: str) -> list[Block]:
