@@ -40,7 +40,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.8"],
         "cuda": ["jax[cuda12]>=0.8"],
-        "plan": ["libtpu"],  # the TPU compiler, for `qstar plan` on a machine without a TPU; of the version that jax wants
+        "plan": [
+            "libtpu"
+        ],  # the TPU compiler, for `qstar plan` on a machine without a TPU; of the version that jax wants
         "log": ["wandb"],
         "eval": ["math-verify>=0.9"],  # equality of LaTeX answers (MATH); brings SymPy, so only who needs it
         "notebooks": ["matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6", "nbformat>=5"],
@@ -53,7 +55,6 @@ setup(
             "torch>=2.6",  # the independent reference of models and losses
             "peft>=0.15",  # reads the adapters that LoRA runs write
             "ruff>=0.14",  # lint and format, in .ci/run
-            "mypy>=1.18",  # types of the parts that import no JAX, in .ci/run
         ],
     },
     entry_points={"console_scripts": ["qstar=qstar.__main__:main"]},

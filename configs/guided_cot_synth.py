@@ -12,7 +12,7 @@ questions of their own, arms on 2,000 test questions that are the same for all s
 rates, filters and lengths were chosen on was not kept apart from the test questions by the config.
 
     ...py:arms=kd_filtered+rl_ppo     any arms of ARMS (those they start from come along)
-    ...py:arms=kd_filtered_flops+rl_both+kd_unfiltered_flops+rl_both_unfiltered   RL and distillation at equal FLOPs; not run yet
+    ...py:arms=kd_filtered_flops+rl_both+kd_unfiltered_flops+rl_both_unfiltered   both at equal FLOPs; not run yet
     ...py:seed=1                      another large model
     ...py:two_ways                    a teacher whose right chains come in two orders, so that votes beat its greedy one
 """

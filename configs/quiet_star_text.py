@@ -3,9 +3,10 @@
     qstar train --config=configs/quiet_star_text.py:model=stories260k,data=tinystories.jsonl --workdir=runs/quiet_star_text
 
 `model` is a folder in the Hugging Face layout, `data` a jsonl or parquet file. `scratch` trains a new model of 1.3M
-parameters on the text first, with the tokenizer of `model`. Controls: plain training on the same text, and for 16 times the steps
-(`same_compute`; a thinking step needs 15 times the FLOPs of a plain one, 20 with its rollout, by `train.flops`); NLL by how hard
-a token is for the base. The held-out rows are the only ones: a setting chosen on them must not be reported on them.
+parameters on the text first, with the tokenizer of `model`. Controls: plain training on the same text, and for 16 times
+the steps (`same_compute`; a thinking step needs 15 times the FLOPs of a plain one, 20 with its rollout, by
+`train.flops`); NLL by how hard a token is for the base. The held-out rows are the only ones: a setting chosen on them
+must not be reported on them.
 """
 
 from configs.common import parse_arg, quiet_config

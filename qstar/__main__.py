@@ -39,17 +39,17 @@ KEPT = {  # what a SIGTERM leaves of these commands, unless they say it; the oth
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for a user's mistake, or 1 for a training that failed (one line on
     standard error). Without `argv`, the command line is read, and the process ends here."""
-    whole = argv is None
-    argv = list(sys.argv[1:] if whole else argv)
+    is_process = argv is None  # called by the entry point: this process is the command
+    argv = list(sys.argv[1:] if is_process else argv)
     for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is written as an escape
         with contextlib.suppress(AttributeError, ValueError):  # a notebook's stream, or a closed one
             stream.reconfigure(errors="backslashreplace")
-    sigterm = stop.listening(last=whole) if argv and argv[0] in KEPT else contextlib.nullcontext()
+    sigterm = stop.listening(last=is_process) if argv and argv[0] in KEPT else contextlib.nullcontext()
     with warnings.catch_warnings(), _quiet_threads(), _second_interrupt_ends(), sigterm:
         warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         code = _run(argv)
     leave()
-    if whole:
+    if is_process:
         _end(code)
     return code
 
@@ -60,6 +60,8 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
         usual(message, category, *place)
     elif is_first():
         print("qstar: warning: " + " ".join(str(message).split()), file=sys.stderr)
+
+
 def _end(code: int) -> None:
     """Ends the process without taking the interpreter down: threads of XLA may still compute, after an interruption above
     all, and have crashed in that. What others registered for the exit is done, but for JAX's deletion of its backends."""
@@ -89,7 +91,7 @@ def _run(argv: list[str]) -> int:
         stop.over()
         print("qstar: " + " ".join(str(e).split()), file=sys.stderr)
         return e.code
-    except stop.Stopped as e:
+    except stop.Preempted as e:
         if is_first():
             again = "start again" if argv[0] == "evaluate" and not e.saved else "go on"
             saved = e.saved or KEPT.get(argv[0], "")

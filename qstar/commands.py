@@ -67,7 +67,9 @@ def sample(argv: list[str]) -> int:
     p = command_parser("sample", "Writes continuations of a prompt.")
     p.add_argument("--model", metavar="DIR", required=True, help="model folder in the Hugging Face layout")
     p.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="repeatable; '' starts from BOS")
-    p.add_argument("--max-new-tokens", metavar="N", type=whole_number(1), default=128, help="at most so many (default: 128)")
+    p.add_argument(
+        "--max-new-tokens", metavar="N", type=whole_number(1), default=128, help="at most so many (default: 128)"
+    )
     p.add_argument("--temperature", metavar="T", type=TEMPERATURE, default=1.0, help="0 = greedy (default: 1)")
     p.add_argument("--top-k", metavar="K", type=whole_number(0), default=0, help="only the K likeliest tokens (0: all)")
     p.add_argument("--top-p", metavar="P", type=SHARE, default=1.0, help="only the likeliest that hold a share P")
@@ -75,7 +77,9 @@ def sample(argv: list[str]) -> int:
     p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends a continuation; repeatable")
     p.add_argument("--seed", metavar="N", type=whole_number(0, SEEDS - 1), default=0, help="of the draws (default: 0)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in (default: as stored)")
-    p.add_argument("--weights", choices=("", "int8"), default="", help="int8: the blocks' in 8 bits (default: as stored)")
+    p.add_argument(
+        "--weights", choices=("", "int8"), default="", help="int8: the blocks' in 8 bits (default: as stored)"
+    )
     p.add_argument("--json", action="store_true", help="an object per continuation, with tokens and log-probabilities")
     a = p.parse_args(argv)
     start_jax(a.device)
@@ -114,8 +118,12 @@ def evaluate(argv: list[str]) -> int:
                    '"prompts": a folder of few-shot files, or null for none (default: built-in examples)')  # fmt: skip
     p.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
     p.add_argument("--limit", metavar="N", type=whole_number(0), default=0, help="first N problems (0: all)")
-    p.add_argument("--max-new-tokens", metavar="N", type=whole_number(1), default=256, help="of an answer (default: 256)")
-    p.add_argument("--samples", metavar="N", type=whole_number(0), default=0, help="per problem, for pass@k and majority@k")
+    p.add_argument(
+        "--max-new-tokens", metavar="N", type=whole_number(1), default=256, help="of an answer (default: 256)"
+    )
+    p.add_argument(
+        "--samples", metavar="N", type=whole_number(0), default=0, help="per problem, for pass@k and majority@k"
+    )
     p.add_argument("--temperature", metavar="T", type=TEMPERATURE, default=0.7, help="of those samples (default: 0.7)")
     p.add_argument("--verifier", metavar="NAME=DIR[:SCORE]", action="append", default=[], help=_VERIFIER)
     p.add_argument("--seed", metavar="N", type=whole_number(0, SEEDS - 1), default=0, help="of the draws (default: 0)")
@@ -164,8 +172,8 @@ def evaluate(argv: list[str]) -> int:
             scorers=scorers,
             too_long=a.too_long,
         )
-    except stop.Stopped:
-        raise stop.Stopped(f"finished rounds of answers are kept in {out}" if out else "") from None
+    except stop.Preempted:
+        raise stop.Preempted(f"finished rounds of answers are kept in {out}" if out else "") from None
     title = f"{a.task}, {a.split}"
     page = write_evaluation(out, title, result, a.samples) if out and a.samples else None
     if a.json:
@@ -216,7 +224,9 @@ def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
 def _evaluate_quiet(a: argparse.Namespace) -> int:
     """`evaluate` with the metrics of Quiet-STaR."""
     if a.too_long != "error":
-        raise UserError(f"evaluate: --too-long={a.too_long} is of --metric=answers; --metric={a.metric} knows only error")
+        raise UserError(
+            f"evaluate: --too-long={a.too_long} is of --metric=answers; --metric={a.metric} knows only error"
+        )
     if a.out:
         raise UserError(f"evaluate: --out keeps the answers of --metric=answers; --metric={a.metric} writes none")
     from rich.console import Console
@@ -254,7 +264,9 @@ def export(argv: list[str]) -> int:
     p = command_parser("export", "Writes a model of a run as a folder in the Hugging Face layout.")
     p.add_argument("--run", metavar="DIR", required=True, help="run folder: the --workdir of qstar train")
     p.add_argument("--arm", metavar="NAME", help="arm of the run (default: the only one)")
-    p.add_argument("--iteration", metavar="N", type=whole_number(0), help="loop of the arm, 0: base (default: the last)")
+    p.add_argument(
+        "--iteration", metavar="N", type=whole_number(0), help="loop of the arm, 0: base (default: the last)"
+    )
     p.add_argument("--verifier", choices=("dpo", "orm", "prm"), default="", help="of a V-STaR run, not its generator")
     p.add_argument("--out", metavar="DIR", required=True, help="new folder, or an earlier export to replace")
     a = p.parse_args(argv)
@@ -289,7 +301,9 @@ def compare(argv: list[str]) -> int:
     p.add_argument("--b", metavar="NAME=FILE", help="those they are compared with")
     p.add_argument("--out", metavar="DIR", required=True, help="folder of compare.html and key.json")
     p.add_argument("--count", metavar="N", type=whole_number(1), default=50, help="questions at most (default: 50)")
-    p.add_argument("--seed", metavar="N", type=whole_number(0, SEEDS - 1), default=0, help="of the draw, the order and the sides")
+    p.add_argument(
+        "--seed", metavar="N", type=whole_number(0, SEEDS - 1), default=0, help="of the draw, the order and the sides"
+    )
     p.add_argument("--right", action="store_true", help="only problems that both got right")
     p.add_argument("--votes", metavar="FILE", action="append", default=[], help="votes.jsonl of the page; repeatable")
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -332,15 +346,25 @@ def plan(argv: list[str]) -> int:
     )
     p.add_argument("--config", metavar="FILE[:ARG]", help="config file, with its argument after a colon")
     p.add_argument("--config.KEY", dest="_", metavar="VALUE", help="replaces a value of the config; may be repeated")
-    p.add_argument("--topology", metavar="NAME", required=True, help="v5e:4x4, v5p:2x2x1, v6e:2x4, gpu:8, cpu:8; or several")
-    p.add_argument("--search", action="store_true", help="finds the cheapest layout that fits (mesh, remat, accumulate)")
+    p.add_argument(
+        "--topology", metavar="NAME", required=True, help="v5e:4x4, v5p:2x2x1, v6e:2x4, gpu:8, cpu:8; or several"
+    )
+    p.add_argument(
+        "--search", action="store_true", help="finds the cheapest layout that fits (mesh, remat, accumulate)"
+    )
     p.add_argument("--only", metavar="TEXT", default="", help="programs whose names hold this text")
-    p.add_argument("--rows-per-chip", metavar="N", type=whole_number(0), default=0, help="instead of the config's batch size")
+    p.add_argument(
+        "--rows-per-chip", metavar="N", type=whole_number(0), default=0, help="instead of the config's batch size"
+    )
     p.add_argument("--hlo", metavar="DIR", default="", help="keeps the compiled texts there")
     p.add_argument("--hbm", metavar="GIB", type=number(lambda x: x > 0, "above 0"), default=0.0, help="per chip")
     p.add_argument("--prompt-tokens", metavar="N", type=whole_number(1), default=256, help="of a prompt (default: 256)")
-    p.add_argument("--prefix-tokens", metavar="N", type=whole_number(0), default=0, help="of a few-shot prefix (default: 0)")
-    p.add_argument("--full-effort", action="store_true", help="optimise as for a run: slower, temporaries a little smaller")
+    p.add_argument(
+        "--prefix-tokens", metavar="N", type=whole_number(0), default=0, help="of a few-shot prefix (default: 0)"
+    )
+    p.add_argument(
+        "--full-effort", action="store_true", help="optimise as for a run: slower, temporaries a little smaller"
+    )
     p.add_argument("--json", action="store_true", help="one JSON object (a list, of several slices)")
     a, rest = p.parse_known_args(argv)
     from qstar.config_file import parse_overrides, read_config
@@ -355,7 +379,9 @@ def plan(argv: list[str]) -> int:
     from qstar.plan.cases import Assumed
 
     assumed = Assumed(a.prompt_tokens, a.prefix_tokens)
-    options = dict(only=a.only, hbm=a.hbm, as_json=a.json, quick=not a.full_effort, rows_per_chip=a.rows_per_chip, keep=a.hlo)
+    options = dict(
+        only=a.only, hbm=a.hbm, as_json=a.json, quick=not a.full_effort, rows_per_chip=a.rows_per_chip, keep=a.hlo
+    )
     if a.search:
         from qstar.plan.search import main as search
 
@@ -368,7 +394,9 @@ BENCHES = ("distil", "generate", "quiet_star", "rl", "sandbox", "train")  # modu
 
 def bench(argv: list[str]) -> int:
     """qstar bench distil | generate | quiet_star | rl | sandbox | train [--json]"""
-    p = command_parser("bench", "Measures qstar beside what it could be replaced by, on this machine, in one interleaved run.")
+    p = command_parser(
+        "bench", "Measures qstar beside what it could be replaced by, on this machine, in one interleaved run."
+    )
     p.add_argument("what", choices=BENCHES, type=lambda text: "distil" if text == "distill" else text)
     p.add_argument("--json", action="store_true", help="JSON instead of a table")
     p.add_argument("--quick", action="store_true", help="one repetition of small sizes")

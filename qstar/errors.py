@@ -80,7 +80,17 @@ def check_type(what: str, value: Any, kind: Any) -> None:
         raise UserError(f"{what}={value!r} must be of type {names}")
 
 
-_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG)
+_FREE = "free some space, or mend the disk or the limit that it names"
+_FAULTS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENAMETOOLONG,
+)
 
 
 def machine_fault(error: BaseException | None) -> str | None:
@@ -91,9 +101,9 @@ def machine_fault(error: BaseException | None) -> str | None:
     seen = 0
     while error is not None and seen < 20:
         if isinstance(error, OSError) and error.errno in _FAULTS:
-            return f"{error.filename or 'a file'}: {os.strerror(error.errno)}; free some space, or mend the disk or the limit that it names"
+            return f"{error.filename or 'a file'}: {os.strerror(error.errno)}; {_FREE}"
         if found := re.search("|".join(os.strerror(n) for n in _FAULTS), str(error)):
             place = re.search(r'"(/[^"]*)"', str(error))
-            return f"{place[1] if place else 'a file'}: {found[0]}; free some space, or mend the disk or the limit that it names"
+            return f"{place[1] if place else 'a file'}: {found[0]}; {_FREE}"
         error, seen = error.__cause__ or error.__context__, seen + 1
     return None

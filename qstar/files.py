@@ -1,8 +1,8 @@
 """Atomic, checksummed files and guarded JSON parsing.
 
 A file written here appears whole or not at all. With `checksum=True` a file of its name in the folder `.checksums` beside
-it records its size, number of lines and BLAKE2b hash. `read` compares them, so that a file that was truncated, changed or replaced
-later is named instead of used. A file without a record (from an earlier version) is accepted with one warning.
+it records its size, number of lines and BLAKE2b hash. `read` compares them, so that a file that was truncated, changed
+or replaced later is named instead of used. A file without a record (from an earlier version) is accepted with one warning.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from qstar.errors import QstarWarning, UserError
 
-UNVERIFIED = "some files or checkpoints of this run have no checksums (an earlier version wrote them): they are used unverified"
+UNVERIFIED = (
+    "some files or checkpoints of this run have no checksums (an earlier version wrote them): they are used unverified"
+)
 
 
 class Damaged(UserError):

@@ -123,7 +123,7 @@ def shardings(state: Any, table: AxisTable, mesh: Mesh, rules: Rules = Rules()) 
 def mesh_jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Returns `jax.jit(f)`, called and lowered in the mesh that its first argument lies on, if it lies on one.
 
-    So that what is traced knows the mesh (`whole`, `map_rows`, `ways`), without being told.
+    So that what is traced knows the mesh (`replicate`, `map_rows`, `batch_axes`), without being told.
     """
     jitted = jax.jit(f, **options)
 
@@ -146,7 +146,7 @@ def _entered(tree_: Any) -> Any:
     return jax.set_mesh(where.mesh) if isinstance(where, NamedSharding) else contextlib.nullcontext()
 
 
-def ways(rows: int = 0, rules: Rules = Rules()) -> tuple[str, ...]:
+def batch_axes(rows: int = 0, rules: Rules = Rules()) -> tuple[str, ...]:
     """Returns the axes of the mesh that a program is traced in over which so many rows are split: none, outside of a mesh
     or where they do not divide (0 divides by all)."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -154,9 +154,9 @@ def ways(rows: int = 0, rules: Rules = Rules()) -> tuple[str, ...]:
     return axes if rows % math.prod(mesh.shape[a] for a in axes) == 0 else ()
 
 
-def count_ways(rows: int = 0) -> int:
-    """Returns into how many parts `ways` splits the rows."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in ways(rows))
+def count_batch_shards(rows: int = 0) -> int:
+    """Returns into how many parts `batch_axes` splits the rows."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in batch_axes(rows))
 
 
 def map_rows(
@@ -165,13 +165,13 @@ def map_rows(
     """Returns `jax.vmap(f)` over rows that are split over the batch axes of the mesh; the first argument is mapped, at 0."""
 
     def mapped(*args: Any) -> Any:
-        axes = ways(jax.tree.leaves(args[0])[0].shape[0], rules)
+        axes = batch_axes(jax.tree.leaves(args[0])[0].shape[0], rules)
         return jax.vmap(f, in_axes, out_axes, spmd_axis_name=axes or None)(*args)
 
     return mapped
 
 
-def whole(x: jax.Array) -> jax.Array:
+def replicate(x: jax.Array) -> jax.Array:
     """Keeps an array of one row, say [T, E], whole on every device, whatever the parameters it meets are split over.
 
     With `map_rows` around it, rows then stay where they are. Without it the compiler is free, too, to split activations
@@ -183,15 +183,15 @@ def whole(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*(None,) * x.ndim))
 
 
-def laid(x: jax.Array, axes: Axes, rules: Rules = Rules()) -> jax.Array:
+def constrain(x: jax.Array, axes: Axes, rules: Rules = Rules()) -> jax.Array:
     """Keeps an array split as the table says of its logical axes, e.g. a sum of gradients like its parameter (so that the
     parts from many rows are reduced and scattered, not reduced everywhere). Outside of a mesh it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, rules.spec(axes, x.shape, mesh))
 
 
-def laid_tree(tree_: Any, table: AxisTable, rules: Rules = Rules()) -> Any:
-    """`laid`, for a tree and its table; leaves that no pattern matches are whole."""
+def constrain_tree(tree_: Any, table: AxisTable, rules: Rules = Rules()) -> Any:
+    """`constrain`, for a tree and its table; leaves that no pattern matches are whole."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree_
@@ -199,19 +199,19 @@ def laid_tree(tree_: Any, table: AxisTable, rules: Rules = Rules()) -> Any:
     return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, s.spec), tree_, where)
 
 
-def gathers(rules: Rules = Rules()) -> bool:
+def use_fsdp_gather(rules: Rules = Rules()) -> bool:
     """Whether a program is traced in a mesh that splits `embed`."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and any(mesh.shape[a] > 1 for a in rules.embed)
 
 
-def gathered(layer: Any, table: AxisTable, dtype: Any, rules: Rules = Rules()) -> Any:
-    """Returns a layer's parameters with its matrices in a dtype and whole along `embed`, gathered from where `gathers` says.
+def all_gather_params(layer: Any, table: AxisTable, dtype: Any, rules: Rules = Rules()) -> Any:
+    """Returns a layer's parameters with its matrices in a dtype and whole along `embed`, gathered if `use_fsdp_gather`.
 
     Their gradients are reduced and scattered into the layout that the matrices have. Left to itself, the compiler makes a
     ring of partial products out of a gather and a product with many rows, and their sum goes through memory once for each
     device of the ring: 1.5 instead of 0.9 TB in an update of Llama-2-7B's adapters on 8 chips. The backward pass gathers
-    again, under rematerialisation or the policy `dropped`.
+    again, under rematerialisation or the policy `drop_constraints`.
     """
     mesh = jax.sharding.get_abstract_mesh()
 
@@ -219,26 +219,26 @@ def gathered(layer: Any, table: AxisTable, dtype: Any, rules: Rules = Rules()) -
         axes = next((axes for pattern, axes in table if re.search(pattern, name)), ())
         if "embed" not in axes or x.ndim != len(axes) or x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        here = rules.spec(axes, x.shape, mesh)
-        there = dataclasses.replace(rules, embed=()).spec(axes, x.shape, mesh)
-        return _moved(x.astype(dtype), here, there)
+        source = rules.spec(axes, x.shape, mesh)
+        target = dataclasses.replace(rules, embed=()).spec(axes, x.shape, mesh)
+        return _moved(x.astype(dtype), source, target)
 
     return tree.map_named(one, layer)
 
 
-def dropped(primitive: Any, *_: Any, **__: Any) -> bool:
+def drop_constraints(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: the backward pass may keep everything but what was only laid out anew."""
     return primitive.name != "sharding_constraint"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(x: jax.Array, here: P, there: P) -> jax.Array:
+def _moved(x: jax.Array, source: P, target: P) -> jax.Array:
     """x, laid out `here`, laid out `there`; its cotangent moves back."""
-    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, here), there)
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, source), target)
 
 
 _moved.defvjp(
-    lambda x, here, there: (_moved.fun(x, here, there), None),  # plain, or `dropped` would see but a call
+    lambda x, here, there: (_moved.fun(x, here, there), None),  # plain, or `drop_constraints` would see but a call
     lambda here, there, _, g: (jax.lax.with_sharding_constraint(g, here),),
 )
 
@@ -256,7 +256,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def put_whole_batch(batch: Any, mesh: Mesh | None) -> Any:
+def put_global_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Places host arrays on the mesh, split over the batch axes where the rows divide, else replicated.
 
     Every process passes the whole batch: which rows a process's devices need follows from the mesh, not from the
@@ -265,15 +265,15 @@ def put_whole_batch(batch: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return jax.device_put(batch)
-    whole, split = replicated(mesh), batch_sharding(mesh)
-    ways = math.prod(mesh.shape[a] for a in Rules().batch)
+    full, split = replicated(mesh), batch_sharding(mesh)
+    num_shards = math.prod(mesh.shape[a] for a in Rules().batch)
 
-    def place(x: np.ndarray) -> jax.Array:
+    def put(x: np.ndarray) -> jax.Array:
         x = np.asarray(x)
-        target = split if x.ndim and x.shape[0] and x.shape[0] % ways == 0 else whole
+        target = split if x.ndim and x.shape[0] and x.shape[0] % num_shards == 0 else full
         return jax.make_array_from_callback(x.shape, target, x.__getitem__)
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(put, batch)
 
 
 def to_host(arrays: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Several processes, one run: who they are, how they find each other, and what only the first of them does.
+"""Runs of several processes: identity, rendezvous, health, and what process 0 alone does.
 
-Stages meet on disk: the run folder is one that all processes see. The first process alone prints and writes; whether a
-file is there is what the first one sees (`agreed`), or a slow disk would send processes different ways. When one of them
-dies, the others, which wait for it in a collective, are told through the connections that they met by, and end.
+Stages meet on disk: the run folder is on a file system that all processes share. Process 0 alone prints and writes.
+Whether a file exists is what process 0 finds (`broadcast_bool`), since a slow file system would send processes different
+ways. When a process dies, the others, which wait for it in a collective, learn of it through their sockets and exit.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from qstar.errors import UserError
 
 SECONDS = 300  # to wait for the others, unless QSTAR_JOIN_SECONDS says otherwise
 SAY_AFTER = 5.0
-GRACE = 3.0  # seconds between the news that a process has died and the end of this one, whose own error may be on its way
+GRACE = (
+    3.0  # seconds between the news that a process has died and the end of this one, whose own error may be on its way
+)
 VARIABLES = ("QSTAR_COORDINATOR", "QSTAR_NUM_PROCESSES", "QSTAR_PROCESS_ID")
 TPU_PORT = 8482  # JAX's own choice on TPU VMs
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """This process among those of the run."""
 
     coordinator: str  # host:port of process 0
@@ -47,7 +49,7 @@ def is_first() -> bool:
     return jax is None or jax.process_index() == 0
 
 
-def agreed(value: bool) -> bool:
+def broadcast_bool(value: bool) -> bool:
     """Returns the first process's value, in all of them (a collective: every process calls it, in the same order)."""
     jax = sys.modules.get("jax")
     if jax is None or jax.process_count() == 1:
@@ -58,8 +60,8 @@ def agreed(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
-def from_first(make: Callable[[], Any]) -> Any:
-    """Returns what `make` returns in the first process, which alone calls it, in all of them (a collective, see `agreed`).
+def broadcast_from_host0(make: Callable[[], Any]) -> Any:
+    """Returns what `make` returns in process 0, which alone calls it, on all processes (a collective, see `broadcast_bool`).
 
     For what may differ from process to process, or should be asked for once: a file, a server. The value must be JSON.
 
@@ -72,33 +74,33 @@ def from_first(make: Callable[[], Any]) -> Any:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    told, fault = b"", False
+    message, fault = b"", False
     if is_first():
         try:
-            told = json.dumps(make()).encode()
+            message = json.dumps(make()).encode()
         except UserError as e:
-            told, fault = str(e).encode(), True
+            message, fault = str(e).encode(), True
     share = multihost_utils.broadcast_one_to_all
-    length, fault = (int(x) for x in share(np.asarray([len(told), fault])))
-    told = share(np.frombuffer(told if is_first() else bytes(length), np.uint8)).tobytes().decode()
+    length, fault = (int(x) for x in share(np.asarray([len(message), fault])))
+    message = share(np.frombuffer(message if is_first() else bytes(length), np.uint8)).tobytes().decode()
     if fault:
-        raise UserError(told)
-    return json.loads(told)
+        raise UserError(message)
+    return json.loads(message)
 
 
 def remove(folder: Path) -> None:
     """Deletes a folder, in one process, when all have done with it."""
-    agreed(True)
+    broadcast_bool(True)
     if is_first():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def exists(path: Path) -> bool:
     """Whether a file of the run is there, as the first process sees it; the same in all of them."""
-    return agreed(path.exists())
+    return broadcast_bool(path.exists())
 
 
-def place(environment: Mapping[str, str] = os.environ, device: str = "auto") -> Place | None:
+def process_info(environment: Mapping[str, str] = os.environ, device: str = "auto") -> ProcessInfo | None:
     """Returns this process's place, or None for a run of one process.
 
     QSTAR_COORDINATOR, QSTAR_NUM_PROCESSES and QSTAR_PROCESS_ID, if they are set; a step of SLURM with several tasks; the
@@ -116,13 +118,13 @@ def place(environment: Mapping[str, str] = os.environ, device: str = "auto") -> 
         nodes = e["SLURM_STEP_NODELIST"]
         coordinator = f"{_first_node(nodes)}:{port}"
         how = f"srun --jobid={e['SLURM_JOB_ID']} runs the command once per task; launch/slurm.sh submits it so"
-        return Place(coordinator, int(e["SLURM_NTASKS"]), int(e["SLURM_PROCID"]), how)
+        return ProcessInfo(coordinator, int(e["SLURM_NTASKS"]), int(e["SLURM_PROCID"]), how)
     if device not in ("auto", "tpu") or e.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("", "tpu"):
         return None
     return _of_tpu(e)
 
 
-def _named(e: Mapping[str, str]) -> Place:
+def _named(e: Mapping[str, str]) -> ProcessInfo:
     missing = [name for name in VARIABLES if not e.get(name)]
     if missing:
         raise UserError(f"{missing[0]} is not set, but others of {', '.join(VARIABLES)} are; set all three or none")
@@ -137,7 +139,7 @@ def _named(e: Mapping[str, str]) -> Place:
     how = (
         f"the same command with QSTAR_COORDINATOR={coordinator} QSTAR_NUM_PROCESSES={count} QSTAR_PROCESS_ID={{index}}"
     )
-    return Place(coordinator, int(count), int(index), how)
+    return ProcessInfo(coordinator, int(count), int(index), how)
 
 
 def _first_node(nodes: str) -> str:
@@ -148,7 +150,7 @@ def _first_node(nodes: str) -> str:
     return prefix + rest.replace("]", ",").replace("-", ",").split(",")[0]
 
 
-def _of_tpu(e: Mapping[str, str]) -> Place | None:
+def _of_tpu(e: Mapping[str, str]) -> ProcessInfo | None:
     hosts, index = e.get("TPU_WORKER_HOSTNAMES", ""), e.get("TPU_WORKER_ID", "")
     slices = {k: e.get(f"MEGASCALE_{k}", "") for k in ("NUM_SLICES", "SLICE_ID", "COORDINATOR_ADDRESS")}
     if not (hosts and index):
@@ -169,7 +171,7 @@ def _of_tpu(e: Mapping[str, str]) -> Place | None:
     host = (slices["COORDINATOR_ADDRESS"] or workers[0]).split(":")[0]
     coordinator = f"{host}:{e.get('JAX_COORDINATOR_PORT') or TPU_PORT}"
     how = "launch/tpu_pod.sh runs the command on all workers (gcloud compute tpus tpu-vm ssh --worker=all)"
-    return Place(coordinator, count, int(slices["SLICE_ID"] or 0) * len(workers) + int(index), how)
+    return ProcessInfo(coordinator, count, int(slices["SLICE_ID"] or 0) * len(workers) + int(index), how)
 
 
 def _metadata(key: str) -> str:
@@ -184,14 +186,14 @@ def _metadata(key: str) -> str:
         return ""
 
 
-def join(here: Place) -> None:
+def join(here: ProcessInfo) -> None:
     """Waits until all processes are there, and makes them one JAX. Called before JAX touches a device.
 
     Raises:
       UserError: somebody did not come in time; the line names who and the command that starts them.
     """
     seconds = float(os.environ.get("QSTAR_JOIN_SECONDS") or SECONDS)
-    meet(here, seconds)
+    _rendezvous(here, seconds)
     import jax
 
     jax.distributed.initialize(here.coordinator, here.count, here.index, initialization_timeout=max(60, int(seconds)))
@@ -203,12 +205,12 @@ class _Lines:
     open: dict[int, socket.socket] = {}  # process -> connection: process 0 has one to each, the others one to it
 
 
-def _watch(here: Place, index: int, line: socket.socket) -> None:
+def _watch(here: ProcessInfo, index: int, line: socket.socket) -> None:
     """Waits for a process to say that it is done (`leave`); ends this one if it dies instead."""
-    told = b""
+    message = b""
     with contextlib.suppress(OSError):
-        told = line.recv(3)
-    if told == b"bye":
+        message = line.recv(3)
+    if message == b"bye":
         return
     _say(
         f"process {index} of {here.count} has died, so process {here.index} ends, too; "
@@ -225,7 +227,7 @@ def leave() -> None:
             line.sendall(b"bye")
 
 
-def meet(here: Place, seconds: float) -> None:
+def _rendezvous(here: ProcessInfo, seconds: float) -> None:
     """Returns when all processes have called it. JAX's own rendezvous cannot say who is missing, and aborts.
 
     Process 0 listens on the coordinator's port, which JAX takes over afterwards; the others send their number and wait
@@ -242,7 +244,7 @@ def _say(text: str) -> None:
     print(f"qstar: {text}", file=sys.stderr, flush=True)
 
 
-def _gather(here: Place, deadline: float, seconds: float) -> None:
+def _gather(here: ProcessInfo, deadline: float, seconds: float) -> None:
     port = int(here.coordinator.rpartition(":")[2])
     try:
         server = socket.create_server(("", port), backlog=max(128, here.count))
@@ -250,19 +252,19 @@ def _gather(here: Place, deadline: float, seconds: float) -> None:
         raise UserError(
             f"process 0 cannot listen on port {port} ({e.strerror}); end what uses it, or name another"
         ) from None
-    there: dict[int, socket.socket] = {}
-    said = time.monotonic() - 15 + SAY_AFTER
+    connected: dict[int, socket.socket] = {}
+    last_message = time.monotonic() - 15 + SAY_AFTER
     with server, contextlib.ExitStack() as open_ones:
-        while len(there) < here.count - 1:
-            missing = ", ".join(str(i) for i in range(1, here.count) if i not in there)
+        while len(connected) < here.count - 1:
+            missing = ", ".join(str(i) for i in range(1, here.count) if i not in connected)
             now = time.monotonic()
             if now > deadline:
                 raise UserError(
                     f"process {missing} of {here.count} did not come within {seconds:g} s; on each worker: "
                     + here.start.format(index=missing)
                 )
-            if now - said >= 15:
-                said = now
+            if now - last_message >= 15:
+                last_message = now
                 _say(f"process 0 of {here.count} waits for process {missing} at {here.coordinator}")
             server.settimeout(0.5)
             with contextlib.suppress(OSError, ValueError):
@@ -271,8 +273,8 @@ def _gather(here: Place, deadline: float, seconds: float) -> None:
                 other.settimeout(2)
                 index = int(other.recv(16))
                 if 0 < index < here.count:
-                    there[index] = other  # one that was restarted while it waited has come again
-        for index, other in there.items():
+                    connected[index] = other  # one that was restarted while it waited has come again
+        for index, other in connected.items():
             with contextlib.suppress(OSError):
                 other.sendall(b"go")
                 other.settimeout(None)
@@ -289,10 +291,10 @@ def _alive(line: socket.socket) -> socket.socket:
     return line
 
 
-def _report(here: Place, deadline: float, seconds: float) -> None:
+def _report(here: ProcessInfo, deadline: float, seconds: float) -> None:
     host, _, port = here.coordinator.rpartition(":")
     began = time.monotonic()
-    said = False
+    last_message = False
     while True:
         with contextlib.suppress(OSError):
             first = socket.create_connection((host.strip("[]"), int(port)), timeout=2)
@@ -311,7 +313,7 @@ def _report(here: Place, deadline: float, seconds: float) -> None:
                 f"process {here.index} of {here.count} waited {seconds:g} s for process 0 at {here.coordinator}; "
                 + here.start.format(index=0)
             )
-        if not said and now - began > SAY_AFTER:
-            said = True
+        if not last_message and now - began > SAY_AFTER:
+            last_message = True
             _say(f"process {here.index} of {here.count} waits for process 0 at {here.coordinator}")
         time.sleep(0.2)

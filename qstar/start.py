@@ -1,4 +1,4 @@
-"""Before JAX: the platform, the compilation cache, and the C allocator."""
+"""Start of JAX: the platform, the compilation cache, and the C allocator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qstar.errors import UserError
 def start_jax(device: str = "auto", *, several: bool = False) -> None:
     """Chooses the platform and switches the persistent compilation cache on. Called before anything imports jax.
 
-    With `several`, waits for the other processes of the run, if the environment speaks of any (`processes.place`).
+    With `several`, waits for the other processes of the run, if the environment speaks of any (`processes.process_info`).
 
     Raises:
       UserError: the device is not there; another process did not come.
@@ -29,7 +29,7 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
     accelerators = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators:
         keep_freed_memory()
-    here = processes.place(os.environ, device) if several else None
+    here = processes.process_info(os.environ, device) if several else None
     if here is not None and here.count > 1:
         processes.join(here)
     import jax

@@ -21,7 +21,7 @@ SECONDS = 240
 _EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 
 
-class Stopped(BaseException):
+class Preempted(BaseException):
     """The run was told to end. Like KeyboardInterrupt it is nobody's error, and passes through `except Exception`."""
 
     def __init__(self, saved: str = ""):
@@ -31,17 +31,17 @@ class Stopped(BaseException):
 
 
 class _State:
-    told = False  # SIGTERM has come
-    heard = False  # and who held it knows
+    requested = False  # SIGTERM has come
+    acknowledged = False  # and who held it knows
     over = False  # the run is at its end: SIGTERM changes nothing any more
-    held = 0  # depth of `held`: somebody will look at `told`
-    polls = 0  # of `asked` in a run of several processes
+    deferred = 0  # depth of `defer`: somebody will look at `told`
+    polls = 0  # of `should_stop` in a run of several processes
     forking = threading.local()  # per thread that forks: the signals it had blocked before
 
 
 @contextlib.contextmanager
 def listening(*, last: bool = False) -> Iterator[None]:
-    """Turns SIGTERM into `Stopped` inside the block. Only the main thread can; in another nothing changes.
+    """Turns SIGTERM into `Preempted` inside the block. Only the main thread can; in another nothing changes.
 
     Args:
       last: the process ends after the block, and SIGTERM is ignored from then on.
@@ -49,7 +49,7 @@ def listening(*, last: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.told, _State.heard, _State.held, _State.over = False, False, 0, False
+    _State.requested, _State.acknowledged, _State.deferred, _State.over = False, False, 0, False
     # The handler runs between two bytecodes of the main thread, which may be compiling for minutes. The pipe is written
     # by the signal itself, and read by a thread that can keep the time.
     ours, theirs = socket.socketpair()
@@ -60,7 +60,7 @@ def listening(*, last: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        _State.told = _State.heard = False
+        _State.requested = _State.acknowledged = False
         after = old if old is not None else signal.SIG_DFL
         signal.signal(signal.SIGTERM, signal.SIG_IGN if last else after)
         signal.set_wakeup_fd(old_pipe)
@@ -68,10 +68,10 @@ def listening(*, last: bool = False) -> Iterator[None]:
 
 
 def _on_sigterm(number, frame) -> None:
-    _State.told = True
-    if not _State.held and not _State.over:
-        _State.heard = True
-        raise Stopped
+    _State.requested = True
+    if not _State.deferred and not _State.over:
+        _State.acknowledged = True
+        raise Preempted
 
 
 def over() -> None:
@@ -81,19 +81,19 @@ def over() -> None:
 
 def _keep_time(pipe: socket.socket) -> None:
     seconds = float(os.environ.get("QSTAR_STOP_SECONDS") or SECONDS)
-    told = False
+    requested = False
     with pipe:
         while True:
-            ready, _, _ = select.select([pipe], [], [], seconds if told else None)
+            ready, _, _ = select.select([pipe], [], [], seconds if requested else None)
             numbers = pipe.recv(64) if ready else b""
             if ready and not numbers:
                 return
             for _ in range(numbers.count(signal.SIGTERM) if ready else 1):
-                if told:
+                if requested:
                     why = "told again" if ready else f"not done after {seconds:g} s"
                     os.write(2, f"qstar: ends at once ({why}); the last checkpoint stays\n".encode())
                     os._exit(_EXIT_CODE)
-                told = True
+                requested = True
 
 
 def _before_fork() -> None:
@@ -117,45 +117,45 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Inside the block SIGTERM only makes `asked` true: who holds it asks often, saves, and raises `Stopped`; if it came too
-    late to be asked for, the block's end does."""
-    _State.held += 1
+def defer() -> Iterator[None]:
+    """Inside the block SIGTERM only makes `should_stop` true: the caller asks often, saves, and raises `Preempted`. If it
+    came too late to be asked for, the end of the block raises it."""
+    _State.deferred += 1
     try:
         yield
     finally:
-        _State.held -= 1
-    if _State.told and not _State.heard and not _State.held:
-        raise Stopped
+        _State.deferred -= 1
+    if _State.requested and not _State.acknowledged and not _State.deferred:
+        raise Preempted
 
 
 @contextlib.contextmanager
 def released() -> Iterator[None]:
-    """Inside a block of `held`: SIGTERM raises `Stopped` at once again, or now, if it has come already. For what takes long
-    and may be cut off, like a measurement between two updates."""
-    if asked():
-        raise Stopped
-    depth, _State.held = _State.held, 0
+    """Inside a block of `defer`: SIGTERM raises `Preempted` at once again, or now, if it has come already. For work that
+    takes long and may be cut off, like a measurement between two updates."""
+    if should_stop():
+        raise Preempted
+    depth, _State.deferred = _State.deferred, 0
     try:
         yield
     finally:
-        _State.held = depth
+        _State.deferred = depth
 
 
 def check() -> None:
-    """Raises `Stopped` if the run was told to end and nobody holds it: in a run of several processes, where no signal
+    """Raises `Preempted` if the run was told to end and nobody holds it: in a run of several processes, where no signal
     interrupts, or where code of others has swallowed the exception. All processes call it at the same places."""
-    if not _State.held and asked():
-        raise Stopped
+    if not _State.deferred and should_stop():
+        raise Preempted
 
 
-def asked() -> bool:
+def should_stop() -> bool:
     """Whether to save and stop now. In a run of several processes: every process asks after each update, and all of them
     get the same answer (JAX's coordination service agrees on an update that none has passed)."""
     jax = sys.modules.get("jax")
     if jax is None or jax.process_count() == 1:
-        _State.heard = _State.told
-        return _State.told
+        _State.acknowledged = _State.requested
+        return _State.requested
     from jax.experimental import multihost_utils
 
     _State.polls += 1

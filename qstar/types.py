@@ -38,7 +38,7 @@ class Shared(NamedTuple):
     mask: jax.Array  # bool [T, S]
 
 
-class Ring(NamedTuple):
+class RingKVCache(NamedTuple):
     """Keys and values that a block first writes its own token into, and then attends to.
 
     Writing before reading is what lets XLA update the cache in place: a block that attends to the old cache and

@@ -1,6 +1,6 @@
 """What models say, on however many processes and devices there are: the first process prints it as JSON.
 
-    QSTAR_COORDINATOR=... python tests/answers.py DECODER ENCDEC      (folders; the decoder can think)
+QSTAR_COORDINATOR=... python tests/answers.py DECODER ENCDEC      (folders; the decoder can think)
 """
 
 import json

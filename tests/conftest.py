@@ -60,7 +60,9 @@ def real_model(name: str) -> pathlib.Path:
     """The folder of a pretrained model, in QSTAR_MODELS (else ~/.cache/qstar-models); skips the test without it."""
     folder = pathlib.Path(os.environ.get("QSTAR_MODELS") or "~/.cache/qstar-models").expanduser() / name
     if not (folder / "config.json").is_file():
-        pytest.skip(f"needs the pretrained model {name} in {folder.parent} (set QSTAR_MODELS to the folder that has it)")
+        pytest.skip(
+            f"needs the pretrained model {name} in {folder.parent} (set QSTAR_MODELS to the folder that has it)"
+        )
     return folder
 
 

@@ -303,7 +303,9 @@ def make_models(folder):
     small = preset("tiny", vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1, max_positions=40)
     save(Model(small, zeros(small), tokenizer), folder / "good")
     save(Model(small, zeros(small)), folder / "mute")
-    llama = preset("llama_20m", hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, intermediate_size=32)
+    llama = preset(
+        "llama_20m", hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, intermediate_size=32
+    )
     for name in ("broken", "texts", "mamba", "hollow", "truncated", "shape", "missing", "pickle"):
         hf.write_params(folder / name, llama, zeros(llama))
     config = json.loads((folder / "mamba" / "config.json").read_text())
@@ -335,7 +337,6 @@ def make_data(folder):
         (folder / name / "train.jsonl").write_text(text)
         (folder / name / "test.jsonl").write_text(good)
 
-
     row, votes = {"problem_id": "1", "prompt": "1 + 1?"}, {"page": "p", "item": "000", "choice": "left"}
     rows = {name: {**row, "completion": name} for name in "ab"}
     rows |= {"c": {**row, "problem_id": "2", "completion": "c"}, "short": row}
@@ -344,7 +345,13 @@ def make_data(folder):
     for name, row in rows.items():
         (folder / "votes" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     code = {"mbpp": {"task_id": 11, "text": "t", "code": "x = 1", "test_list": ["f(1)"]}}
-    code["humaneval"] = {"task_id": "a", "prompt": "def f(): 0", "canonical_solution": "", "test": "assert 1", "entry_point": "g"}
+    code["humaneval"] = {
+        "task_id": "a",
+        "prompt": "def f(): 0",
+        "canonical_solution": "",
+        "test": "assert 1",
+        "entry_point": "g",
+    }
     code["math"] = {"problem": "1 + 1", "solution": "2", "level": "Level 1", "type": "Algebra"}
     (folder / "code").mkdir()
     for name, row in code.items():

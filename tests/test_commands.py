@@ -83,7 +83,13 @@ def test_samples_are_apart_from_each_other(capfd, model):
 def test_evaluate_keeps_its_answers_for_the_second_call(capfd, model, tmp_path):
     data = tmp_path / "test.jsonl"
     data.write_text(json.dumps({"question": "Tom has 2 apples.", "answer": "1 + 1 = 2\n#### 2"}) + "\n")
-    flags = (f"--model={model}", "--task=gsm8k", "--task-options", json.dumps({"test": str(data)}), "--max-new-tokens=4")
+    flags = (
+        f"--model={model}",
+        "--task=gsm8k",
+        "--task-options",
+        json.dumps({"test": str(data)}),
+        "--max-new-tokens=4",
+    )
     table = call(capfd, "evaluate", *flags)
     assert re.search(r"^accuracy +0\.000 +0\.000 +0\.000$", table, re.MULTILINE)
     out = f"--out={tmp_path / 'answers'}"
@@ -131,13 +137,38 @@ def test_the_table_of_loops_fits_80_columns():
     console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))
     show_table(console, "arm", loop_rows([{**row, "iteration": n} for n in (9, 10)]))
     lines = console.export_text().splitlines()
-    assert lines[1].split() == ["loop", "accuracy", "acc/3", "acc/4", "acc/5", "hinted", "kept", "rationalised", "valid", "time"]
-    assert lines[-1].split() == ["10", "0.500", "0.500", "0.500", "0.500", "0.500", "10,000", "10,000", "0.500", "1.4", "h"]
+    assert lines[1].split() == [
+        "loop",
+        "accuracy",
+        "acc/3",
+        "acc/4",
+        "acc/5",
+        "hinted",
+        "kept",
+        "rationalised",
+        "valid",
+        "time",
+    ]
+    assert lines[-1].split() == [
+        "10",
+        "0.500",
+        "0.500",
+        "0.500",
+        "0.500",
+        "0.500",
+        "10,000",
+        "10,000",
+        "0.500",
+        "1.4",
+        "h",
+    ]
 
 
 def test_the_table_of_loops_leaves_out_what_is_not_measured():
     base = {"iteration": 0, "accuracy": 0.5, "accuracy/gsm8k": 0.5}
-    rows = loop_rows([base, {**base, "iteration": 1, "kept": 3, "rationalised": 0, "valid_kept": None, "seconds_train": 90}])
+    rows = loop_rows(
+        [base, {**base, "iteration": 1, "kept": 3, "rationalised": 0, "valid_kept": None, "seconds_train": 90}]
+    )
     assert rows[1] == {"loop": 1, "accuracy": 0.5, "kept": 3, "time": "90 s"}
     assert list(rows[0]) == list(rows[1])
 
@@ -154,7 +185,9 @@ def test_overrides_take_the_type_of_what_they_replace():
 
 
 @pytest.mark.parametrize("what, loads", [("rl", 1), ("distill", 2)])
-def test_the_benches_of_rl_and_distillation_say_where_time_goes_and_that_both_sides_do_the_same_work(what, loads, capsys):
+def test_the_benches_of_rl_and_distillation_say_where_time_goes_and_that_both_sides_do_the_same_work(
+    what, loads, capsys
+):
     assert main(["bench", what, "--json", "--quick", "--device=cpu"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [r["side"] for r in rows] == ["qstar", "torch"] * loads
@@ -174,5 +207,9 @@ def test_the_bench_of_the_sandbox_prints_its_throughput(capsys):
     found = json.loads(capsys.readouterr().out)
     sides = {row["side"]: row for row in found["rows"]}
     assert set(sides) == {f"{s}, {h}" for s in ("sandbox", "plain interpreter") for h in ("one at a time", "pool")}
-    assert sides["sandbox, pool"]["programs per minute"] > 1000 and found["isolation"] in ("namespaces", "landlock", "seccomp")
+    assert sides["sandbox, pool"]["programs per minute"] > 1000 and found["isolation"] in (
+        "namespaces",
+        "landlock",
+        "seccomp",
+    )
     assert all(0 < row["median ms"] <= row["90% ms"] <= row["99% ms"] for row in sides.values())

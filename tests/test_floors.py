@@ -48,9 +48,7 @@ def source(path: pathlib.Path) -> ast.Module:
 def imports(path: pathlib.Path, everywhere: bool = True) -> set[str]:
     """Full names of what a file imports: anywhere, or only what is imported when it is (not in functions, not for types)."""
     package = (
-        ["qstar", *module(path).split(".")]
-        if path.name == "__init__.py"
-        else ["qstar", *module(path).split(".")[:-1]]
+        ["qstar", *module(path).split(".")] if path.name == "__init__.py" else ["qstar", *module(path).split(".")[:-1]]
     )
     found: set[str] = set()
 
@@ -58,11 +56,7 @@ def imports(path: pathlib.Path, everywhere: bool = True) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = (
-                [p for p in package if p][: len([p for p in package if p]) - node.level + 1]
-                if node.level
-                else []
-            )
+            start = [p for p in package if p][: len([p for p in package if p]) - node.level + 1] if node.level else []
             base = ".".join([*start, *filter(None, [node.module])])
             found.update(f"{base}.{a.name}" for a in node.names)
         lazy = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
@@ -116,9 +110,7 @@ def test_text_data_tasks_and_errors_import_no_jax():
         if bad:
             return [f"{' -> '.join([*seen, name])} -> {bad[0]}"]
         targets = {t for t in map(inside, found) if t is not None}
-        targets |= {
-            ".".join(t.split(".")[:i]) for t in targets for i in range(t.count(".") + 1)
-        }  # packages above
+        targets |= {".".join(t.split(".")[:i]) for t in targets for i in range(t.count(".") + 1)}  # packages above
         return [b for t in sorted(targets - {name, *seen}) for b in chain(t, (*seen, name))]
 
     wrong = [b for m in MODULES if m.split(".")[0] in NO_JAX for b in chain(m, ())]
@@ -139,9 +131,7 @@ def test_no_file_over_450_lines():
 
 
 def test_no_function_over_100_lines():
-    long = [
-        f"{where(p, f)}: {n}" for p in FILES for f in functions(p) if (n := f.end_lineno - f.lineno + 1) > 100
-    ]
+    long = [f"{where(p, f)}: {n}" for p in FILES for f in functions(p) if (n := f.end_lineno - f.lineno + 1) > 100]
     assert not long, "\n".join(long)
 
 
@@ -158,9 +148,7 @@ def test_public_functions_and_classes_have_docstrings():
 
 
 def test_every_file_says_what_it_is():
-    assert not (bare := [where(p) for p in FILES if source(p).body and not ast.get_docstring(source(p))]), (
-        bare
-    )
+    assert not (bare := [where(p) for p in FILES if source(p).body and not ast.get_docstring(source(p))]), bare
 
 
 @pytest.mark.parametrize("text", ["/" + "work/", "/" + "tmp/", "/" + "root/"])

@@ -24,7 +24,7 @@ from qstar.config_file import read_config
 from qstar.data.sources import read_records
 from qstar.errors import UserError
 from qstar.methods.answerer import Answer, Cached, FunctionAnswerer, HttpAnswerer
-from qstar.methods.arms import Context
+from qstar.methods.arms import RunContext
 from qstar.methods.run_folder import open_run, write_json
 from qstar.models.config import preset
 from qstar.models.model import Model, save
@@ -90,10 +90,22 @@ def world(tmp_path_factory):
         save(Model(config, params, tokenizer), root / name)
     open_run(root / "run", read_config(SUMS).to_dict())
     with contextlib.closing(Writer(root / "run")) as writer:
-        writer.write(stage="iteration", step=0, arm="rationalisation", accuracy=0.5, accuracy_low=0.4, accuracy_high=0.6)
+        writer.write(
+            stage="iteration", step=0, arm="rationalisation", accuracy=0.5, accuracy_low=0.4, accuracy_high=0.6
+        )
     (root / "run/rationalisation/rationales").mkdir(parents=True)
-    row = {"problem_id": "1", "prompt": "1?", "completion": "2", "correct": True, "verdict": "kept", "group": "1", "hinted": False}
-    write(root / "run/rationalisation/rationales/iter_001.jsonl", json.dumps({**row, "iteration": 1, "gold": "2"}) + "\n")
+    row = {
+        "problem_id": "1",
+        "prompt": "1?",
+        "completion": "2",
+        "correct": True,
+        "verdict": "kept",
+        "group": "1",
+        "hinted": False,
+    }
+    write(
+        root / "run/rationalisation/rationales/iter_001.jsonl", json.dumps({**row, "iteration": 1, "gold": "2"}) + "\n"
+    )
     write_json(root / "run/rationalisation/status.json", {"status": "stopped", "reason": "x"})
     for name in "ab":
         write(root / f"{name}.jsonl", json.dumps({**row, "completion": name}) + "\n")
@@ -110,12 +122,30 @@ def fuzz_override(rng, world, home, monkeypatch):
     def stop(self):
         raise Accepted
 
-    monkeypatch.setattr(Context, "start", stop)
+    monkeypatch.setattr(RunContext, "start", stop)
     config = read_config(SUMS).to_dict()
     sections = [k for k, v in config.items() if isinstance(v, dict) and v]
     section = rng.choice(sections)
     key = rng.choice([*config[section], "nothing"])
-    values = ["", "0", "-1", "nan", "inf", "1e400", "None", "[]", "{}", "x", "True", "9" * 5000, "(", "'", "[" * 3000, "1_0", "0x10"]
+    values = [
+        "",
+        "0",
+        "-1",
+        "nan",
+        "inf",
+        "1e400",
+        "None",
+        "[]",
+        "{}",
+        "x",
+        "True",
+        "9" * 5000,
+        "(",
+        "'",
+        "[" * 3000,
+        "1_0",
+        "0x10",
+    ]
     monkeypatch.chdir(home)
     with contextlib.suppress(Accepted):
         return main(["train", f"--config={SUMS}", f"--config.{section}.{key}={rng.choice(values)}"])
@@ -176,7 +206,11 @@ def fuzz_run(rng, world, home, monkeypatch):
         for folder in list((home / "run").rglob(".checksums")):
             shutil.rmtree(folder)
     path = rng.choice(sorted(p for p in (home / "run").rglob("*") if p.suffix in (".json", ".jsonl")))
-    write(path, broken(json.loads(path.read_text().splitlines()[0] if path.suffix == ".jsonl" else path.read_text()), rng) + "\n")
+    write(
+        path,
+        broken(json.loads(path.read_text().splitlines()[0] if path.suffix == ".jsonl" else path.read_text()), rng)
+        + "\n",
+    )
     line = rng.choice(["report {home}/run", "export --run={home}/run --arm=rationalisation --out={home}/new"])
     return command(line, home=home)
 
@@ -217,7 +251,17 @@ def fuzz_cache(rng, world, home, monkeypatch):
     assert Cached(ask, home / "a.jsonl").answer(["1?"]) == [Answer("2", 0.0, 0)]
 
 
-KINDS = [fuzz_override, fuzz_records, fuzz_options, fuzz_model, fuzz_votes, fuzz_run, fuzz_reply, fuzz_cache, fuzz_model]
+KINDS = [
+    fuzz_override,
+    fuzz_records,
+    fuzz_options,
+    fuzz_model,
+    fuzz_votes,
+    fuzz_run,
+    fuzz_reply,
+    fuzz_cache,
+    fuzz_model,
+]
 
 
 @pytest.mark.filterwarnings("ignore::qstar.errors.QstarWarning")

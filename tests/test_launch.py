@@ -14,7 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
-ODD = "--config.note=it's \"$HOME\" & a;b\\ `x` $(x) *\n é"  # a config string that every shell on the way would like to read
+ODD = '--config.note=it\'s "$HOME" & a;b\\ `x` $(x) *\n é'  # a config string that every shell on the way would like to read
 RUN = ["--config=configs/star_arithmetic.py:smoke", "--workdir=/runs/x", ODD]
 
 RECORD = """#!/usr/bin/env bash
@@ -44,7 +44,18 @@ class Bench:
         self.home.mkdir()
         self.path.mkdir()
         bodies = {"gcloud": GCLOUD, "python": PYTHON, "squeue": SQUEUE, "nvidia-smi": "\necho GPU 0\n"}
-        for name in ("gcloud", "kubectl", "xpk", "sbatch", "squeue", "scancel", "scontrol", "srun", "python", "nvidia-smi"):
+        for name in (
+            "gcloud",
+            "kubectl",
+            "xpk",
+            "sbatch",
+            "squeue",
+            "scancel",
+            "scontrol",
+            "srun",
+            "python",
+            "nvidia-smi",
+        ):
             (self.path / name).write_text(RECORD + bodies.get(name, ""))
             (self.path / name).chmod(0o755)
         self.states = folder / "states"
@@ -101,7 +112,9 @@ JOBSET = ["--jobset", "--name=x", "--accelerator=tpu-v6e-slice", "--topology=4x4
 
 
 def test_a_dry_run_of_a_pod_prints_each_command_and_calls_nothing(bench):
-    printed = shlex.split(bench("tpu_pod.sh", *POD, "--spot", *RUN, "--dry-run").replace("\n" + QUEUED[0], " ; " + QUEUED[0]))
+    printed = shlex.split(
+        bench("tpu_pod.sh", *POD, "--spot", *RUN, "--dry-run").replace("\n" + QUEUED[0], " ; " + QUEUED[0])
+    )
     create, scp, install, start = [list(c) for c in split(printed)]
     assert create == [*QUEUED, "create", "x", *PLACE, "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e",
                       "--node-id=x", "--spot"]  # fmt: skip
@@ -136,7 +149,9 @@ def test_a_pod_gets_the_code_installs_it_and_runs_the_very_words(bench, copy):
 
 def test_the_exit_code_of_a_run_comes_back(bench, copy):
     bench("tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy, code=3, QSTAR_EXITS="3")
-    bench("tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy, code=75, QSTAR_EXITS="75")  # the machine goes, the run is not done
+    bench(
+        "tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy, code=75, QSTAR_EXITS="75"
+    )  # the machine goes, the run is not done
 
 
 def test_a_run_that_was_stopped_is_not_started_again(bench, copy):
@@ -191,7 +206,9 @@ def test_the_batch_script_starts_a_process_per_gpu_and_is_queued_again_when_its_
     (copy / ".venv/bin/python").write_text("#!/bin/sh\n")
     (copy / ".venv/bin/python").chmod(0o755)
     with open(bench.path / "srun", "a") as file:
-        file.write("trap 'kill $!; exit 0' TERM\necho $$ >\"$CALLS.pid\"\nsleep ${STAYS:-0} >/dev/null &\nwait\nexit 5\n")
+        file.write(
+            "trap 'kill $!; exit 0' TERM\necho $$ >\"$CALLS.pid\"\nsleep ${STAYS:-0} >/dev/null &\nwait\nexit 5\n"
+        )
     job = {"SLURM_SUBMIT_DIR": str(copy), "SLURM_JOB_ID": "77"}
     bench("slurm.sbatch", *RUN, cwd=copy, code=5, **job)
     assert bench.calls() == [
@@ -228,11 +245,15 @@ def test_xpk_gets_a_command_that_one_shell_splits_into_the_very_words(bench):
     assert shlex.split(bench("gke_xpk.sh", *XPK, "--type=v6e-16", "--image=i:1", *RUN, "--dry-run"))[:3] == call[:3]
 
 
-@pytest.mark.parametrize("flags", [["--type=v6e-16", "--image=i:1", "--slices=2", "--spot", "--env=A=b c", *RUN], ["--list"], ["--stop"]])
+@pytest.mark.parametrize(
+    "flags", [["--type=v6e-16", "--image=i:1", "--slices=2", "--spot", "--env=A=b c", *RUN], ["--list"], ["--stop"]]
+)
 def test_the_parser_of_xpk_accepts_the_call(bench, flags):
     folder = os.environ.get("QSTAR_XPK")
     if not folder:
-        pytest.skip("needs xpk in an environment of its own (python -m venv x && x/bin/pip install xpk; QSTAR_XPK=x/bin)")
+        pytest.skip(
+            "needs xpk in an environment of its own (python -m venv x && x/bin/pip install xpk; QSTAR_XPK=x/bin)"
+        )
     call = shlex.split(bench("gke_xpk.sh", *XPK, *flags, "--dry-run"))
     program = ("import argparse, sys; from xpk.parser.core import set_parser; from xpk.commands.workload import get_restart_exit_codes\n"
                "p = argparse.ArgumentParser(prog='xpk'); set_parser(parser=p); a = p.parse_args(sys.argv[1:])\n"
@@ -375,7 +396,14 @@ def test_a_model_that_git_ignores_is_not_shipped(bench, copy):
 
 
 def test_values_of_the_config_go_on_in_both_ways_of_writing(bench):
-    more = ["--config.train.lr", "1e-3", "--config.evaluate.hinted", "--profile=1:2", "--config.loop.k=4", "--device=gpu"]
+    more = [
+        "--config.train.lr",
+        "1e-3",
+        "--config.evaluate.hinted",
+        "--profile=1:2",
+        "--config.loop.k=4",
+        "--device=gpu",
+    ]
     assert shlex.split(bench("slurm.sh", *SUBMIT["slurm.sh"], STAR, *more, "--dry-run"))[-7:] == [STAR, *more]
 
 
@@ -387,7 +415,9 @@ def test_the_commands_of_the_readme_are_accepted(bench):
         if "local.sh" in command and "gpu" not in command or "test.sh" in command:
             continue  # these install
         environment = {**bench.environment, "PROJECT": "p", "IMAGE": "i:1"}
-        done = subprocess.run(["bash", "-c", f"{command} --dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", f"{command} --dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, (command, done.stderr)
     assert not bench.calls()
 

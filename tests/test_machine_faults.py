@@ -103,5 +103,7 @@ def test_faults_of_the_machine_are_found_in_causes_and_texts():
             raise RuntimeError("cannot save") from e
     except RuntimeError as e:
         assert machine_fault(e).startswith("/x/y: No space left on device")
-    assert "No space left" in machine_fault(ValueError('Error writing "/a/b": No space left on device [os_error_code=28]'))
+    assert "No space left" in machine_fault(
+        ValueError('Error writing "/a/b": No space left on device [os_error_code=28]')
+    )
     assert machine_fault(KeyError("x")) is None and machine_fault(json.JSONDecodeError("x", "", 0)) is None

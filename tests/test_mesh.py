@@ -18,7 +18,7 @@ from qstar.mesh import (
     batch_sharding,
     make_mesh,
     parameter_table,
-    put_whole_batch,
+    put_global_batch,
     replicated,
     shardings,
 )
@@ -83,9 +83,7 @@ def test_rules_split_axes_that_divide_and_leave_the_others_whole():
     rules, mesh = Rules(), abstract(2, 4, 2)
     assert rules.spec(("embed", "heads"), (64, 32), mesh) == P("fsdp", "tensor")
     assert rules.spec(("heads", "embed"), (64, 32), mesh) == P("tensor", "fsdp")
-    assert rules.spec(("embed", "mlp"), (3, 64, 32), mesh) == P(
-        None, "fsdp", "tensor"
-    )  # stacked layers stay whole
+    assert rules.spec(("embed", "mlp"), (3, 64, 32), mesh) == P(None, "fsdp", "tensor")  # stacked layers stay whole
     assert rules.spec(("vocab", "embed"), (31, 32), mesh) == P(None, "fsdp")  # 31 does not divide
     assert rules.spec((None, "embed"), (8, 6), mesh) == P(None, None)
     assert rules.spec(("batch",), (16,), mesh) == P(("data", "fsdp"))
@@ -97,9 +95,7 @@ def test_rules_split_axes_that_divide_and_leave_the_others_whole():
 def test_two_axes_on_one_mesh_axis_collide():
     with pytest.raises(ValueError, match="tensor.* two axes of .*heads.*vocab"):
         Rules().spec(("heads", "vocab"), (8, 8), abstract(tensor=2))
-    assert Rules().spec(("heads", "vocab"), (8, 8), abstract(fsdp=2)) == P(
-        None, None
-    )  # no such axis, no collision
+    assert Rules().spec(("heads", "vocab"), (8, 8), abstract(fsdp=2)) == P(None, None)  # no such axis, no collision
     with pytest.raises(ValueError, match="3 logical axes"):
         Rules().spec(("embed", "heads", "mlp"), (8, 8), abstract())
 
@@ -112,11 +108,7 @@ def test_the_first_pattern_that_matches_a_path_decides_for_moments_too():
     }
     table = ((r"q/kernel$", ("embed", "heads")), (r"kernel", (None, None)))
     where = shardings(state, table, make_mesh("fsdp=4,tensor=2", devices(8)))
-    assert (
-        where["params"]["q"]["kernel"].spec
-        == where["mu"]["policy"]["q"]["kernel"].spec
-        == P("fsdp", "tensor")
-    )
+    assert where["params"]["q"]["kernel"].spec == where["mu"]["policy"]["q"]["kernel"].spec == P("fsdp", "tensor")
     assert where["params"]["scale"].spec == where["step"].spec == P()
 
 
@@ -139,6 +131,6 @@ def test_the_table_adds_up():
 def test_batches_on_one_device_keep_their_values():
     mesh = make_mesh("data=-1", jax.devices()[:1])
     rows = {"x": np.arange(6).reshape(3, 2), "n": np.float32(2.0)}
-    out = put_whole_batch(rows, mesh)
+    out = put_global_batch(rows, mesh)
     assert math.prod(batch_sharding(mesh).shard_shape((3,))) == 3 and replicated(mesh).is_fully_replicated
     jax.tree.map(np.testing.assert_array_equal, out, rows)

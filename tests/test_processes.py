@@ -19,7 +19,7 @@ MEET = """
 import sys
 from qstar.__main__ import main
 from qstar import commands, processes
-commands.report = lambda argv: print(processes.meet(processes.place(), float(argv[0]))) or 0
+commands.report = lambda argv: print(processes._rendezvous(processes.process_info(), float(argv[0]))) or 0
 sys.exit(main(["report", sys.argv[1]]))
 """
 
@@ -55,7 +55,7 @@ SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COO
     ({"QSTAR_COORDINATOR": "h:1", "QSTAR_NUM_PROCESSES": "2", "QSTAR_PROCESS_ID": "1", **SLURM}, ("h:1", 2, 1)),
 ])  # fmt: skip
 def test_the_environment_says_where_a_process_stands(environment, expected):
-    found = processes.place(environment)
+    found = processes.process_info(environment)
     assert (found and (found.coordinator, found.count, found.index)) == expected
 
 
@@ -65,9 +65,9 @@ def test_a_tpu_vm_is_asked_for_its_metadata(monkeypatch):
                        "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'"}  # fmt: skip
     monkeypatch.setattr(processes, "_metadata", lambda key: told.get(key, ""))
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
-    found = processes.place({})
+    found = processes.process_info({})
     assert (found.coordinator, found.count, found.index) == ("10.0.0.9:8482", 4, 3)
-    assert processes.place({}, "cpu") is None and processes.place({"TPU_SKIP_MDS_QUERY": "1"}) is None
+    assert processes.process_info({}, "cpu") is None and processes.process_info({"TPU_SKIP_MDS_QUERY": "1"}) is None
 
 
 @pytest.mark.parametrize("values, culprit", [
@@ -76,7 +76,7 @@ def test_a_tpu_vm_is_asked_for_its_metadata(monkeypatch):
 ])  # fmt: skip
 def test_variables_that_contradict_themselves_are_named(values, culprit):
     with pytest.raises(UserError, match=culprit):
-        processes.place(dict(zip(processes.VARIABLES, values)))
+        processes.process_info(dict(zip(processes.VARIABLES, values)))
 
 
 def test_all_go_when_all_are_there_and_the_port_is_free_again():
@@ -101,15 +101,17 @@ def test_who_is_missing_is_named_with_the_command_that_starts_it():
 
 def test_two_processes_say_what_one_says(tmp_path):
     import jax
+    from answers import answers
+    from thoughts.families import FAMILIES
 
     import qstar
-    from answers import answers
     from qstar.models import decoder, encdec
     from qstar.models.encdec_config import EncDecConfig
     from qstar.models.model import Model
-    from thoughts.families import FAMILIES
 
-    config = EncDecConfig(vocab_size=30, hidden_size=16, head_dim=4, intermediate_size=24, num_layers=1, num_decoder_layers=1, num_heads=4)
+    config = EncDecConfig(
+        vocab_size=30, hidden_size=16, head_dim=4, intermediate_size=24, num_layers=1, num_decoder_layers=1, num_heads=4
+    )
     thinker = FAMILIES["llama"].replace(num_layers=1)
     qstar.save(Model(thinker, decoder.init(thinker, jax.random.key(0))), tmp_path / "decoder")
     qstar.save(Model(config, encdec.init(config, jax.random.key(0))), tmp_path / "encdec")

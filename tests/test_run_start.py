@@ -47,7 +47,9 @@ def test_a_model_folder_that_is_not_there_is_named(name, tmp_path, monkeypatch, 
 
 def test_a_tokenizer_folder_that_is_not_there_is_named(tmp_path, monkeypatch, capfd, shared):
     monkeypatch.chdir(tmp_path)
-    config = f"train --config={ROOT}/configs/quiet_star_text.py:smoke,data=x.jsonl,model={shared('weights/stories260k')}"
+    config = (
+        f"train --config={ROOT}/configs/quiet_star_text.py:smoke,data=x.jsonl,model={shared('weights/stories260k')}"
+    )
     assert main([*config.split(), "--config.data.tokenizer=nope"]) == 2
     assert "config.data.tokenizer=nope: no such folder" in capfd.readouterr().err
 
@@ -73,7 +75,11 @@ def test_a_run_notes_when_where_how_long_and_by_which_command(tmp_path, monkeypa
     open_run(tmp_path, {"method": "star"}, resolved={"arms": {"star": {"k": 1, "cap": float("inf"), "steps": (1, 2)}}})
     first = json.loads((tmp_path / "environment.json").read_text())
     assert first["command"] == "python -m qstar train '--config.name=a b'"
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first["started"]) and first["host"] and first["ended"] is None
+    assert (
+        re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first["started"])
+        and first["host"]
+        and first["ended"] is None
+    )
     end_run(tmp_path)
     ended = json.loads((tmp_path / "environment.json").read_text())
     assert ended["ended"] >= first["started"] and ended["seconds"] > 0 and ended["starts"] == 1
@@ -91,7 +97,9 @@ def test_a_run_notes_when_where_how_long_and_by_which_command(tmp_path, monkeypa
 
 
 def test_the_head_of_a_page_says_it():
-    text = provenance({**environment(), "ended": "x", "seconds": 3700.0, "starts": 3, "host": "<h>", "started": "2026-01-02T03:04:05"})
+    text = provenance(
+        {**environment(), "ended": "x", "seconds": 3700.0, "starts": 3, "host": "<h>", "started": "2026-01-02T03:04:05"}
+    )
     assert "started 2026-01-02 03:04 UTC on &lt;h&gt; · 1:01:40 h in 3 starts" in text and "qstar 0." in text
     assert provenance({"jax": "0"}) is None
 
@@ -120,7 +128,9 @@ def test_samples_that_are_there_already_count_as_done(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("qstar.methods.screen.time.perf_counter", lambda: clock[0])
     s = screen()
-    row = Rollout(**dict.fromkeys(Rollout.__dataclass_fields__, 0)) if hasattr(Rollout, "__dataclass_fields__") else None
+    row = (
+        Rollout(**dict.fromkeys(Rollout.__dataclass_fields__, 0)) if hasattr(Rollout, "__dataclass_fields__") else None
+    )
     with s.bar("sample", 100) as update:
         update(30, None)
         update(30, None)
@@ -158,9 +168,17 @@ def test_transformers_does_not_say_that_pytorch_was_not_found():
 
 
 def test_the_readme_says_what_each_smoke_run_needs():
-    rows = re.findall(r"^\| \[`(\w+)\.py`\].*\| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| \[`(\w+)\.py`\].*\| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     needs = {name: smoke for name, smoke in rows}
-    for name in ("star_gsm8k", "star_commonsense_qa", "v_star_gsm8k", "grpo_gsm8k", "guided_cot_hotpotqa"):  # v_star_mbpp's row is v_star_gsm8k's
+    for name in (
+        "star_gsm8k",
+        "star_commonsense_qa",
+        "v_star_gsm8k",
+        "grpo_gsm8k",
+        "guided_cot_hotpotqa",
+    ):  # v_star_mbpp's row is v_star_gsm8k's
         argument = re.search(r"`:(smoke\S*)`", needs[name])[1]
         read_config(f"{ROOT}/configs/{name}.py:{argument}")
         assert "model=" in argument or "small=" in argument

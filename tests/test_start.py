@@ -27,7 +27,9 @@ print(sorted(b - a for a, b in zip(counts[10:], counts[11:]))[7])  # the median 
 
 def faults(how):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, how], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, how], env=environment, capture_output=True, text=True, check=True
+    )
     return int(done.stdout.split()[-1])
 
 

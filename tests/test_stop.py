@@ -12,16 +12,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
 import contextlib, multiprocessing, signal, sys, time
 from qstar import stop
-with stop.listening(), stop.held() if sys.argv[1] != "free" else contextlib.nullcontext():
+with stop.listening(), stop.defer() if sys.argv[1] != "free" else contextlib.nullcontext():
     if sys.argv[1] == "pool":
         for _ in range(100):  # the signal comes at all moments of a child's birth
             worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3,))
             worker.start()
             worker.terminate()
             worker.join()
-            assert worker.exitcode == -signal.SIGTERM and not stop.asked()
+            assert worker.exitcode == -signal.SIGTERM and not stop.should_stop()
     print("ready", flush=True)
-    while not stop.asked():
+    while not stop.should_stop():
         time.sleep(0.01)
     print("asked", flush=True)
     if sys.argv[1] == "slow":
@@ -57,7 +57,7 @@ def test_who_holds_it_is_asked_and_ends_in_peace(start):
 def test_who_does_not_hold_it_is_interrupted(start):
     child = start("free")
     child.terminate()
-    assert "Stopped" in child.communicate(timeout=20)[1] and child.returncode == 1
+    assert "Preempted" in child.communicate(timeout=20)[1] and child.returncode == 1
 
 
 def test_the_second_signal_ends_at_once(start):

@@ -32,7 +32,7 @@ def ten_updates(mesh, rows, folder):
 
     from qstar import tree
     from qstar.data.loader import batches
-    from qstar.mesh import mesh_jit, put_whole_batch, shardings, to_host
+    from qstar.mesh import mesh_jit, put_global_batch, shardings, to_host
     from qstar.methods.supervised import TrainSettings, fine_tune, pack_rows
     from qstar.models import decoder
     from qstar.models.config import ModelConfig
@@ -51,7 +51,7 @@ def ten_updates(mesh, rows, folder):
     examples = [Example(rng.integers(1, 64, 2).tolist(), rng.integers(1, 64, 1 + i % 12).tolist()) for i in range(30)]
     settings = TrainSettings(batch_size=rows, lr=1e-2, warmup=0, log_every=1, packed=False, row_length=16)
 
-    first = put_whole_batch(Batch(**batches(pack_rows(examples, settings), rows, seed=1)[0]), mesh)
+    first = put_global_batch(Batch(**batches(pack_rows(examples, settings), rows, seed=1)[0]), mesh)
     loss = lambda p, batch: sft_loss({"policy": p}, batch, None, config=config)[0][0]  # noqa: E731
     found = {f"gradient {name}": x for name, x in tree.named_leaves(to_host(mesh_jit(jax.grad(loss))(params, first)))}
     lines = []

@@ -1,1 +1,1 @@
-"""What is measured, and against what: `qstar bench generate | train`."""
+"""Benchmarks beside transformers and PyTorch: `qstar bench generate | train | rl | distil | quiet_star`."""

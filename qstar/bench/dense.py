@@ -17,7 +17,7 @@ from qstar.models import decoder, mixing
 from qstar.models.config import ModelConfig
 from qstar.thoughts import layout, objective, threads
 from qstar.thoughts.generate import sampler
-from qstar.thoughts.paths import Paths, mix
+from qstar.thoughts.paths import ThoughtStates, mix
 from qstar.types import Batch, Params, Segment
 
 
@@ -28,20 +28,20 @@ def loss(params: dict[str, Params], batch: Batch, rng: jax.Array, *, config: Mod
     key, _ = jax.random.split(rng)  # as `objective.loss`: the same thoughts
     draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, key, passes)
     found, thoughts = paths(policy, config, batch, positions, passes, draw)
-    return objective.judge(params, config, batch, positions, found, thoughts)
+    return objective.compute_loss(params, config, batch, positions, found, thoughts)
 
 
 def paths(
-    params: Params, config: ModelConfig, batch: Batch, positions: jax.Array, passes: int, draw: threads.Draw
-) -> tuple[Paths, jax.Array]:
-    """Returns `Paths` of thoughts drawn by `draw` at all positions [B, N], and the thoughts [B, P, N, S]."""
+    params: Params, config: ModelConfig, batch: Batch, positions: jax.Array, passes: int, draw: threads.SampleFn
+) -> tuple[ThoughtStates, jax.Array]:
+    """Returns `ThoughtStates` of thoughts drawn by `draw` at all positions [B, N], and the thoughts [B, P, N, S]."""
     (B, N), P, t = batch.tokens.shape, passes, config.thoughts
     S, T, E = t.thought_tokens, t.talk_tokens, config.hidden_size
     rows = jax.tree.map(lambda x: jnp.repeat(x, P, axis=0), batch)
     table = params["embed"]["table"]
     start, end = (mixing.vector(params, config, name) for name in ("start", "end"))
     ahead = jax.vmap(lambda row: jax.vmap(lambda j: layout.future(row, config, j, T - 1))(jnp.arange(N)))(rows)
-    seen = jax.vmap(partial(layout.text_sight, config=config))(rows)  # [R, N, N]
+    seen = jax.vmap(partial(layout.causal_mask, config=config))(rows)  # [R, N, N]
     x, pairs, states, thoughts = table[rows.tokens], None, [], []
     for i in range(S + T + 2):  # the text, the start, S draws, the end, T - 1 true tokens
         hidden, new = _iterate(params, config, x, rows.positions + i, pairs, seen)
@@ -56,10 +56,10 @@ def paths(
             x = table[thoughts[-1].reshape(B * P, N)]
         elif i < S + T + 1:
             x = table[ahead[..., i - S - 2]]
-    texts = threads.Text(states[0].reshape(B, P, N, E)[:, 0], ())
+    texts = threads.PrefixCache(states[0].reshape(B, P, N, E)[:, 0], ())
     think, talk = (jnp.stack(x, axis=2).reshape(B, P, N, -1, E) for x in (states[1 : S + 1], states[S + 2 :]))
-    mixed, weight = threads.over_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
-    return Paths(texts.hidden, think, talk, mixed, weight), jnp.stack(thoughts, axis=-1)
+    mixed, weight = threads.vmap_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
+    return ThoughtStates(texts.hidden, think, talk, mixed, weight), jnp.stack(thoughts, axis=-1)
 
 
 def _iterate(params: Params, config: ModelConfig, x: jax.Array, positions: jax.Array, pairs: Any, seen: Any) -> Any:
@@ -69,6 +69,6 @@ def _iterate(params: Params, config: ModelConfig, x: jax.Array, positions: jax.A
     def one(x: jax.Array, positions: jax.Array, pairs: Any, seen: jax.Array) -> Any:
         past = [] if pairs is None else [Segment(*pairs, seen)]
         mask = seen if pairs is None else jnp.eye(N, dtype=bool)
-        return decoder.run(params, config, decoder.place(params, config, x, positions), positions, mask, past)
+        return decoder.run(params, config, decoder.embed_tokens(params, config, x, positions), positions, mask, past)
 
     return jax.vmap(one)(x, positions, pairs, seen)

@@ -119,9 +119,9 @@ def ours_step(
     def run() -> dict[str, float]:
         began, rows, number = time.perf_counter(), pairs, next(count)
         if settings.on_policy:
-            rows = distillation.own_text(model, holder[0].params["policy"], pairs, load.new, number)
+            rows = distillation.sample_on_policy(model, holder[0].params["policy"], pairs, load.new, number)
         wrote = time.perf_counter()
-        batch = distillation.lesson(model.config, teacher.config, rows, [load.prompt, load.prompt], load.new)
+        batch = distillation.make_batch(model.config, teacher.config, rows, [load.prompt, load.prompt], load.new)
         holder[0], metrics = step(holder[0], jax.device_put(batch), np.float32(LR))
         loss = float(metrics["loss"])
         return {"loss": loss, "rollout": wrote - began, "whole": time.perf_counter() - began}
@@ -136,7 +136,7 @@ def torch_step(folder: str, load: dict[str, int], settings: dict[str, Any]) -> C
     load, settings = Load(**load), DistilSettings(**settings)
     twin = torch_twin(f"{folder}/student")
     seq2seq = twin.config.is_encoder_decoder
-    taught = torch_twin(f"{folder}/teacher").eval() if settings.kind != "hard" else None
+    teacher_net = torch_twin(f"{folder}/teacher").eval() if settings.kind != "hard" else None
     optimiser = torch.optim.AdamW(twin.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
     prompts, given = (torch.tensor([list(p[k]) for p in load.pairs()]) for k in (0, 1))
 
@@ -144,8 +144,8 @@ def torch_step(folder: str, load: dict[str, int], settings: dict[str, Any]) -> C
         if seq2seq:
             fed = torch.cat([torch.zeros_like(responses[:, :1]), responses[:, :-1]], dim=1)
             return torch.log_softmax(net(input_ids=prompts, decoder_input_ids=fed).logits, -1)
-        whole = torch.cat([prompts, responses[:, :-1]], dim=1)
-        return torch.log_softmax(net(whole).logits[:, load.prompt - 1 :], -1)
+        full_rows = torch.cat([prompts, responses[:, :-1]], dim=1)
+        return torch.log_softmax(net(full_rows).logits[:, load.prompt - 1 :], -1)
 
     def kl(a: Any, b: Any) -> Any:
         return (a.exp() * (a - b)).sum(-1)
@@ -167,11 +167,11 @@ def torch_step(folder: str, load: dict[str, int], settings: dict[str, Any]) -> C
             responses = out[:, load.prompt :]
         wrote = time.perf_counter()
         q = logp(twin.train(), responses)
-        if taught is None:
+        if teacher_net is None:
             loss = -q.gather(-1, responses[..., None]).mean()
         else:
             with torch.no_grad():
-                p = logp(taught, responses)
+                p = logp(teacher_net, responses)
             loss = divergence(p, q).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)

@@ -99,7 +99,9 @@ def ours_products(changes: dict[str, Any], batch: int) -> Callable[[], None]:
     E, heads, pairs, I = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
     layer = [(E, heads), (E, pairs), (E, pairs), (heads, E), (E, I), (E, I), (I, E)]
     key = jax.random.key(0)
-    args = [[jax.random.normal(key, s) for s in ((batch, a), (a, b))] for a, b in [*layer * c.num_layers, (E, c.vocab_size)]]
+    args = [
+        [jax.random.normal(key, s) for s in ((batch, a), (a, b))] for a, b in [*layer * c.num_layers, (E, c.vocab_size)]
+    ]
     step = jax.jit(lambda args: [x @ kernel for x, kernel in args])
 
     def run() -> None:

@@ -270,7 +270,7 @@ def _token(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
 
     from qstar.bench import dense
     from qstar.models import decoder
-    from qstar.sample.logits import Knobs
+    from qstar.sample.logits import SamplingParams
     from qstar.sample.sampler import prepare
     from qstar.thoughts import decode, layout
     from qstar.thoughts.generate import sampler
@@ -289,10 +289,12 @@ def _token(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
 
         batch = jax.device_put(layout.text_batch(tokens, np.ones_like(tokens)))
         return lambda: int(last(params, batch)), 1
-    params, talker = prepare(params, config), decode.Talker(config, (), NEW, config.vocab_size)
+    params, talker = prepare(params, config), decode.ThoughtSamplerConfig(config, (), NEW, config.vocab_size)
     keys, lengths = jax.random.split(jax.random.key(0), 1), np.asarray([spec["N"]], np.int32)
 
     def run() -> None:
-        jax.block_until_ready(decode.write(params, talker, tokens, lengths, keys, Knobs.make(1.0), jnp.float32(1)))
+        jax.block_until_ready(
+            decode.generate(params, talker, tokens, lengths, keys, SamplingParams.make(1.0), jnp.float32(1))
+        )
 
     return run, NEW

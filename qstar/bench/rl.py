@@ -57,13 +57,13 @@ class World:
         shape = (self.load.prompts, self.load.prompt)
         return np.random.default_rng(update).integers(2, self.load.vocab, shape).tolist()
 
-    def score(self, update: int, responses: Sequence[Sequence[Any]]) -> reinforce.Scored:
+    def score(self, update: int, responses: Sequence[Sequence[Any]]) -> reinforce.RewardOutput:
         """See `reinforce.Environment`."""
         rows = [c.tokens for row in responses for c in row]
         if self.answerer is not None:
             prompts = [p for p in self.prompts(update) for _ in range(self.load.group)]
             self.answerer([p + r for p, r in zip(prompts, rows)])
-        return reinforce.Scored(worth(rows), {})
+        return reinforce.RewardOutput(worth(rows), {})
 
 
 def worth(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -172,8 +172,8 @@ def torch_step(folder: str, load: dict[str, int], estimator: str, answerer: str)
             fed = torch.cat([torch.zeros_like(responses[:, :1]), responses[:, :-1]], dim=1)
             logits = net(input_ids=prompts, decoder_input_ids=fed).logits
         else:
-            whole = torch.cat([prompts, responses[:, :-1]], dim=1)
-            logits = net(whole).logits[:, prompts.shape[1] - 1 :]
+            full_rows = torch.cat([prompts, responses[:, :-1]], dim=1)
+            logits = net(full_rows).logits[:, prompts.shape[1] - 1 :]
         return torch.log_softmax(logits, -1).gather(-1, responses[..., None])[..., 0]
 
     def advantages(scores: Any) -> Any:

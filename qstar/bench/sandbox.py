@@ -1,4 +1,4 @@
-"""How fast model-written programs are judged: the sandbox beside a new, unprotected interpreter for each program.
+"""Benchmark of the sandbox: programs per minute, beside a new unprotected interpreter for each program.
 
 The programs are three short functions with three assertions each, as in MBPP, in turn, with one in ten that fails. "one at
 a time" waits for each verdict, "pool" keeps all workers busy. The plain interpreter has no limits but a time-out,

@@ -63,7 +63,7 @@ class Corpus:
         raise NotImplementedError
 
 
-def whole(tokens: np.ndarray, lengths: np.ndarray, **more: Any) -> Rows:
+def full_rows(tokens: np.ndarray, lengths: np.ndarray, **more: Any) -> Rows:
     """Rows of one document each, padded on the right. tokens: [B, N]; lengths: [B]."""
     there = np.arange(tokens.shape[1]) < lengths[:, None]
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
@@ -105,11 +105,11 @@ class TextCorpus(Corpus):
         texts = read_records(source, [field], **how)
         require((len(texts) >= 2, f"{source}: {len(texts)} document; at least 2 are needed, one of them to test on"))
         self.tokenizer, self.length, self.mode = tokenizer, length, mode
-        held = [i % HELD_OUT == HELD_OUT - 1 for i in _ranks(texts)]
-        if not any(held):
-            held[-1] = True
-        self._train = [t for t, h in zip(texts, held) if not h]
-        self._test = self._stopping = [t for t, h in zip(texts, held) if h]
+        held_out = [i % HELD_OUT == HELD_OUT - 1 for i in _ranks(texts)]
+        if not any(held_out):
+            held_out[-1] = True
+        self._train = [t for t, h in zip(texts, held_out) if not h]
+        self._test = self._stopping = [t for t, h in zip(texts, held_out) if h]
         self._encoded = functools.lru_cache(maxsize=100_000)(self._encode)
 
     def rows(self, step: int, size: int, seed: int) -> Rows:

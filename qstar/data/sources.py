@@ -200,7 +200,9 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
     path = _existing(source)
     kind = suffix if suffix != ".gz" else "".join(suffixes[-2:-1])
     if kind not in readers or (suffix == ".gz" and kind == ".parquet"):
-        raise UserError(f"{source}: unknown ending {suffix!r}; readable are {', '.join(readers)}, .jsonl.gz and .json.gz")
+        raise UserError(
+            f"{source}: unknown ending {suffix!r}; readable are {', '.join(readers)}, .jsonl.gz and .json.gz"
+        )
     with _reading(path), path.open("rb") as file:
         head = file.read(32)
     for magic, what in _FOREIGN.items():
@@ -325,7 +327,9 @@ def _hub_faults(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # network, permissions, names, splits: each has its own class, none shared
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what}: the hub gave nothing ({text}); check the name and the network, or name a local file") from error
+        raise UserError(
+            f"{what}: the hub gave nothing ({text}); check the name and the network, or name a local file"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -84,7 +84,7 @@ class FunctionAnswerer:
             require((len(texts) == len(prompts), fault))
             return texts
 
-        return [Answer(t, 0.0, 0) for t in processes.from_first(ask)]
+        return [Answer(t, 0.0, 0) for t in processes.broadcast_from_host0(ask)]
 
 
 @dataclasses.dataclass
@@ -105,8 +105,14 @@ class HttpAnswerer:
         self._asked = self._refused = 0
         require(
             (isinstance(self.url, str), f"answerer url={self.url!r} must be a text, e.g. http://localhost:8000/v1"),
-            *((getattr(self, n) >= 1, f"answerer {n}={getattr(self, n)} must be at least 1") for n in ("batch", "max_new_tokens")),
-            *((getattr(self, n) >= 0, f"answerer {n}={getattr(self, n)} must be 0 or more") for n in ("retries", "wait")),
+            *(
+                (getattr(self, n) >= 1, f"answerer {n}={getattr(self, n)} must be at least 1")
+                for n in ("batch", "max_new_tokens")
+            ),
+            *(
+                (getattr(self, n) >= 0, f"answerer {n}={getattr(self, n)} must be 0 or more")
+                for n in ("retries", "wait")
+            ),
             (self.timeout > 0, f"answerer timeout={self.timeout} must be above 0 seconds"),
         )
 
@@ -124,7 +130,9 @@ class HttpAnswerer:
         """
         self._asked += len(prompts)
         parts = [list(prompts[at : at + self.batch]) for at in range(0, len(prompts), self.batch)]
-        return [Answer(*a) for a in processes.from_first(lambda: [a for part in parts for a in self._ask(part)])]
+        return [
+            Answer(*a) for a in processes.broadcast_from_host0(lambda: [a for part in parts for a in self._ask(part)])
+        ]
 
     def _ask(self, prompts: list[str]) -> list[Answer]:
         """Asks; where the endpoint refuses prompts, halves the batch until it is known which, and leaves those out."""
@@ -280,16 +288,18 @@ class Cached:
         """Reads what an earlier run was told; a last line that was cut off by a kill is passed over."""
         self.inner, self.file = inner, file
         self.name = inner.name
-        self.asked = self.told = 0
+        self.asked = self.answered = 0
         self._known: dict[str, Answer] = {}
         if file is not None:
-            self._known = {k: Answer(*a) for k, a in processes.from_first(functools.partial(_read_cache, file)).items()}
+            self._known = {
+                k: Answer(*a) for k, a in processes.broadcast_from_host0(functools.partial(_read_cache, file)).items()
+            }
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`."""
         keys = [hashlib.sha256(f"{self.name}\0{p}".encode()).hexdigest() for p in prompts]
         new = {k: p for k, p in zip(keys, prompts) if k not in self._known}
-        self.asked, self.told = self.asked + len(prompts), self.told + len(new)
+        self.asked, self.answered = self.asked + len(prompts), self.answered + len(new)
         if new:
             found = dict(zip(new, self.inner.answer(list(new.values()))))
             self._known |= found

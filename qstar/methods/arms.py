@@ -1,4 +1,4 @@
-"""What every arm of a run shares (task, settings, console, metrics), and one arm's folder, metrics and clock."""
+"""Run context (task, settings, console, metrics), and one arm's folder, metrics and timers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from qstar import processes
 from qstar.data.sources import read_jsonl
 from qstar.errors import TrainingFailed, check_type, require, unknown
 from qstar.mesh import make_mesh
-from qstar.methods.rollouts import SampleSettings, attempt, to_example
-from qstar.methods.run_folder import once, write_json
+from qstar.methods.rollouts import SampleSettings, sample_rollouts, to_example
+from qstar.methods.run_folder import cached_jsonl, write_json
 from qstar.methods.screen import Screen, one_line
 from qstar.methods.settings import Evaluation, Gate, Log, Sections, settings_from
 from qstar.methods.supervised import TrainSettings
@@ -34,7 +34,7 @@ from qstar.types import Rollout
 
 
 @dataclasses.dataclass
-class Context(Screen):
+class RunContext(Screen):
     """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
 
     SECTIONS: ClassVar = Sections
@@ -56,7 +56,7 @@ class Context(Screen):
     failures: list[str] = dataclasses.field(default_factory=list)  # arms whose training failed
 
     @classmethod
-    def make(cls, config: Any, workdir: Path, console: Console, train: type = TrainSettings) -> Context:
+    def make(cls, config: Any, workdir: Path, console: Console, train: type = TrainSettings) -> RunContext:
         """Reads a config; all that can be wrong in these sections is found here, before anything is written.
 
         Args:
@@ -125,7 +125,7 @@ class Context(Screen):
 class Arm:
     """One arm: WORKDIR/<name>/ and the numbers of its loops."""
 
-    def __init__(self, ctx: Context, name: str, few_shot: bool = True):
+    def __init__(self, ctx: RunContext, name: str, few_shot: bool = True):
         """Opens the arm's folder (created when something is written); `few_shot`: as it samples, so it is measured."""
         self.ctx, self.name, self.few_shot = ctx, name, few_shot
         self.folder = ctx.workdir / name
@@ -249,7 +249,7 @@ class Arm:
 
         def make() -> list[dict[str, Any]]:
             with ctx.bar("evaluate", len(problems)) as progress:
-                rows = attempt(
+                rows = sample_rollouts(
                     model,
                     ctx.task,
                     problems,
@@ -266,7 +266,7 @@ class Arm:
             return [r.to_json() for r in rows]
 
         with self.timed("evaluate"):
-            return [Rollout(**row) for row in once(self.folder / "evaluation" / f"{stage}.jsonl", make)]
+            return [Rollout(**row) for row in cached_jsonl(self.folder / "evaluation" / f"{stage}.jsonl", make)]
 
 
 def loop_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

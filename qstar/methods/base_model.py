@@ -16,10 +16,10 @@ import jax
 from qstar import processes
 from qstar.errors import TrainingFailed, UserError, require
 from qstar.mesh import parameter_table, shardings
-from qstar.methods.arms import Context
+from qstar.methods.arms import RunContext
 from qstar.methods.checks import check_fits, check_model, check_problems, check_room
 from qstar.methods.gates import check_gates
-from qstar.methods.rollouts import Rollout, attempt
+from qstar.methods.rollouts import Rollout, sample_rollouts
 from qstar.methods.run_folder import check_run, stable_seed
 from qstar.methods.settings import check_keys
 from qstar.methods.supervised import fine_tune
@@ -38,7 +38,7 @@ from qstar.train.state import init_params
 RUN_OPTIONS = {"dtype", "attention", "remat", "scan_unroll"}  # of a pretrained model: how it is run, not what it is
 
 
-def checked(ctx: Context, config: Any, loops: Collection[Any]) -> Model:
+def checked(ctx: RunContext, config: Any, loops: Collection[Any]) -> Model:
     """Looks for whatever is wrong with a run before anything of it is written; returns the `architecture`.
 
     Args:
@@ -56,7 +56,7 @@ def checked(ctx: Context, config: Any, loops: Collection[Any]) -> Model:
     return start
 
 
-def prepare(ctx: Context, model: Model) -> Model:
+def prepare(ctx: RunContext, model: Model) -> Model:
     """Returns M: the pretrained model as it is; or the preset trained on the task's seed rows, its gates checked.
 
     Args:
@@ -97,7 +97,7 @@ def is_encoder_decoder(path: str) -> bool:
     return isinstance(from_hf(read_config(path), where=f"{path}/config.json"), EncDecConfig)
 
 
-def architecture(ctx: Context) -> Model:
+def architecture(ctx: RunContext) -> Model:
     """Returns the pretrained model, or the preset with random weights; sets the run's tokenizer. Writes nothing.
 
     Raises:
@@ -125,7 +125,9 @@ def loaded_or_random(ctx: Any, tokenizer: Tokenizer) -> Model:
         return model.replace(config=model.config.replace(**options))
     options.setdefault("vocab_size", tokenizer.vocab_size)
     size, least = options["vocab_size"], tokenizer.vocab_size
-    require((size >= least, f"config.model.vocab_size={size} is less than the {least} tokens of the text; leave it out"))
+    require(
+        (size >= least, f"config.model.vocab_size={size} is less than the {least} tokens of the text; leave it out")
+    )
     config = preset(name, eos_id=tokenizer.eos_id, **options)
     params = init_params(
         lambda key: decoder.init(config, key),
@@ -136,7 +138,7 @@ def loaded_or_random(ctx: Any, tokenizer: Tokenizer) -> Model:
     return Model(config, params, tokenizer, ctx.mesh)
 
 
-def seed_examples(ctx: Context) -> list[Example]:
+def seed_examples(ctx: RunContext) -> list[Example]:
     """Returns the rows that the base is trained on.
 
     Raises:
@@ -151,7 +153,7 @@ def seed_examples(ctx: Context) -> list[Example]:
     return examples
 
 
-def train_base(ctx: Context, model: Model) -> Model:
+def train_base(ctx: RunContext, model: Model) -> Model:
     """Trains on all seed rows, plain and hinted, uniformly.
 
     Raises:
@@ -179,12 +181,12 @@ def train_base(ctx: Context, model: Model) -> Model:
     return model
 
 
-def measure_gates(ctx: Context, model: Model) -> dict[str, float]:
+def measure_gates(ctx: RunContext, model: Model) -> dict[str, float]:
     """Returns the metrics that the gates name, on pool problems (held-out ones stay unseen)."""
     problems = ctx.task.problems("val")
     rows: dict[bool, list[Rollout]] = {}
     for hinted in (False, True):
-        rows[hinted] = attempt(
+        rows[hinted] = sample_rollouts(
             model,
             ctx.task,
             problems,
@@ -208,7 +210,7 @@ def _gate_value(rows: dict[bool, list[Rollout]], metric: str) -> float:
     return sum(r.correct for r in mine) / max(1, len(mine))
 
 
-def show_parameters(ctx: Context, model: Model) -> None:
+def show_parameters(ctx: RunContext, model: Model) -> None:
     """Prints the parameter table: path, shape, sharding, bytes per device."""
     if not processes.is_first():
         return

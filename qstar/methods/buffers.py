@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qstar.data.sources import read_jsonl
-from qstar.methods.run_folder import once
+from qstar.methods.run_folder import cached_jsonl
 from qstar.tasks.base import Problem, Task
 from qstar.types import Rollout
 
@@ -83,7 +83,7 @@ class Buffer:
 
     def add(self, n: int, solutions: Iterable[Solution]) -> list[Solution]:
         """Adds what iteration n found, once, and returns the whole set up to n, oldest first."""
-        once(self._file(n), lambda: [dataclasses.asdict(s) for s in merged(solutions)])
+        cached_jsonl(self._file(n), lambda: [dataclasses.asdict(s) for s in merged(solutions)])
         return self.upto(n)
 
     def upto(self, n: int) -> list[Solution]:

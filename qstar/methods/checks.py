@@ -1,4 +1,4 @@
-"""What can be known to fail before anything is written, or paid for: problems, rows and prompts."""
+"""Checks before a run starts: problems, rows and prompts that cannot work are refused before anything is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qstar.errors import QstarWarning, UserError, require
-from qstar.methods.arms import Context
+from qstar.methods.arms import RunContext
 from qstar.methods.supervised import TrainSettings, check_trainable
 from qstar.methods.training import UpdateSettings
 from qstar.models.encdec_config import EncDecConfig
@@ -19,7 +19,7 @@ from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
 
 
-def check_problems(ctx: Context, arms: Iterable[Any]) -> None:
+def check_problems(ctx: RunContext, arms: Iterable[Any]) -> None:
     """Reads the problems, before the model is read.
 
     Args:
@@ -36,7 +36,7 @@ def check_problems(ctx: Context, arms: Iterable[Any]) -> None:
         require((bool(problems), fault))
 
 
-def check_model(ctx: Context, start: Model, arms: Iterable[Any]) -> None:
+def check_model(ctx: RunContext, start: Model, arms: Iterable[Any]) -> None:
     """Raises UserError where an arm trains in a way that this kind of model cannot be trained in."""
     if isinstance(ctx.train_settings, UpdateSettings):
         try:
@@ -50,10 +50,12 @@ def check_model(ctx: Context, start: Model, arms: Iterable[Any]) -> None:
     for loop in arms:
         pairs = [*getattr(loop, "verifiers", ()), *(["rpo"] if getattr(loop, "update", "sft") == "rpo" else [])]
         line = f"config.model.path={ctx.config.model.path}: an encoder-decoder (T5) cannot be trained by"
-        require((not pairs, f"{line} {pairs and pairs[0]!r} (only by fine-tuning); leave that arm out, or take a decoder"))
+        require(
+            (not pairs, f"{line} {pairs and pairs[0]!r} (only by fine-tuning); leave that arm out, or take a decoder")
+        )
 
 
-def check_room(ctx: Context, start: Model, arms: Iterable[Any]) -> None:
+def check_room(ctx: RunContext, start: Model, arms: Iterable[Any]) -> None:
     """Looks for rows and prompts that are too long for the model or the settings.
 
     Raises:
@@ -132,7 +134,9 @@ def fit_prompts(
     names = f"{', '.join(list(long)[:5])}{', ...' if len(long) > 5 else ''}"
     what = f"{len(long)} of {len(problems)} prompts exceed the context of {model.config.max_positions} tokens"
     if too_long == "skip":
-        require((len(long) < len(problems), f"{what} with max_new_tokens={max_new_tokens}; nothing is left to evaluate"))
+        require(
+            (len(long) < len(problems), f"{what} with max_new_tokens={max_new_tokens}; nothing is left to evaluate")
+        )
         warnings.warn(f"{what} and are left out: {names}", QstarWarning, stacklevel=2)
         return task, [p for p in problems if p.id not in long], len(long)
     short = {name: _last_tokens(model.tokenizer, prefix, text, limit) for name, text in long.items()}

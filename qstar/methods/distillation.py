@@ -101,8 +101,8 @@ def distil(
         own = settings.on_policy > 0 and rng.random() < settings.on_policy
         chosen = [rows[i] for i in rng.choice(len(rows), train.batch_size, replace=train.batch_size > len(rows))]
         if own:
-            chosen = own_text(start, state.params["policy"], chosen, train.max_new_tokens, stable_seed(seed, s))
-        return lesson(start.config, other, chosen, lengths, train.max_new_tokens)
+            chosen = sample_on_policy(start, state.params["policy"], chosen, train.max_new_tokens, stable_seed(seed, s))
+        return make_batch(start.config, other, chosen, lengths, train.max_new_tokens)
 
     data = data_hash([settings, *rows])
     stage = Stage(folder, train, steps, seed, writer, label, progress, data=data)
@@ -120,24 +120,26 @@ def distil(
 
 def only_updates(train: UpdateSettings) -> UpdateSettings:
     """Returns what the compiled step depends on: runs that differ in rates and lengths share a compilation."""
-    return UpdateSettings(**{n: getattr(train, n) for n in ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip")})
+    return UpdateSettings(
+        **{n: getattr(train, n) for n in ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip")}
+    )
 
 
-def lesson(
+def make_batch(
     config: Any, teacher: Any, rows: Sequence[Pair], lengths: Sequence[int], response_length: int
 ) -> losses.Lesson:
     """Returns rows as host arrays; prompts are padded to `lengths`, the student's and the teacher's."""
     prompt = policy.pad_prompts(config, [list(r.prompt) for r in rows], lengths[0])
     length = lengths[1] if any(r.teacher_prompt for r in rows) else lengths[0]
-    taught = policy.pad_prompts(teacher, [list(r.teacher_prompt or r.prompt) for r in rows], length)
+    teacher_prompts = policy.pad_prompts(teacher, [list(r.teacher_prompt or r.prompt) for r in rows], length)
     response = np.zeros((len(rows), response_length), np.int32)
     mask = np.zeros((len(rows), response_length), np.float32)
     for i, r in enumerate(rows):
         response[i, : len(r.response)], mask[i, : len(r.response)] = r.response, 1.0
-    return losses.Lesson(*prompt, response, mask, *taught)
+    return losses.Lesson(*prompt, response, mask, *teacher_prompts)
 
 
-def own_text(model: Model, params: Any, rows: Sequence[Pair], max_new_tokens: int, seed: int) -> list[Pair]:
+def sample_on_policy(model: Model, params: Any, rows: Sequence[Pair], max_new_tokens: int, seed: int) -> list[Pair]:
     """Returns the rows with responses that the student writes now, at temperature 1 (GKD's on-policy samples)."""
     found = list(rows)
     prompts = [list(r.prompt) for r in rows]

@@ -16,14 +16,14 @@ from rich.console import Console
 from qstar import tree
 from qstar.errors import UserError, require, unknown
 from qstar.methods import base_model, quiet_star
-from qstar.methods.arms import Context
+from qstar.methods.arms import RunContext
 from qstar.methods.checks import fit_prompts
-from qstar.methods.quiet_setup import Study as QuietStudy
-from qstar.methods.rollouts import SampleSettings, attempt
-from qstar.methods.run_folder import end_run, once, open_run
+from qstar.methods.quiet_setup import QuietContext as QuietStudy
+from qstar.methods.rollouts import SampleSettings, sample_rollouts
+from qstar.methods.run_folder import cached_jsonl, end_run, open_run
 from qstar.methods.select import Scorer, curves, difference, ks_for, quality
 from qstar.methods.v_star_measure import Ballots, by_problem, candidates
-from qstar.methods.v_star_setup import Study
+from qstar.methods.v_star_setup import VStarContext
 from qstar.methods.verifier import KINDS, Verifier, score
 from qstar.models.heads import add_value_head
 from qstar.models.hf import read_json, refuse_foreign
@@ -80,7 +80,7 @@ def evaluate_model(
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
         settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=0.0, round_size=ROUND)
-        greedy = attempt(
+        greedy = sample_rollouts(
             model, task, problems, settings, k=1, hinted=False, iteration=0, seed=seed, folder=folder, stage="greedy"
         )
         result: dict[str, Any] = {"problems": len(problems)} | ({"too_long": long} if too_long != "error" else {})
@@ -89,7 +89,7 @@ def evaluate_model(
         result["truncation_rate"] = sum(r.truncated for r in greedy) / len(greedy)
         if samples:
             settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=temperature, round_size=ROUND)
-            drawn = attempt(
+            drawn = sample_rollouts(
                 model,
                 task,
                 problems,
@@ -158,7 +158,7 @@ def by_scores(
             found = score(v, prompts, written) if v is not None else scorer(prompts, written)
             return [{"problem_id": rows[0].problem_id, "scores": row.tolist()} for rows, row in zip(groups, found)]
 
-        scores[name] = [row["scores"] for row in once(folder / f"scores_{name}.jsonl", make)]
+        scores[name] = [row["scores"] for row in cached_jsonl(folder / f"scores_{name}.jsonl", make)]
     some = [candidates(rows, {name: scores[name][i] for name in scores}, ballots) for i, rows in enumerate(groups)]
     out: dict[str, Any] = {}
     values = curves(some, ks_for(samples))
@@ -265,7 +265,7 @@ def trained_model(run: Path, arm: str | None = None, iteration: int | None = Non
         there = ", ".join(map(str, [0, *done]))
         raise UserError(f"--run={run}: arm {arm!r} has no finished iteration {iteration}; there are {there} (0: base)")
     config.mesh = "data=1,fsdp=-1"  # the machine that exports need not be the one that trained
-    ctx = Context.make(config, run, Console(quiet=True))
+    ctx = RunContext.make(config, run, Console(quiet=True))
     model = base_model.architecture(ctx)
     folder = run / arm / "checkpoints" / f"iter_{iteration:03d}" if iteration else run / "base"
     if not iteration and config.model.path:
@@ -287,7 +287,7 @@ def _v_star_model(run: Path, config: ConfigDict, arm: str, iteration: int | None
     iteration = done[-1] if iteration is None else iteration
     require((iteration in done, f"{what} of iteration {iteration}; there are {', '.join(map(str, done))} (0: G_SFT)"))
     config.mesh = "data=1,fsdp=-1"
-    model = base_model.architecture(Study.make(config, run, Console(quiet=True)))
+    model = base_model.architecture(VStarContext.make(config, run, Console(quiet=True)))
     folder = home / f"iter_{iteration:03d}" if iteration or verifier else run / "g_sft"
     require(
         ((folder / "summary.json").is_file(), f"--run={run}: G_SFT is not trained yet; let `qstar train` go on first")
@@ -299,17 +299,17 @@ def _v_star_model(run: Path, config: ConfigDict, arm: str, iteration: int | None
 def _thinking_model(run: Path, config: ConfigDict, arm: str, iteration: int | None) -> Model:
     """The model of an arm of a Quiet-STaR run (iteration 0: its base), with start and end vectors and mixing head."""
     config.mesh = "data=1,fsdp=-1"
-    study = QuietStudy.make(config, run, Console(quiet=True))
-    model = base_model.loaded_or_random(study, study.corpus.tokenizer)
+    ctx = QuietStudy.make(config, run, Console(quiet=True))
+    model = base_model.loaded_or_random(ctx, ctx.corpus.tokenizer)
     if iteration not in (None, 0):
         raise UserError(f"--run={run}: Quiet-STaR has no iterations; leave --iteration out (0: base)")
     folder = run / "base" if iteration == 0 else run / arm
-    if iteration == 0 and not study.base_steps:
+    if iteration == 0 and not ctx.base_steps:
         return model
     if not (folder / "summary.json").is_file():
         raise UserError(f"--run={run}: {folder.name} is not trained yet; let `qstar train` go on first")
     if iteration is None:
-        model = quiet_star.thinking(study, study.recipe(quiet_star.Recipe, arm), model)
+        model = quiet_star.thinking(ctx, ctx.recipe(quiet_star.QuietConfig, arm), model)
     return restore(model, folder)
 
 

@@ -31,7 +31,7 @@ from qstar.methods.distillation import DistilTrain, Pair, distil
 from qstar.methods.gates import check_gates
 from qstar.methods.quiet_star import in_order
 from qstar.methods.reinforce import Environment, ReinforceSettings, reinforce
-from qstar.methods.run_folder import check_run, once, once_json, open_run, stable_seed, write_json
+from qstar.methods.run_folder import cached_jsonl, check_run, once_json, open_run, stable_seed, write_json
 from qstar.methods.screen import Screen
 from qstar.methods.settings import Gate, Log, Sections, settings_from
 from qstar.methods.training import Stage
@@ -49,7 +49,7 @@ FILTERS = ("em", "none", "parity", "f1", "includes")
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class GuidedConfig:
     """One arm. Keys of a config's `arms.<name>` section."""
 
     start: str = "base"  # the undistilled small model, or an earlier arm (which is then refined by RL)
@@ -80,7 +80,7 @@ class GuidedGate(Gate):
     NAMES = ("standard", "cot", "gold", "shuffled", "empty", "wrong", "copied", "headroom", "shuffled_gap")
 
 
-class Setting(Protocol):
+class GuidedTask(Protocol):
     """Where the method is played out: a large model, questions, and how rationales are judged."""
 
     max_new_tokens: int  # of a rationale
@@ -103,7 +103,7 @@ class Setting(Protocol):
     def to_pairs(self, rows: list[dict[str, Any]]) -> list[Pair]:
         """As the student learns them."""
 
-    def environment(self, seed: int, group: int, prompts: int, recipe: Recipe) -> Environment:
+    def environment(self, seed: int, group: int, prompts: int, recipe: GuidedConfig) -> Environment:
         """RL's prompts and rewards."""
 
     def fixed_arms(self) -> dict[str, np.ndarray]:
@@ -126,24 +126,24 @@ class Setting(Protocol):
 
 
 @dataclasses.dataclass
-class Study(Screen):
+class GuidedContext(Screen):
     """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
 
     config: Any
     workdir: Path
     console: Console
-    setting: Setting
+    setting: GuidedTask
     seed: int
     students: int
     studied: tuple[str, ...]
-    recipes: dict[str, Recipe]
+    recipes: dict[str, GuidedConfig]
     distil_settings: DistilSettings
     distil_train: DistilTrain
     gates: dict[str, Gate]
     writer: Writer = None
 
     @classmethod
-    def make(cls, config: Any, workdir: Path, console: Console) -> Study:
+    def make(cls, config: Any, workdir: Path, console: Console) -> GuidedContext:
         """Reads a config; all that can be wrong in it is found here, before anything is written."""
         values = config.to_dict()
         extra = {k: values.pop(k, {}) for k in ("world", "distil", "distil_train")}
@@ -154,7 +154,7 @@ class Study(Screen):
         sections = settings_from(Sections, {"model": {}, "loop": {}, "sample": {}, "evaluate": {}, **values}, "")
         settings_from(Log, sections.log, "log")
         setting = make_setting(sections, extra["world"], workdir)
-        study = cls(
+        ctx = cls(
             config=config,
             workdir=workdir,
             console=console,
@@ -162,17 +162,17 @@ class Study(Screen):
             seed=config.seed,
             students=students,
             studied=tuple(studied),
-            recipes=in_order({n: settings_from(Recipe, arm, f"arms.{n}") for n, arm in sections.arms.items()}),
+            recipes=in_order({n: settings_from(GuidedConfig, arm, f"arms.{n}") for n, arm in sections.arms.items()}),
             distil_settings=settings_from(DistilSettings, extra["distil"], "distil"),
             distil_train=settings_from(DistilTrain, extra["distil_train"], "distil_train"),
             gates={k: settings_from(GuidedGate, gate, f"gates.{k}") for k, gate in sections.gates.items()},
         )
-        for name in study.recipes:
-            study.rl_settings(name)
-        for name in study.studied:
-            if name not in study.recipes:
-                raise unknown(f"config.studied: {name!r}", name, study.recipes)
-        return study
+        for name in ctx.recipes:
+            ctx.rl_settings(name)
+        for name in ctx.studied:
+            if name not in ctx.recipes:
+                raise unknown(f"config.studied: {name!r}", name, ctx.recipes)
+        return ctx
 
     def rl_settings(self, name: str) -> tuple[RLSettings, ReinforceSettings]:
         """Returns an arm's RL settings: the config's, with the arm's changes."""
@@ -192,7 +192,7 @@ class Study(Screen):
         return self.workdir / f"student_{seed}"
 
 
-def make_setting(sections: Sections, world: dict[str, Any], workdir: Path) -> Setting:
+def make_setting(sections: Sections, world: dict[str, Any], workdir: Path) -> GuidedTask:
     """Returns the two-hop world (task "hops"), or the questions of a multi-hop task."""
     options = dict(sections.task)
     name, seed = options.pop("name"), stable_seed(sections.seed, "world")
@@ -207,96 +207,96 @@ def make_setting(sections: Sections, world: dict[str, Any], workdir: Path) -> Se
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a config for every student seed, going on where an earlier run of the same config stopped."""
-    study = Study.make(config, Path(workdir), console)
-    check_run(study.workdir, config.to_dict())
-    if isinstance(study.setting, guided_multihop.MultiHop):
-        for folder in filter(None, (study.setting.settings.small, study.setting.settings.large.get("path"))):
+    ctx = GuidedContext.make(config, Path(workdir), console)
+    check_run(ctx.workdir, config.to_dict())
+    if isinstance(ctx.setting, guided_multihop.MultiHop):
+        for folder in filter(None, (ctx.setting.settings.small, ctx.setting.settings.large.get("path"))):
             read_config(folder)  # a model that is not there shows before anything is written
-    arms = {n: {"arm": r, **dict(zip(("rl", "train"), study.rl_settings(n)))} for n, r in study.recipes.items()}
-    open_run(study.workdir, config.to_dict(), resolved={**study.settings(), "arms": arms})
-    study.writer = Writer.of_run(study.workdir, config.to_dict())
-    study.say("\n[bold]large model[/bold]")
-    study.setting.train_large(functools.partial(study.stage, study.workdir, {"arm": "large"}))
-    measures = functools.partial(once_json, study.workdir / "large" / "measured.json", study.setting.gates)
-    check_gates(study.console, study.workdir / "large", study.gates, measures)
+    arms = {n: {"arm": r, **dict(zip(("rl", "train"), ctx.rl_settings(n)))} for n, r in ctx.recipes.items()}
+    open_run(ctx.workdir, config.to_dict(), resolved={**ctx.settings(), "arms": arms})
+    ctx.writer = Writer.of_run(ctx.workdir, config.to_dict())
+    ctx.say("\n[bold]large model[/bold]")
+    ctx.setting.train_large(functools.partial(ctx.stage, ctx.workdir, {"arm": "large"}))
+    measures = functools.partial(once_json, ctx.workdir / "large" / "measured.json", ctx.setting.gates)
+    check_gates(ctx.console, ctx.workdir / "large", ctx.gates, measures)
     measures()  # also where no gate asks for them
     right: dict[str, dict[int, np.ndarray]] = {}
-    fixed = once_json(study.workdir / "large" / "fixed_arms.json", lambda: _as_lists(study.setting.fixed_arms()))
+    fixed = once_json(ctx.workdir / "large" / "fixed_arms.json", lambda: _as_lists(ctx.setting.fixed_arms()))
     right |= {name: {0: np.asarray(x, bool)} for name, x in fixed.items()}
-    once_json(study.workdir / "large" / "costs.json", study.setting.costs)
-    if study.studied:
-        study.say("  own chains, by vote")
-        once_json(study.workdir / "large" / "votes.json", study.setting.own_votes)
+    once_json(ctx.workdir / "large" / "costs.json", ctx.setting.costs)
+    if ctx.studied:
+        ctx.say("  own chains, by vote")
+        once_json(ctx.workdir / "large" / "votes.json", ctx.setting.own_votes)
     measured: dict[str, list[dict[str, float]]] = {}
-    for seed in range(study.students):
-        for name, found in student(study, seed).items():
+    for seed in range(ctx.students):
+        for name, found in student(ctx, seed).items():
             right.setdefault(name, {})[seed] = np.asarray(found.pop("right"), bool)
             measured.setdefault(name, []).append(found)
-    results(study, right, measured)
-    study.writer.close()
+    results(ctx, right, measured)
+    ctx.writer.close()
 
 
-def student(study: Study, seed: int) -> dict[str, dict[str, Any]]:
+def student(ctx: GuidedContext, seed: int) -> dict[str, dict[str, Any]]:
     """Runs all arms for one student seed; returns what was measured of each."""
-    folder, own = study.student_folder(seed), stable_seed(study.seed, "student", seed)
-    study.say(f"\n[bold]student {seed}[/bold]")
+    folder, own = ctx.student_folder(seed), stable_seed(ctx.seed, "student", seed)
+    ctx.say(f"\n[bold]student {seed}[/bold]")
     label = {"arm": f"student_{seed}"}
-    models = {"base": study.setting.base(own, functools.partial(study.stage, folder, label))}
-    rows = once(folder / "teacher.jsonl", lambda: study.setting.teacher_rows(own))
-    out = {"undistilled": evaluate(study, folder, "undistilled", models["base"], seed)}
-    controls = study.setting.controls(models["base"], own, functools.partial(study.stage, folder, label))
-    out |= {name: evaluate(study, folder, name, control, seed) for name, control in controls.items()}
-    for name, recipe in study.recipes.items():
-        study.say(f"  {name}")
+    models = {"base": ctx.setting.base(own, functools.partial(ctx.stage, folder, label))}
+    rows = cached_jsonl(folder / "teacher.jsonl", lambda: ctx.setting.teacher_rows(own))
+    out = {"undistilled": evaluate(ctx, folder, "undistilled", models["base"], seed)}
+    controls = ctx.setting.controls(models["base"], own, functools.partial(ctx.stage, folder, label))
+    out |= {name: evaluate(ctx, folder, name, control, seed) for name, control in controls.items()}
+    for name, recipe in ctx.recipes.items():
+        ctx.say(f"  {name}")
         try:
             if recipe.start == "base":
-                models[name] = distilled(study, folder, name, models["base"], rows, own, seed)
+                models[name] = distilled(ctx, folder, name, models["base"], rows, own, seed)
             else:
-                models[name] = refined(study, folder, name, models[recipe.start], own, seed)
+                models[name] = refined(ctx, folder, name, models[recipe.start], own, seed)
         except Diverged as e:
             raise TrainingFailed(f"config.arms.{name}: {e}") from None
-        out[name] = evaluate(study, folder, name, models[name], seed)
-        if name in study.studied:
-            study.say("    votes, choices, leaks")
+        out[name] = evaluate(ctx, folder, name, models[name], seed)
+        if name in ctx.studied:
+            ctx.say("    votes, choices, leaks")
             out[name]["study"] = once_json(
-                folder / name / "study.json", functools.partial(study.setting.study, models[name])
+                folder / name / "study.json", functools.partial(ctx.setting.study, models[name])
             )
     return out
 
 
 def distilled(
-    study: Study, folder: Path, name: str, base: Model, rows: list[dict[str, Any]], own: int, seed: int
+    ctx: GuidedContext, folder: Path, name: str, base: Model, rows: list[dict[str, Any]], own: int, seed: int
 ) -> Model:
     """Step 1: imitates the teacher's rationales that the filter keeps."""
-    recipe = study.recipes[name]
-    kept = study.setting.kept(rows, recipe.filter)
+    recipe = ctx.recipes[name]
+    kept = ctx.setting.kept(rows, recipe.filter)
     record = {"rows": len(rows), "kept": len(kept), "keep_rate": len(kept) / max(1, len(rows))}
     for kind in sorted({r.get("type", "") for r in rows}):
         mine = [r for r in rows if r.get("type", "") == kind]
         record[f"keep_rate/{kind}"] = sum(r.get("type", "") == kind for r in kept) / len(mine)
     once_json(folder / name / "buffer.json", lambda: {"filter": recipe.filter, **record})
-    train = dataclasses.replace(study.distil_train, **recipe.train)
-    with study.bar(name, recipe.steps) as progress:
+    train = dataclasses.replace(ctx.distil_train, **recipe.train)
+    with ctx.bar(name, recipe.steps) as progress:
         return distil(
             base,
-            study.setting.to_pairs(kept),
-            study.distil_settings,
+            ctx.setting.to_pairs(kept),
+            ctx.distil_settings,
             train,
             steps=recipe.steps,
             seed=own,
             folder=folder / name / "distil",
-            writer=study.writer,
+            writer=ctx.writer,
             label={"arm": name, "student": seed},
-            teacher=getattr(study.setting, "large", None),
+            teacher=getattr(ctx.setting, "large", None),
             progress=progress,
         )[0]
 
 
-def refined(study: Study, folder: Path, name: str, start: Model, own: int, seed: int) -> Model:
+def refined(ctx: GuidedContext, folder: Path, name: str, start: Model, own: int, seed: int) -> Model:
     """Step 2: RL with the aspects and the large model's answers."""
-    rl_settings, settings = study.rl_settings(name)
-    world = study.setting.environment(own, rl_settings.group, settings.prompts, study.recipes[name])
-    with study.bar(name, settings.updates) as progress:
+    rl_settings, settings = ctx.rl_settings(name)
+    world = ctx.setting.environment(own, rl_settings.group, settings.prompts, ctx.recipes[name])
+    with ctx.bar(name, settings.updates) as progress:
         return reinforce(
             start,
             world,
@@ -304,28 +304,28 @@ def refined(study: Study, folder: Path, name: str, start: Model, own: int, seed:
             settings,
             seed=stable_seed(own, "rl"),
             folder=folder / name / "rl",
-            writer=study.writer,
+            writer=ctx.writer,
             label={"arm": name, "student": seed},
             progress=progress,
         )[0]
 
 
-def evaluate(study: Study, folder: Path, name: str, model: Model, seed: int) -> dict[str, Any]:
+def evaluate(ctx: GuidedContext, folder: Path, name: str, model: Model, seed: int) -> dict[str, Any]:
     """Step 3 on the test questions, once: FOLDER/NAME/evaluation.json."""
 
     def make() -> dict[str, Any]:
-        right, found = study.setting.measure(model)
+        right, found = ctx.setting.measure(model)
         numbers = {k: v for k, v in found.items() if k != "examples"}
-        study.writer.write(stage="arm", step=0, arm=name, student=seed, accuracy=100.0 * float(right.mean()), **numbers)
+        ctx.writer.write(stage="arm", step=0, arm=name, student=seed, accuracy=100.0 * float(right.mean()), **numbers)
         return {"right": right.astype(int).tolist(), "accuracy": 100.0 * float(right.mean()), **found}
 
     found = once_json(folder / name / "evaluation.json", make)
-    study.say(f"    {found['accuracy']:.1f} right")
+    ctx.say(f"    {found['accuracy']:.1f} right")
     return found
 
 
 def results(
-    study: Study, right: dict[str, dict[int, np.ndarray]], measured: dict[str, list[dict[str, float]]]
+    ctx: GuidedContext, right: dict[str, dict[int, np.ndarray]], measured: dict[str, list[dict[str, float]]]
 ) -> dict[str, Any]:
     """Writes results.json and prints the table: accuracies per student, and paired differences between the arms."""
     rows = []
@@ -336,29 +336,29 @@ def results(
         rows.append(
             row | {k: float(np.mean([f[k] for f in found])) if found and k in found[0] else None for k in SHOWN}
         )
-    steps = [(a, b) for a, b in _steps(study.recipes) if a in right and b in right]
+    steps = [(a, b) for a, b in _steps(ctx.recipes) if a in right and b in right]
     differences = []
     for a, b in steps:
-        low, middle, high = paired(*(_over_students(right[n], study.students) for n in (a, b)))
+        low, middle, high = paired(*(_over_students(right[n], ctx.students) for n in (a, b)))
         differences.append({"from": a, "to": b, "difference": 100 * middle, "low": 100 * low, "high": 100 * high})
     studies = {name: [f["study"] for f in found if "study" in f] for name, found in measured.items()}
     out = {"arms": rows, "differences": differences}
     out["studies"] = {n: _means(each) for n, each in studies.items() if each}
-    write_json(study.workdir / "results.json", out)
+    write_json(ctx.workdir / "results.json", out)
     if processes.is_first():
-        show_table(study.console, "right answers, %", rows)
-        show_table(study.console, "paired differences, 95% over questions", differences)
+        show_table(ctx.console, "right answers, %", rows)
+        show_table(ctx.console, "paired differences, 95% over questions", differences)
         for name, found in out["studies"].items():
-            told = [{"what": k, "value": v} for k, v in found.items()]
-            show_table(study.console, f"{name}: votes, choices among several rationales, leaks", told)
+            found_rows = [{"what": k, "value": v} for k, v in found.items()]
+            show_table(ctx.console, f"{name}: votes, choices among several rationales, leaks", found_rows)
     return out
 
 
 SHOWN = ("quality", "gold_chain", "first_hop", "smuggled")
 
 
-def _steps(recipes: dict[str, Recipe]) -> list[tuple[str, str]]:
-    """The comparisons: along the method; every arm with its start, and with NAME_long and NAME_flops, the start trained for longer."""
+def _steps(recipes: dict[str, GuidedConfig]) -> list[tuple[str, str]]:
+    """The comparisons: along the method; every arm with its start, and with NAME_long and NAME_flops (trained for longer)."""
     first = [n for n, r in recipes.items() if r.start == "base"]
     fixed = [("standard", "own CoT"), *(("own CoT", n) for n in first)]
     fixed += [(a, b) for i, a in enumerate(first) for b in first[i + 1 :]]

@@ -15,7 +15,7 @@ from qstar.methods.answerer import Answerer, Cached, HttpAnswerer, ModelAnswerer
 from qstar.methods.distillation import Pair
 from qstar.methods.guided_rewards import METRICS, RewardSettings, rationale_scores, task_score
 from qstar.methods.guided_study import choices
-from qstar.methods.reinforce import Scored
+from qstar.methods.reinforce import RewardOutput
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model, encoder_ids, load
 from qstar.sample.batching import generate
@@ -62,7 +62,7 @@ class MultiHopSettings:
 
 @dataclasses.dataclass
 class MultiHop:
-    """Questions, a student's start and the frozen large model: see `guided_cot.Setting`."""
+    """Questions, a student's start and the frozen large model: see `guided_cot.GuidedTask`."""
 
     settings: MultiHopSettings
     task: M.MultiHop
@@ -95,7 +95,10 @@ class MultiHop:
             return functools.partial(HttpAnswerer, **options)
         extra, slots = options.keys() - {"path", "dtype", "slots"}, options.get("slots")
         require(
-            (not extra, f"config.world.large.{next(iter(extra), '')} is unknown; it has path, dtype, slots, or url, model"),
+            (
+                not extra,
+                f"config.world.large.{next(iter(extra), '')} is unknown; it has path, dtype, slots, or url, model",
+            ),
             (slots is None or slots >= 1, f"config.world.large.slots={slots} must be at least 1"),
         )
         model = load(options["path"], mesh=self.mesh, dtype=options.get("dtype"))
@@ -173,9 +176,9 @@ class MultiHop:
     def teacher_rows(self, seed: int) -> list[dict[str, Any]]:
         """The large model's chains of thought, one per question, split into rationale and answer; an answer may be None."""
         problems = self.teacher_problems()
-        told = self.explainer.answer([self.prompt(p, "cot", training=True) for p in problems])
+        replies = self.explainer.answer([self.prompt(p, "cot", training=True) for p in problems])
         rows = []
-        for p, said in zip(problems, told):
+        for p, said in zip(problems, replies):
             rationale, answer = M.split_reasoning(said.text)
             row = {"question": p.id, "prompt": self.prompt(p, "student", training=True), "rationale": rationale}
             rows.append(
@@ -323,8 +326,8 @@ class MultiHop:
     def _vote(self, student: Model, golds: Sequence[str]) -> float:
         """Percent right by the vote of the answers with several sampled rationales; ties by summed log-probability."""
         rows = self.rationales(student, self.settings.votes, self.settings.vote_temperature)
-        told = [self.guided([row[j].text for row in rows]) for j in range(self.settings.votes)]
-        chosen = [majority([normalise(a.text) for a in said], [a.logprob for a in said]) for said in zip(*told)]
+        replies = [self.guided([row[j].text for row in rows]) for j in range(self.settings.votes)]
+        chosen = [majority([normalise(a.text) for a in said], [a.logprob for a in said]) for said in zip(*replies)]
         return 100.0 * float(
             np.mean([task_score(c or "", g, self.settings.metric) >= 0.5 for c, g in zip(chosen, golds)])
         )
@@ -349,7 +352,7 @@ class MultiHopEnvironment:
         """See `reinforce.Environment`."""
         return [self.world.prompt(p, "student", training=True) for p in self._problems(update)]
 
-    def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> Scored:
+    def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         """See `reinforce.Environment`."""
         pairs = [(p, c.text) for p, row in zip(self._problems(update), responses) for c in row]
         problems, texts = [p for p, _ in pairs], [t for _, t in pairs]

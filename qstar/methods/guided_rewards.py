@@ -1,4 +1,4 @@
-"""What a rationale is worth in LM-Guided CoT: how good it reads, and whether the frozen answerer gets it right with it.
+"""Rewards of LM-Guided CoT: aspects of a rationale's quality, and whether the frozen answerer is correct with it.
 
     S = weight_acc R_acc + weight_asp sum_k w_k a_k / sum_k w_k        (2404.03414 names both parts; the weights are ours)
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from qstar.errors import require
 from qstar.methods.answerer import Answer, Answerer
-from qstar.methods.reinforce import Scored
+from qstar.methods.reinforce import RewardOutput
 from qstar.tasks.aspects import ASPECTS, View, bare_answer, chosen
 from qstar.tasks.qa_metrics import answer_score, includes
 
@@ -55,7 +55,7 @@ def rationale_scores(
     prompts: Sequence[str],
     golds: Sequence[str],
     answerer: Answerer | None,
-) -> tuple[Scored, list[Answer]]:
+) -> tuple[RewardOutput, list[Answer]]:
     """Scores rationales.
 
     Args:
@@ -79,7 +79,7 @@ def rationale_scores(
     if settings.guard:
         right = right * (1.0 - bare)
     scores = settings.accuracy * right + settings.aspect * mean
-    return Scored(scores.astype(np.float32), {"accuracy": right, "aspect": mean, "bare": bare, **parts}), answers
+    return RewardOutput(scores.astype(np.float32), {"accuracy": right, "aspect": mean, "bare": bare, **parts}), answers
 
 
 def task_score(answer: str, gold: str, metric: str) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from qstar.errors import require
 from qstar.methods import guided_study
 from qstar.methods.distillation import Pair
-from qstar.methods.reinforce import Scored
+from qstar.methods.reinforce import RewardOutput
 from qstar.methods.run_folder import stable_seed
 from qstar.methods.supervised import TrainSettings, sft_step
 from qstar.methods.training import Stage, train_stage
@@ -162,7 +162,9 @@ class Synth:
             chosen = np.random.default_rng([seed, step, 2]).integers(len(tokens), size=64)
             return tokens[chosen], mask[chosen]
 
-        return read_facts(start, text, stage("direct", _update(self.settings.direct_lr, 64, "cosine", 0.0), steps, seed))[0]
+        return read_facts(
+            start, text, stage("direct", _update(self.settings.direct_lr, 64, "cosine", 0.0), steps, seed)
+        )[0]
 
     def controls(self, base: Model, seed: int, stage: Callable[..., Stage]) -> dict[str, Any]:
         """Returns a student that has learnt nothing at all, and the small model answering by itself."""
@@ -274,8 +276,8 @@ class Synth:
         """The large model's own chains: percent right by one greedy chain, by one sampled, and by a vote of several."""
         w, s = self.test, self.settings
         chains = self.rationales(self.large, w, hops.COT, n=s.votes, temperature=0.7, seed=self.seed)
-        told = [self.answers(self.large, w, hops.COT, chains[:, j]) for j in range(s.votes)]
-        said, logp = (np.stack(x, axis=1) for x in zip(*told))
+        votes = [self.answers(self.large, w, hops.COT, chains[:, j]) for j in range(s.votes)]
+        said, logp = (np.stack(x, axis=1) for x in zip(*votes))
         return {
             "sampled": 100.0 * float(np.mean(said == w.answer[:, None])),
             "self_consistency": guided_study.votes(said, logp, w.answer),
@@ -302,14 +304,14 @@ class Synth:
         right = said == w.answer
         strict, weak = (hops.aspects(w, slot, weak=x) for x in (False, True))
         shuffled = self.guided(w, np.roll(slot, 1, axis=0)) == w.answer
-        whole = np.all(slot == w.gold, axis=1)
+        chain_right = np.all(slot == w.gold, axis=1)
         named = np.any(slot == w.answer[:, None], axis=1)
         return right, {
             "quality": 100.0 * float(np.mean([x.mean() for x in strict.values()])),
             "quality_weak": 100.0 * float(np.mean([x.mean() for x in weak.values()])),
-            "gold_chain": 100.0 * float(whole.mean()),
+            "gold_chain": 100.0 * float(chain_right.mean()),
             "first_hop": 100.0 * float(np.mean(slot[:, 2] == w.gold[:, 2])),
-            "smuggled": 100.0 * float(np.mean(named & ~whole)),
+            "smuggled": 100.0 * float(np.mean(named & ~chain_right)),
             "shuffled": 100.0 * float(shuffled.mean()),
             "student_tokens": (wrote := float(np.mean(np.sum(slot != hops.PAD, axis=1)))),
             "student_reads": hops.QUESTION,
@@ -361,7 +363,7 @@ class SynthEnvironment:
         """See `reinforce.Environment`."""
         return hops.rows(self.worlds.take(self._rows(update)), hops.RAT)[:, : hops.QUESTION].tolist()
 
-    def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> Scored:
+    def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         """See `reinforce.Environment`."""
         w = self.worlds.take(np.repeat(self._rows(update), self.group))
         slot = np.stack([in_slot(c) for row in responses for c in row])
@@ -373,7 +375,7 @@ class SynthEnvironment:
             right, bare = (said == w.answer).astype(np.float32), hops.bare(w, slot, said).astype(np.float32)
             right = right * (1.0 - bare) if self.reward.guard else right
         scores = self.reward.accuracy * right + self.reward.aspect * aspect
-        return Scored(scores.astype(np.float32), {"accuracy": right, "aspect": aspect, "bare": bare, **parts})
+        return RewardOutput(scores.astype(np.float32), {"accuracy": right, "aspect": aspect, "bare": bare, **parts})
 
 
 def kept(rows: Sequence[dict[str, Any]], rule: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from qstar.errors import TrainingFailed, require
 from qstar.mesh import to_host
 from qstar.methods.gates import check_gates
-from qstar.methods.quiet_setup import Study
+from qstar.methods.quiet_setup import QuietContext
 from qstar.methods.run_folder import stable_seed
 from qstar.methods.supervised import TrainSettings, sft_step
 from qstar.methods.training import Stage, train_stage
@@ -25,33 +25,33 @@ from qstar.thoughts import measure
 from qstar.train.loop import Diverged
 
 
-def prepare(study: Study, model: Model) -> Model:
+def prepare(ctx: QuietContext, model: Model) -> Model:
     """Trains the base for `config.base.steps` (0: as it is), and checks its gates.
 
     Raises:
       UserError: a gate that does not hold, or a training that diverged.
     """
-    if study.base_steps:
-        model = _train(study, model)
-    if study.gates:
-        folds = isinstance(study.corpus, Folds)
+    if ctx.base_steps:
+        model = _train(ctx, model)
+    if ctx.gates:
+        folds = isinstance(ctx.corpus, Folds)
         require((folds, "config.gates: there are measurements for data.name='folds' alone"))
-        check_gates(study.console, study.workdir / "base", study.gates, lambda: fold_measurements(study, model))
+        check_gates(ctx.console, ctx.workdir / "base", ctx.gates, lambda: fold_measurements(ctx, model))
     return model
 
 
-def _train(study: Study, model: Model) -> Model:
-    settings = study.base_settings
-    study.say(f"\n[bold]base[/bold]: {study.base_steps} steps")
+def _train(ctx: QuietContext, model: Model) -> Model:
+    settings = ctx.base_settings
+    ctx.say(f"\n[bold]base[/bold]: {ctx.base_steps} steps")
     tx, step = sft_step(model.config, TrainSettings(**settings.__dict__))
     began = time.perf_counter()
-    with study.bar("base", study.base_steps) as progress:
+    with ctx.bar("base", ctx.base_steps) as progress:
         stage = Stage(
-            study.workdir / "base",
+            ctx.workdir / "base",
             settings,
-            study.base_steps,
-            stable_seed(study.seed, "base"),
-            study.writer,
+            ctx.base_steps,
+            stable_seed(ctx.seed, "base"),
+            ctx.writer,
             {"arm": "base"},
             progress,
         )
@@ -61,34 +61,34 @@ def _train(study: Study, model: Model) -> Model:
                 stage,
                 tx,
                 lambda s: step,
-                lambda s: study.batch(study.corpus.base_rows(s, settings.batch_size, study.seed)),
+                lambda s: ctx.batch(ctx.corpus.base_rows(s, settings.batch_size, ctx.seed)),
             )
         except Diverged as e:
             raise TrainingFailed(f"config.base.lr={settings.lr}: {e}") from None
-    study.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
+    ctx.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
     return model
 
 
-def fold_measurements(study: Study, model: Model, size: int = 600) -> dict[str, float]:
+def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[str, float]:
     """What a base model knows of the steps, in nats and shares.
 
     direct_nll: of hard answers without steps, the dash left out. worked_nll, worked_accuracy: of hard answers after the
     right steps; step_nll: of the steps. right, right_greedy: share of thoughts that hold all steps, with the dash as
     start and end, before any training to think.
     """
-    corpus, config = Folds(), model.config.replace(thoughts=study.thoughts)  # one document a row
+    corpus, config = Folds(), model.config.replace(thoughts=ctx.thoughts)  # one document a row
     rows, hard = corpus.test_rows(size), len(corpus.classes) - 1
-    batch, dashed = study.whole_batch(rows), rows.tokens.copy()
-    dashed[:, -2] = study.start_id  # in place of the answers of one-document rows
+    batch, dashed = ctx.whole_batch(rows), rows.tokens.copy()
+    dashed[:, -2] = ctx.start_id  # in place of the answers of one-document rows
     nll, dash_nll = (
         to_host(measure.score_text(model.params, config, b)[0])
-        for b in (batch, study.whole_batch(rows._replace(tokens=dashed)))
+        for b in (batch, ctx.whole_batch(rows._replace(tokens=dashed)))
     )
     at = rows.classes[:, 1:] == hard
     # The dash is fed nowhere: it swaps targets only where the answer stands, and no later score is read.
     direct = nll + np.log1p(-np.minimum(np.exp(-dash_nll), 1 - 1e-6))
     worked = corpus.worked_rows(size)
-    w_nll, w_hit, _ = to_host(measure.score_text(model.params, config, study.whole_batch(worked)))
+    w_nll, w_hit, _ = to_host(measure.score_text(model.params, config, ctx.whole_batch(worked)))
     answer, step = worked.classes[:, 1:] == hard, worked.classes[:, 1:] == 2
     out = {
         "direct_nll": float(direct[at].mean()),
@@ -96,9 +96,9 @@ def fold_measurements(study: Study, model: Model, size: int = 600) -> dict[str, 
         "worked_accuracy": float(w_hit[answer].mean()),
         "step_nll": float(w_nll[step].mean()),
     }
-    params = mixing.attach(model.params, config, jax.random.key(0), study.start_id)
-    for name, heat in (("right", 1.0), ("right_greedy", 0.0)):
-        scores = measure.score(params, config, batch, jax.random.key(stable_seed("gates")), temperature=heat)
+    params = mixing.attach(model.params, config, jax.random.key(0), ctx.start_id)
+    for name, temperature in (("right", 1.0), ("right_greedy", 0.0)):
+        scores = measure.score(params, config, batch, jax.random.key(stable_seed("gates")), temperature=temperature)
         share = holds_steps(to_host(scores.thoughts), rows.expected[:, :-1])
         out[name] = float(share[:, 0][at].mean())
     return out

@@ -23,7 +23,7 @@ import numpy as np
 
 from qstar import tree
 from qstar.errors import UserError, require
-from qstar.mesh import put_whole_batch, to_host
+from qstar.mesh import put_global_batch, to_host
 from qstar.methods.evaluation import votes
 from qstar.methods.generation import generate
 from qstar.models import decoder
@@ -35,7 +35,7 @@ from qstar.tasks.base import Problem, Task, ZeroShot
 from qstar.text.tokenizer import Tokenizer
 from qstar.thoughts import generate as thinking
 from qstar.thoughts import layout, threads
-from qstar.thoughts.paths import joint_paths
+from qstar.thoughts.paths import joint_states
 from qstar.train.evaluate import summarise
 from qstar.types import Params
 
@@ -95,17 +95,17 @@ def expected_accuracy(
     key = tree.random_key(seed)
     for number, (length, some) in enumerate(batches(rows, batch_size)):
         arrays = _arrays([rows[i] for i in some], length, batch_size)
-        heat = jnp.float32(
+        thought_temperature = jnp.float32(
             config.thoughts.temperature if config.thoughts and temperature is None else temperature or 0.0
         )
-        given = put_whole_batch(arrays[:3], model.mesh)
+        given = put_global_batch(arrays[:3], model.mesh)
         found = answer_logits(
             model.params,
             config,
             *given,
             ids,
             jax.random.fold_in(key, number),
-            heat,
+            thought_temperature,
             passes if config.thoughts else 0,
         )
         for name, values in judge(to_host(found), arrays[3], arrays[4]).items():
@@ -253,7 +253,7 @@ def answer_logits(
         B, M, A = base.shape
         return AnswerLogits(base, jnp.zeros((B, 0, M, A)), jnp.zeros((B, 0, M)))
     draw = thinking.sampler(params, config, batch, positions, key, passes, temperature)
-    paths, _ = joint_paths(params, config, batch, texts, positions, passes, draw)
+    paths, _ = joint_states(params, config, batch, texts, positions, passes, draw)
     return AnswerLogits(base, logits(paths.mixed[:, :, :, 0]), paths.weight[..., 0])
 
 

@@ -20,8 +20,8 @@ from qstar.data.corpus import Rows
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.mesh import to_host
 from qstar.methods.quiet_base import holds_steps
-from qstar.methods.quiet_setup import Study
-from qstar.methods.run_folder import intact, once, once_json, stable_seed
+from qstar.methods.quiet_setup import QuietContext
+from qstar.methods.run_folder import cached_jsonl, intact, once_json, stable_seed
 from qstar.models.hf import read_json
 from qstar.models.model import Model
 from qstar.thoughts import measure as m
@@ -40,9 +40,9 @@ class Watch:
     What it decides by is read from the files of the measurements, so that a resumed run decides alike.
     """
 
-    def __init__(self, study: Study, arm: str, like: Model, thinker: str, every: int, patience: int):
+    def __init__(self, ctx: QuietContext, arm: str, like: Model, thinker: str, every: int, patience: int):
         """`like` is a model of the arm's configuration; `every` 0 never measures."""
-        self.study, self.arm, self.like, self.thinker = study, arm, like, thinker
+        self.study, self.arm, self.like, self.thinker = ctx, arm, like, thinker
         self.every, self.patience = every, patience
 
     def __call__(self, step: int, params: Params) -> bool:
@@ -89,13 +89,13 @@ class Watch:
         return params, {**summary, "best_step": best}
 
 
-def stopping_nll(study: Study, model: Model, thinker: str) -> float:
+def stopping_nll(ctx: QuietContext, model: Model, thinker: str) -> float:
     """The mean NLL that an arm stops by: of held-out text that is not reported."""
-    rows = study.corpus.stopping_rows(study.sight.rows)
+    rows = ctx.corpus.stopping_rows(ctx.evaluation.rows)
     if thinker == "none":
-        nll, _, counted = _text(study, model, rows)
+        nll, _, counted = _text(ctx, model, rows)
         return float(nll[counted].mean())
-    s = _scores(study, model, rows, thinker, 1.0)
+    s = _scores(ctx, model, rows, thinker, 1.0)
     return float(s.nll.mean(1)[s.counted].mean())
 
 
@@ -109,20 +109,20 @@ def alarms(found: dict[str, Any]) -> list[str]:
     return out
 
 
-def measure(study: Study, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
+def measure(ctx: QuietContext, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
     """Returns (and writes once) the metrics of a model on the held-out text: WORKDIR/<arm>/evaluation/step_N.json.
 
     Keys are `<metric>/<kind of token>`: nll_base, accuracy_base without thoughts; nll, accuracy, weight with sampled ones
     (accuracy_low and _high: 95% over rows); nll_greedy, accuracy_greedy; nll_swapped, accuracy_swapped with random ids in
     place of the model's thoughts; right, the share of thoughts that hold the true steps.
     """
-    path = study.workdir / arm / "evaluation" / f"step_{step:06d}.json"
+    path = ctx.workdir / arm / "evaluation" / f"step_{step:06d}.json"
     if intact(path):
         return once_json(path, dict)
-    found = once_json(path, lambda: _measure(study, arm, model, thinker, step))
-    study.writer.write(stage="evaluation", arm=arm, step=step, **found)
+    found = once_json(path, lambda: _measure(ctx, arm, model, thinker, step))
+    ctx.writer.write(stage="evaluation", arm=arm, step=step, **found)
     if processes.is_first():
-        show_table(study.console, f"{arm}, step {step}", table(found))
+        show_table(ctx.console, f"{arm}, step {step}", table(found))
     return found
 
 
@@ -134,26 +134,26 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"tokens": c, **{t: found.get(f"{k}/{c}") for t, k in there.items()}} for c in ("all", *found["classes"])]
 
 
-def _measure(study: Study, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
-    rows = study.corpus.test_rows(study.sight.rows)
-    names, kinds = _kinds(study, rows)
+def _measure(ctx: QuietContext, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
+    rows = ctx.corpus.test_rows(ctx.evaluation.rows)
+    names, kinds = _kinds(ctx, rows)
     if thinker == "none":
-        nll, hit, counted = _text(study, model, rows)
+        nll, hit, counted = _text(ctx, model, rows)
         values = {"nll_base": nll, "accuracy_base": hit}
         return {"classes": names, **_by_kind(names, np.where(counted, kinds, -2), values, ci=("accuracy_base",))}
-    ways = {"": (1.0, thinker), "_greedy": (0.0, thinker), "_swapped": (1.0, "random")}
+    modes = {"": (1.0, thinker), "_greedy": (0.0, thinker), "_swapped": (1.0, "random")}
     out: dict[str, Any] = {"classes": names}
-    for suffix, (heat, way) in ways.items():
+    for suffix, (temperature, way) in modes.items():
         if suffix and thinker != "sampled":
             continue
-        s = _scores(study, model, rows, way, heat)
+        s = _scores(ctx, model, rows, way, temperature)
         where = np.where(s.counted, kinds, -2)
         values = {f"nll{suffix}": s.nll.mean(1), f"accuracy{suffix}": s.hit.mean(1)}
         if not suffix:
             values |= {"nll_base": s.base_nll, "accuracy_base": s.base_hit, "weight": s.weight.mean(1)}
             values |= {"reward": s.reward.mean(1)}
             out |= _diagnostics(s, where >= -1)
-            _write_thoughts(study, arm, step, rows, names, kinds, s)
+            _write_thoughts(ctx, arm, step, rows, names, kinds, s)
         if rows.expected is not None:
             values[f"right{suffix}"] = holds_steps(s.thoughts, rows.expected[:, :-1]).mean(1)
         out |= _by_kind(names, where, values, ci=() if suffix else ("accuracy",))
@@ -190,20 +190,20 @@ def _diagnostics(s: m.Scores, counted: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _batches(study: Study, rows: Rows) -> Any:
+def _batches(ctx: QuietContext, rows: Rows) -> Any:
     """Yields parts of the rows of one and the same size; the last one is filled up, and says how many are its own."""
-    size = min(study.sight.batch_size, len(rows.tokens))
+    size = min(ctx.evaluation.batch_size, len(rows.tokens))
     for begin in range(0, len(rows.tokens), size):
         part = [x[begin : begin + size] for x in rows[:4]]
         own = len(part[0])
-        yield study.whole_batch(Rows(*(np.concatenate([x, np.repeat(x[:1], size - own, axis=0)]) for x in part))), own
+        yield ctx.whole_batch(Rows(*(np.concatenate([x, np.repeat(x[:1], size - own, axis=0)]) for x in part))), own
 
 
-def _scores(study: Study, model: Model, rows: Rows, thinker: str, heat: float) -> m.Scores:
+def _scores(ctx: QuietContext, model: Model, rows: Rows, thinker: str, temperature: float) -> m.Scores:
     """Scores of all rows, on the host."""
-    config, P = model.config, study.sight.passes
+    config, P = model.config, ctx.evaluation.passes
     parts = []
-    for i, (batch, own) in enumerate(_batches(study, rows)):
+    for i, (batch, own) in enumerate(_batches(ctx, rows)):
         key = jax.random.key(stable_seed("evaluate", i))
         shape = (len(batch.tokens), P, batch.tokens.shape[1] - 1, config.thoughts.thought_tokens)
         given = None
@@ -211,47 +211,49 @@ def _scores(study: Study, model: Model, rows: Rows, thinker: str, heat: float) -
             given = m.random_thoughts(key, config, shape)
         elif thinker == "pause":
             given = jnp.full(shape, config.thoughts.forbidden_ids[0], jnp.int32)
-        found = m.score(model.params, config, batch, key, passes=P, temperature=heat, thoughts=given)
+        found = m.score(model.params, config, batch, key, passes=P, temperature=temperature, thoughts=given)
         parts.append(jax.tree.map(lambda x, own=own: x[:own], to_host(found)))
     return m.Scores(*(np.concatenate(x) for x in zip(*parts)))
 
 
-def _text(study: Study, model: Model, rows: Rows) -> tuple[np.ndarray, ...]:
+def _text(ctx: QuietContext, model: Model, rows: Rows) -> tuple[np.ndarray, ...]:
     parts = []
-    for batch, own in _batches(study, rows):
+    for batch, own in _batches(ctx, rows):
         parts.append([x[:own] for x in to_host(m.score_text(model.params, model.config, batch))])
     return tuple(np.concatenate(x) for x in zip(*parts))
 
 
-def measure_difficulty(study: Study, base: Model) -> None:
+def measure_difficulty(ctx: QuietContext, base: Model) -> None:
     """Writes the base's NLL of every held-out token, WORKDIR/base/difficulty.jsonl, where the corpus names no kinds.
 
     Called before any arm trains: the kinds of all arms' tables are how hard a token is for the base.
     """
-    model = base.replace(config=base.config.replace(thoughts=study.thoughts))
+    model = base.replace(config=base.config.replace(thoughts=ctx.thoughts))
 
     def make() -> list[dict[str, Any]]:
-        return [{"nll": np.round(x, 4).tolist()} for x in _text(study, model, study.corpus.test_rows(study.sight.rows))[0]]
+        return [
+            {"nll": np.round(x, 4).tolist()} for x in _text(ctx, model, ctx.corpus.test_rows(ctx.evaluation.rows))[0]
+        ]
 
-    if not study.corpus.classes:
-        once(study.workdir / "base" / "difficulty.jsonl", make)
+    if not ctx.corpus.classes:
+        cached_jsonl(ctx.workdir / "base" / "difficulty.jsonl", make)
 
 
-def _kinds(study: Study, rows: Rows) -> tuple[list[str], np.ndarray]:
+def _kinds(ctx: QuietContext, rows: Rows) -> tuple[list[str], np.ndarray]:
     """Returns the kinds' names, and that of the token after each position, [B, N-1]."""
     if rows.classes is not None:
-        return list(study.corpus.classes), rows.classes[:, 1:]
-    nll = np.asarray([r["nll"] for r in read_jsonl(study.workdir / "base" / "difficulty.jsonl")])
+        return list(ctx.corpus.classes), rows.classes[:, 1:]
+    nll = np.asarray([r["nll"] for r in read_jsonl(ctx.workdir / "base" / "difficulty.jsonl")])
     return [name for _, name in BUCKETS], np.searchsorted([edge for edge, _ in BUCKETS[:-1]], nll)
 
 
 def _write_thoughts(
-    study: Study, arm: str, step: int, rows: Rows, names: list[str], kinds: np.ndarray, s: m.Scores
+    ctx: QuietContext, arm: str, step: int, rows: Rows, names: list[str], kinds: np.ndarray, s: m.Scores
 ) -> None:
     """Writes WORKDIR/<arm>/thoughts/step_N.jsonl: the first texts, token by token, for the viewer."""
-    text = functools.cache(study.corpus.tokenizer.show)
+    text = functools.cache(ctx.corpus.tokenizer.show)
     out = []
-    for b in range(min(study.sight.shown, len(rows.tokens))):
+    for b in range(min(ctx.evaluation.shown, len(rows.tokens))):
         counted = s.counted[b]
         thoughts = [
             {
@@ -273,7 +275,7 @@ def _write_thoughts(
             }
         )
     if processes.is_first():
-        write_jsonl(study.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out, checksum=True)
+        write_jsonl(ctx.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out, checksum=True)
 
 
 def _round(x: np.ndarray, counted: np.ndarray) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""What every arm of a Quiet-STaR run shares: the sections of its config, its text, and the run folder's writers."""
+"""Run context of Quiet-STaR: the sections of its config, its text, and the run folder's writers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qstar.data.corpus import Corpus, Rows, TextCorpus
 from qstar.errors import UserError, check_type, require, unknown
-from qstar.mesh import make_mesh, put_whole_batch
+from qstar.mesh import make_mesh, put_global_batch
 from qstar.methods import base_model
 from qstar.methods.screen import Screen
 from qstar.methods.settings import Gate, Log, Sections, check_keys, settings_from
@@ -26,7 +26,7 @@ from qstar.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Sight:
+class EvalConfig:
     """How models are measured. A config's `evaluate` section."""
 
     rows: int = 1200  # of held-out text
@@ -51,7 +51,7 @@ class BaseGate(Gate):
 
 
 @dataclasses.dataclass
-class Study(Screen):
+class QuietContext(Screen):
     """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
 
     config: Any
@@ -61,7 +61,7 @@ class Study(Screen):
     mesh: Any
     seed: int
     thoughts: ThoughtConfig
-    sight: Sight
+    evaluation: EvalConfig
     base_settings: UpdateSettings
     base_steps: int
     gates: dict[str, Gate]
@@ -69,7 +69,7 @@ class Study(Screen):
     writer: Writer = None
 
     @classmethod
-    def make(cls, config: Any, workdir: Path, console: Console) -> Study:
+    def make(cls, config: Any, workdir: Path, console: Console) -> QuietContext:
         """Reads a config; all that can be wrong in it is found here, before anything is written."""
         values = config.to_dict()
         extra = {"data": values.pop("data", {}), "thoughts": values.pop("thoughts", {})}
@@ -91,7 +91,7 @@ class Study(Screen):
             )
         )
         check_keys(ThoughtConfig, extra["thoughts"], "thoughts")
-        study = cls(
+        ctx = cls(
             config=config,
             workdir=workdir,
             console=console,
@@ -99,14 +99,14 @@ class Study(Screen):
             mesh=make_mesh(config.mesh) if jax.device_count() > 1 or config.mesh != "data=-1" else None,
             seed=config.seed,
             thoughts=thought_config(extra["thoughts"], parity, corpus),
-            sight=settings_from(Sight, sections.evaluate, "evaluate"),
+            evaluation=settings_from(EvalConfig, sections.evaluate, "evaluate"),
             base_steps=base.pop("steps"),
             base_settings=settings_from(UpdateSettings, base, "base"),
             gates={k: settings_from(BaseGate, gate, f"gates.{k}") for k, gate in sections.gates.items()},
             start_text=start_text,
         )
-        _ = study.start_id  # or say now what is wrong with its text
-        return study
+        _ = ctx.start_id  # or say now what is wrong with its text
+        return ctx
 
     @property
     def start_id(self) -> int:
@@ -137,7 +137,7 @@ class Study(Screen):
 
     def whole_batch(self, rows: Rows) -> Batch:
         """Returns all of the rows, which every process has read, placed on the devices: what is measured."""
-        return put_whole_batch(self.batch(rows), self.mesh)
+        return put_global_batch(self.batch(rows), self.mesh)
 
     def begin(self) -> None:
         """Opens the metrics files."""

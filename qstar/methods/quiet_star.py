@@ -28,7 +28,7 @@ import numpy as np
 from qstar.errors import TrainingFailed, UserError, require
 from qstar.methods import base_model, quiet_base
 from qstar.methods.quiet_measure import Watch, measure, measure_difficulty
-from qstar.methods.quiet_setup import Study
+from qstar.methods.quiet_setup import QuietContext
 from qstar.methods.run_folder import check_run, open_run, stable_seed
 from qstar.methods.training import Stage, UpdateSettings, train_stage
 from qstar.models import mixing
@@ -47,7 +47,7 @@ THINKERS = ("sampled", "random", "pause", "none")
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class QuietConfig:
     """One arm. Keys of a config's `arms.<name>` section."""
 
     thinker: str = "sampled"  # "random": uniform ids; "pause": one learned id; "none": plain training, no thoughts
@@ -60,7 +60,9 @@ class Recipe:
     teacher: str = ""  # an earlier arm, whose predictions with thoughts a `thinker="none"` also learns
     teacher_weight: float = 1.0  # of that; the text's own likelihood has 1
     every: int = 0  # steps between two measurements; 0 = as the config's `evaluate` says
-    patience: int = 0  # evaluations without a better mixed NLL, on held-out text that is not reported, until the arm stops
+    patience: int = (
+        0  # evaluations without a better mixed NLL, on held-out text that is not reported, until the arm stops
+    )
     # and the best model is kept; 0 = never
 
     def __post_init__(self):
@@ -84,47 +86,52 @@ def _is_pattern(text: str) -> bool:
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a Quiet-STaR config in `workdir`, going on where an earlier run of the same config stopped."""
-    study = Study.make(config, Path(workdir), console)
-    recipes = {name: study.recipe(Recipe, name) for name in config.arms}
+    ctx = QuietContext.make(config, Path(workdir), console)
+    recipes = {name: ctx.recipe(QuietConfig, name) for name in config.arms}
     recipes = in_order(recipes)
-    check_run(study.workdir, config.to_dict())
-    start = base_model.loaded_or_random(study, study.corpus.tokenizer)
-    check_vocabulary(start.config, study.corpus.tokenizer, "config.data")
+    check_run(ctx.workdir, config.to_dict())
+    start = base_model.loaded_or_random(ctx, ctx.corpus.tokenizer)
+    check_vocabulary(start.config, ctx.corpus.tokenizer, "config.data")
     for name, recipe in recipes.items():
-        check_room(study, start, name, recipe)
+        check_room(ctx, start, name, recipe)
     if any(recipe.patience for recipe in recipes.values()):
-        study.corpus.hold_out_stopping()
-    arms = {n: {"arm": r, "thoughts": study.thoughts.replace(**r.thoughts)} for n, r in recipes.items()}
-    open_run(study.workdir, config.to_dict(), resolved={"model": start.config, **study.settings(), "arms": arms})
-    study.begin()
-    models = {"base": quiet_base.prepare(study, start)}
-    measure_difficulty(study, models["base"])
+        ctx.corpus.hold_out_stopping()
+    arms = {n: {"arm": r, "thoughts": ctx.thoughts.replace(**r.thoughts)} for n, r in recipes.items()}
+    open_run(ctx.workdir, config.to_dict(), resolved={"model": start.config, **ctx.settings(), "arms": arms})
+    ctx.begin()
+    models = {"base": quiet_base.prepare(ctx, start)}
+    measure_difficulty(ctx, models["base"])
     for name, recipe in recipes.items():
-        study.say(f"\n[bold]{name}[/bold]: {recipe.steps} steps")
-        models[name] = train_arm(study, name, recipe, models)
-    study.end()
+        ctx.say(f"\n[bold]{name}[/bold]: {recipe.steps} steps")
+        models[name] = train_arm(ctx, name, recipe, models)
+    ctx.end()
 
 
-def check_room(study: Study, model: Model, name: str, recipe: Recipe) -> None:
+def check_room(ctx: QuietContext, model: Model, name: str, recipe: QuietConfig) -> None:
     """Raises UserError if a text with a thread after its last token does not fit into the model's context, or if `pause`
     has no id that no text holds."""
-    t, room = study.thoughts.replace(**recipe.thoughts), model.config.max_positions
+    t, room = ctx.thoughts.replace(**recipe.thoughts), model.config.max_positions
     thread = 0 if recipe.thinker == "none" else max(t.thought_tokens, *recipe.lengths, 0) + t.talk_tokens + 1
-    need = max(study.corpus.length + thread, study.corpus.base_length if study.base_steps else 0)
+    need = max(ctx.corpus.length + thread, ctx.corpus.base_length if ctx.base_steps else 0)
     line = f"config.arms.{name}: texts and thoughts take up to {need} positions and the model has {room}"
     require((need <= room, f"{line}; shorten data.length or the thoughts, or set model.max_positions"))
-    unused = {*t.forbidden_ids[:1]} - {study.corpus.tokenizer.eos_id}
+    unused = {*t.forbidden_ids[:1]} - {ctx.corpus.tokenizer.eos_id}
     line = f"config.arms.{name}.thinker='pause' needs an id that no text holds, and the tokenizer has no padding token"
-    require((bool(unused) or recipe.thinker != "pause", f"{line} of its own; name an unused id in config.thoughts.forbidden_ids"))
+    require(
+        (
+            bool(unused) or recipe.thinker != "pause",
+            f"{line} of its own; name an unused id in config.thoughts.forbidden_ids",
+        )
+    )
 
 
-def in_order(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+def in_order(recipes: dict[str, QuietConfig]) -> dict[str, QuietConfig]:
     """Returns the arms so that those which others start from or learn from come first (a config sorts them by name).
 
     Raises:
       UserError: an arm that needs one which is not there, or itself.
     """
-    done: dict[str, Recipe] = {}
+    done: dict[str, QuietConfig] = {}
     waiting = dict(recipes)
     while waiting:
         ready = [n for n, r in waiting.items() if {r.start, r.teacher} <= {"base", "", *done}]
@@ -136,13 +143,13 @@ def in_order(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
     return done
 
 
-def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model]) -> Model:
+def train_arm(ctx: QuietContext, name: str, recipe: QuietConfig, models: dict[str, Model]) -> Model:
     """Trains one arm from its start, measuring it on held-out text on the way; returns its model."""
-    start = thinking(study, recipe, models[recipe.start])
+    start = thinking(ctx, recipe, models[recipe.start])
     teacher = models[recipe.teacher] if recipe.teacher else None
-    settings = study.update_settings(recipe.train)
+    settings = ctx.update_settings(recipe.train)
     tx = optimizer_for(settings.optimiser(), f"^policy/.*({recipe.trains})")
-    seed = stable_seed(study.seed, name)
+    seed = stable_seed(ctx.seed, name)
 
     def length_at(step: int) -> int:
         if not recipe.lengths:
@@ -156,17 +163,17 @@ def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model])
     roles = {"teacher": teacher.params} if teacher else {}
     if recipe.thinker == "sampled" and start.config.thoughts.kl_weight:
         roles["reference"] = start.params  # what the arm starts from
-    every = recipe.every or study.sight.every
-    watch = Watch(study, name, start, recipe.thinker, every, recipe.patience)
+    every = recipe.every or ctx.evaluation.every
+    watch = Watch(ctx, name, start, recipe.thinker, every, recipe.patience)
     try:
-        with study.bar(name, recipe.steps) as progress:
-            stage = Stage(study.workdir / name, settings, recipe.steps, seed, study.writer, {"arm": name}, progress)
+        with ctx.bar(name, recipe.steps) as progress:
+            stage = Stage(ctx.workdir / name, settings, recipe.steps, seed, ctx.writer, {"arm": name}, progress)
             model, done = train_stage(
                 start,
                 stage,
                 tx,
                 step_at,
-                lambda step: study.batch(study.corpus.rows(step, settings.batch_size, study.seed)),
+                lambda step: ctx.batch(ctx.corpus.rows(step, settings.batch_size, ctx.seed)),
                 roles=roles,
                 watch=watch,
                 choose=watch.choose,
@@ -175,19 +182,19 @@ def train_arm(study: Study, name: str, recipe: Recipe, models: dict[str, Model])
         raise TrainingFailed(f"config.arms.{name}.train.lr={settings.lr}: {e}") from None
     kept = done.get("best_step", done["steps"])
     if kept < recipe.steps:
-        study.say(f"  {name}: ended after {done['steps']} of {recipe.steps} steps; the model of step {kept} is kept")
-    measure(study, name, model, recipe.thinker, kept)
+        ctx.say(f"  {name}: ended after {done['steps']} of {recipe.steps} steps; the model of step {kept} is kept")
+    measure(ctx, name, model, recipe.thinker, kept)
     return model
 
 
-def thinking(study: Study, recipe: Recipe, model: Model) -> Model:
+def thinking(ctx: QuietContext, recipe: QuietConfig, model: Model) -> Model:
     """Returns the model with what thinking needs: start and end vectors and a mixing head, unless it has them."""
-    config = model.config.replace(thoughts=study.thoughts.replace(**recipe.thoughts))
+    config = model.config.replace(thoughts=ctx.thoughts.replace(**recipe.thoughts))
     if "mixing" in model.params or recipe.thinker == "none":
         params = {k: v for k, v in model.params.items() if recipe.thinker != "none" or k not in ("thoughts", "mixing")}
         return model.replace(config=config, params=params)
-    key = jax.random.key(stable_seed(study.seed, "mixing"))
-    params = jax.jit(functools.partial(mixing.attach, config=config, start_id=study.start_id))(model.params, key=key)
+    key = jax.random.key(stable_seed(ctx.seed, "mixing"))
+    params = jax.jit(functools.partial(mixing.attach, config=config, start_id=ctx.start_id))(model.params, key=key)
     return model.replace(config=config, params=params)
 
 

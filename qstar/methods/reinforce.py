@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.errors import require
-from qstar.mesh import put_whole_batch, to_host
+from qstar.mesh import put_global_batch, to_host
 from qstar.methods.distillation import only_updates
 from qstar.methods.run_folder import data_hash, stable_seed
 from qstar.methods.training import MACHINE, UpdateSettings, train_once
@@ -56,7 +56,9 @@ class ReinforceSettings(UpdateSettings):
     prompts: int = 64  # per update
     epochs: int = 1  # over the responses of an update
     max_new_tokens: int = 64
-    max_moved: float = 0.0  # nats per token from the old policy, above which an update's other minibatches are left out; 0 = off
+    max_moved: float = (
+        0.0  # nats per token from the old policy, above which an update's other minibatches are left out; 0 = off
+    )
     max_kl: float = 0.0  # nats per response from the reference, above which training stops; 0 = never
 
     def __post_init__(self):
@@ -70,7 +72,7 @@ class ReinforceSettings(UpdateSettings):
         )  # fmt: skip
 
 
-class Scored(NamedTuple):
+class RewardOutput(NamedTuple):
     """What an environment says of responses, in the order it got them."""
 
     scores: np.ndarray  # [N * group] float32
@@ -83,7 +85,7 @@ class Environment(Protocol):
     def prompts(self, update: int) -> Sequence[Any]:
         """The prompts of an update: texts, or lists of token ids. A pure function of the update."""
 
-    def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> Scored:
+    def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         """Scores `group` responses to every prompt of the update."""
 
 
@@ -245,7 +247,7 @@ def learn(
     found: list[dict[str, jax.Array]] = []
     for chosen in sampled.orders.reshape(-1, run.settings.batch_size):
         rows = jax.tree.map(operator.itemgetter(chosen), sampled.batch)
-        rows, rate = put_whole_batch((rows, lr), run.start.mesh)
+        rows, rate = put_global_batch((rows, lr), run.start.mesh)
         state, more = step(state, rows, rate)
         found.append(more)
         if run.settings.max_moved and float(jax.device_get(more["moved"])) > run.settings.max_moved:
@@ -278,7 +280,7 @@ def experience(
     params: Any,
     prompts: Sequence[Any],
     responses: Sequence[Sequence[Completion]],
-    scored: Scored,
+    scored: RewardOutput,
     kl_weight: float,
 ) -> tuple[rl.Experience, dict[str, float]]:
     """Returns the rollout record (host arrays) and what there is to say of it."""
@@ -291,7 +293,7 @@ def experience(
         response[i, : len(done.tokens)], mask[i, : len(done.tokens)] = done.tokens, 1.0
     ended = np.asarray([d.stopped for d in flat])
     inputs = (prompt, prompt_mask, response)
-    placed = put_whole_batch(inputs, run.start.mesh)
+    placed = put_global_batch(inputs, run.start.mesh)
     old, entropy, values = rl.measure_jit(params, *placed, **run.static)
     ref = rl.measure_jit({"policy": run.start.params}, *placed, **run.static)[0]
     old, ref, values = (x * mask for x in to_host((old, ref, values)))

@@ -25,8 +25,8 @@ from qstar import processes
 from qstar.data.sources import read_jsonl
 from qstar.errors import TrainingFailed, require
 from qstar.methods import base_model
-from qstar.methods.arms import Arm, Context
-from qstar.methods.reinforce import ReinforceSettings, Scored, reinforce
+from qstar.methods.arms import Arm, RunContext
+from qstar.methods.reinforce import ReinforceSettings, RewardOutput, reinforce
 from qstar.methods.rollouts import judge, read_answer
 from qstar.methods.run_folder import open_run, stable_seed
 from qstar.methods.settings import settings_from
@@ -39,7 +39,7 @@ from qstar.types import Completion
 
 
 @dataclasses.dataclass(frozen=True)
-class Loop:
+class RLConfig:
     """How long, and how often measured. A config's `loop` section."""
 
     rounds: int = 4  # evaluations on the way, the last at the end
@@ -75,12 +75,14 @@ class Verifiable:
     def prompts(self, update: int) -> list[str]:
         return [self.prefix + self.task.prompt(p) for p in self.problems(update)]
 
-    def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> Scored:
+    def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         pairs = [(p, done) for p, row in zip(self.problems(update), responses) for done in row]
         _, answers, ended = zip(*(read_answer(self.task, done) for _, done in pairs), strict=True)
         right = judge(self.task, [p for p, _ in pairs], answers, ended)
         scores = np.asarray(right, np.float32)
-        return Scored(scores, {"correct": scores, "parsed": np.asarray([a is not None for a in answers], np.float32)})
+        return RewardOutput(
+            scores, {"correct": scores, "parsed": np.asarray([a is not None for a in answers], np.float32)}
+        )
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  one environment per arm, and it lives as long as the arm
     def _problems(self, epoch: int) -> list[Problem]:
@@ -89,8 +91,8 @@ class Verifiable:
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of an RL config in `workdir`, going on where an earlier run of the same config stopped."""
-    ctx = Context.make(config, Path(workdir), console, train=ReinforceSettings)
-    loop = settings_from(Loop, config.loop.to_dict(), "loop")
+    ctx = RunContext.make(config, Path(workdir), console, train=ReinforceSettings)
+    loop = settings_from(RLConfig, config.loop.to_dict(), "loop")
     arms = {name: arm_settings(ctx, name) for name in config.arms}
     start = base_model.checked(ctx, config, [loop])
     worlds = {
@@ -107,7 +109,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx.close()
 
 
-def arm_settings(ctx: Context, name: str) -> tuple[RLSettings, ReinforceSettings]:
+def arm_settings(ctx: RunContext, name: str) -> tuple[RLSettings, ReinforceSettings]:
     """Returns an arm's settings: the config's `rl` and `train` sections, over them its own keys and its `train`."""
     own = ctx.config.arms[name].to_dict()
     own.pop("preset", None)
@@ -121,7 +123,7 @@ def arm_settings(ctx: Context, name: str) -> tuple[RLSettings, ReinforceSettings
 
 
 def train_arm(
-    arm: Arm, loop: Loop, rl_settings: RLSettings, settings: ReinforceSettings, environment: Verifiable, base: Model
+    arm: Arm, loop: RLConfig, rl_settings: RLSettings, settings: ReinforceSettings, environment: Verifiable, base: Model
 ) -> Model:
     """Trains one arm from the base, measuring it `loop.rounds` times; returns its model."""
     ctx = arm.ctx

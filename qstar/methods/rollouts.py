@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import require
-from qstar.methods.run_folder import once, stable_seed
+from qstar.methods.run_folder import cached_jsonl, stable_seed
 from qstar.models.model import Model
 from qstar.sample.batching import default_slots, stream
 from qstar.tasks.base import Problem, Task
@@ -52,7 +52,7 @@ class Selection:
     exact_filter: bool = False  # oracle: keep only what the task's step audit passes
 
 
-def attempt(
+def sample_rollouts(
     model: Model,
     task: Task,
     problems: Sequence[Problem],
@@ -87,7 +87,7 @@ def attempt(
             rows = _round(model, task, chunk, settings, k, hinted, iteration, round_seed, few_shot, progress)
             return [row.to_json() for row in rows]
 
-        rows = once(folder / f"{stage}_{r:03d}.jsonl", make)
+        rows = cached_jsonl(folder / f"{stage}_{r:03d}.jsonl", make)
         if progress is not None and not fresh:  # an earlier process has made it
             progress(len(rows), None)
         out += [Rollout(**row) for row in rows]
@@ -152,7 +152,7 @@ def judge(
     task: Task, problems: Sequence[Problem], answers: Sequence[str | None], ended: Sequence[bool]
 ) -> Sequence[bool]:
     """Whether answers are right, for evaluations and for rewards alike: what is cut off is wrong, unjudged."""
-    return task.judged(problems, [a if whole else None for a, whole in zip(answers, ended, strict=True)])
+    return task.judged(problems, [a if done else None for a, done in zip(answers, ended, strict=True)])
 
 
 def select(

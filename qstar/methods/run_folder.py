@@ -33,7 +33,7 @@ FREE_KEYS = ("log",)
 _BEGAN = time.monotonic()  # about when this process did
 
 
-def once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def cached_jsonl(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Returns the rows of a JSONL file, making and writing it first if it is not there.
 
     The file appears whole or not at all: it is its own done-marker, and its checksum record tells later damage, after
@@ -44,25 +44,25 @@ def once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str,
         if processes.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_jsonl(path, rows, checksum=True)
-        processes.agreed(True)  # whoever reads it next finds it
+        processes.broadcast_bool(True)  # whoever reads it next finds it
         stop.check()
         return rows
     return read_jsonl(path)
 
 
 def once_json(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Like `once`, for one JSON object."""
+    """Like `cached_jsonl`, for one JSON object."""
     if not intact(path):
         value = make()
         write_json(path, value)
-        processes.agreed(True)
+        processes.broadcast_bool(True)
         return value
     return read_json(path)
 
 
 def intact(path: Path) -> bool:
     """Whether a stage file is there as it was written, as the first process sees it; the same in all of them."""
-    return processes.agreed(processes.is_first() and files.intact(path))
+    return processes.broadcast_bool(processes.is_first() and files.intact(path))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -85,10 +85,10 @@ def open_run(
       UserError: see `check_run`; or the folder cannot be written.
     """
     check_run(workdir, config, flag)
-    processes.agreed(True)  # all have looked before the first one writes
+    processes.broadcast_bool(True)  # all have looked before the first one writes
     try:
-        processes.from_first(lambda: lock(workdir, flag))
-        processes.from_first(lambda: files.verify(workdir))
+        processes.broadcast_from_host0(lambda: lock(workdir, flag))
+        processes.broadcast_from_host0(lambda: files.verify(workdir))
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config)
         if resolved and not (workdir / "resolved.json").exists():
@@ -96,7 +96,7 @@ def open_run(
         old = workdir / "environment.json"
         before = read_json(old) if files.intact(old) else {}
         write_json(old, environment(before))
-        processes.agreed(True)
+        processes.broadcast_bool(True)
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be written ({e.strerror}); name another folder") from None
 
@@ -198,7 +198,9 @@ def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") ->
         if strangers:
             _check_same(read_json(there), json.loads(json.dumps(config)), f"{flag}={workdir}")
     except files.Damaged as e:
-        raise UserError(f"{e}; without it the run cannot go on: restore it from a copy, or name another folder") from None
+        raise UserError(
+            f"{e}; without it the run cannot go on: restore it from a copy, or name another folder"
+        ) from None
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be read ({e.strerror}); name another folder") from None
 
@@ -260,7 +262,9 @@ def environment(before: dict[str, Any] | None = None) -> dict[str, Any]:
     devices, before = jax.devices(), before or {}
     program = Path(sys.argv[0]).name
     return {
-        "command": shlex.join([*(("python", "-m", "qstar") if program == "__main__.py" else (program,)), *sys.argv[1:]]),
+        "command": shlex.join(
+            [*(("python", "-m", "qstar") if program == "__main__.py" else (program,)), *sys.argv[1:]]
+        ),
         "started": before.get("started") or _now(),
         "ended": None,
         "seconds": before.get("seconds") or 0.0,

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: lines and progress bars, or plain lines where it goes to a file."""
+"""Terminal output of a run: lines and progress bars, or plain lines where the output is a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing one of k solutions, and how good each way of choosing would be for every k.
+"""Selection of one of k solutions: scorers, votes, and the accuracy of each rule for every k.
 
     greedy             the solution decoded without sampling
     majority           the answer that most solutions give                                        self-consistency

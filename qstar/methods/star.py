@@ -20,9 +20,9 @@ from typing import Any
 
 from qstar.errors import UserError, require
 from qstar.methods import base_model
-from qstar.methods.arms import Arm, Context
-from qstar.methods.rollouts import Selection, attempt, select, show_hint, summary, to_example
-from qstar.methods.run_folder import once, open_run, stable_seed
+from qstar.methods.arms import Arm, RunContext
+from qstar.methods.rollouts import Selection, sample_rollouts, select, show_hint, summary, to_example
+from qstar.methods.run_folder import cached_jsonl, open_run, stable_seed
 from qstar.methods.supervised import fine_tune, pack_rows
 from qstar.models.model import Model
 from qstar.tasks.base import Problem
@@ -32,7 +32,7 @@ from qstar.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class Loop:
+class VariantConfig:
     """The switches of the outer loop. A config's `loop` section, a preset and an arm's own settings, in this order."""
 
     n_iters: int = 16
@@ -119,8 +119,8 @@ def steps_for(spec: str, n: int, rows: int, batch_size: int) -> int:
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a STaR config in `workdir`, going on where an earlier run of the same config stopped."""
-    ctx = Context.make(config, Path(workdir), console)
-    arms = {name: ctx.arm_settings(Loop, PRESETS, name) for name in config.arms}
+    ctx = RunContext.make(config, Path(workdir), console)
+    arms = {name: ctx.arm_settings(VariantConfig, PRESETS, name) for name in config.arms}
     start = base_model.checked(ctx, config, arms.values())
     open_run(ctx.workdir, config.to_dict(), resolved={"model": start.config, **ctx.settings(), "arms": arms})
     ctx.start()
@@ -130,7 +130,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx.close()
 
 
-def outer_loop(arm: Arm, loop: Loop, base: Model) -> Model:
+def outer_loop(arm: Arm, loop: VariantConfig, base: Model) -> Model:
     """Algorithm 1, from M to M_N. Returns the last model."""
     model = base
     arm.report(0, arm.evaluate(base, 0), {})
@@ -160,39 +160,41 @@ def outer_loop(arm: Arm, loop: Loop, base: Model) -> Model:
     return model
 
 
-def rationalised_rollouts(arm: Arm, loop: Loop, model: Model, n: int) -> list[Rollout]:
+def rationalised_rollouts(arm: Arm, loop: VariantConfig, model: Model, n: int) -> list[Rollout]:
     """Samples, rationalises the failures, and decides what is kept: rationales/iter_NNN.jsonl."""
     ctx = arm.ctx
-    problems = drawn(ctx, loop, n)
+    problems = iteration_problems(ctx, loop, n)
     by_id = {p.id: p for p in problems}
 
     def make() -> list[dict[str, Any]]:
         rollouts = sample(arm, loop, model, problems, n, hinted=False)
         if loop.rationalize:
             solved = {r.problem_id for r in rollouts if r.correct}
-            failed = [p for p in problems if p.id not in solved and chosen(p, n, loop.p_rationalize)]
+            failed = [p for p in problems if p.id not in solved and should_rationalize(p, n, loop.p_rationalize)]
             rollouts += sample(arm, loop, model, failed, n, hinted=True)
         seen = [(r.problem_id, " ".join(r.completion.split())) for r in arm.kept_before(n)] if loop.accumulate else ()
         return [r.to_json() for r in select(rollouts, by_id, ctx.task, loop.selection, seen)]
 
-    rows = [Rollout(**row) for row in once(arm.rationales(n), make)]
+    rows = [Rollout(**row) for row in cached_jsonl(arm.rationales(n), make)]
     arm.show_examples(rows)
     return rows
 
 
-def drawn(ctx: Context, loop: Loop, n: int) -> list[Problem]:
+def iteration_problems(ctx: RunContext, loop: VariantConfig, n: int) -> list[Problem]:
     """The problems of loop n."""
     return ctx.task.pool(n if loop.fresh else 1, ctx.seed, loop.problems_per_iter)
 
 
-def sample(arm: Arm, loop: Loop, model: Model, problems: list[Problem], n: int, *, hinted: bool) -> list[Rollout]:
+def sample(
+    arm: Arm, loop: VariantConfig, model: Model, problems: list[Problem], n: int, *, hinted: bool
+) -> list[Rollout]:
     """One greedy (or k sampled) rationale per problem from M_{n-1}; with hints, the answer stands in the prompt."""
     settings = arm.ctx.sample_settings
     if loop.temperature is not None:
         settings = dataclasses.replace(settings, temperature=loop.temperature)
     stage = "rationalise" if hinted else "sample"
     with arm.timed(stage), arm.ctx.bar(stage, len(problems) * loop.k) as progress:
-        return attempt(
+        return sample_rollouts(
             model,
             arm.ctx.task,
             problems,
@@ -208,7 +210,7 @@ def sample(arm: Arm, loop: Loop, model: Model, problems: list[Problem], n: int, 
         )
 
 
-def train(arm: Arm, loop: Loop, start: Model, examples: list[Example], n: int) -> tuple[Model, dict[str, Any]]:
+def train(arm: Arm, loop: VariantConfig, start: Model, examples: list[Example], n: int) -> tuple[Model, dict[str, Any]]:
     """Fine-tunes `start` on the kept rationales for S_n steps, with fresh optimiser moments."""
     ctx = arm.ctx
     settings = ctx.train_settings
@@ -245,23 +247,23 @@ def train(arm: Arm, loop: Loop, start: Model, examples: list[Example], n: int) -
     }
 
 
-def training_examples(arm: Arm, loop: Loop, kept: list[Rollout], n: int) -> list[Example]:
+def training_examples(arm: Arm, loop: VariantConfig, kept: list[Rollout], n: int) -> list[Example]:
     """The kept rows (of all loops so far, if they accumulate) as they are trained on: without hints."""
     ctx = arm.ctx
     if loop.accumulate:
         kept = arm.kept_before(n) + kept
     rows = []
-    problems = {p.id: p for m in {r.iteration for r in kept} for p in drawn(ctx, loop, m)}
+    problems = {p.id: p for m in {r.iteration for r in kept} for p in iteration_problems(ctx, loop, m)}
     prefix = ctx.task.prefix() if loop.few_shot_in_train else ""
     for r in kept:
         prompt = ctx.task.prompt(problems[r.problem_id], hint=show_hint(r, loop.p_keep_hint))
         rows.append(to_example(ctx.tokenizer, prefix + prompt, r.completion, r.tokens))
     if loop.include_sft_data:
-        gold = [(p, ctx.task.solution(p)) for p in drawn(ctx, loop, n)]
+        gold = [(p, ctx.task.solution(p)) for p in iteration_problems(ctx, loop, n)]
         rows += [to_example(ctx.tokenizer, prefix + ctx.task.prompt(p), s) for p, s in gold if s is not None]
     return ctx.fitting(rows)
 
 
-def chosen(problem: Problem, n: int, share: float) -> bool:
+def should_rationalize(problem: Problem, n: int, share: float) -> bool:
     """Whether a failed problem is rationalised in loop n (all are, at share 1)."""
     return stable_seed(problem.id, n, "rationalise") < share * 2**31

@@ -1,4 +1,4 @@
-"""How right the steps of a solution are, by trying: from the end of each step the generator writes on, several times, and the
+"""Labels of a solution's steps by rollouts: from the end of each step the generator continues several times, and the
 step is as right as the share of those that reach the right answer (Math-Shepherd, arXiv 2312.08935, soft estimation).
 
 For tasks that cannot judge a step themselves (`Task.step_labels` is None).
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qstar.methods.buffers import Solution
-from qstar.methods.rollouts import SampleSettings, attempt
+from qstar.methods.rollouts import SampleSettings, sample_rollouts
 from qstar.models.model import Model
 from qstar.tasks.base import Problem, Task
 
@@ -36,8 +36,8 @@ class Continued(Task):
         return self.judged([problem], [answer])[0]
 
     def judged(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
-        whole = [p.meta["begun"] + a if a is not None else None for p, a in zip(problems, answers)]
-        parsed = [self.task.parse(self.task.cut(text)) if text is not None else None for text in whole]
+        texts = [p.meta["begun"] + a if a is not None else None for p, a in zip(problems, answers)]
+        parsed = [self.task.parse(self.task.cut(text)) if text is not None else None for text in texts]
         return self.task.judged([p.meta["of"] for p in problems], parsed)
 
 
@@ -65,7 +65,7 @@ def rollout_labels(
             of = problems[s.problem_id]
             name = f"{s.problem_id}#{len(begun)}"
             begun.setdefault(key, Problem(name, of.question, of.gold, group=of.group, meta={"of": of, "begun": key[1]}))
-    tried = attempt(
+    tried = sample_rollouts(
         generator, Continued(task), list(begun.values()), settings, k=n, hinted=False, iteration=0, seed=seed,
         folder=folder, stage="steps", few_shot=few_shot,
     )  # fmt: skip

@@ -84,10 +84,10 @@ def fine_tune(
     @functools.cache  # packed when the first batch is asked for: a finished stage asks for none
     def rows() -> Any:
         return batches(
-            pack_rows(examples, settings, start.config, beside=mixed),
+            pack_rows(examples, settings, start.config, shared_with=mixed),
             settings.batch_size,
             seed=seed,
-            mix=(pack_rows(mixed, settings, start.config, beside=examples), mix[1]) if mix else None,
+            mix=(pack_rows(mixed, settings, start.config, shared_with=examples), mix[1]) if mix else None,
         )
 
     kind = Responses if isinstance(start.config, EncDecConfig) else Batch
@@ -110,7 +110,7 @@ def check_trainable(config: Any, settings: TrainSettings) -> None:
 
 
 def pack_rows(
-    examples: Sequence[Example], settings: TrainSettings, config: Any = None, *, beside: Sequence[Example] = ()
+    examples: Sequence[Example], settings: TrainSettings, config: Any = None, *, shared_with: Sequence[Example] = ()
 ) -> dict[str, np.ndarray]:
     """Returns the examples as rows: packed ones [N, L] for a decoder; one each, prompt and response apart, for an
     encoder-decoder, as wide as they and those that stand `beside` them in batches need.
@@ -121,7 +121,7 @@ def pack_rows(
     if not examples:
         raise UserError("no examples to train on")
     if isinstance(config, EncDecConfig):
-        return _response_rows(examples, settings.row_length, config, [*examples, *beside])
+        return _response_rows(examples, settings.row_length, config, [*examples, *shared_with])
     return pack(examples, settings.row_length, packed=settings.packed, loss_on_prompt=settings.loss_on_prompt)
 
 

@@ -26,12 +26,12 @@ from qstar.methods.arms import Arm
 from qstar.methods.buffers import Buffer, Solution, counts, human, merged, most_sampled, sampled
 from qstar.methods.gates import check_gates
 from qstar.methods.pairs import build_pairs, repeated
-from qstar.methods.rollouts import Selection, attempt, select, summary, to_example
-from qstar.methods.run_folder import once, open_run, stable_seed
+from qstar.methods.rollouts import Selection, sample_rollouts, select, summary, to_example
+from qstar.methods.run_folder import cached_jsonl, open_run, stable_seed
 from qstar.methods.step_rollouts import rollout_labels
 from qstar.methods.supervised import fine_tune, pack_rows
 from qstar.methods.v_star_measure import measure, sampled_accuracy
-from qstar.methods.v_star_setup import Study
+from qstar.methods.v_star_setup import VStarContext
 from qstar.methods.verifier import KINDS, Job, train_dpo, train_head
 from qstar.models.model import Model
 from qstar.tasks.base import Problem
@@ -40,7 +40,7 @@ from qstar.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class Loop(star.Loop):
+class VStarConfig(star.VariantConfig):
     """The switches of the outer loop: STaR's, with other defaults, and the verifier's."""
 
     n_iters: int = 3
@@ -93,8 +93,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a V-STaR config in `workdir`, going on where an earlier run of the same config stopped."""
-    ctx = Study.make(config, Path(workdir), console)
-    arms = {name: ctx.arm_settings(Loop, PRESETS, name) for name in config.arms}
+    ctx = VStarContext.make(config, Path(workdir), console)
+    arms = {name: ctx.arm_settings(VStarConfig, PRESETS, name) for name in config.arms}
     start = base_model.checked(ctx, config, arms.values())
     solutions = d_sft(ctx)
     open_run(ctx.workdir, config.to_dict(), resolved={"model": start.config, **ctx.settings(), "arms": arms})
@@ -108,7 +108,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx.close()
 
 
-def outer_loop(arm: Arm, loop: Loop, base: Model, sft: Model, solutions: list[Solution]) -> None:
+def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, solutions: list[Solution]) -> None:
     """Algorithm 1, from G_SFT to G_T and V."""
     d_gen, d_ver = Buffer(arm.folder / "d_gen"), Buffer(arm.folder / "d_ver")
     d_gen.add(0, solutions)
@@ -129,8 +129,8 @@ def outer_loop(arm: Arm, loop: Loop, base: Model, sft: Model, solutions: list[So
                 generator, trained = retrain(arm, loop, base, generator, known["d_gen"], kept, n)
                 metrics |= trained
             if loop.verifiers and (loop.verifier_every_iter or n == loop.n_iters):
-                verifiers, told = train_verifiers(arm, loop, sft, known["d_ver"], n)
-                metrics |= told
+                verifiers, train_metrics = train_verifiers(arm, loop, sft, known["d_ver"], n)
+                metrics |= train_metrics
         except Diverged as e:
             arm.fail(n, e)
             return
@@ -141,7 +141,7 @@ def outer_loop(arm: Arm, loop: Loop, base: Model, sft: Model, solutions: list[So
     arm.finish(sft)
 
 
-def d_sft(ctx: Study) -> list[Solution]:
+def d_sft(ctx: VStarContext) -> list[Solution]:
     """Returns the human solutions that all begins with.
 
     Raises:
@@ -157,7 +157,7 @@ def d_sft(ctx: Study) -> list[Solution]:
     return found
 
 
-def supervised(ctx: Study, base: Model, solutions: list[Solution]) -> Model:
+def supervised(ctx: VStarContext, base: Model, solutions: list[Solution]) -> Model:
     """G_SFT <- SFT(G_base, D_SFT): one for all arms, in WORKDIR/g_sft."""
     rows = ctx.fitting([to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion) for s in solutions])
     s = ctx.train_settings
@@ -172,10 +172,10 @@ def supervised(ctx: Study, base: Model, solutions: list[Solution]) -> Model:
     return model
 
 
-def labelled_rollouts(arm: Arm, loop: Loop, generator: Model, n: int) -> list[Rollout]:
+def labelled_rollouts(arm: Arm, loop: VStarConfig, generator: Model, n: int) -> list[Rollout]:
     """k samples for every query, labelled: rationales/iter_NNN.jsonl. Arms that ask G_SFT the same share its samples."""
     ctx = arm.ctx
-    problems = star.drawn(ctx, loop, n)
+    problems = star.iteration_problems(ctx, loop, n)
     settings = ctx.sample_settings
     if loop.temperature is not None:
         settings = dataclasses.replace(settings, temperature=loop.temperature)
@@ -186,7 +186,7 @@ def labelled_rollouts(arm: Arm, loop: Loop, generator: Model, n: int) -> list[Ro
 
     def make() -> list[dict[str, Any]]:
         with arm.timed("sample"), ctx.bar("sample", len(problems) * loop.k) as progress:
-            rollouts = attempt(
+            rollouts = sample_rollouts(
                 generator,
                 ctx.task,
                 problems,
@@ -203,13 +203,13 @@ def labelled_rollouts(arm: Arm, loop: Loop, generator: Model, n: int) -> list[Ro
         seen = [(r.problem_id, " ".join(r.completion.split())) for r in arm.kept_before(n)] if loop.accumulate else ()
         return [r.to_json() for r in select(rollouts, {p.id: p for p in problems}, ctx.task, loop.selection, seen)]
 
-    rows = [Rollout(**row) for row in once(arm.rationales(n), make)]
+    rows = [Rollout(**row) for row in cached_jsonl(arm.rationales(n), make)]
     arm.show_examples(rows)
     return rows
 
 
 def retrain(
-    arm: Arm, loop: Loop, base: Model, generator: Model, d_gen: list[Solution], kept: list[Rollout], n: int
+    arm: Arm, loop: VStarConfig, base: Model, generator: Model, d_gen: list[Solution], kept: list[Rollout], n: int
 ) -> tuple[Model, dict[str, Any]]:
     """G <- SFT(G_base, D_GEN); without accumulation on this iteration's samples alone. Too few rows: G stays.
 
@@ -227,7 +227,9 @@ def retrain(
     return star.train(arm, loop, base if loop.restart == "base" else generator, rows, n)
 
 
-def improve(arm: Arm, loop: Loop, generator: Model, rollouts: list[Rollout], n: int) -> tuple[Model, dict[str, Any]]:
+def improve(
+    arm: Arm, loop: VStarConfig, generator: Model, rollouts: list[Rollout], n: int
+) -> tuple[Model, dict[str, Any]]:
     """Iterative RPO: G <- DPO + alpha NLL of the winners, on pairs of this iteration's samples; reference: the G before."""
     ctx, seed = arm.ctx, stable_seed(arm.ctx.seed, arm.name, n, "rpo")
     pairs = build_pairs(merged(sampled(rollouts)), ctx.pairs, seed)
@@ -238,15 +240,20 @@ def improve(arm: Arm, loop: Loop, generator: Model, rollouts: list[Rollout], n: 
     with arm.timed("train"):
         job = Job(arm.checkpoint(n), ctx.rpo, seed, ctx.writer, label, functools.partial(ctx.bar, "rpo"))
         model, done = train_dpo(generator, pairs, job)
-    told = {f"rpo_{k}": done.get(k) for k in ("accuracy", "margin", "nll", "chosen_drift", "rejected_drift")}
-    return model, {"trained_rows": done["pairs"], "train_steps": done["steps"], "train_loss": done["loss"], **told}
+    train_metrics = {f"rpo_{k}": done.get(k) for k in ("accuracy", "margin", "nll", "chosen_drift", "rejected_drift")}
+    return model, {
+        "trained_rows": done["pairs"],
+        "train_steps": done["steps"],
+        "train_loss": done["loss"],
+        **train_metrics,
+    }
 
 
 def train_verifiers(
-    arm: Arm, loop: Loop, sft: Model, d_ver: list[Solution], n: int
+    arm: Arm, loop: VStarConfig, sft: Model, d_ver: list[Solution], n: int
 ) -> tuple[dict[str, Model], dict[str, Any]]:
     """V <- DPO(init = reference = G_SFT, D_pref), and whatever other verifiers the arm has, from the same D_VER."""
-    ctx, models, told = arm.ctx, {}, {}
+    ctx, models, train_metrics = arm.ctx, {}, {}
     for kind in loop.verifiers:
         settings, seed = getattr(ctx, kind), stable_seed(ctx.seed, arm.name, n, kind)
         with arm.timed(kind):
@@ -259,16 +266,19 @@ def train_verifiers(
                     continue
                 models[kind], done = train_dpo(sft, pairs, job)
             else:
-                problems = {p.id: p for p in [*star.drawn(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.sft.problems)]}
+                problems = {
+                    p.id: p
+                    for p in [*star.iteration_problems(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.sft.problems)]
+                }
                 labels = step_labels(arm, loop, sft, d_ver, problems, job) if kind == "prm" else None
                 models[kind], done = train_head(sft, kind, repeated(d_ver, ctx.pairs), ctx.task, problems, job, labels)
-        told |= {f"{kind}_{k}": v for k, v in done.items() if v is not None}
+        train_metrics |= {f"{kind}_{k}": v for k, v in done.items() if v is not None}
         ctx.say(f"  {kind}: {done['steps']} steps, loss {done['loss'] or 0:.4f}, accuracy {done['accuracy'] or 0:.3f}")
-    return models, told
+    return models, train_metrics
 
 
 def step_labels(
-    arm: Arm, loop: Loop, sft: Model, d_ver: list[Solution], problems: dict[str, Problem], job: Job
+    arm: Arm, loop: VStarConfig, sft: Model, d_ver: list[Solution], problems: dict[str, Problem], job: Job
 ) -> Callable[[Solution], list[float]] | None:
     """How right a solution's steps are, by continuations of G_SFT; None where the task is to be asked."""
     ctx, n = arm.ctx, job.settings.rollouts

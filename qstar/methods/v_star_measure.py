@@ -12,8 +12,8 @@ import numpy as np
 from qstar import processes
 from qstar.methods import select as choosing
 from qstar.methods.arms import Arm
-from qstar.methods.rollouts import attempt
-from qstar.methods.run_folder import once, once_json
+from qstar.methods.rollouts import sample_rollouts
+from qstar.methods.run_folder import cached_jsonl, once_json
 from qstar.methods.select import Candidates
 from qstar.methods.verifier import KINDS, Verifier, score
 from qstar.models.model import Model
@@ -32,7 +32,7 @@ def sampled_accuracy(ctx: Any, model: Model) -> dict[str, float]:
     folder = ctx.workdir / "g_sft" / "gates"
     problems = ctx.task.problems("val")
     few_shot = ctx.config.loop.get("few_shot_at_sample", True)
-    rows = attempt(
+    rows = sample_rollouts(
         model, ctx.task, problems, settings, k=16, hinted=False, iteration=0, seed=0, folder=folder, stage="val",
         few_shot=few_shot,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
     folder = arm.folder / "selection"
     with arm.timed("select"):
         rollouts = test_samples(arm, generator, problems, n)
-        scored = once(folder / f"scores_{n:03d}.jsonl", lambda: _score_rows(ctx, rollouts, sft, verifiers))
+        scored = cached_jsonl(folder / f"scores_{n:03d}.jsonl", lambda: _score_rows(ctx, rollouts, sft, verifiers))
         found = once_json(
             folder / f"iter_{n:03d}.json",
             lambda: result(
@@ -81,7 +81,7 @@ def test_samples(arm: Arm, generator: Model, problems: Sequence[Problem], n: int
     ctx = arm.ctx
     settings = dataclasses.replace(ctx.sample_settings, temperature=ctx.select.temperature)
     with ctx.bar("test samples", len(problems) * ctx.select.samples) as progress:
-        return attempt(
+        return sample_rollouts(
             generator,
             ctx.task,
             problems,

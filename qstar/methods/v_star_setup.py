@@ -1,4 +1,4 @@
-"""What a V-STaR run has besides a STaR run: D_SFT, the pairs, the verifiers' settings, and how selection is measured."""
+"""Run context of V-STaR: D_SFT, preference pairs, the verifiers' settings, and how selection is measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qstar.errors import require
 from qstar.methods import star
-from qstar.methods.arms import Context
+from qstar.methods.arms import RunContext
 from qstar.methods.pairs import PairSettings
 from qstar.methods.settings import Gate, Sections, settings_from
 from qstar.methods.verifier import VerifierSettings
@@ -67,7 +67,7 @@ class SampledGate(Gate):
 
 
 @dataclasses.dataclass
-class Study(Context):
+class VStarContext(RunContext):
     """One V-STaR run."""
 
     SECTIONS: ClassVar = VSections
@@ -81,7 +81,7 @@ class Study(Context):
     select: Selecting = None
 
     @classmethod
-    def make(cls, config: Any, workdir: Path, console: Console) -> Study:
+    def make(cls, config: Any, workdir: Path, console: Console) -> VStarContext:
         """Reads a config; all that can be wrong in it is found here, before anything is written."""
         ctx = super().make(config, workdir, console)
         kinds = {"sft": Supervision, "pairs": PairSettings, "select": Selecting}

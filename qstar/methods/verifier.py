@@ -26,7 +26,7 @@ from qstar.errors import UserError, require, unknown
 from qstar.methods.buffers import Solution
 from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, step_targets
 from qstar.methods.rollouts import to_example
-from qstar.methods.run_folder import data_hash, once
+from qstar.methods.run_folder import cached_jsonl, data_hash
 from qstar.methods.training import Stage, UpdateSettings, train_stage
 from qstar.models.heads import add_value_head, values
 from qstar.models.model import Model, load, logprobs
@@ -237,7 +237,7 @@ def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[
         scores = iter(score(Verifier(sft, "logp"), prompts, both).astype(float).tolist() if some else ())
         return [{**dataclasses.asdict(p), "reference": next(scores) if ok else None} for p, ok in zip(pairs, fit)]
 
-    rows = once(job.folder / "pairs.jsonl", make)
+    rows = cached_jsonl(job.folder / "pairs.jsonl", make)
     groups = [examples(Pair(**{k: v for k, v in r.items() if k != "reference"})) for r in rows]
     fits = [i for i, r in enumerate(rows) if r["reference"] is not None]
     if not fits:

@@ -32,14 +32,14 @@ def attend(q: jax.Array, segments: Sequence[Segment | Shared], *, scale: float) 
     Args:
       q: [T, H, K] queries; each of the G key/value heads serves H / G neighbouring query heads.
       segments: keys and values [G, S, K] with masks broadcastable to [T, S], and biases [H, T, S] if any. A lone one whose
-        mask is a `flash.Sight` goes to the kernel that it names.
+        mask is a `flash.KernelMask` goes to the kernel that it names.
       scale: factor on the scores, 1 / sqrt(K) in every decoder here.
 
     Returns:
       [T, H, K] in q's dtype. Scores and softmax are float32. Scores of the segments are joined, keys never are: under
       `vmap` a segment that is not mapped is read in place, not copied per row.
     """
-    if isinstance(segments[0].mask, flash.Sight):
+    if isinstance(segments[0].mask, flash.KernelMask):
         (text,) = segments
         return flash.attend_text(q, text.keys, text.values, text.mask, scale=scale)
     T, H, K = q.shape
@@ -111,11 +111,11 @@ def _write_rows(axis_size: int, in_batched: list[bool], cache: jax.Array, new: j
     return jax.lax.dynamic_update_slice_in_dim(*rows, column, axis=rows[0].ndim - 2), True
 
 
-def text_sight(
+def causal_mask(
     config: Any, segment_ids: jax.Array, *, one_text: bool = False, must: bool = False
-) -> jax.Array | flash.Sight:
+) -> jax.Array | flash.KernelMask:
     """Returns what the tokens of a row see of it, in the form that its attention takes (`flash.choose`): `text_mask`, or a
-    `flash.Sight`.
+    `flash.KernelMask`.
 
     Args:
       config: a `ModelConfig`. segment_ids: [T] int32; 1.. per document, 0 = padding.
@@ -126,7 +126,7 @@ def text_sight(
     impl = flash.choose(config, segment_ids, one_text=one_text, must=must)
     if impl == "xla":
         return text_mask(segment_ids, segment_ids.shape[0], config.sliding_window)
-    return flash.Sight(segment_ids, impl, config.sliding_window)
+    return flash.KernelMask(segment_ids, impl, config.sliding_window)
 
 
 def text_mask(segment_ids: jax.Array | None, length: int, window: int | None = None) -> jax.Array:

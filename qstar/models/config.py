@@ -100,7 +100,9 @@ class ModelConfig:
         turned = self.rotary_dim or self.head_dim
         fits = self.position != "rope" or turned % 2 == 0 and turned <= self.head_dim
         what = f"rotary_dim={turned}" if self.rotary_dim else f"head_dim={turned}"
-        require((fits, f"model config: {what} must be even and at most head_dim: rotary positions turn pairs of a head"))
+        require(
+            (fits, f"model config: {what} must be even and at most head_dim: rotary positions turn pairs of a head")
+        )
 
     def replace(self, **changes: Any) -> ModelConfig:
         """Returns a copy with some fields changed."""

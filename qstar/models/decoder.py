@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qstar.mesh import dropped, gathered, gathers, whole
+from qstar.mesh import all_gather_params, drop_constraints, replicate, use_fsdp_gather
 from qstar.models import mixing
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
-from qstar.models.flash import Sight
+from qstar.models.flash import KernelMask
 from qstar.models.layers import Block, Norm
-from qstar.models.rope import Turns, rope_turns
+from qstar.models.rope import RopeTables, rope_turns
 from qstar.types import Params
 
 # Logical axes of every parameter, matched on the end of its path (leading axes that are not named, such as the stacked
@@ -67,7 +67,9 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
     layer_keys = jax.random.split(keys[0], c.num_layers)
     params: Params = {
         "embed": {"table": c.init_std * jax.random.normal(keys[1], (c.vocab_size, c.hidden_size))},
-        "layers": jax.vmap(lambda k: Block(c).init(k, x, turns, None, (), jnp.zeros((1,), jnp.int32))["params"])(layer_keys),
+        "layers": jax.vmap(lambda k: Block(c).init(k, x, turns, None, (), jnp.zeros((1,), jnp.int32))["params"])(
+            layer_keys
+        ),
         "final_norm": Norm(c.norm, c.norm_eps).init(keys[0], x)["params"],
     }
     if c.position == "learned":
@@ -89,10 +91,10 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
 
 def embed(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns the input vectors [T, E] of tokens [T] at positions [T], in the compute dtype."""
-    return place(params, config, params["embed"]["table"][tokens], positions)
+    return embed_tokens(params, config, params["embed"]["table"][tokens], positions)
 
 
-def place(params: Params, config: ModelConfig, rows: jax.Array, positions: jax.Array) -> jax.Array:
+def embed_tokens(params: Params, config: ModelConfig, rows: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns the input vectors [T, E] of rows [T, E] (of the embedding table, or like them) at positions [T]."""
     dtype = jnp.dtype(config.dtype)
     x = rows.astype(dtype)
@@ -100,7 +102,7 @@ def place(params: Params, config: ModelConfig, rows: jax.Array, positions: jax.A
         x = x * jnp.asarray(config.hidden_size**0.5, dtype)
     if config.position == "learned":
         x = x + params["positions"]["table"][positions].astype(dtype)
-    return whole(x)
+    return replicate(x)
 
 
 def run_layers(
@@ -108,7 +110,7 @@ def run_layers(
     config: ModelConfig,
     x: jax.Array,
     positions: jax.Array,
-    mask: jax.Array | Sight | None,
+    mask: jax.Array | KernelMask | None,
     past: Sequence[Any] = (),
 ) -> tuple[jax.Array, Any]:
     """Runs the blocks on one sequence.
@@ -125,18 +127,20 @@ def run_layers(
     block, turns = Block(config), _turns(config, positions)
 
     listed = isinstance(layers, (list, tuple))
-    gather = gathers() and not listed and x.shape[0] > 1  # of a lone token, the compiler may move the token instead
+    gather = (
+        use_fsdp_gather() and not listed and x.shape[0] > 1
+    )  # of a lone token, the compiler may move the token instead
 
     def one(x: jax.Array, layer: Params, segments: Sequence[Any]) -> tuple[jax.Array, Any]:
-        layer = gathered(layer, PARAM_AXES, config.dtype) if gather else layer
+        layer = all_gather_params(layer, PARAM_AXES, config.dtype) if gather else layer
         x, kv = block.apply({"params": layer}, x, turns, mask, segments, positions)
-        return whole(x), kv
+        return replicate(x), kv
 
     if config.remat != "none":
         keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         one = jax.checkpoint(one, policy=keep, prevent_cse=False)
     elif gather:
-        one = jax.checkpoint(one, policy=dropped, prevent_cse=False)
+        one = jax.checkpoint(one, policy=drop_constraints, prevent_cse=False)
     if listed:
         new = []
         for i, layer in enumerate(layers):
@@ -152,7 +156,7 @@ def run_layers(
     return jax.lax.scan(body, x, (layers, stacked_pairs), unroll=min(config.scan_unroll, config.num_layers))
 
 
-def _turns(config: ModelConfig, positions: jax.Array) -> Turns | None:
+def _turns(config: ModelConfig, positions: jax.Array) -> RopeTables | None:
     return rope_turns(config, positions) if config.position == "rope" else None
 
 
@@ -166,7 +170,7 @@ def forward(
     config: ModelConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array | Sight | None,
+    mask: jax.Array | KernelMask | None,
     past: Sequence[Any] = (),
 ) -> tuple[jax.Array, Any]:
     """Returns the final hidden states [T, E] (after the last norm) of one sequence, and its new keys and values."""
@@ -178,7 +182,7 @@ def run(
     config: ModelConfig,
     x: jax.Array,
     positions: jax.Array,
-    mask: jax.Array | Sight | None,
+    mask: jax.Array | KernelMask | None,
     past: Sequence[Any] = (),
 ) -> tuple[jax.Array, Any]:
     """Like `forward`, from input vectors x [T, E] instead of tokens."""

@@ -24,12 +24,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qstar.mesh import dropped, gathered, gathers, whole
+from qstar.mesh import all_gather_params, drop_constraints, replicate, use_fsdp_gather
 from qstar.models.attention import attend, write_column
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.layers import ACTIVATIONS, Linear, Norm
-from qstar.types import Params, Ring, Segment
+from qstar.types import Params, RingKVCache, Segment
 
 
 class Block(nn.Module):
@@ -45,7 +45,7 @@ class Block(nn.Module):
         bias: jax.Array,
         mask: jax.Array | None,
         source: Segment | None = None,
-        ring: Ring | None = None,
+        ring: RingKVCache | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Runs the layer.
 
@@ -209,7 +209,7 @@ def decode_step(
     stack = params["decoder"]
     columns = jnp.arange(rings[0][0].shape[1])
     bias = functools.partial(relative_bias, config, step[None], columns, False)
-    past = [Ring(k, v, columns <= step, step) for k, v in rings]
+    past = [RingKVCache(k, v, columns <= step, step) for k, v in rings]
     x, rings = _run(stack, config, _embed(params, config, token[None]), bias, None, sources, past)
     return scaled(config, x)[0], rings
 
@@ -240,7 +240,7 @@ def scaled(config: EncDecConfig, x: jax.Array) -> jax.Array:
 
 
 def _embed(params: Params, config: EncDecConfig, tokens: jax.Array) -> jax.Array:
-    return whole(params["embed"]["table"][tokens].astype(config.dtype))
+    return replicate(params["embed"]["table"][tokens].astype(config.dtype))
 
 
 def _run(
@@ -250,7 +250,7 @@ def _run(
     bias: Callable[[jax.Array], jax.Array],
     mask: jax.Array | None,
     source: Any,
-    rings: Sequence[Ring] = (),
+    rings: Sequence[RingKVCache] = (),
 ) -> tuple[jax.Array, Any]:
     """Runs a stack and its last norm: stacked layers by `lax.scan`, listed ones (with a source and a ring each) in turn.
 
@@ -261,10 +261,10 @@ def _run(
     layers = stack["layers"]
     of_all = bias(stack["relative"]["table"]) if "relative" in stack else None
 
-    def one(x: jax.Array, layer: Params, source: Any, ring: Ring | None = None) -> tuple[jax.Array, Any]:
+    def one(x: jax.Array, layer: Params, source: Any, ring: RingKVCache | None = None) -> tuple[jax.Array, Any]:
         own = bias(layer["relative"]["table"]) if of_all is None else of_all
         x, kv = block.apply({"params": layer}, x, own, mask, source, ring)
-        return whole(x), kv
+        return replicate(x), kv
 
     if isinstance(layers, list):
         new = []
@@ -272,16 +272,16 @@ def _run(
             x, kv = one(x, layer, read, ring)
             new.append(kv)
     else:
-        gather = gathers()
+        gather = use_fsdp_gather()
 
         def step(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
-            return one(x, gathered(layer, PARAM_AXES, config.dtype) if gather else layer, source)
+            return one(x, all_gather_params(layer, PARAM_AXES, config.dtype) if gather else layer, source)
 
         if config.remat != "none":
             keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             step = jax.checkpoint(step, policy=keep, prevent_cse=False)
         elif gather:
-            step = jax.checkpoint(step, policy=dropped, prevent_cse=False)
+            step = jax.checkpoint(step, policy=drop_constraints, prevent_cse=False)
         count = jax.tree.leaves(layers)[0].shape[0]
         x, new = jax.lax.scan(
             lambda x, layer: (step(x, layer)[0], None), x, layers, unroll=min(config.scan_unroll, count)

@@ -13,13 +13,13 @@ class Number(NamedTuple):
 
     low: float
     high: float
-    whole: bool = False
+    integer: bool = False
 
     def fault(self, value: Any) -> str:
         """Returns what the value should be, or nothing where it is that."""
-        kinds = int if self.whole else (int, float)
+        kinds = int if self.integer else (int, float)
         good = isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high
-        return "" if good else f"a{' whole' * self.whole} number from {self.low:.10g} to {self.high:.10g}"
+        return "" if good else f"a{' whole' * self.integer} number from {self.low:.10g} to {self.high:.10g}"
 
 
 class Numbers(NamedTuple):
@@ -59,11 +59,13 @@ class Text(NamedTuple):
 
 
 Field = Number | Numbers | Ids | Flag | Text
-ID = Number(0, 2**31 - 1, whole=True)
-WIDTH = Number(1, 2**24, whole=True)  # of layers, heads, vocabularies
-DEPTH = Number(1, 10_000, whole=True)  # layers: the list of tensors that a larger number asks for takes minutes to make
-LENGTH = Number(1, 2**31 - 1, whole=True)
-EPSILON = Number(1e-38, 1, whole=False)  # 0 makes NaN of a zero vector, and so do float32's subnormal numbers
+ID = Number(0, 2**31 - 1, integer=True)
+WIDTH = Number(1, 2**24, integer=True)  # of layers, heads, vocabularies
+DEPTH = Number(
+    1, 10_000, integer=True
+)  # layers: the list of tensors that a larger number asks for takes minutes to make
+LENGTH = Number(1, 2**31 - 1, integer=True)
+EPSILON = Number(1e-38, 1, integer=False)  # 0 makes NaN of a zero vector, and so do float32's subnormal numbers
 
 
 def check(raw: Mapping[str, Any], where: str, required: Mapping[str, Field], optional: Mapping[str, Field]) -> None:

@@ -31,7 +31,7 @@ BLOCK = 512  # tokens in a tile of splash, where the text divides into such
 
 
 @flax.struct.dataclass
-class Sight:
+class KernelMask:
     """What the tokens of a row see of it, for a kernel: what is before them in their document, within the window."""
 
     segment_ids: jax.Array  # [T] int32; 1.. per document, 0 = padding
@@ -92,10 +92,10 @@ def _platform(x: jax.Array) -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
-def attend_text(q: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, *, scale: float) -> jax.Array:
+def attend_text(q: jax.Array, keys: jax.Array, values: jax.Array, mask: KernelMask, *, scale: float) -> jax.Array:
     """Softmax attention of one row with itself: q [T, H, K]; keys, values [G, T, K]; returns [T, H, K] in q's dtype."""
-    static = dict(scale=scale, impl=sight.impl, window=sight.window)
-    return _flash.bind(q[None], keys[None], values[None], sight.segment_ids[None], **static)[0]
+    static = dict(scale=scale, impl=mask.impl, window=mask.window)
+    return _flash.bind(q[None], keys[None], values[None], mask.segment_ids[None], **static)[0]
 
 
 # ------------------------------------------------------------------------------------------- rows [B, ...], on any mesh

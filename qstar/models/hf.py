@@ -97,7 +97,7 @@ def _end_ids(value: Any, path: pathlib.Path) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def thinks(folder: str | os.PathLike) -> bool:
+def has_thought_head(folder: str | os.PathLike) -> bool:
     """Returns whether the weights in a folder hold a mixing head (the official code's config.json may not say so)."""
     return THOUGHT_SIGN in WeightFiles(pathlib.Path(folder).expanduser()).slices
 

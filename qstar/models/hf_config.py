@@ -110,7 +110,9 @@ def _from_llama(c: dict[str, Any], where: str) -> ModelConfig:
     family = c["model_type"]
     fields.check(c, where, _LLAMA_NEEDS, _LLAMA_ALLOWS)
     heads = c["num_attention_heads"]
-    head_dim = c.get("head_dim") or (128 if family == "qwen3" else _share(c, "hidden_size", "num_attention_heads", where))
+    head_dim = c.get("head_dim") or (
+        128 if family == "qwen3" else _share(c, "hidden_size", "num_attention_heads", where)
+    )
     return ModelConfig(
         family=family,
         vocab_size=c["vocab_size"],
@@ -233,7 +235,9 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
         own = {"qstar_family": "tiny", **dataclasses.asdict(c.replace(thoughts=None, value_head=""))}
         if not c.portable_family:
             return {**own, "model_type": "qstar_tiny"}
-        tied = c.tie_embeddings and not c.embed_scale  # the scaled copy of the embedding is another tensor than the head
+        tied = (
+            c.tie_embeddings and not c.embed_scale
+        )  # the scaled copy of the embedding is another tensor than the head
         theirs = c.replace(family=c.portable_family, embed_scale=False, tie_embeddings=tied)
         return {**_to_hf(theirs), **own}  # they share no key that means another thing
     activation = {v: k for k, v in _ACTIVATIONS.items() if k != "gelu_pytorch_tanh"}[c.activation]

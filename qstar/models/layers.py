@@ -17,9 +17,9 @@ from jax.interpreters import ad, batching, mlir
 
 from qstar.models.attention import attend, precision, write_column
 from qstar.models.config import ModelConfig
-from qstar.models.flash import Sight
-from qstar.models.rope import Turns, rotate
-from qstar.types import Params, Ring, Segment, Shared
+from qstar.models.flash import KernelMask
+from qstar.models.rope import RopeTables, apply_rope
+from qstar.types import Params, RingKVCache, Segment, Shared
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -93,7 +93,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         if self.has_variable("params", "scale"):
-            kernel, x = jax.lax.optimization_barrier((kernel, x))  # or a decode loop would keep a wide copy outside of it
+            kernel, x = jax.lax.optimization_barrier(
+                (kernel, x)
+            )  # or a decode loop would keep a wide copy outside of it
             y = (project(x, kernel.astype(x.dtype)) * self.get_variable("params", "scale")).astype(x.dtype)
         else:
             y = project(x, kernel.astype(x.dtype))
@@ -128,13 +130,13 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        turns: Turns | None,
-        mask: jax.Array | Sight | None,
-        past: Sequence[Segment | Shared | Ring] = (),
+        turns: RopeTables | None,
+        mask: jax.Array | KernelMask | None,
+        past: Sequence[Segment | Shared | RingKVCache] = (),
         positions: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Args: x [T, E]; turns: of rotary positions; mask [T, T] of the tokens among themselves; past: segments
-        [G, S, K], of which the last may be a `Ring` (then T = 1, and `mask` is the ring's); positions [T], which only
+        [G, S, K], of which the last may be a `RingKVCache` (then T = 1, and `mask` is the ring's); positions [T], which only
         relative biases need.
 
         Returns: x [T, E] and the new (keys, values), each [G, T, K], rotated already; with a ring, the ring's [G, R, K].
@@ -147,10 +149,10 @@ class Block(nn.Module):
         if c.qk_norm:
             q, k = Norm("rms", c.norm_eps, name="q_norm")(q), Norm("rms", c.norm_eps, name="k_norm")(k)
         if turns is not None:
-            q, k = rotate(q, turns, c), rotate(k, turns, c)
+            q, k = apply_rope(q, turns, c), apply_rope(k, turns, c)
         k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)  # [G, T, K]
         at = positions
-        if past and isinstance(past[-1], Ring):
+        if past and isinstance(past[-1], RingKVCache):
             *past, ring = past
             at = ring.positions
             k, v = write_column(ring.keys, k, ring.column), write_column(ring.values, v, ring.column)  # [G, R, K]

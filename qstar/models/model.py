@@ -23,9 +23,9 @@ from jax.sharding import Mesh
 
 from qstar import tree
 from qstar.errors import QstarWarning, UserError, require
-from qstar.mesh import map_rows, mesh_jit, put_whole_batch, to_host
+from qstar.mesh import map_rows, mesh_jit, put_global_batch, to_host
 from qstar.models import decoder, encdec, hf, policy
-from qstar.models.attention import text_sight
+from qstar.models.attention import causal_mask
 from qstar.models.config import DTYPES, ModelConfig
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.hf_config import from_hf, official_thoughts, to_hf
@@ -86,7 +86,7 @@ def load(
     config = from_hf(raw, where=str(folder / "config.json")).replace(dtype=_compute_dtype(raw, dtype))
     if isinstance(config, EncDecConfig):
         require((thoughts is None, f"{folder}: an encoder-decoder cannot think before it speaks; leave `thoughts` out"))
-    elif thoughts is not None or config.thoughts is None and hf.thinks(folder):
+    elif thoughts is not None or config.thoughts is None and hf.has_thought_head(folder):
         config = config.replace(thoughts=thoughts or official_thoughts(raw))
     config = hf.settle_head(folder, config)
     tokenizer = load_tokenizer(folder)
@@ -119,7 +119,9 @@ def save(model: Model, path: str | os.PathLike) -> None:
     """
     _check_expressible(model.config)
     if model.config.family == "tiny" and not model.config.portable_family:
-        warnings.warn(f"{path}: no other program can load this model: no family of transformers is like it", QstarWarning, 2)
+        warnings.warn(
+            f"{path}: no other program can load this model: no family of transformers is like it", QstarWarning, 2
+        )
     hf.write_params(path, model.config, model.params, extras=functools.partial(_write_extras, model))
 
 
@@ -172,7 +174,7 @@ def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, mask: 
 
     def one(tokens: jax.Array, real: jax.Array) -> jax.Array:
         positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
-        return decoder.forward(params, config, tokens, positions, text_sight(config, real))[0]
+        return decoder.forward(params, config, tokens, positions, causal_mask(config, real))[0]
 
     return map_rows(one)(tokens, mask.astype(jnp.int32))
 
@@ -208,7 +210,7 @@ def _next_logprobs(params: Params, config: ModelConfig, tokens: jax.Array, mask:
 
 
 def _place(model: Model, *arrays: Any) -> tuple[Any, ...]:
-    return arrays if model.mesh is None else put_whole_batch(arrays, model.mesh)
+    return arrays if model.mesh is None else put_global_batch(arrays, model.mesh)
 
 
 @functools.partial(mesh_jit, static_argnames="config")

@@ -1,4 +1,4 @@
-"""How Hugging Face's files name and lay out a decoder's parameters: one table per family, read both ways.
+"""Names and layouts of a decoder's parameters in Hugging Face files: one table per family, read both ways.
 
 A row says under which name the files keep a parameter, and how its layout differs (PyTorch's Linear keeps
 [out, in]; GPT-2 fuses q, k and v). Which rows apply is not written twice: `policy.init`, traced without
@@ -129,7 +129,12 @@ _VALUE = _linear("value", "score")  # as transformers' classifiers of tokens cal
 THOUGHT_SIGN = "talk_head.0.4.weight"  # files that hold it are of a model that thinks
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "tiny")
-NAMES = {**dict.fromkeys(_LIKE_LLAMA, _LLAMA), "gpt2": _GPT2, "gptj": _GPTJ, **dict.fromkeys(("t5", "mt5", "umt5"), _T5)}
+NAMES = {
+    **dict.fromkeys(_LIKE_LLAMA, _LLAMA),
+    "gpt2": _GPT2,
+    "gptj": _GPTJ,
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
+}
 
 # Causal masks and rotary tables that old versions of transformers saved among the weights.
 # And T5's copies of the embedding, with a table of positions for cross-attention that nothing reads.

@@ -1,4 +1,4 @@
-"""What decoders and encoder-decoders have in common: parameters, and the states that predict a response to a prompt.
+"""Common interface of decoders and encoder-decoders: parameters, and the states that predict a response to a prompt.
 
 Training on responses (RL, distillation) is written once, for both: a prompt [P] and a response [R] go in, a state [E] per
 response token comes out, and `decoder.unembed` makes logits of it.
@@ -15,7 +15,7 @@ import numpy as np
 from qstar.errors import require
 from qstar.mesh import map_rows
 from qstar.models import decoder, encdec
-from qstar.models.attention import NEG, text_sight
+from qstar.models.attention import NEG, causal_mask
 from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
 from qstar.types import Params
@@ -58,7 +58,7 @@ def response_states(
 
     def row(tokens: jax.Array, real: jax.Array) -> jax.Array:
         positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
-        return decoder.forward(params, config, tokens, positions, text_sight(config, real))[0][P - 1 : P - 1 + R]
+        return decoder.forward(params, config, tokens, positions, causal_mask(config, real))[0][P - 1 : P - 1 + R]
 
     return map_rows(row)(tokens, real)
 

@@ -17,10 +17,10 @@ from qstar.models import fields
 from qstar.models.config import ModelConfig
 from qstar.models.fields import Flag, Number, Numbers
 
-Turns = tuple[jax.Array, jax.Array]  # of rotary positions: cosines and signed sines [T, rotary_dim]
+RopeTables = tuple[jax.Array, jax.Array]  # of rotary positions: cosines and signed sines [T, rotary_dim]
 
 _FACTOR = Number(1e-6, 1e6)
-_ORIGINAL = {"original_max_position_embeddings": Number(2, 2**31 - 1, whole=True)}
+_ORIGINAL = {"original_max_position_embeddings": Number(2, 2**31 - 1, integer=True)}
 # Of each kind: the keys that it needs, and those that it may have.
 KINDS: dict[str, tuple[dict[str, fields.Field], dict[str, fields.Field]]] = {
     "default": ({}, {}),
@@ -72,7 +72,9 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]
     scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in needs or k in allows}
     for key in ("short_factor", "long_factor"):
         count, half = len(scaling.get(key, ())), head_dim // 2
-        require((key not in scaling or count == half, f"{place}: {key} has {count} entries; half of head_dim is {half}"))
+        require(
+            (key not in scaling or count == half, f"{place}: {key} has {count} entries; half of head_dim is {half}")
+        )
     require(
         (kind != "dynamic" or head_dim > 2, f"{place}: dynamic scaling needs a head_dim above 2"),
         (kind != "yarn" or theta > 1, f"{place}: rope_theta={theta} must be above 1 for yarn"),
@@ -154,7 +156,7 @@ def _lengths(positions: jax.Array) -> jax.Array:
     return longest[text] + 1
 
 
-def rope_turns(config: ModelConfig, positions: jax.Array) -> Turns:
+def rope_turns(config: ModelConfig, positions: jax.Array) -> RopeTables:
     """Returns what turns the heads at positions [T]: cosines and signed sines [T, rotary_dim] float32, once for all layers.
 
     A number per element and not per pair: the two halves are then joined in memory, and not computed anew, cosine and
@@ -171,7 +173,7 @@ def rope_turns(config: ModelConfig, positions: jax.Array) -> Turns:
     return jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
 
 
-def rotate(x: jax.Array, turns: Turns, config: ModelConfig) -> jax.Array:
+def apply_rope(x: jax.Array, turns: RopeTables, config: ModelConfig) -> jax.Array:
     """Rotates the first `rotary_dim` of each head of x [T, H, K] by turns, of `rope_turns`.
 
     Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) where `rope_interleaved`.

@@ -70,9 +70,9 @@ def _forward(
     values_t = jnp.swapaxes(values, 2, 3)  # [B, G, K, S]
     q = q.reshape(B, R, C * T, H, K)
 
-    def some(end: int, q_t: jax.Array, sight: jax.Array) -> Pair:
+    def some(end: int, q_t: jax.Array, mask_t: jax.Array) -> Pair:
         s = scale * dot("bgsk,bgkn->bgsn", keys[:, :, :end], q_t)
-        s = jnp.where(sight[:, None, :end], s, NEG)
+        s = jnp.where(mask_t[:, None, :end], s, NEG)
         top = jnp.max(s, axis=2, keepdims=True)
         w = jnp.exp(s - top)
         total = jnp.sum(w, axis=2, keepdims=True)
@@ -81,7 +81,7 @@ def _forward(
 
     def body(i: jax.Array, kept: Pair) -> Pair:
         out, lse = jax.lax.switch(
-            plan.blocks(i), [partial(some, end) for end in plan.ends], plan.columns(q, i), plan.sight(i)
+            plan.blocks(i), [partial(some, end) for end in plan.ends], plan.columns(q, i), plan.mask_t(i)
         )
         return plan.put(kept[0], out, i), plan.put_lse(kept[1], lse, i)
 
@@ -112,9 +112,9 @@ def _backward(
     q_rows, out, d_out = (x.reshape(*flat, K) for x in (q, out, d_out))
     lse, less = lse.reshape(flat), jnp.einsum("...k,...k->...", out, d_out, precision="highest") - d_lse.reshape(flat)
 
-    def some(end: int, sums: Pair, q: jax.Array, d: jax.Array, less: jax.Array, lse: jax.Array, sight, fresh) -> Any:
+    def some(end: int, sums: Pair, q: jax.Array, d: jax.Array, less: jax.Array, lse: jax.Array, mask_t, fresh) -> Any:
         s = scale * dot("bgsk,bgkn->bgsn", keys[:, :, :end], q)
-        p = jnp.exp(jnp.where(sight[:, None, :end], s - lse[:, :, None], NEG))
+        p = jnp.exp(jnp.where(mask_t[:, None, :end], s - lse[:, :, None], NEG))
         low = d.astype(values.dtype)
         ds = scale * p * (dot("bgsk,bgkn->bgsn", values[:, :, :end], low) - less[:, :, None])
         p, ds = p.astype(values.dtype), ds.astype(values.dtype)
@@ -129,7 +129,7 @@ def _backward(
         numbers = (plan.columns(x[..., None], i)[:, :, 0] for x in (less, lse))
         rows = (plan.columns(q_rows, i), plan.columns(d_out, i), *numbers)
         branches = [partial(some, end) for end in plan.ends]
-        sums, dq = jax.lax.switch(plan.blocks(i), branches, sums, *rows, plan.sight(i), plan.fresh(i))
+        sums, dq = jax.lax.switch(plan.blocks(i), branches, sums, *rows, plan.mask_t(i), plan.fresh(i))
         return plan.put(d_q, dq.astype(q.dtype), i), sums
 
     sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
@@ -160,7 +160,7 @@ class _Plan:
         """Returns how many blocks of keys beyond the first tile i sees."""
         return jnp.max(jax.lax.dynamic_slice_in_dim(self.last, self._at(i)[1], self.threads))
 
-    def sight(self, i: jax.Array) -> jax.Array:
+    def mask_t(self, i: jax.Array) -> jax.Array:
         """Returns bool [B, S, n]: the mask of tile i, a column for each of its n rows."""
         x = jax.lax.dynamic_slice_in_dim(self.mask, self._at(i)[1] * self.T, self.threads * self.T, axis=2)
         return jnp.tile(x, (1, 1, self.H // self.G))

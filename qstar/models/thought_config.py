@@ -1,4 +1,4 @@
-"""What a model that thinks before it speaks does at every token: sizes, mixing, sampling and the terms of its loss.
+"""`ThoughtConfig`: sizes, mixing, sampling and loss terms of the thoughts that Quiet-STaR generates at every token.
 
 Quiet-STaR (arXiv 2403.09629). Every choice in which the paper, its official code and small-scale experience differ is a
 field. The plain constructor holds what worked in experiments from scratch; `ThoughtConfig.parity` is the official code.
@@ -30,12 +30,18 @@ class ThoughtConfig:
     """
 
     thought_tokens: int = 6  # S, sampled content tokens, start and end not counted
-    talk_tokens: int = 1  # T, true tokens that a thought is judged by; more cost more, and gained nothing at small scale
+    talk_tokens: int = (
+        1  # T, true tokens that a thought is judged by; more cost more, and gained nothing at small scale
+    )
     thoughts_per_position: int = 2  # P, thoughts after every position ("passes"); 2 is the least with a baseline
 
     mixing: str = "unbounded"  # weight of the thought: the head's number as it is (starts at 0), or its sigmoid (at .5)
-    mixing_init_std: float | None = None  # of the head's first two layers; None = 1 / sqrt(inputs), as small widths need
-    embedding_scale: float = 1.0  # used start and end vectors = stored ones times this: with Adam, a larger step for them
+    mixing_init_std: float | None = (
+        None  # of the head's first two layers; None = 1 / sqrt(inputs), as small widths need
+    )
+    embedding_scale: float = (
+        1.0  # used start and end vectors = stored ones times this: with Adam, a larger step for them
+    )
     temperature: float = 1.0  # that thoughts are sampled at in training; 0 = greedy
     forbidden_ids: tuple[int, ...] = ()  # tokens that no thought holds: padding, markers of thoughts, ids without text
 
@@ -52,19 +58,24 @@ class ThoughtConfig:
     nll_mean: str = "tokens"  # sums over predicted tokens / their number; "nonzero": / the entries that are not 0.0
 
     think_fraction: float = 1.0  # of the positions that think in training; the cost is in proportion
-    # Which: drawn anew every step, or "entropy": where the base model is least sure. The chosen ones stand for all of a row only
-    # if drawn at random; with "entropy" NLL and reward are means over hard positions, a choice.
+    # Which: drawn anew every step, or "entropy": where the base model is least sure. The chosen ones stand for all of a row
+    # only if drawn at random; with "entropy" NLL and reward are means over hard positions, a choice.
     think_where: str = "random"
 
     def __post_init__(self):
-        whole = {n: getattr(self, n) for n in ("thought_tokens", "talk_tokens", "thoughts_per_position")}
+        sizes = {n: getattr(self, n) for n in ("thought_tokens", "talk_tokens", "thoughts_per_position")}
         scales = {n: getattr(self, n) for n in ("embedding_scale", "policy_temperature")}
         known = {n: getattr(self, n) for n in CHOICES}
         require(
-            *((isinstance(v, int) and v >= 1, f"thoughts: {n}={v!r} must be a whole number of at least 1")
-              for n, v in whole.items()),
+            *(
+                (isinstance(v, int) and v >= 1, f"thoughts: {n}={v!r} must be a whole number of at least 1")
+                for n, v in sizes.items()
+            ),
             *((v > 0, f"thoughts: {n}={v!r} must be above 0") for n, v in scales.items()),
-            *((v in CHOICES[n], f"thoughts: {n}={v!r} is not one of {', '.join(CHOICES[n])}") for n, v in known.items()),
+            *(
+                (v in CHOICES[n], f"thoughts: {n}={v!r} is not one of {', '.join(CHOICES[n])}")
+                for n, v in known.items()
+            ),
             (self.temperature >= 0, f"thoughts: temperature={self.temperature} must be 0 (greedy) or more"),
             (0 <= self.base_weight <= 1, f"thoughts: base_weight={self.base_weight} must be in [0, 1]"),
             (0 < self.think_fraction <= 1, f"thoughts: think_fraction={self.think_fraction} must be in (0, 1]"),
@@ -92,7 +103,9 @@ class ThoughtConfig:
         Raises:
           UserError: n_ahead below 4, which leaves no content token (the official code crashes there).
         """
-        require((n_ahead > OVERHEAD, f"thoughts: n_ahead={n_ahead} must be at least {OVERHEAD + 1}: it counts 3 others"))
+        require(
+            (n_ahead > OVERHEAD, f"thoughts: n_ahead={n_ahead} must be at least {OVERHEAD + 1}: it counts 3 others")
+        )
         sizes = dict(thought_tokens=n_ahead - OVERHEAD, talk_tokens=n_ahead_talk, thoughts_per_position=n_passes)
         return cls(**{**sizes, **changes})
 

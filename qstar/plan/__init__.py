@@ -1,1 +1,1 @@
-"""What a config would need on a slice, before anybody pays for one: `qstar plan`."""
+"""Memory, FLOPs and communication of a config on a described TPU slice or GPUs: `qstar plan`."""

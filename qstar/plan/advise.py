@@ -1,4 +1,4 @@
-"""What is too large, and what would make it fit: by arithmetic alone, before anything more is compiled."""
+"""Advice for programs that do not fit: what is too large and what would fit, by arithmetic alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = {"optimiser": "optimiser state", "cache": "KV cache"}
 
 def culprit(plan: Plan) -> tuple[str, int]:
     """Returns the largest thing in a program that does not fit, and its bytes per chip."""
-    things = {NAMES.get(k, k): v for k, v in {**plan.parts, **plan.held, "activations": plan.activations}.items()}
+    things = {NAMES.get(k, k): v for k, v in {**plan.parts, **plan.resident, "activations": plan.activations}.items()}
     name = max(things, key=things.get)
     return name, things[name]
 
@@ -26,7 +26,7 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
     over = plan.peak - plan.hbm
     out = [f"{plan.name}: {name} {size(bytes_)} of {size(plan.hbm)} per chip, {size(over)} too much in all"]
     chips, split = mesh.size, mesh.shape["fsdp"] * mesh.shape["tensor"]
-    sharded = sum(plan.parts.get(k, 0) for k in ("parameters", "optimiser")) + sum(plan.held.values())
+    sharded = sum(plan.parts.get(k, 0) for k in ("parameters", "optimiser")) + sum(plan.resident.values())
     rest = plan.peak - sharded
     if split < chips:
         left = sharded * split // chips + rest
@@ -48,9 +48,11 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
         if config.get("model", {}).get("remat", "none") != "block":
             out.append("model.remat=block would keep the blocks' inputs alone")
         rows = train.get("batch_size", 1) // train.get("accumulate", 1)
-        ways = chips // mesh.shape["tensor"]
-        if rows > ways:
-            out.append(f"train.accumulate={train.get('batch_size', 1) // ways} would run one row per chip at a time")
+        num_shards = chips // mesh.shape["tensor"]
+        if rows > num_shards:
+            out.append(
+                f"train.accumulate={train.get('batch_size', 1) // num_shards} would run one row per chip at a time"
+            )
         out.append(f"tensor={2 * mesh.shape['tensor']} would split the activations of heads and MLP once more")
     if plan.name.startswith("sampling") and plan.activations + plan.parts.get("cache", 0) > plan.hbm // 4:
         out.append(

@@ -20,12 +20,12 @@ from qstar import tree
 from qstar.errors import require, unknown
 from qstar.mesh import SAMPLING, batch_sharding, make_mesh, replicated
 from qstar.methods import star
-from qstar.methods.quiet_star import Recipe, update
+from qstar.methods.quiet_star import QuietConfig, update
 from qstar.methods.rollouts import SampleSettings
 from qstar.methods.settings import check_keys, settings_from
 from qstar.methods.supervised import TrainSettings, sft_step
 from qstar.methods.training import UpdateSettings, fresh_adapters
-from qstar.methods.v_star import PRESETS, Loop
+from qstar.methods.v_star import PRESETS, VStarConfig
 from qstar.methods.verifier import VerifierSettings, dpo_step, value_step
 from qstar.models import mixing
 from qstar.models import model as models
@@ -41,7 +41,7 @@ from qstar.plan import flops
 from qstar.plan.program import Program, local_bytes
 from qstar.sample import sampler as S
 from qstar.sample.batching import FILL_SHARE, default_slots, padded_length, state_shardings
-from qstar.sample.logits import Knobs
+from qstar.sample.logits import SamplingParams
 from qstar.thoughts import measure
 from qstar.train.state import abstract, abstract_state, optimizer_for
 from qstar.types import Batch, Graded, Preference
@@ -65,8 +65,8 @@ class Case:
 
     def spec(self, shape: tuple[int, ...], dtype: Any, *, split: bool = False) -> jax.ShapeDtypeStruct:
         """An abstract array: one copy on every chip, or rows split as `put_whole_batch` would."""
-        ways = self.row_ways
-        where = batch_sharding(self.mesh) if split and shape[0] % ways == 0 else replicated(self.mesh)
+        num_shards = self.row_ways
+        where = batch_sharding(self.mesh) if split and shape[0] % num_shards == 0 else replicated(self.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     @property
@@ -179,7 +179,7 @@ def train_program(
     batch: Any,
     needed: tuple[float, str],
     roles: dict[str, Any] | None = None,
-    held: dict[str, Any] | None = None,
+    resident: dict[str, Any] | None = None,
 ) -> Program:
     """Returns an update: what `train_stage` would run, on the state that it would make.
 
@@ -203,7 +203,7 @@ def train_program(
         name,
         lambda: step.lower(state, batch, rate),
         {"parameters": state.params, "optimiser": state.opt_state, "batch": (batch, state.step, state.rng)},
-        {**before, **(held or {})},
+        {**before, **(resident or {})},
         *needed,
         notes=case.notes(settings.batch_size, settings.accumulate),
         least=kept(case, model.config, settings, batch) + local_bytes(policy),
@@ -244,7 +244,7 @@ def sampling(
     where = state_shardings(state, case.mesh)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
     L = padded_length(prefix) if prefix else 0
-    whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(case.mesh))  # noqa: E731
+    replicated_spec = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(case.mesh))  # noqa: E731
 
     def heads(x: Any) -> jax.ShapeDtypeStruct:
         spec = SAMPLING.spec(("heads", None, None)[: x.ndim], x.shape, case.mesh)
@@ -254,27 +254,27 @@ def sampling(
     shared = jax.tree.map(
         heads, jax.eval_shape(lambda p, i, n: S.prefill_prefix(p, c, i, n), params, ids, jnp.int32(0))
     )
-    knobs = jax.tree.map(whole, jax.eval_shape(Knobs.make))
-    fill = S.Fill(
+    sampling_params = jax.tree.map(replicated_spec, jax.eval_shape(SamplingParams.make))
+    fill = S.PrefillBatch(
         *(case.spec(s, jnp.int32) for s in ((N, P), (N,), (N * group,), (N * group,), (N * group,), (N * group, 2)))
     )
-    seed = whole(jax.eval_shape(lambda: jax.random.key(0)))
+    seed = replicated_spec(jax.eval_shape(lambda: jax.random.key(0)))
     parts = {"parameters": params, "cache": (state, shared)}
-    held = {"the model as trained": model.params}
+    resident = {"the model as trained": model.params}
     yield Program(
         f"sampling: prefill of {N} prompts of {P} tokens" + (f" after a prefix of {L}" if L else ""),
-        lambda: S.refill.lower(params, sampler, shared, state, fill, seed, knobs),
+        lambda: S.insert_requests.lower(params, sampler, shared, state, fill, seed, sampling_params),
         parts,
-        held,
+        resident,
         *flops.forward(c, N, P, context=L, predicted=N),
     )
     number, flag = case.spec((), jnp.int32), case.spec((slots,), jnp.bool_)
     context = L + P + settings.max_new_tokens // 2
     yield Program(
         f"sampling: {settings.max_new_tokens} tokens of {slots} rows",
-        lambda: S.decode.lower(params, sampler, shared, state, knobs, flag, number, number),
+        lambda: S.decode.lower(params, sampler, shared, state, sampling_params, flag, number, number),
         parts,
-        held,
+        resident,
         *flops.forward(
             c, slots * settings.max_new_tokens, 1, context=context, predicted=slots * settings.max_new_tokens
         ),
@@ -305,7 +305,7 @@ def _star(case: Case) -> Iterator[Program]:
     batch = case.batch(settings.batch_size, settings.row_length)
     needed = flops.update(model.config, settings.batch_size, settings.row_length, lora=settings.lora_rank > 0)
     yield train_program(case, "fine-tuning", model, settings, sft_step(model.config, settings), batch, needed)
-    loops = [_loop(case, star.Loop, star.PRESETS, name) for name in case.config.arms]
+    loops = [_loop(case, star.VariantConfig, star.PRESETS, name) for name in case.config.arms]
     prefix = case.assumed.prefix if any(loop.few_shot_at_sample for loop in loops) else 0
     k = max(loop.k for loop in loops)
     yield from sampling(case, trained(case, model, settings), sample, k, sample.round_size, prefix)
@@ -330,7 +330,7 @@ def _v_star(case: Case) -> Iterator[Program]:
     batch = case.batch(settings.batch_size, settings.row_length)
     needed = flops.update(model.config, settings.batch_size, settings.row_length, lora=settings.lora_rank > 0)
     yield train_program(case, "fine-tuning", model, settings, sft_step(model.config, settings), batch, needed)
-    loops = [_loop(case, Loop, PRESETS, name) for name in case.config.arms]
+    loops = [_loop(case, VStarConfig, PRESETS, name) for name in case.config.arms]
     done = trained(case, model, settings)
     base = {"the model before fine-tuning": model.params}
     for kind in sorted({v for loop in loops for v in loop.verifiers}):
@@ -341,7 +341,7 @@ def _v_star(case: Case) -> Iterator[Program]:
     yield scoring(case, done, padded_length(case.assumed.prompt + sample.max_new_tokens))
 
 
-def _verifier(case: Case, kind: str, model: Model, s: VerifierSettings, held: dict[str, Any]) -> Program:
+def _verifier(case: Case, kind: str, model: Model, s: VerifierSettings, resident: dict[str, Any]) -> Program:
     rows, length = s.batch_size, s.row_length
     batch = case.batch(rows, length)
     needed = flops.update(model.config, rows, length, lora=s.lora_rank > 0)
@@ -349,12 +349,12 @@ def _verifier(case: Case, kind: str, model: Model, s: VerifierSettings, held: di
         pairs = max(1, length // (2 * case.assumed.prompt))
         two = case.spec((rows, pairs, 2), jnp.float32, split=True)
         preference = Preference(batch, two, case.spec((rows, pairs), jnp.float32, split=True))
-        return train_program(case, "DPO", model, s, dpo_step(model.config, s), preference, needed, held=held)
+        return train_program(case, "DPO", model, s, dpo_step(model.config, s), preference, needed, resident=resident)
     head = lambda p: {**p, "value": {"kernel": jnp.zeros((model.config.hidden_size, 1)), "bias": jnp.zeros((1,))}}  # noqa: E731
     judge = Model(model.config.replace(value_head=kind), case.like(head, model.params), None, case.mesh)
     each = case.spec((rows, length), jnp.float32, split=True)
     graded = Graded(batch, each, each)
-    return train_program(case, kind.upper(), judge, s, value_step(judge.config, s), graded, needed, held=held)
+    return train_program(case, kind.upper(), judge, s, value_step(judge.config, s), graded, needed, resident=resident)
 
 
 def _quiet_star(case: Case) -> Iterator[Program]:
@@ -367,7 +367,7 @@ def _quiet_star(case: Case) -> Iterator[Program]:
     length = case.section("data").get("length", 256)
     seen = set()
     for name in case.config.arms:
-        recipe = settings_from(Recipe, case.config.arms[name].to_dict(), f"arms.{name}")
+        recipe = settings_from(QuietConfig, case.config.arms[name].to_dict(), f"arms.{name}")
         own = thoughts.replace(**recipe.thoughts)
         settings = settings_from(UpdateSettings, {**case.section("train"), **recipe.train}, f"arms.{name}.train")
         key = (recipe.thinker, own, settings.batch_size, settings.accumulate, recipe.trains, recipe.teacher)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from qstar.methods import distillation, reinforce
 from qstar.methods.distillation import DistilTrain, only_updates
-from qstar.methods.guided_cot import Recipe
+from qstar.methods.guided_cot import GuidedConfig
 from qstar.methods.guided_multihop import MultiHopSettings
 from qstar.methods.reinforce import ReinforceSettings
 from qstar.methods.rollouts import SampleSettings
@@ -25,7 +25,7 @@ from qstar.plan.cases import Case, abstract_model, sampling, train_program, trai
 from qstar.plan.program import Program
 from qstar.sample import seq2seq
 from qstar.sample.batching import default_slots, padded_length
-from qstar.sample.logits import Knobs
+from qstar.sample.logits import SamplingParams
 from qstar.sample.sampler import Sampler
 from qstar.train.distil import DistilSettings, Lesson
 from qstar.train.rl import Experience, RLSettings, measure_jit
@@ -39,9 +39,9 @@ def programs(case: Case) -> Iterator[Program]:
     options = dict(world.large)
     side_by_side = options.pop("slots", None)
     large = None if "url" in options else abstract_model(case, options, "world.large")
-    beside = {} if large is None else {"the large model": large.params}
+    resident = {} if large is None else {"the large model": large.params}
     prompt, R = padded_length(world.small_limit), world.max_new_tokens
-    recipes = [settings_from(Recipe, case.config.arms[n].to_dict(), f"arms.{n}") for n in case.config.arms]
+    recipes = [settings_from(GuidedConfig, case.config.arms[n].to_dict(), f"arms.{n}") for n in case.config.arms]
     train = settings_from(DistilTrain, case.section("distil_train"), "distil_train")
     kind = settings_from(DistilSettings, case.section("distil"), "distil")
     limit = policy.text_limit(small.config)
@@ -52,12 +52,12 @@ def programs(case: Case) -> Iterator[Program]:
         rows = _responses(case, train.batch_size, prompt, R)
         batch = Lesson(*rows, case.spec((train.batch_size, R), jnp.float32, split=True), *rows[:2])
         needed = flops.respond(small.config, train.batch_size, prompt, R, back=True)
-        yield train_program(case, "distillation", small, train, made, batch, needed, roles, beside)
+        yield train_program(case, "distillation", small, train, made, batch, needed, roles, resident)
     if any(r.start != "base" for r in recipes):
         s = {**case.section("train"), "max_new_tokens": R}
-        yield from _rl(case, small, settings_from(ReinforceSettings, s, "train"), prompt, beside)
+        yield from _rl(case, small, settings_from(ReinforceSettings, s, "train"), prompt, resident)
     done = trained(case, small, train)
-    yield from answering(case, done, world.test * max(1, world.votes), prompt, R, "rationales", beside)
+    yield from answering(case, done, world.test * max(1, world.votes), prompt, R, "rationales", resident)
     if large is not None:
         limits = padded_length(world.large_limit)
         kept = {"the small model": done.params}
@@ -76,7 +76,7 @@ def rl(case: Case) -> Iterator[Program]:
     yield from sampling(case, trained(case, model, train), sample, settings.group, train.prompts * settings.group, 0)
 
 
-def _rl(case: Case, model: Model, s: ReinforceSettings, prompt: int, beside: dict[str, Any]) -> Iterator[Program]:
+def _rl(case: Case, model: Model, s: ReinforceSettings, prompt: int, resident: dict[str, Any]) -> Iterator[Program]:
     """Measuring the responses of an update, and a gradient step on a minibatch of them."""
     settings, R = settings_from(RLSettings, case.section("rl"), "rl"), s.max_new_tokens
     limit, static = policy.text_limit(model.config), {"config": model.config, "settings": settings}
@@ -88,14 +88,14 @@ def _rl(case: Case, model: Model, s: ReinforceSettings, prompt: int, beside: dic
     batch = Experience(*rows, *[each] * 6, case.spec((s.batch_size,), jnp.float32, split=True))
     made = reinforce.compiled(**static, limit=limit, update=only_updates(s))
     needed = flops.respond(model.config, s.batch_size, prompt, R, back=True)
-    yield train_program(case, "RL: gradient step", model, s, made, batch, needed, roles, beside)
+    yield train_program(case, "RL: gradient step", model, s, made, batch, needed, roles, resident)
     start, count = trained(case, model, s), s.prompts * settings.group
     params, all_rows = {"policy": start.params, **roles}, _responses(case, count, prompt, R)
     yield Program(
         f"RL: measuring {count} responses",
         lambda: measure_jit.lower(params, *all_rows, **static, limit=limit),
         {"parameters": params, "batch": all_rows},
-        {"the reference": start.params, **beside},
+        {"the reference": start.params, **resident},
         *flops.respond(model.config, count, prompt, R),
         notes=case.notes(count),
     )
@@ -113,7 +113,7 @@ def answering(
     prompt: int,
     new: int,
     what: str,
-    held: dict[str, Any],
+    resident: dict[str, Any],
     slots: int | None = None,
 ) -> Iterator[Program]:
     """Yields the sampling of either kind of model."""
@@ -127,13 +127,13 @@ def answering(
     params = {k: abstract({k: v}, case.mesh, PARAM_AXES, seq2seq.rules_of(k))[k] for k, v in ready.items()}
     tokens, lengths = case.spec((slots, prompt), jnp.int32, split=True), case.spec((slots,), jnp.int32, split=True)
     asked = case.spec((slots, 1, 2), jnp.int32, split=True)
-    knobs = jax.tree.map(lambda x: case.spec(x.shape, x.dtype), jax.eval_shape(Knobs.make))
+    sampling_params = jax.tree.map(lambda x: case.spec(x.shape, x.dtype), jax.eval_shape(SamplingParams.make))
     seed = case.spec((), jax.random.key(0).dtype)
     yield Program(
         f"sampling: {what}, {slots} rows of {prompt} and {new} tokens",
-        lambda: seq2seq.sample_rows.lower(params, sampler, tokens, lengths, asked, seed, knobs),
+        lambda: seq2seq.sample_rows.lower(params, sampler, tokens, lengths, asked, seed, sampling_params),
         {"parameters": params, "batch": tokens},
-        {"the model as it is": model.params, **held},
+        {"the model as it is": model.params, **resident},
         *flops.respond(c, slots, prompt, new),
         steps=new,
         notes=case.notes(slots),

@@ -351,16 +351,16 @@ class Program:
             total += operand.bytes if inside is None else min(operand.bytes, _read(inside, n, operand.bytes))
         return total
 
-    def _written(self, inside: list[Instruction], whole: float) -> float:
+    def _written(self, inside: list[Instruction], total: float) -> float:
         """Bytes that a fusion writes: the update alone, where it ends in one in place."""
         root = next((j for j in inside if j.root), None)
         if root is not None and root.op == "dynamic-update-slice":
             update = next((j for j in inside if j.name == root.operands[1]), None)
-            return float(update.bytes) if update is not None else whole
-        return whole
+            return float(update.bytes) if update is not None else total
+        return total
 
 
-def _read(inside: list[Instruction], n: int, whole: int) -> float:
+def _read(inside: list[Instruction], n: int, full_size: int) -> float:
     """Bytes that a fusion reads of its operand n: slices of it, if it only slices it; nothing, if it writes into it."""
     name = next((j.name for j in inside if j.op == "parameter" and j.operands == (str(n),)), None)
     users = [j for j in inside if name in j.operands] if name else []
@@ -369,7 +369,7 @@ def _read(inside: list[Instruction], n: int, whole: int) -> float:
         names = {j.name for j in users}
         users = [j for j in inside if names & set(j.operands)]
     if not users:
-        return whole
+        return full_size
     total = 0.0
     for j in users:
         if j.op in ("dynamic-slice", "slice", "gather") and j.operands[0] in names:
@@ -377,7 +377,7 @@ def _read(inside: list[Instruction], n: int, whole: int) -> float:
         elif j.op == "dynamic-update-slice" and j.operands[0] in names:
             continue
         else:
-            return whole
+            return full_size
     return total
 
 

@@ -24,7 +24,7 @@ class Program:
     name: str
     lower: Callable[[], Any]  # -> jax.stages.Lowered
     parts: dict[str, Any]  # name -> abstract arguments with their shardings: parameters, optimiser, cache, batch
-    held: dict[str, Any]  # name -> abstract arrays that are alive beside it
+    resident: dict[str, Any]  # name -> abstract arrays that are alive beside it
     flops: float  # that the mathematics needs, on all chips together
     rule: str  # how they were counted
     steps: int = 1  # of a loop that ends when its data say so
@@ -39,7 +39,7 @@ class Plan:
     name: str
     fits: bool
     parts: dict[str, int]
-    held: dict[str, int]
+    resident: dict[str, int]
     activations: int  # temporaries of the program; as far as known where it does not fit
     peak: int  # all of these together
     hbm: int
@@ -80,10 +80,10 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
       keep: is given the compiled text.
     """
     parts = {k: local_bytes(v) for k, v in program.parts.items()}
-    held = {k: local_bytes(v) for k, v in program.held.items()}
-    arguments, beside, hbm = sum(parts.values()), sum(held.values()), int(topology.chip.hbm)
+    resident = {k: local_bytes(v) for k, v in program.resident.items()}
+    arguments, resident, hbm = sum(parts.values()), sum(resident.values()), int(topology.chip.hbm)
     chips = len(topology.devices)
-    plan = Plan(program.name, False, parts, held, 0, arguments + beside, hbm, needed=program.flops / chips,
+    plan = Plan(program.name, False, parts, resident, 0, arguments + resident, hbm, needed=program.flops / chips,
                 rule=program.rule, notes=program.notes)  # fmt: skip
     if plan.peak > hbm:
         return plan
@@ -98,7 +98,7 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         plan.activations = max(_exhausted(str(e)) - arguments, hbm - arguments)
-        plan.peak = arguments + beside + plan.activations
+        plan.peak = arguments + resident + plan.activations
         clock()
         return plan
     clock()
@@ -106,7 +106,7 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     memory = compiled.memory_analysis()
     extra = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that take no argument's place
     plan.activations = memory.temp_size_in_bytes + max(0, extra)
-    plan.peak = memory.argument_size_in_bytes + beside + plan.activations
+    plan.peak = memory.argument_size_in_bytes + resident + plan.activations
     plan.fits = plan.peak <= hbm
     text = compiled.as_text()
     if keep is not None:

@@ -75,7 +75,7 @@ def tried(config: Any, topology: Topology, assumed: Assumed, only: str) -> Itera
             continue
         plans = []
         found = [p for p in programs(layout.apply(config), topology.devices, assumed) if only in p.name]
-        if any(local_bytes({**p.parts, **p.held}) + p.least > topology.chip.hbm for p in found):
+        if any(local_bytes({**p.parts, **p.resident}) + p.least > topology.chip.hbm for p in found):
             yield layout, []
             continue
         for program in found:

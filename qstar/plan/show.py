@@ -30,8 +30,8 @@ def lines(plan: Plan, topology: Topology) -> list[str]:
     if not plan.compiled and plan.activations:
         rows["activations, at least"] = plan.activations
     out.append("    " + " · ".join(f"{k} {size(v)}" for k, v in rows.items() if v))
-    if held := {k: v for k, v in plan.held.items() if v}:
-        out.append("    kept beside it: " + " · ".join(f"{k} {size(v)}" for k, v in held.items()))
+    if resident := {k: v for k, v in plan.resident.items() if v}:
+        out.append("    kept beside it: " + " · ".join(f"{k} {size(v)}" for k, v in resident.items()))
     if plan.compiled:
         moved = " · ".join(
             f"{k} {size(c['bytes'])} in {c['count']:.0f}" for k, c in plan.collectives.items() if c["bytes"]

@@ -1,4 +1,4 @@
-"""How a run went, for those who want to check or repeat it: training, time, gates, all numbers, config."""
+"""Appendix of a report: training, time, gates, all numbers and the config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of two rationales is better? A page that asks people blindly, and what their votes add up to.
+"""Blind human comparison of two rationales: the page that collects votes, and their statistics.
 
 STaR (2203.14465, section 4.5) let people rank rationales of the same question without knowing who wrote which. Here a page
 shows two at a time. Sides and order are drawn by a seed; who wrote what stands in a key beside the page, not in it.
@@ -71,11 +71,18 @@ def write_comparison(a: Side, b: Side, folder: Path, *, count: int = 50, seed: i
         items.append({"item": name, "prompt": prompt, "left": pair[0]["completion"], "right": pair[1]["completion"]})
         key[name] = {"problem_id": problem, "left": pair[0]["who"]}
     page = f"{zlib.crc32(json.dumps(items).encode()):08x}"
-    told = {"page": page, "a": a.name, "b": b.name, "seed": seed, "same_text": len(common) - len(differ), "items": key}
+    key_file = {
+        "page": page,
+        "a": a.name,
+        "b": b.name,
+        "seed": seed,
+        "same_text": len(common) - len(differ),
+        "items": key,
+    }
     try:
-        _refuse_foreign(folder, told)
+        _refuse_foreign(folder, key_file)
         folder.mkdir(parents=True, exist_ok=True)
-        shell.write(folder / "key.json", json.dumps(told, indent=1) + "\n")
+        shell.write(folder / "key.json", json.dumps(key_file, indent=1) + "\n")
         shell.write(folder / "compare.html", _page(page, items))
     except OSError as error:
         raise UserError(f"--out={folder}: cannot be written ({error.strerror or error})") from error
@@ -89,7 +96,12 @@ def _refuse_foreign(folder: Path, key: Mapping[str, Any]) -> None:
         line = f"--out={folder}: holds another comparison, whose votes cannot be counted without its key; name another folder"
         require((read_dict(folder / "key.json") == key, line))
     else:
-        require((not names, f"--out={folder}: holds {next(iter(names), '')!r} but no comparison; name a new or empty folder"))
+        require(
+            (
+                not names,
+                f"--out={folder}: holds {next(iter(names), '')!r} but no comparison; name a new or empty folder",
+            )
+        )
 
 
 def _first(file: str, right: bool) -> dict[str, dict[str, Any]]:

@@ -68,8 +68,8 @@ def evaluation_page(title: str, result: Mapping[str, Any], samples: int) -> str:
     drawn = ["pass", "majority", *(rule for rule in curves if rule.startswith("best/"))]
     found = {"curves": curves, "problems": result["problems"], "samples": samples}
     top = max(curves["pass"], key=int)
-    told = ", ".join(f"{rule_name(rule)} {percent(curves[rule][top][0])}" for rule in drawn)
-    said = f"Greedily {percent(result['accuracy'])} of {result['problems']:,} problems; with {top} samples {told}."
+    text = ", ".join(f"{rule_name(rule)} {percent(curves[rule][top][0])}" for rule in drawn)
+    said = f"Greedily {percent(result['accuracy'])} of {result['problems']:,} problems; with {top} samples {text}."
     header = [tag("h1", title), tag("p", said, class_="headline")]
     explained = note(
         "Chance that the chosen solution is right, over all subsets of k of the samples of each problem, with 95% intervals "

@@ -158,11 +158,11 @@ def headline(run: Run) -> str:
     curves.sort(key=lambda item: not item[0].rationalises)
     (arm, line), others = curves[0], curves[1:]
     start = f"{subject} {_change(line)}" if len(run.arms) == 1 else f"{arm_label(run, arm)}, {subject} {_change(line)}"
-    told = [start[0].upper() + start[1:]]
+    sentences = [start[0].upper() + start[1:]]
     for arm, other in others:
         label = arm_label(run, arm)
-        told.append(("without it" if "rationalisation" in label else label) + f", it {_change(other)}")
-    return "; ".join(told).replace("%)", "%, 95% interval)", 1) + "."
+        sentences.append(("without it" if "rationalisation" in label else label) + f", it {_change(other)}")
+    return "; ".join(sentences).replace("%)", "%, 95% interval)", 1) + "."
 
 
 def _change(line: Curve) -> str:

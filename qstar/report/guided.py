@@ -103,14 +103,14 @@ def headline(run: GuidedRun) -> str:
     fixed = {n: _mean([x]) for n, x in run.fixed.items()}
     first = next((n for n in distilled if recipes[n].get("filter") == "em"), distilled[0])
     refined = next((n for n, r in recipes.items() if r.get("start") == first), None)
-    told = f"Guided by {first}, the frozen large model answers {accuracy(run, first):.1f}% right"
+    text = f"Guided by {first}, the frozen large model answers {accuracy(run, first):.1f}% right"
     if refined:
-        told += f", by {refined} {accuracy(run, refined):.1f}%"
-    told += f"; asked alone {fixed['standard']:.1f}%, with a chain of its own {fixed.get('own CoT', 0):.1f}%"
+        text += f", by {refined} {accuracy(run, refined):.1f}%"
+    text += f"; asked alone {fixed['standard']:.1f}%, with a chain of its own {fixed.get('own CoT', 0):.1f}%"
     if "gold rationale" in fixed:
-        told += f", with the gold rationale {fixed['gold rationale']:.1f}%"
+        text += f", with the gold rationale {fixed['gold rationale']:.1f}%"
     count, students = len(next(iter(run.fixed.values()))), len(run.arms[first])
-    return f"{told}. {count:,} questions, {students} student{'s' if students > 1 else ''}."
+    return f"{text}. {count:,} questions, {students} student{'s' if students > 1 else ''}."
 
 
 def accuracy(run: GuidedRun, arm: str) -> float:
@@ -124,12 +124,12 @@ def _mean(rows: list[list[int]]) -> float:
 
 def _steps(run: GuidedRun) -> Safe:
     kept = next((b[0] for b in run.buffers.values() if b[0].get("filter") == "em"), None)
-    told = f"{kept['kept']:,} of {kept['rows']:,} rationales kept by exact match" if kept else ""
+    text = f"{kept['kept']:,} of {kept['rows']:,} rationales kept by exact match" if kept else ""
     steps = (
         (
             "Distil",
             "The large model explains and answers; where its answer is right, a small model learns the explanation.",
-            told,
+            text,
         ),
         (
             "Refine",

@@ -66,7 +66,7 @@ def line_chart(
     """
     xs = [x for line in lines for x in line.x]
     ys = [y for line in lines for y in (*line.y, *line.low, *line.high)]
-    ticks = nice_ticks(min(xs), max(max(xs), min(xs) + 1), 8, whole=True)
+    ticks = nice_ticks(min(xs), max(max(xs), min(xs) + 1), 8, integers=True)
     low, high = y_range or (min(0.0, *ys), max(0.0, *ys))
     y_ticks = nice_ticks(low, high if high > low else low + 1.0, 5)
     named = [line.label or line.name for line in lines]
@@ -148,11 +148,11 @@ def legend(parts: Sequence[tuple[str, str]]) -> Safe:
     return tag("p", *items, class_="legend")
 
 
-def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+def nice_ticks(low: float, high: float, count: int, *, integers: bool = False) -> list[float]:
     """About `count` round values (1, 2, 2.5 or 5 times a power of ten apart) that cover low..high."""
     span = (high - low) or 1.0
     power = 10.0 ** math.floor(math.log10(span / count))
-    steps = [power * factor for factor in (1, 2, 2.5, 5, 10) if not whole or (power * factor) % 1 == 0]
+    steps = [power * factor for factor in (1, 2, 2.5, 5, 10) if not integers or (power * factor) % 1 == 0]
     step = next((s for s in steps if span / s <= count), (steps or [1.0])[-1])
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(step * number, 10) for number in range(first, last + 1)]

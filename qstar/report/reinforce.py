@@ -1,4 +1,4 @@
-"""How reinforcement learning went: score, its parts, divergence from the reference and entropy by update."""
+"""Report section of reinforcement learning: score, its parts, divergence from the reference and entropy by update."""
 
 from __future__ import annotations
 

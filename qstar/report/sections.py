@@ -1,4 +1,4 @@
-"""What a run found, section by section, each from a `Run`; None where a run has nothing to show for it."""
+"""Report sections of a STaR run, each made from a `Run`; None where a run has no data for it."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def _fine_tuned(run: Run, arm: Arm | None) -> str:
 
 def _loop_numbers(arm: Arm | None, make: Callable[[Row], str | None]) -> list[Safe]:
     rows = [] if arm is None else [arm.loops[0], arm.loops[-1]][: len(arm.loops)]
-    told = [(row["iteration"], make(row)) for row in rows]
-    return [tag("p", tag("span", f"loop {loop}"), text, class_="number") for loop, text in told if text]
+    numbers = [(row["iteration"], make(row)) for row in rows]
+    return [tag("p", tag("span", f"loop {loop}"), text, class_="number") for loop, text in numbers if text]
 
 
 def _count(row: Row, key: str) -> str | None:

@@ -1,4 +1,4 @@
-"""How well one of k solutions is chosen: a V-STaR run's curves over k, its verifiers' AUC, and what they gain."""
+"""Report section of selection: a V-STaR run's curves over k, its verifiers' AUC, and their gains."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def headline(found: Mapping[str, Any]) -> str:
     curves = found["curves"]
     k = "16" if "16" in curves["pass"] else max(curves["pass"], key=int)
     verifier = next((r for r in ("best/dpo", "best/prm_min", "best/orm") if r in curves), "best/own")
-    told = [f"{rule_name(r)} {_interval(curves[r][k])}" for r in (verifier, "majority")]
+    parts = [f"{rule_name(r)} {_interval(curves[r][k])}" for r in (verifier, "majority")]
     one, ceiling = curves["pass"]["1"][0], curves["pass"][k][0]
-    return f"Right with {k} samples: {told[0]}; {told[1]}; one sample {one:.3f}, any of {k} {ceiling:.3f}."
+    return f"Right with {k} samples: {parts[0]}; {parts[1]}; one sample {one:.3f}, any of {k} {ceiling:.3f}."
 
 
 def rule_chart(name: str, found: Mapping[str, Any], drawn: Sequence[str] = DRAWN) -> Safe:

@@ -1,4 +1,4 @@
-"""What every page is made of: the document around its parts, the table of contents, and how it gets on disk."""
+"""Page frame: the HTML document around the sections, the table of contents, and atomic writing."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from qstar.models.int8 import KINDS, quantise_jit
 from qstar.models.model import Model
 from qstar.sample import sampler as S
 from qstar.sample import seq2seq
-from qstar.sample.logits import Knobs
+from qstar.sample.logits import SamplingParams
 from qstar.types import Completion
 
 MAX_SLOTS = 256
@@ -127,11 +127,11 @@ def stream(
         model = model.replace(params=quantise_jit(model.params))
     params = S.prepare(model.params, model.config)
     shared = _prefill_prefix(model, params, prefix_ids)
-    knobs = Knobs.make(temperature, top_k, top_p)
+    sampling_params = SamplingParams.make(temperature, top_k, top_p)
     for length, members in _buckets([len(r) for r in rows], n):
         requests = [Request(i, j, tuple(rows[i])) for i in members for j in range(n)]
         queue = _Queue(model, params, shared, prefix_ids, requests, n, length, max_new_tokens, slots, seed, stop)
-        yield from queue.run(knobs)
+        yield from queue.run(sampling_params)
 
 
 def _read_and_write(model, prompts, prefix, max_new_tokens, temperature, top_k, top_p, n, stop, seed, slots):
@@ -144,7 +144,7 @@ def _read_and_write(model, prompts, prefix, max_new_tokens, temperature, top_k, 
         rows,
         _buckets([len(r) for r in rows], n),
         max_new_tokens=max_new_tokens,
-        knobs=Knobs.make(temperature, top_k, top_p),
+        sampling_params=SamplingParams.make(temperature, top_k, top_p),
         n=n,
         stop=stop,
         seed=seed,
@@ -175,7 +175,7 @@ class _Queue:
         self.max_new = max_new
         self.occupant: list[Request | None] = [None] * slots
 
-    def run(self, knobs: Knobs) -> Iterator[tuple[int, int, Completion]]:
+    def run(self, sampling_params: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
         state = _placed(self.model, lambda: S.empty_state(self.sampler))
         cancel = np.zeros(self.sampler.slots, bool)
         per_fill = self.prompts_per_fill * self.group
@@ -184,16 +184,25 @@ class _Queue:
             while self.waiting and (len(free) >= per_fill or len(free) == len(self.occupant)):
                 fill, free = self._next_fill(free)
                 cancel[fill.slot[fill.slot < len(cancel)]] = False  # that was the row before
-                state = S.refill(self.params, self.sampler, self.prefix, state, fill, self.seed, knobs)
-            leave_at = max(0, len(self.occupant) - per_fill) if self.waiting else 0
+                state = S.insert_requests(
+                    self.params, self.sampler, self.prefix, state, fill, self.seed, sampling_params
+                )
+            min_active_rows = max(0, len(self.occupant) - per_fill) if self.waiting else 0
             steps = STOP_STRIDE if self.stop else self.max_new
             state = S.decode(
-                self.params, self.sampler, self.prefix, state, knobs, cancel, np.int32(leave_at), np.int32(steps)
+                self.params,
+                self.sampler,
+                self.prefix,
+                state,
+                sampling_params,
+                cancel,
+                np.int32(min_active_rows),
+                np.int32(steps),
             )
             cancel = np.zeros(self.sampler.slots, bool)
             yield from self._harvest(state, cancel)
 
-    def _next_fill(self, free: list[int]) -> tuple[S.Fill, list[int]]:
+    def _next_fill(self, free: list[int]) -> tuple[S.PrefillBatch, list[int]]:
         """Takes the next prompts off the queue for the free slots (whole groups of samples of one prompt)."""
         N, M = self.prompts_per_fill, self.prompts_per_fill * self.group
         tokens, lengths = np.zeros((N, self.sampler.prompt_length), np.int32), np.ones(N, np.int32)
@@ -217,7 +226,7 @@ class _Queue:
                 self.occupant[slot[row]] = r
                 row += 1
         limit = np.full(M, self.max_new, np.int32)
-        return S.Fill(tokens, lengths, slot, source, limit, request), free
+        return S.PrefillBatch(tokens, lengths, slot, source, limit, request), free
 
     def _harvest(self, state: S.SampleState, cancel: np.ndarray) -> Iterator[tuple[int, int, Completion]]:
         """Yields the rows that are done and frees their slots; marks rows that a stop string ends in `cancel`."""
@@ -245,6 +254,7 @@ class _Queue:
                     text, ids[:length], logprobs[i, :length].tolist(), sample_logprobs[i, :length].tolist(), ended
                 ),
             )
+
 
 # --------------------------------------------------------------------------------------------------------- details
 

@@ -18,7 +18,7 @@ BLOCK = 256  # of the two-level inverse CDF
 NEG = -1e30
 
 
-class Knobs(NamedTuple):
+class SamplingParams(NamedTuple):
     """Sampling settings as dynamic scalars: a sweep over them does not recompile."""
 
     temperature: jax.Array  # float32; 0 = greedy
@@ -26,12 +26,14 @@ class Knobs(NamedTuple):
     top_p: jax.Array  # float32; 1 = off
 
     @classmethod
-    def make(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Knobs:
+    def make(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> SamplingParams:
         """Builds the scalars from Python numbers."""
         return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
 
 
-def draw(logits: jax.Array, u: jax.Array, knobs: Knobs) -> tuple[jax.Array, jax.Array, jax.Array]:
+def sample_token(
+    logits: jax.Array, u: jax.Array, sampling_params: SamplingParams
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws one token by inverting the distribution function at `u`.
 
     One uniform number per token instead of V Gumbel variates: at 32,000 ids the random bits alone would cost a CPU more
@@ -51,17 +53,17 @@ def draw(logits: jax.Array, u: jax.Array, knobs: Knobs) -> tuple[jax.Array, jax.
         return first_max(logits), jnp.float32(0.0)
 
     def plain(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scaled = (logits - top) / knobs.temperature
+        scaled = (logits - top) / sampling_params.temperature
         token, mass = invert_cdf(scaled, u)
         return token, scaled[token] - jnp.log(mass)
 
     def filtered(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kept = keep_top((logits - top) / knobs.temperature, knobs)
+        kept = filter_top_k_top_p((logits - top) / sampling_params.temperature, sampling_params)
         token, mass = invert_cdf(kept, u)
         return token, kept[token] - jnp.log(mass)
 
-    filtering = (knobs.top_k > 0) | (knobs.top_p < 1.0)
-    way = jnp.where(knobs.temperature <= 0.0, 0, 1 + filtering.astype(jnp.int32))
+    filtering = (sampling_params.top_k > 0) | (sampling_params.top_p < 1.0)
+    way = jnp.where(sampling_params.temperature <= 0.0, 0, 1 + filtering.astype(jnp.int32))
     token, sample_logprob = jax.lax.switch(way, [greedy, plain, filtered], logits)
     return token, logits[token] - logz, sample_logprob
 
@@ -74,7 +76,7 @@ def first_max(x: jax.Array) -> jax.Array:
     return (b * BLOCK + jnp.argmax(blocks[b])).astype(jnp.int32)
 
 
-def keep_top(logits: jax.Array, knobs: Knobs) -> jax.Array:
+def filter_top_k_top_p(logits: jax.Array, sampling_params: SamplingParams) -> jax.Array:
     """Returns logits [V] with what top-k, then top-p (of what top-k left) remove set to a large negative number.
 
     Top-p keeps the smallest set of most probable tokens whose mass reaches p; ties with the last one kept stay. Both
@@ -82,14 +84,14 @@ def keep_top(logits: jax.Array, knobs: Knobs) -> jax.Array:
     """
 
     def by_count(x: jax.Array) -> jax.Array:
-        return jnp.where(x >= threshold(x, jnp.ones_like(x), knobs.top_k.astype(jnp.float32)), x, NEG)
+        return jnp.where(x >= threshold(x, jnp.ones_like(x), sampling_params.top_k.astype(jnp.float32)), x, NEG)
 
     def by_mass(x: jax.Array) -> jax.Array:
         weights = jnp.where(x > NEG / 2, jnp.exp(x - jnp.max(x)), 0.0)
-        return jnp.where(x >= threshold(x, weights, knobs.top_p * jnp.sum(weights)), x, NEG)
+        return jnp.where(x >= threshold(x, weights, sampling_params.top_p * jnp.sum(weights)), x, NEG)
 
-    logits = jax.lax.cond(knobs.top_k > 0, by_count, lambda x: x, logits)
-    return jax.lax.cond(knobs.top_p < 1.0, by_mass, lambda x: x, logits)
+    logits = jax.lax.cond(sampling_params.top_k > 0, by_count, lambda x: x, logits)
+    return jax.lax.cond(sampling_params.top_p < 1.0, by_mass, lambda x: x, logits)
 
 
 def threshold(x: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from qstar import tree
-from qstar.mesh import SAMPLING, laid, laid_tree, map_rows, mesh_jit
+from qstar.mesh import SAMPLING, constrain, constrain_tree, map_rows, mesh_jit
 from qstar.models import decoder
 from qstar.models.attention import text_mask
 from qstar.models.config import ModelConfig
-from qstar.sample.logits import NEG, Knobs, draw
-from qstar.types import Params, Ring, Segment
+from qstar.sample.logits import NEG, SamplingParams, sample_token
+from qstar.types import Params, RingKVCache, Segment
 
-Pairs = list[tuple[jax.Array, jax.Array]]  # (keys, values) per layer
+KVCache = list[tuple[jax.Array, jax.Array]]  # (keys, values) per layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SampleState:
     prompt: Any  # per layer [B, G, Lp, K]
     ring: Any  # per layer [B, G, R, K]
     prompt_len: jax.Array  # [B] int32
-    born: jax.Array  # [B] int32: `step` when the row was filled
+    start_step: jax.Array  # [B] int32: `step` when the row was filled
     count: jax.Array  # [B] int32: tokens drawn so far
     limit: jax.Array  # [B] int32: most tokens to draw
     active: jax.Array  # [B] bool
@@ -62,11 +62,11 @@ class SampleState:
 class Prefix(NamedTuple):
     """The shared few-shot prefix: keys and values [G, P, K] per layer, and how many of the P are real."""
 
-    pairs: Pairs
+    pairs: KVCache
     length: jax.Array  # [] int32
 
 
-class Fill(NamedTuple):
+class PrefillBatch(NamedTuple):
     """N prompts to prefill and the M slots they go to (a slot number of B or more means: drop)."""
 
     tokens: jax.Array  # [N, Lp] int32, right padded
@@ -87,14 +87,14 @@ def prepare(params: Params, config: ModelConfig) -> Params:
 
     params = tree.map_named(cast, params)
     params = {**params, "layers": decoder.unstack(params["layers"], config)}
-    return laid_tree(params, decoder.PARAM_AXES, SAMPLING)
+    return constrain_tree(params, decoder.PARAM_AXES, SAMPLING)
 
 
 def empty_state(sampler: Sampler) -> SampleState:
     """Returns a state with no active row."""
     c, B, R = sampler.config, sampler.slots, sampler.max_new
 
-    def cache(length: int) -> Pairs:
+    def cache(length: int) -> KVCache:
         shape = (B, c.num_kv_heads, length, c.head_dim)
         return [(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_layers)]
 
@@ -105,7 +105,7 @@ def empty_state(sampler: Sampler) -> SampleState:
         prompt=cache(sampler.prompt_length),
         ring=cache(R),
         prompt_len=zeros(jnp.int32),
-        born=zeros(jnp.int32),
+        start_step=zeros(jnp.int32),
         count=zeros(jnp.int32),
         limit=zeros(jnp.int32),
         active=zeros(bool),
@@ -127,19 +127,25 @@ def prefill_prefix(params: Params, config: ModelConfig, tokens: jax.Array, lengt
         return Prefix([(none, none)] * config.num_layers, length)
     mask = text_mask(None, tokens.shape[0], config.sliding_window)
     _, pairs = decoder.forward(params, config, tokens, jnp.arange(tokens.shape[0]), mask)
-    return Prefix([tuple(laid(x, ("heads", None, None), SAMPLING) for x in pair) for pair in pairs], length)
+    return Prefix([tuple(constrain(x, ("heads", None, None), SAMPLING) for x in pair) for pair in pairs], length)
 
 
 @partial(mesh_jit, static_argnames="sampler", donate_argnames="state")
-def refill(
-    params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, fill: Fill, seed: jax.Array, knobs: Knobs
+def insert_requests(
+    params: Params,
+    sampler: Sampler,
+    prefix: Prefix,
+    state: SampleState,
+    fill: PrefillBatch,
+    seed: jax.Array,
+    sampling_params: SamplingParams,
 ) -> SampleState:
     """Prefills N prompts, draws the first token of M rows (several samples share a prefill) and seats them."""
     config = sampler.config
     offsets = jnp.arange(sampler.prompt_length)
     own_mask = text_mask(None, sampler.prompt_length, config.sliding_window)
 
-    def prefill(tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, Pairs]:
+    def prefill(tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, KVCache]:
         positions = prefix.length + offsets
         past = [_prefix_segments(pair, prefix, positions, config) for pair in prefix.pairs]
         hidden, pairs = decoder.forward(params, config, tokens, positions, own_mask, past)
@@ -148,27 +154,27 @@ def refill(
     hidden, pairs = map_rows(prefill, rules=SAMPLING)(fill.tokens, fill.lengths)  # [N, E], per layer [N, G, Lp, K]
     keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(seed, r[0]), r[1]))(fill.request)
     logits = decoder.unembed(params, config, hidden)[fill.source]  # [M, V]
-    token, logprob, sample_logprob = draw_rows(logits, keys, jnp.zeros_like(fill.slot), knobs, sampler)
+    token, logprob, sample_logprob = sample_tokens(logits, keys, jnp.zeros_like(fill.slot), sampling_params, sampler)
 
-    def seat(old: jax.Array, new: jax.Array) -> jax.Array:
+    def write_slot(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[fill.slot].set(new, mode="drop")
 
     stopped = is_stop(token, sampler)
     first = jnp.arange(sampler.max_new) == 0
     rows = fill.slot.shape[0]
     return state.replace(
-        prompt=jax.tree.map(lambda old, new: seat(old, new[fill.source]), state.prompt, pairs),
-        prompt_len=seat(state.prompt_len, fill.lengths[fill.source]),
-        born=seat(state.born, jnp.broadcast_to(state.step, (rows,))),
-        count=seat(state.count, jnp.ones(rows, jnp.int32)),
-        limit=seat(state.limit, fill.limit),
-        active=seat(state.active, ~stopped & (fill.limit > 1)),
-        stopped=seat(state.stopped, stopped),
-        token=seat(state.token, token),
-        key=seat(state.key, keys),
-        tokens=seat(state.tokens, jnp.where(first, token[:, None], 0)),
-        logprobs=seat(state.logprobs, jnp.where(first, logprob[:, None], 0.0)),
-        sample_logprobs=seat(state.sample_logprobs, jnp.where(first, sample_logprob[:, None], 0.0)),
+        prompt=jax.tree.map(lambda old, new: write_slot(old, new[fill.source]), state.prompt, pairs),
+        prompt_len=write_slot(state.prompt_len, fill.lengths[fill.source]),
+        start_step=write_slot(state.start_step, jnp.broadcast_to(state.step, (rows,))),
+        count=write_slot(state.count, jnp.ones(rows, jnp.int32)),
+        limit=write_slot(state.limit, fill.limit),
+        active=write_slot(state.active, ~stopped & (fill.limit > 1)),
+        stopped=write_slot(state.stopped, stopped),
+        token=write_slot(state.token, token),
+        key=write_slot(state.key, keys),
+        tokens=write_slot(state.tokens, jnp.where(first, token[:, None], 0)),
+        logprobs=write_slot(state.logprobs, jnp.where(first, logprob[:, None], 0.0)),
+        sample_logprobs=write_slot(state.sample_logprobs, jnp.where(first, sample_logprob[:, None], 0.0)),
     )
 
 
@@ -178,12 +184,12 @@ def decode(
     sampler: Sampler,
     prefix: Prefix,
     state: SampleState,
-    knobs: Knobs,
+    sampling_params: SamplingParams,
     cancel: jax.Array,
-    leave_at: jax.Array,
+    min_active_rows: jax.Array,
     max_steps: jax.Array,
 ) -> SampleState:
-    """Decodes until no more than `leave_at` rows are active, or for `max_steps` steps.
+    """Decodes until no more than `min_active_rows` rows are active, or for `max_steps` steps.
 
     Args:
       cancel: [B] bool, rows that the host has ended (a stop string).
@@ -193,19 +199,21 @@ def decode(
     end = state.step + max_steps
 
     def going(s: SampleState) -> jax.Array:
-        return (jnp.sum(s.active) > leave_at) & (s.step < end)
+        return (jnp.sum(s.active) > min_active_rows) & (s.step < end)
 
-    return jax.lax.while_loop(going, lambda s: _step(params, sampler, prefix, s, knobs), state)
+    return jax.lax.while_loop(going, lambda s: _step(params, sampler, prefix, s, sampling_params), state)
 
 
-def _step(params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, knobs: Knobs) -> SampleState:
+def _step(
+    params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, sampling_params: SamplingParams
+) -> SampleState:
     """Feeds every row's last token and draws its next one."""
     config, R = sampler.config, sampler.max_new
     column = jnp.mod(state.step, R)
     age = jnp.mod(state.step - jnp.arange(R), R)  # steps since each column was written; 0 is this step's own
 
-    def row(token, prompt_len, born, prompt, ring):
-        fed = state.step - born  # tokens of this row in the ring before this one
+    def row(token, prompt_len, start_step, prompt, ring):
+        fed = state.step - start_step  # tokens of this row in the ring before this one
         position = prefix.length + prompt_len + fed
         in_prompt = jnp.arange(sampler.prompt_length) < prompt_len
         in_ring = age <= fed
@@ -216,16 +224,18 @@ def _step(params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, 
             [
                 *_prefix_segments(pre, prefix, position[None], config),
                 Segment(*pro, in_prompt, positions=prefix.length + jnp.arange(sampler.prompt_length)),
-                Ring(*rin, in_ring, column, position - age),
+                RingKVCache(*rin, in_ring, column, position - age),
             ]
             for pre, pro, rin in zip(prefix.pairs, prompt, ring)
         ]
         hidden, ring = decoder.forward(params, config, token[None], position[None], None, past)
         return hidden[0], ring
 
-    hidden, ring = map_rows(row, rules=SAMPLING)(state.token, state.prompt_len, state.born, state.prompt, state.ring)
+    hidden, ring = map_rows(row, rules=SAMPLING)(
+        state.token, state.prompt_len, state.start_step, state.prompt, state.ring
+    )
     logits = decoder.unembed(params, config, hidden)
-    token, logprob, sample_logprob = draw_rows(logits, state.key, state.count, knobs, sampler)
+    token, logprob, sample_logprob = sample_tokens(logits, state.key, state.count, sampling_params, sampler)
     here = (jnp.arange(R) == state.count[:, None]) & state.active[:, None]  # [B, R]
     count = state.count + state.active
     stopped = state.stopped | (state.active & is_stop(token, sampler))
@@ -255,14 +265,14 @@ def _prefix_segments(
     return [Segment(*pair, mask, positions=index)]
 
 
-def draw_rows(logits, keys, counts, knobs, sampler):
+def sample_tokens(logits, keys, counts, sampling_params, sampler):
     """Draws a token per row: [B, V] logits, per-request keys, and how many tokens each request has drawn before."""
     if sampler.vocab_limit < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < sampler.vocab_limit, logits, NEG)
     # Made where the vocabulary's parts are; then a row's whole vocabulary to one device, rather than all rows' to all.
-    logits = laid(laid(logits, ("batch", "vocab"), SAMPLING), ("rows", None))
+    logits = constrain(constrain(logits, ("batch", "vocab"), SAMPLING), ("rows", None))
     u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, counts)
-    return jax.vmap(draw, in_axes=(0, 0, None))(logits, u, knobs)
+    return jax.vmap(sample_token, in_axes=(0, 0, None))(logits, u, sampling_params)
 
 
 def is_stop(token: jax.Array, sampler: Sampler) -> jax.Array:

@@ -16,11 +16,11 @@ import numpy as np
 
 from qstar import tree
 from qstar.errors import UserError
-from qstar.mesh import SAMPLING, Rules, laid_tree, map_rows, mesh_jit, put_whole_batch, to_host
+from qstar.mesh import SAMPLING, Rules, constrain_tree, map_rows, mesh_jit, put_global_batch, to_host
 from qstar.models import decoder, encdec, policy
 from qstar.models.model import Model, encoder_ids
-from qstar.sample.logits import Knobs
-from qstar.sample.sampler import Sampler, draw_rows, is_stop
+from qstar.sample.logits import SamplingParams
+from qstar.sample.sampler import Sampler, is_stop, sample_tokens
 from qstar.types import Completion, Params
 
 
@@ -32,7 +32,7 @@ def sample_rows(
     lengths: jax.Array,
     requests: jax.Array,
     seed: jax.Array,
-    knobs: Knobs,
+    sampling_params: SamplingParams,
 ) -> dict[str, jax.Array]:
     """Reads N prompts and writes n responses to each, until all have stopped or `sampler.max_new` tokens are there.
 
@@ -70,7 +70,7 @@ def sample_rows(
     def body(s: dict[str, Any]) -> dict[str, Any]:
         hidden, rings = step_all(s["token"], s["step"], sources, s["rings"])  # [N, n, E]
         logits = decoder.unembed(params, c, hidden).reshape(N * n, -1)
-        drawn = draw_rows(logits, keys, jnp.broadcast_to(s["step"], (N * n,)), knobs, sampler)
+        drawn = sample_tokens(logits, keys, jnp.broadcast_to(s["step"], (N * n,)), sampling_params, sampler)
         token, logprob, sample_logprob = (x.reshape(N, n) for x in drawn)
         ended = s["active"] & is_stop(token.reshape(-1), sampler).reshape(N, n)
 
@@ -101,7 +101,7 @@ def prepare(params: Params, config: Any) -> Params:
         return x.astype(config.dtype) if name.endswith("kernel") or name == "embed/table" else x
 
     params = encdec.unstack(tree.map_named(cast, params), config)
-    return {k: laid_tree({k: v}, decoder.PARAM_AXES, rules_of(k))[k] for k, v in params.items()}
+    return {k: constrain_tree({k: v}, decoder.PARAM_AXES, rules_of(k))[k] for k, v in params.items()}
 
 
 def rules_of(part: str) -> Rules:
@@ -145,7 +145,7 @@ def stream(
     buckets: Sequence[tuple[int, Sequence[int]]],
     *,
     max_new_tokens: int,
-    knobs: Knobs,
+    sampling_params: SamplingParams,
     n: int,
     stop: tuple[str, ...],
     seed: int,
@@ -175,8 +175,8 @@ def stream(
                 tokens[r, : len(rows[i])], lengths[r] = rows[i], len(rows[i])
             ids = np.asarray(chosen + [0] * (group - len(chosen)), np.int32)
             requests = np.stack(np.broadcast_arrays(ids[:, None], np.arange(n, dtype=np.int32)[None]), axis=-1)
-            arrays = put_whole_batch((tokens, lengths, requests), model.mesh)
-            found = to_host(sample_rows(params, sampler, *arrays, tree.random_key(seed), knobs))
+            arrays = put_global_batch((tokens, lengths, requests), model.mesh)
+            found = to_host(sample_rows(params, sampler, *arrays, tree.random_key(seed), sampling_params))
             for r, i in enumerate(chosen):
                 for j in range(n):
                     yield i, j, _completion(model, {k: v[r, j] for k, v in found.items()}, stop)

@@ -1,4 +1,4 @@
-"""Choosing one answer out of k samples, and how good the choice would be on average."""
+"""Votes over k samples, and their expected accuracy over all subsets."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def majority_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
     rate, total = k / N, 0.0
     for m in range(1, min(g, k) + 1):
         can_tie = [v for v in others if v >= m]
-        ways = np.zeros((k - m + 1, len(can_tie) + 1))  # [votes of the others, how many of them tie at m]
-        ways[0, 0] = 1.0
+        tie_counts = np.zeros((k - m + 1, len(can_tie) + 1))  # [votes of the others, how many of them tie at m]
+        tie_counts[0, 0] = 1.0
         for v in can_tie:
-            chances, before = _binomial(v, rate), ways
-            ways = before * chances[0]
+            chances, before = _binomial(v, rate), tie_counts
+            tie_counts = before * chances[0]
             for x in range(1, min(m, k - m + 1)):
-                ways[x:] += before[:-x] * chances[x]
+                tie_counts[x:] += before[:-x] * chances[x]
             if m <= k - m:
-                ways[m:, 1:] += before[:-m, :-1] * chances[m]
+                tie_counts[m:, 1:] += before[:-m, :-1] * chances[m]
         rest = _binomial(N - g - sum(can_tie), rate)  # answers that cannot tie, and what voted for nothing
         used = np.arange(max(0, k - m + 1 - len(rest)), k - m + 1)
-        shared = ways[used] @ (1.0 / np.arange(1, ways.shape[1] + 1))
+        shared = tie_counts[used] @ (1.0 / np.arange(1, tie_counts.shape[1] + 1))
         total += _binomial(g, rate)[m] * float(shared @ rest[k - m - used])
     return min(1.0, total / float(_binomial(N, rate)[k]))  # rounding can reach 1 + 1e-13
 

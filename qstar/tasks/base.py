@@ -1,4 +1,4 @@
-"""What a task is: problems, their prompts, and how an answer is read and judged.
+"""Base classes of tasks: problems, prompts, and how answers are parsed and compared.
 
 Everything a method needs to know about a data set is behind `Task`; a method never looks inside a problem.
 """

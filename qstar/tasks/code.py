@@ -1,4 +1,4 @@
-"""What MBPP and HumanEval share: an answer is a program, and it is right if it passes the problem's tests in the sandbox."""
+"""Base of MBPP and HumanEval: an answer is a program, correct if it passes the problem's tests in the sandbox."""
 
 from __future__ import annotations
 

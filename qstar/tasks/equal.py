@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are equal, by math-verify, in a process that can be killed.
+"""Equality of mathematical answers by math-verify, in a process that can be killed.
 
 math-verify hands what a model wrote to SymPy, which may take for ever (`9**9**9`) or all memory. Its own time-outs
 are alarms of the main thread, which neither stop C code nor work in other threads; so it runs next door.

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qstar.data.corpus import Corpus, Rows, whole
+from qstar.data.corpus import Corpus, Rows, full_rows
 from qstar.errors import require
 from qstar.tasks.base import bucket
 from qstar.text.tokenizer import char_tokenizer
@@ -116,13 +116,13 @@ class Folds(Corpus):
                 k = len(digits)
                 classes[b, at : at + DIRECT] = [0] * (SLOTS - k) + [1] * k + [2, 4 if k >= HARD else 3, 2]
                 expected[b, at + SLOTS, :k] = steps  # the ids of digits are the digits
-        return whole(tokens, np.full(size, self.length), classes=classes, expected=expected)
+        return full_rows(tokens, np.full(size, self.length), classes=classes, expected=expected)
 
     def _pad(self, texts: Sequence[str], length: int) -> Rows:
         tokens = np.full((len(texts), length), _ID[PAD], np.int32)
         for i, text in enumerate(texts):
             tokens[i, : len(text)] = [_ID[c] for c in text]
-        return whole(tokens, np.asarray([len(t) for t in texts]))
+        return full_rows(tokens, np.asarray([len(t) for t in texts]))
 
 
 @functools.cache

@@ -92,8 +92,8 @@ class GSM8K(DatasetTask):
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         if not hint:
             return f"Q: {problem.question}\nA:"
-        told = problem.meta["written"] if self.hint == "answer" else problem.solution.strip()
-        return f"Q: {problem.question} ({told})\nA:"
+        hint_text = problem.meta["written"] if self.hint == "answer" else problem.solution.strip()
+        return f"Q: {problem.question} ({hint_text})\nA:"
 
     def zero_shot(self, problem: Problem) -> ZeroShot:
         """As Quiet-STaR's official code: digits and the end of the line count, commas, points and signs do not."""

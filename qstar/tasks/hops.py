@@ -79,9 +79,9 @@ def copies(rng: np.random.Generator, worlds: Worlds) -> tuple[np.ndarray, np.nda
     """Returns rows [B, 34] that restate four of the facts, and masks of the four objects: one-hop reading, no question."""
     B = len(worlds.answer)
     picked = np.argsort(rng.random((B, 7)), axis=1)[:, :4]
-    told = np.take_along_axis(worlds.facts.reshape(B, 7, 3), picked[..., None], axis=1).reshape(B, 12)
+    stated = np.take_along_axis(worlds.facts.reshape(B, 7, 3), picked[..., None], axis=1).reshape(B, 12)
     tokens, mask = np.zeros((B, LENGTH), np.int32), np.zeros((B, LENGTH), np.float32)
-    tokens[:, :FACTS], tokens[:, FACTS], tokens[:, FACTS + 1 :] = worlds.facts, CPY, told
+    tokens[:, :FACTS], tokens[:, FACTS], tokens[:, FACTS + 1 :] = worlds.facts, CPY, stated
     mask[:, FACTS + 3 :: 3] = 1.0
     return tokens, mask
 
@@ -124,7 +124,7 @@ def mixed_text(
     most samples lead to (the case for self-consistency).
     """
 
-    def told(gold: np.ndarray) -> np.ndarray:
+    def stated(gold: np.ndarray) -> np.ndarray:
         return np.where((rng.random(len(gold)) < 0.5)[:, None], backwards(gold), gold) if two_ways else gold
 
     copy, std, cot, ans = shares
@@ -137,7 +137,7 @@ def mixed_text(
     if cot:
         w = draw(rng, cot)
         wrong = rng.random(cot) < np.asarray(noise)[w.question[:, 1] - FIRST - ENTITIES]
-        slot = np.where(wrong[:, None], w.alike, told(w.gold))
+        slot = np.where(wrong[:, None], w.alike, stated(w.gold))
         tokens = rows(w, COT, slot, np.where(wrong, w.alike[:, 5], w.answer))
         mask = np.broadcast_to((np.arange(LENGTH) >= QUESTION) & (np.arange(LENGTH) != QUESTION + SLOT), tokens.shape)
         parts.append((tokens, mask.astype(np.float32)))
@@ -145,7 +145,7 @@ def mixed_text(
         w, kind = draw(rng, ans), rng.random(ans)
         wrong = np.where((rng.random(ans) < 0.5)[:, None], w.alike, w.other)
         upto = [kind[:, None] < share for share in (0.55, 0.8, 0.9)]
-        slot = np.select(upto, [told(w.gold), wrong, np.roll(w.gold, 1, axis=0)], PAD)
+        slot = np.select(upto, [stated(w.gold), wrong, np.roll(w.gold, 1, axis=0)], PAD)
         tokens = rows(w, ANS, slot)
         parts.append((tokens, np.broadcast_to(last, tokens.shape)))
     tokens, masks = zip(*parts)
@@ -163,9 +163,9 @@ def aspects(worlds: Worlds, rationale: np.ndarray, *, weak: bool = False) -> dic
     """
     B = len(worlds.answer)
     facts, r = worlds.facts.reshape(B, 7, 1, 3), rationale
-    told = r[:, :6].reshape(B, 1, 2, 3)
+    stated = r[:, :6].reshape(B, 1, 2, 3)
     keep = [0, 2] if weak else [0, 1, 2]
-    known = np.all(facts[..., keep] == told[..., keep], axis=-1).any(axis=1)  # [B, 2]
+    known = np.all(facts[..., keep] == stated[..., keep], axis=-1).any(axis=1)  # [B, 2]
     form = (r[:, 6] == EOS) & np.all(r[:, :6] >= FIRST, axis=1)
     found = (known.mean(axis=1), r[:, 0] == worlds.question[:, 0], (r[:, 3] == r[:, 2]) & (r[:, 3] >= FIRST), form)
     return {n: x.astype(np.float32) for n, x in zip(("factuality", "relevance", "coherence", "form"), found)}

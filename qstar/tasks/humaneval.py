@@ -98,10 +98,10 @@ class HumanEval(CodeTask):
             program = program_in(completion)
             return program and as_body(program)
         lines = as_body(self.cut(completion).replace("\r\n", "\n").rstrip()).split("\n")
-        whole = "\n".join(lines)
+        full_text = "\n".join(lines)
         while len(lines) > 1 and not is_body("\n".join(lines)):  # an explanation behind the body
             lines.pop()
-        return ("\n".join(lines).rstrip() if is_body("\n".join(lines)) else whole) or None
+        return ("\n".join(lines).rstrip() if is_body("\n".join(lines)) else full_text) or None
 
     def _continues(self, completion: str) -> bool:
         """Whether a completion goes on with the body of the function, not with a message that holds the program."""

@@ -105,10 +105,10 @@ class MATH(DatasetTask):
         return found if self.subset == "all" else [p for p in found if in_v_star_subset(p)]
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
-        told = f" ({problem.meta['written']})" if hint else ""
+        hint_text = f" ({problem.meta['written']})" if hint else ""
         if self.format == "gsm8k":
-            return f"Q: {problem.question}{told}\nA:"
-        return f"Problem:\n{problem.question}{told}\n\nSolution:"
+            return f"Q: {problem.question}{hint_text}\nA:"
+        return f"Problem:\n{problem.question}{hint_text}\n\nSolution:"
 
     def cut(self, completion: str) -> str:
         text = super().cut(completion)

@@ -92,8 +92,8 @@ def blocks(text: str) -> list[Block]:
     lines = [re.sub(r"^> ?(?!>)", "", line) for line in text.split("\n")]
     out, at = [], 0
     while at < len(lines):
-        if whole := _ONE_LINE.match(lines[at]):
-            out.append(Block(whole[1], None, True, at, at + 1))
+        if match := _ONE_LINE.match(lines[at]):
+            out.append(Block(match[1], None, True, at, at + 1))
         elif (opening := _OPEN.match(lines[at])) and not (opening["fence"][0] == "~" and opening["before"].strip()):
             out.append(_block(lines, at, opening))
         at = out[-1].end if out and out[-1].start == at else at + 1

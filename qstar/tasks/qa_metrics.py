@@ -1,4 +1,4 @@
-"""How multi-hop answers are scored, as the official scripts of HotpotQA and 2WikiMultiHopQA (v1.1) do.
+"""Scores of multi-hop answers, as in the official scripts of HotpotQA and 2WikiMultiHopQA (v1.1).
 
 Both normalise alike: lower case, ASCII punctuation deleted (not replaced: "U.S." is "us", "co-op" is "coop"), the articles a,
 an, the replaced by a space, white space collapsed. Accents, long dashes and curly quotes stay.

@@ -88,8 +88,8 @@ class StrategyQA(DatasetTask):
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         facts = problem.meta["facts"][: self.limit or None] if self.facts else []
-        told = f" ({problem.gold})" if hint else ""
-        return "".join(f"{' '.join(f.split())}\n" for f in facts) + f"Q: {problem.question}{told}\nA:"
+        hint_text = f" ({problem.gold})" if hint else ""
+        return "".join(f"{' '.join(f.split())}\n" for f in facts) + f"Q: {problem.question}{hint_text}\nA:"
 
     def parse(self, completion: str) -> str | None:
         if self.strict:

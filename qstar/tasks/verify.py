@@ -68,10 +68,13 @@ OUTPUT = "output"  # what came back is too large, or is no answer
 UNTESTED = "untested"  # no assertion was reached, though none failed
 REASONS = (PASSED, WRONG, ERROR, TIMEOUT, MEMORY, EXITED, OUTPUT, UNTESTED)
 
-_WARDEN = Path(__file__).with_name("sandbox") / "warden.py"
-# Nothing of ours; sets in the same order every time; and no threads of numpy's, which would keep the warden from namespaces.
-_ENVIRONMENT = {"PYTHONHASHSEED": "0", **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
-_GRACE = 5.0  # seconds beyond a job's limit after which its warden is taken for dead
+_SERVER = Path(__file__).with_name("sandbox") / "server.py"
+# Nothing of ours; sets in the same order every time; and no threads of numpy's, which would keep the server from namespaces.
+_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+}
+_GRACE = 5.0  # seconds beyond a job's limit after which its server is taken for dead
 
 
 class Verdict(NamedTuple):
@@ -136,7 +139,9 @@ def _pool_of(pid: int, allow: tuple[str, ...]) -> Verifier:
     return verifier
 
 
-PARSING = threading.Lock()  # CPython 3.11 counts the depth of all threads' trees in one place, and gives up (SystemError)
+PARSING = (
+    threading.Lock()
+)  # CPython 3.11 counts the depth of all threads' trees in one place, and gives up (SystemError)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -251,7 +256,7 @@ def _package_folder(name: str) -> str:
 
 
 class _Worker:
-    """One warden process and the two pipes to it."""
+    """One server process and the two pipes to it."""
 
     def __init__(self, isolation: str, folders: list[str]):
         self._wanted, self._folders, self._process = isolation, folders, None
@@ -289,7 +294,7 @@ class _Worker:
         jobs, self._jobs = os.pipe()
         self._verdicts, verdicts = os.pipe()
         arguments = [str(jobs), str(verdicts), self._wanted, *self._folders]
-        command = [sys.executable, "-S", "-s", "-P", os.fspath(_WARDEN), *arguments]
+        command = [sys.executable, "-S", "-s", "-P", os.fspath(_SERVER), *arguments]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -312,7 +317,7 @@ class _Worker:
         self.isolation = answer["ready"]
 
     def stop(self) -> None:
-        """Ends the warden; its judge dies with it, and the program with the judge."""
+        """Ends the server; its judge dies with it, and the program with the judge."""
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError):

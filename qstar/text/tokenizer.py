@@ -106,18 +106,18 @@ class Tokenizer:
         """
         if self.encoder_end is not None:
             return self.encode_prompt(prompt), self.encode(completion)
-        head, whole = self.encode_batch([prompt, prompt + completion], bos=True)
-        if whole[: len(head)] == head:
-            return head, whole[len(head) :]
+        head, both_ids = self.encode_batch([prompt, prompt + completion], bos=True)
+        if both_ids[: len(head)] == head:
+            return head, both_ids[len(head) :]
         alone = self._special_ids.issuperset(head)
         return head, self.encode(completion) if alone else self.encode_continuation(completion)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that goes on after another one: without the space that SentencePiece puts before a document."""
         for anchor in ("\n", "0", ":", "a") if self._adds_space else ():
-            head, whole = self.encode_batch([anchor, anchor + text])
-            if whole[: len(head)] == head:
-                return whole[len(head) :]
+            head, both_ids = self.encode_batch([anchor, anchor + text])
+            if both_ids[: len(head)] == head:
+                return both_ids[len(head) :]
         return self.encode(text)
 
     @functools.cached_property

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import generate, layout, threads
-from qstar.thoughts.paths import replay_paths
+from qstar.thoughts.paths import replay_states
 from qstar.train.losses import chunks, hidden_states, sft_loss
 from qstar.types import Batch, Metrics, Params
 
@@ -29,22 +29,22 @@ def student_loss(
       params: {"policy": the student's, "teacher": a decoder's tree with `thoughts` and `mixing`, which does not train}.
       config: the student's. teacher: the teacher's, with `thoughts`. batch: rows [B, N].
     """
-    own = jax.lax.stop_gradient(params["teacher"])
+    teacher_params = jax.lax.stop_gradient(params["teacher"])
     positions = layout.all_positions(batch, predicting=True)
-    texts = threads.read(own, teacher, batch)
-    thoughts = jnp.moveaxis(generate.sample(own, teacher, batch, texts, positions, rng)[0], 0, 3)
-    mixed = replay_paths(own, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]  # [B, P, N-1, E]
+    texts = threads.read(teacher_params, teacher, batch)
+    thoughts = jnp.moveaxis(generate.sample(teacher_params, teacher, batch, texts, positions, rng)[0], 0, 3)
+    mixed = replay_states(teacher_params, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]  # [B, P, N-1, E]
     _, weights = layout.text_targets(batch)
     text = batch.replace(mask=jnp.pad(weights, ((0, 0), (1, 0))))  # both terms are over the same tokens
     (nll, count), metrics = sft_loss(params, text, rng, config=config)
     hidden = hidden_states(params["policy"], config, batch)[:, :-1]
-    divergence = _divergence(params["policy"], own, config, teacher, hidden, mixed, weights)
+    divergence = _divergence(params["policy"], teacher_params, config, teacher, hidden, mixed, weights)
     metrics["divergence"] = (divergence, count)
     metrics["loss"] = (nll + weight * divergence, count)
     return (nll + weight * divergence, count), metrics
 
 
-def _divergence(policy, own, config, teacher, hidden, mixed, weights) -> jax.Array:
+def _divergence(policy, teacher_params, config, teacher, hidden, mixed, weights) -> jax.Array:
     """Weighted sum of KL(teacher, student) over positions; logits exist a chunk at a time."""
     P = mixed.shape[1]
 
@@ -52,7 +52,7 @@ def _divergence(policy, own, config, teacher, hidden, mixed, weights) -> jax.Arr
     def body(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
         student, w, *states = xs
         logp = jax.nn.log_softmax(decoder.unembed(policy, config, student))
-        p = sum(jax.nn.softmax(decoder.unembed(own, teacher, s)) for s in states) / P
+        p = sum(jax.nn.softmax(decoder.unembed(teacher_params, teacher, s)) for s in states) / P
         return total + jnp.sum(w * jnp.sum(p * (jnp.log(jnp.maximum(p, 1e-30)) - logp), axis=-1)), None
 
     E = hidden.shape[-1]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.sample.logits import NEG, Knobs, draw
+from qstar.sample.logits import NEG, SamplingParams, sample_token
 from qstar.thoughts import layout, threads
 from qstar.train.losses import chunks, unchunk
 from qstar.types import Batch, Params
@@ -58,7 +58,7 @@ def sample(
     params: Params,
     config: ModelConfig,
     batch: Batch,
-    texts: threads.Text,
+    texts: threads.PrefixCache,
     positions: jax.Array,
     key: jax.Array,
     passes: int | None = None,
@@ -68,7 +68,7 @@ def sample(
     passes = passes or config.thoughts.thoughts_per_position
     params, texts = jax.lax.stop_gradient((params, texts))
     choose = sampler(params, config, batch, positions, key, passes, temperature)
-    return threads.roll(params, config, batch, texts, positions, passes, choose).records
+    return threads.rollout(params, config, batch, texts, positions, passes, choose).records
 
 
 def sampler(
@@ -79,23 +79,23 @@ def sampler(
     key: jax.Array,
     passes: int,
     temperature: float | jax.Array | None = None,
-) -> threads.Draw:
-    """Returns the `draw` of `threads.roll` that samples, one uniform number per thread and step."""
+) -> threads.SampleFn:
+    """Returns the `draw` of `threads.rollout` that samples, one uniform number per thread and step."""
     B, N = batch.tokens.shape
-    heat = config.thoughts.temperature if temperature is None else temperature
-    knobs = Knobs.make(1.0)._replace(temperature=jnp.asarray(heat, jnp.float32))
+    thought_temperature = config.thoughts.temperature if temperature is None else temperature
+    sampling_params = SamplingParams.make(1.0)._replace(temperature=jnp.asarray(thought_temperature, jnp.float32))
     at = jnp.broadcast_to(positions[:, None], (B, passes, positions.shape[1]))
 
     def choose(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
         u = jax.random.uniform(jax.random.fold_in(key, i), (B, passes, N))  # of all positions: chosen ones do not shift
-        record = draw_tokens(params, config, hidden, jnp.take_along_axis(u, at, axis=2), knobs)
+        record = draw_tokens(params, config, hidden, jnp.take_along_axis(u, at, axis=2), sampling_params)
         return record[0], record
 
     return choose
 
 
 def draw_tokens(
-    params: Params, config: ModelConfig, hidden: jax.Array, u: jax.Array, knobs: Knobs
+    params: Params, config: ModelConfig, hidden: jax.Array, u: jax.Array, sampling_params: SamplingParams
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws a token from each of the states [..., E], at uniform numbers u [...]; forbidden ids are out of the race.
 
@@ -104,15 +104,17 @@ def draw_tokens(
     Returns:
       token int32 [...], its log-probability under the model, and under the distribution drawn from.
     """
-    ban = forbidden_bias(config)
+    logit_bias = forbidden_bias(config)
 
     def some(xs: tuple[jax.Array, jax.Array]) -> Any:
         logits = decoder.unembed(params, config, xs[0])
-        return jax.vmap(partial(draw, knobs=knobs))(logits if ban is None else logits + ban, xs[1])
+        return jax.vmap(partial(sample_token, sampling_params=sampling_params))(
+            logits if logit_bias is None else logits + logit_bias, xs[1]
+        )
 
     flat = jax.lax.stop_gradient(hidden).reshape(-1, hidden.shape[-1])
-    drawn = jax.lax.map(some, chunks((flat, u.reshape(-1)), config.vocab_size))
-    return tuple(unchunk(x, flat.shape[0]).reshape(u.shape) for x in drawn)
+    sampled = jax.lax.map(some, chunks((flat, u.reshape(-1)), config.vocab_size))
+    return tuple(unchunk(x, flat.shape[0]).reshape(u.shape) for x in sampled)
 
 
 def forbidden_bias(config: ModelConfig) -> jax.Array | None:

@@ -1,4 +1,4 @@
-"""Where things are: rows of text, what a thread sees of its text, and the true tokens that it is judged by.
+"""Masks, position ids and target tokens for the base pass and the parallel thoughts.
 
 Shape letters beside those of `qstar.types`: N tokens of a text, S content tokens of a thought, T talk tokens,
 P thoughts per position, M positions that think (N, where all do), n = S + T + 1 tokens of a thread.
@@ -30,7 +30,7 @@ def text_batch(tokens: Any, mask: Any) -> Batch:
     return Batch(tokens, real.astype(jnp.float32), real.astype(jnp.int32), positions.astype(jnp.int32))
 
 
-def text_sight(row: Batch, config: ModelConfig) -> jax.Array:
+def causal_mask(row: Batch, config: ModelConfig) -> jax.Array:
     """Returns bool [N, N]: what the tokens of one row see of it.
 
     As `text_mask`, except that padding sees the real tokens before it (Hugging Face's masks, hence the official code):
@@ -42,7 +42,7 @@ def text_sight(row: Batch, config: ModelConfig) -> jax.Array:
     return seen if config.sliding_window is None else seen & (i[:, None] - i < config.sliding_window)
 
 
-def thread_sight(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array:
+def thought_mask(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array:
     """Returns bool [t, N]: what thread tokens `steps` [t] (1 = start) of position j see of their text."""
     i, segments = jnp.arange(row.tokens.shape[0]), row.segment_ids
     seen = jnp.broadcast_to((i <= j) & (segments == segments[j]), (steps.shape[0], i.shape[0]))
@@ -71,15 +71,15 @@ def text_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 def talk_targets(batch: Batch, positions: jax.Array, talk_tokens: int) -> tuple[jax.Array, jax.Array]:
     """Returns the tokens [B, M, T] that thoughts at positions [B, M] are judged by, and their weights (0: none there)."""
     index = positions[..., None] + 1 + jnp.arange(talk_tokens)  # [B, M, T]
-    there = index < batch.tokens.shape[1]
+    in_document = index < batch.tokens.shape[1]
     index = jnp.minimum(index, batch.tokens.shape[1] - 1)
 
     def take(x: jax.Array, at: jax.Array) -> jax.Array:
         return jax.vmap(lambda x, at: x[at])(x, at)
 
     home = take(batch.segment_ids, positions)[..., None]
-    there &= (take(batch.segment_ids, index) == home) & (home > 0)
-    return take(batch.tokens, index), take(batch.mask, index) * there
+    in_document &= (take(batch.segment_ids, index) == home) & (home > 0)
+    return take(batch.tokens, index), take(batch.mask, index) * in_document
 
 
 def all_positions(batch: Batch, predicting: bool = False) -> jax.Array:

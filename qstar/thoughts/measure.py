@@ -1,4 +1,4 @@
-"""What thoughts change, token by token: for evaluation, diagnostics and the viewer. No logits outlive their chunk."""
+"""Per-token effect of thoughts, for evaluation, diagnostics and the viewer. No logits outlive their chunk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qstar.mesh import mesh_jit
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import generate, layout, select, threads
-from qstar.thoughts.paths import replay_paths
+from qstar.thoughts.paths import replay_states
 from qstar.train.losses import chunks, unchunk
 from qstar.types import Batch, Params
 
@@ -55,19 +55,21 @@ def score(
     texts = threads.read(params, config, batch)
     if thoughts is None:
         drawn = generate.sample(params, config, batch, texts, positions, key, passes, temperature)
-        own, thought_nll = jnp.moveaxis(drawn[0], 0, 3), -jnp.mean(drawn[1], axis=0)
+        thought_ids, thought_nll = jnp.moveaxis(drawn[0], 0, 3), -jnp.mean(drawn[1], axis=0)
     else:
-        own, thought_nll = thoughts, jnp.full(thoughts.shape[:3], jnp.nan)
-    paths = replay_paths(params, config, batch, texts, positions, own)
-    goals, weights = layout.talk_targets(batch, positions, config.thoughts.talk_tokens)  # [B, M, T]
-    base_nll, base_hit = token_scores(params, config, texts.hidden[:, :-1], goals[..., 0])
+        thought_ids, thought_nll = thoughts, jnp.full(thoughts.shape[:3], jnp.nan)
+    states = replay_states(params, config, batch, texts, positions, thought_ids)
+    target_ids, weights = layout.talk_targets(batch, positions, config.thoughts.talk_tokens)  # [B, M, T]
+    base_nll, base_hit = token_scores(params, config, texts.hidden[:, :-1], target_ids[..., 0])
     entropy = select.entropy(params, config, texts.hidden[:, :-1])
-    nll, hit = token_scores(params, config, paths.mixed, jnp.broadcast_to(goals[:, None], paths.mixed.shape[:-1]))
+    nll, hit = token_scores(
+        params, config, states.mixed, jnp.broadcast_to(target_ids[:, None], states.mixed.shape[:-1])
+    )
     gain = _later(base_nll, positions, config.thoughts.talk_tokens)[:, None] - nll
     reward = jnp.sum(jnp.where(weights[:, None] > 0, gain, 0.0), axis=-1)
     first = (nll[..., 0], hit[..., 0])
     counted = weights[..., 0] > 0
-    return Scores(base_nll, base_hit, entropy, *first, reward, paths.weight[..., 0], own, thought_nll, counted)
+    return Scores(base_nll, base_hit, entropy, *first, reward, states.weight[..., 0], thought_ids, thought_nll, counted)
 
 
 @partial(mesh_jit, static_argnames="config")

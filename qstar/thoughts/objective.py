@@ -22,7 +22,7 @@ from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import layout, regularise, select, threads
 from qstar.thoughts.generate import forbidden_bias, sampler
-from qstar.thoughts.paths import Paths, joint_paths, replay_paths
+from qstar.thoughts.paths import ThoughtStates, joint_states, replay_states
 from qstar.train.losses import scored_nll
 from qstar.types import Batch, Metrics, Params
 
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
     policy: jax.Array  # [B, M], of each of the P thoughts
 
 
-def weigh(config: ModelConfig, batch: Batch, positions: jax.Array, passes: int) -> Weights:
+def loss_weights(config: ModelConfig, batch: Batch, positions: jax.Array, passes: int) -> Weights:
     """Returns the weights of all terms, of thoughts at positions [B, M]."""
     t, N = config.thoughts, batch.tokens.shape[1]
     _, base = layout.text_targets(batch)
@@ -88,7 +88,7 @@ def advantages(config: ModelConfig, reward: jax.Array) -> jax.Array:
     return reward - jnp.mean(reward, axis=1, keepdims=True) if passes else reward
 
 
-def credit(config: ModelConfig, advantage: jax.Array) -> jax.Array:
+def reinforce_weight(config: ModelConfig, advantage: jax.Array) -> jax.Array:
     """Returns the factor on the log-probability of each of a thought's tokens, from its advantage."""
     t = config.thoughts
     kept = jax.nn.relu(advantage) if t.clip_negative else advantage
@@ -126,68 +126,73 @@ def loss(
     if positions is None:
         positions = select.choose(policy, config, batch, texts.hidden, choice)
     passes = t.thoughts_per_position if thoughts is None else thoughts.shape[1] // B
-    own = None if thoughts is None else layout.from_rows(thoughts, B)
-    if own is None:
+    thought_ids = None if thoughts is None else layout.from_rows(thoughts, B)
+    if thought_ids is None:
         draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, key, passes)
     else:
 
         def draw(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
-            return own[..., i], (own[..., i],)
+            return thought_ids[..., i], (thought_ids[..., i],)
 
     if schedule == "joint":
-        paths, records = joint_paths(policy, config, batch, texts, positions, passes, draw)
-        own = jnp.moveaxis(records[0], 0, 3)
+        states, records = joint_states(policy, config, batch, texts, positions, passes, draw)
+        thought_ids = jnp.moveaxis(records[0], 0, 3)
     else:
         known = None
-        if own is None:
+        if thought_ids is None:
             frozen, seen = jax.lax.stop_gradient((policy, texts))
-            known, records = threads.roll_and_talk(frozen, config, batch, seen, positions, passes, draw)
-            own = jnp.moveaxis(records[0], 0, 3)
-        paths = replay_paths(policy, config, batch, texts, positions, own, known)
-    return judge(params, config, batch, positions, paths, own)
+            known, records = threads.rollout_and_talk(frozen, config, batch, seen, positions, passes, draw)
+            thought_ids = jnp.moveaxis(records[0], 0, 3)
+        states = replay_states(policy, config, batch, texts, positions, thought_ids, known)
+    return compute_loss(params, config, batch, positions, states, thought_ids)
 
 
-def judge(
+def compute_loss(
     params: dict[str, Params],
     config: ModelConfig,
     batch: Batch,
     positions: jax.Array,
-    paths: Paths,
-    own: jax.Array,
+    states: ThoughtStates,
+    thought_ids: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
     """Returns the loss and metrics of paths through thoughts own [B, P, M, S] at positions [B, M]."""
-    t, (B, P, M, _), T = config.thoughts, own.shape, config.thoughts.talk_tokens
+    t, (B, P, M, _), T = config.thoughts, thought_ids.shape, config.thoughts.talk_tokens
     kernel, bias = decoder.head(params["policy"], config)
-    weights = weigh(config, batch, positions, P)
+    weights = loss_weights(config, batch, positions, P)
 
-    base_sum, base_nll = _score(paths.base[:, :-1], kernel, bias, batch.tokens[:, 1:], weights.base)
-    goals, _ = layout.talk_targets(batch, positions, T)
-    goals, shares = (jnp.broadcast_to(x[:, None], (B, P, M, T)) for x in (goals, weights.talk))
+    base_sum, base_nll = _score(states.base[:, :-1], kernel, bias, batch.tokens[:, 1:], weights.base)
+    target_ids, _ = layout.talk_targets(batch, positions, T)
+    target_ids, shares = (jnp.broadcast_to(x[:, None], (B, P, M, T)) for x in (target_ids, weights.talk))
     # One product over all talk steps; the official means have a count per step, so there each is on its own.
     steps = [slice(s, s + 1) for s in range(T)] if t.nll_mean == "nonzero" else [slice(0, T)]
-    parts = [_score(paths.mixed[:, :, :, s], kernel, bias, goals[..., s], shares[..., s]) for s in steps]
+    parts = [_score(states.mixed[:, :, :, s], kernel, bias, target_ids[..., s], shares[..., s]) for s in steps]
     talk_nll = jnp.concatenate([each for _, each in parts], axis=-1)
-    by = divisors(config, weights, base_nll, talk_nll)
-    nll_base, nll_talk = base_sum / by.base, sum(x / by.talk[s.start] for (x, _), s in zip(parts, steps)) / T
+    normalizer = divisors(config, weights, base_nll, talk_nll)
+    nll_base, nll_talk = (
+        base_sum / normalizer.base,
+        sum(x / normalizer.talk[s.start] for (x, _), s in zip(parts, steps)) / T,
+    )
 
     reward = rewards(base_nll, talk_nll, weights.talk > 0, positions)
     advantage = advantages(config, reward)
-    share = credit(config, advantage) * weights.policy[:, None]  # [B, P, M]
-    think, thoughts = paths.think, own
+    share = reinforce_weight(config, advantage) * weights.policy[:, None]  # [B, P, M]
+    think, thoughts = states.think, thought_ids
     if t.clip_negative and t.baseline == "passes" and P > 1:
         think, thoughts, share = _without_worst(advantage, think, thoughts, share)
-    cool, heat, ban = think, t.policy_temperature, forbidden_bias(config)
-    offset = bias if ban is None else ban if bias is None else bias + ban
-    if heat != 1:
-        cool, offset = cool / heat, None if offset is None else offset / heat
+    cool, temperature, logit_bias = think, t.policy_temperature, forbidden_bias(config)
+    offset = bias if logit_bias is None else logit_bias if bias is None else bias + logit_bias
+    if temperature != 1:
+        cool, offset = cool / temperature, None if offset is None else offset / temperature
     each = jnp.broadcast_to(share[..., None], thoughts.shape)
     policy_sum, thought_nll = _score(cool, kernel, offset, thoughts, each)
-    policy = policy_sum / by.policy
+    policy = policy_sum / normalizer.policy
 
     total = t.base_weight * nll_base + (1 - t.base_weight) * nll_talk + t.policy_weight * policy
     if t.entropy_weight or t.kl_weight:
-        each = jnp.broadcast_to((weights.policy / by.policy)[:, None, :, None] / own.shape[3], own.shape)
-        total += regularise.penalty(params, config, batch, positions, paths.think, own, each)
+        each = jnp.broadcast_to(
+            (weights.policy / normalizer.policy)[:, None, :, None] / thought_ids.shape[3], thought_ids.shape
+        )
+        total += regularise.penalty(params, config, batch, positions, states.think, thought_ids, each)
     weight = jnp.sum(weights.base) if t.nll_mean == "tokens" else jnp.float32(1)
     metrics = {
         "loss": (total * weight, weight),
@@ -195,7 +200,7 @@ def judge(
         "nll_talk": (nll_talk * weight, weight),
         "loss_policy": (policy * weight, weight),
         "tokens": (jnp.sum(weights.base), jnp.float32(0)),  # weight 0: a count, not divided
-        **_metrics(weights, paths.weight, reward, advantage, thought_nll),
+        **_metrics(weights, states.weight, reward, advantage, thought_nll),
     }
     return (total * weight, weight), metrics
 
@@ -222,7 +227,7 @@ def _metrics(
     weights: Weights, w: jax.Array, reward: jax.Array, advantage: jax.Array, thought_nll: jax.Array
 ) -> Metrics:
     """Means over rewarded thoughts; `advantage` near 0 is the signature of a collapse (all thoughts of a place alike)."""
-    there = jnp.broadcast_to((weights.policy > 0)[:, None], reward.shape).astype(jnp.float32)  # [B, P, M]
+    rewarded_mask = jnp.broadcast_to((weights.policy > 0)[:, None], reward.shape).astype(jnp.float32)  # [B, P, M]
     means = {
         "reward": reward,
         "reward_positive": reward > 0,
@@ -233,7 +238,7 @@ def _metrics(
     }
 
     def mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        counted = there[:, : x.shape[1]]
+        counted = rewarded_mask[:, : x.shape[1]]
         return jax.lax.stop_gradient(jnp.sum(x * counted)), jnp.sum(counted)
 
     return {k: mean(x) for k, x in means.items()}

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from qstar.models import mixing
 from qstar.models.config import ModelConfig
 from qstar.thoughts import pieces
-from qstar.thoughts.threads import Draw, Text, feed, over_thoughts, roll_and_talk
+from qstar.thoughts.threads import PrefixCache, SampleFn, feed, rollout_and_talk, vmap_thoughts
 from qstar.types import Batch, Params
 
 
 def mix(
-    params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, states: jax.Array
+    params: Params, config: ModelConfig, row: Batch, text: PrefixCache, j: jax.Array, states: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mixes talk states [T, E] with those of the text alone for the same tokens: [T, E], and the weights w [T].
 
@@ -28,7 +28,7 @@ def mix(
     return mixing.mix(params, config, base, states)
 
 
-class Paths(NamedTuple):
+class ThoughtStates(NamedTuple):
     """All final states that a batch with thoughts is judged by."""
 
     base: jax.Array  # [B, N, E] without thoughts
@@ -38,22 +38,24 @@ class Paths(NamedTuple):
     weight: jax.Array  # [B, P, M, T] float32, of the thought
 
 
-def _paths(params: Params, config: ModelConfig, batch: Batch, texts: Text, positions, states: jax.Array) -> Paths:
+def _thought_states(
+    params: Params, config: ModelConfig, batch: Batch, texts: PrefixCache, positions, states: jax.Array
+) -> ThoughtStates:
     S = config.thoughts.thought_tokens
     think, talk = states[..., :S, :], states[..., S + 1 :, :]
-    mixed, weight = over_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
-    return Paths(texts.hidden, think, talk, mixed, weight)
+    mixed, weight = vmap_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
+    return ThoughtStates(texts.hidden, think, talk, mixed, weight)
 
 
-def replay_paths(
+def replay_states(
     params: Params,
     config: ModelConfig,
     batch: Batch,
-    texts: Text,
+    texts: PrefixCache,
     positions: jax.Array,
     thoughts: jax.Array,
     known: jax.Array | None = None,
-) -> Paths:
+) -> ThoughtStates:
     """The replay schedule: one teacher-forced pass over all threads, a piece of the positions at a time.
 
     Args:
@@ -61,18 +63,24 @@ def replay_paths(
       known: [B, P, M, n, E] the threads' states, where a rollout has found them already: they are then run only for the
         gradient.
     """
-    fed = over_thoughts(partial(feed, params, config))(batch, texts, positions, thoughts)
+    fed = vmap_thoughts(partial(feed, params, config))(batch, texts, positions, thoughts)
     states = pieces.thread_states(params, config, batch, texts.pairs, positions, fed, known)
-    return _paths(params, config, batch, texts, positions, states)
+    return _thought_states(params, config, batch, texts, positions, states)
 
 
-def joint_paths(
-    params: Params, config: ModelConfig, batch: Batch, texts: Text, positions: jax.Array, passes: int, draw: Draw
-) -> tuple[Paths, Any]:
+def joint_states(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    texts: PrefixCache,
+    positions: jax.Array,
+    passes: int,
+    draw: SampleFn,
+) -> tuple[ThoughtStates, Any]:
     """The joint schedule: the rollout itself is differentiated.
 
     Returns:
       The paths, and the draws' records [S, ...].
     """
-    states, records = roll_and_talk(params, config, batch, texts, positions, passes, draw)
-    return _paths(params, config, batch, texts, positions, states), records
+    states, records = rollout_and_talk(params, config, batch, texts, positions, passes, draw)
+    return _thought_states(params, config, batch, texts, positions, states), records

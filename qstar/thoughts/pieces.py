@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qstar.mesh import count_ways
+from qstar.mesh import count_batch_shards
 from qstar.models.config import ModelConfig
 from qstar.thoughts import threads
 from qstar.types import Batch, Params
@@ -26,7 +26,7 @@ def thread_states(
     params: Params,
     config: ModelConfig,
     batch: Batch,
-    pairs: threads.Pairs,
+    pairs: threads.KVCache,
     positions: jax.Array,
     fed: jax.Array,
     known: jax.Array | None = None,
@@ -49,13 +49,13 @@ def _run(
     def one(row: Batch, pairs: Any, j: jax.Array, x: jax.Array) -> jax.Array:
         return threads.run_thread(core, config, row, pairs, j, x, 1)[0]
 
-    return threads.over_thoughts(one)(batch, pairs, positions, fed)
+    return threads.vmap_thoughts(one)(batch, pairs, positions, fed)
 
 
 def _cut(config: ModelConfig, positions: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Cuts [B, M] and [B, P, M, ...] into equal pieces [C, B, m] and [C, B, P, m, ...], filled up with zeros."""
     B, P, M, n, _ = arrays[0].shape
-    m = min(M, max(1, config.piece_tokens * count_ways(B) // (B * P * n)))
+    m = min(M, max(1, config.piece_tokens * count_batch_shards(B) // (B * P * n)))
     count = -(-M // m)
     m = -(-M // count)
 

@@ -12,7 +12,7 @@ from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import threads
 from qstar.thoughts.generate import forbidden_bias
-from qstar.thoughts.paths import replay_paths
+from qstar.thoughts.paths import replay_states
 from qstar.train.losses import chunks
 from qstar.types import Batch, Params
 
@@ -23,7 +23,7 @@ def penalty(
     batch: Batch,
     positions: jax.Array,
     think: jax.Array,
-    own: jax.Array,
+    thought_ids: jax.Array,
     weights: jax.Array,
 ) -> jax.Array:
     """Returns kl_weight * KL(policy, reference) - entropy_weight * H(policy), weighted sums over the thoughts' tokens.
@@ -41,8 +41,8 @@ def penalty(
     if t.kl_weight:
         reference = jax.lax.stop_gradient(params["reference"])
         texts = threads.read(reference, config, batch)
-        there = replay_paths(reference, config, batch, texts, positions, own).think
-        both = (flat, there.reshape(flat.shape))
+        reference_logprobs = replay_states(reference, config, batch, texts, positions, thought_ids).think
+        both = (flat, reference_logprobs.reshape(flat.shape))
         value += t.kl_weight * _total(_divergence, (params["policy"], reference), both, weights, config)
     return value
 
@@ -51,8 +51,8 @@ def _entropy(logp: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
-def _divergence(logp: jax.Array, there: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.exp(logp) * (logp - there), axis=-1)
+def _divergence(logp: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.exp(logp) * (logp - reference_logprobs), axis=-1)
 
 
 def _total(
@@ -63,7 +63,7 @@ def _total(
     config: ModelConfig,
 ) -> jax.Array:
     """Returns the weighted sum of `measure` of log-probabilities [n, V], whose logits exist one chunk at a time."""
-    ban = forbidden_bias(config)
+    logit_bias = forbidden_bias(config)
 
     @jax.checkpoint
     def body(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
@@ -72,7 +72,7 @@ def _total(
         for model, h in zip(models, states):
             logits = decoder.unembed(model, config, h)
             # Banned ids have the same finite log-probability everywhere, so that 0 times it is 0.
-            logps.append(jax.nn.log_softmax(logits if ban is None else jnp.where(ban < 0, -1e4, logits)))
+            logps.append(jax.nn.log_softmax(logits if logit_bias is None else jnp.where(logit_bias < 0, -1e4, logits)))
         return total + jnp.sum(w * measure(*logps)), None
 
     xs = chunks((*hidden, weights.reshape(-1)), config.vocab_size)

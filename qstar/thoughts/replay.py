@@ -14,7 +14,7 @@ from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import layout, objective, threads
 from qstar.thoughts.generate import forbidden_bias
-from qstar.thoughts.paths import Paths, joint_paths, replay_paths
+from qstar.thoughts.paths import ThoughtStates, joint_states, replay_states
 from qstar.types import Batch, Params
 
 
@@ -61,65 +61,65 @@ def replay(
       `Replay`. Rewards and advantages are constants to `jax.grad`, as REINFORCE wants them.
     """
     batch = layout.text_batch(tokens, mask)
-    own = layout.from_rows(jnp.asarray(thoughts, jnp.int32), batch.tokens.shape[0])  # [B, P, M, S]
-    config = config.replace(thoughts=config.thoughts.replace(thought_tokens=own.shape[3]))
+    thought_ids = layout.from_rows(jnp.asarray(thoughts, jnp.int32), batch.tokens.shape[0])  # [B, P, M, S]
+    config = config.replace(thoughts=config.thoughts.replace(thought_tokens=thought_ids.shape[3]))
     everywhere = positions is None
     places = layout.all_positions(batch) if everywhere else jnp.asarray(positions, jnp.int32)
-    places = jnp.broadcast_to(places, (own.shape[0], own.shape[2]))
+    places = jnp.broadcast_to(places, (thought_ids.shape[0], thought_ids.shape[2]))
     texts = threads.read(params, config, batch)
     if schedule == "joint":
 
         def given(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, None]:
-            return own[..., i], None
+            return thought_ids[..., i], None
 
-        paths, _ = joint_paths(params, config, batch, texts, places, own.shape[1], given)
+        states, _ = joint_states(params, config, batch, texts, places, thought_ids.shape[1], given)
     else:
-        paths = replay_paths(params, config, batch, texts, places, own)
-    return _judge(params, config, batch, places, paths, own, everywhere)
+        states = replay_states(params, config, batch, texts, places, thought_ids)
+    return _compute(params, config, batch, places, states, thought_ids, everywhere)
 
 
-def _judge(
+def _compute(
     params: Params,
     config: ModelConfig,
     batch: Batch,
     positions: jax.Array,
-    paths: Paths,
-    own: jax.Array,
+    states: ThoughtStates,
+    thought_ids: jax.Array,
     everywhere: bool,
 ) -> Replay:
-    t, P = config.thoughts, own.shape[1]
-    ban, heat = forbidden_bias(config), t.policy_temperature
+    t, P = config.thoughts, thought_ids.shape[1]
+    logit_bias, temperature = forbidden_bias(config), t.policy_temperature
     targets, weights = layout.text_targets(batch)
-    base_logits = decoder.unembed(params, config, paths.base)  # [B, N, V]
+    base_logits = decoder.unembed(params, config, states.base)  # [B, N, V]
     base_nll = _nll(base_logits[:, :-1], targets)  # [B, N-1]
-    goals, goal_weights = layout.talk_targets(batch, positions, t.talk_tokens)  # [B, M, T]
-    talk_logits = decoder.unembed(params, config, paths.talk)  # [B, P, M, T, V]
+    target_ids, target_weights = layout.talk_targets(batch, positions, t.talk_tokens)  # [B, M, T]
+    talk_logits = decoder.unembed(params, config, states.talk)  # [B, P, M, T, V]
     index = (positions[..., None] + jnp.arange(t.talk_tokens)) % batch.tokens.shape[1]
-    there = jax.vmap(lambda x, at: x[at])(base_logits, index)[:, None]  # [B, 1, M, T, V]
+    base_at_targets = jax.vmap(lambda x, at: x[at])(base_logits, index)[:, None]  # [B, 1, M, T, V]
     # The vocabulary is linear, so states and logits mix alike; with logits a weight of 0 gives the base's to the bit.
-    w = paths.weight[..., None]
-    mixed = (1 - w) * there + w * talk_logits
-    talk_nll = _nll(mixed, jnp.broadcast_to(goals[:, None], mixed.shape[:-1]))
-    thought_logits = decoder.unembed(params, config, paths.think)
-    thought_logits = thought_logits if ban is None else thought_logits + ban
-    logp = -_nll(thought_logits / heat, own)  # [B, P, M, S]
+    w = states.weight[..., None]
+    mixed = (1 - w) * base_at_targets + w * talk_logits
+    talk_nll = _nll(mixed, jnp.broadcast_to(target_ids[:, None], mixed.shape[:-1]))
+    thought_logits = decoder.unembed(params, config, states.think)
+    thought_logits = thought_logits if logit_bias is None else thought_logits + logit_bias
+    logp = -_nll(thought_logits / temperature, thought_ids)  # [B, P, M, S]
 
-    shares = objective.weigh(config, batch, positions, P)
-    by = objective.divisors(config, shares, base_nll, talk_nll)
+    shares = objective.loss_weights(config, batch, positions, P)
+    normalizer = objective.divisors(config, shares, base_nll, talk_nll)
     reward = objective.rewards(base_nll, talk_nll, shares.talk > 0, positions)
     advantage = objective.advantages(config, reward)
-    loss_base = jnp.sum(base_nll * shares.base) / by.base
-    loss_talk = jnp.sum(talk_nll * shares.talk[:, None], axis=(0, 1, 2)) / by.talk
+    loss_base = jnp.sum(base_nll * shares.base) / normalizer.base
+    loss_talk = jnp.sum(talk_nll * shares.talk[:, None], axis=(0, 1, 2)) / normalizer.talk
     loss_nll = t.base_weight * loss_base + (1 - t.base_weight) * jnp.mean(loss_talk)
-    factor = objective.credit(config, advantage) * shares.policy[:, None]
-    loss_policy = -jnp.sum(factor * jnp.sum(logp, axis=-1)) / by.policy
+    factor = objective.reinforce_weight(config, advantage) * shares.policy[:, None]
+    loss_policy = -jnp.sum(factor * jnp.sum(logp, axis=-1)) / normalizer.policy
 
     def rows(x: jax.Array) -> jax.Array:  # [B, P, ...] -> [R, ...]
         return x.reshape(-1, *x.shape[2:])
 
     N, T = batch.tokens.shape[1], t.talk_tokens
     length = N - 1 - T * (not t.reward_tail) if everywhere else positions.shape[1]
-    shown = talk_nll * (goal_weights[:, None] > 0)
+    shown = talk_nll * (target_weights[:, None] > 0)
     cut = [rows(shown[..., s])[:, : N - 1 - s if everywhere else None] for s in range(T)]
     gains, advantage = rows(reward)[:, :length], rows(advantage)[:, :length]
     return Replay(
@@ -128,7 +128,7 @@ def _judge(
         thought_logp=layout.to_rows(logp),
         talk_thought_logits=layout.to_rows(talk_logits),
         talk_mixed_logits=layout.to_rows(mixed),
-        talk_mix_weight=layout.to_rows(paths.weight),
+        talk_mix_weight=layout.to_rows(states.weight),
         base_nll=jnp.repeat(base_nll * (weights > 0), P, axis=0),
         talk_nll_s=tuple(cut),
         reward=gains,

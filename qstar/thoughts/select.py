@@ -1,4 +1,4 @@
-"""Which positions think: all, a random part, the ones where the text alone is least sure, or those of a mask."""
+"""Choice of the positions that think: all, a random part, those of highest entropy, or those of a mask."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from qstar import tree
 from qstar.errors import UserError, require
-from qstar.mesh import put_whole_batch, to_host
+from qstar.mesh import put_global_batch, to_host
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
 from qstar.sample import batching, sampler
-from qstar.sample.logits import Knobs
+from qstar.sample.logits import SamplingParams
 from qstar.thoughts import decode
 from qstar.types import Completion
 
@@ -71,8 +71,12 @@ def generate(
     shared, rows = batching._encode(model, prompts, prefix)
     rows = [[*shared, *row] for row in rows]
     batching._check_lengths(model, [], rows, max_new_tokens)
-    talker = _talker(model, t, max_new_tokens)
-    knobs, heat, key = Knobs.make(temperature, top_k, top_p), jnp.float32(t.temperature), tree.random_key(seed)
+    sampler_config = _sampler_config(model, t, max_new_tokens)
+    sampling_params, thought_temperature, key = (
+        SamplingParams.make(temperature, top_k, top_p),
+        jnp.float32(t.temperature),
+        tree.random_key(seed),
+    )
     params = sampler.prepare(model.params, model.config)
     out: list[list[tuple[int, ThoughtfulCompletion]]] = [[] for _ in prompts]
     requests = sorted(((i, k) for i in range(len(rows)) for k in range(n)), key=lambda r: len(rows[r[0]]))
@@ -85,34 +89,36 @@ def generate(
             tokens[r, : len(rows[i])] = rows[i]
         lengths = np.asarray([len(rows[i]) for i, _ in padded], np.int32)
         keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, r[0]), r[1]))(jnp.asarray(padded))
-        tokens, lengths = put_whole_batch((tokens, lengths), model.mesh)
-        drawn = to_host(decode.write(params, talker, tokens, lengths, keys, knobs, heat))
+        tokens, lengths = put_global_batch((tokens, lengths), model.mesh)
+        output = to_host(
+            decode.generate(params, sampler_config, tokens, lengths, keys, sampling_params, thought_temperature)
+        )
         for r, (i, k) in enumerate(some):
-            out[i].append((k, _completion(model, drawn, r, stop, rows[i])))
+            out[i].append((k, _completion(model, output, r, stop, rows[i])))
     return [[c for _, c in sorted(row, key=lambda pair: pair[0])] for row in out]
 
 
-def _talker(model: Model, t: ThoughtConfig, max_new: int) -> decode.Talker:
+def _sampler_config(model: Model, t: ThoughtConfig, max_new: int) -> decode.ThoughtSamplerConfig:
     config, tokenizer = model.config, model.tokenizer
     limit = min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
     one = config.replace(thoughts=t.replace(talk_tokens=1))
-    return decode.Talker(one, model.stop_ids, max_new, limit)
+    return decode.ThoughtSamplerConfig(one, model.stop_ids, max_new, limit)
 
 
 def _completion(
-    model: Model, drawn: decode.Drawn, r: int, stop: tuple[str, ...], prompt: list[int]
+    model: Model, output: decode.SamplerOutput, r: int, stop: tuple[str, ...], prompt: list[int]
 ) -> ThoughtfulCompletion:
     """Row r up to its end, or to the first stop string."""
-    count, ended, text = int(drawn.count[r]), bool(drawn.stopped[r]), None
-    ids = drawn.tokens[r, :count].tolist()
+    count, ended, text = int(output.count[r]), bool(output.stopped[r]), None
+    ids = output.tokens[r, :count].tolist()
     if model.tokenizer is not None:
         text, count, ended = model.tokenizer.finish(ids, stop, after=prompt, stopped=ended)
     return ThoughtfulCompletion(
         text,
         ids[:count],
-        drawn.logprobs[r, :count].tolist(),
-        drawn.sample_logprobs[r, :count].tolist(),
+        output.logprobs[r, :count].tolist(),
+        output.sample_logprobs[r, :count].tolist(),
         ended,
-        drawn.thoughts[r, :count].tolist(),
-        drawn.weights[r, :count].tolist(),
+        output.thoughts[r, :count].tolist(),
+        output.weights[r, :count].tolist(),
     )

@@ -1,4 +1,4 @@
-"""One thought after one position of one text, as pure functions; and `over_thoughts`, which lifts them to all.
+"""One thought after one position of one text, as pure functions; and `vmap_thoughts`, which lifts them to all.
 
 Every function here is written for a single thread. Its text's keys and values come as one unmapped segment, so that under
 `vmap` over positions and passes they are read where they are: never a copy, never a mask of N x N(i+1).
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qstar.mesh import gathers, map_rows
+from qstar.mesh import map_rows, use_fsdp_gather
 from qstar.models import decoder, mixing
 from qstar.models.attention import text_mask
 from qstar.models.config import ModelConfig
@@ -21,18 +21,18 @@ from qstar.thoughts import layout
 from qstar.types import Batch, Params, Segment, Shared
 
 # Keys and values [L, G, tokens, K]; or of each layer [G, tokens, K], where its parameters are listed (`unstacked`).
-Pairs = tuple[jax.Array, jax.Array] | list[tuple[jax.Array, jax.Array]]
+KVCache = tuple[jax.Array, jax.Array] | list[tuple[jax.Array, jax.Array]]
 
 
-class Text(NamedTuple):
+class PrefixCache(NamedTuple):
     """A text that was read once, for all thoughts about it."""
 
     hidden: jax.Array  # [N, E] final states: the predictions without a thought
-    pairs: Pairs  # N tokens
+    pairs: KVCache  # N tokens
 
 
-def over_thoughts(
-    f: Callable[..., Any], own_axes: Sequence[int] | None = None, out_axes: Any = 0
+def vmap_thoughts(
+    f: Callable[..., Any], per_thought_axes: Sequence[int] | None = None, out_axes: Any = 0
 ) -> Callable[..., Any]:
     """Lifts f(row, text, j, *own), of one thought, to all thoughts of a batch.
 
@@ -45,20 +45,20 @@ def over_thoughts(
       position are unmapped over passes, row and text over positions.
     """
 
-    def lifted(batch: Batch, texts: Text, positions: jax.Array, *own: Any) -> Any:
-        rest = (0,) * len(own) if own_axes is None else tuple(own_axes)
+    def lifted(batch: Batch, texts: PrefixCache, positions: jax.Array, *per_thought: Any) -> Any:
+        rest = (0,) * len(per_thought) if per_thought_axes is None else tuple(per_thought_axes)
         per_position = jax.vmap(f, (None, None, 0, *rest), out_axes)
         per_pass = jax.vmap(per_position, (None, None, None, *rest), out_axes)
-        return map_rows(per_pass, (0, 0, 0, *rest), out_axes=out_axes)(batch, texts, positions, *own)
+        return map_rows(per_pass, (0, 0, 0, *rest), out_axes=out_axes)(batch, texts, positions, *per_thought)
 
     return lifted
 
 
-def unstacked(params: Params, config: ModelConfig, texts: Text) -> tuple[Params, Text]:
+def unstacked(params: Params, config: ModelConfig, texts: PrefixCache) -> tuple[Params, PrefixCache]:
     """Returns parameters and texts [B, ...] with their layers listed, for loops that write: nothing is then cut out of the
     stacks at every turn (a third to a half of the time of a token on a CPU). Only where the scan of layers is unrolled
     altogether, and no matrices are to be gathered."""
-    if pairs_axis(params) == 0 or config.scan_unroll < config.num_layers or gathers():
+    if pairs_axis(params) == 0 or config.scan_unroll < config.num_layers or use_fsdp_gather():
         return params, texts
     pairs = [tuple(x[:, i] for x in texts.pairs) for i in range(config.num_layers)]
     return {**params, "layers": decoder.unstack(params["layers"], config)}, texts._replace(pairs=pairs)
@@ -69,16 +69,16 @@ def pairs_axis(params: Params) -> int:
     return 0 if isinstance(params["layers"], list) else 1
 
 
-def past_of(params: Params, segments: Callable[..., list[Segment | Shared]], *pairs: Pairs) -> list[Any]:
+def past_of(params: Params, segments: Callable[..., list[Segment | Shared]], *pairs: KVCache) -> list[Any]:
     """Returns the `past` of `decoder.run`: the segments of keys and values, for all layers or of each."""
     return segments(*pairs) if pairs_axis(params) else [segments(*each) for each in zip(*pairs)]
 
 
-def read(params: Params, config: ModelConfig, batch: Batch) -> Text:
-    """Runs the texts [B, N] once each: `Text` with a leading axis B."""
+def read(params: Params, config: ModelConfig, batch: Batch) -> PrefixCache:
+    """Runs the texts [B, N] once each: `PrefixCache` with a leading axis B."""
 
-    def one(row: Batch) -> Text:
-        return Text(*decoder.forward(params, config, row.tokens, row.positions, layout.text_sight(row, config)))
+    def one(row: Batch) -> PrefixCache:
+        return PrefixCache(*decoder.forward(params, config, row.tokens, row.positions, layout.causal_mask(row, config)))
 
     return map_rows(one)(batch)
 
@@ -87,12 +87,12 @@ def run_thread(
     params: Params,
     config: ModelConfig,
     row: Batch,
-    pairs: Pairs,
+    pairs: KVCache,
     j: jax.Array,
     x: jax.Array,
     first: int | jax.Array,
-    own: Pairs | None = None,
-) -> tuple[jax.Array, Pairs]:
+    thought_kv: KVCache | None = None,
+) -> tuple[jax.Array, KVCache]:
     """Feeds some tokens of one thread, and returns their final states [t, E] and their keys and values.
 
     Args:
@@ -102,20 +102,22 @@ def run_thread(
     """
     t, window = x.shape[0], config.sliding_window
     steps = first + jnp.arange(t)
-    sight = layout.thread_sight(row, config, j, steps)
-    if own is None:
-        past = past_of(params, lambda pair: [Shared(*pair, sight)], pairs)
+    mask = layout.thought_mask(row, config, j, steps)
+    if thought_kv is None:
+        past = past_of(params, lambda pair: [Shared(*pair, mask)], pairs)
     else:
-        made = 1 + jnp.arange(jax.tree.leaves(own)[0].shape[-2])
+        made = 1 + jnp.arange(jax.tree.leaves(thought_kv)[0].shape[-2])
         seen = jnp.broadcast_to(made < first, (t, made.shape[0]))
         seen = seen if window is None else seen & (steps[:, None] - made < window)
-        past = past_of(params, lambda pair, mine: [Shared(*pair, sight), Segment(*mine, seen)], pairs, own)
+        past = past_of(params, lambda pair, mine: [Shared(*pair, mask), Segment(*mine, seen)], pairs, thought_kv)
     positions = layout.thread_positions(row, config, j, steps)
-    x = decoder.place(params, config, x, positions)
+    x = decoder.embed_tokens(params, config, x, positions)
     return decoder.run(params, config, x, positions, text_mask(None, t, window), past)
 
 
-def feed(params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, thought: jax.Array) -> jax.Array:
+def feed(
+    params: Params, config: ModelConfig, row: Batch, text: PrefixCache, j: jax.Array, thought: jax.Array
+) -> jax.Array:
     """Returns what a thread is fed, [start, c_1 .. c_S, end, x[j+1] .. x[j+T-1]], as rows [n, E], given c [S]."""
     S, T = config.thoughts.thought_tokens, config.thoughts.talk_tokens
     start, end = (mixing.vector(params, config, name)[None] for name in ("start", "end"))
@@ -128,25 +130,31 @@ def step(
     config: ModelConfig,
     i: jax.Array,
     row: Batch,
-    text: Text,
+    text: PrefixCache,
     j: jax.Array,
     token: jax.Array,
-    own: Pairs,
-) -> tuple[jax.Array, Pairs]:
+    thought_kv: KVCache,
+) -> tuple[jax.Array, KVCache]:
     """Feeds token i of a thread, from 0 (the start vector, then the drawn tokens): its state [E], keys and values."""
     x = jnp.where(i == 0, mixing.vector(params, config, "start"), params["embed"]["table"][token])
-    hidden, new = run_thread(params, config, row, text.pairs, j, x[None], i + 1, own)
+    hidden, new = run_thread(params, config, row, text.pairs, j, x[None], i + 1, thought_kv)
     return hidden[0], new
 
 
 def talk(
-    params: Params, config: ModelConfig, row: Batch, text: Text, j: jax.Array, token: jax.Array, own: Pairs
+    params: Params,
+    config: ModelConfig,
+    row: Batch,
+    text: PrefixCache,
+    j: jax.Array,
+    token: jax.Array,
+    thought_kv: KVCache,
 ) -> jax.Array:
     """Feeds what follows the last draw in one pass, [c_S, end, x[j+1] ..], and returns the states [T + 1, E]."""
     S, T = config.thoughts.thought_tokens, config.thoughts.talk_tokens
     rows = params["embed"]["table"][jnp.append(token[None], layout.future(row, config, j, T - 1))]
     x = jnp.concatenate([rows[:1], mixing.vector(params, config, "end")[None], rows[1:]])
-    return run_thread(params, config, row, text.pairs, j, x, S + 1, own)[0]
+    return run_thread(params, config, row, text.pairs, j, x, S + 1, thought_kv)[0]
 
 
 class Rollout(NamedTuple):
@@ -155,14 +163,20 @@ class Rollout(NamedTuple):
     records: Any  # what `draw` returned, leading axis S
     think: jax.Array  # [B, P, M, S, E] states drawn from
     token: jax.Array  # [B, P, M] the last token
-    own: Pairs  # [L, B, P, M, G, S, K], or of each layer
+    thought_kv: KVCache  # [L, B, P, M, G, S, K], or of each layer
 
 
-Draw = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
+SampleFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-def roll(
-    params: Params, config: ModelConfig, batch: Batch, texts: Text, positions: jax.Array, passes: int, draw: Draw
+def rollout(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    texts: PrefixCache,
+    positions: jax.Array,
+    passes: int,
+    draw: SampleFn,
 ) -> Rollout:
     """Writes all thoughts side by side, a token at a time.
 
@@ -174,26 +188,34 @@ def roll(
     axes = (0, pairs_axis(params))
     empty = jnp.zeros((B, passes, M, c.num_kv_heads, S, c.head_dim), c.dtype)
     empty = jnp.broadcast_to(empty, (c.num_layers, *empty.shape)) if axes[1] else empty
-    own = (empty, empty) if axes[1] else [(empty, empty)] * c.num_layers
+    thought_kv = (empty, empty) if axes[1] else [(empty, empty)] * c.num_layers
 
-    def body(carry: tuple[jax.Array, Pairs], i: jax.Array) -> tuple[Any, Any]:
-        token, own = carry
-        hidden, new = over_thoughts(partial(step, params, c, i), axes, axes)(batch, texts, positions, token, own)
-        own = jax.tree.map(lambda o, k: jax.lax.dynamic_update_slice_in_dim(o, k, i, axis=o.ndim - 2), own, new)
+    def body(carry: tuple[jax.Array, KVCache], i: jax.Array) -> tuple[Any, Any]:
+        token, thought_kv = carry
+        hidden, new = vmap_thoughts(partial(step, params, c, i), axes, axes)(batch, texts, positions, token, thought_kv)
+        thought_kv = jax.tree.map(
+            lambda o, k: jax.lax.dynamic_update_slice_in_dim(o, k, i, axis=o.ndim - 2), thought_kv, new
+        )
         token, record = draw(i, hidden)
-        return (token, own), (hidden, record)
+        return (token, thought_kv), (hidden, record)
 
-    start = (jnp.zeros((B, passes, M), jnp.int32), own)
-    (token, own), (think, records) = jax.lax.scan(body, start, jnp.arange(S))
-    return Rollout(records, jnp.moveaxis(think, 0, 3), token, own)
+    start = (jnp.zeros((B, passes, M), jnp.int32), thought_kv)
+    (token, thought_kv), (think, records) = jax.lax.scan(body, start, jnp.arange(S))
+    return Rollout(records, jnp.moveaxis(think, 0, 3), token, thought_kv)
 
 
-def roll_and_talk(
-    params: Params, config: ModelConfig, batch: Batch, texts: Text, positions: jax.Array, passes: int, draw: Draw
+def rollout_and_talk(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    texts: PrefixCache,
+    positions: jax.Array,
+    passes: int,
+    draw: SampleFn,
 ) -> tuple[jax.Array, Any]:
     """A rollout, and what follows it as one pass on its keys and values: states [B, P, M, n, E], and the draws' records."""
     params, texts = unstacked(params, config, texts)
-    rollout = roll(params, config, batch, texts, positions, passes, draw)
-    last = over_thoughts(partial(talk, params, config), (0, pairs_axis(params)))
-    states = last(batch, texts, positions, rollout.token, rollout.own)
-    return jnp.concatenate([rollout.think, states], axis=3), rollout.records
+    result = rollout(params, config, batch, texts, positions, passes, draw)
+    last = vmap_thoughts(partial(talk, params, config), (0, pairs_axis(params)))
+    states = last(batch, texts, positions, result.token, result.thought_kv)
+    return jnp.concatenate([result.think, states], axis=3), result.records

@@ -86,7 +86,7 @@ class Checkpoints:
                     if aside.exists():
                         aside.rmtree()
                     (self.folder / str(step)).rename(aside)
-                processes.agreed(True)  # it is moved before any process looks again
+                processes.broadcast_bool(True)  # it is moved before any process looks again
                 self._manager.reload()
         return None
 
@@ -115,7 +115,9 @@ class Checkpoints:
             if found is None:
                 warn(UNVERIFIED)
                 stored = self._manager.item_metadata(step)["state"]
-                arrays = {n: [list(x.shape), str(x.dtype), None] for n, x in tree.named_leaves(stored) if hasattr(x, "shape")}
+                arrays = {
+                    n: [list(x.shape), str(x.dtype), None] for n, x in tree.named_leaves(stored) if hasattr(x, "shape")
+                }
             else:
                 arrays = found["arrays"]
             _compare(arrays, target, where)
@@ -134,7 +136,9 @@ class Checkpoints:
             now = checksums(state)
             if wrong := [name for name in arrays if now[name] != arrays[name]]:
                 raise Damaged(f"checkpoint {where} is damaged (the checksum of {wrong[0]} differs)")
-        return jax.tree.map(lambda x, t: x.astype(t.dtype) if jnp.issubdtype(t.dtype, jnp.floating) else x, state, target), record
+        return jax.tree.map(
+            lambda x, t: x.astype(t.dtype) if jnp.issubdtype(t.dtype, jnp.floating) else x, state, target
+        ), record
 
     def wait(self) -> None:
         """Blocks until what was started is on disk."""
@@ -194,7 +198,7 @@ def _checksum(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.uint8)
     width = max(8, min(32, x.dtype.itemsize * 8))  # 64-bit elements become pairs
     h = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
-    for axis, size in enumerate(h.shape):  # no reshape, which could move a sharded array between devices
+    for axis in range(h.ndim):  # no reshape, which could move a sharded array between devices
         stride = math.prod(h.shape[axis + 1 :]) & 0xFFFFFFFF
         h = h + jax.lax.broadcasted_iota(jnp.uint32, h.shape, axis) * jnp.uint32(stride * 0x9E3779B1 & 0xFFFFFFFF)
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)

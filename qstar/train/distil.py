@@ -97,15 +97,17 @@ def distil_loss(
     total = nll
     if s.kind != "hard":
         frozen = jax.lax.stop_gradient(params["teacher"])
-        taught = policy.response_states(frozen, teacher, batch.teacher_prompt, batch.teacher_mask, batch.response)
-        soft = _soft(params["policy"], frozen, states, taught, mask, config, teacher, s, limit)
+        teacher_states = policy.response_states(
+            frozen, teacher, batch.teacher_prompt, batch.teacher_mask, batch.response
+        )
+        soft = _soft(params["policy"], frozen, states, teacher_states, mask, config, teacher, s, limit)
         metrics["divergence"] = (soft, weight)
         total = s.soft_share * s.temperature**2 * soft + (1.0 - s.soft_share) * nll
     metrics |= {"loss": (total, weight), "tokens": (weight, jnp.float32(0))}
     return (total, weight), metrics
 
 
-def _soft(student, frozen, states, taught, mask, config, teacher, s, limit) -> jax.Array:
+def _soft(student, frozen, states, teacher_states, mask, config, teacher, s, limit) -> jax.Array:
     """Sum over tokens of the divergence; one response's logits exist at a time (and are made again for the gradient)."""
     spread = functools.partial(policy.log_distribution, temperature=s.temperature, limit=limit)
 
@@ -115,4 +117,4 @@ def _soft(student, frozen, states, taught, mask, config, teacher, s, limit) -> j
         each = divergence(spread(frozen, teacher, theirs), spread(student, config, mine), s.kind, s.beta)
         return total + jnp.sum(jnp.where(m > 0, each * m, 0.0)), None
 
-    return jax.lax.scan(one, jnp.float32(0), (states, taught, mask))[0]
+    return jax.lax.scan(one, jnp.float32(0), (states, teacher_states, mask))[0]

@@ -1,4 +1,4 @@
-"""What samples, votes and scores are worth: pass@k, majority@k, best-of-k, a verifier's quality, intervals over problems."""
+"""Evaluation statistics: pass@k, majority@k, best-of-k, a verifier's quality, intervals over problems."""
 
 from __future__ import annotations
 

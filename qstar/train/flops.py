@@ -1,4 +1,4 @@
-"""How many FLOPs an update needs, and what the device could do: the model FLOPs utilisation (MFU) of a run.
+"""FLOPs that an update needs, peak rates of devices, and the model FLOPs utilisation (MFU) of a run.
 
     needed = 6 per matmul parameter and token (2 forward, 4 backward; 4 in all where the weights are frozen, under adapters)
            + 12 L H K per pair of a token and one that it sees (attention, causal, within its document and its window)

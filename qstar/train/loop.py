@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from qstar import stop
 from qstar.errors import TrainingFailed
-from qstar.mesh import put_whole_batch
+from qstar.mesh import put_global_batch
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.profile import Watch
 from qstar.train.state import TrainState
@@ -38,9 +38,9 @@ class Progress(NamedTuple):
         try:
             with stop.released():
                 yield
-        except stop.Stopped:
+        except stop.Preempted:
             self.save()
-            raise stop.Stopped(_saved(self.step)) from None
+            raise stop.Preempted(_saved(self.step)) from None
 
 
 def fit(
@@ -81,9 +81,9 @@ def fit(
       Diverged: after saving the last good state; also at the end, if nothing was learnt (see `_Fit.require_learnt`).
       Stopped: the process was told to end (SIGTERM), after saving where it is.
     """
-    place = place or functools.partial(put_whole_batch, mesh=mesh)
+    place = place or functools.partial(put_global_batch, mesh=mesh)
     made = (lambda step, state: batch_at(step)) if not on_policy else batch_at
-    with stop.held():
+    with stop.defer():
         yield from _Fit(state, steps, checkpoints, save_every, log_every, max_bad, extra).run(
             step_at, made, lr_at, place, watch or Watch()
         )
@@ -125,7 +125,7 @@ class _Fit:
             watch.after(rows, metrics)
             self.window.append(metrics)
             done = step + 1
-            stopping = stop.asked()
+            stopping = stop.should_stop()
             ends, logs = done == self.steps, done % self.log_every == 0
             saves = ends or stopping or (self.save_every and done % self.save_every == 0)
             if logs or ends or saves:
@@ -153,7 +153,7 @@ class _Fit:
                     self.since = time.perf_counter()
             if stopping:  # after the last update, too: what follows may take longer than there is time
                 self.wait()
-                raise stop.Stopped(*() if self.checkpoints is None else (_saved(done),))
+                raise stop.Preempted(*() if self.checkpoints is None else (_saved(done),))
         self.wait()
 
     def count(self, metrics: list[dict[str, float]]) -> int:
@@ -170,7 +170,9 @@ class _Fit:
         must not pass for a trained one."""
         why = ""
         if not self.learnt:
-            why = f"none of {done} updates was finite and had a token to learn from; look at the data and the first model"
+            why = (
+                f"none of {done} updates was finite and had a token to learn from; look at the data and the first model"
+            )
         elif len(self.window) > 1 and all(m["skipped"] >= 1 for m in self.window):  # a single one may be by chance
             why = _not_finite(len(self.window), done)
         if done and why:

@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar.mesh import count_ways, laid, map_rows
+from qstar.mesh import constrain, count_batch_shards, map_rows
 from qstar.models import decoder, policy
-from qstar.models.attention import precision, text_sight
+from qstar.models.attention import causal_mask, precision
 from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
 from qstar.types import Batch, Metrics, Params, Responses
 
-CHUNK_BYTES = 8 * 2**20  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
+CHUNK_BYTES = (
+    8 * 2**20
+)  # of float32 logits alive at once per device: fits in a CPU's cache, costs an accelerator nothing
 MIN_CHUNK = 512  # tokens: below that the kernel and its gradient would be read and written for too little work
 
 SumWeight = tuple[jax.Array, jax.Array]
@@ -73,7 +75,7 @@ def hidden_states(params: Params, config: ModelConfig, batch: Batch, one_text: b
     """Returns [B, T, E]: the decoder, written for one sequence, over the rows of a batch, packed or not (`one_text`)."""
 
     def one(tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        mask = text_sight(config, segment_ids, one_text=one_text, must=True)
+        mask = causal_mask(config, segment_ids, one_text=one_text, must=True)
         return decoder.forward(params, config, tokens, positions, mask)[0]
 
     return map_rows(one)(batch.tokens, batch.positions, batch.segment_ids)
@@ -168,7 +170,7 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss):
         exact = precision(h.dtype)
         d_hidden = jnp.matmul(d_low, low.T, precision=exact)
         d_kernel = d_kernel + jnp.matmul(h.T, d_low, precision=exact, preferred_element_type=jnp.float32)
-        d_kernel = laid(d_kernel, ("embed", "vocab"))
+        d_kernel = constrain(d_kernel, ("embed", "vocab"))
         return (nll_sum + nll, hit_sum + hits, d_kernel, d_bias + jnp.sum(d_logits, axis=0)), (d_hidden, each)
 
     low = _gathered(kernel, hidden.dtype)
@@ -198,8 +200,8 @@ _token_nll.defvjp(_forward, _backward)
 
 def _gathered(kernel: jax.Array, dtype: Any) -> jax.Array:
     """The kernel [E, V] in the compute dtype, all of its rows on every device: once, before the chunks."""
-    low = laid(kernel.astype(dtype), ("embed", "vocab"))  # or it would be gathered first and cast then
-    return laid(low, (None, "vocab"))
+    low = constrain(kernel.astype(dtype), ("embed", "vocab"))  # or it would be gathered first and cast then
+    return constrain(low, (None, "vocab"))
 
 
 def _logits(h, kernel, bias):
@@ -222,7 +224,7 @@ def chunks(arrays: Any, vocab: int) -> Any:
     A chunk takes every C-th token of each device, so that tokens which are split over devices stay split within each chunk.
     """
     N = arrays[0].shape[0]
-    parts = count_ways(N)
+    parts = count_batch_shards(N)
     own = N // parts
     n = min(own, max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab)))
     count = -(-own // n)
@@ -232,13 +234,13 @@ def chunks(arrays: Any, vocab: int) -> Any:
         rest = x.shape[1:]
         padded = jnp.pad(x.reshape(parts, own, *rest), [(0, 0), (0, count * n - own)] + [(0, 0)] * len(rest))
         chunk = jnp.moveaxis(padded.reshape(parts, n, count, *rest), 2, 0).reshape(count, parts * n, *rest)
-        return laid(chunk, (None, "batch") + (None,) * len(rest))
+        return constrain(chunk, (None, "batch") + (None,) * len(rest))
 
     return jax.tree.map(cut, arrays)
 
 
 def unchunk(x: jax.Array, count: int) -> jax.Array:
     """Returns [count, ...] from chunks [C, n, ...] of `chunks`."""
-    parts, rest = count_ways(count), x.shape[2:]
+    parts, rest = count_batch_shards(count), x.shape[2:]
     x = jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *rest), 0, 2)  # [parts, n, C, ...]
     return x.reshape(parts, -1, *rest)[:, : count // parts].reshape(count, *rest)

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl`, TensorBoard, optionally wandb, and a table in the terminal."""
+"""Metrics writers: `metrics.jsonl`, TensorBoard, optionally wandb, and a table in the terminal."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def _wandb_run(folder: Path, options: dict[str, Any]) -> Any:
         return wandb.init(**options)
     except Exception as e:  # not logged in, no network, an option that it does not have
         line = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"config.log.wandb: wandb.init refused ({line}); mend it, or leave config.log.wandb empty") from None
+        raise UserError(
+            f"config.log.wandb: wandb.init refused ({line}); mend it, or leave config.log.wandb empty"
+        ) from None
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Watching a run: profiler traces of chosen updates, recompiles, memory, and what hides between host and device."""
+"""Profiling of a run: traces of chosen updates, recompiles, memory, and transfers between host and device."""
 
 from __future__ import annotations
 

@@ -203,11 +203,11 @@ def estimate(
     if settings.estimator == "ppo":
         raw = gae(token_rewards(scores, k1, mask, paid), values, mask, settings.gamma, settings.lam)
         return (whitened(raw, mask) if settings.whiten else raw), (raw + values) * mask
-    whole = scores - paid * jnp.sum(k1, axis=1)
+    returns = scores - paid * jnp.sum(k1, axis=1)
     if settings.estimator == "rloo":
-        each = leave_one_out(whole, settings.group)
+        each = leave_one_out(returns, settings.group)
     else:
-        each = group_normalised(whole, settings.group, settings.divide_by_std)
+        each = group_normalised(returns, settings.group, settings.divide_by_std)
     return each[:, None] * mask, jnp.zeros_like(mask)
 
 

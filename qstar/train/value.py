@@ -32,9 +32,9 @@ def value_loss(
 ) -> tuple[SumWeight, Metrics]:
     """Binary cross-entropy of the value head where `batch.weight` asks it, plus lm_weight times the NLL of `rows.mask`.
 
-    Both are means over their own tokens, so that lm_weight means the same for an ORM, which judges every token, and for a PRM,
-    which judges one per step. The sum that is returned has one divisor, the judged tokens; `batch.lm_scale`, a count over
-    all data, brings the NLL to it, so that the update is the same however a batch is cut into micro-batches.
+    Both are means over their own tokens, so that lm_weight means the same for an ORM, which judges every token, and for a
+    PRM, which judges one per step. The sum that is returned has one divisor, the judged tokens; `batch.lm_scale`, a count
+    over all data, brings the NLL to it, so that the update is the same however a batch is cut into micro-batches.
 
     Args:
       params: {"policy": ...}, of a `config` with a value head. rng: of the dropout.

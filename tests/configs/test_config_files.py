@@ -12,16 +12,14 @@ from ml_collections import ConfigDict
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods import guided_cot, quiet_star, rl, star, v_star
-from qstar.methods.arms import Context
-from qstar.methods.quiet_setup import Study
-from qstar.methods.v_star_setup import Study as VStudy
+from qstar.methods.arms import RunContext
+from qstar.methods.quiet_setup import QuietContext
+from qstar.methods.v_star_setup import VStarContext as VStudy
 from qstar.train import metrics
 from tests.methods import runs, stub
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FILES = sorted(
-    path.name for path in (ROOT / "configs").glob("*.py") if path.name not in ("common.py", "__init__.py")
-)
+FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.name not in ("common.py", "__init__.py"))
 SMOKE = {
     "star_arithmetic.py": runs.arithmetic,
     "star_gsm8k.py": runs.gsm8k,
@@ -74,20 +72,22 @@ def test_it_loads_and_all_its_settings_are_known(name, mode, tmp_path):
     config = module(name).get_config(mode)
     assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
     assert config.seed == (3 if mode and "seed" in mode else 0)
-    ctx = Context.make(config, tmp_path / "run", stub.Silent())
-    arms = [ctx.arm_settings(star.Loop, star.PRESETS, arm) for arm in config.arms]
+    ctx = RunContext.make(config, tmp_path / "run", stub.Silent())
+    arms = [ctx.arm_settings(star.VariantConfig, star.PRESETS, arm) for arm in config.arms]
     assert arms and not (tmp_path / "run").exists()
     json.dumps(config.to_dict())
 
 
 @pytest.mark.parametrize("name", VERIFIED)
-@pytest.mark.parametrize("mode", [None, "smoke", "smoke,seed=3", "arms=sft+verification+star+rft+star_dagger+v_star_1iter"])
+@pytest.mark.parametrize(
+    "mode", [None, "smoke", "smoke,seed=3", "arms=sft+verification+star+rft+star_dagger+v_star_1iter"]
+)
 def test_a_v_star_config_loads_and_all_its_settings_are_known(name, mode, tmp_path):
     config = module(name).get_config(mode)
     assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
     assert config.seed == (3 if mode and "seed" in mode else 0)
     ctx = VStudy.make(config, tmp_path / "run", stub.Silent())
-    loops = {arm: ctx.arm_settings(v_star.Loop, v_star.PRESETS, arm) for arm in config.arms}
+    loops = {arm: ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, arm) for arm in config.arms}
     assert loops and not (tmp_path / "run").exists()
     if mode and "arms" in mode:  # as many samples for all, and what the table of baselines says
         assert {x.k * x.n_iters for x in loops.values()} == {0, 48}
@@ -129,8 +129,8 @@ def test_a_quiet_star_config_loads_and_all_its_settings_are_known(name, tmp_path
         assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
         assert config.seed == (3 if mode and "seed" in mode else 0)
         json.dumps(config.to_dict())
-    study = Study.make(config, tmp_path / "run", stub.Silent())  # the texts of the other modes are not here
-    recipes = quiet_star.in_order({arm: study.recipe(quiet_star.Recipe, arm) for arm in config.arms})
+    study = QuietContext.make(config, tmp_path / "run", stub.Silent())  # the texts of the other modes are not here
+    recipes = quiet_star.in_order({arm: study.recipe(quiet_star.QuietConfig, arm) for arm in config.arms})
     assert recipes and not (tmp_path / "run").exists()
 
 
@@ -140,8 +140,8 @@ def test_an_rl_config_loads_and_all_its_settings_are_known(name, mode, tmp_path)
     config = module(name).get_config(mode)
     assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
     assert config.seed == (3 if mode and "seed" in mode else 0)
-    ctx = Context.make(config, tmp_path / "run", stub.Silent(), train=rl.ReinforceSettings)
-    assert rl.settings_from(rl.Loop, config.loop.to_dict(), "loop").rounds
+    ctx = RunContext.make(config, tmp_path / "run", stub.Silent(), train=rl.ReinforceSettings)
+    assert rl.settings_from(rl.RLConfig, config.loop.to_dict(), "loop").rounds
     assert all(rl.arm_settings(ctx, arm) for arm in config.arms) and not (tmp_path / "run").exists()
     json.dumps(config.to_dict())
 
@@ -152,7 +152,7 @@ def test_a_guided_config_loads_and_all_its_settings_are_known(name, mode, tmp_pa
     config = module(name).get_config(mode)
     assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
     assert config.seed == (3 if mode and "seed" in mode else 0)
-    study = guided_cot.Study.make(config, tmp_path / "run", stub.Silent())
+    study = guided_cot.GuidedContext.make(config, tmp_path / "run", stub.Silent())
     assert all(study.rl_settings(arm) for arm in study.recipes) and not (tmp_path / "run").exists()
     assert all(r.start == "base" or r.start in study.recipes for r in study.recipes.values())
     json.dumps(config.to_dict())
@@ -198,8 +198,8 @@ def test_the_smoke_mode_of_rl_runs_to_the_end(name):
 @pytest.mark.parametrize("study", ["lengths", "official", "fast", "documents=2", "arms=long+pause_long"])
 def test_every_study_of_the_tiny_config_loads(study, tmp_path):
     config = module("quiet_star_tiny.py").get_config(study)
-    made = Study.make(config, tmp_path / "run", stub.Silent())
-    assert len({made.recipe(quiet_star.Recipe, arm) and arm for arm in config.arms}) >= 2
+    made = QuietContext.make(config, tmp_path / "run", stub.Silent())
+    assert len({made.recipe(quiet_star.QuietConfig, arm) and arm for arm in config.arms}) >= 2
 
 
 @EVERY
@@ -230,9 +230,7 @@ def test_a_value_it_does_not_know_is_refused_before_anything_is_written(name, fl
 
 @EVERY
 def test_its_docstring_names_the_command(name):
-    commands = re.findall(
-        r"qstar train --config=(configs/\S+?\.py)(?:\S*) --workdir=\S+", module(name).__doc__
-    )
+    commands = re.findall(r"qstar train --config=(configs/\S+?\.py)(?:\S*) --workdir=\S+", module(name).__doc__)
     assert commands and set(commands) == {f"configs/{name}"}
 
 
@@ -290,7 +288,7 @@ def test_the_papers_settings_stand_in_the_configs_of_its_tasks():
     """2203.14465, appendix H, and the release: 1e-6 after 100 steps, batch 8, 40 x 1.2^n steps."""
     for name in ("star_gsm8k.py", "star_commonsense_qa.py"):
         config = module(name).get_config()
-        loop = star.Loop(**config.loop.to_dict())
+        loop = star.VariantConfig(**config.loop.to_dict())
         assert (loop.restart, loop.steps, loop.problems_per_iter, loop.k) == ("base", "exp:40:1.2", 10_000, 1)
         train = config.train
         assert (train.lr, train.warmup, train.batch_size, train.schedule, train.clip) == (
@@ -307,9 +305,9 @@ def test_the_papers_settings_stand_in_the_configs_of_its_tasks():
 
 def test_the_arms_of_the_sums_differ_in_rationalisation_alone(tmp_path):
     config = module("star_arithmetic.py").get_config()
-    ctx = Context.make(config, tmp_path, stub.Silent())
+    ctx = RunContext.make(config, tmp_path, stub.Silent())
     one, other = (
-        ctx.arm_settings(star.Loop, star.PRESETS, arm) for arm in ("rationalisation", "no_rationalisation")
+        ctx.arm_settings(star.VariantConfig, star.PRESETS, arm) for arm in ("rationalisation", "no_rationalisation")
     )
     differ = {k for k, v in vars(one).items() if v != getattr(other, k)}
     assert differ == {"rationalize"} and one.rationalize

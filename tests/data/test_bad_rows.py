@@ -13,9 +13,19 @@ from qstar.text.tokenizer import char_tokenizer
 
 PARAGRAPHS = [["A", ["The Elbe. "]]]
 MATH = {"problem": "1+1", "solution": "\\boxed{2}", "level": "Level 1", "type": "Algebra"}
-QUIZ = {"id": "q", "question": {"stem": "Where?", "choices": [{"label": c, "text": c} for c in "ABCDE"]}, "answerKey": "A"}
+QUIZ = {
+    "id": "q",
+    "question": {"stem": "Where?", "choices": [{"label": c, "text": c} for c in "ABCDE"]},
+    "answerKey": "A",
+}
 TEST = "def check(f):\n    assert f() == 1\n"
-CODE = {"task_id": "H/0", "prompt": "def f():\n    \"\"\"One.\"\"\"\n", "canonical_solution": "    return 1\n", "test": TEST, "entry_point": "f"}
+CODE = {
+    "task_id": "H/0",
+    "prompt": 'def f():\n    """One."""\n',
+    "canonical_solution": "    return 1\n",
+    "test": TEST,
+    "entry_point": "f",
+}
 HOP = {"question": "Which?", "answer": "Elbe", "context": PARAGRAPHS, "supporting_facts": [["A", 0]]}
 # task: (a good record, a bad one, what is said of the bad one)
 KINDS = {

@@ -69,15 +69,18 @@ def test_mix_does_not_share_the_order_of_the_main_rows():
     assert [n + 1000 for n in batch[:64]] != batch[64:]
 
 
-@pytest.mark.parametrize("message, call", [
-    ("no rows", lambda: batches(rows(0), 4, seed=0)),
-    ("no rows", lambda: batches({}, 4, seed=0)),
-    ("no rows", lambda: batches(rows(5), 4, seed=0, mix=(rows(0), 0.5))),
-    ("share 1.5", lambda: batches(rows(5), 4, seed=0, mix=(rows(5), 1.5))),
-    ("batch size 0", lambda: batches(rows(5), 0, seed=0)),
-    ("differ in their number", lambda: batches({"a": np.zeros(3), "b": np.zeros(4)}, 2, seed=0)),
-    ("same keys, shapes", lambda: batches(rows(5), 2, seed=0, mix=({"tokens": np.zeros((3, 5))}, 0.5))),
-])
+@pytest.mark.parametrize(
+    "message, call",
+    [
+        ("no rows", lambda: batches(rows(0), 4, seed=0)),
+        ("no rows", lambda: batches({}, 4, seed=0)),
+        ("no rows", lambda: batches(rows(5), 4, seed=0, mix=(rows(0), 0.5))),
+        ("share 1.5", lambda: batches(rows(5), 4, seed=0, mix=(rows(5), 1.5))),
+        ("batch size 0", lambda: batches(rows(5), 0, seed=0)),
+        ("differ in their number", lambda: batches({"a": np.zeros(3), "b": np.zeros(4)}, 2, seed=0)),
+        ("same keys, shapes", lambda: batches(rows(5), 2, seed=0, mix=({"tokens": np.zeros((3, 5))}, 0.5))),
+    ],
+)
 def test_bad_input_is_refused(message, call):
     with pytest.raises(UserError, match=message):
         call()

@@ -200,7 +200,9 @@ def test_the_whole_error_of_datasets_is_shown(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def fail(*args, **kwargs):
-        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['algebra', 'geometry']")
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['algebra', 'geometry']"
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     assert "among the available configs: ['algebra', 'geometry']" in refusal("EleutherAI/hendrycks_math")
@@ -211,14 +213,25 @@ def test_the_defaults_on_the_hub_can_be_read(monkeypatch):
     datasets = pytest.importorskip("datasets")
     from qstar.tasks import make_task
 
-    subjects = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
+    subjects = (
+        "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
+    )
     math = {"problem": "1+1", "level": "Level 1", "solution": "\\boxed{2}"}
-    hop = {"_id": "1", "question": "Which?", "answer": "Elbe", "context": '[["A", ["The Elbe."]]]', "supporting_facts": '[["A", 0]]'}
+    hop = {
+        "_id": "1",
+        "question": "Which?",
+        "answer": "Elbe",
+        "context": '[["A", ["The Elbe."]]]',
+        "supporting_facts": '[["A", 0]]',
+    }
 
     def load_dataset(path, name=None, *, split=None, data_files=None):
         if path == "EleutherAI/hendrycks_math" and name in subjects:
             return [{**math, "type": name}] * (2 if split == "test" else 3)
-        if path == "parquet" and data_files == f"hf://datasets/xanhho/2WikiMultihopQA/{'dev' if n == 'test' else 'train'}.parquet":
+        if (
+            path == "parquet"
+            and data_files == f"hf://datasets/xanhho/2WikiMultihopQA/{'dev' if n == 'test' else 'train'}.parquet"
+        ):
             return [hop] * (2 if n == "test" else 60)
         raise RuntimeError(f"not on the hub: {path} {name} {data_files}")
 

@@ -37,9 +37,7 @@ def qstar(*arguments, timeout=900):
     """`python -m qstar ...` in a process of its own, which stands in a foreign folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     command = [sys.executable, "-m", "qstar", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=scratch(), env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    return subprocess.run(command, cwd=scratch(), env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 @functools.cache
@@ -71,7 +69,9 @@ def killed(config, plans, flags=()):
     codes = drive([{**job, "drop": drops, "kill": kill} for *drops, kill in plans])
     for (*_, plan), code in zip(plans, codes, strict=True):
         log = folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
-        assert code == (-9 if plan and not plan.startswith("term ") else 0), f"planned end: {plan or 'none'}, exit code {code}\n{log}"
+        assert code == (-9 if plan and not plan.startswith("term ") else 0), (
+            f"planned end: {plan or 'none'}, exit code {code}\n{log}"
+        )
     return folder
 
 
@@ -80,9 +80,7 @@ def drive(jobs):
     plan = fresh("jobs").with_suffix(".json")
     plan.write_text(json.dumps(jobs), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, DRIVER, plan], env=environment, check=True, timeout=1200, capture_output=True
-    )
+    subprocess.run([sys.executable, DRIVER, plan], env=environment, check=True, timeout=1200, capture_output=True)
     return json.loads(plan.with_suffix(".codes").read_text(encoding="utf-8"))
 
 
@@ -117,8 +115,6 @@ def _leaves(node, path=""):
     if not hasattr(node, "items"):
         return {path: (str(node.dtype), node.shape, np.asarray(node).tobytes())}
     return {k: v for name, child in node.items() for k, v in _leaves(child, f"{path}/{name}").items()}
-
-
 
 
 def numbers(folder):

@@ -1,7 +1,7 @@
 """A tiny STaR run whose sampler is a script: what the loop does with attempts, whoever made them."""
 
 from qstar.methods import arms, star
-from qstar.methods.arms import Arm, Context
+from qstar.methods.arms import Arm, RunContext
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.types import Rollout
@@ -47,18 +47,18 @@ def config(**sections):
 
 def context(tmp_path, **sections):
     """A Context that needs no model: the character tokenizer stands in it already."""
-    ctx = Context.make(config(**sections), tmp_path, Silent())
+    ctx = RunContext.make(config(**sections), tmp_path, Silent())
     ctx.tokenizer = char_tokenizer(ALPHABET, pad=PAD, eos=EOS)
     return ctx
 
 
 def arm_of(ctx, name="star"):
     """The arm and its settings."""
-    return Arm(ctx, name), ctx.arm_settings(star.Loop, star.PRESETS, name)
+    return Arm(ctx, name), ctx.arm_settings(star.VariantConfig, star.PRESETS, name)
 
 
 def rollout(task, problem, completion, *, hinted=False, iteration=1, sample=0, truncated=False):
-    """A scored attempt, as `rollouts.attempt` makes it."""
+    """A scored attempt, as `rollouts.sample_rollouts` makes it."""
     answer = task.parse(completion)
     return Rollout(
         problem_id=problem.id,
@@ -96,6 +96,6 @@ def script(monkeypatch, write, evaluate=None):
             for p, j, text in texts
         ]
 
-    monkeypatch.setattr(star, "attempt", attempt)
-    monkeypatch.setattr(arms, "attempt", attempt)
+    monkeypatch.setattr(star, "sample_rollouts", attempt)
+    monkeypatch.setattr(arms, "sample_rollouts", attempt)
     return asked

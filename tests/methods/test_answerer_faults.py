@@ -37,7 +37,9 @@ def serve():
         server.answer, server.daemon_threads = answer, True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         made.append(server)
-        return A.HttpAnswerer(f"http://127.0.0.1:{server.server_port}/v1", "m", **{"wait": 0.01, "retries": 1, **options})
+        return A.HttpAnswerer(
+            f"http://127.0.0.1:{server.server_port}/v1", "m", **{"wait": 0.01, "retries": 1, **options}
+        )
 
     yield start
     for server in made:
@@ -112,7 +114,9 @@ def test_replies_of_wrong_types_are_one_line(serve, choice):
         serve(lambda ps: (200, {"choices": [choice]})).answer(["p"])
 
 
-@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"a":' * 100_000, b"9" * 5000, b"null", b"5", b"[]", b'{"choices": {}}'])
+@pytest.mark.parametrize(
+    "body", [b"[" * 200_000, b'{"a":' * 100_000, b"9" * 5000, b"null", b"5", b"[]", b'{"choices": {}}']
+)
 def test_replies_that_are_no_completions_are_one_line(serve, body):
     with pytest.raises(UserError):
         serve(lambda ps: (200, body)).answer(["p"])

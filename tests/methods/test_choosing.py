@@ -121,7 +121,9 @@ def test_votes_by_score_are_near_the_mean_over_all_subsets(problems):
         exact = [brute(c, k, functools.partial(win, c)) for c in problems]
         np.testing.assert_allclose(ours, exact, atol=0.13)  # 200 of 70 subsets, drawn
         assert np.mean(ours) == pytest.approx(np.mean(exact), abs=0.04)
-        assert found[f"{rule}/logp"][8][0] == pytest.approx(brute(problems[0], 8, lambda s: win(problems[0], s)))
+        assert found[f"{rule}/logp"][8][0] == pytest.approx(
+            brute(problems[0], 8, lambda s, win=win: win(problems[0], s))
+        )
 
 
 def test_a_judge_grades_one_solution_at_a_time_and_a_reply_without_number_comes_last():
@@ -161,8 +163,13 @@ def test_what_a_scorer_is_worth(problems):
         areas = [auc(p.scores[name], p.correct) for p in problems]
         assert found["auc"][name] == pytest.approx(np.nanmean(areas))
         regret = np.subtract(values["pass"][4], values[f"best/{name}"][4])
-        assert found["regret"][name]["4"][0] == pytest.approx(regret.mean()) and found["regret"][name]["1"][0] == pytest.approx(0)
-        flat = [np.concatenate([np.asarray(x, float) for x in xs]) for xs in zip(*((p.scores[name], p.correct) for p in problems))]
+        assert found["regret"][name]["4"][0] == pytest.approx(regret.mean()) and found["regret"][name]["1"][
+            0
+        ] == pytest.approx(0)
+        flat = [
+            np.concatenate([np.asarray(x, float) for x in xs])
+            for xs in zip(*((p.scores[name], p.correct) for p in problems))
+        ]
         assert found["auc_pooled"][name] == pytest.approx(auc(*flat))
         assert found["calibration"][name].keys() == {"ece", "brier"}
     nothing = [Candidates(["right"] * 2, [True] * 2, {"v": [1.0, 2.0]})]

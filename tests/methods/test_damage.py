@@ -94,7 +94,9 @@ def results(folder, whole):
 def damaged(number, folders, tmp_path):
     """Damages a copy of a folder; returns the command's config, the folder, and what was done."""
     rng = random.Random(number)
-    order = [name for name, (_, event) in FOLDERS.items() for _ in range(1 if event else 3)]  # training again takes long
+    order = [
+        name for name, (_, event) in FOLDERS.items() for _ in range(1 if event else 3)
+    ]  # training again takes long
     name = order[number % len(order)]
     folder = tmp_path / "run"
     shutil.copytree(folders[1][name], folder)

@@ -77,7 +77,9 @@ def test_star_and_rft_train_a_t5(t5, data, tmp_path):
 
 def test_v_stars_generators_train_a_t5(t5, data, tmp_path):
     small = {"loop": {"n_iters": 1, "problems_per_iter": 8, "k": 2}, "select": {"samples": 2, "limit": 2}}
-    made = config_of(v_star_gsm8k, t5, data, **small, sft={"problems": 8}, arms={"star_dagger": {"preset": "star_dagger"}})
+    made = config_of(
+        v_star_gsm8k, t5, data, **small, sft={"problems": 8}, arms={"star_dagger": {"preset": "star_dagger"}}
+    )
     v_star.run(made, tmp_path / "run", Silent())
     rows = [r for r in metrics.read(tmp_path / "run") if r["stage"] == "iteration"]
     assert [r["iteration"] for r in rows] == [0, 1] and rows[1]["trained_rows"] > 0

@@ -45,9 +45,7 @@ def expected_majority(rows, k):
     subsets, total = list(itertools.combinations(rows, k)), 0.0
     for subset in subsets:
         votes = [
-            r["gold"] if r["correct"] else r["answer"]
-            for r in subset
-            if not r["truncated"] and r["answer"] is not None
+            r["gold"] if r["correct"] else r["answer"] for r in subset if not r["truncated"] and r["answer"] is not None
         ]
         top = max(map(votes.count, votes), default=0)
         winners = {v for v in votes if votes.count(v) == top}
@@ -66,9 +64,9 @@ def check_estimates(result, rows, samples):
     problems = by_problem(rows)
     assert all(len(mine) == samples for mine in problems.values())
     ks = [k for k in (1, 2, 4, 8) if k <= samples]
-    assert {
-        k.split("@")[1] for k in result if k.startswith("pass@") and "_" not in k and "/" not in k
-    } == set(map(str, ks))
+    assert {k.split("@")[1] for k in result if k.startswith("pass@") and "_" not in k and "/" not in k} == set(
+        map(str, ks)
+    )
     for k in ks:
         for name, expected in (("pass", expected_pass), ("majority", expected_majority)):
             for group in ["", *{r["group"] for r in rows}]:
@@ -81,9 +79,7 @@ def check_estimates(result, rows, samples):
 def test_greedy_accuracy_is_that_of_the_file(evaluation):
     result, out = evaluation
     rows = read_jsonl(out / "greedy_000.jsonl")
-    assert [r["problem_id"] for r in rows] == [p.id for p in TASK.problems("train")] and result[
-        "problems"
-    ] == 36
+    assert [r["problem_id"] for r in rows] == [p.id for p in TASK.problems("train")] and result["problems"] == 36
     assert result["accuracy"] == pytest.approx(sum(r["correct"] for r in rows) / 36)
     assert result["truncation_rate"] == pytest.approx(sum(r["truncated"] for r in rows) / 36)
 
@@ -115,9 +111,7 @@ def test_answers_that_are_there_are_not_sampled_again(evaluation, exported, monk
 
     monkeypatch.setattr(rollouts, "stream", stream)
     model = qstar.load(exported)
-    again = evaluate_model(
-        model, TASK, split="train", samples=K, max_new_tokens=34, temperature=1.0, seed=3, out=out
-    )
+    again = evaluate_model(model, TASK, split="train", samples=K, max_new_tokens=34, temperature=1.0, seed=3, out=out)
     assert again == result
     with pytest.raises(AssertionError, match="sampled"):
         evaluate_model(model, TASK, split="train", max_new_tokens=34)
@@ -151,9 +145,7 @@ def test_answers_of_another_question_are_not_counted(tmp_path, exported):
 
 
 def answered(arm, n, hinted=False):
-    return read_jsonl(
-        runs.arithmetic() / arm / "evaluation" / f"iter_{n:03d}{'_hinted' if hinted else ''}.jsonl"
-    )
+    return read_jsonl(runs.arithmetic() / arm / "evaluation" / f"iter_{n:03d}{'_hinted' if hinted else ''}.jsonl")
 
 
 def replies(model, rows):
@@ -162,30 +154,23 @@ def replies(model, rows):
     return [completion.text for (completion,) in found]
 
 
-@pytest.mark.parametrize(
-    ("arm", "n"), [("rationalisation", 2), ("no_rationalisation", 1), ("rationalisation", 0)]
-)
+@pytest.mark.parametrize(("arm", "n"), [("rationalisation", 2), ("no_rationalisation", 1), ("rationalisation", 0)])
 def test_an_exported_model_answers_as_it_did_in_the_run(arm, n, tmp_path):
     rows = answered(arm, n) + answered(arm, n, hinted=True)
     out = export_model(runs.arithmetic(), arm, n, tmp_path / "m")
     assert replies(qstar.load(out), rows) == [r["completion"] for r in rows]
-    others = {(a, m) for a in ("rationalisation", "no_rationalisation") for m in (1, 2)} | {
-        ("rationalisation", 0)
-    }
+    others = {(a, m) for a in ("rationalisation", "no_rationalisation") for m in (1, 2)} | {("rationalisation", 0)}
     different = [
         (a, m)
         for a, m in others - {(arm, n)}
-        if [r["completion"] for r in answered(a, m) + answered(a, m, hinted=True)]
-        != [r["completion"] for r in rows]
+        if [r["completion"] for r in answered(a, m) + answered(a, m, hinted=True)] != [r["completion"] for r in rows]
     ]
     assert len(different) == 4  # so it is this model, and no other of the run
 
 
 def test_the_last_iteration_is_the_default(exported):
     rows = answered("rationalisation", 2)
-    assert replies(trained_model(runs.arithmetic(), "rationalisation"), rows) == [
-        r["completion"] for r in rows
-    ]
+    assert replies(trained_model(runs.arithmetic(), "rationalisation"), rows) == [r["completion"] for r in rows]
     assert replies(qstar.load(exported), rows) == [r["completion"] for r in rows]
 
 
@@ -222,6 +207,6 @@ def test_no_run_and_a_base_that_is_not_trained_are_named(tmp_path):
     (tmp_path / "run/config.json").write_text((runs.arithmetic() / "config.json").read_text())
     with pytest.raises(UserError, match="not trained yet"):
         export_model(tmp_path / "run", "rationalisation", None, tmp_path / "m")
-    assert [p.name for p in tmp_path.iterdir()] == ["run"] and [
-        p.name for p in (tmp_path / "run").iterdir()
-    ] == ["config.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["run"] and [p.name for p in (tmp_path / "run").iterdir()] == [
+        "config.json"
+    ]

@@ -32,7 +32,10 @@ SMALL = EncDecConfig(vocab_size=512, hidden_size=16, num_layers=1, num_decoder_l
 
 @pytest.fixture(scope="module")
 def files():
-    return {"train": str(shared("data/hotpotqa/train_100.json")), "test": str(shared("data/hotpotqa/dev_sample_500.jsonl"))}
+    return {
+        "train": str(shared("data/hotpotqa/train_100.json")),
+        "test": str(shared("data/hotpotqa/dev_sample_500.jsonl")),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,9 @@ def test_distillation_rl_and_guided_answers_run_end_to_end_over_http(server, sma
     assert found["standard"]["mean"] == pytest.approx(100 * np.mean([len(p.question) % 3 == 0 for p in test]))
     assert found["own CoT"]["mean"] == pytest.approx(100 * np.mean([len(p.question) % 2 == 0 for p in test]))
     said = json.loads((tmp_path / "student_0" / "rl" / "evaluation.json").read_text())
-    assert said["accuracy"] == said["em"] == said["self_consistency"] == found["standard"]["mean"]  # it ignores rationales
+    assert (
+        said["accuracy"] == said["em"] == said["self_consistency"] == found["standard"]["mean"]
+    )  # it ignores rationales
     assert {"coverage", "bare", "f1", "includes", "student_tokens", "answerer_tokens"} <= said.keys()
     assert said["truncated"] > 0
     rl_rows = [r for r in metrics.read(tmp_path) if r["stage"] == "rl"]
@@ -117,7 +122,12 @@ def test_the_teachers_questions_and_those_of_rl_and_test_are_never_the_same(file
     told += [("4", "So.", "Cork city")]
     rows = [{"prompt": p, "rationale": r, "answer": a, "gold": "Cork"} for p, r, a in told]
     kept = {rule: [r["prompt"] for r in world.kept(rows, rule)] for rule in ("em", "f1", "includes", "none")}
-    assert kept == {"em": ["1"], "f1": ["1", "4"], "includes": ["1", "4"], "none": ["1", "3", "4"]}  # once each, none empty
+    assert kept == {
+        "em": ["1"],
+        "f1": ["1", "4"],
+        "includes": ["1", "4"],
+        "none": ["1", "3", "4"],
+    }  # once each, none empty
 
 
 def test_an_endpoint_that_is_away_is_one_line(server, small, files, tmp_path):
@@ -137,7 +147,7 @@ def test_mistakes_are_found_before_anything_is_written(wrong, word, tmp_path):
     for key, value in wrong.items():
         config[key] = value
     with pytest.raises(UserError, match=word):
-        G.Study.make(config, tmp_path / "run", Silent())
+        G.GuidedContext.make(config, tmp_path / "run", Silent())
     assert not (tmp_path / "run").exists()
 
 
@@ -153,7 +163,9 @@ def test_paired_intervals_are_narrower_than_those_of_two_separate_arms():
 def test_a_teachers_chain_of_several_lines_is_kept_whole(files, tmp_path):
     """As models behind HTTP write them; the question that they invent next is cut off."""
     said = "Cork is in Ireland.\n\nSo it is not in France.\nThe answer is Cork."
-    world = MultiHop(MultiHopSettings(small="x", large={"url": "y"}, questions=2), make_task("hotpotqa", **files), 3, tmp_path)
+    world = MultiHop(
+        MultiHopSettings(small="x", large={"url": "y"}, questions=2), make_task("hotpotqa", **files), 3, tmp_path
+    )
 
     def large(max_new_tokens, stop=("\n",)):
         text = said + "\nQuestion: Where is Nice?\nThe answer is France."

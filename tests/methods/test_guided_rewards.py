@@ -29,7 +29,18 @@ def measure(rationale, **more):
 
 def test_there_are_eight_aspects_all_versioned_and_in_range():
     assert len(ASPECTS) == 8 and all(a.version and a.measure.__doc__ for a in ASPECTS.values())
-    for text in (GOOD, "", " ", "x", "." * 50, "Missolonghi", QUESTION, "the the the " * 200, "Ünï – «x»\n\n", GOOD * 20):
+    for text in (
+        GOOD,
+        "",
+        " ",
+        "x",
+        "." * 50,
+        "Missolonghi",
+        QUESTION,
+        "the the the " * 200,
+        "Ünï – «x»\n\n",
+        GOOD * 20,
+    ):
         for name, x in measure(text).items():
             assert 0.0 <= x <= 1.0, (name, text)
             assert text.strip(" .\n") or x == 0.0, name
@@ -213,6 +224,8 @@ def test_the_cache_asks_every_prompt_once_in_this_process_and_the_next(serve, tm
 
 def test_a_qstar_model_is_an_answerer_too():
     model = qstar.load(shared("weights/stories260k"))
-    found = A.ModelAnswerer(model, max_new_tokens=6, stop=(".",)).answer(["Once upon a time, there was a", "One day, a"])
+    found = A.ModelAnswerer(model, max_new_tokens=6, stop=(".",)).answer(
+        ["Once upon a time, there was a", "One day, a"]
+    )
     again = A.ModelAnswerer(model, max_new_tokens=6, stop=(".",)).answer(["One day, a"])
     assert all(a.text and a.logprob < 0 for a in found) and again[0].text == found[1].text

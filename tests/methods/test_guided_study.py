@@ -58,7 +58,10 @@ def test_smuggled_answers_are_found_and_earn_nothing_while_the_guard_is_on():
     for guard, paid in ((True, 0), (False, 1)):
         environment = SynthEnvironment(world, w, 0, 2, 3, Reward(aspect=0.0, guard=guard))
         asked = w.take(environment._rows(0))
-        honest, smuggler = asked.gold.tolist(), [[hops.FIRST] * 2 + [g[5]] * 4 + [hops.EOS] for g in asked.gold.tolist()]
+        honest, smuggler = (
+            asked.gold.tolist(),
+            [[hops.FIRST] * 2 + [g[5]] * 4 + [hops.EOS] for g in asked.gold.tolist()],
+        )
         rows = [[Completion("", t, [0.0] * 7, [0.0] * 7, True) for t in pair] for pair in zip(honest, smuggler)]
         found = environment.score(0, rows)
         assert found.parts["bare"].tolist() == [0, 1] * 3 and found.scores.tolist() == [1, paid] * 3
@@ -68,4 +71,4 @@ def test_an_arm_to_study_that_is_not_there_is_named(tmp_path):
     config = get_config("smoke")
     config.studied = ["kd_filterd"]
     with pytest.raises(UserError, match="studied: 'kd_filterd'"):
-        guided_cot.Study.make(config, tmp_path / "x", Silent())
+        guided_cot.GuidedContext.make(config, tmp_path / "x", Silent())

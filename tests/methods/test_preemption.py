@@ -89,7 +89,9 @@ def places(told, seed):
     chosen: list[int] = []
     for i in draw.sample(range(len(once)), len(once)):
         there, step = update(once[i])
-        if len(chosen) < POINTS and all(there != update(once[j])[0] or abs(step - update(once[j])[1]) >= 2 for j in chosen):
+        if len(chosen) < POINTS and all(
+            there != update(once[j])[0] or abs(step - update(once[j])[1]) >= 2 for j in chosen
+        ):
             chosen.append(i)
     return [draw.choice(("", "term ")) + once[i] for i in sorted(chosen)]
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from qstar.data.corpus import TextCorpus, whole
+from qstar.data.corpus import TextCorpus, full_rows
 from qstar.errors import UserError
 from qstar.methods import quiet_base, quiet_measure, quiet_setup, quiet_star
-from qstar.methods.quiet_star import Recipe
+from qstar.methods.quiet_star import QuietConfig
 from qstar.models import decoder, mixing
 from qstar.models.config import preset
 from qstar.models.model import Model
@@ -48,10 +48,10 @@ def test_the_checkpoint_keeps_vectors_and_mixing_head():
 
 
 def test_arms_come_after_those_they_need():
-    recipes = {"a": Recipe(start="c"), "b": Recipe(), "c": Recipe(start="b")}
+    recipes = {"a": QuietConfig(start="c"), "b": QuietConfig(), "c": QuietConfig(start="b")}
     assert list(quiet_star.in_order(recipes)) == ["b", "c", "a"]
     with pytest.raises(UserError, match="arms.a: 'z'"):
-        quiet_star.in_order({"a": Recipe(start="z")})
+        quiet_star.in_order({"a": QuietConfig(start="z")})
 
 
 CONFIG = preset("tiny", hidden_size=32, num_layers=2, num_heads=2, vocab_size=24, max_positions=64).replace(
@@ -125,7 +125,9 @@ def test_the_students_loss_is_likelihood_and_divergence_from_the_mean_of_the_tea
     full[:, :, :M] = own.reshape(S, B * P, M)
     logits = replayed(params["teacher"], CONFIG, batch.tokens, batch.mask, full).talk_mixed_logits[0][:, :M]
     p = np.asarray(jax.nn.softmax(logits)).reshape(B, P, M, -1).mean(1)
-    q = replayed({**student, **{k: params["teacher"][k] for k in ("thoughts", "mixing")}}, CONFIG, batch.tokens, batch.mask, full)
+    q = replayed(
+        {**student, **{k: params["teacher"][k] for k in ("thoughts", "mixing")}}, CONFIG, batch.tokens, batch.mask, full
+    )
     q = np.asarray(jax.nn.log_softmax(q.base_logits))[::P][:, :M]
     divergence = np.sum(p * (np.log(p) - q))
     np.testing.assert_allclose(total, nll[0] + 2.0 * divergence, rtol=1e-4)
@@ -167,12 +169,12 @@ def test_metrics_of_the_smoke_run_have_every_control():
 
 def test_text_is_bucketed_by_how_hard_it_is_for_the_base(tmp_path):
     """The base is scored before any arm trains: one that has learnt nothing finds every token equally hard."""
-    from configs.quiet_star_text import get_config
     from rich.console import Console
 
     import qstar
+    from configs.quiet_star_text import get_config
     from qstar.methods import base_model
-    from qstar.methods.quiet_setup import Study
+    from qstar.methods.quiet_setup import QuietContext
     from qstar.text.tokenizer import char_tokenizer
 
     letters = "abcdefghijklmnop"
@@ -187,7 +189,7 @@ def test_text_is_bucketed_by_how_hard_it_is_for_the_base(tmp_path):
     config.arms = {"plain": {"steps": 40, "thinker": "none"}}
     quiet_star.run(config, tmp_path / "run", Console(quiet=True))
     nll = np.array([json.loads(x)["nll"] for x in (tmp_path / "run/base/difficulty.jsonl").read_text().splitlines()])
-    study = Study.make(config, tmp_path / "run", Console(quiet=True))
+    study = QuietContext.make(config, tmp_path / "run", Console(quiet=True))
     base, tokens = base_model.loaded_or_random(study, study.corpus.tokenizer), study.corpus.test_rows(16).tokens
     logp = jax.nn.log_softmax(qstar.logits(base, tokens)[:, :-1])
     np.testing.assert_allclose(nll, -np.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0], atol=1e-3)
@@ -199,7 +201,7 @@ def test_text_is_bucketed_by_how_hard_it_is_for_the_base(tmp_path):
 
 
 def test_rows_are_padded_on_the_right():
-    rows = whole(np.zeros((2, 4), int), np.array([2, 4]))
+    rows = full_rows(np.zeros((2, 4), int), np.array([2, 4]))
     assert rows.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and rows.segment_ids.sum() == 6
     assert json.dumps(rows.positions[0].tolist()) == "[0, 1, 2, 3]"
 
@@ -220,8 +222,9 @@ def test_a_student_of_packed_documents_learns_the_same_tokens_from_the_text_and_
 
 def small_run(tmp_path, arms, **changes):
     """A run of the tiny config's smoke without base training; returns its metrics rows."""
-    from configs.quiet_star_tiny import get_config
     from rich.console import Console
+
+    from configs.quiet_star_tiny import get_config
 
     config = get_config("smoke,arms=quiet_star")
     config.base.steps = 0
@@ -236,7 +239,11 @@ def small_run(tmp_path, arms, **changes):
 
 def test_a_config_can_keep_thoughts_near_the_model_they_start_from(tmp_path):
     """kl_weight: nothing at the first step, where the two are one, then a pull; controls reinforce nothing and know none."""
-    arms = {"free": {}, "near": {"thoughts": {"kl_weight": 5.0}}, "pause": {"thinker": "pause", "thoughts": {"kl_weight": 5.0}}}
+    arms = {
+        "free": {},
+        "near": {"thoughts": {"kl_weight": 5.0}},
+        "pause": {"thinker": "pause", "thoughts": {"kl_weight": 5.0}},
+    }
     losses = {
         (r["arm"], r["step"]): r["loss"] for r in small_run(tmp_path, arms, policy_weight=0.0) if r["stage"] == "train"
     }
@@ -247,7 +254,9 @@ def test_a_config_can_keep_thoughts_near_the_model_they_start_from(tmp_path):
 def test_pause_tokens_need_an_id_that_no_text_holds(tmp_path, ids):
     """No padding token (GPT-2), or one that ends documents: refused before anything is written."""
     eos = Folds().tokenizer.eos_id
-    with pytest.raises(UserError, match="config.arms.pause.thinker='pause' needs an id .* config.thoughts.forbidden_ids"):
+    with pytest.raises(
+        UserError, match="config.arms.pause.thinker='pause' needs an id .* config.thoughts.forbidden_ids"
+    ):
         small_run(tmp_path / "run", {"pause": {"thinker": "pause"}}, forbidden_ids=ids and (eos,))
     assert not (tmp_path / "run").exists()
 

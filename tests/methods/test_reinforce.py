@@ -40,7 +40,7 @@ class Next:
         prompts = self.prompts(update)
         hits = [[np.mean([t == p[-1] % 5 + 1 for t in c.tokens]) for c in row] for p, row in zip(prompts, responses)]
         hits = np.asarray(hits, np.float32).reshape(-1)
-        return R.Scored(hits, {"next": hits})
+        return R.RewardOutput(hits, {"next": hits})
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_
     settings = dataclasses.replace(SETTINGS, updates=6)  # nothing is saved on the way
     whole, summary = train(tmp_path / "whole", rl, settings)
     first, second = Told(at=2), Told()
-    with stop.listening(), pytest.raises(stop.Stopped, match="saved after update 3"):
+    with stop.listening(), pytest.raises(stop.Preempted, match="saved after update 3"):
         train(tmp_path / "told", rl, settings, environment=first)
     again, resumed = train(tmp_path / "told", rl, settings, environment=second)
     assert (first.asked, second.asked) == ([0, 1, 2], [3, 4, 5])
@@ -139,7 +139,7 @@ def test_sigterm_while_a_round_is_measured_saves_too(tmp_path):
             raise AssertionError("the measurement went on")
 
     seen, settings, second = [], dataclasses.replace(SETTINGS, updates=4), Told()
-    with stop.listening(), pytest.raises(stop.Stopped, match="saved after update 2"):
+    with stop.listening(), pytest.raises(stop.Preempted, match="saved after update 2"):
         train(tmp_path, RLSettings(**RL), settings, watch=watch)
     train(tmp_path, RLSettings(**RL), settings, watch=watch, environment=second)
     assert second.asked == [2, 3]

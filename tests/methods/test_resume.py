@@ -92,9 +92,7 @@ def test_models_are_bit_identical(pair, request):
 def test_metrics_are_the_same_but_for_the_clock(pair, request):
     whole, resumed = request.getfixturevalue(pair)
     assert runs.numbers(whole) == runs.numbers(resumed)
-    assert json.loads((whole / "config.json").read_text()) == json.loads(
-        (resumed / "config.json").read_text()
-    )
+    assert json.loads((whole / "config.json").read_text()) == json.loads((resumed / "config.json").read_text())
 
 
 @PAIRS
@@ -104,14 +102,10 @@ def test_nothing_that_was_done_is_done_again(pair, request):
     files = [e for e in told if e.startswith("done ")]
     assert len(files) == len(set(files)) and len(files) > 5
     if pair == "arithmetic":  # the base was killed at step 70, before the step; its checkpoint was of step 60
-        repeated = sorted(
-            int(e.split()[2]) for e in set(told) if e.startswith("batch base") and told.count(e) > 1
-        )
+        repeated = sorted(int(e.split()[2]) for e in set(told) if e.startswith("batch base") and told.count(e) > 1)
         assert repeated[:11] == list(range(60, 71)) and set(repeated[11:]) <= set(range(71, 120))
         again = [
-            e
-            for e in told
-            if e.startswith("batch no_rationalisation/checkpoints/iter_001 ") and told.count(e) > 1
+            e for e in told if e.startswith("batch no_rationalisation/checkpoints/iter_001 ") and told.count(e) > 1
         ]
         assert sorted(int(e.split()[2]) for e in set(again)) == [0, 8, 9, 10, 11, 12]
 

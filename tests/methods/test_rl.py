@@ -40,7 +40,7 @@ def played(tmp_path, monkeypatch):
 
     def play(right, **train):
         seen = {}
-        monkeypatch.setattr(arms, "attempt", scripted(right, seen))
+        monkeypatch.setattr(arms, "sample_rollouts", scripted(right, seen))
         monkeypatch.setattr(rl.Verifiable, "score", by_lot)  # so that every update changes something
         rl.run(config(**train), tmp_path / "run", stub.Silent())
         return tmp_path / "run", seen
@@ -50,7 +50,7 @@ def played(tmp_path, monkeypatch):
 
 def by_lot(world, update, responses):
     scores = np.random.default_rng(update).random(sum(map(len, responses)), np.float32)
-    return reinforce.Scored(scores, {"correct": scores})
+    return reinforce.RewardOutput(scores, {"correct": scores})
 
 
 def scripted(right, seen):
@@ -115,7 +115,9 @@ def test_the_reward_is_the_judgement_of_the_evaluation(monkeypatch, tmp_path, sh
     responses = reinforce.rollouts(run, None, world.prompts(0), 0)
     rewards = world.score(0, responses).scores
     how = dict(k=1, hinted=False, iteration=0, seed=0, folder=tmp_path / "stages", stage="x")
-    judged = rollouts.attempt(Model(CONFIG, None, tokenizer), task, problems, rollouts.SampleSettings(slots=1), **how)
+    judged = rollouts.sample_rollouts(
+        Model(CONFIG, None, tokenizer), task, problems, rollouts.SampleSettings(slots=1), **how
+    )
     assert [bool(r) for r in rewards] == [r.correct for r in judged] == [ANSWERS[text]] * len(problems)
 
 

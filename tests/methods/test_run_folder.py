@@ -7,7 +7,7 @@ import pytest
 
 from qstar.errors import QstarWarning, UserError
 from qstar.methods import run_folder
-from qstar.methods.run_folder import once, once_json, open_run, stable_seed, write_json
+from qstar.methods.run_folder import cached_jsonl, once_json, open_run, stable_seed, write_json
 from tests.methods import stub
 
 CONFIG = {"name": "a", "seed": 0, "task": {"pool": {"1": 40}, "seeds": {"1": (3, 4)}}, "log": {"wandb": {}}}
@@ -65,9 +65,7 @@ def test_a_whole_run_of_another_config_is_refused(tmp_path, monkeypatch):
 def test_what_is_only_shown_may_differ(tmp_path):
     open_run(tmp_path / "a", CONFIG)
     open_run(tmp_path / "a", {**CONFIG, "log": {"wandb": {"project": "sums"}}})
-    with pytest.raises(
-        UserError, match="config.task.log"
-    ):  # a section of that name further down is no such thing
+    with pytest.raises(UserError, match="config.task.log"):  # a section of that name further down is no such thing
         open_run(tmp_path / "a", {**CONFIG, "task": {**CONFIG["task"], "log": 1}})
 
 
@@ -109,10 +107,11 @@ def test_once_makes_a_file_once_and_gives_back_the_same_rows(tmp_path):
         calls.append(1)
         return rows
 
-    found = [once(tmp_path / "deep" / "a.jsonl", make) for _ in range(2)]
+    found = [cached_jsonl(tmp_path / "deep" / "a.jsonl", make) for _ in range(2)]
     assert found == [rows, rows] and len(calls) == 1
     assert (
-        once(tmp_path / "empty.jsonl", list) == [] == once(tmp_path / "empty.jsonl", make) and len(calls) == 1
+        cached_jsonl(tmp_path / "empty.jsonl", list) == [] == cached_jsonl(tmp_path / "empty.jsonl", make)
+        and len(calls) == 1
     )
     values = [once_json(tmp_path / "deep" / "a.json", lambda n=n: {"n": n}) for n in (1, 2)]
     assert values == [{"n": 1}] * 2
@@ -122,11 +121,11 @@ def test_a_file_that_could_not_be_made_is_not_there(tmp_path):
     def make():
         raise RuntimeError
 
-    for path, function in (("a.jsonl", once), ("a.json", once_json)):
+    for path, function in (("a.jsonl", cached_jsonl), ("a.json", once_json)):
         with pytest.raises(RuntimeError):
             function(tmp_path / path, make)
     with pytest.raises(TypeError):
-        once(tmp_path / "b.jsonl", lambda: [{"good": 1}, {"bad": object()}])
+        cached_jsonl(tmp_path / "b.jsonl", lambda: [{"good": 1}, {"bad": object()}])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,11 +147,14 @@ def test_seeds_depend_on_their_parts_alone():
 def test_damage_is_named_when_a_run_is_opened_also_where_no_stage_reads_the_file_again(tmp_path):
     open_run(tmp_path, CONFIG)
     for name in ("kept", "gone", "changed"):
-        once(tmp_path / "arm" / f"{name}.jsonl", lambda: [{"x": 1}])
+        cached_jsonl(tmp_path / "arm" / f"{name}.jsonl", lambda: [{"x": 1}])
     (tmp_path / "arm/gone.jsonl").unlink()
     (tmp_path / "arm/changed.jsonl").write_text('{"x": 2}\n')
     with pytest.warns(QstarWarning) as told:
         open_run(tmp_path, CONFIG)
-    assert [name for name in ("kept", "gone", "changed") if any(name in str(w.message) for w in told)] == ["gone", "changed"]
+    assert [name for name in ("kept", "gone", "changed") if any(name in str(w.message) for w in told)] == [
+        "gone",
+        "changed",
+    ]
     assert (tmp_path / "arm/changed.jsonl.damaged").exists()
-    assert once(tmp_path / "arm/changed.jsonl", lambda: [{"x": 1}]) == [{"x": 1}]
+    assert cached_jsonl(tmp_path / "arm/changed.jsonl", lambda: [{"x": 1}]) == [{"x": 1}]

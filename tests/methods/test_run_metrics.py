@@ -18,9 +18,7 @@ EVERY = pytest.mark.parametrize(("job", "arm", "n"), CASES)
 def of(job, arm, n):
     """(folder, the metrics row of loop n, its attempts as plain rows)."""
     folder = getattr(runs, job)()
-    (row,) = [
-        r for r in metrics.read(folder) if (r["stage"], r["arm"], r["iteration"]) == ("iteration", arm, n)
-    ]
+    (row,) = [r for r in metrics.read(folder) if (r["stage"], r["arm"], r["iteration"]) == ("iteration", arm, n)]
     return folder, row, read_jsonl(folder / arm / "rationales" / f"iter_{n:03d}.jsonl")
 
 
@@ -38,10 +36,7 @@ def test_counts_add_up(job, arm, n):
     )
     plain = [a for a in attempts if not a["hinted"]]
     assert (
-        len({a["problem_id"] for a in plain})
-        == len(plain)
-        == row["attempted"]
-        == {"arithmetic": 64, "gsm8k": 24}[job]
+        len({a["problem_id"] for a in plain}) == len(plain) == row["attempted"] == {"arithmetic": 64, "gsm8k": 24}[job]
     )
     solved = {a["problem_id"] for a in plain if a["correct"]}
     hinted = {a["problem_id"] for a in attempts if a["hinted"]}
@@ -61,9 +56,7 @@ def test_rates_match_a_recount(job, arm, n):
         hinted, "correct"
     )
     assert row["truncation_rate"] == rate(attempts, "truncated")
-    assert row["parse_failure_rate"] == pytest.approx(
-        sum(a["answer"] is None for a in attempts) / len(attempts)
-    )
+    assert row["parse_failure_rate"] == pytest.approx(sum(a["answer"] is None for a in attempts) / len(attempts))
     assert row["mean_tokens"] == pytest.approx(sum(a["n_tokens"] for a in attempts) / len(attempts))
     verdicts = collections.Counter(a["verdict"] for a in attempts)
     assert (row["kept"], row["rationalised"]) == (verdicts["kept"], verdicts["rationalised"])
@@ -103,13 +96,9 @@ def test_the_smoke_run_keeps_and_rationalises_something():
     """Or most of what stands above would be about nothing."""
     rows = [of("arithmetic", "rationalisation", n)[1] for n in (1, 2)]
     assert all(
-        r["kept"] >= 1 and r["rationalised"] >= 10 and r["train_steps"] >= 20 and r["train_tokens"] > 0
-        for r in rows
+        r["kept"] >= 1 and r["rationalised"] >= 10 and r["train_steps"] >= 20 and r["train_tokens"] > 0 for r in rows
     )
-    assert all(
-        {"seconds_sample", "seconds_train", "seconds_evaluate", "seconds_rationalise"} <= r.keys()
-        for r in rows
-    )
+    assert all({"seconds_sample", "seconds_train", "seconds_evaluate", "seconds_rationalise"} <= r.keys() for r in rows)
 
 
 def test_an_attempt_is_scored_as_the_task_does():
@@ -147,8 +136,6 @@ def test_both_arms_draw_the_same_problems_and_start_from_the_same_answers():
         [r for r in runs.rollouts(runs.arithmetic(), arm, 1) if not r.hinted]
         for arm in ("no_rationalisation", "rationalisation")
     )
-    assert [(r.problem_id, r.completion) for r in plain] == [
-        (r.problem_id, r.completion) for r in rationalised
-    ]
+    assert [(r.problem_id, r.completion) for r in plain] == [(r.problem_id, r.completion) for r in rationalised]
     second = {r.problem_id for r in runs.rollouts(runs.arithmetic(), "rationalisation", 2)}
     assert {r.problem_id for r in plain} != second  # every loop draws anew

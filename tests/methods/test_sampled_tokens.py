@@ -10,7 +10,7 @@ import qstar
 from qstar.methods import rollouts, verifier
 from qstar.methods.buffers import merged, sampled
 from qstar.methods.pairs import PairSettings, build_pairs, step_ends
-from qstar.methods.rollouts import SampleSettings, attempt, to_example
+from qstar.methods.rollouts import SampleSettings, sample_rollouts, to_example
 from qstar.methods.v_star_measure import _score_rows
 from qstar.models.config import preset
 from qstar.models.model import Model
@@ -66,7 +66,7 @@ def attempts(model, tmp_path, monkeypatch):
     monkeypatch.setattr(rollouts, "stream", watch)
     problems = [Problem(str(i), p, "") for i, p in enumerate(PROMPTS)]
     settings = SampleSettings(max_new_tokens=12, temperature=1.0)
-    rows = attempt(
+    rows = sample_rollouts(
         model, Writing(), problems, settings, k=24, hinted=True, iteration=1, seed=0, folder=tmp_path, stage="s"
     )
     return [done for _, _, done in sorted(found, key=lambda f: f[:2])], rows

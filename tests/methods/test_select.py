@@ -80,8 +80,7 @@ def test_a_leak_in_a_sum_is_found_by_the_task():
     task = make_task("arithmetic", pool={1: 4}, seeds={})
     problem = task.problem(3, 4)
     rows = [
-        stub.rollout(task, problem, text, hinted=True)
-        for text in ("07|#7", "3+4(07),C0|,7C0|07|#7", problem.solution)
+        stub.rollout(task, problem, text, hinted=True) for text in ("07|#7", "3+4(07),C0|,7C0|07|#7", problem.solution)
     ]
     found = select(rows, {problem.id: problem}, task, Selection())
     assert [r.verdict for r in found] == ["rejected", "rejected", "rationalised"]
@@ -157,9 +156,7 @@ def test_counts_of_a_loop_add_up_whatever_the_reasons():
         == 7
     )
     assert (found["kept"], found["rationalised"], found["share_rationalised"]) == (1, 1, 0.5)
-    assert (
-        found["solve_rate"] == 2 / 5 and found["hinted_solve_rate"] == 1.0 and found["problems_solved"] == 1
-    )
+    assert found["solve_rate"] == 2 / 5 and found["hinted_solve_rate"] == 1.0 and found["problems_solved"] == 1
 
 
 # ---------------------------------------------------------------------------------------- who is rationalised
@@ -199,12 +196,16 @@ def test_without_rationalisation_no_hint_is_shown(tmp_path, monkeypatch, own):
 
 def test_a_share_of_the_failures_is_rationalised_and_the_same_ones_again():
     pool = make_task("arithmetic").pool(1, 0)
-    picked = [p for p in pool if star.chosen(p, 1, 0.3)]
+    picked = [p for p in pool if star.should_rationalize(p, 1, 0.3)]
     assert 0.25 < len(picked) / len(pool) < 0.35
     assert (
-        picked == [p for p in pool if star.chosen(p, 1, 0.3)] != [p for p in pool if star.chosen(p, 2, 0.3)]
+        picked
+        == [p for p in pool if star.should_rationalize(p, 1, 0.3)]
+        != [p for p in pool if star.should_rationalize(p, 2, 0.3)]
     )
-    assert all(star.chosen(p, 1, 1.0) for p in pool) and not any(star.chosen(p, 1, 0.0) for p in pool)
+    assert all(star.should_rationalize(p, 1, 1.0) for p in pool) and not any(
+        star.should_rationalize(p, 1, 0.0) for p in pool
+    )
 
 
 # ------------------------------------------------------------------------------------------- training prompts
@@ -214,8 +215,7 @@ def kept_rows(ctx, loop, n=1):
     """Every problem of the pool of loop n, every other one rationalised."""
     pool = ctx.task.pool(n, ctx.seed, loop.problems_per_iter)
     rows = [
-        stub.rollout(ctx.task, p, ctx.task.solution(p), hinted=bool(i % 2), iteration=n)
-        for i, p in enumerate(pool)
+        stub.rollout(ctx.task, p, ctx.task.solution(p), hinted=bool(i % 2), iteration=n) for i, p in enumerate(pool)
     ]
     return select(rows, {p.id: p for p in pool}, ctx.task, Selection())
 
@@ -241,9 +241,7 @@ def test_the_hint_stays_in_rationalised_rows_where_the_ablation_asks_for_it(tmp_
     arm, loop = stub.arm_of(ctx)
     rows = kept_rows(ctx, loop)
     prompts = [prompt for prompt, _ in texts(ctx, star.training_examples(arm, loop, rows, 1))]
-    assert prompts == [r.prompt for r in rows] and sum("(" in p for p in prompts) == sum(
-        r.hinted for r in rows
-    )
+    assert prompts == [r.prompt for r in rows] and sum("(" in p for p in prompts) == sum(r.hinted for r in rows)
 
 
 def test_a_share_of_the_hints_stays():
@@ -271,9 +269,7 @@ def stub_file(arm, n, rows):
 
 def test_accumulated_loops_hold_no_row_twice(tmp_path, monkeypatch):
     """One digit has few sums: a greedy model writes the same text for the same one in every loop."""
-    ctx = stub.context(
-        tmp_path, loop={"accumulate": True, "rationalize": False}, task={"pool": {"1": 45}, "seeds": {}}
-    )
+    ctx = stub.context(tmp_path, loop={"accumulate": True, "rationalize": False}, task={"pool": {"1": 45}, "seeds": {}})
     arm, loop = stub.arm_of(ctx)
     stub.script(monkeypatch, lambda p, hinted, n: ctx.task.solution(p) + "")
     kept = []
@@ -323,9 +319,7 @@ def test_few_shot_items_are_in_no_pool_and_no_evaluation(shared):
 
 def test_few_shot_text_in_training_prompts_is_the_one_without_hints(shared, tmp_path):
     task = few_shot_tasks(shared)[1]
-    ctx = stub.context(
-        tmp_path, loop={"few_shot_in_train": True, "problems_per_iter": 3}, train={"row_length": 4096}
-    )
+    ctx = stub.context(tmp_path, loop={"few_shot_in_train": True, "problems_per_iter": 3}, train={"row_length": 4096})
     ctx.task = task
     ctx.tokenizer = CharTokenizer()
     arm, loop = stub.arm_of(ctx)
@@ -334,9 +328,7 @@ def test_few_shot_text_in_training_prompts_is_the_one_without_hints(shared, tmp_
     rows = select(rows, {p.id: p for p in pool}, task, Selection())
     assert all("(CORRECT)" in r.prompt and r.verdict == "rationalised" for r in rows)
     got = [ctx.tokenizer.decode(e.prompt) for e in star.training_examples(arm, loop, rows, 1)]
-    assert got == [task.prefix() + task.prompt(p) for p in pool] and not any(
-        "CORRECT" in text for text in got
-    )
+    assert got == [task.prefix() + task.prompt(p) for p in pool] and not any("CORRECT" in text for text in got)
 
 
 class CharTokenizer:

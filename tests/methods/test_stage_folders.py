@@ -47,7 +47,9 @@ def test_another_call_is_refused_and_named(tmp_path, change, key):
     first, _ = call(tmp_path)
     with pytest.raises(UserError, match=f"stage: was made with {key}.*name another folder"):
         call(tmp_path, **change)
-    again, _ = call(tmp_path, settings=dataclasses.replace(SETTINGS, log_every=1, save_every=1))  # what changes no result
+    again, _ = call(
+        tmp_path, settings=dataclasses.replace(SETTINGS, log_every=1, save_every=1)
+    )  # what changes no result
     assert all(map(np.array_equal, jax.tree.leaves(again.params), jax.tree.leaves(first.params)))
 
 

@@ -12,7 +12,7 @@ import pytest
 from qstar.data.sources import read_jsonl
 from qstar.errors import TrainingFailed, UserError
 from qstar.methods import star, supervised
-from qstar.methods.star import Loop, steps_for
+from qstar.methods.star import VariantConfig, steps_for
 from qstar.train import metrics
 from qstar.train.loop import Diverged
 from tests.methods import stub
@@ -42,7 +42,7 @@ def test_a_step_rule_of_no_known_form_is_named(spec):
     with pytest.raises(UserError, match="steps="):
         steps_for(spec, 1, 10, 2)
     with pytest.raises(UserError, match="steps="):
-        Loop(steps=spec)
+        VariantConfig(steps=spec)
 
 
 PRESETS = {
@@ -105,7 +105,7 @@ def test_presets_are_switches_of_the_one_loop(preset, tmp_path):
 def test_an_arm_overrides_its_preset_and_the_preset_the_loop(tmp_path):
     arms = {"a": {"preset": "rest_em", "k": 4}, "b": {}}
     ctx = stub.context(tmp_path, loop={"k": 2, "n_iters": 9, "min_kept": 5}, arms=arms)
-    a, b = (ctx.arm_settings(Loop, star.PRESETS, name) for name in arms)
+    a, b = (ctx.arm_settings(VariantConfig, star.PRESETS, name) for name in arms)
     assert (a.k, a.n_iters, a.cap_per_problem, a.min_kept) == (4, 3, 10, 5)
     assert (b.k, b.n_iters, b.cap_per_problem, b.min_kept) == (2, 9, None, 5)
 
@@ -189,9 +189,7 @@ def test_a_loop_starts_from_the_base_or_from_the_model_before(tmp_path, monkeypa
     base = saved(run / "base")
     trained = {arm: [saved(run / arm / "checkpoints" / f"iter_{n:03d}") for n in (1, 2, 3)] for arm in arms}
     assert [same(params, base) for params, _ in starts[1:4]] == [True] * 3
-    assert [
-        same(params, before) for (params, _), before in zip(starts[4:], [base, *trained["previous"]])
-    ] == [True] * 3
+    assert [same(params, before) for (params, _), before in zip(starts[4:], [base, *trained["previous"]])] == [True] * 3
     assert not any(same(model, base) for made in trained.values() for model in made)
     assert all(same(models[arm].params, trained[arm][-1]) for arm in arms)
 
@@ -225,9 +223,7 @@ def test_a_loop_that_keeps_nothing_ends_the_arm_and_the_model_before_stays(tmp_p
     )
     found = status(run)
     assert found["status"] == "stopped" and found["iterations"] == 1
-    assert found["reason"].startswith(
-        "0 rows kept of 28 attempts"
-    )  # 14 problems, all of them also with their hint
+    assert found["reason"].startswith("0 rows kept of 28 attempts")  # 14 problems, all of them also with their hint
     assert same(models["star"].params, saved(run / "star" / "checkpoints" / "iter_001"))
     assert not (run / "star" / "checkpoints" / "iter_002").exists() and len(starts) == 2
     assert {r["verdict"] for r in read_jsonl(run / "star" / "rationales" / "iter_002.jsonl")} == {"rejected"}
@@ -236,9 +232,7 @@ def test_a_loop_that_keeps_nothing_ends_the_arm_and_the_model_before_stays(tmp_p
 
 
 def test_a_first_loop_that_keeps_nothing_leaves_the_base(tmp_path, monkeypatch, starts):
-    run, models, _ = play(
-        tmp_path, monkeypatch, lambda *_: None, arms={"one": {}, "two": {"preset": "star_norat"}}
-    )
+    run, models, _ = play(tmp_path, monkeypatch, lambda *_: None, arms={"one": {}, "two": {"preset": "star_norat"}})
     assert len(starts) == 1  # the base's training is the only one
     for arm, attempts in (("one", 28), ("two", 14)):
         assert status(run, arm)["iterations"] == 0
@@ -302,7 +296,7 @@ def test_the_test_split_is_answered_by_the_chosen_model(tmp_path, monkeypatch):
         used[kwargs["stage"]] = model.params
         return scripted(model, *args, **kwargs)
 
-    monkeypatch.setattr(arms, "attempt", attempt)
+    monkeypatch.setattr(arms, "sample_rollouts", attempt)
     config = stub.config(
         loop={"n_iters": 2, "steps": "lin:2:0", "restart": "previous"},
         evaluate={"split": "val", "hinted": False},
@@ -358,17 +352,13 @@ def test_divergence_ends_the_arm_with_the_model_before(tmp_path, monkeypatch):
     loop = {"n_iters": 4, "steps": "lin:2:0"}
     run, models, _ = play(tmp_path, monkeypatch, gold, fails="arm star, loop 2: 20 updates", loop=loop)
     assert (
-        status(run)["status"] == "stopped"
-        and status(run)["iterations"] == 1
-        and "not finite" in status(run)["reason"]
+        status(run)["status"] == "stopped" and status(run)["iterations"] == 1 and "not finite" in status(run)["reason"]
     )
     assert same(models["star"].params, saved(run / "star/checkpoints/iter_001"))
 
 
 def test_a_base_that_diverges_is_a_mistake_of_the_settings(tmp_path, monkeypatch):
-    config = stub.config(
-        base={"lr": 1e38, "steps": 4, "max_bad": 3, "clip": 0.0, "log_every": 4, "warmup": 0}
-    )
+    config = stub.config(base={"lr": 1e38, "steps": 4, "max_bad": 3, "clip": 0.0, "log_every": 4, "warmup": 0})
     stub.script(monkeypatch, gold)
     for _ in range(2):  # and again when it is started again
         with pytest.raises(UserError, match="config.base.lr=1e"):
@@ -402,9 +392,7 @@ def test_every_batch_of_both_arms_holds_the_share_of_hinted_seeds(tmp_path, monk
     gold_rows = {tuple(ctx.seed_example(p, True).prompt) for p, hinted in ctx.task.seeds() if hinted}
     assert len(seen) == 3 and seen[0][1] is None  # the base has no mix
     for arrays, mix, made in (seen[1], seen[2]):
-        assert mix[1] == 0.25 and not np.any(
-            arrays["tokens"] == bracket
-        )  # none of the arm's own rows shows a hint
+        assert mix[1] == 0.25 and not np.any(arrays["tokens"] == bracket)  # none of the arm's own rows shows a hint
         mixed = {tuple(row[: list(row).index(ctx.tokenizer.encode(")")[0]) + 1]) for row in mix[0]["tokens"]}
         assert mixed == gold_rows
         for batch in made:

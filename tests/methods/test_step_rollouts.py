@@ -34,7 +34,7 @@ def test_every_beginning_is_continued_once_and_labelled_by_what_comes_of_it(monk
             rows += [dataclasses.replace(r, problem_id=p.id, correct=z) for r, z in zip(made, right)]
         return rows
 
-    monkeypatch.setattr(step_rollouts, "attempt", attempt)
+    monkeypatch.setattr(step_rollouts, "sample_rollouts", attempt)
     solutions = [solution(gold, True), solution(WRONG, False)]
     made = rollout_labels(None, TASK, {PROBLEM.id: PROBLEM}, solutions, SampleSettings(), n=4, seed=0, folder=tmp_path)
     # The first line is common. Of the wrong one's later lines none can be put right by the gold text's rest.

@@ -60,7 +60,14 @@ def test_nothing_left_is_refused(task, model):
 
 def test_the_command_line_knows_it(task, capfd, shared):
     data = json.dumps({"test": task._sources["test"][0]})
-    flags = ["evaluate", f"--model={shared('weights/stories260k')}", "--task=gsm8k", "--task-options", data, "--max-new-tokens=2"]
+    flags = [
+        "evaluate",
+        f"--model={shared('weights/stories260k')}",
+        "--task=gsm8k",
+        "--task-options",
+        data,
+        "--max-new-tokens=2",
+    ]
     assert main(flags) == 2
     assert "--too-long=skip" in capfd.readouterr().err
     assert main([*flags, "--too-long=skip", "--json"]) == 0

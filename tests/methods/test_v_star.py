@@ -9,7 +9,7 @@ from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods import arms, star, v_star, v_star_measure
 from qstar.methods.arms import Arm
-from qstar.methods.v_star_setup import Study
+from qstar.methods.v_star_setup import VStarContext
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.train import metrics
@@ -33,7 +33,7 @@ def study(tmp_path, preset, **own):
     config.loop = {"n_iters": 3, "k": 2, "steps": "lin:2:0"}
     config.select.update(samples=2)
     config.arms = {"arm": {"preset": preset, "k": 2, **own}}
-    ctx = Study.make(config, tmp_path, stub.Silent())
+    ctx = VStarContext.make(config, tmp_path, stub.Silent())
     ctx.tokenizer = char_tokenizer(ALPHABET, pad=PAD, eos=EOS)
     ctx.start()
     return ctx
@@ -69,9 +69,9 @@ def told(monkeypatch):
         assert {s.problem_id for s in solutions} <= problems.keys()
         return Fake(kind), {"steps": 1, "loss": 0.5, "accuracy": 1.0}
 
-    monkeypatch.setattr(v_star, "attempt", attempt)
-    monkeypatch.setattr(v_star_measure, "attempt", attempt)
-    monkeypatch.setattr(arms, "attempt", attempt)
+    monkeypatch.setattr(v_star, "sample_rollouts", attempt)
+    monkeypatch.setattr(v_star_measure, "sample_rollouts", attempt)
+    monkeypatch.setattr(arms, "sample_rollouts", attempt)
     monkeypatch.setattr(star, "train", train)
     monkeypatch.setattr(v_star, "train_dpo", dpo)
     monkeypatch.setattr(v_star, "train_head", head)
@@ -80,7 +80,7 @@ def told(monkeypatch):
 
 
 def go(ctx):
-    loop = ctx.arm_settings(v_star.Loop, v_star.PRESETS, "arm")
+    loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, "arm")
     arm = Arm(ctx, "arm")
     v_star.outer_loop(arm, loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
     return arm
@@ -149,7 +149,9 @@ def test_iterative_rpo_goes_on_from_the_generator_before_with_pairs_of_its_own_s
         ("sample", "G_SFT"), ("dpo", "G_SFT"), ("sample", "V"), ("dpo", "V"), ("sample", "V"), ("dpo", "V")]  # fmt: skip
     odd = {p.id: p for p in ctx.task.pool(1, ctx.seed, None) if int(p.id[0]) % 2}
     for n, pairs in enumerate([pairs for kind, _, pairs in told if kind == "dpo"], 1):
-        assert {(p.problem_id, p.chosen, p.rejected) for p in pairs} == {(i, right(p, n), f"#{n}1") for i, p in odd.items()}
+        assert {(p.problem_id, p.chosen, p.rejected) for p in pairs} == {
+            (i, right(p, n), f"#{n}1") for i, p in odd.items()
+        }
     rows = [r for r in metrics.read(tmp_path) if r["stage"] == "iteration" and r["iteration"]]
     assert [r["trained_rows"] for r in rows] == [len(odd)] * 3 and rows[0]["rpo_accuracy"] == 1.0
     assert not (arm.folder / "verifiers").exists()
@@ -162,9 +164,13 @@ def test_a_verifier_in_every_iteration_and_other_kinds_if_asked_for(tmp_path, to
     assert kinds == ["dpo", "orm", "prm"] * 3
     sizes = [len(what) for kind, _, what in told if kind == "orm"]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
-    assert sorted(p.name for p in (arm.folder / "selection").glob("iter_*.json")) == [f"iter_{n:03d}.json" for n in (1, 2, 3)]
+    assert sorted(p.name for p in (arm.folder / "selection").glob("iter_*.json")) == [
+        f"iter_{n:03d}.json" for n in (1, 2, 3)
+    ]
     found = json.loads((arm.folder / "selection" / "iter_003.json").read_text())
-    assert {"best/own", "best/dpo", "best/dpo_logratio", "best/orm", "best/prm_min", "best/random"} <= set(found["curves"])
+    assert {"best/own", "best/dpo", "best/dpo_logratio", "best/orm", "best/prm_min", "best/random"} <= set(
+        found["curves"]
+    )
 
 
 def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, monkeypatch):
@@ -175,16 +181,18 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, m
         folders.append((folder.relative_to(tmp_path), seed))
         return inner(*args, **kw)
 
-    monkeypatch.setattr(v_star, "attempt", attempt)
+    monkeypatch.setattr(v_star, "sample_rollouts", attempt)
     ctx = study(tmp_path, "v_star")
     ctx.config.arms = {"arm": {"preset": "v_star", "k": 2}, "other": {"preset": "v_star", "k": 2}}
     for name in ("arm", "other"):
-        loop = ctx.arm_settings(v_star.Loop, v_star.PRESETS, name)
+        loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
         v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
     assert folders[0] == folders[3] and len({f for f in folders}) == 5
 
 
-@pytest.mark.parametrize("own", [{"problems_per_iter": 3}, {"few_shot_at_sample": False}, {"fresh": True, "problems_per_iter": 4}])
+@pytest.mark.parametrize(
+    "own", [{"problems_per_iter": 3}, {"few_shot_at_sample": False}, {"fresh": True, "problems_per_iter": 4}]
+)
 def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told, monkeypatch, own):
     folders = {}
     inner = v_star.attempt
@@ -194,11 +202,11 @@ def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told,
             folders.setdefault(folder, []).append([p.id for p in problems])
         return inner(model, task, problems, *args, iteration=iteration, **kw)
 
-    monkeypatch.setattr(v_star, "attempt", attempt)
+    monkeypatch.setattr(v_star, "sample_rollouts", attempt)
     ctx = study(tmp_path, "v_star")
     ctx.config.arms = {"arm": {"preset": "v_star", "k": 2}, "other": {"preset": "v_star", "k": 2, **own}}
     for name in ("arm", "other"):
-        loop = ctx.arm_settings(v_star.Loop, v_star.PRESETS, name)
+        loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
         v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
     assert len(folders) == 2 and all(len(asked) == 1 for asked in folders.values())
 
@@ -214,7 +222,7 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told
         return inner(*args, stage=stage, **kw)
 
     for module in (v_star, v_star_measure, arms):
-        monkeypatch.setattr(module, "attempt", attempt)
+        monkeypatch.setattr(module, "sample_rollouts", attempt)
     ctx = study(tmp_path / "run", "v_star")
     ctx.writer.close()
     shutil.rmtree(tmp_path / "run")
@@ -230,11 +238,13 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told
     assert seen == {(stage, few_shot) for stage in ("iter", "sample", "samples", "val")}
 
 
-@pytest.mark.parametrize("own", [{"verifiers": ("dop",)}, {"rationalize": True}, {"accumulate": False}, {"update": "dpo"}])
+@pytest.mark.parametrize(
+    "own", [{"verifiers": ("dop",)}, {"rationalize": True}, {"accumulate": False}, {"update": "dpo"}]
+)
 def test_switches_that_make_no_sense_are_named(own, tmp_path):
     ctx = study(tmp_path, "v_star", **own)
     with pytest.raises(UserError, match=next(iter(own))):
-        ctx.arm_settings(v_star.Loop, v_star.PRESETS, "arm")
+        ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, "arm")
 
 
 def test_data_without_solutions_is_refused(tmp_path, monkeypatch):

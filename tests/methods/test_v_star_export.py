@@ -29,7 +29,9 @@ def exported(run, tmp_path_factory):
 
 
 def test_every_verifier_scores_as_it_did_in_the_run(run, exported):
-    samples = [Rollout(**r) for f in sorted((run / "v_star/selection").glob("samples_002_*")) for r in read_jsonl(f)][:6]
+    samples = [Rollout(**r) for f in sorted((run / "v_star/selection").glob("samples_002_*")) for r in read_jsonl(f)][
+        :6
+    ]
     scores = read_jsonl(run / "v_star/selection/scores_002.jsonl")[:6]
     prompts, texts = [r.prompt for r in samples], [r.completion for r in samples]
     for kind, folder in (("dpo", "dpo"), ("orm", "orm"), ("sft", None)):
@@ -41,7 +43,9 @@ def test_every_verifier_scores_as_it_did_in_the_run(run, exported):
 
 
 def test_the_models_of_a_run_differ(run, exported):
-    first = [np.asarray(qstar.load(exported / n).params["layers"]["q"]["kernel"]) for n in ("generator", "dpo", "orm", "prm")]
+    first = [
+        np.asarray(qstar.load(exported / n).params["layers"]["q"]["kernel"]) for n in ("generator", "dpo", "orm", "prm")
+    ]
     first += [np.asarray(trained_model(run, "v_star", n).params["layers"]["q"]["kernel"]) for n in (0, 1)]
     assert len({x.tobytes() for x in first}) == 6
 
@@ -68,7 +72,9 @@ def test_evaluate_scores_cached_samples_with_verifiers(run, exported, tmp_path, 
     verifiers = [f"--verifier=dpo={exported / 'dpo'}", f"--verifier=least={exported / 'prm'}:prm_min"]
     assert main([*command, *verifiers]) == 0
     found = json.loads(capsys.readouterr().out)
-    names = {f"{rule}@{k}:{s}" for rule in ("best", "weighted", "top4") for k in (1, 2, 4) for s in ("own", "dpo", "least")}
+    names = {
+        f"{rule}@{k}:{s}" for rule in ("best", "weighted", "top4") for k in (1, 2, 4) for s in ("own", "dpo", "least")
+    }
     assert names <= set(found) and {"best@4:dpo_low", "auc:dpo", "pass@4", "majority@4"} <= set(found)
     assert found["best@1:dpo"] == pytest.approx(found["pass@1"]) and found["best@4:dpo"] <= found["pass@4"] + 1e-9
     files = {p: p.read_bytes() for p in (tmp_path / "out").glob("*.jsonl")}

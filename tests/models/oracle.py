@@ -7,27 +7,53 @@ import torch
 import transformers
 
 V = 50  # vocabulary
-_LLAMA = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-              intermediate_size=40, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+_LLAMA = dict(
+    vocab_size=V,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=40,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _GPT = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-_ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64)  # of 8 frequencies some are kept, some blended, some stretched
+_ROPE3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)  # of 8 frequencies some are kept, some blended, some stretched
 _LINEAR = dict(rope_type="linear", rope_theta=500.0, factor=4.0)
 _YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16, beta_fast=8.0)
 _MSCALE = dict(_YARN, mscale=0.7, mscale_all_dim=1.3, truncate=False)
-_LONG = dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=16,
-             short_factor=[1.0, 1.1, 1.3, 2.0], long_factor=[1.0, 2.0, 3.0, 5.0])
+_LONG = dict(
+    rope_type="longrope",
+    rope_theta=10000.0,
+    original_max_position_embeddings=16,
+    short_factor=[1.0, 1.1, 1.3, 2.0],
+    long_factor=[1.0, 2.0, 3.0, 5.0],
+)
 
 CASES = {
     "llama": ("Llama", dict(_LLAMA)),
-    "llama biased tied": ("Llama", dict(_LLAMA, head_dim=12, attention_bias=True, mlp_bias=True,
-                                        tie_word_embeddings=True)),
+    "llama biased tied": (
+        "Llama",
+        dict(_LLAMA, head_dim=12, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    ),
     "llama rope llama3": ("Llama", dict(_LLAMA, head_dim=16, num_key_value_heads=4, rope_parameters=_ROPE3)),
     "llama rope linear": ("Llama", dict(_LLAMA, num_key_value_heads=1, rope_parameters=_LINEAR)),
     "llama rope yarn": ("Llama", dict(_LLAMA, rope_parameters=_YARN)),
     "qwen2 rope yarn mscale": ("Qwen2", dict(_LLAMA, rope_parameters=_MSCALE)),
-    "llama rope dynamic": ("Llama", dict(_LLAMA, max_position_embeddings=16, rope_parameters=dict(
-        rope_type="dynamic", rope_theta=1000.0, factor=4.0))),
+    "llama rope dynamic": (
+        "Llama",
+        dict(
+            _LLAMA, max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=1000.0, factor=4.0)
+        ),
+    ),
     "mistral rope longrope": ("Mistral", dict(_LLAMA, sliding_window=None, rope_parameters=_LONG)),
     "mistral window": ("Mistral", dict(_LLAMA, sliding_window=5, hidden_act="gelu")),
     "mistral full": ("Mistral", dict(_LLAMA, sliding_window=None, head_dim=16)),

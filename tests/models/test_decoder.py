@@ -14,10 +14,27 @@ from qstar.models.config import ModelConfig, preset
 from qstar.models.layers import project
 from qstar.types import Segment
 
-GQA = ModelConfig(vocab_size=30, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
-                  intermediate_size=32, init_std=0.3)
-LEARNED = GQA.replace(position="learned", norm="layer", gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True,
-                      num_kv_heads=4, max_positions=32, activation="gelu")
+GQA = ModelConfig(
+    vocab_size=30,
+    hidden_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=32,
+    init_std=0.3,
+)
+LEARNED = GQA.replace(
+    position="learned",
+    norm="layer",
+    gated_mlp=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    num_kv_heads=4,
+    max_positions=32,
+    activation="gelu",
+)
 T = 12
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 30, T), jnp.int32)
 POSITIONS = jnp.arange(T)
@@ -124,8 +141,7 @@ def test_a_prefix_and_then_the_rest_equals_the_whole(config):
     causal = lambda n: text_mask(None, n)  # noqa: E731
     _, (k, v) = forward(params, config, TOKENS[:cut], POSITIONS[:cut], causal(cut))
     assert k.shape == (3, config.num_kv_heads, cut, 8)
-    rest, (k2, _) = forward(
-        params, config, TOKENS[cut:], POSITIONS[cut:], causal(T - cut), [Segment(k, v, None)])
+    rest, (k2, _) = forward(params, config, TOKENS[cut:], POSITIONS[cut:], causal(T - cut), [Segment(k, v, None)])
     np.testing.assert_allclose(rest, whole[cut:], atol=2e-5)
     assert k2.shape == (3, config.num_kv_heads, T - cut, 8)
 
@@ -202,8 +218,7 @@ def test_documents_of_a_row_are_as_good_as_alone(config):
 
 
 def test_rotary_scores_depend_on_distances_alone(params):
-    np.testing.assert_allclose(
-        hidden(params, GQA, TOKENS), hidden(params, GQA, TOKENS, POSITIONS + 100), atol=5e-4)
+    np.testing.assert_allclose(hidden(params, GQA, TOKENS), hidden(params, GQA, TOKENS, POSITIONS + 100), atol=5e-4)
 
 
 # --------------------------------------------------------------------------------------------- how it is run, inits
@@ -223,7 +238,8 @@ def test_remat_changes_memory_and_not_gradients(params):
     grads["unrolled"] = jax.jit(jax.grad(loss), static_argnums=1)(params, GQA.replace(scan_unroll=8))
     for how in ("block", "dots", "unrolled"):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max()), grads["none"], grads[how])
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max()), grads["none"], grads[how]
+        )
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads["none"]))
 
 

@@ -128,7 +128,9 @@ print(json.dumps([transformers.__version__, ids, tokenizer.eos_token_id, out]))
 ENVIRONMENTS = [p for p in os.environ.get("QSTAR_TRANSFORMERS", "").split(":") if p]
 
 
-@pytest.mark.skipif(not (os.environ.get("QSTAR_LONG_TESTS") and ENVIRONMENTS), reason="opt-in: see the top of this file")
+@pytest.mark.skipif(
+    not (os.environ.get("QSTAR_LONG_TESTS") and ENVIRONMENTS), reason="opt-in: see the top of this file"
+)
 @pytest.mark.parametrize("which", ["arithmetic", "stories", "v5 settings"])
 @pytest.mark.parametrize("venv", ENVIRONMENTS or ["none"])
 def test_exports_load_in_other_versions_of_transformers(venv, which, shared, tmp_path):

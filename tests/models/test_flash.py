@@ -13,7 +13,7 @@ import pytest
 
 from qstar.errors import UserError
 from qstar.models import flash
-from qstar.models.attention import attend, text_mask, text_sight
+from qstar.models.attention import attend, causal_mask, text_mask
 from qstar.models.config import ModelConfig
 from qstar.types import Segment
 
@@ -49,8 +49,8 @@ def test_splash_is_softmax_attention_in_packed_rows_with_its_gradients(monkeypat
     """(Without a window, and on a mesh: see tests/multi_device.)"""
     monkeypatch.setattr(flash, "BLOCK", 128)  # two tiles
     config = CONFIG.replace(attention="splash", sliding_window=window)
-    assert text_sight(config, PACKED[0]).impl == "splash"
-    found = run(lambda ids: text_sight(config, ids), PACKED, PACKED > 0)
+    assert causal_mask(config, PACKED[0]).impl == "splash"
+    found = run(lambda ids: causal_mask(config, ids), PACKED, PACKED > 0)
     same(found, run(lambda ids: text_mask(ids, T, window), PACKED, PACKED > 0))
 
 
@@ -59,7 +59,7 @@ def test_cudnn_is_told_of_causes_lengths_and_windows_alone(window, monkeypatch):
     """There is no GPU here: XLA's form of the same call says what these arguments mean."""
     ask = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **how: ask(*a, **how))
-    found = run(lambda ids: flash.Sight(ids, "cudnn", window), ALONE, ALONE > 0)
+    found = run(lambda ids: flash.KernelMask(ids, "cudnn", window), ALONE, ALONE > 0)
     same(found, run(lambda ids: text_mask(ids, T, window), ALONE, ALONE > 0))
 
 
@@ -70,7 +70,7 @@ def test_cudnn_is_lowered_without_a_mask_of_text_by_text(monkeypatch):
     monkeypatch.setattr(fused, "check_compute_capability", lambda c: True)
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda c: False)
     *moved, _ = arrays("bfloat16")
-    one = lambda q, k, v, ids: attend(q, [Segment(k, v, flash.Sight(ids, "cudnn", None))], scale=0.4)  # noqa: E731
+    one = lambda q, k, v, ids: attend(q, [Segment(k, v, flash.KernelMask(ids, "cudnn", None))], scale=0.4)  # noqa: E731
     total = lambda *moved: jnp.sum(jax.vmap(one)(*moved, ALONE).astype(jnp.float32))  # noqa: E731
     text = jax.jit(jax.grad(total, (0, 1, 2))).trace(*moved).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text and f"{T}x{T}" not in text
@@ -136,7 +136,9 @@ print(program.as_text().count("tpu_custom_call"), "kernels")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'qstar[tpu]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'qstar[tpu]'"
+)
 def test_splash_compiles_for_a_described_tpu_slice_on_a_mesh():
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
     environment = {**os.environ, **quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}

@@ -25,7 +25,7 @@ from qstar.models import decoder, hf
 from qstar.models.config import ModelConfig, preset
 from qstar.models.hf_config import from_hf, to_hf
 from qstar.models.model import Model
-from tests.models.oracle import CASES, V, random_tokens, torch_logits, torch_model
+from tests.models.oracle import CASES, random_tokens, torch_logits, torch_model
 
 TOKENS = random_tokens(2, 24)
 init = jax.jit(decoder.init, static_argnums=0)
@@ -93,7 +93,8 @@ def folders(tmp_path_factory):
 
 def equal_trees(a, b) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+        x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
 
 
 def rewrite(folder: pathlib.Path, change) -> None:
@@ -138,9 +139,11 @@ def test_files_of_a_bare_model_lack_the_prefix_and_are_read(folders, tmp_path, c
 
 def test_buffers_of_old_files_and_a_redundant_tied_head_are_ignored(folders, tmp_path):
     for case, extra in {
-        "gpt2": {"transformer.h.1.attn.bias": np.ones((1, 1, 64, 64), np.uint8),
-                 "transformer.h.0.attn.masked_bias": np.float32([-1e4]),
-                 "lm_head.weight": load_file(folders("gpt2") / hf.SINGLE)["transformer.wte.weight"]},
+        "gpt2": {
+            "transformer.h.1.attn.bias": np.ones((1, 1, 64, 64), np.uint8),
+            "transformer.h.0.attn.masked_bias": np.float32([-1e4]),
+            "lm_head.weight": load_file(folders("gpt2") / hf.SINGLE)["transformer.wte.weight"],
+        },
         "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
     }.items():
         folder = copy(folders(case), tmp_path / case)
@@ -182,8 +185,16 @@ def test_tiny_models_and_their_runtime_options_come_back(tmp_path):
     qstar.save(model, tmp_path / "tiny")
     again = qstar.load(tmp_path / "tiny")
     assert again.config == config and equal_trees(again.params, model.params) and again.tokenizer is None
-    odd = config.replace(position="learned", norm="layer", head_bias=True, tie_embeddings=False, qk_norm=True,
-                         qkv_bias=True, gated_mlp=True, rope_scaling=(("factor", 2.0), ("rope_type", "linear")))
+    odd = config.replace(
+        position="learned",
+        norm="layer",
+        head_bias=True,
+        tie_embeddings=False,
+        qk_norm=True,
+        qkv_bias=True,
+        gated_mlp=True,
+        rope_scaling=(("factor", 2.0), ("rope_type", "linear")),
+    )
     qstar.save(qstar.Model(odd, init(odd, jax.random.key(1))), tmp_path / "odd")
     assert qstar.load(tmp_path / "odd").config == odd
 
@@ -215,34 +226,116 @@ def test_stories260k_comes_back_with_its_tokenizer(shared, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ config.json
 
-LLAMA_2 = {"model_type": "llama", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
-           "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
-           "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
-           "torch_dtype": "float16", "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA_31 = {**LLAMA_2, "num_key_value_heads": 8, "intermediate_size": 14336, "max_position_embeddings": 131072,
-            "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                             "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-            "rope_theta": 500000.0, "vocab_size": 128256, "eos_token_id": [128001, 128008, 128009]}
+LLAMA_2 = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 32000,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA_31 = {
+    **LLAMA_2,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "eos_token_id": [128001, 128008, 128009],
+}
 LLAMA_LONG = {**LLAMA_2, "rope_scaling": {"type": "linear", "factor": 8.0}}
-MISTRAL = {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-           "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
-           "sliding_window": 4096, "vocab_size": 32000}
-QWEN2 = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
-         "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
-         "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
-         "use_sliding_window": False, "vocab_size": 151936}
-QWEN3 = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
-         "num_hidden_layers": 28, "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True}
-GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "n_ctx": 1024,
-        "vocab_size": 50257, "bos_token_id": 50256, "eos_token_id": 50256, "layer_norm_epsilon": 1e-05}
-GPTJ = {"model_type": "gptj", "n_embd": 4096, "n_head": 16, "n_layer": 28, "n_positions": 2048, "rotary_dim": 64,
-        "vocab_size": 50400, "tie_word_embeddings": False, "bos_token_id": 50256, "eos_token_id": 50256}
-OLD = {"llama 2": LLAMA_2, "llama 3.1": LLAMA_31, "llama linear": LLAMA_LONG, "mistral": MISTRAL,
-       "mistral, window by default": {k: v for k, v in MISTRAL.items() if k != "sliding_window"},
-       "mistral, no window": {**MISTRAL, "sliding_window": None}, "qwen2": QWEN2, "qwen3": QWEN3,
-       "qwen2, window asked for but in no layer": {**QWEN2, "use_sliding_window": True},
-       "qwen2, window in all layers": {**QWEN2, "use_sliding_window": True, "max_window_layers": 0},
-       "gpt2": GPT2, "gptj": GPTJ}
+MISTRAL = {
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "vocab_size": 32000,
+}
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "n_ctx": 1024,
+    "vocab_size": 50257,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "layer_norm_epsilon": 1e-05,
+}
+GPTJ = {
+    "model_type": "gptj",
+    "n_embd": 4096,
+    "n_head": 16,
+    "n_layer": 28,
+    "n_positions": 2048,
+    "rotary_dim": 64,
+    "vocab_size": 50400,
+    "tie_word_embeddings": False,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+OLD = {
+    "llama 2": LLAMA_2,
+    "llama 3.1": LLAMA_31,
+    "llama linear": LLAMA_LONG,
+    "mistral": MISTRAL,
+    "mistral, window by default": {k: v for k, v in MISTRAL.items() if k != "sliding_window"},
+    "mistral, no window": {**MISTRAL, "sliding_window": None},
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen2, window asked for but in no layer": {**QWEN2, "use_sliding_window": True},
+    "qwen2, window in all layers": {**QWEN2, "use_sliding_window": True, "max_window_layers": 0},
+    "gpt2": GPT2,
+    "gptj": GPTJ,
+}
 
 
 @pytest.mark.parametrize("name", OLD)
@@ -254,8 +347,9 @@ def test_older_configs_read_like_the_same_config_rewritten_by_transformers_5(nam
     keep = {"bos_id": None, "eos_id": None, "max_positions": 1}  # their defaults fill what a short file leaves out
     assert ours.replace(**keep) == theirs.replace(**keep)
     assert from_hf(json.loads(json.dumps(to_hf(ours)))) == ours  # and what we write reads back
-    assert (ours.sliding_window is not None) == (name in (
-        "mistral", "mistral, window by default", "qwen2, window in all layers"))
+    assert (ours.sliding_window is not None) == (
+        name in ("mistral", "mistral, window by default", "qwen2, window in all layers")
+    )
 
 
 def test_numbers_of_known_models_are_read():
@@ -267,17 +361,25 @@ def test_numbers_of_known_models_are_read():
     assert c.replace(dtype="bfloat16", remat="block") == preset("gptj_6b")
     c = from_hf(GPT2)
     assert (c.position, c.norm, c.activation, c.intermediate_size, c.tie_embeddings) == (
-        "learned", "layer", "gelu_tanh", 3072, True)
+        "learned",
+        "layer",
+        "gelu_tanh",
+        3072,
+        True,
+    )
     assert from_hf(QWEN3).head_dim == 128 and from_hf(QWEN2).qkv_bias and not from_hf(QWEN2).out_bias
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"model_type": "falcon"}, "model_type 'falcon'"),
-    ({"hidden_act": "relu6"}, "activation 'relu6'"),
-    ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope_type 'su'"),
-    ({"num_key_value_heads": 5}, "num_kv_heads=5"),
-    ({**QWEN2, "use_sliding_window": True, "max_window_layers": 12}, "full_attention and sliding_attention"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"model_type": "falcon"}, "model_type 'falcon'"),
+        ({"hidden_act": "relu6"}, "activation 'relu6'"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope_type 'su'"),
+        ({"num_key_value_heads": 5}, "num_kv_heads=5"),
+        ({**QWEN2, "use_sliding_window": True, "max_window_layers": 12}, "full_attention and sliding_attention"),
+    ],
+)
 def test_configs_that_are_not_implemented_are_refused_by_name(change, says):
     with pytest.raises(UserError, match=says):
         from_hf({**LLAMA_2, **change})
@@ -422,12 +524,15 @@ def test_exported_files_can_be_read_by_others(folders, tmp_path):
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "deep" / "er").iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize("files, says", [
-    ({"config.json": '{"seed": 1}', "metrics.jsonl": ""}, "holds 'metrics.jsonl', which is no part"),
-    ({"config.json": '{"model_type": "llama"}', "checkpoints/1": "x"}, "holds 'checkpoints'"),
-    ({"config.json": '{"seed": 1}'}, "not empty and no model export"),
-    ({"vocab.txt": "my words"}, "not empty and no model export"),
-])
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        ({"config.json": '{"seed": 1}', "metrics.jsonl": ""}, "holds 'metrics.jsonl', which is no part"),
+        ({"config.json": '{"model_type": "llama"}', "checkpoints/1": "x"}, "holds 'checkpoints'"),
+        ({"config.json": '{"seed": 1}'}, "not empty and no model export"),
+        ({"vocab.txt": "my words"}, "not empty and no model export"),
+    ],
+)
 def test_folders_that_hold_something_else_are_refused_untouched(files, says, folders, tmp_path):
     for name, text in files.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)

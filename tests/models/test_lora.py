@@ -23,7 +23,14 @@ from qstar.text.packing import Example
 from qstar.text.tokenizer import char_tokenizer
 
 CONFIG = ModelConfig(
-    vocab_size=20, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24, init_std=0.2
+    vocab_size=20,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=24,
+    init_std=0.2,
 )
 SETTINGS = lora.Lora(3, 6.0, ("q", "v", "down"))
 TOKENS = np.random.default_rng(0).integers(0, 20, (2, 9))
@@ -79,8 +86,16 @@ def test_fresh_adapters_change_nothing_and_gradients_reach_b_alone(params):
 def test_the_files_have_pefts_names_and_shapes(params, adapters, tmp_path):
     lora.save_adapters(CONFIG, adapters, SETTINGS, tmp_path, base="some/llama")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"], config["task_type"]) == ("LORA", 3, 6.0, "CAUSAL_LM")
-    assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"] and config["base_model_name_or_path"] == "some/llama"
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["task_type"]) == (
+        "LORA",
+        3,
+        6.0,
+        "CAUSAL_LM",
+    )
+    assert (
+        config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+        and config["base_model_name_or_path"] == "some/llama"
+    )
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 3 * 2 * 2
     stem = "base_model.model.model.layers.1"

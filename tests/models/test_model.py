@@ -25,7 +25,8 @@ from tests.models.oracle import V, random_tokens, torch_logits, torch_model
 def stories(shared):
     folder = shared("weights/stories260k")
     return types.SimpleNamespace(
-        model=qstar.load(folder), torch=transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
+        model=qstar.load(folder), torch=transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    )
 
 
 @pytest.fixture(scope="module", params=["mistral window", "gpt2", "gptj"])
@@ -43,8 +44,10 @@ def torch_logprobs(reference, prompt, completion) -> np.ndarray:
 
 
 def test_importing_qstar_imports_no_jax_until_a_name_needs_it():
-    code = ("import sys, qstar; assert 'jax' not in sys.modules; qstar.UserError; qstar.__version__; dir(qstar); "
-            "assert 'jax' not in sys.modules; qstar.load; assert 'jax' in sys.modules")
+    code = (
+        "import sys, qstar; assert 'jax' not in sys.modules; qstar.UserError; qstar.__version__; dir(qstar); "
+        "assert 'jax' not in sys.modules; qstar.load; assert 'jax' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = qstar.nonsense
@@ -53,8 +56,7 @@ def test_importing_qstar_imports_no_jax_until_a_name_needs_it():
 
 def test_stories260k_has_the_logits_of_transformers(stories):
     tokens = np.concatenate([np.ones((3, 1), np.int32), np.random.default_rng(0).integers(3, 512, (3, 47))], axis=1)
-    np.testing.assert_allclose(
-        qstar.logits(stories.model, tokens), torch_logits(stories.torch, tokens), atol=1e-4)
+    np.testing.assert_allclose(qstar.logits(stories.model, tokens), torch_logits(stories.torch, tokens), atol=1e-4)
 
 
 def test_greedy_continuation_of_stories260k_equals_that_of_transformers(stories):
@@ -82,8 +84,10 @@ def test_padding_on_either_side_leaves_the_real_rows_alone(pair):
 
 
 def test_logprobs_are_those_of_each_pair_alone(pair):
-    pairs = [(random_tokens(p, seed=i), random_tokens(c, seed=100 + i))
-             for i, (p, c) in enumerate([(1, 1), (5, 3), (2, 40), (12, 0), (9, 7), (1, 63), (50, 1), (4, 12)])]
+    pairs = [
+        (random_tokens(p, seed=i), random_tokens(c, seed=100 + i))
+        for i, (p, c) in enumerate([(1, 1), (5, 3), (2, 40), (12, 0), (9, 7), (1, 63), (50, 1), (4, 12)])
+    ]
     ours = qstar.logprobs(pair.model, *zip(*pairs))
     assert [x.dtype for x in ours] == [np.float32] * len(pairs)
     for got, (prompt, completion) in zip(ours, pairs):

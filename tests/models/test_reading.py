@@ -152,7 +152,11 @@ BAD_VALUES = [
     *(("num_hidden_layers", v) for v in (10**9, 0, 2.0, "2", -1)),
     *(("num_attention_heads", v) for v in (3, 0, None)),
     *(("num_key_value_heads", v) for v in ("4", 0)),
-    *((key, v) for key in ("vocab_size", "hidden_size", "intermediate_size") for v in (0, -5, "64", 1.5, None, 10**30, [64])),
+    *(
+        (key, v)
+        for key in ("vocab_size", "hidden_size", "intermediate_size")
+        for v in (0, -5, "64", 1.5, None, 10**30, [64])
+    ),
     *(("max_position_embeddings", v) for v in (0, "4096", 10**30)),
     *(("eos_token_id", v) for v in (-1, "2", [2, -1], 1.0, True, {})),
     *(("bos_token_id", v) for v in (-1, "<s>")),

@@ -30,7 +30,9 @@ def model():
 def test_a_bias_is_added_to_the_scores_of_its_segment():
     rng = np.random.default_rng(0)
     q, (k, v), bias = rng.normal(size=(5, 4, 8)), rng.normal(size=(2, 2, 6, 8)), rng.normal(size=(4, 5, 6))
-    found = attend(*(jnp.asarray(q, jnp.float32), [Segment(*map(jnp.float32, (k, v)), None, jnp.float32(bias))]), scale=0.5)
+    found = attend(
+        *(jnp.asarray(q, jnp.float32), [Segment(*map(jnp.float32, (k, v)), None, jnp.float32(bias))]), scale=0.5
+    )
     for h in range(4):  # two key heads, each of two query heads
         scores = 0.5 * q[:, h] @ k[h // 2].T + bias[h]
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)

@@ -1,6 +1,6 @@
 """Two updates of each method's train step, on any mesh; as a program, in one of several processes.
 
-    QSTAR_COORDINATOR=... QSTAR_NUM_PROCESSES=2 QSTAR_PROCESS_ID=0 python -m tests.multi_device.steps MESH OUT.npz METHOD ...
+QSTAR_COORDINATOR=... QSTAR_NUM_PROCESSES=2 QSTAR_PROCESS_ID=0 python -m tests.multi_device.steps MESH OUT.npz METHOD ...
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from qstar import processes, tree
-from qstar.mesh import make_mesh, put_whole_batch, replicated, shardings
+from qstar.mesh import make_mesh, put_global_batch, replicated, shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.thought_config import ThoughtConfig
@@ -102,7 +102,7 @@ def two_updates(method, mesh):
     for i in range(2):
         batch = test_rl_sharded.case(method)[1] if method in GUIDED else batches(i)[method]
         if mesh is not None:
-            batch = put_whole_batch(batch, mesh)
+            batch = put_global_batch(batch, mesh)
         state, metrics = step(method)(state, batch, np.float32(1e-2))
         out |= {f"{method}/{i}/{k}": np.asarray(v) for k, v in metrics.items()}  # and wait: few cores
     params = state.params
@@ -112,7 +112,7 @@ def two_updates(method, mesh):
 
 
 if __name__ == "__main__":
-    processes.join(processes.place())
+    processes.join(processes.process_info())
     found = {k: v for m in sys.argv[3:] for k, v in two_updates(m, make_mesh(sys.argv[1])).items()}
     if processes.is_first():
         np.savez(sys.argv[2], **found)

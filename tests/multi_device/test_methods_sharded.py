@@ -31,7 +31,9 @@ def agree(found, expected):
     """To 1e-5 of the largest entry: parameters after two updates, and the metrics of both."""
     assert found.keys() == expected.keys()
     for name, x in expected.items():
-        np.testing.assert_allclose(found[name], x, atol=1e-5 * max(float(np.abs(x).max()), 1e-2), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], x, atol=1e-5 * max(float(np.abs(x).max()), 1e-2), rtol=1e-5, err_msg=name
+        )
     assert any(np.abs(x).max() > 0.1 for x in expected.values())
 
 

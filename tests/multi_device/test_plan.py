@@ -71,7 +71,9 @@ def test_under_fsdp_rows_stay_where_they_are_and_parameters_are_gathered():
     _, text, program = planned("fine-tuning")
     shapes = {x.shape[-2:] for x in jax.tree.leaves(program.parts["parameters"]) if x.ndim >= 2}
     shapes |= {s[::-1] for s in shapes}
-    moved = [(kind, a) for i, _, kind in text.collectives() for a in i.arrays if len(a.shape) > 1 and a.bytes > 4 * ROWS * T]
+    moved = [
+        (kind, a) for i, _, kind in text.collectives() for a in i.arrays if len(a.shape) > 1 and a.bytes > 4 * ROWS * T
+    ]
     assert moved
     for kind, a in moved:
         if kind in ("all-gather", "all-reduce"):

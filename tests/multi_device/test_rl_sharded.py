@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qstar import tree
-from qstar.mesh import make_mesh, put_whole_batch, shardings
+from qstar.mesh import make_mesh, put_global_batch, shardings
 from qstar.models import heads, policy
 from qstar.models.config import preset
 from qstar.models.decoder import PARAM_AXES
@@ -73,7 +73,7 @@ def updated(name, spec):
     params, batch, loss = case(name)
     mesh = None if spec is None else make_mesh(spec)
     if mesh is not None:
-        params, batch = jax.device_put(params, shardings(params, PARAM_AXES, mesh)), put_whole_batch(batch, mesh)
+        params, batch = jax.device_put(params, shardings(params, PARAM_AXES, mesh)), put_global_batch(batch, mesh)
     state = create_state(params, TX, seed=0, mesh=mesh, table=PARAM_AXES)
     state, metrics = make_step(loss, TX)(state, batch, np.float32(1e-2))
     moments = {n: x for n, x in tree.named_leaves(state.opt_state) if "/mu/" in n}

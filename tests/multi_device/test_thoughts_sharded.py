@@ -10,7 +10,7 @@ import pytest
 
 import qstar
 from qstar import tree
-from qstar.mesh import make_mesh, put_whole_batch, shardings
+from qstar.mesh import make_mesh, put_global_batch, shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
@@ -71,7 +71,9 @@ def expected():
 @pytest.mark.parametrize("spec", MESHES)
 def test_sampled_thoughts_loss_and_gradients_are_those_of_one_device(spec):
     params, mesh = placed(spec)
-    (value, metrics), grads = jax.device_get(step(params, put_whole_batch(jax.device_get(text_batch(TOKENS, MASK)), mesh)))
+    (value, metrics), grads = jax.device_get(
+        step(params, put_global_batch(jax.device_get(text_batch(TOKENS, MASK)), mesh))
+    )
     (there, there_metrics), there_grads = expected()[0]
     np.testing.assert_allclose(value, there, rtol=1e-5)
     for k, (total, _) in metrics.items():
@@ -83,7 +85,7 @@ def test_sampled_thoughts_loss_and_gradients_are_those_of_one_device(spec):
 @pytest.mark.parametrize("spec", MESHES)
 def test_a_replay_is_that_of_one_device(spec):
     params, mesh = placed(spec)
-    out = jax.device_get(replayed(params, CONFIG, *put_whole_batch((TOKENS, MASK), mesh), THOUGHTS))
+    out = jax.device_get(replayed(params, CONFIG, *put_global_batch((TOKENS, MASK), mesh), THOUGHTS))
     for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(expected()[1])):
         np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4)
 

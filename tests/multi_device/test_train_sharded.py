@@ -12,7 +12,7 @@ import pytest
 
 import qstar
 from qstar import tree
-from qstar.mesh import batch_sharding, make_mesh, put_whole_batch, shardings
+from qstar.mesh import batch_sharding, make_mesh, put_global_batch, shardings
 from qstar.models import decoder, flash
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
@@ -66,11 +66,7 @@ def alone():
     """Parameters on one device, without a mesh; norms are not 1."""
     params = jax.jit(decoder.init, static_argnums=0)(CONFIG, jax.random.key(0))
     rng = np.random.default_rng(0)
-    return {
-        "policy": jax.tree.map(
-            lambda p: p + np.float32(0.2) * rng.normal(size=p.shape).astype(np.float32), params
-        )
-    }
+    return {"policy": jax.tree.map(lambda p: p + np.float32(0.2) * rng.normal(size=p.shape).astype(np.float32), params)}
 
 
 @functools.cache
@@ -90,7 +86,7 @@ def two_updates(spec, count, accumulate):
     state = create_state(params, TX, seed=0, mesh=mesh, table=decoder.PARAM_AXES)
     metrics = []
     for i in range(2):
-        batch = rows(seed=i) if mesh is None else put_whole_batch(rows(seed=i), mesh)
+        batch = rows(seed=i) if mesh is None else put_global_batch(rows(seed=i), mesh)
         state, m = step_fn(accumulate)(state, batch, np.float32(1e-2))
         metrics.append(jax.device_get(m))  # and wait: simulated devices share few cores
         if i == 0:
@@ -150,10 +146,10 @@ def test_random_parameters_are_made_in_their_shards_and_are_the_same_numbers():
 
 def test_rows_that_do_not_divide_are_kept_whole_and_count_once():
     mesh = mesh_of("data=8")
-    batch = put_whole_batch(rows(12), mesh)
+    batch = put_global_batch(rows(12), mesh)
     assert batch.tokens.sharding.is_fully_replicated
-    assert put_whole_batch(rows(16), mesh).tokens.sharding == batch_sharding(mesh)
-    assert [s.data.shape for s in put_whole_batch(rows(16), mesh).tokens.addressable_shards] == [(2, 24)] * 8
+    assert put_global_batch(rows(16), mesh).tokens.sharding == batch_sharding(mesh)
+    assert [s.data.shape for s in put_global_batch(rows(16), mesh).tokens.addressable_shards] == [(2, 24)] * 8
     f = jax.jit(lambda p, b: losses.sft_loss(p, b, None, config=CONFIG)[0])
     many = f(placed(mesh), batch)
     one = f(alone(), rows(12))
@@ -165,13 +161,11 @@ def test_the_vocabulary_loss_in_chunks_is_the_same_on_a_mesh(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 64 * 50)  # 50 tokens at a time
     mesh = mesh_of(CUBE)
     f = lambda params, batch: losses.sft_loss(params, batch, None, config=CONFIG)[0][0]  # noqa: E731
-    value, grads = jax.jit(jax.value_and_grad(f))(placed(mesh), put_whole_batch(rows(), mesh))
+    value, grads = jax.jit(jax.value_and_grad(f))(placed(mesh), put_global_batch(rows(), mesh))
     _, first, metrics = two_updates(None, 1, 1)
     assert float(value) == pytest.approx(float(metrics[0]["loss"] * metrics[0]["tokens"]), rel=1e-5)
     factor = 0.1 * CLIP / metrics[0]["grad_norm"] / metrics[0]["tokens"]
-    close(
-        jax.tree.map(lambda g: factor * g, jax.tree.leaves(jax.device_get(grads))), list(first.values()), 1e-5
-    )
+    close(jax.tree.map(lambda g: factor * g, jax.tree.leaves(jax.device_get(grads))), list(first.values()), 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -196,9 +190,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("spec,count", [("fsdp=8", 8), ("data=2,tensor=4", 8), (None, 1)])
 def test_a_checkpoint_of_one_mesh_restores_onto_another_and_onto_one_device(spec, count, saved):
     mesh = None if spec is None else mesh_of(spec, count)
-    like = create_state(
-        alone() if mesh is None else placed(mesh), TX, seed=99, mesh=mesh, table=decoder.PARAM_AXES
-    )
+    like = create_state(alone() if mesh is None else placed(mesh), TX, seed=99, mesh=mesh, table=decoder.PARAM_AXES)
     checkpoints = Checkpoints(saved)
     state, record = checkpoints.restore(like)
     checkpoints.close()
@@ -264,7 +256,7 @@ def test_splash_runs_on_each_device_s_rows_and_heads(monkeypatch):
         return jax.device_get(jax.jit(jax.value_and_grad(f))(params))
 
     there = jax.device_put(params, shardings(params, decoder.PARAM_AXES, mesh))
-    value, grads = gradients("splash", there, put_whole_batch(batch, mesh))
+    value, grads = gradients("splash", there, put_global_batch(batch, mesh))
     expected, expected_grads = gradients("xla", params, batch)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     close(grads, expected_grads, 1e-5)

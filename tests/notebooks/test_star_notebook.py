@@ -49,9 +49,7 @@ def test_notebook_states_the_numbers_of_the_run(tmp_path, monkeypatch):
 
 
 def test_notebook_runs_on_one_arm_without_groups_and_audit(tmp_path, monkeypatch):
-    run = write_run(
-        tmp_path / "run", Shape(("norat",), 1, groups=False, audit=False, status=None, task="gsm8k")
-    )
+    run = write_run(tmp_path / "run", Shape(("norat",), 1, groups=False, audit=False, status=None, task="gsm8k"))
     printed, figures = execute(run, monkeypatch)
     assert "Accuracy on held-out problems went from" in printed and figures == 3
 

@@ -141,9 +141,7 @@ def _attempts(shape: Shape, arm: str, loop: int) -> list[dict]:
 
 def _attempt(task, problem, loop, shape, rng, right: bool, hinted: bool) -> dict:
     answer = problem.gold if right else str(int(problem.gold) + 10)
-    text = (
-        problem.solution if right else problem.solution.replace(problem.question, _wrong(problem.question), 1)
-    )
+    text = problem.solution if right else problem.solution.replace(problem.question, _wrong(problem.question), 1)
     text = text if right else text.rsplit("#", 1)[0] + "#" + answer
     lucky = right and rng.random() < 0.1
     verdict = ("rationalised" if hinted else "kept") if right else "rejected"

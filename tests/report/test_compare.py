@@ -74,7 +74,11 @@ def test_votes_are_counted_for_whoever_stood_there(made, tmp_path, capfd):
     other = {"left": "right", "right": "left"}
     names = sorted(mine)
     first = votes(key, tmp_path / "1.jsonl", {i: mine[i] for i in names[:10]}, rater="ann")
-    second = {**{i: mine[i] for i in names[:5]}, **{i: "equal" for i in names[5:8]}, **{i: other[mine[i]] for i in names[8:12]}}
+    second = {
+        **{i: mine[i] for i in names[:5]},
+        **{i: "equal" for i in names[5:8]},
+        **{i: other[mine[i]] for i in names[8:12]},
+    }
     second = votes(key, tmp_path / "2.jsonl", second, rater="ben")
     found = count_votes(home / "page", [first, second])
     counts = ("votes", "items", "raters", "wins", "equal", "losses")

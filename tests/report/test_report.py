@@ -107,9 +107,7 @@ def test_every_number_of_every_loop_is_on_the_page(folder, page):
     tables = [t for t in page.tables if t[0][0] == "" and "base" in t[0]]
     assert len(tables) == 2
     for table, arm in zip(tables, ("rat", "norat")):
-        rows = [
-            r for r in read_jsonl(folder / "metrics.jsonl") if r["arm"] == arm and r["stage"] == "iteration"
-        ]
+        rows = [r for r in read_jsonl(folder / "metrics.jsonl") if r["arm"] == arm and r["stage"] == "iteration"]
         for name, *cells in table[1:]:
             for cell, row in zip(cells, rows, strict=True):
                 value = row.get(name)
@@ -126,9 +124,7 @@ def test_problems_are_counted_once_under_their_best_attempt(folder, page):
                 if row["group"] == "3":
                     best.setdefault(row["problem_id"], set()).add(row["verdict"])
             wanted = Counter(next(v for v in VERDICTS if v in verdicts) for verdicts in best.values())
-            cells = next(
-                r for r in table if r[0].startswith(f"{arm} ") and r[1:3] == [f"loop {loop}", "3 digits"]
-            )
+            cells = next(r for r in table if r[0].startswith(f"{arm} ") and r[1:3] == [f"loop {loop}", "3 digits"])
             assert [int(c.replace(",", "")) for c in cells[3:]] == [wanted[v] for v in VERDICTS]
 
 
@@ -136,11 +132,7 @@ def test_bars_show_the_shares_of_the_counted_problems(folder, page):
     for arm in read_run(folder).arms:
         for loop, counts in frames.outcomes(arm, "3").items():
             share = counts["rejected"] / sum(counts.values())
-            shown = (
-                f"{100 * share:.0f}%"
-                if not 0.99 < share < 1 and not 0 < share < 0.01
-                else f"{100 * share:.1f}%"
-            )
+            shown = f"{100 * share:.0f}%" if not 0.99 < share < 1 and not 0 < share < 0.01 else f"{100 * share:.1f}%"
             assert f"<title>rejected, outer loop {loop}: {shown}</title>" in page.source
 
 
@@ -151,9 +143,7 @@ def test_rejections_are_counted_by_reason_hint_and_loop(folder, page):
             if row["verdict"] == "rejected":
                 wanted[row["reason"] + " (with the hint)" * row["hinted"], loop] += 1
     table = page.table("rat · with rationalisation", "loop 1")
-    found = {
-        (name, loop): int(c.replace(",", "")) for name, *cells in table for loop, c in enumerate(cells, 1)
-    }
+    found = {(name, loop): int(c.replace(",", "")) for name, *cells in table for loop, c in enumerate(cells, 1)}
     assert {key: count for key, count in found.items() if count} == dict(wanted)
     assert len({name for name, _ in wanted}) == 3
 
@@ -252,10 +242,7 @@ def test_a_report_is_the_same_bytes_every_time(folder, page):
 
 def test_run_that_has_only_its_base_says_so(tmp_path):
     page = report(tmp_path, Shape(loops=0, status=None))
-    assert (
-        "Before the first loop, 3-digit accuracy is 0.4% (0.0–1.2%, 95% interval). No loop has finished"
-        in page.text
-    )
+    assert "Before the first loop, 3-digit accuracy is 0.4% (0.0–1.2%, 95% interval). No loop has finished" in page.text
     assert "This run is not finished (rat, norat)" in page.text
     assert "What was kept" not in page.text and "rationale-data" not in page.scripts
 
@@ -381,9 +368,7 @@ def test_folder_of_something_else_is_named_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "base/gates.json", "rat/status.json", "rat/rationales/iter_001.jsonl"]
-)
+@pytest.mark.parametrize("name", ["config.json", "base/gates.json", "rat/status.json", "rat/rationales/iter_001.jsonl"])
 def test_broken_file_is_named(tmp_path, name):
     write_run(tmp_path, Shape(arms=("rat",), loops=1))
     (tmp_path / name).write_text("{not json")

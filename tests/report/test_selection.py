@@ -40,7 +40,11 @@ def test_the_table_of_rules_holds_curves_areas_regret_and_calibration(folder, pa
     for name in ("dpo", "own", "orm"):
         cells, fits = rows[SCORERS[name]], told["calibration"][name]
         assert cells[:3] == [interval(told["curves"][f"best/{name}"][k]) for k in "124"]
-        assert cells[3:6] == [f"{told['auc'][name]:.3f}", f"{told['auc_pooled'][name]:.3f}", interval(told["regret"][name]["4"])]
+        assert cells[3:6] == [
+            f"{told['auc'][name]:.3f}",
+            f"{told['auc_pooled'][name]:.3f}",
+            interval(told["regret"][name]["4"]),
+        ]
         raw = f" ({fits['ece_raw']:.3f})" if name == "orm" else ""
         assert cells[6] == f"{fits['ece']:.3f}{raw}"
     assert "headroom" in page.text and "0.652" in page.text  # the gates of G_SFT
@@ -73,7 +77,9 @@ def test_solutions_stand_side_by_side_as_both_rank_them(folder, page):
             assert [r.score for r in order] == sorted((r.score for r in order), reverse=True)
             assert len({r.completion for r in order}) == len(order) <= 4
         firsts = [order[0].correct for order in case.orders.values()]
-        assert firsts == {0: [True, False], 1: [False, True], 2: [True, True], 3: [False, False]}[CASES.index(case.kind)]
+        assert (
+            firsts == {0: [True, False], 1: [False, True], 2: [True, True], 3: [False, False]}[CASES.index(case.kind)]
+        )
         assert case.prompt.strip() in page.text
     assert "<script>document" not in page.source and "document.title='owned'" in page.text
     assert read_cases(folder, "v_star", 9, ("dpo", "own")) == [] == read_cases(folder, "v_star", 2, ("prm_min", "own"))
@@ -89,7 +95,9 @@ def test_a_run_measured_before_there_was_more_to_tell_has_its_page(folder, tmp_p
 
 
 def test_an_evaluation_has_a_chart_over_k_with_every_scorer(folder, tmp_path):
-    rows = [Rollout(**json.loads(r)) for r in (folder / "v_star/selection/samples_002_000.jsonl").read_text().splitlines()]
+    rows = [
+        Rollout(**json.loads(r)) for r in (folder / "v_star/selection/samples_002_000.jsonl").read_text().splitlines()
+    ]
     scores = [json.loads(r)["dpo"] for r in (folder / "v_star/selection/scores_002.jsonl").read_text().splitlines()]
     scorer = lambda prompts, texts: __import__("numpy").reshape(scores, (len(prompts), -1))  # noqa: E731
     result = {"problems": 30, "accuracy": 0.5, **many(rows, 4), **by_scores(rows, 4, {"mine": scorer}, tmp_path)}
@@ -106,7 +114,9 @@ def test_an_evaluation_has_a_chart_over_k_with_every_scorer(folder, tmp_path):
     names = {row[0] for row in page.table("rule", "k = 1")}
     assert {"any of k (ceiling)", "majority vote", "own log-probability", "mine", "weighted vote by mine"} <= names
     titles = [t for t in page.text.split("\n") if "mine" in t]
-    assert page.source.count("<polyline") == 4 and page.source.count("<polygon") == 3 and titles  # bands but for the ceiling
+    assert (
+        page.source.count("<polyline") == 4 and page.source.count("<polygon") == 3 and titles
+    )  # bands but for the ceiling
     assert "http" not in page.source.split("</head>")[0].replace("http-equiv", "")
 
 

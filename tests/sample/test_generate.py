@@ -16,7 +16,7 @@ from qstar.models.config import ModelConfig
 from qstar.models.model import Model
 from qstar.sample import batching
 from qstar.sample import sampler as S
-from qstar.sample.logits import Knobs
+from qstar.sample.logits import SamplingParams
 from tests.sample.test_logits import warped
 
 NEW = 24  # longer than one look for stop strings, and than the window below
@@ -50,9 +50,7 @@ CONFIGS = {
         tie_embeddings=True,
     ),
 }
-PROMPTS = [
-    np.random.default_rng(i).integers(0, V, n).tolist() for i, n in enumerate([9, 1, 14, 3, 12, 8, 5, 2, 16])
-]
+PROMPTS = [np.random.default_rng(i).integers(0, V, n).tolist() for i, n in enumerate([9, 1, 14, 3, 12, 8, 5, 2, 16])]
 
 
 def slow_greedy(model: Model, prompts, new=NEW, eos=None) -> list[list[int]]:
@@ -101,9 +99,7 @@ def test_greedy_in_few_slots_is_the_slow_loop(case):
     """Nine prompts of many lengths, two samples each, in four slots: slots are refilled while others go on."""
     model, expected = case
     ended = [row[-1] == model.config.eos_id for row in expected]
-    assert (
-        any(ended) and not all(ended) and len({len(row) for row in expected}) > 2
-    )  # rows stop independently
+    assert any(ended) and not all(ended) and len({len(row) for row in expected}) > 2  # rows stop independently
     out = qstar.generate(model, PROMPTS, max_new_tokens=NEW, temperature=0, n=2, slots=4)
     for i, (samples, row) in enumerate(zip(out, expected)):
         assert len(samples) == 2
@@ -127,9 +123,7 @@ def test_each_of_several_eos_ids_ends_a_row():
 
 def test_a_prompt_alone_gives_what_it_gives_in_a_mixed_batch(case):
     model, expected = case
-    for i in (
-        (1, 8) if model.config.num_kv_heads == 2 else (8,)
-    ):  # the shortest in a bucket of its own, and the longest
+    for i in (1, 8) if model.config.num_kv_heads == 2 else (8,):  # the shortest in a bucket of its own, and the longest
         ((out,),) = tokens_of(qstar.generate(model, [PROMPTS[i]], max_new_tokens=NEW, temperature=0, slots=4))
         assert out == expected[i]
 
@@ -205,20 +199,18 @@ def test_samples_differ_and_draws_depend_on_nothing_but_seed_prompt_and_sample(s
     other = qstar.generate(model, PROMPTS, n=3, slots=4, **{**SAMPLING, "seed": 6})
     assert all(a != b for a, b in zip(tokens_of(other), tokens_of(out)))
     if model.config.position == "learned":  # compiles; for one of the models
-        assert tokens_of(generate(PROMPTS, n=3, slots=16)) == tokens_of(
-            out
-        )  # two prompts, three samples per refill
+        assert tokens_of(generate(PROMPTS, n=3, slots=16)) == tokens_of(out)  # two prompts, three samples per refill
 
 
 def test_settings_prompts_and_seeds_do_not_compile_anew():
     model, _ = made("gqa")
     generate = functools.partial(qstar.generate, model, max_new_tokens=NEW, slots=4)
     generate(PROMPTS)
-    before = S.decode._cache_size(), S.refill._cache_size(), S.prepare._cache_size()
+    before = S.decode._cache_size(), S.insert_requests._cache_size(), S.prepare._cache_size()
     for settings in (dict(temperature=0), dict(temperature=0.3, top_k=4), dict(top_p=0.5, seed=9)):
         generate(PROMPTS, **settings)
     generate(PROMPTS[::-1] + PROMPTS[:2])
-    assert (S.decode._cache_size(), S.refill._cache_size(), S.prepare._cache_size()) == before
+    assert (S.decode._cache_size(), S.insert_requests._cache_size(), S.prepare._cache_size()) == before
 
 
 def test_logits_of_all_positions_never_exist():
@@ -227,12 +219,12 @@ def test_logits_of_all_positions_never_exist():
     params, state = S.prepare(params, config), S.empty_state(sampler)
     prefix = S.prefill_prefix(params, config, jnp.zeros(8, jnp.int32), jnp.int32(3))
     ints = functools.partial(np.zeros, dtype=np.int32)
-    fill = S.Fill(ints((2, 16)), ints(2), ints(4), ints(4), ints(4), ints((4, 2)))
+    fill = S.PrefillBatch(ints((2, 16)), ints(2), ints(4), ints(4), ints(4), ints((4, 2)))
 
     def run(state):
-        state = S.refill(params, sampler, prefix, state, fill, jax.random.key(0), Knobs.make())
+        state = S.insert_requests(params, sampler, prefix, state, fill, jax.random.key(0), SamplingParams.make())
         return S.decode(
-            params, sampler, prefix, state, Knobs.make(), np.zeros(8, bool), np.int32(0), np.int32(9)
+            params, sampler, prefix, state, SamplingParams.make(), np.zeros(8, bool), np.int32(0), np.int32(9)
         )
 
     shapes = set()
@@ -240,9 +232,7 @@ def test_logits_of_all_positions_never_exist():
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             shapes.update(v.aval.shape for v in eqn.outvars if hasattr(v.aval, "shape"))
-            for sub in jax.tree.leaves(
-                eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
-            ):
+            for sub in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
                 if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
                     walk(getattr(sub, "jaxpr", sub))
 
@@ -286,9 +276,7 @@ def test_a_text_prefix_is_the_same_as_texts_that_begin_with_it(stories):
     prefix = "Once there was a dog. "
     out = qstar.generate(stories, STORIES, prefix=prefix, max_new_tokens=40, temperature=0, slots=2)
     ids = stories.tokenizer.encode_batch([prefix + p for p in STORIES], bos=True)
-    assert tokens_of(out) == [
-        [row] for row in slow_greedy(stories, ids, new=40, eos=stories.tokenizer.eos_id)
-    ]
+    assert tokens_of(out) == [[row] for row in slow_greedy(stories, ids, new=40, eos=stories.tokenizer.eos_id)]
 
 
 @pytest.mark.parametrize("stop", [(".",), ("nd", " to", "zzz"), ("ed",)], ids=str)
@@ -308,9 +296,7 @@ def test_stop_strings_cut_exactly_and_leave_the_other_rows_alone(stories, told, 
         assert not ends or not c.text or not decode(c.tokens[:-1]).startswith(c.text)  # and not a token more
     assert cuts >= 3
     if len(stop) == 1:  # one string is one stop string, not its characters
-        assert out == qstar.generate(
-            stories, STORIES, max_new_tokens=40, temperature=0, slots=2, stop=stop[0]
-        )
+        assert out == qstar.generate(stories, STORIES, max_new_tokens=40, temperature=0, slots=2, stop=stop[0])
 
 
 def recital(stories, text: str, ids: list[int]) -> Model:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qstar.sample.logits import NEG, Knobs, draw, invert_cdf, keep_top
+from qstar.sample.logits import NEG, SamplingParams, filter_top_k_top_p, invert_cdf, sample_token
 
 invert = jax.jit(jax.vmap(lambda w, u: invert_cdf(jnp.log(w), u)[0], (None, 0)))
-draw_grid = jax.jit(jax.vmap(draw, (None, 0, None)))
+draw_grid = jax.jit(jax.vmap(sample_token, (None, 0, None)))
 KNOBS = [
     (1.0, 0, 1.0),
     (0.3, 0, 1.0),
@@ -47,7 +47,7 @@ def test_frequencies_over_all_uniform_numbers_are_the_filtered_softmax(logits, k
     """u runs over a grid of n midpoints, which integrates exactly: each token's share is right to 1 / n."""
     n = 20_000
     u = (np.arange(n, dtype=np.float32) + 0.5) / n
-    tokens, logprobs, sample_logprobs = map(np.asarray, draw_grid(logits, u, Knobs.make(*knobs)))
+    tokens, logprobs, sample_logprobs = map(np.asarray, draw_grid(logits, u, SamplingParams.make(*knobs)))
     expected = warped(logits, *knobs)
     share = np.bincount(tokens, minlength=len(logits)) / n
     np.testing.assert_allclose(share, expected, atol=1.5 / n)
@@ -59,7 +59,7 @@ def test_frequencies_over_all_uniform_numbers_are_the_filtered_softmax(logits, k
 
 def test_greedy_takes_the_largest_with_probability_one(logits):
     tokens, logprobs, sample_logprobs = draw_grid(
-        logits, jnp.array([0.0, 0.5, 0.999]), Knobs.make(0.0, 3, 0.5)
+        logits, jnp.array([0.0, 0.5, 0.999]), SamplingParams.make(0.0, 3, 0.5)
     )
     assert (tokens == logits.argmax()).all() and (sample_logprobs == 0).all()
     np.testing.assert_allclose(logprobs, torch.log_softmax(torch.tensor(logits), -1).max().item(), atol=1e-5)
@@ -67,7 +67,7 @@ def test_greedy_takes_the_largest_with_probability_one(logits):
 
 @pytest.mark.parametrize("top_k,top_p", [(0, 0.9), (7, 1.0), (50, 0.5), (3, 0.99), (0, 0.01)])
 def test_the_same_tokens_survive_as_in_transformers(logits, top_k, top_p):
-    kept = np.asarray(keep_top(jnp.asarray(logits), Knobs.make(1.0, min(top_k, len(logits)), top_p)))
+    kept = np.asarray(filter_top_k_top_p(jnp.asarray(logits), SamplingParams.make(1.0, min(top_k, len(logits)), top_p)))
     expected = warped(logits, 1.0, top_k, top_p) > 0
     np.testing.assert_array_equal(kept > NEG / 2, expected)
     np.testing.assert_array_equal(kept[expected], logits[expected])  # and keep their logits
@@ -75,7 +75,9 @@ def test_the_same_tokens_survive_as_in_transformers(logits, top_k, top_p):
 
 def test_top_p_of_one_keeps_what_top_k_keeps_however_improbable():
     logits = jnp.array([40.0, 0.0, -1.0, -2.0, -3.0])  # after the first the running sum is 1 to the last bit
-    assert ((keep_top(logits, Knobs.make(1.0, 4, 1.0)) > NEG / 2) == jnp.array([1, 1, 1, 1, 0], bool)).all()
+    assert (
+        (filter_top_k_top_p(logits, SamplingParams.make(1.0, 4, 1.0)) > NEG / 2) == jnp.array([1, 1, 1, 1, 0], bool)
+    ).all()
 
 
 @pytest.mark.parametrize("V", [1, 5, 256, 300, 1000, 20_000])
@@ -105,6 +107,6 @@ def test_one_uniform_number_cannot_reach_past_a_padded_vocabulary():
     logits = jnp.full(300, NEG).at[299].set(0.0).at[3].set(0.0)
     u = jnp.linspace(0, 1, 999, endpoint=False)
     for knobs in ((1.0, 0, 1.0), (9.0, 5, 0.9)):
-        tokens, _, sample_logprobs = draw_grid(logits, u, Knobs.make(*knobs))
+        tokens, _, sample_logprobs = draw_grid(logits, u, SamplingParams.make(*knobs))
         assert set(tokens.tolist()) == {3, 299}
         np.testing.assert_allclose(sample_logprobs, np.log(0.5), atol=1e-6)

@@ -118,8 +118,11 @@ def test_scratchpads_equal_a_slow_restatement(compact, release):
 
 def test_alphabets_cover_their_formats(compact, release, direct):
     assert len(arithmetic.ALPHABET) == 20 and arithmetic.ALPHABET[:2] == arithmetic.PAD + arithmetic.EOS
-    for task, alphabet in ((compact, arithmetic.ALPHABET), (direct, arithmetic.ALPHABET),
-                           (release, arithmetic.RELEASE_ALPHABET)):
+    for task, alphabet in (
+        (compact, arithmetic.ALPHABET),
+        (direct, arithmetic.ALPHABET),
+        (release, arithmetic.RELEASE_ALPHABET),
+    ):
         tokenizer = char_tokenizer(alphabet, pad=arithmetic.PAD, eos=arithmetic.EOS)
         for pair in pairs_of_every_length():
             p = problem(task, *pair)
@@ -143,11 +146,21 @@ def test_gold_is_right_audited_and_no_leak(compact, release, direct):
             assert task.audit(p, text) is (None if task is direct else True)
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("215+480,C0|0695|#695", "695"), ("#1#2", "2"), ("#0695", "0695"),
-    ("1098", None), ("#", None), ("#1098|", None), ("#1098 ", None), ("#10 98", None), ("", None),
-    ("#\u0661", None),
-])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("215+480,C0|0695|#695", "695"),
+        ("#1#2", "2"),
+        ("#0695", "0695"),
+        ("1098", None),
+        ("#", None),
+        ("#1098|", None),
+        ("#1098 ", None),
+        ("#10 98", None),
+        ("", None),
+        ("#\u0661", None),
+    ],
+)
 def test_compact_answer_is_the_digits_behind_the_last_hash(compact, text, answer):
     assert compact.parse(text) == answer
 
@@ -157,12 +170,21 @@ def test_leading_zero_is_wrong(compact):
     assert compact.correct(p, "695") and not compact.correct(p, "0695") and not compact.correct(p, None)
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("<scratch>\nx\n</scratch>\n6 7", "67"), ("</scratch>\n0 6 7\n", "067"),
-    ("</scratch>\n6 7\n\nInput:\n1", "67"),
-    ("</scratch>\n67", None), ("</scratch>\n6  7", None), ("</scratch>", None), ("6 7", None),
-    ("</scratch>\n\n6 7", None), ("x</scratch>\n6", None), ("</scratch>\n6 7 x", None),
-])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<scratch>\nx\n</scratch>\n6 7", "67"),
+        ("</scratch>\n0 6 7\n", "067"),
+        ("</scratch>\n6 7\n\nInput:\n1", "67"),
+        ("</scratch>\n67", None),
+        ("</scratch>\n6  7", None),
+        ("</scratch>", None),
+        ("6 7", None),
+        ("</scratch>\n\n6 7", None),
+        ("x</scratch>\n6", None),
+        ("</scratch>\n6 7 x", None),
+    ],
+)
 def test_release_answer_is_the_spaced_line_after_the_scratchpad(release, text, answer):
     assert release.parse(text) == answer
 
@@ -183,26 +205,32 @@ def test_audit_sees_one_wrong_character(compact, release):
                 assert task.audit(p, text[:at] + str((int(character) + 1) % 10) + text[at + 1 :]) is False
 
 
-@pytest.mark.parametrize("completion, reason", [
-    ("737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098", None),
-    ("747+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098", None),  # wrong, which is the audit's business
-    ("(1098)737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098", "prompt text '('"),
-    ("737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098)|#1098", "prompt text ')'"),
-    ("#1098", "before computing"),
-    ("737+361,C0|1098|#1098", "before computing"),
-    ("1098|737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098", "before computing"),
-])
+@pytest.mark.parametrize(
+    "completion, reason",
+    [
+        ("737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098", None),
+        ("747+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098", None),  # wrong, which is the audit's business
+        ("(1098)737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098", "prompt text '('"),
+        ("737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098)|#1098", "prompt text ')'"),
+        ("#1098", "before computing"),
+        ("737+361,C0|1098|#1098", "before computing"),
+        ("1098|737+361,C0|3+6,8C0|7+3,98C0|,098C1|1098|#1098", "before computing"),
+    ],
+)
 def test_compact_leaks(compact, completion, reason):
     found = compact.leak(problem(compact, 737, 361), completion)
     assert found is None if reason is None else reason in found
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda text: text, None),
-    (lambda text: "Target: 0 6 7\n" + text, "prompt text 'Target'"),
-    (lambda text: "<scratch>\n0 6 7\n</scratch>\n6 7", "before computing"),
-    (lambda text: "<scratch>\n2 3 + 4 4 , C: 0\n0 6 7\n</scratch>\n6 7", "before computing"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda text: text, None),
+        (lambda text: "Target: 0 6 7\n" + text, "prompt text 'Target'"),
+        (lambda text: "<scratch>\n0 6 7\n</scratch>\n6 7", "before computing"),
+        (lambda text: "<scratch>\n2 3 + 4 4 , C: 0\n0 6 7\n</scratch>\n6 7", "before computing"),
+    ],
+)
 def test_release_leaks(release, change, reason):
     p = problem(release, 23, 44)
     found = release.leak(p, change(release.solution(p)))
@@ -261,8 +289,13 @@ def test_pool_is_a_fresh_draw_per_loop_and_seed(compact):
 def test_pool_asked_for_too_many_gives_all(compact):
     task = make_task("arithmetic", pool={1: 1000, 2: 9000}, seeds={2: (10, 10)})
     counts = collections.Counter(p.group for p in task.pool(0, 0))
-    train = [(a, b) for n in (1, 2) for a in range(10 ** (n - 1), 10**n) for b in range(10 ** (n - 1), 10**n)
-             if arithmetic.side(a, b) == "train"]
+    train = [
+        (a, b)
+        for n in (1, 2)
+        for a in range(10 ** (n - 1), 10**n)
+        for b in range(10 ** (n - 1), 10**n)
+        if arithmetic.side(a, b) == "train"
+    ]
     assert counts["1"] == sum(a < 10 for a, _ in train)
     assert counts["2"] == sum(a >= 10 for a, _ in train) - 10
 
@@ -272,8 +305,12 @@ def test_seed_rows_share_problems_and_stay_out_of_longer_pools(compact):
     for p, hinted in compact.seeds():
         rows[p.group, hinted].add(p.id)
     assert {key: len(ids) for key, ids in rows.items()} == {
-        ("1", False): 60, ("1", True): 60, ("2", False): 500, ("2", True): 500,
-        ("3", False): 20, ("3", True): 150,
+        ("1", False): 60,
+        ("1", True): 60,
+        ("2", False): 500,
+        ("2", True): 500,
+        ("3", False): 20,
+        ("3", True): 150,
     }
     assert rows["2", False] == rows["2", True] and rows["3", False] < rows["3", True]
     pooled = {p.id for i in range(20) for p in compact.pool(i, 0)}
@@ -304,15 +341,17 @@ def test_shots_are_of_the_same_length_and_settled_by_the_problem():
         assert "+".join(reversed(p.question.split("+"))) not in sums[:-1] and p.question not in sums[:-1]
         hinted = task.prompt(p, hint=True)
         assert hinted.count("Target: ") == 11 and prompt.count("Target: ") == 0
-        assert [line for line in hinted.split("\n") if "Target" not in line] == \
-            [line for line in prompt.split("\n") if "Target" not in line]
+        assert [line for line in hinted.split("\n") if "Target" not in line] == [
+            line for line in prompt.split("\n") if "Target" not in line
+        ]
 
 
 def test_shots_come_from_fifty_and_are_never_drawn_or_tested():
     task = make_task("arithmetic", format="release", pool={3: 2000}, seeds={})
     problems = [p for i in range(3) for p in task.pool(i, 0)] + task.problems("test")
-    shots = {block.split("\n")[1].replace(" ", "") for p in problems[:300]
-             for block in task.prompt(p).split("\n\n")[:-1]}
+    shots = {
+        block.split("\n")[1].replace(" ", "") for p in problems[:300] for block in task.prompt(p).split("\n\n")[:-1]
+    }
     assert len(shots) == 50
     assert not shots & {p.question for p in problems}
 
@@ -328,14 +367,21 @@ def test_config_keys_may_be_text():
     assert {p.group for p in task.problems("test")} == {"3"}
 
 
-@pytest.mark.parametrize("options, culprit", [
-    ({"format": "long"}, "unknown format 'long'"), ({"pool": {11: 5}}, "pool names 11 digits"),
-    ({"pool": {"two": 5}}, "pool names 'two'"), ({"pool": {2: -1}}, r"pool\[2\]"),
-    ({"pool": {2: 0.5}}, r"pool\[2\]"),
-    ({"seeds": {2: 5}}, r"seeds\[2\] = 5"), ({"seeds": {2: (1, 2, 3)}}, r"seeds\[2\]"),
-    ({"shots": 51}, "shots=51"), ({"eval_per_length": 0}, "eval_per_length=0"),
-    ({"eval_digits": [0]}, "eval_digits"),
-])
+@pytest.mark.parametrize(
+    "options, culprit",
+    [
+        ({"format": "long"}, "unknown format 'long'"),
+        ({"pool": {11: 5}}, "pool names 11 digits"),
+        ({"pool": {"two": 5}}, "pool names 'two'"),
+        ({"pool": {2: -1}}, r"pool\[2\]"),
+        ({"pool": {2: 0.5}}, r"pool\[2\]"),
+        ({"seeds": {2: 5}}, r"seeds\[2\] = 5"),
+        ({"seeds": {2: (1, 2, 3)}}, r"seeds\[2\]"),
+        ({"shots": 51}, "shots=51"),
+        ({"eval_per_length": 0}, "eval_per_length=0"),
+        ({"eval_digits": [0]}, "eval_digits"),
+    ],
+)
 def test_bad_options_are_named(options, culprit):
     with pytest.raises(UserError, match=culprit):
         make_task("arithmetic", **options)

@@ -51,13 +51,16 @@ def test_cut_ends_at_the_first_stop_string():
     assert Letters().cut("a\nb") == "a\nb"
 
 
-@pytest.mark.parametrize("text, marker", [
-    ("(b) is marked (correct), so", "(correct)"),
-    ("The Hint says 5", "Hint"),
-    ("as the hints show", "hints"),
-    ("by the given answer", "given answer"),
-    ("It is 5, AS STATED.", "AS STATED"),
-])
+@pytest.mark.parametrize(
+    "text, marker",
+    [
+        ("(b) is marked (correct), so", "(correct)"),
+        ("The Hint says 5", "Hint"),
+        ("as the hints show", "hints"),
+        ("by the given answer", "given answer"),
+        ("It is 5, AS STATED.", "AS STATED"),
+    ],
+)
 def test_leak_markers_in_any_case(text, marker):
     assert leak_marker(text) == f"hint marker {marker!r}"
 

@@ -1,13 +1,13 @@
 """HumanEval's own solutions, through the tokens of every tokenizer and back, in every template."""
 
 import pytest
-from tests.text.kinds import KINDS, tokenizer
 
 from qstar.methods.rollouts import kept_tokens
 from qstar.models.config import preset
 from qstar.models.model import Model
 from qstar.tasks import make_task
 from qstar.types import Completion
+from tests.text.kinds import KINDS, tokenizer
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "characters"])  # some docstrings hold other letters

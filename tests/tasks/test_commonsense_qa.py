@@ -9,7 +9,8 @@ from qstar.tasks import make_task
 TEXTS = ["shirt pocket", "calligrapher's hand", "inkwell", "desk drawer", "blotter"]
 STEM = "What do people use to absorb extra ink from a fountain pen?"
 ORIGINAL = {
-    "id": "x1", "answerKey": "E",
+    "id": "x1",
+    "answerKey": "E",
     "question": {
         "stem": STEM,
         "choices": [{"label": label, "text": text} for label, text in zip("ABCDE", TEXTS, strict=True)],
@@ -44,8 +45,12 @@ def problem(make):
 @pytest.fixture(scope="module")
 def real(shared):
     folder = shared("data/commonsenseqa")
-    return make_task("commonsense_qa", train=str(folder / "train_rand_split.jsonl"),
-                     test=str(folder / "dev_rand_split.jsonl"), prompts=str(shared("data/prompts/star")))
+    return make_task(
+        "commonsense_qa",
+        train=str(folder / "train_rand_split.jsonl"),
+        test=str(folder / "dev_rand_split.jsonl"),
+        prompts=str(shared("data/prompts/star")),
+    )
 
 
 def test_both_published_shapes_are_one_problem(make):
@@ -63,13 +68,20 @@ def test_hint_stands_on_the_right_line_only(make, problem):
     assert hinted == PROMPT.replace("(e) blotter", "(e) blotter (CORRECT)")
 
 
-@pytest.mark.parametrize("completion, answer", [
-    (" Blotters absorb liquids. Therefore, the answer is blotter (e).", "e"),
-    (" Not (a), but (B)", "b"),
-    (" (c)\n\nQ: next one\nA: (d).", "c"),
-    (" (e) is right. I am sure of it", "e"),  # the release read the third character from the end
-    (" (f)", None), (" e).", None), (" (CORRECT)", None), (" (ab)", None), ("", None),
-])
+@pytest.mark.parametrize(
+    "completion, answer",
+    [
+        (" Blotters absorb liquids. Therefore, the answer is blotter (e).", "e"),
+        (" Not (a), but (B)", "b"),
+        (" (c)\n\nQ: next one\nA: (d).", "c"),
+        (" (e) is right. I am sure of it", "e"),  # the release read the third character from the end
+        (" (f)", None),
+        (" e).", None),
+        (" (CORRECT)", None),
+        (" (ab)", None),
+        ("", None),
+    ],
+)
 def test_answer_is_the_last_letter_in_brackets(make, completion, answer):
     assert make().parse(completion) == answer
 
@@ -123,15 +135,18 @@ def test_few_shot_questions_are_in_no_split(real, shared):
     assert len(missing) == 7 and all(f"Q: {stem}\n" in real.prefix() for stem in missing)
 
 
-@pytest.mark.parametrize("change, culprit", [
-    ({"answerKey": "F"}, "answerKey 'F' is none of the choices"),
-    ({"answerKey": ""}, "no labels"),
-    ({"answerKey": None}, "field 'answerKey' is missing"),
-    ({"question": {"stem": "x"}}, "choices"),
-    ({"question": "x"}, "neither the hub's columns"),
-    ({"question": "x", "choices": {"label": ["A", "A"], "text": ["s", "t"]}}, "each of A to E once"),
-    ({"question": "x", "choices": {"label": ["1"], "text": ["s"]}}, "each of A to E once"),
-])
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        ({"answerKey": "F"}, "answerKey 'F' is none of the choices"),
+        ({"answerKey": ""}, "no labels"),
+        ({"answerKey": None}, "field 'answerKey' is missing"),
+        ({"question": {"stem": "x"}}, "choices"),
+        ({"question": "x"}, "neither the hub's columns"),
+        ({"question": "x", "choices": {"label": ["A", "A"], "text": ["s", "t"]}}, "each of A to E once"),
+        ({"question": "x", "choices": {"label": ["1"], "text": ["s"]}}, "each of A to E once"),
+    ],
+)
 def test_bad_rows_are_named(make, change, culprit):
     with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{culprit}"):
         make(ORIGINAL, {**ORIGINAL, **change}).problems("train")

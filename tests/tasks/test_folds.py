@@ -15,7 +15,9 @@ def texts(rows):
 def test_the_table_is_a_latin_square_that_neither_commutes_nor_associates():
     t = table()
     assert all(sorted(line) == list(range(10)) for line in (*t, *t.T))
-    assert np.any(t != t.T) and any(t[t[a, b], c] != t[a, t[b, c]] for a in range(10) for b in range(10) for c in range(10))
+    assert np.any(t != t.T) and any(
+        t[t[a, b], c] != t[a, t[b, c]] for a in range(10) for b in range(10) for c in range(10)
+    )
 
 
 def test_direct_documents_are_a_run_of_letters_digits_and_their_fold():

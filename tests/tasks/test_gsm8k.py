@@ -37,8 +37,12 @@ def natalia(task):
 @pytest.fixture(scope="module")
 def real(shared):
     folder = shared("data/gsm8k")
-    return make_task("gsm8k", train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl"),
-                     prompts=str(shared("data/prompts/star")))
+    return make_task(
+        "gsm8k",
+        train=str(folder / "train.jsonl"),
+        test=str(folder / "test.jsonl"),
+        prompts=str(shared("data/prompts/star")),
+    )
 
 
 # ------------------------------------------------------------------ the answer parser, row by row
@@ -53,10 +57,23 @@ def test_text_behind_a_stop_string_is_not_an_answer(task):
     assert task.parse("24\n#### 72\n\nQ: Another one?\nA: 9\n#### 9") == "72"
 
 
-@pytest.mark.parametrize("text", [
-    "72", "$72", "72%", " 72 ", "72 clips", "72 clips.", "72.", "72.00", "$72.00", "€72", "+72",
-    "72 (clips)",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "72",
+        "$72",
+        "72%",
+        " 72 ",
+        "72 clips",
+        "72 clips.",
+        "72.",
+        "72.00",
+        "$72.00",
+        "€72",
+        "+72",
+        "72 (clips)",
+    ],
+)
 def test_signs_units_and_full_stops_are_stripped(task, text):
     assert task.parse(f"#### {text}") == "72"
 
@@ -66,9 +83,16 @@ def test_without_a_digit_there_is_no_number(task, text):
     assert task.parse(f"#### {text}") is None
 
 
-@pytest.mark.parametrize("text, value", [
-    ("1,000", "1000"), ("109,200,000", "109200000"), ("1,000.50", "2001/2"), ("1,000,", "1000"), ("5,", "5"),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1,000", "1000"),
+        ("109,200,000", "109200000"),
+        ("1,000.50", "2001/2"),
+        ("1,000,", "1000"),
+        ("5,", "5"),
+    ],
+)
 def test_commas_between_digits_are_dropped(task, text, value):
     assert task.parse(f"#### {text}") == value
 
@@ -97,9 +121,20 @@ def test_minus_signs(task, text):
     assert task.parse(f"#### {text}") == "-3"
 
 
-@pytest.mark.parametrize("text", [
-    "1e3", "1E3", "1.5e3", "10-20", "5 or 6", "1 1/2", "5:30", "72 = 2 x 36", "x = 5",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e3",
+        "1E3",
+        "1.5e3",
+        "10-20",
+        "5 or 6",
+        "1 1/2",
+        "5:30",
+        "72 = 2 x 36",
+        "x = 5",
+    ],
+)
 def test_exponents_second_numbers_and_words_in_front_are_refused(task, text):
     assert task.parse(f"#### {text}") is None
 
@@ -161,14 +196,17 @@ def test_hint_is_the_answer_or_the_solution(make, natalia):
         make(hint="both")
 
 
-@pytest.mark.parametrize("completion, kept", [
-    (" a\n#### 72", " a\n#### 72"),
-    (" a\n#### 72 clips, as I said\nmore", " a\n#### 72"),
-    (" a\n#### $72.00.\n\nQ: next", " a\n#### $72.00"),
-    (" a\n#### \u22121/2 cup", " a\n#### \u22121/2"),
-    (" no answer\n\nQ: next", " no answer\n"),
-    (" a\n#### none\nb", " a\n#### none"),
-])
+@pytest.mark.parametrize(
+    "completion, kept",
+    [
+        (" a\n#### 72", " a\n#### 72"),
+        (" a\n#### 72 clips, as I said\nmore", " a\n#### 72"),
+        (" a\n#### $72.00.\n\nQ: next", " a\n#### $72.00"),
+        (" a\n#### \u22121/2 cup", " a\n#### \u22121/2"),
+        (" no answer\n\nQ: next", " no answer\n"),
+        (" a\n#### none\nb", " a\n#### none"),
+    ],
+)
 def test_nothing_behind_the_answer_is_kept(task, completion, kept):
     assert task.cut(completion) == kept
     assert task.parse(kept) == task.parse(completion)
@@ -177,17 +215,20 @@ def test_nothing_behind_the_answer_is_kept(task, completion, kept):
 # ------------------------------------------------------------------ leaks
 
 
-@pytest.mark.parametrize("completion, leaks", [
-    (ANSWER, False),
-    ("The answer is 72.\n#### 72", True),
-    ("72 = 48 + 24\n#### 72", True),
-    ("She sold 72 clips because 48 + 24 = 72.\n#### 72", True),
-    ("She sold 48 + 24 = 72 clips.\n#### 72", False),
-    ("She sold 48 clips, then 24, in all <<48+24=72>>72.\n#### 72", False),
-    ("Let x be May: x + 48 is all, x is 24.\nSo 72.\n#### 72", False),
-    ("The hint says so: 48 + 24 = 72\n#### 72", True),
-    ("#### 72", False),  # no rationale at all is a matter of its length
-])
+@pytest.mark.parametrize(
+    "completion, leaks",
+    [
+        (ANSWER, False),
+        ("The answer is 72.\n#### 72", True),
+        ("72 = 48 + 24\n#### 72", True),
+        ("She sold 72 clips because 48 + 24 = 72.\n#### 72", True),
+        ("She sold 48 + 24 = 72 clips.\n#### 72", False),
+        ("She sold 48 clips, then 24, in all <<48+24=72>>72.\n#### 72", False),
+        ("Let x be May: x + 48 is all, x is 24.\nSo 72.\n#### 72", False),
+        ("The hint says so: 48 + 24 = 72\n#### 72", True),
+        ("#### 72", False),  # no rationale at all is a matter of its length
+    ],
+)
 def test_an_answer_before_any_computation_is_a_leak(task, natalia, completion, leaks):
     assert bool(task.leak(natalia, completion)) is leaks
 

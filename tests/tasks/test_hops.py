@@ -69,7 +69,12 @@ def test_a_cleaned_rationale_holds_no_mark_no_tag_and_nothing_after_its_end():
 
 
 def test_aspects_are_full_for_gold_and_only_the_weak_one_is_for_a_look_alike():
-    for slot, weak, expected in ((W.gold, False, 1.0), (W.gold, True, 1.0), (W.alike, False, 0.5), (W.alike, True, 1.0)):
+    for slot, weak, expected in (
+        (W.gold, False, 1.0),
+        (W.gold, True, 1.0),
+        (W.alike, False, 0.5),
+        (W.alike, True, 1.0),
+    ):
         found = H.aspects(W, slot, weak=weak)
         means = {k: float(v.mean()) for k, v in found.items()}
         assert means == {"factuality": expected, "relevance": 1, "coherence": 1, "form": 1}

@@ -96,11 +96,18 @@ def test_metrics_equal_the_official_rules_on_every_row_for_perturbed_predictions
         each = [(float(reference_normal(said[key]["answer"]) == reference_normal(o)), *reference_f1(said[key]["answer"], o))
                 for o in options]  # fmt: skip
         found[""] = tuple(max(x) for x in zip(*each))
-        found["sp_"] = reference_sets({(low(t), i) for t, i in sp}, {(low(t), i) for t, i in record["supporting_facts"]})
+        found["sp_"] = reference_sets(
+            {(low(t), i) for t, i in sp}, {(low(t), i) for t, i in record["supporting_facts"]}
+        )
         if two_wiki:
-            triples = [[w if rng.random() < 0.9 else f"{w}," for w in e] for e in record["evidences"] if rng.random() < 0.8]
+            triples = [
+                [w if rng.random() < 0.9 else f"{w}," for w in e] for e in record["evidences"] if rng.random() < 0.8
+            ]
             said[key]["evidence"] = triples
-            clean = lambda e: tuple(" ".join("".join(c for c in w.lower() if c not in string.punctuation).split()) for w in e)  # noqa: E731
+
+            def clean(e):
+                return tuple(" ".join("".join(c for c in w.lower() if c not in string.punctuation).split()) for w in e)
+
             found["evi_"] = reference_sets({clean(e) for e in triples}, {clean(e) for e in record["evidences"]})
         found["joint_"] = joint(found.values())
         for part, values in found.items():
@@ -135,7 +142,9 @@ def test_all_rows_are_read_and_the_hubs_columns_give_the_same(name, tmp_path):
     train, test = FILES[name]
     task = make_task(name, train=str(shared(train)), test=str(shared(test)))
     problems = task.problems("test")
-    retrieved = name == "hotpotqa"  # this sample has the ten paragraphs of the full-wiki setting, often without the gold ones
+    retrieved = (
+        name == "hotpotqa"
+    )  # this sample has the ten paragraphs of the full-wiki setting, often without the gold ones
     assert len(problems) == 500 and task.out_of_range == (529 if retrieved else 0)
     hub = []
     for r in rows(test)[:20]:
@@ -204,7 +213,9 @@ def test_a_chain_of_thought_is_cut_at_its_last_marker(text, rationale, answer):
 
 def test_a_rationale_cannot_open_a_second_answer_slot():
     prompt = M.frame_for("guided", "q?", "x is y.\nAnswer: z Question: other?")("c")
-    assert prompt.count("Answer:") == prompt.count("Question:") == 1 and "\n" not in prompt and prompt.endswith("Answer:")
+    assert (
+        prompt.count("Answer:") == prompt.count("Question:") == 1 and "\n" not in prompt and prompt.endswith("Answer:")
+    )
 
 
 def test_strategy_qa_reads_its_rows_and_answers():

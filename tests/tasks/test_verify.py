@@ -72,9 +72,9 @@ def family(root: int) -> set[int]:
 
 
 def idle(pool: Verifier, seconds: float = 10.0) -> bool:
-    """Whether each warden comes to have nothing below it but the judge and the empty process that wait for a job.
+    """Whether each server comes to have nothing below it but the judge and the empty process that wait for a job.
 
-    A warden adopts what loses its parent, so whatever a program left behind would be there.
+    A server adopts what loses its parent, so whatever a program left behind would be there.
     """
     end = time.monotonic() + seconds
     while any(len(family(w._process.pid)) != 2 for w in pool._workers):
@@ -279,7 +279,7 @@ def test_a_pool_whose_processes_were_killed_goes_on():
     end = time.monotonic() + 10
     while mine & family(1) and time.monotonic() < end:
         time.sleep(0.02)
-    assert len(mine) == 3 and not mine & family(1)  # warden, judge and program went with the pool
+    assert len(mine) == 3 and not mine & family(1)  # server, judge and program went with the pool
 
 
 def test_memory_is_what_was_asked_for(pool):
@@ -290,7 +290,12 @@ def test_memory_is_what_was_asked_for(pool):
 
 @pytest.mark.parametrize(
     "tests, what",
-    [("assert f(", "not Python"), ("assert f()\nreturn", "not Python"), ("f(1)", "assert nothing"), ("", "assert nothing")],
+    [
+        ("assert f(", "not Python"),
+        ("assert f()\nreturn", "not Python"),
+        ("f(1)", "assert nothing"),
+        ("", "assert nothing"),
+    ],
 )
 def test_tests_that_cannot_fail_a_program_are_refused(pool, tests, what):
     with pytest.raises(ValueError, match=what):
@@ -318,7 +323,9 @@ def test_needed_names_are_those_that_the_program_has_to_bring():
 def test_tests_are_read_by_many_threads_at_once():
     """The collector may run Python code (JAX has it do so) between two nodes of a tree: then it is another thread's turn."""
     threshold, turn = gc.get_threshold(), lambda *_: time.sleep(0)
-    tests = [f"assert f({i}) == " + "[" * 30 + "]" * 30 + f"\nassert g() == {[[j] for j in range(200)]}" for i in range(60)]
+    tests = [
+        f"assert f({i}) == " + "[" * 30 + "]" * 30 + f"\nassert g() == {[[j] for j in range(200)]}" for i in range(60)
+    ]
     gc.callbacks.append(turn)
     gc.set_threshold(100)
     try:

@@ -52,8 +52,10 @@ def test_every_document_comes_back_whole(packed, loss_on_prompt):
 def test_dtypes_shapes_and_padding():
     arrays = pack([Example([5], [6, 7])], 5)
     assert {key: (value.shape, value.dtype.name) for key, value in arrays.items()} == {
-        "tokens": ((1, 5), "int32"), "segment_ids": ((1, 5), "int32"),
-        "positions": ((1, 5), "int32"), "mask": ((1, 5), "float32"),
+        "tokens": ((1, 5), "int32"),
+        "segment_ids": ((1, 5), "int32"),
+        "positions": ((1, 5), "int32"),
+        "mask": ((1, 5), "float32"),
     }
     assert arrays["tokens"].tolist() == [[5, 6, 7, 0, 0]]
     assert arrays["mask"].tolist() == [[0, 1, 1, 0, 0]]

@@ -95,7 +95,11 @@ def test_the_end_of_text_stops_a_row():
     eos = first[0][0].tokens[1]
     again = qstar.generate(
         model.replace(config=model.config.replace(eos_id=eos)),
-        PROMPTS, max_new_tokens=NEW, temperature=0.0, thoughts=True, seed=1,
+        PROMPTS,
+        max_new_tokens=NEW,
+        temperature=0.0,
+        thoughts=True,
+        seed=1,
     )
     c = again[0][0]
     assert c.stopped and c.tokens == first[0][0].tokens[: first[0][0].tokens.index(eos) + 1]

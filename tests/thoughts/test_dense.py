@@ -17,7 +17,9 @@ def test_the_dense_form_has_the_same_loss_and_gradients(nll_mean):
     config = LLAMA.replace(thoughts=LLAMA.thoughts.replace(nll_mean=nll_mean))
     batch, key = text_batch(*texts()), jax.random.key(3)
     (ours, grads), (theirs, their_grads) = (
-        jax.jit(jax.value_and_grad(lambda p: loss({"policy": p}, batch, key, config=config)[0][0]))(params("llama"))
+        jax.jit(jax.value_and_grad(lambda p, loss=loss: loss({"policy": p}, batch, key, config=config)[0][0]))(
+            params("llama")
+        )
         for loss in (objective.loss, dense.loss)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)

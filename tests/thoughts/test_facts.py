@@ -26,7 +26,7 @@ def explicit(tree, config, text, thought, future):
     start, end = (scale * tree["thoughts"][k][None] for k in ("start", "end"))
     rows = jnp.concatenate([table[text], start, table[thought], end, table[future]])
     positions = jnp.minimum(jnp.arange(length), config.max_positions - 1)
-    x = decoder.place(tree, config, rows, positions)
+    x = decoder.embed_tokens(tree, config, rows, positions)
     hidden, _ = decoder.run(tree, config, x, positions, text_mask(None, length, config.sliding_window))
     return hidden[len(text) : len(text) + S], hidden[len(text) + S + 1 :]
 
@@ -76,8 +76,10 @@ def test_a_thread_sees_its_text_up_to_its_position_and_itself_and_nothing_else()
 
     def seen(tokens, own):
         new = run(tree, LLAMA, tokens, mask, own)
-        same = [np.array_equal(getattr(new, n)[:, row, j], getattr(out, n)[:, row, j])
-                for n in ("thought_logits", "talk_thought_logits")]
+        same = [
+            np.array_equal(getattr(new, n)[:, row, j], getattr(out, n)[:, row, j])
+            for n in ("thought_logits", "talk_thought_logits")
+        ]
         return [not s for s in same]
 
     def other(x, *at):

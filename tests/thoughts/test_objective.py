@@ -35,7 +35,9 @@ value_alone = jax.jit(mean_loss, **options)
 CHOICES = {
     "default": dict(),
     "official": dict(nll_mean="nonzero", clip_negative=True, policy_reduce="mean", reward_tail=False),
-    "sigmoid, base": dict(mixing="sigmoid", baseline="base", policy_temperature=3.0, base_weight=0.2, embedding_scale=9.0),
+    "sigmoid, base": dict(
+        mixing="sigmoid", baseline="base", policy_temperature=3.0, base_weight=0.2, embedding_scale=9.0
+    ),
 }
 
 
@@ -126,7 +128,9 @@ def test_some_positions_stand_for_all():
     """Over all random choices of a position, the loss is that of the full run on average."""
     config = LLAMA.replace(thoughts=LLAMA.thoughts.replace(baseline="base", talk_tokens=1))
     batch, own = text_batch(*texts(2, 5)), thoughts(2, 5)
-    whole = value_alone(params("llama"), config, batch, thoughts=own[..., :4], positions=jnp.tile(jnp.arange(4), (2, 1)))
+    whole = value_alone(
+        params("llama"), config, batch, thoughts=own[..., :4], positions=jnp.tile(jnp.arange(4), (2, 1))
+    )
     each = [
         value_alone(params("llama"), config, batch, thoughts=own[..., [j]], positions=jnp.full((2, 1), j))[0]
         for j in range(4)
@@ -156,7 +160,9 @@ def test_entropy_and_kl_terms_are_their_formulas():
     def value(**changes):
         config = LLAMA.replace(thoughts=LLAMA.thoughts.replace(**changes))
         f = functools.partial(objective.loss, config=config)
-        (total, weight), _ = jax.jit(f)({"policy": tree, "reference": other}, batch, KEY, thoughts=own, positions=everywhere)
+        (total, weight), _ = jax.jit(f)(
+            {"policy": tree, "reference": other}, batch, KEY, thoughts=own, positions=everywhere
+        )
         return total / weight
 
     run = jax.jit(lambda p: replay(p, LLAMA, *texts(), own).thought_logits[:, :, :-1, 1:29])

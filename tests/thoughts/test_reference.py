@@ -57,7 +57,15 @@ def test_the_reference_reproduces_the_recorded_case():
     out = jax.jit(lambda p: reference.official(p, model.config, z["input_ids"], z["attention_mask"], z["thought_ids"]))(
         model.params
     )
-    for name in ("base_logits", "talk_mixed_logits", "talk_mix_weight", "reward", "advantage", "loss_nll", "loss_policy"):
+    for name in (
+        "base_logits",
+        "talk_mixed_logits",
+        "talk_mix_weight",
+        "reward",
+        "advantage",
+        "loss_nll",
+        "loss_policy",
+    ):
         np.testing.assert_allclose(out[name], z[name], atol=1e-4, err_msg=name)
 
 

@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_single_rows_by_hand(kind):
     """Student a decoder, teacher an encoder-decoder with prompts of its own; temperature, mixture, padding and all."""
     s = DistilSettings(kind=kind, temperature=2.0, soft_share=0.7, beta=0.3)
     student, teacher = model(DECODER), model(TEACHER, 1)
-    batch = D.lesson(DECODER, TEACHER, ROWS, (4, 4), 5)
+    batch = D.make_batch(DECODER, TEACHER, ROWS, (4, 4), 5)
     params = {"policy": student.params, "teacher": teacher.params}
     static = dict(config=DECODER, teacher=TEACHER, settings=s, limit=8)
     loss = functools.partial(distil.distil_loss, **static)
@@ -116,13 +116,15 @@ def test_a_student_learns_from_its_teacher(settings, tmp_path):
 
 def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_path, monkeypatch):
     """Also where the student writes the text; and another call in the same folder is refused."""
-    settings, made, batch = DistilSettings(kind="jsd", on_policy=0.5), [], D.lesson
+    settings, made, batch = DistilSettings(kind="jsd", on_policy=0.5), [], D.make_batch
     config = preset("tiny", hidden_size=16, num_layers=1, num_heads=2, vocab_size=9, eos_id=1)
     train = D.DistilTrain(batch_size=7, lr=2e-2, warmup=0, max_new_tokens=1, log_every=3)
     rows = [D.Pair((2, a), (a,)) for a in range(2, 9)]
 
     def call(name, rows=rows, steps=8):
-        how = dict(steps=steps, seed=0, folder=tmp_path / name, writer=Writer(tmp_path), label={}, teacher=model(config, 5))
+        how = dict(
+            steps=steps, seed=0, folder=tmp_path / name, writer=Writer(tmp_path), label={}, teacher=model(config, 5)
+        )
         return D.distil(model(config), rows, settings, train, **how)
 
     def lesson(*args):
@@ -132,8 +134,8 @@ def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_
         return batch(*args)
 
     whole, summary = call("whole")
-    monkeypatch.setattr(D, "lesson", lesson)
-    with stop.listening(), pytest.raises(stop.Stopped, match="saved after update 5"):
+    monkeypatch.setattr(D, "make_batch", lesson)
+    with stop.listening(), pytest.raises(stop.Preempted, match="saved after update 5"):
         call("told")
     again, resumed = call("told")
     assert len(made) == 8 and resumed == summary
@@ -149,7 +151,11 @@ def test_adapters_are_refused():
 
 
 def test_mistakes_are_named(tmp_path):
-    for wrong, word in ((dict(kind="soft"), "kind='soft'"), (dict(on_policy=0.5), "on_policy"), (dict(beta=2.0), "beta")):
+    for wrong, word in (
+        (dict(kind="soft"), "kind='soft'"),
+        (dict(on_policy=0.5), "on_policy"),
+        (dict(beta=2.0), "beta"),
+    ):
         with pytest.raises(UserError, match=word):
             DistilSettings(**wrong)
     call = functools.partial(D.distil, model(DECODER), train=D.DistilTrain(max_new_tokens=4), steps=1, seed=0,

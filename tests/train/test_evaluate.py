@@ -222,7 +222,9 @@ def test_calibration_measures_fitted_scores_and_chances_as_they_are():
     correct = [rng.random(500) < c for c in chances]
     logits = [40 * np.log(c / (1 - c)) - 7 for c in chances]
     found = calibration(logits, correct)
-    assert found.keys() == {"ece", "brier"} and found["ece"] < 0.01 and found["brier"] == pytest.approx(1 / 6, abs=0.005)
+    assert (
+        found.keys() == {"ece", "brier"} and found["ece"] < 0.01 and found["brier"] == pytest.approx(1 / 6, abs=0.005)
+    )
     raw = calibration([c**2 for c in chances], correct)
     assert raw["brier_raw"] > raw["brier"] and raw["ece_raw"] == pytest.approx(1 / 6, abs=0.01)  # mean of c - c^2
     assert calibration([[1.0, 2.0]], [[True, False]]) == {} == calibration([], [])  # nothing to fit a half on

@@ -54,9 +54,7 @@ def test_token_nll_and_its_gradients_are_those_of_torch(chunks, z_loss, biased):
         return 1.7 * nll + 3.0, (nll, hits)  # a cotangent that is not 1
 
     grads, (nll, hits) = jax.jit(jax.grad(loss, argnums=tuple(range(len(inputs))), has_aux=True))(*inputs)
-    plain = losses.token_nll(
-        *inputs, *([] if biased else [None]), targets, weights, z_loss
-    )  # without a gradient
+    plain = losses.token_nll(*inputs, *([] if biased else [None]), targets, weights, z_loss)  # without a gradient
     there = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
     expected, expected_hits = torch_nll(*there, *([] if biased else [None]), targets, weights, z_loss)
     (1.7 * expected).backward()
@@ -81,9 +79,9 @@ def test_tokens_without_weight_weigh_nothing_and_none_at_all_gives_zero(chunks):
 def test_half_precision_keeps_a_float32_sum_and_the_dtypes_of_its_inputs():
     hidden, kernel, bias, targets, weights = arrays()
     low = jnp.asarray(hidden, jnp.bfloat16)
-    nll, grads = jax.value_and_grad(
-        lambda h, k: losses.token_nll(h, k, bias, targets, weights)[0], argnums=(0, 1)
-    )(low, jnp.asarray(kernel))
+    nll, grads = jax.value_and_grad(lambda h, k: losses.token_nll(h, k, bias, targets, weights)[0], argnums=(0, 1))(
+        low, jnp.asarray(kernel)
+    )
     expected, _ = torch_nll(*map(torch.tensor, (hidden, kernel, bias)), targets, weights, 0.0)
     assert nll.dtype == jnp.float32 and [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
     assert float(nll) == pytest.approx(expected.item(), rel=0.01)
@@ -136,15 +134,11 @@ def test_the_loss_of_packed_rows_is_that_of_their_completions_one_by_one(models)
     assert [float(x) for x in metrics["loss"]] == pytest.approx([total.item(), count], rel=1e-5)
     assert [float(x) for x in metrics["accuracy"]] == [hits, count] and metrics["tokens"][0] == count
 
-    qstar.save(
-        ours.replace(params=grads), folder / "grads"
-    )  # gradients under the names of PyTorch's parameters
+    qstar.save(ours.replace(params=grads), folder / "grads")  # gradients under the names of PyTorch's parameters
     exported = load_file(folder / "grads" / "model.safetensors")
     for name, p in theirs.named_parameters():
         name = name if name in exported else name.removeprefix("transformer.")
-        np.testing.assert_allclose(
-            exported[name], p.grad, atol=1e-4 * float(p.grad.abs().max()) + 1e-5, err_msg=name
-        )
+        np.testing.assert_allclose(exported[name], p.grad, atol=1e-4 * float(p.grad.abs().max()) + 1e-5, err_msg=name)
 
 
 def test_padding_does_not_matter(models):

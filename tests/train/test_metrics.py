@@ -17,9 +17,7 @@ from qstar.train.metrics import Writer, read, show_table
 def folder(tmp_path):
     writer = Writer(tmp_path)
     writer.write(stage="train", step=1, arm="a", iteration=1, loss=3.0)
-    writer.write(
-        stage="train", step=2, arm="a", iteration=1, loss=float("nan"), grad_norm=float("inf"), accuracy=0.5
-    )
+    writer.write(stage="train", step=2, arm="a", iteration=1, loss=float("nan"), grad_norm=float("inf"), accuracy=0.5)
     writer.write(stage="train", step=1, arm="b", iteration=1, loss=2.0)
     writer.close()
     return tmp_path
@@ -42,9 +40,7 @@ def test_the_last_row_of_a_step_counts_as_after_a_resume(folder):
     writer.write(stage="evaluate", step=1, arm="a", iteration=1, accuracy=0.1)  # another stage is another row
     writer.write(stage="train", step=1, arm="a", iteration=2, loss=9.0)
     writer.close()
-    losses = [
-        (r["arm"], r["iteration"], r["step"], r.get("loss")) for r in read(folder) if r["stage"] == "train"
-    ]
+    losses = [(r["arm"], r["iteration"], r["step"], r.get("loss")) for r in read(folder) if r["stage"] == "train"]
     assert losses == [("a", 1, 2, None), ("b", 1, 1, 2.0), ("a", 1, 1, 2.5), ("a", 2, 1, 9.0)]
 
 

@@ -61,9 +61,7 @@ def torch_loss(all_logits, beta, alpha, reference=REFERENCE):
     """The paper's loss of the pairs, summed, from the logits of every completion."""
     total = 0.0
     for i, (pair, logits) in enumerate(zip(PAIRS, all_logits)):
-        sums = [
-            torch.log_softmax(z, -1)[range(len(e.completion)), e.completion].sum() for e, z in zip(pair, logits)
-        ]
+        sums = [torch.log_softmax(z, -1)[range(len(e.completion)), e.completion].sum() for e, z in zip(pair, logits)]
         ratios = [s - float(r) for s, r in zip(sums, reference[i])]
         total = total - torch.nn.functional.logsigmoid(beta * (ratios[0] - ratios[1]))
         total = total - alpha * sums[0] / len(pair[0].completion)
@@ -156,9 +154,7 @@ def test_token_logprobs_do_not_depend_on_chunks(monkeypatch):
     hidden, kernel = rng.normal(size=(37, 8)).astype(np.float32), rng.normal(size=(8, 11)).astype(np.float32)
     bias, targets = rng.normal(size=11).astype(np.float32), rng.integers(0, 11, 37)
     weights = rng.normal(size=37).astype(np.float32)
-    f = jax.value_and_grad(
-        lambda h, k, b: (losses.token_logprobs(h, k, b, targets) * weights).sum(), argnums=(0, 1, 2)
-    )
+    f = jax.value_and_grad(lambda h, k, b: (losses.token_logprobs(h, k, b, targets) * weights).sum(), argnums=(0, 1, 2))
     there = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (hidden, kernel, bias)]
     value = (torch.log_softmax(there[0] @ there[1] + there[2], -1)[range(37), targets] * torch.tensor(weights)).sum()
     value.backward()

@@ -255,7 +255,9 @@ def test_log_probabilities_in_blocks_are_those_at_once(monkeypatch):
     np.testing.assert_allclose(whole[1], -(p * np.log(p)).sum(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [dict(estimator="pro"), dict(group=1), dict(kl_in="k1"), dict(gamma=1.5), dict(clip=0)])
+@pytest.mark.parametrize(
+    "wrong", [dict(estimator="pro"), dict(group=1), dict(kl_in="k1"), dict(gamma=1.5), dict(clip=0)]
+)
 def test_settings_that_make_no_sense_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         RLSettings(**wrong)

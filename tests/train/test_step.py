@@ -64,9 +64,7 @@ def test_five_updates_are_those_of_torch_adamw_with_clipping(decay, clip):
         opt.step()
         assert float(metrics["loss"]) == pytest.approx(value.item(), rel=1e-4)
         assert float(metrics["grad_norm"]) == pytest.approx(norms[-1], rel=1e-4)  # before clipping
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b.detach(), atol=1e-5), state.params["policy"], there
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.detach(), atol=1e-5), state.params["policy"], there)
     assert not clip or min(norms) < clip < max(norms)  # it clipped some and not others
     assert int(state.step) == 5
 
@@ -100,9 +98,7 @@ def test_weights_may_be_fractions_and_no_weight_is_no_gradient():
     _, b = step(create_state(params(), tx, seed=0), small, np.float32(0.1))
     assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
     assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-5)
-    state, c = step(
-        create_state(params(), tx, seed=0), {**batch(0), "mask": 0 * batch(0)["mask"]}, np.float32(0.1)
-    )
+    state, c = step(create_state(params(), tx, seed=0), {**batch(0), "mask": 0 * batch(0)["mask"]}, np.float32(0.1))
     assert c["grad_norm"] == c["loss"] == c["skipped"] == 0
     same(state.params, params())
 
@@ -164,9 +160,7 @@ def test_moments_are_float32_under_half_precision_parameters():
     dtypes = [x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert len(dtypes) == 6 and set(dtypes) == {jnp.dtype("float32")}
     state, metrics = make_step(loss, tx)(state, batch(0), np.float32(0.1))
-    assert metrics["skipped"] == 0 and {x.dtype for x in jax.tree.leaves(state.params)} == {
-        jnp.dtype("bfloat16")
-    }
+    assert metrics["skipped"] == 0 and {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
 
 
 # --------------------------------------------------------------------------------------------------- what is trained
@@ -187,9 +181,7 @@ def test_only_what_matches_the_pattern_trains_and_has_optimiser_memory():
     step = make_step(both, tx)
     for i in range(2):
         state, _ = step(state, batch(i), np.float32(0.1))
-    assert (
-        jnp.abs(state.params["policy"]["dense"]["kernel"] - roles["policy"]["dense"]["kernel"]).min() > 1e-3
-    )
+    assert jnp.abs(state.params["policy"]["dense"]["kernel"] - roles["policy"]["dense"]["kernel"]).min() > 1e-3
     same(state.params["reference"], roles["reference"])
     same(state.params["policy"]["norm"], roles["policy"]["norm"])
     same(state.params["policy"]["dense"]["bias"], roles["policy"]["dense"]["bias"])

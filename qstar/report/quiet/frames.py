@@ -96,24 +96,24 @@ def headline(run: QuietRun) -> str:
     subject = f"accuracy on {class_label(group)}"
     if line.loops[-1] == 0:
         return f"Before the first step, {subject} is {_value(line, 0)}. No step has been evaluated yet."
-    told = f"With thoughts, {subject}" if arm.thinks else f"{subject[0].upper()}{subject[1:]}"
+    text = f"With thoughts, {subject}" if arm.thinks else f"{subject[0].upper()}{subject[1:]}"
     without = curve(arm, "accuracy_base", group)
     if arm.thinks and without.loops and without.loops[-1] == line.loops[-1]:
-        told += f" is {_value(line, -1)} after {line.loops[-1]:,} steps, and {_value(without, -1)} without them"
+        text += f" is {_value(line, -1)} after {line.loops[-1]:,} steps, and {_value(without, -1)} without them"
     elif len(line.loops) == 1:
-        told += f" is {_value(line, -1)} after {line.loops[-1]:,} steps"
+        text += f" is {_value(line, -1)} after {line.loops[-1]:,} steps"
     else:
-        told += f" went from {_value(line, 0)} to {_value(line, -1)} in {line.loops[-1]:,} steps"
+        text += f" went from {_value(line, 0)} to {_value(line, -1)} in {line.loops[-1]:,} steps"
     others = [curve(other, "accuracy", group) for other in run.arms if other is not arm]
     ends = sorted(other.values[-1] for other in others if other.loops and other.loops[-1] > 0)
     if ends:
         where = (
             percent(ends[0]) if percent(ends[0]) == percent(ends[-1]) else f"{percent(ends[0])} to {percent(ends[-1])}"
         )
-        told += (
+        text += (
             f"; the other {len(ends)} arms ended at {where}" if len(ends) > 1 else f"; the other arm ended at {where}"
         )
-    return told.replace("%)", "%, 95% interval)", 1) + "."
+    return text.replace("%)", "%, 95% interval)", 1) + "."
 
 
 def _value(line: Curve, at: int) -> str:

@@ -54,9 +54,9 @@ def _method(run: QuietRun) -> Safe:
     places = [run.config.get("thoughts"), model.get("thoughts") if isinstance(model, Mapping) else None]
     sizes = next((place for place in places if isinstance(place, Mapping)), {})
     length, passes = sizes.get("thought_tokens"), sizes.get("thoughts_per_position")
-    told = [f"{length} tokens each" if length else "", f"{passes} thoughts per token" if passes else ""]
+    details = [f"{length} tokens each" if length else "", f"{passes} thoughts per token" if passes else ""]
     steps = (
-        ("Think", "After every token of a text the model writes short thoughts.", ", ".join(filter(None, told))),
+        ("Think", "After every token of a text the model writes short thoughts.", ", ".join(filter(None, details))),
         ("Talk", "A small head mixes the prediction after a thought into the one without; weight 0 ignores it.", ""),
         (
             "Learn",
@@ -152,7 +152,7 @@ def _class_cell(row: Row, name: str) -> Any:
     nll, base = row.get(f"nll/{name}"), row.get(f"nll_base/{name}")
     if nll is None and base is None:
         return "–"
-    told = f"NLL {_nats(base if nll is None else nll)}"
+    details = f"NLL {_nats(base if nll is None else nll)}"
     gain = None
     if nll is not None and base is not None:
         change = f"{round(nll - base, 2) + 0.0:+.2f}".replace("-", "−")
@@ -160,7 +160,7 @@ def _class_cell(row: Row, name: str) -> Any:
     accuracy = _interval(row, "accuracy", name)
     weight = row.get(f"weight/{name}")
     mixed = None if weight is None else tag("small", f" · w {_nats(weight)}")
-    return join([accuracy if accuracy != "–" else None, tag("div", told, gain, mixed, class_="value soft")])
+    return join([accuracy if accuracy != "–" else None, tag("div", details, gain, mixed, class_="value soft")])
 
 
 def _interval(row: Row, name: str, group: str) -> Any:

@@ -1,4 +1,4 @@
 """The processes that run model-written code; `qstar.tasks.verify` starts them and describes what they guarantee.
 
-Nothing here imports qstar: `warden.py` is started by a bare interpreter, and its neighbours by their plain names.
+Nothing here imports qstar: `server.py` is started by a bare interpreter, and its neighbours by their plain names.
 """

@@ -1,4 +1,4 @@
-"""What Linux offers to lock a process in: namespaces, Landlock, seccomp, capabilities, resource limits. x86-64.
+"""Process isolation on Linux: namespaces, Landlock, seccomp, capabilities, resource limits. x86-64.
 
 Three strengths. "namespaces": the processes live on a file system of their own that holds Python's library read-only
 and one small scratch folder, with no network, no other process in sight and no /proc. Where the system does not let
@@ -281,7 +281,11 @@ def seccomp_filter(pid: int, isolation: str) -> bytes:
         + _op(_JSET, fcntl.FASYNC, 0, 1)
         + deny
         + allow,
-        53: argument(1) + _op(_AND, 0xF) + _op(_JEQ, 1, 0, 1) + allow + deny,  # socketpair: streams, as asyncio makes one
+        53: argument(1)
+        + _op(_AND, 0xF)
+        + _op(_JEQ, 1, 0, 1)
+        + allow
+        + deny,  # socketpair: streams, as asyncio makes one
         157: argument(0) + _op(_JEQ, 1, 0, 1) + deny + allow,  # prctl: all but PR_SET_PDEATHSIG
         302: argument(0) + _op(_JEQ, 0, 0, 1) + allow + own,  # prlimit64: of itself
         **dict.fromkeys((62, 200, 234), argument(0) + own),  # kill, tkill, tgkill: itself
@@ -316,7 +320,9 @@ def seccomp(code: bytes) -> None:
 
 def supported() -> str | None:
     """Why this machine cannot run programs safely, or None."""
-    machine = os.uname().machine if hasattr(os, "uname") else "another processor"  # `platform` would keep the host's name
+    machine = (
+        os.uname().machine if hasattr(os, "uname") else "another processor"
+    )  # `platform` would keep the host's name
     if sys.platform != "linux" or machine != "x86_64":
         return f"needs Linux on x86-64, this is {sys.platform} on {machine}"
     return None

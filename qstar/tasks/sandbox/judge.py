@@ -16,8 +16,8 @@ import time
 from typing import Any
 
 import codec
+import guest
 import isolate
-import prisoner
 
 NO_JOB = 3  # exit status: the pipe of jobs is closed
 _MEMORY = 1 << 30  # address space of a judge, in bytes, beyond what it starts with
@@ -167,8 +167,8 @@ class _Counted(ast.NodeTransformer):
 
 def verdict(prison: Prison, job: dict[str, Any]) -> tuple[str, str]:
     """Runs the program and its tests: (reason, detail)."""
-    held: list[int] = []
-    space: dict[str, Any] = {"__name__": "tests", "__asserted__": lambda: held.append(1)}
+    passed_asserts: list[int] = []
+    space: dict[str, Any] = {"__name__": "tests", "__asserted__": lambda: passed_asserts.append(1)}
     tests = compile(_Counted().visit(ast.parse(job["tests"])), "tests", "exec", dont_inherit=True, optimize=0)
     try:
         prison.start(job)
@@ -178,7 +178,7 @@ def verdict(prison: Prison, job: dict[str, Any]) -> tuple[str, str]:
             except KeyError:
                 pass  # the program does not define it; a test that needs it fails by its NameError
         exec(tests, space)
-        reason, detail = ("passed", "") if held else ("untested", "no assertion was reached")
+        reason, detail = ("passed", "") if passed_asserts else ("untested", "no assertion was reached")
     except BaseException as error:
         of_program = getattr(error, "of_program", False)
         wrong = isinstance(error, (AssertionError, NotAValue)) and not of_program
@@ -206,7 +206,7 @@ def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
         isolate.new_process_namespace()
     pid = os.fork()
     if pid == 0:
-        _become_prisoner(theirs.fileno(), baseline, isolation)
+        _become_guest(theirs.fileno(), baseline, isolation)
     theirs.close()
     prison = Prison(ours.fileno(), pid)
     _give_up_powers(isolation)
@@ -237,12 +237,12 @@ def _give_up_powers(isolation: str) -> None:
     isolate.die_with_parent()  # after the change of user, which would forget it
 
 
-def _become_prisoner(fd: int, baseline: int, isolation: str) -> None:
+def _become_guest(fd: int, baseline: int, isolation: str) -> None:
     """Locks this process in, serves, and ends it. Never returns."""
     status = 1
     try:
         os.dup2(fd, 3)
-        os.dup2(0, 1)  # the warden's standard input is /dev/null
+        os.dup2(0, 1)  # the server's standard input is /dev/null
         os.dup2(0, 2)
         os.closerange(4, 256)
         random.seed(0)
@@ -251,7 +251,7 @@ def _become_prisoner(fd: int, baseline: int, isolation: str) -> None:
         _give_up_powers(isolation)
         isolate.seccomp(isolate.seccomp_filter(os.getpid(), isolation))
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
-        prisoner.live(3, baseline)
+        guest.live(3, baseline)
     except codec.Closed:
         status = 0
     finally:

@@ -1,9 +1,9 @@
 """A long-lived process that locks itself in and then forks one judge per job. Started by `qstar.tasks.verify`.
 
-    python -S -s -P warden.py JOBS VERDICTS STRENGTH [FOLDER ...]
+    python -S -s -P server.py JOBS VERDICTS STRENGTH [FOLDER ...]
 
 JOBS and VERDICTS are inherited pipes; each FOLDER is that of an installed package which programs may import.
-The warden itself never reads a job: what it knows, every program inherits.
+The server itself never reads a job: what it knows, every program inherits.
 """
 
 from __future__ import annotations
