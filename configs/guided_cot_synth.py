@@ -7,7 +7,7 @@ A frozen large model (0.45M parameters) reads facts, reasons imperfectly and ans
 rationales. Every question has facts of its own, so nothing is learnt by heart (`qstar/tasks/hops.py`).
 
 Seen: all gates hold with seed 0 (standard 52.5, own chains 72.3, gold rationale 94.9 of 1,000 questions; a wrong rationale is
-copied in 53%) and with seed 1 (61.0, 72.9, 89.5; 59%). Results of the arms stand in the README. Gates are measured on 1,000
+copied in 53%) and with seed 1 (61.0, 72.9, 89.5; 59%). Results of the arms stand in RESULTS.md. Gates are measured on 1,000
 questions of their own, arms on 2,000 test questions that are the same for all seeds. There is no third set: what the arms'
 rates, filters and lengths were chosen on was not kept apart from the test questions by the config.
 

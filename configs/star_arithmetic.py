@@ -5,7 +5,7 @@
     qstar train --config=configs/star_arithmetic.py:seed=1 --workdir=runs/star_arithmetic_1
 
 Two CPU cores, about six minutes. Seen with seed 0: 3-digit sums .000 -> .432 -> .984 -> .988 with rationalisation over
-three loops, and .004, .000, .000 without (250 held-out sums); the README has three seeds and what did not work.
+three loops, and .004, .000, .000 without (250 held-out sums); RESULTS.md has three seeds and what did not work.
 
     ...py:digits=4                               sums of up to 4 digits (5 likewise)
     ...py:arms=rationalisation+restart_base      any arms of ARMS, side by side from one base

@@ -6,7 +6,7 @@
 Two CPU cores, about half an hour. Seen with seed 0 on 250 held-out sums: the DPO verifier's best of 16 is right on .745
 (majority vote .668, own log-probability .725, one sample .409); with one iteration's data .659, with G_SFT's alone .603. With
 seed 1, whose G_SFT is right on .65 of its samples, the verifier's .846 is below the vote's .899 (seed 3: .850, .940). The ORM
-learnt nothing. The README has the tables.
+learnt nothing. RESULTS.md has the tables.
 
     ...py:arms=v_star+verification       any rows of the paper's table of baselines, see ARMS
     ...py:val                            measured on validation sums: for choosing settings

@@ -407,8 +407,9 @@ def test_values_of_the_config_go_on_in_both_ways_of_writing(bench):
     assert shlex.split(bench("slurm.sh", *SUBMIT["slurm.sh"], STAR, *more, "--dry-run"))[-7:] == [STAR, *more]
 
 
-def test_the_commands_of_the_readme_are_accepted(bench):
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+def test_the_commands_of_the_readmes_are_accepted(bench):
+    pages = (ROOT / "README.md", ROOT / "launch" / "README.md")
+    text = "\n".join(p.read_text(encoding="utf-8") for p in pages).replace("\\\n", " ")
     commands = [line.partition("  #")[0] for line in text.splitlines() if line.startswith("bash launch/")]
     assert len(commands) >= 7
     for command in commands:
