@@ -49,8 +49,8 @@ def studied(world: Any, student: Any) -> dict[str, float]:
     """What else there is to say of a student in the two-hop world `guided_synth.Synth`; costs a few times its evaluation."""
     s, w = world.settings, world.test
     sampled = world.rationales(student, w, hops.RAT, n=s.votes, temperature=0.7, seed=world.seed)
-    votes = [world.answers(world.large, w, hops.ANS, sampled[:, j]) for j in range(s.votes)]
-    said, logp = (np.stack(x, axis=1) for x in zip(*votes))
+    answered = [world.answers(world.large, w, hops.ANS, sampled[:, j]) for j in range(s.votes)]
+    said, logp = (np.stack(x, axis=1) for x in zip(*answered))
     out = {
         "self_consistency": votes(said, logp, w.answer),
         "sampled": 100.0 * float(np.mean(said == w.answer[:, None])),
