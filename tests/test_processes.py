@@ -188,7 +188,7 @@ def test_two_processes_train_one_model_stop_and_die_together_and_one_goes_on(tra
     assert alone.communicate(timeout=120)[0] and alone.returncode == 0
     again = steps(run)[steps(run).index(died) + 1 :]
     assert died - 20 <= again[0] <= died + 10 and again == list(range(again[0], again[-1] + 1, 10))
-    assert len(list(run.glob("base/training/*/state"))) == 1
+    assert len(list(run.glob("base/training/*/state"))) in (1, 2)  # the newest, and one in case that it is damaged
 
 
 RL = ["-m", "qstar", "train", f"--config={ROOT}/configs/grpo_arithmetic.py:smoke", "--config.base.steps=4", "--config.loop.rounds=1",
