@@ -290,7 +290,7 @@ def test_the_test_split_is_answered_by_the_chosen_model(tmp_path, monkeypatch):
 
     used = {}
     stub.script(monkeypatch, gold, evaluate)
-    scripted = arms.attempt
+    scripted = arms.sample_rollouts
 
     def attempt(model, *args, **kwargs):
         used[kwargs["stage"]] = model.params

@@ -19,6 +19,8 @@ from tests.methods import stub
 class Fake:
     """A model that is only a name."""
 
+    config = None
+
     def __init__(self, name):
         self.name = name
 
@@ -175,7 +177,7 @@ def test_a_verifier_in_every_iteration_and_other_kinds_if_asked_for(tmp_path, to
 
 def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, monkeypatch):
     folders = []
-    inner = v_star.attempt
+    inner = v_star.sample_rollouts
 
     def attempt(*args, folder, seed, **kw):
         folders.append((folder.relative_to(tmp_path), seed))
@@ -195,7 +197,7 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, m
 )
 def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told, monkeypatch, own):
     folders = {}
-    inner = v_star.attempt
+    inner = v_star.sample_rollouts
 
     def attempt(model, task, problems, *args, folder, iteration, **kw):
         if iteration == 1:
@@ -215,7 +217,7 @@ def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told,
 def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told, monkeypatch, few_shot):
     """Greedy answers, test samples and the samples themselves: all with the few-shot text in front, or none."""
     seen = set()
-    inner = v_star.attempt
+    inner = v_star.sample_rollouts
 
     def attempt(*args, stage, **kw):
         seen.add((stage.split("_")[0], kw.get("few_shot", True)))
@@ -232,7 +234,7 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told
     monkeypatch.setattr(v_star.base_model, "show_parameters", lambda *_: None)
     monkeypatch.setattr(v_star.base_model, "train_base", lambda *_: base)
     monkeypatch.setattr(v_star, "supervised", lambda *_: Fake("G_SFT"))
-    monkeypatch.setattr(v_star.Study, "make", lambda *_: ctx)
+    monkeypatch.setattr(v_star.VStarContext, "make", lambda *_: ctx)
     v_star.run(ctx.config, tmp_path / "run", stub.Silent())
     v_star.sampled_accuracy(ctx, Fake("G_SFT"))
     assert seen == {(stage, few_shot) for stage in ("iter", "sample", "samples", "val")}

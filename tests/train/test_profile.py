@@ -20,7 +20,7 @@ from qstar.types import Batch, Preference
 from tests.train.problem import batch, loss, params
 
 CONFIG = ModelConfig(
-    vocab_size=50, hidden_size=12, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=5, intermediate_size=7
+    vocab_size=50, hidden_size=12, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=7
 )
 TX = optim.adamw()
 STEP = make_step(functools.partial(loss, noise=0.5), TX)
@@ -39,9 +39,9 @@ def test_the_flops_of_an_update_are_three_times_those_of_its_products(window):
     c, total = CONFIG.replace(sliding_window=window), 0
     for n in (9, 2):
         for t in range(n):
-            kernels = 12 * 20 + 2 * 12 * 10 + 20 * 12 + 3 * 12 * 7  # q, k and v, o, gated MLP
+            kernels = 12 * 24 + 2 * 12 * 12 + 24 * 12 + 3 * 12 * 7  # q, k and v, o, gated MLP
             seen = min(t + 1, window or n)
-            total += 3 * (2 * kernels + 2 * 2 * 4 * 5 * seen) + 2 * 12 * 50
+            total += 3 * (2 * kernels + 2 * 2 * 4 * 6 * seen) + 2 * 12 * 50
     assert flops.update_flops(c, packed(9, 2)) == pytest.approx(3 * total)
     assert flops.update_flops(c, Preference(packed(9, 2), None, None)) == pytest.approx(3 * total)
     frozen = flops.update_flops(c, packed(9, 2), frozen=True)  # no gradient of the kernels
@@ -50,7 +50,7 @@ def test_the_flops_of_an_update_are_three_times_those_of_its_products(window):
 
 def test_a_thought_is_counted_as_its_tokens():
     c = CONFIG.replace(thoughts=ThoughtConfig(thought_tokens=2, talk_tokens=1, thoughts_per_position=3))
-    text, n, q = 5, 2 + 1 + 1, 4 * 5
+    text, n, q = 5, 2 + 1 + 1, 4 * 6
     threads = 0
     for j in range(text):  # after position j: a thread of n tokens, each of which sees the text up to j and the thread
         for i in range(1, n + 1):
