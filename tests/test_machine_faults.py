@@ -75,7 +75,8 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_pat
 def test_a_second_interrupt_ends_at_once(tmp_path):
     """The first one is being handled by something that takes its time."""
     code = (
-        "import sys, time, qstar.__main__ as m\n"
+        "import signal, sys, time, qstar.__main__ as m\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "def busy(argv):\n"
         "    try:\n        print('ready', flush=True); time.sleep(60)\n"
         "    finally:\n        print('cleaning', flush=True); time.sleep(60)\n"

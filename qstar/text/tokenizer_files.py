@@ -26,6 +26,7 @@ def write(hf: Any, kept: dict[str, bytes], folder: pathlib.Path) -> None:
     Args:
       hf: a `transformers.PreTrainedTokenizerFast`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     if CONFIG in kept:
         hf.backend_tokenizer.save(str(folder / "tokenizer.json"))
     else:
@@ -34,6 +35,11 @@ def write(hf: Any, kept: dict[str, bytes], folder: pathlib.Path) -> None:
         (folder / name).write_bytes(content)
     settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     plain = {k: v for k, v in settings.items() if k not in _OF_LOADING}
+    # A class like LlamaTokenizer knows its special tokens without settings, and tokenizer.json alone does not.
+    elsewhere = json.loads(kept.get("special_tokens_map.json", b"{}"))
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if name not in plain and name not in elsewhere and getattr(hf, name) is not None:
+            plain[name] = str(getattr(hf, name))
     if plain.get("tokenizer_class") in (None, "TokenizersBackend"):  # the name that both versions know it by
         plain["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(plain.get("extra_special_tokens"), list):  # 4 wants a map there

@@ -277,7 +277,7 @@ def test_the_smoke_mode_runs_to_the_end(name):
         rows = [r for r in metrics.read(folder) if r["stage"] == "iteration" and r["arm"] == arm]
         assert [r["iteration"] for r in rows] == list(range(n + 1))
         assert all(r["train_steps"] > 0 and r["trained_rows"] > 0 for r in rows[1:])
-        assert sorted(p.name for p in (folder / arm / "rationales").iterdir()) == [
+        assert sorted(p.name for p in (folder / arm / "rationales").glob("[!.]*")) == [
             f"iter_{i:03d}.jsonl" for i in range(1, n + 1)
         ]
         assert read_jsonl(folder / arm / "evaluation" / "iter_000.jsonl")

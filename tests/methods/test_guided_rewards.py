@@ -219,7 +219,7 @@ def test_the_cache_asks_every_prompt_once_in_this_process_and_the_next(serve, tm
     assert again.answer(["x 2 Answer:", "x 1 Answer:"]) == [first[1], first[0]] and len(server.bodies) == 1
     other = A.Cached(client(server, max_new_tokens=3), file)  # asked otherwise: another key
     other.answer(["x 1 Answer:"])
-    assert len(server.bodies) == 2 and (other.asked, other.told) == (1, 1)
+    assert len(server.bodies) == 2 and (other.asked, other.answered) == (1, 1)
 
 
 def test_a_qstar_model_is_an_answerer_too():

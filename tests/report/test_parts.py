@@ -109,8 +109,8 @@ def test_ticks_are_round_and_cover_the_data(low, high, ticks):
 
 
 def test_ticks_of_loops_are_whole_numbers():
-    assert plots.nice_ticks(0, 4, 8, whole=True) == [0, 1, 2, 3, 4]
-    assert all(tick % 1 == 0 for tick in plots.nice_ticks(0, 36, 8, whole=True))
+    assert plots.nice_ticks(0, 4, 8, integers=True) == [0, 1, 2, 3, 4]
+    assert all(tick % 1 == 0 for tick in plots.nice_ticks(0, 36, 8, integers=True))
 
 
 def test_tag_escapes_all_but_markup():
