@@ -81,9 +81,9 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     """
     parts = {k: local_bytes(v) for k, v in program.parts.items()}
     resident = {k: local_bytes(v) for k, v in program.resident.items()}
-    arguments, resident, hbm = sum(parts.values()), sum(resident.values()), int(topology.chip.hbm)
+    arguments, resident_bytes, hbm = sum(parts.values()), sum(resident.values()), int(topology.chip.hbm)
     chips = len(topology.devices)
-    plan = Plan(program.name, False, parts, resident, 0, arguments + resident, hbm, needed=program.flops / chips,
+    plan = Plan(program.name, False, parts, resident, 0, arguments + resident_bytes, hbm, needed=program.flops / chips,
                 rule=program.rule, notes=program.notes)  # fmt: skip
     if plan.peak > hbm:
         return plan
@@ -98,7 +98,7 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         plan.activations = max(_exhausted(str(e)) - arguments, hbm - arguments)
-        plan.peak = arguments + resident + plan.activations
+        plan.peak = arguments + resident_bytes + plan.activations
         clock()
         return plan
     clock()
@@ -106,7 +106,7 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     memory = compiled.memory_analysis()
     extra = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that take no argument's place
     plan.activations = memory.temp_size_in_bytes + max(0, extra)
-    plan.peak = memory.argument_size_in_bytes + resident + plan.activations
+    plan.peak = memory.argument_size_in_bytes + resident_bytes + plan.activations
     plan.fits = plan.peak <= hbm
     text = compiled.as_text()
     if keep is not None:

@@ -62,7 +62,9 @@ def test_a_training_step_is_planned_without_weights():
     whole = sum(x.size for x in jax.tree.leaves(program.parts["parameters"])) * 4
     assert whole / 8 <= plan.parts["parameters"] < whole / 8 + 20_000  # norms are whole
     assert plan.parts["optimiser"] == pytest.approx(2 * plan.parts["parameters"], rel=0.01)
-    assert plan.peak == pytest.approx(sum(plan.parts.values()) + sum(plan.held.values()) + plan.activations, rel=0.01)
+    assert plan.peak == pytest.approx(
+        sum(plan.parts.values()) + sum(plan.resident.values()) + plan.activations, rel=0.01
+    )
     assert 0.9 * plan.needed < plan.flops < 1.5 * plan.needed  # a mask of attention is needed in half, computed in full
 
 
