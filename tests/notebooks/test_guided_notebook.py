@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qstar import files
 from qstar.report.guided import headline, page, read_guided
 from qstar.train.metrics import Writer
 from tests.methods import runs
@@ -37,7 +38,7 @@ def test_the_page_shows_arms_filter_rl_study_costs_and_rationales_and_escapes_th
     file = run / "student_0" / "kd_unfiltered" / "evaluation.json"
     said = json.loads(file.read_text())
     said["examples"][0]["rationale"] = "<script>alert(1)</script>"
-    file.write_text(json.dumps(said))
+    files.write(file, json.dumps(said).encode(), checksum=True)
     writer = Writer(run)  # as a resumed run does
     writer.write(stage="rl", step=3, arm="rl_both_unfiltered", student=0, score=9.0, kl=0.1, entropy=0.2)
     writer.close()
