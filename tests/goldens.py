@@ -1,6 +1,7 @@
 """Goldens of five smoke runs, to show that a restructuring changed no result.
 
-    python tests/goldens.py make GOLDENS.json [--root=CHECKOUT] [--only=NAME]     runs them with the code of a checkout
+    python tests/goldens.py make GOLDENS.json [--root=CHECKOUT] [--only=NAME] [--keep=FOLDER]    runs them, with the code
+                                                                                 of a checkout; keeps the run folders
     python tests/goldens.py compare BEFORE.json AFTER.json                       exit code 1 and a list where they differ
 
 A golden is, per run: a hash of every JSONL and JSON file that holds results, a hash of every checkpoint's parameters (read
@@ -63,14 +64,14 @@ def _parameters(checkpoint: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def make(path: str, root: pathlib.Path, only: str) -> None:
-    """Runs the configs with the code of `root` and writes their goldens."""
+def make(path: str, root: pathlib.Path, only: str, keep: pathlib.Path | None) -> None:
+    """Runs the configs with the code of `root` and writes their goldens; the run folders stay in `keep`, if given."""
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     goldens = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in RUNS.items():
             if only in ("", name):
-                folder = pathlib.Path(scratch) / name
+                folder = (keep or pathlib.Path(scratch)) / name
                 command = ["train", f"--config={root}/configs/{config}", f"--workdir={folder}"]
                 subprocess.run([sys.executable, "-m", "qstar", *command], cwd=scratch, env=environment, check=True,
                                stdout=subprocess.DEVNULL)  # fmt: skip
@@ -99,8 +100,9 @@ if __name__ == "__main__":
     p.add_argument("path")
     p.add_argument("--root", type=pathlib.Path, default=ROOT)
     p.add_argument("--only", default="", choices=("", *RUNS))
+    p.add_argument("--keep", type=lambda text: pathlib.Path(text).resolve())
     p = commands.add_parser("compare")
     p.add_argument("before")
     p.add_argument("after")
     a = parser.parse_args()
-    sys.exit(compare(a.before, a.after) if a.command == "compare" else make(a.path, a.root.resolve(), a.only))
+    sys.exit(compare(a.before, a.after) if a.command == "compare" else make(a.path, a.root.resolve(), a.only, a.keep))
