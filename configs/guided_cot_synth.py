@@ -4,7 +4,7 @@
     qstar train --config=configs/guided_cot_synth.py:students=3 --workdir=runs/guided_cot_synth_3
 
 A frozen large model (0.45M parameters) reads facts, reasons imperfectly and answers; a small one (0.1M) learns to write its
-rationales. Every question has facts of its own, so nothing is learnt by heart (`qstar/tasks/hops.py`).
+rationales. Every question has facts of its own, so nothing is learnt by heart (`qstar/tasks/two_hop_world.py`).
 
 Seen: all gates hold with seed 0 (standard 52.5, own chains 72.3, gold rationale 94.9 of 1,000 questions; a wrong rationale is
 copied in 53%) and with seed 1 (61.0, 72.9, 89.5; 59%). Results of the arms stand in RESULTS.md. Gates are measured on 1,000

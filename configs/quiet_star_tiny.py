@@ -5,7 +5,7 @@
 
 One base model, then the method and its controls side by side, 250 steps each. Documents such as `e64539=7;` end in a fold of
 their digits that the model cannot compute in one step; its base text shows the steps in a fifth of the documents, the
-Quiet-STaR text never does (`qstar/tasks/folds.py`).
+Quiet-STaR text never does (`qstar/tasks/fold_digits.py`).
 
     ...py:arms=quiet_star+pause         any arms of ARMS
     ...py:lengths                       thoughts of 1 to 8 tokens, one arm each

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qstar.errors import UserError
-    from qstar.methods.generation import generate
     from qstar.methods.verifier import Verifier, score
     from qstar.models.model import Model, load, logits, logprobs, save
     from qstar.models.thought_config import ThoughtConfig
+    from qstar.runs.generation import generate
     from qstar.types import Completion
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ _HOME = {
     "UserError": "qstar.errors",
     "Verifier": "qstar.methods.verifier",
     "ThoughtConfig": "qstar.models.thought_config",
-    "generate": "qstar.methods.generation",
+    "generate": "qstar.runs.generation",
     "load": "qstar.models.model",
     "logits": "qstar.models.model",
     "logprobs": "qstar.models.model",

@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qstar import __version__, stop
+from qstar import __version__, preemption
+from qstar.distributed import is_first, leave
 from qstar.errors import QstarWarning, UserError, machine_fault, unknown
-from qstar.processes import is_first, leave
 
 COMMANDS = {
     "train": "runs a config: --config=configs/star_arithmetic.py --workdir=runs/x",
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is written as an escape
         with contextlib.suppress(AttributeError, ValueError):  # a notebook's stream, or a closed one
             stream.reconfigure(errors="backslashreplace")
-    sigterm = stop.listening(last=is_process) if argv and argv[0] in KEPT else contextlib.nullcontext()
+    sigterm = preemption.listening(last=is_process) if argv and argv[0] in KEPT else contextlib.nullcontext()
     with warnings.catch_warnings(), _quiet_threads(), _second_interrupt_ends(), sigterm:
         warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         code = _run(argv)
@@ -85,18 +85,18 @@ def _run(argv: list[str]) -> int:
         check_texts(argv)
         code = dispatch(argv)
         sys.stdout.flush()  # a full disk shows here, not when Python ends
-        stop.over()
+        preemption.over()
         return code
     except UserError as e:
-        stop.over()
+        preemption.over()
         print("qstar: " + " ".join(str(e).split()), file=sys.stderr)
         return e.code
-    except stop.Preempted as e:
+    except preemption.Preempted as e:
         if is_first():
             again = "start again" if argv[0] == "evaluate" and not e.saved else "go on"
             saved = e.saved or KEPT.get(argv[0], "")
             print(f"qstar: stopped by SIGTERM; {saved}; {again} with: qstar {shlex.join(argv)}", file=sys.stderr)
-        return stop.exit_code()
+        return preemption.exit_code()
     except KeyboardInterrupt:
         print(f"qstar: interrupted{again}", file=sys.stderr)
         return 130
@@ -198,9 +198,9 @@ def dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise unknown(f"command {argv[0]!r}", argv[0], COMMANDS)
-    from qstar import commands
+    from qstar import cli
 
-    return getattr(commands, argv[0])(argv[1:])
+    return getattr(cli, argv[0])(argv[1:])
 
 
 if __name__ == "__main__":

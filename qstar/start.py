@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from qstar import processes
+from qstar import distributed
 from qstar.errors import UserError
 
 
@@ -29,9 +29,9 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
     accelerators = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators:
         keep_freed_memory()
-    here = processes.process_info(os.environ, device) if several else None
+    here = distributed.process_info(os.environ, device) if several else None
     if here is not None and here.count > 1:
-        processes.join(here)
+        distributed.join(here)
     import jax
 
     try:

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from qstar import processes
+from qstar import distributed
 from qstar.start import start_jax
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
@@ -38,5 +38,5 @@ if __name__ == "__main__":
     from qstar.mesh import make_mesh
 
     said = answers(*sys.argv[1:], mesh=make_mesh("data=2,tensor=-1"))
-    if processes.is_first():
+    if distributed.is_first():
         print(json.dumps(said))

@@ -82,13 +82,13 @@ def _forget_programs():
 
 LONG = (  # the longest files begin, so that no worker is left alone with one of them at the end
     "configs/test_config_files.py",
-    "thoughts/test_objective.py",
-    "methods/test_resume.py",
+    "thoughts/test_loss.py",
+    "runs/test_resume.py",
     "test_processes.py",
     "thoughts/test_facts.py",
     "test_commands.py",
     "methods/test_quiet_star.py",
-    "methods/test_quiet_evaluation.py",
+    "methods/test_quiet_eval.py",
     "methods/test_reinforce.py",
     "thoughts/test_parity.py",
     "thoughts/test_reference.py",

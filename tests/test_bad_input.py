@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 from qstar.__main__ import main
 from qstar.config_file import read_config
-from qstar.methods.run_folder import open_run, unlock, write_json
 from qstar.models import hf
 from qstar.models.config import preset
+from qstar.models.hf_names import abstract_params
 from qstar.models.model import Model, save
-from qstar.models.names import abstract_params
+from qstar.runs.folder import open_run, unlock, write_json
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.train.checkpoint import Checkpoints
@@ -412,6 +412,6 @@ def test_a_gpu_without_its_plugin(root):
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
     """Nothing but a UserError is caught: a bug must not pass for bad input."""
-    monkeypatch.setattr("qstar.commands.report", lambda argv: {}["bug"])
+    monkeypatch.setattr("qstar.cli.report", lambda argv: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
         main(["report", "x"])

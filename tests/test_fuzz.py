@@ -24,11 +24,11 @@ from qstar.config_file import read_config
 from qstar.data.sources import read_records
 from qstar.errors import UserError
 from qstar.methods.answerer import Answer, Cached, FunctionAnswerer, HttpAnswerer
-from qstar.methods.arms import RunContext
-from qstar.methods.run_folder import open_run, write_json
 from qstar.models.config import preset
+from qstar.models.hf_names import abstract_params
 from qstar.models.model import Model, save
-from qstar.models.names import abstract_params
+from qstar.runs.context import RunContext
+from qstar.runs.folder import open_run, write_json
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.train.metrics import Writer

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from qstar.__main__ import main
 from qstar.config_file import read_config
-from qstar.methods.run_folder import end_run, environment, open_run, unlock
-from qstar.methods.screen import Screen
 from qstar.report.appendix import provenance
+from qstar.runs.console import Screen
+from qstar.runs.folder import end_run, environment, open_run, unlock
 from qstar.train.metrics import show_table
 from qstar.types import Rollout
 
@@ -112,7 +112,7 @@ def screen():
 
 def test_the_rate_is_that_of_this_process_right_after_a_resume(monkeypatch):
     clock = [1000.0]
-    monkeypatch.setattr("qstar.methods.screen.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("qstar.runs.console.time.perf_counter", lambda: clock[0])
     s = screen()
     with s.bar("train", 1500) as update:
         clock[0] += 10  # compilation
@@ -126,7 +126,7 @@ def test_the_rate_is_that_of_this_process_right_after_a_resume(monkeypatch):
 
 def test_samples_that_are_there_already_count_as_done(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("qstar.methods.screen.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("qstar.runs.console.time.perf_counter", lambda: clock[0])
     s = screen()
     row = (
         Rollout(**dict.fromkeys(Rollout.__dataclass_fields__, 0)) if hasattr(Rollout, "__dataclass_fields__") else None
@@ -136,7 +136,7 @@ def test_samples_that_are_there_already_count_as_done(monkeypatch):
         update(30, None)
         clock[0] += 20
         for n in range(10):
-            monkeypatch.setattr("qstar.methods.screen.one_line", lambda r: "")
+            monkeypatch.setattr("qstar.runs.console.one_line", lambda r: "")
             update(n + 1, row)
     text = s.console.export_text()
     assert "resumed at 60 of 100" in text and "61 of 100  0.1/s" in text and text.count("resumed") == 1

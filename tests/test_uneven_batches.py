@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from qstar import processes
+from qstar import distributed
 from qstar.start import start_jax
 
 # Mesh and rows per update. 4 rows do not divide over 8 shards, a tensor axis over both processes gives them one batch
@@ -33,10 +33,10 @@ def ten_updates(mesh, rows, folder):
     from qstar import tree
     from qstar.data.loader import batches
     from qstar.mesh import mesh_jit, put_global_batch, shardings, to_host
-    from qstar.methods.supervised import TrainSettings, fine_tune, pack_rows
     from qstar.models import decoder
     from qstar.models.config import ModelConfig
     from qstar.models.model import Model
+    from qstar.runs.supervised import TrainSettings, fine_tune, pack_rows
     from qstar.text.packing import Example
     from qstar.train.losses import sft_loss
     from qstar.types import Batch
@@ -64,7 +64,7 @@ def ten_updates(mesh, rows, folder):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What each of two processes of four devices finds, as {case/name: array}."""
-    from tests.test_processes import free_port, start
+    from tests.test_distributed import free_port, start
 
     folder, port = tmp_path_factory.mktemp("two"), free_port()
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
@@ -101,4 +101,4 @@ if __name__ == "__main__":
         mesh = make_mesh(spec)
         found |= {f"{case}/{name}": x for name, x in ten_updates(mesh, rows, folder / case.replace(" ", "_")).items()}
     np.savez(folder / f"{jax.process_index()}.npz", **found)
-    processes.leave()
+    distributed.leave()

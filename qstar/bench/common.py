@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from qstar.bench.sides import Sides
 from qstar.errors import UserError
-from qstar.models import policy
+from qstar.models import scoring
 from qstar.models.model import Model
 
 # Changes to the preset llama_20m: 512 ids put the work into the blocks, 32,000 into the vocabulary.
@@ -84,9 +84,9 @@ def torch_limit(what: str, size: int) -> Callable[[], None]:
     return run
 
 
-def random_model(config: policy.AnyConfig, seed: int = 0) -> Model:
+def random_model(config: scoring.AnyConfig, seed: int = 0) -> Model:
     """Returns a model with random weights and no tokenizer."""
-    return Model(config, jax.jit(lambda key: policy.init(config, key))(jax.random.key(seed)))
+    return Model(config, jax.jit(lambda key: scoring.init(config, key))(jax.random.key(seed)))
 
 
 def torch_twin(folder: str | Path) -> Any:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from qstar.models import decoder, mixing
 from qstar.models.config import ModelConfig
-from qstar.thoughts import layout, objective, threads
-from qstar.thoughts.generate import sampler
+from qstar.thoughts import forward, layout
+from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.paths import ThoughtStates, mix
+from qstar.thoughts.rollout import sampler
 from qstar.types import Batch, Params, Segment
 
 
@@ -28,11 +29,11 @@ def loss(params: dict[str, Params], batch: Batch, rng: jax.Array, *, config: Mod
     key, _ = jax.random.split(rng)  # as `objective.loss`: the same thoughts
     draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, key, passes)
     found, thoughts = paths(policy, config, batch, positions, passes, draw)
-    return objective.compute_loss(params, config, batch, positions, found, thoughts)
+    return thought_loss.compute_loss(params, config, batch, positions, found, thoughts)
 
 
 def paths(
-    params: Params, config: ModelConfig, batch: Batch, positions: jax.Array, passes: int, draw: threads.SampleFn
+    params: Params, config: ModelConfig, batch: Batch, positions: jax.Array, passes: int, draw: forward.SampleFn
 ) -> tuple[ThoughtStates, jax.Array]:
     """Returns `ThoughtStates` of thoughts drawn by `draw` at all positions [B, N], and the thoughts [B, P, N, S]."""
     (B, N), P, t = batch.tokens.shape, passes, config.thoughts
@@ -56,9 +57,9 @@ def paths(
             x = table[thoughts[-1].reshape(B * P, N)]
         elif i < S + T + 1:
             x = table[ahead[..., i - S - 2]]
-    texts = threads.PrefixCache(states[0].reshape(B, P, N, E)[:, 0], ())
+    texts = forward.PrefixCache(states[0].reshape(B, P, N, E)[:, 0], ())
     think, talk = (jnp.stack(x, axis=2).reshape(B, P, N, -1, E) for x in (states[1 : S + 1], states[S + 2 :]))
-    mixed, weight = threads.vmap_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
+    mixed, weight = forward.vmap_thoughts(partial(mix, params, config))(batch, texts, positions, talk)
     return ThoughtStates(texts.hidden, think, talk, mixed, weight), jnp.stack(thoughts, axis=-1)
 
 

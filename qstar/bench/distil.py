@@ -24,7 +24,7 @@ from qstar.methods.distillation import DistilTrain, Pair
 from qstar.models.config import preset
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import save
-from qstar.models.policy import AnyConfig
+from qstar.models.scoring import AnyConfig
 from qstar.train.distil import DistilSettings
 from qstar.train.state import create_state
 

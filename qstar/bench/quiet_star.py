@@ -204,13 +204,14 @@ def _step(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
 
     from qstar.bench import dense
     from qstar.models import decoder
-    from qstar.thoughts import layout, objective
+    from qstar.thoughts import layout
+    from qstar.thoughts import loss as thought_loss
     from qstar.train import optim
     from qstar.train.state import create_state
     from qstar.train.step import make_step
 
     config, side = bench_config(spec["V"], spec["A"]), spec["side"]
-    loss = dense.loss if side == "dense" else partial(objective.loss, schedule=side)
+    loss = dense.loss if side == "dense" else partial(thought_loss.loss, schedule=side)
     tx = optim.adamw(b2=0.999, weight_decay=0.001)
     step = make_step(partial(loss, config=config), tx)
     # The parameters are given up to the step: what is held at once is part of what is measured.
@@ -273,7 +274,7 @@ def _token(spec: dict[str, Any]) -> tuple[Callable[[], None], int]:
     from qstar.sample.logits import SamplingParams
     from qstar.sample.sampler import prepare
     from qstar.thoughts import decode, layout
-    from qstar.thoughts.generate import sampler
+    from qstar.thoughts.rollout import sampler
 
     config = bench_config(spec["V"], spec["A"], T=1, P=1)
     params = jax.jit(lambda key: decoder.init(config, key))(jax.random.key(0))

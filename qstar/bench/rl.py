@@ -24,7 +24,7 @@ from qstar.methods import reinforce
 from qstar.models.config import preset
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import save
-from qstar.models.policy import AnyConfig
+from qstar.models.scoring import AnyConfig
 from qstar.sample.batching import generate
 from qstar.train.rl import RLSettings, measure_jit
 from qstar.train.state import create_state

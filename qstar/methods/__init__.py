@@ -14,7 +14,7 @@ def run(config: Any, workdir: Any, console: Any) -> None:
     """
     from qstar.errors import check_seed, unknown
     from qstar.methods import guided_cot, quiet_star, rl, star, v_star
-    from qstar.methods.run_folder import end_run, unlock
+    from qstar.runs.folder import end_run, unlock
 
     methods: dict[str, Callable[..., None]] = {
         "star": star.run,

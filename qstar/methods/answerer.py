@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from qstar import processes
+from qstar import distributed
 from qstar.errors import UserError, require
 from qstar.files import warn
 from qstar.models.model import Model
@@ -84,7 +84,7 @@ class FunctionAnswerer:
             require((len(texts) == len(prompts), fault))
             return texts
 
-        return [Answer(t, 0.0, 0) for t in processes.broadcast_from_host0(ask)]
+        return [Answer(t, 0.0, 0) for t in distributed.broadcast_from_host0(ask)]
 
 
 @dataclasses.dataclass
@@ -131,7 +131,7 @@ class HttpAnswerer:
         self._asked += len(prompts)
         parts = [list(prompts[at : at + self.batch]) for at in range(0, len(prompts), self.batch)]
         return [
-            Answer(*a) for a in processes.broadcast_from_host0(lambda: [a for part in parts for a in self._ask(part)])
+            Answer(*a) for a in distributed.broadcast_from_host0(lambda: [a for part in parts for a in self._ask(part)])
         ]
 
     def _ask(self, prompts: list[str]) -> list[Answer]:
@@ -292,7 +292,7 @@ class Cached:
         self._known: dict[str, Answer] = {}
         if file is not None:
             self._known = {
-                k: Answer(*a) for k, a in processes.broadcast_from_host0(functools.partial(_read_cache, file)).items()
+                k: Answer(*a) for k, a in distributed.broadcast_from_host0(functools.partial(_read_cache, file)).items()
             }
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
@@ -303,7 +303,7 @@ class Cached:
         if new:
             found = dict(zip(new, self.inner.answer(list(new.values()))))
             self._known |= found
-            if self.file is not None and processes.is_first():
+            if self.file is not None and distributed.is_first():
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 torn = self.file.exists() and self.file.read_bytes()[-1:] not in (b"", b"\n")
                 rows = [{"key": k, **a._asdict(), "crc": _crc(k, a)} for k, a in found.items() if a != UNANSWERED]

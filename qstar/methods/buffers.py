@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qstar.data.sources import read_jsonl
-from qstar.methods.run_folder import cached_jsonl
+from qstar.runs.folder import cached_jsonl
 from qstar.tasks.base import Problem, Task
 from qstar.types import Rollout
 

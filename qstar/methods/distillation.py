@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qstar.errors import require
-from qstar.methods.run_folder import data_hash, stable_seed
-from qstar.methods.training import Stage, UpdateSettings, train_stage
-from qstar.models import policy
+from qstar.models import scoring
 from qstar.models.model import Model
+from qstar.runs.folder import data_hash, stable_seed
+from qstar.runs.stages import Stage, UpdateSettings, train_stage
 from qstar.sample.batching import padded_length, stream
 from qstar.train import distil as losses
 from qstar.train.metrics import Writer
@@ -91,7 +91,7 @@ def distil(
         require(
             (sizes[0] == sizes[1], f"teacher and student have vocabularies of {sizes[0]} and {sizes[1]}: use 'hard'")
         )
-    limit = policy.text_limit(start.config, start.tokenizer)
+    limit = scoring.text_limit(start.config, start.tokenizer)
     other = (teacher or start).config
     tx, step = compiled(start.config, other, settings, limit, only_updates(train))
     lengths = [padded_length(max(len(getattr(r, k)) for r in rows)) for k in ("prompt", "teacher_prompt")]
@@ -129,9 +129,9 @@ def make_batch(
     config: Any, teacher: Any, rows: Sequence[Pair], lengths: Sequence[int], response_length: int
 ) -> losses.Lesson:
     """Returns rows as host arrays; prompts are padded to `lengths`, the student's and the teacher's."""
-    prompt = policy.pad_prompts(config, [list(r.prompt) for r in rows], lengths[0])
+    prompt = scoring.pad_prompts(config, [list(r.prompt) for r in rows], lengths[0])
     length = lengths[1] if any(r.teacher_prompt for r in rows) else lengths[0]
-    teacher_prompts = policy.pad_prompts(teacher, [list(r.teacher_prompt or r.prompt) for r in rows], length)
+    teacher_prompts = scoring.pad_prompts(teacher, [list(r.teacher_prompt or r.prompt) for r in rows], length)
     response = np.zeros((len(rows), response_length), np.int32)
     mask = np.zeros((len(rows), response_length), np.float32)
     for i, r in enumerate(rows):

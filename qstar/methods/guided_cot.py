@@ -23,27 +23,27 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from qstar import processes
+from qstar import distributed
 from qstar.errors import TrainingFailed, check_type, require, unknown
 from qstar.mesh import make_mesh
-from qstar.methods import guided_multihop, guided_synth
+from qstar.methods import guided_hotpotqa, guided_two_hop
 from qstar.methods.distillation import DistilTrain, Pair, distil
-from qstar.methods.gates import check_gates
 from qstar.methods.quiet_star import in_order
 from qstar.methods.reinforce import Environment, ReinforceSettings, reinforce
-from qstar.methods.run_folder import cached_jsonl, check_run, once_json, open_run, stable_seed, write_json
-from qstar.methods.screen import Screen
-from qstar.methods.settings import Gate, Log, Sections, settings_from
-from qstar.methods.training import Stage
 from qstar.models.hf import read_config
 from qstar.models.model import Model
+from qstar.runs.console import Screen
+from qstar.runs.folder import cached_jsonl, check_run, once_json, open_run, stable_seed, write_json
+from qstar.runs.gates import check_gates
+from qstar.runs.settings import Gate, Log, Sections, settings_from
+from qstar.runs.stages import Stage
 from qstar.tasks import make_task
 from qstar.tasks.multihop import MultiHop
 from qstar.train.distil import DistilSettings
-from qstar.train.evaluate import paired
 from qstar.train.loop import Diverged
 from qstar.train.metrics import Writer, show_table
 from qstar.train.rl import RLSettings
+from qstar.train.stats import paired
 
 FILTERS = ("em", "none", "parity", "f1", "includes")
 
@@ -197,19 +197,19 @@ def make_setting(sections: Sections, world: dict[str, Any], workdir: Path) -> Gu
     options = dict(sections.task)
     name, seed = options.pop("name"), stable_seed(sections.seed, "world")
     if name == "hops":
-        return guided_synth.Synth(settings_from(guided_synth.SynthSettings, world, "world"), seed)
-    settings = settings_from(guided_multihop.MultiHopSettings, world, "world")
+        return guided_two_hop.Synth(settings_from(guided_two_hop.SynthSettings, world, "world"), seed)
+    settings = settings_from(guided_hotpotqa.MultiHopSettings, world, "world")
     task = make_task(name, **options)
     require((isinstance(task, MultiHop), f"config.task.name={name!r} has no paragraphs to reason over; use hotpotqa"))
     mesh = make_mesh(sections.mesh) if jax.device_count() > 1 or sections.mesh != "data=-1" else None
-    return guided_multihop.MultiHop(settings, task, seed, workdir, mesh)
+    return guided_hotpotqa.MultiHop(settings, task, seed, workdir, mesh)
 
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a config for every student seed, going on where an earlier run of the same config stopped."""
     ctx = GuidedContext.make(config, Path(workdir), console)
     check_run(ctx.workdir, config.to_dict())
-    if isinstance(ctx.setting, guided_multihop.MultiHop):
+    if isinstance(ctx.setting, guided_hotpotqa.MultiHop):
         for folder in filter(None, (ctx.setting.settings.small, ctx.setting.settings.large.get("path"))):
             read_config(folder)  # a model that is not there shows before anything is written
     arms = {n: {"arm": r, **dict(zip(("rl", "train"), ctx.rl_settings(n)))} for n, r in ctx.recipes.items()}
@@ -345,7 +345,7 @@ def results(
     out = {"arms": rows, "differences": differences}
     out["studies"] = {n: _means(each) for n, each in studies.items() if each}
     write_json(ctx.workdir / "results.json", out)
-    if processes.is_first():
+    if distributed.is_first():
         show_table(ctx.console, "right answers, %", rows)
         show_table(ctx.console, "paired differences, 95% over questions", differences)
         for name, found in out["studies"].items():

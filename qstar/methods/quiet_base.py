@@ -13,14 +13,14 @@ import numpy as np
 
 from qstar.errors import TrainingFailed, require
 from qstar.mesh import to_host
-from qstar.methods.gates import check_gates
-from qstar.methods.quiet_setup import QuietContext
-from qstar.methods.run_folder import stable_seed
-from qstar.methods.supervised import TrainSettings, sft_step
-from qstar.methods.training import Stage, train_stage
+from qstar.methods.quiet_data import QuietContext
 from qstar.models import mixing
 from qstar.models.model import Model
-from qstar.tasks.folds import Folds
+from qstar.runs.folder import stable_seed
+from qstar.runs.gates import check_gates
+from qstar.runs.stages import Stage, train_stage
+from qstar.runs.supervised import TrainSettings, sft_step
+from qstar.tasks.fold_digits import Folds
 from qstar.thoughts import measure
 from qstar.train.loop import Diverged
 

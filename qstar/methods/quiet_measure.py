@@ -15,19 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar import processes
+from qstar import distributed
 from qstar.data.corpus import Rows
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.mesh import to_host
 from qstar.methods.quiet_base import holds_steps
-from qstar.methods.quiet_setup import QuietContext
-from qstar.methods.run_folder import cached_jsonl, intact, once_json, stable_seed
+from qstar.methods.quiet_data import QuietContext
 from qstar.models.hf import read_json
 from qstar.models.model import Model
+from qstar.runs.folder import cached_jsonl, intact, once_json, stable_seed
 from qstar.thoughts import measure as m
 from qstar.train.checkpoint import Checkpoints
-from qstar.train.evaluate import bootstrap_ci
 from qstar.train.metrics import show_table
+from qstar.train.stats import bootstrap_ci
 from qstar.types import Params
 
 BUCKETS = ((0.5, "easy (< 0.5 nats)"), (2.0, "middle (0.5 to 2)"), (np.inf, "hard (> 2 nats)"))  # of the base's own NLL
@@ -121,7 +121,7 @@ def measure(ctx: QuietContext, arm: str, model: Model, thinker: str, step: int) 
         return once_json(path, dict)
     found = once_json(path, lambda: _measure(ctx, arm, model, thinker, step))
     ctx.writer.write(stage="evaluation", arm=arm, step=step, **found)
-    if processes.is_first():
+    if distributed.is_first():
         show_table(ctx.console, f"{arm}, step {step}", table(found))
     return found
 
@@ -274,7 +274,7 @@ def _write_thoughts(
                 "thoughts": thoughts,
             }
         )
-    if processes.is_first():
+    if distributed.is_first():
         write_jsonl(ctx.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out, checksum=True)
 
 

@@ -26,16 +26,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.errors import TrainingFailed, UserError, require
-from qstar.methods import base_model, quiet_base
+from qstar.methods import quiet_base
+from qstar.methods.quiet_data import QuietContext
 from qstar.methods.quiet_measure import Watch, measure, measure_difficulty
-from qstar.methods.quiet_setup import QuietContext
-from qstar.methods.run_folder import check_run, open_run, stable_seed
-from qstar.methods.training import Stage, UpdateSettings, train_stage
 from qstar.models import mixing
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
-from qstar.models.policy import check_vocabulary
-from qstar.thoughts import distil, objective
+from qstar.models.scoring import check_vocabulary
+from qstar.runs import base_model
+from qstar.runs.folder import check_run, open_run, stable_seed
+from qstar.runs.stages import Stage, UpdateSettings, train_stage
+from qstar.thoughts import distil
+from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.measure import random_thoughts
 from qstar.train import losses
 from qstar.train.loop import Diverged
@@ -215,7 +217,7 @@ def update(
         if teacher is not None:
             loss = functools.partial(distil.student_loss, config=config, teacher=teacher, weight=teacher_weight)
     elif thinker == "sampled":
-        loss = functools.partial(objective.loss, config=config)
+        loss = functools.partial(thought_loss.loss, config=config)
     else:
         loss = functools.partial(given_loss, config=config, thinker=thinker)
     return make_step(loss, tx, settings.accumulate)
@@ -231,4 +233,4 @@ def given_loss(params: Any, batch: Batch, rng: jax.Array, *, config: ModelConfig
     shape = (t.thought_tokens, B * t.thoughts_per_position, N - 1)
     own = random_thoughts(rng, config, shape) if thinker == "random" else jnp.full(shape, t.forbidden_ids[0], jnp.int32)
     silent = config.replace(thoughts=t.replace(policy_weight=0.0, kl_weight=0.0, entropy_weight=0.0))
-    return objective.loss(params, batch, rng, config=silent, thoughts=own)
+    return thought_loss.loss(params, batch, rng, config=silent, thoughts=own)

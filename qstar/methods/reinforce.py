@@ -29,12 +29,12 @@ import numpy as np
 from qstar.errors import require
 from qstar.mesh import put_global_batch, to_host
 from qstar.methods.distillation import only_updates
-from qstar.methods.run_folder import data_hash, stable_seed
-from qstar.methods.training import MACHINE, UpdateSettings, train_once
-from qstar.models import heads, policy
+from qstar.models import heads, scoring
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model, encoder_ids
+from qstar.runs.folder import data_hash, stable_seed
+from qstar.runs.stages import MACHINE, UpdateSettings, train_once
 from qstar.sample.batching import padded_length, stream
 from qstar.train import optim, rl
 from qstar.train.checkpoint import Checkpoints
@@ -103,7 +103,7 @@ class Run:
     @functools.cached_property
     def static(self) -> dict[str, Any]:
         """The static arguments of `rl.measure`."""
-        limit = policy.text_limit(self.start.config, self.start.tokenizer)
+        limit = scoring.text_limit(self.start.config, self.start.tokenizer)
         return {"config": self.start.config, "settings": self.rl, "limit": limit}
 
 
@@ -286,7 +286,7 @@ def experience(
     """Returns the rollout record (host arrays) and what there is to say of it."""
     c, G, R = run.start.config, run.rl.group, run.settings.max_new_tokens
     ids = [row for p in prompts for row in [run.encode(p)] * G]
-    prompt, prompt_mask = policy.pad_prompts(c, ids, padded_length(max(map(len, ids))))
+    prompt, prompt_mask = scoring.pad_prompts(c, ids, padded_length(max(map(len, ids))))
     flat = [done for row in responses for done in row]
     response, mask = np.zeros((len(flat), R), np.int32), np.zeros((len(flat), R), np.float32)
     for i, done in enumerate(flat):

@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from qstar import processes
+from qstar import distributed
 from qstar.data.sources import read_jsonl
 from qstar.errors import TrainingFailed, require
-from qstar.methods import base_model
-from qstar.methods.arms import Arm, RunContext
 from qstar.methods.reinforce import ReinforceSettings, RewardOutput, reinforce
-from qstar.methods.rollouts import judge, read_answer
-from qstar.methods.run_folder import open_run, stable_seed
-from qstar.methods.settings import settings_from
 from qstar.models.model import Model
+from qstar.runs import base_model
+from qstar.runs.context import Arm, RunContext
+from qstar.runs.folder import open_run, stable_seed
+from qstar.runs.rollouts import judge, read_answer
+from qstar.runs.settings import settings_from
 from qstar.tasks.base import Problem, Task
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Diverged
@@ -147,7 +147,7 @@ def train_arm(
         if best == n:
             save_round(arm, n, params)
             for m in scores.keys() - {n}:
-                processes.remove(arm.checkpoint(m))
+                distributed.remove(arm.checkpoint(m))
 
     try:
         with arm.timed("train"), ctx.bar(arm.name, settings.updates) as progress:

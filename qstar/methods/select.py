@@ -32,7 +32,7 @@ from qstar.sample.vote import (
     weighted_majority,
 )
 from qstar.tasks.base import stable_rng
-from qstar.train.evaluate import (
+from qstar.train.stats import (
     best_of_k,
     bootstrap_ci,
     calibration,

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import UserError, require
-from qstar.methods import base_model
-from qstar.methods.arms import Arm, RunContext
-from qstar.methods.rollouts import Selection, sample_rollouts, select, show_hint, summary, to_example
-from qstar.methods.run_folder import cached_jsonl, open_run, stable_seed
-from qstar.methods.supervised import fine_tune, pack_rows
 from qstar.models.model import Model
+from qstar.runs import base_model
+from qstar.runs.context import Arm, RunContext
+from qstar.runs.folder import cached_jsonl, open_run, stable_seed
+from qstar.runs.rollouts import Selection, sample_rollouts, select, show_hint, summary, to_example
+from qstar.runs.supervised import fine_tune, pack_rows
 from qstar.tasks.base import Problem
 from qstar.text.packing import Example
 from qstar.train.loop import Diverged

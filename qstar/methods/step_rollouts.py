@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qstar.methods.buffers import Solution
-from qstar.methods.rollouts import SampleSettings, sample_rollouts
 from qstar.models.model import Model
+from qstar.runs.rollouts import SampleSettings, sample_rollouts
 from qstar.tasks.base import Problem, Task
 
 

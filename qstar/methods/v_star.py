@@ -21,19 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import require
-from qstar.methods import base_model, star
-from qstar.methods.arms import Arm
+from qstar.methods import star
 from qstar.methods.buffers import Buffer, Solution, counts, human, merged, most_sampled, sampled
-from qstar.methods.gates import check_gates
-from qstar.methods.pairs import build_pairs, repeated
-from qstar.methods.rollouts import Selection, sample_rollouts, select, summary, to_example
-from qstar.methods.run_folder import cached_jsonl, open_run, stable_seed
+from qstar.methods.preference_data import build_pairs, repeated
 from qstar.methods.step_rollouts import rollout_labels
-from qstar.methods.supervised import fine_tune, pack_rows
-from qstar.methods.v_star_measure import measure, sampled_accuracy
+from qstar.methods.v_star_eval import measure, sampled_accuracy
 from qstar.methods.v_star_setup import VStarContext
 from qstar.methods.verifier import KINDS, Job, train_dpo, train_head
 from qstar.models.model import Model
+from qstar.runs import base_model
+from qstar.runs.context import Arm
+from qstar.runs.folder import cached_jsonl, open_run, stable_seed
+from qstar.runs.gates import check_gates
+from qstar.runs.rollouts import Selection, sample_rollouts, select, summary, to_example
+from qstar.runs.supervised import fine_tune, pack_rows
 from qstar.tasks.base import Problem
 from qstar.train.loop import Diverged
 from qstar.types import Rollout

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from qstar.errors import require
 from qstar.methods import star
-from qstar.methods.arms import RunContext
-from qstar.methods.pairs import PairSettings
-from qstar.methods.settings import Gate, Sections, settings_from
+from qstar.methods.preference_data import PairSettings
 from qstar.methods.verifier import VerifierSettings
+from qstar.runs.context import RunContext
+from qstar.runs.settings import Gate, Sections, settings_from
 
 
 @dataclasses.dataclass(frozen=True)

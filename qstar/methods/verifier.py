@@ -24,12 +24,12 @@ import numpy as np
 from qstar.data.loader import batches
 from qstar.errors import UserError, require, unknown
 from qstar.methods.buffers import Solution
-from qstar.methods.pairs import Pair, graded_arrays, pair_arrays, step_ends, step_targets
-from qstar.methods.rollouts import to_example
-from qstar.methods.run_folder import cached_jsonl, data_hash
-from qstar.methods.training import Stage, UpdateSettings, train_stage
+from qstar.methods.preference_data import Pair, graded_arrays, pair_arrays, step_ends, step_targets
 from qstar.models.heads import add_value_head, values
 from qstar.models.model import Model, load, logprobs
+from qstar.runs.folder import cached_jsonl, data_hash
+from qstar.runs.rollouts import to_example
+from qstar.runs.stages import Stage, UpdateSettings, train_stage
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer

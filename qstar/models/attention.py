@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qstar.models import flash
-from qstar.models.shared import attend_shared
+from qstar.models.prefix_attention import attend_shared
 from qstar.types import Segment, Shared
 
 NEG = -1e30  # finite, so that a row which sees nothing gives numbers and not NaN

@@ -32,7 +32,7 @@ from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.fields import Ids
 from qstar.models.hf_config import to_hf
-from qstar.models.names import (
+from qstar.models.hf_names import (
     THOUGHT_SIGN,
     Row,
     abstract_params,

@@ -31,8 +31,8 @@ from qstar.models import fields
 from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.hf import write_json
+from qstar.models.hf_names import NAMES, Row, abstract_params
 from qstar.models.layers import with_adapters
-from qstar.models.names import NAMES, Row, abstract_params
 from qstar.models.weight_files import read_json
 from qstar.types import Params
 

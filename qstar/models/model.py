@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from qstar import tree
 from qstar.errors import QstarWarning, UserError, require
 from qstar.mesh import map_rows, mesh_jit, put_global_batch, to_host
-from qstar.models import decoder, encdec, hf, policy
+from qstar.models import decoder, encdec, hf, scoring
 from qstar.models.attention import causal_mask
 from qstar.models.config import DTYPES, ModelConfig
 from qstar.models.encdec_config import EncDecConfig
@@ -93,7 +93,7 @@ def load(
     if tokenizer is not None and isinstance(config, EncDecConfig):
         tokenizer.encoder_end = config.eos_id
     if tokenizer is not None:
-        policy.check_vocabulary(config, tokenizer, str(folder))
+        scoring.check_vocabulary(config, tokenizer, str(folder))
     return Model(config, hf.read_params(folder, config, mesh), tokenizer, mesh)
 
 
@@ -226,7 +226,7 @@ def _encdec_logits(
 
 @functools.partial(mesh_jit, static_argnames="config")
 def _response_logprobs(params: Params, config: EncDecConfig, *arrays: jax.Array) -> jax.Array:
-    return policy.response_scores(params, config, *arrays)[0]
+    return scoring.response_scores(params, config, *arrays)[0]
 
 
 def logits(
@@ -344,7 +344,7 @@ def _encdec_logprobs(model: Model, pairs: list[tuple[list[int], list[int]]]) -> 
     for _, rows in _chunks([len(p) + len(c) for p, c in pairs]):
         P, R = (max(MIN_LENGTH, 1 << (max(len(pairs[i][k]) for i in rows) - 1).bit_length()) for k in (0, 1))
         count = 1 << (len(rows) - 1).bit_length()
-        prompt, real = policy.pad_prompts(model.config, [pairs[i][0] for i in rows] + [[]] * (count - len(rows)), P)
+        prompt, real = scoring.pad_prompts(model.config, [pairs[i][0] for i in rows] + [[]] * (count - len(rows)), P)
         response = np.zeros((count, R), np.int32)
         for r, i in enumerate(rows):
             response[r, : len(pairs[i][1])] = pairs[i][1]

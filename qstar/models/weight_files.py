@@ -17,7 +17,7 @@ from qstar.errors import UserError
 from qstar.files import parse_json, read
 from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
-from qstar.models.names import BUFFERS, Row, embedding_names, file_names, file_shape
+from qstar.models.hf_names import BUFFERS, Row, embedding_names, file_names, file_shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"

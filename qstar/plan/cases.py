@@ -21,10 +21,6 @@ from qstar.errors import require, unknown
 from qstar.mesh import SAMPLING, batch_sharding, make_mesh, replicated
 from qstar.methods import star
 from qstar.methods.quiet_star import QuietConfig, update
-from qstar.methods.rollouts import SampleSettings
-from qstar.methods.settings import check_keys, settings_from
-from qstar.methods.supervised import TrainSettings, sft_step
-from qstar.methods.training import UpdateSettings, fresh_adapters
 from qstar.methods.v_star import PRESETS, VStarConfig
 from qstar.methods.verifier import VerifierSettings, dpo_step, value_step
 from qstar.models import mixing
@@ -33,12 +29,16 @@ from qstar.models.config import SIZES, ModelConfig, preset
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.hf import read_config
 from qstar.models.hf_config import from_hf
+from qstar.models.hf_names import abstract_params
 from qstar.models.model import Model
-from qstar.models.names import abstract_params
-from qstar.models.published import published
+from qstar.models.presets import published
 from qstar.models.thought_config import ThoughtConfig
 from qstar.plan import flops
 from qstar.plan.program import Program, local_bytes
+from qstar.runs.rollouts import SampleSettings
+from qstar.runs.settings import check_keys, settings_from
+from qstar.runs.stages import UpdateSettings, fresh_adapters
+from qstar.runs.supervised import TrainSettings, sft_step
 from qstar.sample import sampler as S
 from qstar.sample.batching import FILL_SHARE, default_slots, padded_length, state_shardings
 from qstar.sample.logits import SamplingParams

@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from qstar.methods import distillation, reinforce
 from qstar.methods.distillation import DistilTrain, only_updates
 from qstar.methods.guided_cot import GuidedConfig
-from qstar.methods.guided_multihop import MultiHopSettings
+from qstar.methods.guided_hotpotqa import MultiHopSettings
 from qstar.methods.reinforce import ReinforceSettings
-from qstar.methods.rollouts import SampleSettings
-from qstar.methods.settings import settings_from
-from qstar.models import heads, policy
+from qstar.models import heads, scoring
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
 from qstar.plan import flops
 from qstar.plan.cases import Case, abstract_model, sampling, train_program, trained
 from qstar.plan.program import Program
+from qstar.runs.rollouts import SampleSettings
+from qstar.runs.settings import settings_from
 from qstar.sample import seq2seq
 from qstar.sample.batching import default_slots, padded_length
 from qstar.sample.logits import SamplingParams
@@ -44,7 +44,7 @@ def programs(case: Case) -> Iterator[Program]:
     recipes = [settings_from(GuidedConfig, case.config.arms[n].to_dict(), f"arms.{n}") for n in case.config.arms]
     train = settings_from(DistilTrain, case.section("distil_train"), "distil_train")
     kind = settings_from(DistilSettings, case.section("distil"), "distil")
-    limit = policy.text_limit(small.config)
+    limit = scoring.text_limit(small.config)
     if any(r.start == "base" for r in recipes):
         other = small if kind.kind == "hard" or large is None else large
         made = distillation.compiled(small.config, other.config, kind, limit, only_updates(train))
@@ -79,7 +79,7 @@ def rl(case: Case) -> Iterator[Program]:
 def _rl(case: Case, model: Model, s: ReinforceSettings, prompt: int, resident: dict[str, Any]) -> Iterator[Program]:
     """Measuring the responses of an update, and a gradient step on a minibatch of them."""
     settings, R = settings_from(RLSettings, case.section("rl"), "rl"), s.max_new_tokens
-    limit, static = policy.text_limit(model.config), {"config": model.config, "settings": settings}
+    limit, static = scoring.text_limit(model.config), {"config": model.config, "settings": settings}
     roles = {}
     if settings.estimator == "ppo":
         roles["value"] = case.like(functools.partial(heads.init_critic, model.config.hidden_size), jax.random.key(0))
@@ -122,7 +122,7 @@ def answering(
         yield from sampling(case, model, settings, 1, requests, 0)
         return
     c, slots = model.config, slots or default_slots(requests)
-    sampler = Sampler(c, (c.eos_id,), slots, prompt, new, policy.text_limit(c))
+    sampler = Sampler(c, (c.eos_id,), slots, prompt, new, scoring.text_limit(c))
     ready = jax.eval_shape(lambda p: seq2seq.prepare(p, c), model.params)
     params = {k: abstract({k: v}, case.mesh, PARAM_AXES, seq2seq.rules_of(k))[k] for k, v in ready.items()}
     tokens, lengths = case.spec((slots, prompt), jnp.int32, split=True), case.spec((slots,), jnp.int32, split=True)

@@ -25,7 +25,7 @@ from qstar.report.markup import Safe, tag
 from qstar.report.pieces import note
 from qstar.report.run import read_dict
 from qstar.tasks.base import stable_rng
-from qstar.train.evaluate import bootstrap_ci
+from qstar.train.stats import bootstrap_ci
 
 FIELDS = ("problem_id", "prompt", "completion")  # of a row: what rationales, evaluations and buffers of a run hold
 CHOICES = {"left": 1.0, "equal": 0.5, "right": 0.0}  # worth for the left one

@@ -17,7 +17,7 @@ import numpy as np
 from qstar import tree
 from qstar.errors import UserError
 from qstar.mesh import SAMPLING, Rules, constrain_tree, map_rows, mesh_jit, put_global_batch, to_host
-from qstar.models import decoder, encdec, policy
+from qstar.models import decoder, encdec, scoring
 from qstar.models.model import Model, encoder_ids
 from qstar.sample.logits import SamplingParams
 from qstar.sample.sampler import Sampler, is_stop, sample_tokens
@@ -166,7 +166,7 @@ def stream(
             slots=group * n,
             prompt_length=length,
             max_new=max_new_tokens,
-            vocab_limit=policy.text_limit(c, model.tokenizer),
+            vocab_limit=scoring.text_limit(c, model.tokenizer),
         )
         for at in range(0, len(members), group):
             chosen = list(members[at : at + group])

@@ -18,9 +18,10 @@ from qstar.mesh import map_rows, mesh_jit
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.sample.logits import NEG, SamplingParams, sample_token
-from qstar.thoughts import layout, threads
-from qstar.thoughts.generate import draw_tokens
+from qstar.thoughts import forward as thought_forward
+from qstar.thoughts import layout
 from qstar.thoughts.paths import joint_states
+from qstar.thoughts.rollout import draw_tokens
 from qstar.types import Batch, Params, Segment
 
 
@@ -49,7 +50,7 @@ class SamplerOutput(NamedTuple):
 class _State(NamedTuple):
     step: jax.Array  # []
     batch: Batch  # [B, N + max_new]: the text so far; what comes is padding
-    texts: threads.PrefixCache  # hidden [B, N + max_new, E], pairs of as many tokens
+    texts: thought_forward.PrefixCache  # hidden [B, N + max_new, E], pairs of as many tokens
     length: jax.Array  # [B] tokens of the text so far
     active: jax.Array  # [B]
     out: SamplerOutput
@@ -82,9 +83,9 @@ def _first(params: Params, sampler: ThoughtSamplerConfig, tokens: jax.Array, len
     """Reads the prompts; room for what will be written is there from the start."""
     (B, N), new, c = tokens.shape, sampler.max_new, sampler.config
     batch = layout.text_batch(tokens, jnp.arange(N) < lengths[:, None])
-    texts = threads.read(params, c, batch)
+    texts = thought_forward.read(params, c, batch)
     pairs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, new), (0, 0)]), texts.pairs)
-    texts = threads.PrefixCache(jnp.pad(texts.hidden, [(0, 0), (0, new), (0, 0)]), pairs)
+    texts = thought_forward.PrefixCache(jnp.pad(texts.hidden, [(0, 0), (0, new), (0, 0)]), pairs)
     batch = layout.text_batch(jnp.pad(tokens, [(0, 0), (0, new)]), jnp.arange(N + new) < lengths[:, None])
     zeros = partial(jnp.zeros, (B, new))
     out = SamplerOutput(
@@ -146,7 +147,7 @@ def think_last(
     params: Params,
     config: ModelConfig,
     batch: Batch,
-    texts: threads.PrefixCache,
+    texts: thought_forward.PrefixCache,
     last: jax.Array,
     keys: jax.Array,
     temperature: jax.Array,
@@ -165,14 +166,19 @@ def think_last(
 
 
 def _append(
-    params: Params, config: ModelConfig, row: Batch, text: threads.PrefixCache, length: jax.Array, token: jax.Array
-) -> tuple[Batch, threads.PrefixCache]:
+    params: Params,
+    config: ModelConfig,
+    row: Batch,
+    text: thought_forward.PrefixCache,
+    length: jax.Array,
+    token: jax.Array,
+) -> tuple[Batch, thought_forward.PrefixCache]:
     """Reads one more token of one text, at index `length`, into its caches."""
     position = row.positions[length]
     seen = jnp.arange(row.tokens.shape[0]) < length
     if config.sliding_window is not None:
         seen &= length - jnp.arange(row.tokens.shape[0]) < config.sliding_window
-    past = threads.past_of(params, lambda pair: [Segment(*pair, seen[None])], text.pairs)
+    past = thought_forward.past_of(params, lambda pair: [Segment(*pair, seen[None])], text.pairs)
     hidden, new = decoder.forward(params, config, token[None], position[None], None, past)
 
     def put(old: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
@@ -181,4 +187,4 @@ def _append(
     pairs = jax.tree.map(lambda o, n: put(o, n, o.ndim - 2), text.pairs, new)
     one = jnp.ones((1,), jnp.int32)
     row = Batch(put(row.tokens, token[None]), put(row.mask, one), put(row.segment_ids, one), row.positions)
-    return row, threads.PrefixCache(put(text.hidden, hidden), pairs)
+    return row, thought_forward.PrefixCache(put(text.hidden, hidden), pairs)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.thoughts import generate, layout, threads
+from qstar.thoughts import forward, layout, rollout
 from qstar.thoughts.paths import replay_states
 from qstar.train.losses import chunks, hidden_states, sft_loss
 from qstar.types import Batch, Metrics, Params
@@ -31,8 +31,8 @@ def student_loss(
     """
     teacher_params = jax.lax.stop_gradient(params["teacher"])
     positions = layout.all_positions(batch, predicting=True)
-    texts = threads.read(teacher_params, teacher, batch)
-    thoughts = jnp.moveaxis(generate.sample(teacher_params, teacher, batch, texts, positions, rng)[0], 0, 3)
+    texts = forward.read(teacher_params, teacher, batch)
+    thoughts = jnp.moveaxis(rollout.sample(teacher_params, teacher, batch, texts, positions, rng)[0], 0, 3)
     mixed = replay_states(teacher_params, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]  # [B, P, N-1, E]
     _, weights = layout.text_targets(batch)
     text = batch.replace(mask=jnp.pad(weights, ((0, 0), (1, 0))))  # both terms are over the same tokens

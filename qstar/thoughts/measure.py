@@ -12,7 +12,7 @@ import numpy as np
 from qstar.mesh import mesh_jit
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.thoughts import generate, layout, select, threads
+from qstar.thoughts import forward, layout, rollout, select
 from qstar.thoughts.paths import replay_states
 from qstar.train.losses import chunks, unchunk
 from qstar.types import Batch, Params
@@ -52,9 +52,9 @@ def score(
       thoughts: [B, P, N-1, S] to score in place of sampled ones (controls).
     """
     positions = layout.all_positions(batch, predicting=True)  # [B, M]
-    texts = threads.read(params, config, batch)
+    texts = forward.read(params, config, batch)
     if thoughts is None:
-        drawn = generate.sample(params, config, batch, texts, positions, key, passes, temperature)
+        drawn = rollout.sample(params, config, batch, texts, positions, key, passes, temperature)
         thought_ids, thought_nll = jnp.moveaxis(drawn[0], 0, 3), -jnp.mean(drawn[1], axis=0)
     else:
         thought_ids, thought_nll = thoughts, jnp.full(thoughts.shape[:3], jnp.nan)
@@ -75,7 +75,7 @@ def score(
 @partial(mesh_jit, static_argnames="config")
 def score_text(params: Params, config: ModelConfig, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same for a model that does not think: nll [B, N-1], hit, counted."""
-    texts = threads.read(params, config, batch)
+    texts = forward.read(params, config, batch)
     targets, weights = layout.text_targets(batch)
     return *token_scores(params, config, texts.hidden[:, :-1], targets), weights > 0
 

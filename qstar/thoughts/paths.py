@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from qstar.models import mixing
 from qstar.models.config import ModelConfig
-from qstar.thoughts import pieces
-from qstar.thoughts.threads import PrefixCache, SampleFn, feed, rollout_and_talk, vmap_thoughts
+from qstar.thoughts import chunked_replay
+from qstar.thoughts.forward import PrefixCache, SampleFn, feed, rollout_and_talk, vmap_thoughts
 from qstar.types import Batch, Params
 
 
@@ -64,7 +64,7 @@ def replay_states(
         gradient.
     """
     fed = vmap_thoughts(partial(feed, params, config))(batch, texts, positions, thoughts)
-    states = pieces.thread_states(params, config, batch, texts.pairs, positions, fed, known)
+    states = chunked_replay.thread_states(params, config, batch, texts.pairs, positions, fed, known)
     return _thought_states(params, config, batch, texts, positions, states)
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.thoughts import threads
-from qstar.thoughts.generate import forbidden_bias
+from qstar.thoughts import forward
 from qstar.thoughts.paths import replay_states
+from qstar.thoughts.rollout import forbidden_bias
 from qstar.train.losses import chunks
 from qstar.types import Batch, Params
 
@@ -40,7 +40,7 @@ def penalty(
         value -= t.entropy_weight * _total(_entropy, (params["policy"],), (flat,), weights, config)
     if t.kl_weight:
         reference = jax.lax.stop_gradient(params["reference"])
-        texts = threads.read(reference, config, batch)
+        texts = forward.read(reference, config, batch)
         reference_logprobs = replay_states(reference, config, batch, texts, positions, thought_ids).think
         both = (flat, reference_logprobs.reshape(flat.shape))
         value += t.kl_weight * _total(_divergence, (params["policy"], reference), both, weights, config)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.thoughts import layout, objective, threads
-from qstar.thoughts.generate import forbidden_bias
+from qstar.thoughts import forward, layout
+from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.paths import ThoughtStates, joint_states, replay_states
+from qstar.thoughts.rollout import forbidden_bias
 from qstar.types import Batch, Params
 
 
@@ -66,7 +67,7 @@ def replay(
     everywhere = positions is None
     places = layout.all_positions(batch) if everywhere else jnp.asarray(positions, jnp.int32)
     places = jnp.broadcast_to(places, (thought_ids.shape[0], thought_ids.shape[2]))
-    texts = threads.read(params, config, batch)
+    texts = forward.read(params, config, batch)
     if schedule == "joint":
 
         def given(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, None]:
@@ -104,14 +105,14 @@ def _compute(
     thought_logits = thought_logits if logit_bias is None else thought_logits + logit_bias
     logp = -_nll(thought_logits / temperature, thought_ids)  # [B, P, M, S]
 
-    shares = objective.loss_weights(config, batch, positions, P)
-    normalizer = objective.divisors(config, shares, base_nll, talk_nll)
-    reward = objective.rewards(base_nll, talk_nll, shares.talk > 0, positions)
-    advantage = objective.advantages(config, reward)
+    shares = thought_loss.loss_weights(config, batch, positions, P)
+    normalizer = thought_loss.divisors(config, shares, base_nll, talk_nll)
+    reward = thought_loss.rewards(base_nll, talk_nll, shares.talk > 0, positions)
+    advantage = thought_loss.advantages(config, reward)
     loss_base = jnp.sum(base_nll * shares.base) / normalizer.base
     loss_talk = jnp.sum(talk_nll * shares.talk[:, None], axis=(0, 1, 2)) / normalizer.talk
     loss_nll = t.base_weight * loss_base + (1 - t.base_weight) * jnp.mean(loss_talk)
-    factor = objective.reinforce_weight(config, advantage) * shares.policy[:, None]
+    factor = thought_loss.reinforce_weight(config, advantage) * shares.policy[:, None]
     loss_policy = -jnp.sum(factor * jnp.sum(logp, axis=-1)) / normalizer.policy
 
     def rows(x: jax.Array) -> jax.Array:  # [B, P, ...] -> [R, ...]

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from qstar import processes, tree
+from qstar import distributed, tree
 from qstar.errors import UserError
 from qstar.files import UNVERIFIED, Damaged, warn
 
@@ -82,11 +82,11 @@ class Checkpoints:
             except Damaged as e:
                 aside = self.folder / f"damaged-{step}"
                 warn(f"{e}; moved to {aside.name}, and the checkpoint before it, or the start, is used")
-                if processes.is_first():
+                if distributed.is_first():
                     if aside.exists():
                         aside.rmtree()
                     (self.folder / str(step)).rename(aside)
-                processes.broadcast_bool(True)  # it is moved before any process looks again
+                distributed.broadcast_bool(True)  # it is moved before any process looks again
                 self._manager.reload()
         return None
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from qstar.errors import require
-from qstar.models import policy
+from qstar.models import scoring
 from qstar.models.attention import NEG
 from qstar.types import Metrics, Params, Responses
 
@@ -76,8 +76,8 @@ def distil_loss(
     batch: Lesson,
     rng: jax.Array,
     *,
-    config: policy.AnyConfig,
-    teacher: policy.AnyConfig,
+    config: scoring.AnyConfig,
+    teacher: scoring.AnyConfig,
     settings: DistilSettings,
     limit: int,
 ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
@@ -89,15 +89,15 @@ def distil_loss(
     """
     del rng
     s, mask = settings, batch.mask
-    states = policy.response_states(params["policy"], config, batch.prompt, batch.prompt_mask, batch.response)
-    logprobs, entropy = policy.token_scores(params["policy"], config, states, batch.response, limit=limit)
+    states = scoring.response_states(params["policy"], config, batch.prompt, batch.prompt_mask, batch.response)
+    logprobs, entropy = scoring.token_scores(params["policy"], config, states, batch.response, limit=limit)
     nll = -jnp.sum(jnp.where(mask > 0, logprobs * mask, 0.0))
     weight = jnp.sum(mask)
     metrics = {"nll": (nll, weight), "entropy": (jnp.sum(entropy * mask), weight)}
     total = nll
     if s.kind != "hard":
         frozen = jax.lax.stop_gradient(params["teacher"])
-        teacher_states = policy.response_states(
+        teacher_states = scoring.response_states(
             frozen, teacher, batch.teacher_prompt, batch.teacher_mask, batch.response
         )
         soft = _soft(params["policy"], frozen, states, teacher_states, mask, config, teacher, s, limit)
@@ -109,7 +109,7 @@ def distil_loss(
 
 def _soft(student, frozen, states, teacher_states, mask, config, teacher, s, limit) -> jax.Array:
     """Sum over tokens of the divergence; one response's logits exist at a time (and are made again for the gradient)."""
-    spread = functools.partial(policy.log_distribution, temperature=s.temperature, limit=limit)
+    spread = functools.partial(scoring.log_distribution, temperature=s.temperature, limit=limit)
 
     @jax.checkpoint
     def one(total: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:

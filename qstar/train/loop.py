@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qstar import stop
+from qstar import preemption
 from qstar.errors import TrainingFailed
 from qstar.mesh import put_global_batch
 from qstar.train.checkpoint import Checkpoints
@@ -36,11 +36,11 @@ class Progress(NamedTuple):
     def interruptible(self) -> Iterator[None]:
         """Around what the caller does before the next update, if that takes long: SIGTERM cuts it off, after saving."""
         try:
-            with stop.released():
+            with preemption.released():
                 yield
-        except stop.Preempted:
+        except preemption.Preempted:
             self.save()
-            raise stop.Preempted(_saved(self.step)) from None
+            raise preemption.Preempted(_saved(self.step)) from None
 
 
 def fit(
@@ -83,7 +83,7 @@ def fit(
     """
     place = place or functools.partial(put_global_batch, mesh=mesh)
     made = (lambda step, state: batch_at(step)) if not on_policy else batch_at
-    with stop.defer():
+    with preemption.defer():
         yield from _Fit(state, steps, checkpoints, save_every, log_every, max_bad, extra).run(
             step_at, made, lr_at, place, watch or Watch()
         )
@@ -125,7 +125,7 @@ class _Fit:
             watch.after(rows, metrics)
             self.window.append(metrics)
             done = step + 1
-            stopping = stop.should_stop()
+            stopping = preemption.should_stop()
             ends, logs = done == self.steps, done % self.log_every == 0
             saves = ends or stopping or (self.save_every and done % self.save_every == 0)
             if logs or ends or saves:
@@ -153,7 +153,7 @@ class _Fit:
                     self.since = time.perf_counter()
             if stopping:  # after the last update, too: what follows may take longer than there is time
                 self.wait()
-                raise stop.Preempted(*() if self.checkpoints is None else (_saved(done),))
+                raise preemption.Preempted(*() if self.checkpoints is None else (_saved(done),))
         self.wait()
 
     def count(self, metrics: list[dict[str, float]]) -> int:

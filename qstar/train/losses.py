@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.mesh import constrain, count_batch_shards, map_rows
-from qstar.models import decoder, policy
+from qstar.models import decoder, scoring
 from qstar.models.attention import causal_mask, precision
 from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
@@ -57,7 +57,7 @@ def response_loss(
     """`sft_loss` of an encoder-decoder: the likelihood of the responses, given what the encoder reads of the prompts."""
     del rng
     p = params["policy"]
-    states = policy.response_states(p, config, batch.prompt, batch.prompt_mask, batch.response)
+    states = scoring.response_states(p, config, batch.prompt, batch.prompt_mask, batch.response)
     return _likelihood(p, config, states, batch.response, batch.mask, z_loss)
 
 

@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qstar.distributed import is_first
 from qstar.errors import UserError
 from qstar.files import record_path, warn
-from qstar.processes import is_first
 
 KEYS = ("arm", "student", "part", "iteration", "stage", "step")  # rows that differ in one are different rows
 

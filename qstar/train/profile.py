@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
+from qstar.distributed import is_first
 from qstar.errors import UserError
-from qstar.processes import is_first
 from qstar.train import flops
 
 GUARDS = ("allow", "log", "disallow")

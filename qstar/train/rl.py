@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from qstar.errors import require
 from qstar.mesh import mesh_jit
-from qstar.models import heads, policy
+from qstar.models import heads, scoring
 from qstar.tree import masked_mean
 from qstar.types import Metrics, Params
 
@@ -115,7 +115,7 @@ def measure(
     prompt_mask: jax.Array,
     response: jax.Array,
     *,
-    config: policy.AnyConfig,
+    config: scoring.AnyConfig,
     settings: RLSettings,
     limit: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -124,8 +124,8 @@ def measure(
     Args:
       params: {"policy": ..., and "value" if there is one}. limit: ids from here on are never drawn.
     """
-    states = policy.response_states(params["policy"], config, prompt, prompt_mask, response)
-    scores = functools.partial(policy.token_scores, params["policy"], config, temperature=settings.temperature)
+    states = scoring.response_states(params["policy"], config, prompt, prompt_mask, response)
+    scores = functools.partial(scoring.token_scores, params["policy"], config, temperature=settings.temperature)
     logprobs, entropy = scores(states, response, limit=limit)
     if "value" not in params:
         return logprobs, entropy, jnp.zeros_like(logprobs)
@@ -230,7 +230,7 @@ def rl_loss(
     batch: Experience,
     rng: jax.Array,
     *,
-    config: policy.AnyConfig,
+    config: scoring.AnyConfig,
     settings: RLSettings,
     limit: int,
 ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:

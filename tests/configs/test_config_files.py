@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods import guided_cot, quiet_star, rl, star, v_star
-from qstar.methods.arms import RunContext
-from qstar.methods.quiet_setup import QuietContext
+from qstar.methods.quiet_data import QuietContext
 from qstar.methods.v_star_setup import VStarContext as VStudy
+from qstar.runs.context import RunContext
 from qstar.train import metrics
 from tests.methods import runs, stub
 

@@ -61,11 +61,13 @@ class Events:
 
 def wrap(events):
     """Makes the stages of qstar tell their events."""
-    from qstar.methods import reinforce, run_folder, training
+    from qstar.methods import reinforce
+    from qstar.runs import folder as run_folder
+    from qstar.runs import stages
     from qstar.train.checkpoint import Checkpoints
 
     write, replace, save = run_folder.write_jsonl, os.replace, Checkpoints.save
-    fit = training.fit
+    fit = stages.fit
 
     def write_jsonl(path, rows, **options):
         events.tell("begin", events.name(path))
@@ -98,7 +100,7 @@ def wrap(events):
         yield from fit(state, step_at, told, lr_at, checkpoints=checkpoints, **rest)
 
     run_folder.write_jsonl, os.replace, Checkpoints.save = write_jsonl, replaced, saves
-    training.fit = reinforce.fit = trains
+    stages.fit = reinforce.fit = trains
 
 
 def child(job):

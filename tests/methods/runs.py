@@ -14,7 +14,7 @@ import numpy as np
 from conftest import shared
 
 from qstar.data.sources import read_jsonl
-from qstar.methods.training import MACHINE
+from qstar.runs.stages import MACHINE
 from qstar.train import metrics
 from qstar.types import Rollout
 

@@ -1,7 +1,8 @@
 """A tiny STaR run whose sampler is a script: what the loop does with attempts, whoever made them."""
 
-from qstar.methods import arms, star
-from qstar.methods.arms import Arm, RunContext
+from qstar.methods import star
+from qstar.runs import context as run_context
+from qstar.runs.context import Arm, RunContext
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.types import Rollout
@@ -97,5 +98,5 @@ def script(monkeypatch, write, evaluate=None):
         ]
 
     monkeypatch.setattr(star, "sample_rollouts", attempt)
-    monkeypatch.setattr(arms, "sample_rollouts", attempt)
+    monkeypatch.setattr(run_context, "sample_rollouts", attempt)
     return asked

@@ -11,7 +11,7 @@ from qstar.errors import UserError
 from qstar.methods import select
 from qstar.methods.select import Candidates, choose, curves
 from qstar.sample.vote import best_of, majority, top_m_vote, weighted_majority
-from qstar.train.evaluate import auc
+from qstar.train.stats import auc
 
 NAN = math.nan
 

@@ -17,12 +17,12 @@ from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
 from qstar.mesh import make_mesh
 from qstar.methods import quiet_star, star, v_star
-from qstar.methods.rollouts import to_example
-from qstar.methods.supervised import TrainSettings, pack_rows
-from qstar.models import policy
+from qstar.models import scoring
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import encoder_ids
 from qstar.plan import cases
+from qstar.runs.rollouts import to_example
+from qstar.runs.supervised import TrainSettings, pack_rows
 from qstar.text.packing import Example
 from qstar.text.tokenizer import load_tokenizer
 from qstar.train import losses, metrics
@@ -36,7 +36,7 @@ SMALL = EncDecConfig(vocab_size=512, hidden_size=16, num_layers=1, num_decoder_l
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5") / "model"
-    params = jax.jit(functools.partial(policy.init, SMALL))(jax.random.key(0))
+    params = jax.jit(functools.partial(scoring.init, SMALL))(jax.random.key(0))
     qstar.save(qstar.Model(SMALL, params, load_tokenizer(shared("weights/stories260k"))), folder)
     return folder
 
@@ -100,7 +100,7 @@ def test_what_a_t5_cannot_be_trained_by_is_refused_before_anything_is_sampled(
 
 
 def test_quiet_star_refuses_a_t5_at_once(t5, tmp_path, monkeypatch):
-    monkeypatch.setattr("qstar.methods.quiet_setup.make_corpus", None)  # nothing is read
+    monkeypatch.setattr("qstar.methods.quiet_data.make_corpus", None)  # nothing is read
     write_jsonl(tmp_path / "text.jsonl", [{"text": f"a story number {i}"} for i in range(5)])
     config = quiet_star_text.get_config(f"smoke,model={t5},data={tmp_path}/text.jsonl")
     with pytest.raises(UserError, match="config.model.path=.*encoder-decoder .T5. cannot think") as e:

@@ -16,13 +16,13 @@ from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods import guided_cot as G
 from qstar.methods.answerer import FunctionAnswerer
-from qstar.methods.guided_multihop import MultiHop, MultiHopSettings
-from qstar.models import policy
+from qstar.methods.guided_hotpotqa import MultiHop, MultiHopSettings
+from qstar.models import scoring
 from qstar.models.encdec_config import EncDecConfig
 from qstar.tasks import make_task
 from qstar.text.tokenizer import load_tokenizer
 from qstar.train import metrics
-from qstar.train.evaluate import paired
+from qstar.train.stats import paired
 from tests.methods.stub import Silent
 from tests.methods.test_guided_rewards import Server
 
@@ -68,7 +68,7 @@ def server(golds):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small") / "t5"
-    params = jax.jit(functools.partial(policy.init, SMALL))(jax.random.key(0))
+    params = jax.jit(functools.partial(scoring.init, SMALL))(jax.random.key(0))
     qstar.save(qstar.Model(SMALL, params, load_tokenizer(shared("weights/stories260k"))), folder)
     return folder
 

@@ -10,13 +10,13 @@ import pytest
 
 from qstar.data.corpus import TextCorpus, full_rows
 from qstar.errors import UserError
-from qstar.methods import quiet_base, quiet_measure, quiet_setup, quiet_star
+from qstar.methods import quiet_base, quiet_data, quiet_measure, quiet_star
 from qstar.methods.quiet_star import QuietConfig
 from qstar.models import decoder, mixing
 from qstar.models.config import preset
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
-from qstar.tasks.folds import Folds
+from qstar.tasks.fold_digits import Folds
 from qstar.thoughts import distil, measure, replay
 from qstar.train.losses import sft_loss
 from qstar.train.metrics import read
@@ -112,12 +112,12 @@ def test_the_students_loss_is_likelihood_and_divergence_from_the_mean_of_the_tea
     loss = functools.partial(distil.student_loss, batch=batch, rng=key, config=config, teacher=CONFIG, weight=2.0)
     (total, weight), metrics = jax.jit(loss)(params)
     nll, _ = sft_loss({"policy": student}, batch, None, config=config)
-    from qstar.thoughts import generate, layout, threads
+    from qstar.thoughts import forward, layout, rollout
 
     @jax.jit
     def think(tree):
         positions = layout.all_positions(batch, predicting=True)
-        return generate.sample(tree, CONFIG, batch, threads.read(tree, CONFIG, batch), positions, key)[0]
+        return rollout.sample(tree, CONFIG, batch, forward.read(tree, CONFIG, batch), positions, key)[0]
 
     own = np.asarray(think(params["teacher"]))  # [S, B, P, M]
     S, B, P, M = own.shape
@@ -173,8 +173,8 @@ def test_text_is_bucketed_by_how_hard_it_is_for_the_base(tmp_path):
 
     import qstar
     from configs.quiet_star_text import get_config
-    from qstar.methods import base_model
-    from qstar.methods.quiet_setup import QuietContext
+    from qstar.methods.quiet_data import QuietContext
+    from qstar.runs import base_model
     from qstar.text.tokenizer import char_tokenizer
 
     letters = "abcdefghijklmnop"
@@ -263,10 +263,10 @@ def test_pause_tokens_need_an_id_that_no_text_holds(tmp_path, ids):
 
 def test_the_word_with_id_0_is_not_taken_for_padding():
     tokenizer = Folds().tokenizer
-    assert quiet_setup.thought_config({}, False, Folds()).forbidden_ids == (tokenizer.pad_id,)
+    assert quiet_data.thought_config({}, False, Folds()).forbidden_ids == (tokenizer.pad_id,)
     corpus = Folds()
     corpus.tokenizer = types.SimpleNamespace(pad_id=0, hf=types.SimpleNamespace(pad_token_id=None))
-    assert quiet_setup.thought_config({}, False, corpus).forbidden_ids == ()
+    assert quiet_data.thought_config({}, False, corpus).forbidden_ids == ()
 
 
 class Study:

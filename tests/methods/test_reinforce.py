@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from qstar import stop
+from qstar import preemption
 from qstar.errors import UserError
 from qstar.methods import reinforce as R
-from qstar.models import policy
+from qstar.models import scoring
 from qstar.models.config import preset
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
@@ -45,7 +45,7 @@ class Next:
 
 @functools.cache
 def start(config=DECODER):
-    return Model(config, jax.jit(functools.partial(policy.init, config))(jax.random.key(0)))
+    return Model(config, jax.jit(functools.partial(scoring.init, config))(jax.random.key(0)))
 
 
 SETTINGS = R.ReinforceSettings(updates=40, prompts=8, batch_size=32, lr=2e-2, warmup=0, max_new_tokens=2, log_every=5)
@@ -123,7 +123,7 @@ def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_
     settings = dataclasses.replace(SETTINGS, updates=6)  # nothing is saved on the way
     whole, summary = train(tmp_path / "whole", rl, settings)
     first, second = Told(at=2), Told()
-    with stop.listening(), pytest.raises(stop.Preempted, match="saved after update 3"):
+    with preemption.listening(), pytest.raises(preemption.Preempted, match="saved after update 3"):
         train(tmp_path / "told", rl, settings, environment=first)
     again, resumed = train(tmp_path / "told", rl, settings, environment=second)
     assert (first.asked, second.asked) == ([0, 1, 2], [3, 4, 5])
@@ -139,7 +139,7 @@ def test_sigterm_while_a_round_is_measured_saves_too(tmp_path):
             raise AssertionError("the measurement went on")
 
     seen, settings, second = [], dataclasses.replace(SETTINGS, updates=4), Told()
-    with stop.listening(), pytest.raises(stop.Preempted, match="saved after update 2"):
+    with preemption.listening(), pytest.raises(preemption.Preempted, match="saved after update 2"):
         train(tmp_path, RLSettings(**RL), settings, watch=watch)
     train(tmp_path, RLSettings(**RL), settings, watch=watch, environment=second)
     assert second.asked == [2, 3]

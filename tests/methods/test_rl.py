@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from qstar.methods import arms, reinforce, rl, rollouts
+from qstar.methods import reinforce, rl
 from qstar.models.config import preset
 from qstar.models.model import Model
+from qstar.runs import context, rollouts
 from qstar.tasks import make_task
 from qstar.text.tokenizer import load_tokenizer
 from qstar.train import metrics
@@ -40,7 +41,7 @@ def played(tmp_path, monkeypatch):
 
     def play(right, **train):
         seen = {}
-        monkeypatch.setattr(arms, "sample_rollouts", scripted(right, seen))
+        monkeypatch.setattr(context, "sample_rollouts", scripted(right, seen))
         monkeypatch.setattr(rl.Verifiable, "score", by_lot)  # so that every update changes something
         rl.run(config(**train), tmp_path / "run", stub.Silent())
         return tmp_path / "run", seen

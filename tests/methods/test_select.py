@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from qstar.methods import rollouts, star
-from qstar.methods.rollouts import Selection, select, summary
+from qstar.methods import star
+from qstar.runs import rollouts
+from qstar.runs.rollouts import Selection, select, summary
 from qstar.tasks import make_task
 from qstar.tasks.base import Problem, Task
 from tests.methods import stub

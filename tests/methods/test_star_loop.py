@@ -11,8 +11,9 @@ import pytest
 
 from qstar.data.sources import read_jsonl
 from qstar.errors import TrainingFailed, UserError
-from qstar.methods import star, supervised
+from qstar.methods import star
 from qstar.methods.star import VariantConfig, steps_for
+from qstar.runs import supervised
 from qstar.train import metrics
 from qstar.train.loop import Diverged
 from tests.methods import stub
@@ -283,20 +284,20 @@ def test_patience_counts_loops_without_a_better_accuracy(patience, loops, tmp_pa
 
 def test_the_test_split_is_answered_by_the_chosen_model(tmp_path, monkeypatch):
     """`evaluate.split=val` chooses: "test" is answered by the model of the best loop, not of the last."""
-    from qstar.methods import arms
+    from qstar.runs import context as run_context
 
     def evaluate(problem, hinted, n):
         return problem.solution if n == 1 else None
 
     used = {}
     stub.script(monkeypatch, gold, evaluate)
-    scripted = arms.sample_rollouts
+    scripted = run_context.sample_rollouts
 
     def attempt(model, *args, **kwargs):
         used[kwargs["stage"]] = model.params
         return scripted(model, *args, **kwargs)
 
-    monkeypatch.setattr(arms, "sample_rollouts", attempt)
+    monkeypatch.setattr(run_context, "sample_rollouts", attempt)
     config = stub.config(
         loop={"n_iters": 2, "steps": "lin:2:0", "restart": "previous"},
         evaluate={"split": "val", "hinted": False},

@@ -4,8 +4,8 @@ import dataclasses
 
 from qstar.methods import step_rollouts
 from qstar.methods.buffers import Solution
-from qstar.methods.rollouts import SampleSettings
 from qstar.methods.step_rollouts import Continued, rollout_labels
+from qstar.runs.rollouts import SampleSettings
 from qstar.tasks.arithmetic import Arithmetic
 from tests.methods.stub import rollout
 

@@ -7,9 +7,10 @@ import pytest
 
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
-from qstar.methods import arms, star, v_star, v_star_measure
-from qstar.methods.arms import Arm
+from qstar.methods import star, v_star, v_star_eval
 from qstar.methods.v_star_setup import VStarContext
+from qstar.runs import context
+from qstar.runs.context import Arm
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.train import metrics
@@ -72,12 +73,12 @@ def told(monkeypatch):
         return Fake(kind), {"steps": 1, "loss": 0.5, "accuracy": 1.0}
 
     monkeypatch.setattr(v_star, "sample_rollouts", attempt)
-    monkeypatch.setattr(v_star_measure, "sample_rollouts", attempt)
-    monkeypatch.setattr(arms, "sample_rollouts", attempt)
+    monkeypatch.setattr(v_star_eval, "sample_rollouts", attempt)
+    monkeypatch.setattr(context, "sample_rollouts", attempt)
     monkeypatch.setattr(star, "train", train)
     monkeypatch.setattr(v_star, "train_dpo", dpo)
     monkeypatch.setattr(v_star, "train_head", head)
-    monkeypatch.setattr(v_star_measure, "score", lambda v, prompts, texts: __import__("numpy").zeros(len(texts)))
+    monkeypatch.setattr(v_star_eval, "score", lambda v, prompts, texts: __import__("numpy").zeros(len(texts)))
     return log
 
 
@@ -223,7 +224,7 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told
         seen.add((stage.split("_")[0], kw.get("few_shot", True)))
         return inner(*args, stage=stage, **kw)
 
-    for module in (v_star, v_star_measure, arms):
+    for module in (v_star, v_star_eval, context):
         monkeypatch.setattr(module, "sample_rollouts", attempt)
     ctx = study(tmp_path / "run", "v_star")
     ctx.writer.close()

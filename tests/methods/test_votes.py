@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from qstar.methods.evaluation import many
 from qstar.methods.select import Candidates, curves
-from qstar.methods.v_star_measure import candidates
+from qstar.methods.v_star_eval import candidates
+from qstar.runs.evaluate import many
 from qstar.tasks import make_task
 from qstar.types import Rollout
 

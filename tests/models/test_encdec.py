@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import qstar
 from qstar import tree
 from qstar.errors import UserError
-from qstar.models import encdec, policy
+from qstar.models import encdec, scoring
 from qstar.models.encdec_config import EncDecConfig, flan_t5, from_hf, to_hf
 from qstar.models.hf import SINGLE
 
@@ -111,7 +111,7 @@ def test_cached_decoding_equals_transformers_step_by_step(pair):
             theirs = pair.torch(encoder_outputs=memory, attention_mask=torch.tensor(REAL), past_key_values=past,
                                 decoder_input_ids=torch.tensor(TARGET[:, t : t + 1]), use_cache=True)  # fmt: skip
             past = theirs.past_key_values
-            ours = np.asarray(policy.decoder.unembed(params, c, hidden))
+            ours = np.asarray(scoring.decoder.unembed(params, c, hidden))
             np.testing.assert_allclose(ours, theirs.logits[:, 0].numpy(), atol=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_gradients_equal_those_of_transformers(pair):
     logits = pair.torch(input_ids=ids, attention_mask=mask, decoder_input_ids=out).logits
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(labels).flatten(), reduction="none")
     ((nll * torch.tensor(weight).flatten()).sum() / 50).backward()
-    from qstar.models.names import file_names, name_map
+    from qstar.models.hf_names import file_names, name_map
 
     named = dict(pair.torch.named_parameters())
     for row, shape in name_map(pair.model.config):
@@ -206,7 +206,7 @@ def test_the_embedding_may_be_kept_under_the_name_of_one_of_the_stacks(pair, kep
 def test_flan_shapes_have_the_published_numbers_of_parameters():
     for size, millions in {"small": 76.96, "base": 247.58, "large": 783.15, "xl": 2849.8, "xxl": 11135.3}.items():
         config = flan_t5(size)
-        count = tree.size(jax.eval_shape(functools.partial(policy.init, config), jax.random.key(0)))
+        count = tree.size(jax.eval_shape(functools.partial(scoring.init, config), jax.random.key(0)))
         assert abs(count / 1e6 - millions) < 0.1, size
         assert from_hf(to_hf(config), "here") == config
 
@@ -249,7 +249,7 @@ def test_samples_do_not_depend_on_batching_and_never_hold_an_id_without_text():
         intermediate_size=8,
         eos_id=1,
     )
-    params = policy.init(config, jax.random.key(0))
+    params = scoring.init(config, jax.random.key(0))
     params["head"]["kernel"] = params["head"]["kernel"].at[:, 32100:].add(3.0 * jnp.sign(jnp.ones((8, 1))))  # tempting
     model = qstar.Model(config, params)
     rows = [[5, 6, 7], [8] * 11, [9]]

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 import qstar
 from qstar import tree
 from qstar.errors import UserError
-from qstar.methods.supervised import TrainSettings, check_trainable, fine_tune
 from qstar.models import decoder, lora
 from qstar.models.config import ModelConfig
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model
+from qstar.runs.supervised import TrainSettings, check_trainable, fine_tune
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.packing import Example
 from qstar.text.tokenizer import char_tokenizer

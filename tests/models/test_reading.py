@@ -17,7 +17,7 @@ import qstar
 from qstar.errors import UserError
 from qstar.models import hf
 from qstar.models.hf_config import from_hf
-from qstar.models.published import NAMES, published
+from qstar.models.presets import NAMES, published
 from tests.models.oracle import CASES, random_tokens, torch_logits, torch_model
 
 

@@ -11,13 +11,13 @@ import sys
 import jax
 import numpy as np
 
-from qstar import processes, tree
+from qstar import distributed, tree
 from qstar.mesh import make_mesh, put_global_batch, replicated, shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.thought_config import ThoughtConfig
 from qstar.text.packing import Example, pack, pack_groups
-from qstar.thoughts import objective
+from qstar.thoughts import loss as thought_loss
 from qstar.train import losses, optim
 from qstar.train.preference import dpo_loss
 from qstar.train.state import create_state
@@ -68,7 +68,7 @@ def together(params, batch, rng, *, config):
 
 GUIDED = ("RL", "distillation")  # of LM-Guided CoT: PPO of a T5 with a critic, a T5 taught by a decoder
 THREE, QUICK = ("star", "dpo", "orm"), "star, dpo and orm"
-LOSSES = {"star": losses.sft_loss, "quiet_star": objective.loss, "dpo": dpo_loss, "orm": value_loss, QUICK: together}
+LOSSES = {"star": losses.sft_loss, "quiet_star": thought_loss.loss, "dpo": dpo_loss, "orm": value_loss, QUICK: together}
 
 
 @functools.cache
@@ -112,8 +112,8 @@ def two_updates(method, mesh):
 
 
 if __name__ == "__main__":
-    processes.join(processes.process_info())
+    distributed.join(distributed.process_info())
     found = {k: v for m in sys.argv[3:] for k, v in two_updates(m, make_mesh(sys.argv[1])).items()}
-    if processes.is_first():
+    if distributed.is_first():
         np.savez(sys.argv[2], **found)
-    processes.leave()
+    distributed.leave()

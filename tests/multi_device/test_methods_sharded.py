@@ -15,7 +15,7 @@ import pytest
 
 from qstar.mesh import make_mesh
 from tests.multi_device import steps
-from tests.test_processes import free_port
+from tests.test_distributed import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLAGS = re.sub(r"(device_count=)\d+", r"\g<1>4", os.environ["XLA_FLAGS"])  # conftest.py's, for half the devices

@@ -10,7 +10,7 @@ import pytest
 
 from qstar import tree
 from qstar.mesh import make_mesh, put_global_batch, shardings
-from qstar.models import heads, policy
+from qstar.models import heads, scoring
 from qstar.models.config import preset
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec_config import EncDecConfig
@@ -32,14 +32,14 @@ RL = RLSettings(estimator="ppo", group=2, kl_in="ratio_k3", kl_weight=0.3, entro
 
 @functools.cache
 def parameters(config):
-    params = jax.jit(policy.init, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(scoring.init, static_argnums=0)(config, jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda p: p + np.float32(0.2) * rng.normal(size=p.shape).astype(np.float32), params)
 
 
 def rows(config):
     rng = np.random.default_rng(1)
-    prompt = policy.pad_prompts(config, [rng.integers(2, V, 1 + i % P).tolist() for i in range(B)], P)
+    prompt = scoring.pad_prompts(config, [rng.integers(2, V, 1 + i % P).tolist() for i in range(B)], P)
     mask = (np.arange(R) < 1 + np.arange(B)[:, None] % R).astype(np.float32)
     return *prompt, rng.integers(2, V - 2, (B, R)).astype(np.int32), mask
 

@@ -15,7 +15,7 @@ from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
-from qstar.thoughts import objective
+from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.layout import text_batch
 from qstar.thoughts.replay import replay
 
@@ -53,7 +53,7 @@ def placed(spec):
 @jax.jit
 def step(params, batch):
     def mean(params):
-        (value, weight), metrics = objective.loss({"policy": params}, batch, jax.random.key(0), config=CONFIG)
+        (value, weight), metrics = thought_loss.loss({"policy": params}, batch, jax.random.key(0), config=CONFIG)
         return value / weight, metrics
 
     return jax.value_and_grad(mean, has_aux=True)(params)

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from qstar.methods.evaluation import by_scores, many
 from qstar.methods.select import Candidates
 from qstar.report import html
 from qstar.report.evaluation import curve_rows, curves_of, worth_of, write_evaluation
 from qstar.report.ranking import CASES, read_cases
 from qstar.report.selection import SCORERS, headline
+from qstar.runs.evaluate import by_scores, many
 from qstar.types import Rollout
 from tests.report.test_report import Page
 from tests.report.v_star_synthetic import write_v_star_run

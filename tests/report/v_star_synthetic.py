@@ -5,7 +5,7 @@ import json
 from random import Random
 
 from qstar.data.sources import write_jsonl
-from qstar.methods.v_star_measure import faults, result
+from qstar.methods.v_star_eval import faults, result
 from qstar.tasks.arithmetic import Arithmetic
 from tests.methods.stub import rollout
 

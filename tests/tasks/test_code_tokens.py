@@ -2,9 +2,9 @@
 
 import pytest
 
-from qstar.methods.rollouts import kept_tokens
 from qstar.models.config import preset
 from qstar.models.model import Model
+from qstar.runs.rollouts import kept_tokens
 from qstar.tasks import make_task
 from qstar.types import Completion
 from tests.text.kinds import KINDS, tokenizer

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from qstar.tasks import make_task
-from qstar.train.evaluate import best_of_k, bootstrap_ci, majority_at_k, mean_auc, pass_at_k, selection_regret
+from qstar.train.stats import best_of_k, bootstrap_ci, majority_at_k, mean_auc, pass_at_k, selection_regret
 
 LABELLED_RIGHT = {"6b_finetuning": 286, "6b_verification": 515, "175b_finetuning": 458, "175b_verification": 742}
 # (model, row): why our judgement may differ from the published label. None does.

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 import qstar
 from qstar import tree
+from qstar.models.hf_names import file_names, name_map
 from qstar.models.model import Model
-from qstar.models.names import file_names, name_map
 from qstar.models.thought_config import ThoughtConfig
 
 FILE = pathlib.Path(__file__).resolve().parent.parent / "fixtures" / "quiet_star_sampled_p2.npz"

@@ -12,7 +12,7 @@ import pytest
 import qstar
 from qstar import UserError
 from qstar.models.model import Model
-from qstar.thoughts import generate
+from qstar.thoughts import rollout
 from qstar.thoughts.replay import replay
 from tests.thoughts.families import FAMILIES, S, params
 
@@ -35,7 +35,7 @@ def tree_of(family: str):
 
 @functools.cache
 def programs():
-    think = jax.jit(functools.partial(generate.think, passes=1), static_argnums=1)
+    think = jax.jit(functools.partial(rollout.think, passes=1), static_argnums=1)
     return think, jax.jit(replay, static_argnums=1)
 
 

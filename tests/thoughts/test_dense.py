@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qstar.bench import dense
-from qstar.thoughts import objective
+from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.layout import text_batch
 from tests.thoughts.families import LLAMA, params, texts
 
@@ -20,7 +20,7 @@ def test_the_dense_form_has_the_same_loss_and_gradients(nll_mean):
         jax.jit(jax.value_and_grad(lambda p, loss=loss: loss({"policy": p}, batch, key, config=config)[0][0]))(
             params("llama")
         )
-        for loss in (objective.loss, dense.loss)
+        for loss in (thought_loss.loss, dense.loss)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(their_grads)):

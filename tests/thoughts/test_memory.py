@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.thought_config import ThoughtConfig
-from qstar.thoughts import objective
+from qstar.thoughts import loss as thought_loss
 from qstar.types import Batch
 
 N = 256
@@ -34,7 +34,9 @@ def temporaries(rows: int) -> int:
     """Bytes beside parameters and gradients of one loss and its gradient, as compiled here."""
     params = jax.eval_shape(lambda key: decoder.init(MISTRAL_7B, key), jax.random.key(0))
     ids, weights = (jax.ShapeDtypeStruct((rows, N), dtype) for dtype in (jnp.int32, jnp.float32))
-    grad = jax.jit(jax.grad(lambda p, batch, key: objective.loss({"policy": p}, batch, key, config=MISTRAL_7B)[0][0]))
+    grad = jax.jit(
+        jax.grad(lambda p, batch, key: thought_loss.loss({"policy": p}, batch, key, config=MISTRAL_7B)[0][0])
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     return grad.lower(params, Batch(ids, weights, ids, ids), key).compile().memory_analysis().temp_size_in_bytes
 

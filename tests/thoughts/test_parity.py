@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar.thoughts import objective
+from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.layout import text_batch
 from qstar.thoughts.replay import replay
 from tests.thoughts import official
@@ -84,7 +84,7 @@ def test_the_training_loss_is_the_recorded_one(schedule):
     places = jnp.broadcast_to(jnp.arange(N - 1), (2, N - 1))
     for weight, expected in ((0.0, z["loss_nll"]), (1e6, z["loss_total_beta1e6"])):
         config = model.config.replace(thoughts=official.THOUGHTS.replace(policy_weight=weight))
-        f = partial(objective.loss, config=config, schedule=schedule, thoughts=thoughts[:, :, :-1], positions=places)
+        f = partial(thought_loss.loss, config=config, schedule=schedule, thoughts=thoughts[:, :, :-1], positions=places)
 
         def total(params, f=f):
             (value, weight), _ = f({"policy": params}, text_batch(tokens, mask), jax.random.key(0))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar import stop
+from qstar import preemption
 from qstar.errors import UserError
 from qstar.methods import distillation as D
-from qstar.models import policy
+from qstar.models import scoring
 from qstar.models.config import preset
 from qstar.models.encdec_config import EncDecConfig
 from qstar.models.model import Model, logits
@@ -56,7 +56,7 @@ TEACHER = EncDecConfig(vocab_size=9, hidden_size=16, num_layers=1, num_decoder_l
 
 @functools.cache
 def model(config, seed=0):
-    return Model(config, jax.jit(functools.partial(policy.init, config))(jax.random.key(seed)))
+    return Model(config, jax.jit(functools.partial(scoring.init, config))(jax.random.key(seed)))
 
 
 ROWS = [D.Pair((2, 3, 4), (5, 6, 1), (7, 2)), D.Pair((4, 2), (8, 1), (3, 3, 3, 3)), D.Pair((5,), (2, 2, 2, 2), (4,))]
@@ -135,7 +135,7 @@ def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_
 
     whole, summary = call("whole")
     monkeypatch.setattr(D, "make_batch", lesson)
-    with stop.listening(), pytest.raises(stop.Preempted, match="saved after update 5"):
+    with preemption.listening(), pytest.raises(preemption.Preempted, match="saved after update 5"):
         call("told")
     again, resumed = call("told")
     assert len(made) == 8 and resumed == summary

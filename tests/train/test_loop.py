@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar import UserError, stop
+from qstar import UserError, preemption
 from qstar.train import optim
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Diverged, fit
@@ -130,7 +130,7 @@ def test_told_to_end_in_its_last_update_a_run_does_not_go_on_to_what_follows(whe
     if when == "while it is saved":
         monkeypatch.setattr(Checkpoints, "save", lambda self, *a, **k: (save(self, *a, **k), tell()))
     early = lambda s: (tell() if s == STEPS - 1 and when != "while it is saved" else None, batch(s))[1]  # noqa: E731
-    with stop.listening(), pytest.raises(stop.Preempted):
+    with preemption.listening(), pytest.raises(preemption.Preempted):
         run(tmp_path, early)
     monkeypatch.undo()
     assert run(tmp_path, batch_at=None).step == STEPS
@@ -211,7 +211,7 @@ def test_a_failed_training_ends_with_exit_code_1(monkeypatch, capsys):
 
 def test_what_takes_long_between_two_updates_is_cut_off_by_sigterm_after_saving(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    with stop.listening(), pytest.raises(stop.Preempted, match="saved after update 4"):
+    with preemption.listening(), pytest.raises(preemption.Preempted, match="saved after update 4"):
         for at in fit(fresh(), lambda s: STEP, batch, lr_at, steps=STEPS, checkpoints=checkpoints, log_every=4):
             with at.interruptible():
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qstar.errors import UserError
-from qstar.models import heads, policy
+from qstar.models import heads, scoring
 from qstar.models.config import preset
 from qstar.models.encdec_config import EncDecConfig
 from qstar.train import rl
@@ -188,7 +188,7 @@ T5 = EncDecConfig(vocab_size=11, hidden_size=16, num_layers=1, num_decoder_layer
 def model_batch(config, s, params):
     rng = np.random.default_rng(5)
     ids = [rng.integers(2, 11, n).tolist() for n in (3, 5, 2, 4)]
-    prompt, prompt_mask = policy.pad_prompts(config, ids, 6)
+    prompt, prompt_mask = scoring.pad_prompts(config, ids, 6)
     response = rng.integers(2, 11, (4, 4)).astype(np.int32)
     static = dict(config=config, settings=s, limit=10)
     old, _, values = rl.measure_jit(params, prompt, prompt_mask, response, **static)
@@ -201,7 +201,7 @@ def model_batch(config, s, params):
 @pytest.mark.parametrize("config", [DECODER, T5], ids=["decoder", "encoder-decoder"])
 def test_scores_equal_those_of_one_response_after_its_prompt_alone(config):
     """Padding, batching and the side on which prompts are padded change nothing; no id from the limit on has mass."""
-    params = {"policy": policy.init(config, jax.random.key(1))}
+    params = {"policy": scoring.init(config, jax.random.key(1))}
     batch, static = model_batch(config, RLSettings(group=2), params)
     from qstar.models.model import Model, logits
 
@@ -223,7 +223,7 @@ def test_scores_equal_those_of_one_response_after_its_prompt_alone(config):
 @pytest.mark.parametrize("config", [DECODER, T5], ids=["decoder", "encoder-decoder"])
 def test_old_equal_to_new_without_advantage_or_divergence_changes_nothing_in_the_policy(config):
     s = RLSettings(estimator="ppo", group=2, kl_in="none", value_trunk=False)
-    params = {"policy": policy.init(config, jax.random.key(1)), "value": heads.init_critic(16, jax.random.key(2))}
+    params = {"policy": scoring.init(config, jax.random.key(1)), "value": heads.init_critic(16, jax.random.key(2))}
     batch, static = model_batch(config, s, params)
     batch = batch.replace(advantages=np.zeros_like(MASK), returns=MASK)
 
@@ -239,19 +239,19 @@ def test_old_equal_to_new_without_advantage_or_divergence_changes_nothing_in_the
 
 
 def test_log_probabilities_in_blocks_are_those_at_once(monkeypatch):
-    params = policy.init(DECODER, jax.random.key(3))
+    params = scoring.init(DECODER, jax.random.key(3))
     states, targets = jax.random.normal(jax.random.key(4), (3, 5, 16)), RNG.integers(0, 11, (3, 5))
 
     def both(p):
-        logp, entropy = policy.token_scores(p, DECODER, states, targets, temperature=0.7)
+        logp, entropy = scoring.token_scores(p, DECODER, states, targets, temperature=0.7)
         return jnp.sum(logp * jnp.arange(5)) + jnp.sum(entropy), (logp, entropy)
 
     grads, whole = jax.grad(both, has_aux=True)(params)
-    monkeypatch.setattr(policy, "CHUNK_LOGITS", 44)
-    monkeypatch.setattr(policy, "MIN_CHUNK", 4)
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 44)
+    monkeypatch.setattr(scoring, "MIN_CHUNK", 4)
     cut_grads, cut = jax.grad(both, has_aux=True)(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), (grads, whole), (cut_grads, cut))
-    p = np.asarray(jax.nn.softmax(policy.decoder.unembed(params, DECODER, states) / 0.7))
+    p = np.asarray(jax.nn.softmax(scoring.decoder.unembed(params, DECODER, states) / 0.7))
     np.testing.assert_allclose(whole[1], -(p * np.log(p)).sum(-1), atol=1e-5)
 
 

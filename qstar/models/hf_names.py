@@ -1,0 +1,205 @@
+"""Names and layouts of a decoder's parameters in Hugging Face files: one table per family, read both ways.
+
+A row says under which name the files keep a parameter, and how its layout differs (PyTorch's Linear keeps
+[out, in]; GPT-2 fuses q, k and v). Which rows apply is not written twice: `policy.init`, traced without
+computing, says which parameters a config has and their shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+
+from qstar import tree
+from qstar.errors import UserError
+from qstar.models import scoring
+from qstar.models.config import ModelConfig
+from qstar.models.encdec_config import EncDecConfig
+from qstar.types import Params
+
+
+class Row(NamedTuple):
+    """Where one parameter lives in the files."""
+
+    path: str  # in qstar's tree
+    name: str  # of the tensor; {i} is the layer (qstar stacks the layers on a leading axis)
+    transpose: bool = False  # the file keeps [out, in]
+    part: int | None = None  # which third of a fused q | k | v, along the last axis
+    spare: bool = False  # the file keeps [2, ...]: this, and a row that is not used (zeros when we write)
+    factor: float = 1.0  # of what is written
+
+
+def _linear(path: str, name: str, transpose: bool = True, part: int | None = None) -> tuple[Row, Row]:
+    kernel = Row(f"{path}/kernel", f"{name}.weight", transpose, part)
+    return kernel, Row(f"{path}/bias", f"{name}.bias", False, part)
+
+
+def _norm(path: str, name: str) -> tuple[Row, Row]:
+    return Row(f"{path}/scale", f"{name}.weight"), Row(f"{path}/bias", f"{name}.bias")
+
+
+_conv1d = functools.partial(_linear, transpose=False)  # GPT-2's own layer keeps [in, out], as we do
+
+_LLAMA = (
+    Row("embed/table", "model.embed_tokens.weight"),
+    Row("positions/table", "model.embed_positions.weight"),  # only `tiny` can have it, and the next
+    Row("layers/relative/table", "model.layers.{i}.self_attn.relative_bias"),
+    *_norm("layers/attn_norm", "model.layers.{i}.input_layernorm"),
+    *_linear("layers/q", "model.layers.{i}.self_attn.q_proj"),
+    *_linear("layers/k", "model.layers.{i}.self_attn.k_proj"),
+    *_linear("layers/v", "model.layers.{i}.self_attn.v_proj"),
+    *_linear("layers/o", "model.layers.{i}.self_attn.o_proj"),
+    *_norm("layers/q_norm", "model.layers.{i}.self_attn.q_norm"),
+    *_norm("layers/k_norm", "model.layers.{i}.self_attn.k_norm"),
+    *_norm("layers/mlp_norm", "model.layers.{i}.post_attention_layernorm"),
+    *_linear("layers/gate", "model.layers.{i}.mlp.gate_proj"),
+    *_linear("layers/up", "model.layers.{i}.mlp.up_proj"),
+    *_linear("layers/down", "model.layers.{i}.mlp.down_proj"),
+    *_norm("final_norm", "model.norm"),
+    *_linear("head", "lm_head"),
+)
+
+_GPT2 = (
+    Row("embed/table", "transformer.wte.weight"),
+    Row("positions/table", "transformer.wpe.weight"),
+    *_norm("layers/attn_norm", "transformer.h.{i}.ln_1"),
+    *_conv1d("layers/q", "transformer.h.{i}.attn.c_attn", part=0),
+    *_conv1d("layers/k", "transformer.h.{i}.attn.c_attn", part=1),
+    *_conv1d("layers/v", "transformer.h.{i}.attn.c_attn", part=2),
+    *_conv1d("layers/o", "transformer.h.{i}.attn.c_proj"),
+    *_norm("layers/mlp_norm", "transformer.h.{i}.ln_2"),
+    *_conv1d("layers/up", "transformer.h.{i}.mlp.c_fc"),
+    *_conv1d("layers/down", "transformer.h.{i}.mlp.c_proj"),
+    *_norm("final_norm", "transformer.ln_f"),
+    *_linear("head", "lm_head"),
+)
+
+_GPTJ = (
+    Row("embed/table", "transformer.wte.weight"),
+    *_norm("layers/attn_norm", "transformer.h.{i}.ln_1"),
+    *_linear("layers/q", "transformer.h.{i}.attn.q_proj"),
+    *_linear("layers/k", "transformer.h.{i}.attn.k_proj"),
+    *_linear("layers/v", "transformer.h.{i}.attn.v_proj"),
+    *_linear("layers/o", "transformer.h.{i}.attn.out_proj"),
+    *_linear("layers/up", "transformer.h.{i}.mlp.fc_in"),
+    *_linear("layers/down", "transformer.h.{i}.mlp.fc_out"),
+    *_norm("final_norm", "transformer.ln_f"),
+    *_linear("head", "lm_head"),
+)
+
+
+def _t5_stack(stack: str, mlp: int) -> tuple[Row, ...]:
+    """Rows of one stack; `mlp` is the number of the sub-layer that holds the MLP."""
+    at, to = f"{stack}.block.{{i}}.layer", f"{stack}/layers"
+    relative = f"{at}.0.SelfAttention.relative_attention_bias.weight"
+    return (
+        *_norm(f"{to}/attn_norm", f"{at}.0.layer_norm"),
+        *(row for n in "qkvo" for row in _linear(f"{to}/{n}", f"{at}.0.SelfAttention.{n}")),
+        *_norm(f"{to}/cross_norm", f"{at}.1.layer_norm"),
+        *(row for n in "qkvo" for row in _linear(f"{to}/cross_{n}", f"{at}.1.EncDecAttention.{n}")),
+        *_norm(f"{to}/mlp_norm", f"{at}.{mlp}.layer_norm"),
+        *_linear(f"{to}/gate", f"{at}.{mlp}.DenseReluDense.wi_0"),
+        *_linear(f"{to}/up", f"{at}.{mlp}.DenseReluDense.wi_1"),
+        *_linear(f"{to}/down", f"{at}.{mlp}.DenseReluDense.wo"),
+        *_norm(f"{stack}/final_norm", f"{stack}.final_layer_norm"),
+        Row(f"{stack}/relative/table", relative.format(i=0)),  # all layers of a T5 read layer 0's
+        Row(f"{to}/relative/table", relative),  # umT5
+    )
+
+
+_T5 = (
+    Row("embed/table", "shared.weight"),
+    *_t5_stack("encoder", 1),
+    *_t5_stack("decoder", 2),
+    *_linear("head", "lm_head"),
+)
+
+# Of the official Quiet-STaR code, whatever the family; the second row of a vector is a log-std that it never uses.
+_THOUGHTS = (
+    Row("thoughts/start", "start_embedding", spare=True),
+    Row("thoughts/end", "end_embedding", spare=True),
+    *_linear("mixing/in", "talk_head.0.0"),
+    *_linear("mixing/hidden", "talk_head.0.2"),
+    *_linear("mixing/out", "talk_head.0.4"),
+)
+_VALUE = _linear("value", "score")  # as transformers' classifiers of tokens call it
+THOUGHT_SIGN = "talk_head.0.4.weight"  # files that hold it are of a model that thinks
+
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "tiny")
+NAMES = {
+    **dict.fromkeys(_LIKE_LLAMA, _LLAMA),
+    "gpt2": _GPT2,
+    "gptj": _GPTJ,
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
+}
+
+# Causal masks and rotary tables that old versions of transformers saved among the weights.
+# And T5's copies of the embedding, with a table of positions for cross-attention that nothing reads.
+BUFFERS = re.compile(
+    r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|^(en|de)coder\.embed_tokens\.weight$"
+    r"|EncDecAttention\.relative_attention_bias\.weight$"
+)
+
+
+def abstract_params(config: ModelConfig | EncDecConfig) -> Params:
+    """Returns the tree of shapes of a config's parameters (ShapeDtypeStruct leaves, nothing is computed)."""
+    return jax.eval_shape(functools.partial(scoring.init, config), jax.random.key(0))
+
+
+def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, ...]]]:
+    """Returns the rows that apply to a config, with the shape of each parameter.
+
+    Raises:
+      UserError: the family's files have no place for one of the parameters (say, a gated MLP in GPT-2).
+    """
+    rows = {row.path: row for row in (*NAMES.get(config.family, ()), *_THOUGHTS, *_VALUE)}
+    if isinstance(config, EncDecConfig) and not config.gated_mlp:  # the first T5 has one matrix there, and no number
+        rows = {path: row._replace(name=row.name.replace("wi_1", "wi")) for path, row in rows.items()}
+    if _scaled_for_others(config):
+        rows["embed/table"] = rows["embed/table"]._replace(name="lm_head.weight")
+    leaves = tree.named_leaves(abstract_params(config))
+    for path, _ in leaves:
+        if path not in rows:
+            raise UserError(
+                f"model config: weights of family {config.family!r} have no place for {path}; use family 'tiny'"
+            )
+    return [(rows[path], leaf.shape) for path, leaf in leaves]
+
+
+def _scaled_for_others(config: ModelConfig | EncDecConfig) -> bool:
+    """Whether the files hold the embedding twice: as the head, and scaled, because no other program scales it."""
+    return isinstance(config, ModelConfig) and bool(config.portable_family) and config.embed_scale
+
+
+def copies(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, ...]]]:
+    """Returns rows that are written for other programs and never read here."""
+    if not _scaled_for_others(config):
+        return []
+    row = Row("embed/table", _LLAMA[0].name, factor=config.hidden_size**0.5)
+    return [(row, (config.vocab_size, config.hidden_size))]
+
+
+def file_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that one tensor of a row has in the files, from that of the (stacked) parameter."""
+    if "{i}" in row.name:
+        shape = shape[1:]
+    if row.part is not None:
+        shape = (*shape[:-1], 3 * shape[-1])
+    if row.spare:
+        shape = (2, *shape)
+    return shape[::-1] if row.transpose else shape
+
+
+def file_names(row: Row, shape: tuple[int, ...]) -> list[str]:
+    """Returns the names of the tensors that make up a parameter: one, or one per layer."""
+    return [row.name.format(i=i) for i in range(shape[0])] if "{i}" in row.name else [row.name]
+
+
+def embedding_names(config: ModelConfig | EncDecConfig) -> tuple[str, str]:
+    """Returns the embedding's name in the files, and what the names inside a family's base model begin with."""
+    table = next(row.name for row in NAMES[config.family] if row.path == "embed/table")
+    prefix = "" if isinstance(config, EncDecConfig) else table.partition(".")[0] + "."
+    return "lm_head.weight" if _scaled_for_others(config) else table, prefix

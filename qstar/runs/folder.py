@@ -1,0 +1,301 @@
+"""A run folder: stages meet on disk, each behind an atomic done-marker, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qstar import files, distributed, preemption
+from qstar.data.sources import read_jsonl, write_jsonl
+from qstar.errors import UserError
+from qstar.models.hf import read_json
+
+# Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
+FREE_KEYS = ("log",)
+_BEGAN = time.monotonic()  # about when this process did
+
+
+def cached_jsonl(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns the rows of a JSONL file, making and writing it first if it is not there.
+
+    The file appears whole or not at all: it is its own done-marker, and its checksum record tells later damage, after
+    which it is made again. In a run of several processes the first writes.
+    """
+    if not intact(path):
+        rows = make()
+        if distributed.is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(path, rows, checksum=True)
+        distributed.broadcast_bool(True)  # whoever reads it next finds it
+        preemption.check()
+        return rows
+    return read_jsonl(path)
+
+
+def once_json(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Like `cached_jsonl`, for one JSON object."""
+    if not intact(path):
+        value = make()
+        write_json(path, value)
+        distributed.broadcast_bool(True)
+        return value
+    return read_json(path)
+
+
+def intact(path: Path) -> bool:
+    """Whether a stage file is there as it was written, as the first process sees it; the same in all of them."""
+    return distributed.broadcast_bool(distributed.is_first() and files.intact(path))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically, with its checksum record (process 0 only)."""
+    if distributed.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, (json.dumps(value, indent=1) + "\n").encode(), checksum=True)
+
+
+def open_run(
+    workdir: Path, config: dict[str, Any], flag: str = "--workdir", resolved: dict[str, Any] | None = None
+) -> None:
+    """Starts a run in `workdir`, or goes on with the run of the same config that is there.
+
+    Args:
+      resolved: settings with all their defaults and presets filled in, for readers: resolved.json. Dataclasses are written
+        as objects.
+
+    Raises:
+      UserError: see `check_run`; or the folder cannot be written.
+    """
+    check_run(workdir, config, flag)
+    distributed.broadcast_bool(True)  # all have looked before the first one writes
+    try:
+        distributed.broadcast_from_host0(lambda: lock(workdir, flag))
+        distributed.broadcast_from_host0(lambda: files.verify(workdir))
+        if not (workdir / "config.json").exists():
+            write_json(workdir / "config.json", config)
+        if resolved and not (workdir / "resolved.json").exists():
+            write_json(workdir / "resolved.json", _as_json(resolved))
+        old = workdir / "environment.json"
+        before = read_json(old) if files.intact(old) else {}
+        write_json(old, environment(before))
+        distributed.broadcast_bool(True)
+    except OSError as e:
+        raise UserError(f"{flag}={workdir}: cannot be written ({e.strerror}); name another folder") from None
+
+
+def end_run(workdir: Path) -> None:
+    """Adds to environment.json when this process ended, and its seconds; nothing where no run was opened by it."""
+    path = workdir / "environment.json"
+    if workdir.resolve() in _locks and files.intact(path):
+        there = read_json(path)
+        seconds = round(there.get("seconds", 0.0) + time.monotonic() - _BEGAN, 1)
+        with contextlib.suppress(OSError):  # a full disk: what ended the run is to be told, not this
+            write_json(path, there | {"ended": _now(), "seconds": seconds})
+
+
+def _as_json(value: Any) -> Any:
+    """Settings as JSON values; what JSON has no form for becomes text."""
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(v) for v in value]
+    finite = not isinstance(value, float) or abs(value) < float("inf")
+    return value if isinstance(value, (bool, int, float, str, type(None))) and finite else str(value)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+_locks: dict[Path, Any] = {}  # folder -> the open lock file: closing it would give the lock up
+
+
+def lock(workdir: Path, flag: str = "--workdir") -> None:
+    """Takes a run folder for this process (makes it if it is not there); a lock ends with the process that holds it.
+
+    The lock is the system's (POSIX, on WORKDIR/.lock), so none is left behind by a kill. Where the file system has none
+    (some mounted buckets) the file alone counts: while the process that it names runs on this host the folder is taken; a
+    dead one's lock, or one of another host, which cannot be asked, is taken over with a warning.
+
+    Raises:
+      UserError: another process has it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if workdir.resolve() in _locks:
+        return
+    file = (workdir / ".lock").open("a+", encoding="utf-8", errors="replace")
+    file.seek(0)
+    pid, host, begun, *_ = [*file.read().split(), "", "", ""]
+    own = [str(os.getpid()), socket.gethostname(), _begun(os.getpid())]
+    taken = f"{flag}={workdir}: process {pid} on {host} is running in it; wait for it, end it, or name another folder"
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(taken) from None
+    except OSError:
+        if host == own[1] and begun and begun == _begun(pid) and [pid, host, begun] != own:
+            file.close()
+            raise UserError(taken) from None
+        if pid and host != own[1]:
+            files.warn(f"{flag}={workdir}: takes over the lock of process {pid} on {host}; make sure that it has ended")
+    file.truncate(0)
+    file.write(" ".join(own) + "\n")
+    file.flush()
+    _locks[workdir.resolve()] = file
+
+
+def unlock(workdir: Path) -> None:
+    """Gives a run folder up, if this process has it."""
+    if file := _locks.pop(workdir.resolve(), None):
+        file.close()
+
+
+def _begun(pid: Any) -> str:
+    """When a process of this host began, in the system's ticks, which tells it from a later one with its id; "" if none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> None:
+    """Whether a run of this config can start or go on in `workdir`; touches nothing.
+
+    Raises:
+      UserError: the folder holds a run of another config (the first key that differs is named), something that is no
+      run, or it is a file. The line begins with the command line's `flag`.
+    """
+    there = workdir / "config.json"
+    try:
+        nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{flag}={workdir}: {nearest} is a file; name another folder")
+        names = sorted(p.name for p in workdir.iterdir()) if nearest == workdir else []
+        strangers = [name for name in names if not name.startswith((".", "config.json.tmp"))]
+        if strangers and not there.exists():
+            raise UserError(f"{flag}={workdir}: holds {strangers[0]} but no run of qstar; name an empty or a new one")
+        if strangers:
+            _check_same(read_json(there), json.loads(json.dumps(config)), f"{flag}={workdir}")
+    except files.Damaged as e:
+        raise UserError(
+            f"{e}; without it the run cannot go on: restore it from a copy, or name another folder"
+        ) from None
+    except OSError as e:
+        raise UserError(f"{flag}={workdir}: cannot be read ({e.strerror}); name another folder") from None
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], where: str, prefix: str = "", what: str = "config.") -> None:
+    for key in sorted(set(old) | set(new)):
+        if not prefix and key in FREE_KEYS:
+            continue
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            _check_same(a, b, where, f"{prefix}{key}.", what)
+        elif a != b:
+            raise UserError(
+                f"{where}: was made with {what}{prefix}{key}={a!r}, now it is {b!r}; "
+                "name another folder, or use the same settings to go on with what is there"
+            )
+
+
+def check_made_with(folder: Path, made_with: dict[str, Any]) -> None:
+    """Keeps what a training stage's result depends on in its folder; a folder without it is of an earlier version.
+
+    Raises:
+      UserError: the folder was made with something else: its model is the answer to another call.
+    """
+    path = folder / "made_with.json"
+    if distributed.exists(folder / "summary.json") and not distributed.exists(path):
+        return
+    made_with = json.loads(json.dumps(made_with))
+    old = once_json(path, lambda: made_with)
+    key, near = "start_norm_and_sum", {"rtol": 1e-3, "equal_nan": True}  # machines differ in how they round
+    if np.allclose(old.get(key, [0, 0]), made_with[key], atol=1e-3 * np.nan_to_num(made_with[key][0]), **near):
+        old = {**old, key: made_with[key]}
+    _check_same(old, made_with, str(folder), what="")
+
+
+def data_hash(parts: Iterable[Any]) -> str:
+    """Returns a hash of rows of token ids, texts, or arrays by name: what a training stage learns from."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = (part.dtype.str, part.shape, hashlib.sha256(np.ascontiguousarray(part)).hexdigest())
+        digest.update(repr(part).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def environment(before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what a reader needs to judge the run's numbers: dates, host, versions, devices, revision, command.
+
+    Args:
+      before: what an earlier process of the run wrote. Its start stays, and the seconds of all that ended by themselves
+        add up.
+    """
+    import flax
+    import jaxlib
+    import optax
+
+    from qstar import __version__
+
+    devices, before = jax.devices(), before or {}
+    program = Path(sys.argv[0]).name
+    return {
+        "command": shlex.join(
+            [*(("python", "-m", "qstar") if program == "__main__.py" else (program,)), *sys.argv[1:]]
+        ),
+        "started": before.get("started") or _now(),
+        "ended": None,
+        "seconds": before.get("seconds") or 0.0,
+        "starts": (before.get("starts") or 0) + 1,
+        "host": socket.gethostname(),
+        "qstar": __version__,
+        "revision": _revision(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+        "platform": devices[0].platform,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def _revision() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed without its repository
+    return out.stdout.strip()
+
+
+def stable_seed(*parts: Any) -> int:
+    """Returns a 31-bit seed that depends on the parts alone, in every process and Python version."""
+    return zlib.crc32("/".join(map(str, parts)).encode()) & 0x7FFFFFFF

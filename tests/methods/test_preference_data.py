@@ -1,0 +1,186 @@
+"""D_GEN, D_VER and the pairs drawn from them."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from qstar.errors import UserError
+from qstar.methods.buffers import Buffer, Solution, counts, human, merged, most_sampled, sampled
+from qstar.methods.preference_data import (
+    Pair,
+    PairSettings,
+    build_pairs,
+    graded_arrays,
+    repeated,
+    step_ends,
+    step_targets,
+)
+from qstar.runs.rollouts import to_example
+from qstar.tasks.arithmetic import Arithmetic
+from qstar.tasks.base import Task
+from tests.methods import stub
+
+
+def solution(problem, text, correct, **changes):
+    fields = dict(prompt=f"{problem}=", parsed=True, truncated=False, source="model", iteration=1, group="1")
+    return Solution(problem_id=problem, completion=text, correct=correct, **{**fields, **changes})
+
+
+def many(problem, right, wrong):
+    return [solution(problem, f"r{i}", True) for i in range(right)] + [
+        solution(problem, f"w{i}", False) for i in range(wrong)
+    ]
+
+
+@pytest.mark.parametrize("right, wrong, cap", [(1, 1, 8), (3, 5, 8), (3, 5, 100), (5, 2, 7), (1, 20, 8), (20, 1, 8)])
+def test_pairs_are_drawn_from_the_product_without_replacement(right, wrong, cap):
+    pairs = build_pairs(many("a", right, wrong), PairSettings(per_problem=cap), seed=0)
+    assert len(set(pairs)) == len(pairs) == min(cap, right * wrong)
+    product = {Pair("a", "a=", f"r{i}", f"w{j}") for i, j in itertools.product(range(right), range(wrong))}
+    assert set(pairs) <= product
+
+
+@pytest.mark.parametrize("right, wrong, cap", [(3, 5, 7), (2, 9, 12), (4, 3, 12)])
+def test_every_wrong_solution_occurs_before_one_occurs_again(right, wrong, cap):
+    pairs = build_pairs(many("a", right, wrong), PairSettings(per_problem=cap, winners="distinct"), seed=3)
+    seen = [p.rejected for p in pairs]
+    for n in range(1, len(pairs) + 1):
+        times = [seen[:n].count(f"w{i}") for i in range(wrong)]
+        assert max(times) - min(times) <= 1
+    used = [sum(p.chosen == f"r{i}" for p in pairs) for i in range(right)]
+    assert max(used) - min(used) <= -(-wrong // right)
+
+
+def test_right_solutions_are_drawn_as_often_as_they_were_sampled():
+    """One valid solution found 9 times beside three that reached the answer by luck, once each."""
+    drawn = []
+    for i in range(300):
+        rows = [solution(f"p{i}", "valid", True, count=9), *many(f"p{i}", 3, 4)]
+        drawn += [p.chosen for p in build_pairs(rows, PairSettings(per_problem=4), 0)]
+    assert drawn.count("valid") / len(drawn) == pytest.approx(9 / 12, abs=0.05)
+    rows = [solution("a", "valid", True, count=9), *many("a", 3, 4)]
+    turns = [p.chosen for p in build_pairs(rows, PairSettings(per_problem=4, winners="distinct"), 0)]
+    assert len(set(turns)) == 4
+
+
+def test_a_head_sees_a_solution_as_often_as_it_was_sampled_up_to_a_cap():
+    rows = [solution("a", "x", True, count=5), solution("a", "y", False, count=2), solution("a", "z", False)]
+    assert [s.completion for s in repeated(rows, PairSettings(repeats=3))] == list("xxxyyz")
+    assert repeated(rows, PairSettings()) == rows
+
+
+def test_problems_that_lack_either_side_give_nothing_and_others_keep_their_order():
+    rows = [*many("b", 2, 1), *many("only right", 3, 0), *many("only wrong", 0, 3), *many("a", 1, 2)]
+    assert [p.problem_id for p in build_pairs(rows, PairSettings(), 0)] == ["b", "b", "a", "a"]
+
+
+def test_the_draw_depends_on_the_seed_and_the_problem_alone():
+    rows = many("a", 5, 9)
+    first = build_pairs(rows, PairSettings(per_problem=4), 0)
+    assert build_pairs([*many("z", 1, 1), *rows], PairSettings(per_problem=4), 0)[1:] == first
+    assert build_pairs(rows, PairSettings(per_problem=4), 1) != first
+
+
+def test_cut_off_and_unreadable_solutions_are_rejected_only_if_asked_for():
+    rows = [
+        solution("a", "r", True),
+        solution("a", "cut", False, truncated=True),
+        solution("a", "unreadable", False, parsed=False),
+        solution("a", "w", False),
+    ]
+    assert [p.rejected for p in build_pairs(rows, PairSettings(), 0)] == ["w"]
+    assert {p.rejected for p in build_pairs(rows, PairSettings(negatives="any"), 0)} == {"cut", "unreadable", "w"}
+
+
+@pytest.mark.parametrize("changes", [{"per_problem": 0}, {"negatives": "parse"}, {"winners": "all"}, {"repeats": 0}])
+def test_settings_that_make_no_sense_are_named(changes):
+    with pytest.raises(UserError, match=next(iter(changes))):
+        PairSettings(**changes)
+
+
+# ------------------------------------------------------------------------------------------------------- buffers
+
+
+def test_a_buffer_is_a_set_that_remembers_who_found_a_solution_first(tmp_path):
+    buffer = Buffer(tmp_path / "d_gen")
+    buffer.add(0, [solution("a", "x y", True, source="human", iteration=0)])
+    one = buffer.add(1, [solution("a", "x  y", True), solution("a", "z", True), solution("a", "z ", True)])
+    two = buffer.add(2, [solution("b", "z", True, iteration=2), solution("a", "z", True, iteration=2)])
+    assert [(s.problem_id, s.completion, s.source, s.iteration, s.count) for s in two] == [
+        ("a", "x y", "human", 0, 2),
+        ("a", "z", "model", 1, 3),
+        ("b", "z", "model", 2, 1),
+    ]
+    assert one == buffer.upto(1) and buffer.upto(2) == two and [s.count for s in one] == [2, 2]
+
+
+def test_of_a_problem_the_most_sampled_solutions_are_kept_in_order():
+    rows = merged([*many("a", 3, 0), solution("a", "r2", True), solution("b", "x", True), solution("a", "r1 ", True)])
+    assert [(s.completion, s.count) for s in rows] == [("r0", 1), ("r1", 2), ("r2", 2), ("x", 1)]
+    assert [s.completion for s in most_sampled(rows, 1)] == ["r1", "x"]
+    assert [s.completion for s in most_sampled(rows, 2)] == ["r1", "r2", "x"] and most_sampled(rows, None) == rows
+
+
+def test_a_file_that_is_there_is_read_and_not_made_again(tmp_path):
+    buffer = Buffer(tmp_path)
+    buffer.add(1, [solution("a", "x", True)])
+    assert [s.completion for s in buffer.add(1, [solution("a", "other", True)])] == ["x"]
+
+
+def test_human_solutions_are_right_and_hinted_attempts_are_no_solutions():
+    task = Arithmetic(pool={1: 5}, seeds={})
+    problems = task.problems("test")[:2]
+    gold = human(task, problems)
+    assert [(s.completion, s.correct, s.source) for s in gold] == [(p.solution, True, "human") for p in problems]
+    p = problems[0]
+    tries = [stub.rollout(task, p, p.solution), stub.rollout(task, p, "#99"), stub.rollout(task, p, "no")]
+    tries += [stub.rollout(task, p, p.solution, hinted=True), stub.rollout(task, p, "#1", truncated=True)]
+    found = sampled(tries)
+    assert [(s.correct, s.parsed, s.truncated) for s in found] == [
+        (True, True, False),
+        (False, True, False),
+        (False, False, False),
+        (False, True, True),
+    ]
+    assert counts(found) == {"solutions": 4, "right": 1, "wrong": 3, "human": 0, "mixed_problems": 1}
+
+
+def merging_newlines():
+    """A character tokenizer with one token for two line ends, as GPT-2's, Llama 3's and Qwen's have."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from qstar.text.tokenizer import Tokenizer
+
+    vocabulary = {token: i for i, token in enumerate([*"abcQ:$.\n ", "\n\n", ".\n\n"])}
+    backend = Backend(models.BPE(vocabulary, [("\n", "\n"), (".", "\n\n")]))
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="$"))
+
+
+@pytest.mark.parametrize(
+    "text, right, expected",
+    [
+        ("a\n\nb\n\nc", [1, 0, 0], {1: 1, 3: 0, 5: 0}),
+        ("a.\n\n\n\nb\nc", [1, 1, 0], {1: 1, 4: 1, 6: 0}),  # ".\n\n" is one token
+        ("\n\na\n \nb", [1, 0], {2: 1, 6: 0}),  # white space alone is no step
+        ("a\nb\n", [1, 0], {1: 1, 4: 0}),
+    ],
+)
+def test_step_labels_stay_with_their_steps_where_line_ends_share_a_token(text, right, expected):
+    tokenizer, task = merging_newlines(), Task()
+    assert len(task.steps(text)) == len(right)
+    ends = step_ends(task, tokenizer, to_example(tokenizer, "Q:", text), text)
+    found, labels = step_targets(ends, right)
+    assert dict(zip(found, labels)) == expected
+    arrays = graded_arrays([solution("Q:", text, False, prompt="Q:")], tokenizer, 16, False, [(found, labels)])
+    asked = arrays["weight"][0] > 0
+    assert dict(zip(np.flatnonzero(asked) - 2, arrays["labels"][0][asked])) == expected
+
+
+def test_steps_that_end_in_one_token_have_the_label_of_the_last():
+    assert step_targets([1, 1, 3], [1, 0, 0]) == ([1, 3], [0, 0])
+    with pytest.raises(ValueError):  # a label too few is not aligned from either side
+        step_targets([1, 3], [1])

@@ -1,0 +1,63 @@
+"""The folder of a training stage answers the call that it was made by, and no other."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from qstar.errors import UserError
+from qstar.runs.supervised import TrainSettings, fine_tune
+from qstar.models import decoder
+from qstar.models.config import preset
+from qstar.models.model import Model
+from qstar.text.packing import Example
+from qstar.train.loop import Diverged
+from qstar.train.metrics import Writer
+
+CONFIG = preset("tiny", hidden_size=16, num_layers=1, num_heads=2, vocab_size=12, eos_id=1)
+ROWS = [Example([3, 4], [5, 6, 7, 1]), Example([8], [9, 10, 1])]
+SETTINGS = TrainSettings(batch_size=2, lr=1e-2, warmup=1, row_length=12, packed=False)
+
+
+@functools.cache
+def model(seed=0):
+    return Model(CONFIG, jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(seed)))
+
+
+def call(folder, start=None, rows=ROWS, settings=SETTINGS, steps=2, seed=0, mix=None):
+    how = dict(steps=steps, seed=seed, folder=folder / "stage", writer=Writer(folder), label={}, mix=mix)
+    return fine_tune(start or model(), rows, settings, **how)
+
+
+@pytest.mark.parametrize(
+    "change,key",
+    [
+        (dict(rows=[ROWS[1], ROWS[1]]), "data_hash"),
+        (dict(mix=(ROWS, 0.5)), "data_hash"),
+        (dict(settings=dataclasses.replace(SETTINGS, lr=1e-3)), "settings.lr=0.01, now it is 0.001"),
+        (dict(steps=3), "steps=2, now it is 3"),
+        (dict(seed=1), "seed"),
+        (dict(start=model(1)), "start_norm_and_sum"),
+    ],
+    ids=["rows", "mixed rows", "rate", "steps", "seed", "first model"],
+)
+def test_another_call_is_refused_and_named(tmp_path, change, key):
+    first, _ = call(tmp_path)
+    with pytest.raises(UserError, match=f"stage: was made with {key}.*name another folder"):
+        call(tmp_path, **change)
+    again, _ = call(
+        tmp_path, settings=dataclasses.replace(SETTINGS, log_every=1, save_every=1)
+    )  # what changes no result
+    assert all(map(np.array_equal, jax.tree.leaves(again.params), jax.tree.leaves(first.params)))
+
+
+def test_a_stage_that_learnt_nothing_is_not_finished(tmp_path):
+    """A model that computes NaN, and rows whose completions are empty."""
+    broken = model().replace(params=jax.tree.map(lambda x: x * np.float32(np.nan), model().params))
+    for name, how in (("nan", dict(start=broken)), ("empty", dict(rows=[Example([3, 4], [])]))):
+        for _ in range(2):
+            with pytest.raises(Diverged, match="none of 2 updates was finite and had a token to learn from"):
+                call(tmp_path / name, **how)
+        assert not (tmp_path / name / "stage" / "summary.json").exists()

@@ -1,0 +1,78 @@
+"""Prompts of an evaluation that the model's context has no room for."""
+
+import json
+
+import pytest
+
+import qstar
+from qstar.__main__ import main
+from qstar.errors import QstarWarning, UserError
+from qstar.runs.evaluate import evaluate_model
+from qstar.tasks import make_task
+
+SHORT = "Tom has 2 apples."
+LONG = "Tom has one apple and one pear. " * 80 + "How many?"
+
+
+@pytest.fixture
+def task(tmp_path):
+    rows = [{"question": q, "answer": "#### 2"} for q in (SHORT, LONG, SHORT + " Why?")]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return make_task("gsm8k", train=str(path), test=str(path))
+
+
+@pytest.fixture(scope="module")
+def model(shared):
+    return qstar.load(shared("weights/stories260k"))
+
+
+def test_an_error_names_the_first(task, model):
+    with pytest.raises(UserError, match="problem gsm8k-test-00001: .* exceed the model's context of 512 tokens"):
+        evaluate_model(model, task, max_new_tokens=4)
+
+
+def test_skip_leaves_them_out_and_counts_them(task, model, tmp_path):
+    with pytest.warns(QstarWarning, match="1 of 3 prompts exceed .* left out: gsm8k-test-00001"):
+        found = evaluate_model(model, task, max_new_tokens=4, too_long="skip", out=tmp_path / "out")
+    assert (found["problems"], found["too_long"]) == (2, 1)
+    rows = [json.loads(line) for line in (tmp_path / "out/greedy_000.jsonl").read_text().splitlines()]
+    assert [r["problem_id"] for r in rows] == ["gsm8k-test-00000", "gsm8k-test-00002"]
+
+
+def test_truncate_keeps_the_end_and_the_room(task, model, tmp_path):
+    with pytest.warns(QstarWarning, match="lost their first tokens: gsm8k-test-00001"):
+        found = evaluate_model(model, task, max_new_tokens=4, too_long="truncate", out=tmp_path / "out")
+    assert (found["problems"], found["too_long"]) == (3, 1)
+    rows = [json.loads(line) for line in (tmp_path / "out/greedy_000.jsonl").read_text().splitlines()]
+    prompt, whole = rows[1]["prompt"], task.prompt(task.problems("test")[1])
+    assert whole.endswith(prompt) and prompt.endswith("How many?\nA:")
+    assert 512 - 4 - 3 <= len(model.tokenizer.encode(prompt, bos=True)) <= 512 - 4
+    assert rows[0]["prompt"] == task.prompt(task.problems("test")[0])
+
+
+def test_nothing_left_is_refused(task, model):
+    with pytest.raises(UserError, match="3 of 3 prompts exceed"):
+        evaluate_model(model, task, max_new_tokens=511, too_long="skip")
+    with pytest.raises(UserError, match="lower max_new_tokens"):
+        evaluate_model(model, task, max_new_tokens=511, too_long="truncate")
+
+
+def test_the_command_line_knows_it(task, capfd, shared):
+    data = json.dumps({"test": task._sources["test"][0]})
+    flags = [
+        "evaluate",
+        f"--model={shared('weights/stories260k')}",
+        "--task=gsm8k",
+        "--task-options",
+        data,
+        "--max-new-tokens=2",
+    ]
+    assert main(flags) == 2
+    assert "--too-long=skip" in capfd.readouterr().err
+    assert main([*flags, "--too-long=skip", "--json"]) == 0
+    out = capfd.readouterr()
+    assert json.loads(out.out)["too_long"] == 1
+    assert out.err.startswith("qstar: warning: 1 of 3 prompts") and len(out.err.splitlines()) == 1
+    assert main([*flags, "--too-long=skip", "--metric=expected"]) == 2
+    assert "--too-long" in capfd.readouterr().err
