@@ -5,8 +5,9 @@
     python tests/goldens.py compare BEFORE.json AFTER.json                       exit code 1 and a list where they differ
 
 A golden is, per run: a hash of every JSONL and JSON file that holds results, a hash of every checkpoint's parameters (read
-by orbax alone) and the metrics without those that a clock made. The files stay outside of the repository: float sums
-differ between machines.
+by orbax alone) and the metrics without those that a clock made. Keys and file names that were renamed since are hashed
+under their new names (`RENAMED`). `make --from=FOLDER` reads run folders that `--keep` left. The files stay outside of the
+repository: float sums differ between machines.
 """
 
 import argparse
@@ -29,6 +30,7 @@ RUNS = {
     "grpo": "grpo_arithmetic.py:smoke",
 }
 CLOCK = ("seconds", "tokens_per_second", "memory", "mfu", "recompiles", "duration", "time", "rate")
+RENAMED: dict[str, str] = {}  # keys of metrics and records, and parts of file names: the old one -> today's
 NOT_RESULTS = ("config.json", "environment.json", "resolved.json", "metrics.jsonl")
 
 
@@ -38,13 +40,30 @@ def golden(folder: pathlib.Path) -> dict:
     results = [
         p for p in files if p.name not in NOT_RESULTS and "checkpoints" not in p.parts and "model" not in p.parts
     ]
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = _records(folder / "metrics.jsonl")
     numbers = [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows]
     return {
-        "files": {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in results},
-        "parameters": {str(p.relative_to(folder)): _parameters(p) for p in sorted(folder.rglob("state")) if p.is_dir()},
+        "files": {_name(p, folder): hashlib.sha256(json.dumps(_records(p)).encode()).hexdigest() for p in results},
+        "parameters": {_name(p, folder): _parameters(p) for p in sorted(folder.rglob("state")) if p.is_dir()},
         "metrics": sorted(numbers, key=lambda row: json.dumps(row, sort_keys=True)),
     }
+
+
+def _name(path: pathlib.Path, folder: pathlib.Path) -> str:
+    return "/".join(RENAMED.get(part, part) for part in path.relative_to(folder).parts)
+
+
+def _records(path: pathlib.Path) -> list:
+    """Returns the rows of a JSONL file (or the one value of a JSON file) with today's keys."""
+    text = path.read_text(encoding="utf-8")
+    values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
+
+    def rename(value):
+        if isinstance(value, dict):
+            return {RENAMED.get(k, k): rename(v) for k, v in value.items() if k != "format_version"}
+        return [rename(v) for v in value] if isinstance(value, list) else value
+
+    return rename(values)
 
 
 def _parameters(checkpoint: pathlib.Path) -> str:
@@ -64,7 +83,7 @@ def _parameters(checkpoint: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def make(path: str, root: pathlib.Path, only: str, keep: pathlib.Path | None) -> None:
+def make(path: str, root: pathlib.Path, only: str, keep: pathlib.Path | None, done: pathlib.Path | None) -> None:
     """Runs the configs with the code of `root` and writes their goldens; the run folders stay in `keep`, if given."""
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     goldens = {}
@@ -73,9 +92,10 @@ def make(path: str, root: pathlib.Path, only: str, keep: pathlib.Path | None) ->
             if only in ("", name):
                 folder = (keep or pathlib.Path(scratch)) / name
                 command = ["train", f"--config={root}/configs/{config}", f"--workdir={folder}"]
-                subprocess.run([sys.executable, "-m", "qstar", *command], cwd=scratch, env=environment, check=True,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
-                goldens[name] = golden(folder)
+                if not done:
+                    subprocess.run([sys.executable, "-m", "qstar", *command], cwd=scratch, env=environment, check=True,
+                                   stdout=subprocess.DEVNULL)  # fmt: skip
+                goldens[name] = golden(done / name if done else folder)
     pathlib.Path(path).write_text(json.dumps(goldens, indent=1, sort_keys=True), encoding="utf-8")
 
 
@@ -100,9 +120,12 @@ if __name__ == "__main__":
     p.add_argument("path")
     p.add_argument("--root", type=pathlib.Path, default=ROOT)
     p.add_argument("--only", default="", choices=("", *RUNS))
+    p.add_argument("--from", dest="done", type=lambda text: pathlib.Path(text).resolve())
     p.add_argument("--keep", type=lambda text: pathlib.Path(text).resolve())
     p = commands.add_parser("compare")
     p.add_argument("before")
     p.add_argument("after")
     a = parser.parse_args()
-    sys.exit(compare(a.before, a.after) if a.command == "compare" else make(a.path, a.root.resolve(), a.only, a.keep))
+    sys.exit(
+        compare(a.before, a.after) if a.command == "compare" else make(a.path, a.root.resolve(), a.only, a.keep, a.done)
+    )
