@@ -85,7 +85,12 @@ def _parameters(checkpoint: pathlib.Path) -> str:
 
 def make(path: str, root: pathlib.Path, only: str, keep: pathlib.Path | None, done: pathlib.Path | None) -> None:
     """Runs the configs with the code of `root` and writes their goldens; the run folders stay in `keep`, if given."""
-    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "JAX_PLATFORMS": "cpu",
+        "PJRT_NPROC": "16",
+    }  # sums are split by it
     goldens = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in RUNS.items():
