@@ -27,13 +27,16 @@ setup(
         "ml_collections>=1.0",  # config files with overrides and locked keys
         "numpy>=1.26",
         "transformers>=5.0",  # tokenizers and chat templates only; its PyTorch classes are the oracle of the tests
-        "jinja2>=3.1",  # chat templates; transformers does not bring it
+        "einops>=0.8",  # reshapes and transposes with named axes
+        "jinja2>=3.1",  # chat templates (transformers does not bring it) and the pages of reports
         "sentencepiece>=0.2",  # tokenizer.model files of Llama 2 and Mistral
         "protobuf>=4",  # to read them
         "datasets>=4.0",  # data sets of the hub
         "grain>=0.2.10",  # shuffled, repeated, mixed batches that are a pure function of the step
         "safetensors>=0.5",  # weights
         "etils[epath]>=1.10",  # gs:// paths like local ones
+        "scikit-learn>=1.5",  # AUC, Brier score and calibration of verifiers
+        "scipy>=1.13",  # bootstrap intervals and sign tests; jax brings it, too
         "rich>=13",  # terminal tables and progress bars
         "tensorboardX>=2.6",  # TensorBoard events without TensorFlow; part of every run folder
     ],
@@ -43,6 +46,7 @@ setup(
         "plan": [
             "libtpu"
         ],  # the TPU compiler, for `qstar plan` on a machine without a TPU; of the version that jax wants
+        "endpoint": ["openai>=1.60"],  # a frozen answerer behind an OpenAI-compatible server: retries, timeouts
         "log": ["wandb"],
         "eval": ["math-verify>=0.9"],  # equality of LaTeX answers (MATH); brings SymPy, so only who needs it
         "notebooks": ["matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6", "nbformat>=5"],
@@ -55,6 +59,9 @@ setup(
             "torch>=2.6",  # the independent reference of models and losses
             "peft>=0.15",  # reads the adapters that LoRA runs write
             "ruff>=0.14",  # lint and format, in .ci/run
+            "mypy>=1.15",  # types, in .ci/run
+            "openai>=1.60",  # the tests of the frozen answerer's endpoint
+            "libtpu",  # the TPU compiler, for the tests of `qstar plan`
         ],
     },
     entry_points={"console_scripts": ["qstar=qstar.__main__:main"]},
