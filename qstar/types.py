@@ -1,7 +1,17 @@
-"""Pytrees and records that cross floors.
+"""Records that several packages share, and the table of axis letters.
 
-Shape letters used throughout: B sequences (rows), T tokens of one sequence, S keys, V vocabulary, E model width,
-H query heads, G key/value heads, K head width, L layers.
+Shapes in docstrings use these letters; einops patterns use the same letters in lower case.
+
+    B  sequences (rows) of a batch          N  positions of a text
+    T  tokens of a sequence (queries)       M  those of the N positions that think
+    C  keys attended to (context)           P  passes: thoughts sampled per position
+    D  features: width of the model         S  steps: content tokens of a thought
+    F  features inside the MLP              A  talk tokens: tokens ahead that a thought is to predict
+    H  query heads                          U  tokens of a thread: start, S, end, A - 1
+    G  key/value heads                      I  tokens of a prompt (input)
+    Q  query heads per key/value head       R  tokens of a response; columns of a ring cache
+    K  size of a head                       X  pairs (chosen, rejected) of a row
+    L  layers                               V  vocabulary
 """
 
 from __future__ import annotations
@@ -17,25 +27,25 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight); only 
 
 
 class Segment(NamedTuple):
-    """Keys and values that a query may attend to, with what it may see of them.
+    """Keys and values that queries attend to, with their mask.
 
-    Attention joins the *scores* of a list of segments, never their keys, so that a segment shared by many queries
+    Attention joins the *scores* of a list of segments, never their keys, so that a segment which many queries share
     (a few-shot prefix, the text under a thought) is stored once and stays unmapped under `vmap`.
     """
 
-    keys: jax.Array  # [G, S, K]
-    values: jax.Array  # [G, S, K]
-    mask: jax.Array | None  # bool, broadcastable to [T, S]; None = everything is visible
-    bias: jax.Array | None = None  # float32 [H, T, S] added to the scores (relative positions)
-    positions: jax.Array | None = None  # [S] int32: where the keys stand; decoders with relative positions need it
+    keys: jax.Array  # [G, C, K]
+    values: jax.Array  # [G, C, K]
+    mask: jax.Array | None  # bool, broadcastable to [T, C]; None = all keys are visible
+    bias: jax.Array | None = None  # float32 [H, T, C] added to the scores (relative positions)
+    positions: jax.Array | None = None  # [C] int32, of the keys; only decoders with relative positions need them
 
 
 class Shared(NamedTuple):
-    """A `Segment` that `vmap` is to lift over many threads which see parts of the same text: see `models.shared`."""
+    """A `Segment` of one text that many threads attend to, lifted by `vmap`: see `models.prefix_attention`."""
 
-    keys: jax.Array  # [G, S, K]
-    values: jax.Array  # [G, S, K]
-    mask: jax.Array  # bool [T, S]
+    keys: jax.Array  # [G, C, K]
+    values: jax.Array  # [G, C, K]
+    mask: jax.Array  # bool [T, C]
 
 
 class RingKVCache(NamedTuple):
@@ -47,8 +57,8 @@ class RingKVCache(NamedTuple):
 
     keys: jax.Array  # [G, R, K]
     values: jax.Array  # [G, R, K]
-    mask: jax.Array  # bool [R]: what the token sees, its own column included
-    column: jax.Array  # [] int32: where the token goes, the same for all rows that are decoded together
+    mask: jax.Array  # bool [R]: columns that the token attends to, its own included
+    column: jax.Array  # [] int32: column of the token, the same for all rows that are decoded together
     positions: jax.Array | None = None  # [R] int32, as in `Segment`
 
 
@@ -64,50 +74,53 @@ class Batch:
 
 @flax.struct.dataclass
 class Responses:
-    """Training rows of an encoder-decoder, or of whatever is trained on prompts and responses apart."""
+    """Training rows with prompt and response in separate arrays: encoder-decoders, RL, distillation."""
 
-    prompt: jax.Array  # [B, P] int32
-    prompt_mask: jax.Array  # [B, P] int32, see `policy.response_states`
+    prompt: jax.Array  # [B, I] int32
+    prompt_mask: jax.Array  # [B, I] int32, see `scoring.response_states`
     response: jax.Array  # [B, R] int32
     mask: jax.Array  # [B, R] float32: 1 for the response's tokens, EOS among them
 
 
 @flax.struct.dataclass
 class Preference:
-    """Pairs of a better and a worse completion. A pair stands in one row, so that any cut of the rows keeps it whole.
+    """Pairs of a chosen and a rejected completion, each pair within one row, so that any split of the rows keeps it whole.
 
-    In a row, segment 2p + 1 is the chosen and segment 2p + 2 the rejected completion of pair p, each after its prompt.
+    In a row, segment 2x + 1 is the chosen and segment 2x + 2 the rejected completion of pair x, each after its prompt.
     """
 
     rows: Batch  # [B, T]; the mask is 1 on completions, EOS included
-    reference: jax.Array  # [B, P, 2] float32: log p(chosen), log p(rejected) under the reference
-    weight: jax.Array  # [B, P] float32: 1 where there is a pair
+    reference: jax.Array  # [B, X, 2] float32: log p(chosen), log p(rejected) under the reference
+    weight: jax.Array  # [B, X] float32: 1 where there is a pair
 
 
 @flax.struct.dataclass
 class Graded:
-    """Completions with a judgement of some of their tokens: what a value head learns from."""
+    """Completions with labels of correctness at some of their tokens: training rows of a value head."""
 
-    rows: Batch  # [B, T]; the mask is on the tokens whose likelihood is learnt beside (see `value.value_loss`)
-    labels: jax.Array  # [B, T] float32 in [0, 1]: the chance that what stands up to this token is (or ends) right
-    weight: jax.Array  # [B, T] float32: 1 where the head is asked
-    lm_scale: jax.Array | None = None  # [B], one number: judged tokens per learnt one over all data; None: of the batch
+    rows: Batch  # [B, T]; the mask is on the tokens of the language-model loss (see `value.value_loss`)
+    labels: jax.Array  # [B, T] float32 in [0, 1]: probability that the solution up to this token is (or ends) correct
+    weight: jax.Array  # [B, T] float32: 1 where the value head is trained
+    lm_scale: jax.Array | None = None  # [B], one number: labelled tokens per LM token over all data; None: of the batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """One sampled continuation of a prompt."""
 
-    text: str | None  # None for a model without tokenizer
+    text: str | None  # None for a model without a tokenizer
     tokens: list[int]  # as sampled, with the stop token if one was drawn; a stop string may end within the last
     logprobs: list[float]  # of each token under the model (temperature 1, no filter)
-    sample_logprobs: list[float]  # of each token under the distribution it was really drawn from
+    sample_logprobs: list[float]  # of each token under the distribution it was sampled from
     stopped: bool  # False: cut off by max_new_tokens
 
 
 @dataclasses.dataclass
 class Rollout:
-    """One scored attempt at a problem: a row of `rationales/iter_NNN.jsonl` (no arrays, no times: resume is byte-exact)."""
+    """One scored attempt at a problem: a row of `rationales/iter_NNN.jsonl`.
+
+    It holds no times, so that the file is byte-identical after a resume.
+    """
 
     problem_id: str
     iteration: int
@@ -122,10 +135,10 @@ class Rollout:
     verdict: str  # "kept", "rationalised" or "rejected"
     reason: str
     truncated: bool
-    valid: bool | None  # every step exactly right, where the task can tell
+    valid: bool | None  # whether every step is correct; None where the task cannot check steps
     logprob: float  # sum over the completion's tokens, under the model
     n_tokens: int
-    tokens: list[int] | None = None  # of the completion as sampled, and what ends it; None in runs of older versions
+    tokens: list[int] | None = None  # of the completion as sampled, and the token that ended it, if any
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as a plain dict, in order."""
