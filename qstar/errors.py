@@ -1,15 +1,17 @@
-"""The one exception that means "the user can mend this", and the checks that raise it."""
+"""`UserError`, the exception for mistakes that the user can correct, and the checks that raise it."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import errno
+import math
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, ClassVar
 
 
 class UserError(Exception):
@@ -49,6 +51,85 @@ def require(*checks: tuple[bool, str]) -> None:
     for holds, message in checks:
         if not holds:
             raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """The values that a field of a settings class may have."""
+
+    ge: float | None
+    gt: float | None
+    le: float | None
+    lt: float | None
+    choices: Collection[Any]
+    note: str
+
+    def fault(self, value: Any, kind: str) -> str:
+        """Returns what the value must be, "" where it is that. `kind`: the field's annotation."""
+        if value is None and "None" in kind:
+            return ""
+        if self.choices:
+            return "" if value in self.choices else f"is not one of {', '.join(filter(None, map(str, self.choices)))}"
+        whole = not kind.startswith("int") or (isinstance(value, int) and not isinstance(value, bool))
+        # Every comparison is False for NaN, so that NaN is refused; infinity only passes where `le` names it.
+        holds = isinstance(value, (int, float)) and (value < math.inf or self.le == math.inf)
+        holds = holds and (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)
+        holds = holds and (self.le is None or value <= self.le) and (self.lt is None or value < self.lt)
+        if whole and holds:
+            return ""
+        low, high = self.gt if self.ge is None else self.ge, self.lt if self.le is None else self.le
+        if low is not None and high is not None and high < math.inf:
+            text = f"in {'(' if self.ge is None else '['}{low}, {high}{')' if self.le is None else ']'}"
+        elif self.ge == 0:
+            text = "0 or more"
+        else:
+            bounds = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
+            text = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound not in (None, math.inf))
+        text = text if whole else f"a whole number {'of ' if self.ge is not None else ''}{text}"
+        return f"must be {text}{f' ({self.note})' if self.note else ''}{', or None' if 'None' in kind else ''}"
+
+
+def bounded(
+    default: Any = dataclasses.MISSING,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: Collection[Any] = (),
+    note: str = "",
+) -> Any:
+    """Returns a dataclass field of a `Settings` class with the range of its values.
+
+    A number must be >= ge, > gt, <= le and < lt; NaN is refused always, infinity unless `le` is infinity. With `choices`
+    the value must be one of them. None passes where the annotation allows it.
+
+    Args:
+      note: ends the message, in parentheses: what a special value means, or the unit.
+    """
+    metadata = {"range": _Range(ge, gt, le, lt, choices, note)}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Settings:
+    """Base class of dataclasses of settings, whose fields are checked against their ranges (`bounded`).
+
+    A subclass with conditions over several fields adds them in `__post_init__`, after `super().__post_init__()`.
+    """
+
+    WHERE: ClassVar[str] = ""  # in front of the messages, e.g. "model config: "
+
+    def __post_init__(self) -> None:
+        """Raises UserError "field=value must be ..." for the first field outside of its range."""
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            # A subclass that gives a field another default keeps its range.
+            declared = (vars(c).get("__dataclass_fields__", {}).get(f.name) for c in type(self).__mro__)
+            rule = next((d.metadata["range"] for d in declared if d and "range" in d.metadata), None)
+            value = getattr(self, f.name)
+            if rule and (fault := rule.fault(value, str(f.type))):
+                raise UserError(f"{self.WHERE}{f.name}={value!r} {fault}")
 
 
 SEEDS = 2**64  # a seed is one of so many

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from qstar.data.corpus import Corpus, Rows, TextCorpus
-from qstar.errors import UserError, check_type, require, unknown
+from qstar.errors import Settings, UserError, bounded, check_type, require, unknown
 from qstar.mesh import make_mesh, put_global_batch
 from qstar.models.hf import read_config
 from qstar.models.thought_config import ThoughtConfig
@@ -26,21 +26,14 @@ from qstar.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Settings):
     """How models are measured. A config's `evaluate` section."""
 
-    rows: int = 1200  # of held-out text
-    batch_size: int = 100
-    every: int = 0  # steps between two measurements; 0: only at the end
+    rows: int = bounded(1200, ge=1)  # of held-out text
+    batch_size: int = bounded(100, ge=1)
+    every: int = bounded(0, ge=0)  # steps between two measurements; 0: only at the end
     shown: int = 40  # texts whose thoughts are written out for the viewer
-    passes: int = 1  # thoughts per position
-
-    def __post_init__(self):
-        sizes = {n: getattr(self, n) for n in ("rows", "batch_size", "passes")}
-        require(
-            *((v >= 1, f"{n}={v} must be at least 1") for n, v in sizes.items()),
-            (self.every >= 0, f"every={self.every} must be 0 (only at the end) or more steps"),
-        )
+    passes: int = bounded(1, ge=1)  # thoughts per position
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 
 from qstar import distributed
 from qstar.data.sources import read_jsonl
-from qstar.errors import TrainingFailed, require
+from qstar.errors import Settings, TrainingFailed, bounded, require
 from qstar.methods.reinforce import ReinforceSettings, RewardOutput, reinforce
 from qstar.models.model import Model
 from qstar.runs import base_model
@@ -39,22 +39,19 @@ from qstar.types import Completion
 
 
 @dataclasses.dataclass(frozen=True)
-class RLConfig:
+class RLConfig(Settings):
     """How long, and how often measured. A config's `loop` section."""
 
-    rounds: int = 4  # evaluations on the way, the last at the end
-    problems_per_iter: int | None = None  # of the pool; None: all there are
+    rounds: int = bounded(4, ge=1)  # evaluations on the way, the last at the end
+    problems_per_iter: int | None = bounded(None, ge=1)  # of the pool; None: all there are
     few_shot_at_sample: bool = True
     rationalize: bool = False  # what `checks` asks every loop for: nothing here is hinted
     seed_share: float = 0.0
 
-    def __post_init__(self):
-        least = self.problems_per_iter is None or self.problems_per_iter >= 1
-        require(
-            (self.rounds >= 1, f"rounds={self.rounds} must be at least 1"),
-            (least, f"problems_per_iter={self.problems_per_iter} must be at least 1, or None"),
-            (not self.rationalize and not self.seed_share, "rationalize and seed_share belong to STaR; leave them out"),
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        why = "rationalize and seed_share belong to STaR; leave them out"
+        require((not self.rationalize and not self.seed_share, why))
 
 
 class Verifiable:

@@ -18,7 +18,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import UserError, require
+from qstar.errors import Settings, UserError, bounded
 from qstar.models.model import Model
 from qstar.runs import base_model
 from qstar.runs.context import Arm, RunContext
@@ -32,44 +32,39 @@ from qstar.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class VariantConfig:
+class VariantConfig(Settings):
     """The switches of the outer loop. A config's `loop` section, a preset and an arm's own settings, in this order."""
 
-    n_iters: int = 16
-    problems_per_iter: int | None = 10_000
+    n_iters: int = bounded(16, ge=0)
+    problems_per_iter: int | None = bounded(10_000, ge=1)
     fresh: bool = True  # problems are drawn anew in every loop; False: the same ones
-    k: int = 1  # samples per problem
-    temperature: float | None = None  # None: as `sample` says
+    k: int = bounded(1, ge=1)  # samples per problem
+    temperature: float | None = bounded(None, ge=0)  # None: as `sample` says
     rationalize: bool = True
-    p_rationalize: float = 1.0  # share of the failures that are tried again with a hint
-    p_keep_hint: float = 0.0  # share of rationalised rows trained on with the hint in the prompt (an ablation)
+    p_rationalize: float = bounded(1.0, ge=0, le=1)  # share of the failures that are tried again with a hint
+    # Share of rationalised rows trained on with the hint in the prompt (an ablation)
+    p_keep_hint: float = bounded(0.0, ge=0, le=1)
     few_shot_at_sample: bool = True
     few_shot_in_train: bool = False
-    restart: str = "base"  # "base" (the paper) or "previous"
+    restart: str = bounded("base", choices=("base", "previous"))  # "base" (the paper) or "previous"
     accumulate: bool = False  # train on the kept rows of all loops so far
     include_sft_data: bool = False  # gold solutions of this loop's problems (not of earlier ones) in the mix
     steps: str = "exp:40:1.2"  # "exp:40:1.2", "lin:300:20" or "epochs:1:0.2"
-    max_epochs: float | None = 10.0  # over the kept rows (as packed): S_n steps on a handful would only overfit
-    min_kept: int = 1  # stop the arm when there are fewer rows to train on (gold ones, if in the mix, count)
-    seed_share: float = 0.0  # share of hinted gold seed rows in every batch (from-scratch models only)
+    # Over the kept rows (as packed): S_n steps on a handful would only overfit
+    max_epochs: float | None = bounded(10.0, gt=0, le=math.inf)
+    # Stop the arm when there are fewer rows to train on (gold ones, if in the mix, count)
+    min_kept: int = bounded(1, ge=0)
+    # Share of hinted gold seed rows in every batch (from-scratch models only)
+    seed_share: float = bounded(0.0, ge=0, le=1)
     dedupe: bool = True
-    cap_per_problem: int | None = None
+    cap_per_problem: int | None = bounded(None, ge=1)
     min_rationale_tokens: int = 0
     exact_filter: bool = False
-    patience: int = 0  # stop after so many loops without a better validation accuracy (0: never)
+    patience: int = bounded(0, ge=0)  # stop after so many loops without a better validation accuracy (0: never)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         steps_for(self.steps, 1, 1, 1)
-        least = {"n_iters": 0, "problems_per_iter": 1, "k": 1, "min_kept": 0, "cap_per_problem": 1, "patience": 0}
-        values = {name: getattr(self, name) for name in least}
-        shares = {name: getattr(self, name) for name in ("p_rationalize", "p_keep_hint", "seed_share")}
-        require(
-            (self.restart in ("base", "previous"), f"restart={self.restart!r} is not one of base, previous"),
-            *((v is None or v >= least[n], f"{n}={v} must be at least {least[n]}") for n, v in values.items()),
-            *((0 <= v <= 1, f"{n}={v} must be between 0 and 1") for n, v in shares.items()),
-            (0 <= (self.temperature or 0) < math.inf, f"temperature={self.temperature} must be 0 or more"),
-            (self.max_epochs is None or self.max_epochs > 0, f"max_epochs={self.max_epochs} must be above 0, or None"),
-        )
 
     @property
     def selection(self) -> Selection:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from qstar.errors import require
+from qstar.errors import Settings, bounded
 from qstar.methods import star
 from qstar.methods.preference_data import PairSettings
 from qstar.methods.verifier import VerifierSettings
@@ -30,33 +30,25 @@ class VSections(Sections):
 
 
 @dataclasses.dataclass(frozen=True)
-class Supervision:
+class Supervision(Settings):
     """D_SFT. A config's `sft` section."""
 
-    problems: int | None = None  # with human solutions; None: all of the training set
+    problems: int | None = bounded(None, ge=1)  # with human solutions; None: all of the training set
     steps: str = "epochs:2:0"  # of G_SFT (2 epochs on GSM8K, 3 on MBPP)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         star.steps_for(self.steps, 1, 1, 1)
-        require((self.problems is None or self.problems >= 1, f"problems={self.problems} must be at least 1, or None"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Selecting:
+class Selecting(Settings):
     """How the last generator is sampled to measure selection. A config's `select` section."""
 
-    samples: int = 128  # N per problem
-    temperature: float = 0.7
-    limit: int = 0  # first so many problems (0: all)
-    m: int = 4  # of the top-m vote
-
-    def __post_init__(self):
-        require(
-            (self.samples >= 0, f"samples={self.samples} must be 0 (measure nothing) or more"),
-            (self.temperature >= 0, f"temperature={self.temperature} must be 0 or more"),
-            (self.limit >= 0, f"limit={self.limit} must be 0 (all) or more"),
-            (self.m >= 1, f"m={self.m} must be at least 1"),
-        )
+    samples: int = bounded(128, ge=0)  # N per problem
+    temperature: float = bounded(0.7, ge=0)
+    limit: int = bounded(0, ge=0)  # first so many problems (0: all)
+    m: int = bounded(4, ge=1)  # of the top-m vote
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import require
+from qstar.errors import Settings, bounded
 from qstar.runs.folder import cached_jsonl, stable_seed
 from qstar.models.model import Model
 from qstar.sample.batching import default_slots, stream
@@ -21,25 +20,15 @@ from qstar.types import Completion, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleSettings:
+class SampleSettings(Settings):
     """How completions are drawn. Read from a config's `sample` section, field by field."""
 
-    max_new_tokens: int = 96
-    temperature: float = 0.0  # the release: top_p .9 at temperature .01, near greedy
-    top_k: int = 0
-    top_p: float = 1.0
-    slots: int | None = None
-    round_size: int = 1024  # completions between two done-markers: what a kill can lose
-
-    def __post_init__(self):
-        require(
-            (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"),
-            (0 <= self.temperature < math.inf, f"temperature={self.temperature} must be 0 (greedy) or more"),
-            (self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more"),
-            (0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]"),
-            (self.slots is None or self.slots >= 1, f"slots={self.slots} must be at least 1, or None"),
-            (self.round_size >= 1, f"round_size={self.round_size} must be at least 1"),
-        )
+    max_new_tokens: int = bounded(96, ge=1)
+    temperature: float = bounded(0.0, ge=0, note="0: greedy")  # the release: top_p .9 at temperature .01, near greedy
+    top_k: int = bounded(0, ge=0, note="0: off")
+    top_p: float = bounded(1.0, gt=0, le=1)
+    slots: int | None = bounded(None, ge=1)
+    round_size: int = bounded(1024, ge=1)  # completions between two done-markers: what a kill can lose
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from qstar.errors import UserError, check_type, require, unknown
+from qstar.errors import Settings, UserError, bounded, check_type, require, unknown
 from qstar.tasks.base import SPLITS
 
 _TAKEN = ("base", "g_sft", "tensorboard")  # folders of a run that are no arms
@@ -48,18 +48,12 @@ class Sections:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Settings):
     """What the model of every loop is measured on. A config's `evaluate` section."""
 
-    split: str = "test"
-    limit: int = 0  # first so many problems (0: all) of every split, the final test's too
+    split: str = bounded("test", choices=SPLITS)
+    limit: int = bounded(0, ge=0)  # first so many problems (0: all) of every split, the final test's too
     hinted: bool = False  # also with the answer as a hint
-
-    def __post_init__(self):
-        require(
-            (self.split in SPLITS, f"split={self.split!r} is not one of {', '.join(SPLITS)}"),
-            (self.limit >= 0, f"limit={self.limit} must be 0 (all) or more"),
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from qstar import distributed, tree
-from qstar.errors import UserError, require
+from qstar.errors import Settings, UserError, bounded, require
 from qstar.runs.folder import check_made_with, intact, once_json
 from qstar.models import lora
 from qstar.models.config import ModelConfig
@@ -31,55 +31,33 @@ from qstar.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class UpdateSettings:
+class UpdateSettings(Settings):
     """How batches become updates."""
 
-    batch_size: int = 32  # rows per update
-    accumulate: int = 1
-    lr: float = 1e-6
-    schedule: str = "constant"
-    warmup: int = 100
-    end: float = 0.0  # final rate of a decay, as a share of lr
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    save_every: int = 0
-    log_every: int = 50
-    max_bad: int = 20
-    transfer_guard: str = "allow"  # "log" or "disallow": what an update moves to or from the device unasked
+    batch_size: int = bounded(32, ge=1)  # rows per update
+    accumulate: int = bounded(1, ge=1)
+    lr: float = bounded(1e-6, ge=0)
+    schedule: str = bounded("constant", choices=optim.SCHEDULES)
+    warmup: int = bounded(100, ge=0, note="steps")
+    end: float = bounded(0.0, ge=0)  # final rate of a decay, as a share of lr
+    b1: float = bounded(0.9, ge=0, lt=1)
+    b2: float = bounded(0.95, ge=0, lt=1)
+    weight_decay: float = bounded(0.0, ge=0)
+    clip: float = bounded(1.0, ge=0, note="0: off")
+    save_every: int = bounded(0, ge=0, note="steps; 0: only at the end")
+    log_every: int = bounded(50, ge=1, note="steps")
+    max_bad: int = bounded(20, ge=1)
+    transfer_guard: str = bounded("allow", choices=GUARDS)  # "log" or "disallow": what an update moves to or from the device unasked
     lora_rank: int = 0  # 0: all parameters train; else adapters of this rank beside frozen ones
     lora_alpha: float = 32.0
     lora_targets: tuple = lora.KERNELS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lora_rank:
             self.lora  # noqa: B018  says what is wrong
-        kinds = ", ".join(optim.SCHEDULES)
-        require(
-            (self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1"),
-            (self.accumulate >= 1, f"accumulate={self.accumulate} must be at least 1"),
-            (
-                self.batch_size % max(1, self.accumulate) == 0,
-                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; choose a divisor of it",
-            ),
-            (0 <= self.lr < math.inf, f"lr={self.lr} must be a finite number of 0 or more"),
-            (self.schedule in optim.SCHEDULES, f"schedule={self.schedule!r} is not one of {kinds}"),
-            (self.warmup >= 0, f"warmup={self.warmup} must be 0 or more steps"),
-            (0 <= self.end < math.inf, f"end={self.end} must be a share of lr, 0 or more"),
-            (0 <= self.b1 < 1, f"b1={self.b1} must be in [0, 1)"),
-            (0 <= self.b2 < 1, f"b2={self.b2} must be in [0, 1)"),
-            (0 <= self.weight_decay < math.inf, f"weight_decay={self.weight_decay} must be 0 or more"),
-            (0 <= self.clip < math.inf, f"clip={self.clip} must be 0 (off) or more"),
-            (self.save_every >= 0, f"save_every={self.save_every} must be 0 (only at the end) or more steps"),
-            (self.log_every >= 1, f"log_every={self.log_every} must be at least 1 step"),
-            (self.max_bad >= 1, f"max_bad={self.max_bad} must be at least 1 update"),
-            (
-                self.transfer_guard in GUARDS,
-                f"transfer_guard={self.transfer_guard!r} is not one of {', '.join(GUARDS)}",
-            ),
-            (self.lora_rank >= 0, f"lora_rank={self.lora_rank} must be 0 (no adapters) or more"),
-        )
+        why = f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; choose a divisor of it"
+        require((self.batch_size % self.accumulate == 0, why))
 
     @property
     def lora(self) -> lora.Lora:

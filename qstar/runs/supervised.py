@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qstar.data.loader import batches
-from qstar.errors import UserError, require
+from qstar.errors import UserError, bounded, require
 from qstar.runs.folder import data_hash
 from qstar.runs.stages import Stage, UpdateSettings, train_stage
 from qstar.models import scoring
@@ -30,17 +29,10 @@ from qstar.types import Batch, Responses
 class TrainSettings(UpdateSettings):
     """How examples become updates. Read from a config's `train` (or `base`) section, field by field."""
 
-    z_loss: float = 0.0
+    z_loss: float = bounded(0.0, ge=0)
     loss_on_prompt: bool = False  # the release trains on the prompt too, though it says otherwise
     packed: bool = True
-    row_length: int = 1024
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(
-            (0 <= self.z_loss < math.inf, f"z_loss={self.z_loss} must be 0 or more"),
-            (self.row_length >= 2, f"row_length={self.row_length} must be at least 2 tokens"),
-        )
+    row_length: int = bounded(1024, ge=2)
 
 
 @functools.cache

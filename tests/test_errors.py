@@ -1,0 +1,58 @@
+"""Facts on declared ranges of settings: what passes, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from qstar.errors import Settings, UserError, bounded
+
+
+@dataclasses.dataclass(frozen=True)
+class Some(Settings):
+    count: int = bounded(3, ge=1)
+    rate: float = bounded(0.5, ge=0, note="0: off")
+    share: float = bounded(0.5, gt=0, le=1)
+    limit: int | None = bounded(None, ge=1)
+    epochs: float = bounded(1.0, gt=0, le=math.inf)
+    kind: str = bounded("a", choices=("", "a", "b"))
+    free: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Other(Some):
+    WHERE = "other: "
+    count: int = 5  # another default, the same range
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "count=0 must be at least 1"),
+        ({"count": 1.5}, "count=1.5 must be a whole number of at least 1"),
+        ({"count": True}, "count=True must be a whole number of at least 1"),
+        ({"rate": -1.0}, "rate=-1.0 must be 0 or more (0: off)"),
+        ({"rate": math.nan}, "rate=nan must be 0 or more (0: off)"),
+        ({"rate": math.inf}, "rate=inf must be 0 or more (0: off)"),
+        ({"share": 0.0}, "share=0.0 must be in (0, 1]"),
+        ({"limit": 0}, "limit=0 must be at least 1, or None"),
+        ({"epochs": 0}, "epochs=0 must be above 0"),
+        ({"epochs": math.nan}, "epochs=nan must be above 0"),
+        ({"kind": "c"}, "kind='c' is not one of a, b"),
+        ({"rate": None}, "rate=None must be 0 or more (0: off)"),
+    ],
+)
+def test_values_outside_of_their_range_are_refused(values, message):
+    with pytest.raises(UserError) as e:
+        Some(**values)
+    assert str(e.value) == message
+    with pytest.raises(UserError) as e:
+        Other(**values)
+    assert str(e.value) == f"other: {message}"
+
+
+def test_values_of_their_range_pass():
+    Some(count=1, rate=0, share=1, limit=None, epochs=math.inf, kind="", free=-2)
+    assert Other().count == 5
