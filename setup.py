@@ -43,9 +43,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.8"],
         "cuda": ["jax[cuda12]>=0.8"],
-        "plan": [
-            "libtpu"
-        ],  # the TPU compiler, for `qstar plan` on a machine without a TPU; of the version that jax wants
+        "plan": ["jax[tpu]>=0.8"],  # the TPU compiler (libtpu) of the version that this jax needs, for `qstar plan`
         "endpoint": ["openai>=1.60"],  # a frozen answerer behind an OpenAI-compatible server: retries, timeouts
         "log": ["wandb"],
         "eval": ["math-verify>=0.9"],  # equality of LaTeX answers (MATH); brings SymPy, so only who needs it
@@ -61,7 +59,7 @@ setup(
             "ruff>=0.14",  # lint and format, in .ci/run
             "mypy>=1.15",  # types, in .ci/run
             "openai>=1.60",  # the tests of the frozen answerer's endpoint
-            "libtpu",  # the TPU compiler, for the tests of `qstar plan`
+            "jax[tpu]>=0.8",  # the TPU compiler, for the tests of `qstar plan`
         ],
     },
     entry_points={"console_scripts": ["qstar=qstar.__main__:main"]},

@@ -1,4 +1,7 @@
-"""The house: who may import whom, and how long things may be. Read from the source with `ast`, nothing is run."""
+"""Structure of the code base: which package imports which, and how long files, functions and packages are.
+
+Everything is read from the source with `ast`; nothing is imported.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,45 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# A module imports from its own package and from rows above its own. Packages of one floor that have an order stand in
+# rows of their own: `data` before `tasks`, `sample` before `train` before `thoughts`.
 FLOORS = (
-    {"errors", "files", "types", "tree", "preemption"},
-    {"mesh", "distributed", "start", "text"},
-    {"models", "data", "tasks"},
-    {"sample", "thoughts", "train"},
+    {"errors", "types"},
+    {"tree", "files"},
+    {"preemption", "mesh", "distributed", "text"},
+    {"start"},
+    {"models", "data"},
+    {"tasks"},
+    {"sample"},
+    {"train"},
+    {"thoughts"},
     {"runs"},
     {"methods"},
-    {"report", "bench", "plan", "cli", "flags", "config_file", "__main__"},
+    {"report"},
+    {"plan", "bench", "flags", "config_file"},
+    {"cli"},
+    {"__main__"},
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-WITHIN = {
-    ("start", "distributed"),
-    ("tree", "errors"),
+WITHIN: set[tuple[str, str]] = {
     ("runs.evaluate", "methods"),  # until evaluation of selectors is called from above
-    ("files", "errors"),
-    ("tasks", "data"),
-    ("train.stats", "sample"),
-    ("thoughts", "sample"),
-    ("thoughts", "train"),
-    ("__main__", "cli"),  # what may look sideways
-    *(("cli", other) for other in ("report", "bench", "plan", "config_file", "flags")),
 }
+BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10% above
+    "": 1470, "text": 465, "data": 390, "models": 3450, "tasks": 3385, "sample": 970, "thoughts": 1300, "train": 1820,
+    "runs": 1750, "methods": 3790, "report": 1435, "plan": 1010, "bench": 600,
+}  # fmt: skip
+TODAY = {  # while the packages are rewritten: a limit that only falls
+    "": 2400, "text": 521, "data": 600, "models": 4368, "tasks": 4540, "sample": 1195, "thoughts": 1663, "train": 2170,
+    "runs": 2500, "methods": 5402, "report": 4355, "plan": 1657, "bench": 1510,
+}  # fmt: skip
+LONG_FILES = {
+    "cli.py": 410,
+    "methods/guided_two_hop.py": 430,
+    "plan/cases.py": 411,
+    "plan/hlo.py": 415,
+    "report/sections.py": 435,
+}
+LONG_FUNCTIONS = {"evaluate": 81}
 NO_JAX = ("text", "data", "tasks", "errors")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FILES = sorted(p for p in (ROOT / "qstar").rglob("*.py"))
@@ -127,14 +147,27 @@ def where(path: pathlib.Path, node: ast.AST | None = None) -> str:
     return f"{path.relative_to(ROOT)}" + (f":{node.lineno} {node.name}" if node is not None else "")
 
 
-def test_no_file_over_450_lines():
-    lengths = {where(p): len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
-    assert not (long := {k: n for k, n in lengths.items() if n > 450}), f"cut them: {long}"
+def lines(path: pathlib.Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
-def test_no_function_over_100_lines():
-    long = [f"{where(p, f)}: {n}" for p in FILES for f in functions(p) if (n := f.end_lineno - f.lineno + 1) > 100]
+def test_no_file_over_400_lines():
+    limits = {p: LONG_FILES.get(p.relative_to(ROOT / "qstar").as_posix(), 400) for p in FILES}
+    assert not (long := {where(p): n for p in FILES if (n := lines(p)) > limits[p]}), f"cut them: {long}"
+
+
+def test_no_function_over_80_lines():
+    found = ((where(p, f), f.name, f.end_lineno - f.lineno + 1) for p in FILES for f in functions(p))
+    long = [f"{place}: {n} lines" for place, name, n in found if n > LONG_FUNCTIONS.get(name, 80)]
     assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize("package", BUDGETS)
+def test_each_package_keeps_to_its_budget(package):
+    total = sum(
+        lines(p) for p in FILES if p.relative_to(ROOT / "qstar").parts[:-1][:1] == ((package,) if package else ())
+    )
+    assert total <= max(int(1.1 * BUDGETS[package]), TODAY.get(package, 0))
 
 
 def test_public_functions_and_classes_have_docstrings():
