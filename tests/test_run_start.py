@@ -74,7 +74,7 @@ def test_a_run_notes_when_where_how_long_and_by_which_command(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["/x/qstar/__main__.py", "train", "--config.name=a b"])
     open_run(tmp_path, {"method": "star"}, resolved={"arms": {"star": {"k": 1, "cap": float("inf"), "steps": (1, 2)}}})
     first = json.loads((tmp_path / "environment.json").read_text())
-    assert first["command"] == "python -m qstar train '--config.name=a b'"
+    assert first["command"] == "qstar train '--config.name=a b'"
     assert (
         re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first["started"])
         and first["host"]

@@ -262,9 +262,7 @@ def environment(before: dict[str, Any] | None = None) -> dict[str, Any]:
     devices, before = jax.devices(), before or {}
     program = Path(sys.argv[0]).name
     return {
-        "command": shlex.join(
-            [*(("python", "-m", "qstar") if program == "__main__.py" else (program,)), *sys.argv[1:]]
-        ),
+        "command": shlex.join(["qstar" if program == "__main__.py" else program, *sys.argv[1:]]),
         "started": before.get("started") or _now(),
         "ended": None,
         "seconds": before.get("seconds") or 0.0,
