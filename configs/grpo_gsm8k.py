@@ -24,7 +24,9 @@ def get_config(arg=None):
         config.task.prompts = arg.prompts
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
     config.rl.update(group=8, kl_weight=0.04)
-    config.train.update(updates=500, prompts=64, batch_size=128, max_new_tokens=256, lr=1e-6, warmup=20, max_moved=0.1)
+    config.train.update(
+        updates=500, prompts=64, batch_size=128, max_new_tokens=256, lr=1e-6, warmup=20, max_approx_kl=0.1
+    )
     config.sample.update(max_new_tokens=256)
     config.evaluate.update(split="val")
     if arg.smoke:

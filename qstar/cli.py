@@ -213,8 +213,8 @@ def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
     for flag in flags:
         name, equals, folder = flag.partition("=")
         folder, _, rule = folder.rpartition(":") if folder.rpartition(":")[2] in SCORES else (folder, "", "")
-        if not equals or not re.fullmatch(r"\w+", name) or name in ("own", *out):
-            raise UserError(f"evaluate: --verifier={flag} must be NAME=DIR, each NAME once and not 'own'")
+        if not equals or not re.fullmatch(r"\w+", name) or name in ("generator", *out):
+            raise UserError(f"evaluate: --verifier={flag} must be NAME=DIR, each NAME once and not 'generator'")
         verifier = Verifier(load(folder), rule, steps=task.steps)
         verifier.rule  # noqa: B018  a score that does not fit the model shows before anything is sampled
         out[name] = verifier

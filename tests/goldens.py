@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,17 @@ RUNS = {
     "grpo": "grpo_arithmetic.py:smoke",
 }
 CLOCK = ("seconds", "tokens_per_second", "memory", "mfu", "recompiles", "duration", "time", "rate")
-RENAMED: dict[str, str] = {}  # keys of metrics and records, and parts of file names: the old one -> today's
+RENAMED: dict[str, str] = {  # keys of metrics and records, and parts of file names: the old one -> today's
+    "moved": "approx_kl",
+    "max_moved": "max_approx_kl",
+    "clipped": "clip_fraction",
+    **{
+        f"d_{d}_{old}": f"d_{d}_{new}"
+        for d in ("gen", "ver")
+        for old, new in (("right", "correct"), ("wrong", "incorrect"))
+    },
+}
+OWN = re.compile(r"(^|[/ ])own(?=$|[+_ ])")  # the scorer `own` became `generator`, also within keys: best/own_low, ...
 NOT_RESULTS = ("config.json", "environment.json", "resolved.json", "metrics.jsonl")
 
 
@@ -60,7 +71,10 @@ def _records(path: pathlib.Path) -> list:
 
     def rename(value):
         if isinstance(value, dict):
-            return {RENAMED.get(k, k): rename(v) for k, v in value.items() if k != "format_version"}
+            value = {
+                k: OWN.sub(r"\1generator", v) if k == "stage" else v for k, v in value.items() if k != "format_version"
+            }
+            return {OWN.sub(r"\1generator", RENAMED.get(k, k)): rename(v) for k, v in value.items()}
         return [rename(v) for v in value] if isinstance(value, list) else value
 
     return rename(values)

@@ -120,8 +120,8 @@ def counts(solutions: Sequence[Solution]) -> dict[str, int]:
     right, wrong = ({s.problem_id for s in solutions if s.correct == side} for side in (True, False))
     return {
         "solutions": len(solutions),
-        "right": sum(s.correct for s in solutions),
-        "wrong": sum(not s.correct for s in solutions),
+        "correct": sum(s.correct for s in solutions),
+        "incorrect": sum(not s.correct for s in solutions),
         "human": sum(s.source == "human" for s in solutions),
         "mixed_problems": len(right & wrong),
     }

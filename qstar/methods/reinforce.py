@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar.errors import require
+from qstar.errors import bounded, require
 from qstar.mesh import put_global_batch, to_host
 from qstar.methods.distillation import only_updates
 from qstar.models import heads, scoring
@@ -52,24 +52,19 @@ SECONDS = ("seconds_rollout", "seconds_reward", "seconds_score", "seconds_update
 class ReinforceSettings(UpdateSettings):
     """How rollouts become updates. Of the fields above, `batch_size` counts responses per gradient step."""
 
-    updates: int = 100
-    prompts: int = 64  # per update
-    epochs: int = 1  # over the responses of an update
-    max_new_tokens: int = 64
-    max_moved: float = (
-        0.0  # nats per token from the old policy, above which an update's other minibatches are left out; 0 = off
-    )
-    max_kl: float = 0.0  # nats per response from the reference, above which training stops; 0 = never
+    updates: int = bounded(100, ge=0)
+    prompts: int = bounded(64, ge=1)  # per update
+    epochs: int = bounded(1, ge=1)  # over the responses of an update
+    max_new_tokens: int = bounded(64, ge=1)
+    # Mean nats per token between the policy and the one that sampled; above it an update's remaining minibatches are skipped
+    max_approx_kl: float = bounded(0.0, ge=0, note="0: off")
+    max_kl: float = bounded(
+        0.0, ge=0, note="0: off"
+    )  # nats per response from the reference, above which training stops
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        least = {n: getattr(self, n) for n in ("prompts", "epochs", "max_new_tokens")}
-        require(
-            (not self.lora_rank, f"lora_rank={self.lora_rank}: RL trains all of a model; leave it at 0"),
-            (self.updates >= 0, f"updates={self.updates} must be 0 or more"),
-            *((v >= 1, f"{n}={v} must be at least 1") for n, v in least.items()),
-            *((getattr(self, n) >= 0, f"{n}={getattr(self, n)} must be 0 (off) or more") for n in ("max_moved", "max_kl")),
-        )  # fmt: skip
+        require((not self.lora_rank, f"lora_rank={self.lora_rank}: RL trains all parameters; leave it at 0"))
 
 
 class RewardOutput(NamedTuple):
@@ -242,7 +237,7 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
 def learn(
     run: Run, step: Any, state: TrainState, sampled: Sampled, lr: np.float32
 ) -> tuple[TrainState, dict[str, float]]:
-    """Gradient steps on minibatches of the rollouts; stops where the policy has moved by more than `max_moved`."""
+    """Gradient steps on minibatches of the rollouts; stops where the policy has moved by more than `max_approx_kl`."""
     began = time.perf_counter()
     found: list[dict[str, jax.Array]] = []
     for chosen in sampled.orders.reshape(-1, run.settings.batch_size):
@@ -250,7 +245,7 @@ def learn(
         rows, rate = put_global_batch((rows, lr), run.start.mesh)
         state, more = step(state, rows, rate)
         found.append(more)
-        if run.settings.max_moved and float(jax.device_get(more["moved"])) > run.settings.max_moved:
+        if run.settings.max_approx_kl and float(jax.device_get(more["approx_kl"])) > run.settings.max_approx_kl:
             break
     host = jax.device_get(found)
     finite = [m for m in host if not m["skipped"]] or host

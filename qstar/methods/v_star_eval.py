@@ -101,7 +101,7 @@ def _score_rows(ctx: Any, rollouts: list[Rollout], sft: Model, verifiers: dict[s
     """One row per sample: its scores, of the ids that were sampled. What was cut off is scored as if it had ended there."""
     prompts = [r.prompt for r in rollouts]
     written = [r.completion if r.tokens is None else r.tokens for r in rollouts]
-    columns: dict[str, Any] = {"own": [r.logprob for r in rollouts]}
+    columns: dict[str, Any] = {"generator": [r.logprob for r in rollouts]}
     reference = score(Verifier(sft, "logp"), prompts, written)
     for kind, model in verifiers.items():
         for rule in KINDS[kind]:
@@ -112,7 +112,7 @@ def _score_rows(ctx: Any, rollouts: list[Rollout], sft: Model, verifiers: dict[s
             columns[name] = score(Verifier(model, rule, steps=ctx.task.steps), prompts, written)
     columns["sft"] = reference
     if "dpo" in columns:  # ours, not the paper's: the writer and the verifier must both find it likely
-        columns["own+dpo"] = np.asarray(columns["own"]) + columns["dpo"]
+        columns["generator+dpo"] = np.asarray(columns["generator"]) + columns["dpo"]
     rows = [{"problem_id": r.problem_id, "sample": r.sample} for r in rollouts]
     for name, values in columns.items():
         for row, value in zip(rows, values):
@@ -165,7 +165,7 @@ def result(
     ks = choosing.ks_for(samples)
     curves = choosing.curves(some, ks, m=m)
     at = 16 if samples >= 16 else ks[-1]
-    against = {rule: curves[rule][at] for rule in ("majority", "best/own", "best/random")}
+    against = {rule: curves[rule][at] for rule in ("majority", "best/generator", "best/random")}
     kinds = dict(zip(((r.problem_id, r.sample) for r in rollouts), faulty or ()))
     by_kind = [[kinds.get((r.problem_id, r.sample)) for r in rows] for rows in by_problem(rollouts)]
     return {

@@ -20,7 +20,7 @@ CURVES = (
     ("entropy", "Entropy of the policy"),
 )
 PARTS = "reward/"
-LATE = ("clipped", "moved", "value_loss", "ended", "length")  # shown where they ever leave their first value
+LATE = ("clip_fraction", "approx_kl", "value_loss", "ended", "length")  # shown where they ever leave their first value
 
 
 def reinforce_section(rows: Sequence[Row]) -> Safe | None:
@@ -35,8 +35,8 @@ def reinforce_section(rows: Sequence[Row]) -> Safe | None:
         charts.append(_card(f"What the score is made of · {name}", lines))
     for key in LATE:
         if any(abs(r.get(key, 0) - mine[0].get(key, 0)) > 1e-6 for mine in arms.values() for r in mine):
-            charts.append(_chart({"value_loss": "Loss of the critic", "moved": "Nats per token from the rollouts' policy",
-                                  "clipped": "Share of tokens that were clipped", "ended": "Share that ended by themselves",
+            charts.append(_chart({"value_loss": "Loss of the critic", "approx_kl": "Nats per token from the rollouts' policy",
+                                  "clip_fraction": "Share of clipped tokens", "ended": "Share that ended by themselves",
                                   "length": "Tokens per response"}[key], key, arms))  # fmt: skip
     return section("reinforcement", "Reinforcement learning", note(ABOUT), grid([c for c in charts if c]))
 

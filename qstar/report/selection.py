@@ -18,10 +18,10 @@ _FILE = re.compile(r"iter_(\d+)\.json")
 NAMES = {
     "pass": "any of k (ceiling)",
     "majority": "majority vote",
-    "best/own": "own log-probability",
+    "best/generator": "own log-probability",
     "best/sft": "log-probability of G_SFT",
     "best/dpo": "V-STaR verifier (DPO)",
-    "best/own+dpo": "own + DPO",
+    "best/generator+dpo": "own + DPO",
     "best/dpo_logratio": "DPO, log-ratio",
     "best/dpo_mean_logp": "DPO, per token",
     "best/orm": "ORM",
@@ -30,7 +30,7 @@ NAMES = {
     "best/random": "random",
 }
 SCORERS = {rule.removeprefix("best/"): name for rule, name in NAMES.items() if rule.startswith("best/")}
-DRAWN = ("pass", "majority", "best/own", "best/dpo", "best/own+dpo", "best/orm", "best/prm_min", "best/random")
+DRAWN = ("pass", "majority", *(f"best/{s}" for s in ("generator", "dpo", "generator+dpo", "orm", "prm_min", "random")))
 
 
 def read_selections(folder: Path, arm: str) -> dict[int, Mapping[str, Any]]:
@@ -73,7 +73,7 @@ def headline(found: Mapping[str, Any]) -> str:
     """What the best verifier is worth, in one sentence: its best of 16 (or of all) beside a vote and one sample."""
     curves = found["curves"]
     k = "16" if "16" in curves["pass"] else max(curves["pass"], key=int)
-    verifier = next((r for r in ("best/dpo", "best/prm_min", "best/orm") if r in curves), "best/own")
+    verifier = next((r for r in ("best/dpo", "best/prm_min", "best/orm") if r in curves), "best/generator")
     parts = [f"{rule_name(r)} {_interval(curves[r][k])}" for r in (verifier, "majority")]
     one, ceiling = curves["pass"]["1"][0], curves["pass"][k][0]
     return f"Right with {k} samples: {parts[0]}; {parts[1]}; one sample {one:.3f}, any of {k} {ceiling:.3f}."
@@ -206,7 +206,7 @@ def _by_iteration(arm: str, found: Mapping[int, Mapping[str, Any]]) -> list[Safe
 def _cases(folder: Path, arm: str, found: Mapping[int, Mapping[str, Any]]) -> list[Case]:
     """The rationales of the last iteration, as its best verifier and the generator itself rank them."""
     verifier = next((s for s in ("dpo", "prm_min", "orm") if s in found[max(found)]["auc"]), None)
-    return read_cases(folder, arm, max(found), (verifier, "own")) if verifier else []
+    return read_cases(folder, arm, max(found), (verifier, "generator")) if verifier else []
 
 
 def _interval(values: list[float]) -> str:

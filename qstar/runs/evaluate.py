@@ -143,12 +143,12 @@ def by_scores(
     over problems, `gain@k:B - A`, what best-of-k by B is right more often, at k = 16 (or all samples). All score the same
     samples: so verifiers of several runs are compared.
 
-    "own" is always one: the log-probability under the model that wrote the samples. Scores are kept in
+    "generator" is always one: the log-probability under the model that wrote the samples. Scores are kept in
     FOLDER/scores_NAME.jsonl, so that a second call does not score again. A `Verifier` with the `tokenizer` that the samples
     were written with scores the ids that were sampled; every other scorer gets texts.
     """
     groups = by_problem(rollouts)
-    scores: dict[str, list[list[float]]] = {"own": [[r.logprob for r in rows] for rows in groups]}
+    scores: dict[str, list[list[float]]] = {"generator": [[r.logprob for r in rows] for rows in groups]}
     for name, scorer in scorers.items():
 
         def make(scorer: Scorer = scorer) -> list[dict[str, Any]]:

@@ -274,8 +274,8 @@ def surrogate(
         "loss": over(total),
         "policy_loss": over(policy_loss),
         "entropy": over(entropy),
-        "clipped": over((jnp.abs(ratio - 1.0) > s.clip).astype(jnp.float32)),
-        "moved": over(ratio - 1.0 - log_ratio),  # nats per token from the policy that wrote the responses
+        "clip_fraction": over((jnp.abs(ratio - 1.0) > s.clip).astype(jnp.float32)),
+        "approx_kl": over(ratio - 1.0 - log_ratio),  # nats per token from the policy that wrote the responses
         "tokens": (jnp.sum(mask), jnp.float32(0)),
     }
     if s.estimator == "ppo":

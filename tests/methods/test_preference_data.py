@@ -143,7 +143,7 @@ def test_human_solutions_are_right_and_hinted_attempts_are_no_solutions():
         (False, False, False),
         (False, True, True),
     ]
-    assert counts(found) == {"solutions": 4, "right": 1, "wrong": 3, "human": 0, "mixed_problems": 1}
+    assert counts(found) == {"solutions": 4, "correct": 1, "incorrect": 3, "human": 0, "mixed_problems": 1}
 
 
 def merging_newlines():

@@ -152,11 +152,11 @@ def test_minibatches_after_one_that_has_moved_too_far_are_left_out():
     def step(state, rows, lr):
         made.append(len(rows.response))
         moved = 5.0 if len(made) == 2 else 0.0
-        return state, {k: jnp.float32(v) for k, v in (("moved", moved), ("skipped", 0), ("loss", 0))}
+        return state, {k: jnp.float32(v) for k, v in (("approx_kl", moved), ("skipped", 0), ("loss", 0))}
 
-    for epochs, max_moved, wanted in ((1, 0.1, 2), (2, 0.1, 2), (2, 0.0, 8), (1, 10.0, 4)):
+    for epochs, max_approx_kl, wanted in ((1, 0.1, 2), (2, 0.1, 2), (2, 0.0, 8), (1, 10.0, 4)):
         made.clear()
-        settings = dataclasses.replace(SETTINGS, epochs=epochs, batch_size=8, max_moved=max_moved)
+        settings = dataclasses.replace(SETTINGS, epochs=epochs, batch_size=8, max_approx_kl=max_approx_kl)
         run = R.Run(start(), Next(), RLSettings(**RL), settings, 0, list)
         state = create_state({"policy": start().params}, optax.identity(), seed=0)
         R.one_update(run, step, state, 0, 0.01, np.float32(0))
@@ -182,7 +182,7 @@ def test_a_folder_of_another_call_is_refused(tmp_path, change, key):
 
 
 def test_adapters_are_refused():
-    with pytest.raises(UserError, match="lora_rank=8: RL trains all of a model"):
+    with pytest.raises(UserError, match="lora_rank=8: RL trains all parameters"):
         R.ReinforceSettings(lora_rank=8)
 
 

@@ -171,7 +171,7 @@ def test_a_verifier_in_every_iteration_and_other_kinds_if_asked_for(tmp_path, to
         f"iter_{n:03d}.json" for n in (1, 2, 3)
     ]
     found = json.loads((arm.folder / "selection" / "iter_003.json").read_text())
-    assert {"best/own", "best/dpo", "best/dpo_logratio", "best/orm", "best/prm_min", "best/random"} <= set(
+    assert {"best/generator", "best/dpo", "best/dpo_logratio", "best/orm", "best/prm_min", "best/random"} <= set(
         found["curves"]
     )
 

@@ -73,7 +73,10 @@ def test_evaluate_scores_cached_samples_with_verifiers(run, exported, tmp_path, 
     assert main([*command, *verifiers]) == 0
     found = json.loads(capsys.readouterr().out)
     names = {
-        f"{rule}@{k}:{s}" for rule in ("best", "weighted", "top4") for k in (1, 2, 4) for s in ("own", "dpo", "least")
+        f"{rule}@{k}:{s}"
+        for rule in ("best", "weighted", "top4")
+        for k in (1, 2, 4)
+        for s in ("generator", "dpo", "least")
     }
     assert names <= set(found) and {"best@4:dpo_low", "auc:dpo", "pass@4", "majority@4"} <= set(found)
     assert found["best@1:dpo"] == pytest.approx(found["pass@1"]) and found["best@4:dpo"] <= found["pass@4"] + 1e-9
@@ -84,7 +87,7 @@ def test_evaluate_scores_cached_samples_with_verifiers(run, exported, tmp_path, 
     assert {p: p.read_bytes() for p in files} == files
 
 
-@pytest.mark.parametrize("flag", ["own={}", "dpo", "a b={}", "dpo={}:orm"])
+@pytest.mark.parametrize("flag", ["generator={}", "dpo", "a b={}", "dpo={}:orm"])
 def test_a_verifier_flag_that_makes_no_sense_is_named(exported, flag, capsys):
     flag = flag.format(exported / "dpo")
     assert main(["evaluate", f"--model={exported / 'generator'}", "--task=arithmetic", f"--verifier={flag}"]) == 2
@@ -109,6 +112,6 @@ def test_scores_are_used_as_the_curves_say(tmp_path):
     assert [found[f"best@{k}:none"] for k in (1, 2, 4)] == pytest.approx([passed[1]] * 3) and found["auc:oracle"] == 1
     # Verifiers are compared on one common set of samples, paired over problems.
     gains = {k: v for k, v in found.items() if k.startswith("gain@") and not k.endswith(("_low", "_high"))}
-    assert gains.keys() == {"gain@4:oracle - own", "gain@4:none - own", "gain@4:none - oracle"}
+    assert gains.keys() == {"gain@4:oracle - generator", "gain@4:none - generator", "gain@4:none - oracle"}
     assert gains["gain@4:none - oracle"] == pytest.approx(passed[1] - passed[4])
     assert found["gain@4:none - oracle_low"] < passed[1] - passed[4] < found["gain@4:none - oracle_high"]

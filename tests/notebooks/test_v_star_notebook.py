@@ -23,7 +23,7 @@ def test_notebook_states_the_numbers_and_ranks_solutions(tmp_path, monkeypatch):
         for kind in found["auc_by_fault"]:
             assert f"  {kind:16s}" in printed
         assert f"[{arm}] " in printed and f"only {SCORERS['dpo']}" not in printed
-    assert f"; {SCORERS['dpo']} alone is right" in printed and f"  by {SCORERS['own']}" in printed
+    assert f"; {SCORERS['dpo']} alone is right" in printed and f"  by {SCORERS['generator']}" in printed
 
 
 def test_notebook_is_kept_without_outputs():

@@ -37,7 +37,7 @@ def test_the_table_of_rules_holds_curves_areas_regret_and_calibration(folder, pa
     rows = {row[0]: row[1:] for row in page.table("rule", "k = 1", "k = 2", "k = 4", "AUC in problems")}
     told = found(folder)
     assert rows["majority vote"][:3] == [interval(told["curves"]["majority"][k]) for k in "124"]
-    for name in ("dpo", "own", "orm"):
+    for name in ("dpo", "generator", "orm"):
         cells, fits = rows[SCORERS[name]], told["calibration"][name]
         assert cells[:3] == [interval(told["curves"][f"best/{name}"][k]) for k in "124"]
         assert cells[3:6] == [
@@ -69,7 +69,7 @@ def test_areas_by_iteration_are_a_table_and_a_chart(folder, page):
 
 
 def test_solutions_stand_side_by_side_as_both_rank_them(folder, page):
-    cases = read_cases(folder, "v_star", 2, ("dpo", "own"))
+    cases = read_cases(folder, "v_star", 2, ("dpo", "generator"))
     assert [CASES.index(c.kind) for c in cases] == sorted(CASES.index(c.kind) for c in cases)
     assert {CASES[0], CASES[1]} <= {c.kind for c in cases} and max(sum(c.kind == k for c in cases) for k in CASES) == 2
     for case in cases:
@@ -82,7 +82,11 @@ def test_solutions_stand_side_by_side_as_both_rank_them(folder, page):
         )
         assert case.prompt.strip() in page.text
     assert "<script>document" not in page.source and "document.title='owned'" in page.text
-    assert read_cases(folder, "v_star", 9, ("dpo", "own")) == [] == read_cases(folder, "v_star", 2, ("prm_min", "own"))
+    assert (
+        read_cases(folder, "v_star", 9, ("dpo", "generator"))
+        == []
+        == read_cases(folder, "v_star", 2, ("prm_min", "generator"))
+    )
 
 
 def test_a_run_measured_before_there_was_more_to_tell_has_its_page(folder, tmp_path):

@@ -13,7 +13,7 @@ WRONG = ("carry", "sum", "answer", "form")
 
 
 def write_v_star_run(folder, arms=("v_star", "verification"), problems=30, samples=4):
-    """Writes the run and returns its folder. "dpo" knows what is right but for every fifth problem; "own" knows half."""
+    """Writes the run and returns its folder. "dpo" knows what is right but for every fifth problem; "generator" knows half."""
     folder.mkdir(parents=True)
     task = Arithmetic(pool={2: 5}, seeds={}, eval_per_length=problems)
     config = {"method": "v_star", "name": "v_star_test", "seed": 0, "task": {"name": "arithmetic"}}
@@ -58,4 +58,10 @@ def _scores(problem, row, n):
     noise = Random(row.completion).uniform(0, 2.5 - n)
     own = row.logprob + 4 * (row.correct and problem % 2)
     dpo = knows * (3.0 if row.correct else 0.0) + noise - 5
-    return {"problem_id": row.problem_id, "sample": row.sample, "own": own, "dpo": dpo, "orm": 1 / (1 + 2.7**-dpo)}
+    return {
+        "problem_id": row.problem_id,
+        "sample": row.sample,
+        "generator": own,
+        "dpo": dpo,
+        "orm": 1 / (1 + 2.7**-dpo),
+    }

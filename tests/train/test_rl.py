@@ -155,7 +155,7 @@ def test_at_ratio_1_the_loss_is_minus_the_mean_advantage(estimator):
     s = RLSettings(estimator=estimator, group=2, kl_in="none")
     (total, weight), metrics = rl.surrogate(logprobs, MASK, VALUES, batch, s)
     assert float(total / weight) == pytest.approx(-(advantages * MASK).sum() / MASK.sum(), abs=1e-6)
-    assert float(metrics["clipped"][0]) == float(metrics["moved"][0]) == 0
+    assert float(metrics["clip_fraction"][0]) == float(metrics["approx_kl"][0]) == 0
     (total, weight), _ = rl.surrogate(logprobs, MASK, VALUES, batch, dataclasses.replace(s, mean_over="sequences"))
     means = (advantages * MASK).sum(axis=1) / MASK.sum(axis=1)
     assert float(total / weight) == pytest.approx(-means.mean(), abs=1e-6)
@@ -175,7 +175,7 @@ def test_clipping_is_the_papers_and_the_value_loss_is_clipped_likewise():
     each_v = 0.5 * np.maximum((values - returns) ** 2, (near - returns) ** 2)
     n = MASK.sum()
     assert float(total / weight) == pytest.approx(((each + 0.5 * each_v) * MASK).sum() / n, abs=1e-5)
-    assert float(metrics["clipped"][0]) == ((np.abs(rho - 1) > 0.2) * MASK).sum()
+    assert float(metrics["clip_fraction"][0]) == ((np.abs(rho - 1) > 0.2) * MASK).sum()
 
 
 # -------------------------------------------------------------------------------------------------- with a model
@@ -234,7 +234,7 @@ def test_old_equal_to_new_without_advantage_or_divergence_changes_nothing_in_the
     state, metrics = make_step(loss, tx)(create_state(params, tx, seed=0), batch, np.float32(0.1))
     assert jax.tree.all(jax.tree.map(np.array_equal, state.params["policy"], params["policy"]))
     assert not jax.tree.all(jax.tree.map(np.array_equal, state.params["value"], params["value"]))
-    assert float(metrics["moved"]) == pytest.approx(0, abs=1e-6) and float(metrics["clipped"]) == 0
+    assert float(metrics["approx_kl"]) == pytest.approx(0, abs=1e-6) and float(metrics["clip_fraction"]) == 0
     assert float(metrics["skipped"]) == 0
 
 
