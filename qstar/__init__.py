@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qstar.errors import UserError
     from qstar.methods.verifier import Verifier, score
-    from qstar.models.model import Model, load, logits, logprobs, save
+    from qstar.models.model import Model, load, save
+    from qstar.models.scoring import logits, logprobs
     from qstar.models.thought_config import ThoughtConfig
     from qstar.runs.generation import generate
     from qstar.types import Completion
@@ -30,8 +31,8 @@ _HOME = {
     "ThoughtConfig": "qstar.models.thought_config",
     "generate": "qstar.runs.generation",
     "load": "qstar.models.model",
-    "logits": "qstar.models.model",
-    "logprobs": "qstar.models.model",
+    "logits": "qstar.models.scoring",
+    "logprobs": "qstar.models.scoring",
     "save": "qstar.models.model",
     "score": "qstar.methods.verifier",
 }

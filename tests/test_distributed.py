@@ -106,7 +106,7 @@ def test_two_processes_say_what_one_says(tmp_path):
 
     import qstar
     from qstar.models import decoder, encdec
-    from qstar.models.encdec_config import EncDecConfig
+    from qstar.models.encdec import EncDecConfig
     from qstar.models.model import Model
 
     config = EncDecConfig(

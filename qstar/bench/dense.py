@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qstar.models import decoder, mixing
+from qstar.models import decoder, heads
 from qstar.models.config import ModelConfig
 from qstar.thoughts import forward, layout
 from qstar.thoughts import loss as thought_loss
@@ -40,7 +40,7 @@ def paths(
     S, T, E = t.thought_tokens, t.talk_tokens, config.hidden_size
     rows = jax.tree.map(lambda x: jnp.repeat(x, P, axis=0), batch)
     table = params["embed"]["table"]
-    start, end = (mixing.vector(params, config, name) for name in ("start", "end"))
+    start, end = (heads.thought_vector(params, config, name) for name in ("start", "end"))
     ahead = jax.vmap(lambda row: jax.vmap(lambda j: layout.future(row, config, j, T - 1))(jnp.arange(N)))(rows)
     seen = jax.vmap(partial(layout.causal_mask, config=config))(rows)  # [R, N, N]
     x, pairs, states, thoughts = table[rows.tokens], None, [], []

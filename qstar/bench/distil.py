@@ -22,7 +22,7 @@ from qstar.bench.sides import SIDES, Sides
 from qstar.methods import distillation
 from qstar.methods.distillation import DistilTrain, Pair
 from qstar.models.config import preset
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import save
 from qstar.models.scoring import AnyConfig
 from qstar.train.distil import DistilSettings

@@ -23,7 +23,8 @@ from qstar.bench.common import (
 )
 from qstar.bench.sides import Sides, Turns
 from qstar.models.config import ModelConfig, preset
-from qstar.models.model import Model, logits, save
+from qstar.models.model import Model, save
+from qstar.models.scoring import logits
 from qstar.sample.batching import generate
 
 PROMPT, NEW = 16, 64

@@ -22,7 +22,7 @@ from qstar.bench.common import matmul_rate, median, paired_ratio, random_model, 
 from qstar.bench.sides import Sides
 from qstar.methods import reinforce
 from qstar.models.config import preset
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import save
 from qstar.models.scoring import AnyConfig
 from qstar.sample.batching import generate

@@ -16,7 +16,7 @@ from qstar.methods.distillation import Pair
 from qstar.methods.guided_eval import choices
 from qstar.methods.guided_rewards import METRICS, RewardSettings, rationale_scores, task_score
 from qstar.methods.reinforce import RewardOutput
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, encoder_ids, load
 from qstar.sample.batching import generate
 from qstar.sample.vote import majority

@@ -20,7 +20,8 @@ from qstar.methods.distillation import Pair
 from qstar.methods.reinforce import RewardOutput
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, preset
-from qstar.models.model import Model, logits
+from qstar.models.model import Model
+from qstar.models.scoring import logits
 from qstar.runs.folder import stable_seed
 from qstar.runs.stages import Stage, train_stage
 from qstar.runs.supervised import TrainSettings, sft_step

@@ -14,7 +14,7 @@ import numpy as np
 from qstar.errors import TrainingFailed, require
 from qstar.mesh import to_host
 from qstar.methods.quiet_data import QuietContext
-from qstar.models import mixing
+from qstar.models import heads
 from qstar.models.model import Model
 from qstar.runs.folder import stable_seed
 from qstar.runs.gates import check_gates
@@ -96,7 +96,7 @@ def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[
         "worked_accuracy": float(w_hit[answer].mean()),
         "step_nll": float(w_nll[step].mean()),
     }
-    params = mixing.attach(model.params, config, jax.random.key(0), ctx.start_id)
+    params = heads.attach_thoughts(model.params, config, jax.random.key(0), ctx.start_id)
     for name, temperature in (("right", 1.0), ("right_greedy", 0.0)):
         scores = measure.score(params, config, batch, jax.random.key(stable_seed("gates")), temperature=temperature)
         share = holds_steps(to_host(scores.thoughts), rows.expected[:, :-1])

@@ -27,7 +27,8 @@ from qstar.mesh import put_global_batch, to_host
 from qstar.models import decoder
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
-from qstar.models.model import MIN_LENGTH, Model
+from qstar.models.model import Model
+from qstar.models.scoring import MIN_LENGTH
 from qstar.models.thought_config import ThoughtConfig
 from qstar.runs.evaluate import votes
 from qstar.runs.generation import generate

@@ -29,10 +29,9 @@ from qstar.errors import TrainingFailed, UserError, require
 from qstar.methods import quiet_base
 from qstar.methods.quiet_data import QuietContext
 from qstar.methods.quiet_measure import Watch, measure, measure_difficulty
-from qstar.models import mixing
+from qstar.models import heads
 from qstar.models.config import ModelConfig
-from qstar.models.model import Model
-from qstar.models.scoring import check_vocabulary
+from qstar.models.model import Model, check_vocabulary
 from qstar.runs import base_model
 from qstar.runs.folder import check_run, open_run, stable_seed
 from qstar.runs.stages import Stage, UpdateSettings, train_stage
@@ -196,7 +195,9 @@ def thinking(ctx: QuietContext, recipe: QuietConfig, model: Model) -> Model:
         params = {k: v for k, v in model.params.items() if recipe.thinker != "none" or k not in ("thoughts", "mixing")}
         return model.replace(config=config, params=params)
     key = jax.random.key(stable_seed(ctx.seed, "mixing"))
-    params = jax.jit(functools.partial(mixing.attach, config=config, start_id=ctx.start_id))(model.params, key=key)
+    params = jax.jit(functools.partial(heads.attach_thoughts, config=config, start_id=ctx.start_id))(
+        model.params, key=key
+    )
     return model.replace(config=config, params=params)
 
 

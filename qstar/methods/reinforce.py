@@ -31,7 +31,7 @@ from qstar.mesh import put_global_batch, to_host
 from qstar.methods.distillation import only_updates
 from qstar.models import heads, scoring
 from qstar.models.decoder import PARAM_AXES
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, encoder_ids
 from qstar.runs.folder import data_hash, stable_seed
 from qstar.runs.stages import MACHINE, UpdateSettings, train_once

@@ -25,8 +25,9 @@ from qstar.data.loader import batches
 from qstar.errors import UserError, require, unknown
 from qstar.methods.buffers import Solution
 from qstar.methods.preference_data import Pair, graded_arrays, pair_arrays, step_ends, step_targets
-from qstar.models.heads import add_value_head, values
-from qstar.models.model import Model, load, logprobs
+from qstar.models.heads import add_value_head
+from qstar.models.model import Model, load
+from qstar.models.scoring import logprobs, values
 from qstar.runs.folder import cached_jsonl, data_hash
 from qstar.runs.rollouts import to_example
 from qstar.runs.stages import Stage, UpdateSettings, train_stage

@@ -136,7 +136,7 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     Raises:
       UserError: unknown name.
     """
-    table = {"tiny": _tiny, "llama_20m": _llama_20m, "gptj_6b": _gptj_6b}
+    table = {"tiny": _tiny, "llama_20m": _llama_20m}
     if name not in table:
         raise unknown(f"model preset {name!r}", name, table)
     for key in SIZES:
@@ -177,33 +177,5 @@ def _llama_20m(**changes: Any) -> ModelConfig:
         intermediate_size=1376,
         tie_embeddings=False,
         scan_unroll=6,
-    )
-    return base.replace(**changes)
-
-
-def _gptj_6b(**changes: Any) -> ModelConfig:
-    base = ModelConfig(
-        family="gptj",
-        vocab_size=50400,
-        hidden_size=4096,
-        num_layers=28,
-        num_heads=16,
-        num_kv_heads=16,
-        head_dim=256,
-        intermediate_size=16384,
-        max_positions=2048,
-        norm="layer",
-        activation="gelu_tanh",
-        gated_mlp=False,
-        parallel_block=True,
-        mlp_bias=True,
-        head_bias=True,
-        rotary_dim=64,
-        rope_interleaved=True,
-        tie_embeddings=False,
-        bos_id=50256,
-        eos_id=50256,
-        dtype="bfloat16",
-        remat="block",
     )
     return base.replace(**changes)

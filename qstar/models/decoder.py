@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from qstar.mesh import all_gather_params, drop_constraints, replicate, use_fsdp_gather
-from qstar.models import mixing
+from qstar.models import heads
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
 from qstar.models.flash import KernelMask
@@ -75,15 +75,15 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
     if c.position == "learned":
         params["positions"] = {"table": c.init_std * jax.random.normal(keys[2], (c.max_positions, c.hidden_size))}
     if c.relative_bias:
-        heads = jnp.arange(c.num_heads - 1)
+        head = jnp.arange(c.num_heads - 1)
         table = params["layers"]["relative"]["table"]
-        params["layers"]["relative"]["table"] = table.at[0, heads, heads].set(c.local_init)
+        params["layers"]["relative"]["table"] = table.at[0, head, head].set(c.local_init)
     if not c.tie_embeddings:
         params["head"] = {"kernel": c.init_std * jax.random.normal(keys[3], (c.hidden_size, c.vocab_size))}
     if c.head_bias:  # GPT-J keeps its bias where the kernel is tied, too
         params.setdefault("head", {})["bias"] = jnp.zeros((c.vocab_size,))
     if c.thoughts is not None:
-        params.update(mixing.init(c, jax.random.fold_in(key, 1)))
+        params.update(heads.init_thoughts(c, jax.random.fold_in(key, 1)))
     if c.value_head:
         params["value"] = {"kernel": jnp.zeros((c.hidden_size, 1)), "bias": jnp.zeros((1,))}
     return jax.tree.map(lambda p: p.astype(dtype), params)

@@ -14,6 +14,7 @@ of RL must be the same twice.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -24,12 +25,96 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qstar.errors import require
 from qstar.mesh import all_gather_params, drop_constraints, replicate, use_fsdp_gather
 from qstar.models.attention import attend, write_column
 from qstar.models.decoder import PARAM_AXES
-from qstar.models.encdec_config import EncDecConfig
 from qstar.models.layers import ACTIVATIONS, Linear, Norm
 from qstar.types import Params, RingKVCache, Segment
+
+DTYPES = ("float32", "bfloat16")
+T5_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
+# Rows of the embedding -> ids that have a text: the rest pads the table to a round size.
+SENTINEL_VOCAB = {32128: 32100, 250112: 250100}
+CLASSES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_decoder_layers",
+    "num_heads",
+    "head_dim",
+    "intermediate_size",
+    "buckets",
+    "max_distance",
+    "scan_unroll",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncDecConfig:
+    """What an encoder-decoder is (the first block) and how it is run here (the second). Hashable: static under `jit`."""
+
+    family: str = "t5"  # "mt5" is v1.1 with other words; in "umt5" every layer has relative positions of its own
+    vocab_size: int = 32128
+    hidden_size: int = 512
+    num_layers: int = 8  # of the encoder
+    num_decoder_layers: int = 8
+    num_heads: int = 6
+    head_dim: int = 64  # heads * head_dim need not be the width: 384 in FLAN-T5 small
+    intermediate_size: int = 1024
+    buckets: int = 32  # of relative positions
+    max_distance: int = 128  # beyond it all positions share a bucket
+    norm_eps: float = 1e-6
+    activation: str = "gelu_tanh"
+    gated_mlp: bool = True  # v1.1 and FLAN; the first T5 has a plain ReLU
+    tie_embeddings: bool = False
+    scale_outputs: bool = False  # decoder outputs times 1 / sqrt(width) before the head: the first T5 only
+    start_id: int = 0  # what decoding begins with: the id of padding, so masks come from lengths and never from ids
+    eos_id: int | None = 1  # after every text that the encoder reads
+    also_eos: tuple[int, ...] = ()  # further ids that end a response
+    bos_id: int | None = None
+    max_positions: int = 16_384  # T5 has no limit of its own; this one keeps a mistake from filling the memory
+
+    dtype: str = "float32"  # of the computation; parameters keep their own dtype
+    remat: str = "none"  # "none" | "block" | "dots"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in SIZES}
+        kinds = tuple(T5_ACTIVATIONS.values())
+        half = "float16 overflows in T5's MLP (65,504); use bfloat16"
+        require(
+            *(
+                (isinstance(v, int) and v >= 1, f"model config: {n}={v!r} must be a whole number of at least 1")
+                for n, v in sizes.items()
+            ),
+            (self.family in CLASSES, f"model config: family={self.family!r} is not one of {', '.join(CLASSES)}"),
+            (self.activation in kinds, f"model config: activation={self.activation!r} is not one of {', '.join(kinds)}"),
+            (self.remat in ("none", "block", "dots"), f"model config: remat={self.remat!r} is not one of none, block, dots"),
+            (self.dtype != "float16", f"model config: dtype='float16': {half}"),
+            (self.dtype in DTYPES, f"model config: dtype={self.dtype!r} is not one of {', '.join(DTYPES)}"),
+            (self.buckets % 4 == 0, f"model config: buckets={self.buckets} must be a multiple of 4"),
+            (self.max_distance > self.buckets // 2, f"model config: max_distance={self.max_distance} is too near"),
+        )  # fmt: skip
+
+    def replace(self, **changes: Any) -> EncDecConfig:
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    thoughts = None  # it does not think before it speaks: that is for decoders
+    value_head = ""  # nor is one trained as a verifier
+    sliding_window = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Every query head has its own keys."""
+        return self.num_heads
+
+    @property
+    def text_ids(self) -> int:
+        """Ids from here on have no text (32,100 of the published models' 32,128) and are never drawn."""
+        return SENTINEL_VOCAB.get(self.vocab_size, self.vocab_size)
 
 
 class Block(nn.Module):

@@ -29,7 +29,7 @@ from qstar.errors import QstarWarning, UserError
 from qstar.mesh import shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.fields import Ids
 from qstar.models.hf_config import to_hf
 from qstar.models.hf_names import (

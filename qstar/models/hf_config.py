@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 from qstar.errors import UserError, require
-from qstar.models import encdec_config, fields, rope
+from qstar.models import fields, rope
 from qstar.models.config import ModelConfig
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import CLASSES, T5_ACTIVATIONS, EncDecConfig
 from qstar.models.fields import Flag, Ids, Text
 from qstar.models.thought_config import ThoughtConfig
 
@@ -35,6 +35,19 @@ _GPT_ALLOWS: dict[str, fields.Field] = {
     "activation_function": Text(),
     **_SHARED,
 }
+_T5_NEEDS = {
+    **dict.fromkeys(("vocab_size", "d_model", "num_heads", "d_kv", "d_ff"), fields.WIDTH),
+    "num_layers": fields.DEPTH,
+}
+_T5_ALLOWS: dict[str, fields.Field] = {
+    "num_decoder_layers": fields.DEPTH,
+    **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), fields.WIDTH),
+    "layer_norm_epsilon": fields.EPSILON,
+    "feed_forward_proj": fields.Text(),
+    **dict.fromkeys(("tie_word_embeddings", "scale_decoder_outputs", "qstar_tied"), fields.Flag()),
+    **dict.fromkeys(("decoder_start_token_id", "pad_token_id"), fields.ID),
+    "eos_token_id": fields.Ids(),
+}
 
 
 def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig | EncDecConfig:
@@ -49,7 +62,7 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig |
         "gpt2": _from_gpt2,
         "gptj": _from_gptj,
         **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _from_llama),
-        **dict.fromkeys(("t5", "mt5", "umt5"), encdec_config.from_hf),
+        **dict.fromkeys(("t5", "mt5", "umt5"), _from_t5),
     }
     for key in ("quantization_config", "compression_config"):
         if found := config.get(key):
@@ -223,7 +236,7 @@ def to_hf(config: ModelConfig | EncDecConfig) -> dict[str, Any]:
     the same; where there is none, only qstar loads it.
     """
     if isinstance(config, EncDecConfig):
-        return encdec_config.to_hf(config)
+        return _to_t5(config)
     out = _to_hf(config)
     if config.value_head:
         out["qstar_value_head"] = config.value_head
@@ -290,3 +303,86 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
             use_sliding_window=c.sliding_window is not None, sliding_window=c.sliding_window, max_window_layers=0
         )
     return out
+
+
+def _from_t5(c: dict[str, Any], where: str) -> EncDecConfig:
+    """Reads the config.json of a T5.
+
+    What `tie_word_embeddings` says of the head is not to be trusted: transformers 5 writes true for every T5. Whoever
+    reads the weights compares the tensors (`models.hf.settle_head`). Of the scaling it tells the truth in files of older
+    versions; newer ones have `scale_decoder_outputs`.
+
+    Raises:
+      UserError: an activation that is not implemented. KeyError: a key is missing (the caller names the file).
+    """
+    fields.check(c, where, _T5_NEEDS, _T5_ALLOWS)
+    family = c["model_type"]
+    kind = c.get("feed_forward_proj") or ("relu" if family == "t5" else "gated-gelu")
+    gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
+    name = "gelu_new" if kind == "gated-gelu" else name  # as transformers does: the tanh approximation
+    if name not in T5_ACTIVATIONS:
+        raise UserError(f"{where}: feed_forward_proj {kind!r} is not supported; only {', '.join(T5_ACTIVATIONS)}")
+    tied = c.get("tie_word_embeddings", True) is not False
+    start = c.get("decoder_start_token_id")
+    eos = c.get("eos_token_id", 1)
+    eos, *more = eos if isinstance(eos, list) and eos else [eos]
+    return EncDecConfig(
+        family=family,
+        vocab_size=c["vocab_size"],
+        hidden_size=c["d_model"],
+        num_layers=c["num_layers"],
+        num_decoder_layers=c.get("num_decoder_layers") or c["num_layers"],
+        num_heads=c["num_heads"],
+        head_dim=c["d_kv"],
+        intermediate_size=c["d_ff"],
+        buckets=c.get("relative_attention_num_buckets", 32),
+        max_distance=c.get("relative_attention_max_distance", 128),
+        norm_eps=c.get("layer_norm_epsilon", 1e-6),
+        activation=T5_ACTIVATIONS[name],
+        gated_mlp=gated,
+        tie_embeddings=bool(c.get("qstar_tied", tied)),
+        scale_outputs=family != "mt5" and bool(c.get("scale_decoder_outputs", tied)),  # mT5 never does
+        start_id=c.get("pad_token_id", 0) if start is None else start,
+        eos_id=eos,
+        also_eos=tuple(more),
+    )
+
+
+def _to_t5(c: EncDecConfig) -> dict[str, Any]:
+    """Writes a config.json that `from_hf` and transformers read back.
+
+    `tie_word_embeddings` holds what transformers derives from it, the scaling; whether the head is tied it sees from the
+    weights, as we do.
+
+    Raises:
+      UserError: an activation that the file cannot express.
+    """
+    name = {v: k for k, v in T5_ACTIVATIONS.items()}[c.activation]
+    if c.gated_mlp and name == "gelu":
+        raise UserError(
+            "model config: a gated MLP with exact GELU cannot be written as a T5: it reads back as gelu_tanh"
+        )
+    kind = ("gated-gelu" if name == "gelu_new" else f"gated-{name}") if c.gated_mlp else name
+    return {
+        "architectures": [CLASSES[c.family] + "ForConditionalGeneration"],
+        "model_type": c.family,
+        "is_encoder_decoder": True,
+        "vocab_size": c.vocab_size,
+        "d_model": c.hidden_size,
+        "d_kv": c.head_dim,
+        "d_ff": c.intermediate_size,
+        "num_layers": c.num_layers,
+        "num_decoder_layers": c.num_decoder_layers,
+        "num_heads": c.num_heads,
+        "relative_attention_num_buckets": c.buckets,
+        "relative_attention_max_distance": c.max_distance,
+        "layer_norm_epsilon": c.norm_eps,
+        "feed_forward_proj": kind,
+        "tie_word_embeddings": c.scale_outputs,
+        "scale_decoder_outputs": c.scale_outputs,
+        "qstar_tied": c.tie_embeddings,
+        "decoder_start_token_id": c.start_id,
+        "pad_token_id": c.start_id,
+        "eos_token_id": [c.eos_id, *c.also_eos] if c.also_eos else c.eos_id,
+        "torch_dtype": c.dtype,
+    }

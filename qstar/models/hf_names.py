@@ -15,9 +15,9 @@ import jax
 
 from qstar import tree
 from qstar.errors import UserError
-from qstar.models import scoring
+from qstar.models import decoder, encdec
 from qstar.models.config import ModelConfig
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.types import Params
 
 
@@ -146,7 +146,8 @@ BUFFERS = re.compile(
 
 def abstract_params(config: ModelConfig | EncDecConfig) -> Params:
     """Returns the tree of shapes of a config's parameters (ShapeDtypeStruct leaves, nothing is computed)."""
-    return jax.eval_shape(functools.partial(scoring.init, config), jax.random.key(0))
+    family = encdec if isinstance(config, EncDecConfig) else decoder
+    return jax.eval_shape(functools.partial(family.init, config), jax.random.key(0))
 
 
 def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, ...]]]:

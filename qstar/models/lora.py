@@ -29,7 +29,7 @@ from qstar import tree
 from qstar.errors import UserError, require
 from qstar.models import fields
 from qstar.models.config import ModelConfig
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.hf import write_json
 from qstar.models.hf_names import NAMES, Row, abstract_params
 from qstar.models.layers import with_adapters

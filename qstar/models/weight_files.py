@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from qstar.errors import UserError
 from qstar.files import parse_json, read
 from qstar.models.config import ModelConfig
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.hf_names import BUFFERS, Row, embedding_names, file_names, file_shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

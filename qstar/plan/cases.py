@@ -23,8 +23,7 @@ from qstar.methods import star
 from qstar.methods.quiet_star import QuietConfig, update
 from qstar.methods.v_star import PRESETS, VStarConfig
 from qstar.methods.verifier import VerifierSettings, dpo_step, value_step
-from qstar.models import mixing
-from qstar.models import model as models
+from qstar.models import heads
 from qstar.models.config import SIZES, ModelConfig, preset
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.hf import read_config
@@ -32,6 +31,7 @@ from qstar.models.hf_config import from_hf
 from qstar.models.hf_names import abstract_params
 from qstar.models.model import Model
 from qstar.models.presets import published
+from qstar.models.scoring import CHUNK_TOKENS, next_logprobs
 from qstar.models.thought_config import ThoughtConfig
 from qstar.plan import flops
 from qstar.plan.program import Program, local_bytes
@@ -284,11 +284,11 @@ def sampling(
 
 def scoring(case: Case, model: Model, length: int) -> Program:
     """Log-probabilities of completions, as `model.logprobs` computes them: reference values of DPO, selection."""
-    rows = max(1, models.CHUNK_TOKENS // length)
+    rows = max(1, CHUNK_TOKENS // length)
     ids = case.spec((rows, length), jnp.int32, split=True)
     return Program(
         f"scoring: {rows} rows of {length} tokens",
-        lambda: models._next_logprobs.lower(model.params, model.config, ids, ids),
+        lambda: next_logprobs.lower(model.params, model.config, ids, ids),
         {"parameters": model.params},
         {},
         *flops.forward(model.config, rows, length, predicted=rows * length),
@@ -380,7 +380,7 @@ def _quiet_star(case: Case) -> Iterator[Program]:
 def _thinking(case, name, model, recipe, thoughts, settings, length) -> Iterator[Program]:
     config = model.config.replace(thoughts=thoughts)
     thinks = recipe.thinker != "none"
-    attach = lambda p, k: mixing.attach(p, config, k, 0)  # noqa: E731
+    attach = lambda p, k: heads.attach_thoughts(p, config, k, 0)  # noqa: E731
     params = case.like(attach, model.params, jax.random.key(0)) if thinks else model.params
     start = model.replace(config=config, params=params)
     tx = optimizer_for(settings.optimiser(), f"^policy/.*({recipe.trains})")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.train.flops import count, seen
 
 Needed = tuple[float, str]

@@ -16,7 +16,7 @@ from qstar.methods.guided_hotpotqa import MultiHopSettings
 from qstar.methods.reinforce import ReinforceSettings
 from qstar.models import heads, scoring
 from qstar.models.decoder import PARAM_AXES
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.plan import flops
 from qstar.plan.cases import Case, abstract_model, sampling, train_program, trained

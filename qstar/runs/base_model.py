@@ -25,7 +25,7 @@ from qstar.runs.settings import check_keys
 from qstar.runs.supervised import fine_tune
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, preset
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.hf import read_config
 from qstar.models.hf_config import from_hf
 from qstar.models.model import Model, load

@@ -12,7 +12,7 @@ from qstar.errors import QstarWarning, UserError, require
 from qstar.runs.context import RunContext
 from qstar.runs.supervised import TrainSettings, check_trainable
 from qstar.runs.stages import UpdateSettings
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example

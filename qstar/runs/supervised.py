@@ -15,7 +15,7 @@ from qstar.errors import UserError, bounded, require
 from qstar.runs.folder import data_hash
 from qstar.runs.stages import Stage, UpdateSettings, train_stage
 from qstar.models import scoring
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.sample.batching import padded_length
 from qstar.text.packing import Example, pack

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from qstar import tree
 from qstar.errors import UserError, require
 from qstar.mesh import SAMPLING, Rules, to_host
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.int8 import KINDS, quantise_jit
 from qstar.models.model import Model
 from qstar.sample import sampler as S

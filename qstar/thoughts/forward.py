@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qstar.mesh import map_rows, use_fsdp_gather
-from qstar.models import decoder, mixing
+from qstar.models import decoder, heads
 from qstar.models.attention import text_mask
 from qstar.models.config import ModelConfig
 from qstar.thoughts import layout
@@ -120,7 +120,7 @@ def feed(
 ) -> jax.Array:
     """Returns what a thread is fed, [start, c_1 .. c_S, end, x[j+1] .. x[j+T-1]], as rows [n, E], given c [S]."""
     S, T = config.thoughts.thought_tokens, config.thoughts.talk_tokens
-    start, end = (mixing.vector(params, config, name)[None] for name in ("start", "end"))
+    start, end = (heads.thought_vector(params, config, name)[None] for name in ("start", "end"))
     rows = params["embed"]["table"][jnp.concatenate([thought, layout.future(row, config, j, T - 1)])]
     return jnp.concatenate([start, rows[:S], end, rows[S:]])
 
@@ -136,7 +136,7 @@ def step(
     thought_kv: KVCache,
 ) -> tuple[jax.Array, KVCache]:
     """Feeds token i of a thread, from 0 (the start vector, then the drawn tokens): its state [E], keys and values."""
-    x = jnp.where(i == 0, mixing.vector(params, config, "start"), params["embed"]["table"][token])
+    x = jnp.where(i == 0, heads.thought_vector(params, config, "start"), params["embed"]["table"][token])
     hidden, new = run_thread(params, config, row, text.pairs, j, x[None], i + 1, thought_kv)
     return hidden[0], new
 
@@ -153,7 +153,7 @@ def talk(
     """Feeds what follows the last draw in one pass, [c_S, end, x[j+1] ..], and returns the states [T + 1, E]."""
     S, T = config.thoughts.thought_tokens, config.thoughts.talk_tokens
     rows = params["embed"]["table"][jnp.append(token[None], layout.future(row, config, j, T - 1))]
-    x = jnp.concatenate([rows[:1], mixing.vector(params, config, "end")[None], rows[1:]])
+    x = jnp.concatenate([rows[:1], heads.thought_vector(params, config, "end")[None], rows[1:]])
     return run_thread(params, config, row, text.pairs, j, x, S + 1, thought_kv)[0]
 
 

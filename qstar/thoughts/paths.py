@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qstar.models import mixing
+from qstar.models import heads
 from qstar.models.config import ModelConfig
 from qstar.thoughts import chunked_replay
 from qstar.thoughts.forward import PrefixCache, SampleFn, feed, rollout_and_talk, vmap_thoughts
@@ -25,7 +25,7 @@ def mix(
     """
     N = row.tokens.shape[0]
     base = text.hidden[(j + jnp.arange(states.shape[0])) % N]
-    return mixing.mix(params, config, base, states)
+    return heads.mix(params, config, base, states)
 
 
 class ThoughtStates(NamedTuple):

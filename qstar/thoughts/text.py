@@ -63,7 +63,12 @@ def generate(
         (isinstance(t, ThoughtConfig), "thoughts=True needs a model whose config has thoughts; pass a ThoughtConfig")
     )
     missing = sorted({"thoughts", "mixing"} - model.params.keys())
-    require((not missing, f"the model has no parameters {' and '.join(missing)}; add them with models.mixing.attach"))
+    require(
+        (
+            not missing,
+            f"the model has no parameters {' and '.join(missing)}; add them with models.heads.attach_thoughts",
+        )
+    )
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     batching._check_knobs(max_new_tokens, temperature, top_k, top_p, n, stop)
     if stop and model.tokenizer is None:

@@ -16,7 +16,7 @@ from qstar.mesh import constrain, count_batch_shards, map_rows
 from qstar.models import decoder, scoring
 from qstar.models.attention import causal_mask, precision
 from qstar.models.config import ModelConfig
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.types import Batch, Metrics, Params, Responses
 
 CHUNK_BYTES = (

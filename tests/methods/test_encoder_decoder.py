@@ -18,7 +18,7 @@ from qstar.errors import UserError
 from qstar.mesh import make_mesh
 from qstar.methods import quiet_star, star, v_star
 from qstar.models import scoring
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import encoder_ids
 from qstar.plan import cases
 from qstar.runs.rollouts import to_example

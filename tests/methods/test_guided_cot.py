@@ -18,7 +18,7 @@ from qstar.methods import guided_cot as G
 from qstar.methods.answerer import FunctionAnswerer
 from qstar.methods.guided_hotpotqa import MultiHop, MultiHopSettings
 from qstar.models import scoring
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.tasks import make_task
 from qstar.text.tokenizer import load_tokenizer
 from qstar.train import metrics

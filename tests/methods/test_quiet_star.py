@@ -12,7 +12,7 @@ from qstar.data.corpus import TextCorpus, full_rows
 from qstar.errors import UserError
 from qstar.methods import quiet_base, quiet_data, quiet_measure, quiet_star
 from qstar.methods.quiet_star import QuietConfig
-from qstar.models import decoder, mixing
+from qstar.models import decoder, heads
 from qstar.models.config import preset
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
@@ -64,7 +64,7 @@ replayed = jax.jit(replay.replay, static_argnums=1)
 
 def model_params(seed=0):
     params = decoder.init(CONFIG, jax.random.key(seed))
-    params = mixing.attach(params, CONFIG, jax.random.key(1), 21)
+    params = heads.attach_thoughts(params, CONFIG, jax.random.key(1), 21)
     params["mixing"]["out"]["kernel"] += 0.3  # so that thoughts matter
     return params
 

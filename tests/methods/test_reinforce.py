@@ -18,7 +18,7 @@ from qstar.errors import UserError
 from qstar.methods import reinforce as R
 from qstar.models import scoring
 from qstar.models.config import preset
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.train.metrics import Writer, read
 from qstar.train.rl import RLSettings

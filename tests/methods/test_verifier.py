@@ -10,8 +10,9 @@ from qstar.errors import UserError
 from qstar.methods.verifier import Verifier, VerifierSettings
 from qstar.models import decoder
 from qstar.models.config import preset
-from qstar.models.heads import add_value_head, values
+from qstar.models.heads import add_value_head
 from qstar.models.model import Model
+from qstar.models.scoring import values
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD, Arithmetic
 from qstar.text.tokenizer import char_tokenizer
 

@@ -12,6 +12,7 @@ from qstar.models import decoder
 from qstar.models.attention import attend, text_mask
 from qstar.models.config import ModelConfig, preset
 from qstar.models.layers import project
+from qstar.models.presets import published
 from qstar.types import Segment
 
 GQA = ModelConfig(
@@ -286,7 +287,7 @@ def test_initial_parameters():
 
 
 def test_matmul_params_counts_what_is_multiplied_per_token():
-    for config in (GQA, LEARNED, preset("llama_20m"), preset("gptj_6b")):
+    for config in (GQA, LEARNED, preset("llama_20m"), published("gpt-j-6b")[0]):
         shapes = tree.named_leaves(jax.eval_shape(lambda c=config: decoder.init(c, jax.random.key(0))))
         kernels = sum(x.size for n, x in shapes if n.endswith("kernel"))
         tied = config.vocab_size * config.hidden_size if config.tie_embeddings else 0

@@ -19,8 +19,10 @@ import qstar
 from qstar import tree
 from qstar.errors import UserError
 from qstar.models import encdec, scoring
-from qstar.models.encdec_config import EncDecConfig, flan_t5, from_hf, to_hf
+from qstar.models.encdec import EncDecConfig
 from qstar.models.hf import SINGLE
+from qstar.models.hf_config import from_hf, to_hf
+from qstar.models.presets import published
 
 V = 50
 SIZES = dict(
@@ -205,7 +207,7 @@ def test_the_embedding_may_be_kept_under_the_name_of_one_of_the_stacks(pair, kep
 
 def test_flan_shapes_have_the_published_numbers_of_parameters():
     for size, millions in {"small": 76.96, "base": 247.58, "large": 783.15, "xl": 2849.8, "xxl": 11135.3}.items():
-        config = flan_t5(size)
+        config = published(f"flan-t5-{size}")[0]
         count = tree.size(jax.eval_shape(functools.partial(scoring.init, config), jax.random.key(0)))
         assert abs(count / 1e6 - millions) < 0.1, size
         assert from_hf(to_hf(config), "here") == config

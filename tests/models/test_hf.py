@@ -25,6 +25,7 @@ from qstar.models import decoder, hf
 from qstar.models.config import ModelConfig, preset
 from qstar.models.hf_config import from_hf, to_hf
 from qstar.models.model import Model
+from qstar.models.presets import published
 from tests.models.oracle import CASES, random_tokens, torch_logits, torch_model
 
 TOKENS = random_tokens(2, 24)
@@ -358,7 +359,7 @@ def test_numbers_of_known_models_are_read():
     assert dict(c.rope_scaling)["factor"] == 8.0 and not c.tie_embeddings
     c = from_hf(GPTJ)
     assert (c.head_dim, c.rotary_dim, c.rope_interleaved, c.parallel_block, c.head_bias) == (256, 64, True, True, True)
-    assert c.replace(dtype="bfloat16", remat="block") == preset("gptj_6b")
+    assert c == published("gpt-j-6b")[0]
     c = from_hf(GPT2)
     assert (c.position, c.norm, c.activation, c.intermediate_size, c.tie_embeddings) == (
         "learned",

@@ -11,7 +11,8 @@ from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.int8 import quantise
 from qstar.models.layers import Linear
-from qstar.models.model import Model, logits
+from qstar.models.model import Model
+from qstar.models.scoring import logits
 
 CONFIG = ModelConfig(vocab_size=40, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8,
                      intermediate_size=48, init_std=0.15, qkv_bias=True)  # fmt: skip

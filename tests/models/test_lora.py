@@ -15,7 +15,7 @@ from qstar import tree
 from qstar.errors import UserError
 from qstar.models import decoder, lora
 from qstar.models.config import ModelConfig
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.runs.supervised import TrainSettings, check_trainable, fine_tune
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD

@@ -16,7 +16,7 @@ import transformers
 import qstar
 from qstar.errors import UserError
 from qstar.models import decoder
-from qstar.models import model as M
+from qstar.models import scoring as M
 from qstar.models.config import preset
 from tests.models.oracle import V, random_tokens, torch_logits, torch_model
 
@@ -100,14 +100,14 @@ def test_logprobs_in_small_blocks_and_chunks_are_the_same(stories, monkeypatch):
     expected = qstar.logprobs(stories.model, prompts, completions)
     monkeypatch.setattr(M, "CHUNK_LOGITS", 4 * 512)
     monkeypatch.setattr(M, "CHUNK_TOKENS", 32)  # two rows of the shortest bucket
-    M._next_logprobs.clear_cache()
+    M.next_logprobs.clear_cache()
     shapes = []
     unembed = decoder.unembed
     monkeypatch.setattr(decoder, "unembed", lambda p, c, h: shapes.append(h.shape[:-1]) or unembed(p, c, h))
     for a, b in zip(qstar.logprobs(stories.model, prompts, completions), expected):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert set(shapes) == {(2, 2), (1, 4)}  # at most 4 positions' logits at once
-    M._next_logprobs.clear_cache()
+    M.next_logprobs.clear_cache()
 
 
 def test_text_is_scored_like_its_tokens(stories):
@@ -126,16 +126,16 @@ def test_repeated_calls_do_not_recompile(stories):
     tokens = random_tokens(2, 9)
     qstar.logits(stories.model, tokens)
     qstar.logprobs(stories.model, [[1, 2]] * 3, [[3, 4]] * 3)
-    before = M._logits._cache_size(), M._next_logprobs._cache_size()
+    before = M._logits._cache_size(), M.next_logprobs._cache_size()
     for n in (3, 4):  # rows are filled up to a power of two, lengths to a bucket
         qstar.logits(stories.model, tokens + n)
         qstar.logprobs(stories.model, [[1, 2, 3]] * n, [[3, 4, n]] * n)
-    assert (M._logits._cache_size(), M._next_logprobs._cache_size()) == before
+    assert (M._logits._cache_size(), M.next_logprobs._cache_size()) == before
 
 
 def test_float32_means_float32_on_every_device(pair):
     """Without an explicit precision a TPU multiplies in bfloat16 and a GPU in TF32, which a CPU test cannot see."""
-    for score in (M._logits, M._next_logprobs):
+    for score in (M._logits, M.next_logprobs):
         tokens = jnp.zeros((2, 16), jnp.int32)
         text = score.lower(pair.model.params, pair.model.config, tokens, tokens).as_text()
         products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]

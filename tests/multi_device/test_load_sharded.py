@@ -12,7 +12,7 @@ import qstar
 from qstar import tree
 from qstar.mesh import Rules, make_mesh, parameter_table, shardings
 from qstar.models import decoder, hf
-from qstar.models.config import preset
+from qstar.models.presets import published
 from tests.models.oracle import CASES, random_tokens, torch_logits, torch_model
 
 MESHES = ["fsdp=4,tensor=2", "data=2,tensor=4", "fsdp=8", "tensor=8"]
@@ -77,7 +77,7 @@ def test_a_sharded_model_is_exported_like_a_whole_one(folders, tmp_path):
 
 def test_gptj_6b_spreads_evenly_over_a_mesh_without_being_made():
     """A 6B model over 8 devices: every matrix split, no axis of any parameter split twice."""
-    config, mesh = preset("gptj_6b"), make_mesh("fsdp=4,tensor=2")
+    config, mesh = published("gpt-j-6b")[0], make_mesh("fsdp=4,tensor=2")
     shapes = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
     where = shardings(shapes, decoder.PARAM_AXES, mesh, Rules())
     for (name, leaf), (_, s) in zip(tree.named_leaves(shapes), tree.named_leaves(where)):

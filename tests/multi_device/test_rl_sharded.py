@@ -13,7 +13,7 @@ from qstar.mesh import make_mesh, put_global_batch, shardings
 from qstar.models import heads, scoring
 from qstar.models.config import preset
 from qstar.models.decoder import PARAM_AXES
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.train import distil, optim, rl
 from qstar.train.distil import DistilSettings, Lesson
 from qstar.train.rl import Experience, RLSettings

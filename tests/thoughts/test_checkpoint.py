@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 import qstar
 from qstar import UserError
-from qstar.models import mixing
+from qstar.models import heads
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
 from tests.thoughts import official
@@ -58,9 +58,9 @@ def test_every_family_keeps_its_thoughts(family, tmp_path):
 def test_thinking_parts_are_added_to_a_trained_model():
     config = FAMILIES["llama"].replace(thoughts=ThoughtConfig.parity())
     bare = {k: v for k, v in params("llama").items() if k not in ("thoughts", "mixing")}
-    tree = mixing.attach(bare, config, jax.random.key(0), start_id=7)
+    tree = heads.attach_thoughts(bare, config, jax.random.key(0), start_id=7)
     for name in ("start", "end"):
-        np.testing.assert_allclose(mixing.vector(tree, config, name), bare["embed"]["table"][7], rtol=1e-6)
+        np.testing.assert_allclose(heads.thought_vector(tree, config, name), bare["embed"]["table"][7], rtol=1e-6)
     assert not tree["mixing"]["out"]["kernel"].any() and tree["mixing"]["in"]["kernel"].std() < 0.03
 
 

@@ -16,8 +16,9 @@ from qstar.errors import UserError
 from qstar.methods import distillation as D
 from qstar.models import scoring
 from qstar.models.config import preset
-from qstar.models.encdec_config import EncDecConfig
-from qstar.models.model import Model, logits
+from qstar.models.encdec import EncDecConfig
+from qstar.models.model import Model
+from qstar.models.scoring import logits
 from qstar.train import distil
 from qstar.train.distil import DistilSettings
 from qstar.train.metrics import Writer

@@ -12,7 +12,7 @@ import pytest
 from qstar.errors import UserError
 from qstar.models import heads, scoring
 from qstar.models.config import preset
-from qstar.models.encdec_config import EncDecConfig
+from qstar.models.encdec import EncDecConfig
 from qstar.train import rl
 from qstar.train.optim import adamw
 from qstar.train.rl import Experience, RLSettings
@@ -203,7 +203,8 @@ def test_scores_equal_those_of_one_response_after_its_prompt_alone(config):
     """Padding, batching and the side on which prompts are padded change nothing; no id from the limit on has mass."""
     params = {"policy": scoring.init(config, jax.random.key(1))}
     batch, static = model_batch(config, RLSettings(group=2), params)
-    from qstar.models.model import Model, logits
+    from qstar.models.model import Model
+    from qstar.models.scoring import logits
 
     for i, n in enumerate((3, 5, 2, 4)):
         prompt = batch.prompt[i][batch.prompt_mask[i] > 0].tolist()

@@ -16,8 +16,9 @@ from qstar.methods.buffers import Solution
 from qstar.methods.preference_data import graded_arrays
 from qstar.models import decoder
 from qstar.models.config import preset
-from qstar.models.heads import add_value_head, values
+from qstar.models.heads import add_value_head
 from qstar.models.model import Model
+from qstar.models.scoring import values
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.train import losses
