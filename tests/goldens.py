@@ -43,14 +43,13 @@ RENAMED: dict[str, str] = {  # keys of metrics and records, and parts of file na
 }
 OWN = re.compile(r"(^|[/ ])own(?=$|[+_ ])")  # the scorer `own` became `generator`, also within keys: best/own_low, ...
 NOT_RESULTS = ("config.json", "environment.json", "resolved.json", "metrics.jsonl")
+NOT_FOLDERS = {"checkpoints", "model", ".checksums"}  # the last hold hashes of files under their keys of then
 
 
 def golden(folder: pathlib.Path) -> dict:
     """Returns the golden of a finished run's folder."""
     files = sorted(p for kind in ("*.jsonl", "*.json") for p in folder.rglob(kind))
-    results = [
-        p for p in files if p.name not in NOT_RESULTS and "checkpoints" not in p.parts and "model" not in p.parts
-    ]
+    results = [p for p in files if p.name not in NOT_RESULTS and not NOT_FOLDERS & set(p.parts)]
     rows = _records(folder / "metrics.jsonl")
     numbers = [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows]
     return {

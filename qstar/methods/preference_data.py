@@ -1,50 +1,160 @@
-"""D_pref: pairs of a right and a wrong solution of one problem, drawn from D_VER.
+"""Training data of V-STaR: sets of labelled solutions, preference pairs, and labels of steps.
 
-The paper takes them from the Cartesian product and says nothing of a limit; 50 solutions of a problem make up to 600 pairs,
-and a few problems would outweigh all others. So each problem gives at most `per_problem` of them.
+    D_GEN   correct solutions, on which the generator is trained
+    D_VER   correct and incorrect solutions, on which verifiers are trained
+    D_pref  pairs of a correct and an incorrect solution of one problem, drawn from D_VER, for DPO
+
+D_GEN and D_VER are keyed by (problem, completion up to white space). A solution that is sampled again keeps its first
+record, and its `count` grows. The counts matter: if a problem has one valid solution and many that reach the right answer
+over a wrong step, the valid one is sampled most often, and a set without counts would consist mostly of the others.
+
+Deviations from the papers:
+1. V-STaR takes D_pref from the whole product of correct and incorrect solutions. 50 solutions of a problem make up to 600
+   pairs, so that a few problems would outweigh all others: here each problem gives at most `per_problem` pairs.
+2. Steps are labelled by rollouts as in Math-Shepherd (arXiv 2312.08935, soft estimation), where the task has no step audit.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 
-from qstar.errors import require
-from qstar.methods.buffers import Solution
-from qstar.runs.rollouts import to_example
-from qstar.tasks.base import Task, stable_rng
+from qstar.data.sources import read_jsonl
+from qstar.errors import Settings, bounded
+from qstar.models.model import Model
+from qstar.runs.folder import cached_jsonl
+from qstar.runs.rollouts import SampleSettings, sample_rollouts, to_example
+from qstar.tasks.base import Problem, Task, stable_rng
 from qstar.text.packing import Example, pack_groups
 from qstar.text.tokenizer import Tokenizer
-
-NEGATIVES = ("parsed", "any")
-WINNERS = ("sampled", "distinct")
+from qstar.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class PairSettings:
-    """How pairs are drawn. A config's `pairs` section."""
+class PairSettings(Settings):
+    """Sampling of training data for verifiers from D_VER. A config's `pairs` section."""
 
-    per_problem: int = 16
-    negatives: str = "parsed"  # "any": cut-off and unreadable ones, too; of those a verifier mainly learns the format
-    winners: str = "sampled"  # right solutions as often as they were sampled; "distinct": all of them equally often
-    repeats: int = 1  # a head (ORM, PRM) sees a solution as often as it was sampled, up to so many times
+    per_problem: int = bounded(16, ge=1)
+    # "any" admits truncated and unparsed solutions; from those a verifier mainly learns the format
+    negatives: str = bounded("parsed", choices=("parsed", "any"))
+    # "sampled" draws correct solutions in proportion to their counts, "distinct" all equally often
+    winners: str = bounded("sampled", choices=("sampled", "distinct"))
+    repeats: int = bounded(1, ge=1)  # ORM and PRM train on a solution `count` times, but at most so often
 
-    def __post_init__(self):
-        require(
-            (self.per_problem >= 1, f"per_problem={self.per_problem} must be at least 1"),
-            (self.negatives in NEGATIVES, f"negatives={self.negatives!r} is not one of {', '.join(NEGATIVES)}"),
-            (self.winners in WINNERS, f"winners={self.winners!r} is not one of {', '.join(WINNERS)}"),
-            (self.repeats >= 1, f"repeats={self.repeats} must be at least 1"),
-        )
+
+# ------------------------------------------------------------------------------------------------ labelled solutions
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """One labelled solution: a row of d_gen/ and d_ver/."""
+
+    problem_id: str
+    prompt: str
+    completion: str
+    correct: bool
+    parsed: bool  # whether an answer was found
+    truncated: bool
+    source: str  # "human" or "model"
+    iteration: int  # in which it was found; 0 for human solutions
+    group: str = ""
+    count: int = 1  # how often it was sampled (human solutions: 1)
+    tokens: list[int] | None = None  # as first sampled, see `Rollout`; None for human solutions
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Solutions of equal key are duplicates."""
+        return self.problem_id, " ".join(self.completion.split())
+
+
+def human_solutions(task: Task, problems: Iterable[Problem]) -> list[Solution]:
+    """Returns D_SFT: the gold solutions of the problems that have one."""
+    texts = [(p, task.solution(p)) for p in problems]
+    return [
+        Solution(p.id, task.prompt(p), text, True, True, False, "human", 0, p.group)
+        for p, text in texts
+        if text is not None
+    ]
+
+
+def sampled_solutions(rollouts: Iterable[Rollout]) -> list[Solution]:
+    """Returns the rollouts that were sampled without hints as solutions, in order."""
+    shared = ("problem_id", "prompt", "completion", "correct", "truncated", "iteration", "group", "tokens")
+    return [
+        Solution(**{name: getattr(r, name) for name in shared}, parsed=r.answer is not None, source="model")
+        for r in rollouts
+        if not r.hinted
+    ]
+
+
+class Buffer:
+    """A growing set of solutions on disk: FOLDER/iter_NNN.jsonl holds what iteration NNN found."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def add(self, n: int, solutions: Iterable[Solution]) -> list[Solution]:
+        """Adds the solutions of iteration n, unless its file exists; returns the set of iterations 0 .. n, oldest first."""
+        cached_jsonl(self._file(n), lambda: [dataclasses.asdict(s) for s in merge_duplicates(solutions)])
+        return self.upto(n)
+
+    def upto(self, n: int) -> list[Solution]:
+        """Returns the solutions of iterations 0 .. n with their total counts."""
+        files = [self._file(m) for m in range(n + 1)]
+        return merge_duplicates(Solution(**row) for file in files if file.exists() for row in read_jsonl(file))
+
+    def _file(self, n: int) -> Path:
+        return self.folder / f"iter_{n:03d}.jsonl"
+
+
+def merge_duplicates(solutions: Iterable[Solution]) -> list[Solution]:
+    """Returns the first record of each distinct solution, with the sum of the counts."""
+    first: dict[tuple[str, str], Solution] = {}
+    total: dict[tuple[str, str], int] = collections.Counter()
+    for s in solutions:
+        first.setdefault(s.key, s)
+        total[s.key] += s.count
+    return [dataclasses.replace(s, count=total[key]) for key, s in first.items()]
+
+
+def most_sampled(solutions: Sequence[Solution], cap: int | None) -> list[Solution]:
+    """Returns at most `cap` solutions per problem (None: all), those of the largest counts, in their original order."""
+    kept: dict[str, list[int]] = collections.defaultdict(list)
+    for i in sorted(
+        range(len(solutions)), key=lambda i: -solutions[i].count
+    ):  # stable: of equal counts the first found
+        kept[solutions[i].problem_id].append(i)
+    return [solutions[i] for i in sorted(i for indices in kept.values() for i in indices[:cap])]
+
+
+def count_solutions(solutions: Sequence[Solution]) -> dict[str, int]:
+    """Returns the metrics of a buffer; `mixed_problems` have both a correct and an incorrect solution."""
+    by_label = [{s.problem_id for s in solutions if s.correct == label} for label in (True, False)]
+    return {
+        "solutions": len(solutions),
+        "correct": sum(s.correct for s in solutions),
+        "incorrect": sum(not s.correct for s in solutions),
+        "human": sum(s.source == "human" for s in solutions),
+        "mixed_problems": len(set.intersection(*by_label)),
+    }
+
+
+def repeat_by_count(solutions: Iterable[Solution], settings: PairSettings) -> list[Solution]:
+    """Returns the training data of an ORM or PRM: each solution as often as it was sampled, at most `repeats` times."""
+    return [s for s in solutions for _ in range(min(s.count, settings.repeats))]
+
+
+# -------------------------------------------------------------------------------------------------- preference pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A right and a wrong solution of one problem."""
+    """A correct and an incorrect solution of one problem: a row of verifiers/dpo/iter_NNN/pairs.jsonl."""
 
     problem_id: str
     prompt: str
@@ -55,61 +165,56 @@ class Pair:
 
 
 def build_pairs(solutions: Iterable[Solution], settings: PairSettings, seed: int) -> list[Pair]:
-    """Returns the pairs of every problem that has solutions of both kinds, problems in the order they first come.
+    """Returns D_pref: pairs of every problem with solutions of both kinds, problems in order of their first solution.
 
-    Drawn without replacement from the product, in rounds: in each every wrong solution occurs once, beside another right
-    one than before. So all wrong ones have occurred before one occurs again. Which right one is drawn by how often each was
-    sampled, which is how the paper's buffers, if they are multisets, would have it; with winners="distinct" they take turns.
+    Pairs are drawn without replacement from the product, in rounds. Each round uses every incorrect solution once, with
+    another correct one than in earlier rounds, so that all incorrect solutions occur equally often. Correct ones are drawn in
+    proportion to their counts, as if the buffer were a multiset, or (winners="distinct") in turn.
     """
-    right: dict[str, list[Solution]] = collections.defaultdict(list)
-    wrong: dict[str, list[Solution]] = collections.defaultdict(list)
+    correct: dict[str, list[Solution]] = collections.defaultdict(list)
+    incorrect: dict[str, list[Solution]] = collections.defaultdict(list)
     for s in solutions:
         if s.correct:
-            right[s.problem_id].append(s)
-            wrong[s.problem_id]  # keeps the order of the problems
+            correct[s.problem_id].append(s)
+            incorrect[s.problem_id]  # keeps the order of the problems
         elif settings.negatives == "any" or (s.parsed and not s.truncated):
-            wrong[s.problem_id].append(s)
+            incorrect[s.problem_id].append(s)
     pairs = []
-    for problem, losers in wrong.items():
-        winners = right.get(problem, [])
+    for problem, losers in incorrect.items():
+        winners = correct[problem]
         rng = stable_rng("pairs", seed, problem)
         winners, losers = rng.sample(winners, len(winners)), rng.sample(losers, len(losers))
-        orders = []  # of the right solutions, for every wrong one
+        orders = []  # for every incorrect solution, its correct ones by round
         for i in range(min(len(losers), settings.per_problem) if winners else 0):
-            turned = winners[i % len(winners) :] + winners[: i % len(winners)]
-            orders.append(turned if settings.winners == "distinct" else _by_count(turned, rng))
-        every = [(order[turn], losers[i]) for turn in range(len(winners)) for i, order in enumerate(orders)]
+            order = winners[i % len(winners) :] + winners[: i % len(winners)]
+            if settings.winners == "sampled":
+                # Of exponential clocks with these rates, the first to ring is distributed in proportion to the counts.
+                order = sorted(order, key=lambda s: rng.expovariate(s.count))
+            orders.append(order)
+        product = [(order[r], losers[i]) for r in range(len(winners)) for i, order in enumerate(orders)]
         pairs += [
             Pair(problem, c.prompt, c.completion, r.completion, c.tokens, r.tokens)
-            for c, r in every[: settings.per_problem]
+            for c, r in product[: settings.per_problem]
         ]
     return pairs
-
-
-def _by_count(solutions: Sequence[Solution], rng: random.Random) -> list[Solution]:
-    """A random order, drawn without replacement with chances in proportion to the counts."""
-    # The smallest of exponential clocks with these rates rings first with just these chances.
-    return sorted(solutions, key=lambda s: rng.expovariate(s.count))
-
-
-def repeated(solutions: Iterable[Solution], settings: PairSettings) -> list[Solution]:
-    """Returns what a head learns from: every solution as often as it was sampled, up to `repeats` times."""
-    return [s for s in solutions for _ in range(min(s.count, settings.repeats))]
 
 
 def pair_arrays(
     groups: Sequence[Sequence[Example]], reference: np.ndarray, length: int, packed: bool
 ) -> dict[str, np.ndarray]:
-    """Returns host arrays of `types.Preference`, flat: those of its rows, `reference` [N, P, 2] and `weight` [N, P].
+    """Returns the host arrays of `types.Preference`, flat: those of its rows, `reference` [B, X, 2] and `weight` [B, X].
 
     Args:
-      groups: (chosen, rejected) per pair. reference: [pairs, 2] float32, their log-probabilities under the reference.
-      length: tokens of a row; a pair stands in one row whole.
+      groups: (chosen, rejected) per pair; a pair is never split over rows.
+      reference: [pairs, 2] float32, log-probabilities under the reference. length: tokens per row.
     """
     rows, members = pack_groups(groups, length, packed=packed)
-    there = members >= 0
-    values = np.where(there[..., None], np.asarray(reference, np.float32)[members], 0).astype(np.float32)
-    return {**rows, "reference": values, "weight": there.astype(np.float32)}
+    exists = members >= 0  # [B, X]; -1 pads rows that hold fewer pairs
+    values = np.where(rearrange(exists, "b x -> b x 1"), np.asarray(reference, np.float32)[members], 0)
+    return {**rows, "reference": values.astype(np.float32), "weight": exists.astype(np.float32)}
+
+
+# ------------------------------------------------------------------------------------------- labels of tokens and steps
 
 
 def graded_arrays(
@@ -119,42 +224,104 @@ def graded_arrays(
     packed: bool,
     steps: Sequence[tuple[Sequence[int], Sequence[float]]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Returns host arrays of `types.Graded`, flat: those of its rows, `labels` and `weight`, each [N, length].
+    """Returns the host arrays of `types.Graded`, flat: those of its rows, and `labels` and `weight`, [B, T] float32.
 
     Args:
-      steps: per solution, where its steps end (tokens of the completion) and how right each is: a PRM's labels. None is an
-        ORM: every token of a completion, its EOS too, is labelled with whether the whole is right.
+      steps: for a PRM, per solution: the tokens of the completion in which its steps end, and the label of each. None is an
+        ORM: every token of a completion, EOS included, is labelled with the correctness of the whole.
     """
-    examples, labels, weights, learnt = [], [], [], []
+    examples, labels, weights, lm_mask = [], [], [], []
     for i, s in enumerate(solutions):
         example = to_example(tokenizer, s.prompt, s.completion, s.tokens)
         P, C = len(example.prompt), len(example.completion)
         label, weight = np.full(P + C, float(s.correct)), np.r_[np.zeros(P), np.ones(C)]
         if steps is not None:
-            ends, right = steps[i]
+            ends = P + np.asarray(steps[i][0], int)
             weight[P:] = 0
-            weight[P + np.asarray(ends, int)] = 1
-            label[P + np.asarray(ends, int)] = right
+            weight[ends], label[ends] = 1, steps[i][1]
         examples.append([example])
         labels.append([label])
         weights.append([weight])
-        learnt.append([np.full(P + C, float(s.correct))])  # only right solutions are models of language
-    extras = {"labels": labels, "weight": weights, "learnt": learnt}
+        lm_mask.append([np.full(P + C, float(s.correct))])  # the language-model loss is of correct solutions only
+    extras = {"labels": labels, "weight": weights, "lm_mask": lm_mask}
     rows, _ = pack_groups(examples, length, packed=packed, extras=extras)
-    rows["mask"] = rows["mask"] * rows.pop("learnt")
+    rows["mask"] = rows["mask"] * rows.pop("lm_mask")
     return rows
 
 
-def step_ends(task: Task, tokenizer: Tokenizer, example: Example, text: str) -> list[int]:
-    """Returns the token of the completion in which each of `task.steps` ends, one per step; the last ends with EOS.
-
-    Steps that end in one token share it (see `step_targets`).
-    """
+def step_ends(steps: Callable[[str], list[int]], tokenizer: Tokenizer, example: Example, text: str) -> list[int]:
+    """Returns the token of the completion in which each step ends, the last with EOS. `steps`: see `Task.steps`."""
     head, ids = example.prompt, example.completion
-    return [tokenizer.count(ids, text[:at], after=head) - 1 for at in task.steps(text)[:-1]] + [len(ids) - 1]
+    return [tokenizer.count(ids, text[:at], after=head) - 1 for at in steps(text)[:-1]] + [len(ids) - 1]
 
 
 def step_targets(ends: Sequence[int], labels: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Returns the distinct tokens in which steps end and the label of each: that of the last step that ends there."""
+    """Returns the distinct tokens in which steps end, each with the label of the last step that ends there.
+
+    Tokenizers merge line ends, so that several steps may end in one token.
+    """
     last = dict(zip(ends, labels, strict=True))
     return list(last), list(last.values())
+
+
+class ContinuationTask(Task):
+    """A task whose problems have a partial solution: `meta` holds the original problem ("of") and that text ("prefix")."""
+
+    def __init__(self, task: Task):
+        self.task, self.name, self.stop = task, task.name, task.stop
+
+    def prefix(self, hint: bool = False) -> str:
+        return self.task.prefix(hint)
+
+    def prompt(self, problem: Problem, hint: bool = False) -> str:
+        return self.task.prompt(problem.meta["of"], hint) + problem.meta["prefix"]
+
+    def parse(self, completion: str) -> str | None:
+        return completion  # the answer is read in `judged`, from the partial solution and its continuation together
+
+    def correct(self, problem: Problem, answer: str | None) -> bool:
+        return self.judged([problem], [answer])[0]
+
+    def judged(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
+        texts = [None if a is None else self.task.cut(p.meta["prefix"] + a) for p, a in zip(problems, answers)]
+        parsed = [None if text is None else self.task.parse(text) for text in texts]
+        return self.task.judged([p.meta["of"] for p in problems], parsed)
+
+
+def rollout_labels(
+    generator: Model,
+    task: Task,
+    problems: dict[str, Problem],
+    solutions: Sequence[Solution],
+    settings: SampleSettings,
+    *,
+    n: int,
+    seed: int,
+    folder: Path,
+    few_shot: bool = True,
+) -> list[list[float]]:
+    """Returns per solution the label of each of its `task.steps`: the share of n continuations that are correct.
+
+    The last step has no continuation; its label is the correctness of the solution. Equal prefixes are continued once.
+    FOLDER holds the continuations, so that a killed call ends with the same labels.
+    """
+    ends = [task.steps(s.completion)[:-1] for s in solutions]
+    partial: dict[tuple[str, str], Problem] = {}
+    for s, positions in zip(solutions, ends):
+        of = problems[s.problem_id]
+        for end in positions:
+            text = s.completion[:end]
+            made = Problem(
+                f"{of.id}#{len(partial)}", of.question, of.gold, group=of.group, meta={"of": of, "prefix": text}
+            )
+            partial.setdefault((of.id, text), made)
+    rollouts = sample_rollouts(
+        generator, ContinuationTask(task), list(partial.values()), settings, k=n, hinted=False, iteration=0, seed=seed,
+        folder=folder, stage="steps", few_shot=few_shot,
+    )  # fmt: skip
+    correct = collections.Counter(r.problem_id for r in rollouts if r.correct)
+    share = {key: correct[p.id] / n for key, p in partial.items()}
+    return [
+        [*(share[s.problem_id, s.completion[:end]] for end in positions), float(s.correct)]
+        for s, positions in zip(solutions, ends)
+    ]

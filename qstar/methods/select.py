@@ -1,12 +1,15 @@
 """Selection of one of k solutions: scorers, votes, and the accuracy of each rule for every k.
 
     greedy             the solution decoded without sampling
-    majority           the answer that most solutions give                                        self-consistency
-    weighted_majority  the same, each vote weighed by its score
-    best_of_k          the solution with the best score: a verifier's, the writer's own, a judge's            V-STaR
-    top_m_vote         the majority among the m best scored                                    Cobbe et al. 2021
+    majority           the most frequent answer                                   self-consistency, arXiv 2203.11171
+    weighted_majority  the answer with the largest sum of scores                                    arXiv 2110.14168
+    best_of_k          the solution with the best score                              V-STaR, arXiv 2402.06457
+    top_m_vote         the majority among the m best-scored solutions       Cobbe et al., arXiv 2110.14168, section 4.3
 
-A scorer is any `f(prompts, [completions of each]) -> [N, n]`: `verifier.score` with a verifier, or `llm_judge`.
+A scorer is any `f(prompts, completions of each) -> [N, n]`, such as `verifier.score` with a verifier, or `llm_judge`.
+
+Deviation from V-STaR: expectations over subsets of k are exact where a closed form exists; weighted and top-m votes are means
+over 200 random subsets (the paper: 256).
 """
 
 from __future__ import annotations
@@ -21,16 +24,7 @@ from typing import Any
 import numpy as np
 
 from qstar.errors import unknown
-from qstar.sample.vote import (
-    best_of,
-    majority,
-    over_subsets,
-    ranking,
-    right_shares,
-    top_m_vote,
-    voted_right_at_k,
-    weighted_majority,
-)
+from qstar.sample import vote
 from qstar.tasks.base import stable_rng
 from qstar.train.stats import (
     best_of_k,
@@ -44,82 +38,89 @@ from qstar.train.stats import (
 
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 RULES = ("greedy", "majority", "weighted_majority", "best_of_k", "top_m_vote")
-SUBSETS = 200  # drawn to measure the rules that have no closed form
+SUBSETS = 200  # random subsets for rules without a closed form
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """The n solutions of one problem."""
 
-    answers: Sequence[str | None]  # what each votes for (`Task.ballots`); None: unreadable or cut off
+    answers: Sequence[str | None]  # what each votes for (`Task.ballots`); None: unparsed or truncated
     correct: Sequence[bool]
     scores: Mapping[str, Sequence[float]]  # scorer -> one per solution
     group: str = ""
 
 
+# ------------------------------------------------------------------------------------------- one set of k solutions
+
+
 def choose(
     rule: str, answers: Sequence[str | None], scores: Sequence[float] | None = None, *, m: int = 4
 ) -> int | None:
-    """Returns the index of the solution that a rule takes, or None where no solution has an answer (or there is none).
+    """Returns the index of the solution that a rule selects; None if no solution has an answer (or there is none).
 
     Args:
-      rule: one of RULES; "greedy" takes the first.
-      scores: larger is better; without them the votes count alone. Of the solutions with the winning answer the best scored
-        is taken. For weighted votes see `weights`.
+      rule: one of RULES; "greedy" selects the first.
+      scores: larger is better; None: all equal. Votes select the best-scored solution with the winning answer.
 
     Raises:
-      UserError: no such rule.
+      UserError: unknown rule.
     """
     if rule not in RULES:
         raise unknown(f"selection rule {rule!r}", rule, RULES)
     if rule == "greedy":
         return 0 if answers else None
-    order = ranking(scores) if scores is not None else list(range(len(answers)))
     scores = [0.0] * len(answers) if scores is None else scores
     if rule == "best_of_k":
-        return best_of(scores)
+        return vote.best_of(scores)
     if rule == "majority":
-        won = majority(answers, [0.0 if math.isnan(s) else s for s in scores])
+        won = vote.majority(answers, [0.0 if math.isnan(s) else s for s in scores])
     elif rule == "weighted_majority":
-        won = weighted_majority(answers, weights(scores))
+        won = vote.weighted_majority(answers, weights(scores))
     else:
-        won = top_m_vote(answers, scores, m)
-    return next((i for i in order if answers[i] == won), None) if won is not None else None
+        won = vote.top_m_vote(answers, scores, m)
+    return next((i for i in vote.ranking(scores) if answers[i] == won), None) if won is not None else None
 
 
-def are_chances(scores: Sequence[float]) -> bool:
-    """Whether scores are chances (all of the finite ones in [0, 1]) and not log-likelihoods."""
+def are_probabilities(scores: Sequence[float]) -> bool:
+    """Whether all finite scores lie in [0, 1], as opposed to log-likelihoods."""
     return all(0 <= s <= 1 for s in scores if math.isfinite(s))
 
 
-def weights(scores: Sequence[float], chances: bool | None = None) -> list[float]:
-    """Returns positive weights of votes: chances as they are, log-likelihoods as exp(s - max).
+def weights(scores: Sequence[float], probabilities: bool | None = None) -> list[float]:
+    """Returns the weights of votes: probabilities unchanged, log-likelihoods as exp(s - max).
 
     Args:
-      chances: which of the two; None: see `are_chances`. A measurement decides once per scorer, over all problems.
+      probabilities: the kind of the scores; None: see `are_probabilities`.
     """
     finite = [s for s in scores if math.isfinite(s)]
     if not finite:
         return [1.0] * len(scores)
-    if are_chances(finite) if chances is None else chances:
+    if are_probabilities(finite) if probabilities is None else probabilities:
         return [s if math.isfinite(s) else 0.0 for s in scores]
     top = max(finite)
     return [math.exp(s - top) if math.isfinite(s) else 0.0 for s in scores]
 
 
-def llm_judge(ask: Callable[[list[str]], list[str]], template: str | None = None, best: float = 10.0) -> Scorer:
-    """Makes a scorer of any model that answers prompts: LLM as a judge (arXiv 2306.05685), one answer at a time.
+_JUDGE = (
+    "Judge the solution of the problem below. Look for the first mistake, if there is one, and then grade how "
+    "likely the solution is right with a number from 0 to 10 on the last line.\n\n"
+    "Problem:\n{prompt}\n\nSolution:\n{completion}\n\nGrade:"
+)
 
-    One by one there is no order to be biased by; leanings to length and to the judge's own style stay.
+
+def llm_judge(ask: Callable[[list[str]], list[str]], template: str = _JUDGE, best: float = 10.0) -> Scorer:
+    """Returns a scorer that asks a model for a grade: LLM as a judge (arXiv 2306.05685), single-answer grading.
+
+    Single-answer grading has no position bias; biases towards length and the judge's own style remain.
 
     Args:
       ask: texts -> the judge's replies. template: with {prompt} and {completion}; the grade is the last number of a reply.
       best: the best grade; the worst is 0.
 
     Returns:
-      A scorer of chances, grade / best within [0, 1]; NaN, which comes last, where a reply holds no number.
+      A scorer of probabilities: grade / best, clipped to [0, 1]; NaN, which ranks last, where a reply has no number.
     """
-    template = template or _JUDGE
 
     def scorer(prompts: Sequence[str], completions: Sequence[Sequence[str]]) -> np.ndarray:
         texts = [template.format(prompt=p, completion=c) for p, cs in zip(prompts, completions) for c in cs]
@@ -130,14 +131,13 @@ def llm_judge(ask: Callable[[list[str]], list[str]], template: str | None = None
     return scorer
 
 
-_JUDGE = (
-    "Judge the solution of the problem below. Look for the first mistake, if there is one, and then grade how "
-    "likely the solution is right with a number from 0 to 10 on the last line.\n\n"
-    "Problem:\n{prompt}\n\nSolution:\n{completion}\n\nGrade:"
-)
+def random_scores(problem: str, n: int) -> list[float]:
+    """Returns n scores without information, reproducible for each problem: a baseline."""
+    rng = stable_rng("random scores", problem)
+    return [rng.random() for _ in range(n)]
 
 
-# ------------------------------------------------------------------------------------------------------ measuring
+# ------------------------------------------------------------------------------------------- accuracy as a function of k
 
 
 def ks_for(n: int) -> list[int]:
@@ -146,115 +146,57 @@ def ks_for(n: int) -> list[int]:
 
 
 def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> dict[str, dict[int, list[float]]]:
-    """Returns rule -> k -> the chance to be right of each problem, from subsets of k of its n solutions.
+    """Returns rule -> k -> the probability of a correct choice per problem, over subsets of k of its n solutions.
 
-    Rules: `pass`, `majority`, and for every scorer S: `best/S`, `weighted/S`, `top{m}/S`. The first three are exact
-    expectations over subsets; the last two are means over 200 random ones where there are more.
+    Rules: `pass`, `majority`, and for every scorer S: `best/S`, `weighted/S`, `top{m}/S`.
     """
-    out: dict[str, dict[int, list[float]]] = {"pass": {}, "majority": {}}
+    out: dict[str, dict[int, list[float]]] = collections.defaultdict(dict)
     scorers = list(problems[0].scores) if problems else []
-    chances = {name: all(are_chances(p.scores[name]) for p in problems) for name in scorers}
+    # Decided once per scorer: log-likelihoods of a single problem may happen to lie in [0, 1].
+    probabilities = {name: all(are_probabilities(p.scores[name]) for p in problems) for name in scorers}
     for k in ks:
         out["pass"][k] = [pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
-        out["majority"][k] = [voted_right_at_k(p.answers, p.correct, k) for p in problems]
+        out["majority"][k] = [vote.voted_right_at_k(p.answers, p.correct, k) for p in problems]
         for name in scorers:
-            out.setdefault(f"best/{name}", {})[k] = [best_of_k(p.scores[name], p.correct, k) for p in problems]
-            voted = [_voted(p, name, k, m, chances[name]) for p in problems]
-            for rule in voted[0]:
-                out.setdefault(f"{rule}/{name}", {})[k] = [v[rule] for v in voted]
-    return out
+            out[f"best/{name}"][k] = [best_of_k(p.scores[name], p.correct, k) for p in problems]
+            out[f"weighted/{name}"][k] = [_weighted_vote(p, name, k, probabilities[name]) for p in problems]
+            out[f"top{m}/{name}"][k] = [_top_m_vote(p, name, k, m) for p in problems]
+    return dict(out)
 
 
-def _voted(p: Candidates, name: str, k: int, m: int, chances: bool) -> dict[str, float]:
-    """Weighted and top-m votes of one problem."""
-    ballot, shares, scores = (
-        p.answers,
-        right_shares(p.answers, p.correct),
-        np.nan_to_num(np.asarray(p.scores[name], float), nan=-np.inf),
+def _weighted_vote(p: Candidates, name: str, k: int, probabilities: bool) -> float:
+    votes = weights(p.scores[name], probabilities)
+    shares = vote.right_shares(p.answers, p.correct)
+    return sum(
+        share * weighted_majority_at_k(p.answers, votes, answer, k, trials=SUBSETS)[0]
+        for answer, share in shares.items()
     )
-    names = sorted({a for a in ballot if a is not None})
-    right = np.array([shares.get(name, 0.0) for name in names])
-    votes = np.array([[a == name for name in names] for a in ballot], float).reshape(len(ballot), len(names))
-
-    def top(rows: np.ndarray) -> np.ndarray:
-        order = np.argsort(-scores[rows], axis=1, kind="stable")[:, :m]
-        return _right_share(votes[np.take_along_axis(rows, order, axis=1)].sum(axis=1), right)
-
-    n = len(ballot)
-    votes_of = weights(p.scores[name], chances)
-    weighted = sum(
-        share * weighted_majority_at_k(ballot, votes_of, a, k, trials=SUBSETS)[0] for a, share in shares.items()
-    )
-    return {"weighted": weighted, f"top{m}": over_subsets(top, n, k, trials=SUBSETS)[0]}
 
 
-def _right_share(votes: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """How much of each vote [S, answers] right answers win; ties are shared. `right`: see `right_shares`."""
-    if not right.any():
-        return np.zeros(len(votes))
-    top = votes.max(axis=1, keepdims=True)
-    winners = (votes >= top) & (top > 0)
-    return winners @ right / np.maximum(winners.sum(axis=1), 1)
+def _top_m_vote(p: Candidates, name: str, k: int, m: int) -> float:
+    shares = vote.right_shares(p.answers, p.correct)
+    scores = np.nan_to_num(np.asarray(p.scores[name], float), nan=-np.inf)
+    names = sorted({a for a in p.answers if a is not None})
+    right = np.array([shares.get(answer, 0.0) for answer in names])
+    votes = np.array([[a == answer for answer in names] for a in p.answers], float).reshape(len(p.answers), len(names))
+
+    def accuracy(subsets: np.ndarray) -> np.ndarray:
+        if not right.any():
+            return np.zeros(len(subsets))
+        best = np.argsort(-scores[subsets], axis=1, kind="stable")[:, :m]
+        counts = votes[np.take_along_axis(subsets, best, axis=1)].sum(axis=1)  # [subsets, answers]
+        top = counts.max(axis=1, keepdims=True)
+        winners = (counts >= top) & (top > 0)  # ties are broken uniformly
+        return winners @ right / np.maximum(winners.sum(axis=1), 1)
+
+    return vote.over_subsets(accuracy, len(p.answers), k, trials=SUBSETS)[0]
 
 
 def summary(values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, dict[str, list[float]]]:
-    """Returns rule -> {k: [mean, low, high]} of `curves`, with the 95% bootstrap interval over problems."""
+    """Returns rule -> {k: [mean, low, high]} of `curves`, with 95% bootstrap intervals over problems."""
     return {
         rule: {str(k): [float(np.mean(v)), *bootstrap_ci(v)] for k, v in by_k.items()} for rule, by_k in values.items()
     }
-
-
-def quality(problems: Sequence[Candidates], values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, Any]:
-    """Returns what each scorer is worth beyond its curve, by name of the scorer.
-
-    `auc` (mean over problems) and `auc_pooled`, None where no problem has both classes; `calibration`, see
-    `train.evaluate.calibration`; `regret`: k -> [mean, low, high] of pass@k - best-of-k, what a perfect choice would add.
-
-    Args:
-      values: the `curves` of these problems.
-    """
-    right = [p.correct for p in problems]
-    out: dict[str, Any] = {"auc": {}, "auc_pooled": {}, "calibration": {}, "regret": {}}
-    for name in problems[0].scores if problems else ():
-        scores = [p.scores[name] for p in problems]
-        out["auc"][name] = _number(mean_auc(scores, right))
-        out["auc_pooled"][name] = _number(pooled_auc(scores, right))
-        out["calibration"][name] = calibration(scores, right)
-        best = values[f"best/{name}"]
-        out["regret"][name] = {str(k): difference(values["pass"][k], best[k]) for k in best}
-    return out
-
-
-def auc_by_fault(problems: Sequence[Candidates], faults: Sequence[Sequence[str | None]]) -> dict[str, dict[str, Any]]:
-    """Returns for every kind of mistake how well each scorer tells right samples from wrong ones of that kind alone.
-
-    Args:
-      faults: per problem and sample, the kind of its first mistake; None does not count.
-
-    Returns:
-      kind -> {"samples": wrong ones of the kind, "problems": with right ones beside them, "auc": {scorer: mean over
-      those problems}}, the commonest first. One that a verifier tells no better than chance is one that it cannot see.
-    """
-    counted = collections.Counter(
-        f for p, some in zip(problems, faults) for f, right in zip(some, p.correct) if f and not right
-    )
-    out = {}
-    for kind, count in sorted(counted.items(), key=lambda item: (-item[1], item[0])):
-        kept = [[i for i, f in enumerate(some) if p.correct[i] or f == kind] for p, some in zip(problems, faults)]
-        both = [(p, at) for p, at in zip(problems, kept) if len({bool(p.correct[i]) for i in at}) == 2]
-        areas = {
-            name: mean_auc(
-                [[p.scores[name][i] for i in at] for p, at in both], [[p.correct[i] for i in at] for p, at in both]
-            )
-            for name in problems[0].scores
-        }
-        out[kind] = {"samples": count, "problems": len(both), "auc": {name: _number(a) for name, a in areas.items()}}
-    return out
-
-
-def _number(x: float) -> float | None:
-    """x, or None for NaN, which JSON does not have."""
-    return None if math.isnan(x) else x
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:
@@ -263,7 +205,58 @@ def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:
     return [float(d.mean()), *bootstrap_ci(d)]
 
 
-def random_scores(problem: str, n: int) -> list[float]:
-    """Returns scores that mean nothing, the same in every run."""
-    rng = stable_rng("random scores", problem)
-    return [rng.random() for _ in range(n)]
+# ------------------------------------------------------------------------------------------------ quality of scorers
+
+
+def quality(problems: Sequence[Candidates], values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, Any]:
+    """Returns measures of each scorer, by its name.
+
+    `auc` (mean over problems) and `auc_pooled`, None where no problem has both classes; `calibration`, see
+    `train.stats.calibration`; `regret`: k -> [mean, low, high] of pass@k - best-of-k.
+
+    Args:
+      values: the `curves` of these problems.
+    """
+    correct = [p.correct for p in problems]
+    out: dict[str, Any] = {"auc": {}, "auc_pooled": {}, "calibration": {}, "regret": {}}
+    for name in problems[0].scores if problems else ():
+        scores = [p.scores[name] for p in problems]
+        out["auc"][name] = _none_if_nan(mean_auc(scores, correct))
+        out["auc_pooled"][name] = _none_if_nan(pooled_auc(scores, correct))
+        out["calibration"][name] = calibration(scores, correct)
+        best = values[f"best/{name}"]
+        out["regret"][name] = {str(k): difference(values["pass"][k], best[k]) for k in best}
+    return out
+
+
+def auc_by_fault(problems: Sequence[Candidates], faults: Sequence[Sequence[str | None]]) -> dict[str, dict[str, Any]]:
+    """Returns for every kind of mistake how well each scorer separates correct samples from incorrect ones of that kind.
+
+    Args:
+      faults: per problem and sample, the kind of its first mistake; None is left out.
+
+    Returns:
+      kind -> {"samples": incorrect ones of the kind, "problems": with correct ones beside them, "auc": {scorer: mean over
+      those problems}}, the most frequent first. A scorer with an AUC of 1/2 does not detect that kind.
+    """
+    counted = collections.Counter(
+        fault for p, some in zip(problems, faults) for fault, right in zip(some, p.correct) if fault and not right
+    )
+    out = {}
+    for kind, count in sorted(counted.items(), key=lambda item: (-item[1], item[0])):
+        kept = [[i for i, f in enumerate(some) if p.correct[i] or f == kind] for p, some in zip(problems, faults)]
+        both = [(p, at) for p, at in zip(problems, kept) if len({bool(p.correct[i]) for i in at}) == 2]
+        correct = [[p.correct[i] for i in at] for p, at in both]
+        areas = {
+            name: mean_auc([[p.scores[name][i] for i in at] for p, at in both], correct) for name in problems[0].scores
+        }
+        out[kind] = {
+            "samples": count,
+            "problems": len(both),
+            "auc": {name: _none_if_nan(area) for name, area in areas.items()},
+        }
+    return out
+
+
+def _none_if_nan(x: float) -> float | None:  # JSON has no NaN
+    return None if math.isnan(x) else x

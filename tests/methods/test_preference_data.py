@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 
 from qstar.errors import UserError
-from qstar.methods.buffers import Buffer, Solution, counts, human, merged, most_sampled, sampled
 from qstar.methods.preference_data import (
+    Buffer,
     Pair,
     PairSettings,
+    Solution,
     build_pairs,
+    count_solutions,
     graded_arrays,
-    repeated,
+    human_solutions,
+    merge_duplicates,
+    most_sampled,
+    repeat_by_count,
+    sampled_solutions,
     step_ends,
     step_targets,
 )
@@ -66,8 +72,8 @@ def test_right_solutions_are_drawn_as_often_as_they_were_sampled():
 
 def test_a_head_sees_a_solution_as_often_as_it_was_sampled_up_to_a_cap():
     rows = [solution("a", "x", True, count=5), solution("a", "y", False, count=2), solution("a", "z", False)]
-    assert [s.completion for s in repeated(rows, PairSettings(repeats=3))] == list("xxxyyz")
-    assert repeated(rows, PairSettings()) == rows
+    assert [s.completion for s in repeat_by_count(rows, PairSettings(repeats=3))] == list("xxxyyz")
+    assert repeat_by_count(rows, PairSettings()) == rows
 
 
 def test_problems_that_lack_either_side_give_nothing_and_others_keep_their_order():
@@ -116,7 +122,9 @@ def test_a_buffer_is_a_set_that_remembers_who_found_a_solution_first(tmp_path):
 
 
 def test_of_a_problem_the_most_sampled_solutions_are_kept_in_order():
-    rows = merged([*many("a", 3, 0), solution("a", "r2", True), solution("b", "x", True), solution("a", "r1 ", True)])
+    rows = merge_duplicates(
+        [*many("a", 3, 0), solution("a", "r2", True), solution("b", "x", True), solution("a", "r1 ", True)]
+    )
     assert [(s.completion, s.count) for s in rows] == [("r0", 1), ("r1", 2), ("r2", 2), ("x", 1)]
     assert [s.completion for s in most_sampled(rows, 1)] == ["r1", "x"]
     assert [s.completion for s in most_sampled(rows, 2)] == ["r1", "r2", "x"] and most_sampled(rows, None) == rows
@@ -131,19 +139,19 @@ def test_a_file_that_is_there_is_read_and_not_made_again(tmp_path):
 def test_human_solutions_are_right_and_hinted_attempts_are_no_solutions():
     task = Arithmetic(pool={1: 5}, seeds={})
     problems = task.problems("test")[:2]
-    gold = human(task, problems)
+    gold = human_solutions(task, problems)
     assert [(s.completion, s.correct, s.source) for s in gold] == [(p.solution, True, "human") for p in problems]
     p = problems[0]
     tries = [stub.rollout(task, p, p.solution), stub.rollout(task, p, "#99"), stub.rollout(task, p, "no")]
     tries += [stub.rollout(task, p, p.solution, hinted=True), stub.rollout(task, p, "#1", truncated=True)]
-    found = sampled(tries)
+    found = sampled_solutions(tries)
     assert [(s.correct, s.parsed, s.truncated) for s in found] == [
         (True, True, False),
         (False, True, False),
         (False, False, False),
         (False, True, True),
     ]
-    assert counts(found) == {"solutions": 4, "correct": 1, "incorrect": 3, "human": 0, "mixed_problems": 1}
+    assert count_solutions(found) == {"solutions": 4, "correct": 1, "incorrect": 3, "human": 0, "mixed_problems": 1}
 
 
 def merging_newlines():
@@ -172,7 +180,7 @@ def merging_newlines():
 def test_step_labels_stay_with_their_steps_where_line_ends_share_a_token(text, right, expected):
     tokenizer, task = merging_newlines(), Task()
     assert len(task.steps(text)) == len(right)
-    ends = step_ends(task, tokenizer, to_example(tokenizer, "Q:", text), text)
+    ends = step_ends(task.steps, tokenizer, to_example(tokenizer, "Q:", text), text)
     found, labels = step_targets(ends, right)
     assert dict(zip(found, labels)) == expected
     arrays = graded_arrays([solution("Q:", text, False, prompt="Q:")], tokenizer, 16, False, [(found, labels)])

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from qstar.methods import step_rollouts
-from qstar.methods.buffers import Solution
-from qstar.methods.step_rollouts import Continued, rollout_labels
+from qstar.methods import preference_data
+from qstar.methods.preference_data import ContinuationTask, Solution, rollout_labels
 from qstar.runs.rollouts import SampleSettings
 from qstar.tasks.arithmetic import Arithmetic
 from tests.methods.stub import rollout
@@ -34,7 +33,7 @@ def test_every_beginning_is_continued_once_and_labelled_by_what_comes_of_it(monk
             rows += [dataclasses.replace(r, problem_id=p.id, correct=z) for r, z in zip(made, right)]
         return rows
 
-    monkeypatch.setattr(step_rollouts, "sample_rollouts", attempt)
+    monkeypatch.setattr(preference_data, "sample_rollouts", attempt)
     solutions = [solution(gold, True), solution(WRONG, False)]
     made = rollout_labels(None, TASK, {PROBLEM.id: PROBLEM}, solutions, SampleSettings(), n=4, seed=0, folder=tmp_path)
     # The first line is common. Of the wrong one's later lines none can be put right by the gold text's rest.
@@ -46,7 +45,7 @@ def test_every_beginning_is_continued_once_and_labelled_by_what_comes_of_it(monk
 
 
 def test_a_continuation_is_judged_with_what_it_continues():
-    task = Continued(TASK)
-    begun = dataclasses.replace(PROBLEM, id="x", meta={"of": PROBLEM, "begun": "17+25,C0|1+2,2C1|,42C0|042|#4"})
+    task = ContinuationTask(TASK)
+    begun = dataclasses.replace(PROBLEM, id="x", meta={"of": PROBLEM, "prefix": "17+25,C0|1+2,2C1|,42C0|042|#4"})
     assert task.prompt(begun) == "17+25=17+25,C0|1+2,2C1|,42C0|042|#4"
     assert task.correct(begun, "2") and not task.correct(begun, "3") and not task.correct(begun, None)

@@ -85,7 +85,7 @@ def told(monkeypatch):
 def go(ctx):
     loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, "arm")
     arm = Arm(ctx, "arm")
-    v_star.outer_loop(arm, loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
+    v_star.outer_loop(arm, loop, Fake("base"), Fake("G_SFT"), v_star.supervised_data(ctx))
     return arm
 
 
@@ -101,7 +101,7 @@ def test_v_star_accumulates_restarts_from_the_base_and_trains_one_verifier_from_
     assert kinds == [("sample", "G_SFT"), ("sft", "base"), ("sample", "G1"), ("sft", "base"), ("sample", "G2"),
                      ("sft", "base"), ("dpo", "G_SFT")]  # fmt: skip
     odd = [p for p in ctx.task.pool(1, ctx.seed, None) if int(p.id[0]) % 2]
-    gold = [s.prompt + s.completion for s in v_star.d_sft(ctx)]
+    gold = [s.prompt + s.completion for s in v_star.supervised_data(ctx)]
     for n, rows in enumerate([rows for kind, _, rows in told if kind == "sft"], 1):
         assert rows == sorted(gold + [ctx.task.prompt(p) + right(p, m) for p in odd for m in range(1, n + 1)])
 
@@ -135,7 +135,7 @@ def test_the_rows_of_the_table_of_baselines(tmp_path, told, preset, samples, gen
     """2402.06457, table 1: data of the generator, data of the verifier, iterative or not."""
     ctx = study(tmp_path, preset)
     go(ctx)
-    gold = {s.prompt + s.completion for s in v_star.d_sft(ctx)}
+    gold = {s.prompt + s.completion for s in v_star.supervised_data(ctx)}
     assert [name for kind, name, *_ in told if kind == "sample"] == samples
     trained = [(name, set(rows)) for kind, name, rows in told if kind == "sft"]
     assert all(name == "base" for name, _ in trained) and len(trained) == len(generators)
@@ -189,7 +189,7 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, m
     ctx.config.arms = {"arm": {"preset": "v_star", "k": 2}, "other": {"preset": "v_star", "k": 2}}
     for name in ("arm", "other"):
         loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
-        v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
+        v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.supervised_data(ctx))
     assert folders[0] == folders[3] and len({f for f in folders}) == 5
 
 
@@ -210,7 +210,7 @@ def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told,
     ctx.config.arms = {"arm": {"preset": "v_star", "k": 2}, "other": {"preset": "v_star", "k": 2, **own}}
     for name in ("arm", "other"):
         loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
-        v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.d_sft(ctx))
+        v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.supervised_data(ctx))
     assert len(folders) == 2 and all(len(asked) == 1 for asked in folders.values())
 
 
@@ -237,7 +237,7 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told
     monkeypatch.setattr(v_star, "supervised", lambda *_: Fake("G_SFT"))
     monkeypatch.setattr(v_star.VStarContext, "make", lambda *_: ctx)
     v_star.run(ctx.config, tmp_path / "run", stub.Silent())
-    v_star.sampled_accuracy(ctx, Fake("G_SFT"))
+    v_star.gate_metrics(ctx, Fake("G_SFT"))
     assert seen == {(stage, few_shot) for stage in ("iter", "sample", "samples", "val")}
 
 
@@ -254,4 +254,4 @@ def test_data_without_solutions_is_refused(tmp_path, monkeypatch):
     ctx = study(tmp_path, "v_star")
     monkeypatch.setattr(type(ctx.task), "solution", lambda self, problem: None)
     with pytest.raises(UserError, match="D_SFT"):
-        v_star.d_sft(ctx)
+        v_star.supervised_data(ctx)

@@ -9,10 +9,10 @@ import pytest
 import qstar
 from qstar.runs import rollouts
 from qstar.methods import verifier
-from qstar.methods.buffers import merged, sampled
+from qstar.methods.preference_data import merge_duplicates, sampled_solutions
 from qstar.methods.preference_data import PairSettings, build_pairs, step_ends
 from qstar.runs.rollouts import SampleSettings, sample_rollouts, to_example
-from qstar.methods.v_star_eval import _score_rows
+from qstar.methods.v_star_eval import score_rows
 from qstar.models.config import preset
 from qstar.models.model import Model
 from qstar.models.scoring import init
@@ -78,7 +78,7 @@ def test_sampled_ids_are_trained_and_scored(model, attempts, monkeypatch):
     monkeypatch.setattr(
         verifier, "logprobs", lambda m, p, c: scored.append((p, c)) or [np.zeros(len(x), np.float32) for x in c]
     )
-    _score_rows(None, rows, model, {})
+    score_rows(None, rows, model, {})
     exact, pairs = 0, [(p, c) for p, c in zip(*scored[0])]  # equal ones are scored once
     for done, row in zip(drawn, rows, strict=True):
         head = text.encode(row.prompt, bos=True)
@@ -103,7 +103,7 @@ def test_ids_go_through_buffers_and_pairs(attempts):
         " ".join(r.completion.split()): r.tokens for r in reversed(rows) if r.problem_id == "0"
     }  # the first of equals
     half = [dataclasses.replace(r, hinted=False, correct=i % 2 == 0) for i, r in enumerate(rows)]
-    solutions = merged(sampled(r for r in half if r.problem_id == "0"))
+    solutions = merge_duplicates(sampled_solutions(r for r in half if r.problem_id == "0"))
     assert {s.key[1]: s.tokens for s in solutions} == ids
     pairs = build_pairs(solutions, PairSettings(), 0)
     assert pairs and all(ids[" ".join(p.chosen.split())] == p.chosen_tokens for p in pairs)
@@ -126,7 +126,7 @@ def test_steps_end_where_the_sampled_tokens_end(model):
     begin = len(decode(example.prompt))
     reach = [len(decode(example.prompt + example.completion[: k + 1])) - begin for k in range(len(example.completion))]
     ends = [next(k for k, n in enumerate(reach) if n >= at) for at in Task().steps(written)[:-1]]
-    assert step_ends(Task(), text, example, written) == [*ends, len(example.completion) - 1] and len(ends) == 2
+    assert step_ends(Task().steps, text, example, written) == [*ends, len(example.completion) - 1] and len(ends) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

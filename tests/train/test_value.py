@@ -12,8 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 import qstar
-from qstar.methods.buffers import Solution
-from qstar.methods.preference_data import graded_arrays
+from qstar.methods.preference_data import Solution, graded_arrays
 from qstar.models import decoder
 from qstar.models.config import preset
 from qstar.models.heads import add_value_head
