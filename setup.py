@@ -17,6 +17,7 @@ setup(
     package_data={  # the annotations are for users' type checkers, too; worked examples stand in front of prompts
         "qstar": ["py.typed"],
         "qstar.tasks": ["examples/*.jsonl"],
+        "qstar.report": ["templates/*.j2", "static/*.css", "static/*.js"],  # pages of reports
     },
     python_requires=">=3.11",
     install_requires=[
@@ -47,7 +48,7 @@ setup(
         "endpoint": ["openai>=1.60"],  # a frozen answerer behind an OpenAI-compatible server: retries, timeouts
         "log": ["wandb"],
         "eval": ["math-verify>=0.9"],  # equality of LaTeX answers (MATH); brings SymPy, so only who needs it
-        "notebooks": ["matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6", "nbformat>=5"],
+        "notebooks": ["nbclient>=0.10", "ipykernel>=6", "nbformat>=5"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.8",  # two workers, one core each; since 3.8 they can take the files in a given order

@@ -40,7 +40,7 @@ def train(argv: list[str]) -> int:
     from rich.console import Console
 
     from qstar import methods
-    from qstar.report.html import write_report
+    from qstar.report.pages import write_report
     from qstar.train import profile
 
     console = Console(quiet=not is_first())
@@ -143,7 +143,7 @@ def evaluate(argv: list[str]) -> int:
     from rich.console import Console
 
     from qstar.models.model import load
-    from qstar.report.evaluation import curve_rows, write_evaluation
+    from qstar.report.pages.v_star import curve_rows, write_evaluation
     from qstar.runs.evaluate import evaluate_model, result_rows, unanswered
     from qstar.tasks import has_examples, make_task
     from qstar.train.metrics import show_table
@@ -282,7 +282,7 @@ def report(argv: list[str]) -> int:
     p = command_parser("report", "Writes RUN/report.html: one self-contained page.", device=False)
     p.add_argument("run", metavar="RUN", help="run folder: the --workdir of qstar train")
     a = p.parse_args(argv)
-    from qstar.report.html import write_report
+    from qstar.report.pages import write_report
 
     print(write_report(Path(a.run)))
     return 0

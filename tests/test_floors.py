@@ -41,14 +41,13 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
 }  # fmt: skip
 TODAY = {  # while the packages are rewritten: a limit that only falls
     "": 2400, "text": 521, "data": 600, "models": 4330, "tasks": 4540, "sample": 1195, "thoughts": 1670, "train": 2170,
-    "runs": 2500, "methods": 5402, "report": 4355, "plan": 1657, "bench": 1515,
+    "runs": 2500, "methods": 5402, "report": 2450, "plan": 1657, "bench": 1515,
 }  # fmt: skip
 LONG_FILES = {
     "cli.py": 410,
     "methods/guided_two_hop.py": 431,
     "plan/cases.py": 411,
     "plan/hlo.py": 415,
-    "report/sections.py": 435,
 }
 LONG_FUNCTIONS = {"evaluate": 81}
 NO_JAX = ("text", "data", "tasks", "errors")

@@ -1,1 +1,1 @@
-"""A run, looked at afterwards: `run.read_run` reads its folder, `html.write_report` makes a page of it."""
+"""Reports: `pages.write_report` writes the page of a run folder; `read.read_run` and `stats` give its numbers."""

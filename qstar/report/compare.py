@@ -1,7 +1,7 @@
-"""Blind human comparison of two rationales: the page that collects votes, and their statistics.
+"""Blind human comparison of two models' rationales: the page that collects votes, and their statistics.
 
-STaR (2203.14465, section 4.5) let people rank rationales of the same question without knowing who wrote which. Here a page
-shows two at a time. Sides and order are drawn by a seed; who wrote what stands in a key beside the page, not in it.
+As in STaR (2203.14465, section 4.5), raters do not know whose rationale they read. The page shows two at a time. Sides and
+order are drawn by a seed; whose rationale is on which side is in a key beside the page, not in it.
 
     DIR/compare.html   the page: one file, no network, votes by mouse or keys, "Download" writes votes.jsonl
     DIR/key.json       item -> problem, and whose rationale is on the left
@@ -10,7 +10,6 @@ shows two at a time. Sides and order are drawn by a seed; who wrote what stands 
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +19,8 @@ import numpy as np
 
 from qstar.data.sources import read_records
 from qstar.errors import UserError, require
-from qstar.report import shell
-from qstar.report.markup import Safe, tag
-from qstar.report.pieces import note
-from qstar.report.run import read_dict
+from qstar.report import render
+from qstar.report.read import read_dict
 from qstar.tasks.base import stable_rng
 from qstar.train.stats import bootstrap_ci
 
@@ -55,12 +52,8 @@ def write_comparison(a: Side, b: Side, folder: Path, *, count: int = 50, seed: i
     differ = [p for p in common if rows[0][p]["completion"].split() != rows[1][p]["completion"].split()]
     which = " that both got right" if right else ""
     require((bool(common), f"compare: {a.file} and {b.file} have no problem in common{which}"))
-    require(
-        (
-            bool(differ),
-            f"compare: {a.file} and {b.file} hold the same rationales, for all {len(common)} problems{which}",
-        )
-    )
+    same = f"compare: {a.file} and {b.file} hold the same rationales, for all {len(common)} problems{which}"
+    require((bool(differ), same))
     rng = stable_rng("compare", seed, a.name, b.name)
     items, key = [], {}
     for number, problem in enumerate(rng.sample(differ, min(count, len(differ)))):
@@ -82,8 +75,9 @@ def write_comparison(a: Side, b: Side, folder: Path, *, count: int = 50, seed: i
     try:
         _refuse_foreign(folder, key_file)
         folder.mkdir(parents=True, exist_ok=True)
-        shell.write(folder / "key.json", json.dumps(key_file, indent=1) + "\n")
-        shell.write(folder / "compare.html", _page(page, items))
+        render.write(folder / "key.json", json.dumps(key_file, indent=1) + "\n")
+        text = render.page("compare.html.j2", title="Which rationale is better?", data={"page": page, "items": items})
+        render.write(folder / "compare.html", text)
     except OSError as error:
         raise UserError(f"--out={folder}: cannot be written ({error.strerror or error})") from error
     return folder / "compare.html"
@@ -96,12 +90,8 @@ def _refuse_foreign(folder: Path, key: Mapping[str, Any]) -> None:
         line = f"--out={folder}: holds another comparison, whose votes cannot be counted without its key; name another folder"
         require((read_dict(folder / "key.json") == key, line))
     else:
-        require(
-            (
-                not names,
-                f"--out={folder}: holds {next(iter(names), '')!r} but no comparison; name a new or empty folder",
-            )
-        )
+        line = f"--out={folder}: holds {next(iter(names), '')!r} but no comparison; name a new or empty folder"
+        require((not names, line))
 
 
 def _first(file: str, right: bool) -> dict[str, dict[str, Any]]:
@@ -111,9 +101,6 @@ def _first(file: str, right: bool) -> dict[str, dict[str, Any]]:
         if not right or row.get("correct"):
             out.setdefault(str(row["problem_id"]), {"prompt": str(row["prompt"]), "completion": str(row["completion"])})
     return out
-
-
-# --------------------------------------------------------------------------------------------------------- the votes
 
 
 def count_votes(folder: Path, files: Sequence[str]) -> dict[str, Any]:
@@ -169,122 +156,8 @@ def _checked(row: Mapping[str, Any], key: Mapping[str, Any]) -> Mapping[str, Any
 
 
 def sign_test(rates: Sequence[float]) -> float:
-    """Returns the two-sided p-value of as uneven a split of wins and losses (rates above and below 1/2) by fair coins."""
+    """Returns the two-sided p-value of the split into wins and losses (rates above and below 1/2); 1 without any."""
+    from scipy.stats import binomtest  # slow to import, and only votes need it
+
     wins, losses = sum(r > 0.5 for r in rates), sum(r < 0.5 for r in rates)
-    n = wins + losses
-    tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n
-    return min(1.0, 2 * tail)
-
-
-# ---------------------------------------------------------------------------------------------------------- the page
-
-
-def _page(page: str, items: Sequence[Mapping[str, str]]) -> str:
-    data = json.dumps({"page": page, "items": items}, ensure_ascii=False).replace("<", "\\u003c")
-    sides = [
-        tag(
-            "div",
-            tag("b", name),
-            tag("pre", id=f"text-{side}"),
-            tag("button", label, id=side, type="button"),
-            class_="card",
-        )
-        for side, name, label in (("left", "Left", "← Left is better"), ("right", "Right", "Right is better →"))
-    ]
-    body = tag(
-        "section",
-        note("Keys: ← left, → right, ↓ equally good, ↑ back. Votes stay in this browser until you download them."),
-        tag("p", tag("label", "Your name (optional) ", tag("input", id="rater", autocomplete="off"))),
-        tag("p", id="progress", aria_live="polite", class_="soft"),
-        tag("pre", id="prompt", class_="example"),
-        tag("div", *sides, class_="grid pair"),
-        tag(
-            "div",
-            tag("button", "↓ Equally good", id="equal", type="button"),
-            tag("button", "↑ Back", id="back", type="button"),
-            tag("button", "Download votes", id="download", type="button"),
-            class_="pages",
-        ),
-        tag("noscript", note("This page needs JavaScript.")),
-        tag("script", Safe(data), type="application/json", id="comparison"),
-    )
-    title = "Which rationale is better?"
-    said = "Two models answered each question. Say whose reasoning is better; nobody tells which is which."
-    header = [tag("h1", title), tag("p", said, class_="headline")]
-    return shell.document(title, header, [body], style=_STYLE, script=_SCRIPT)
-
-
-_STYLE = """
-.pair .card { max-width: none; } .pair pre { min-height: 9rem; margin: .6rem 0 .9rem; }
-.pair button, .pages button { padding: .6rem 1rem; } .chosen { outline: 2px solid var(--good); }
-"""
-
-# Texts enter through textContent: no model's text can become markup.
-_SCRIPT = """
-"use strict";
-(function () {
-  const data = JSON.parse(document.getElementById("comparison").textContent);
-  const at = (id) => document.getElementById(id);
-  const STORE = "qstar-compare-" + data.page;
-  let votes = {}, now = 0, since = Date.now();
-  try { votes = JSON.parse(localStorage.getItem(STORE)) || {}; } catch (error) { votes = {}; }  // private windows
-  while (now < data.items.length - 1 && votes[data.items[now].item]) now += 1;
-
-  function draw() {
-    const item = data.items[now], vote = votes[item.item];
-    at("prompt").textContent = item.prompt;
-    for (const side of ["left", "right"]) at("text-" + side).textContent = item[side];
-    for (const choice of ["left", "right", "equal"]) {
-      at(choice).classList.toggle("chosen", Boolean(vote) && vote.choice === choice);
-      at(choice).setAttribute("aria-pressed", String(Boolean(vote) && vote.choice === choice));
-    }
-    const done = Object.keys(votes).length;
-    at("progress").textContent = "Question " + (now + 1) + " of " + data.items.length + ", " + done + " answered" +
-      (done === data.items.length ? ". All done: download your votes." : "");
-    at("back").disabled = now === 0;
-    at("download").disabled = done === 0;
-    since = Date.now();
-  }
-
-  function choose(choice) {
-    const item = data.items[now].item;
-    votes[item] = { page: data.page, item: item, choice: choice, seconds: (Date.now() - since) / 1000 };
-    try { localStorage.setItem(STORE, JSON.stringify(votes)); } catch (error) { /* they stay in this tab */ }
-    if (now < data.items.length - 1) now += 1;
-    draw();
-  }
-
-  function back() {
-    if (now > 0) now -= 1;
-    draw();
-  }
-
-  function lines() {
-    const rater = at("rater").value.trim();
-    return Object.keys(votes).sort().map((item) => JSON.stringify({ ...votes[item], rater: rater }) + "\\n").join("");
-  }
-
-  function download() {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([lines()], { type: "application/x-ndjson" }));
-    link.download = "votes.jsonl";
-    document.body.append(link);
-    link.click();
-    link.remove();
-  }
-
-  for (const choice of ["left", "right", "equal"]) at(choice).addEventListener("click", () => choose(choice));
-  at("back").addEventListener("click", back);
-  at("download").addEventListener("click", download);
-  document.addEventListener("keydown", (event) => {
-    if (event.target === at("rater") || event.ctrlKey || event.metaKey || event.altKey) return;
-    const keys = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "equal" };
-    if (keys[event.key]) choose(keys[event.key]);
-    else if (event.key === "ArrowUp") back();
-    else return;
-    event.preventDefault();
-  });
-  window.qstarVotes = lines;  // what the download holds
-  draw();
-})();
-"""
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0

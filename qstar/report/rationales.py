@@ -1,7 +1,8 @@
-"""The attempts of one outer loop: how many of each kind there are, and a sample that a page can hold."""
+"""Attempts of one iteration: counts by kind, a fixed sample for a page, and where a prompt holds its hint."""
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -31,13 +32,11 @@ class Attempts:
     """One `rationales/iter_NNN.jsonl`.
 
     Attributes:
-        total: attempts in the file, hinted ones included.
-        counts: attempts of every kind; they add up to `total`.
-        problems: group ("" = all) -> outcome -> problems, by the best verdict that an attempt at them got.
-        shown: a sample of the rows, see `sample`; `hint` holds the [start, end) of the hint in the prompt.
+      counts: attempts of every kind, hinted ones included.
+      problems: group ("" = all) -> outcome -> problems, by the best verdict that an attempt at them got.
+      shown: a sample of the rows, see `sample`; `hint` holds the [start, end) of the hint in the prompt.
     """
 
-    total: int = 0
     counts: Mapping[Kind, int] = field(default_factory=dict)
     problems: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     shown: Sequence[Row] = ()
@@ -45,17 +44,12 @@ class Attempts:
 
 @dataclass
 class Answers:
-    """Greedy answers on held-out problems, counted.
-
-    Attributes:
-        restated: wrong answers that begin by restating the sum.
-        miscopied: those of them that restate it wrongly.
-    """
+    """Counts of greedy answers on held-out problems."""
 
     total: int = 0
     wrong: int = 0
-    restated: int = 0
-    miscopied: int = 0
+    restated: int = 0  # wrong answers that begin by restating the sum
+    miscopied: int = 0  # those of them that restate it wrongly
 
 
 def read_attempts(path: Path, cap: int) -> Attempts:
@@ -67,7 +61,7 @@ def read_attempts(path: Path, cap: int) -> Attempts:
         unhinted = plain.get(row.get("problem_id"))
         spans = hint_spans(unhinted, row.get("prompt", ""), row.get("gold", "")) if row.get("hinted") else []
         shown.append({**row, "hint": spans})
-    return Attempts(len(rows), Counter(map(kind, rows)), _best(rows), shown)
+    return Attempts(Counter(map(kind, rows)), _best(rows), shown)
 
 
 def read_answers(path: Path) -> dict[str, Answers]:
@@ -85,18 +79,17 @@ def read_answers(path: Path) -> dict[str, Answers]:
 
 
 def kind(row: Row) -> Kind:
-    """The kind of an attempt."""
-    texts = (str(row.get("verdict") or ""), str(row.get("reason") or "").split(":")[0])
+    """The kind of an attempt; answers of an evaluation, which have no verdict, are right or wrong."""
+    verdict = row.get("verdict") or ("right" if row.get("correct") else "wrong" if "correct" in row else "")
+    texts = (str(verdict), str(row.get("reason") or "").split(":")[0])
     return Kind(*texts, bool(row.get("hinted")), str(row.get("group") or ""), row.get("valid"))
 
 
 def sample(rows: Sequence[Row], cap: int) -> list[Row]:
-    """At most `cap` rows, taken from the kinds in turn, so that every prefix holds the rare ones too.
-
-    Within a kind the order is that of a hash of what identifies the attempt: the same in every report.
-    """
+    """At most `cap` rows, taken from the kinds in turn, so that every prefix holds the rare ones too."""
     piles: dict[Kind, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=_lot):
+    # Within a kind, by a hash of what identifies the attempt: every report shows the same sample.
+    for row in sorted(rows, key=_hash):
         piles[kind(row)].append(row)
     order = sorted(piles.values(), key=len)  # rare kinds first: a short sample loses common ones
     rounds = max(map(len, order), default=0)
@@ -104,13 +97,12 @@ def sample(rows: Sequence[Row], cap: int) -> list[Row]:
 
 
 def hint_spans(plain: str | None, hinted: str, gold: str) -> list[tuple[int, int]]:
-    """Where a hinted prompt holds its hint: what is not in the plain prompt of the same problem.
+    """[start, end) of the hint in a hinted prompt: what the plain prompt of the same problem lacks.
 
-    Compared line by line where both have equally many (few-shot examples are hinted too, each in a line of
-    its own), else as a whole. Without a plain prompt, or if that is no insertion, the last place that
-    states `gold`.
+    Without a plain prompt, or if the hinted one is no insertion into it: the last place that states `gold`.
     """
     if plain is not None:
+        # Line by line where both have equally many: few-shot examples are hinted too, each in a line of its own.
         pairs = list(zip(plain.split("\n"), hinted.split("\n")))
         if plain.count("\n") != hinted.count("\n"):
             pairs = [(plain, hinted)]
@@ -128,17 +120,14 @@ def hint_spans(plain: str | None, hinted: str, gold: str) -> list[tuple[int, int
 
 
 def without(prompt: str, spans: Sequence[Sequence[int]]) -> str:
-    """A prompt with its hint cut out: what is trained on."""
+    """A prompt with its hint cut out, as it is trained on."""
     for start, end in reversed(spans):
         prompt = prompt[:start] + prompt[end:]
     return prompt
 
 
 def miscopied(prompt: str, completion: str) -> bool | None:
-    """Whether an addition's scratchpad restates its operands wrongly; None where nothing is restated.
-
-    The commonest way for a small model to go wrong: it adds correctly, but other numbers than it was given.
-    """
+    """Whether an addition's scratchpad restates its operands wrongly; None where nothing is restated."""
     if query := re.search(r"(\d+\+\d+)=(?:\(\d+\))?\s*\Z", prompt):
         return completion.split(",")[0] != query[1] if "," in completion else None
     if query := re.search(r"Input:\n([\d +]+)\nTarget:[\d ]*\n?\Z", prompt):
@@ -162,11 +151,11 @@ def _best(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
     return counted
 
 
-def _lot(row: Row) -> tuple[int, str]:
+def _hash(row: Row) -> tuple[int, str]:
     identity = f"{row.get('problem_id')}/{row.get('hinted')}/{row.get('sample')}"
     return zlib.crc32(identity.encode("utf-8", "surrogatepass")), identity
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    return next((at for at, (x, y) in enumerate(zip(one, other)) if x != y), min(len(one), len(other)))
+    """Length of the longest common prefix."""
+    return len(os.path.commonprefix((one, other)))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from qstar import files
-from qstar.report.guided import headline, page, read_guided
+from qstar.report.pages.guided_cot import headline, page, read_guided
+from qstar.report.read import read_run
 from qstar.train.metrics import Writer
 from tests.methods import runs
 from tests.notebooks.test_star_notebook import outputs, told
@@ -42,21 +43,22 @@ def test_the_page_shows_arms_filter_rl_study_costs_and_rationales_and_escapes_th
     writer = Writer(run)  # as a resumed run does
     writer.write(stage="rl", step=3, arm="rl_both_unfiltered", student=0, score=9.0, kl=0.1, entropy=0.2)
     writer.close()
-    read = read_guided(run)
+    read = read_run(run)
     text = page(read)
     sections = ("arms", "filter", "reinforcement", "study", "smuggling", "cost", "rationales", "config")
     assert all(f'<section id="{name}">' in text for name in sections)
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
-    assert headline(read).startswith("Guided by kd_unfiltered, the frozen large model answers")
+    assert headline(read, read_guided(read)).startswith("Guided by kd unfiltered, the frozen large model answers")
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")  # nothing is loaded
     (run / "results.json").rename(run / "kept.json")
-    assert "not finished" in page(read_guided(run))
+    assert "not finished" in page(read_run(run))
     (run / "kept.json").rename(run / "results.json")
 
 
 def test_notebook_states_the_numbers_of_the_run(run, monkeypatch):
     printed, figures = told(outputs(NOTEBOOK, run, monkeypatch))
-    assert headline(read_guided(run)) in printed and figures == 2
+    read = read_run(run)
+    assert headline(read, read_guided(read)) in printed and figures == 2
     assert "kd_unfiltered (none): 48 of 48" in printed and "choice/oracle" in printed
     assert "[rl_both_unfiltered] " in printed and "-> rl_both_unfiltered" in printed
 

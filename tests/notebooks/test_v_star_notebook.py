@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qstar.report.selection import SCORERS, headline
+from qstar.report import stats
+from qstar.report.pages.v_star import SCORERS, headline
 from tests.notebooks.test_star_notebook import ROOT, outputs, told
 from tests.report.v_star_synthetic import write_v_star_run
 
@@ -18,11 +19,11 @@ def test_notebook_states_the_numbers_and_ranks_solutions(tmp_path, monkeypatch):
     assert figures == 2
     for arm, n in (("v_star", 2), ("verification", 1)):
         found = json.loads((run / arm / "selection" / f"iter_{n:03d}.json").read_text())
-        assert f"{arm}: {headline(found)}" in printed
+        assert f"{stats.label(arm)}: {headline(found)}" in printed
         assert f"{SCORERS['dpo']:26s}{found['auc']['dpo']:8.3f}{found['auc_pooled']['dpo']:8.3f}" in printed
         for kind in found["auc_by_fault"]:
-            assert f"  {kind:16s}" in printed
-        assert f"[{arm}] " in printed and f"only {SCORERS['dpo']}" not in printed
+            assert f"  {kind:22s}" in printed
+        assert f"[{stats.label(arm)}] " in printed and f"only {SCORERS['dpo']}" not in printed
     assert f"; {SCORERS['dpo']} alone is right" in printed and f"  by {SCORERS['generator']}" in printed
 
 

@@ -47,7 +47,7 @@ def test_the_page_shows_both_texts_on_the_side_that_the_key_says_and_names_nobod
         assert item["right"].startswith(f"{right} {told['problem_id']} ")
     assert {told["left"] for told in key["items"].values()} == {"a", "b"}
     assert "starlight" not in page.source and "moonlight" not in page.source
-    assert page.source.count("<script") == 3 and "https:" not in page.source  # data, shared script, ours
+    assert page.source.count("<script") == 2 and "https:" not in page.source  # the data and our own
 
 
 def test_a_seed_makes_the_same_bytes_and_another_one_another_order(made, tmp_path):

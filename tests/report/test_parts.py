@@ -6,9 +6,8 @@ from collections import Counter
 import pytest
 
 from qstar.data.sources import read_jsonl, write_jsonl
-from qstar.report import frames, plots, rationales
-from qstar.report.markup import Safe, tag
-from qstar.report.run import read_run
+from qstar.report import charts, rationales, stats
+from qstar.report.read import read_run
 from tests.report.synthetic import Shape, write_run
 
 
@@ -78,22 +77,22 @@ def test_miscopied_operands(prompt, completion, wrong):
 
 def test_losses_of_all_loops_stand_one_after_the_other():
     rows = [{"iteration": loop, "step": step, "loss": 10 * loop + step} for loop in (1, 2, 3) for step in (50, 100)]
-    assert frames.losses(rows) == ([50, 100, 150, 200, 250, 300], [60, 110, 70, 120, 80, 130])
+    assert stats.losses(rows) == ([50, 100, 150, 200, 250, 300], [60, 110, 70, 120, 80, 130])
     through = [{"iteration": loop, "step": 100 * loop, "loss": 1.0} for loop in (1, 2, 3)]  # steps that go on
-    assert frames.losses(through)[0] == [100, 200, 300]
+    assert stats.losses(through)[0] == [100, 200, 300]
 
 
 def test_a_row_written_twice_counts_once(tmp_path):
     write_run(tmp_path, Shape(arms=("norat",), loops=1))
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     write_jsonl(tmp_path / "metrics.jsonl", [{**rows[-1], "accuracy": 0.1}, *rows])
-    assert frames.curve(read_run(tmp_path).arms[0], "accuracy").loops == [0, 1]
+    assert stats.curve(read_run(tmp_path).arms[0], "accuracy").x == [0, 1]
 
 
 def test_labels_are_spread_without_leaving_the_chart():
-    placed = plots.spread([10, 10, 12, 100], 14, 0, 110)
+    placed = charts.spread([10, 10, 12, 100], 14, 0, 110)
     assert placed == [10, 24, 38, 100]
-    assert plots.spread([100, 100, 100], 14, 0, 100) == [72, 86, 100]
+    assert charts.spread([100, 100, 100], 14, 0, 100) == [72, 86, 100]
 
 
 @pytest.mark.parametrize(
@@ -105,21 +104,23 @@ def test_labels_are_spread_without_leaving_the_chart():
     ],
 )
 def test_ticks_are_round_and_cover_the_data(low, high, ticks):
-    assert plots.nice_ticks(low, high, 5) == ticks
+    assert charts.nice_ticks(low, high, 5) == ticks
 
 
 def test_ticks_of_loops_are_whole_numbers():
-    assert plots.nice_ticks(0, 4, 8, integers=True) == [0, 1, 2, 3, 4]
-    assert all(tick % 1 == 0 for tick in plots.nice_ticks(0, 36, 8, integers=True))
+    assert charts.nice_ticks(0, 4, 8, integers=True) == [0, 1, 2, 3, 4]
+    assert all(tick % 1 == 0 for tick in charts.nice_ticks(0, 36, 8, integers=True))
 
 
-def test_tag_escapes_all_but_markup():
-    assert tag("p", "<b>", Safe("<i>"), class_='"') == '<p class="&quot;">&lt;b&gt;<i></p>'
+def test_charts_escape_names():
+    line = charts.Line("<b>", (1, 2), (0, 1), 'x"')
+    svg = charts.line_chart([line], title='"<i>', x_label="<u>", y_format="{:g}".format)
+    assert not re.search(r"<[biu]>", svg) and "&lt;b&gt;" in svg and 'aria-label="&#34;&lt;i&gt;"' in svg
 
 
 @pytest.mark.parametrize("ys", [(-3.0, -1.0), (0.0, 0.0), (-2.0, 5.0)])
 def test_a_chart_covers_what_is_below_zero_and_what_is_only_zero(ys):
-    line = plots.Line("a", (1, 2), ys, "red")
-    svg = str(plots.line_chart([line], title="t", x_label="x", y_format=lambda v: f"<{v:g}>"))
+    line = charts.Line("a", (1, 2), ys, "red")
+    svg = str(charts.line_chart([line], title="t", x_label="x", y_format=lambda v: f"<{v:g}>"))
     ticks = [float(t) for t in re.findall(r"&lt;(-?[\d.]+)&gt;", svg)]
     assert min(ticks) <= min(0, *ys) and max(ticks) >= max(0, *ys) and max(ticks) > min(ticks)

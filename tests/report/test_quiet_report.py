@@ -12,9 +12,8 @@ import pytest
 
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
-from qstar.report import html
-from qstar.report.quiet import frames, texts, viewer
-from qstar.report.quiet.run import read_quiet_run
+from qstar.report import pages, stats, thoughts
+from qstar.report.read import read_run
 from tests.report.quiet_synthetic import ACCURACY, SCRIPT, STEPS, THINK, write_quiet_run
 from tests.report.test_report import Page
 
@@ -26,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(folder):
-    return Page(html.write_report(folder))
+    return Page(pages.write_report(folder))
 
 
 def block(page, number):
@@ -36,7 +35,7 @@ def block(page, number):
 
 
 def test_headline_is_the_main_arm_with_and_without_its_thoughts(folder, page):
-    told = frames.headline(read_quiet_run(folder))
+    told = stats.headline(read_run(folder))
     assert told == (
         "With thoughts, accuracy on hard tokens is 96.7% (95.4–98.0%, 95% interval) after 250 steps, "
         "and 10.0% without them; the other 3 arms ended at 10.0% to 14.8%."
@@ -54,7 +53,7 @@ def test_main_table_equals_the_last_evaluation_of_every_arm(folder, page):
         assert cells[2] == f"{100 * accuracy:.1f}% {100 * low:.1f}–{100 * high:.1f}"
         names = ("accuracy_greedy", "accuracy_swapped", "accuracy_base", "right")
         wanted = [row.get(f"{name}/hard") for name in names]
-        assert [cells[3], cells[4], cells[5], cells[8]] == [frames.percent(v) for v in wanted]
+        assert [cells[3], cells[4], cells[5], cells[8]] == [stats.percent(v) for v in wanted]
         nats = [row.get("nll/hard", row["nll_base/hard"]), row["nll_base/hard"]]
         assert cells[6:8] == [f"{v:.2f}" for v in nats]
 
@@ -96,29 +95,29 @@ def test_helped_and_hurt_are_the_extremes_of_all_texts(folder, page):
 
 
 def test_a_text_gives_two_extremes_at_most():
-    none = texts.Pass([[]] * 5, [0.0] * 5, [0.0] * 5, [0.0] * 5)
-    rows = [texts.Text(str(n), list("abcdef"), ["x"] * 6, [n + 1.0 + j for j in range(5)], [none]) for n in range(3)]
-    helped, hurt = texts.extremes(rows, 4)
+    none = thoughts.Pass([[]] * 5, [0.0] * 5, [0.0] * 5, [0.0] * 5)
+    rows = [thoughts.Text(str(n), list("abcdef"), ["x"] * 6, [n + 1.0 + j for j in range(5)], [none]) for n in range(3)]
+    helped, hurt = thoughts.extremes(rows, 4)
     assert [(e.text, e.entry) for e in helped] == [(2, 4), (1, 4), (2, 3), (0, 4)] and not hurt
 
 
 def test_tokens_that_nothing_predicts_have_no_gain():
-    p = texts.Pass([["a"], [], ["b"]], [1.0, None, 0.5], [0.1, None, 0.2], [0.0, None, 0.0])
-    text = texts.Text("t", list("wxyz"), ["c"] * 4, [None, 2.0, 2.0], [p])
+    p = thoughts.Pass([["a"], [], ["b"]], [1.0, None, 0.5], [0.1, None, 0.2], [0.0, None, 0.0])
+    text = thoughts.Text("t", list("wxyz"), ["c"] * 4, [None, 2.0, 2.0], [p])
     assert text.gains == [None, None, 1.5]
-    assert texts.class_gains([text]) == {"c": (1.5, 1)}
+    assert thoughts.class_gains([text]) == {"c": (1.5, 1)}
 
 
 def test_texts_are_left_out_to_fit_but_never_the_extremes(folder):
-    arm = read_quiet_run(folder).arms[0]
-    rows = texts.read_texts(arm.thoughts[250])
+    arm = read_run(folder).arms[0]
+    rows = thoughts.read_texts(arm.thoughts[250])
     random.Random(1).shuffle(rows)
-    packed, shown = viewer.pack(viewer.Block(arm, 250, rows), 4_000)
+    packed, shown = thoughts.pack(rows, 4_000)
     data = json.loads(gzip.decompress(base64.b64decode(packed)))
     assert shown == len(data["texts"]) < len(rows)
     kept = {row[0] for row in data["texts"]}
-    assert {rows[e.text].id for side in texts.extremes(rows) for e in side} <= kept
-    for name, side in zip(("helped", "hurt"), texts.extremes(rows)):
+    assert {rows[e.text].id for side in thoughts.extremes(rows) for e in side} <= kept
+    for name, side in zip(("helped", "hurt"), thoughts.extremes(rows)):
         assert [(data["texts"][t][0], j) for t, j in data[name]] == [(rows[e.text].id, e.entry) for e in side]
 
 
@@ -136,7 +135,7 @@ def test_curves_have_a_mark_for_every_evaluation(page):
 
 
 def test_a_page_loads_nothing_and_shows_a_models_text_as_text(tmp_path):
-    shown = Page(html.write_report(write_quiet_run(tmp_path / "run", hostile=True, texts=3)))
+    shown = Page(pages.write_report(write_quiet_run(tmp_path / "run", hostile=True, texts=3)))
     assert SCRIPT not in shown.source
     assert set(shown.scripts) == {None, "thought-index", *(f"thoughts-{n}" for n in range(len(THINK) * len(STEPS)))}
     assert not [a for _, a in shown.elements if a.get("src") or str(a.get("href", "#"))[0] != "#"]
@@ -144,11 +143,11 @@ def test_a_page_loads_nothing_and_shows_a_models_text_as_text(tmp_path):
 
 def test_a_run_that_has_only_begun_makes_a_page(tmp_path):
     run = write_quiet_run(tmp_path / "run", texts=0, steps=(0,), arms=("plain",))
-    page = Page(html.write_report(run))
+    page = Page(pages.write_report(run))
     assert "Before the first step, accuracy on hard tokens is 10.0% (8.0–12.0%)" in page.text
     assert "No step has been evaluated yet." in page.text
     (run / "metrics.jsonl").unlink()
-    assert "No results yet" in Page(html.write_report(run)).text
+    assert "No results yet" in Page(pages.write_report(run)).text
     assert "thought-index" not in page.scripts
 
 
@@ -158,8 +157,8 @@ def test_controls_that_do_not_think_and_unknown_classes_are_welcome(tmp_path):
     keys = {"nll_base/0-1 nats": 0.5, "nll_base/4+ nats": 5.0, "nll_base/all": 2.0, "accuracy_base/4+ nats": 0.01}
     rows += [{"arm": "plain", "iteration": 0, "stage": "evaluation", "step": s, **keys} for s in (0, 100)]
     write_jsonl(run / "metrics.jsonl", rows)
-    assert frames.focus(read_quiet_run(run)) == "4+ nats"
-    assert "Accuracy on 4+ nats tokens went from 1.0% to 1.0%" in Page(html.write_report(run)).text
+    assert stats.focus(read_run(run)) == "4+ nats"
+    assert "Accuracy on 4+ nats tokens went from 1.0% to 1.0%" in Page(pages.write_report(run)).text
 
 
 @pytest.mark.parametrize(
@@ -177,17 +176,17 @@ def test_a_broken_line_of_thoughts_is_named(tmp_path, change, told):
     change(rows[1])
     write_jsonl(path, rows)
     with pytest.raises(UserError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(told)):
-        html.write_report(run)
+        pages.write_report(run)
 
 
 def test_report_is_the_same_twice(folder):
-    first = html.write_report(folder).read_bytes()
-    assert html.write_report(folder).read_bytes() == first
+    first = pages.write_report(folder).read_bytes()
+    assert pages.write_report(folder).read_bytes() == first
 
 
 def test_a_browser_draws_tokens_and_answers_a_click(folder, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("needs a browser")
-    source = html.write_report(folder).read_text(encoding="utf-8")
+    source = pages.write_report(folder).read_text(encoding="utf-8")
     click = """<script>setTimeout(() => {
       const t = [...document.querySelectorAll(".tok.on.pos")].find((t) => t.nextSibling.textContent === ";");
       t.click(); document.title = [document.querySelectorAll(".text").length,

@@ -1,6 +1,8 @@
 """A report states the numbers that the files hold, shows a model's text as text, and needs nothing else."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,10 @@ import pytest
 
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
-from qstar.report import frames, html, rationales
+from qstar.report import pages, rationales, stats
+from qstar.report.pages import browser, star
 from qstar.report.rationales import Attempts
-from qstar.report.run import Arm, Run, read_run
+from qstar.report.read import Arm, Run, read_run
 from tests.report.synthetic import CURVES, SCRIPT, Shape, write_run
 
 VERDICTS = ("kept", "rationalised", "rejected")
@@ -79,19 +82,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(folder):
-    return Page(html.write_report(folder))
+    return Page(pages.write_report(folder))
 
 
 def report(tmp_path, shape):
-    return Page(html.write_report(write_run(tmp_path / "run", shape)))
+    return Page(pages.write_report(write_run(tmp_path / "run", shape)))
 
 
 def test_headline_gives_first_and_last_loop_of_both_arms_with_intervals(folder, page):
-    assert frames.headline(read_run(folder)) == (
+    assert stats.headline(read_run(folder)) == (
         "With rationalisation, 3-digit accuracy went from 0.4% (0.0–1.2%, 95% interval) to 97.0% "
         "(94.9–99.1%) in 4 loops; without it, it went from 0.4% (0.0–1.2%) to 0.4% (0.0–1.2%) in 4 loops."
     )
-    assert frames.headline(read_run(folder)) in page.text
+    assert stats.headline(read_run(folder)) in page.text
 
 
 def test_accuracy_table_equals_the_metrics(folder, page):
@@ -130,10 +133,10 @@ def test_problems_are_counted_once_under_their_best_attempt(folder, page):
 
 def test_bars_show_the_shares_of_the_counted_problems(folder, page):
     for arm in read_run(folder).arms:
-        for loop, counts in frames.outcomes(arm, "3").items():
+        for loop, counts in stats.outcomes(arm, "3").items():
             share = counts["rejected"] / sum(counts.values())
             shown = f"{100 * share:.0f}%" if not 0.99 < share < 1 and not 0 < share < 0.01 else f"{100 * share:.1f}%"
-            assert f"<title>rejected, outer loop {loop}: {shown}</title>" in page.source
+            assert f"<title>rejected, loop {loop}: {shown}</title>" in page.source
 
 
 def test_rejections_are_counted_by_reason_hint_and_loop(folder, page):
@@ -212,7 +215,7 @@ def test_hostile_names_reasons_and_groups_stay_text(tmp_path):
     rows = read_jsonl(run / "rat" / "rationales" / "iter_001.jsonl")
     changed = [{**row, "group": SCRIPT, "reason": SCRIPT, "prompt": SCRIPT, "gold": SCRIPT} for row in rows]
     write_jsonl(run / "rat" / "rationales" / "iter_001.jsonl", changed)
-    page = Page(html.write_report(run))
+    page = Page(pages.write_report(run))
     assert len([name for name, _ in page.elements if name == "script"]) == 2
     assert not [name for name, _ in page.elements if name in ("img", "iframe", "link", "object")]
     assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on")]
@@ -237,7 +240,7 @@ def test_links_of_the_contents_lead_somewhere(page):
 
 
 def test_a_report_is_the_same_bytes_every_time(folder, page):
-    assert html.write_report(folder).read_text(encoding="utf-8") == page.source
+    assert pages.write_report(folder).read_text(encoding="utf-8") == page.source
 
 
 def test_run_that_has_only_its_base_says_so(tmp_path):
@@ -281,14 +284,14 @@ def test_arm_without_a_name_has_its_files_in_the_run_folder(tmp_path):
     run = read_run(tmp_path)
     assert [(arm.name, arm.status, list(arm.attempts)) for arm in run.arms] == [("", "finished", [1])]
     assert len(run.base_train) == 30
-    assert "star" in Page(html.write_report(tmp_path)).text
+    assert "star" in Page(pages.write_report(tmp_path)).text
 
 
 def test_arms_of_the_config_that_have_not_begun_are_shown(tmp_path):
     write_run(tmp_path, Shape(arms=("rat",), loops=1))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "arms": {"rat": {}, "later": {}}}))
-    page = Page(html.write_report(tmp_path))
+    page = Page(pages.write_report(tmp_path))
     assert [row[0] for row in page.table("arm", "3 digits: base")] == ["rat", "later"]
     assert "This run is not finished (later)" in page.text and read_run(tmp_path).status == "running"
 
@@ -298,7 +301,7 @@ def test_result_on_the_test_split_is_shown_with_its_interval(tmp_path):
     row = {"arm": "rat", "iteration": 1, "stage": "test", "step": 1, "mean_tokens": 41.5, "maj@8": 0.75}
     row |= {"accuracy/3": 0.625, "accuracy_low/3": 0.5, "accuracy_high/3": 0.75}
     write_jsonl(tmp_path / "metrics.jsonl", [*read_jsonl(tmp_path / "metrics.jsonl"), row])
-    rows = Page(html.write_report(tmp_path)).table("arm", "model of loop")
+    rows = Page(pages.write_report(tmp_path)).table("arm", "model of loop")
     assert [r[1:] for r in rows] == [
         ["1", "mean tokens", "41.5"],
         ["1", "maj@8", "75.0%"],
@@ -324,7 +327,7 @@ def test_fine_tuning_is_told_as_the_arm_is_configured(tmp_path, restart, text):
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"arms": {"rat": {"restart": restart}}, "loop": {"restart": "unused", "seed_share": 0.15}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    page = Page(html.write_report(tmp_path))
+    page = Page(pages.write_report(tmp_path))
     assert text in page.text and "15.0% of every batch are worked examples" in page.text
 
 
@@ -341,30 +344,30 @@ def test_a_long_run_stays_under_three_megabytes_and_keeps_every_kind(tmp_path):
         for n in range(300)
     ]
     shown = rationales.sample(rows, 600)
-    attempts = Attempts(300, Counter(map(rationales.kind, rows)), {}, shown)
+    attempts = Attempts(Counter(map(rationales.kind, rows)), {}, shown)
     run = Run(tmp_path, "big", "star", {}, arms=[Arm("a", attempts=dict.fromkeys(range(1, 17), attempts))])
-    text = html.page(run)
+    text = star.page(run)
     assert len(text.encode()) < 3_000_000
-    data = html.embedded(run)
+    data = browser.embedded(run)
     reasons = {(row[1], data["values"]["reason"][row[3]]) for row in data["rows"]}
     assert len(reasons) == 16 * 2
 
 
 def test_without_any_room_a_page_still_holds_one_attempt_of_every_kind(folder, monkeypatch):
-    monkeypatch.setattr(html, "RATIONALE_BYTES", 0)
-    data = html.embedded(read_run(folder))
+    monkeypatch.setattr(browser, "RATIONALE_BYTES", 0)
+    data = browser.embedded(read_run(folder))
     assert len(data["rows"]) == len(data["counts"]) > 50
 
 
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
-        html.write_report(tmp_path / "nowhere")
+        pages.write_report(tmp_path / "nowhere")
 
 
 def test_folder_of_something_else_is_named_and_left_alone(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(UserError, match=f"{tmp_path.name}: not the folder of a run"):
-        html.write_report(tmp_path)
+        pages.write_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -373,26 +376,26 @@ def test_broken_file_is_named(tmp_path, name):
     write_run(tmp_path, Shape(arms=("rat",), loops=1))
     (tmp_path / name).write_text("{not json")
     with pytest.raises(UserError, match=name):
-        html.write_report(tmp_path)
+        pages.write_report(tmp_path)
 
 
 def test_interrupted_writing_leaves_the_old_report(tmp_path, monkeypatch):
     write_run(tmp_path, Shape(arms=("rat",), loops=1))
-    before = html.write_report(tmp_path).read_bytes()
+    before = pages.write_report(tmp_path).read_bytes()
     (tmp_path / "config.json").write_text('{"method": "star", "name": "other"}')
 
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(html.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError, match="report.html: cannot be written"):
-        html.write_report(tmp_path)
+        pages.write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
     assert not [path.name for path in tmp_path.iterdir() if "tmp-" in path.name]
 
 
 def test_reports_need_no_jax():
-    code = "import sys, qstar.report.html; sys.exit('jax' in sys.modules)"
+    code = "import sys, qstar.report.pages; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -403,9 +406,10 @@ def test_in_a_browser_filters_search_and_rows_work(folder, page, tmp_path):
     play = """<script>{
       const pick = (label, text) => { const s = document.querySelector(`select[aria-label="${label}"]`);
         s.value = [...s.options].find((o) => o.text === text).value; s.dispatchEvent(new Event("change")); };
-      pick("every arm", "rat"); pick("every loop", "loop 2"); pick("hinted or not", "with the hint");
+      pick("every arm", "rat · with rationalisation"); pick("every loop", "loop 2"); pick("hinted or not", "with the hint");
       pick("every verdict", "rationalised");
       document.querySelector(".row summary").click();
+      document.body.dataset.address = location.hash;
     }</script></body>"""
     copy = tmp_path / "page.html"
     copy.write_text(page.source.replace("</body>", play), encoding="utf-8")
@@ -427,3 +431,11 @@ def test_in_a_browser_filters_search_and_rows_work(folder, page, tmp_path):
     held = sum((r["arm"], r["loop"], r["hinted"], r["verdict"]) == chosen for r in page.data[0])
     assert f"Showing {held} of {count} attempts" in dom
     assert "<mark>(" in dom.split('id="browser"')[1] and "<title>star_test" in dom
+    address = re.search('data-address="(#rationales[^"]+)"', dom)[1].replace("&amp;", "&")
+    assert address == "#rationales?arm=rat&loop=2&verdict=rationalised&hinted=true"
+    # The address alone brings the same rows back.
+    plain = tmp_path / "plain.html"
+    plain.write_text(page.source, encoding="utf-8")
+    command[-1] = plain.as_uri() + address
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert f"Showing {held} of {count} attempts" in again and "Theme: auto" in again and "Download CSV" in again

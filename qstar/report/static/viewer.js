@@ -1,8 +1,3 @@
-"""The script of the thought viewer: plain JavaScript, inlined beside that of every report."""
-
-# Every token enters the page through textContent: it cannot become markup.
-VIEWER_SCRIPT = """
-"use strict";
 (function () {
   const source = document.getElementById("thought-index");
   if (!source) return;
@@ -13,17 +8,12 @@ VIEWER_SCRIPT = """
   const state = { block: index.opens, query: "", group: null, order: "file", paint: "gain", page: 0 };
   let block = null, found = [], pinned = null;
 
-  function make(name, text, className) {
-    const node = document.createElement(name);
-    if (text !== undefined && text !== null) node.textContent = text;
-    if (className) node.className = className;
-    return node;
-  }
-  const signed = (v) => (Math.abs(v) < 0.005 ? "" : v < 0 ? "\\u2212" : "+") + Math.abs(v).toFixed(2);
-  const number = (v) => (v === null ? "\\u2013" : (v < 0 ? "\\u2212" : "") + Math.abs(v).toFixed(2));
+  const make = page.make;
+  const signed = (v) => (Math.abs(v) < 0.005 ? "" : v < 0 ? "\u2212" : "+") + Math.abs(v).toFixed(2);
+  const number = (v) => (v === null ? "\u2013" : (v < 0 ? "\u2212" : "") + Math.abs(v).toFixed(2));
   const share = (nll) => { const p = 100 * Math.exp(-nll); return p.toFixed(p < 10 || p > 99 ? 1 : 0) + "%"; };
   const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
-  const visible = (word) => word.replaceAll("\\n", "\\u23ce").replaceAll("\\t", "\\u21e5");
+  const visible = (word) => word.replaceAll("\n", "\u23ce").replaceAll("\t", "\u21e5");
 
   async function unpack(number) {
     if (loaded.has(number)) return loaded.get(number);
@@ -173,7 +163,7 @@ VIEWER_SCRIPT = """
     back.disabled = state.page === 0;
     forth.disabled = state.page >= last;
     const bar = make("i", null, state.paint), range = state.paint === "gain" ? index.scale.toFixed(2) + " nats" : "1";
-    const low = make("span", "\\u2212" + range), line = make("span");
+    const low = make("span", "\u2212" + range), line = make("span");
     line.append(low, bar, make("span", "+" + range));
     key.replaceChildren(line, make("span", state.paint === "gain"
       ? "blue: helped · orange, dotted: hurt" : "weight of the thought in the prediction"));
@@ -200,7 +190,7 @@ VIEWER_SCRIPT = """
     let first = true;
     text.tokens.forEach((word, k) => {
       if (word === "" && (k === 0 || text.gains[k - 1] === null)) return;  // padding
-      const token = make("span", word.replaceAll("\\n", "\\u23ce\\n"), "tok");  // a mark, and the line ends
+      const token = make("span", word.replaceAll("\n", "\u23ce\n"), "tok");  // a mark, and the line ends
       const j = k - 1, known = j >= 0 && text.gains[j] !== null;
       if (known) {
         token.classList.add("on");
@@ -223,9 +213,9 @@ VIEWER_SCRIPT = """
   // ----------------------------------------------------------------------------------------------------- peek
   function said(tokens) {
     const line = make("div", null, "said");
-    line.append(make("span", "\\u27e8", "edge"));
+    line.append(make("span", "\u27e8", "edge"));
     tokens.forEach((word) => line.append(make("span", visible(word))));
-    line.append(make("span", "\\u27e9", "edge"));
+    line.append(make("span", "\u27e9", "edge"));
     return line;
   }
 
@@ -367,4 +357,3 @@ VIEWER_SCRIPT = """
 
   open(state.block);
 })();
-"""

@@ -1,0 +1,145 @@
+"""The page of a LM-Guided CoT run: accuracy per arm, filters, RL, studies, costs and rationales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qstar.report import charts, render, stats
+from qstar.report.charts import Card
+from qstar.report.pages import rl
+from qstar.report.read import Run, read_dict
+
+SHOWN = 12  # rationales per arm
+COLUMNS = {"quality": "aspects", "gold_chain": "gold chain", "first_hop": "first hop", "em": "EM", "f1": "F1",
+           "includes": "inclusion", "coverage": "coverage"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Guided:
+    """The files of a LM-Guided CoT run that other runs do not have."""
+
+    fixed: Mapping[str, list[int]]  # arms without a student -> whether each question is answered right
+    arms: Mapping[str, list[Mapping[str, Any]]]  # arm -> an evaluation per student
+    buffers: Mapping[str, list[Mapping[str, Any]]]  # arm -> what its filter kept, per student
+    results: Mapping[str, Any]
+    costs: Mapping[str, Mapping[str, float]]
+    votes: Mapping[str, float]
+
+
+def read_guided(run: Run) -> Guided:
+    """Reads those files; the run may still go on.
+
+    Raises:
+      UserError: one of them is broken.
+    """
+    evaluated, kept = _by_arm(run.folder, "evaluation.json"), _by_arm(run.folder, "buffer.json")
+    order = [name for name in run.config.get("arms") or () if name in evaluated]
+    names = [*(name for name in evaluated if name not in order), *order]
+    large = run.folder / "large"
+    return Guided(
+        fixed=read_dict(large / "fixed_arms.json"),
+        arms={name: evaluated[name] for name in names},
+        buffers={name: kept[name] for name in names if name in kept},
+        results=read_dict(run.folder / "results.json"),
+        costs=read_dict(large / "costs.json"),
+        votes=read_dict(large / "votes.json"),
+    )
+
+
+def _by_arm(folder: Path, file: str) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob(f"student_*/*/{file}")):
+        found.setdefault(path.parent.name, []).append(read_dict(path))
+    return found
+
+
+def page(run: Run) -> str:
+    """The page as text."""
+    guided = read_guided(run)
+    return render.page(
+        "guided_cot.html.j2",
+        title=run.name,
+        run=run,
+        guided=guided,
+        status="finished" if guided.results else "running",
+        headline=headline(run, guided),
+        kept=next((b[0] for b in guided.buffers.values() if b[0].get("filter") == "em"), None),
+        accuracy_card=accuracy_card(guided),
+        columns={
+            key: title for key, title in COLUMNS.items() if any(key in e for es in guided.arms.values() for e in es)
+        },
+        reinforcement_cards=rl.cards(run),
+        studies=_studies(guided.results.get("studies") or {}),
+        mean=mean,
+        accuracy=accuracy,
+        right=right,
+        shown=SHOWN,
+    )
+
+
+def headline(run: Run, guided: Guided) -> str:
+    """The result in a sentence or two: of distillation on what an exact filter keeps, and of RL from there."""
+    recipes = {name: recipe for name, recipe in (run.config.get("arms") or {}).items() if name in guided.arms}
+    distilled = [name for name, recipe in recipes.items() if not recipe.get("rl")]
+    if not distilled or "standard" not in guided.fixed:
+        return "Nothing is measured yet."
+    first = next((name for name in distilled if recipes[name].get("filter") == "em"), distilled[0])
+    refined = next((name for name, recipe in recipes.items() if recipe.get("start") == first), None)
+    fixed = {name: right(found) for name, found in guided.fixed.items()}
+    text = f"Guided by {stats.label(first)}, the frozen large model answers {accuracy(guided.arms[first]):.1f}% right"
+    if refined:
+        text += f", by {stats.label(refined)} {accuracy(guided.arms[refined]):.1f}%"
+    text += f"; asked alone {fixed['standard']:.1f}%, with a chain of its own {fixed.get('own CoT', 0):.1f}%"
+    if "gold rationale" in fixed:
+        text += f", with the gold rationale {fixed['gold rationale']:.1f}%"
+    questions = len(next(iter(guided.fixed.values())))
+    return f"{text}. {stats.count(questions, 'question')}, {stats.count(len(guided.arms[first]), 'student')}."
+
+
+def accuracy(each: Sequence[Mapping[str, Any]]) -> float:
+    """Percent right, the mean over students."""
+    return sum(found["accuracy"] for found in each) / len(each)
+
+
+def right(answers: Sequence[int]) -> float:
+    """Percent right of an arm without a student."""
+    return 100.0 * sum(answers) / max(1, len(answers))
+
+
+def mean(each: Sequence[Mapping[str, Any]], key: str, digits: int = 1) -> str:
+    """The mean over students (or models) of what they have, as text."""
+    values = [found[key] for found in each if found.get(key) is not None]
+    return f"{sum(values) / len(values):.{digits}f}" if values else "–"
+
+
+def accuracy_card(guided: Guided) -> Card | None:
+    """Percent right of all arms, the highest first; those without a student in grey."""
+    bars = [(name, right(found), "var(--rejected)") for name, found in guided.fixed.items()]
+    bars += [(stats.label(name), accuracy(each), charts.series(0)) for name, each in guided.arms.items()]
+    if not bars:
+        return None
+    bars.sort(key=lambda bar: -bar[1])
+    chart = charts.horizontal_bars(bars, title="Right answers per arm", x_max=100.0, x_format=lambda v: f"{v:.1f}%")
+    colours = [("guided by a student", charts.series(0)), ("without a student", "var(--rejected)")]
+    return Card("Right answers of the large model", chart, "", colours)
+
+
+def _studies(found: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, arms, rows) of votes, of choosing among several rationales, and of leaks."""
+    keys = list(dict.fromkeys(key for values in found.values() for key in values))
+    tables = {"Self-consistency": "", "Choosing one of several rationales": "choice",
+              "What the answerer takes from a rationale": "leak"}  # fmt: skip
+    out = []
+    for title, prefix in tables.items():
+        chosen = [key for key in keys if key.rpartition("/")[0].partition("/")[0] == prefix]
+        rows = [[key.removeprefix(f"{prefix}/").replace("_", " "), *(_told(v.get(key), key) for v in found.values())]
+                for key in chosen]  # fmt: skip
+        out.append((title, [stats.label(name) for name in found], rows))
+    return out
+
+
+def _told(value: float | None, key: str) -> str:
+    return "–" if value is None else f"{value:.2f}" if "correlation" in key else f"{value:.1f}"

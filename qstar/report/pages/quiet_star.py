@@ -1,0 +1,136 @@
+"""The page of a Quiet-STaR run: results by token class, the viewer of thoughts, and curves of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qstar.report import charts, render, stats, thoughts
+from qstar.report.charts import Card, Line
+from qstar.report.pages.star import loss_cards
+from qstar.report.rationales import Row
+from qstar.report.read import Arm, Run
+
+PAGE_BYTES = 6_000_000  # of packed thoughts in a page, all arms and steps together
+LONGEST_LABEL = 16  # characters of an arm's name at the end of its line; the legend has all of it
+
+
+def page(run: Run) -> str:
+    """The page as text."""
+    model = run.config.get("model")
+    places = [run.config.get("thoughts"), model.get("thoughts") if isinstance(model, Mapping) else None]
+    index, packed = _viewer(run)
+    group = stats.focus(run)
+    return render.page(
+        "quiet_star.html.j2",
+        title=run.name,
+        run=run,
+        status=run.status if any(arm.status for arm in run.arms) else "",
+        headline=stats.headline(run),
+        sizes=next((place for place in places if isinstance(place, Mapping)), {}),
+        alarms=[alarm for arm in run.arms for alarm in _alarms(arm)],
+        arms=[(arm, stats.label(arm.name), stats.final(arm)) for arm in run.arms if arm.stage("evaluation")],
+        focus=group,
+        classes=stats.classes(run),
+        index=index,
+        packed=packed,
+        colours=[(stats.label(arm.name), charts.series(number)) for number, arm in enumerate(run.arms)],
+        curve_cards=curve_cards(run, group),
+        weight_cards=weight_cards(run),
+        training_cards=loss_cards(run, "steps"),
+        number_tables=[
+            (stats.label(arm.name), [f"step {row['step'] or 0:,}" for row in rows], rows)
+            for arm in run.arms
+            if (rows := arm.stage("evaluation"))
+        ],
+    )
+
+
+def _viewer(run: Run) -> tuple[dict[str, Any] | None, list[str]]:
+    """What `viewer.js` reads: an index of blocks (the texts of one arm and step), and the packed texts of each."""
+    read = [(arm, step, thoughts.read_texts(path)) for arm in run.arms for step, path in arm.thoughts.items()]
+    blocks = [block for block in read if block[2]]
+    if not blocks:
+        return None, []
+    packed = [thoughts.pack(texts, PAGE_BYTES // len(blocks)) for *_, texts in blocks]
+    main = stats.main_arm(run)
+    opens = [number for number, (arm, *_) in enumerate(blocks) if arm is main] or [len(blocks) - 1]
+    named = [
+        {"arm": stats.label(arm.name), "step": step, "total": len(texts), "shown": shown}
+        for (arm, step, texts), (_, shown) in zip(blocks, packed)
+    ]
+    # One scale for all blocks, so that colours of steps can be compared.
+    scale = thoughts.scale([text for *_, texts in blocks for text in texts])
+    return {"scale": scale, "opens": opens[-1], "blocks": named}, [text for text, _ in packed]
+
+
+def _alarms(arm: Arm) -> list[tuple[str, Row, int]]:
+    """(arm, the last alarm of a kind, alarms of it before); the kind is the text up to its colon."""
+    kinds: dict[str, list[Row]] = {}
+    for row in arm.stage("alarm"):
+        kinds.setdefault(str(row.get("text") or "no text").split(":")[0], []).append(row)
+    return [(stats.label(arm.name), rows[-1], len(rows) - 1) for rows in kinds.values()]
+
+
+def curve_cards(run: Run, group: str) -> list[Card]:
+    """Accuracy, NLL, weights and right thoughts by evaluation; rewards and advantages of the training."""
+    tokens, share, nats = stats.class_label(group), (stats.whole_percent, (0.0, 1.0)), (_signed, None)
+    measured = [
+        (f"Accuracy on {tokens}", "accuracy", *share),
+        (f"NLL of {tokens}, nats", "nll", *nats),
+        (f"Mixing weight at {tokens}", "weight", *nats),
+        (f"Right thoughts before {tokens}", "right", *share),
+    ]
+    trained = [
+        ("Thoughts with a positive reward", "reward_positive", *share),
+        ("Mean size of the advantage, nats", "advantage", *nats),
+    ]
+    cards = [
+        _card(run, title, lambda arm, n=name: stats.quiet_curve(arm, n, group), *axis)
+        for title, name, *axis in measured
+    ]
+    cards += [
+        _card(run, title, lambda arm, n=name: stats.training(arm, n), *axis, False) for title, name, *axis in trained
+    ]
+    return [card for card in cards if card]
+
+
+def _card(
+    run: Run,
+    title: str,
+    points: Callable[[Arm], tuple[Sequence[float], ...]],
+    y_format: Callable[[float], str],
+    y_range: tuple[float, float] | None,
+    marks: bool = True,
+) -> Card | None:
+    """A line per arm that has the measure; `points` gives (steps, values) or (steps, values, low, high)."""
+    lines = []
+    for number, arm in enumerate(run.arms):
+        name, (steps, values, *bounds) = stats.label(arm.name), points(arm)
+        if steps:
+            short = name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+            lines.append(
+                Line(name, steps, values, charts.series(number), *bounds, label=short, shape=number, marks=marks)
+            )
+    if not lines:
+        return None
+    least, most = (f(y for line in lines for y in (*line.y, *line.low, *line.high)) for f in (min, max))
+    axis = {"x_label": "step", "x_name": lambda value: f"{value:,.0f}", "y_format": y_format}
+    chart = charts.line_chart(lines, title=title, y_range=y_range or (min(0.0, least), max(most, 1e-9)), **axis)
+    return Card(title, chart)
+
+
+def weight_cards(run: Run) -> list[Card]:
+    """Histograms of the mixing weights at the last evaluation."""
+    cards = []
+    for number, arm in enumerate(run.arms):
+        row, name = stats.final(arm), stats.label(arm.name)
+        if found := stats.weight_histogram(row):
+            title, x_label = f"Mixing weights, {name}, step {row['step']}", "weight of the thought"
+            chart = charts.histogram(*found, title=title, x_label=x_label, colour=charts.series(number))
+            cards.append(Card(f"{name} · step {row['step']}", chart))
+    return cards
+
+
+def _signed(value: float) -> str:
+    return f"{value:g}".replace("-", "−")

@@ -1,0 +1,280 @@
+"""Selection of one of k samples: a V-STaR run's scorers, and the page of a `qstar evaluate` with samples."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qstar.data.sources import read_jsonl
+from qstar.report import charts, render, stats
+from qstar.report.charts import Card, Line
+from qstar.report.read import Run, numbered, read_dict
+
+NAMES = {
+    "pass": "any of k (ceiling)",
+    "majority": "majority vote",
+    "best/generator": "own log-probability",
+    "best/sft": "log-probability of G_SFT",
+    "best/dpo": "V-STaR verifier (DPO)",
+    "best/generator+dpo": "own + DPO",
+    "best/dpo_logratio": "DPO, log-ratio",
+    "best/dpo_mean_logp": "DPO, per token",
+    "best/orm": "ORM",
+    "best/prm_min": "PRM, least step",
+    "best/prm_product": "PRM, product",
+    "best/random": "random",
+}
+SCORERS = {rule.removeprefix("best/"): name for rule, name in NAMES.items() if rule.startswith("best/")}
+DRAWN = ("pass", "majority", *(f"best/{s}" for s in ("generator", "dpo", "generator+dpo", "orm", "prm_min", "random")))
+CASES = ("the first alone is right", "the second alone is right", "both are right", "both are wrong")
+_WORTH = ("AUC in problems", "pooled", "regret", "ECE", "Brier")
+_CURVE = re.compile(r"(pass|majority|best|weighted|top\d+)@(\d+)(?::(\w+))?")
+Found = Mapping[str, Any]
+
+
+class Ranked(NamedTuple):
+    """A distinct solution of a problem with the score of its first sample."""
+
+    completion: str
+    score: float
+    correct: bool
+    count: int  # how often it was sampled
+
+
+class Case(NamedTuple):
+    """One problem with the first solutions of two scorers."""
+
+    kind: int  # index into CASES
+    prompt: str
+    gold: str
+    orders: Mapping[str, Sequence[Ranked]]  # scorer -> solutions, best first
+
+    @property
+    def title(self) -> str:
+        """The kind in words, the scorers by their names."""
+        first, second = (SCORERS.get(scorer, scorer) for scorer in self.orders)
+        return CASES[self.kind].replace("the first", first).replace("the second", second)
+
+
+def selections(run: Run) -> list[dict[str, Any]]:
+    """What the page shows of every arm with a measured selection, of its last iteration."""
+    out = []
+    for arm in run.arms:
+        found = read_selections(run.folder, arm.name)
+        if found:
+            title, last, scorer = stats.arm_title(run, arm), found[max(found)], verifier(found[max(found)])
+            cases = read_cases(run.folder, arm.name, max(found), (scorer, "generator")) if scorer else []
+            ranked = {"cases": cases, "scorers": SCORERS}
+            out.append({**_table(last, NAMES), **_differences(last), **_auc(title, found), **ranked, "title": title,
+                        "headline": headline(last), "card": rule_card(title, last)})  # fmt: skip
+    return out
+
+
+def read_selections(folder: Path, arm: str) -> dict[int, Found]:
+    """Iteration -> the content of selection/iter_NNN.json of an arm."""
+    return {n: read_dict(path) for n, path in numbered(folder / arm / "selection", "iter_*.json")}
+
+
+def verifier(found: Found) -> str | None:
+    """The scorer that stands for the trained verifiers."""
+    return next((s for s in ("dpo", "prm_min", "orm") if s in found["auc"]), None)
+
+
+def headline(found: Found) -> str:
+    """The best verifier's best of 16 (or of all) beside a vote and one sample, in one sentence."""
+    curves = found["curves"]
+    k = "16" if "16" in curves["pass"] else max(curves["pass"], key=int)
+    best = next((r for r in ("best/dpo", "best/prm_min", "best/orm") if r in curves), "best/generator")
+    parts = [f"{rule_name(rule)} {_interval(curves[rule][k])}" for rule in (best, "majority")]
+    one, ceiling = curves["pass"]["1"][0], curves["pass"][k][0]
+    return f"Right with {k} samples: {parts[0]}; {parts[1]}; one sample {one:.3f}, any of {k} {ceiling:.3f}."
+
+
+def rule_name(rule: str) -> str:
+    """What a rule is called: `best/NAME` of an unknown scorer is its name."""
+    way, _, scorer = rule.partition("/")
+    return NAMES.get(rule) or (scorer if way == "best" else f"{way} vote by {SCORERS.get(scorer, scorer)}")
+
+
+def rule_card(name: str, found: Found, drawn: Sequence[str] = DRAWN) -> Card:
+    """The curves of rules over k with their intervals.
+
+    Args:
+      found: `curves` (rule -> k -> [mean, low, high]), `problems` and `samples`.
+      drawn: the rules, of which those in `curves` are drawn.
+    """
+    lines = []
+    for number, rule in enumerate(r for r in drawn if r in found["curves"]):
+        by_k = sorted((int(k), v) for k, v in found["curves"][rule].items())
+        xs, means, lows, highs = [math.log2(k) for k, _ in by_k], *zip(*(v for _, v in by_k))
+        bound = rule in ("pass", "best/random")  # the ceiling and the floor are no competitors: dashed, without a band
+        bounds = {} if bound else {"low": lows, "high": highs}
+        lines.append(Line(rule_name(rule), xs, means, charts.series(number), dashed=bound, shape=number, **bounds))
+    title = f"Chance to be right by the number of samples, {name}"
+    axis = {"x_label": "samples k to choose from", "y_format": stats.whole_percent, "y_range": (0.0, 1.0)}
+    chart = charts.line_chart(lines, title=title, x_name=lambda x: f"{2**x:g}", **axis)
+    return Card(f"Best of k · {name}", chart, f"{found['problems']} problems, {found['samples']} samples of each.")
+
+
+def shown_ks(curves: Found) -> list[str]:
+    """The k that a table has room for: all of four, else 1, 4, 16 and 64."""
+    every = sorted(curves["pass"], key=int)
+    return every if len(every) <= 4 else [k for k in every if k in ("1", "4", "16", "64")]
+
+
+def _table(found: Found, rules: Sequence[str] | Mapping[str, str]) -> dict[str, Any]:
+    """`ks`, and `rules`: (name, k -> [mean, low, high], what its scorer is worth); columns without a number left out."""
+    curves, ks = found["curves"], shown_ks(found["curves"])
+    at = "16" if "16" in ks else ks[-1]
+    rows = []
+    for rule in (r for r in rules if r in curves):
+        way, _, scorer = rule.partition("/")
+        mine = {key: found.get(key, {}).get(scorer) for key in ("auc", "auc_pooled", "calibration", "regret")}
+        fits = mine["calibration"] or {}
+        worth = [_number(mine["auc"]), _number(mine["auc_pooled"]), (mine["regret"] or {}).get(at, ""),
+                 _with_raw(fits, "ece"), _with_raw(fits, "brier")]  # fmt: skip
+        rows.append((rule_name(rule), curves[rule], worth if way == "best" else [""] * len(worth)))
+    used = [n for n in range(len(_WORTH)) if any(worth[n] for *_, worth in rows)]
+    head = [f"regret at k = {at}" if name == "regret" else name for name in _WORTH]
+    rows = [(name, by_k, [worth[n] for n in used]) for name, by_k, worth in rows]
+    return {"head": ["rule", *(f"k = {k}" for k in ks), *(head[n] for n in used)], "ks": ks, "rules": rows}
+
+
+def _differences(found: Found) -> dict[str, Any]:
+    """`gains`: paired differences between rules; `faults`: AUC of right solutions against those with one first mistake."""
+    key = next((k for k in found if k.startswith("gain@")), "gain@")
+    gains = [(" − ".join(map(rule_name, name.split(" - "))), _interval(v)) for name, v in found.get(key, {}).items()]
+    kinds = found.get("auc_by_fault") or {}
+    scorers = [s for s in found["auc"] if s in SCORERS and s != "random"]
+    total = sum(kind["samples"] for kind in kinds.values())
+    faults = [
+        [name, f"{kind['samples']:,} ({kind['samples'] / total:.1%})", *(_number(kind["auc"].get(s)) for s in scorers)]
+        for name, kind in kinds.items()
+    ]
+    names = [SCORERS[s] for s in scorers]
+    return {"gains": gains, "gains_at": key.partition("@")[2], "faults": faults, "fault_scorers": names}
+
+
+def _auc(title: str, found: Mapping[int, Found]) -> dict[str, Any]:
+    """AUC by iteration as a chart and a table, where verifiers were trained in several."""
+    scorers = [s for s in found[max(found)]["auc"] if s in SCORERS]
+    rows = [[str(n), *(_number(one["auc"].get(s)) for s in scorers)] for n, one in found.items()]
+    table = {"auc_rows": rows, "auc_scorers": [SCORERS[s] for s in scorers]}
+    return {**table, "auc_card": auc_card(title, found) if len(found) > 1 else None}
+
+
+def auc_card(title: str, found: Mapping[int, Found]) -> Card | None:
+    """AUC within problems by iteration, a line per scorer; None without a number."""
+    lines = []
+    for number, scorer in enumerate(s for s in found[max(found)]["auc"] if f"best/{s}" in DRAWN):
+        points = [(n, one["auc"][scorer]) for n, one in found.items() if one["auc"].get(scorer) is not None]
+        if points:
+            lines.append(Line(SCORERS[scorer], *map(list, zip(*points)), charts.series(number), shape=number))
+    if not lines:
+        return None
+    low = min(0.5, *(y for line in lines for y in line.y))
+    axis = {"x_label": "iteration", "y_format": lambda y: f"{y:.2f}", "y_range": (low, 1.0)}
+    title = f"AUC within problems by iteration, {title}"
+    return Card(title, charts.line_chart(lines, title=title, **axis))
+
+
+def read_cases(folder: Path, arm: str, n: int, scorers: tuple[str, str], each: int = 2, top: int = 4) -> list[Case]:
+    """Returns up to `each` problems of every kind of CASES, the first ones, with both scorers' `top` solutions.
+
+    Empty where the run has kept no samples and scores of iteration n, or not of both scorers.
+    """
+    home = folder / arm / "selection"
+    rows = [r for file in sorted(home.glob(f"samples_{n:03d}_*.jsonl")) for r in read_jsonl(file)]
+    scores = home / f"scores_{n:03d}.jsonl"
+    values = read_jsonl(scores) if scores.exists() else []
+    if len(rows) != len(values) or not rows or not set(scorers) <= set(values[0]):
+        return []
+    by_problem: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for row, value in zip(rows, values):
+        by_problem.setdefault(row["problem_id"], []).append((row, value))
+    kept: list[list[Case]] = [[] for _ in CASES]
+    for pairs in by_problem.values():
+        orders = {scorer: _order(pairs, scorer)[:top] for scorer in scorers}
+        first, second = (orders[scorer][0].correct for scorer in scorers)
+        kind = [(True, False), (False, True), (True, True), (False, False)].index((first, second))
+        if len(kept[kind]) < each and len(orders[scorers[0]]) > 1:
+            kept[kind].append(Case(kind, pairs[0][0]["prompt"], pairs[0][0]["gold"], orders))
+    return [case for cases in kept for case in cases]
+
+
+def _order(pairs: Sequence[tuple[Found, Found]], scorer: str) -> list[Ranked]:
+    """The distinct solutions of a problem, by falling score of their first sample."""
+    found: dict[str, Ranked] = {}
+    for row, value in pairs:
+        text, score = row["completion"], value[scorer] if value[scorer] is not None else -math.inf
+        old = found.get(text, Ranked(text, score, row["correct"], 0))
+        found[text] = old._replace(count=old.count + 1)
+    return sorted(found.values(), key=lambda ranked: -ranked.score)
+
+
+def _with_raw(fits: Mapping[str, float], key: str) -> str:
+    return _number(fits.get(key)) + (f" ({fits[f'{key}_raw']:.3f})" if f"{key}_raw" in fits else "")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(values: Sequence[float]) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*values)
+
+
+# --------------------------------------------------------------------------------------- qstar evaluate --samples
+
+
+def selection_of(result: Found) -> dict[str, dict[str, Any]]:
+    """`curves` (rule -> k -> [mean, low, high]), `auc`, `regret` ... of the flat result of `runs.evaluate.evaluate_model`."""
+    out: dict[str, dict[str, Any]] = {key: {} for key in ("curves", "auc", "auc_pooled", "calibration", "regret")}
+    for key, value in result.items():
+        name, _, scorer = key.partition(":")
+        values = [value, *(result.get(f"{key}_{end}") for end in ("low", "high"))]
+        if key.endswith(("_low", "_high")) and key.rpartition("_")[0] in result:
+            continue
+        if match := _CURVE.fullmatch(key):
+            out["curves"].setdefault(match[1] + (f"/{match[3]}" if match[3] else ""), {})[match[2]] = values
+        elif name.startswith("regret@"):
+            out["regret"].setdefault(scorer, {})[name.partition("@")[2]] = values
+        elif scorer and name in ("auc", "auc_pooled"):
+            out[name][scorer] = value
+        elif scorer and name in ("ece", "brier", "ece_raw", "brier_raw"):
+            out["calibration"].setdefault(scorer, {})[name] = value
+    return out
+
+
+def curve_rows(result: Found) -> list[dict[str, Any]]:
+    """The rows of a terminal's table: per rule its chances for some k with their intervals, its scorer's AUC and ECE."""
+    found, rows = selection_of(result), []
+    for rule, by_k in found["curves"].items():
+        values = {f"k={k}": "{:.3f} ({:.3f}-{:.3f})".format(*by_k[k]) for k in shown_ks(found["curves"])}
+        way, _, scorer = rule.partition("/")
+        fits = found["calibration"].get(scorer, {}) if way == "best" else {}
+        rows.append({"rule": rule, **values, "AUC": found["auc"].get(scorer) if fits else None, "ECE": fits.get("ece")})
+    return rows
+
+
+def write_evaluation(folder: Path, title: str, result: Found, samples: int) -> Path:
+    """Writes FOLDER/curves.html, atomically, and returns its path.
+
+    Args:
+      result: of `evaluate_model`, with `samples` per problem.
+    """
+    found = selection_of(result)
+    curves = found["curves"]
+    drawn = ["pass", "majority", *(rule for rule in curves if rule.startswith("best/"))]
+    top = max(curves["pass"], key=int)
+    shares = ", ".join(f"{rule_name(rule)} {stats.percent(curves[rule][top][0])}" for rule in drawn)
+    greedy = f"Greedy decoding solves {stats.percent(result['accuracy'])} of {result['problems']:,} problems"
+    said = f"{greedy}; {top} samples: {shares}."
+    every = [*drawn, *(rule for rule in curves if rule not in drawn)]
+    card = rule_card(title, {"curves": curves, "problems": result["problems"], "samples": samples}, drawn)
+    table = {**_table(found, every), "card": card}
+    render.write(folder / "curves.html", render.page("evaluation.html.j2", title=title, headline=said, found=table))
+    return folder / "curves.html"

@@ -1,0 +1,204 @@
+"""Readers of run folders, finished or not: config, environment, metrics and the files of every arm."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qstar.errors import UserError
+from qstar.files import parse_json, read
+from qstar.report.rationales import Answers, Attempts, Row, read_answers, read_attempts
+from qstar.train import metrics
+
+MAIN = ("quiet_star", "full", "quiet", "thoughts")  # Quiet-STaR arms that are the method itself: first on the page
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of a run.
+
+    Attributes:
+      name: as in the metrics; "" for the only arm of a run that names none.
+      rows: stage -> rows of the metrics, by iteration and step. Iteration 0 is the base model.
+      attempts: iteration -> its rationales, counted and sampled.
+      answers: iteration -> group -> greedy answers on held-out problems, counted.
+      thoughts: step -> file of texts with their thoughts; see `thoughts.read_texts`.
+      status: "finished", "stopped", "running" (also of an interrupted run), or "" where the method does not record it.
+      reason: why the arm stopped, else "".
+    """
+
+    name: str
+    rows: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    attempts: Mapping[int, Attempts] = field(default_factory=dict)
+    answers: Mapping[int, Mapping[str, Answers]] = field(default_factory=dict)
+    thoughts: Mapping[int, Path] = field(default_factory=dict)
+    status: str = "running"
+    reason: str = ""
+
+    def stage(self, name: str) -> Sequence[Row]:
+        """The rows of one stage."""
+        return self.rows.get(name, ())
+
+    @property
+    def loops(self) -> list[Row]:
+        """The rows of finished iterations, without that of the base model."""
+        return [row for row in self.stage("iteration") if row["iteration"] > 0]
+
+    @property
+    def rationalises(self) -> bool | None:
+        """Whether any attempt was made with a hint; None before the first iteration."""
+        seen = any(kind.hinted for attempts in self.attempts.values() for kind in attempts.counts)
+        counted = any(row.get("hinted_attempted") or row.get("rationalised") for row in self.loops)
+        return seen or counted if self.loops or self.attempts else None
+
+    @property
+    def thinks(self) -> bool:
+        """Whether anything was measured with thoughts."""
+        return bool(self.thoughts) or any(key.startswith("nll/") for row in self.stage("evaluation") for key in row)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds, without checkpoints. Missing files leave empty fields."""
+
+    folder: Path
+    name: str
+    method: str
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    resolved: Mapping[str, Any] = field(default_factory=dict)  # the config with presets and defaults filled in
+    gates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    arms: Sequence[Arm] = ()
+    base_train: Sequence[Row] = ()  # training of a from-scratch base
+    rows: Sequence[Row] = ()  # all metrics
+
+    @property
+    def status(self) -> str:
+        """All arms together: "running" while one does, else "stopped" if one was, else "finished"."""
+        states = {arm.status for arm in self.arms} or {"running"}
+        return next((state for state in ("running", "stopped", "finished") if state in states), "")
+
+
+def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
+    """Reads a run's folder, which may still be written to.
+
+    Args:
+      folder: the --workdir of a `qstar train`.
+      cap: rationales kept per arm and iteration; their counts are always those of all.
+
+    Raises:
+      UserError: the folder is missing or not a run's, or one of its files is broken; each is named.
+    """
+    folder, config = read_config(folder)
+    rows, resolved, method = metrics.read(folder), read_dict(folder / "resolved.json"), str(config["method"])
+    names = _arm_names(folder, config, rows)
+    arms = [_read_arm(folder, method, name, rows, resolved, cap) for name in names]
+    gates = (read_dict(folder / where / "gates.json") for where in ("base", "g_sft", "large"))
+    return Run(
+        folder=folder,
+        name=str(config.get("name") or folder.resolve().name),
+        method=method,
+        config=config,
+        environment=read_dict(folder / "environment.json"),
+        resolved=resolved,
+        gates={name: gate for found in gates for name, gate in found.items()},
+        # The arm without rationalisation is the comparison, the arm called as the method the result.
+        arms=sorted(arms, key=lambda arm: (arm.rationalises is False, arm.name not in MAIN)),
+        base_train=_sorted(row for row in rows if row["arm"] not in names and row["stage"] == "train"),
+        rows=rows,
+    )
+
+
+def read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
+    """A run's folder and its config, whose method decides what else is in the folder.
+
+    Raises:
+      UserError: the folder is missing or not a run's.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the --workdir of a `qstar train`")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "method" not in config:
+        raise UserError(
+            f'{folder}: not the folder of a run (no config.json with a "method" in it); '
+            "give the --workdir of a `qstar train`"
+        )
+    return folder, config
+
+
+def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Names of arms: those of the config, then others with results in the order they appear, then folders."""
+    names = [str(name) for name in config.get("arms") or ()]
+    names += [row["arm"] for row in rows if row["stage"] in ("iteration", "test", "evaluation", "alarm")]
+    parts = ("rationales", "evaluation", "thoughts", "status.json")
+    for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        if any((place / part).exists() for part in parts):
+            names.append("" if place == folder else place.name)
+    distinct = list(dict.fromkeys(names))
+    bases = {"base"} if "base" in distinct and len(distinct) > 1 else set()  # measured as iteration 0 of every arm
+    return [name for name in distinct if name not in bases]
+
+
+def _read_arm(folder: Path, method: str, name: str, rows: Sequence[Row], resolved: Mapping[str, Any], cap: int) -> Arm:
+    home, mine = folder / name, [row for row in rows if row["arm"] == name]
+    at = _rounds(mine, resolved, name) if method == "rl" else {}
+    mine = [{**row, "iteration": at.get(row["iteration"], row["iteration"])} for row in mine]
+    answered = {at.get(n, n): path for n, path in numbered(home / "evaluation", "iter_*.jsonl")}
+    # RL records no rollouts: what it wrote is in the answers of its evaluations.
+    written = answered if method == "rl" else dict(numbered(home / "rationales", "iter_*.jsonl"))
+    status = read_dict(home / "status.json")
+    return Arm(
+        name=name,
+        rows={stage: _sorted(r for r in mine if r["stage"] == stage) for stage in {r["stage"] for r in mine}},
+        attempts={n: read_attempts(path, cap) for n, path in written.items()},
+        answers={n: read_answers(path) for n, path in answered.items()},
+        thoughts=dict(numbered(home / "thoughts", "step_*.jsonl")),
+        status=str(status.get("status") or ("" if method == "quiet_star" else "running")),
+        reason=str(status.get("reason") or ""),
+    )
+
+
+def _rounds(rows: Sequence[Row], resolved: Mapping[str, Any], name: str) -> dict[int, int]:
+    """Round -> updates before it, for the evaluations of RL."""
+    try:
+        updates, rounds = resolved["arms"][name]["train"]["updates"], resolved["loop"]["rounds"]
+    except (KeyError, TypeError):
+        return {}
+    done = max((row.get("updates") or 0 for row in rows), default=0) or updates
+    return {n: min(math.ceil(updates * n / rounds), done) for n in range(rounds + 1)}
+
+
+def _sorted(rows: Any) -> list[Row]:
+    """Rows by iteration and step: a resumed run may have written them in another order."""
+    return sorted(rows, key=lambda row: (row["iteration"], row["step"] or 0))
+
+
+def numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """(N, path) of the files that a pattern with one star names, where a number stands for the star."""
+    name = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    found = [(name.fullmatch(path.name), path) for path in folder.glob(pattern)]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def read_dict(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, {} if there is none."""
+    value = read_json(path)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; delete the file or mend it")
+    return value or {}
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return parse_json(read(path), f"{path}")
+    except UserError as error:
+        raise UserError(f"{error}; delete the file or mend it") from None

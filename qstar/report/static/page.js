@@ -1,0 +1,89 @@
+"use strict";
+// What all pages share. Every text of a model enters a page through textContent: it cannot become markup.
+const page = {
+  make(name, text, className) {
+    const node = document.createElement(name);
+    if (text !== undefined && text !== null) node.textContent = text;
+    if (className) node.className = className;
+    return node;
+  },
+
+  // Filters are kept in the address, behind the anchor of their section: #rationales?arm=star&loop=2
+  read(section) {
+    const [anchor, query] = location.hash.slice(1).split("?");
+    return new URLSearchParams(anchor === section ? query : "");
+  },
+  keep(section, values) {
+    const kept = new URLSearchParams(Object.entries(values).filter((pair) => pair[1]));
+    try {
+      history.replaceState(null, "", "#" + section + (String(kept) && "?" + kept));
+    } catch (error) { /* an embedded page has no address of its own */ }
+  },
+
+  csv(rows) {
+    // A leading = + - @ would be a formula to a spreadsheet, and models write such texts: a quote keeps it text.
+    const cell = (value) => {
+      const text = value === null || value === undefined ? "" : String(value);
+      const safe = typeof value === "string" && /^[=+@\-\t\r]/.test(text) && isNaN(text) ? "'" + text : text;
+      return '"' + safe.replaceAll('"', '""') + '"';
+    };
+    return rows.map((row) => row.map(cell).join(",") + "\r\n").join("");
+  },
+  save(name, type, text) {
+    const link = page.make("a");
+    link.href = URL.createObjectURL(new Blob([text], { type }));
+    link.download = name;
+    document.body.append(link);
+    link.click();
+    link.remove();
+  },
+  saver(label, action) {
+    const button = page.make("button", label);
+    button.type = "button";
+    button.addEventListener("click", action);
+    return button;
+  },
+};
+
+(function () {
+  const anchor = location.hash.slice(1).split("?")[0];
+  if (location.hash.includes("?")) {
+    const section = document.getElementById(anchor);
+    if (section) section.scrollIntoView();
+  }
+
+  // ---------------------------------------------------------------------------------------------------- theme
+  const themes = { "": "auto", light: "light", dark: "dark" };
+  let theme = "";
+  try { theme = localStorage.getItem("qstar-theme") || ""; } catch (error) { /* private windows */ }
+  const button = page.make("button", null, "theme");
+  button.type = "button";
+  function paint() {
+    document.documentElement.style.colorScheme = theme;
+    button.textContent = "Theme: " + themes[theme];
+  }
+  if (!(theme in themes)) theme = "";
+  button.addEventListener("click", () => {
+    const names = Object.keys(themes);
+    theme = names[(names.indexOf(theme) + 1) % names.length];
+    try { localStorage.setItem("qstar-theme", theme); } catch (error) { /* it lasts as long as the page */ }
+    paint();
+  });
+  paint();
+  document.querySelector("header").append(button);
+
+  // --------------------------------------------------------------------------------------------------- tables
+  for (const input of document.querySelectorAll("input[data-filters]")) {
+    const rows = document.querySelectorAll("#" + input.dataset.filters + " tbody tr");
+    input.addEventListener("input", () => {
+      const wanted = input.value.toLowerCase();
+      for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+    });
+  }
+  for (const box of document.querySelectorAll("details > .scroll")) {
+    const cells = (row) => [...row.cells].map((cell) => cell.textContent.trim());
+    const rows = () => [...box.querySelectorAll("tr")].map(cells);
+    const name = box.parentNode.querySelector("summary").textContent.trim().replace(/\W+/g, "_") + ".csv";
+    box.after(page.saver("Download CSV", () => page.save(name, "text/csv", page.csv(rows()))));
+  }
+})();

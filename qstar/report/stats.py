@@ -1,0 +1,335 @@
+"""Numbers behind the figures of runs: curves, counts, headlines and names, the same for pages and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qstar.report.rationales import OUTCOMES, Answers, Row
+from qstar.report.read import MAIN, Arm, Run
+
+ALL = "all"  # Quiet-STaR: all classes of tokens
+STAGES = ("sample", "rationalise", "train", "evaluate")  # of one iteration, in their order
+METHODS = {"star": "STaR", "v_star": "V-STaR", "rl": "reinforcement learning", "quiet_star": "Quiet-STaR",
+           "guided_cot": "LM-Guided CoT"}  # fmt: skip
+UNITS = {"v_star": "iteration", "rl": "update", "quiet_star": "step"}  # of the axis of a run; else "loop"
+NAMES = {
+    "star": "STaR",
+    "star_norat": "STaR without rationalisation",
+    "star_dagger": "STaR†",
+    "sft": "SFT",
+    "rft": "RFT",
+    "rpo": "RPO",
+    "v_star": "V-STaR",
+    "v_star_1iter": "V-STaR, one iteration",
+    "v_star_prm": "V-STaR with PRM",
+    "verification": "verification",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "rloo": "RLOO",
+    "ppo": "PPO",
+    "": "all",
+}
+_SMOOTHED = 60  # points of a smoothed training curve
+
+
+class Curve(NamedTuple):
+    """One quantity by iteration or step; `low` and `high` are empty where no interval is known."""
+
+    x: list[int]
+    values: list[float]
+    low: list[float]
+    high: list[float]
+
+    def at(self, position: int) -> tuple[float, float | None, float | None]:
+        """(value, low, high) at a position; None where no interval is known."""
+        interval = (self.low[position], self.high[position]) if self.low else (None, None)
+        return self.values[position], *interval
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def label(name: str) -> str:
+    """The name of an arm in running text."""
+    return NAMES.get(name) or name.replace("_", " ")
+
+
+def arm_label(run: Run, arm: Arm) -> str:
+    """An arm in words: in STaR, with or without rationalisation where that alone tells two arms apart."""
+    kinds = [other.rationalises for other in run.arms]
+    if run.method != "star" or None in kinds or kinds.count(arm.rationalises) > 1:
+        return label(arm.name) if arm.name else METHODS.get(run.method, run.method)
+    return f"{'with' if arm.rationalises else 'without'} rationalisation"
+
+
+def arm_title(run: Run, arm: Arm) -> str:
+    """An arm's name with its meaning ("rat · with rationalisation"), once if both say the same."""
+    words = arm_label(run, arm)
+    return words if "rationali" in arm.name or words == label(arm.name) or not arm.name else f"{arm.name} · {words}"
+
+
+def unit(run: Run) -> str:
+    """What the horizontal axis of a run counts."""
+    return UNITS.get(run.method, "loop")
+
+
+def iteration_name(run: Run, number: int) -> str:
+    """An iteration in running text; iteration 0 is the base model."""
+    return "base" if number == 0 else f"{unit(run)} {number:,}"
+
+
+def count(number: int, word: str) -> str:
+    """A number with its noun."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
+def percent(value: float | None) -> str:
+    """0.0042 as "0.4%"; a dash for None."""
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def whole_percent(value: float) -> str:
+    """A share in whole per cent, with a decimal next to 0 and 1."""
+    return f"{100 * value:.1f}%" if 0 < value < 0.01 or 0.99 < value < 1 else f"{100 * value:.0f}%"
+
+
+def with_interval(point: tuple[float, float | None, float | None]) -> str:
+    """What `Curve.at` returns as text: "0.4% (0.0–1.2%)", without brackets where no interval is known."""
+    value, low, high = point
+    return percent(value) + ("" if low is None or high is None else f" ({100 * low:.1f}–{100 * high:.1f}%)")
+
+
+def plain(value: Any, key: str = "") -> str:
+    """A metric as table text: a dash for None, thousands with commas, seconds to a tenth."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "–" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if "seconds" in key else f"{value:.4g}"
+
+
+# ---------------------------------------------------------------------------------------------- iterations of an arm
+
+
+def groups(run: Run) -> list[str]:
+    """The groups that accuracy is broken down by, "9" before "10"; empty if there are fewer than two."""
+    keys = {key for arm in run.arms for row in arm.stage("iteration") for key in row}
+    names = {key.partition("/")[2] for key in keys if key.startswith(("accuracy/", "hinted_accuracy/"))}
+    found = sorted(names, key=lambda name: (not name.isdigit(), len(name) if name.isdigit() else 0, name))
+    return found if len(found) > 1 else []
+
+
+def hardest(run: Run) -> str:
+    """The group of the headline: the most digits in arithmetic, else "" (all problems)."""
+    found = groups(run)
+    return found[-1] if found and task_name(run) == "arithmetic" else ""
+
+
+def task_name(run: Run) -> str:
+    """The task's name, "" if the config has none."""
+    task = run.config.get("task")
+    return str(task.get("name") or "") if isinstance(task, Mapping) else str(task or "")
+
+
+def group_label(run: Run, group: str) -> str:
+    """A group in words: "3 digits" in arithmetic; "all problems" for ""."""
+    digits = task_name(run) == "arithmetic" and group.isdigit()
+    return (count(int(group), "digit") if digits else group) or "all problems"
+
+
+def curve(arm: Arm, name: str, group: str = "") -> Curve:
+    """A metric of the "iteration" rows, with its 95% interval where the rows have one."""
+    suffix = f"/{group}" if group else ""
+    rows = [row for row in arm.stage("iteration") if row.get(name + suffix) is not None]
+    bounds = [[row.get(f"{name}_{end}{suffix}") for row in rows] for end in ("low", "high")]
+    low, high = bounds if all(value is not None for side in bounds for value in side) else ([], [])
+    return Curve([row["iteration"] for row in rows], [row[name + suffix] for row in rows], low, high)
+
+
+def outcomes(arm: Arm, group: str = "") -> dict[int, dict[str, int]]:
+    """Iteration -> outcome -> problems: each problem counts once, under the best of its attempts.
+
+    Read from the rationales; without them from the metrics, which count kept rows.
+    """
+    found = {n: dict(attempts.problems.get(group, {})) for n, attempts in arm.attempts.items()}
+    for row in arm.loops:
+        if row["iteration"] not in found and not group and row.get("attempted") is not None:
+            kept, rationalised = (row.get(name) or 0 for name in OUTCOMES[:2])
+            counts = (kept, rationalised, max(0, row["attempted"] - kept - rationalised))
+            found[row["iteration"]] = dict(zip(OUTCOMES, counts))
+    return {n: counts for n, counts in sorted(found.items()) if sum(counts.values())}
+
+
+def rejections(arm: Arm) -> dict[str, dict[int, int]]:
+    """Reason of rejection -> iteration -> attempts, the most frequent reason first."""
+    found: dict[str, dict[int, int]] = {}
+    for n, attempts in arm.attempts.items():
+        for kind, number in attempts.counts.items():
+            if kind.verdict == "rejected":
+                name = (kind.reason or "no reason given") + (" (with the hint)" if kind.hinted else "")
+                found.setdefault(name, {})[n] = found.get(name, {}).get(n, 0) + number
+    for row in arm.loops:
+        if row["iteration"] not in arm.attempts:
+            for key, number in row.items():
+                if key.startswith("rejected_") and number:
+                    found.setdefault(key.removeprefix("rejected_"), {})[row["iteration"]] = number
+    return dict(sorted(found.items(), key=lambda item: (-sum(item[1].values()), item[0])))
+
+
+def losses(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """(updates since the first, training loss) of "train" rows; every iteration counts its steps anew."""
+    steps: list[float] = []
+    values: list[float] = []
+    before, loop, last = 0, None, 0
+    for row in rows:
+        if row.get("loss") is None:
+            continue
+        if row["iteration"] != loop:
+            before = last if loop is not None and row["step"] <= last - before else before
+            loop = row["iteration"]
+        last = before + row["step"]
+        steps.append(last)
+        values.append(row["loss"])
+    return steps, values
+
+
+def seconds(arm: Arm) -> dict[int, dict[str, float]]:
+    """Iteration -> stage -> seconds."""
+    taken = {row["iteration"]: {s: row.get(f"seconds_{s}") or 0.0 for s in STAGES} for row in arm.loops}
+    return {n: stages for n, stages in taken.items() if sum(stages.values())}
+
+
+def answers(arm: Arm, iteration: int, group: str = "") -> Answers | None:
+    """The counted greedy answers of one iteration's model, None if they were not saved."""
+    return arm.answers.get(iteration, {}).get(group)
+
+
+def headline(run: Run) -> str:
+    """The result in one sentence, made from the first and the last iteration of every arm (never the best)."""
+    if run.method == "quiet_star":
+        return quiet_headline(run)
+    group, word = hardest(run), unit(run)
+    subject = f"{group}-digit accuracy" if group else "accuracy on held-out problems"
+    curves = [(arm, curve(arm, "accuracy", group)) for arm in run.arms]
+    curves = sorted(((arm, line) for arm, line in curves if line.x), key=lambda item: not item[0].rationalises)
+    if not curves:
+        return "No results yet: this run has not evaluated a model."
+    if all(line.x[-1] == 0 for _, line in curves):
+        before = with_interval(curves[0][1].at(0)).replace("%)", "%, 95% interval)")
+        return f"Before the first {word}, {subject} is {before}. No {word} has finished yet."
+    sentences = []
+    for number, (arm, line) in enumerate(curves):
+        words, change = arm_label(run, arm), _change(line, word)
+        if len(run.arms) == 1 and run.method != "rl":
+            sentences.append(f"{subject} {change}")
+        elif "rationalisation" in words:  # the comparison with and without it reads as one sentence
+            sentences.append(f"without it, it {change}" if number else f"{words}, {subject} {change}")
+        else:
+            sentences.append(f"{words}: " + (change.removeprefix("went ") if number else f"{subject} {change}"))
+    text = "; ".join(sentences)
+    return (text[0].upper() + text[1:]).replace("%)", "%, 95% interval)", 1) + "."
+
+
+def _change(line: Curve, word: str) -> str:
+    if len(line.x) == 1:
+        return f"was {with_interval(line.at(0))} after {count(line.x[0], word)}"
+    return f"went from {with_interval(line.at(0))} to {with_interval(line.at(-1))} in {count(line.x[-1] - line.x[0], word)}"
+
+
+# -------------------------------------------------------------------------------------------- Quiet-STaR: by token class
+
+
+def classes(run: Run) -> list[str]:
+    """The token classes in the corpus's order, `ALL` last; empty before the first evaluation."""
+    rows = [row for arm in run.arms for row in arm.stage("evaluation")]
+    named = [name for row in rows for name in row.get("classes") or ()]
+    keyed = [key.partition("/")[2] for row in rows for key in row if "/" in key]
+    return sorted(dict.fromkeys(map(str, named + keyed)), key=lambda name: name == ALL)
+
+
+def focus(run: Run) -> str:
+    """The class of the headline: "hard" if there is one, else the one that the base predicts worst."""
+    found = [name for name in classes(run) if name != ALL]
+    if "hard" in found or not found:
+        return "hard" if found else ALL
+    first = [arm.stage("evaluation")[0] for arm in run.arms if arm.stage("evaluation")]
+    return max(found, key=lambda name: max((row.get(f"nll_base/{name}") or 0.0 for row in first), default=0.0))
+
+
+def class_label(name: str) -> str:
+    """A class in running text: "hard tokens"."""
+    name = name.replace("_", " ")
+    return f"tokens that are {name}" if "(" in name else f"{name} tokens"
+
+
+def main_arm(run: Run) -> Arm | None:
+    """The arm that the page opens with: one called as the method is, else the first that thinks, else the first."""
+    named = [arm for name in MAIN for arm in run.arms if arm.name == name]
+    return next(iter([*named, *(arm for arm in run.arms if arm.thinks), *run.arms]), None)
+
+
+def final(arm: Arm) -> Row:
+    """The last evaluation, {} before the first."""
+    return arm.stage("evaluation")[-1] if arm.stage("evaluation") else {}
+
+
+def measured(row: Row, name: str, group: str) -> float | None:
+    """A measure with thoughts where the row has it, else without."""
+    value = row.get(f"{name}/{group}")
+    return row.get(f"{name}_base/{group}") if value is None else value
+
+
+def point(row: Row, name: str, group: str) -> tuple[float, float | None, float | None] | None:
+    """(value, low, high) of what `measured` gives; None without a value."""
+    shown = name if row.get(f"{name}/{group}") is not None else f"{name}_base"
+    value, low, high = (row.get(f"{shown}{end}/{group}") for end in ("", "_low", "_high"))
+    return None if value is None else (value, low, high) if None not in (low, high) else (value, None, None)
+
+
+def quiet_curve(arm: Arm, name: str, group: str) -> Curve:
+    """A measure of the evaluations by step, with its 95% interval where all rows have one."""
+    points = [(row["step"] or 0, point(row, name, group)) for row in arm.stage("evaluation")]
+    found = [(step, *p) for step, p in points if p]
+    x, values, low, high = map(list, zip(*found)) if found else ([], [], [], [])
+    return Curve(x, values, *((low, high) if None not in (*low, *high) else ([], [])))
+
+
+def training(arm: Arm, name: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of a measure of the "train" rows, averages of neighbours so that a trend shows."""
+    pairs = [(row["step"], row[name]) for row in arm.stage("train") if row.get(name) is not None]
+    size = -(-len(pairs) // _SMOOTHED) or 1
+    bins = [pairs[at : at + size] for at in range(0, len(pairs), size)]
+    return [b[-1][0] for b in bins], [sum(v for _, v in b) / len(b) for b in bins]
+
+
+def weight_histogram(row: Row) -> tuple[list[float], list[float]] | None:
+    """(edges [n + 1], counts [n]) of the mixing weights of an evaluation, None without one."""
+    found: Any = row.get("weight_histogram")
+    if not isinstance(found, Mapping) or not found.get("counts") or not sum(found["counts"]):
+        return None
+    edges, counts = list(found.get("edges") or ()), list(found["counts"])
+    return (edges, counts) if len(edges) == len(counts) + 1 else None
+
+
+def quiet_headline(run: Run) -> str:
+    """The result in one sentence: the main arm with and without its thoughts at the end, and where the controls ended."""
+    arm, group = main_arm(run), focus(run)
+    line = quiet_curve(arm, "accuracy", group) if arm else Curve([], [], [], [])
+    if arm is None or not line.x:
+        return "No results yet: this run has not evaluated a model."
+    subject, end = f"accuracy on {class_label(group)}", with_interval(line.at(-1))
+    if line.x[-1] == 0:
+        return f"Before the first step, {subject} is {end}. No step has been evaluated yet."
+    text = f"With thoughts, {subject}" if arm.thinks else f"{subject[0].upper()}{subject[1:]}"
+    without, steps = quiet_curve(arm, "accuracy_base", group), count(line.x[-1], "step")
+    if arm.thinks and without.x and without.x[-1] == line.x[-1]:
+        text += f" is {end} after {steps}, and {with_interval(without.at(-1))} without them"
+    elif len(line.x) == 1:
+        text += f" is {end} after {steps}"
+    else:
+        text += f" went from {with_interval(line.at(0))} to {end} in {steps}"
+    others = [quiet_curve(other, "accuracy", group) for other in run.arms if other is not arm]
+    ends = [percent(value) for value in sorted(other.values[-1] for other in others if other.x and other.x[-1] > 0)]
+    if ends:
+        where = ends[0] if ends[0] == ends[-1] else f"{ends[0]} to {ends[-1]}"
+        text += f"; the other {f'{len(ends)} arms' if len(ends) > 1 else 'arm'} ended at {where}"
+    return text.replace("%)", "%, 95% interval)", 1) + "."
