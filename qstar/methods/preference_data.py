@@ -4,14 +4,14 @@
     D_VER   correct and incorrect solutions, on which verifiers are trained
     D_pref  pairs of a correct and an incorrect solution of one problem, drawn from D_VER, for DPO
 
-D_GEN and D_VER are keyed by (problem, completion up to white space). A solution that is sampled again keeps its first
-record, and its `count` grows. The counts matter: if a problem has one valid solution and many that reach the right answer
-over a wrong step, the valid one is sampled most often, and a set without counts would consist mostly of the others.
+D_GEN and D_VER are keyed by (problem, completion up to white space); a solution that is sampled again only raises a `count`.
+The counts matter: of a problem's correct solutions the valid ones are sampled most often, while most of the distinct ones
+reach the answer over a wrong step.
 
 Deviations from the papers:
 1. V-STaR takes D_pref from the whole product of correct and incorrect solutions. 50 solutions of a problem make up to 600
-   pairs, so that a few problems would outweigh all others: here each problem gives at most `per_problem` pairs.
-2. Steps are labelled by rollouts as in Math-Shepherd (arXiv 2312.08935, soft estimation), where the task has no step audit.
+   pairs, so that few problems would outweigh the others: here each problem gives at most `per_problem` pairs.
+2. Tasks without a step audit label steps by rollouts, as Math-Shepherd does (arXiv 2312.08935, soft estimation).
 """
 
 from __future__ import annotations
@@ -74,12 +74,8 @@ class Solution:
 
 def human_solutions(task: Task, problems: Iterable[Problem]) -> list[Solution]:
     """Returns D_SFT: the gold solutions of the problems that have one."""
-    texts = [(p, task.solution(p)) for p in problems]
-    return [
-        Solution(p.id, task.prompt(p), text, True, True, False, "human", 0, p.group)
-        for p, text in texts
-        if text is not None
-    ]
+    made = lambda p, text: Solution(p.id, task.prompt(p), text, True, True, False, "human", 0, p.group)  # noqa: E731
+    return [made(p, text) for p in problems if (text := task.solution(p)) is not None]
 
 
 def sampled_solutions(rollouts: Iterable[Rollout]) -> list[Solution]:
@@ -167,9 +163,8 @@ class Pair:
 def build_pairs(solutions: Iterable[Solution], settings: PairSettings, seed: int) -> list[Pair]:
     """Returns D_pref: pairs of every problem with solutions of both kinds, problems in order of their first solution.
 
-    Pairs are drawn without replacement from the product, in rounds. Each round uses every incorrect solution once, with
-    another correct one than in earlier rounds, so that all incorrect solutions occur equally often. Correct ones are drawn in
-    proportion to their counts, as if the buffer were a multiset, or (winners="distinct") in turn.
+    Pairs are drawn without replacement from the product, in rounds: each uses every incorrect solution once, beside another
+    correct one than before. Correct ones are drawn in proportion to their counts, or (winners="distinct") in turn.
     """
     correct: dict[str, list[Solution]] = collections.defaultdict(list)
     incorrect: dict[str, list[Solution]] = collections.defaultdict(list)
@@ -192,10 +187,8 @@ def build_pairs(solutions: Iterable[Solution], settings: PairSettings, seed: int
                 order = sorted(order, key=lambda s: rng.expovariate(s.count))
             orders.append(order)
         product = [(order[r], losers[i]) for r in range(len(winners)) for i, order in enumerate(orders)]
-        pairs += [
-            Pair(problem, c.prompt, c.completion, r.completion, c.tokens, r.tokens)
-            for c, r in product[: settings.per_problem]
-        ]
+        for c, r in product[: settings.per_problem]:
+            pairs.append(Pair(problem, c.prompt, c.completion, r.completion, c.tokens, r.tokens))
     return pairs
 
 
@@ -279,9 +272,6 @@ class ContinuationTask(Task):
     def parse(self, completion: str) -> str | None:
         return completion  # the answer is read in `judged`, from the partial solution and its continuation together
 
-    def correct(self, problem: Problem, answer: str | None) -> bool:
-        return self.judged([problem], [answer])[0]
-
     def judged(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
         texts = [None if a is None else self.task.cut(p.meta["prefix"] + a) for p, a in zip(problems, answers)]
         parsed = [None if text is None else self.task.parse(text) for text in texts]
@@ -302,8 +292,7 @@ def rollout_labels(
 ) -> list[list[float]]:
     """Returns per solution the label of each of its `task.steps`: the share of n continuations that are correct.
 
-    The last step has no continuation; its label is the correctness of the solution. Equal prefixes are continued once.
-    FOLDER holds the continuations, so that a killed call ends with the same labels.
+    The last step is labelled with the correctness of the solution. Equal prefixes are continued once. `folder` caches them.
     """
     ends = [task.steps(s.completion)[:-1] for s in solutions]
     partial: dict[tuple[str, str], Problem] = {}

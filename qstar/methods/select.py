@@ -25,7 +25,6 @@ import numpy as np
 
 from qstar.errors import unknown
 from qstar.sample import vote
-from qstar.tasks.base import stable_rng
 from qstar.train.stats import (
     best_of_k,
     bootstrap_ci,
@@ -131,12 +130,6 @@ def llm_judge(ask: Callable[[list[str]], list[str]], template: str = _JUDGE, bes
     return scorer
 
 
-def random_scores(problem: str, n: int) -> list[float]:
-    """Returns n scores without information, reproducible for each problem: a baseline."""
-    rng = stable_rng("random scores", problem)
-    return [rng.random() for _ in range(n)]
-
-
 # ------------------------------------------------------------------------------------------- accuracy as a function of k
 
 
@@ -190,13 +183,6 @@ def _top_m_vote(p: Candidates, name: str, k: int, m: int) -> float:
         return winners @ right / np.maximum(winners.sum(axis=1), 1)
 
     return vote.over_subsets(accuracy, len(p.answers), k, trials=SUBSETS)[0]
-
-
-def summary(values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, dict[str, list[float]]]:
-    """Returns rule -> {k: [mean, low, high]} of `curves`, with 95% bootstrap intervals over problems."""
-    return {
-        rule: {str(k): [float(np.mean(v)), *bootstrap_ci(v)] for k, v in by_k.items()} for rule, by_k in values.items()
-    }
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:

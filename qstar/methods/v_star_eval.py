@@ -19,8 +19,9 @@ from qstar.models.model import Model
 from qstar.runs.context import Arm
 from qstar.runs.folder import cached_jsonl, once_json
 from qstar.runs.rollouts import sample_rollouts
-from qstar.tasks.base import Problem, Task
+from qstar.tasks.base import Problem, Task, stable_rng
 from qstar.train.metrics import show_table
+from qstar.train.stats import bootstrap_ci
 from qstar.types import Rollout
 
 Ballots = Callable[[Sequence[str | None]], Sequence[str | None]]
@@ -137,7 +138,8 @@ def result(
     for rows in by_problem(rollouts):
         keys = [(r.problem_id, r.sample) for r in rows]
         scores = {s: [values[key][s] for key in keys] for s in scorers}
-        scores["random"] = select.random_scores(rows[0].problem_id, len(rows))
+        rng = stable_rng("random scores", rows[0].problem_id)
+        scores["random"] = [rng.random() for _ in rows]  # a baseline without information
         problems.append(candidates(rows, scores, ballots))
         kinds_by_problem.append([kinds.get(key) for key in keys])
     ks = select.ks_for(samples)
@@ -147,7 +149,10 @@ def result(
     return {
         "problems": len(problems),
         "samples": samples,
-        "curves": select.summary(curves),
+        "curves": {
+            rule: {str(k): [float(np.mean(v)), *bootstrap_ci(v)] for k, v in by_k.items()}
+            for rule, by_k in curves.items()
+        },
         **select.quality(problems, curves),
         f"gain@{at}": {
             f"{rule} - {other}": select.difference(curves[rule][at], curves[other][at])

@@ -48,4 +48,4 @@ def test_a_continuation_is_judged_with_what_it_continues():
     task = ContinuationTask(TASK)
     begun = dataclasses.replace(PROBLEM, id="x", meta={"of": PROBLEM, "prefix": "17+25,C0|1+2,2C1|,42C0|042|#4"})
     assert task.prompt(begun) == "17+25=17+25,C0|1+2,2C1|,42C0|042|#4"
-    assert task.correct(begun, "2") and not task.correct(begun, "3") and not task.correct(begun, None)
+    assert task.judged([begun] * 3, ["2", "3", None]) == [True, False, False]
