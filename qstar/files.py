@@ -1,8 +1,9 @@
-"""Atomic, checksummed files and guarded JSON parsing.
+"""Atomic, checksummed files and JSON parsing with errors that name the place.
 
-A file written here appears whole or not at all. With `checksum=True` a file of its name in the folder `.checksums` beside
-it records its size, number of lines and BLAKE2b hash. `read` compares them, so that a file that was truncated, changed
-or replaced later is named instead of used. A file without a record (from an earlier version) is accepted with one warning.
+A file written here appears whole or not at all. With `checksum=True`, a file of its name in the folder `.checksums` beside
+it records its size, number of lines and BLAKE2b hash. `read` compares them, so that a file that was truncated, changed or
+replaced later is reported instead of used. A file without a record (written by an earlier version) is accepted with one
+warning.
 """
 
 from __future__ import annotations
@@ -27,31 +28,26 @@ class Damaged(UserError):
 
 
 def warn(text: str) -> None:
-    """Says what the user should know, once per text."""
+    """Warns the user, once per text."""
     warnings.warn(text, QstarWarning, stacklevel=2)
 
 
 def record_path(path: Path) -> Path:
-    """Returns the path of the checksum record of a file."""
+    """The path of a file's checksum record."""
     return path.parent / ".checksums" / path.name
 
 
 def record_of(content: bytes) -> dict[str, Any]:
-    """Returns the checksum record of a content."""
-    return {
-        "bytes": len(content),
-        "rows": content.count(b"\n"),
-        "blake2b": hashlib.blake2b(content, digest_size=16).hexdigest(),
-    }
+    """The checksum record of a content."""
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return {"bytes": len(content), "rows": content.count(b"\n"), "blake2b": digest}
 
 
 def write(path: Path, content: bytes, *, checksum: bool = False) -> None:
-    """Writes a file atomically: to a temporary name, flushed to the disk, renamed.
-
-    The record is written first: a process killed between the two leaves a record without a file (which is then
-    missing, and made again) or, where a file is replaced, a record that lists the old content as well as the new.
-    """
+    """Writes a file atomically: to a temporary name, flushed to the disk, renamed."""
     if checksum:
+        # The record comes first. A process killed between the two leaves a record without a file (which counts as missing)
+        # or, where a file is replaced, a record that lists the old content as well as the new.
         records = [record_of(content)]
         if path.exists() and (old := record_of(path.read_bytes())) not in records:
             records.append(old)
@@ -68,7 +64,8 @@ def write(path: Path, content: bytes, *, checksum: bool = False) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    if checksum:  # a rename is durable once its folder is flushed; not every file system can
+    if checksum:
+        # A rename is durable once its folder is flushed; not every file system can flush a folder.
         with contextlib.suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -78,10 +75,10 @@ def write(path: Path, content: bytes, *, checksum: bool = False) -> None:
 
 
 def read(path: Path) -> bytes:
-    """Returns the content of a file, compared with its checksum record where it has one.
+    """The content of a file, compared with its checksum record if it has one.
 
     Raises:
-      Damaged: content and record differ, or the record cannot be read.
+        Damaged: content and record differ, or the record cannot be read.
     """
     content = path.read_bytes()
     try:
@@ -96,7 +93,7 @@ def read(path: Path) -> bytes:
 
 
 def intact(path: Path) -> bool:
-    """Whether a file is there as it was written. A damaged one is named, set aside as NAME.damaged, and counts as missing."""
+    """Whether a file exists as it was written. A damaged one is reported, renamed to NAME.damaged and counts as missing."""
     if not path.exists():
         return False
     try:
@@ -112,24 +109,23 @@ def intact(path: Path) -> bool:
 
 
 def verify(folder: Path) -> None:
-    """Names every file below a folder that is missing or damaged by its record (`intact`), also those that no stage reads
-    again: reports read them."""
+    """Checks every file below a folder that has a record with `intact`, and reports missing ones."""
     for record in sorted(folder.rglob(".checksums/*")):
         path = record.parent.parent / record.name
-        if path.name == "metrics.jsonl" or ".tmp-" in path.name:  # metrics are verified by who reads them
+        if path.name == "metrics.jsonl" or ".tmp-" in path.name:  # train.metrics verifies its own file
             continue
-        if not path.exists():
+        if path.exists():
+            intact(path)
+        else:
             warn(f"{path}: missing, though it was written; a stage that needs it makes it again")
             record.unlink()
-        else:
-            intact(path)
 
 
 def parse_json(content: bytes | str, place: str) -> Any:
-    """Returns the value of a JSON text.
+    """The value of a JSON text.
 
     Raises:
-      UserError: not UTF-8, not JSON, nested too deeply, or a number with too many digits; begins with `place`.
+        UserError: not UTF-8, not JSON, nested too deeply, or a number with too many digits; begins with `place`.
     """
     try:
         return json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)

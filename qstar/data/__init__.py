@@ -1,4 +1,4 @@
-"""Records from files and the hub, and batches of arrays. No jax here."""
+"""Data: records from files and the hub, text corpora, and batches of arrays. No jax here."""
 
 from qstar.data.loader import batches
 from qstar.data.sources import read_jsonl, read_records, write_jsonl

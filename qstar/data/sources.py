@@ -1,13 +1,13 @@
-"""Records (plain dicts) in and out: JSONL, JSON and parquet files, plain or gzipped, local or on gs://, and the hub.
+"""Records (plain dicts) in and out: JSONL, JSON, parquet and CSV files, local or on gs://, and the hub.
 
-Every complaint names the file and the line (or record) it is about. `pyarrow` and `datasets` are imported
-where they are used; most runs need neither.
+`datasets` reads the hub. JSON is parsed here: a user's own rows need errors that name file, line and field, which `datasets`
+does not give, and it refuses a file whose rows differ in type. Every error names the file and line (or record).
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
+import io
 import itertools
 import json
 import os
@@ -23,10 +23,11 @@ from etils import epath
 from qstar import files
 from qstar.errors import QstarWarning, UserError
 
+BAD_ROWS = 0.01  # default share of a task's or corpus' records that may be unusable before reading stops
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
-# Endings that can only mean "a file", so that data/train.csv is not taken for the hub's data set "train.csv".
+# Endings of files only, so that data/train.txt is not taken for the hub's data set "train.txt".
 _FILE_ENDINGS = {".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".arrow"}
-# First bytes of files that are something else than their names say, and what to do about each.
+# First bytes of files whose content differs from their names, and what to do about each.
 _FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; fetch the file itself (git lfs pull)",
     b"PK\x03\x04": "a zip archive; unpack it",
@@ -36,7 +37,6 @@ _FOREIGN = {
     b"ARROW1": "an Arrow file; save it as parquet (datasets: to_parquet)",
     b"<": "HTML or XML, perhaps the page of a download that failed; fetch the file itself",
 }
-BAD_ROWS = 0.01  # share of a task's or corpus' records that may be unusable before reading stops
 
 Place = tuple[str, Any]  # ("train.jsonl:12", the record found there, or the UserError that says why there is none)
 
@@ -50,25 +50,20 @@ def read_records(
     parse: Callable[[dict], Any] | None = None,
     bad_rows: float = 0.0,
 ) -> list[Any]:
-    """All records of a source, whole, in file order.
+    """All records of a source, in file order.
 
     Args:
-        source: a path that ends in .jsonl, .json (an array of objects, or an object per line) or .parquet, the first
-            two also with .gz, `~` and `gs://` included; a hub name "owner/name" or "owner/name:config", or a file of
-            the hub, "hf://datasets/owner/name/file.parquet", read through `datasets`.
+        source: a path that ends in .jsonl, .json (an array of objects, or an object per line), .parquet or .csv, the first
+            two also with .gz, `~` and `gs://` included; a hub name "owner/name[:config]", or a file of the hub,
+            "hf://datasets/owner/name/file.parquet".
         fields: keys that every record must have with a value other than null; other keys are kept too.
-        split: the hub's split, "train" when None. A file is one split and ignores it.
+        split: the hub's split, "train" when None; files ignore it.
         limit: stop after so many records.
-        parse: turns a record into what the caller wants; an error it raises becomes a UserError that says where the
-            record stands.
+        parse: converts a record; an error it raises becomes a UserError that names the record's place.
         bad_rows: share of the records that may be unusable. They are left out, with a warning that names them.
 
-    Returns:
-        The records, or what `parse` made of them; at least one.
-
     Raises:
-        UserError: missing or unreadable source, unknown ending, no records, or more bad lines, missing fields and
-            refusals of `parse` than `bad_rows` allows.
+        UserError: missing or unreadable source, no records, or more unusable ones than `bad_rows` allows.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} would read nothing from {source}: give at least 1, or None for all")
@@ -77,7 +72,7 @@ def read_records(
     records, faults = [], []
     for place, record in itertools.islice(_open(os.fspath(source), split), limit):
         try:
-            records.append(_usable(place, record, fields, parse))
+            records.append(_checked(place, _object(place, record), fields, parse))
         except UserError as fault:
             if not bad_rows:
                 raise
@@ -88,7 +83,7 @@ def read_records(
         if len(faults) > bad_rows * count:
             raise UserError(
                 f"{shown} ({source}: {len(faults)} of {count} records cannot be used, above bad_rows={bad_rows:g}, the share "
-                "that may be left out; mend the file or raise bad_rows)"
+                "that may be left out; correct the file or raise bad_rows)"
             )
         warnings.warn(f"{source}: {len(faults)} of {count} records are left out: {shown}", QstarWarning, stacklevel=2)
     if not records:
@@ -96,22 +91,25 @@ def read_records(
     return records
 
 
-def _usable(place: str, record: Any, fields: Sequence[str], parse: Callable[[dict], Any] | None) -> Any:
-    """The record, or what `parse` makes of it; a UserError names the place of one that cannot be used."""
+def _object(place: str, record: Any) -> dict:
     if isinstance(record, UserError):
         raise record
     if not isinstance(record, dict):
         raise UserError(f"{place}: a record must be a JSON object, not {type(record).__name__}")
+    return record
+
+
+def _checked(place: str, record: dict, fields: Sequence[str], parse: Callable[[dict], Any] | None) -> Any:
     for field in fields:
         if record.get(field) is None:
-            there = ", ".join(map(str, record)) or "none"
-            raise UserError(f"{place}: field {field!r} is missing; the record has {there}")
+            present = ", ".join(map(str, record)) or "none"
+            raise UserError(f"{place}: field {field!r} is missing; the record has {present}")
     for field, value in record.items():
-        if (text := _surrogate(value)) is not None:
+        # JSON may hold half a surrogate pair, which no tokenizer accepts: better here than in the middle of a run.
+        if (text := _not_utf8(value)) is not None:
             at = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
-            raise UserError(
-                f"{place}: field {field!r} has half a surrogate pair ({text[at]!a}, character {at} of its text): no character"
-            )
+            what = f"half a surrogate pair ({text[at]!a}, character {at} of its text): no character"
+            raise UserError(f"{place}: field {field!r} has {what}")
     try:
         return record if parse is None else parse(record)
     except ValueError as error:
@@ -120,119 +118,86 @@ def _usable(place: str, record: Any, fields: Sequence[str], parse: Callable[[dic
         raise UserError(f"{place}: not of the expected form ({type(error).__name__}: {error})") from error
 
 
-def _surrogate(value: Any) -> str | None:
-    """The first text in a JSON value that UTF-8 cannot hold."""
+def _not_utf8(value: Any) -> str | None:
+    """The first text in a JSON value that UTF-8 cannot encode."""
     if isinstance(value, str):
         try:
             return None if value.isascii() or value.encode() else None
         except UnicodeEncodeError:
             return value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((text for part in parts if (text := _surrogate(part)) is not None), None)
+    return next((text for part in parts if (text := _not_utf8(part)) is not None), None)
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The rows of a JSONL file that `write_jsonl` made; an empty file is an empty list.
-
-    Raises:
-        UserError: the file is missing or unreadable, differs from its checksum record, or a line is no JSON object
-            (named file:line).
-    """
-    rows = []
-    for place, row in _jsonl(_existing(os.fspath(path))):
-        if isinstance(row, UserError):
-            raise row
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
-        rows.append(row)
-    return rows
+    """The rows of a JSONL file, none for an empty one. A missing or damaged file or line raises a UserError (file:line)."""
+    return [_object(place, row) for place, row in _open(os.fspath(path), None)]
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict], *, checksum: bool = False) -> None:
-    """Writes one JSON object per line, all or nothing: a reader sees the old file or the whole new one.
+    """Writes one JSON object per line, atomically, with `checksum` also a checksum record (see `files.write`; not on gs://).
 
-    The rows go to a temporary file in the same folder (made if missing), which is flushed to the disk and
-    renamed. Keys keep their order and text stays readable (no \\u escapes). On gs:// an object appears only
-    once it is complete, which gives the same promise. numpy scalars and arrays are written as numbers.
-
-    Args:
-        checksum: also write a checksum record, which readers compare (local files only).
+    Keys keep their order, text has no \\u escapes, and numpy and jax arrays become numbers.
     """
     target = epath.Path(os.fspath(path)).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(map(_line, rows))
     if "://" in os.fspath(path):
-        target.write_text("".join(map(_line, rows)))
-        return
-    files.write(pathlib.Path(target), "".join(map(_line, rows)).encode(), checksum=checksum)
+        target.write_text(text)
+    else:
+        files.write(pathlib.Path(target), text.encode(), checksum=checksum)
 
 
 def _line(row: dict) -> str:
-    line = json.dumps(row, ensure_ascii=False, default=_plain)
+    def plain(value: Any) -> Any:
+        if hasattr(value, "tolist"):  # also of jax arrays, without importing jax
+            return value.tolist()
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+
+    line = json.dumps(row, ensure_ascii=False, default=plain)
     try:
         line.encode()
-    except UnicodeEncodeError:  # half a surrogate pair: legal in JSON, but only when escaped
-        line = json.dumps(row, default=_plain)
+    except UnicodeEncodeError:  # half a surrogate pair is legal in JSON, but only when escaped
+        line = json.dumps(row, default=plain)
     return line + "\n"
 
 
-def _plain(value: Any) -> Any:
-    """numpy scalars and arrays (and jax arrays, without importing jax) as plain Python."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+# ---------------------------------------------------------------------------------------------------------- readers
 
 
 def _open(source: str, split: str | None) -> Iterator[Place]:
-    """Picks the reader: an existing path or anything that looks like one is a file, the rest is the hub."""
-    if source.startswith("hf://"):
-        return _hub_file(source)
+    """Chooses the reader: an existing path or anything that looks like one is a file, the rest is the hub."""
     suffixes = pathlib.PurePosixPath(source.lower()).suffixes
     suffix = suffixes[-1] if suffixes else ""
+    if source.startswith("hf://"):
+        # One file of a repository: for data sets whose loading script `datasets` no longer runs.
+        if suffix not in (".parquet", ".json", ".jsonl"):
+            raise UserError(f"{source}: unknown ending; readable are .jsonl, .json, .parquet")
+        return _hub(source, source, suffix[1:].replace("jsonl", "json"), data_files=source, split="train")
     looks_local = source.startswith(("/", ".", "~")) or "://" in source or suffix in _FILE_ENDINGS
     if not looks_local and not os.path.exists(source):
         if match := _HUB_NAME.fullmatch(source):
-            return _hub(source, match["path"], match["config"], split or "train")
+            split = split or "train"
+            return _hub(
+                f"{source} (split {split!r})", f"{source} ({split})", match["path"], match["config"], split=split
+            )
         raise UserError(
             f"{source!r} is neither a file nor a hub name: give a path that ends in .jsonl, "
-            ".json or .parquet, or owner/name[:config]"
+            ".json, .parquet or .csv, or owner/name[:config]"
         )
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
     path = _existing(source)
-    kind = suffix if suffix != ".gz" else "".join(suffixes[-2:-1])
-    if kind not in readers or (suffix == ".gz" and kind == ".parquet"):
+    kind = "".join(suffixes[-2:-1]) if suffix == ".gz" else suffix
+    if kind not in (".jsonl", ".json", ".parquet", ".csv") or (suffix == ".gz" and kind not in (".jsonl", ".json")):
         raise UserError(
-            f"{source}: unknown ending {suffix!r}; readable are {', '.join(readers)}, .jsonl.gz and .json.gz"
+            f"{source}: unknown ending {suffix!r}; readable are .jsonl, .json, .parquet, .csv, .jsonl.gz and .json.gz"
         )
-    with _reading(path), path.open("rb") as file:
-        head = file.read(32)
+    content = _content(path)
     for magic, what in _FOREIGN.items():
-        if head.startswith(magic):
+        if content.startswith(magic):
             raise UserError(f"{path}: is {what}")
-    return (_parquet if head.startswith(b"PAR1") else readers[kind])(path)
-
-
-@contextlib.contextmanager
-def _reading(path: epath.Path) -> Iterator[None]:
-    """Turns what a file that cannot be read raises into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (EOFError, zlib.error) as error:
-        raise UserError(f"{path}: the gzip data is damaged ({error}); copy it again") from error
-
-
-@contextlib.contextmanager
-def _plain_bytes(path: epath.Path) -> Iterator[Any]:
-    """The file, opened to read its bytes, unpacked where it is gzip, whatever its name is."""
-    with _reading(path), path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if packed:
-            with gzip.open(file, "rb") as unpacked:
-                yield unpacked
-        else:
-            yield file
+    if content.startswith(b"PAR1") or kind in (".parquet", ".csv"):
+        return _arrow(path, content, "csv" if kind == ".csv" else "parquet")
+    return _json(path, content, lines=kind == ".jsonl")
 
 
 def _existing(source: str) -> epath.Path:
@@ -250,86 +215,62 @@ def _existing(source: str) -> epath.Path:
     return path
 
 
-def _jsonl(path: epath.Path) -> Iterator[Place]:
-    """An object per line; an array of objects under this name is read as `_json` reads it.
-
-    Lines end at \\n only: str.splitlines would also cut at U+2028, which JSON strings may hold.
-    """
-    with _plain_bytes(path) as file:
-        if "://" not in os.fspath(path) and files.record_path(pathlib.Path(path)).exists():  # a run wrote it
-            files.read(pathlib.Path(path))
-        for number, line in enumerate(file, start=1):
-            if number == 1 and line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
-                yield from _array(path, line + file.read())
-                return
-            if line.strip():
-                yield _decoded(line, f"{path}:{number}")
+def _content(path: epath.Path) -> bytes:
+    """The file's bytes, compared with its checksum if a run wrote it, decompressed if they are gzip, whatever its name."""
+    try:
+        content = path.read_bytes() if "://" in os.fspath(path) else files.read(pathlib.Path(path))
+        return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path}: the gzip data is damaged ({error}); copy it again") from error
 
 
-def _json(path: epath.Path) -> Iterator[Place]:
-    """An array of objects, or one object; an object per line under this name is read as `_jsonl` reads it."""
-    with _plain_bytes(path) as file:
-        content = file.read()
+def _json(path: epath.Path, content: bytes, lines: bool) -> Iterator[Place]:
+    """An array of objects, one object (not with `lines`), or an object per line."""
+    name = os.fspath(path)
     if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        return _array(path, content)
-    place, record = _decoded(content, os.fspath(path))
-    return _jsonl(path) if isinstance(record, UserError) else iter([(place, record)])
+        return _numbered(name, files.parse_json(content, name))
+    if not lines and not isinstance(record := _parsed(content, name), UserError):
+        return iter([(name, record)])
+    # Lines end at \n only: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    places = ((f"{name}:{number}", line) for number, line in enumerate(content.split(b"\n"), start=1))
+    return ((place, _parsed(line, place)) for place, line in places if line.strip())
 
 
-def _array(path: epath.Path, content: bytes) -> Iterator[Place]:
-    rows = files.parse_json(content, os.fspath(path))
-    return ((f"{path}: record {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _decoded(content: bytes, place: str) -> Place:
-    """A line's record, or the UserError of a line that holds none."""
+def _parsed(content: bytes, place: str) -> Any:
     try:
-        return place, files.parse_json(content, place)
+        return files.parse_json(content, place)
     except UserError as fault:
-        return place, fault
+        return fault
 
 
-def _parquet(path: epath.Path) -> Iterator[Place]:
+def _arrow(path: epath.Path, content: bytes, kind: str) -> Iterator[Place]:
+    """Parquet or CSV by pyarrow, which `datasets` brings; `datasets` itself would copy the file into its cache."""
     import pyarrow
-    from pyarrow import parquet
+    from pyarrow import csv, parquet
 
     try:
-        with path.open("rb") as file:
-            rows = parquet.read_table(file).to_pylist()
+        rows = (csv.read_csv if kind == "csv" else parquet.read_table)(io.BytesIO(content)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
-    return ((f"{path}: record {number}", row) for number, row in enumerate(rows, start=1))
+        raise UserError(f"{path}: not a readable {kind} file ({_first_line(error)})") from error
+    return _numbered(os.fspath(path), rows)
 
 
-def _hub(source: str, path: str, config: str | None, split: str) -> Iterator[Place]:
-    import datasets
+def _hub(what: str, name: str, *arguments: Any, **options: Any) -> Iterator[Place]:
+    import datasets  # takes seconds, and most runs read local files
 
-    with _hub_faults(f"{source} (split {split!r})"):
-        rows = iter(datasets.load_dataset(path, config, split=split))
-    return ((f"{source} ({split}): record {number}", dict(row)) for number, row in enumerate(rows, start=1))
-
-
-def _hub_file(source: str) -> Iterator[Place]:
-    """One file of a repository on the hub: for data sets whose loading script `datasets` no longer runs."""
-    import datasets
-
-    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(pathlib.PurePosixPath(source).suffix.lower())
-    if kind is None:
-        raise UserError(f"{source}: unknown ending; readable are .jsonl, .json, .parquet")
-    with _hub_faults(source):
-        rows = iter(datasets.load_dataset(kind, data_files=source, split="train"))
-    return ((f"{source}: record {number}", dict(row)) for number, row in enumerate(rows, start=1))
-
-
-@contextlib.contextmanager
-def _hub_faults(what: str) -> Iterator[None]:
     try:
-        yield
+        rows = iter(datasets.load_dataset(*arguments, **options))
     except Exception as error:  # network, permissions, names, splits: each has its own class, none shared
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{what}: the hub gave nothing ({text}); check the name and the network, or name a local file"
-        ) from error
+        advice = "check the name and the network, or name a local file"
+        raise UserError(f"{what}: the hub returned nothing ({text}); {advice}") from error
+    return _numbered(name, map(dict, rows))
+
+
+def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Place]:
+    return ((f"{name}: record {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Text in and out of token ids, and rows of tokens made from documents. No jax here."""
+"""Tokenizers, and packing of token ids into training rows. No jax here."""
 
 from qstar.text.packing import Example, pack
 from qstar.text.tokenizer import Tokenizer, char_tokenizer, load_tokenizer

@@ -1,4 +1,4 @@
-"""Documents of (prompt, completion) token ids become rectangular training rows. numpy only."""
+"""Packing: documents of (prompt, completion) token ids as rectangular training rows. numpy only."""
 
 from __future__ import annotations
 
@@ -24,26 +24,25 @@ class Example:
 def pack(
     examples: Sequence[Example], length: int, *, packed: bool = True, loss_on_prompt: bool = False
 ) -> dict[str, np.ndarray]:
-    """Lays documents into rows of `length` tokens; no document is ever split or shortened.
+    """Packs documents into rows of `length` tokens; no document is split or shortened.
 
-    With `packed` the rows are filled first-fit-decreasing: documents by falling length (ties in the order
-    given), each into the first row that still has room. That is deterministic and uses at most 11/9 of the
-    smallest possible number of rows. Otherwise each document gets a row of its own, in the order given.
+    With `packed`, rows are filled first-fit-decreasing: documents by falling length (ties in the order given), each into
+    the first row that has room. This is deterministic and uses at most 11/9 of the smallest possible number of rows.
+    Otherwise each document gets its own row, in the order given.
 
-    Segment ids keep attention inside a document and positions restart in each, so a packed row means the
-    same as its documents one by one; the STaR release packs without either and lets documents see each other.
+    Segment ids keep attention inside a document and positions restart in each, so a packed row trains like its documents
+    one by one. The STaR release packs without either, and documents attend to each other.
 
     Args:
         examples: the documents, each with at least one token.
-        length: tokens per row, L.
+        length: tokens per row, T.
         packed: several documents per row, or one.
-        loss_on_prompt: predict the prompt too (the release's behaviour; its loss mask is never used).
+        loss_on_prompt: predict the prompt too (the release's behaviour: it never uses its loss mask).
 
     Returns:
-        Arrays [N, L], where segment 0 is padding (tokens 0, mask 0, positions 0):
-        `tokens` int32; `mask` float32, 1 where the token at that place is to be *predicted*; `segment_ids`
-        int32, 1, 2, .. within a row; `positions` int32. The first token of a document has no context and is
-        never predicted, even when the prompt is empty.
+        Arrays [B, T] in which segment 0 is padding (tokens 0, mask 0, positions 0): `tokens` int32; `mask` float32, 1 where
+        the token at that place is to be *predicted*; `segment_ids` int32, 1, 2, .. within a row; `positions` int32. The
+        first token of a document has no context and is never predicted, even when the prompt is empty.
 
     Raises:
         UserError: a document is empty or longer than `length`.
@@ -59,58 +58,57 @@ def pack_groups(
     loss_on_prompt: bool = False,
     extras: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Like `pack`, for groups of documents that stay together: member m of a row's g-th group (of M) is segment g M + m + 1.
+    """`pack` for groups of M documents that stay in one row: member m of a row's g-th group is segment g M + m + 1.
 
     Args:
         groups: equally many documents in each (a pair for preferences).
-        extras: name -> per group and document, a float for each of its tokens; laid out as float32 [N, L].
+        extras: name -> per group and document, a float for each of its tokens; laid out as float32 [B, T].
 
     Returns:
-        The arrays of `pack` with the extras, and int32 [N, G]: which groups are in a row, -1 where there is none.
+        The arrays of `pack` with the extras, and int32 [B, G]: which groups are in a row, -1 where there is none.
 
     Raises:
         UserError: a document is empty, or a group is longer than `length`.
     """
     sizes = [sum(map(len, group)) for group in groups]
-    for index, size in enumerate(sizes):
-        what = f"document {index}" if len(groups[index]) == 1 else f"pair {index}"
-        if not all(map(len, groups[index])):
+    for index, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+        what = f"document {index}" if len(group) == 1 else f"pair {index}"
+        if not all(map(len, group)):
             raise UserError(f"{what} has no tokens: drop it before packing")
         if size > length:
-            raise UserError(
-                f"{what} has {size} tokens but a row has {length}: raise the row length or drop it before packing"
-            )
+            advice = "raise the row length or drop it before packing"
+            raise UserError(f"{what} has {size} tokens but a row has {length}: {advice}")
     rows = _first_fit_decreasing(sizes, length) if packed else [[i] for i in range(len(sizes))]
     extras = extras or {}
     shape = (len(rows), length)
     arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
     arrays |= {name: np.zeros(shape, np.float32) for name in ("mask", *extras)}
-    chosen = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
+    members = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
     for row, indices in enumerate(rows):
-        start, segment = 0, 0
-        chosen[row, : len(indices)] = indices
+        members[row, : len(indices)] = indices
+        start = segment = 0
         for index in indices:
             for member, example in enumerate(groups[index]):
                 segment += 1
-                place = np.s_[row, start : start + len(example)]
-                arrays["tokens"][place] = [*example.prompt, *example.completion]
-                arrays["segment_ids"][place] = segment
-                arrays["positions"][place] = np.arange(len(example))
+                span = np.s_[row, start : start + len(example)]
+                arrays["tokens"][span] = [*example.prompt, *example.completion]
+                arrays["segment_ids"][span] = segment
+                arrays["positions"][span] = np.arange(len(example))
                 first_predicted = 1 if loss_on_prompt else max(1, len(example.prompt))
                 arrays["mask"][row, start + first_predicted : start + len(example)] = 1
                 for name, values in extras.items():
-                    arrays[name][place] = values[index][member]
+                    arrays[name][span] = values[index][member]
                 start += len(example)
-    return arrays, chosen
+    return arrays, members
 
 
 def _first_fit_decreasing(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Rows as lists of document indices; each document goes to the first row with room for it."""
-    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])  # sorted() is stable
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])  # sorted() is stable: ties keep their order
     room = np.full(len(sizes), length)  # at most one row per document
     rows: list[list[int]] = []
     for index in order:
-        row = int(np.argmax(room[: len(rows) + 1] >= sizes[index]))  # the last of them is a fresh row
+        # The search includes one row that is not in use yet, so it always finds a place.
+        row = int(np.argmax(room[: len(rows) + 1] >= sizes[index]))
         if row == len(rows):
             rows.append([])
         rows[row].append(index)

@@ -31,13 +31,15 @@ def refusal(source, fields=FIELDS, **options):
     return str(caught.value)
 
 
-def test_the_three_formats_hold_the_same_records(tmp_path, file):
+def test_the_formats_hold_the_same_records(tmp_path, file):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     file("a.json", json.dumps(ROWS))
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    file("a.csv", "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in ROWS))
+    assert read_records(tmp_path / "a.csv", FIELDS) == [{**row, "answer": int(row["answer"])} for row in ROWS]
     for name in ("a.jsonl", "a.json", "a.parquet"):
         assert read_records(tmp_path / name, FIELDS) == ROWS
         assert read_records(str(tmp_path / name), FIELDS, limit=1) == ROWS[:1]
@@ -106,8 +108,8 @@ def test_folder_instead_of_file(tmp_path):
 
 
 def test_unknown_ending_lists_the_known_ones(file):
-    message = refusal(file("a.csv", "x\n1\n"))
-    assert "unknown ending '.csv'" in message and ".jsonl, .json, .parquet" in message
+    message = refusal(file("a.tsv", "x\n1\n"))
+    assert "unknown ending '.tsv'" in message and ".jsonl, .json, .parquet, .csv" in message
 
 
 def test_bad_line_names_file_and_line(file):
