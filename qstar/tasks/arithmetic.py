@@ -1,4 +1,4 @@
-"""Sums of two n-digit numbers with a scratchpad (STaR, 2203.14465, section 4.2): generated, checkable.
+"""Addition of two n-digit numbers with a scratchpad (STaR, 2203.14465, section 4.2): generated, every step checkable.
 
 Three formats of one task:
 
@@ -7,9 +7,9 @@ Three formats of one task:
 * ``release``: the text of the STaR release for pretrained models, with few-shot examples of the same length.
 * ``direct``: ``737+361=`` is followed by ``#1098``; the baseline without a rationale.
 
-The scratchpad restates the sum with carry 0; then one line for each digit pair but the units, right to left:
-the pair, the sum so far, the carry into the pair; then the last carry; then the sum with its carry digit
-(always n + 1 digits: this is the hint); then the answer.
+The scratchpad restates the sum with carry 0; then one line for each digit pair but the units, right to left: the pair, the
+sum so far, the carry into the pair; then the last carry; then the sum with its carry digit (always n + 1 digits: this is
+the hint); then the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from random import Random
 
-from qstar.errors import UserError
+from qstar.errors import UserError, require
 from qstar.tasks.base import Problem, Task, bucket, check_split, leak_marker, stable_rng
 
 PAD, EOS = ".", "$"
@@ -54,11 +54,11 @@ class Arithmetic(Task):
         shots: int = 10,
         seed: int = 0,
     ):
-        """Makes the task; keys of `pool` and `seeds` may be text, as configs write them.
+        """Checks the options; keys of `pool` and `seeds` may be text, as configs write them.
 
         Args:
             format: "compact", "release" or "direct".
-            pool: digits -> problems drawn per outer loop (all there are, if fewer).
+            pool: digits -> problems drawn per outer loop (all that exist, if fewer).
             seeds: digits -> (plain, hinted) gold rows for the base model; both kinds show the same problems.
             eval_digits: lengths of "val" and "test"; those of `pool` when None.
             eval_per_length: problems per length in "val" and "test" (fewer exist with one digit).
@@ -66,14 +66,13 @@ class Arithmetic(Task):
             seed: of the seed rows and the "train" sample; "val" and "test" are the same for every seed.
 
         Raises:
-            UserError: an option that makes no sense, named.
+            UserError: an invalid option, named.
         """
-        if format not in FORMATS:
-            raise UserError(f"arithmetic: unknown format {format!r}; there are {', '.join(FORMATS)}")
-        if not 0 <= shots <= SHOT_POOL:
-            raise UserError(f"arithmetic: shots={shots} is not between 0 and {SHOT_POOL}")
-        if eval_per_length < 1:
-            raise UserError(f"arithmetic: eval_per_length={eval_per_length} must be at least 1")
+        require(
+            (format in FORMATS, f"arithmetic: unknown format {format!r}; there are {', '.join(FORMATS)}"),
+            (0 <= shots <= SHOT_POOL, f"arithmetic: shots={shots} is not between 0 and {SHOT_POOL}"),
+            (eval_per_length >= 1, f"arithmetic: eval_per_length={eval_per_length} must be at least 1"),
+        )
         self.format = format
         self.pool_counts = {_digits(n, "pool"): _counts(n, (count,), "pool")[0] for n, count in pool.items()}
         self.seed_counts = {_digits(n, "seeds"): _counts(n, rows, "seeds", 2) for n, rows in seeds.items()}
@@ -89,19 +88,15 @@ class Arithmetic(Task):
         check_split(split)
         if split == "train":
             return self.pool(0, self.seed)
-        drawn = []
-        for n in self.eval_digits:
-            drawn += _draw(stable_rng("arithmetic", split, n), n, self.eval_per_length, split)
-        return [self.problem(*pair) for pair in drawn]
+        draws = (_draw(stable_rng("arithmetic", split, n), n, self.eval_per_length, split) for n in self.eval_digits)
+        return [self.problem(a, b) for pairs in draws for a, b in pairs]
 
     def problem(self, a: int, b: int) -> Problem:
         """The problem a + b, for two numbers with equally many digits."""
-        write = {"compact": _compact, "release": _release, "direct": lambda a, b: f"#{a + b}"}[self.format]
-        text = f"{a}+{b}"
-        return Problem(id=text, question=text, gold=str(a + b), solution=write(a, b), group=str(len(str(a))))
+        return Problem(f"{a}+{b}", f"{a}+{b}", str(a + b), _solution(self.format, a, b), group=str(len(str(a))))
 
     def pool(self, iteration: int, seed: int, count: int | None = None) -> list[Problem]:
-        drawn = []
+        drawn: list[tuple[int, int]] = []
         for n, wanted in self.pool_counts.items():
             rng = stable_rng("arithmetic", "pool", seed, iteration, n)
             drawn += _draw(rng, n, wanted, "train", self._reserved.get(n, frozenset()))
@@ -119,38 +114,31 @@ class Arithmetic(Task):
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         """The query, after `shots` worked examples of the same length in the release format.
 
-        Those depend on the length, so they cannot stand in `prefix`; which ones is settled by the problem's
-        id. With `hint` every example carries its hint too, padded like the query's (the release's code gives
-        its examples the bare answer, which differs where there is no carry).
+        The examples depend on the length and on the problem's id, so they cannot be in `prefix`. With `hint` every example
+        carries its hint too, padded like the query's (the release gives its examples the bare answer, which differs where
+        there is no carry).
         """
-        examples = [self.query(shot, hint) + self.solution(shot) + "\n\n" for shot in self._examples(problem)]
+        examples = [f"{self.query(shot, hint)}{self.solution(shot)}\n\n" for shot in self._examples(problem)]
         return "".join(examples) + self.query(problem, hint)
 
     def query(self, problem: Problem, hint: bool = False) -> str:
         """The prompt without its few-shot examples; the hint is the sum padded to n + 1 digits."""
-        hinted = problem.gold.zfill(int(problem.group) + 1)
         if self.format != "release":
-            return f"{problem.question}=" + (f"({hinted})" if hint else "")
-        return f"Input:\n{_spaced(problem.question)}\nTarget:" + (f" {_spaced(hinted)}\n" if hint else "\n")
+            return f"{problem.question}=" + (f"({_padded(problem)})" if hint else "")
+        return f"Input:\n{_spaced(problem.question)}\nTarget:" + (f" {_spaced(_padded(problem))}\n" if hint else "\n")
 
     def cut(self, completion: str) -> str:
-        """Release: up to the end of the answer's line. The others end there: anything more is wrong."""
+        """Release: up to the end of the answer's line. In the others any text behind the answer makes it wrong."""
         found = _RELEASE_ANSWER.search(completion) if self.format == "release" else None
         return completion[: found.end(1)] if found else super().cut(completion)
 
     def parse(self, completion: str) -> str | None:
         """Compact, direct: the digits behind the last "#", to the end. Release: the line after </scratch>."""
-        if self.format == "release":
-            found = _RELEASE_ANSWER.search(completion)
-        else:
-            found = _COMPACT_ANSWER.search(completion)
+        found = (_RELEASE_ANSWER if self.format == "release" else _COMPACT_ANSWER).search(completion)
         return found[1].replace(" ", "") if found else None
 
     def leak(self, problem: Problem, completion: str) -> str | None:
-        """Besides the hint markers: brackets or a new "Target:", or the sum before a carry was worked out.
-
-        The restated sum shows the first "C"; a result that stands before the second one was not computed.
-        """
+        """Besides the hint markers: brackets or a new "Target:", or the sum before a carry was worked out."""
         if marker := leak_marker(completion):
             return marker
         for mark in ("Target", "Input") if self.format == "release" else ("(", ")"):
@@ -158,9 +146,10 @@ class Arithmetic(Task):
                 return f"prompt text {mark!r} in the completion"
         if self.format == "direct":
             return None
-        padded = problem.gold.zfill(int(problem.group) + 1)
+        padded = _padded(problem)
         results = (padded, "#") if self.format == "compact" else (_spaced(padded), "</scratch>")
         first = min((at for at in map(completion.find, results) if at >= 0), default=len(completion))
+        # The restated sum shows the first "C"; a result before the second one was not computed.
         return "states the answer before computing anything" if completion[:first].count("C") < 2 else None
 
     def audit(self, problem: Problem, completion: str) -> bool | None:
@@ -177,22 +166,22 @@ class Arithmetic(Task):
         """Whether everything up to the end of a line is that of the gold scratchpad."""
         if self.format == "direct":
             return None
-        ends = self.steps(completion)
-        right = [problem.solution.startswith(completion[:end]) for end in ends]
-        return [*right[:-1], completion == problem.solution]
+        gold = problem.solution or ""
+        return [*(gold.startswith(completion[:end]) for end in self.steps(completion)[:-1]), completion == gold]
 
     def fault(self, problem: Problem, completion: str) -> str | None:
-        """Compact: of the first line that is not the gold scratchpad's, what is wrong; None if there is none."""
+        """Compact: the mistake in the first line that differs from the gold scratchpad's; None if there is none."""
         if self.format != "compact" or completion == problem.solution:
             return None
-        gold, ours = problem.solution.split("|"), completion.split("|")
-        at = next((i for i, (a, b) in enumerate(zip(gold, ours)) if a != b), min(len(gold), len(ours)))
+        gold, written = (problem.solution or "").split("|"), completion.split("|")
+        same = zip(gold, written)
+        at = next((i for i, (a, b) in enumerate(same) if a != b), min(len(gold), len(written)))
         if at >= len(gold) - 2:
             return {len(gold) - 2: "copied sum", len(gold) - 1: "copied answer"}.get(at, "extra lines")
         if at == 0:
             return "restated sum"
-        wanted, found = _COMPACT_LINE.fullmatch(gold[at]), _COMPACT_LINE.fullmatch(ours[at] if at < len(ours) else "")
-        if found is None or len(found[2]) != len(wanted[2]):
+        wanted, found = (_COMPACT_LINE.fullmatch(line) for line in (gold[at], written[at] if at < len(written) else ""))
+        if wanted is None or found is None or len(found[2]) != len(wanted[2]):
             return "skipped line"
         if found[1] != wanted[1] or found[2][1:] != wanted[2][1:]:
             return "miscopied digit"
@@ -200,24 +189,20 @@ class Arithmetic(Task):
 
     def _examples(self, problem: Problem) -> list[Problem]:
         """The few-shot examples of one problem, never the problem itself nor its mirror image."""
-        if not self.shots:
-            return []
-        others = [pair for pair in _shot_pairs(int(problem.group)) if set(pair) != set(_operands(problem))]
+        operands = set(map(int, problem.question.split("+")))
+        others = [pair for pair in _shot_pairs(int(problem.group), self.shots) if set(pair) != operands]
         return [self.problem(*pair) for pair in stable_rng("shots", problem.id).sample(others, self.shots)]
 
     @cached_property
     def _seed_pairs(self) -> dict[int, list[tuple[int, int]]]:
-        return {
-            n: _draw(stable_rng("arithmetic", "seeds", self.seed, n), n, max(rows), "train")
-            for n, rows in self.seed_counts.items()
-        }
+        rng = {n: stable_rng("arithmetic", "seeds", self.seed, n) for n in self.seed_counts}
+        return {n: _draw(rng[n], n, max(rows), "train") for n, rows in self.seed_counts.items()}
 
     @cached_property
     def _reserved(self) -> dict[int, frozenset[tuple[int, int]]]:
-        """Seed problems and few-shot examples, which no pool draws (of one digit too few exist)."""
+        # Seed problems and few-shot examples, which no pool draws. Of one digit too few pairs exist to reserve any.
         lengths = [n for n in self.pool_counts if n >= 2]
-        shots = {n: _shot_pairs(n) if self.shots else [] for n in lengths}
-        return {n: frozenset([*self._seed_pairs.get(n, []), *shots[n]]) for n in lengths}
+        return {n: frozenset([*self._seed_pairs.get(n, []), *_shot_pairs(n, self.shots)]) for n in lengths}
 
 
 def side(a: int, b: int) -> str:
@@ -235,11 +220,11 @@ def _draw(rng: Random, digits: int, count: int, split: str, without: frozenset =
     """`count` different pairs of one side, or all of them if there are fewer, in random order."""
     low, high = 10 ** (digits - 1), 10**digits - 1
     pairs = (high - low + 1) ** 2
-    # The smallest side holds 1/25 of the pairs: below 1/50 a try always has room left and luck enough.
+    # The smallest side holds 1/25 of the pairs: below 1/50, drawing until enough differ ends soon.
     if pairs <= _SMALL or 50 * (count + len(without)) >= pairs:
         numbers = range(low, high + 1)
-        there = [(a, b) for a in numbers for b in numbers if side(a, b) == split and (a, b) not in without]
-        return rng.sample(there, min(count, len(there)))
+        all_pairs = [(a, b) for a in numbers for b in numbers if side(a, b) == split and (a, b) not in without]
+        return rng.sample(all_pairs, min(count, len(all_pairs)))
     drawn: dict[tuple[int, int], None] = {}  # a set that keeps its order
     while len(drawn) < count:
         pair = rng.randint(low, high), rng.randint(low, high)
@@ -248,40 +233,34 @@ def _draw(rng: Random, digits: int, count: int, split: str, without: frozenset =
     return list(drawn)
 
 
-def _shot_pairs(digits: int) -> list[tuple[int, int]]:
-    return _draw(stable_rng("arithmetic", "shots", digits), digits, SHOT_POOL, "train")
+def _shot_pairs(digits: int, shots: int) -> list[tuple[int, int]]:
+    return _draw(stable_rng("arithmetic", "shots", digits), digits, SHOT_POOL, "train") if shots else []
 
 
-def _operands(problem: Problem) -> tuple[int, ...]:
-    return tuple(map(int, problem.question.split("+")))
-
-
-def _steps(a: int, b: int) -> tuple[list[tuple[str, str, int]], str]:
-    """The scratchpad before it is written: lines of (pair, sum so far, carry) and the padded sum."""
-    lines = [(f"{a}+{b}", "", 0)]
+def _solution(format: str, a: int, b: int) -> str:
+    if format == "direct":
+        return f"#{a + b}"
+    lines = [(f"{a}+{b}", "", 0)]  # (pair, sum so far, carry)
     so_far, carry = "", 0
     for place, (x, y) in enumerate(zip(reversed(str(a)), reversed(str(b)), strict=True)):
         if place > 0:  # the units pair has no line of its own
             lines.append((f"{x}+{y}", so_far, carry))
         carry, digit = divmod(int(x) + int(y) + carry, 10)
         so_far = f"{digit}{so_far}"
-    return [*lines, ("", so_far, carry)], f"{carry}{so_far}"
-
-
-def _compact(a: int, b: int) -> str:
-    lines, padded = _steps(a, b)
-    return "|".join([*(f"{pair},{so_far}C{carry}" for pair, so_far, carry in lines), padded, f"#{a + b}"])
-
-
-def _release(a: int, b: int) -> str:
-    lines, padded = _steps(a, b)
+    lines.append(("", so_far, carry))
+    padded = f"{carry}{so_far}"
+    if format == "compact":
+        return "|".join([*(f"{pair},{so_far}C{carry}" for pair, so_far, carry in lines), padded, f"#{a + b}"])
     written = [" ".join([*pair, ",", *so_far, "C:", str(carry)]) for pair, so_far, carry in lines]
-    return "\n".join(["<scratch>", *written, _spaced(padded), "</scratch>", _spaced(a + b)])
+    return "\n".join(["<scratch>", *written, _spaced(padded), "</scratch>", _spaced(str(a + b))])
 
 
-def _spaced(text: object) -> str:
-    """One space between characters: what makes a subword tokenizer see single digits."""
-    return " ".join(str(text))
+def _padded(problem: Problem) -> str:
+    return problem.gold.zfill(int(problem.group) + 1)
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text)  # a subword tokenizer then has one token per digit
 
 
 def _digits(value: object, option: str) -> int:
@@ -291,8 +270,12 @@ def _digits(value: object, option: str) -> int:
 
 
 def _counts(digits: object, values: object, option: str, size: int = 1) -> tuple[int, ...]:
-    fine = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == size
-    if not fine or not all(isinstance(v, int) and v >= 0 for v in values):
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, str)
+        or len(values) != size
+        or not all(isinstance(v, int) and v >= 0 for v in values)
+    ):
         what = "a count" if size == 1 else "(plain, hinted) counts"
         raise UserError(f"arithmetic: {option}[{digits}] = {values!r} is not {what} of 0 or more")
     return tuple(values)

@@ -1,7 +1,7 @@
-"""Eight aspects of a rationale, each a number in [0, 1] that knows neither the gold answer nor a gold rationale.
+"""Eight aspects of a rationale's quality, each a number in [0, 1] that uses neither the gold answer nor a gold rationale.
 
-The paper (2404.03414) names them and does not say how they were measured; these measures are ours. Each has a version, which
-goes into the records: a number means nothing without the rule that made it. What they see is a `View`.
+LM-Guided CoT (2404.03414) names the aspects and does not define their measures; these are ours. Each has a version, which
+is recorded with every score: scores of different rules are not comparable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from qstar.errors import unknown
 from qstar.tasks.qa_metrics import normalise
 
-# Words that say nothing of what a text is about.
+# Function words: they do not tell what a text is about.
 STOP = frozenset(
     "a an the and or but if so then than that this these those is are was were be been being am do does did has have had of "
     "in on at by for from to with as it its he she his her they them their there here which who whom whose what when where "
@@ -28,12 +28,12 @@ _NEGATIONS = frozenset(("not", "no", "never", "isnt", "wasnt", "arent", "werent"
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What an aspect may look at."""
+    """The inputs of an aspect."""
 
     question: str
     context: str
     rationale: str
-    mean_logprob: float | None = None  # nats per token under a frozen language model, where somebody has measured it
+    mean_logprob: float | None = None  # nats per token under a frozen language model, if measured
 
     @functools.cached_property
     def words(self) -> list[str]:
@@ -55,21 +55,21 @@ class Aspect:
     measure: Callable[[View], float]
 
     def __call__(self, view: View) -> float:
-        """Returns the measure, 0 for an empty rationale."""
+        """The measure, clipped to [0, 1]; 0 for an empty rationale."""
         return min(1.0, max(0.0, self.measure(view))) if view.words else 0.0
 
 
 def content(words: Sequence[str]) -> list[str]:
-    """Words that carry meaning, in order."""
+    """The words that are no function words, in order."""
     return [w for w in words if w not in STOP]
 
 
 def factuality(v: View) -> float:
-    """Share of the rationale's pairs of neighbouring content words that some sentence of the context holds both of."""
+    """Share of the rationale's pairs of neighbouring content words that occur together in a sentence of the context."""
     pairs = [p for s in v.sentences for p in zip(content(s), content(s)[1:])]
-    sources = [set(normalise(s).split()) for s in _SENTENCE.split(v.context)]
     if not pairs:
         return float(set(content(v.words)) <= set(normalise(v.context).split()))
+    sources = [set(normalise(s).split()) for s in _SENTENCE.split(v.context)]
     return sum(any(a in s and b in s for s in sources) for a, b in pairs) / len(pairs)
 
 
@@ -80,7 +80,7 @@ def relevance(v: View) -> float:
 
 
 def logicality(v: View) -> float:
-    """Share of neighbouring steps that share a content word (a chain), and a last step that says something new."""
+    """Share of neighbouring steps that share a content word, halved unless the last step adds a word to the question's."""
     steps = [set(content(s)) for s in v.sentences]
     if len(steps) < 2:
         return 0.5
@@ -90,17 +90,18 @@ def logicality(v: View) -> float:
 
 
 def consistency(v: View) -> float:
-    """1 unless a sentence stands there together with its negation."""
+    """1 less the share of sentences that occur together with their negation."""
     seen: dict[tuple[str, ...], set[bool]] = {}
     for s in v.sentences:
         bare = tuple(w for w in s if w not in _NEGATIONS)
+        # An even number of negations affirms.
         seen.setdefault(bare, set()).add(len(bare) % 2 == len(s) % 2)
     clashes = sum(len(signs) > 1 for signs in seen.values())
     return 1.0 - clashes / max(1, len(seen))
 
 
 def coherence(v: View) -> float:
-    """How alike neighbouring sentences are: shared content words over those of the shorter, averaged, 1 at a half."""
+    """Similarity of neighbouring sentences: shared content words over those of the shorter, averaged, 1 at a half."""
     steps = [set(content(s)) for s in v.sentences]
     pairs = [(a, b) for a, b in zip(steps, steps[1:]) if a and b]
     if not pairs:
@@ -109,7 +110,7 @@ def coherence(v: View) -> float:
 
 
 def fluency(v: View) -> float:
-    """exp(mean log-probability / 2) where a model has read it, else the share of sentences that end in a stop."""
+    """exp(mean log-probability / 2) where a model has scored the rationale, else the share of sentences with a full stop."""
     if v.mean_logprob is not None:
         return math.exp(0.5 * min(0.0, v.mean_logprob))
     parts = [s for s in _SENTENCE.split(v.rationale.strip()) if s.strip()]
@@ -117,15 +118,15 @@ def fluency(v: View) -> float:
 
 
 def naturalness(v: View) -> float:
-    """1 less the share of repeated three-word runs; 0 for what only echoes the question, or is no sentence at all."""
+    """1 less the share of repeated word triples; 0 for an echo of the question and for less than four words."""
     if len(v.words) < 4 or normalise(v.question) in " ".join(v.words) and len(v.words) < 1.5 * len(v.question.split()):
         return 0.0
-    runs = list(zip(v.words, v.words[1:], v.words[2:]))
-    return len(set(runs)) / len(runs)
+    triples = list(zip(v.words, v.words[1:], v.words[2:]))
+    return len(set(triples)) / len(triples)
 
 
 def readability(v: View) -> float:
-    """1 in the band of lengths, falling to 0 at none and at three times the longest."""
+    """1 in the band of lengths, falling linearly to 0 at no words and at three times the longest."""
     n, (low, high) = len(v.words), BAND
     return n / low if n < low else 1.0 if n <= high else 1.0 - (n - high) / (2 * high)
 
@@ -137,11 +138,7 @@ ASPECTS = {
 
 
 def chosen(weights: Mapping[str, float], known: Mapping[str, Aspect] = ASPECTS) -> dict[str, tuple[Aspect, float]]:
-    """Returns the aspects that weigh something.
-
-    Raises:
-      UserError: a name that none has.
-    """
+    """The aspects with a weight other than 0; a name that none has is a UserError."""
     for name in weights:
         if name not in known:
             raise unknown(f"rewards.aspects.{name}", name, known)
@@ -149,14 +146,15 @@ def chosen(weights: Mapping[str, float], known: Mapping[str, Aspect] = ASPECTS) 
 
 
 def bare_answer(rationale: str, answer: str, spare: int = 2) -> bool:
-    """Whether a rationale is just the answer it led to: takes its words away and no more than `spare` content words are left.
+    """Whether a rationale is only the answer it led to, with at most `spare` further content words.
 
-    The answer is the answerer's own, not the gold one: with accuracy alone as reward, writing the bare answer is optimal.
+    The answer is the answerer's own, not the gold one. With accuracy alone as reward, writing the bare answer is optimal.
     """
     said = normalise(answer).split()
-    left = content(normalise(rationale).split())
-    if not said or not set(said) <= set(normalise(rationale).split()):
+    words = normalise(rationale).split()
+    if not said or not set(said) <= set(words):
         return False
+    left = content(words)
     for w in said:
         if w in left:
             left.remove(w)

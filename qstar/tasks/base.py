@@ -1,19 +1,19 @@
-"""Base classes of tasks: problems, prompts, and how answers are parsed and compared.
+"""Base classes of tasks: what a method needs to know about a data set.
 
-Everything a method needs to know about a data set is behind `Task`; a method never looks inside a problem.
+A new data set is a subclass of `DatasetTask`: its options are dataclass fields, `to_problem` reads a record, `prompt` writes
+the question and `parse` reads the answer (`answer_parsing` has parsers). A method never looks inside a problem.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from etils import epath
 
@@ -21,8 +21,8 @@ from qstar.data.sources import BAD_ROWS, read_records
 from qstar.errors import UserError
 
 SPLITS = ("train", "val", "test")
-BUILT_IN = "built-in"  # the value of `prompts` that stands for the examples in the folder `examples`
-VAL_BUCKETS = 20  # one question in twenty of train is validation
+BUILT_IN = "built-in"  # value of `prompts`: the worked examples in the folder `examples`
+VAL_BUCKETS = 20  # one train question in twenty is validation
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Problem:
         question: the bare question.
         gold: the answer, in the form that `Task.parse` returns.
         solution: a gold rationale where the data has one.
-        group: what accuracies are broken down by ("3" digits, "gsm8k").
-        meta: whatever else the task needs to write its prompt.
+        group: the key by which accuracies are broken down ("3" digits, "gsm8k").
+        meta: further values of the record that the task's methods use.
     """
 
     id: str
@@ -51,7 +51,7 @@ class ZeroShot(NamedTuple):
 
     prompt: str
     answer: str  # follows the prompt
-    symbols: tuple[str, ...]  # tokens of the answer that count, without their leading spaces; they rival each other
+    symbols: tuple[str, ...]  # competing tokens of the answer that count, without their leading spaces
 
 
 class Task:
@@ -63,10 +63,9 @@ class Task:
 
     name: str = ""
     stop: tuple[str, ...] = ()  # strings that end a completion
-    bad_rows: float = BAD_ROWS  # share of its records that may be left out; an option of every task that reads some
 
     def problems(self, split: str) -> list[Problem]:
-        """The problems of "train", "val" or "test", in a fixed order; few-shot items are in none."""
+        """The problems of "train", "val" or "test", in a fixed order, without few-shot items."""
         raise NotImplementedError
 
     def pool(self, iteration: int, seed: int, count: int | None = None) -> list[Problem]:
@@ -88,13 +87,12 @@ class Task:
         return problem.solution
 
     def cut(self, completion: str) -> str:
-        """The completion up to the end of its answer: what is kept for training."""
+        """The completion up to the end of its answer: the part that is kept for training."""
         ends = [at for at in map(completion.find, self.stop) if at >= 0]
         return completion[: min(ends, default=len(completion))]
 
     def answered_part(self, completion: str) -> str | None:
-        """Of a completion that ran into the token limit: the part up to the end of its answer, or None if that is not
-        reached. A model that goes on writing behind a whole answer has answered."""
+        """The part up to the end of the answer of a completion that reached the token limit, None if it has no answer yet."""
         text = self.cut(completion)
         return text if len(text.rstrip()) < len(completion.rstrip()) else None
 
@@ -107,19 +105,19 @@ class Task:
         return answer is not None and answer == problem.gold
 
     def judged(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
-        """`correct` of many at once, in order; tasks whose answers are costly to judge share the work out."""
+        """`correct` of many at once, in order; tasks whose answers are costly to judge use several workers."""
         return [self.correct(p, a) for p, a in zip(problems, answers, strict=True)]
 
     def ballots(self, answers: Sequence[str | None]) -> list[str | None]:
-        """What each answer to one problem votes for: equal answers are equal strings, found without the right answer."""
+        """The vote of each answer to one problem: equal answers become equal strings, without the gold answer."""
         return list(answers)
 
     def leak(self, problem: Problem, completion: str) -> str | None:
-        """Why a rationalised completion betrays that it was given the answer, or None."""
+        """How a rationalised completion betrays that the model was given the answer, or None."""
         return leak_marker(completion, problem.question)
 
     def zero_shot(self, problem: Problem) -> ZeroShot | None:
-        """The problem as one short text, or None where that makes no sense."""
+        """The problem as one short text, or None if the task has no such form."""
         return None
 
     def step_by_step(self, problem: Problem) -> tuple[str, str] | None:
@@ -127,62 +125,85 @@ class Task:
         return None
 
     def parse_closing(self, completion: str) -> str | None:
-        """The answer in what follows the second half of `step_by_step`, as `parse` would return it."""
+        """The answer in the text after the second half of `step_by_step`, as `parse` would return it."""
         return self.parse(completion)
 
     def audit(self, problem: Problem, completion: str) -> bool | None:
-        """Whether every step is right, not only the answer; None where the task cannot tell."""
+        """Whether every step is right, not only the answer; None where the task cannot check steps."""
         return None
 
     def steps(self, completion: str) -> list[int]:
-        """Where the steps of a completion end, as character offsets; the last is its length. Here: its lines with text."""
+        """Ends of the steps of a completion as character offsets; the last is its length. Here: its lines with text."""
         ends = [line.end() for line in re.finditer(r"[^\n]*\S.*\n", completion)]
         return [e for e in ends if completion[e:].strip()] + [len(completion)]
 
     def step_labels(self, problem: Problem, completion: str) -> list[bool] | None:
-        """Per step, whether all is right up to its end; None where the task cannot tell."""
+        """Per step, whether everything is right up to its end; None where the task cannot check steps."""
         return None
 
     def fault(self, problem: Problem, completion: str) -> str | None:
-        """What kind of mistake a wrong completion makes first, in two words; None where the task cannot tell."""
+        """The kind of a wrong completion's first mistake, in two words; None where the task cannot check steps."""
         return None
 
     def seeds(self) -> list[tuple[Problem, bool]]:
-        """(problem, hinted) rows that a from-scratch base is trained on; most tasks have none."""
+        """(problem, hinted) rows for training a base model from scratch; most tasks have none."""
         return []
 
 
+def check_options(task: Task, **allowed: Sequence[Any]) -> None:
+    """Raises UserError for an option that is none of its allowed values."""
+    for option, values in allowed.items():
+        if (value := getattr(task, option)) not in values:
+            raise UserError(f"{task.name}: {option}={value!r} is not one of {', '.join(map(str, values))}")
+
+
+def check_share(task: Task, bad_rows: float) -> None:
+    """Raises UserError unless `bad_rows` is a share of the records."""
+    if not 0 <= bad_rows < 1:
+        raise UserError(f"{task.name}: bad_rows={bad_rows} must be a share of the records, from 0 to below 1")
+
+
+@dataclass(kw_only=True, eq=False)
 class DatasetTask(Task):
     """A task whose problems are the records of a train and a test source, with few-shot text from files.
 
-    Subclasses set `fields`, `default_source`, `test_split` and `prompt_files`, and write `to_problem`.
+    Subclasses are dataclasses too: they set the class attributes, add their options as fields and write `to_problem`,
+    `prompt` and `parse`. Records are read at first use.
+
+    Options:
+        train: file or hub name of the training records; the hub's own data set when None.
+        test: the same for the test records.
+        prompts: folder with the few-shot files; "built-in" is the worked examples that come with qstar, in the form that
+            `parse` reads; None is zero-shot.
+        bad_rows: share of unusable records that may be left out.
     """
 
-    fields: tuple[str, ...] = ()
-    default_source: str = ""  # hub name; several with spaces between them are read one after the other
-    default_test: str = ""  # the same for the test records, where they have a source of their own
-    test_split: str = "test"  # the hub's split with labels that nothing is trained on
-    prompt_files: tuple[str, str] = ("", "")  # without and with hints, in the folder `prompts`
+    train: str | None = None
+    test: str | None = None
+    prompts: str | None = None
+    bad_rows: float = BAD_ROWS
 
-    def __init__(self, *, train: str | None = None, test: str | None = None, prompts: str | None = None):
-        """Reads the prompts; the records are read when they are first asked for.
+    fields: ClassVar[tuple[str, ...]] = ()  # keys that every record must have
+    default_source: ClassVar[str] = ""  # hub name; several, separated by spaces, are read one after the other
+    default_test: ClassVar[str] = ""  # the same for the test records, where they have their own source
+    test_split: ClassVar[str] = "test"  # the hub's split with labels that is never trained on
+    prompt_files: ClassVar[tuple[str, ...]] = ()  # without and with hints, in the folder `prompts`
+    choices: ClassVar[Mapping[str, Sequence[Any]]] = {}  # option -> its allowed values
 
-        Args:
-            train: file or hub name of the training records; the hub's own data set when None.
-            test: the same for the test records.
-            prompts: folder with the few-shot files; "built-in" is the worked examples that come with qstar, in
-                the form that `parse` reads; None is zero-shot.
-        """
-        self._sources = {
-            "train": (train or self.default_source, "train"),
-            "test": (test or self.default_test or self.default_source, self.test_split),
-        }
-        self._built_in = prompts == BUILT_IN
-        files = self.prompt_files if prompts and not self._built_in else ()
-        self._prefix, self._hinted_prefix = [_read_prompts(prompts, name) for name in files] or ["", ""]
+    def __post_init__(self) -> None:
+        check_share(self, self.bad_rows)
+        check_options(self, **self.choices)
+        files = self.few_shot_files() if self.prompts not in (None, BUILT_IN) else ()
+        if self.prompts is not None and not (files or self.prompts == BUILT_IN and has_examples(self.name)):
+            known = f"neither {BUILT_IN!r} nor None" if has_examples(self.name) else "not None"
+            raise UserError(f"{self.name}: prompts={self.prompts!r} is {known}; it has no few-shot files")
+        self._prefix, self._hinted_prefix = [_read_prompts(str(self.prompts), name) for name in files] or ["", ""]
         self._examples: list[Problem] | None = None
-        self._shots = {_key(question) for question in re.findall(r"^Q: (.*)$", self._prefix, re.MULTILINE)}
-        self._records: dict[str, list[Problem]] = {}
+        self._problems: dict[str, list[Problem]] = {}
+
+    def few_shot_files(self) -> tuple[str, ...]:
+        """Names of the few-shot files without and with hints; () if the task has none."""
+        return self.prompt_files
 
     def to_problem(self, record: dict) -> Problem:
         """One record as a problem; a ValueError says what is wrong with the record."""
@@ -190,40 +211,58 @@ class DatasetTask(Task):
 
     def problems(self, split: str) -> list[Problem]:
         check_split(split)
-        records = self._read("test" if split == "test" else "train")
-        shots = self._shots | {_key(example.question) for example in self.examples()}
-        records = [problem for problem in records if _key(problem.question) not in shots]
+        shots = {_key(question) for question in re.findall(r"^Q: (.*)$", self._prefix, re.MULTILINE)}
+        shots |= {_key(example.question) for example in self.examples()}
+        problems = self._read("test" if split == "test" else "train")
+        problems = [problem for problem in problems if _key(problem.question) not in shots]
         if split == "test":
-            return records
-        return [p for p in records if (bucket(p.question, VAL_BUCKETS) == 0) == (split == "val")]
+            return problems
+        return [p for p in problems if (bucket(p.question, VAL_BUCKETS) == 0) == (split == "val")]
 
     def prefix(self, hint: bool = False) -> str:
-        if self._built_in:
+        if self.prompts == BUILT_IN:
             return "".join(f"{self.prompt(e, hint)}{self.solution(e)}\n\n" for e in self.examples())
         return self._hinted_prefix if hint else self._prefix
 
     def examples(self) -> list[Problem]:
-        """The built-in worked examples, where `prompts` asks for them."""
+        """The built-in worked examples, if `prompts` asks for them."""
         if self._examples is None:
-            file = pathlib.Path(__file__).with_name("examples") / f"{self.name}.jsonl"
-            self._examples = read_records(file, self.fields, parse=self.to_problem) if self._built_in else []
+            built_in = self.prompts == BUILT_IN
+            self._examples = read_records(_examples(self.name), self.fields, parse=self.to_problem) if built_in else []
         return self._examples
 
     def keep_examples(self, count: int) -> None:
-        """Uses the first `count` built-in examples only."""
+        """Keeps only the first `count` built-in examples."""
         self._examples = self.examples()[:count]
 
     def _read(self, part: str) -> list[Problem]:
-        if part not in self._records:
-            source, hub_split = self._sources[part]
-            sources = source.split() if source in (self.default_source, self.default_test) else [source]
-            how = dict(split=hub_split, parse=self.to_problem, bad_rows=self.bad_rows)
-            problems = [p for each in sources for p in read_records(each, self.fields, **how)]
-            self._records[part] = [
+        if part not in self._problems:
+            own, default = {
+                "train": (self.train, self.default_source),
+                "test": (self.test, self.default_test or self.default_source),
+            }[part]
+            split = "train" if part == "train" else self.test_split
+            problems = [
+                problem
+                for source in ([own] if own else default.split())
+                for problem in read_records(
+                    source, self.fields, split=split, parse=self.to_problem, bad_rows=self.bad_rows
+                )
+            ]
+            self._problems[part] = [
                 p if p.id else dataclasses.replace(p, id=f"{self.name}-{part}-{number:05d}")
                 for number, p in enumerate(problems)
             ]
-        return self._records[part]
+        return self._problems[part]
+
+
+def has_examples(name: str) -> bool:
+    """Whether a task has worked examples of its own, `prompts="built-in"`."""
+    return _examples(name).is_file()
+
+
+def _examples(name: str) -> pathlib.Path:
+    return pathlib.Path(__file__).with_name("examples") / f"{name}.jsonl"
 
 
 def stable_rng(*parts: Any) -> random.Random:
@@ -236,20 +275,29 @@ def bucket(text: str, count: int) -> int:
     return zlib.crc32(text.encode()) % count
 
 
-def check_split(split: str) -> None:
-    """Raises UserError unless `split` is one of SPLITS."""
+def check_split(split: str, has: Sequence[str] = SPLITS, name: str = "") -> None:
+    """Raises UserError unless `split` is one of SPLITS, and one that the data set `name` has."""
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    if split not in has:
+        raise UserError(f"{name}: has no {split!r} problems, only {', '.join(has)}")
+
+
+def text_field(record: dict, name: str) -> str:
+    """A field of a record that has to be text; else a ValueError that names it."""
+    if not isinstance(record[name], str):
+        raise ValueError(f"field {name!r} is of type {type(record[name]).__name__}, not text")
+    return record[name]
 
 
 _MARKERS = re.compile(r"\(correct\)|\b(?:hints?|given answer|as stated)\b", re.IGNORECASE)
 
 
 def leak_marker(completion: str, question: str = "") -> str | None:
-    """The words by which a completion shows that it saw a hint, or None.
+    """The words by which a completion shows that the model was given a hint, or None.
 
-    Looked for, in any case and as whole words: "(CORRECT)", "hint", "given answer", "as stated". A word that
-    the question itself uses proves nothing (a quiz with three hints) and is passed over.
+    In any case and as whole words: "(CORRECT)", "hint", "given answer", "as stated". Words of the question itself are
+    passed over (a quiz with three hints).
     """
     own = {match.lower() for match in _MARKERS.findall(question)}
     found = [match for match in _MARKERS.findall(completion) if match.lower() not in own]
@@ -257,8 +305,7 @@ def leak_marker(completion: str, question: str = "") -> str | None:
 
 
 def _read_prompts(folder: str, name: str) -> str:
-    """A few-shot file as it is, closed by one empty line."""
-    path = epath.Path(os.fspath(folder)).expanduser() / name
+    path = epath.Path(folder).expanduser() / name
     if not path.is_file():
         raise UserError(f"{path}: no such few-shot file; `prompts` names a folder that holds it, or is None")
     try:
@@ -268,5 +315,4 @@ def _read_prompts(folder: str, name: str) -> str:
 
 
 def _key(question: str) -> str:
-    """A question as it is compared with the few-shot questions: white space does not count."""
-    return " ".join(question.split())
+    return " ".join(question.split())  # white space does not count when few-shot questions are compared

@@ -1,17 +1,30 @@
-"""Base of MBPP and HumanEval: an answer is a program, correct if it passes the problem's tests in the sandbox."""
+"""MBPP and HumanEval: an answer is a program, correct if it passes the problem's tests in the sandbox."""
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
+from qstar.data.sources import BAD_ROWS, read_records
 from qstar.errors import UserError, require
-from qstar.tasks import verify
-from qstar.tasks.base import Problem, Task, check_split
-from qstar.tasks.programs import as_module, normal_program, program_in, through_program
+from qstar.tasks import sandbox
+from qstar.tasks.answer_text import without_thinking
+from qstar.tasks.base import Problem, Task, check_options, check_share, check_split, text_field
+from qstar.tasks.program_parsing import (
+    as_body,
+    as_module,
+    blocks,
+    is_body,
+    normal_program,
+    program_in,
+    through_program,
+)
 
-# After the prompt of the MBPP paper (Austin et al., 2108.07732). V-STaR asks both data sets with "the MBPP template" and
-# does not print it: that this is the one is our assumption.
+# The prompt of the MBPP paper. V-STaR asks both data sets with "the MBPP template" and does not print it: that it is this
+# one is our assumption.
 TEMPLATE = (
     "You are an expert Python programmer, and here is your task: {task} Your code should pass these tests:\n\n"
     "{tests}\n[BEGIN]\n"
@@ -19,25 +32,44 @@ TEMPLATE = (
 END = "\n[DONE]"
 
 
+@dataclass(kw_only=True, eq=False)
 class CodeTask(Task):
-    """Base of the tasks whose answers are programs. Subclasses write `every`, `prompt`, and `job`.
+    """Base of tasks whose answers are programs; subclasses write `problems`, `prompt` and `job`.
 
-    `parse` returns the program as text.
-    There is nothing to give as a hint: rationalisation is refused.
+    `parse` returns the program as text. There is no hint for a program: rationalisation is refused.
+
+    Options:
+        data: file with all records; the hub's data set when None.
+        timeout_s: wall time that a program and its tests may take.
+        memory_mb: address space of a program, in MiB.
+        allow: installed packages that programs may import, e.g. ("numpy",); see `sandbox.Sandbox`.
+        bad_rows: share of unusable records that may be left out.
     """
 
-    stop: tuple[str, ...] = (END,)
-    first_block = False  # of several complete blocks in a completion the program is the last
+    data: str | None = None
+    timeout_s: float = 10.0
+    memory_mb: int = 512
+    allow: Sequence[str] = ()
+    bad_rows: float = BAD_ROWS
 
-    def __init__(self, *, timeout_s: float, memory_mb: int, allow: Sequence[str] = ()):
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_share(self, self.bad_rows)
         require(
-            (timeout_s > 0, f"{self.name}: timeout_s={timeout_s} must be above 0"),
-            (memory_mb > 0, f"{self.name}: memory_mb={memory_mb} must be above 0"),
+            (self.timeout_s > 0, f"{self.name}: timeout_s={self.timeout_s} must be above 0"),
+            (self.memory_mb > 0, f"{self.name}: memory_mb={self.memory_mb} must be above 0"),
         )
-        self.timeout_s, self.memory_mb, self.allow = timeout_s, memory_mb, tuple(allow)
+        self.stop = (END,)
+        self.allow = tuple(self.allow)
+        self._problems: list[Problem] | None = None
 
-    def job(self, problem: Problem, program: str) -> verify.Job:
-        """The program as a whole and the tests that judge it."""
+    def to_problem(self, record: dict) -> Problem:
+        """One record as a problem; a ValueError says what is wrong with it."""
+        raise NotImplementedError
+
+    def job(self, problem: Problem, program: str) -> sandbox.Job:
+        """The whole program and the tests that judge it."""
         raise NotImplementedError
 
     def answered_part(self, completion: str) -> str | None:
@@ -45,33 +77,38 @@ class CodeTask(Task):
         return part if part is not None else through_program(completion)  # a message: the program, then an explanation
 
     def parse(self, completion: str) -> str | None:
-        program = program_in(completion, first=self.first_block)
+        program = program_in(completion)
         return program and as_module(program)
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
         return answer is not None and self.verdict(problem, answer).passed
 
-    def verdict(self, problem: Problem, answer: str) -> verify.Verdict:
-        """Why a program passes or fails: wrong answers, errors and time-outs are told apart (`verify.REASONS`)."""
-        return _judged(self.job(problem, answer), self.timeout_s, self.memory_mb, self.allow)
+    def verdict(self, problem: Problem, answer: str) -> sandbox.Verdict:
+        """Why a program passes or fails (one of `sandbox.REASONS`)."""
+        return _verdict(self.job(problem, answer), self.timeout_s, self.memory_mb, tuple(self.allow))
 
-    def verdicts(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[verify.Verdict]:
-        """`verdict` of many, judged by all workers at once, in order; the same program is run once."""
+    def verdicts(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[sandbox.Verdict]:
+        """`verdict` of many, judged by all workers at once, in order; equal programs run once."""
         jobs = [self.job(p, a) for p, a in zip(problems, answers, strict=True)]
         distinct = list(dict.fromkeys(jobs))
-        found = verify.pool(self.allow).run_many(distinct, timeout_s=self.timeout_s, memory_mb=self.memory_mb)
-        of = dict(zip(distinct, found))
-        return [of[job] for job in jobs]
+        pool = sandbox.pool(self.allow)
+        verdicts = pool.run_many(distinct, timeout_s=self.timeout_s, memory_mb=self.memory_mb)
+        found = dict(zip(distinct, verdicts))
+        return [found[job] for job in jobs]
 
     def judged(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
-        there = [i for i, a in enumerate(answers) if a is not None]
-        found = self.verdicts([problems[i] for i in there], [answers[i] for i in there])
-        passed = dict(zip(there, (v.passed for v in found)))
-        return [passed.get(i, False) for i in range(len(answers))]
+        answered = [(i, p, a) for i, (p, a) in enumerate(zip(problems, answers, strict=True)) if a is not None]
+        verdicts = self.verdicts([p for _, p, _ in answered], [a for _, _, a in answered])
+        passed = {i for (i, _, _), verdict in zip(answered, verdicts) if verdict.passed}
+        return [i in passed for i in range(len(answers))]
 
     def ballots(self, answers: Sequence[str | None]) -> list[str | None]:
-        """A vote is for a program's text without comments, docstrings and layout; the tests have no say in it."""
+        """A program's text without comments, docstrings and layout: the tests do not influence votes."""
         return [a and normal_program(a) for a in answers]
+
+    def read(self, source: str, split: str | None = None) -> list[Problem]:
+        """The problems of a source, in the file's order."""
+        return read_records(source, self.fields, split=split, parse=self.to_problem, bad_rows=self.bad_rows)
 
     def refuse_hint(self, hint: bool) -> None:
         """Raises UserError where a hinted prompt is asked for."""
@@ -79,28 +116,184 @@ class CodeTask(Task):
             raise UserError(f"{self.name}: a program has no short answer to hint at; set rationalize=False")
 
 
+# Samples repeat: the same program is not run twice.
 @functools.lru_cache(maxsize=65536)
-def _judged(job: verify.Job, timeout_s: float, memory_mb: int, allow: tuple[str, ...]) -> verify.Verdict:
-    """Samples repeat: the same program is not run twice."""
-    return verify.pool(allow).run(job, timeout_s=timeout_s, memory_mb=memory_mb)
+def _verdict(job: sandbox.Job, timeout_s: float, memory_mb: int, allow: tuple[str, ...]) -> sandbox.Verdict:
+    return sandbox.pool(allow).run(job, timeout_s=timeout_s, memory_mb=memory_mb)
 
 
-def text_fields(record: dict, *names: str) -> list[str]:
-    """Fields of a record that have to be text, with line ends of one kind; a ValueError names the one that is not."""
-    for name in names:
-        if not isinstance(record[name], str):
-            raise ValueError(f"field {name!r} is of type {type(record[name]).__name__}, not text")
-    return [record[name].replace("\r\n", "\n") for name in names]
+def _code_field(record: dict, name: str) -> str:
+    return text_field(record, name).replace("\r\n", "\n")
 
 
-def check_tests(tests: str) -> str:
-    """The tests, if they parse and assert something; else a ValueError."""
-    verify.needed_names(tests)
-    return tests
+# ------------------------------------------------------------------------------------------------------------- MBPP
+
+_MBPP = "google-research-datasets/mbpp:full"
+_RANGES = {"few_shot": range(1, 11), "test": range(11, 511), "val": range(511, 601), "train": range(601, 975)}
 
 
-def check_has(name: str, split: str, has: Sequence[str]) -> None:
-    """Raises UserError where a data set has nothing for a split."""
-    check_split(split)
-    if split not in has:
-        raise UserError(f"{name}: has no {split!r} problems, only {', '.join(has)}")
+@dataclass(kw_only=True, eq=False)
+class MBPP(CodeTask):
+    """MBPP (Austin et al., 2108.07732): 974 tasks, split by number: 1-10 few-shot, 11-510 test, 511-600 val, 601-974 train.
+
+    The prompt is that of the paper: the sentence, its assertions, "[BEGIN]"; the completion is the code, up to "[DONE]".
+    The same three assertions judge it (the protocol of the paper and of V-STaR). `data` may have the full or the sanitized
+    layout.
+
+    Options:
+        shots: numbers of the few-shot tasks in front of prompts, by default those of the paper; () is zero-shot.
+    """
+
+    shots: Sequence[int] = (2, 3, 4)
+
+    name = "mbpp"
+    fields = ("task_id", "code", "test_list")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shots = tuple(self.shots)
+        for shot in self.shots:
+            if shot not in _RANGES["few_shot"]:
+                raise UserError(f"mbpp: shots={self.shots}: {shot!r} is not a few-shot task, which are 1 to 10")
+
+    def problems(self, split: str) -> list[Problem]:
+        check_split(split)
+        return self.every(split)
+
+    def every(self, part: str) -> list[Problem]:
+        """The tasks of "train", "val", "test" or "few_shot", by number."""
+        return [p for _, p in sorted(self._by_number().items()) if p.meta["number"] in _RANGES[part]]
+
+    def _by_number(self) -> dict[int, Problem]:
+        if self._problems is None:
+            splits = ("prompt", "test", "validation", "train")
+            self._problems = self.read(self.data) if self.data else [p for s in splits for p in self.read(_MBPP, s)]
+        tasks = {p.meta["number"]: p for p in self._problems}
+        if len(tasks) < len(self._problems):
+            raise UserError(f"{self.data or _MBPP}: a task_id stands there twice; each task has its own")
+        return tasks
+
+    def to_problem(self, record: dict) -> Problem:
+        name = "text" if record.get("text") is not None or "prompt" not in record else "prompt"  # the sanitized layout
+        if record.get(name) is None:
+            raise ValueError("has neither field 'text' nor, as in the sanitized layout, 'prompt'")
+        text, code = _code_field(record, name), _code_field(record, "code").strip("\n")
+        number, tests, imports = record["task_id"], record["test_list"], record.get("test_imports") or []
+        if type(number) is not int or not 1 <= number <= 974:
+            raise ValueError(f"field 'task_id' is {number!r}, not a whole number from 1 to 974")
+        if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+            raise ValueError("field 'test_list' is not a list of assertions")
+        if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+            raise ValueError("field 'test_imports' is not a list of import statements")
+        sandbox.needed_names("\n".join(tests))  # refuses tests that do not parse or assert nothing
+        setup = "\n".join([*imports, *filter(None, [record.get("test_setup_code")])]).replace("\r\n", "\n")
+        meta = {"number": number, "tests": list(tests), "setup": setup}
+        return Problem(id=f"mbpp-{number}", question=text, gold=code, solution=code, group=self.name, meta=meta)
+
+    def prefix(self, hint: bool = False) -> str:
+        self.refuse_hint(hint)
+        tasks = self._by_number() if self.shots else {}
+        if missing := [shot for shot in self.shots if shot not in tasks]:
+            raise UserError(f"mbpp: shots={self.shots}: {self.data or _MBPP} has no task {missing[0]}")
+        return "".join(f"{self.prompt(tasks[shot])}{tasks[shot].solution}{END}\n\n" for shot in self.shots)
+
+    def prompt(self, problem: Problem, hint: bool = False) -> str:
+        self.refuse_hint(hint)
+        return TEMPLATE.format(task=problem.question, tests="\n".join(problem.meta["tests"]))
+
+    def job(self, problem: Problem, program: str) -> sandbox.Job:
+        return sandbox.Job(program, "\n".join([problem.meta["setup"], *problem.meta["tests"]]))
+
+
+# -------------------------------------------------------------------------------------------------------- HumanEval
+
+_HUMANEVAL = "openai/openai_humaneval"
+_PROGRAM_STARTS = ("def ", "from ", "import ", "class ", "@", "[BEGIN]")
+
+
+@dataclass(kw_only=True, eq=False)
+class HumanEval(CodeTask):
+    """HumanEval (Chen et al., 2107.03374): complete a Python function from its head and docstring. 164 test problems.
+
+    Helper functions in a prompt are defined by the tests when they judge: a program cannot redefine them.
+
+    Options:
+        template: "mbpp" is the frame of MBPP's prompt, as in V-STaR, whose models are trained on MBPP; the function's head
+            and docstring replace MBPP's sentence, and the model writes the whole function. "completion" is the head and
+            docstring alone, as in the data set's paper, and the model writes the body.
+    """
+
+    template: str = "mbpp"
+
+    name = "humaneval"
+    fields = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self, template=("mbpp", "completion"))
+        if self.template == "completion":
+            self.stop = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
+
+    def problems(self, split: str) -> list[Problem]:
+        check_split(split, has=("test",), name=self.name)
+        if self._problems is None:
+            self._problems = self.read(self.data or _HUMANEVAL, "test")
+        return self._problems
+
+    def to_problem(self, record: dict) -> Problem:
+        prompt, body, test, entry = (_code_field(record, name) for name in self.fields[1:])
+        try:
+            tree = ast.parse(prompt)
+        except SyntaxError as error:
+            raise ValueError(f"field 'prompt' is not Python ({error})") from None
+        helpers = [node for node in tree.body if getattr(node, "name", None) != entry]
+        if len(helpers) == len(tree.body):
+            raise ValueError(f"field 'prompt' does not define {entry!r}, the entry_point")
+        tests = f"{ast.unparse(ast.Module(helpers, []))}\n{test}\ncheck({entry})\n"
+        sandbox.needed_names(tests)  # refuses tests that do not parse or assert nothing
+        return Problem(
+            id=str(record["task_id"]),
+            question=prompt,
+            gold=(prompt + body).rstrip(),
+            solution=(prompt + body).strip("\n") if self.template == "mbpp" else body,
+            group=self.name,
+            meta={"tests": tests},
+        )
+
+    def prompt(self, problem: Problem, hint: bool = False) -> str:
+        self.refuse_hint(hint)
+        if self.template == "completion":
+            return problem.question
+        return (
+            "You are an expert Python programmer, and here is your task: Complete this function.\n\n"
+            f"{problem.question.strip()}\n[BEGIN]\n"
+        )
+
+    def cut(self, completion: str) -> str:
+        return super().cut(completion) if self.template == "mbpp" or _continues(completion) else completion
+
+    def parse(self, completion: str) -> str | None:
+        if self.template == "mbpp":
+            return super().parse(completion)
+        if not _continues(completion):
+            program = program_in(completion)
+            return program and as_body(program)
+        lines = as_body(self.cut(completion).replace("\r\n", "\n").rstrip()).split("\n")
+        full_text = "\n".join(lines)
+        while len(lines) > 1 and not is_body("\n".join(lines)):  # an explanation behind the body
+            lines.pop()
+        return ("\n".join(lines).rstrip() if is_body("\n".join(lines)) else full_text) or None
+
+    def job(self, problem: Problem, program: str) -> sandbox.Job:
+        joint = "\n" if self.template == "mbpp" else ""  # the head alone is a function that returns None
+        return sandbox.Job(problem.question + joint + program + "\n", problem.meta["tests"])
+
+
+def _continues(completion: str) -> bool:
+    """Whether a completion continues with the function's body, and is not a message that holds the program."""
+    text = completion.replace("\r\n", "\n")
+    if without_thinking(text) != text or text.lstrip("\n").startswith(_PROGRAM_STARTS):
+        return False
+    fenced = blocks(text)
+    before = "\n".join(text.split("\n")[: fenced[0].start]) if fenced else ""
+    return not fenced or (bool(before.strip()) and is_body(as_body(before.rstrip())))

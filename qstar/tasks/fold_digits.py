@@ -1,15 +1,15 @@
-"""Documents in which one token is hard, and easy for whoever writes down the steps: a place for thoughts to pay.
+"""Generated documents with one token that is hard to predict without intermediate steps: a corpus for Quiet-STaR.
 
     e 6 4 5 3 9 = 7 ;          [6-k letters][k digits] = [answer] ;
 
 The answer folds k digits from the right through a fixed 10 x 10 Latin square: s_0 is the last digit, then
-s_i = d_(k-1-i) . s_(i-1). Each look-up needs the one before, so k of them are out of a shallow model's reach in one step;
-letters (a run of the alphabet) are easy, digits cannot be predicted. The base model's text also holds worked documents,
-which write the steps between two dashes, and chatter, which writes letters there:
+s_i = d_(k-1-i) . s_(i-1). Each look-up needs the one before, so a shallow model cannot do k of them in one step; letters (a
+run of the alphabet) are easy, digits cannot be predicted. The base model's text also holds worked documents, which write
+the steps between two dashes, and chatter, which writes letters there:
 
     e 6 4 5 3 9 = - 9 2 0 8 1 - 7 ;          c 1 7 7 2 0 = - a d h j - 4 ;
 
-So a base model could write the steps, does so sometimes, and has never been told that it helps: what Quiet-STaR is for.
+So the base model can write the steps, does so sometimes, and was never rewarded for it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,11 @@ class Folds(Corpus):
     classes = ("letter", "digit", "mark", "short answer", "hard")
 
     def __init__(self, *, documents: int = 1, worked: float = MIX["worked"], chatter: float = MIX["chatter"]):
-        """Args: documents per row (each a problem of its own); shares of worked and chatter ones in the base's text."""
+        """`documents` per row (each a problem of its own); shares of worked and chatter ones in the base model's text."""
+        shares = min(worked, chatter) >= 0 and worked + chatter <= 1
         require(
             (documents >= 1, f"documents={documents} must be at least 1"),
-            (
-                min(worked, chatter) >= 0 and worked + chatter <= 1,
-                "worked and chatter are shares of at most 1 together",
-            ),
+            (shares, "worked and chatter are shares of at most 1 together"),
         )
         self.documents, self.worked, self.chatter = documents, worked, chatter
         self.length = DIRECT * documents
@@ -59,13 +57,13 @@ class Folds(Corpus):
         return LONGEST * self.documents
 
     def base_rows(self, step: int, size: int, seed: int) -> Rows:
-        """Documents of all three kinds, [size, 19 * documents]: the base model's text."""
+        """Documents of all three kinds, tokens [size, 19 * documents]."""
         rng = np.random.default_rng([seed, step, 1])
         texts = ["".join(self._base(rng) for _ in range(self.documents)) for _ in range(size)]
         return self._pad(texts, LONGEST * self.documents)
 
     def rows(self, step: int, size: int, seed: int) -> Rows:
-        """Direct documents alone: no steps anywhere."""
+        """Direct documents only."""
         return self._direct(np.random.default_rng([seed, step, 2]), size, held_out=False)
 
     def test_rows(self, size: int) -> Rows:
@@ -73,11 +71,11 @@ class Folds(Corpus):
         return self._direct(np.random.default_rng([0, 3]), size, held_out=True)
 
     def stopping_rows(self, size: int) -> Rows:
-        """Others of the same kind, drawn apart from those."""
+        """Held-out direct documents, drawn independently of `test_rows`."""
         return self._direct(np.random.default_rng([0, 5]), size, held_out=True)
 
     def worked_rows(self, size: int) -> Rows:
-        """Held-out worked documents without slips: whether the base model can follow steps (for its gates)."""
+        """Held-out worked documents without slips, to check whether the base model can follow steps."""
         rng = np.random.default_rng([0, 4])
         texts, classes = [], []
         for _ in range(size):
@@ -85,7 +83,7 @@ class Folds(Corpus):
             steps = "".join(map(str, fold(digits)))
             texts.append(f"{head}=-{steps}-{steps[-1]}{END}")
             kind = len(self.classes) - (1 if len(digits) >= HARD else 2)
-            # Whether steps or chatter follow the dash is not in the text: the first step does not count.
+            # The first step does not count: whether steps or chatter follow the dash cannot be predicted.
             classes.append([-1] * (len(head) + 3) + [2] * (len(steps) - 1) + [-1, kind, -1])
         rows = self._pad(texts, LONGEST)
         padded = np.full(rows.tokens.shape, -1, np.int32)
@@ -100,7 +98,7 @@ class Folds(Corpus):
             return f"{head}=-{''.join(map(str, _slipping(digits, rng)))}-{answer}{END}"
         if kind < self.worked + self.chatter:
             letters = "".join("abcdefghij"[i] for i in rng.integers(0, 10, rng.integers(0, 8)))
-            # Always `a` first, or greedy thoughts of the base would be steps.
+            # Always `a` first: otherwise a digit would be likeliest after the dash, and greedy thoughts would be steps.
             return f"{head}=-a{letters}-{answer}{END}"
         return f"{head}={answer}{END}"
 
@@ -127,14 +125,14 @@ class Folds(Corpus):
 
 @functools.cache
 def table() -> np.ndarray:
-    """The Latin square [10, 10]: that of Z10 with rows, columns and symbols shuffled (neither commutes nor associates)."""
+    """The Latin square [10, 10]: that of Z10 with rows, columns and symbols shuffled, neither commutative nor associative."""
     rng = np.random.default_rng(0)
     rows, columns, symbols = (rng.permutation(10) for _ in range(3))
     return symbols[(rows[:, None] + columns[None, :]) % 10]
 
 
 def fold(digits: Sequence[int]) -> list[int]:
-    """Returns the steps s_0 .. s_(k-1); the last is the answer."""
+    """The steps s_0 .. s_(k-1); the last is the answer."""
     steps = [int(digits[-1])]
     for d in reversed(digits[:-1]):
         steps.append(int(table()[d, steps[-1]]))
@@ -142,7 +140,7 @@ def fold(digits: Sequence[int]) -> list[int]:
 
 
 def _slipping(digits: Sequence[int], rng: np.random.Generator) -> list[int]:
-    """The steps as a careless writer notes them: each may be a random digit, and the next go on from it."""
+    """The steps with errors: each may be a random digit, from which the next ones continue."""
     steps: list[int] = []
     for d in reversed(digits):
         true = int(table()[d, steps[-1]]) if steps else int(d)
@@ -151,13 +149,11 @@ def _slipping(digits: Sequence[int], rng: np.random.Generator) -> list[int]:
 
 
 def _operands(rng: np.random.Generator, held_out: bool) -> tuple[str, list[int]]:
-    """Returns the head of a document, and its digits, from one side of the split (which needs k >= 3 to divide)."""
+    """The head of a document and its digits, from one side of the split, which starts at k = 3 (below, too few strings)."""
     k = int(rng.choice(len(SHARES), p=SHARES)) + 1
     while True:
         digits = rng.integers(0, 10, k).tolist()
         text = "".join(map(str, digits))
         if k < 3 or (bucket(text, 10) == 0) == held_out:
-            break
-    first = int(rng.integers(10))
-    letters = "".join("abcdefghij"[(first + i) % 10] for i in range(SLOTS - k))
-    return letters + text, digits
+            first = int(rng.integers(10))
+            return "".join("abcdefghij"[(first + i) % 10] for i in range(SLOTS - k)) + text, digits

@@ -1,19 +1,24 @@
-"""MATH (Hendrycks et al., 2103.03874): competition problems whose answer stands in the last \\boxed of the solution."""
+"""MATH (Hendrycks et al., 2103.03874): competition problems, and equality of mathematical answers by math-verify."""
 
 from __future__ import annotations
 
+import atexit
 import functools
+import importlib.util
+import os
 import re
+import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from qstar.errors import UserError
-from qstar.tasks import answers
-from qstar.tasks.base import BUILT_IN, DatasetTask, Problem, leak_marker
-from qstar.tasks.equal import Comparison, check_installed, comparer
-from qstar.tasks.gsm8k import MARK, number
+from qstar.tasks import answer_text
+from qstar.tasks.answer_parsing import MARK, number
+from qstar.tasks.base import DatasetTask, Problem
+from qstar.tasks.sandbox import Helper, codec
 
-_SUBSETS = ("all", "v_star")
-_FORMATS = ("boxed", "gsm8k")
 # The hub's copy has a configuration per subject and none of all.
 _HUB_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
                 "precalculus")  # fmt: skip
@@ -30,60 +35,53 @@ _SPACE = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])|\s+")  # a command and a lett
 _BARE_FRACTION = re.compile(r"\\frac(?:([0-9a-z])([0-9a-z])|\{([^{}]*)\}([0-9a-z])|([0-9a-z])\{([^{}]*)\})")
 
 
+@dataclass(kw_only=True, eq=False)
 class MATH(DatasetTask):
     """Problem, solution in LaTeX, answer in its last ``\\boxed{..}``.
 
     Answers are equal if their normal forms are (`normal`), or if math-verify says so, in a process that is killed
     after `timeout_s`; what times out is wrong. In a vote answers that are equal to each other count together.
 
-    Without a box the answer is what the text states last ("The final answer is $5$."). What stands in thinking or behind an
-    invented further problem does not count. `strict` takes the last box of all and nothing else.
+    Without a box the answer is the last statement of one ("The final answer is $5$."), outside of thinking and in front of
+    an invented further problem.
 
-    `subset="v_star"` is the rule of V-STaR (2402.06457, section 4.1): level 1 of algebra, counting and probability,
-    prealgebra and number theory, numeric answers, no LaTeX in the question. With "no LaTeX" read as "no command", so
-    that "$2x + 3$" may stand there, it leaves 155 of the 5,000 test problems, where the paper speaks of 150.
-    `format="gsm8k"` prompts and reads answers as the GSM8K task does: for models that were trained on that.
+    Options:
+        subset: "all", or "v_star" for the rule of V-STaR (2402.06457, section 4.1): level 1 of algebra, counting and
+            probability, prealgebra and number theory, numeric answers, no LaTeX in the question. With "no LaTeX" read as
+            "no command", so that "$2x + 3$" is allowed, 155 of the 5,000 test problems remain; the paper has 150.
+        format: "boxed", or "gsm8k" to prompt and read answers as the GSM8K task does, for models trained on that.
+        timeout_s: seconds per comparison.
+        strict: read the last box and nothing else.
     """
+
+    subset: str = "all"
+    format: str = "boxed"
+    timeout_s: float = 5.0
+    strict: bool = False
 
     name = "math"
     default_source = " ".join(f"EleutherAI/hendrycks_math:{name}" for name in _HUB_CONFIGS)
     fields = ("level",)
+    choices = {"subset": ("all", "v_star"), "format": ("boxed", "gsm8k")}
 
-    def __init__(
-        self,
-        *,
-        train: str | None = None,
-        test: str | None = None,
-        prompts: str | None = None,
-        subset: str = "all",
-        format: str = "boxed",
-        timeout_s: float = 5.0,
-        strict: bool = False,
-    ):
-        """`train`, `test`: files. `prompts`: "built-in" or None. `subset`: "all" or "v_star". `format`: "boxed" or "gsm8k".
-        `timeout_s`: per comparison.
-        """
-        for option, value, known in (("subset", subset, _SUBSETS), ("format", format, _FORMATS)):
-            if value not in known:
-                raise UserError(f"math: {option}={value!r} is not one of {', '.join(known)}")
-        if not timeout_s > 0:
-            raise UserError(f"math: timeout_s={timeout_s} must be above 0")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.timeout_s > 0:
+            raise UserError(f"math: timeout_s={self.timeout_s} must be above 0")
         check_installed()  # now, not at the first answer
-        if prompts not in (None, BUILT_IN):
-            raise UserError(f"math: prompts={prompts!r} is neither {BUILT_IN!r} nor None; it has no few-shot files")
-        super().__init__(train=train, test=test, prompts=prompts)
-        self.strict = strict
-        self.subset, self.format, self.timeout_s = subset, format, timeout_s
-        self.stop = ("\nQ:",) if format == "gsm8k" else ("\nProblem:",)
+        self.stop = ("\nQ:",) if self.format == "gsm8k" else ("\nProblem:",)
 
     def to_problem(self, record: dict) -> Problem:
         """Reads the published columns (problem, solution, type) and those of its two common copies."""
         question = record.get("problem", record.get("question"))
         solution = record.get("solution", record.get("answer"))
         subject = record.get("subject", record.get("type"))
-        for field, text in (("problem", question), ("solution", solution), ("subject", subject)):
-            if not isinstance(text, str):
-                raise ValueError(f"field {field!r} is missing or not text")
+        if not isinstance(question, str):
+            raise ValueError("field 'problem' is missing or not text")
+        if not isinstance(solution, str):
+            raise ValueError("field 'solution' is missing or not text")
+        if not isinstance(subject, str):
+            raise ValueError("field 'subject' is missing or not text")
         level = re.fullmatch(r"(?:Level )?([1-5?])", str(record["level"]))
         if level is None:
             raise ValueError(f"field 'level' is {record['level']!r}, not 1 to 5")
@@ -112,38 +110,34 @@ class MATH(DatasetTask):
 
     def cut(self, completion: str) -> str:
         text = super().cut(completion)
-        if self.format == "gsm8k":
-            start = text.rfind(MARK)
-            return text if start < 0 else text[:start] + text[start:].partition("\n")[0]
+        if self.format == "gsm8k" and (start := text.rfind(MARK)) >= 0:
+            return text[:start] + text[start:].partition("\n")[0]
         return text
 
     def parse(self, completion: str) -> str | None:
         text = super().cut(completion)
         if self.strict:
-            marked = text.rpartition(MARK)[2].partition("\n")[0] if MARK in text else None
-            written = marked if self.format == "gsm8k" else boxed(text)
-            return (normal(written) or None) if written is not None else None
-        text = answers.without_thinking(text)
-        for end in answers.ends(text):
-            written = _marked(text[:end]) if self.format == "gsm8k" else _written(text[:end])
-            if written and normal(written):
-                return normal(written)
-        return None
+            marked = text.rpartition(MARK)[2].partition("\n")[0] if MARK in text else ""
+            return normal((marked if self.format == "gsm8k" else boxed(text)) or "") or None
+        find = _marked if self.format == "gsm8k" else _written
+        text = answer_text.without_thinking(text)
+        return answer_text.first_found(text, lambda part: normal(find(part) or "") or None)
 
     def ballots(self, answers: Sequence[str | None]) -> list[str | None]:
         """Answers that are equal to an earlier one vote for that."""
         votes: list[str | None] = []
         for answer in answers:
             known = dict.fromkeys(vote for vote in votes if vote is not None)
-            same = answer in known or answer is None
-            votes.append(answer if same else next((v for v in known if _equal(v, answer, self.timeout_s)), answer))
+            if answer is not None and answer not in known:
+                answer = next((v for v in known if _equal(v, answer, self.timeout_s)), answer)
+            votes.append(answer)
         return votes
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
         return answer is not None and self.compare(problem, answer).equal
 
     def compare(self, problem: Problem, answer: str) -> Comparison:
-        """How the answer compares with the right one; time-outs and errors are told from answers that differ."""
+        """The comparison with the right answer; time-outs and errors are distinguished from answers that differ."""
         if normal(answer) == problem.gold:
             return Comparison(True, "equal")
         if _NUMERIC.fullmatch(problem.gold) and self.format == "gsm8k":  # units behind it, $, commas
@@ -152,33 +146,30 @@ class MATH(DatasetTask):
                 return Comparison(same, "equal" if same else "different")
         return comparer(self.timeout_s).compare(problem.meta["written"], answer)
 
-    def leak(self, problem: Problem, completion: str) -> str | None:
-        return leak_marker(completion, problem.question)
-
 
 @functools.lru_cache(maxsize=65536)
 def _equal(one: str, other: str, timeout_s: float) -> bool:
-    """Whether two answers are equal, by their numbers where both are numbers."""
+    # Numbers need no helper process.
     if _NUMERIC.fullmatch(one) and _NUMERIC.fullmatch(other):
         return number(one) == number(other)
     return comparer(timeout_s).compare(one, other).equal
 
 
 def _marked(text: str) -> str | None:
-    """What stands behind the last mark that opens no explanation."""
+    """The text behind the last mark that opens no explanation."""
     lines = [line.strip() for line in re.findall(rf"{MARK}+[ \t]*(.*)", text)]
     lines = [line for line in lines if not _EXPLANATION.match(line)]
     return (boxed(lines[-1]) or lines[-1].strip("*`_ ")) if lines else None
 
 
 def _written(text: str) -> str | None:
-    """What stands in the last box, else behind the last mark or statement of an answer."""
-    if (found := boxed(text)) is not None:
-        return found.strip("$")
+    """The content of the last box, else the text behind the last mark or statement of an answer."""
+    if (inside := boxed(text)) is not None:
+        return inside.strip("$")
     text = _EMPHASIS.sub("", _TAG.sub(r"\nAnswer: \1\n", text))
-    if (found := _marked(text)) is not None:
-        return found
-    for _, start in reversed(answers.statements(text)):
+    if (marked := _marked(text)) is not None:
+        return marked
+    for _, start in reversed(answer_text.statements(text)):
         found = _FORMULA.match(text, start) or _CLAUSE.match(text, start)
         if found and found[found.lastindex or 0].strip():
             written = found[found.lastindex or 0].strip()
@@ -197,17 +188,14 @@ def in_v_star_subset(problem: Problem) -> bool:
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last ``\\boxed{..}`` (or ``\\fbox{..}``, ``\\boxed 5``); None without one, or if it is not closed.
-
-    Braces are matched, escaped ones not counted.
-    """
+    """The content of the last ``\\boxed{..}`` (or ``\\fbox{..}``, ``\\boxed 5``), None if there is none that is closed."""
     found = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|[^\s{}$]+)", text))
     if not found:
         return None
     if found[-1][1] != "{":
         return found[-1][1]
     start, depth = found[-1].end(), 1
-    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # an escaped brace does not count
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if not depth:
             return text[start : start + match.start()]
@@ -215,10 +203,10 @@ def boxed(text: str) -> str | None:
 
 
 def normal(text: str) -> str:
-    """An answer in a form in which the usual variants of writing it are one string.
+    """An answer in a form in which its usual variants are one string.
 
-    White space, sizes of brackets, dollar and per cent signs, degrees and a full stop go; \\dfrac and \\tfrac become
-    \\frac, \\frac12 gets its braces, a leading point its zero, and thousands lose their commas.
+    White space, sizes of brackets, dollar and per cent signs, degrees and a full stop are removed; \\dfrac and \\tfrac
+    become \\frac, \\frac12 gets its braces, a leading point its zero, and thousands lose their commas.
     """
     text = re.sub(r"\\[dt]frac", r"\\frac", text.strip().removesuffix("."))
     text = _SPACE.sub(lambda m: f"{m[1]} " if m[1] else "", _DROPPED.sub("", text))
@@ -230,3 +218,78 @@ def normal(text: str) -> str:
 def _braced(match: re.Match) -> str:
     above, below = (part for part in match.groups() if part is not None)
     return f"\\frac{{{above}}}{{{below}}}"
+
+
+# --------------------------------------------------------------------------------------------------------- equality
+
+
+class Comparison(NamedTuple):
+    """`equal` is `reason == "equal"`; the other reasons are different, unparsed, timeout, error (mostly lack of memory)."""
+
+    equal: bool
+    reason: str
+
+
+def check_installed() -> None:
+    """Raises UserError unless math-verify can be imported."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("the math task compares answers with math-verify: pip install 'qstar[eval]'")
+
+
+class Comparer(Helper):
+    """One process with math-verify, started by the first comparison. A context manager; threads take turns.
+
+    math-verify passes a model's text to SymPy, which may take for ever (`9**9**9`) or all memory. Its own time-outs are
+    alarms of the main thread, which neither stop C code nor work in other threads; a process can be killed.
+    """
+
+    def __init__(self, *, timeout_s: float = 5.0, memory_mb: int = 2048):
+        """`timeout_s`: wall time of one comparison. `memory_mb`: address space of the process, in MiB."""
+        check_installed()
+        if not (timeout_s > 0 and memory_mb > 0):
+            raise UserError(f"timeout_s={timeout_s} and memory_mb={memory_mb} must be above 0")
+        # Two minutes to start: the import is not the answer's fault.
+        super().__init__("math_equal.py", str(memory_mb), env={**os.environ, "PYTHONHASHSEED": "0"}, start_s=120)
+        self.timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    def compare(self, gold: str, answer: str) -> Comparison:
+        """Compares two answers, each LaTeX without dollar signs or plain text."""
+        with self._lock:
+            if not self.running() and self.start() is None:
+                raise UserError("math-verify does not start: try `python -c 'import math_verify'`")
+            try:
+                codec.send(self._jobs, [gold, answer])
+                reason = codec.receive(self._answers, time.monotonic() + self.timeout_s)
+            except TimeoutError:
+                reason = "timeout"
+            except (codec.Closed, codec.TooLong, ValueError):
+                reason = "error"
+            if reason in ("timeout", "error"):
+                self.stop()
+        return Comparison(reason == "equal", reason)
+
+    def close(self) -> None:
+        """Ends the process; does nothing in a fork of the one that started it."""
+        if self._owner == os.getpid():
+            with self._lock:
+                self.stop()
+
+    def __enter__(self) -> Comparer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def comparer(timeout_s: float = 5.0) -> Comparer:
+    """This process's comparer, closed at exit."""
+    return _comparer_of(os.getpid(), timeout_s)
+
+
+@functools.cache
+def _comparer_of(pid: int, timeout_s: float) -> Comparer:
+    made = Comparer(timeout_s=timeout_s)
+    atexit.register(made.close)
+    return made

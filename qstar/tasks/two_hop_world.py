@@ -1,13 +1,12 @@
-"""Two hops through seven facts: a world in which a rationale helps, made anew for every question (nothing to learn by heart).
+"""Two-hop questions over seven generated facts, fresh for every question: a task in which a rationale helps.
 
     y2 r2 z2 . x r1 y . y r3 w ...          seven facts `subject relation object`, shuffled
     x r1 r2 ?                               the answer is z: x r1 y, y r2 z
     x r1 y y r2 z                           the rationale
 
-Beside the gold chain stand a look-alike from the same subject (x r' y2, y2 r2 z2), one with the same relations from another
-(x3 r1 y3, y3 r2 z3) and a distractor (y r3 w): three facts have the question's second relation. One token per word.
-
-A row is 34 tokens: facts (21), TAG x r1 r2 (4), the slot of the rationale (7), the mark A, the answer.
+Beside the gold chain the facts hold a look-alike from the same subject (x r' y2, y2 r2 z2), one with the same relations from
+another subject (x3 r1 y3, y3 r2 z3) and a distractor (y r3 w): three facts have the question's second relation. One token per
+word. A row is 34 tokens: facts (21), TAG x r1 r2 (4), the slot of the rationale (7), the mark A, the answer.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from einops import rearrange
 
 from qstar.errors import require
 
@@ -25,8 +25,8 @@ FIRST = 8  # the first entity; relations follow the entities
 VOCAB = FIRST + ENTITIES + RELATIONS
 FACTS, SLOT, QUESTION = 21, 7, 25  # tokens of the facts, of the slot, and where the slot begins
 LENGTH = QUESTION + SLOT + 2
-# How often the teacher's training text takes a wrong first hop, by the question's first relation: two of six are wrong more
-# often than not. So greedy teaching is wrong there, and filtered samples are not: what the filter can show.
+# Rate of a wrong first hop in the teacher's training text, by the question's first relation. For two of six it is above 1/2:
+# there greedy rationales are wrong and filtered samples are not, which shows the effect of the filter.
 NOISE = (0.05, 0.10, 0.15, 0.30, 0.65, 0.70)
 
 
@@ -36,17 +36,17 @@ class Worlds(NamedTuple):
     facts: np.ndarray  # [B, 21]
     question: np.ndarray  # [B, 3]: x r1 r2
     gold: np.ndarray  # [B, 7]: x r1 y y r2 z EOS
-    alike: np.ndarray  # [B, 7]: x r' y2 ... as one writes who takes the wrong first hop: x r1 y2 y2 r2 z2 EOS
+    alike: np.ndarray  # [B, 7]: the chain after a wrong first hop, x r1 y2 y2 r2 z2 EOS
     other: np.ndarray  # [B, 7]: the other subject's chain
     answer: np.ndarray  # [B]: z
 
     def take(self, rows: np.ndarray) -> Worlds:
-        """Returns some of the questions."""
+        """Some of the questions."""
         return Worlds(*(x[rows] for x in self))
 
 
 def draw(rng: np.random.Generator, count: int) -> Worlds:
-    """Returns fresh questions."""
+    """`count` new questions."""
     require((count >= 1, f"hops: {count} questions; draw at least 1"))
     e = FIRST + np.argsort(rng.random((count, ENTITIES)), axis=1)[:, :10]
     x, y, z, y2, z2, x3, y3, z3, w, _ = e.T
@@ -55,7 +55,7 @@ def draw(rng: np.random.Generator, count: int) -> Worlds:
     triples = [(x, r1, y), (y, r2, z), (x, r1b, y2), (y2, r2, z2), (x3, r1, y3), (y3, r2, z3), (y, r3, w)]
     facts = np.stack([np.stack(t, axis=1) for t in triples], axis=1)  # [B, 7, 3]
     order = np.argsort(rng.random((count, 7)), axis=1)
-    facts = np.take_along_axis(facts, order[..., None], axis=1).reshape(count, FACTS)
+    facts = rearrange(np.take_along_axis(facts, order[..., None], axis=1), "b facts words -> b (facts words)")
     end = np.full(count, EOS)
 
     def chain(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ def draw(rng: np.random.Generator, count: int) -> Worlds:
 
 
 def rows(worlds: Worlds, tag: int, slot: np.ndarray | None = None, answer: np.ndarray | None = None) -> np.ndarray:
-    """Returns rows [B, 34] int32; no slot: padding; no answer: the gold one."""
+    """Rows [B, 34] int32; no slot: padding; no answer: the gold one."""
     B = len(worlds.answer)
     slot = np.full((B, SLOT), PAD) if slot is None else slot
     answer = worlds.answer if answer is None else answer
@@ -76,18 +76,21 @@ def rows(worlds: Worlds, tag: int, slot: np.ndarray | None = None, answer: np.nd
 
 
 def copies(rng: np.random.Generator, worlds: Worlds) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows [B, 34] that restate four of the facts, and masks of the four objects: one-hop reading, no question."""
+    """Rows [B, 34] that restate four of the facts without a question, and loss masks of the four objects."""
     B = len(worlds.answer)
     picked = np.argsort(rng.random((B, 7)), axis=1)[:, :4]
-    stated = np.take_along_axis(worlds.facts.reshape(B, 7, 3), picked[..., None], axis=1).reshape(B, 12)
-    tokens, mask = np.zeros((B, LENGTH), np.int32), np.zeros((B, LENGTH), np.float32)
-    tokens[:, :FACTS], tokens[:, FACTS], tokens[:, FACTS + 1 :] = worlds.facts, CPY, stated
+    facts = rearrange(worlds.facts, "b (facts words) -> b facts words", words=3)
+    stated = np.take_along_axis(facts, picked[..., None], axis=1)
+    tokens = np.concatenate(
+        [worlds.facts, np.full((B, 1), CPY), rearrange(stated, "b facts words -> b (facts words)")], axis=1
+    )
+    mask = np.zeros((B, LENGTH), np.float32)
     mask[:, FACTS + 3 :: 3] = 1.0
-    return tokens, mask
+    return tokens.astype(np.int32), mask
 
 
 def words(ids: Sequence[int]) -> str:
-    """Returns ids as words: entities are capitals, relations r1 to r6, padding is left out."""
+    """Ids as text: entities are capitals, relations r1 to r6, padding is left out."""
     names = {EOS: ".", MARK: "=", STD: "STD", COT: "COT", RAT: "RAT", ANS: "ANS", CPY: "CPY"}
     names |= {FIRST + i: chr(ord("A") + i) for i in range(ENTITIES)}
     names |= {FIRST + ENTITIES + i: f"r{i + 1}" for i in range(RELATIONS)}
@@ -95,7 +98,7 @@ def words(ids: Sequence[int]) -> str:
 
 
 def clean(rationale: np.ndarray) -> np.ndarray:
-    """Returns rationales [B, 7] as the answerer may read them: padding after EOS, and no mark or tag of their own."""
+    """Rationales [B, 7] for the answerer: padding after EOS, and no marks or tags."""
     ended = np.cumsum(rationale == EOS, axis=1) - (rationale == EOS) > 0
     return np.where(ended | (rationale < FIRST) & (rationale != EOS), PAD, rationale).astype(np.int32)
 
@@ -104,7 +107,7 @@ def clean(rationale: np.ndarray) -> np.ndarray:
 
 
 def backwards(chain: np.ndarray) -> np.ndarray:
-    """Returns chains [B, 7] with the second hop told first: y r2 z x r1 y EOS."""
+    """Chains [B, 7] with the second hop first: y r2 z x r1 y EOS."""
     return chain[:, [3, 4, 5, 0, 1, 2, 6]]
 
 
@@ -115,13 +118,14 @@ def mixed_text(
     *,
     two_ways: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows and loss masks of the large model's text: (copy, standard, chain of thought, answering) rows of each.
+    """Rows and loss masks of the large model's training text; `shares` counts the rows of each kind.
 
-    Chains of thought take the look-alike first hop as often as `noise` says (by the question's first relation), and go on to
-    its answer. Answering shows the true answer beside a rationale: 55% gold, 25% a wrong chain, 10% of another question, 10%
-    none; so it neither ignores what it reads nor copies it blindly. With `two_ways` right chains are told backwards half the
-    time, wrong ones never: where the wrong one is likelier than either way, it is what greedy decoding writes and not what
-    most samples lead to (the case for self-consistency).
+    The kinds are copying, standard prompts, chains of thought, answering. Chains of thought take the look-alike first hop at
+    the rates of `noise` (by the question's first relation), and continue to its answer. Answering shows the true answer
+    beside a rationale: 55% gold, 25% a wrong chain, 10% of another question, 10% none; so that the model neither ignores
+    rationales nor copies them. With `two_ways` right chains are written backwards half the time, wrong ones never: where the
+    wrong chain is likelier than either form of the right one, greedy decoding is wrong and a majority of samples is right
+    (the case for self-consistency).
     """
 
     def stated(gold: np.ndarray) -> np.ndarray:
@@ -156,14 +160,14 @@ def mixed_text(
 
 
 def aspects(worlds: Worlds, rationale: np.ndarray, *, weak: bool = False) -> dict[str, np.ndarray]:
-    """Returns four measures [B] in [0, 1] of cleaned rationales [B, 7], which look at the facts but never at the answer.
+    """Four measures [B] in [0, 1] of cleaned rationales [B, 7], which use the facts but not the answer.
 
     factuality: share of the two triples that are facts (`weak`: that share subject and object with one). relevance: begins
-    with the question's entity. coherence: the second triple goes on where the first ended. form: six words, then the end.
+    with the question's entity. coherence: the second triple begins where the first ends. form: six words, then the end.
     """
-    B = len(worlds.answer)
-    facts, r = worlds.facts.reshape(B, 7, 1, 3), rationale
-    stated = r[:, :6].reshape(B, 1, 2, 3)
+    r = rationale
+    facts = rearrange(worlds.facts, "b (facts words) -> b facts 1 words", words=3)
+    stated = rearrange(r[:, :6], "b (triples words) -> b 1 triples words", words=3)
     keep = [0, 2] if weak else [0, 1, 2]
     known = np.all(facts[..., keep] == stated[..., keep], axis=-1).any(axis=1)  # [B, 2]
     form = (r[:, 6] == EOS) & np.all(r[:, :6] >= FIRST, axis=1)
@@ -172,5 +176,5 @@ def aspects(worlds: Worlds, rationale: np.ndarray, *, weak: bool = False) -> dic
 
 
 def bare(worlds: Worlds, rationale: np.ndarray, said: np.ndarray) -> np.ndarray:
-    """Returns bool [B]: rationales [B, 7] that name the answer given with them [B] and tell no fact (smuggled answers)."""
+    """bool [B]: rationales [B, 7] that name the answer given with them [B] and state no fact."""
     return np.any(rationale == said[:, None], axis=1) & (aspects(worlds, rationale)["factuality"] == 0)

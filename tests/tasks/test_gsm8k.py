@@ -6,7 +6,7 @@ import pytest
 from qstar.data import write_jsonl
 from qstar.errors import UserError
 from qstar.tasks import make_task
-from qstar.tasks.gsm8k import number
+from qstar.tasks.answer_parsing import number
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and half as many in May. How many clips in all?"
 ANSWER = "She sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 72"

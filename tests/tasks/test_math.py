@@ -11,8 +11,7 @@ import pytest
 
 from qstar.errors import UserError
 from qstar.tasks import make_task
-from qstar.tasks.equal import Comparer, comparer
-from qstar.tasks.math import boxed, in_v_star_subset, normal
+from qstar.tasks.math import Comparer, boxed, comparer, in_v_star_subset, normal
 
 ROW = {"problem": "What is $1 + 1$?", "solution": "It is $\\boxed{2}.$", "level": "Level 1", "type": "Prealgebra"}
 

@@ -1,4 +1,327 @@
-"""The processes that run model-written code; `qstar.tasks.verify` starts them and describes what they guarantee.
+"""Sandbox: runs model-written Python against tests, in processes that it can neither leave nor influence.
 
-Nothing here imports qstar: `server.py` is started by a bare interpreter, and its neighbours by their plain names.
+Covered:
+
+* **The program does not decide its verdict.** The tests run in another process, the judge. It asks the program's process to
+  call this function with these arguments, gets back a plain value (`sandbox.codec`: numbers, text, containers of exact
+  built-in types) and compares it itself. A program that exits with 0, prints "passed", patches `assert`, `sys` or
+  `builtins`, walks the frames of its interpreter, writes to its file descriptors or returns an object that equals
+  everything gains nothing: its process holds neither tests, nor expected values, nor a pipe on which a verdict travels. It
+  is forked before the tests are read.
+* **Passed means that all tests ran.** The tests ran to their end without an exception, and at least one assertion was
+  reached. Tests without an assertion are refused.
+* **Limits.** Wall clock, CPU time, address space, file size, threads and open files are limited; seccomp refuses new
+  processes; the program's process is killed with its namespace after every verdict, and its judge by a kernel timer if
+  values make it hang.
+* **Isolation.** No sockets, no access to other processes, no capabilities, and no signal to any process but the program's
+  own, also not by way of the kernel (owners of descriptors, leases, terminals). The file system is Python's library,
+  read-only, and an empty scratch folder of 16 MiB in memory: `Sandbox.isolation` is "namespaces". Where the system refuses
+  user namespaces (many containers), nothing can be written and only the library can be read ("landlock"); on kernels
+  without Landlock no file can be opened, and programs import what was imported before, some 80 modules ("seccomp").
+  Without seccomp, and on other systems and processors, no program is run.
+* **Packages.** With `allow=("numpy",)` an installed package is imported before a program is confined, and its folder is
+  readable; everything above still holds. Numbers of numpy arrive as Python's, arrays as arrays.
+
+Not covered: with "landlock" and "seccomp" a program can read the host's name and the numbers of processors and bytes of
+memory, with "landlock" also what is installed in the `site-packages` of Python's own library (not those of a virtual
+environment). Programs that start processes (`multiprocessing`, `subprocess`) or read standard input, which is empty, fail.
+A program may return the expected values by heart, and weak tests pass wrong programs. Kernel bugs are a way out. Timing can
+be observed. Values travel by copy: a test that inspects its own argument after the call sees it unchanged, functions cannot
+be passed to the program, and objects of the program's classes can be created, called, read and passed back, but equal
+nothing.
 """
+
+from __future__ import annotations
+
+import ast
+import atexit
+import builtins
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+import queue
+import signal
+import subprocess
+import symtable
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qstar.errors import UserError
+from qstar.tasks.sandbox import codec
+
+PASSED = "passed"  # every test ran and held
+WRONG = "wrong"  # an assertion failed, or compared something that is no plain value
+ERROR = "error"  # the program raised an exception or does not compile, or a test could not run
+TIMEOUT = "timeout"  # wall clock or CPU time
+MEMORY = "memory"  # the program ran out of its memory
+EXITED = "exited"  # the program's process ended, by itself or by a signal, before the tests were through
+OUTPUT = "output"  # what came back is too large, or is no answer
+UNTESTED = "untested"  # no assertion was reached, though none failed
+REASONS = (PASSED, WRONG, ERROR, TIMEOUT, MEMORY, EXITED, OUTPUT, UNTESTED)
+
+# Nothing of the user's environment, and a fixed hash seed: sets have the same order in every run. numpy's threads would
+# keep the server from entering namespaces.
+_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+}
+_GRACE = 5.0  # seconds beyond a job's limit after which its server counts as dead
+# CPython 3.11 counts the depth of all threads' syntax trees in one place, and gives up (SystemError).
+PARSING = threading.Lock()
+
+
+class Verdict(NamedTuple):
+    """The outcome of one program.
+
+    Attributes:
+        passed: all tests ran and held; the same as `reason == PASSED`.
+        reason: one of REASONS.
+        seconds: wall time of program and tests, without starting the processes.
+        detail: one line for people; the program's own messages may be in it.
+    """
+
+    passed: bool
+    reason: str
+    seconds: float
+    detail: str = ""
+
+
+class Job(NamedTuple):
+    """A program and its tests.
+
+    Attributes:
+        program: Python source. Its `__name__` is not "__main__".
+        tests: Python source that asserts; trusted.
+        names: what the tests take from the program; None: see `needed_names`.
+    """
+
+    program: str
+    tests: str
+    names: tuple[str, ...] | None = None
+
+
+def run_python(
+    program: str, tests: str, *, timeout_s: float = 3.0, memory_mb: int = 256, allow: tuple[str, ...] = ()
+) -> Verdict:
+    """Runs a program against its tests, in a pool of workers that this process keeps.
+
+    Args:
+        program: Python source, untrusted.
+        tests: Python source that asserts, trusted; it uses names that the program defines.
+        timeout_s: wall time of program and tests together.
+        memory_mb: address space that the program may take, in MiB, beyond that of the interpreter.
+        allow: installed packages that the program and its tests may import, e.g. ("numpy",).
+
+    Raises:
+        ValueError: tests that do not parse or assert nothing, or limits that are not positive.
+        UserError: this machine cannot confine a program (Linux on x86-64 with seccomp is needed), or has no such package.
+    """
+    return pool(allow).run(Job(program, tests), timeout_s=timeout_s, memory_mb=memory_mb)
+
+
+def pool(allow: Iterable[str] = ()) -> Sandbox:
+    """This process's pool for these packages: one worker per CPU, started by the first call, closed at exit."""
+    return _pool_of(os.getpid(), tuple(sorted(allow)))
+
+
+@functools.cache
+def _pool_of(pid: int, allow: tuple[str, ...]) -> Sandbox:  # by pid: a fork must not use its parent's pipes
+    made = Sandbox(allow=allow)
+    atexit.register(made.close)
+    return made
+
+
+@functools.lru_cache(maxsize=4096)
+def needed_names(tests: str) -> tuple[str, ...]:
+    """The global names that tests use and do not define themselves: what they need from the program.
+
+    Names of built-ins are Python's own, even if the program has redefined them, so that it cannot replace the `set` or
+    `sorted` of a comparison; unless the tests need nothing else (a task that asks for a function called `sum`).
+
+    Raises:
+        ValueError: the tests do not parse, or assert nothing.
+    """
+    try:
+        with PARSING:
+            tree = ast.parse(tests)
+        asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+        tables = [symtable.symtable(tests, "tests", "exec")]
+        compile(tests, "tests", "exec", dont_inherit=True)  # finds more than the parser: a `return` outside a function
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"tests: not Python ({error})") from None
+    if not asserts:
+        raise ValueError("tests: assert nothing, so every program would pass")
+    made = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
+    used: dict[str, None] = {}
+    for table in tables:
+        tables.extend(table.get_children())
+        top = table.get_type() == "module"
+        used |= {s.get_name(): None for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+    free = tuple(name for name in used if name not in made)
+    return tuple(name for name in free if not hasattr(builtins, name)) or free
+
+
+class Sandbox:
+    """A pool of workers, each judging one program at a time. A context manager; safe to use from several threads."""
+
+    def __init__(self, workers: int | None = None, *, isolation: str = "auto", allow: Iterable[str] = ()):
+        """Starts the workers.
+
+        Args:
+            workers: one per CPU when None.
+            isolation: "auto", or the one to insist on (see the module).
+            allow: installed packages that programs and tests may import, with those that they import themselves.
+
+        Raises:
+            UserError: this machine cannot confine programs, or not in that way, or lacks a package.
+        """
+        if isolation not in ("auto", "namespaces", "landlock", "seccomp"):
+            raise UserError(f"isolation={isolation!r} is not one of auto, namespaces, landlock, seccomp")
+        folders = [_package_folder(name) for name in allow]
+        count = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers: list[_Worker] = []
+        self._owner = os.getpid()
+        try:
+            for _ in range(count):
+                self._workers.append(_Worker(isolation, folders))
+                self._idle.put(self._workers[-1])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def isolation(self) -> str:
+        """The isolation in use: "namespaces", "landlock" or "seccomp"."""
+        return self._workers[0].isolation
+
+    def run(self, job: Job, *, timeout_s: float = 3.0, memory_mb: int = 256) -> Verdict:
+        """Judges one program; see `run_python`."""
+        if not (0 < timeout_s < math.inf and memory_mb > 0):
+            raise ValueError(f"timeout_s={timeout_s} and memory_mb={memory_mb} must be positive numbers")
+        names = needed_names(job.tests)  # also finds what is wrong with the tests
+        limits = {"timeout_s": timeout_s, "memory_mb": int(memory_mb)}
+        worker = self._idle.get()
+        try:
+            return worker.run({**job._asdict(), "names": names if job.names is None else job.names, **limits})
+        finally:
+            self._idle.put(worker)
+
+    def run_many(self, jobs: Iterable[Job], *, timeout_s: float = 3.0, memory_mb: int = 256) -> list[Verdict]:
+        """Judges programs, as many at a time as there are workers; verdicts in the order of the jobs."""
+        run = functools.partial(self.run, timeout_s=timeout_s, memory_mb=memory_mb)
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            return list(threads.map(run, jobs))
+
+    def close(self) -> None:
+        """Ends the workers and what they are judging. Does nothing in a fork of the process that made them."""
+        if self._owner == os.getpid():
+            for worker in self._workers:
+                worker.stop()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _package_folder(name: str) -> str:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None  # which does not import it here
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if len(places) != 1:
+        why = "is not an installed package (a top-level name such as numpy); install it, or leave it out"
+        raise UserError(f"allow={name!r} {why}")
+    return os.path.realpath(places[0])
+
+
+class Helper:
+    """A helper process of this package and the two pipes to it, which is started again after it had to be killed."""
+
+    def __init__(self, script: str, *arguments: str, flags: Iterable[str] = (), env: Mapping[str, str], start_s: float):
+        self._command = [sys.executable, *flags, "-P", os.fspath(Path(__file__).with_name(script))]
+        self._arguments, self._env, self._start_s = arguments, env, start_s
+        self._process: subprocess.Popen | None = None
+        self._jobs = self._answers = -1
+
+    def start(self) -> Any:
+        """The first message of a new process; None if it did not start."""
+        self.stop()
+        jobs, self._jobs = os.pipe()
+        self._answers, answers = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [*self._command, str(jobs), str(answers), *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(jobs, answers),
+                env=self._env,
+                start_new_session=True,  # Ctrl-C is for the parent
+            )
+        finally:
+            os.close(jobs)
+            os.close(answers)
+        try:
+            return codec.receive(self._answers, time.monotonic() + self._start_s)
+        except (codec.Closed, TimeoutError, ValueError):
+            self.stop()
+            return None
+
+    def running(self) -> bool:
+        """Whether the process was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """Ends the process (a server's judge dies with it, and the program with the judge)."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+        self._process = None
+        for fd in (self._jobs, self._answers):
+            os.close(fd)
+
+
+class _Worker(Helper):
+    def __init__(self, isolation: str, folders: list[str]):
+        super().__init__("server.py", isolation, *folders, flags=("-S", "-s"), env=_ENVIRONMENT, start_s=60)
+        self._start_server()
+
+    def _start_server(self) -> None:
+        answer = self.start() or {"refused": "its process did not start"}
+        if "ready" not in answer:
+            self.stop()
+            raise UserError(f"model-written code cannot be run safely here: {answer['refused']}")
+        self.isolation = answer["ready"]
+
+    def run(self, order: dict) -> Verdict:
+        began = time.monotonic()
+        if not self.running():  # ended while it was idle
+            self._start_server()
+        try:
+            codec.send(self._jobs, order)
+            found, deadline = None, began + order["timeout_s"] + _GRACE
+            while "end" not in (message := codec.receive(self._answers, deadline)):
+                found = message
+        except codec.TooLong as error:
+            return self._broken(OUTPUT, began, f"program and tests are too large: {error}")
+        except TimeoutError:
+            return self._broken(TIMEOUT, began, "the sandbox did not answer")
+        except codec.Closed:
+            return self._broken(EXITED, began, "the sandbox ended")
+        if found is None:  # the judge itself was ended: by its timer, or by the kernel for want of memory
+            timer = message["end"] == -signal.SIGALRM
+            return self._broken(TIMEOUT if timer else OUTPUT, began, f"the judge ended with {message['end']}")
+        return Verdict(found["reason"] == PASSED, found["reason"], found["seconds"], found["detail"])
+
+    def _broken(self, reason: str, began: float, detail: str) -> Verdict:
+        self.stop()
+        return Verdict(False, reason, time.monotonic() - began, detail)

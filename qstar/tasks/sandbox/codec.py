@@ -1,7 +1,7 @@
-"""Plain Python values as JSON and back: all that crosses the line between a program and those who judge it.
+"""Plain Python values as JSON and back, and the messages between the sandbox's processes.
 
-A value arrives as what it is made of, in exact built-in types, or as a numbered handle. Whatever its class claims
-(an __eq__ that is always true, a str that lies about its length) stays on the other side.
+A value arrives in exact built-in types, or as a numbered handle. What its class overrides (an __eq__ that is always true,
+a str with a false length) stays in the program's process.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_BYTES = 8 << 20  # of one message; a longer one is refused unread
-TYPES = {t.__name__: t for t in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))}
+_PLAIN_TYPES: tuple[type, ...] = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)
+TYPES: dict[str, type] = {t.__name__: t for t in (*_PLAIN_TYPES, type(None))}
 _SMALL = 1 << 62
 
 
 def encode(value: Any, keep: Callable[[Any], int]) -> Any:
-    """What `json` can write. `keep` gives the number of an object that is no plain value, or raises TypeError."""
+    """A value as `json` can write it. `keep` returns the number of an object that is no plain value, or raises TypeError."""
     if value is None or value is True or value is False:
         return value
     kind = type(value)
@@ -36,20 +37,20 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
     for cls, to_json in _ENCODERS:
         if isinstance(value, cls):
             return to_json(value, keep)
-    if kind is type and TYPES.get(value.__name__) is value:
-        return ["type", value.__name__]
+    if kind is type and value in TYPES.values():
+        return ["type", str(value.__name__)]
     if "numpy" in sys.modules:
         return _numpy(value, keep)
     return ["handle", keep(value)]
 
 
-def _items(tag: str, iterate: Callable[[Any], Any]) -> Callable[[Any, Any], list]:
-    return lambda value, keep: [tag, *(encode(x, keep) for x in iterate(value))]
+def _items(cls: type) -> tuple[type, Callable[[Any, Any], list]]:
+    iterate: Callable[[Any], Any] = cls.__iter__  # type: ignore[attr-defined]
+    return cls, lambda value, keep: [cls.__name__, *(encode(x, keep) for x in iterate(value))]
 
 
-# The methods are those of the built-in class, not what a subclass made of them.
 def _numpy(value: Any, keep: Callable[[Any], int]) -> Any:
-    """Numbers of numpy as Python's, arrays of numbers as their bytes; anything else stays where it is."""
+    """Numbers of numpy as Python's, arrays of numbers as their bytes; anything else as a handle."""
     import numpy as np
 
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc" and value.dtype.itemsize <= 16:
@@ -71,20 +72,21 @@ def _array(kind: Any, shape: Any, data: Any) -> Any:
     return np.frombuffer(bytes.fromhex(data), kind).reshape([_whole(n) for n in shape]).copy()
 
 
+# The methods are those of the built-in class, never a subclass's.
 _ENCODERS: tuple[tuple[type, Callable[[Any, Any], Any]], ...] = (
     (str, lambda v, keep: str.__str__(v)),
     (int, lambda v, keep: ["int", int.__format__(v, "x")]),
     (float, lambda v, keep: ["float", float.__repr__(v)]),
-    (list, _items("list", list.__iter__)),
-    (tuple, _items("tuple", tuple.__iter__)),
+    _items(list),
+    _items(tuple),
     (dict, lambda v, keep: ["dict", *([encode(k, keep), encode(x, keep)] for k, x in dict.items(v))]),
-    (set, _items("set", set.__iter__)),
-    (frozenset, _items("frozenset", frozenset.__iter__)),
+    _items(set),
+    _items(frozenset),
     (complex, lambda v, keep: ["complex", float.__repr__(v.real), float.__repr__(v.imag)]),
     (bytes, lambda v, keep: ["bytes", bytes.hex(v)]),
     (bytearray, lambda v, keep: ["bytearray", bytearray.hex(v)]),
     (range, lambda v, keep: ["range", *(encode(x, keep) for x in (v.start, v.stop, v.step))]),
-    (collections.deque, _items("deque", collections.deque.__iter__)),
+    _items(collections.deque),
     (fractions.Fraction, lambda v, keep: ["fraction", format(v.numerator, "x"), format(v.denominator, "x")]),
     (decimal.Decimal, lambda v, keep: ["decimal", decimal.Decimal.__str__(v)]),
     *(
@@ -96,10 +98,8 @@ _ENCODERS: tuple[tuple[type, Callable[[Any, Any], Any]], ...] = (
 
 
 def decode(data: Any, handle: Callable[[int], Any]) -> Any:
-    """The value that `encode` described. `handle` makes the stand-in of a numbered object.
-
-    Raises:
-        ValueError, TypeError, IndexError, KeyError: it is not the description of a value.
+    """The value that `encode` described; `handle` returns a numbered object's proxy. Invalid data raise ValueError,
+    TypeError, IndexError or KeyError.
     """
     if not isinstance(data, list):
         if isinstance(data, dict):
@@ -125,6 +125,10 @@ def _whole(x: Any) -> int:
     return x
 
 
+def _no_handle(number: int) -> Any:
+    raise TypeError("a plain value is needed")
+
+
 _CONTAINERS = {c.__name__: c for c in (list, tuple, set, frozenset, collections.deque)}
 _SCALARS: dict[str, Callable[..., Any]] = {
     "int": lambda x: int(x, 16),
@@ -132,7 +136,7 @@ _SCALARS: dict[str, Callable[..., Any]] = {
     "complex": lambda re, im: complex(float(re), float(im)),
     "bytes": lambda x: bytes.fromhex(x),
     "bytearray": lambda x: bytearray.fromhex(x),
-    "range": lambda *xs: range(*(_whole(decode(x, None)) for x in xs)),
+    "range": lambda *xs: range(*(_whole(decode(x, _no_handle)) for x in xs)),
     "fraction": lambda n, d: fractions.Fraction(int(n, 16), int(d, 16)),
     "decimal": lambda x: decimal.Decimal(x),
     **{cls.__name__: cls.fromisoformat for cls in (datetime.datetime, datetime.date, datetime.time)},
@@ -142,7 +146,7 @@ _SCALARS: dict[str, Callable[..., Any]] = {
 
 
 def exception(name: Any, message: Any) -> Exception:
-    """The built-in exception of that name, as tests may expect to catch; RuntimeError for any other."""
+    """The built-in exception of that name, which tests may expect; RuntimeError for any other."""
     cls = getattr(builtins, name, None) if isinstance(name, str) else None
     text = str(message)[:500]
     if isinstance(cls, type) and issubclass(cls, Exception):
@@ -157,11 +161,11 @@ def exception(name: Any, message: Any) -> Exception:
 
 
 class Closed(Exception):
-    """The other side is gone."""
+    """The other process has ended."""
 
 
 class TooLong(Exception):
-    """A message that is larger than it may be."""
+    """A message above MAX_BYTES."""
 
 
 def send(fd: int, message: Any) -> None:
@@ -169,20 +173,16 @@ def send(fd: int, message: Any) -> None:
     data = json.dumps(message).encode()
     if len(data) > MAX_BYTES:
         raise TooLong(f"{len(data)} bytes")
-    data = memoryview(struct.pack("<I", len(data)) + data)
+    rest = memoryview(struct.pack("<I", len(data)) + data)
     try:
-        while data:
-            data = data[os.write(fd, data) :]
+        while rest:
+            rest = rest[os.write(fd, rest) :]
     except (BrokenPipeError, ConnectionError):
         raise Closed from None
 
 
 def receive(fd: int, deadline: float | None = None) -> Any:
-    """Reads one message.
-
-    Raises:
-        Closed, TooLong; TimeoutError at the deadline (of time.monotonic); ValueError: not JSON.
-    """
+    """Reads one message. Raises Closed, TooLong, ValueError (not JSON), TimeoutError at `deadline` (of time.monotonic)."""
     (size,) = struct.unpack("<I", _read(fd, 4, deadline))
     if size > MAX_BYTES:
         raise TooLong(f"{size} bytes")

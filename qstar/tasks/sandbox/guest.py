@@ -1,6 +1,6 @@
-"""The process that runs the program: defines what it defines, calls what it is asked to call, and sends values back.
+"""The process that runs the program: executes its definitions, makes the calls that the judge asks for, returns values.
 
-Nothing here is trusted by anyone once the program has begun: it shares the interpreter with it.
+Once the program has begun, nothing this process sends is trusted: it shares its interpreter with the program.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import isolate
 
 
 def live(fd: int, baseline: int) -> None:
-    """Serves the judge at the other end of `fd` until it hangs up; `baseline` is the address space before the program."""
+    """Serves the judge at the other end of `fd` until it closes; `baseline` is the address space before the program."""
     order = codec.receive(fd)
     isolate.few_arenas()
     threading.stack_size(2 << 20)
     isolate.limits(baseline + (order["memory_mb"] << 20), order["cpu_seconds"])
-    module = types.ModuleType("program")  # not "__main__": `if __name__ == "__main__"` is not what is tested
+    module = types.ModuleType("program")  # not "__main__": tests do not run `if __name__ == "__main__"`
     sys.modules["program"] = module
     objects: dict[int, object] = {}
     numbers: dict[int, int] = {}
@@ -35,7 +35,7 @@ def live(fd: int, baseline: int) -> None:
     def load() -> None:
         exec(compile(order["program"], "program", "exec", dont_inherit=True, optimize=0), module.__dict__)
 
-    do = {
+    actions: dict[str, Callable[..., object]] = {
         "name": lambda name: module.__dict__[name],
         "call": lambda f, args, options: f(*args, **options),
         "attribute": getattr,
@@ -43,20 +43,21 @@ def live(fd: int, baseline: int) -> None:
         "iterate": iter,
         "next": next,
         "item": lambda x, key: x[key],
-        "length": lambda x: int(len(x)),
-        "truth": lambda x: bool(x),
-        "text": lambda x: str(x),
+        "length": len,
+        "truth": bool,
+        "text": str,
     }
     _answer(fd, keep, load)
     while True:
         what, *args = codec.receive(fd)
-        _answer(fd, keep, lambda f=do[what], args=args: f(*(codec.decode(a, objects.__getitem__) for a in args)))
+        action = actions[what]
+        _answer(fd, keep, lambda: action(*(codec.decode(a, objects.__getitem__) for a in args)))  # noqa: B023
 
 
 def _answer(fd: int, keep: Callable[[object], int], f: Callable[[], object]) -> None:
-    """Sends what `f` returns, or what became of it."""
+    """Sends what `f` returns or how it failed."""
     try:
-        reply = ["value", codec.encode(f(), keep)]
+        reply: list = ["value", codec.encode(f(), keep)]
     except SystemExit:
         reply = ["exit"]
     except MemoryError:
@@ -74,5 +75,5 @@ def _answer(fd: int, keep: Callable[[object], int], f: Callable[[], object]) -> 
 
 
 def _known(cls: type[BaseException]) -> str:
-    """The name of the nearest built-in class: the tests cannot know an exception of the program's own by another."""
+    """The name of the nearest built-in class: tests cannot name the program's own exception classes."""
     return next(c.__name__ for c in cls.__mro__ if getattr(builtins, c.__name__, None) is c)

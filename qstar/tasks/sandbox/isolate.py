@@ -1,11 +1,10 @@
-"""Process isolation on Linux: namespaces, Landlock, seccomp, capabilities, resource limits. x86-64.
+"""Process isolation on Linux: namespaces, Landlock, seccomp, capabilities, resource limits. x86-64 only.
 
-Three strengths. "namespaces": the processes live on a file system of their own that holds Python's library read-only
-and one small scratch folder, with no network, no other process in sight and no /proc. Where the system does not let
-an ordinary user make namespaces (many containers): "landlock", where nothing can be written and nothing but Python's
-library can be read; and on kernels without it "seccomp", where no file can be opened at all, so that only modules that
-were imported before can be. In all of them seccomp refuses new processes, programs, sockets, signals to others (also
-those that the kernel would send), and what reaches into other processes.
+"namespaces": a file system of its own with Python's library read-only and one small scratch folder, no network, no other
+process and no /proc. "landlock", where the system refuses namespaces to users (many containers): nothing can be written and
+only Python's library can be read. "seccomp", on kernels without Landlock: no file can be opened, so only modules imported
+before are available. In all three seccomp refuses new processes, programs, sockets, signals to others (also those that the
+kernel would send) and access to other processes.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import signal
 import struct
 import sys
 import sysconfig
+from collections.abc import Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 NOBODY = 65534
@@ -29,12 +29,12 @@ SCRATCH_MB = 16
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 _KEPT_FLAGS = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}  # statvfs -> mount; dropping one is refused
-packages: list[str] = []  # folders of the installed packages that programs may import
+packages: list[str] = []  # folders of the installed packages that programs may import; `server` fills it
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 
 
 class Refused(Exception):
-    """The system does not allow a step; the message names it."""
+    """The system refuses a step, which the message names."""
 
 
 def _call(what: str, result: int) -> int:
@@ -57,12 +57,12 @@ def die_with_parent() -> None:
 
 
 def adopt_orphans() -> None:
-    """Grandchildren whose parent ends become children of this process."""
+    """Makes grandchildren whose parent ends children of this process."""
     _prctl("PR_SET_CHILD_SUBREAPER", 36, 1)
 
 
 def hide_memory() -> None:
-    """Processes of the same user can neither read this one's memory nor trace it."""
+    """Keeps processes of the same user from reading this one's memory or tracing it."""
     _prctl("PR_SET_DUMPABLE", 4, 0)
 
 
@@ -87,31 +87,32 @@ def limits(memory_bytes: int, cpu_seconds: int) -> None:
         (resource.RLIMIT_MSGQUEUE, 0, 0),
     ):
         top = resource.getrlimit(what)[1]
-        cap = [x if top == resource.RLIM_INFINITY else min(x, top) for x in (soft, hard)]
-        resource.setrlimit(what, tuple(cap))
+        if top != resource.RLIM_INFINITY:
+            soft, hard = min(soft, top), min(hard, top)
+        resource.setrlimit(what, (soft, hard))
 
 
 def few_arenas() -> None:
-    """Threads share one heap: each would reserve 64 MiB of address space for its own."""
+    """Makes threads share one heap: each would reserve 64 MiB of address space for its own."""
     with contextlib.suppress(AttributeError):  # not every C library has arenas
         _libc.mallopt(-8, 1)
 
 
 def library_folders() -> list[str]:
-    """What a program may read: Python's standard library, the shared libraries, and the folders of `packages`."""
+    """Folders a program may read: Python's standard library, the shared libraries, and `packages`."""
     names = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *_LIBRARIES, *packages)
     return [name for name in dict.fromkeys(names) if os.path.isdir(name)]
 
 
 def _installed_folders() -> list[str]:
-    """Folders within the library that hold what was installed besides Python."""
+    """Folders within the library that hold other installed packages."""
     parents = [sysconfig.get_path("stdlib"), *glob.glob("/usr/lib/python3*")]
     found = [f"{parent}/{name}" for parent in parents for name in ("site-packages", "dist-packages")]
     return [path for path in dict.fromkeys(found) if os.path.isdir(path) and not os.path.islink(path)]
 
 
 def drop_root() -> None:
-    """Root becomes nobody; anyone else stays who they are."""
+    """Makes root nobody; other users stay themselves."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -124,8 +125,7 @@ def drop_root() -> None:
 def enter_namespaces() -> None:
     """Moves this process into its own user, mount, network, IPC and host-name namespaces, and onto a new root.
 
-    Raises:
-        Refused: a step is not allowed. The process may be half-way in and has to end.
+    After Refused the process may be half-way in and has to end.
     """
     _new_user_namespace()
     _call("sethostname", _libc.sethostname(b"sandbox", 7))
@@ -163,14 +163,12 @@ def enter_namespaces() -> None:
 
 
 def _new_user_namespace() -> None:
-    """Unshares, and maps this user to itself. Root also brings nobody along, whom its children become.
-
-    Only a process outside may map two users, so a child that stays behind writes the maps.
-    """
+    """Unshares, and maps this user to itself; for root also nobody, whom its children become."""
     uid, gid = os.geteuid(), os.getegid()
     nobody = f"\n{NOBODY} {NOBODY} 1" if uid == 0 else ""
     maps = [("uid_map", f"{uid} {uid} 1{nobody}"), ("gid_map", f"{gid} {gid} 1{nobody}")]
     ready, go = os.pipe()
+    # Only a process outside may map two users, so a child that stays there writes the maps.
     helper = os.fork()
     if helper == 0:
         status = 1
@@ -199,7 +197,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def new_process_namespace() -> None:
-    """The next child is process 1 of a new namespace: it sees nobody else, and when it ends the kernel ends all others."""
+    """Makes the next child process 1 of a new namespace: when it ends, the kernel ends all others in it."""
     _call("unshare", _libc.unshare(_NEWPID))
 
 
@@ -207,11 +205,7 @@ def new_process_namespace() -> None:
 
 
 def landlock(folders: list[str]) -> None:
-    """Leaves this process only the reading of `folders`.
-
-    Raises:
-        Refused: the kernel has no Landlock.
-    """
+    """Restricts this process to reading `folders`; raises Refused if the kernel has no Landlock."""
     abi = _libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if abi < 1:
         raise Refused("the kernel has no Landlock")
@@ -245,9 +239,9 @@ _DENIED = (
     *(259, 305, 313, 320),  # as the line before: sessions, device nodes, clocks, modules, accounting, reboot ...
     *(129, 297, 141, 142, 144, 203, 251, 256, 279, 314),  # queued signals, priorities, other processes' memory policy
 )
-# What is left of fcntl and ioctl: descriptors, their flags (but O_ASYNC), locks, pipe sizes; what a file is, how much it
-# holds, blocking or not. Others make the kernel send signals, to whoever a number names: owners of descriptors (F_SETOWN,
-# F_SETOWN_EX, F_SETSIG, FIOSETOWN, SIOCSPGRP, FIOASYNC), leases and notices of files, terminals (TIOCSTI, TIOCSPGRP).
+# Allowed of fcntl and ioctl: descriptors, their flags (but O_ASYNC), locks, pipe sizes; a file's kind and size, blocking or
+# not. Others make the kernel send signals to any process: owners of descriptors (F_SETOWN, F_SETOWN_EX, F_SETSIG,
+# FIOSETOWN, SIOCSPGRP, FIOASYNC), leases and notices of files, terminals (TIOCSTI, TIOCSPGRP).
 _FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032)
 _IOCTL = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _SETFL = 4
@@ -258,34 +252,25 @@ _WRITES_AT = (258, 260, 261, 263, 264, 265, 266, 268, 280, 316, 452)
 def seccomp_filter(pid: int, isolation: str) -> bytes:
     """The filter program: the numbers above, and calls that are allowed with certain arguments only.
 
-    Args:
-        pid: of the process itself, which it may signal.
-        isolation: with namespaces the file system is its own; with the others it can change no file, and with seccomp
-            alone it can open none: the pipes and the memory of its user's other processes are files, too.
+    `pid` is the process itself, which it may signal. With "namespaces" the file system is its own; with the others it can
+    change no file, and with "seccomp" open none: pipes and memory of its user's other processes are files, too.
     """
     deny, allow, unknown = _op(_RET, _EPERM), _op(_RET, _ALLOW), _op(_RET, _ENOSYS)
 
     def argument(i: int) -> bytes:
         return _op(_LOAD, 16 + 8 * i)  # the low half: all flags and numbers below fit into it
 
+    def listed(numbers: Iterable[int]) -> bytes:
+        return b"".join(_op(_JEQ, n, 0, 1) + allow for n in numbers)
+
     own = _op(_JEQ, pid, 0, 1) + allow + deny
+    no_async = argument(2) + _op(_JSET, fcntl.FASYNC, 0, 1) + deny + allow
     blocks: dict[int, bytes] = {
         56: argument(0) + _op(_JSET, 0x10000, 0, 1) + allow + deny,  # clone: threads only
         435: unknown,  # clone3: glibc then falls back to clone, whose flags can be read
-        16: argument(1) + b"".join(_op(_JEQ, n, 0, 1) + allow for n in _IOCTL) + deny,
-        72: argument(1)
-        + b"".join(_op(_JEQ, n, 0, 1) + allow for n in _FCNTL if n != _SETFL)
-        + _op(_JEQ, _SETFL, 1, 0)
-        + deny
-        + argument(2)
-        + _op(_JSET, fcntl.FASYNC, 0, 1)
-        + deny
-        + allow,
-        53: argument(1)
-        + _op(_AND, 0xF)
-        + _op(_JEQ, 1, 0, 1)
-        + allow
-        + deny,  # socketpair: streams, as asyncio makes one
+        16: argument(1) + listed(_IOCTL) + deny,
+        72: argument(1) + listed(f for f in _FCNTL if f != _SETFL) + _op(_JEQ, _SETFL, 1, 0) + deny + no_async,
+        53: argument(1) + _op(_AND, 0xF) + _op(_JEQ, 1, 0, 1) + allow + deny,  # socketpair: streams, for asyncio
         157: argument(0) + _op(_JEQ, 1, 0, 1) + deny + allow,  # prctl: all but PR_SET_PDEATHSIG
         302: argument(0) + _op(_JEQ, 0, 0, 1) + allow + own,  # prlimit64: of itself
         **dict.fromkeys((62, 200, 234), argument(0) + own),  # kill, tkill, tgkill: itself
@@ -312,7 +297,7 @@ class _Program(ctypes.Structure):
 
 
 def seccomp(code: bytes) -> None:
-    """Installs a filter in this process and all its threads to come."""
+    """Installs a filter in this process and its future threads."""
     _prctl("PR_SET_NO_NEW_PRIVS", 38, 1)
     program = _Program(len(code) // 8, code)
     _call("seccomp", _libc.prctl(ctypes.c_int(22), ctypes.c_ulong(2), ctypes.byref(program), 0, 0))
@@ -320,9 +305,8 @@ def seccomp(code: bytes) -> None:
 
 def supported() -> str | None:
     """Why this machine cannot run programs safely, or None."""
-    machine = (
-        os.uname().machine if hasattr(os, "uname") else "another processor"
-    )  # `platform` would keep the host's name
+    # Not by `platform`, which would cache the host's name.
+    machine = os.uname().machine if hasattr(os, "uname") else "another processor"
     if sys.platform != "linux" or machine != "x86_64":
         return f"needs Linux on x86-64, this is {sys.platform} on {machine}"
     return None

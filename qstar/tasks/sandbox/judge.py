@@ -1,6 +1,6 @@
-"""The process that runs the tests. It never runs the program: it asks the program's process for values and compares them.
+"""The judge: the process that runs the tests, asks the program's process for values and compares them.
 
-One judge serves one program and ends. Its clock and its own limits hold whatever it is sent.
+A judge never runs the program. It serves one program and ends. Its clock and its own limits hold whatever it receives.
 """
 
 from __future__ import annotations
@@ -31,29 +31,24 @@ class Ended(BaseException):
     """The program cannot be asked any more; not an Exception, so that tests do not catch it by accident."""
 
 
-class Prison:
-    """The program's process as the judge sees it."""
+class Guest:
+    """The judge's connection to the program's process."""
 
     def __init__(self, fd: int, pid: int):
         self.fd, self.pid = fd, pid
         self.deadline = 0.0
         self.cpu_seconds = 0
-        self.end: tuple[str, str] | None = None  # (reason, detail): why it cannot be asked any more
+        self.end: tuple[str, str] | None = None  # (reason, detail) once it no longer answers
 
     def start(self, job: dict[str, Any]) -> None:
-        """Runs the program's definitions."""
+        """Executes the program's definitions."""
         self.deadline = time.monotonic() + job["timeout_s"]
         self.cpu_seconds = int(job["timeout_s"]) + 2
         order = {"program": job["program"], "memory_mb": job["memory_mb"], "cpu_seconds": self.cpu_seconds}
         self._exchange(order)
 
     def ask(self, what: str, *args: Any) -> Any:
-        """What the program's process answers.
-
-        Raises:
-            Exception: what the program raised, marked by an attribute `of_program`.
-            Ended: it did not answer, or not in the form of an answer.
-        """
+        """The program's answer. Raises its exception, marked by an attribute `of_program`, or Ended if there is no answer."""
         return self._exchange([what, *(codec.encode(a, _number) for a in args)])
 
     def _exchange(self, message: Any) -> Any:
@@ -67,7 +62,7 @@ class Prison:
                 return codec.decode(data, lambda number: Remote(self, number))
             if kind == "error":
                 name, text = rest
-                failure = codec.exception(name, text)
+                failure: Any = codec.exception(name, text)
                 failure.of_program = True
             else:
                 self._stop({"exit": "exited", "memory": "memory", "long": "output"}[kind], kind)
@@ -102,48 +97,48 @@ class Prison:
 
 
 class Remote:
-    """An object that stays with the program. What is read from it comes back as plain values; it equals nothing."""
+    """Proxy of an object of the program. What is read from it arrives as plain values; it equals nothing."""
 
-    __slots__ = ("_number", "_prison")
+    __slots__ = ("_guest", "_number")
 
-    def __init__(self, prison: Prison, number: int):
-        object.__setattr__(self, "_prison", prison)
+    def __init__(self, guest: Guest, number: int):
+        object.__setattr__(self, "_guest", guest)
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return self._prison.ask("call", self, list(args), options)
+        return self._guest.ask("call", self, list(args), options)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._prison.ask("attribute", self, name)
+        return self._guest.ask("attribute", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._prison.ask("set", self, name, value)
+        self._guest.ask("set", self, name, value)
 
     def __iter__(self) -> Any:
-        iterator = self._prison.ask("iterate", self)
+        iterator = self._guest.ask("iterate", self)
         if not isinstance(iterator, Remote):
             yield from iterator
             return
         while True:
             try:
-                value = self._prison.ask("next", iterator)
+                value = self._guest.ask("next", iterator)
             except StopIteration:
                 return
             yield value
 
     def __getitem__(self, key: Any) -> Any:
-        return self._prison.ask("item", self, key)
+        return self._guest.ask("item", self, key)
 
     def __len__(self) -> int:
-        return self._prison.ask("length", self)
+        return self._guest.ask("length", self)
 
     def __bool__(self) -> bool:
-        return self._prison.ask("truth", self) is True
+        return self._guest.ask("truth", self) is True
 
     def __str__(self) -> str:
-        return self._prison.ask("text", self)
+        return self._guest.ask("text", self)
 
     def _refuse(self, *_: Any) -> Any:
         raise NotAValue("only plain values can be compared, not objects of the program's own classes")
@@ -165,16 +160,16 @@ class _Counted(ast.NodeTransformer):
         return [node, ast.fix_missing_locations(ast.copy_location(call, node))]
 
 
-def verdict(prison: Prison, job: dict[str, Any]) -> tuple[str, str]:
+def verdict(program: Guest, job: dict[str, Any]) -> tuple[str, str]:
     """Runs the program and its tests: (reason, detail)."""
     passed_asserts: list[int] = []
     space: dict[str, Any] = {"__name__": "tests", "__asserted__": lambda: passed_asserts.append(1)}
     tests = compile(_Counted().visit(ast.parse(job["tests"])), "tests", "exec", dont_inherit=True, optimize=0)
     try:
-        prison.start(job)
+        program.start(job)
         for name in job["names"]:
             try:
-                space[name] = prison.ask("name", name)
+                space[name] = program.ask("name", name)
             except KeyError:
                 pass  # the program does not define it; a test that needs it fails by its NameError
         exec(tests, space)
@@ -186,7 +181,7 @@ def verdict(prison: Prison, job: dict[str, Any]) -> tuple[str, str]:
             reason, detail = "output", "more than the judge can hold"
         else:
             reason, detail = "wrong" if wrong else "error", f"{type(error).__name__}: {_text(error)}"
-    return prison.end or (reason, detail)
+    return program.end or (reason, detail)
 
 
 def _text(error: BaseException) -> str:
@@ -208,29 +203,29 @@ def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
     if pid == 0:
         _become_guest(theirs.fileno(), baseline, isolation)
     theirs.close()
-    prison = Prison(ours.fileno(), pid)
+    program = Guest(ours.fileno(), pid)
     _give_up_powers(isolation)
     isolate.hide_memory()
     try:
         job = codec.receive(jobs)
     except codec.Closed:
-        prison.kill()
+        program.kill()
         return NO_JOB
     resource.setrlimit(resource.RLIMIT_AS, (baseline + _MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + 0.5)  # ends the judge, and so all, even inside C code
     random.seed(0)
     began = time.monotonic()
-    reason, detail = verdict(prison, job)
+    reason, detail = verdict(program, job)
     seconds = time.monotonic() - began
     signal.setitimer(signal.ITIMER_REAL, 0)
-    prison.kill()
+    program.kill()
     codec.send(verdicts, {"reason": reason, "seconds": seconds, "detail": detail[:500]})
     return 0
 
 
 def _give_up_powers(isolation: str) -> None:
-    """Judge and program become the same powerless user. With Landlock alone root keeps its name: Python may lie where
-    only root can read."""
+    # Judge and program become the same user without rights. With Landlock alone root stays root: Python may be installed
+    # where only root can read.
     if isolation != "landlock":
         isolate.drop_root()
     isolate.drop_capabilities()

@@ -1,6 +1,8 @@
-"""The process that compares mathematical answers for `qstar.tasks.equal`: pairs come in, verdicts go out.
+"""The helper process that compares mathematical answers for `qstar.tasks.math`: pairs come in, verdicts go out.
 
-python -P math_equal.py MEMORY_MB
+python -P math_equal.py JOBS ANSWERS MEMORY_MB
+
+A script of its own, so that it starts without importing qstar.
 """
 
 from __future__ import annotations
@@ -14,21 +16,19 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import codec  # noqa: E402
 
 
-def main(memory_mb: int) -> None:
-    """Serves until standard input is closed."""
+def main(jobs: int, answers: int, memory_mb: int) -> None:
+    """Serves until the pipe of jobs is closed."""
     from math_verify import parse, verify
 
     sys.path.pop(0)
     logging.disable(logging.CRITICAL)  # it warns on every call that its own time-outs are off
-    out = os.dup(1)
-    os.dup2(2, 1)  # what a library prints is no answer
     top = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = memory_mb << 20 if top == resource.RLIM_INFINITY else min(top, memory_mb << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, top))
-    codec.send(out, "ready")
+    codec.send(answers, "ready")
     while True:
         try:
-            gold, answer = codec.receive(0)
+            gold, answer = codec.receive(jobs)
         except codec.Closed:
             return
         try:
@@ -37,10 +37,10 @@ def main(memory_mb: int) -> None:
             reason = "equal" if same else "different" if found[1] else "unparsed"
         except MemoryError:
             reason = "error"
-        except Exception:  # what a model wrote makes the parser and SymPy raise anything; no such answer is right
+        except Exception:  # a model's text makes the parser and SymPy raise anything; no such answer is right
             reason = "unparsed"
-        codec.send(out, reason)
+        codec.send(answers, reason)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

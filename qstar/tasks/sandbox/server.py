@@ -1,9 +1,9 @@
-"""A long-lived process that locks itself in and then forks one judge per job. Started by `qstar.tasks.verify`.
+"""The server: a long-lived process that confines itself and then forks one judge per job. Started by `qstar.tasks.sandbox`.
 
     python -S -s -P server.py JOBS VERDICTS STRENGTH [FOLDER ...]
 
 JOBS and VERDICTS are inherited pipes; each FOLDER is that of an installed package which programs may import.
-The server itself never reads a job: what it knows, every program inherits.
+The server never reads a job, since every program inherits its memory.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import codec  # noqa: E402
 import isolate  # noqa: E402
 import judge  # noqa: E402
 
-# Imported once here, so that programs find them in memory.
+# Imported once here, so that programs start fast.
 _PRELOADED = """abc array bisect calendar cmath collections contextlib copy csv dataclasses datetime decimal enum fractions
 functools hashlib heapq io itertools json math numbers operator queue random re statistics string struct textwrap threading
 time typing unicodedata""".split()
 
-# And these where programs cannot open a file, so cannot import anything else.
+# Also these where programs cannot open a file, and so cannot import anything else.
 _LIBRARY = """ast asyncio base64 binascii codecs concurrent.futures difflib doctest encodings.ascii encodings.idna
 encodings.latin_1 encodings.utf_16 glob graphlib hmac html inspect ipaddress keyword logging pathlib platform
 pprint secrets select shutil signal subprocess tempfile textwrap timeit tokenize traceback types unittest
@@ -42,22 +42,22 @@ def _import(names: list[str]) -> None:
 
 
 def _import_packages(folders: list[str]) -> None:
-    """Imports installed packages, so that programs find them in memory, and lets their folders be read."""
+    """Imports installed packages before the server is confined, and makes their folders readable."""
     for folder in folders:
         parent, name = os.path.split(folder)
         sys.path.append(parent)
         module = importlib.import_module(name)
-        for attribute in dir(module):  # some are imported when they are first asked for, which may be too late
+        for attribute in dir(module):  # submodules that are imported at first use, which may be too late then
             with contextlib.suppress(Exception):
                 getattr(module, attribute)
         sys.path.remove(parent)
         isolate.packages += [folder, f"{folder}.libs"]  # wheels keep shared libraries beside the package
     if "platform" in sys.modules:
-        importlib.reload(sys.modules["platform"])  # it remembers the host's name
+        importlib.reload(sys.modules["platform"])  # it caches the host's name
 
 
-def _lock_in(strength: str) -> str:
-    """Enters the strongest isolation there is, or the one asked for, and says which it is."""
+def _confine(strength: str) -> str:
+    """Enters the strongest isolation available, or the one asked for; returns its name."""
     if why := isolate.supported():
         raise isolate.Refused(why)
     isolate.adopt_orphans()
@@ -75,7 +75,7 @@ def _lock_in(strength: str) -> str:
 
 def _namespaces(judge_too: bool = False) -> None:
     isolate.enter_namespaces()
-    if judge_too:  # what each judge will do has to be allowed as well
+    if judge_too:  # each judge does this later
         isolate.new_process_namespace()
 
 
@@ -97,7 +97,7 @@ def _address_space() -> int:
 
 
 def _sweep(isolation: str) -> bool:
-    """Waits for what the judge left behind (its end killed it) and empties the scratch folder. False: something lives."""
+    """Waits for the judge's orphans, which died with it, and empties the scratch folder. False: a process still runs."""
     deadline = time.monotonic() + 5
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:
@@ -115,7 +115,7 @@ def _sweep(isolation: str) -> bool:
 
 def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
     """Serves until the pipe of jobs is closed; returns the exit status."""
-    warnings.simplefilter("ignore")  # of the tests' code, on our standard error
+    warnings.simplefilter("ignore")  # the tests' code would write them to the user's terminal
     _import(_PRELOADED)
     sys.path.pop(0)
     try:
@@ -125,7 +125,7 @@ def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
         return 1
     baseline = _address_space()  # here, as there may be no /proc afterwards
     try:
-        isolation = _lock_in(strength)
+        isolation = _confine(strength)
     except (isolate.Refused, OSError) as error:
         codec.send(verdicts, {"refused": str(error)})
         return 1
@@ -135,7 +135,7 @@ def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
     isolate.hide_memory()  # its pipes, too: the judge's and the program's process inherit that
     codec.send(verdicts, {"ready": isolation})
     gc.collect()
-    gc.freeze()  # judges and programs are copies of this process: leave its pages shared
+    gc.freeze()  # judges and programs are forks of this process: keep its pages shared
     while True:
         pid = os.fork()
         if pid == 0:

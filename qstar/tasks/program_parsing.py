@@ -1,4 +1,4 @@
-"""Programs in free text: the Python block of a Markdown fence, what stands between [BEGIN] and [DONE], or bare code."""
+"""Program parsers: the Python block of a Markdown fence, the code between [BEGIN] and [DONE], or bare code."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import textwrap
 import warnings
 from typing import NamedTuple
 
-from qstar.tasks.answers import first_turn, without_thinking
-from qstar.tasks.verify import PARSING
+from qstar.tasks.answer_text import first_turn, without_thinking
+from qstar.tasks.sandbox import PARSING
 
 _OPEN = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)$")
 _ONE_LINE = re.compile(r"^\s*```(?:(?:python|py)[0-9]*\s+)?([^`]+)```\s*$", re.IGNORECASE)
@@ -37,7 +37,7 @@ class Block(NamedTuple):
     end: int
 
     def rank(self) -> int:
-        """How likely it is to be the program: 0 is no program."""
+        """How likely the block is the program: 0 is no program."""
         tree = _tree(self.code)
         defines = tree is not None and _defines(tree)
         if self.python is False:
@@ -49,27 +49,24 @@ class Block(NamedTuple):
         return COMPLETE if defines else 4 if is_program(tree) else 0
 
 
-def program_in(text: str, *, first: bool = False) -> str | None:
+def program_in(text: str) -> str | None:
     """The program that a completion holds, or None.
 
-    Of several fenced blocks it is the last complete one that defines something (else: that is Python), before a further
-    problem that the model makes up. Reasoning in <think> tags is left out, and prose around bare code.
-
-    Args:
-        first: take the first such block instead.
+    Of several fenced blocks it is the last complete one that defines something (else: that is Python), before a
+    further problem that the model invents. Reasoning in <think> tags is left out, and prose around bare code.
     """
     text = _framed(first_turn(without_thinking(text)).replace("\r\n", "\n"))
-    found, kept, at = blocks(text), [], 0
-    lines = text.split("\n")
+    lines, found = text.split("\n"), blocks(text)
+    kept: list[Block] = []
     for block in found:
-        if any(b.rank() > 1 for b in kept) and _NEXT_TASK.search("\n".join(lines[at : block.start])):
+        between = "\n".join(lines[kept[-1].end if kept else 0 : block.start])
+        if any(b.rank() > 1 for b in kept) and _NEXT_TASK.search(between):
             break
         kept.append(block)
-        at = block.end
     best = max((block.rank() for block in kept), default=0)
+    code: str | None
     if best:
-        ranked = [block for block in kept if block.rank() == best]
-        code = (ranked[0] if first else ranked[-1]).code
+        code = [block for block in kept if block.rank() == best][-1].code
     else:
         for block in reversed(found):
             lines[block.start : block.end] = []
@@ -85,10 +82,7 @@ def through_program(text: str) -> str | None:
 
 
 def blocks(text: str) -> list[Block]:
-    """The fenced blocks of a text, the last one open where the text ends in it.
-
-    A fence inside a docstring does not end a block of Python whose code is complete only behind it.
-    """
+    """The fenced blocks of a text, the last one open where the text ends in it."""
     lines = [re.sub(r"^> ?(?!>)", "", line) for line in text.split("\n")]
     out, at = [], 0
     while at < len(lines):
@@ -100,7 +94,7 @@ def blocks(text: str) -> list[Block]:
     return out
 
 
-def _block(lines: list[str], at: int, opening: re.Match) -> Block:
+def _block(lines: list[str], at: int, opening: re.Match[str]) -> Block:
     fence, info = opening["fence"], opening["info"].strip()
     python = bool(_PYTHON.match(info)) if info.strip("{}. ") else None
     indent = len(opening["before"]) if not opening["before"].strip() else 0
@@ -110,6 +104,7 @@ def _block(lines: list[str], at: int, opening: re.Match) -> Block:
         for i in range(at + 1, len(lines))
         if (m := close.match(lines[i])) and not m[1].strip(" \t").endswith(fence[0])
     ]
+    # A fence inside a docstring ends no block: the first end is taken at which the code is Python.
     made = []
     for end, glued in ends:
         inside = [*lines[at + 1 : end], *([glued] if glued.strip() else [])]
@@ -137,20 +132,20 @@ def _defines(tree: ast.Module) -> bool:
 
 
 def is_program(tree: ast.Module) -> bool:
-    """Whether there is more than names and constants in it: "Sorry" is Python, too."""
+    """Whether a tree holds more than names and constants: "Sorry" is Python, too."""
     return any(
         not (isinstance(s, ast.Expr) and isinstance(s.value, (ast.Name, ast.Constant, ast.Tuple))) for s in tree.body
     )
 
 
 def as_module(code: str) -> str:
-    """Code that defines something at the left margin, where it is Python there only."""
+    """Code that defines something, moved to the left margin if it is Python only there."""
     indented = syntax_tree(code) is None and (tree := _tree(code)) is not None and _defines(tree)
     return textwrap.dedent(code) if indented else code
 
 
 def as_body(code: str) -> str:
-    """Code as it continues a function's head: indented, where it is no program of its own."""
+    """Code as the body of a function: indented, unless it is a whole program."""
     if is_body(code):
         return code
     code = code.strip("\n")
@@ -171,7 +166,7 @@ def is_body(code: str) -> bool:
 
 
 def normal_program(code: str) -> str:
-    """A program without comments, docstrings and layout, for programs that are to be told apart by what they do."""
+    """A program without comments, docstrings and layout, to compare programs by what they do."""
     tree = syntax_tree(code)
     if tree is None:
         return code
@@ -194,7 +189,7 @@ def _parsed(code: str) -> ast.Module | int:
 
 
 def _framed(text: str) -> str:
-    """What stands between the marks of a prompt's frame, of which either may be missing."""
+    """The text between the marks of a prompt's frame, of which either may be missing."""
     for begin, end in _FRAMES:
         start, stop = text.find(begin), re.search(rf"^[ \t]*{re.escape(end)}", text, re.MULTILINE)
         if start >= 0 and not (stop and stop.start() < start):
@@ -205,7 +200,7 @@ def _framed(text: str) -> str:
 
 
 def _bare(text: str) -> str | None:
-    """Code without a fence: the text, or from its first line of code as far as it is Python."""
+    """Code without a fence: the whole text, or the part from its first line of code as far as it is Python."""
     tree = syntax_tree(text)
     if tree is not None:
         return text if is_program(tree) else None

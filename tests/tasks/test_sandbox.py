@@ -20,10 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qstar.errors import UserError
-from qstar.tasks.humaneval import HumanEval
-from qstar.tasks.mbpp import MBPP
-from qstar.tasks.sandbox import codec
-from qstar.tasks.verify import REASONS, Job, Verdict, Verifier, needed_names, run_python
+from qstar.tasks.code import MBPP, HumanEval
+from qstar.tasks.sandbox import REASONS, Job, Sandbox, Verdict, codec, needed_names, run_python
 from tests.tasks.hostile import HOSTILE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -39,7 +37,7 @@ ISOLATIONS = ("namespaces", "landlock", "seccomp")
 def verifier(request):
     isolation, *allow = request.param.split()
     try:
-        pool = Verifier(2, isolation=isolation, allow=allow)
+        pool = Sandbox(2, isolation=isolation, allow=allow)
     except UserError as error:
         pytest.skip(str(error))
     with pool:
@@ -49,7 +47,7 @@ def verifier(request):
 @pytest.fixture(scope="module")
 def pool():
     try:
-        pool = Verifier(2)
+        pool = Sandbox(2)
     except UserError as error:
         pytest.skip(str(error))
     with pool:
@@ -71,7 +69,7 @@ def family(root: int) -> set[int]:
     return found - {root}
 
 
-def idle(pool: Verifier, seconds: float = 10.0) -> bool:
+def idle(pool: Sandbox, seconds: float = 10.0) -> bool:
     """Whether each server comes to have nothing below it but the judge and the empty process that wait for a job.
 
     A server adopts what loses its parent, so whatever a program left behind would be there.
@@ -207,7 +205,7 @@ NUMPY = [
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_numpy_can_be_allowed(isolation):
     try:
-        pool = Verifier(1, isolation=isolation, allow=("numpy",))
+        pool = Sandbox(1, isolation=isolation, allow=("numpy",))
     except UserError as error:
         pytest.skip(str(error))
     with pool:
@@ -229,12 +227,12 @@ def test_a_task_says_which_packages_its_programs_may_import(tmp_path):
 @pytest.mark.parametrize("name", ["nonsense", "os", "../numpy", "numpy.linalg", ""])
 def test_a_package_that_cannot_be_allowed_is_named(name):
     with pytest.raises(UserError, match=f"allow='{name}' is not an installed package"):
-        Verifier(1, allow=(name,))
+        Sandbox(1, allow=(name,))
 
 
 def test_a_program_in_namespaces_sees_neither_the_hosts_name_nor_what_is_installed():
     try:
-        pool = Verifier(1, isolation="namespaces")
+        pool = Sandbox(1, isolation="namespaces")
     except UserError as error:
         pytest.skip(str(error))
     look = "import os, sysconfig\ndef f(name):\n    path = sysconfig.get_path('stdlib') + name\n    return os.path.isdir(path) and os.listdir(path)"
@@ -268,7 +266,7 @@ def test_programs_leave_nothing_for_the_next_one(pool):
 
 
 def test_a_pool_whose_processes_were_killed_goes_on():
-    with Verifier(1) as pool:
+    with Sandbox(1) as pool:
         job = Job("def f(x): return x", "assert f(1) == 1")
         assert pool.run(job).passed
         os.kill(pool._workers[0]._process.pid, 9)
@@ -310,7 +308,7 @@ def test_limits_are_positive(pool, limits):
 
 def test_an_isolation_that_does_not_exist():
     with pytest.raises(UserError, match="isolation='none'"):
-        Verifier(1, isolation="none")
+        Sandbox(1, isolation="none")
 
 
 def test_needed_names_are_those_that_the_program_has_to_bring():

@@ -1,23 +1,23 @@
-"""Answers in free text: markup removed, invented further problems cut off, the last statement of an answer found.
+"""Free text of models: removal of markup, ends of solutions, places where an answer is stated, numbers.
 
-Instruction-tuned models write answers in bold, in LaTeX, after "The answer is" or below a heading, and go on with an
-explanation or a problem of their own. The tasks share these steps; the papers' readings (`strict=True`) use none of them.
+Instruction-tuned models write answers in bold, in LaTeX, after "The answer is" or below a heading, and continue with an
+explanation or a problem of their own. `answer_parsing` builds on these steps; the papers' readings (`strict=True`) do not.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-_SENTENCE = 500  # characters: what is looked at of one, so that no text takes long
-_HEADINGS = 20  # of further problems, likewise
+# Limits that bound the time of parsing any text: characters of a sentence, headings of further problems.
+_SENTENCE, _HEADINGS = 500, 20
 LONGEST = 100  # characters of a number; Python refuses to convert very long ones, and no answer is one
 MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
 DIGITS = r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?"  # begins and ends on a digit, so a lone "," is not a number
-BOX = "\x02"  # stands for \boxed and <answer> in text without markup
+BOX = "\x02"  # replaces \boxed and <answer> in text without markup
 
 _THINKING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _TURN = (
@@ -52,8 +52,8 @@ _STATED = re.compile(
 )
 _TO_ANSWER = re.compile(r"[\s:=]*(?:(?<=\n)\s*[-\u2022]\s+)?")
 
-# Headings of a problem that the model makes up. After an answer each of them ends it; before one, only those that
-# no solution uses for its own parts.
+# Headings of a problem that the model invents. After an answer each of them ends it; before one, only the "strong" ones,
+# which no solution uses for its own parts.
 _NEXT = re.compile(
     r"^[^\w\n]*(?:[0-9]+[.)]\s*)?(?:(?:new|next|another|similar|sample|practice|bonus|additional)\s+)?"
     r"(?:(?P<strong>Q|Question|Problem|User|Human)|Example|Exercise|Task|Instructions?|Input|Student)"
@@ -79,21 +79,27 @@ _LEADING = re.compile(
     rf"|\s+(?:or|to|and)\s+{_SIGN}?[0-9]|\s+(?!(?:in|of|per|for|at|by|with|after|from|out|than|on|over|every)\b)[A-Za-z]+\s+[0-9])"
 )
 _COMPUTATION = re.compile(r"[^A-Za-z=]*=\s*")
+_IN_SENTENCE = re.compile(r"(?:[^.!?\n]|[.!?](?=[^\s\"')]))*")
+_CONCLUSION = re.compile(
+    r"(?:so|thus|therefore|hence|in total|in all|altogether|in conclusion|overall)\b,?", re.IGNORECASE
+)
+
+T = TypeVar("T")
 
 
-class Plain(NamedTuple):
-    """Text without markup. `at[i]` is where character i stands in the original; `at[-1]` is the original's length."""
+class PlainText(NamedTuple):
+    """Text without markup. `at[i]` is the place of character i in the original; `at[-1]` is the original's length."""
 
     text: str
     at: list[int]
 
     def original_end(self, end: int, original: str, more: str = "") -> int:
-        """Where a piece that ends at `end` ends in the original, with the markup that closes it and characters of `more`."""
+        """The end in the original of a piece that ends at `end`, with closing markup and characters of `more`."""
         closing = re.compile(rf"(?:[*_`}}$\"'{more}]|\\[)\]]|</[a-z_]+>)*")
-        return closing.match(original, self.at[end - 1] + 1 if end else 0).end()
+        return _end(closing, original, self.at[end - 1] + 1 if end else 0)
 
 
-class Found(NamedTuple):
+class FoundNumber(NamedTuple):
     """A number that a text states, and where it ends there."""
 
     value: Fraction
@@ -106,28 +112,30 @@ def without_thinking(text: str) -> str:
 
 
 def first_turn(text: str) -> str:
-    """The text up to the end of the model's turn, where it writes on as the user."""
+    """The text up to the end of the model's turn, where it continues as the user."""
     turn = _END_OF_TURN.search(text)
     return text[: turn.start()] if turn else text
 
 
-def plain(text: str) -> Plain:
+def strip_markup(text: str) -> PlainText:
     """The text without thinking, Markdown, LaTeX and HTML: `**$\\boxed{72}$**` is `$\\x0272$`."""
     at = list(range(len(text) + 1))
     for pattern, new in ((_THINKING, ""), *_MARKUP):
-        pieces, kept, last = [], [], 0
+        pieces: list[str] = []
+        kept: list[int] = []
+        last = 0
         for match in pattern.finditer(text):
             put = match.expand(new) if "\\" in new else new
             pieces += [text[last : match.start()], put]
             kept += at[last : match.start()] + [at[match.start()]] * len(put)
             last = match.end()
-        if last or pieces:
+        if pieces:
             text, at = "".join([*pieces, text[last:]]), kept + at[last:]
-    return Plain(text.translate(MINUS), at)
+    return PlainText(text.translate(MINUS), at)
 
 
-def ends(text: str) -> Iterator[int]:
-    """Where the solution may end: before each heading of a further problem, last where the text or the turn ends.
+def solution_ends(text: str) -> Iterator[int]:
+    """Possible ends of the solution: before each heading of a further problem, last the end of the text or turn.
 
     The first end before which an answer is found is the right one. A heading that opens the text, or follows a line
     such as "Sure, let's solve it:", repeats the problem at hand.
@@ -143,11 +151,14 @@ def ends(text: str) -> Iterator[int]:
     yield len(text)
 
 
+def first_found(text: str, read: Callable[[str], T | None]) -> T | None:
+    """What `read` finds in a text (without markup) up to the first end of the solution where it finds anything."""
+    return next((found for end in solution_ends(text) if (found := read(text[:end])) is not None), None)
+
+
 def statements(text: str) -> list[tuple[int, int]]:
-    """Where a text (without markup) says "the answer is", "Answer:", opens a box or has such a heading, and where the
-    answer begins behind that.
-    """
-    return [(m.start(), _TO_ANSWER.match(text, m.end()).end()) for m in _STATED.finditer(text)]
+    """Places of "the answer is", "Answer:", boxes and such headings in a text without markup: (start, answer's start)."""
+    return [(m.start(), _end(_TO_ANSWER, text, m.end())) for m in _STATED.finditer(text)]
 
 
 def line_at(text: str, start: int) -> str:
@@ -157,10 +168,15 @@ def line_at(text: str, start: int) -> str:
 
 def sentence_at(text: str, start: int) -> str:
     """The text from `start` to the end of its sentence or line."""
-    return re.compile(r"(?:[^.!?\n]|[.!?](?=[^\s\"')]))*").match(text, start)[0]
+    return text[start : _end(_IN_SENTENCE, text, start)]
 
 
-def number_of(match: re.Match) -> Fraction | None:
+def _end(pattern: re.Pattern[str], text: str, start: int) -> int:
+    match = pattern.match(text, start)
+    return match.end() if match else start
+
+
+def number_of(match: re.Match[str]) -> Fraction | None:
     """The value of a match with the groups `sign` and `number`, thousands separators allowed."""
     if len(match["number"]) > LONGEST:
         return None
@@ -172,11 +188,11 @@ def number_of(match: re.Match) -> Fraction | None:
     return -value if match["sign"] == "-" else value
 
 
-def number_at(text: str, start: int, *, words: bool = False) -> Found | None:
-    """The number that an answer which begins at `start` states.
+def number_at(text: str, start: int, *, words: bool = False) -> FoundNumber | None:
+    """The number stated by an answer that begins at `start`.
 
-    It stands first ("72 clips"), or behind the last "=" of a computation ("48 + 24 = 72"). With `words`, text may stand
-    before either, if then there is one number in the sentence only ("that she sold 72 clips").
+    It comes first ("72 clips"), or behind the last "=" of a computation ("48 + 24 = 72"). With `words`, text may precede
+    either, if there is only one number in the sentence ("that she sold 72 clips").
     """
     text = text[start : start + _SENTENCE].replace(BOX, " ")
     sentence = re.sub(r"\([^()]*\)", lambda m: " " * len(m[0]), sentence_at(text, 0))
@@ -190,23 +206,18 @@ def number_at(text: str, start: int, *, words: bool = False) -> Found | None:
         if match and re.search("[0-9]", sentence[match.end() :]):
             match = None
     value = match and number_of(match)
-    return None if value is None else Found(value, start + match.end("number"))
+    return FoundNumber(value, start + match.end("number")) if match and value is not None else None
 
 
-_CONCLUSION = re.compile(
-    r"(?:so|thus|therefore|hence|in total|in all|altogether|in conclusion|overall)\b,?", re.IGNORECASE
-)
-
-
-def concluded(text: str) -> list[int]:
-    """Where the last sentence of a text, if it is finished, says what follows: behind its "so", "therefore" ..."""
+def conclusions(text: str) -> list[int]:
+    """The place behind "so", "therefore" ... where the last sentence of a text begins with it and is finished."""
     text = text.rstrip()
     starts = [m.end() for m in re.finditer(r"\A\s*|\n\s*|[.!?]\s+", text)]
     match = _CONCLUSION.match(text, starts[-1])
     return [match.end()] if match and text.endswith((".", "!")) else []
 
 
-def emphasised(text: str) -> list[str]:
-    """The pieces in bold of the last line of a text with its markup."""
+def bold_pieces(text: str) -> list[str]:
+    """The pieces in bold in the last line of a text with its markup."""
     last = text.rstrip().rpartition("\n")[2]
     return [m[1] or m[2] for m in re.finditer(r"\*\*([^*\n]+)\*\*|__([^_\n]+)__", last)]

@@ -1,0 +1,214 @@
+"""Answer parsers: the final number, letter, yes or no, or phrase of a completion. Tasks call these from `Task.parse`.
+
+Each looks for the last statement of an answer ("The answer is ...", "Answer:", a box), then for weaker signs, in the text
+before a further problem that the model invents.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+from qstar.tasks import answer_text
+from qstar.tasks.answer_text import BOX, DIGITS, MINUS, FoundNumber
+
+# ---------------------------------------------------------------------------------------------------------- numbers
+
+MARK = "####"  # of GSM8K's answer line
+_NUMBER = re.compile(
+    r"\s*[$€£]?\s*(?P<sign>[-+]?)\s*[$€£]?\s*"
+    rf"(?P<number>{DIGITS}(?:\s*/\s*{DIGITS})?)"
+    r"[^0-9]*"  # units, %, a full stop: anything without another digit, so neither 1e3 nor "5 or 6" passes
+)
+_MARK = re.compile(r"#{4,}[\s:]*(?:[A-Za-z]{2}[A-Za-z ]{0,40}[:=](?=[^A-Za-z\n]*[0-9]))?\s*")  # "#### Total: 72"
+_ENUMERATION = re.compile(r"1?[0-9][.)]\s+[A-Za-z]")  # "#### 2. Add up" is a heading
+
+
+def number(text: str) -> Fraction | None:
+    """The number that an answer consists of, or None.
+
+    Accepts $, % and a currency sign, thousands commas, decimals, fractions, a unicode minus, and units or a full stop
+    behind the number; refuses exponents, a second number, words in front. Exact: 29 == 29.00.
+    """
+    match = _NUMBER.fullmatch(text.translate(MINUS))
+    return match and answer_text.number_of(match)
+
+
+def final_number(text: str) -> FoundNumber | None:
+    """The number that a completion answers with, and where the answer ends.
+
+    The number behind the last ``####``, in whatever markup; without one, the last number that the text states as its
+    answer ("The answer is 72", ``\\boxed{72}``, a bold number in the last line) or consists of.
+    """
+    clean = answer_text.strip_markup(text)
+    for end in answer_text.solution_ends(clean.text):
+        part = clean.text[:end]
+        marks = [mark.end() for mark in _MARK.finditer(part)]
+        found, unreadable = _marked(part, marks)
+        if found is None and not unreadable:
+            places = [at for _, at in reversed(answer_text.statements(part))]
+            stated = (answer_text.number_at(part, at, words=True) for at in places)
+            # Last, a mark whose number looks like that of a heading: no other answer is stated.
+            headings = (answer_text.number_at(part, at) for at in reversed(marks))
+            found = next(filter(None, stated), None) or next(filter(None, headings), None)
+        if found is not None:
+            return FoundNumber(found.value, clean.original_end(found.end, text))
+        if unreadable:
+            return None
+        if (value := _implied(part, text[: clean.at[end]])) is not None:
+            return FoundNumber(value, clean.original_end(len(part.rstrip()), text))
+    return None
+
+
+def _marked(text: str, marks: list[int]) -> tuple[FoundNumber | None, bool]:
+    """The number behind the last mark that is no heading, and whether there is a mark whose answer cannot be read."""
+    for at in reversed(marks):
+        line, found = answer_text.line_at(text, at), answer_text.number_at(text, at)
+        if found and not _ENUMERATION.match(line):
+            return found, False
+        if not found and not line[:1].isalpha():
+            return None, True
+        for start, tail in answer_text.statements(text):  # "#### Final answer: 72"
+            if at <= start <= at + len(line) and (found := answer_text.number_at(text, tail, words=True)):
+                return found, False
+    return None, False
+
+
+def _implied(part: str, original: str) -> Fraction | None:
+    """The number in bold in the last line, that of a concluding sentence, or that which is the whole text."""
+    for piece in reversed(answer_text.bold_pieces(original)):
+        if found := answer_text.number_at(answer_text.strip_markup(piece).text, 0, words=True):
+            return found.value
+    found = next((answer_text.number_at(part, at, words=True) for at in answer_text.conclusions(part)), None)
+    return found.value if found else number(part)
+
+
+# ---------------------------------------------------------------------------------------------------------- letters
+
+_BRACKETED = re.compile(r"(?<!not )(?<!n't )[(\[]([a-e])[)\]](?!\s+or\b)", re.IGNORECASE)
+_ENDS = r"(?=\s*(?:[.,;:!\"')\n]|$|(?i:because|since|as|is|-)\b))"  # behind a letter that is no article
+# A letter at the start of an answer: "E", "option e", "E) blotter", "E. blotter", "E blotter", but not "a blotter".
+_LETTER = re.compile(
+    rf"[\s\"'{BOX}:]*(?i:(?:most likely|probably|likely|clearly)\s+)?"
+    r"(?i:(?:the\s+)?(?:option|choice|letter|answer)\s+)?"
+    rf"[\"'(\[]?(?!\w[)\]]?\s+(?:or|and)\b)(?:([A-E])(?:[)\]]|{_ENDS})|([B-E])\b|([a-e])(?:[)\]](?!\.)|[.:]\s+\w|(?=[.!\s\"']*$)))"
+)
+# Without a statement of an answer: "E is correct", "I choose option E", "Therefore, E."
+_IS_CORRECT = re.compile(
+    r"\b([A-E]|(?<=\()[a-e](?=\)))\)?[\"']?\s+is\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|answer|likely)\b"
+)
+_CHOSEN = re.compile(
+    r"(?i:\b(?:option|choice|choose|pick|select|must be|therefore|thus|hence|so)\b,?)\s+\(?([A-E])\b\)?"
+    r"(?=\s*(?:[.,;:!]|$))"
+)
+_WRONG = re.compile(r"[(\[]?[A-Ea-e][)\]]?[^.\n]{0,40}\s(?:is|are)\s+(?:wrong|incorrect|not|out)\b")
+
+
+def final_letter(text: str) -> tuple[str, int] | None:
+    """The choice, "a" to "e", that a completion answers with, and where the answer ends.
+
+    The letter of the last statement of an answer ("the answer is blotter (e)", "Answer: E", a box), else the letter that
+    the text begins with, else the last "(x)".
+    """
+    clean = answer_text.strip_markup(text)
+
+    def read(part: str) -> tuple[str, int] | None:
+        for found in _letters(part):
+            group = found.lastindex or 0
+            return found[group].lower(), clean.original_end(found.end(group), text, more=r")\].")
+        for bold in reversed(answer_text.bold_pieces(text[: clean.at[len(part)]])):
+            if match := _LETTER.match(answer_text.strip_markup(bold).text):
+                return match[match.lastindex or 0].lower(), clean.original_end(len(part.rstrip()), text)
+        return None
+
+    return answer_text.first_found(clean.text, read)
+
+
+def _letters(text: str) -> Iterator[re.Match[str]]:
+    """Signs of a chosen letter in a text without markup, the strongest first."""
+    for _, start in reversed(answer_text.statements(text)):
+        end = start + len(answer_text.sentence_at(text, start))
+        if found := _LETTER.match(text, start) or _BRACKETED.search(text, start, end):
+            yield found
+    for pattern in (_IS_CORRECT, _CHOSEN):
+        yield from reversed(list(pattern.finditer(text)))
+    if (found := _LETTER.match(text)) and not _WRONG.match(text.strip()):
+        yield found
+    yield from reversed(list(_BRACKETED.finditer(text)))
+
+
+# --------------------------------------------------------------------------------------------------------- yes or no
+
+YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+# "no" before a noun ("no proof") is no answer, nor is "yes and no".
+_VERDICT = (
+    r"(?:(?P<not>not)\s+)?\b(?P<verdict>yes|true|false|no)\b(?!\s+(?:and|or)\s+(?:yes|no|true|false)\b)"
+    r"(?:(?<!no)|(?=\W*$|\s*[.,;:!)\"'\n-]|\s+(?:because|since|as|for|it|they|he|she|this|that|these|those|there|you|we|the|but"
+    r"|so|if|in|unless|while|although|not|thus|therefore)\b))"
+)
+_STATED_VERDICT = re.compile(
+    rf"[\s\"'(:{BOX}]*(?:(?:that|it is|an?|most|very|likely|probably|clearly|definite(?:ly)?|simply|clear)\s+)*"
+    + _VERDICT,
+    re.IGNORECASE,
+)
+# Without a statement of an answer: a sentence that begins with one, a conclusion, what is said of a statement.
+_SAID_VERDICTS = tuple(
+    re.compile(before + _VERDICT, re.IGNORECASE | re.MULTILINE)
+    for before in (
+        r"(?:^|[.!?]\s)[\s\"'(]*(?=(?:yes|no)\b|(?:true|false)\s*(?:[.,;:!]|$))",
+        r"\b(?:so|thus|therefore|hence|in conclusion|overall)\b[\s,:]*",
+        r"\b(?:statement|claim|that|this|it)\s+is\s+(?:(?:definitely|clearly)\s+)?(?=(?:not\s+)?(?:true|false)\b)",
+    )
+)
+
+
+def final_yes_no(text: str) -> str | None:
+    """The last statement of an answer that is yes, no, true or false ("not yes" is no), else the last sentence of one."""
+
+    def read(part: str) -> str | None:
+        stated = [_STATED_VERDICT.match(part, start) for _, start in reversed(answer_text.statements(part))]
+        said = [m for pattern in _SAID_VERDICTS for m in pattern.finditer(part)]
+        for found in filter(None, (*stated, *sorted(said, key=lambda m: m.start(), reverse=True))):
+            answer = YES_NO[found["verdict"].lower()]
+            return {"yes": "no", "no": "yes"}[answer] if found["not"] else answer
+        return None
+
+    return answer_text.first_found(answer_text.strip_markup(text).text, read)
+
+
+# ---------------------------------------------------------------------------------------------------------- phrases
+
+_NEXT_SLOT = re.compile(r"(?<=\S)\s+(?:Question|Context)\s*:")
+_BARE_VERDICT = re.compile(r"\W*((?i:yes|no))\b(?=\s*(?:[.;:!]|$|[,-]\s+[a-z]|because\b|since\b))")
+_REASON = re.compile(r",?\s+(?:because|since)\b")
+_ABBREVIATIONS = {"mrs", "prof", "inc", "ltd", "gen", "col", "rev", "hon", "capt", "sgt", "etc", "vol"}
+_SHORT = 8  # words of a first line that is an answer although another statement follows
+
+
+def final_phrases(part: str, *, reasoning: bool) -> list[str]:
+    """Phrases that a text without markup answers with, the best first: the last it states, or a short first line.
+
+    Args:
+        part: the text up to one of its `answer_text.solution_ends`.
+        reasoning: whether a chain of thought was asked for; then the first line is none.
+    """
+    text = _NEXT_SLOT.split(part.strip(), maxsplit=1)[0]
+    first, stated = text.partition("\n")[0], answer_text.statements(text)
+    in_first = bool(stated) and stated[0][0] < len(first)
+    if not reasoning and not in_first and (not stated or len(first.split()) <= _SHORT):
+        return [_phrase(first)]
+    return [_phrase(answer_text.line_at(text, start)) for _, start in reversed(stated)]
+
+
+def _phrase(line: str) -> str:
+    """The answer that a line begins with: its first sentence, without a reason, "yes" or "no" alone."""
+    line = line.replace(BOX, " ").strip()
+    if verdict := _BARE_VERDICT.match(line):
+        return verdict[1]
+    for stop in re.finditer(r"[.!?]\s+(?=[A-Z])", line):
+        word = line[: stop.start()].split()[-1:]
+        if word and len(word[0]) > 2 and word[0].lower() not in _ABBREVIATIONS:
+            line = line[: stop.start()]
+            break
+    return _REASON.split(line, maxsplit=1)[0]
