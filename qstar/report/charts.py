@@ -6,9 +6,8 @@ Points and bars carry a <title>, which browsers show as a tooltip.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
@@ -32,6 +31,7 @@ SERIES = 7
 WIDTH, HEIGHT = 480, 290
 LEFT, TOP, BOTTOM = 46, 14, 40
 LINE_HEIGHT = 14
+LONGEST_NAME = 22  # characters of a line's name beside it; tooltips and tables have all of it
 _POINTS = 300  # a longer line is thinned: a screen has no more pixels
 _DASH = 7  # pixels of a line's turn where several run through the same points
 
@@ -48,7 +48,6 @@ class Line:
     high: Sequence[float] = ()
     dashed: bool = False
     marks: bool = True
-    label: str = ""  # at the line's end; `name` if empty
     shape: int = 0  # of the marks: not everyone can tell lines apart by colour
 
 
@@ -89,28 +88,6 @@ def colour_rules() -> str:
     return " ".join(f"--{name}: light-dark({light}, {dark});" for name, (light, dark) in COLOURS.items())
 
 
-class Panels:
-    """Cards side by side, as a notebook shows them."""
-
-    def __init__(self, cards: Iterable[Card | None]):
-        self.cards = [card for card in cards if card]
-
-    def _repr_html_(self) -> str:
-        css = (Path(__file__).parent / "static" / "chart.css").read_text(encoding="utf-8")
-        figure = Markup('<figure style="flex: 1 1 380px; max-width: 520px; margin: 0"><b>{}</b>{}{}</figure>')
-        drawn = Markup("").join(figure.format(c.title, c.chart, legend(c.legend)) for c in self.cards)
-        frame = "display: flex; flex-wrap: wrap; gap: 1rem; padding: .5rem"
-        ground = "--card: #fff; --soft: #5a6270; --line: #dfe3e9; --on-bar: #fff; background: #fff; color: #1b1f27; "
-        ground += "color-scheme: light;"  # a notebook's ground may be dark: the panel brings its own
-        return f'<style>{css}</style><div class="charts" style="{ground} {colour_rules()} {frame}">{drawn}</div>'
-
-
-def legend(parts: Sequence[tuple[str, str]]) -> Markup:
-    """Names with their colours; nothing for none."""
-    item = Markup('<span><i style="background:{1}"></i>{0}</span>')
-    return Markup('<p class="legend">{}</p>').format(Markup("").join(item.format(*p) for p in parts) if parts else "")
-
-
 # -------------------------------------------------------------------------------------------------------------- charts
 
 
@@ -135,7 +112,7 @@ def line_chart(
     ticks = nice_ticks(min(xs), max(max(xs), min(xs) + 1), 8, integers=True)
     low, high = y_range or (min(0.0, *ys), max(0.0, *ys))
     y_ticks = nice_ticks(low, high if high > low else low + 1.0, 5)
-    names = [line.label or line.name for line in lines]
+    names = [line.name if len(line.name) <= LONGEST_NAME else line.name[: LONGEST_NAME - 1] + "…" for line in lines]
     room = 24 + 6.6 * max(map(len, names), default=0)
     axes = _Axes((ticks[0], max(*xs, ticks[0] + 1)), (y_ticks[0], y_ticks[-1]), right=room)
     parts = [_frame(axes, y_ticks, y_format, x_label)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import gzip
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from markupsafe import Markup
 
 from qstar import files
 from qstar.report import charts, stats
+from qstar.report.charts import Card
+from qstar.report.read import Run
 
 HOME = Path(__file__).parent
 
@@ -28,7 +32,8 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    env.globals.update(stats=stats, charts=charts, static=static, links=links, flatten=flatten)
+    env.globals.update(stats=stats, charts=charts, static=static, links=links, flatten=flatten, headline=headline)
+    env.globals.update(guided=None, title="")  # of some pages only
     env.filters.update(script_json=script_json, plain=stats.plain, percent=stats.percent, label=stats.label)
     return env
 
@@ -36,6 +41,22 @@ def environment() -> jinja2.Environment:
 def page(template: str, **values: Any) -> str:
     """A page as text."""
     return environment().get_template(template).render(**values)
+
+
+def headline(run: Run, **values: Any) -> str:
+    """The result of a run in one sentence, as plain text. LM-Guided CoT: see `pages.guided_cot.headline`."""
+    text = re.sub(r" ([,;.])", r"\1", " ".join(page("headline.j2", run=run, **values).split()))
+    return (text[0].upper() + text[1:]).replace("%)", "%, 95% interval)", 1)
+
+
+class Panels:
+    """Cards of `charts` side by side, as a notebook shows them."""
+
+    def __init__(self, cards: Iterable[Card | None]):
+        self.cards = [card for card in cards if card]
+
+    def _repr_html_(self) -> str:
+        return page("panels.html.j2", cards=self.cards)
 
 
 def write(path: Path, text: str) -> None:
@@ -52,6 +73,12 @@ def static(name: str) -> Markup:
 def script_json(value: Any) -> Markup:
     """JSON for a <script> element: "<" occurs only inside strings, and escaped it cannot end the element."""
     return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def packed(value: Any) -> str:
+    """A value as text that scripts read with `page.unpack`: base64 of gzip of JSON."""
+    written = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return base64.b64encode(gzip.compress(written, 6, mtime=0)).decode("ascii")  # no time: the same run, the same page
 
 
 def links(main: str) -> list[tuple[str, Markup]]:

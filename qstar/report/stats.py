@@ -1,11 +1,12 @@
-"""Numbers behind the figures of runs: curves, counts, headlines and names, the same for pages and notebooks."""
+"""Numbers behind the figures of runs, and names of arms: the same for pages and notebooks."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qstar.report.rationales import OUTCOMES, Answers, Row
+from qstar.report.rationales import Row
 from qstar.report.read import MAIN, Arm, Run
 
 ALL = "all"  # Quiet-STaR: all classes of tokens
@@ -13,23 +14,8 @@ STAGES = ("sample", "rationalise", "train", "evaluate")  # of one iteration, in 
 METHODS = {"star": "STaR", "v_star": "V-STaR", "rl": "reinforcement learning", "quiet_star": "Quiet-STaR",
            "guided_cot": "LM-Guided CoT"}  # fmt: skip
 UNITS = {"v_star": "iteration", "rl": "update", "quiet_star": "step"}  # of the axis of a run; else "loop"
-NAMES = {
-    "star": "STaR",
-    "star_norat": "STaR without rationalisation",
-    "star_dagger": "STaR†",
-    "sft": "SFT",
-    "rft": "RFT",
-    "rpo": "RPO",
-    "v_star": "V-STaR",
-    "v_star_1iter": "V-STaR, one iteration",
-    "v_star_prm": "V-STaR with PRM",
-    "verification": "verification",
-    "grpo": "GRPO",
-    "dr_grpo": "Dr. GRPO",
-    "rloo": "RLOO",
-    "ppo": "PPO",
-    "": "all",
-}
+WORDS = {"star": "STaR", "norat": "without rationalisation", "1iter": "one iteration", "dr": "Dr."}  # in names of arms
+WORDS |= {word: word.upper() for word in ("sft", "rft", "rpo", "grpo", "rloo", "ppo", "prm", "kd", "rl")}
 _SMOOTHED = 60  # points of a smoothed training curve
 
 
@@ -52,7 +38,8 @@ class Curve(NamedTuple):
 
 def label(name: str) -> str:
     """The name of an arm in running text."""
-    return NAMES.get(name) or name.replace("_", " ")
+    name = name.replace("v_star", "V-STaR").replace("quiet_star", "Quiet-STaR")
+    return " ".join(WORDS.get(word, word) for word in name.split("_")) or "all"
 
 
 def arm_label(run: Run, arm: Arm) -> str:
@@ -66,7 +53,8 @@ def arm_label(run: Run, arm: Arm) -> str:
 def arm_title(run: Run, arm: Arm) -> str:
     """An arm's name with its meaning ("rat · with rationalisation"), once if both say the same."""
     words = arm_label(run, arm)
-    return words if "rationali" in arm.name or words == label(arm.name) or not arm.name else f"{arm.name} · {words}"
+    both = words.startswith("with") and arm.name and "rationali" not in arm.name
+    return f"{arm.name} · {words}" if both else words
 
 
 def unit(run: Run) -> str:
@@ -77,6 +65,11 @@ def unit(run: Run) -> str:
 def iteration_name(run: Run, number: int) -> str:
     """An iteration in running text; iteration 0 is the base model."""
     return "base" if number == 0 else f"{unit(run)} {number:,}"
+
+
+def iteration_names(run: Run, numbers: Sequence[int]) -> list[str]:
+    """Iterations in running text."""
+    return [iteration_name(run, number) for number in numbers]
 
 
 def count(number: int, word: str) -> str:
@@ -146,93 +139,37 @@ def curve(arm: Arm, name: str, group: str = "") -> Curve:
 
 
 def outcomes(arm: Arm, group: str = "") -> dict[int, dict[str, int]]:
-    """Iteration -> outcome -> problems: each problem counts once, under the best of its attempts.
-
-    Read from the rationales; without them from the metrics, which count kept rows.
-    """
-    found = {n: dict(attempts.problems.get(group, {})) for n, attempts in arm.attempts.items()}
-    for row in arm.loops:
-        if row["iteration"] not in found and not group and row.get("attempted") is not None:
-            kept, rationalised = (row.get(name) or 0 for name in OUTCOMES[:2])
-            counts = (kept, rationalised, max(0, row["attempted"] - kept - rationalised))
-            found[row["iteration"]] = dict(zip(OUTCOMES, counts))
-    return {n: counts for n, counts in sorted(found.items()) if sum(counts.values())}
+    """Iteration -> outcome -> problems: each problem counts once, under the best of its attempts."""
+    found = {n: attempts.problems.get(group, {}) for n, attempts in arm.attempts.items()}
+    return {n: dict(counts) for n, counts in sorted(found.items()) if sum(counts.values())}
 
 
 def rejections(arm: Arm) -> dict[str, dict[int, int]]:
     """Reason of rejection -> iteration -> attempts, the most frequent reason first."""
-    found: dict[str, dict[int, int]] = {}
+    found: dict[str, Counter[int]] = defaultdict(Counter)
     for n, attempts in arm.attempts.items():
         for kind, number in attempts.counts.items():
             if kind.verdict == "rejected":
-                name = (kind.reason or "no reason given") + (" (with the hint)" if kind.hinted else "")
-                found.setdefault(name, {})[n] = found.get(name, {}).get(n, 0) + number
-    for row in arm.loops:
-        if row["iteration"] not in arm.attempts:
-            for key, number in row.items():
-                if key.startswith("rejected_") and number:
-                    found.setdefault(key.removeprefix("rejected_"), {})[row["iteration"]] = number
-    return dict(sorted(found.items(), key=lambda item: (-sum(item[1].values()), item[0])))
+                found[(kind.reason or "no reason given") + (" (with the hint)" if kind.hinted else "")][n] += number
+    return dict(sorted(found.items(), key=lambda item: (-item[1].total(), item[0])))
 
 
 def losses(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     """(updates since the first, training loss) of "train" rows; every iteration counts its steps anew."""
     steps: list[float] = []
-    values: list[float] = []
-    before, loop, last = 0, None, 0
+    before, loop = 0.0, None
+    rows = [row for row in rows if row.get("loss") is not None]
     for row in rows:
-        if row.get("loss") is None:
-            continue
         if row["iteration"] != loop:
-            before = last if loop is not None and row["step"] <= last - before else before
-            loop = row["iteration"]
-        last = before + row["step"]
-        steps.append(last)
-        values.append(row["loss"])
-    return steps, values
+            before, loop = steps[-1] if steps else 0.0, row["iteration"]
+        steps.append(before + row["step"])
+    return steps, [row["loss"] for row in rows]
 
 
-def seconds(arm: Arm) -> dict[int, dict[str, float]]:
-    """Iteration -> stage -> seconds."""
-    taken = {row["iteration"]: {s: row.get(f"seconds_{s}") or 0.0 for s in STAGES} for row in arm.loops}
-    return {n: stages for n, stages in taken.items() if sum(stages.values())}
-
-
-def answers(arm: Arm, iteration: int, group: str = "") -> Answers | None:
-    """The counted greedy answers of one iteration's model, None if they were not saved."""
-    return arm.answers.get(iteration, {}).get(group)
-
-
-def headline(run: Run) -> str:
-    """The result in one sentence, made from the first and the last iteration of every arm (never the best)."""
-    if run.method == "quiet_star":
-        return quiet_headline(run)
-    group, word = hardest(run), unit(run)
-    subject = f"{group}-digit accuracy" if group else "accuracy on held-out problems"
-    curves = [(arm, curve(arm, "accuracy", group)) for arm in run.arms]
-    curves = sorted(((arm, line) for arm, line in curves if line.x), key=lambda item: not item[0].rationalises)
-    if not curves:
-        return "No results yet: this run has not evaluated a model."
-    if all(line.x[-1] == 0 for _, line in curves):
-        before = with_interval(curves[0][1].at(0)).replace("%)", "%, 95% interval)")
-        return f"Before the first {word}, {subject} is {before}. No {word} has finished yet."
-    sentences = []
-    for number, (arm, line) in enumerate(curves):
-        words, change = arm_label(run, arm), _change(line, word)
-        if len(run.arms) == 1 and run.method != "rl":
-            sentences.append(f"{subject} {change}")
-        elif "rationalisation" in words:  # the comparison with and without it reads as one sentence
-            sentences.append(f"without it, it {change}" if number else f"{words}, {subject} {change}")
-        else:
-            sentences.append(f"{words}: " + (change.removeprefix("went ") if number else f"{subject} {change}"))
-    text = "; ".join(sentences)
-    return (text[0].upper() + text[1:]).replace("%)", "%, 95% interval)", 1) + "."
-
-
-def _change(line: Curve, word: str) -> str:
-    if len(line.x) == 1:
-        return f"was {with_interval(line.at(0))} after {count(line.x[0], word)}"
-    return f"went from {with_interval(line.at(0))} to {with_interval(line.at(-1))} in {count(line.x[-1] - line.x[0], word)}"
+def seconds(arm: Arm) -> dict[int, list[float]]:
+    """Iteration -> seconds of each of STAGES."""
+    taken = {row["iteration"]: [row.get(f"seconds_{stage}") or 0.0 for stage in STAGES] for row in arm.loops}
+    return {n: values for n, values in taken.items() if sum(values)}
 
 
 # -------------------------------------------------------------------------------------------- Quiet-STaR: by token class
@@ -303,33 +240,5 @@ def training(arm: Arm, name: str) -> tuple[list[float], list[float]]:
 
 def weight_histogram(row: Row) -> tuple[list[float], list[float]] | None:
     """(edges [n + 1], counts [n]) of the mixing weights of an evaluation, None without one."""
-    found: Any = row.get("weight_histogram")
-    if not isinstance(found, Mapping) or not found.get("counts") or not sum(found["counts"]):
-        return None
-    edges, counts = list(found.get("edges") or ()), list(found["counts"])
-    return (edges, counts) if len(edges) == len(counts) + 1 else None
-
-
-def quiet_headline(run: Run) -> str:
-    """The result in one sentence: the main arm with and without its thoughts at the end, and where the controls ended."""
-    arm, group = main_arm(run), focus(run)
-    line = quiet_curve(arm, "accuracy", group) if arm else Curve([], [], [], [])
-    if arm is None or not line.x:
-        return "No results yet: this run has not evaluated a model."
-    subject, end = f"accuracy on {class_label(group)}", with_interval(line.at(-1))
-    if line.x[-1] == 0:
-        return f"Before the first step, {subject} is {end}. No step has been evaluated yet."
-    text = f"With thoughts, {subject}" if arm.thinks else f"{subject[0].upper()}{subject[1:]}"
-    without, steps = quiet_curve(arm, "accuracy_base", group), count(line.x[-1], "step")
-    if arm.thinks and without.x and without.x[-1] == line.x[-1]:
-        text += f" is {end} after {steps}, and {with_interval(without.at(-1))} without them"
-    elif len(line.x) == 1:
-        text += f" is {end} after {steps}"
-    else:
-        text += f" went from {with_interval(line.at(0))} to {end} in {steps}"
-    others = [quiet_curve(other, "accuracy", group) for other in run.arms if other is not arm]
-    ends = [percent(value) for value in sorted(other.values[-1] for other in others if other.x and other.x[-1] > 0)]
-    if ends:
-        where = ends[0] if ends[0] == ends[-1] else f"{ends[0]} to {ends[-1]}"
-        text += f"; the other {f'{len(ends)} arms' if len(ends) > 1 else 'arm'} ended at {where}"
-    return text.replace("%)", "%, 95% interval)", 1) + "."
+    found = row.get("weight_histogram") or {}
+    return (found["edges"], found["counts"]) if sum(found.get("counts", ())) else None

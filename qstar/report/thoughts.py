@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +10,7 @@ from typing import Any, NamedTuple
 
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
+from qstar.report import render
 
 Numbers = list[float | None]
 LEAST = 0.005  # nats: a smaller gain neither helps nor hurts
@@ -136,19 +134,13 @@ def pack(texts: Sequence[Text], budget: int) -> tuple[str, int]:
     needed = {e.text for side in ends for e in side}
     count = min(len(texts), MOST_TEXTS)
     # Packing all texts only to find that they do not fit takes long: a few are packed first.
-    count = min(count, int(1.1 * FEW * budget / len(_packed(texts, range(min(count, FEW)), ((), ())))))
+    count = min(count, int(1.1 * FEW * budget / len(render.packed(_content(texts, range(min(count, FEW)), ((), ()))))))
     while True:
         kept = sorted({*range(count), *needed})
-        packed = _packed(texts, kept, ends)
+        packed = render.packed(_content(texts, kept, ends))
         if len(packed) <= budget or not count:
             return packed, len(kept)
         count = min(count - 1, int(count * 0.97 * budget / len(packed)))
-
-
-def _packed(texts: Sequence[Text], kept: Sequence[int], ends: Sequence[Sequence[Extreme]]) -> str:
-    written = json.dumps(_content(texts, kept, ends), ensure_ascii=False, separators=(",", ":"))
-    data = gzip.compress(written.encode("utf-8", "replace"), 6, mtime=0)  # no time: one run, one page
-    return base64.b64encode(data).decode("ascii")
 
 
 def _content(texts: Sequence[Text], kept: Sequence[int], ends: Sequence[Sequence[Extreme]]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def test_the_page_shows_arms_filter_rl_study_costs_and_rationales_and_escapes_th
     sections = ("arms", "filter", "reinforcement", "study", "smuggling", "cost", "rationales", "config")
     assert all(f'<section id="{name}">' in text for name in sections)
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
-    assert headline(read, read_guided(read)).startswith("Guided by kd unfiltered, the frozen large model answers")
+    assert headline(read, read_guided(read)).startswith("Guided by KD unfiltered, the frozen large model answers")
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")  # nothing is loaded
     (run / "results.json").rename(run / "kept.json")
     assert "not finished" in page(read_run(run))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from qstar.report import stats
+from qstar.report import render
 from qstar.report.read import read_run
 from tests.notebooks.test_star_notebook import ROOT, outputs, told
 from tests.report.quiet_synthetic import write_quiet_run
@@ -17,7 +17,7 @@ def test_notebook_states_the_numbers_and_colours_the_texts(tmp_path, monkeypatch
     run = write_quiet_run(tmp_path / "run", texts=15)
     shown = outputs(NOTEBOOK, run, monkeypatch)
     printed, figures = told(shown)
-    assert stats.headline(read_run(run)) in printed and figures == 3
+    assert render.headline(read_run(run)) in printed and figures == 3
     rows = dict(re.findall(r"^(full|plain) +([\d. -]+)$", printed, re.MULTILINE))
     assert rows["full"].split() == ["0.967", "0.996", "0.110", "0.100", "0.234", "2.310", "0.967", "0.629"]
     assert rows["plain"].split() == ["0.100", "-", "-", "0.100", "2.310", "2.310", "-", "-"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qstar.report import stats
+from qstar.report import render
 from qstar.report.read import read_run
 from tests.report.synthetic import Shape, write_run
 
@@ -40,7 +40,7 @@ def execute(run, monkeypatch):
 def test_notebook_states_the_numbers_of_the_run(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", Shape(loops=2))
     printed, figures = execute(run, monkeypatch)
-    assert stats.headline(read_run(run)) in printed
+    assert render.headline(read_run(run)) in printed
     assert figures == 3
     for verdict in ("kept", "rationalised", "rejected"):
         assert f"[rat, loop 1] {verdict}" in printed or f"[rat, loop 2] {verdict}" in printed

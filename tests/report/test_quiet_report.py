@@ -12,7 +12,7 @@ import pytest
 
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
-from qstar.report import pages, stats, thoughts
+from qstar.report import pages, render, stats, thoughts
 from qstar.report.read import read_run
 from tests.report.quiet_synthetic import ACCURACY, SCRIPT, STEPS, THINK, write_quiet_run
 from tests.report.test_report import Page
@@ -35,7 +35,7 @@ def block(page, number):
 
 
 def test_headline_is_the_main_arm_with_and_without_its_thoughts(folder, page):
-    told = stats.headline(read_run(folder))
+    told = render.headline(read_run(folder))
     assert told == (
         "With thoughts, accuracy on hard tokens is 96.7% (95.4–98.0%, 95% interval) after 250 steps, "
         "and 10.0% without them; the other 3 arms ended at 10.0% to 14.8%."
@@ -144,7 +144,7 @@ def test_a_page_loads_nothing_and_shows_a_models_text_as_text(tmp_path):
 def test_a_run_that_has_only_begun_makes_a_page(tmp_path):
     run = write_quiet_run(tmp_path / "run", texts=0, steps=(0,), arms=("plain",))
     page = Page(pages.write_report(run))
-    assert "Before the first step, accuracy on hard tokens is 10.0% (8.0–12.0%)" in page.text
+    assert "Before the first step, accuracy on hard tokens is 10.0% (8.0–12.0%, 95% interval)" in page.text
     assert "No step has been evaluated yet." in page.text
     (run / "metrics.jsonl").unlink()
     assert "No results yet" in Page(pages.write_report(run)).text

@@ -61,11 +61,9 @@ def page(run: Run) -> str:
     guided = read_guided(run)
     return render.page(
         "guided_cot.html.j2",
-        title=run.name,
         run=run,
         guided=guided,
         status="finished" if guided.results else "running",
-        headline=headline(run, guided),
         kept=next((b[0] for b in guided.buffers.values() if b[0].get("filter") == "em"), None),
         accuracy_card=accuracy_card(guided),
         columns={
@@ -82,21 +80,7 @@ def page(run: Run) -> str:
 
 def headline(run: Run, guided: Guided) -> str:
     """The result in a sentence or two: of distillation on what an exact filter keeps, and of RL from there."""
-    recipes = {name: recipe for name, recipe in (run.config.get("arms") or {}).items() if name in guided.arms}
-    distilled = [name for name, recipe in recipes.items() if not recipe.get("rl")]
-    if not distilled or "standard" not in guided.fixed:
-        return "Nothing is measured yet."
-    first = next((name for name in distilled if recipes[name].get("filter") == "em"), distilled[0])
-    refined = next((name for name, recipe in recipes.items() if recipe.get("start") == first), None)
-    fixed = {name: right(found) for name, found in guided.fixed.items()}
-    text = f"Guided by {stats.label(first)}, the frozen large model answers {accuracy(guided.arms[first]):.1f}% right"
-    if refined:
-        text += f", by {stats.label(refined)} {accuracy(guided.arms[refined]):.1f}%"
-    text += f"; asked alone {fixed['standard']:.1f}%, with a chain of its own {fixed.get('own CoT', 0):.1f}%"
-    if "gold rationale" in fixed:
-        text += f", with the gold rationale {fixed['gold rationale']:.1f}%"
-    questions = len(next(iter(guided.fixed.values())))
-    return f"{text}. {stats.count(questions, 'question')}, {stats.count(len(guided.arms[first]), 'student')}."
+    return render.headline(run, guided=guided, accuracy=accuracy, right=right)
 
 
 def accuracy(each: Sequence[Mapping[str, Any]]) -> float:

@@ -12,7 +12,6 @@ from qstar.report.rationales import Row
 from qstar.report.read import Arm, Run
 
 PAGE_BYTES = 6_000_000  # of packed thoughts in a page, all arms and steps together
-LONGEST_LABEL = 16  # characters of an arm's name at the end of its line; the legend has all of it
 
 
 def page(run: Run) -> str:
@@ -23,10 +22,8 @@ def page(run: Run) -> str:
     group = stats.focus(run)
     return render.page(
         "quiet_star.html.j2",
-        title=run.name,
         run=run,
         status=run.status if any(arm.status for arm in run.arms) else "",
-        headline=stats.headline(run),
         sizes=next((place for place in places if isinstance(place, Mapping)), {}),
         alarms=[alarm for arm in run.arms for alarm in _alarms(arm)],
         arms=[(arm, stats.label(arm.name), stats.final(arm)) for arm in run.arms if arm.stage("evaluation")],
@@ -37,12 +34,7 @@ def page(run: Run) -> str:
         colours=[(stats.label(arm.name), charts.series(number)) for number, arm in enumerate(run.arms)],
         curve_cards=curve_cards(run, group),
         weight_cards=weight_cards(run),
-        training_cards=loss_cards(run, "steps"),
-        number_tables=[
-            (stats.label(arm.name), [f"step {row['step'] or 0:,}" for row in rows], rows)
-            for arm in run.arms
-            if (rows := arm.stage("evaluation"))
-        ],
+        training_cards=list(loss_cards(run, "steps")),
     )
 
 
@@ -108,10 +100,7 @@ def _card(
     for number, arm in enumerate(run.arms):
         name, (steps, values, *bounds) = stats.label(arm.name), points(arm)
         if steps:
-            short = name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
-            lines.append(
-                Line(name, steps, values, charts.series(number), *bounds, label=short, shape=number, marks=marks)
-            )
+            lines.append(Line(name, steps, values, charts.series(number), *bounds, shape=number, marks=marks))
     if not lines:
         return None
     least, most = (f(y for line in lines for y in (*line.y, *line.low, *line.high)) for f in (min, max))

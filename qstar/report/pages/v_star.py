@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,6 @@ NAMES = {
 SCORERS = {rule.removeprefix("best/"): name for rule, name in NAMES.items() if rule.startswith("best/")}
 DRAWN = ("pass", "majority", *(f"best/{s}" for s in ("generator", "dpo", "generator+dpo", "orm", "prm_min", "random")))
 CASES = ("the first alone is right", "the second alone is right", "both are right", "both are wrong")
-_WORTH = ("AUC in problems", "pooled", "regret", "ECE", "Brier")
 _CURVE = re.compile(r"(pass|majority|best|weighted|top\d+)@(\d+)(?::(\w+))?")
 Found = Mapping[str, Any]
 
@@ -60,16 +60,15 @@ class Case(NamedTuple):
 
 
 def selections(run: Run) -> list[dict[str, Any]]:
-    """What the page shows of every arm with a measured selection, of its last iteration."""
+    """What the page shows of every arm with a measured selection."""
     out = []
     for arm in run.arms:
-        found = read_selections(run.folder, arm.name)
+        found, title = read_selections(run.folder, arm.name), stats.arm_title(run, arm)
         if found:
-            title, last, scorer = stats.arm_title(run, arm), found[max(found)], verifier(found[max(found)])
+            last, scorer = found[max(found)], verifier(found[max(found)])
             cases = read_cases(run.folder, arm.name, max(found), (scorer, "generator")) if scorer else []
-            ranked = {"cases": cases, "scorers": SCORERS}
-            out.append({**_table(last, NAMES), **_differences(last), **_auc(title, found), **ranked, "title": title,
-                        "headline": headline(last), "card": rule_card(title, last)})  # fmt: skip
+            cards = {"card": rule_card(title, last), "auc_card": auc_card(title, found) if len(found) > 1 else None}
+            out.append({"title": title, "found": last, "iterations": found, "cases": cases, **cards})
     return out
 
 
@@ -88,15 +87,22 @@ def headline(found: Found) -> str:
     curves = found["curves"]
     k = "16" if "16" in curves["pass"] else max(curves["pass"], key=int)
     best = next((r for r in ("best/dpo", "best/prm_min", "best/orm") if r in curves), "best/generator")
-    parts = [f"{rule_name(rule)} {_interval(curves[rule][k])}" for rule in (best, "majority")]
+    verifier, vote = (
+        f"{rule_name(r)} {{:.3f}} ({{:.3f}} to {{:.3f}})".format(*curves[r][k]) for r in (best, "majority")
+    )
     one, ceiling = curves["pass"]["1"][0], curves["pass"][k][0]
-    return f"Right with {k} samples: {parts[0]}; {parts[1]}; one sample {one:.3f}, any of {k} {ceiling:.3f}."
+    return f"Right with {k} samples: {verifier}; {vote}; one sample {one:.3f}, any of {k} {ceiling:.3f}."
 
 
 def rule_name(rule: str) -> str:
     """What a rule is called: `best/NAME` of an unknown scorer is its name."""
     way, _, scorer = rule.partition("/")
     return NAMES.get(rule) or (scorer if way == "best" else f"{way} vote by {SCORERS.get(scorer, scorer)}")
+
+
+def difference_name(name: str) -> str:
+    """The name of a paired difference between two rules."""
+    return " − ".join(map(rule_name, name.split(" - ")))
 
 
 def rule_card(name: str, found: Found, drawn: Sequence[str] = DRAWN) -> Card:
@@ -123,47 +129,6 @@ def shown_ks(curves: Found) -> list[str]:
     """The k that a table has room for: all of four, else 1, 4, 16 and 64."""
     every = sorted(curves["pass"], key=int)
     return every if len(every) <= 4 else [k for k in every if k in ("1", "4", "16", "64")]
-
-
-def _table(found: Found, rules: Sequence[str] | Mapping[str, str]) -> dict[str, Any]:
-    """`ks`, and `rules`: (name, k -> [mean, low, high], what its scorer is worth); columns without a number left out."""
-    curves, ks = found["curves"], shown_ks(found["curves"])
-    at = "16" if "16" in ks else ks[-1]
-    rows = []
-    for rule in (r for r in rules if r in curves):
-        way, _, scorer = rule.partition("/")
-        mine = {key: found.get(key, {}).get(scorer) for key in ("auc", "auc_pooled", "calibration", "regret")}
-        fits = mine["calibration"] or {}
-        worth = [_number(mine["auc"]), _number(mine["auc_pooled"]), (mine["regret"] or {}).get(at, ""),
-                 _with_raw(fits, "ece"), _with_raw(fits, "brier")]  # fmt: skip
-        rows.append((rule_name(rule), curves[rule], worth if way == "best" else [""] * len(worth)))
-    used = [n for n in range(len(_WORTH)) if any(worth[n] for *_, worth in rows)]
-    head = [f"regret at k = {at}" if name == "regret" else name for name in _WORTH]
-    rows = [(name, by_k, [worth[n] for n in used]) for name, by_k, worth in rows]
-    return {"head": ["rule", *(f"k = {k}" for k in ks), *(head[n] for n in used)], "ks": ks, "rules": rows}
-
-
-def _differences(found: Found) -> dict[str, Any]:
-    """`gains`: paired differences between rules; `faults`: AUC of right solutions against those with one first mistake."""
-    key = next((k for k in found if k.startswith("gain@")), "gain@")
-    gains = [(" − ".join(map(rule_name, name.split(" - "))), _interval(v)) for name, v in found.get(key, {}).items()]
-    kinds = found.get("auc_by_fault") or {}
-    scorers = [s for s in found["auc"] if s in SCORERS and s != "random"]
-    total = sum(kind["samples"] for kind in kinds.values())
-    faults = [
-        [name, f"{kind['samples']:,} ({kind['samples'] / total:.1%})", *(_number(kind["auc"].get(s)) for s in scorers)]
-        for name, kind in kinds.items()
-    ]
-    names = [SCORERS[s] for s in scorers]
-    return {"gains": gains, "gains_at": key.partition("@")[2], "faults": faults, "fault_scorers": names}
-
-
-def _auc(title: str, found: Mapping[int, Found]) -> dict[str, Any]:
-    """AUC by iteration as a chart and a table, where verifiers were trained in several."""
-    scorers = [s for s in found[max(found)]["auc"] if s in SCORERS]
-    rows = [[str(n), *(_number(one["auc"].get(s)) for s in scorers)] for n, one in found.items()]
-    table = {"auc_rows": rows, "auc_scorers": [SCORERS[s] for s in scorers]}
-    return {**table, "auc_card": auc_card(title, found) if len(found) > 1 else None}
 
 
 def auc_card(title: str, found: Mapping[int, Found]) -> Card | None:
@@ -215,18 +180,6 @@ def _order(pairs: Sequence[tuple[Found, Found]], scorer: str) -> list[Ranked]:
     return sorted(found.values(), key=lambda ranked: -ranked.score)
 
 
-def _with_raw(fits: Mapping[str, float], key: str) -> str:
-    return _number(fits.get(key)) + (f" ({fits[f'{key}_raw']:.3f})" if f"{key}_raw" in fits else "")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _interval(values: Sequence[float]) -> str:
-    return "{:.3f} ({:.3f} to {:.3f})".format(*values)
-
-
 # --------------------------------------------------------------------------------------- qstar evaluate --samples
 
 
@@ -266,15 +219,11 @@ def write_evaluation(folder: Path, title: str, result: Found, samples: int) -> P
     Args:
       result: of `evaluate_model`, with `samples` per problem.
     """
-    found = selection_of(result)
+    found = selection_of(result) | {"problems": result["problems"], "samples": samples}
     curves = found["curves"]
     drawn = ["pass", "majority", *(rule for rule in curves if rule.startswith("best/"))]
-    top = max(curves["pass"], key=int)
-    shares = ", ".join(f"{rule_name(rule)} {stats.percent(curves[rule][top][0])}" for rule in drawn)
-    greedy = f"Greedy decoding solves {stats.percent(result['accuracy'])} of {result['problems']:,} problems"
-    said = f"{greedy}; {top} samples: {shares}."
-    every = [*drawn, *(rule for rule in curves if rule not in drawn)]
-    card = rule_card(title, {"curves": curves, "problems": result["problems"], "samples": samples}, drawn)
-    table = {**_table(found, every), "card": card}
-    render.write(folder / "curves.html", render.page("evaluation.html.j2", title=title, headline=said, found=table))
+    rules = [*drawn, *(rule for rule in curves if rule not in drawn)]
+    values = {"title": title, "result": result, "found": found, "card": rule_card(title, found, drawn)}
+    text = render.page("evaluation.html.j2", v=sys.modules[__name__], drawn=drawn, rules=rules, **values)
+    render.write(folder / "curves.html", text)
     return folder / "curves.html"

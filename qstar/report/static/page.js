@@ -20,6 +20,14 @@ const page = {
     } catch (error) { /* an embedded page has no address of its own */ }
   },
 
+  // What render.packed wrote into the script element `id`.
+  async unpack(id) {
+    const packed = atob(document.getElementById(id).textContent);
+    const bytes = Uint8Array.from(packed, (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return JSON.parse(await new Response(stream).text());
+  },
+
   csv(rows) {
     // A leading = + - @ would be a formula to a spreadsheet, and models write such texts: a quote keeps it text.
     const cell = (value) => {

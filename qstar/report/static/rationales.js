@@ -1,17 +1,21 @@
-(function () {
-  const source = document.getElementById("rationale-data");
-  if (!source) return;
-  const data = JSON.parse(source.textContent);
-  const PER_PAGE = 25;
-  const fields = ["arm", "loop", "verdict", "reason", "hinted", "group", "valid"];
-  const toObject = (names) => (values) => Object.fromEntries(names.map((name, i) => [name, values[i]]));
-  const unpack = (row) => {  // the fields that filters use are numbers into data.values
-    for (const field of fields) row[field] = data.values[field][row[field]];
-    return row;
-  };
-  const rows = data.rows.map(toObject(data.columns)).map(unpack);
-  const kinds = data.counts.map(toObject([...fields, "count"])).map(unpack);
+(async function () {
+  if (!document.getElementById("rationale-data")) return;
   const box = document.getElementById("browser");
+  let data;
+  try {
+    data = await page.unpack("rationale-data");
+  } catch (error) {
+    box.append("This browser cannot unpack the list: it needs DecompressionStream (2023 on).");
+    return;
+  }
+  const PER_PAGE = 25;
+  const fields = data.filters;
+  const toObject = (names) => (values) => Object.fromEntries(names.map((name, i) => [name, values[i]]));
+  const rows = data.rows.map(toObject(data.columns));
+  const kinds = data.counts.map(toObject([...fields, "count"]));
+  const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a) < String(b) ? -1 : 1);
+  data.values = Object.fromEntries(fields.map((field) =>
+    [field, [...new Set(kinds.map((kind) => kind[field]))].sort(order)]));
   let at = 0;
 
   const make = page.make;

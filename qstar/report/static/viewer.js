@@ -17,10 +17,7 @@
 
   async function unpack(number) {
     if (loaded.has(number)) return loaded.get(number);
-    const packed = atob(document.getElementById("thoughts-" + number).textContent);
-    const bytes = Uint8Array.from(packed, (c) => c.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const data = JSON.parse(await new Response(stream).text());
+    const data = await page.unpack("thoughts-" + number);
     const words = (ids) => ids.map((id) => data.vocab[id]);
     data.texts = data.texts.map(([id, tokens, classes, base, passes], at) => {
       const text = { at, id, tokens: words(tokens), classes: words(classes), base };
