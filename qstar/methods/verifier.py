@@ -216,7 +216,7 @@ def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[
     reference = np.array([row["reference"] for row in kept], np.float32)
     groups = [encode(Pair(**{k: v for k, v in row.items() if k != "reference"})) for row in kept]
     arrays = pair_arrays(groups, reference, s.row_length, s.packed)
-    model, summary = _train(sft, job, "rpo" if s.alpha else "dpo", dpo_step(sft.config, s), arrays, Preference)
+    model, summary = _train(sft, job, "dpo", arrays, Preference)
     return model, {**summary, "pairs": len(kept), "dropped_pairs": len(rows) - len(kept)}
 
 
@@ -254,8 +254,7 @@ def train_head(
     # Labelled tokens per language-model token over all data, not of a batch: see `value_loss`.
     scale = arrays["weight"].sum() / max(1.0, arrays["mask"].sum())
     arrays["lm_scale"] = np.full(len(arrays["tokens"]), scale, np.float32)
-    start = add_value_head(sft, kind)
-    model, summary = _train(start, job, kind, value_step(start.config, s), arrays, Graded)
+    model, summary = _train(add_value_head(sft, kind), job, kind, arrays, Graded)
     return model, {**summary, "solutions": len(fits), "dropped_solutions": len(solutions) - len(fits)}
 
 
@@ -275,19 +274,19 @@ def value_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
     return tx, make_step(s.through(loss), tx, s.accumulate)
 
 
-def _train(start: Model, job: Job, name: str, compiled: Any, arrays: dict[str, np.ndarray], kind: type):
-    """Runs the training stage; `arrays` are the fields of `kind`, those of its rows beside the others."""
-    s, count = job.settings, len(arrays["tokens"])
-    steps = s.steps or max(1, round(s.epochs * count / s.batch_size))
+def _train(start: Model, job: Job, kind: str, arrays: dict[str, np.ndarray], rows_type: type):
+    """Runs the training stage; `arrays` are the fields of `rows_type`, those of its `Batch` beside the others."""
+    s = job.settings
+    steps = s.steps or max(1, round(s.epochs * len(arrays["tokens"]) / s.batch_size))
     stream = functools.cache(lambda: batches(arrays, s.batch_size, seed=job.seed))  # a finished stage draws no batch
-    tx, step = compiled
+    tx, step = (dpo_step if kind == "dpo" else value_step)(start.config, s)
 
     def batch_at(n: int) -> Any:
         rest = dict(stream()[n])
-        rows = Batch(**{f.name: rest.pop(f.name) for f in dataclasses.fields(Batch)})
-        return kind(rows, **rest)
+        return rows_type(Batch(**{f.name: rest.pop(f.name) for f in dataclasses.fields(Batch)}), **rest)
 
+    data = data_hash(part for key in sorted(arrays) for part in (key, arrays[key]))
+    name = "rpo" if kind == "dpo" and s.alpha else kind
     with job.bar(steps) as progress:
-        data = data_hash(part for key in sorted(arrays) for part in (key, arrays[key]))
         stage = Stage(job.folder, s, steps, job.seed, job.writer, job.label, progress, name, data)
         return train_stage(start, stage, tx, lambda n: step, batch_at)
