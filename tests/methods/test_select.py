@@ -1,344 +1,226 @@
-"""What is kept for training, and what a training prompt shows (specification of STaR, edge cases)."""
+"""Choosing one of k solutions, and the expected value of every rule, against all subsets counted one by one."""
 
-import dataclasses
+import functools
+import itertools
+import json
+import math
 
+import numpy as np
 import pytest
 
-from qstar.methods import star
-from qstar.runs import rollouts
-from qstar.runs.rollouts import Selection, select, summary
+from qstar.errors import UserError
+from qstar.methods import select
+from qstar.methods.select import Candidates, choose, curves
+from qstar.methods.v_star_eval import candidates
+from qstar.runs.evaluate import many
+from qstar.sample.vote import best_of, majority, top_m_vote, weighted_majority
 from qstar.tasks import make_task
-from qstar.tasks.base import Problem, Task
-from tests.methods import stub
-
-
-class Words(Task):
-    """The answer is the last word; a completion that says "hint" betrays it."""
-
-    name = "words"
-
-    def prompt(self, problem, hint=False):
-        return f"{problem.question} ({problem.gold})" if hint else problem.question
-
-    def parse(self, completion):
-        return completion.split()[-1] if completion.split() else None
-
-
-TASK = Words()
-PROBLEMS = {name: Problem(id=name, question=f"{name}?", gold=gold) for name, gold in (("p", "7"), ("q", "8"))}
-
-
-def row(completion, problem="p", **changes):
-    made = stub.rollout(TASK, PROBLEMS[problem], completion, hinted=changes.pop("hinted", False))
-    return dataclasses.replace(made, **changes)
-
-
-def verdicts(rows, rules=Selection(), seen=()):
-    out = select(rows, PROBLEMS, TASK, rules, seen)
-    assert [dataclasses.replace(r, verdict="", reason="") for r in out] == list(rows)  # nothing else changes
-    return [(r.verdict, r.reason) for r in out]
-
-
-def test_right_answers_are_kept_and_hinted_ones_are_called_rationalised():
-    found = verdicts([row("so 7"), row("so 8", "q", hinted=True)])
-    assert [v for v, _ in found] == ["kept", "rationalised"]
-
-
-@pytest.mark.parametrize("hinted", [False, True])
-@pytest.mark.parametrize(
-    ("attempt", "reason"),
-    [
-        (row("so 7", truncated=True, correct=False), "truncated"),
-        (row("so 7", truncated=True), "truncated"),  # even where somebody calls it right
-        (row(""), "no answer"),
-        (row("so 9"), "wrong answer"),
-    ],
-)
-def test_rejected_by_itself(attempt, reason, hinted):
-    assert verdicts([dataclasses.replace(attempt, hinted=hinted)]) == [("rejected", reason)]
-
-
-def test_an_answer_that_is_none_is_not_right_where_the_gold_is_none():
-    assert not TASK.correct(Problem(id="x", question="", gold=None), None)
-
-
-def test_short_rationales_are_rejected_below_the_configured_length_only():
-    rows = [row("7", n_tokens=4), row("so 7", n_tokens=5)]
-    assert verdicts(rows, Selection(min_rationale_tokens=5)) == [
-        ("rejected", "rationale too short"),
-        ("kept", "right answer"),
-    ]
-    assert [v for v, _ in verdicts(rows)] == ["kept", "kept"]
-
-
-def test_a_leak_of_the_hint_is_rejected_with_its_words_but_only_in_hinted_rows():
-    found = verdicts([row("as stated 7", hinted=True), row("as stated 7")])
-    assert found[0] == ("rejected", "hint leak: hint marker 'as stated'")
-    assert found[1][0] == "kept"
-
-
-def test_a_leak_in_a_sum_is_found_by_the_task():
-    task = make_task("arithmetic", pool={1: 4}, seeds={})
-    problem = task.problem(3, 4)
-    rows = [
-        stub.rollout(task, problem, text, hinted=True) for text in ("07|#7", "3+4(07),C0|,7C0|07|#7", problem.solution)
-    ]
-    found = select(rows, {problem.id: problem}, task, Selection())
-    assert [r.verdict for r in found] == ["rejected", "rejected", "rationalised"]
-    assert all(r.correct for r in found) and all(r.reason.startswith("hint leak: ") for r in found[:2])
-
-
-def test_duplicates_are_those_of_one_problem_up_to_white_space():
-    rows = [
-        row("so  it is\n7"),
-        row("so it is 7 "),
-        row("it is 7"),
-        row("so it is 8", "q"),
-        row("so it is 8", "q", hinted=True),
-    ]
-    assert [v for v, _ in verdicts(rows)] == ["kept", "rejected", "kept", "kept", "rejected"]
-    assert verdicts(rows)[1] == ("rejected", "duplicate")
-    assert [v for v, _ in verdicts(rows, Selection(dedupe=False))] == [
-        "kept",
-        "kept",
-        "kept",
-        "kept",
-        "rationalised",
-    ]
-
-
-def test_what_was_kept_in_earlier_loops_is_a_duplicate():
-    rows = [row("so   7"), row("so 7", "q"), row("then 7")]
-    found = verdicts(rows, seen=[("p", "so 7")])
-    assert found == [("rejected", "duplicate"), ("rejected", "wrong answer"), ("kept", "right answer")]
-
-
-def test_a_rejected_row_makes_no_duplicate_and_fills_no_cap():
-    rows = [row("so 7", truncated=True), row("so 7"), row("then 7")]
-    assert [v for v, _ in verdicts(rows, Selection(cap_per_problem=2))] == ["rejected", "kept", "kept"]
-
-
-def test_cap_per_problem():
-    rows = [row("a 7"), row("b 7"), row("c 7"), row("a 8", "q"), row("b 8", "q", hinted=True)]
-    found = verdicts(rows, Selection(cap_per_problem=1))
-    assert [v for v, _ in found] == ["kept", "rejected", "rejected", "kept", "rejected"]
-    assert found[1][1] == "over the cap per problem"
-
-
-def test_exact_filter_asks_the_audit_and_none_passes():
-    rows = [row("a 7", valid=False), row("b 7", valid=True), row("c 7", valid=None)]
-    assert [v for v, _ in verdicts(rows)] == ["kept"] * 3
-    assert verdicts(rows, Selection(exact_filter=True))[0] == ("rejected", "wrong step")
-    assert [v for v, _ in verdicts(rows, Selection(exact_filter=True))[1:]] == ["kept", "kept"]
-
-
-def test_counts_of_a_loop_add_up_whatever_the_reasons():
-    rows = [
-        row("a 7"),
-        row("a 7"),
-        row("9"),
-        row(""),
-        row("so 7", truncated=True, correct=False),
-        row("given answer 7", hinted=True),
-        row("hence 8", "q", hinted=True),
-    ]
-    found = summary(select(rows, PROBLEMS, TASK, Selection()))
-    rejected = {k: v for k, v in found.items() if k.startswith("rejected_")}
-    assert rejected == {
-        "rejected_duplicate": 1,
-        "rejected_wrong_answer": 1,
-        "rejected_no_answer": 1,
-        "rejected_truncated": 1,
-        "rejected_hint_leak": 1,
-    }
-    assert (
-        found["kept"] + found["rationalised"] + sum(rejected.values())
-        == found["attempted"] + found["hinted_attempted"]
-        == 7
-    )
-    assert (found["kept"], found["rationalised"], found["share_rationalised"]) == (1, 1, 0.5)
-    assert found["solve_rate"] == 2 / 5 and found["hinted_solve_rate"] == 1.0 and found["problems_solved"] == 1
-
-
-# ---------------------------------------------------------------------------------------- who is rationalised
-
-
-def right(task):
-    return lambda problem: task.solution(problem)
-
-
-def test_only_problems_without_any_right_sample_are_rationalised(tmp_path, monkeypatch):
-    ctx = stub.context(tmp_path, loop={"k": 2, "n_iters": 1})
-    arm, loop = stub.arm_of(ctx)
-    pool = ctx.task.pool(1, ctx.seed, loop.problems_per_iter)
-    solved = {p.id for p in pool[::3]}
-    calls = iter(range(10_000))
-
-    def write(problem, hinted, n):  # one of the two samples is right
-        return ctx.task.solution(problem) if hinted or problem.id in solved and next(calls) % 2 else "#0"
-
-    asked = stub.script(monkeypatch, write)
-    rows = star.rationalised_rollouts(arm, loop, None, 1)
-    assert [stage for stage, *_ in asked] == ["sample", "rationalise"]
-    assert asked[0][3] == [p.id for p in pool]
-    hit = {r.problem_id for r in rows if r.correct and not r.hinted}
-    assert hit and hit <= solved and asked[1][3] == [p.id for p in pool if p.id not in hit]
-    assert {r.problem_id for r in rows if r.verdict == "rationalised"} == {p.id for p in pool} - hit
-
-
-@pytest.mark.parametrize("own", [{"preset": "star_norat"}, {"p_rationalize": 0.0}])
-def test_without_rationalisation_no_hint_is_shown(tmp_path, monkeypatch, own):
-    ctx = stub.context(tmp_path, arms={"star": own})
-    arm, loop = stub.arm_of(ctx)
-    asked = stub.script(monkeypatch, lambda *_: None)
-    assert not any(r.hinted for r in star.rationalised_rollouts(arm, loop, None, 1))
-    assert not any(hinted and ids for _, hinted, _, ids in asked)
-
-
-def test_a_share_of_the_failures_is_rationalised_and_the_same_ones_again():
-    pool = make_task("arithmetic").pool(1, 0)
-    picked = [p for p in pool if star.should_rationalize(p, 1, 0.3)]
-    assert 0.25 < len(picked) / len(pool) < 0.35
-    assert (
-        picked
-        == [p for p in pool if star.should_rationalize(p, 1, 0.3)]
-        != [p for p in pool if star.should_rationalize(p, 2, 0.3)]
-    )
-    assert all(star.should_rationalize(p, 1, 1.0) for p in pool) and not any(
-        star.should_rationalize(p, 1, 0.0) for p in pool
-    )
-
-
-# ------------------------------------------------------------------------------------------- training prompts
-
-
-def kept_rows(ctx, loop, n=1):
-    """Every problem of the pool of loop n, every other one rationalised."""
-    pool = ctx.task.pool(n, ctx.seed, loop.problems_per_iter)
-    rows = [
-        stub.rollout(ctx.task, p, ctx.task.solution(p), hinted=bool(i % 2), iteration=n) for i, p in enumerate(pool)
-    ]
-    return select(rows, {p.id: p for p in pool}, ctx.task, Selection())
-
-
-def texts(ctx, examples):
-    return [(ctx.tokenizer.decode(e.prompt), ctx.tokenizer.decode(e.completion)) for e in examples]
-
-
-def test_no_training_prompt_holds_the_hint(tmp_path):
-    ctx = stub.context(tmp_path)
-    arm, loop = stub.arm_of(ctx)
-    rows = kept_rows(ctx, loop)
-    assert any("(" in r.prompt for r in rows)  # as it was shown to the model
-    examples = star.training_examples(arm, loop, rows, 1)
-    assert len(examples) == len(rows)
-    for r, example, (prompt, completion) in zip(rows, examples, texts(ctx, examples), strict=True):
-        assert prompt == f"{r.problem_id}=" and completion == r.completion  # `decode` skips the EOS
-        assert example.completion[-1] == ctx.tokenizer.eos_id
-
-
-def test_the_hint_stays_in_rationalised_rows_where_the_ablation_asks_for_it(tmp_path):
-    ctx = stub.context(tmp_path, loop={"p_keep_hint": 1.0})
-    arm, loop = stub.arm_of(ctx)
-    rows = kept_rows(ctx, loop)
-    prompts = [prompt for prompt, _ in texts(ctx, star.training_examples(arm, loop, rows, 1))]
-    assert prompts == [r.prompt for r in rows] and sum("(" in p for p in prompts) == sum(r.hinted for r in rows)
-
-
-def test_a_share_of_the_hints_stays():
-    rows = [row("so 7", hinted=True, problem_id=str(i)) for i in range(2000)]
-    assert 0.25 < sum(rollouts.show_hint(r, 0.3) for r in rows) / 2000 < 0.35
-    assert not any(rollouts.show_hint(dataclasses.replace(r, hinted=False), 1.0) for r in rows)
-
-
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_data_are_of_this_loop_alone_or_of_all(tmp_path, accumulate):
-    ctx = stub.context(tmp_path, loop={"accumulate": accumulate})
-    arm, loop = stub.arm_of(ctx)
-    first, second = kept_rows(ctx, loop, 1), kept_rows(ctx, loop, 2)
-    stub_file(arm, 1, [*first, dataclasses.replace(first[0], verdict="rejected", completion="no")])
-    got = texts(ctx, star.training_examples(arm, loop, second, 2))
-    wanted = [*first, *second] if accumulate else second
-    assert got == [(f"{r.problem_id}=", r.completion) for r in wanted]
-
-
-def stub_file(arm, n, rows):
-    from qstar.data.sources import write_jsonl
-
-    write_jsonl(arm.rationales(n), [r.to_json() for r in rows])
-
-
-def test_accumulated_loops_hold_no_row_twice(tmp_path, monkeypatch):
-    """One digit has few sums: a greedy model writes the same text for the same one in every loop."""
-    ctx = stub.context(tmp_path, loop={"accumulate": True, "rationalize": False}, task={"pool": {"1": 45}, "seeds": {}})
-    arm, loop = stub.arm_of(ctx)
-    stub.script(monkeypatch, lambda p, hinted, n: ctx.task.solution(p) + "")
-    kept = []
-    for n in (1, 2):
-        kept = [r for r in star.rationalised_rollouts(arm, loop, None, n) if r.verdict != "rejected"]
-    got = texts(ctx, star.training_examples(arm, loop, kept, 2))
-    drawn = {f"{p.id}=" for n in (1, 2) for p in ctx.task.pool(n, ctx.seed)}
-    assert len(got) == len(set(got)) and {prompt for prompt, _ in got} == drawn and len(kept) < 45
-    loop = dataclasses.replace(loop, accumulate=False)
-    arm = stub.Arm(ctx, "other")
-    rows = [star.rationalised_rollouts(arm, loop, None, n) for n in (1, 2)]
-    assert all(r.verdict == "kept" for loop_rows in rows for r in loop_rows)  # every loop by itself
-
-
-def test_gold_solutions_are_in_the_mix_where_asked_for(tmp_path):
-    ctx = stub.context(tmp_path, loop={"include_sft_data": True})
-    arm, loop = stub.arm_of(ctx)
-    rows = kept_rows(ctx, loop)[:2]
-    got = texts(ctx, star.training_examples(arm, loop, rows, 1))
-    pool = ctx.task.pool(1, ctx.seed, loop.problems_per_iter)
-    assert got[2:] == [(f"{p.id}=", p.solution) for p in pool]
-
-
-def test_rows_that_do_not_fit_are_dropped_and_counted_aloud(tmp_path):
-    ctx = stub.context(tmp_path, train={"row_length": 26})
-    arm, loop = stub.arm_of(ctx)
-    rows = kept_rows(ctx, loop)
-    got = star.training_examples(arm, loop, rows, 1)
-    assert 0 < len(got) < len(rows) and all(len(e) <= 26 for e in got)
-    assert any(f"{len(rows) - len(got)} of {len(rows)} rows are longer" in line for line in ctx.console.lines)
-
-
-def few_shot_tasks(shared):
-    data, prompts = shared("data"), str(shared("data/prompts/star"))
-    gsm = {"train": f"{data}/gsm8k/train.jsonl", "test": f"{data}/gsm8k/test.jsonl"}
-    cqa = {k: f"{data}/commonsenseqa/{n}_rand_split.jsonl" for k, n in (("train", "train"), ("test", "dev"))}
-    return [make_task("gsm8k", prompts=prompts, **gsm), make_task("commonsense_qa", prompts=prompts, **cqa)]
-
-
-def test_few_shot_items_are_in_no_pool_and_no_evaluation(shared):
-    for task in few_shot_tasks(shared):
-        shown = {" ".join(line[3:].split()) for line in task.prefix().splitlines() if line.startswith("Q: ")}
-        assert len(shown) >= 5
-        for problems in (task.pool(1, 0), task.problems("val"), task.problems("test")):
-            assert len(problems) > 100 and not shown & {" ".join(p.question.split()) for p in problems}
-
-
-def test_few_shot_text_in_training_prompts_is_the_one_without_hints(shared, tmp_path):
-    task = few_shot_tasks(shared)[1]
-    ctx = stub.context(tmp_path, loop={"few_shot_in_train": True, "problems_per_iter": 3}, train={"row_length": 4096})
-    ctx.task = task
-    ctx.tokenizer = CharTokenizer()
-    arm, loop = stub.arm_of(ctx)
-    pool = task.pool(1, ctx.seed, 3)
-    rows = [stub.rollout(task, p, f" So ({p.gold}).", hinted=True) for p in pool]
-    rows = select(rows, {p.id: p for p in pool}, task, Selection())
-    assert all("(CORRECT)" in r.prompt and r.verdict == "rationalised" for r in rows)
-    got = [ctx.tokenizer.decode(e.prompt) for e in star.training_examples(arm, loop, rows, 1)]
-    assert got == [task.prefix() + task.prompt(p) for p in pool] and not any("CORRECT" in text for text in got)
-
-
-class CharTokenizer:
-    """Characters as ids, for text that the alphabet of sums does not hold."""
-
-    eos_id = 0
-
-    def encode_pair(self, prompt, completion):
-        return list(map(ord, prompt)), list(map(ord, completion))
-
-    def decode(self, ids):
-        return "".join(chr(i) for i in ids if i)
+from qstar.train.stats import auc
+from qstar.types import Rollout
+
+NAN = math.nan
+
+
+def test_best_of_takes_the_first_of_the_best_and_no_number_last():
+    assert best_of([1.0, 3.0, 3.0]) == 1 and best_of([NAN, -math.inf, NAN]) == 1
+    assert best_of([NAN, NAN]) == 0 and best_of([]) is None
+
+
+def test_weighted_votes():
+    assert weighted_majority(["a", "b", "b"], [0.9, 0.4, 0.4]) == "a"
+    assert weighted_majority(["a", "b", "b"], [0.9, 0.5, 0.5]) == "b"
+    assert weighted_majority([None, "b"], [9.0, 0.1]) == "b" and weighted_majority([None], [1.0]) is None
+    assert weighted_majority(["a", "b"], [NAN, 0.1]) == "b"
+
+
+def test_equal_weights_make_the_plain_majority():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        answers = [[None, "a", "b", "c"][i] for i in rng.integers(0, 4, 7)]
+        votes = {a: answers.count(a) for a in answers if a is not None}
+        won = weighted_majority(answers, [1.0] * 7)
+        assert won is None if not votes else votes[won] == max(votes.values()) == votes[majority(answers)]
+
+
+def test_top_m_votes_among_the_best_alone():
+    answers, scores = ["a", "b", "b", "c", "c"], [5.0, 1.0, 0.0, 4.0, 3.0]
+    assert top_m_vote(answers, scores, 1) == "a" and top_m_vote(answers, scores, 3) == "c"
+    assert top_m_vote(answers, scores, 2) == "a"  # a tie goes to the better score
+    assert top_m_vote(answers, scores, 99) == "c"
+    with pytest.raises(ValueError, match="m=0"):
+        top_m_vote(answers, scores, 0)
+
+
+def test_a_rule_takes_the_best_scored_solution_of_the_winning_answer():
+    answers, scores = ["a", "b", "b", None], [-1.0, -3.0, -2.0, 0.0]
+    assert choose("greedy", answers) == 0
+    assert choose("majority", answers, scores) == 2 and choose("majority", answers) == 1
+    assert choose("best_of_k", answers, scores) == 3  # a verifier may prefer what cannot be read: so be it
+    assert choose("weighted_majority", answers, scores) == 0  # e^-1 against e^-3 + e^-2
+    assert choose("top_m_vote", answers, scores, m=2) == 0
+    assert choose("majority", [None, None]) is None and choose("greedy", []) is None
+    with pytest.raises(UserError, match="majority"):
+        choose("majorty", answers)
+
+
+def test_chances_weigh_as_they_are_and_likelihoods_by_their_exponential():
+    assert select.weights([0.2, 1.0, NAN]) == [0.2, 1.0, 0.0]
+    assert select.weights([-700.0, -701.0]) == pytest.approx([1.0, math.exp(-1)])
+    assert select.weights([NAN, NAN]) == [1.0, 1.0]
+
+
+def brute(problem, k, win):
+    """The mean over all subsets of k."""
+    found = [win(list(s)) for s in itertools.combinations(range(len(problem.answers)), k)]
+    return sum(found) / len(found)
+
+
+def share(values, correct):
+    """How often a uniform choice among the largest is right."""
+    top = [c for v, c in zip(values, correct) if v == max(values)]
+    return sum(top) / len(top)
+
+
+@pytest.fixture(scope="module")
+def problems():
+    rng = np.random.default_rng(1)
+    out = []
+    for _ in range(6):
+        correct = rng.random(8) < 0.4
+        answers = ["right" if c else rng.choice([None, "x", "y"], p=[0.2, 0.5, 0.3]) for c in correct]
+        scores = {"v": rng.integers(0, 4, 8).astype(float), "logp": rng.normal(-9, 1, 8)}
+        out.append(Candidates(answers, correct.tolist(), scores))
+    return out
+
+
+def test_best_of_k_is_the_mean_over_all_subsets(problems):
+    found = curves(problems, [1, 2, 4, 8])
+    for k, p in itertools.product([1, 2, 4, 8], range(len(problems))):
+        c = problems[p]
+        for name in ("v", "logp"):
+            exact = brute(c, k, lambda s: share([c.scores[name][i] for i in s], [c.correct[i] for i in s]))  # noqa: B023
+            assert found[f"best/{name}"][k][p] == pytest.approx(exact)
+        assert found["pass"][k][p] == pytest.approx(brute(c, k, lambda s: any(c.correct[i] for i in s)))  # noqa: B023
+        assert found["majority"][1][p] == pytest.approx(np.mean(c.correct))
+
+
+def test_votes_by_score_are_near_the_mean_over_all_subsets(problems):
+    k, m = 4, 2
+    found = curves(problems, [k, 8], m=m)
+
+    def weighted(c, s):
+        votes = {}
+        for i in s:
+            if c.answers[i] is not None:
+                votes[c.answers[i]] = votes.get(c.answers[i], 0) + math.exp(c.scores["logp"][i])
+        return bool(votes) and max(votes, key=votes.get) == "right"
+
+    def top(c, s):
+        best = sorted(s, key=lambda i: -c.scores["logp"][i])[:m]
+        votes = [c.answers[i] for i in best if c.answers[i] is not None]
+        counts = {a: votes.count(a) for a in votes}
+        return share(list(counts.values()), [a == "right" for a in counts]) if votes else 0.0
+
+    for rule, win in (("weighted", weighted), (f"top{m}", top)):
+        ours = [found[f"{rule}/logp"][k][i] for i in range(len(problems))]
+        exact = [brute(c, k, functools.partial(win, c)) for c in problems]
+        np.testing.assert_allclose(ours, exact, atol=0.13)  # 200 of 70 subsets, drawn
+        assert np.mean(ours) == pytest.approx(np.mean(exact), abs=0.04)
+        assert found[f"{rule}/logp"][8][0] == pytest.approx(
+            brute(problems[0], 8, lambda s, win=win: win(problems[0], s))
+        )
+
+
+def test_a_judge_grades_one_solution_at_a_time_and_a_reply_without_number_comes_last():
+    asked = []
+
+    def ask(texts):
+        asked.extend(texts)
+        return ["Step 2 is wrong.\n3", "fine: 9.5", "no idea", "-1"]
+
+    scores = select.llm_judge(ask)(["p", "q"], [["a", "b"], ["c", "d"]])
+    assert scores.shape == (2, 2) and scores[0].tolist() == pytest.approx([0.3, 0.95]) and scores[1, 1] == 0
+    assert math.isnan(scores[1, 0]) and "p" in asked[1] and "b" in asked[1] and best_of(scores[1]) == 1
+
+
+def test_weights_of_votes_are_of_one_kind_for_all_problems_of_a_scorer():
+    """A judge's grades are chances; log-likelihoods that happen to lie in [0, 1] for one problem stay log-likelihoods."""
+    grades = select.llm_judge(lambda texts: ["0", "1", "1"])(["p"], [["a", "b", "c"]])[0].tolist()
+    assert select.weights(grades) == pytest.approx([0, 0.1, 0.1])
+    answers, correct = ["1", "2", "2", "2"], [True, False, False, False]
+    ratio = [1.0, 0.0, 0.0, 0.0]  # as chances 1 against 0; as log-likelihoods e against 3
+    odd = select.Candidates(answers, correct, {"logratio": ratio})
+    other = select.Candidates(answers, correct, {"logratio": [-3.0, -1.0, -2.0, 2.0]})
+    assert select.curves([odd], [4])["weighted/logratio"][4] == [1.0]
+    assert select.curves([odd, other], [4])["weighted/logratio"][4][0] == 0.0
+
+
+def test_a_paired_difference_is_narrower_than_its_parts():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)
+    gain, low, high = select.difference(hard + 0.05, hard)
+    assert gain == pytest.approx(0.05) and low == pytest.approx(0.05) and high == pytest.approx(0.05)
+
+
+def test_what_a_scorer_is_worth(problems):
+    found = select.quality(problems, values := curves(problems, [1, 4]))
+    for name in ("v", "logp"):
+        areas = [auc(p.scores[name], p.correct) for p in problems]
+        assert found["auc"][name] == pytest.approx(np.nanmean(areas))
+        regret = np.subtract(values["pass"][4], values[f"best/{name}"][4])
+        assert found["regret"][name]["4"][0] == pytest.approx(regret.mean()) and found["regret"][name]["1"][
+            0
+        ] == pytest.approx(0)
+        flat = [
+            np.concatenate([np.asarray(x, float) for x in xs])
+            for xs in zip(*((p.scores[name], p.correct) for p in problems))
+        ]
+        assert found["auc_pooled"][name] == pytest.approx(auc(*flat))
+        assert found["calibration"][name].keys() == {"ece", "brier"}
+    nothing = [Candidates(["right"] * 2, [True] * 2, {"v": [1.0, 2.0]})]
+    assert select.quality(nothing, curves(nothing, [1]))["auc"] == {"v": None}
+
+
+def test_auc_by_the_kind_of_mistake_sets_aside_the_other_kinds():
+    """The scorer sees skipped lines and is blind to wrong digits."""
+    one = Candidates(["right", "x", "y", "z"], [True, False, False, False], {"v": [2.0, 2.0, 0.0, 2.0]})
+    two = Candidates(["right", "x"], [True, False], {"v": [0.0, -1.0]})
+    found = select.auc_by_fault([one, two], [[None, "digit", "line", None], [None, "line"]])
+    assert found == {"line": {"samples": 2, "problems": 2, "auc": {"v": 1.0}},
+                     "digit": {"samples": 1, "problems": 1, "auc": {"v": 0.5}}}  # fmt: skip
+    assert list(found) == ["line", "digit"]
+
+
+# ------------------------------------------------------------------ a vote is over what was written, not over its correctness
+
+
+def rollouts_of(task, answers, right):
+    keep = dict(problem_id="p", iteration=0, hinted=False, group="", prompt="", completion="", gold="", verdict="", reason="",
+                truncated=False, valid=None, logprob=0.0, n_tokens=1)  # fmt: skip
+    return [Rollout(sample=i, answer=a, correct=z, **keep) for i, (a, z) in enumerate(zip(answers, right))]
+
+
+@pytest.fixture
+def mbpp(tmp_path):
+    row = {"task_id": 11, "text": "Square.", "code": "def f(x): return x * x", "test_list": ["assert f(3) == 9"]}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(row))
+    return make_task("mbpp", data=str(tmp_path / "mbpp.jsonl"))
+
+
+def test_programs_vote_by_their_text_and_not_by_the_hidden_tests(mbpp):
+    (problem,) = mbpp.problems("test")
+    programs = ["def f(x): return x * x", "def f(x): return x ** 2", *(f"def f(x): return x - {i}" for i in range(14))]
+    right = mbpp.judged([problem] * 16, programs)
+    assert sum(right) == 2
+    rows = rollouts_of(mbpp, programs, right)
+    assert many(rows, 16, mbpp.ballots)["majority@16"] == pytest.approx(2 / 16)
+    found = curves([candidates(rows, {"s": [1.0] * 16}, mbpp.ballots)], [16], m=16)
+    for rule in ("majority", "weighted/s", "top16/s"):
+        assert found[rule][16] == pytest.approx([2 / 16])
+    same = ["def f(x): return x*x", "def f(x):\n    # squares\n    return x * x", *programs[2:]]
+    assert many(rollouts_of(mbpp, same, right), 16, mbpp.ballots)["majority@16"] == 1.0  # two of one text
+
+
+def test_an_answer_that_is_right_in_part_counts_in_part():
+    found = curves([Candidates(["a", "a", "a", "b"], [True, True, False, False], {})], [4])
+    assert found["majority"][4] == pytest.approx([2 / 3])
