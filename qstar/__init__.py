@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qstar.models.model import Model, load, save
     from qstar.models.scoring import logits, logprobs
     from qstar.models.thought_config import ThoughtConfig
-    from qstar.runs.generation import generate
+    from qstar.runs.rollouts import generate
     from qstar.types import Completion
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ _HOME = {
     "UserError": "qstar.errors",
     "Verifier": "qstar.methods.verifier",
     "ThoughtConfig": "qstar.models.thought_config",
-    "generate": "qstar.runs.generation",
+    "generate": "qstar.runs.rollouts",
     "load": "qstar.models.model",
     "logits": "qstar.models.scoring",
     "logprobs": "qstar.models.scoring",

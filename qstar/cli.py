@@ -142,6 +142,7 @@ def evaluate(argv: list[str]) -> int:
         return _evaluate_quiet(a)
     from rich.console import Console
 
+    from qstar.methods.score_samples import by_scores
     from qstar.models.model import load
     from qstar.report.pages.v_star import curve_rows, write_evaluation
     from qstar.runs.evaluate import evaluate_model, result_rows, unanswered
@@ -154,7 +155,6 @@ def evaluate(argv: list[str]) -> int:
     scorers = _scorers(a.verifier, task)
     require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
     unused = ("verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature")
-    unused = (*unused, "too_long") if a.too_long == "error" else unused  # folders of earlier versions have no such key
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
     out = local_folder("--out", a.out) if a.out else None
     try:
@@ -169,7 +169,7 @@ def evaluate(argv: list[str]) -> int:
             seed=a.seed,
             out=out,
             made_with=made_with,
-            scorers=scorers,
+            score=lambda rows, *where: by_scores(rows, a.samples, scorers, *where, task.ballots),
             too_long=a.too_long,
         )
     except preemption.Preempted:
@@ -271,7 +271,7 @@ def export(argv: list[str]) -> int:
     p.add_argument("--out", metavar="DIR", required=True, help="new folder, or an earlier export to replace")
     a = p.parse_args(argv)
     start_jax(a.device)
-    from qstar.runs.evaluate import export_model
+    from qstar.methods.export import export_model
 
     print(export_model(local_folder("--run", a.run), a.arm, a.iteration, local_folder("--out", a.out), a.verifier))
     return 0

@@ -32,16 +32,14 @@ FLOORS = (
     {"__main__"},
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-WITHIN: set[tuple[str, str]] = {
-    ("runs.evaluate", "methods"),  # until evaluation of selectors is called from above
-}
+WITHIN: set[tuple[str, str]] = set()
 BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10% above
     "": 1470, "text": 465, "data": 390, "models": 3450, "tasks": 3385, "sample": 970, "thoughts": 1300, "train": 1820,
     "runs": 1750, "methods": 3790, "report": 1435, "plan": 1010, "bench": 600,
 }  # fmt: skip
 TODAY = {  # while the packages are rewritten: a limit that only falls
     "": 2400, "data": 509, "models": 4330, "tasks": 4421, "sample": 1195, "thoughts": 1670, "train": 2170,
-    "runs": 2500, "methods": 5402, "report": 2140, "plan": 1657, "bench": 1515,
+    "runs": 2060, "methods": 5402, "report": 2140, "plan": 1657, "bench": 1515,
 }  # fmt: skip
 LONG_FILES = {
     "cli.py": 410,

@@ -36,7 +36,7 @@ def ten_updates(mesh, rows, folder):
     from qstar.models import decoder
     from qstar.models.config import ModelConfig
     from qstar.models.model import Model
-    from qstar.runs.supervised import TrainSettings, fine_tune, pack_rows
+    from qstar.runs.stages import Stage, TrainSettings, fine_tune, pack_rows
     from qstar.text.packing import Example
     from qstar.train.losses import sft_loss
     from qstar.types import Batch
@@ -56,7 +56,7 @@ def ten_updates(mesh, rows, folder):
     found = {f"gradient {name}": x for name, x in tree.named_leaves(to_host(mesh_jit(jax.grad(loss))(params, first)))}
     lines = []
     writer = types.SimpleNamespace(write=lambda **row: lines.append(row))
-    model, _ = fine_tune(start, examples, settings, steps=UPDATES, seed=1, folder=folder, writer=writer, label={})
+    model, _ = fine_tune(start, examples, Stage(folder, settings, UPDATES, 1, writer))
     found |= {key: np.asarray([line[key] for line in lines]) for key in ("loss", "grad_norm", "tokens")}
     return found | {f"parameter {name}": x for name, x in tree.named_leaves(to_host(model.params))}
 

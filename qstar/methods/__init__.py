@@ -1,4 +1,4 @@
-"""The methods. Each reads like its paper's algorithm; `METHODS` is what a config's `method` may name."""
+"""The methods, one module each; `run` starts the one that a config names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(config: Any, workdir: Any, console: Any) -> None:
     }
     if config.get("method") not in methods:
         raise unknown(f"config.method={config.get('method')!r}", str(config.get("method")), methods)
-    if isinstance(config.get("seed"), int):  # whoever reads the section refuses all else
+    if isinstance(config.get("seed"), int):  # other types are refused with the section that holds it
         check_seed("config.seed", config.seed)
     try:
         methods[config.method](config, workdir, console)

@@ -17,31 +17,28 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-import jax
 import numpy as np
-from rich.console import Console
 
 from qstar import distributed
-from qstar.errors import TrainingFailed, check_type, require, unknown
-from qstar.mesh import make_mesh
+from qstar.errors import TrainingFailed, bounded, require, unknown
 from qstar.methods import guided_hotpotqa, guided_two_hop
 from qstar.methods.distillation import DistilTrain, Pair, distil
 from qstar.methods.quiet_star import in_order
 from qstar.methods.reinforce import Environment, ReinforceSettings, reinforce
 from qstar.models.hf import read_config
 from qstar.models.model import Model
-from qstar.runs.console import Screen
-from qstar.runs.folder import cached_jsonl, check_run, once_json, open_run, stable_seed, write_json
-from qstar.runs.gates import check_gates
-from qstar.runs.settings import Gate, Log, Sections, settings_from
+from qstar.runs.base_model import check_gates
+from qstar.runs.context import RunContext
+from qstar.runs.folder import cached_jsonl, check_run, once_json, stable_seed, write_json
+from qstar.runs.settings import Gate, Sections, settings_from
 from qstar.runs.stages import Stage
 from qstar.tasks import make_task
 from qstar.tasks.multihop import MultiHop
 from qstar.train.distil import DistilSettings
 from qstar.train.loop import Diverged
-from qstar.train.metrics import Writer, show_table
+from qstar.train.metrics import show_table
 from qstar.train.rl import RLSettings
 from qstar.train.stats import paired
 
@@ -125,64 +122,52 @@ class GuidedTask(Protocol):
         """What takes longer to find out: votes, choices among several rationales, leaks."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuidedSections(Sections):
+    """The sections of a config of LM-Guided CoT."""
+
+    task: dict
+    train: dict  # ReinforceSettings of all arms
+    gates: dict[str, GuidedGate] = dataclasses.field(default_factory=dict)
+    world: dict = dataclasses.field(default_factory=dict)
+    distil: DistilSettings = dataclasses.field(default_factory=DistilSettings)
+    distil_train: DistilTrain = dataclasses.field(default_factory=DistilTrain)
+    rl: dict = dataclasses.field(default_factory=dict)  # RLSettings of all arms
+    students: int = bounded(1, ge=1)
+    studied: list = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require((isinstance(self.task.get("name"), str), "task.name is missing; name a task, e.g. arithmetic"))
+        super().__post_init__()
+
+
 @dataclasses.dataclass
-class GuidedContext(Screen):
-    """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
+class GuidedContext(RunContext):
+    """One run of LM-Guided CoT."""
 
-    config: Any
-    workdir: Path
-    console: Console
-    setting: GuidedTask
-    seed: int
-    students: int
-    studied: tuple[str, ...]
-    recipes: dict[str, GuidedConfig]
-    distil_settings: DistilSettings
-    distil_train: DistilTrain
-    gates: dict[str, Gate]
-    writer: Writer = None
+    SECTIONS: ClassVar = GuidedSections
+    setting: GuidedTask = dataclasses.field(init=False)
+    recipes: dict[str, GuidedConfig] = dataclasses.field(init=False)
 
-    @classmethod
-    def make(cls, config: Any, workdir: Path, console: Console) -> GuidedContext:
-        """Reads a config; all that can be wrong in it is found here, before anything is written."""
-        values = config.to_dict()
-        extra = {k: values.pop(k, {}) for k in ("world", "distil", "distil_train")}
-        students, studied = values.pop("students", 1), values.pop("studied", [])
-        check_type("config.students", students, int)
-        check_type("config.studied", studied, list)
-        require((students >= 1, f"config.students={students} must be at least 1"))
-        sections = settings_from(Sections, {"model": {}, "loop": {}, "sample": {}, "evaluate": {}, **values}, "")
-        settings_from(Log, sections.log, "log")
-        setting = make_setting(sections, extra["world"], workdir)
-        ctx = cls(
-            config=config,
-            workdir=workdir,
-            console=console,
-            setting=setting,
-            seed=config.seed,
-            students=students,
-            studied=tuple(studied),
-            recipes=in_order({n: settings_from(GuidedConfig, arm, f"arms.{n}") for n, arm in sections.arms.items()}),
-            distil_settings=settings_from(DistilSettings, extra["distil"], "distil"),
-            distil_train=settings_from(DistilTrain, extra["distil_train"], "distil_train"),
-            gates={k: settings_from(GuidedGate, gate, f"gates.{k}") for k, gate in sections.gates.items()},
-        )
-        for name in ctx.recipes:
-            ctx.rl_settings(name)
-        for name in ctx.studied:
-            if name not in ctx.recipes:
-                raise unknown(f"config.studied: {name!r}", name, ctx.recipes)
-        return ctx
+    def __post_init__(self) -> None:
+        arms = {n: settings_from(GuidedConfig, arm, f"arms.{n}") for n, arm in self.settings.arms.items()}
+        self.setting = make_setting(self.settings, self.workdir, self.mesh)
+        self.recipes = in_order(arms)
+        for name in self.recipes:
+            self.rl_settings(name)
+        for name in self.settings.studied:
+            if name not in self.recipes:
+                raise unknown(f"config.studied: {name!r}", name, self.recipes)
 
     def rl_settings(self, name: str) -> tuple[RLSettings, ReinforceSettings]:
         """Returns an arm's RL settings: the config's, with the arm's changes."""
-        recipe, values = self.recipes[name], self.config.to_dict()
-        rl = settings_from(RLSettings, {**values.get("rl", {}), **recipe.rl}, f"arms.{name}.rl")
+        recipe = self.recipes[name]
+        rl = settings_from(RLSettings, {**self.settings.rl, **recipe.rl}, f"arms.{name}.rl")
         changes = recipe.train if recipe.start != "base" else {}
-        train = {**values["train"], "max_new_tokens": self.setting.max_new_tokens, **changes}
+        train = {**self.settings.train, "max_new_tokens": self.setting.max_new_tokens, **changes}
         return rl, settings_from(ReinforceSettings, train, f"arms.{name}.train")
 
-    def stage(self, where: Path, label: dict[str, Any], name: str, settings: Any, steps: int, seed: int) -> Stage:
+    def part(self, where: Path, label: dict[str, Any], name: str, settings: Any, steps: int, seed: int) -> Stage:
         """Returns a training stage in the folder WHERE/name."""
         self.say(f"  {name}: {steps} steps")
         return Stage(where / name, settings, steps, seed, self.writer, {**label, "part": name})
@@ -192,48 +177,46 @@ class GuidedContext(Screen):
         return self.workdir / f"student_{seed}"
 
 
-def make_setting(sections: Sections, world: dict[str, Any], workdir: Path) -> GuidedTask:
+def make_setting(sections: GuidedSections, workdir: Path, mesh: Any) -> GuidedTask:
     """Returns the two-hop world (task "hops"), or the questions of a multi-hop task."""
     options = dict(sections.task)
     name, seed = options.pop("name"), stable_seed(sections.seed, "world")
     if name == "hops":
-        return guided_two_hop.Synth(settings_from(guided_two_hop.SynthSettings, world, "world"), seed)
-    settings = settings_from(guided_hotpotqa.MultiHopSettings, world, "world")
+        return guided_two_hop.Synth(settings_from(guided_two_hop.SynthSettings, sections.world, "world"), seed)
+    settings = settings_from(guided_hotpotqa.MultiHopSettings, sections.world, "world")
     task = make_task(name, **options)
     require((isinstance(task, MultiHop), f"config.task.name={name!r} has no paragraphs to reason over; use hotpotqa"))
-    mesh = make_mesh(sections.mesh) if jax.device_count() > 1 or sections.mesh != "data=-1" else None
     return guided_hotpotqa.MultiHop(settings, task, seed, workdir, mesh)
 
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a config for every student seed, going on where an earlier run of the same config stopped."""
-    ctx = GuidedContext.make(config, Path(workdir), console)
+    ctx = GuidedContext.make(config, workdir, console)
     check_run(ctx.workdir, config.to_dict())
     if isinstance(ctx.setting, guided_hotpotqa.MultiHop):
         for folder in filter(None, (ctx.setting.settings.small, ctx.setting.settings.large.get("path"))):
             read_config(folder)  # a model that is not there shows before anything is written
     arms = {n: {"arm": r, **dict(zip(("rl", "train"), ctx.rl_settings(n)))} for n, r in ctx.recipes.items()}
-    open_run(ctx.workdir, config.to_dict(), resolved={**ctx.settings(), "arms": arms})
-    ctx.writer = Writer.of_run(ctx.workdir, config.to_dict())
+    ctx.start(arms=arms)
     ctx.say("\n[bold]large model[/bold]")
-    ctx.setting.train_large(functools.partial(ctx.stage, ctx.workdir, {"arm": "large"}))
+    ctx.setting.train_large(functools.partial(ctx.part, ctx.workdir, {"arm": "large"}))
     measures = functools.partial(once_json, ctx.workdir / "large" / "measured.json", ctx.setting.gates)
-    check_gates(ctx.console, ctx.workdir / "large", ctx.gates, measures)
+    check_gates(ctx, ctx.workdir / "large", measures)
     measures()  # also where no gate asks for them
     right: dict[str, dict[int, np.ndarray]] = {}
     fixed = once_json(ctx.workdir / "large" / "fixed_arms.json", lambda: _as_lists(ctx.setting.fixed_arms()))
     right |= {name: {0: np.asarray(x, bool)} for name, x in fixed.items()}
     once_json(ctx.workdir / "large" / "costs.json", ctx.setting.costs)
-    if ctx.studied:
+    if ctx.settings.studied:
         ctx.say("  own chains, by vote")
         once_json(ctx.workdir / "large" / "votes.json", ctx.setting.own_votes)
     measured: dict[str, list[dict[str, float]]] = {}
-    for seed in range(ctx.students):
+    for seed in range(ctx.settings.students):
         for name, found in student(ctx, seed).items():
             right.setdefault(name, {})[seed] = np.asarray(found.pop("right"), bool)
             measured.setdefault(name, []).append(found)
     results(ctx, right, measured)
-    ctx.writer.close()
+    ctx.close()
 
 
 def student(ctx: GuidedContext, seed: int) -> dict[str, dict[str, Any]]:
@@ -241,10 +224,10 @@ def student(ctx: GuidedContext, seed: int) -> dict[str, dict[str, Any]]:
     folder, own = ctx.student_folder(seed), stable_seed(ctx.seed, "student", seed)
     ctx.say(f"\n[bold]student {seed}[/bold]")
     label = {"arm": f"student_{seed}"}
-    models = {"base": ctx.setting.base(own, functools.partial(ctx.stage, folder, label))}
+    models = {"base": ctx.setting.base(own, functools.partial(ctx.part, folder, label))}
     rows = cached_jsonl(folder / "teacher.jsonl", lambda: ctx.setting.teacher_rows(own))
     out = {"undistilled": evaluate(ctx, folder, "undistilled", models["base"], seed)}
-    controls = ctx.setting.controls(models["base"], own, functools.partial(ctx.stage, folder, label))
+    controls = ctx.setting.controls(models["base"], own, functools.partial(ctx.part, folder, label))
     out |= {name: evaluate(ctx, folder, name, control, seed) for name, control in controls.items()}
     for name, recipe in ctx.recipes.items():
         ctx.say(f"  {name}")
@@ -256,7 +239,7 @@ def student(ctx: GuidedContext, seed: int) -> dict[str, dict[str, Any]]:
         except Diverged as e:
             raise TrainingFailed(f"config.arms.{name}: {e}") from None
         out[name] = evaluate(ctx, folder, name, models[name], seed)
-        if name in ctx.studied:
+        if name in ctx.settings.studied:
             ctx.say("    votes, choices, leaks")
             out[name]["study"] = once_json(
                 folder / name / "study.json", functools.partial(ctx.setting.study, models[name])
@@ -275,12 +258,12 @@ def distilled(
         mine = [r for r in rows if r.get("type", "") == kind]
         record[f"keep_rate/{kind}"] = sum(r.get("type", "") == kind for r in kept) / len(mine)
     once_json(folder / name / "buffer.json", lambda: {"filter": recipe.filter, **record})
-    train = dataclasses.replace(ctx.distil_train, **recipe.train)
+    train = dataclasses.replace(ctx.settings.distil_train, **recipe.train)
     with ctx.bar(name, recipe.steps) as progress:
         return distil(
             base,
             ctx.setting.to_pairs(kept),
-            ctx.distil_settings,
+            ctx.settings.distil,
             train,
             steps=recipe.steps,
             seed=own,
@@ -339,7 +322,7 @@ def results(
     steps = [(a, b) for a, b in _steps(ctx.recipes) if a in right and b in right]
     differences = []
     for a, b in steps:
-        low, middle, high = paired(*(_over_students(right[n], ctx.students) for n in (a, b)))
+        low, middle, high = paired(*(_over_students(right[n], ctx.settings.students) for n in (a, b)))
         differences.append({"from": a, "to": b, "difference": 100 * middle, "low": 100 * low, "high": 100 * high})
     studies = {name: [f["study"] for f in found if "study" in f] for name, found in measured.items()}
     out = {"arms": rows, "differences": differences}

@@ -23,8 +23,7 @@ from qstar.models.config import ModelConfig, preset
 from qstar.models.model import Model
 from qstar.models.scoring import logits
 from qstar.runs.folder import stable_seed
-from qstar.runs.stages import Stage, train_stage
-from qstar.runs.supervised import TrainSettings, sft_step
+from qstar.runs.stages import Stage, TrainSettings, sft_step, train_stage
 from qstar.sample.batching import generate
 from qstar.tasks import two_hop_world
 from qstar.types import Batch, Completion

@@ -6,23 +6,21 @@ see. The gates check that, cheaply, before any arm is paid for.
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
 import jax
 import numpy as np
 
-from qstar.errors import TrainingFailed, require
+from qstar.errors import require
 from qstar.mesh import to_host
 from qstar.methods.quiet_data import QuietContext
 from qstar.models import heads
 from qstar.models.model import Model
+from qstar.runs.base_model import check_gates, train_base
 from qstar.runs.folder import stable_seed
-from qstar.runs.gates import check_gates
-from qstar.runs.stages import Stage, train_stage
-from qstar.runs.supervised import TrainSettings, sft_step
+from qstar.runs.stages import Stage, TrainSettings, UpdateSettings, sft_step, train_stage
 from qstar.tasks.fold_digits import Folds
 from qstar.thoughts import measure
-from qstar.train.loop import Diverged
 
 
 def prepare(ctx: QuietContext, model: Model) -> Model:
@@ -31,42 +29,19 @@ def prepare(ctx: QuietContext, model: Model) -> Model:
     Raises:
       UserError: a gate that does not hold, or a training that diverged.
     """
-    if ctx.base_steps:
-        model = _train(ctx, model)
-    if ctx.gates:
+    if ctx.settings.base.steps:
+        model = train_base(ctx, lambda stage: _train(ctx, model, stage), UpdateSettings)
+    if ctx.settings.gates:
         folds = isinstance(ctx.corpus, Folds)
         require((folds, "config.gates: there are measurements for data.name='folds' alone"))
-        check_gates(ctx.console, ctx.workdir / "base", ctx.gates, lambda: fold_measurements(ctx, model))
+        check_gates(ctx, ctx.workdir / "base", lambda: fold_measurements(ctx, model))
     return model
 
 
-def _train(ctx: QuietContext, model: Model) -> Model:
-    settings = ctx.base_settings
-    ctx.say(f"\n[bold]base[/bold]: {ctx.base_steps} steps")
-    tx, step = sft_step(model.config, TrainSettings(**settings.__dict__))
-    began = time.perf_counter()
-    with ctx.bar("base", ctx.base_steps) as progress:
-        stage = Stage(
-            ctx.workdir / "base",
-            settings,
-            ctx.base_steps,
-            stable_seed(ctx.seed, "base"),
-            ctx.writer,
-            {"arm": "base"},
-            progress,
-        )
-        try:
-            model, done = train_stage(
-                model,
-                stage,
-                tx,
-                lambda s: step,
-                lambda s: ctx.batch(ctx.corpus.base_rows(s, settings.batch_size, ctx.seed)),
-            )
-        except Diverged as e:
-            raise TrainingFailed(f"config.base.lr={settings.lr}: {e}") from None
-    ctx.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
-    return model
+def _train(ctx: QuietContext, model: Model, stage: Stage) -> tuple[Model, dict[str, Any]]:
+    tx, step = sft_step(model.config, TrainSettings(**vars(stage.settings)))
+    size = stage.settings.batch_size
+    return train_stage(model, stage, tx, lambda n: step, lambda n: ctx.batch(ctx.corpus.base_rows(n, size, ctx.seed)))
 
 
 def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[str, float]:

@@ -6,22 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
-from rich.console import Console
 
 from qstar.data.corpus import Corpus, Rows, TextCorpus
-from qstar.errors import Settings, UserError, bounded, check_type, require, unknown
-from qstar.mesh import make_mesh, put_global_batch
+from qstar.errors import Settings, UserError, bounded, require, unknown
+from qstar.mesh import put_global_batch
 from qstar.models.hf import read_config
 from qstar.models.thought_config import ThoughtConfig
 from qstar.runs import base_model
-from qstar.runs.console import Screen
-from qstar.runs.settings import Gate, Log, Sections, check_keys, settings_from
+from qstar.runs.context import RunContext
+from qstar.runs.settings import Gate, Sections, check_keys, settings_from
 from qstar.runs.stages import UpdateSettings
 from qstar.tasks.fold_digits import Folds
 from qstar.text.tokenizer import load_tokenizer
-from qstar.train.metrics import Writer
 from qstar.types import Batch
 
 
@@ -43,63 +40,49 @@ class BaseGate(Gate):
     NAMES: ClassVar = ("direct_nll", "worked_nll", "worked_accuracy", "step_nll", "right", "right_greedy")
 
 
+@dataclasses.dataclass(frozen=True)
+class QuietBase(UpdateSettings):
+    """How a from-scratch base model is trained. A config's `base` section."""
+
+    steps: int = bounded(0, ge=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuietSections(Sections):
+    """The sections of a Quiet-STaR config."""
+
+    model: dict
+    train: UpdateSettings
+    evaluate: EvalConfig
+    gates: dict[str, BaseGate] = dataclasses.field(default_factory=dict)
+    base: QuietBase = dataclasses.field(default_factory=QuietBase)
+    data: dict = dataclasses.field(default_factory=dict)
+    thoughts: dict = dataclasses.field(default_factory=dict)  # a ThoughtConfig's fields, `parity` and `start_text`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        why = f"train.lora_rank={self.train.lora_rank}: Quiet-STaR trains all of a model; leave it at 0"
+        require((not self.train.lora_rank, why))
+
+
 @dataclasses.dataclass
-class QuietContext(Screen):
-    """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
+class QuietContext(RunContext):
+    """One Quiet-STaR run."""
 
-    config: Any
-    workdir: Path
-    console: Console
-    corpus: Corpus
-    mesh: Any
-    seed: int
-    thoughts: ThoughtConfig
-    evaluation: EvalConfig
-    base_settings: UpdateSettings
-    base_steps: int
-    gates: dict[str, Gate]
-    start_text: str
-    writer: Writer = None
+    SECTIONS: ClassVar = QuietSections
+    corpus: Corpus = dataclasses.field(init=False)
+    thoughts: ThoughtConfig = dataclasses.field(init=False)
 
-    @classmethod
-    def make(cls, config: Any, workdir: Path, console: Console) -> QuietContext:
-        """Reads a config; all that can be wrong in it is found here, before anything is written."""
-        values = config.to_dict()
-        extra = {"data": values.pop("data", {}), "thoughts": values.pop("thoughts", {})}
-        sections = settings_from(Sections, {"task": {"name": "text"}, "loop": {}, "sample": {}, **values}, "")
-        base = {"steps": 0, **sections.base}
-        check_type("config.base.steps", base["steps"], int)
-        settings_from(Log, sections.log, "log")
-        start_text = extra["thoughts"].pop("start_text", "---")
-        parity = extra["thoughts"].pop("parity", False)
-        path = sections.model.get("path", "")
+    def __post_init__(self) -> None:
+        options = dict(self.settings.thoughts)
+        self.start_text, parity = options.pop("start_text", "---"), options.pop("parity", False)
+        path = self.settings.model.get("path", "")
         why = "an encoder-decoder (T5) cannot think before each token of a text, as Quiet-STaR has it; take a decoder"
         require((not path or not base_model.is_encoder_decoder(path), f"config.model.path={path}: {why}"))
-        corpus = make_corpus(extra["data"], path)
-        update = settings_from(UpdateSettings, sections.train, "train")
-        require(
-            (
-                not update.lora_rank,
-                f"config.train.lora_rank={update.lora_rank}: Quiet-STaR trains all of a model; leave it at 0",
-            )
-        )
-        check_keys(ThoughtConfig, extra["thoughts"], "thoughts")
-        ctx = cls(
-            config=config,
-            workdir=workdir,
-            console=console,
-            corpus=corpus,
-            mesh=make_mesh(config.mesh) if jax.device_count() > 1 or config.mesh != "data=-1" else None,
-            seed=config.seed,
-            thoughts=thought_config(extra["thoughts"], parity, corpus),
-            evaluation=settings_from(EvalConfig, sections.evaluate, "evaluate"),
-            base_steps=base.pop("steps"),
-            base_settings=settings_from(UpdateSettings, base, "base"),
-            gates={k: settings_from(BaseGate, gate, f"gates.{k}") for k, gate in sections.gates.items()},
-            start_text=start_text,
-        )
-        _ = ctx.start_id  # or say now what is wrong with its text
-        return ctx
+        self.corpus = make_corpus(self.settings.data, path)
+        check_keys(ThoughtConfig, options, "thoughts")
+        self.thoughts = thought_config(options, parity, self.corpus)
+        _ = self.start_id  # raises if `start_text` has no token
 
     @property
     def start_id(self) -> int:
@@ -113,8 +96,7 @@ class QuietContext(Screen):
 
     def recipe(self, cls: type, name: str) -> Any:
         """Returns an arm's settings; its thoughts and train settings are checked, too."""
-        own = self.config.arms[name].to_dict()
-        recipe = settings_from(cls, own, f"arms.{name}")
+        recipe = settings_from(cls, self.settings.arms[name], f"arms.{name}")
         check_keys(ThoughtConfig, recipe.thoughts, f"arms.{name}.thoughts")
         self.thoughts.replace(**recipe.thoughts)
         self.update_settings(recipe.train, f"arms.{name}.train")
@@ -131,14 +113,6 @@ class QuietContext(Screen):
     def whole_batch(self, rows: Rows) -> Batch:
         """Returns all of the rows, which every process has read, placed on the devices: what is measured."""
         return put_global_batch(self.batch(rows), self.mesh)
-
-    def begin(self) -> None:
-        """Opens the metrics files."""
-        self.writer = Writer.of_run(self.workdir, self.config.to_dict())
-
-    def end(self) -> None:
-        """Flushes the metrics files."""
-        self.writer.close()
 
 
 def thought_config(options: dict[str, Any], parity: bool, corpus: Corpus) -> ThoughtConfig:

@@ -31,7 +31,7 @@ from qstar.models.model import Model
 from qstar.models.scoring import MIN_LENGTH
 from qstar.models.thought_config import ThoughtConfig
 from qstar.runs.evaluate import votes
-from qstar.runs.generation import generate
+from qstar.runs.rollouts import generate
 from qstar.tasks.base import Problem, Task, ZeroShot
 from qstar.text.tokenizer import Tokenizer
 from qstar.thoughts import forward, layout

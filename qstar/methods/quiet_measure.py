@@ -91,7 +91,7 @@ class Watch:
 
 def stopping_nll(ctx: QuietContext, model: Model, thinker: str) -> float:
     """The mean NLL that an arm stops by: of held-out text that is not reported."""
-    rows = ctx.corpus.stopping_rows(ctx.evaluation.rows)
+    rows = ctx.corpus.stopping_rows(ctx.settings.evaluate.rows)
     if thinker == "none":
         nll, _, counted = _text(ctx, model, rows)
         return float(nll[counted].mean())
@@ -135,7 +135,7 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _measure(ctx: QuietContext, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
-    rows = ctx.corpus.test_rows(ctx.evaluation.rows)
+    rows = ctx.corpus.test_rows(ctx.settings.evaluate.rows)
     names, kinds = _kinds(ctx, rows)
     if thinker == "none":
         nll, hit, counted = _text(ctx, model, rows)
@@ -192,7 +192,7 @@ def _diagnostics(s: m.Scores, counted: np.ndarray) -> dict[str, Any]:
 
 def _batches(ctx: QuietContext, rows: Rows) -> Any:
     """Yields parts of the rows of one and the same size; the last one is filled up, and says how many are its own."""
-    size = min(ctx.evaluation.batch_size, len(rows.tokens))
+    size = min(ctx.settings.evaluate.batch_size, len(rows.tokens))
     for begin in range(0, len(rows.tokens), size):
         part = [x[begin : begin + size] for x in rows[:4]]
         own = len(part[0])
@@ -201,7 +201,7 @@ def _batches(ctx: QuietContext, rows: Rows) -> Any:
 
 def _scores(ctx: QuietContext, model: Model, rows: Rows, thinker: str, temperature: float) -> m.Scores:
     """Scores of all rows, on the host."""
-    config, P = model.config, ctx.evaluation.passes
+    config, P = model.config, ctx.settings.evaluate.passes
     parts = []
     for i, (batch, own) in enumerate(_batches(ctx, rows)):
         key = jax.random.key(stable_seed("evaluate", i))
@@ -232,7 +232,8 @@ def measure_difficulty(ctx: QuietContext, base: Model) -> None:
 
     def make() -> list[dict[str, Any]]:
         return [
-            {"nll": np.round(x, 4).tolist()} for x in _text(ctx, model, ctx.corpus.test_rows(ctx.evaluation.rows))[0]
+            {"nll": np.round(x, 4).tolist()}
+            for x in _text(ctx, model, ctx.corpus.test_rows(ctx.settings.evaluate.rows))[0]
         ]
 
     if not ctx.corpus.classes:
@@ -253,7 +254,7 @@ def _write_thoughts(
     """Writes WORKDIR/<arm>/thoughts/step_N.jsonl: the first texts, token by token, for the viewer."""
     text = functools.cache(ctx.corpus.tokenizer.show)
     out = []
-    for b in range(min(ctx.evaluation.shown, len(rows.tokens))):
+    for b in range(min(ctx.settings.evaluate.shown, len(rows.tokens))):
         counted = s.counted[b]
         thoughts = [
             {

@@ -33,8 +33,8 @@ from qstar.models import heads
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model, check_vocabulary
 from qstar.runs import base_model
-from qstar.runs.folder import check_run, open_run, stable_seed
-from qstar.runs.stages import Stage, UpdateSettings, train_stage
+from qstar.runs.folder import check_run, stable_seed
+from qstar.runs.stages import UpdateSettings, train_stage
 from qstar.thoughts import distil
 from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.measure import random_thoughts
@@ -87,7 +87,7 @@ def _is_pattern(text: str) -> bool:
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a Quiet-STaR config in `workdir`, going on where an earlier run of the same config stopped."""
-    ctx = QuietContext.make(config, Path(workdir), console)
+    ctx = QuietContext.make(config, workdir, console)
     recipes = {name: ctx.recipe(QuietConfig, name) for name in config.arms}
     recipes = in_order(recipes)
     check_run(ctx.workdir, config.to_dict())
@@ -98,14 +98,13 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     if any(recipe.patience for recipe in recipes.values()):
         ctx.corpus.hold_out_stopping()
     arms = {n: {"arm": r, "thoughts": ctx.thoughts.replace(**r.thoughts)} for n, r in recipes.items()}
-    open_run(ctx.workdir, config.to_dict(), resolved={"model": start.config, **ctx.settings(), "arms": arms})
-    ctx.begin()
+    ctx.start(model=start.config, thoughts=ctx.thoughts, arms=arms)
     models = {"base": quiet_base.prepare(ctx, start)}
     measure_difficulty(ctx, models["base"])
     for name, recipe in recipes.items():
         ctx.say(f"\n[bold]{name}[/bold]: {recipe.steps} steps")
         models[name] = train_arm(ctx, name, recipe, models)
-    ctx.end()
+    ctx.close()
 
 
 def check_room(ctx: QuietContext, model: Model, name: str, recipe: QuietConfig) -> None:
@@ -113,7 +112,7 @@ def check_room(ctx: QuietContext, model: Model, name: str, recipe: QuietConfig) 
     has no id that no text holds."""
     t, room = ctx.thoughts.replace(**recipe.thoughts), model.config.max_positions
     thread = 0 if recipe.thinker == "none" else max(t.thought_tokens, *recipe.lengths, 0) + t.talk_tokens + 1
-    need = max(ctx.corpus.length + thread, ctx.corpus.base_length if ctx.base_steps else 0)
+    need = max(ctx.corpus.length + thread, ctx.corpus.base_length if ctx.settings.base.steps else 0)
     line = f"config.arms.{name}: texts and thoughts take up to {need} positions and the model has {room}"
     require((need <= room, f"{line}; shorten data.length or the thoughts, or set model.max_positions"))
     unused = {*t.forbidden_ids[:1]} - {ctx.corpus.tokenizer.eos_id}
@@ -164,11 +163,10 @@ def train_arm(ctx: QuietContext, name: str, recipe: QuietConfig, models: dict[st
     roles = {"teacher": teacher.params} if teacher else {}
     if recipe.thinker == "sampled" and start.config.thoughts.kl_weight:
         roles["reference"] = start.params  # what the arm starts from
-    every = recipe.every or ctx.evaluation.every
+    every = recipe.every or ctx.settings.evaluate.every
     watch = Watch(ctx, name, start, recipe.thinker, every, recipe.patience)
     try:
-        with ctx.bar(name, recipe.steps) as progress:
-            stage = Stage(ctx.workdir / name, settings, recipe.steps, seed, ctx.writer, {"arm": name}, progress)
+        with ctx.stage(ctx.workdir / name, settings, steps=recipe.steps, seed=seed, bar=name, arm=name) as stage:
             model, done = train_stage(
                 start,
                 stage,

@@ -30,18 +30,14 @@ from qstar.errors import bounded, require
 from qstar.mesh import put_global_batch, to_host
 from qstar.methods.distillation import only_updates
 from qstar.models import heads, scoring
-from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, encoder_ids
 from qstar.runs.folder import data_hash, stable_seed
-from qstar.runs.stages import MACHINE, UpdateSettings, train_once
+from qstar.runs.stages import MACHINE, Stage, UpdateSettings, run_updates, train_once
 from qstar.sample.batching import padded_length, stream
-from qstar.train import optim, rl
-from qstar.train.checkpoint import Checkpoints
-from qstar.train.loop import fit
+from qstar.train import rl
 from qstar.train.metrics import Writer
-from qstar.train.profile import Watch
-from qstar.train.state import TrainState, create_state
+from qstar.train.state import TrainState
 from qstar.train.step import make_step
 from qstar.types import Completion, Params
 
@@ -156,8 +152,6 @@ def _train(
         params["value"] = heads.init_critic(
             run.start.config.hidden_size, jax.random.key(stable_seed(run.seed, "value"))
         )
-    state = create_state(params, tx, seed=run.seed, mesh=run.start.mesh, table=PARAM_AXES)
-    lr_at = optim.schedule(s.schedule, s.lr, warmup=s.warmup, steps=s.updates, end=s.end)
     record: dict[str, Any] = {"kl_weight": run.rl.kl_weight, "first": {}, "last": {}}
 
     def update(state: TrainState, sampled: Sampled, lr: np.float32) -> tuple[TrainState, dict[str, float]]:
@@ -166,32 +160,31 @@ def _train(
         record["first"], record["last"] = record["first"] or metrics, metrics
         return state, metrics
 
-    stopped, last = "", 0
-    with contextlib.closing(Checkpoints(folder / "training")) as checkpoints:  # also where an environment fails
-        for at in fit(
-            state,
-            lambda update_number: update,
-            lambda update_number, state: sample(run, state.params, update_number, record["kl_weight"]),
-            lambda update_number: float(lr_at(update_number)),
-            steps=s.updates,
-            checkpoints=checkpoints,
-            save_every=s.save_every,
-            log_every=1,
-            max_bad=s.max_bad,
-            watch=Watch(transfer_guard=s.transfer_guard),
-            on_policy=True,
-            place=lambda arrays: arrays,  # minibatch by minibatch, in `learn`
-            extra=record,
-        ):
-            state, last = at.state, at.step
-            if last and (last % s.log_every == 0 or last == s.updates):  # where it resumes, too: the row may be missing
+    stopped, last, policy = "", 0, run.start.params
+    updates = run_updates(
+        params,
+        Stage(folder, s, s.updates, run.seed, writer, label),
+        tx,
+        lambda n: update,
+        lambda n, state: sample(run, state.params, n, record["kl_weight"]),
+        mesh=run.start.mesh,
+        log_every=1,
+        on_policy=True,
+        place=lambda arrays: arrays,  # minibatch by minibatch, in `learn`
+        extra=record,
+    )
+    with contextlib.closing(updates):  # also where an environment fails
+        for at, lr in updates:
+            policy, last = at.state.params["policy"], at.step
+            # Also where the run resumes: the row of its checkpoint may not have been written.
+            if last and (last % s.log_every == 0 or last == s.updates):
                 row = {**record["last"], **{k: v for k, v in at.metrics.items() if k.startswith(MACHINE)}}
-                writer.write(stage="rl", step=last, lr=float(lr_at(last - 1)), **label, **row)
+                writer.write(stage="rl", step=last, lr=lr, **label, **row)
             if at.metrics and progress is not None:
                 progress(last, {"loss": at.metrics["loss"]})
             if last and watch is not None:
                 with at.interruptible():
-                    watch(last, state.params["policy"])
+                    watch(last, policy)
             if s.max_kl and record["last"] and record["last"]["kl"] > s.max_kl:
                 stopped = f"{record['last']['kl']:.2f} nats per response from the reference (max_kl={s.max_kl})"
                 break
@@ -199,7 +192,7 @@ def _train(
     keys = ("score", "kl", "length", "ended")
     for when in ("first", "last"):
         summary |= {f"{k}_{when}": record[when].get(k) for k in keys}
-    return state.params["policy"], summary
+    return policy, summary
 
 
 def one_update(

@@ -17,7 +17,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,9 +28,9 @@ from qstar.methods.reinforce import ReinforceSettings, RewardOutput, reinforce
 from qstar.models.model import Model
 from qstar.runs import base_model
 from qstar.runs.context import Arm, RunContext
-from qstar.runs.folder import open_run, stable_seed
+from qstar.runs.folder import stable_seed
 from qstar.runs.rollouts import judge, read_answer
-from qstar.runs.settings import settings_from
+from qstar.runs.settings import TaskSections, settings_from
 from qstar.tasks.base import Problem, Task
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Diverged
@@ -45,13 +45,21 @@ class RLConfig(Settings):
     rounds: int = bounded(4, ge=1)  # evaluations on the way, the last at the end
     problems_per_iter: int | None = bounded(None, ge=1)  # of the pool; None: all there are
     few_shot_at_sample: bool = True
-    rationalize: bool = False  # what `checks` asks every loop for: nothing here is hinted
-    seed_share: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        why = "rationalize and seed_share belong to STaR; leave them out"
-        require((not self.rationalize and not self.seed_share, why))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLSections(TaskSections):
+    """The sections of an RL config."""
+
+    loop: RLConfig  # type: ignore[assignment]
+    train: ReinforceSettings  # type: ignore[assignment]
+    rl: dict = dataclasses.field(default_factory=dict)  # RLSettings of all arms
+
+
+class RLContext(RunContext):
+    """One RL run."""
+
+    SECTIONS: ClassVar = RLSections
 
 
 class Verifiable:
@@ -88,18 +96,16 @@ class Verifiable:
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of an RL config in `workdir`, going on where an earlier run of the same config stopped."""
-    ctx = RunContext.make(config, Path(workdir), console, train=ReinforceSettings)
-    loop = settings_from(RLConfig, config.loop.to_dict(), "loop")
+    ctx = RLContext.make(config, workdir, console)
+    loop = ctx.settings.loop
     arms = {name: arm_settings(ctx, name) for name in config.arms}
-    start = base_model.checked(ctx, config, [loop])
+    start = base_model.checked(ctx, [loop])
     worlds = {
         name: Verifiable(ctx.task, ctx.seed, settings.prompts, loop.problems_per_iter, loop.few_shot_at_sample)
         for name, (_, settings) in arms.items()
     }
     resolved = {name: {"rl": rl, "train": settings} for name, (rl, settings) in arms.items()}
-    resolved = {"model": start.config, **ctx.settings(), "loop": loop, "arms": resolved}
-    open_run(ctx.workdir, config.to_dict(), resolved=resolved)
-    ctx.start()
+    ctx.start(model=start.config, arms=resolved)
     base = base_model.prepare(ctx, start)
     for name, (rl_settings, settings) in arms.items():
         train_arm(Arm(ctx, name, loop.few_shot_at_sample), loop, rl_settings, settings, worlds[name], base)
@@ -108,10 +114,10 @@ def run(config: Any, workdir: Path, console: Any) -> None:
 
 def arm_settings(ctx: RunContext, name: str) -> tuple[RLSettings, ReinforceSettings]:
     """Returns an arm's settings: the config's `rl` and `train` sections, over them its own keys and its `train`."""
-    own = ctx.config.arms[name].to_dict()
+    own = dict(ctx.settings.arms[name])
     own.pop("preset", None)
     train = {**ctx.config.train.to_dict(), **own.pop("train", {})}
-    rl_settings = settings_from(RLSettings, {**ctx.config.rl.to_dict(), **own}, f"arms.{name}")
+    rl_settings = settings_from(RLSettings, {**ctx.settings.rl, **own}, f"arms.{name}")
     settings = settings_from(ReinforceSettings, train, f"arms.{name}.train")
     count = settings.prompts * rl_settings.group
     line = f"config.arms.{name}: train.batch_size={settings.batch_size} does not divide train.prompts * group = {count}"
@@ -135,9 +141,9 @@ def train_arm(
         if (n := marks.get(update)) is None:
             return
         model = base.replace(params=params)
-        rows = arm.answers(model, ctx.evaluation.split, f"iter_{n:03d}", n, hinted=False)
+        rows = arm.answers(model, ctx.settings.evaluate.split, f"iter_{n:03d}", n, hinted=False)
         ctx.say(f"  update {update}: accuracy {np.mean([r.correct for r in rows]):.4f}")
-        if ctx.evaluation.split != "val" or n == loop.rounds:
+        if ctx.settings.evaluate.split != "val" or n == loop.rounds:
             return
         scores.update({m: accuracy(arm, m) for m in marks.values() if m <= n})
         best = max(scores, key=scores.get)

@@ -46,11 +46,11 @@ from qstar.methods.v_star_setup import VStarContext
 from qstar.methods.verifier import KINDS, Job, train_dpo, train_head
 from qstar.models.model import Model
 from qstar.runs import base_model
+from qstar.runs.base_model import check_gates
 from qstar.runs.context import Arm
-from qstar.runs.folder import cached_jsonl, open_run, stable_seed
-from qstar.runs.gates import check_gates
-from qstar.runs.rollouts import SampleSettings, Selection, sample_rollouts, select, summary, to_example
-from qstar.runs.supervised import fine_tune, pack_rows
+from qstar.runs.folder import cached_jsonl, stable_seed
+from qstar.runs.rollouts import Selection, sample_rollouts, select, summary, text_key, to_example
+from qstar.runs.stages import fine_tune, pack_rows
 from qstar.tasks.base import Problem
 from qstar.train.loop import Diverged
 from qstar.types import Rollout
@@ -94,10 +94,6 @@ class VStarConfig(star.VariantConfig):
         """The filter of an iteration's samples; the cap is applied to D_GEN as a whole."""
         return dataclasses.replace(super().selection, cap_per_problem=None)
 
-    def sampling(self, settings: SampleSettings) -> SampleSettings:
-        """Returns the run's sampling settings with this loop's temperature."""
-        return settings if self.temperature is None else dataclasses.replace(settings, temperature=self.temperature)
-
 
 _ONCE = {"n_iters": 1, "k": 48}  # as many samples as three iterations of 16
 PRESETS: dict[str, dict[str, Any]] = {
@@ -115,16 +111,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a V-STaR config in `workdir`, resuming an earlier run of the same config."""
-    ctx = VStarContext.make(config, Path(workdir), console)
+    ctx = VStarContext.make(config, workdir, console)
     arms = {name: ctx.arm_settings(VStarConfig, PRESETS, name) for name in config.arms}
-    start = base_model.checked(ctx, config, arms.values())
+    start = base_model.checked(ctx, arms.values())
     d_sft = supervised_data(ctx)
-    open_run(ctx.workdir, config.to_dict(), resolved={"model": start.config, **ctx.settings(), "arms": arms})
-    ctx.start()
+    ctx.start(model=start.config, arms=arms)
     base_model.show_parameters(ctx, start)
-    base = start if config.model.path else base_model.train_base(ctx, start)
+    base = start if config.model.path else base_model.train_on_seeds(ctx, start)
     sft = supervised(ctx, base, d_sft)
-    check_gates(ctx.console, ctx.workdir / "g_sft", ctx.gates, lambda: gate_metrics(ctx, sft))
+    check_gates(ctx, ctx.workdir / "g_sft", lambda: gate_metrics(ctx, sft))
     for name, loop in arms.items():
         outer_loop(Arm(ctx, name, loop.few_shot_at_sample), loop, base, sft, d_sft)
     ctx.close()
@@ -179,7 +174,7 @@ def supervised_data(ctx: VStarContext) -> list[Solution]:
     Raises:
       UserError: the task has none.
     """
-    found = human_solutions(ctx.task, ctx.task.pool(0, ctx.seed, ctx.sft.problems))
+    found = human_solutions(ctx.task, ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems))
     fault = f"config.task: {ctx.task.name} has no human solutions for D_SFT; give it data with solutions"
     require((bool(found), fault))
     return found
@@ -188,23 +183,20 @@ def supervised_data(ctx: VStarContext) -> list[Solution]:
 def supervised(ctx: VStarContext, base: Model, d_sft: list[Solution]) -> Model:
     """G_SFT <- SFT(G_base, D_SFT): one for all arms, in WORKDIR/g_sft."""
     rows = ctx.fitting([to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion) for s in d_sft])
-    settings = ctx.train_settings
+    settings = ctx.settings.train
     packed = len(pack_rows(rows, settings, base.config)["mask"])
-    steps = star.steps_for(ctx.sft.steps, 1, packed, settings.batch_size)
+    steps = star.steps_for(ctx.settings.sft.steps, 1, packed, settings.batch_size)
     ctx.say(f"\n[bold]G_SFT[/bold]: {len(rows)} solutions, {steps} steps")
-    with ctx.bar("sft", steps) as progress:
-        model, _ = fine_tune(
-            base, rows, settings, steps=steps, seed=stable_seed(ctx.seed, "sft"), folder=ctx.workdir / "g_sft",
-            writer=ctx.writer, label={"arm": "g_sft"}, progress=progress,
-        )  # fmt: skip
-    return model
+    seed = stable_seed(ctx.seed, "sft")
+    with ctx.stage(ctx.workdir / "g_sft", settings, steps=steps, seed=seed, bar="sft", arm="g_sft") as stage:
+        return fine_tune(base, rows, stage)[0]
 
 
 def labelled_rollouts(arm: Arm, loop: VStarConfig, generator: Model, n: int) -> list[Rollout]:
     """Returns k labelled samples for every query: rationales/iter_NNN.jsonl."""
     ctx = arm.ctx
     problems = star.iteration_problems(ctx, loop, n)
-    settings = loop.sampling(ctx.sample_settings)
+    settings = loop.sampling(ctx.settings.sample)
     name, folder = arm.name, arm.folder / "stages" / f"iter_{n:03d}"
     if n == 1:  # arms that ask G_SFT for the same samples share them
         queries = stable_seed(loop.few_shot_at_sample, *(p.id for p in problems))
@@ -217,7 +209,7 @@ def labelled_rollouts(arm: Arm, loop: VStarConfig, generator: Model, n: int) -> 
                 seed=stable_seed(ctx.seed, name), folder=folder, stage="sample", few_shot=loop.few_shot_at_sample,
                 progress=progress,
             )  # fmt: skip
-        seen = [(r.problem_id, " ".join(r.completion.split())) for r in arm.kept_before(n)] if loop.accumulate else ()
+        seen = [text_key(r) for r in arm.kept_before(n)] if loop.accumulate else ()
         return [r.to_json() for r in select(rollouts, {p.id: p for p in problems}, ctx.task, loop.selection, seen)]
 
     rows = [Rollout(**row) for row in cached_jsonl(arm.rationales(n), make)]
@@ -244,7 +236,7 @@ def train_on_pairs(
 ) -> tuple[Model, dict[str, Any]]:
     """Iterative RPO: G <- DPO + alpha NLL of the winners, on pairs of this iteration; reference: the previous G."""
     job = verifier_job(arm, "rpo", n, arm.checkpoint(n))
-    pairs = build_pairs(merge_duplicates(sampled_solutions(rollouts)), arm.ctx.pairs, job.seed)
+    pairs = build_pairs(merge_duplicates(sampled_solutions(rollouts)), arm.ctx.settings.pairs, job.seed)
     if len(pairs) < max(1, loop.min_kept):
         return generator, _too_few(arm, loop, f"{len(pairs)} pairs")
     with arm.timed("train"):
@@ -264,20 +256,20 @@ def train_verifiers(
 ) -> tuple[dict[str, Model], dict[str, Any]]:
     """V <- DPO(init = reference = G_SFT, D_pref), and the arm's other verifiers, from the same D_VER."""
     ctx, models, metrics = arm.ctx, {}, {}
-    queries = [*star.iteration_problems(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.sft.problems)]
+    queries = [*star.iteration_problems(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems)]
     problems = {p.id: p for p in queries}
     for kind in loop.verifiers:
         job = verifier_job(arm, kind, n, arm.verifier(kind, n))
         with arm.timed(kind):
             if kind == "dpo":
-                pairs = build_pairs(d_ver, ctx.pairs, job.seed)
+                pairs = build_pairs(d_ver, ctx.settings.pairs, job.seed)
                 if not pairs:
                     ctx.say("[yellow]no problem has both a correct and an incorrect solution: no verifier is trained")
                     continue
                 models[kind], done = train_dpo(sft, pairs, job)
             else:
                 labels = step_labels(arm, loop, sft, d_ver, problems, job) if kind == "prm" else None
-                data = repeat_by_count(d_ver, ctx.pairs)
+                data = repeat_by_count(d_ver, ctx.settings.pairs)
                 models[kind], done = train_head(sft, kind, data, ctx.task, problems, job, labels)
         metrics |= {f"{kind}_{k}": v for k, v in done.items() if v is not None}
         ctx.say(f"  {kind}: {done['steps']} steps, loss {done['loss'] or 0:.4f}, accuracy {done['accuracy'] or 0:.3f}")
@@ -288,7 +280,7 @@ def verifier_job(arm: Arm, kind: str, n: int, folder: Path) -> Job:
     """Returns how a stage of the config section `kind` (dpo, orm, prm, rpo) is trained in iteration n."""
     ctx, label = arm.ctx, {"arm": arm.name, "iteration": n}
     seed = stable_seed(ctx.seed, arm.name, n, kind)
-    return Job(folder, getattr(ctx, kind), seed, ctx.writer, label, functools.partial(ctx.bar, kind))
+    return Job(folder, getattr(ctx.settings, kind), seed, ctx.writer, label, functools.partial(ctx.bar, kind))
 
 
 def step_labels(
@@ -299,7 +291,7 @@ def step_labels(
     if not n:
         return None
     found = rollout_labels(
-        sft, ctx.task, problems, d_ver, loop.sampling(ctx.sample_settings), n=n, seed=job.seed,
+        sft, ctx.task, problems, d_ver, loop.sampling(ctx.settings.sample), n=n, seed=job.seed,
         folder=job.folder / "rollouts", few_shot=loop.few_shot_at_sample,
     )  # fmt: skip
     by_key = {s.key: labels for s, labels in zip(d_ver, found)}

@@ -29,7 +29,7 @@ Ballots = Callable[[Sequence[str | None]], Sequence[str | None]]
 
 def gate_metrics(ctx: VStarContext, sft: Model) -> dict[str, float]:
     """Returns pass@1, pass@16 and majority@16 of G_SFT on validation problems, for the gates."""
-    few_shot = ctx.config.loop.get("few_shot_at_sample", True)
+    few_shot = ctx.settings.loop.get("few_shot_at_sample", True)
     folder, problems = ctx.workdir / "g_sft" / "gates", ctx.task.problems("val")
     rows = _sample(ctx, sft, problems, k=16, iteration=0, folder=folder, stage="val", few_shot=few_shot)
     found = select.curves([candidates(some, {}, ctx.task.ballots) for some in by_problem(rows)], [1, 16])
@@ -38,10 +38,10 @@ def gate_metrics(ctx: VStarContext, sft: Model) -> dict[str, float]:
 
 def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model], n: int) -> dict[str, Any]:
     """Returns the curves of all rules and scorers (selection/iter_NNN.json), prints them and writes metrics rows."""
-    ctx, folder, N = arm.ctx, arm.folder / "selection", arm.ctx.select.samples
+    ctx, folder, N = arm.ctx, arm.folder / "selection", arm.ctx.settings.select.samples
     if not N:
         return {}
-    problems = ctx.task.problems(ctx.evaluation.split)[: ctx.select.limit or None]
+    problems = ctx.task.problems(ctx.settings.evaluate.split)[: ctx.settings.select.limit or None]
     with arm.timed("select"):
         with ctx.bar("test samples", len(problems) * N) as progress:
             how = {"few_shot": arm.few_shot, "progress": progress}
@@ -49,7 +49,7 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
         scores = cached_jsonl(folder / f"scores_{n:03d}.jsonl", lambda: score_rows(ctx.task, rows, sft, verifiers))
         found = once_json(
             folder / f"iter_{n:03d}.json",
-            lambda: result(rows, scores, N, ctx.select.m, faults(ctx.task, problems, rows), ctx.task.ballots),
+            lambda: result(rows, scores, N, ctx.settings.select.m, faults(ctx.task, problems, rows), ctx.task.ballots),
         )
     label = {"arm": arm.name, "iteration": n}
     for name, auc in found["auc"].items():
@@ -69,7 +69,7 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
 def _sample(
     ctx: VStarContext, model: Model, problems: Sequence[Problem], *, iteration: int, folder: Path, **how: Any
 ) -> list[Rollout]:
-    settings = dataclasses.replace(ctx.sample_settings, temperature=ctx.select.temperature)
+    settings = dataclasses.replace(ctx.settings.sample, temperature=ctx.settings.select.temperature)
     return sample_rollouts(
         model, ctx.task, problems, settings, hinted=False, iteration=iteration, seed=0, folder=folder, **how
     )

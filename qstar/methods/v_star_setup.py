@@ -1,32 +1,16 @@
-"""Run context of V-STaR: D_SFT, preference pairs, the verifiers' settings, and how selection is measured."""
+"""Run context of V-STaR: settings of D_SFT, preference pairs, verifiers and the evaluation of selection."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any, ClassVar
-
-from rich.console import Console
+from typing import ClassVar
 
 from qstar.errors import Settings, bounded
 from qstar.methods import star
 from qstar.methods.preference_data import PairSettings
 from qstar.methods.verifier import VerifierSettings
 from qstar.runs.context import RunContext
-from qstar.runs.settings import Gate, Sections, settings_from
-
-
-@dataclasses.dataclass(frozen=True)
-class VSections(Sections):
-    """The sections of a V-STaR config."""
-
-    sft: dict = dataclasses.field(default_factory=dict)
-    pairs: dict = dataclasses.field(default_factory=dict)
-    rpo: dict = dataclasses.field(default_factory=dict)
-    dpo: dict = dataclasses.field(default_factory=dict)
-    orm: dict = dataclasses.field(default_factory=dict)
-    prm: dict = dataclasses.field(default_factory=dict)
-    select: dict = dataclasses.field(default_factory=dict)
+from qstar.runs.settings import Gate, TaskSections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +27,9 @@ class Supervision(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Selecting(Settings):
-    """How the last generator is sampled to measure selection. A config's `select` section."""
+    """How the last generator is sampled to evaluate selection. A config's `select` section."""
 
-    samples: int = bounded(128, ge=0)  # N per problem
+    samples: int = bounded(128, ge=0)  # N per problem; 0: no evaluation
     temperature: float = bounded(0.7, ge=0)
     limit: int = bounded(0, ge=0)  # first so many problems (0: all)
     m: int = bounded(4, ge=1)  # of the top-m vote
@@ -53,37 +37,31 @@ class Selecting(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SampledGate(Gate):
-    """A bound on what samples of G_SFT are like, on validation problems."""
+    """A bound on samples of G_SFT on validation problems."""
 
     NAMES: ClassVar = ("pass@1", "pass@16", "majority@16")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VStarSections(TaskSections):
+    """The sections of a V-STaR config."""
+
+    gates: dict[str, SampledGate] = dataclasses.field(default_factory=dict)
+    sft: Supervision = dataclasses.field(default_factory=Supervision)
+    pairs: PairSettings = dataclasses.field(default_factory=PairSettings)
+    rpo: VerifierSettings = dataclasses.field(default_factory=VerifierSettings)  # of a generator
+    dpo: VerifierSettings = dataclasses.field(default_factory=VerifierSettings)
+    orm: VerifierSettings = dataclasses.field(default_factory=VerifierSettings)
+    prm: VerifierSettings = dataclasses.field(default_factory=VerifierSettings)
+    select: Selecting = dataclasses.field(default_factory=Selecting)
+
+
 class VStarContext(RunContext):
     """One V-STaR run."""
 
-    SECTIONS: ClassVar = VSections
-    GATE: ClassVar = SampledGate
-    sft: Supervision = None
-    pairs: PairSettings = None
-    rpo: VerifierSettings = None  # of a generator
-    dpo: VerifierSettings = None
-    orm: VerifierSettings = None
-    prm: VerifierSettings = None
-    select: Selecting = None
-
-    @classmethod
-    def make(cls, config: Any, workdir: Path, console: Console) -> VStarContext:
-        """Reads a config; all that can be wrong in it is found here, before anything is written."""
-        ctx = super().make(config, workdir, console)
-        kinds = {"sft": Supervision, "pairs": PairSettings, "select": Selecting}
-        kinds |= dict.fromkeys(("rpo", "dpo", "orm", "prm"), VerifierSettings)
-        for name, kind in kinds.items():
-            values = config.get(name)
-            setattr(ctx, name, settings_from(kind, values.to_dict() if values else {}, name))
-        return ctx
+    SECTIONS: ClassVar = VStarSections
 
     @property
     def few_shot(self) -> str:
-        """The few-shot text in front of training rows, where the config's `loop` says so."""
-        return self.task.prefix() if self.config.loop.get("few_shot_in_train") else ""
+        """The few-shot text in front of training rows, where the config's `loop` asks for it."""
+        return self.task.prefix() if self.settings.loop.get("few_shot_in_train") else ""

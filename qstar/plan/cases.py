@@ -37,8 +37,7 @@ from qstar.plan import flops
 from qstar.plan.program import Program, local_bytes
 from qstar.runs.rollouts import SampleSettings
 from qstar.runs.settings import check_keys, settings_from
-from qstar.runs.stages import UpdateSettings, fresh_adapters
-from qstar.runs.supervised import TrainSettings, sft_step
+from qstar.runs.stages import TrainSettings, UpdateSettings, fresh_adapters, sft_step
 from qstar.sample import sampler as S
 from qstar.sample.batching import FILL_SHARE, default_slots, padded_length, state_shardings
 from qstar.sample.logits import SamplingParams

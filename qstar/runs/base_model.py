@@ -1,14 +1,15 @@
-"""The model M that STaR starts from: pretrained weights, or a small model trained from scratch on seed rows.
+"""The base model of a run: checks before the run, loading or training from scratch, and gates.
 
-A model from scratch has no few-shot ability, so seed rows stand in for pretraining and prompts: gold scratchpads,
-mostly short ones, plain and with the answer as a hint. Hinted rows are what makes rationalisation possible at all.
-Gates check that the base is in the window where the experiment means something, before any loop is paid for.
+A model from scratch has no few-shot ability, so seed rows stand in for pretraining and prompts: gold scratchpads, mostly
+short ones, plain and with the answer as a hint. Without hinted rows the model could not rationalise.
+Gates check, before any loop is paid for, that the base model is in the range where the experiment is informative.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,77 +17,116 @@ import jax
 from qstar import distributed
 from qstar.errors import TrainingFailed, UserError, require
 from qstar.mesh import parameter_table, shardings
-from qstar.runs.context import RunContext
-from qstar.runs.checks import check_fits, check_model, check_problems, check_room
-from qstar.runs.gates import check_gates
-from qstar.runs.rollouts import Rollout, sample_rollouts
-from qstar.runs.folder import check_run, stable_seed
-from qstar.runs.settings import check_keys
-from qstar.runs.supervised import fine_tune
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, preset
 from qstar.models.encdec import EncDecConfig
 from qstar.models.hf import read_config
 from qstar.models.hf_config import from_hf
 from qstar.models.model import Model, load
+from qstar.runs.context import RunContext
+from qstar.runs.folder import check_run, once_json, stable_seed
+from qstar.runs.rollouts import check_lengths, sample_rollouts
+from qstar.runs.settings import Gate, check_keys, narrowed
+from qstar.runs.stages import Stage, TrainSettings, check_trainable, fine_tune
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer, char_tokenizer
 from qstar.train.loop import Diverged
+from qstar.train.metrics import show_table
 from qstar.train.state import init_params
+from qstar.types import Rollout
 
-RUN_OPTIONS = {"dtype", "attention", "remat", "scan_unroll"}  # of a pretrained model: how it is run, not what it is
+# How a pretrained model is run may be chosen; what it is follows from its weights.
+RUN_OPTIONS = {"dtype", "attention", "remat", "scan_unroll"}
 
 
-def checked(ctx: RunContext, config: Any, loops: Collection[Any]) -> Model:
-    """Looks for whatever is wrong with a run before anything of it is written; returns the `architecture`.
+# ---------------------------------------------------------------------------------------------- checks before a run
+
+
+def checked(ctx: RunContext, loops: Collection[Any]) -> Model:
+    """Looks for mistakes in a run before it writes anything; returns the `architecture`.
 
     Args:
-      config: the whole config, which the run folder must hold if it holds one. loops: the arms' `Loop` settings.
+      loops: the arms' loop settings.
 
     Raises:
-      UserError: see `check_run`, `model_options`, `check_problems`, `architecture`, `check_model` and `check_room`.
+      UserError: the folder holds another run; faulty data or no problems; `config.model` or its model cannot be used; rows
+        or prompts are too long.
     """
-    check_run(ctx.workdir, config.to_dict())
+    # In the order of their cost: reading the problems and the model's weights takes longest.
+    check_run(ctx.workdir, ctx.config.to_dict())
     model_options(ctx)
-    check_problems(ctx, loops)
+    _check_problems(ctx, loops)
     start = architecture(ctx)
-    check_model(ctx, start, loops)
-    check_room(ctx, start, loops)
+    _check_trainable(ctx, start, loops)
+    _check_room(ctx, start, loops)
     return start
 
 
-def prepare(ctx: RunContext, model: Model) -> Model:
-    """Returns M: the pretrained model as it is; or the preset trained on the task's seed rows, its gates checked.
+def _check_problems(ctx: RunContext, loops: Collection[Any]) -> None:
+    evaluation = ctx.settings.evaluate
+    found = {"train": [p for loop in loops for p in ctx.task.pool(1, ctx.seed, loop.problems_per_iter)]}
+    for split in ("val", "test") if evaluation.split == "val" else (evaluation.split,):
+        found[split] = ctx.task.problems(split)
+    for split, problems in found.items():
+        fault = f"config.task: {ctx.task.name} has no problems in its split {split!r}; give it more data"
+        require((bool(problems), fault))
 
-    Args:
-      model: from `architecture`.
+
+def _check_trainable(ctx: RunContext, start: Model, loops: Collection[Any]) -> None:
+    settings = ctx.settings.train
+    try:
+        if isinstance(settings, TrainSettings):
+            check_trainable(start.config, settings)
+        settings.check_targets(start.config)
+    except UserError as e:
+        raise UserError(f"config.train.{e}") from None
+    if isinstance(start.config, EncDecConfig):
+        ways = [way for x in loops for way in (*getattr(x, "verifiers", ()), getattr(x, "update", "sft"))]
+        way = next((way for way in ways if way != "sft"), "")
+        line = f"config.model.path={ctx.config.model.path}: an encoder-decoder (T5) cannot be trained by {way!r}"
+        require((not way, f"{line} (only by fine-tuning); leave that arm out, or take a decoder"))
+
+
+def _check_room(ctx: RunContext, start: Model, loops: Collection[Any]) -> None:
+    if any(getattr(loop, "seed_share", 0) for loop in loops):
+        check_fits(ctx.hinted_seeds(), ctx.settings.train.row_length, "train")
+    length, evaluation = ctx.settings.sample.max_new_tokens, ctx.settings.evaluate
+    problems = ctx.task.problems(evaluation.split)[: evaluation.limit or None]
+    few_shot = any(loop.few_shot_at_sample for loop in loops)
+    for hinted in {False, evaluation.hinted}:
+        check_lengths(start, ctx.task, problems, length, hinted=hinted, few_shot=few_shot)
+    for loop in loops:
+        problems = ctx.task.pool(1, ctx.seed, loop.problems_per_iter)
+        for hinted in {False, getattr(loop, "rationalize", False)}:
+            check_lengths(start, ctx.task, problems, length, hinted=hinted, few_shot=loop.few_shot_at_sample)
+
+
+def check_fits(examples: Sequence[Example], row_length: int, section: str) -> None:
+    """Raises UserError unless all examples fit into the rows of a config section."""
+    longest = max(map(len, examples), default=0)
+    fault = f"config.{section}.row_length={row_length} is too short: the longest seed row has {longest} tokens"
+    require((longest <= row_length, fault))
+
+
+# --------------------------------------------------------------------------------------------- architecture, weights
+
+
+def model_options(ctx: RunContext) -> tuple[str, str, dict[str, Any]]:
+    """Returns path, preset and the other entries of `config.model`; reads nothing large.
 
     Raises:
-      UserError: a gate that does not hold.
+      UserError: an entry that this kind of model does not have, or no such model folder.
     """
-    show_parameters(ctx, model)
-    if not ctx.config.model.path:
-        model = train_base(ctx, model)
-        check_gates(ctx.console, ctx.workdir / "base", ctx.gates, lambda: measure_gates(ctx, model))
-    return model
-
-
-def model_options(ctx: Any) -> tuple[str, str, dict[str, Any]]:
-    """Returns path, preset and the other entries of `config.model`; nothing large is read.
-
-    Raises:
-      UserError: an entry that makes no sense there, or no such model folder.
-    """
-    options = ctx.config.model.to_dict()
+    options = dict(ctx.settings.model)
     path, name = options.pop("path", ""), options.pop("preset", "")
     check_keys(ModelConfig, {k: v for k, v in options.items() if not (k == "dtype" and path)}, "model")
     if path:
         fixed = next(iter(sorted(options.keys() - RUN_OPTIONS)), "")
         free = ", ".join(sorted(RUN_OPTIONS))
         require((not fixed, f"config.model.{fixed} is fixed by the weights of {path}; there you can set {free}"))
-        encoder_decoder = is_encoder_decoder(path)  # names a folder that is not there, before any data is read
-        why = "config.model.attention: a T5 has relative biases, which only XLA's attention knows; leave it out"
+        encoder_decoder = is_encoder_decoder(path)  # raises for a folder that does not exist, before any data is read
+        why = "config.model.attention: a T5 has relative biases, which only XLA's attention supports; leave it out"
         require((not ("attention" in options and encoder_decoder), why))
     require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
     return path, name, options
@@ -107,27 +147,22 @@ def architecture(ctx: RunContext) -> Model:
     path = ctx.config.model.get("path")
     if path and model.tokenizer is None:
         raise UserError(f"config.model.path={path}: STaR needs a tokenizer, and this folder has no tokenizer files")
+    assert model.tokenizer is not None
     ctx.tokenizer = model.tokenizer
     if not path:
         seed_examples(ctx)
     return model
 
 
-def loaded_or_random(ctx: Any, tokenizer: Tokenizer) -> Model:
-    """Returns the model of `config.model`: its weights, or a preset with random ones for the text of `tokenizer`.
-
-    Args:
-      ctx: of any method: it has `config`, `mesh` and `seed`.
-    """
+def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer) -> Model:
+    """Returns the model of `config.model`: its weights, or a preset with random ones for the text of `tokenizer`."""
     path, name, options = model_options(ctx)
     if path:
         model = load(path, mesh=ctx.mesh, dtype=options.pop("dtype", None) or None)
         return model.replace(config=model.config.replace(**options))
-    options.setdefault("vocab_size", tokenizer.vocab_size)
-    size, least = options["vocab_size"], tokenizer.vocab_size
-    require(
-        (size >= least, f"config.model.vocab_size={size} is less than the {least} tokens of the text; leave it out")
-    )
+    size, least = options.setdefault("vocab_size", tokenizer.vocab_size), tokenizer.vocab_size
+    line = f"config.model.vocab_size={size} is less than the {least} tokens of the text; leave it out"
+    require((size >= least, line))
     config = preset(name, eos_id=tokenizer.eos_id, **options)
     params = init_params(
         lambda key: decoder.init(config, key),
@@ -138,6 +173,36 @@ def loaded_or_random(ctx: Any, tokenizer: Tokenizer) -> Model:
     return Model(config, params, tokenizer, ctx.mesh)
 
 
+def show_parameters(ctx: RunContext, model: Model) -> None:
+    """Prints the parameter table: path, shape, sharding, bytes per device."""
+    if not distributed.is_first():
+        return
+    if ctx.mesh is not None:
+        where = shardings(model.params, decoder.PARAM_AXES, ctx.mesh)
+    else:
+        where = jax.tree.map(lambda x: x.sharding, model.params)
+    ctx.console.print(parameter_table(model.params, where), markup=False, highlight=False, soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------- training from scratch
+
+
+def prepare(ctx: RunContext, model: Model) -> Model:
+    """Returns M: the pretrained model as it is; or the preset trained on the task's seed rows, its gates checked.
+
+    Args:
+      model: from `architecture`.
+
+    Raises:
+      UserError: a gate that does not hold, or a training that diverged.
+    """
+    show_parameters(ctx, model)
+    if not ctx.config.model.path:
+        model = train_on_seeds(ctx, model)
+        check_gates(ctx, ctx.workdir / "base", lambda: measure_gates(ctx, model))
+    return model
+
+
 def seed_examples(ctx: RunContext) -> list[Example]:
     """Returns the rows that the base is trained on.
 
@@ -145,60 +210,86 @@ def seed_examples(ctx: RunContext) -> list[Example]:
       UserError: there are none, or one is longer than a row.
     """
     examples = [ctx.seed_example(p, hinted) for p, hinted in ctx.task.seeds()]
-    if not examples:
-        raise UserError(
-            f"config.model: task {ctx.task.name} has no seed rows to train from scratch on; set config.model.path"
-        )
-    check_fits(examples, ctx.base_settings.row_length, "base")
+    why = f"config.model: task {ctx.task.name} has no seed rows to train from scratch on; set config.model.path"
+    require((bool(examples), why))
+    check_fits(examples, ctx.settings.base.row_length, "base")
     return examples
 
 
-def train_base(ctx: RunContext, model: Model) -> Model:
-    """Trains on all seed rows, plain and hinted, uniformly.
+def train_on_seeds(ctx: RunContext, model: Model) -> Model:
+    """Trains on all seed rows, plain and hinted, uniformly."""
+    examples = seed_examples(ctx)
+    return train_base(ctx, lambda stage: fine_tune(model, examples, stage), TrainSettings, f"{len(examples)} seed rows, ")
+
+
+def train_base(
+    ctx: RunContext, train: Callable[[Stage], tuple[Model, dict[str, Any]]], settings: type, data: str = ""
+) -> Model:
+    """Runs the stage WORKDIR/base with `config.base`, read as `settings`; `data` describes what it is trained on.
 
     Raises:
-      UserError: training diverged.
+      TrainingFailed: training diverged.
     """
-    steps, settings, examples = ctx.base_steps, ctx.base_settings, seed_examples(ctx)
-    ctx.say(f"\n[bold]base[/bold]: {len(examples)} seed rows, {steps} steps")
-    began = time.perf_counter()
+    base = ctx.settings.base
+    ctx.say(f"\n[bold]base[/bold]: {data}{base.steps} steps")
+    began, seed = time.perf_counter(), stable_seed(ctx.seed, "base")
+    folder, update = ctx.workdir / "base", narrowed(settings, base)
     try:
-        with ctx.bar("base", steps) as progress:
-            model, done = fine_tune(
-                model,
-                examples,
-                settings,
-                steps=steps,
-                seed=stable_seed(ctx.seed, "base"),
-                folder=ctx.workdir / "base",
-                writer=ctx.writer,
-                label={"arm": "base"},
-                progress=progress,
-            )
+        with ctx.stage(folder, update, steps=base.steps, seed=seed, bar="base", arm="base") as stage:
+            model, done = train(stage)
     except Diverged as e:
-        raise TrainingFailed(f"config.base.lr={settings.lr}: {e}") from None
+        raise TrainingFailed(f"config.base.lr={base.lr}: {e}") from None
     ctx.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
     return model
 
 
+# ------------------------------------------------------------------------------------------------------------ gates
+
+
+def check_gates(ctx: RunContext, folder: Path, measure: Callable[[], dict[str, float]]) -> None:
+    """Compares the result of `measure` ({metric: value}) with the config's gates, once (FOLDER/gates.json); prints a table.
+
+    A gate reads e.g. {"metric": "hinted_accuracy/3", "min": 0.6, "why": ..., "stop": True}.
+
+    Raises:
+      UserError: a gate with stop=True does not hold.
+    """
+    gates = ctx.settings.gates
+    if not gates:
+        return
+    found = once_json(folder / "gates.json", lambda: _compare(gates, measure()))
+    rows = [
+        {"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"}
+        for k, g in found.items()
+    ]
+    if distributed.is_first():
+        show_table(ctx.console, "gates of the base", rows)
+    for name, g in found.items():
+        line = f"gate {name}: {g['metric']} is {g['value']:.3f}, wanted {g['limit']}: {g['why']}"
+        require((g["ok"] or not gates[name].stop, line))
+
+
+def _compare(gates: dict[str, Gate], values: dict[str, float]) -> dict[str, Any]:
+    """Returns {gate: {metric, value, limit, ok, why}}."""
+    out = {}
+    for name, gate in gates.items():
+        value = values[gate.metric]
+        bounds = {"at least": gate.min, "at most": gate.max}
+        limit = ", ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        ok = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+        out[name] = {"metric": gate.metric, "value": value, "limit": limit, "ok": bool(ok), "why": gate.why}
+    return out
+
+
 def measure_gates(ctx: RunContext, model: Model) -> dict[str, float]:
-    """Returns the metrics that the gates name, on pool problems (held-out ones stay unseen)."""
-    problems = ctx.task.problems("val")
+    """Returns the metrics that the gates name, on validation problems: the test problems are not used for decisions."""
+    problems, folder = ctx.task.problems("val"), ctx.workdir / "base" / "gates"
     rows: dict[bool, list[Rollout]] = {}
-    for hinted in (False, True):
+    for hinted, stage in ((False, "plain"), (True, "hinted")):
         rows[hinted] = sample_rollouts(
-            model,
-            ctx.task,
-            problems,
-            ctx.sample_settings,
-            k=1,
-            hinted=hinted,
-            iteration=0,
-            seed=0,
-            folder=ctx.workdir / "base" / "gates",
-            stage="hinted" if hinted else "plain",
+            model, ctx.task, problems, ctx.settings.sample, hinted=hinted, folder=folder, stage=stage
         )
-    return {gate.metric: _gate_value(rows, gate.metric) for gate in ctx.gates.values()}
+    return {gate.metric: _gate_value(rows, gate.metric) for gate in ctx.settings.gates.values()}
 
 
 def _gate_value(rows: dict[bool, list[Rollout]], metric: str) -> float:
@@ -208,13 +299,3 @@ def _gate_value(rows: dict[bool, list[Rollout]], metric: str) -> float:
         mine = [r for r in mine if r.correct]
         return sum(bool(r.valid) for r in mine) / max(1, len(mine))
     return sum(r.correct for r in mine) / max(1, len(mine))
-
-
-def show_parameters(ctx: RunContext, model: Model) -> None:
-    """Prints the parameter table: path, shape, sharding, bytes per device."""
-    if not distributed.is_first():
-        return
-    where = shardings(model.params, decoder.PARAM_AXES, ctx.mesh) if ctx.mesh is not None else None
-    if where is None:
-        where = jax.tree.map(lambda x: x.sharding, model.params)
-    ctx.console.print(parameter_table(model.params, where), markup=False, highlight=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import time
 from collections.abc import Callable, Iterator
@@ -16,22 +15,14 @@ from rich.table import Column
 from qstar import distributed
 from qstar.types import Rollout
 
-# Fields of a run that hold a section of its config, and the section.
-SECTIONS = {n: n for n in "train sample base thoughts sft pairs rpo dpo orm prm select distil distil_train".split()}
-SECTIONS |= {"evaluation": "evaluate", "sight": "evaluate"}
-SECONDS_A_LINE = 60  # of progress, where it goes to a file
-FIRST_LINE = 15  # seconds until the first
+SECONDS_PER_LINE = 60  # of progress, where the output is a file
+FIRST_LINE = 15  # seconds until the first of them
 
 
 class Screen:
     """Prints on `console`, from process 0 alone."""
 
     console: Console
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the sections of the config that this run has read, as their settings classes."""
-        fields = {f.name.removesuffix("_settings"): getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {section: fields[name] for name, section in SECTIONS.items() if fields.get(name) is not None}
 
     def say(self, text: str) -> None:
         """Prints a line (process 0)."""
@@ -40,10 +31,11 @@ class Screen:
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[..., None]]:
-        """A progress bar with rate and time left; on a plain stream, a line a minute.
+        """Shows a progress bar with rate and time left, or prints a line per minute where the output is a file.
 
-        Yields `update(done, extra)`. An empty `extra` says what earlier processes did (None: so many more samples; {}: up to
-        this step); rate and time left are of what this process does.
+        Yields `update(done, extra)`. `extra` is a Rollout (one more is done) or metrics with a loss; where it is empty the
+        work was done by an earlier process: None counts `done` more samples, {} sets the step. Rate and time left are
+        computed from the work of this process.
         """
         columns = (
             SpinnerColumn(),
@@ -58,11 +50,11 @@ class Screen:
         began = time.perf_counter()
         with Progress(*columns, console=self.console, transient=True, disable=plain, expand=True) as progress:
             job = progress.add_task(what, total=total, rate="", note="")
-            offset, said, resumed = 0, began - SECONDS_A_LINE + FIRST_LINE, 0
-            pending = ""  # to be said when something is done
+            offset, printed, resumed = 0, began - SECONDS_PER_LINE + FIRST_LINE, 0
+            pending = ""  # printed together with the first new work
 
             def update(done: int, extra: Any = None) -> None:
-                nonlocal began, offset, said, resumed, pending
+                nonlocal began, offset, printed, resumed, pending
                 now = time.perf_counter()
                 if not extra:
                     offset = resumed = offset + done
@@ -72,7 +64,7 @@ class Screen:
                 if pending:
                     self.say(f"{what:>14}  {pending} of {total:,}")
                     pending = ""
-                if isinstance(extra, Rollout):  # rounds count from 1 again
+                if isinstance(extra, Rollout):  # `done` begins at 1 again in every round of samples
                     offset += 1
                     done, note = offset, one_line(extra)
                 else:
@@ -80,8 +72,8 @@ class Screen:
                 speed = (done - resumed) / max(now - began, 1e-9)
                 rate = f"{speed:,.1f}/s"
                 progress.update(job, completed=done, rate=rate, note=note)
-                if plain and now - said >= SECONDS_A_LINE:
-                    said = now
+                if plain and now - printed >= SECONDS_PER_LINE:
+                    printed = now
                     left = datetime.timedelta(seconds=round((total - done) / max(speed, 1e-9)))
                     loss = note if note.startswith("loss") else ""
                     clock = f"{datetime.datetime.now():%H:%M}"
@@ -91,6 +83,6 @@ class Screen:
 
 
 def one_line(r: Rollout, width: int = 90) -> str:
-    """The end of a prompt and its completion, on a line."""
+    """Returns the end of a prompt and its completion on a line."""
     text = f"{r.prompt[-60:]}{r.completion}".replace("\n", "⏎")
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,124 +1,126 @@
-"""Run context (task, settings, console, metrics), and one arm's folder, metrics and timers."""
+"""The context of a run (settings, task, mesh, console, metrics), and the folder, metrics and timers of one arm."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 from rich.console import Console
 
 from qstar import distributed
 from qstar.data.sources import read_jsonl
-from qstar.errors import TrainingFailed, check_type, require, unknown
+from qstar.errors import TrainingFailed, unknown
 from qstar.mesh import make_mesh
-from qstar.runs.rollouts import SampleSettings, sample_rollouts, to_example
-from qstar.runs.folder import cached_jsonl, write_json
-from qstar.runs.console import Screen, one_line
-from qstar.runs.settings import Evaluation, Gate, Log, Sections, settings_from
-from qstar.runs.supervised import TrainSettings
-from qstar.runs.stages import UpdateSettings
 from qstar.models.model import Model
+from qstar.runs.console import Screen, one_line
+from qstar.runs.folder import FREE_KEYS, cached_jsonl, open_run, write_json
+from qstar.runs.rollouts import sample_rollouts, to_example
+from qstar.runs.settings import Sections, TaskSections, settings_from
+from qstar.runs.stages import Stage, UpdateSettings
 from qstar.tasks import make_task
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
 from qstar.train.checkpoint import Checkpoints
-from qstar.train.stats import summarise
 from qstar.train.metrics import Writer, read, show_table
+from qstar.train.stats import summarise
 from qstar.types import Rollout
 
 
 @dataclasses.dataclass
 class RunContext(Screen):
-    """One run: built once from the ConfigDict; nothing below `methods` sees a ConfigDict."""
+    """One run: made once from the ConfigDict. Functions of the methods read `settings`, not the config.
 
-    SECTIONS: ClassVar = Sections
-    GATE: ClassVar = Gate
+    A method with further sections names their class in SECTIONS; what it derives from them it sets in `__post_init__`.
+    """
+
+    SECTIONS: ClassVar[type[Sections]] = TaskSections
     config: Any
     workdir: Path
     console: Console
-    task: Task
+    settings: Any  # an object of SECTIONS
     mesh: Any
-    seed: int
-    train_settings: UpdateSettings  # a TrainSettings, or what the method trains by
-    sample_settings: SampleSettings
-    evaluation: Evaluation
-    base_settings: TrainSettings  # of a from-scratch model
-    base_steps: int
-    gates: dict[str, Gate]
-    tokenizer: Tokenizer = None  # set with the base model
-    writer: Writer = None
+    task: Task = dataclasses.field(init=False)
+    tokenizer: Tokenizer = dataclasses.field(init=False)  # set together with the base model
+    writer: Writer = dataclasses.field(init=False)  # set by `start`
     failures: list[str] = dataclasses.field(default_factory=list)  # arms whose training failed
 
     @classmethod
-    def make(cls, config: Any, workdir: Path, console: Console, train: type = TrainSettings) -> RunContext:
-        """Reads a config; all that can be wrong in these sections is found here, before anything is written.
+    def make(cls, config: Any, workdir: Path, console: Console) -> Self:
+        """Reads a config. Every mistake in it is found here, before anything is written.
 
-        Args:
-          train: the settings class of the section `train`.
+        Raises:
+          UserError: see `settings_from`, `make_task`, `make_mesh`.
         """
-        sections = settings_from(cls.SECTIONS, config.to_dict(), "")
-        task_options = dict(sections.task)
-        base = {"steps": 0, **sections.base}
-        check_type("config.base.steps", base["steps"], int)
-        require((base["steps"] >= 0, f"config.base.steps={base['steps']} must be 0 or more"))
-        settings_from(Log, sections.log, "log")
-        return cls(
-            config=config,
-            workdir=workdir,
-            console=console,
-            task=make_task(task_options.pop("name"), **task_options),
-            mesh=make_mesh(config.mesh) if jax.device_count() > 1 or config.mesh != "data=-1" else None,
-            seed=config.seed,
-            train_settings=settings_from(train, sections.train, "train"),
-            sample_settings=settings_from(SampleSettings, sections.sample, "sample"),
-            evaluation=settings_from(Evaluation, sections.evaluate, "evaluate"),
-            base_steps=base.pop("steps"),
-            base_settings=settings_from(TrainSettings, base, "base"),
-            gates={k: settings_from(cls.GATE, gate, f"gates.{k}") for k, gate in sections.gates.items()},
-        )
+        settings = settings_from(cls.SECTIONS, config.to_dict(), "")
+        several = jax.device_count() > 1 or settings.mesh != "data=-1"
+        return cls(config, Path(workdir), console, settings, make_mesh(settings.mesh) if several else None)
+
+    def __post_init__(self) -> None:
+        options = dict(self.settings.task)
+        self.task = make_task(options.pop("name"), **options)
+
+    @property
+    def seed(self) -> int:
+        return self.settings.seed
 
     def arm_settings(self, cls: type, presets: dict[str, dict[str, Any]], name: str) -> Any:
         """Returns an arm's loop settings: the config's `loop`, over it the arm's preset, over it the arm's own keys."""
-        own = self.config.arms[name].to_dict()
+        own = dict(self.settings.arms[name])
         preset = own.pop("preset", "star")
         if preset not in presets:
             raise unknown(f"config.arms.{name}.preset={preset!r}", str(preset), presets)
-        loop = self.config.loop.to_dict()
-        settings_from(cls, loop, "loop")
-        return settings_from(cls, {**loop, **presets[preset], **own}, f"arms.{name}")
+        settings_from(cls, self.settings.loop, "loop")
+        return settings_from(cls, {**self.settings.loop, **presets[preset], **own}, f"arms.{name}")
 
-    def start(self) -> None:
-        """Opens the metrics files."""
+    def start(self, **resolved: Any) -> None:
+        """Opens the run folder and its metrics files.
+
+        Args:
+          resolved: what readers of resolved.json find besides the sections: the model's config, the arms' settings.
+        """
+        read = {k: v for k, v in vars(self.settings).items() if dataclasses.is_dataclass(v) and k not in FREE_KEYS}
+        open_run(self.workdir, self.config.to_dict(), resolved={**read, **resolved})
         self.writer = Writer.of_run(self.workdir, self.config.to_dict())
 
     def close(self) -> None:
         """Flushes the metrics files.
 
         Raises:
-          TrainingFailed: an arm did not learn.
+          TrainingFailed: the training of an arm failed.
         """
         self.writer.close()
         if self.failures:
             raise TrainingFailed("; ".join(self.failures))
 
+    @contextlib.contextmanager
+    def stage(
+        self, folder: Path, settings: UpdateSettings, *, steps: int, seed: int, bar: str = "train", **label: Any
+    ) -> Iterator[Stage]:
+        """A training stage of this run, under a progress bar; `label` goes into its metrics rows."""
+        with self.bar(bar, steps) as progress:
+            yield Stage(folder, settings, steps, seed, self.writer, label, progress)
+
     def seed_example(self, problem: Problem, hinted: bool) -> Example:
         """Returns a gold row of a from-scratch model's base, as a training example."""
-        return to_example(self.tokenizer, self.task.prompt(problem, hint=hinted), self.task.solution(problem))
+        return to_example(self.tokenizer, self.task.prompt(problem, hint=hinted), self.task.solution(problem) or "")
+
+    def hinted_seeds(self) -> list[Example]:
+        """Returns the gold rows that have the answer as a hint in the prompt."""
+        return [self.seed_example(p, hinted) for p, hinted in self.task.seeds() if hinted]
 
     def fitting(self, rows: list[Example]) -> list[Example]:
-        """Drops rows longer than the training row, saying how many."""
-        limit = self.train_settings.row_length
+        """Drops rows longer than the training row, with a warning that counts them."""
+        limit = self.settings.train.row_length
         fits = [r for r in rows if len(r) <= limit]
-        if len(fits) < len(rows):
-            self.say(
-                f"[yellow]{len(rows) - len(fits)} of {len(rows)} rows are longer than train.row_length={limit}: dropped"
-            )
+        if dropped := len(rows) - len(fits):
+            self.say(f"[yellow]{dropped} of {len(rows)} rows are longer than train.row_length={limit}: dropped")
         return fits
 
 
@@ -126,7 +128,7 @@ class Arm:
     """One arm: WORKDIR/<name>/ and the numbers of its loops."""
 
     def __init__(self, ctx: RunContext, name: str, few_shot: bool = True):
-        """Opens the arm's folder (created when something is written); `few_shot`: as it samples, so it is measured."""
+        """`few_shot`: whether the arm samples, and hence is evaluated, with the few-shot prefix."""
         self.ctx, self.name, self.few_shot = ctx, name, few_shot
         self.folder = ctx.workdir / name
         self.seconds: dict[str, float] = {}
@@ -145,7 +147,7 @@ class Arm:
         return self.folder / "verifiers" / kind / f"iter_{n:03d}"
 
     def kept_before(self, n: int) -> list[Rollout]:
-        """Returns what loops 1 .. n-1 kept."""
+        """Returns the rollouts that loops 1 .. n-1 kept."""
         rows = [Rollout(**r) for m in range(1, n) for r in read_jsonl(self.rationales(m))]
         return [r for r in rows if r.verdict != "rejected"]
 
@@ -162,8 +164,8 @@ class Arm:
         self.ctx.say(f"\n[bold]{self.name}[/bold]: loop {n} of {of}")
 
     def evaluate(self, model: Model, n: int) -> dict[str, Any]:
-        """Greedy answers on the held-out problems, without and (if asked) with hints; 95% intervals over problems."""
-        e = self.ctx.evaluation
+        """Returns greedy accuracy on the held-out problems, without and (if asked) with hints; 95% intervals over problems."""
+        e = self.ctx.settings.evaluate
         out: dict[str, Any] = {}
         for hinted in (False, True) if e.hinted else (False,):
             stage = f"iter_{n:03d}" + ("_hinted" if hinted else "")
@@ -175,21 +177,38 @@ class Arm:
         self._scores[n] = out["accuracy"]
         return out
 
+    def answers(self, model: Model, split: str, stage: str, n: int, *, hinted: bool) -> list[Rollout]:
+        """Returns greedy answers on a split, kept in evaluation/<stage>.jsonl."""
+        ctx = self.ctx
+        problems = ctx.task.problems(split)[: ctx.settings.evaluate.limit or None]
+        greedy = dataclasses.replace(ctx.settings.sample, temperature=0.0)
+        answer = functools.partial(sample_rollouts, model, ctx.task, problems, greedy, few_shot=self.few_shot)
+        folder = self.folder / "stages" / "evaluation"
+
+        def make() -> list[dict[str, Any]]:
+            with ctx.bar("evaluate", len(problems)) as progress:
+                rows = answer(folder=folder, stage=stage, hinted=hinted, iteration=n, progress=progress)
+            return [r.to_json() for r in rows]
+
+        with self.timed("evaluate"):
+            return [Rollout(**row) for row in cached_jsonl(self.folder / "evaluation" / f"{stage}.jsonl", make)]
+
     def report(self, n: int, metrics: dict[str, Any], more: dict[str, Any]) -> None:
-        """Writes the loop's metrics row, unless a run that was killed later had done so, and prints the table so far."""
-        if n not in self._reported():  # now its stages were only read back, and the clock says nothing
+        """Writes the loop's metrics row, and prints the table of the arm so far."""
+        # A row that is there was written before the run was killed. This process only read the loop's stages back, so that
+        # its clock would be wrong.
+        if n not in self._reported():
             clock = {f"seconds_{k}": v for k, v in self.seconds.items()}
             self.ctx.writer.write(stage="iteration", step=n, arm=self.name, iteration=n, **metrics, **more, **clock)
         if distributed.is_first():
             show_table(self.ctx.console, self.name, loop_rows([r for m, r in self._reported().items() if m <= n]))
 
     def _reported(self) -> dict[int, dict[str, Any]]:
-        """The metrics rows of this arm's loops so far."""
         rows = read(self.ctx.workdir)
         return {r["iteration"]: r for r in rows if r["stage"] == "iteration" and r["arm"] == self.name}
 
     def show_examples(self, rows: list[Rollout]) -> None:
-        """Prints one attempt of each kind: kept, rationalised, and the rejected ones with why."""
+        """Prints one attempt of each kind: kept, rationalised, and the rejected ones with the reason."""
         shown: set[str] = set()
         for r in rows:
             kind = r.verdict if r.verdict != "rejected" else r.reason.split(":")[0]
@@ -208,32 +227,33 @@ class Arm:
     @property
     def best(self) -> int:
         """The loop of the best score so far, of equal ones the first."""
-        return max(self._scores, key=self._scores.get)
+        return max(self._scores, key=lambda n: self._scores[n])
 
     def stop(self, n: int, reason: str) -> None:
         """Ends the arm early, with the reason and the number of loops that made a model in status.json."""
         self.ctx.say(f"[yellow]{self.name} stopped in loop {n}: {reason}")
-        status = {"status": "stopped", "reason": reason, "iterations": len(self._scores) - 1}
-        write_json(self.folder / "status.json", status)
+        self._write_status("stopped", reason)
 
     def fail(self, n: int, why: TrainingFailed) -> None:
-        """Ends the arm early; when the other arms are done, the run fails for it (`Context.close`)."""
+        """Ends the arm early. The run fails for it after the other arms are done (`RunContext.close`)."""
         self.stop(n, str(why))
         self.ctx.failures.append(f"arm {self.name}, loop {n}: {why}")
 
+    def _write_status(self, status: str, reason: str = "") -> None:
+        loops = len(self._scores) - 1
+        write_json(self.folder / "status.json", {"status": status, "reason": reason, "iterations": loops})
+
     def finish(self, base: Model) -> None:
-        """Marks the arm as done (a stop stays a stop). Loops that were chosen on validation are tested once, here."""
+        """Marks the arm as finished, unless it stopped. If loops were compared on validation, tests the best one, once."""
         best = self.best
         if not distributed.exists(self.folder / "status.json"):
-            status = {"status": "finished", "reason": "", "iterations": len(self._scores) - 1}
-            write_json(self.folder / "status.json", status)
-        if self.ctx.evaluation.split != "val":
+            self._write_status("finished")
+        if self.ctx.settings.evaluate.split != "val":
             return
         model = base
         if best:
-            weights = Checkpoints(self.checkpoint(best) / "model")
-            model = base.replace(params=weights.restore(base.params)[0])
-            weights.close()
+            with contextlib.closing(Checkpoints(self.checkpoint(best) / "model")) as weights:
+                model = base.replace(params=weights.restore(base.params)[0])
         rows = self.answers(model, "test", "test", best, hinted=False)
         result = summarise("accuracy", [float(r.correct) for r in rows], [r.group for r in rows])
         self.ctx.writer.write(stage="test", step=best, arm=self.name, iteration=best, **result)
@@ -242,35 +262,9 @@ class Arm:
             f"({result['accuracy_low']:.4f} to {result['accuracy_high']:.4f}; {len(rows)} problems)"
         )
 
-    def answers(self, model: Model, split: str, stage: str, n: int, *, hinted: bool) -> list[Rollout]:
-        """Greedy answers on a split, kept in evaluation/<stage>.jsonl."""
-        ctx = self.ctx
-        problems = ctx.task.problems(split)[: ctx.evaluation.limit or None]
-
-        def make() -> list[dict[str, Any]]:
-            with ctx.bar("evaluate", len(problems)) as progress:
-                rows = sample_rollouts(
-                    model,
-                    ctx.task,
-                    problems,
-                    dataclasses.replace(ctx.sample_settings, temperature=0.0),
-                    k=1,
-                    hinted=hinted,
-                    iteration=n,
-                    seed=0,
-                    folder=self.folder / "stages" / "evaluation",
-                    stage=stage,
-                    few_shot=self.few_shot,
-                    progress=progress,
-                )
-            return [r.to_json() for r in rows]
-
-        with self.timed("evaluate"):
-            return [Rollout(**row) for row in cached_jsonl(self.folder / "evaluation" / f"{stage}.jsonl", make)]
-
 
 def loop_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the table of an arm's loops from its metrics rows: what is never measured has no column; fits 80 columns."""
+    """Returns the table of an arm's loops from its metrics rows; columns without values are left out; fits 80 characters."""
     last = rows[-1] if rows else {}
     groups = [k.partition("/")[2] for k in last if k.startswith("accuracy/")]
     narrow = [g for g in groups if len(g) <= 5][-3:] if len(groups) > 1 else []  # the report has all

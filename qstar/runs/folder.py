@@ -1,4 +1,7 @@
-"""A run folder: stages meet on disk, each behind an atomic done-marker, so that a killed run goes on where it was."""
+"""Run folders: files that are made once, the lock, the fingerprints of config and training data, the environment.
+
+Stages pass their results on through files, each of which appears whole or not at all, so that a killed run continues.
+"""
 
 from __future__ import annotations
 
@@ -28,40 +31,42 @@ from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
 from qstar.models.hf import read_json
 
+# Of keys and files in a run folder. 1 had no such number; 2 renamed keys of metrics and records (see CHANGELOG.md).
+FORMAT_VERSION = 2
 # Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
 FREE_KEYS = ("log",)
-_BEGAN = time.monotonic()  # about when this process did
+_BEGAN = time.monotonic()  # about when this process started
 
 
 def cached_jsonl(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Returns the rows of a JSONL file, making and writing it first if it is not there.
+    """Returns the rows of a JSONL file, which is made and written first if it is not there or damaged.
 
-    The file appears whole or not at all: it is its own done-marker, and its checksum record tells later damage, after
-    which it is made again. In a run of several processes the first writes.
+    The file appears whole or not at all, so that it is its own done-marker; its checksum record reveals later damage. In
+    a run of several processes the first one writes.
     """
-    if not intact(path):
-        rows = make()
-        if distributed.is_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_jsonl(path, rows, checksum=True)
-        distributed.broadcast_bool(True)  # whoever reads it next finds it
-        preemption.check()
-        return rows
-    return read_jsonl(path)
+    if intact(path):
+        return read_jsonl(path)
+    rows = make()
+    if distributed.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, rows, checksum=True)
+    distributed.broadcast_bool(True)  # the other processes wait until the file is there
+    preemption.check()
+    return rows
 
 
 def once_json(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Like `cached_jsonl`, for one JSON object."""
-    if not intact(path):
-        value = make()
-        write_json(path, value)
-        distributed.broadcast_bool(True)
-        return value
-    return read_json(path)
+    if intact(path):
+        return read_json(path)
+    value = make()
+    write_json(path, value)
+    distributed.broadcast_bool(True)
+    return value
 
 
 def intact(path: Path) -> bool:
-    """Whether a stage file is there as it was written, as the first process sees it; the same in all of them."""
+    """Whether a file is there as it was written, by the first process' check; the same in all processes."""
     return distributed.broadcast_bool(distributed.is_first() and files.intact(path))
 
 
@@ -75,11 +80,10 @@ def write_json(path: Path, value: Any) -> None:
 def open_run(
     workdir: Path, config: dict[str, Any], flag: str = "--workdir", resolved: dict[str, Any] | None = None
 ) -> None:
-    """Starts a run in `workdir`, or goes on with the run of the same config that is there.
+    """Starts a run in `workdir`, or continues the run of the same config that is there.
 
     Args:
-      resolved: settings with all their defaults and presets filled in, for readers: resolved.json. Dataclasses are written
-        as objects.
+      resolved: settings with all their defaults and presets, written to resolved.json; dataclasses become objects.
 
     Raises:
       UserError: see `check_run`; or the folder cannot be written.
@@ -90,7 +94,7 @@ def open_run(
         distributed.broadcast_from_host0(lambda: lock(workdir, flag))
         distributed.broadcast_from_host0(lambda: files.verify(workdir))
         if not (workdir / "config.json").exists():
-            write_json(workdir / "config.json", config)
+            write_json(workdir / "config.json", {"format_version": FORMAT_VERSION, **config})
         if resolved and not (workdir / "resolved.json").exists():
             write_json(workdir / "resolved.json", _as_json(resolved))
         old = workdir / "environment.json"
@@ -102,12 +106,12 @@ def open_run(
 
 
 def end_run(workdir: Path) -> None:
-    """Adds to environment.json when this process ended, and its seconds; nothing where no run was opened by it."""
+    """Adds to environment.json when this process ended, and its seconds; does nothing if it opened no run here."""
     path = workdir / "environment.json"
     if workdir.resolve() in _locks and files.intact(path):
         there = read_json(path)
         seconds = round(there.get("seconds", 0.0) + time.monotonic() - _BEGAN, 1)
-        with contextlib.suppress(OSError):  # a full disk: what ended the run is to be told, not this
+        with contextlib.suppress(OSError):  # on a full disk the error that ended the run is the one to report
             write_json(path, there | {"ended": _now(), "seconds": seconds})
 
 
@@ -131,11 +135,11 @@ _locks: dict[Path, Any] = {}  # folder -> the open lock file: closing it would g
 
 
 def lock(workdir: Path, flag: str = "--workdir") -> None:
-    """Takes a run folder for this process (makes it if it is not there); a lock ends with the process that holds it.
+    """Locks a run folder for this process, making it if necessary.
 
-    The lock is the system's (POSIX, on WORKDIR/.lock), so none is left behind by a kill. Where the file system has none
-    (some mounted buckets) the file alone counts: while the process that it names runs on this host the folder is taken; a
-    dead one's lock, or one of another host, which cannot be asked, is taken over with a warning.
+    The lock is POSIX's, on WORKDIR/.lock, and ends with the process. On file systems without locks (some mounted buckets)
+    the process that the file names holds it as long as it runs on this host; the lock of a process of another host, which
+    cannot be checked, is taken over with a warning.
 
     Raises:
       UserError: another process has it.
@@ -166,13 +170,13 @@ def lock(workdir: Path, flag: str = "--workdir") -> None:
 
 
 def unlock(workdir: Path) -> None:
-    """Gives a run folder up, if this process has it."""
+    """Releases a run folder, if this process has locked it."""
     if file := _locks.pop(workdir.resolve(), None):
         file.close()
 
 
 def _begun(pid: Any) -> str:
-    """When a process of this host began, in the system's ticks, which tells it from a later one with its id; "" if none."""
+    """The start of a process of this host in clock ticks, which later processes of the same id do not share; "" if none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -180,11 +184,11 @@ def _begun(pid: Any) -> str:
 
 
 def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> None:
-    """Whether a run of this config can start or go on in `workdir`; touches nothing.
+    """Checks that a run of this config can start or continue in `workdir`; writes nothing.
 
     Raises:
-      UserError: the folder holds a run of another config (the first key that differs is named), something that is no
-      run, or it is a file. The line begins with the command line's `flag`.
+      UserError: the folder holds a run of another config (the first key that differs is named) or format, or something
+        that is no run, or it is a file. The message begins with the command line's `flag`.
     """
     there = workdir / "config.json"
     try:
@@ -196,13 +200,27 @@ def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") ->
         if strangers and not there.exists():
             raise UserError(f"{flag}={workdir}: holds {strangers[0]} but no run of qstar; name an empty or a new one")
         if strangers:
-            _check_same(read_json(there), json.loads(json.dumps(config)), f"{flag}={workdir}")
+            _check_same(read_run_config(workdir, flag), json.loads(json.dumps(config)), f"{flag}={workdir}")
     except files.Damaged as e:
         raise UserError(
             f"{e}; without it the run cannot go on: restore it from a copy, or name another folder"
         ) from None
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be read ({e.strerror}); name another folder") from None
+
+
+def read_run_config(workdir: Path, flag: str = "--workdir") -> dict[str, Any]:
+    """Returns the config of a run folder.
+
+    Raises:
+      UserError: the folder has the format of another version of qstar.
+    """
+    config = read_json(workdir / "config.json")
+    found = config.pop("format_version", 1)
+    if found != FORMAT_VERSION:
+        version = f"format_version {found!r}, and this version of qstar reads {FORMAT_VERSION}"
+        raise UserError(f"{flag}={workdir}: the run folder has {version}; name another folder, or use that version")
+    return config
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], where: str, prefix: str = "", what: str = "config.") -> None:
@@ -220,38 +238,38 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], where: str, prefix: st
 
 
 def check_made_with(folder: Path, made_with: dict[str, Any]) -> None:
-    """Keeps what a training stage's result depends on in its folder; a folder without it is of an earlier version.
+    """Keeps what a training stage's result depends on in FOLDER/made_with.json.
 
     Raises:
-      UserError: the folder was made with something else: its model is the answer to another call.
+      UserError: the folder was made with something else.
     """
     path = folder / "made_with.json"
     if distributed.exists(folder / "summary.json") and not distributed.exists(path):
-        return
+        return  # nothing to compare with; the parameters are compared when they are restored
     made_with = json.loads(json.dumps(made_with))
     old = once_json(path, lambda: made_with)
-    key, near = "start_norm_and_sum", {"rtol": 1e-3, "equal_nan": True}  # machines differ in how they round
-    if np.allclose(old.get(key, [0, 0]), made_with[key], atol=1e-3 * np.nan_to_num(made_with[key][0]), **near):
+    key = "start_norm_and_sum"  # sums of floats differ between machines
+    near = 1e-3 * np.nan_to_num(made_with[key][0])
+    if np.allclose(old.get(key, [0, 0]), made_with[key], rtol=1e-3, atol=near, equal_nan=True):
         old = {**old, key: made_with[key]}
     _check_same(old, made_with, str(folder), what="")
 
 
 def data_hash(parts: Iterable[Any]) -> str:
-    """Returns a hash of rows of token ids, texts, or arrays by name: what a training stage learns from."""
+    """Returns a hash of training data: rows of token ids, texts, or arrays by name."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
-            part = (part.dtype.str, part.shape, hashlib.sha256(np.ascontiguousarray(part)).hexdigest())
+            part = (part.dtype.str, part.shape, hashlib.sha256(np.ascontiguousarray(part).data).hexdigest())
         digest.update(repr(part).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
 def environment(before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns what a reader needs to judge the run's numbers: dates, host, versions, devices, revision, command.
+    """Returns the record of how a run was made: dates, host, versions, devices, revision, command.
 
     Args:
-      before: what an earlier process of the run wrote. Its start stays, and the seconds of all that ended by themselves
-        add up.
+      before: the record of earlier processes of the run. Its start stays, and the seconds of all processes add up.
     """
     import flax
     import jaxlib

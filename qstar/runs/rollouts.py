@@ -1,17 +1,20 @@
-"""Attempts at problems: sampling them in rounds that survive a kill, scoring them, and choosing what is trained on."""
+"""Rollouts: sampling completions of problems in resumable rounds, scoring them, and selecting those to train on."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import Settings, bounded
-from qstar.runs.folder import cached_jsonl, stable_seed
+from qstar.errors import Settings, UserError, bounded
 from qstar.models.model import Model
+from qstar.runs.folder import cached_jsonl, stable_seed
+from qstar.models.thought_config import ThoughtConfig
+from qstar.sample import batching
 from qstar.sample.batching import default_slots, stream
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
@@ -21,24 +24,24 @@ from qstar.types import Completion, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings(Settings):
-    """How completions are drawn. Read from a config's `sample` section, field by field."""
+    """How completions are sampled. A config's `sample` section."""
 
     max_new_tokens: int = bounded(96, ge=1)
     temperature: float = bounded(0.0, ge=0, note="0: greedy")  # the release: top_p .9 at temperature .01, near greedy
     top_k: int = bounded(0, ge=0, note="0: off")
     top_p: float = bounded(1.0, gt=0, le=1)
     slots: int | None = bounded(None, ge=1)
-    round_size: int = bounded(1024, ge=1)  # completions between two done-markers: what a kill can lose
+    round_size: int = bounded(1024, ge=1)  # completions per file; a kill loses at most so many
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What is kept for training (spec 5.2, 5.4)."""
+    """Which right solutions are kept for training."""
 
     dedupe: bool = True
     cap_per_problem: int | None = None
     min_rationale_tokens: int = 0
-    exact_filter: bool = False  # oracle: keep only what the task's step audit passes
+    exact_filter: bool = False  # an oracle: only solutions that pass the task's check of every step
 
 
 def sample_rollouts(
@@ -47,37 +50,35 @@ def sample_rollouts(
     problems: Sequence[Problem],
     settings: SampleSettings,
     *,
-    k: int,
-    hinted: bool,
-    iteration: int,
-    seed: int,
     folder: Path,
     stage: str,
+    k: int = 1,
+    hinted: bool = False,
+    iteration: int = 0,
+    seed: int = 0,
     few_shot: bool = True,
     progress: Callable[[int, Rollout | None], None] | None = None,
 ) -> list[Rollout]:
-    """Samples k completions of every problem and scores them, one JSONL file per round of problems.
+    """Samples k completions of every problem and scores them, in rounds of problems: FOLDER/<stage>_NNN.jsonl.
 
-    A round is a pure function of (model, problems, seed), so that a killed run makes the same files.
+    A round depends on (model, problems, seed) alone, so that a run that was killed and resumed writes the same files.
     """
     size = max(1, settings.round_size // k)
-    if settings.slots is None:  # one shape for all rounds, the last and shorter one too
-        settings = dataclasses.replace(settings, slots=default_slots(min(size, len(problems)) * k))
+    # One batch shape for all rounds, the last and shorter one included: no round compiles anew.
+    slots = settings.slots or default_slots(min(size, len(problems)) * k)
+    settings = dataclasses.replace(settings, slots=slots)
     out: list[Rollout] = []
     for r, start in enumerate(range(0, len(problems), size)):
         chunk = problems[start : start + size]
-        round_seed = stable_seed(seed, stage, iteration, r)
+        made: list[Rollout] = []
 
-        fresh = False
-
-        def make(chunk: Sequence[Problem] = chunk, round_seed: int = round_seed) -> list[dict[str, Any]]:
-            nonlocal fresh
-            fresh = True
-            rows = _round(model, task, chunk, settings, k, hinted, iteration, round_seed, few_shot, progress)
-            return [row.to_json() for row in rows]
+        def make(chunk: Sequence[Problem] = chunk, r: int = r, made: list[Rollout] = made) -> list[dict[str, Any]]:
+            round_seed = stable_seed(seed, stage, iteration, r)
+            made += _round(model, task, chunk, settings, k, hinted, iteration, round_seed, few_shot, progress)
+            return [row.to_json() for row in made]
 
         rows = cached_jsonl(folder / f"{stage}_{r:03d}.jsonl", make)
-        if progress is not None and not fresh:  # an earlier process has made it
+        if progress is not None and not made:  # the round is of an earlier process
             progress(len(rows), None)
         out += [Rollout(**row) for row in rows]
     return out
@@ -86,20 +87,10 @@ def sample_rollouts(
 def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot, progress) -> list[Rollout]:
     prompts = [task.prompt(p, hint=hinted) for p in problems]
     prefix = task.prefix(hint=hinted) if few_shot else ""
+    how = dataclasses.asdict(settings)
+    how.pop("round_size")
     found: dict[tuple[int, int], Rollout] = {}
-    for i, j, done in stream(
-        model,
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        n=k,
-        stop=task.stop,
-        seed=seed,
-        slots=settings.slots,
-        prefix=prefix,
-    ):
+    for i, j, done in stream(model, prompts, n=k, stop=task.stop, seed=seed, prefix=prefix, **how):
         text, answer, ended = read_answer(task, done)
         row = Rollout(
             problem_id=problems[i].id,
@@ -111,7 +102,7 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
             completion=text,
             answer=answer,
             gold=problems[i].gold,
-            correct=False,  # judged below
+            correct=False,  # judged below, all at once: programs are run side by side
             verdict="",
             reason="",
             truncated=not ended,
@@ -123,24 +114,58 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
         found[i, j] = row
         if progress is not None:
             progress(len(found), row)
+    # Completions end in an order that depends on the batch; records are in the order of the problems.
     rows = [found[key] for key in sorted(found)]
     at = [problems[i] for i, _ in sorted(found)]
     right = judge(task, at, [row.answer for row in rows], [not row.truncated for row in rows])
     return [dataclasses.replace(row, correct=z) for row, z in zip(rows, right)]
 
 
+def check_lengths(
+    model: Model,
+    task: Task,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+    *,
+    hinted: bool = False,
+    few_shot: bool = True,
+) -> None:
+    """Checks that prompts leave room for `max_new_tokens` in the model's context; counts the tokens of the longest texts.
+
+    Raises:
+      UserError: a prompt and `max_new_tokens` exceed the context; the line names the problem.
+    """
+    texts = {p.id: task.prompt(p, hint=hinted) for p in problems}
+    prefix, room = task.prefix(hint=hinted) if few_shot else "", model.config.max_positions
+    for name in sorted(texts, key=lambda k: len(texts[k]), reverse=True)[:16]:
+        count = len(tokenizer_of(model).encode(prefix + texts[name], bos=True))
+        if count + max_new_tokens > room:
+            raise UserError(
+                f"problem {name}: {count} prompt tokens + max_new_tokens={max_new_tokens} exceed the model's context "
+                f"of {room} tokens; lower max_new_tokens, or take fewer few-shot examples or a model with more context"
+            )
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """Returns the model's tokenizer; raises UserError if its folder has none."""
+    if model.tokenizer is None:
+        raise UserError("this needs a tokenizer, and the model has none (no tokenizer files in its folder)")
+    return model.tokenizer
+
+
 def read_answer(task: Task, done: Completion) -> tuple[str, str | None, bool]:
-    """Returns a completion up to the end of its answer, the answer, and whether that end was reached: by a stop id or stop
-    string, or by text behind the answer."""
-    part = None if done.stopped else task.answered_part(done.text)
-    text = task.cut(done.text) if part is None else part
+    """Returns a completion up to the end of its answer, the answer, and whether it is complete: ended by a stop id or stop
+    string, or followed by more text."""
+    written = done.text or ""
+    part = None if done.stopped else task.answered_part(written)
+    text = task.cut(written) if part is None else part
     return text, task.parse(text), done.stopped or part is not None
 
 
 def judge(
     task: Task, problems: Sequence[Problem], answers: Sequence[str | None], ended: Sequence[bool]
 ) -> Sequence[bool]:
-    """Whether answers are right, for evaluations and for rewards alike: what is cut off is wrong, unjudged."""
+    """Returns whether answers are right, in evaluation and as rewards; a truncated completion is wrong."""
     return task.judged(problems, [a if done else None for a, done in zip(answers, ended, strict=True)])
 
 
@@ -151,35 +176,36 @@ def select(
 
     Args:
       rollouts: unhinted and hinted attempts of one loop, in order.
-      seen: (problem, completion) pairs kept before, where data accumulates over loops: no duplicates of them.
+      seen: `text_key` of rows that earlier loops kept, if data accumulates: their duplicates are rejected.
     """
     taken = set(seen)
     per_problem: dict[str, int] = collections.Counter()
     out = []
     for row in rollouts:
         reason = why_rejected(row, problems[row.problem_id], task, rules)
-        key = (row.problem_id, " ".join(row.completion.split()))
+        key = text_key(row)
         if reason is None and rules.dedupe and key in taken:
             reason = "duplicate"
-        if (
-            reason is None
-            and rules.cap_per_problem is not None
-            and per_problem[row.problem_id] >= rules.cap_per_problem
-        ):
+        cap = math.inf if rules.cap_per_problem is None else rules.cap_per_problem
+        if reason is None and per_problem[row.problem_id] >= cap:
             reason = "over the cap per problem"
         if reason is not None:
             out.append(dataclasses.replace(row, verdict="rejected", reason=reason))
             continue
         taken.add(key)
         per_problem[row.problem_id] += 1
-        verdict = "rationalised" if row.hinted else "kept"
-        why = "right answer, given as a hint" if row.hinted else "right answer"
-        out.append(dataclasses.replace(row, verdict=verdict, reason=why))
+        verdict, reason = ("rationalised", "right answer, given as a hint") if row.hinted else ("kept", "right answer")
+        out.append(dataclasses.replace(row, verdict=verdict, reason=reason))
     return out
 
 
+def text_key(row: Rollout) -> tuple[str, str]:
+    """Returns what makes two rows duplicates: the problem and the text up to white space."""
+    return row.problem_id, " ".join(row.completion.split())
+
+
 def why_rejected(row: Rollout, problem: Problem, task: Task, rules: Selection) -> str | None:
-    """Returns why an attempt is not trained on, by itself, or None."""
+    """Returns why a rollout is not trained on, whatever the others are; or None."""
     if row.truncated:
         return "truncated"
     if row.answer is None:
@@ -196,14 +222,14 @@ def why_rejected(row: Rollout, problem: Problem, task: Task, rules: Selection) -
 
 
 def kept_tokens(model: Model, prompt: str, done: Completion, text: str) -> list[int]:
-    """Returns the ids that are trained on and scored for `text`, the part of a completion that is kept.
+    """Returns the token ids of `text`, the kept part of a completion, for training and scoring.
 
-    They are those that were sampled, the stop token included. Where a stop string or the task cut the text, its last token
-    is encoded anew if the cut fell within it. What did not end with a stop token gets the tokenizer's EOS.
+    They are the sampled ids with the stop token. Where a stop string or the task cut the text within a token, that token is
+    encoded anew. A completion without a stop token gets the tokenizer's EOS.
     """
-    tokenizer = model.tokenizer
-    alone = tokenizer.encoder_end is not None  # what an encoder-decoder writes has nothing before it
-    before = [] if alone else tokenizer.encode(prompt[-64:], bos=True)  # only whether there is text before counts
+    tokenizer = tokenizer_of(model)
+    alone = tokenizer.encoder_end is not None  # the output of an encoder-decoder has no text before it
+    before = [] if alone else tokenizer.encode(prompt[-64:], bos=True)  # only whether there is text before it matters
     drawn = bool(done.tokens) and done.tokens[-1] in model.stop_ids
     body = done.tokens[:-1] if drawn else done.tokens
     end = done.tokens[-1] if drawn and text == done.text else tokenizer.eos_id
@@ -214,9 +240,8 @@ def to_example(tokenizer: Tokenizer, prompt: str, completion: str, tokens: Seque
     """Returns a training example: BOS and prompt, then completion and EOS (so that the model learns to stop).
 
     Args:
-      tokens: the completion as it was sampled (`Rollout.tokens`). They stay what they are where the hint was taken out of
-        the prompt or few-shot text put before it: the prompt is encoded by itself, as the model will read it when it is to
-        answer, and no token of the completion reaches into it. None: the completion is encoded.
+      tokens: the sampled ids of the completion (`Rollout.tokens`). They are kept when the hint is taken out of the prompt or
+        few-shot text is put before it: the prompt is encoded by itself, as in sampling. None: the completion is encoded.
     """
     if tokens is not None:
         return Example(tokenizer.encode_prompt(prompt), list(tokens))
@@ -225,15 +250,15 @@ def to_example(tokenizer: Tokenizer, prompt: str, completion: str, tokens: Seque
 
 
 def show_hint(row: Rollout, share: float) -> bool:
-    """Whether a rationalised row is trained on with its hint left in (an ablation; the paper's share is 0)."""
+    """Returns whether a rationalised row is trained on with the hint in its prompt (an ablation; 0 in the paper)."""
     return row.hinted and share > 0 and random.Random(f"{row.problem_id}/{row.iteration}").random() < share
 
 
 def summary(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Returns the counts and rates of one loop's attempts (after `select`), as the iteration's metrics hold them."""
+    """Returns counts and rates of one loop's rollouts (after `select`): columns of its metrics row."""
     plain, hinted = [r for r in rollouts if not r.hinted], [r for r in rollouts if r.hinted]
     kept, rationalised = _of(rollouts, "kept"), _of(rollouts, "rationalised")
-    solved = {r.problem_id for r in plain if r.correct}
+    solved, problems = {r.problem_id for r in plain if r.correct}, len({r.problem_id for r in plain})
     out: dict[str, Any] = {
         "attempted": len(plain),
         "solved": sum(r.correct for r in plain),
@@ -248,7 +273,7 @@ def summary(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "truncation_rate": _mean([r.truncated for r in rollouts]),
         "parse_failure_rate": _mean([r.answer is None for r in rollouts]),
         "mean_tokens": _mean([r.n_tokens for r in rollouts]),
-        "distinct_per_problem": _distinct(plain),
+        "distinct_per_problem": len({(r.problem_id, r.completion) for r in plain}) / problems if problems else None,
         "valid_kept": _mean([r.valid for r in kept if r.valid is not None]),
         "valid_rationalised": _mean([r.valid for r in rationalised if r.valid is not None]),
     }
@@ -268,8 +293,26 @@ def _mean(values: Sequence[Any]) -> float | None:
     return float(sum(values)) / len(values) if values else None
 
 
-def _distinct(rollouts: Sequence[Rollout]) -> float | None:
-    texts: dict[str, set[str]] = collections.defaultdict(set)
-    for r in rollouts:
-        texts[r.problem_id].add(r.completion)
-    return _mean([len(t) for t in texts.values()])
+def generate(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    thoughts: ThoughtConfig | bool | None = None,
+    **sampling: Any,
+) -> list[list[Completion]]:
+    """Samples n completions of every prompt.
+
+    Args:
+      prompts: texts, or lists of token ids taken as they are.
+      thoughts: True or a ThoughtConfig samples a thought before every token (Quiet-STaR); completions then hold the thoughts.
+      sampling: max_new_tokens, temperature, top_k, top_p, n, stop, seed, prefix, slots, weights: see
+        `sample.batching.generate`, also for the errors.
+
+    Returns:
+      Per prompt, a list of n `Completion(text, tokens, logprobs, sample_logprobs, stopped)`.
+    """
+    if not thoughts:
+        return batching.generate(model, prompts, **sampling)
+    from qstar.thoughts import text  # slow to import, and needed only here
+
+    return list(map(list, text.generate(model, prompts, thoughts=thoughts, **sampling)))

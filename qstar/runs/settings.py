@@ -1,4 +1,4 @@
-"""Config sections as frozen settings: every mistake in them is found here, before anything is written."""
+"""Sections of a config as frozen dataclasses, read and checked before a run writes anything."""
 
 from __future__ import annotations
 
@@ -7,39 +7,77 @@ import importlib.util
 import re
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from qstar.errors import Settings, UserError, bounded, check_type, require, unknown
+from qstar.runs.rollouts import SampleSettings
+from qstar.runs.stages import TrainSettings
 from qstar.tasks.base import SPLITS
 
-_TAKEN = ("base", "g_sft", "tensorboard")  # folders of a run that are no arms
+_TAKEN = ("base", "g_sft", "tensorboard")  # folders of a run that are not arms
 
 
 @dataclasses.dataclass(frozen=True)
-class Sections:
-    """What every config has. The sections are read one by one, by those who use them."""
+class Evaluation(Settings):
+    """What the model of every loop is evaluated on. A config's `evaluate` section."""
+
+    split: str = bounded("test", choices=SPLITS)
+    limit: int = bounded(0, ge=0)  # first so many problems (0: all) of every split, of the final test too
+    hinted: bool = False  # also with the answer as a hint
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseSettings(TrainSettings):
+    """How a from-scratch base model is trained. A config's `base` section."""
+
+    steps: int = bounded(0, ge=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A bound on a measurement of the base model. An entry of a config's `gates` section."""
+
+    metric: str  # one of NAMES, or one of them with a group: accuracy/3
+    why: str  # the conclusion if the bound is violated
+    min: float | None = None
+    max: float | None = None
+    stop: bool = True  # whether a violation ends the run
+    NAMES: ClassVar[tuple[str, ...]] = ("accuracy", "hinted_accuracy", "hinted_valid")
+
+    def __post_init__(self) -> None:
+        known = self.metric.partition("/")[0] in self.NAMES
+        require(
+            (known, f"metric={self.metric!r} is not one of {', '.join(self.NAMES)}, or one of them with /GROUP"),
+            (self.min is not None or self.max is not None, "min or max is missing; a gate needs a bound"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Where metrics go besides the run folder. A config's `log` section."""
+
+    wandb: dict | None = None  # keyword arguments of `wandb.init`; empty: off
+
+    def __post_init__(self) -> None:
+        usable = not self.wandb or importlib.util.find_spec("wandb") is not None
+        require((usable, "wandb is set, but wandb is not installed: `pip install 'qstar[log]'`, or leave it empty"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sections(Settings):
+    """The sections that every config has; each method adds its own in a subclass."""
 
     method: str
     name: str
     seed: int
     mesh: str
-    task: dict
-    model: dict
-    loop: dict
     arms: dict
-    sample: dict
-    train: dict
-    evaluate: dict
-    base: dict = dataclasses.field(default_factory=dict)
-    rl: dict = dataclasses.field(default_factory=dict)
-    gates: dict = dataclasses.field(default_factory=dict)
-    log: dict = dataclasses.field(default_factory=dict)
+    gates: dict[str, Gate] = dataclasses.field(default_factory=dict)
+    log: Log = dataclasses.field(default_factory=Log)
 
-    def __post_init__(self):
-        require(
-            (isinstance(self.task.get("name"), str), "task.name is missing; name a task, e.g. arithmetic"),
-            (len(self.arms) > 0, "arms is empty; give at least one, e.g. {'star': {'preset': 'star'}}"),
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require((len(self.arms) > 0, "arms is empty; give at least one, e.g. {'star': {'preset': 'star'}}"))
         for name, arm in self.arms.items():
             check_type(f"arms.{name}", arm, dict)
             fits = re.fullmatch(r"\w[\w.-]*", name) and name not in _TAKEN
@@ -47,65 +85,52 @@ class Sections:
             require((bool(fits), f"arms.{name} cannot be the name of a folder in the run; {rule}"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation(Settings):
-    """What the model of every loop is measured on. A config's `evaluate` section."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSections(Sections):
+    """The sections of methods that sample solutions to a task's problems: STaR, V-STaR, RL."""
 
-    split: str = bounded("test", choices=SPLITS)
-    limit: int = bounded(0, ge=0)  # first so many problems (0: all) of every split, the final test's too
-    hinted: bool = False  # also with the answer as a hint
+    task: dict
+    model: dict
+    loop: dict
+    sample: SampleSettings
+    train: TrainSettings
+    evaluate: Evaluation
+    base: BaseSettings = dataclasses.field(default_factory=BaseSettings)
 
-
-@dataclasses.dataclass(frozen=True)
-class Gate:
-    """A bound on a measurement of the base model. An entry of a config's `gates` section."""
-
-    metric: str  # accuracy, hinted_accuracy or hinted_valid; with a group: accuracy/3
-    why: str  # what it means when it does not hold
-    min: float | None = None
-    max: float | None = None
-    stop: bool = True  # whether the run ends then
-    NAMES: typing.ClassVar = ("accuracy", "hinted_accuracy", "hinted_valid")
-
-    def __post_init__(self):
-        names = self.NAMES
-        known = self.metric.partition("/")[0] in names
-        require(
-            (known, f"metric={self.metric!r} is not one of {', '.join(names)}, or one of them with /GROUP"),
-            (self.min is not None or self.max is not None, "min or max is missing; a gate needs a bound"),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Log:
-    """Where metrics go besides the run folder."""
-
-    wandb: dict | None = None  # keyword arguments of `wandb.init`; empty: off
-
-    def __post_init__(self):
-        there = not self.wandb or importlib.util.find_spec("wandb") is not None
-        require((there, "wandb is set, but wandb is not installed: `pip install 'qstar[log]'`, or leave it empty"))
+    def __post_init__(self) -> None:
+        require((isinstance(self.task.get("name"), str), "task.name is missing; name a task, e.g. arithmetic"))
+        super().__post_init__()
 
 
 def settings_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Returns a frozen settings dataclass from a config section.
+    """Returns a settings dataclass from a config section; fields that are settings themselves are read the same way.
 
     Args:
-      where: the section's path in the config ("" for the config itself), for the messages. Those of the class'
-        own checks begin with the field.
+      where: the section's path in the config ("" for the config itself), for the messages.
 
     Raises:
-      UserError: a key the dataclass does not have or misses, a value of another type, or one that it refuses.
+      UserError: a key that the dataclass does not have or misses, a value of another type, or one that it refuses.
     """
     check_keys(cls, values, where)
-    prefix = _prefix(where)
+    prefix, kinds = _prefix(where), typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         require((not needed or f.name in values, f"{prefix}{f.name} is missing; set it in the config file"))
+    read = {k: _read(kinds[k], v, f"{where}.{k}".strip(".")) for k, v in values.items()}
     try:
-        return cls(**values)
+        return cls(**read)
     except UserError as e:
         raise UserError(f"{prefix}{e}") from None
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """Returns a field's value: settings, or `dict[str, settings]`, from the dicts of the config."""
+    if dataclasses.is_dataclass(kind):
+        check_type(f"config.{where}", value, dict)
+        return settings_from(kind, value, where)  # type: ignore[arg-type]
+    if typing.get_origin(kind) is dict and typing.get_args(kind):
+        return {name: _read(typing.get_args(kind)[1], entry, f"{where}.{name}") for name, entry in value.items()}
+    return value
 
 
 def check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
@@ -114,11 +139,18 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
     Raises:
       UserError: an unknown key (the closest one is named), or a value of another type.
     """
-    kinds = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
+    kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in kinds:
             raise unknown(f"{_prefix(where)}{key}", key, sorted(kinds))
-        check_type(f"{_prefix(where)}{key}", value, kinds[key])
+        kind = dict if dataclasses.is_dataclass(kinds[key]) else kinds[key]
+        check_type(f"{_prefix(where)}{key}", value, kind)
+
+
+def narrowed(cls: type, settings: Any) -> Any:
+    """Returns the settings of a base class `cls` that an object of a subclass holds."""
+    return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls)})
 
 
 def _prefix(where: str) -> str:

@@ -1,4 +1,9 @@
-"""One stage of training in a run folder: what is common to supervised fine-tuning and to Quiet-STaR."""
+"""Training stages: settings, resumable training in a folder, and fine-tuning on (prompt, completion) examples.
+
+A stage is made once. Its folder holds `model/` and `summary.json` when it is done, and `training/` (checkpoints with the
+optimiser's state) until then; killed at any point and called again it continues from its last checkpoint and ends with the
+same bits.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +20,29 @@ import numpy as np
 import optax
 
 from qstar import distributed, tree
+from qstar.data.loader import batches
 from qstar.errors import Settings, UserError, bounded, require
-from qstar.runs.folder import check_made_with, intact, once_json
-from qstar.models import lora
+from qstar.models import lora, scoring
 from qstar.models.config import ModelConfig
 from qstar.models.decoder import PARAM_AXES
+from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
-from qstar.train import flops, optim
+from qstar.runs.folder import check_made_with, data_hash, intact, once_json
+from qstar.sample.batching import padded_length
+from qstar.text.packing import Example, pack
+from qstar.train import flops, losses, optim
 from qstar.train.checkpoint import Checkpoints
-from qstar.train.loop import fit
+from qstar.train.loop import Progress, fit
 from qstar.train.metrics import Writer
 from qstar.train.profile import GUARDS, Watch
 from qstar.train.state import create_state, optimizer_for
-from qstar.types import Params
+from qstar.train.step import make_step
+from qstar.types import Batch, Params, Responses
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings(Settings):
-    """How batches become updates."""
+    """Optimiser, schedule, checkpoints and adapters: what every training stage has."""
 
     batch_size: int = bounded(32, ge=1)  # rows per update
     accumulate: int = bounded(1, ge=1)
@@ -47,7 +57,7 @@ class UpdateSettings(Settings):
     save_every: int = bounded(0, ge=0, note="steps; 0: only at the end")
     log_every: int = bounded(50, ge=1, note="steps")
     max_bad: int = bounded(20, ge=1)
-    transfer_guard: str = bounded("allow", choices=GUARDS)  # "log" or "disallow": what an update moves to or from the device unasked
+    transfer_guard: str = bounded("allow", choices=GUARDS)  # implicit transfers between host and device in an update
     lora_rank: int = 0  # 0: all parameters train; else adapters of this rank beside frozen ones
     lora_alpha: float = 32.0
     lora_targets: tuple = lora.KERNELS
@@ -55,7 +65,7 @@ class UpdateSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora_rank:
-            self.lora  # noqa: B018  says what is wrong
+            self.lora  # noqa: B018  raises if the adapters' settings are wrong
         why = f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; choose a divisor of it"
         require((self.batch_size % self.accumulate == 0, why))
 
@@ -86,27 +96,35 @@ class UpdateSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """Where and for how long a model is trained."""
+class TrainSettings(UpdateSettings):
+    """Settings of fine-tuning. A config's `train` section."""
 
-    folder: Path  # holds `model/` (the parameters) when done, and `training/` until then
-    settings: UpdateSettings
+    z_loss: float = bounded(0.0, ge=0)
+    loss_on_prompt: bool = False  # STaR's released code also trains on the prompt, unlike its paper
+    packed: bool = True
+    row_length: int = bounded(1024, ge=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Where, how and for how long a model is trained."""
+
+    folder: Path
+    settings: Any  # an UpdateSettings
     steps: int
     seed: int
     writer: Writer
-    label: dict[str, Any]  # of the metrics rows: arm, iteration
+    label: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its metrics rows: arm, iteration
     progress: Callable[[int, dict[str, float]], None] | None = None
     name: str = "train"  # the `stage` of its metrics rows
-    data: str = ""  # a hash of what it learns from (`run_folder.data_hash`)
+    data: str = ""  # a hash of the training data (`folder.data_hash`)
 
 
-FREE = ("save_every", "log_every", "max_bad", "transfer_guard")  # settings that change nothing in what is learnt
+FREE = ("save_every", "log_every", "max_bad", "transfer_guard")  # settings that do not change the trained parameters
 MACHINE = ("seconds", "tokens_per_second", "mfu", "recompiles", "memory")  # metrics of the machine, not of the model
 
 
-def finished(folder: Path) -> bool:
-    """Whether the stage of this folder has ended (its model may yet prove damaged: then it is trained again)."""
-    return intact(folder / "summary.json")
+# ------------------------------------------------------------------------------------------------ stages in folders
 
 
 def train_stage(
@@ -121,17 +139,14 @@ def train_stage(
     choose: Callable[[Params, dict[str, Any]], tuple[Params, dict[str, Any]]] | None = None,
     **how: Any,
 ) -> tuple[Model, dict[str, Any]]:
-    """Trains a copy of `start` and returns the new model with a summary.
-
-    Killed at any point and called again it goes on from its last checkpoint and ends with the same bits; called after
-    it has finished it only loads.
+    """Trains a copy of `start` and returns the new model with a summary; a finished stage is only loaded.
 
     Args:
       tx: over all roles. step_at: the update (`make_step`) of a step. batch_at: the host's rows of a step.
       roles: parameters beside `policy`, which do not train (a teacher).
-      watch: is shown (step, policy) at every log, and where a resumed run starts; True from it ends the stage early.
+      watch: called with (step, policy) at every log and where a resumed run starts; True from it ends the stage early.
       choose: is given the last parameters and the summary, and returns those that are kept.
-      how: `on_policy` and `place` of `train.loop.fit`.
+      how: `on_policy` of `train.loop.fit`.
 
     Raises:
       UserError: the folder is of other data, settings or parameters. Diverged: see `fit`.
@@ -158,38 +173,92 @@ def train_once(
     """Returns the model and the summary that `train` makes of `start`, kept in `folder` and made once.
 
     Args:
-      made_with: what the result depends on, beside the parameters of `start`; a folder that was made with anything else is
-        refused. Of settings, those that change nothing in the result are left out.
+      made_with: what the result depends on, besides the parameters of `start`; a folder that was made with anything else is
+        refused. Of settings, those that do not change the result (`FREE`) are left out.
     """
     # Master weights are float32, whatever the folder kept them in: updates of 1e-6 round to nothing in bfloat16.
     # (Beside LoRA's adapters, which are float32, what is frozen stays as it is.)
     if cast:
         start = start.replace(params=tree.cast(start.params, np.float32))
-    made_with = {k: _plain(v) if dataclasses.is_dataclass(v) else v for k, v in made_with.items()}
+    for key, settings in made_with.items():
+        if dataclasses.is_dataclass(settings):
+            lasting = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}  # type: ignore[arg-type]
+            made_with = {**made_with, key: lasting}
     check_made_with(folder, {**made_with, "start_norm_and_sum": [float(x) for x in _moments(start.params)]})
-    weights = Checkpoints(folder / "model")
     done = folder / "summary.json"
-    if finished(folder) and (kept := weights.resume(start.params)) is not None:
-        distributed.remove(folder / "training")  # a kill may have come between
-        weights.close()
-        return start.replace(params=kept.state), once_json(done, dict)
-    params, summary = train(start)
-    weights.save(summary.get("steps", summary.get("updates")), params)
-    weights.close()
+    with contextlib.closing(Checkpoints(folder / "model")) as weights:
+        if intact(done) and (kept := weights.resume(start.params)) is not None:
+            distributed.remove(folder / "training")  # in case a kill came before the removal below
+            return start.replace(params=kept.state), once_json(done, dict)
+        params, summary = train(start)
+        weights.save(summary["steps"] if "steps" in summary else summary["updates"], params)
+    # The summary is the done-marker of the stage, so it is written after the parameters.
     once_json(done, lambda: summary)
-    distributed.remove(folder / "training")  # moments are of no use to the next loop
+    distributed.remove(folder / "training")
     return start.replace(params=params), summary
 
 
-@jax.jit
-def _moments(params: Params) -> tuple[jax.Array, jax.Array]:
-    """Norm and sum of all parameters: what tells one model from another, on any machine."""
-    leaves = [x.astype(np.float32) for x in jax.tree.leaves(params)]
-    return optax.global_norm(leaves), sum(x.sum() for x in leaves)
+def run_updates(
+    params: dict[str, Params],
+    stage: Stage,
+    tx: optax.GradientTransformation,
+    step_at: Callable[[int], Any],
+    batch_at: Callable[..., Any],
+    *,
+    mesh: Any,
+    flops_of: Callable[[Any], float] | None = None,
+    **how: Any,
+) -> Generator[tuple[Progress, float], None, None]:
+    """Runs the updates of a stage from its newest checkpoint; yields `train.loop.Progress` and the last learning rate.
+
+    Args:
+      params: {role: parameters}; `policy` is the trained model. flops_of: batch -> FLOPs of its update.
+      how: `log_every`, `on_policy`, `place` and `extra` of `train.loop.fit`.
+    """
+    s = stage.settings
+    state = create_state(params, tx, seed=stage.seed, mesh=mesh, table=PARAM_AXES)
+    lr_at = optim.schedule(s.schedule, s.lr, warmup=s.warmup, steps=stage.steps, end=s.end)
+    # One call for all steps: a call of the schedule per update would wait for the device every time.
+    rates = np.asarray(jax.vmap(lr_at)(np.arange(stage.steps))) if stage.steps else np.zeros(0)
+    with contextlib.closing(Checkpoints(stage.folder / "training")) as checkpoints:
+        for at in fit(
+            state,
+            step_at,
+            batch_at,
+            lambda step: rates[step],
+            steps=stage.steps,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            save_every=s.save_every,
+            max_bad=s.max_bad,
+            watch=Watch(flops_of, s.transfer_guard),
+            **{"log_every": s.log_every, **how},
+        ):
+            yield at, float(rates[at.step - 1]) if at.step else 0.0
 
 
-def _plain(settings: Any) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
+def _train(start, stage, tx, step_at, batch_at, roles, watch, how):
+    metrics: dict[str, float] = {}
+    policy, last = start.params, 0
+    counts = None if how else _flops_of(start, stage.settings)
+    params = {"policy": start.params, **roles}
+    updates = run_updates(params, stage, tx, step_at, batch_at, mesh=start.mesh, flops_of=counts, **how)
+    # A generator that an exception leaves is closed by the garbage collector, its checkpoints too late.
+    with contextlib.closing(updates):
+        for at, lr in updates:
+            policy, last = at.state.params["policy"], at.step
+            if at.metrics:  # else it resumes from a checkpoint
+                metrics = at.metrics if math.isfinite(at.metrics.get("loss", 0.0)) or not metrics else metrics
+                stage.writer.write(stage=stage.name, step=at.step, lr=lr, **stage.label, **at.metrics)
+            if stage.progress is not None:
+                stage.progress(at.step, at.metrics)
+            if watch is not None:
+                with at.interruptible():
+                    ends = watch(at.step, policy)
+                if ends:
+                    break
+    keys = dict.fromkeys(("loss", "accuracy", "tokens", "skipped", *metrics))
+    return policy, {"steps": last, **{k: metrics.get(k) for k in keys if not k.startswith(MACHINE)}}
 
 
 def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
@@ -205,53 +274,18 @@ def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
 
 def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:
     """Returns what is trained in place of the parameters: fresh adapters, and a value head whole."""
+    assert isinstance(start.config, ModelConfig)  # `check_trainable` refuses adapters of a T5
     fresh = lora.init(start.config, settings, jax.random.fold_in(tree.random_key(seed), 1))
     if start.config.value_head:
-        fresh["value"] = tree.cast(start.params["value"], np.float32)  # a head has nothing to be an adapter of
+        fresh["value"] = tree.cast(start.params["value"], np.float32)  # a new head has no weights to adapt
     return fresh
 
 
-def _train(start, stage, tx, step_at, batch_at, roles, watch, how):
-    s = stage.settings
-    params = {"policy": start.params, **roles}
-    state = create_state(params, tx, seed=stage.seed, mesh=start.mesh, table=PARAM_AXES)
-    lr_at = optim.schedule(s.schedule, s.lr, warmup=s.warmup, steps=stage.steps, end=s.end)
-    metrics: dict[str, float] = {}
-    last = 0
-    lr_table = np.asarray(jax.vmap(lr_at)(np.arange(stage.steps))) if stage.steps else np.zeros(0)
-    with contextlib.closing(Checkpoints(stage.folder / "training")) as checkpoints:
-        for at in fit(
-            state,
-            step_at,
-            batch_at,
-            lambda step: lr_table[step],
-            steps=stage.steps,
-            mesh=start.mesh,
-            checkpoints=checkpoints,
-            save_every=s.save_every,
-            log_every=s.log_every,
-            max_bad=s.max_bad,
-            watch=Watch(None if how else _flops_of(start, s), s.transfer_guard),
-            **how,
-        ):
-            state, last = at.state, at.step
-            if not at.metrics and stage.progress is not None:  # it goes on from a checkpoint
-                stage.progress(at.step, {})
-            if at.metrics:
-                metrics = at.metrics if math.isfinite(at.metrics.get("loss", 0.0)) or not metrics else metrics
-                stage.writer.write(
-                    stage=stage.name, step=at.step, lr=float(lr_table[at.step - 1]), **stage.label, **at.metrics
-                )
-                if stage.progress is not None:
-                    stage.progress(at.step, at.metrics)
-            if watch is not None:
-                with at.interruptible():
-                    ends = watch(at.step, state.params["policy"])
-                if ends:
-                    break
-    keys = dict.fromkeys(("loss", "accuracy", "tokens", "skipped", *metrics))
-    shown = {k: metrics.get(k) for k in keys if not k.startswith(MACHINE)}
-    return state.params["policy"], {"steps": last, **shown}
+@jax.jit
+def _moments(params: Params) -> tuple[jax.Array, jax.Array]:
+    """Norm and sum of all parameters: a fingerprint of a model that holds on any machine."""
+    leaves = [x.astype(np.float32) for x in jax.tree.leaves(params)]
+    return optax.global_norm(leaves), sum(x.sum() for x in leaves)
 
 
 def _flops_of(model: Model, settings: UpdateSettings) -> Callable[[Any], float] | None:
@@ -259,3 +293,86 @@ def _flops_of(model: Model, settings: UpdateSettings) -> Callable[[Any], float] 
         return None
     thinks = "mixing" in model.params
     return functools.partial(flops.update_flops, model.config, frozen=settings.lora_rank > 0, thinks=thinks)
+
+
+# ------------------------------------------------------------------------------------------- supervised fine-tuning
+
+
+def fine_tune(
+    start: Model, examples: Sequence[Example], stage: Stage, *, mix: tuple[Sequence[Example], float] | None = None
+) -> tuple[Model, dict[str, Any]]:
+    """Trains a copy of `start` on (prompt, completion) examples; returns the new model with a summary.
+
+    Args:
+      stage: with `TrainSettings`; its `data` is set here.
+      mix: (other examples, share of every batch): hinted seed rows, in from-scratch runs.
+
+    Raises:
+      UserError, Diverged: see `train_stage`.
+    """
+    settings, mixed = stage.settings, mix[0] if mix else ()
+
+    @functools.cache  # packed when the first batch is needed: a finished stage needs none
+    def rows() -> Any:
+        return batches(
+            pack_rows(examples, settings, start.config, shared_with=mixed),
+            settings.batch_size,
+            seed=stage.seed,
+            mix=(pack_rows(mixed, settings, start.config, shared_with=examples), mix[1]) if mix else None,
+        )
+
+    kind = Responses if isinstance(start.config, EncDecConfig) else Batch
+    tx, step = sft_step(start.config, settings)
+    stage = dataclasses.replace(stage, data=data_hash([*examples, *([mix[1], *mix[0]] if mix else ())]))
+    model, done = train_stage(start, stage, tx, lambda n: step, lambda n: kind(**rows()[n]))
+    return model, {**done, "rows": len(examples)}
+
+
+@functools.cache
+def sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
+    """Returns (optimiser, jitted step), one per configuration: all loops of a run share one compilation."""
+    check_trainable(config, settings)
+    tx = settings.optimiser()
+    if isinstance(config, EncDecConfig):
+        loss = functools.partial(losses.response_loss, config=config, z_loss=settings.z_loss)
+    else:
+        loss = functools.partial(losses.sft_loss, config=config, z_loss=settings.z_loss, one_text=not settings.packed)
+    return tx, make_step(settings.through(loss), tx, settings.accumulate)
+
+
+def check_trainable(config: Any, settings: TrainSettings) -> None:
+    """Raises UserError for settings that a model of this kind cannot be fine-tuned with."""
+    if not isinstance(config, EncDecConfig):
+        return settings.check_targets(config)
+    why = "is for decoders, and this model is an encoder-decoder (T5)"
+    require(
+        (not settings.lora_rank, f"lora_rank={settings.lora_rank} {why}, of which all parameters train; set it to 0"),
+        (not settings.loss_on_prompt, f"loss_on_prompt=True {why}, which predicts no prompt; set it to False"),
+    )
+
+
+def pack_rows(
+    examples: Sequence[Example], settings: TrainSettings, config: Any = None, *, shared_with: Sequence[Example] = ()
+) -> dict[str, np.ndarray]:
+    """Returns the examples as arrays: packed rows [B, T] for a decoder; for an encoder-decoder one example per row, prompt
+    and response apart, padded to the longest of `examples` and `shared_with` (with which they share batches).
+
+    Raises:
+      UserError: an example that is longer than `row_length`.
+    """
+    if not examples:
+        raise UserError("no examples to train on")
+    if isinstance(config, EncDecConfig):
+        return _response_rows(examples, settings.row_length, config, [*examples, *shared_with])
+    return pack(examples, settings.row_length, packed=settings.packed, loss_on_prompt=settings.loss_on_prompt)
+
+
+def _response_rows(examples, row_length, config, widest):
+    longest = max(map(len, examples))
+    require((longest <= row_length, f"row_length={row_length} is too short: the longest example has {longest} tokens"))
+    P, R = (padded_length(max(len(getattr(x, part)) for x in widest)) for part in ("prompt", "completion"))
+    prompt, prompt_mask = scoring.pad_prompts(config, [x.prompt for x in examples], P)
+    response, mask = np.zeros((len(examples), R), np.int32), np.zeros((len(examples), R), np.float32)
+    for i, x in enumerate(examples):
+        response[i, : len(x.completion)], mask[i, : len(x.completion)] = x.completion, 1.0
+    return {"prompt": prompt, "prompt_mask": prompt_mask, "response": response, "mask": mask}

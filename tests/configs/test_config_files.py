@@ -140,8 +140,8 @@ def test_an_rl_config_loads_and_all_its_settings_are_known(name, mode, tmp_path)
     config = module(name).get_config(mode)
     assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
     assert config.seed == (3 if mode and "seed" in mode else 0)
-    ctx = RunContext.make(config, tmp_path / "run", stub.Silent(), train=rl.ReinforceSettings)
-    assert rl.settings_from(rl.RLConfig, config.loop.to_dict(), "loop").rounds
+    ctx = rl.RLContext.make(config, tmp_path / "run", stub.Silent())
+    assert ctx.settings.loop.rounds
     assert all(rl.arm_settings(ctx, arm) for arm in config.arms) and not (tmp_path / "run").exists()
     json.dumps(config.to_dict())
 

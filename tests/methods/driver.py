@@ -61,7 +61,6 @@ class Events:
 
 def wrap(events):
     """Makes the stages of qstar tell their events."""
-    from qstar.methods import reinforce
     from qstar.runs import folder as run_folder
     from qstar.runs import stages
     from qstar.train.checkpoint import Checkpoints
@@ -100,7 +99,7 @@ def wrap(events):
         yield from fit(state, step_at, told, lr_at, checkpoints=checkpoints, **rest)
 
     run_folder.write_jsonl, os.replace, Checkpoints.save = write_jsonl, replaced, saves
-    stages.fit = reinforce.fit = trains
+    stages.fit = trains
 
 
 def child(job):

@@ -47,7 +47,7 @@ def config(**sections):
 
 
 def context(tmp_path, **sections):
-    """A Context that needs no model: the character tokenizer stands in it already."""
+    """A RunContext that needs no model: the character tokenizer stands in it already."""
     ctx = RunContext.make(config(**sections), tmp_path, Silent())
     ctx.tokenizer = char_tokenizer(ALPHABET, pad=PAD, eos=EOS)
     return ctx
@@ -88,7 +88,7 @@ def script(monkeypatch, write, evaluate=None):
     """
     asked = []
 
-    def attempt(model, task, problems, settings, *, k, hinted, iteration, stage, **_):
+    def attempt(model, task, problems, settings, *, stage, k=1, hinted=False, iteration=0, **_):
         asked.append((stage, hinted, iteration, [p.id for p in problems]))
         say = write if stage in ("sample", "rationalise") else evaluate or (lambda *_: None)
         texts = [(p, j, say(p, hinted, iteration)) for p in problems for j in range(k)]

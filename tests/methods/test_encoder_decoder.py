@@ -22,7 +22,7 @@ from qstar.models.encdec import EncDecConfig
 from qstar.models.model import encoder_ids
 from qstar.plan import cases
 from qstar.runs.rollouts import to_example
-from qstar.runs.supervised import TrainSettings, pack_rows
+from qstar.runs.stages import TrainSettings, pack_rows
 from qstar.text.packing import Example
 from qstar.text.tokenizer import load_tokenizer
 from qstar.train import losses, metrics

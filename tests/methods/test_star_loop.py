@@ -13,7 +13,7 @@ from qstar.data.sources import read_jsonl
 from qstar.errors import TrainingFailed, UserError
 from qstar.methods import star
 from qstar.methods.star import VariantConfig, steps_for
-from qstar.runs import supervised
+from qstar.runs import stages
 from qstar.train import metrics
 from qstar.train.loop import Diverged
 from tests.methods import stub
@@ -135,7 +135,7 @@ def test_an_unknown_switch_is_named_before_anything_is_written(sections, named, 
 def starts(monkeypatch):
     """What enters every first update: (parameters, optimiser state), as host arrays, in order."""
     seen = []
-    made = supervised.sft_step
+    made = stages.sft_step
 
     def spied(config, settings):
         tx, step = made(config, settings)
@@ -147,7 +147,7 @@ def starts(monkeypatch):
 
         return tx, first
 
-    monkeypatch.setattr(supervised, "sft_step", spied)
+    monkeypatch.setattr(stages, "sft_step", spied)
     return seen
 
 
@@ -324,15 +324,16 @@ def test_epochs_are_counted_in_packed_rows(tmp_path, monkeypatch):
     )
     pool = ctx.task.pool(1, ctx.seed)
     examples = [ctx.seed_example(p, False) for p in pool]
-    rows = len(supervised.pack_rows(examples, ctx.train_settings)["tokens"])
+    rows = len(stages.pack_rows(examples, ctx.settings.train)["tokens"])
     assert rows <= 4 < len(examples)
     asked = {}
 
-    def fine_tune(start, examples, settings, *, steps, **_):
-        asked["steps"] = steps
-        return start, {"tokens": 1.0, "steps": steps, "loss": 0.0}
+    def fine_tune(start, examples, stage, **_):
+        asked["steps"] = stage.steps
+        return start, {"tokens": 1.0, "steps": stage.steps, "loss": 0.0}
 
     monkeypatch.setattr(star, "fine_tune", fine_tune)
+    ctx.writer = None
     arm, loop = stub.arm_of(ctx)
     start = types.SimpleNamespace(config=ctx.config)  # of no encoder-decoder
     star.train(arm, loop, start, examples, 1)
@@ -344,10 +345,10 @@ def test_epochs_are_counted_in_packed_rows(tmp_path, monkeypatch):
 def test_divergence_ends_the_arm_with_the_model_before(tmp_path, monkeypatch):
     made = star.fine_tune
 
-    def fine_tune(start, examples, settings, *, folder, **rest):
-        if "iter_002" in str(folder):
+    def fine_tune(start, examples, stage, **rest):
+        if "iter_002" in str(stage.folder):
             raise Diverged("20 updates in a row were not finite, up to step 20; lower the learning rate")
-        return made(start, examples, settings, folder=folder, **rest)
+        return made(start, examples, stage, **rest)
 
     monkeypatch.setattr(star, "fine_tune", fine_tune)
     loop = {"n_iters": 4, "steps": "lin:2:0"}
@@ -371,14 +372,14 @@ def test_a_base_that_diverges_is_a_mistake_of_the_settings(tmp_path, monkeypatch
 
 
 def test_every_batch_of_both_arms_holds_the_share_of_hinted_seeds(tmp_path, monkeypatch):
-    batches, seen = supervised.batches, {}
+    batches, seen = stages.batches, {}
 
     def spied(arrays, batch_size, *, mix, **rest):
         inner = batches(arrays, batch_size, mix=mix, **rest)
         seen.setdefault(len(seen), (arrays, mix, [inner[s] for s in range(40)]))
         return inner
 
-    monkeypatch.setattr(supervised, "batches", spied)
+    monkeypatch.setattr(stages, "batches", spied)
     arms = {"rat": {"preset": "star"}, "norat": {"preset": "star_norat"}}
     play(
         tmp_path,

@@ -48,7 +48,7 @@ def told(monkeypatch):
     sample 1 is wrong. Returns what was done, in order."""
     log = []
 
-    def attempt(model, task, problems, settings, *, k, iteration, stage, **_):
+    def attempt(model, task, problems, settings, *, stage, k=1, iteration=0, **_):
         log.append(("sample" if stage == "sample" else "test", model.name, iteration))
         rows = []
         for p in problems:
@@ -186,7 +186,7 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, m
 
     monkeypatch.setattr(v_star, "sample_rollouts", attempt)
     ctx = study(tmp_path, "v_star")
-    ctx.config.arms = {"arm": {"preset": "v_star", "k": 2}, "other": {"preset": "v_star", "k": 2}}
+    ctx.settings.arms["other"] = {"preset": "v_star", "k": 2}
     for name in ("arm", "other"):
         loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
         v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.supervised_data(ctx))
@@ -207,7 +207,7 @@ def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told,
 
     monkeypatch.setattr(v_star, "sample_rollouts", attempt)
     ctx = study(tmp_path, "v_star")
-    ctx.config.arms = {"arm": {"preset": "v_star", "k": 2}, "other": {"preset": "v_star", "k": 2, **own}}
+    ctx.settings.arms["other"] = {"preset": "v_star", "k": 2, **own}
     for name in ("arm", "other"):
         loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
         v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.supervised_data(ctx))
@@ -229,11 +229,11 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told
     ctx = study(tmp_path / "run", "v_star")
     ctx.writer.close()
     shutil.rmtree(tmp_path / "run")
-    ctx.config.loop.few_shot_at_sample = few_shot
+    ctx.settings.loop["few_shot_at_sample"] = few_shot
     base = Fake("base")
     monkeypatch.setattr(v_star.base_model, "checked", lambda *_: base)
     monkeypatch.setattr(v_star.base_model, "show_parameters", lambda *_: None)
-    monkeypatch.setattr(v_star.base_model, "train_base", lambda *_: base)
+    monkeypatch.setattr(v_star.base_model, "train_on_seeds", lambda *_: base)
     monkeypatch.setattr(v_star, "supervised", lambda *_: Fake("G_SFT"))
     monkeypatch.setattr(v_star.VStarContext, "make", lambda *_: ctx)
     v_star.run(ctx.config, tmp_path / "run", stub.Silent())

@@ -8,8 +8,9 @@ import pytest
 import qstar
 from qstar.__main__ import main
 from qstar.data.sources import read_jsonl
+from qstar.methods.export import trained_model
+from qstar.methods.score_samples import by_scores
 from qstar.methods.select import Candidates, curves
-from qstar.runs.evaluate import by_scores, trained_model
 from qstar.types import Rollout
 from tests.methods import runs
 

@@ -17,7 +17,7 @@ from qstar.models import decoder, lora
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
-from qstar.runs.supervised import TrainSettings, check_trainable, fine_tune
+from qstar.runs.stages import Stage, TrainSettings, check_trainable, fine_tune
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.packing import Example
 from qstar.text.tokenizer import char_tokenizer
@@ -134,8 +134,8 @@ def test_training_through_adapters_moves_them_alone_and_leaves_them_for_peft(par
     adapted = dict(lora_rank=3, lora_alpha=6.0, lora_targets=("q", "v", "down"))
     settings = TrainSettings(batch_size=2, lr=1e-2, warmup=1, row_length=12, packed=False, log_every=5, **adapted)
     rows = [Example([3, 4], [5, 6, 7, 1]), Example([8], [9, 10, 1])]
-    how = dict(steps=40, seed=0, writer=Writer(), label={})
-    model, summary = fine_tune(start, rows, settings, folder=tmp_path / "m", **how)
+    stage = Stage(tmp_path / "m", settings, 40, 0, Writer())
+    model, summary = fine_tune(start, rows, stage)
     changed = {
         name for name in params["layers"] for a, b in [(params["layers"][name], model.params["layers"][name])]
         if "kernel" in a and (a["kernel"] != b["kernel"]).any()
@@ -146,7 +146,7 @@ def test_training_through_adapters_moves_them_alone_and_leaves_them_for_peft(par
     left, read = lora.load_adapters(CONFIG, tmp_path / "m" / "adapter")
     again = lora.merge(params, left, read.scale)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, model.params)
-    loaded, _ = fine_tune(start, rows, settings, folder=tmp_path / "m", **how)  # finished: only read
+    loaded, _ = fine_tune(start, rows, stage)  # finished: only read
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
 
 

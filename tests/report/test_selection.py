@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from qstar.methods.score_samples import by_scores
 from qstar.methods.select import Candidates
 from qstar.report import pages
 from qstar.report.pages.v_star import CASES, SCORERS, curve_rows, headline, read_cases, selection_of, write_evaluation
-from qstar.runs.evaluate import by_scores, many
+from qstar.runs.evaluate import many
 from qstar.types import Rollout
 from tests.report.test_report import Page
 from tests.report.v_star_synthetic import write_v_star_run

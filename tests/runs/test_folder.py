@@ -19,7 +19,8 @@ def tree(folder):
 
 def test_a_new_folder_holds_config_and_environment(tmp_path):
     open_run(tmp_path / "a" / "b", CONFIG)
-    assert json.loads((tmp_path / "a/b/config.json").read_text()) == json.loads(json.dumps(CONFIG))
+    expected = {"format_version": run_folder.FORMAT_VERSION, **json.loads(json.dumps(CONFIG))}
+    assert json.loads((tmp_path / "a/b/config.json").read_text()) == expected
     environment = json.loads((tmp_path / "a/b/environment.json").read_text())
     assert environment["platform"] == "cpu" and environment["jax"] and environment["command"]
     assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == [
@@ -49,6 +50,17 @@ def test_another_config_is_refused_by_its_first_difference_and_nothing_changes(t
     with pytest.raises(UserError, match=r"config\.extra='\(absent\)', now it is 1"):
         open_run(tmp_path / "a", {**CONFIG, "extra": 1})
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("version", [None, 1, run_folder.FORMAT_VERSION + 1])
+def test_another_format_is_refused_in_a_line_that_names_it(tmp_path, version):
+    open_run(tmp_path / "a", CONFIG)
+    old = {} if version is None else {"format_version": version}
+    write_json(tmp_path / "a/config.json", {**CONFIG, **old})
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=f"format_version {version or 1}, and this version of qstar reads") as caught:
+        open_run(tmp_path / "a", CONFIG)
+    assert "\n" not in str(caught.value) and tree(tmp_path) == before
 
 
 def test_a_whole_run_of_another_config_is_refused(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qstar.errors import UserError
-from qstar.runs.supervised import TrainSettings, fine_tune
+from qstar.runs.stages import Stage, TrainSettings, fine_tune
 from qstar.models import decoder
 from qstar.models.config import preset
 from qstar.models.model import Model
@@ -27,8 +27,8 @@ def model(seed=0):
 
 
 def call(folder, start=None, rows=ROWS, settings=SETTINGS, steps=2, seed=0, mix=None):
-    how = dict(steps=steps, seed=seed, folder=folder / "stage", writer=Writer(folder), label={}, mix=mix)
-    return fine_tune(start or model(), rows, settings, **how)
+    stage = Stage(folder / "stage", settings, steps, seed, Writer(folder))
+    return fine_tune(start or model(), rows, stage, mix=mix)
 
 
 @pytest.mark.parametrize(
