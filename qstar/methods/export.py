@@ -14,7 +14,7 @@ from qstar.errors import UserError, require, unknown
 from qstar.methods import quiet_star
 from qstar.methods.quiet_data import QuietContext
 from qstar.methods.rl import RLContext
-from qstar.methods.v_star_setup import VStarContext
+from qstar.methods.v_star import VStarContext
 from qstar.methods.verifier import KINDS
 from qstar.models.heads import add_value_head
 from qstar.models.hf import read_json, refuse_foreign

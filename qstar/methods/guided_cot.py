@@ -259,38 +259,19 @@ def distilled(
         record[f"keep_rate/{kind}"] = sum(r.get("type", "") == kind for r in kept) / len(mine)
     once_json(folder / name / "buffer.json", lambda: {"filter": recipe.filter, **record})
     train = dataclasses.replace(ctx.settings.distil_train, **recipe.train)
-    with ctx.bar(name, recipe.steps) as progress:
-        return distil(
-            base,
-            ctx.setting.to_pairs(kept),
-            ctx.settings.distil,
-            train,
-            steps=recipe.steps,
-            seed=own,
-            folder=folder / name / "distil",
-            writer=ctx.writer,
-            label={"arm": name, "student": seed},
-            teacher=getattr(ctx.setting, "large", None),
-            progress=progress,
-        )[0]
+    where, label = folder / name / "distil", {"arm": name, "student": seed}
+    teacher = getattr(ctx.setting, "large", None)
+    with ctx.stage(where, train, steps=recipe.steps, seed=own, bar=name, **label) as stage:
+        return distil(base, ctx.setting.to_pairs(kept), ctx.settings.distil, stage, teacher)[0]
 
 
 def refined(ctx: GuidedContext, folder: Path, name: str, start: Model, own: int, seed: int) -> Model:
     """Step 2: RL with the aspects and the large model's answers."""
     rl_settings, settings = ctx.rl_settings(name)
     world = ctx.setting.environment(own, rl_settings.group, settings.prompts, ctx.recipes[name])
-    with ctx.bar(name, settings.updates) as progress:
-        return reinforce(
-            start,
-            world,
-            rl_settings,
-            settings,
-            seed=stable_seed(own, "rl"),
-            folder=folder / name / "rl",
-            writer=ctx.writer,
-            label={"arm": name, "student": seed},
-            progress=progress,
-        )[0]
+    where, seed_of, label = folder / name / "rl", stable_seed(own, "rl"), {"arm": name, "student": seed}
+    with ctx.stage(where, settings, steps=settings.updates, seed=seed_of, bar=name, **label) as stage:
+        return reinforce(start, world, rl_settings, stage)[0]
 
 
 def evaluate(ctx: GuidedContext, folder: Path, name: str, model: Model, seed: int) -> dict[str, Any]:

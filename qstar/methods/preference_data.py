@@ -88,24 +88,11 @@ def sampled_solutions(rollouts: Iterable[Rollout]) -> list[Solution]:
     ]
 
 
-class Buffer:
-    """A growing set of solutions on disk: FOLDER/iter_NNN.jsonl holds what iteration NNN found."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def add(self, n: int, solutions: Iterable[Solution]) -> list[Solution]:
-        """Adds the solutions of iteration n, unless its file exists; returns the set of iterations 0 .. n, oldest first."""
-        cached_jsonl(self._file(n), lambda: [dataclasses.asdict(s) for s in merge_duplicates(solutions)])
-        return self.upto(n)
-
-    def upto(self, n: int) -> list[Solution]:
-        """Returns the solutions of iterations 0 .. n with their total counts."""
-        files = [self._file(m) for m in range(n + 1)]
-        return merge_duplicates(Solution(**row) for file in files if file.exists() for row in read_jsonl(file))
-
-    def _file(self, n: int) -> Path:
-        return self.folder / f"iter_{n:03d}.jsonl"
+def add_to_buffer(folder: Path, n: int, solutions: Iterable[Solution]) -> list[Solution]:
+    """Writes iteration n's solutions to FOLDER/iter_NNN.jsonl, unless it exists; returns those of 0 .. n, oldest first."""
+    files = [folder / f"iter_{m:03d}.jsonl" for m in range(n + 1)]
+    cached_jsonl(files[n], lambda: [dataclasses.asdict(s) for s in merge_duplicates(solutions)])
+    return merge_duplicates(Solution(**row) for file in files if file.exists() for row in read_jsonl(file))
 
 
 def merge_duplicates(solutions: Iterable[Solution]) -> list[Solution]:
@@ -289,8 +276,8 @@ def rollout_labels(
     seed: int,
     folder: Path,
     few_shot: bool = True,
-) -> list[list[float]]:
-    """Returns per solution the label of each of its `task.steps`: the share of n continuations that are correct.
+) -> dict[tuple[str, str], list[float]]:
+    """Returns for the key of each solution the labels of its `task.steps`: the share of n continuations that are correct.
 
     The last step is labelled with the correctness of the solution. Equal prefixes are continued once. `folder` caches them.
     """
@@ -310,7 +297,7 @@ def rollout_labels(
     )  # fmt: skip
     correct = collections.Counter(r.problem_id for r in rollouts if r.correct)
     share = {key: correct[p.id] / n for key, p in partial.items()}
-    return [
-        [*(share[s.problem_id, s.completion[:end]] for end in positions), float(s.correct)]
+    return {
+        s.key: [*(share[s.problem_id, s.completion[:end]] for end in positions), float(s.correct)]
         for s, positions in zip(solutions, ends)
-    ]
+    }

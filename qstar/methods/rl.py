@@ -1,12 +1,11 @@
-"""Reinforcement learning with verifiable rewards: a response earns 1 if its answer is right (DeepSeekMath's GRPO, RLOO, PPO).
-
-What users expect beside STaR, on the same tasks: STaR keeps the right rationales and imitates them; RL also learns from
-the wrong ones, and from how surprising the right ones were.
+"""RL with verifiable rewards: the reward of a response is 1 if its final answer is correct (GRPO, RLOO, PPO).
 
     for every update:
-        responses = policy(problems), a group of each     reinforce.reinforce
-        scores    = 1 where the task's own parser finds the right answer
+        responses = policy(problems), a group of each     methods.reinforce
+        scores    = 1 where the task's own parser finds the correct answer
         update by PPO, RLOO or GRPO                       train.rl
+
+It runs on the tasks of STaR: STaR fine-tunes on correct rationales only, RL also learns from incorrect ones.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ from qstar.types import Completion
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig(Settings):
-    """How long, and how often measured. A config's `loop` section."""
+    """Evaluations and problems. A config's `loop` section."""
 
-    rounds: int = bounded(4, ge=1)  # evaluations on the way, the last at the end
-    problems_per_iter: int | None = bounded(None, ge=1)  # of the pool; None: all there are
+    rounds: int = bounded(4, ge=1)  # evaluations during training, the last one after it
+    problems_per_iter: int | None = bounded(None, ge=1)  # of the pool; None: all
     few_shot_at_sample: bool = True
 
 
@@ -62,19 +61,18 @@ class RLContext(RunContext):
     SECTIONS: ClassVar = RLSections
 
 
-class Verifiable:
-    """A task as an environment: prompts are its problems, a pass over the pool after the other; 1 for a right answer."""
+class TaskEnvironment:
+    """A task as an environment: prompts are its problems, in passes over the pool; the reward is correctness."""
 
     def __init__(self, task: Task, seed: int, prompts: int, pool: int | None, few_shot: bool = True):
-        """`prompts` problems per update; `pool`: how many there are in a pass (None: all)."""
+        """`prompts`: problems per update. `pool`: problems per pass (None: all)."""
         self.task, self.seed, self.count, self.pool = task, seed, prompts, pool
         self.prefix, self.stop = task.prefix() if few_shot else "", task.stop
-        self.per_pass = len(self._problems(0)) // prompts
-        require((self.per_pass > 0, f"config.train.prompts={prompts} is more than the pool has; lower it"))
+        self.updates_per_pass = len(self._problems(0)) // prompts
+        require((self.updates_per_pass > 0, f"config.train.prompts={prompts} is more than the pool has; lower it"))
 
     def problems(self, update: int) -> list[Problem]:
-        """The problems of an update."""
-        epoch, at = divmod(update, self.per_pass)
+        epoch, at = divmod(update, self.updates_per_pass)
         return self._problems(epoch)[at * self.count : (at + 1) * self.count]
 
     def prompts(self, update: int) -> list[str]:
@@ -83,8 +81,8 @@ class Verifiable:
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         pairs = [(p, done) for p, row in zip(self.problems(update), responses) for done in row]
         _, answers, ended = zip(*(read_answer(self.task, done) for _, done in pairs), strict=True)
-        right = judge(self.task, [p for p, _ in pairs], answers, ended)
-        scores = np.asarray(right, np.float32)
+        # The judgement of evaluations, so that the reward is the metric.
+        scores = np.asarray(judge(self.task, [p for p, _ in pairs], answers, ended), np.float32)
         return RewardOutput(
             scores, {"correct": scores, "parsed": np.asarray([a is not None for a in answers], np.float32)}
         )
@@ -95,20 +93,19 @@ class Verifiable:
 
 
 def run(config: Any, workdir: Path, console: Any) -> None:
-    """Runs every arm of an RL config in `workdir`, going on where an earlier run of the same config stopped."""
+    """Runs every arm of an RL config in `workdir`, resuming an earlier run of the same config."""
     ctx = RLContext.make(config, workdir, console)
     loop = ctx.settings.loop
     arms = {name: arm_settings(ctx, name) for name in config.arms}
     start = base_model.checked(ctx, [loop])
-    worlds = {
-        name: Verifiable(ctx.task, ctx.seed, settings.prompts, loop.problems_per_iter, loop.few_shot_at_sample)
+    environments = {
+        name: TaskEnvironment(ctx.task, ctx.seed, settings.prompts, loop.problems_per_iter, loop.few_shot_at_sample)
         for name, (_, settings) in arms.items()
     }
-    resolved = {name: {"rl": rl, "train": settings} for name, (rl, settings) in arms.items()}
-    ctx.start(model=start.config, arms=resolved)
+    ctx.start(model=start.config, arms={name: {"rl": rl, "train": settings} for name, (rl, settings) in arms.items()})
     base = base_model.prepare(ctx, start)
     for name, (rl_settings, settings) in arms.items():
-        train_arm(Arm(ctx, name, loop.few_shot_at_sample), loop, rl_settings, settings, worlds[name], base)
+        train_arm(Arm(ctx, name, loop.few_shot_at_sample), loop, rl_settings, settings, environments[name], base)
     ctx.close()
 
 
@@ -126,63 +123,53 @@ def arm_settings(ctx: RunContext, name: str) -> tuple[RLSettings, ReinforceSetti
 
 
 def train_arm(
-    arm: Arm, loop: RLConfig, rl_settings: RLSettings, settings: ReinforceSettings, environment: Verifiable, base: Model
+    arm: Arm,
+    loop: RLConfig,
+    rl_settings: RLSettings,
+    settings: ReinforceSettings,
+    environment: TaskEnvironment,
+    base: Model,
 ) -> Model:
-    """Trains one arm from the base, measuring it `loop.rounds` times; returns its model."""
-    ctx = arm.ctx
+    """Trains one arm from the base, evaluating it `loop.rounds` times; returns its model."""
+    ctx, split = arm.ctx, arm.ctx.settings.evaluate.split
     arm.report(0, arm.evaluate(base, 0), {})
     ctx.say(f"\n[bold]{arm.name}[/bold]: {rl_settings.estimator}, {settings.updates} updates")
-    marks = {math.ceil(settings.updates * n / loop.rounds): n for n in range(1, loop.rounds + 1)}
-
-    scores: dict[int, float] = {}
+    # Rounds at equal distances; with fewer updates than rounds, several rounds fall on one update and the last one counts.
+    round_at = {math.ceil(settings.updates * n / loop.rounds): n for n in range(1, loop.rounds + 1)}
+    scores: dict[int, float] = {}  # round -> validation accuracy
 
     def watch(update: int, params: Any) -> None:
-        """Measures a round, and keeps its model as long as it is the best on validation: `Arm.finish` tests that one."""
-        if (n := marks.get(update)) is None:
+        """Evaluates a round; keeps its model while it is the best on validation, for the test in `Arm.finish`."""
+        if (n := round_at.get(update)) is None:
             return
-        model = base.replace(params=params)
-        rows = arm.answers(model, ctx.settings.evaluate.split, f"iter_{n:03d}", n, hinted=False)
+        rows = arm.answers(base.replace(params=params), split, f"iter_{n:03d}", n, hinted=False)
         ctx.say(f"  update {update}: accuracy {np.mean([r.correct for r in rows]):.4f}")
-        if ctx.settings.evaluate.split != "val" or n == loop.rounds:
+        # Without validation no round is chosen, and the last model is kept in any case.
+        if split != "val" or n == loop.rounds:
             return
-        scores.update({m: accuracy(arm, m) for m in marks.values() if m <= n})
-        best = max(scores, key=scores.get)
-        if best == n:
-            save_round(arm, n, params)
+        # Read from the files, because a resumed run has not evaluated the earlier rounds itself.
+        scores.update({m: _accuracy(arm, m) for m in round_at.values() if m <= n})
+        if max(scores, key=scores.__getitem__) == n:
+            with contextlib.closing(Checkpoints(arm.checkpoint(n) / "model")) as weights:
+                weights.save(n, params)
             for m in scores.keys() - {n}:
                 distributed.remove(arm.checkpoint(m))
 
     try:
-        with arm.timed("train"), ctx.bar(arm.name, settings.updates) as progress:
-            model, done = reinforce(
-                base,
-                environment,
-                rl_settings,
-                settings,
-                seed=stable_seed(ctx.seed, arm.name),
-                folder=arm.checkpoint(loop.rounds),
-                writer=ctx.writer,
-                label={"arm": arm.name},
-                progress=progress,
-                watch=watch,
-            )
+        folder, seed = arm.checkpoint(loop.rounds), stable_seed(ctx.seed, arm.name)
+        stage = ctx.stage(folder, settings, steps=settings.updates, seed=seed, bar=arm.name, arm=arm.name)
+        with arm.timed("train"), stage as where:
+            model, done = reinforce(base, environment, rl_settings, where, watch)
     except Diverged as e:
         raise TrainingFailed(f"config.arms.{arm.name}: {e}") from None
     if done["stopped"]:
         ctx.say(f"[yellow]{arm.name} stopped after {done['updates']} updates: {done['stopped']}")
-    for update, n in marks.items():
+    for update, n in round_at.items():
         if update <= done["updates"] or n == loop.rounds:
             arm.report(n, arm.evaluate(model, n), {"updates": min(update, done["updates"]), **done})
     arm.finish(base)
     return model
 
 
-def accuracy(arm: Arm, n: int) -> float:
-    """The accuracy of a round that has been measured."""
+def _accuracy(arm: Arm, n: int) -> float:
     return float(np.mean([row["correct"] for row in read_jsonl(arm.folder / "evaluation" / f"iter_{n:03d}.jsonl")]))
-
-
-def save_round(arm: Arm, n: int, params: Any) -> None:
-    """Keeps the parameters of a round where `Arm.finish` looks for them."""
-    with contextlib.closing(Checkpoints(arm.checkpoint(n) / "model")) as weights:
-        weights.save(n, params)

@@ -25,15 +25,7 @@ import numpy as np
 
 from qstar.errors import unknown
 from qstar.sample import vote
-from qstar.train.stats import (
-    best_of_k,
-    bootstrap_ci,
-    calibration,
-    mean_auc,
-    pass_at_k,
-    pooled_auc,
-    weighted_majority_at_k,
-)
+from qstar.train import stats
 
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 RULES = ("greedy", "majority", "weighted_majority", "best_of_k", "top_m_vote")
@@ -97,6 +89,7 @@ def weights(scores: Sequence[float], probabilities: bool | None = None) -> list[
         return [1.0] * len(scores)
     if are_probabilities(finite) if probabilities is None else probabilities:
         return [s if math.isfinite(s) else 0.0 for s in scores]
+    # Only ratios of weights matter, and without the shift exp underflows for solutions of a few hundred tokens.
     top = max(finite)
     return [math.exp(s - top) if math.isfinite(s) else 0.0 for s in scores]
 
@@ -148,10 +141,10 @@ def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> 
     # Decided once per scorer: log-likelihoods of a single problem may happen to lie in [0, 1].
     probabilities = {name: all(are_probabilities(p.scores[name]) for p in problems) for name in scorers}
     for k in ks:
-        out["pass"][k] = [pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
+        out["pass"][k] = [stats.pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
         out["majority"][k] = [vote.voted_right_at_k(p.answers, p.correct, k) for p in problems]
         for name in scorers:
-            out[f"best/{name}"][k] = [best_of_k(p.scores[name], p.correct, k) for p in problems]
+            out[f"best/{name}"][k] = [stats.best_of_k(p.scores[name], p.correct, k) for p in problems]
             out[f"weighted/{name}"][k] = [_weighted_vote(p, name, k, probabilities[name]) for p in problems]
             out[f"top{m}/{name}"][k] = [_top_m_vote(p, name, k, m) for p in problems]
     return dict(out)
@@ -161,7 +154,7 @@ def _weighted_vote(p: Candidates, name: str, k: int, probabilities: bool) -> flo
     votes = weights(p.scores[name], probabilities)
     shares = vote.right_shares(p.answers, p.correct)
     return sum(
-        share * weighted_majority_at_k(p.answers, votes, answer, k, trials=SUBSETS)[0]
+        share * stats.weighted_majority_at_k(p.answers, votes, answer, k, trials=SUBSETS)[0]
         for answer, share in shares.items()
     )
 
@@ -179,7 +172,8 @@ def _top_m_vote(p: Candidates, name: str, k: int, m: int) -> float:
         best = np.argsort(-scores[subsets], axis=1, kind="stable")[:, :m]
         counts = votes[np.take_along_axis(subsets, best, axis=1)].sum(axis=1)  # [subsets, answers]
         top = counts.max(axis=1, keepdims=True)
-        winners = (counts >= top) & (top > 0)  # ties are broken uniformly
+        # Ties are broken uniformly; where no sample has an answer (top = 0), nothing is chosen.
+        winners = (counts >= top) & (top > 0)
         return winners @ right / np.maximum(winners.sum(axis=1), 1)
 
     return vote.over_subsets(accuracy, len(p.answers), k, trials=SUBSETS)[0]
@@ -188,7 +182,7 @@ def _top_m_vote(p: Candidates, name: str, k: int, m: int) -> float:
 def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:
     """Returns [mean, low, high] of a - b over the same problems: a paired 95% bootstrap interval."""
     d = np.asarray(a, float) - np.asarray(b, float)
-    return [float(d.mean()), *bootstrap_ci(d)]
+    return [float(d.mean()), *stats.bootstrap_ci(d)]
 
 
 # ------------------------------------------------------------------------------------------------ quality of scorers
@@ -207,9 +201,9 @@ def quality(problems: Sequence[Candidates], values: Mapping[str, Mapping[int, Se
     out: dict[str, Any] = {"auc": {}, "auc_pooled": {}, "calibration": {}, "regret": {}}
     for name in problems[0].scores if problems else ():
         scores = [p.scores[name] for p in problems]
-        out["auc"][name] = _none_if_nan(mean_auc(scores, correct))
-        out["auc_pooled"][name] = _none_if_nan(pooled_auc(scores, correct))
-        out["calibration"][name] = calibration(scores, correct)
+        out["auc"][name] = _none_if_nan(stats.mean_auc(scores, correct))
+        out["auc_pooled"][name] = _none_if_nan(stats.pooled_auc(scores, correct))
+        out["calibration"][name] = stats.calibration(scores, correct)
         best = values[f"best/{name}"]
         out["regret"][name] = {str(k): difference(values["pass"][k], best[k]) for k in best}
     return out
@@ -234,7 +228,8 @@ def auc_by_fault(problems: Sequence[Candidates], faults: Sequence[Sequence[str |
         both = [(p, at) for p, at in zip(problems, kept) if len({bool(p.correct[i]) for i in at}) == 2]
         correct = [[p.correct[i] for i in at] for p, at in both]
         areas = {
-            name: mean_auc([[p.scores[name][i] for i in at] for p, at in both], correct) for name in problems[0].scores
+            name: stats.mean_auc([[p.scores[name][i] for i in at] for p, at in both], correct)
+            for name in problems[0].scores
         }
         out[kind] = {
             "samples": count,

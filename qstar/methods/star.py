@@ -176,13 +176,13 @@ def outer_loop(arm: Arm, loop: VariantConfig, base: Model) -> Model:
 # ------------------------------------------------------------------------------- 1 to 4: generation and rationalisation
 
 
-def rationalised_rollouts(arm: Arm, loop: VariantConfig, model: Model, n: int) -> list[Rollout]:
-    """Samples, rationalises the failures, and marks what is kept: rationales/iter_NNN.jsonl."""
+def rationalised_rollouts(arm: Arm, loop: VariantConfig, model: Model, n: int, **shared: Any) -> list[Rollout]:
+    """Samples, rationalises the failures, and marks what is kept: rationales/iter_NNN.jsonl. `shared`: see `sample`."""
     ctx = arm.ctx
     problems = iteration_problems(ctx, loop, n)
 
     def make() -> list[dict[str, Any]]:
-        rollouts = sample(arm, loop, model, problems, n, hinted=False)
+        rollouts = sample(arm, loop, model, problems, n, hinted=False, **shared)
         if loop.rationalize:
             solved = {r.problem_id for r in rollouts if r.correct}
             failed = [p for p in problems if p.id not in solved and should_rationalize(p, n, loop.p_rationalize)]
@@ -203,15 +203,19 @@ def iteration_problems(ctx: RunContext, loop: VariantConfig, n: int) -> list[Pro
 
 
 def sample(
-    arm: Arm, loop: VariantConfig, model: Model, problems: list[Problem], n: int, *, hinted: bool
+    arm: Arm, loop: VariantConfig, model: Model, problems: list[Problem], n: int, *, hinted: bool, **shared: Any
 ) -> list[Rollout]:
-    """Samples k rationales per problem from M_{n-1}; with hints, the answer stands in the prompt."""
+    """Samples k rationales per problem from M_{n-1}; with hints, the answer stands in the prompt.
+
+    Args:
+      shared: the `folder` and `seed` of samples that several arms share.
+    """
     settings = loop.sampling(arm.ctx.settings.sample)
-    stage, seed = "rationalise" if hinted else "sample", stable_seed(arm.ctx.seed, arm.name)
-    folder, few_shot = arm.folder / "stages" / f"iter_{n:03d}", loop.few_shot_at_sample
+    stage, few_shot = "rationalise" if hinted else "sample", loop.few_shot_at_sample
+    own = {"folder": arm.folder / "stages" / f"iter_{n:03d}", "seed": stable_seed(arm.ctx.seed, arm.name)}
     attempt = functools.partial(sample_rollouts, model, arm.ctx.task, problems, settings, few_shot=few_shot)
     with arm.timed(stage), arm.ctx.bar(stage, len(problems) * loop.k) as progress:
-        return attempt(folder=folder, stage=stage, k=loop.k, hinted=hinted, iteration=n, seed=seed, progress=progress)
+        return attempt(stage=stage, k=loop.k, hinted=hinted, iteration=n, progress=progress, **{**own, **shared})
 
 
 def should_rationalize(problem: Problem, n: int, share: float) -> bool:

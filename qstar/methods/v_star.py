@@ -23,35 +23,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from qstar.errors import bounded, require
+from qstar.errors import Settings, bounded, require
+from qstar.methods import preference_data as data
 from qstar.methods import star
-from qstar.methods.preference_data import (
-    Buffer,
-    Solution,
-    build_pairs,
-    count_solutions,
-    human_solutions,
-    merge_duplicates,
-    most_sampled,
-    repeat_by_count,
-    rollout_labels,
-    sampled_solutions,
-)
-from qstar.methods.v_star_eval import gate_metrics, measure
-from qstar.methods.v_star_setup import VStarContext
-from qstar.methods.verifier import KINDS, Job, train_dpo, train_head
+from qstar.methods.v_star_eval import SampledGate, SelectSettings, gate_metrics, measure
+from qstar.methods.verifier import KINDS, Job, VerifierSettings, train_dpo, train_head
 from qstar.models.model import Model
 from qstar.runs import base_model
-from qstar.runs.base_model import check_gates
-from qstar.runs.context import Arm
-from qstar.runs.folder import cached_jsonl, stable_seed
-from qstar.runs.rollouts import Selection, sample_rollouts, select, summary, text_key, to_example
+from qstar.runs.context import Arm, RunContext
+from qstar.runs.folder import stable_seed
+from qstar.runs.rollouts import Selection, summary, to_example
+from qstar.runs.settings import TaskSections
 from qstar.runs.stages import fine_tune, pack_rows
-from qstar.tasks.base import Problem
 from qstar.train.loop import Diverged
 from qstar.types import Rollout
 
@@ -95,6 +81,43 @@ class VStarConfig(star.VariantConfig):
         return dataclasses.replace(super().selection, cap_per_problem=None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Supervision(Settings):
+    """D_SFT. A config's `sft` section."""
+
+    problems: int | None = bounded(None, ge=1)  # with human solutions; None: all of the training set
+    steps: str = "epochs:2:0"  # of G_SFT (2 epochs on GSM8K, 3 on MBPP)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        star.steps_for(self.steps, 1, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VStarSections(TaskSections):
+    """The sections of a V-STaR config."""
+
+    gates: dict[str, SampledGate] = dataclasses.field(default_factory=dict)
+    sft: Supervision = dataclasses.field(default_factory=Supervision)
+    pairs: data.PairSettings = dataclasses.field(default_factory=data.PairSettings)
+    rpo: VerifierSettings = dataclasses.field(default_factory=VerifierSettings)  # of a generator
+    dpo: VerifierSettings = dataclasses.field(default_factory=VerifierSettings)
+    orm: VerifierSettings = dataclasses.field(default_factory=VerifierSettings)
+    prm: VerifierSettings = dataclasses.field(default_factory=VerifierSettings)
+    select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
+
+
+class VStarContext(RunContext):
+    """One V-STaR run."""
+
+    SECTIONS: ClassVar = VStarSections
+
+    @property
+    def few_shot(self) -> str:
+        """The few-shot text in front of training rows, where the config's `loop` asks for it."""
+        return self.task.prefix() if self.settings.loop.get("few_shot_in_train") else ""
+
+
 _ONCE = {"n_iters": 1, "k": 48}  # as many samples as three iterations of 16
 PRESETS: dict[str, dict[str, Any]] = {
     "sft": {"n_iters": 0},
@@ -119,18 +142,18 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     base_model.show_parameters(ctx, start)
     base = start if config.model.path else base_model.train_on_seeds(ctx, start)
     sft = supervised(ctx, base, d_sft)
-    check_gates(ctx, ctx.workdir / "g_sft", lambda: gate_metrics(ctx, sft))
+    base_model.check_gates(ctx, ctx.workdir / "g_sft", lambda: gate_metrics(ctx, sft))
     for name, loop in arms.items():
         outer_loop(Arm(ctx, name, loop.few_shot_at_sample), loop, base, sft, d_sft)
     ctx.close()
 
 
-def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list[Solution]) -> None:
+def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list[data.Solution]) -> None:
     """Algorithm 1, from G_SFT to G_T and V."""
     # ---- D_GEN <- D_SFT, D_VER <- D_SFT
-    gen_buffer, ver_buffer = Buffer(arm.folder / "d_gen"), Buffer(arm.folder / "d_ver")
-    gen_buffer.add(0, d_sft)
-    ver_buffer.add(0, d_sft)
+    add_to_gen, add_to_ver = (functools.partial(data.add_to_buffer, arm.folder / name) for name in ("d_gen", "d_ver"))
+    add_to_gen(0, d_sft)
+    add_to_ver(0, d_sft)
     generator, verifiers, n = sft, {}, 0
     arm.report(0, arm.evaluate(sft, 0), {})
     for n in range(1, loop.n_iters + 1):
@@ -139,20 +162,21 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
         rollouts = labelled_rollouts(arm, loop, generator, n)
         # Duplicates are rejected for training on rationales, but here they raise the counts.
         correct = [r for r in rollouts if r.verdict != "rejected" or r.reason == "duplicate"]
-        d_gen = gen_buffer.add(n, sampled_solutions(correct))
-        d_ver = ver_buffer.add(n, sampled_solutions(rollouts))
-        metrics = {f"d_gen_{k}": v for k, v in count_solutions(d_gen).items()}
-        metrics |= {f"d_ver_{k}": v for k, v in count_solutions(d_ver).items()}
+        d_gen = add_to_gen(n, data.sampled_solutions(correct))
+        d_ver = add_to_ver(n, data.sampled_solutions(rollouts))
+        metrics = {f"d_gen_{k}": v for k, v in data.count_solutions(d_gen).items()}
+        metrics |= {f"d_ver_{k}": v for k, v in data.count_solutions(d_ver).items()}
         try:
             # ---- G <- SFT(G_base, D_GEN)
+            trained: dict[str, Any] = {}
             if loop.update == "rpo":
                 generator, trained = train_on_pairs(arm, loop, generator, rollouts, n)
-                metrics |= trained
             elif loop.retrain:
-                data = d_gen if loop.accumulate else merge_duplicates(sampled_solutions(correct))
                 human = [s for s in d_gen if s.source == "human"] if loop.include_sft_data else []
-                generator, trained = retrain(arm, loop, base, generator, human, data, n)
-                metrics |= trained
+                found = d_gen if loop.accumulate else data.merge_duplicates(data.sampled_solutions(correct))
+                sampled = data.most_sampled([s for s in found if s.source == "model"], loop.cap_per_problem)
+                generator, trained = retrain(arm, loop, base, generator, [*human, *sampled], n)
+            metrics |= trained
             # ---- V <- DPO(G_SFT, D_pref)
             if loop.verifiers and (loop.verifier_every_iter or n == loop.n_iters):
                 verifiers, trained = train_verifiers(arm, loop, sft, d_ver, n)
@@ -161,6 +185,7 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
             arm.fail(n, e)
             return
         arm.report(n, arm.evaluate(generator, n), {**summary(rollouts), **metrics})
+        # The last iteration is measured below, with or without verifiers.
         if verifiers and n < loop.n_iters:
             measure(arm, generator, sft, verifiers, n)
     # ---- test: select among k samples of G_T by V
@@ -168,64 +193,50 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
     arm.finish(sft)
 
 
-def supervised_data(ctx: VStarContext) -> list[Solution]:
+def supervised_data(ctx: VStarContext) -> list[data.Solution]:
     """Returns D_SFT, the human solutions.
 
     Raises:
       UserError: the task has none.
     """
-    found = human_solutions(ctx.task, ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems))
+    found = data.human_solutions(ctx.task, ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems))
     fault = f"config.task: {ctx.task.name} has no human solutions for D_SFT; give it data with solutions"
     require((bool(found), fault))
     return found
 
 
-def supervised(ctx: VStarContext, base: Model, d_sft: list[Solution]) -> Model:
+def supervised(ctx: VStarContext, base: Model, d_sft: list[data.Solution]) -> Model:
     """G_SFT <- SFT(G_base, D_SFT): one for all arms, in WORKDIR/g_sft."""
     rows = ctx.fitting([to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion) for s in d_sft])
     settings = ctx.settings.train
     packed = len(pack_rows(rows, settings, base.config)["mask"])
     steps = star.steps_for(ctx.settings.sft.steps, 1, packed, settings.batch_size)
     ctx.say(f"\n[bold]G_SFT[/bold]: {len(rows)} solutions, {steps} steps")
-    seed = stable_seed(ctx.seed, "sft")
-    with ctx.stage(ctx.workdir / "g_sft", settings, steps=steps, seed=seed, bar="sft", arm="g_sft") as stage:
+    folder, seed = ctx.workdir / "g_sft", stable_seed(ctx.seed, "sft")
+    with ctx.stage(folder, settings, steps=steps, seed=seed, bar="sft", arm="g_sft") as stage:
         return fine_tune(base, rows, stage)[0]
 
 
 def labelled_rollouts(arm: Arm, loop: VStarConfig, generator: Model, n: int) -> list[Rollout]:
     """Returns k labelled samples for every query: rationales/iter_NNN.jsonl."""
-    ctx = arm.ctx
-    problems = star.iteration_problems(ctx, loop, n)
-    settings = loop.sampling(ctx.settings.sample)
-    name, folder = arm.name, arm.folder / "stages" / f"iter_{n:03d}"
-    if n == 1:  # arms that ask G_SFT for the same samples share them
+    ctx, shared = arm.ctx, {}
+    if n == 1:
+        # G_SFT is common to all arms: those that ask it for the same samples share them.
+        problems = star.iteration_problems(ctx, loop, n)
         queries = stable_seed(loop.few_shot_at_sample, *(p.id for p in problems))
-        name, folder = "sft", ctx.workdir / "g_sft" / "stages" / f"k{loop.k}_t{settings.temperature:g}_{queries:08x}"
-
-    def make() -> list[dict[str, Any]]:
-        with arm.timed("sample"), ctx.bar("sample", len(problems) * loop.k) as progress:
-            rollouts = sample_rollouts(
-                generator, ctx.task, problems, settings, k=loop.k, hinted=False, iteration=n,
-                seed=stable_seed(ctx.seed, name), folder=folder, stage="sample", few_shot=loop.few_shot_at_sample,
-                progress=progress,
-            )  # fmt: skip
-        seen = [text_key(r) for r in arm.kept_before(n)] if loop.accumulate else ()
-        return [r.to_json() for r in select(rollouts, {p.id: p for p in problems}, ctx.task, loop.selection, seen)]
-
-    rows = [Rollout(**row) for row in cached_jsonl(arm.rationales(n), make)]
-    arm.show_examples(rows)
-    return rows
+        name = f"k{loop.k}_t{loop.sampling(ctx.settings.sample).temperature:g}_{queries:08x}"
+        shared = {"folder": ctx.workdir / "g_sft" / "stages" / name, "seed": stable_seed(ctx.seed, "sft")}
+    return star.rationalised_rollouts(arm, loop, generator, n, **shared)
 
 
 def retrain(
-    arm: Arm, loop: VStarConfig, base: Model, generator: Model, human: list[Solution], data: list[Solution], n: int
+    arm: Arm, loop: VStarConfig, base: Model, generator: Model, solutions: list[data.Solution], n: int
 ) -> tuple[Model, dict[str, Any]]:
-    """G <- SFT(G_base, human + sampled solutions of `data`); with too few rows the generator stays."""
+    """G <- SFT(G_base, solutions); with too few rows the generator stays."""
     ctx = arm.ctx
-    sampled = most_sampled([s for s in data if s.source == "model"], loop.cap_per_problem)
-    rows = ctx.fitting(
-        [to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion, s.tokens) for s in [*human, *sampled]]
-    )
+    # Sampled token ids are trained on as they are; encoding the text anew may split it otherwise.
+    rows = [to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion, s.tokens) for s in solutions]
+    rows = ctx.fitting(rows)
     if len(rows) < max(1, loop.min_kept):
         return generator, _too_few(arm, loop, f"{len(rows)} rows")
     return star.train(arm, loop, base if loop.restart == "base" else generator, rows, n)
@@ -235,8 +246,8 @@ def train_on_pairs(
     arm: Arm, loop: VStarConfig, generator: Model, rollouts: list[Rollout], n: int
 ) -> tuple[Model, dict[str, Any]]:
     """Iterative RPO: G <- DPO + alpha NLL of the winners, on pairs of this iteration; reference: the previous G."""
-    job = verifier_job(arm, "rpo", n, arm.checkpoint(n))
-    pairs = build_pairs(merge_duplicates(sampled_solutions(rollouts)), arm.ctx.settings.pairs, job.seed)
+    job = stage_job(arm, "rpo", n, arm.checkpoint(n))
+    pairs = data.build_pairs(data.merge_duplicates(data.sampled_solutions(rollouts)), arm.ctx.settings.pairs, job.seed)
     if len(pairs) < max(1, loop.min_kept):
         return generator, _too_few(arm, loop, f"{len(pairs)} pairs")
     with arm.timed("train"):
@@ -252,47 +263,36 @@ def _too_few(arm: Arm, loop: VStarConfig, what: str) -> dict[str, Any]:
 
 
 def train_verifiers(
-    arm: Arm, loop: VStarConfig, sft: Model, d_ver: list[Solution], n: int
+    arm: Arm, loop: VStarConfig, sft: Model, d_ver: list[data.Solution], n: int
 ) -> tuple[dict[str, Model], dict[str, Any]]:
     """V <- DPO(init = reference = G_SFT, D_pref), and the arm's other verifiers, from the same D_VER."""
     ctx, models, metrics = arm.ctx, {}, {}
     queries = [*star.iteration_problems(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems)]
     problems = {p.id: p for p in queries}
     for kind in loop.verifiers:
-        job = verifier_job(arm, kind, n, arm.verifier(kind, n))
+        job = stage_job(arm, kind, n, arm.verifier(kind, n))
         with arm.timed(kind):
             if kind == "dpo":
-                pairs = build_pairs(d_ver, ctx.settings.pairs, job.seed)
+                pairs = data.build_pairs(d_ver, ctx.settings.pairs, job.seed)
                 if not pairs:
                     ctx.say("[yellow]no problem has both a correct and an incorrect solution: no verifier is trained")
                     continue
                 models[kind], done = train_dpo(sft, pairs, job)
             else:
-                labels = step_labels(arm, loop, sft, d_ver, problems, job) if kind == "prm" else None
-                data = repeat_by_count(d_ver, ctx.settings.pairs)
-                models[kind], done = train_head(sft, kind, data, ctx.task, problems, job, labels)
+                labels = None
+                if kind == "prm" and (rollouts := job.settings.rollouts):
+                    sampling, folder = loop.sampling(ctx.settings.sample), job.folder / "rollouts"
+                    how = {"n": rollouts, "seed": job.seed, "folder": folder, "few_shot": loop.few_shot_at_sample}
+                    labels = data.rollout_labels(sft, ctx.task, problems, d_ver, sampling, **how)
+                rows = data.repeat_by_count(d_ver, ctx.settings.pairs)
+                models[kind], done = train_head(sft, kind, rows, ctx.task, problems, job, labels)
         metrics |= {f"{kind}_{k}": v for k, v in done.items() if v is not None}
         ctx.say(f"  {kind}: {done['steps']} steps, loss {done['loss'] or 0:.4f}, accuracy {done['accuracy'] or 0:.3f}")
     return models, metrics
 
 
-def verifier_job(arm: Arm, kind: str, n: int, folder: Path) -> Job:
-    """Returns how a stage of the config section `kind` (dpo, orm, prm, rpo) is trained in iteration n."""
+def stage_job(arm: Arm, kind: str, n: int, folder: Path) -> Job:
+    """Returns the training job of the config section `kind` (dpo, orm, prm, rpo) in iteration n."""
     ctx, label = arm.ctx, {"arm": arm.name, "iteration": n}
     seed = stable_seed(ctx.seed, arm.name, n, kind)
     return Job(folder, getattr(ctx.settings, kind), seed, ctx.writer, label, functools.partial(ctx.bar, kind))
-
-
-def step_labels(
-    arm: Arm, loop: VStarConfig, sft: Model, d_ver: list[Solution], problems: dict[str, Problem], job: Job
-) -> Callable[[Solution], list[float]] | None:
-    """Returns a PRM's labels by continuations of G_SFT; None where `rollouts` is 0 and the task has them."""
-    ctx, n = arm.ctx, job.settings.rollouts
-    if not n:
-        return None
-    found = rollout_labels(
-        sft, ctx.task, problems, d_ver, loop.sampling(ctx.settings.sample), n=n, seed=job.seed,
-        folder=job.folder / "rollouts", few_shot=loop.few_shot_at_sample,
-    )  # fmt: skip
-    by_key = {s.key: labels for s, labels in zip(d_ver, found)}
-    return lambda s: by_key[s.key]

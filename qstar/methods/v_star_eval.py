@@ -6,28 +6,47 @@ import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from qstar import distributed
+from qstar.errors import Settings, bounded
 from qstar.methods import select
 from qstar.methods.select import Candidates
-from qstar.methods.v_star_setup import VStarContext
 from qstar.methods.verifier import KINDS, Verifier, score
 from qstar.models.model import Model
-from qstar.runs.context import Arm
+from qstar.runs.context import Arm, RunContext
 from qstar.runs.folder import cached_jsonl, once_json
 from qstar.runs.rollouts import sample_rollouts
+from qstar.runs.settings import Gate
 from qstar.tasks.base import Problem, Task, stable_rng
 from qstar.train.metrics import show_table
 from qstar.train.stats import bootstrap_ci
 from qstar.types import Rollout
 
+
+@dataclasses.dataclass(frozen=True)
+class SelectSettings(Settings):
+    """Samples of the last generator, for the evaluation of selection. A config's `select` section."""
+
+    samples: int = bounded(128, ge=0)  # N per problem; 0: no evaluation
+    temperature: float = bounded(0.7, ge=0)
+    limit: int = bounded(0, ge=0)  # first so many problems (0: all)
+    m: int = bounded(4, ge=1)  # of the top-m vote
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledGate(Gate):
+    """A bound on samples of G_SFT on validation problems."""
+
+    NAMES: ClassVar = ("pass@1", "pass@16", "majority@16")
+
+
 Ballots = Callable[[Sequence[str | None]], Sequence[str | None]]
 
 
-def gate_metrics(ctx: VStarContext, sft: Model) -> dict[str, float]:
+def gate_metrics(ctx: RunContext, sft: Model) -> dict[str, float]:
     """Returns pass@1, pass@16 and majority@16 of G_SFT on validation problems, for the gates."""
     few_shot = ctx.settings.loop.get("few_shot_at_sample", True)
     folder, problems = ctx.workdir / "g_sft" / "gates", ctx.task.problems("val")
@@ -67,7 +86,7 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
 
 
 def _sample(
-    ctx: VStarContext, model: Model, problems: Sequence[Problem], *, iteration: int, folder: Path, **how: Any
+    ctx: RunContext, model: Model, problems: Sequence[Problem], *, iteration: int, folder: Path, **how: Any
 ) -> list[Rollout]:
     settings = dataclasses.replace(ctx.settings.sample, temperature=ctx.settings.select.temperature)
     return sample_rollouts(
@@ -84,12 +103,14 @@ def score_rows(task: Task, rollouts: list[Rollout], sft: Model, verifiers: dict[
     for kind, model in verifiers.items():
         for rule in KINDS[kind]:
             name = kind if rule in ("logp", "orm") else f"{kind}_{rule.removeprefix('prm_')}"
-            if rule == "logratio":  # follows `logp` in KINDS: no second forward pass
+            if rule == "logratio":
+                # `logp` precedes it in KINDS, so that the verifier's forward pass is not repeated.
                 columns[name] = columns[kind] - reference
             else:
                 columns[name] = score(Verifier(model, rule, steps=task.steps), prompts, written)
     columns["sft"] = reference
-    if "dpo" in columns:  # not in the paper: likely under both the generator and the verifier
+    if "dpo" in columns:
+        # Not in the paper: the sum asks for solutions that both the generator and the verifier find likely.
         columns["generator+dpo"] = columns["generator"] + columns["dpo"]
     return [
         {"problem_id": r.problem_id, "sample": r.sample, **{name: float(values[i]) for name, values in columns.items()}}
@@ -139,11 +160,13 @@ def result(
         keys = [(r.problem_id, r.sample) for r in rows]
         scores = {s: [values[key][s] for key in keys] for s in scorers}
         rng = stable_rng("random scores", rows[0].problem_id)
-        scores["random"] = [rng.random() for _ in rows]  # a baseline without information
+        # A baseline without information; seeded by the problem, so that resumed runs draw the same scores.
+        scores["random"] = [rng.random() for _ in rows]
         problems.append(candidates(rows, scores, ballots))
         kinds_by_problem.append([kinds.get(key) for key in keys])
     ks = select.ks_for(samples)
     curves = select.curves(problems, ks, m=m)
+    # Gains are reported at one k, that of the tables in configs/RESULTS.md.
     at = 16 if samples >= 16 else ks[-1]
     baselines = ("majority", "best/generator", "best/random")
     return {

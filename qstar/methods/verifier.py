@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,12 +227,12 @@ def train_head(
     task: Task,
     problems: dict[str, Problem],
     job: Job,
-    labels: Callable[[Solution], Sequence[float] | None] | None = None,
+    labels: Mapping[tuple[str, str], Sequence[float]] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains an ORM or a PRM on the solutions of D_VER, from G_SFT with a fresh value head.
 
     Args:
-      labels: for a PRM, the correctness of each of a solution's `task.steps`; None: `Task.step_labels`.
+      labels: for a PRM, by key of a solution the labels of its `task.steps`; None: `Task.step_labels`.
 
     Raises:
       UserError: no solution fits into a row; a PRM on a task that has no labels of steps.
@@ -242,8 +242,9 @@ def train_head(
     fits = [i for i, e in enumerate(examples) if len(e) <= s.row_length]
     steps = None
     if kind == "prm":
-        label_of = labels or (lambda x: task.step_labels(problems[x.problem_id], x.completion))
-        step_labels = [label_of(x) for x in solutions]
+        step_labels = [
+            labels[x.key] if labels else task.step_labels(problems[x.problem_id], x.completion) for x in solutions
+        ]
         fault = f"config.loop.verifiers: task {task.name} has no labels of steps for a prm; set config.prm.rollouts"
         require((all(some is not None for some in step_labels), fault))
         ends = [step_ends(task.steps, tokenizer, examples[i], solutions[i].completion) for i in fits]

@@ -13,7 +13,7 @@ from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods import guided_cot, quiet_star, rl, star, v_star
 from qstar.methods.quiet_data import QuietContext
-from qstar.methods.v_star_setup import VStarContext as VStudy
+from qstar.methods.v_star import VStarContext as VStudy
 from qstar.runs.context import RunContext
 from qstar.train import metrics
 from tests.methods import runs, stub

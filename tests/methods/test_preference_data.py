@@ -1,6 +1,7 @@
 """D_GEN, D_VER, the pairs drawn from them, and labels of steps (from a task, or from rollouts)."""
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 from qstar.errors import UserError
 from qstar.methods import preference_data
 from qstar.methods.preference_data import (
-    Buffer,
     ContinuationTask,
     Pair,
     PairSettings,
     Solution,
+    add_to_buffer,
     build_pairs,
     count_solutions,
     graded_arrays,
@@ -113,16 +114,16 @@ def test_settings_that_make_no_sense_are_named(changes):
 
 
 def test_a_buffer_is_a_set_that_remembers_who_found_a_solution_first(tmp_path):
-    buffer = Buffer(tmp_path / "d_gen")
-    buffer.add(0, [solution("a", "x y", True, source="human", iteration=0)])
-    one = buffer.add(1, [solution("a", "x  y", True), solution("a", "z", True), solution("a", "z ", True)])
-    two = buffer.add(2, [solution("b", "z", True, iteration=2), solution("a", "z", True, iteration=2)])
+    add = functools.partial(add_to_buffer, tmp_path / "d_gen")
+    add(0, [solution("a", "x y", True, source="human", iteration=0)])
+    one = add(1, [solution("a", "x  y", True), solution("a", "z", True), solution("a", "z ", True)])
+    two = add(2, [solution("b", "z", True, iteration=2), solution("a", "z", True, iteration=2)])
     assert [(s.problem_id, s.completion, s.source, s.iteration, s.count) for s in two] == [
         ("a", "x y", "human", 0, 2),
         ("a", "z", "model", 1, 3),
         ("b", "z", "model", 2, 1),
     ]
-    assert one == buffer.upto(1) and buffer.upto(2) == two and [s.count for s in one] == [2, 2]
+    assert one == add(1, []) and add(2, []) == two and [s.count for s in one] == [2, 2]
 
 
 def test_of_a_problem_the_most_sampled_solutions_are_kept_in_order():
@@ -135,9 +136,8 @@ def test_of_a_problem_the_most_sampled_solutions_are_kept_in_order():
 
 
 def test_a_file_that_is_there_is_read_and_not_made_again(tmp_path):
-    buffer = Buffer(tmp_path)
-    buffer.add(1, [solution("a", "x", True)])
-    assert [s.completion for s in buffer.add(1, [solution("a", "other", True)])] == ["x"]
+    add_to_buffer(tmp_path, 1, [solution("a", "x", True)])
+    assert [s.completion for s in add_to_buffer(tmp_path, 1, [solution("a", "other", True)])] == ["x"]
 
 
 def test_human_solutions_are_right_and_hinted_attempts_are_no_solutions():
@@ -227,7 +227,8 @@ def test_every_beginning_is_continued_once_and_labelled_by_what_comes_of_it(monk
 
     monkeypatch.setattr(preference_data, "sample_rollouts", attempt)
     solutions = [sum_solution(gold, True), sum_solution(WRONG, False)]
-    made = rollout_labels(None, SUMS, {PROBLEM.id: PROBLEM}, solutions, SampleSettings(), n=4, seed=0, folder=tmp_path)
+    found = rollout_labels(None, SUMS, {PROBLEM.id: PROBLEM}, solutions, SampleSettings(), n=4, seed=0, folder=tmp_path)
+    made = [found[s.key] for s in solutions]
     # The first line is common. Of the wrong one's later lines none can be put right by the gold text's rest.
     ends = [SUMS.steps(s.completion)[:-1] for s in solutions]
     assert set(asked) == {s.prompt + s.completion[:e] for s, some in zip(solutions, ends) for e in some}

@@ -20,6 +20,7 @@ from qstar.models import scoring
 from qstar.models.config import preset
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
+from qstar.runs.stages import Stage
 from qstar.train.metrics import Writer, read
 from qstar.train.rl import RLSettings
 from qstar.train.state import create_state
@@ -52,10 +53,10 @@ SETTINGS = R.ReinforceSettings(updates=40, prompts=8, batch_size=32, lr=2e-2, wa
 RL = dict(group=4, kl_weight=0.01, no_eos_penalty=0.0)
 
 
-def train(folder, rl, settings=SETTINGS, model=None, environment=None, **more):
+def train(folder, rl, settings=SETTINGS, model=None, environment=None, watch=None):
     writer = Writer(folder)
-    where = dict(folder=folder / "arm", writer=writer, label={"arm": "x"}, **more)
-    out = R.reinforce(model or start(), environment or Next(), rl, settings, seed=1, **where)
+    stage = Stage(folder / "arm", settings, settings.updates, 1, writer, {"arm": "x"})
+    out = R.reinforce(model or start(), environment or Next(), rl, stage, watch)
     writer.close()
     return out
 

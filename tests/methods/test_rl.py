@@ -42,7 +42,7 @@ def played(tmp_path, monkeypatch):
     def play(right, **train):
         seen = {}
         monkeypatch.setattr(context, "sample_rollouts", scripted(right, seen))
-        monkeypatch.setattr(rl.Verifiable, "score", by_lot)  # so that every update changes something
+        monkeypatch.setattr(rl.TaskEnvironment, "score", by_lot)  # so that every update changes something
         rl.run(config(**train), tmp_path / "run", stub.Silent())
         return tmp_path / "run", seen
 
@@ -110,7 +110,7 @@ def test_the_reward_is_the_judgement_of_the_evaluation(monkeypatch, tmp_path, sh
 
     monkeypatch.setattr(reinforce, "stream", stream)
     monkeypatch.setattr(rollouts, "stream", stream)
-    world = rl.Verifiable(task, 0, len(problems), None)
+    world = rl.TaskEnvironment(task, 0, len(problems), None)
     settings = reinforce.ReinforceSettings(prompts=len(problems), batch_size=1)
     run = reinforce.Run(_Any(), world, rl.RLSettings(estimator="ppo", group=1), settings, 0, lambda p: [1])
     responses = reinforce.rollouts(run, None, world.prompts(0), 0)

@@ -8,7 +8,7 @@ import pytest
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods import star, v_star, v_star_eval
-from qstar.methods.v_star_setup import VStarContext
+from qstar.methods.v_star import VStarContext
 from qstar.runs import context
 from qstar.runs.context import Arm
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
@@ -72,7 +72,7 @@ def told(monkeypatch):
         assert {s.problem_id for s in solutions} <= problems.keys()
         return Fake(kind), {"steps": 1, "loss": 0.5, "accuracy": 1.0}
 
-    monkeypatch.setattr(v_star, "sample_rollouts", attempt)
+    monkeypatch.setattr(star, "sample_rollouts", attempt)
     monkeypatch.setattr(v_star_eval, "sample_rollouts", attempt)
     monkeypatch.setattr(context, "sample_rollouts", attempt)
     monkeypatch.setattr(star, "train", train)
@@ -178,13 +178,13 @@ def test_a_verifier_in_every_iteration_and_other_kinds_if_asked_for(tmp_path, to
 
 def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, monkeypatch):
     folders = []
-    inner = v_star.sample_rollouts
+    inner = star.sample_rollouts
 
     def attempt(*args, folder, seed, **kw):
         folders.append((folder.relative_to(tmp_path), seed))
         return inner(*args, **kw)
 
-    monkeypatch.setattr(v_star, "sample_rollouts", attempt)
+    monkeypatch.setattr(star, "sample_rollouts", attempt)
     ctx = study(tmp_path, "v_star")
     ctx.settings.arms["other"] = {"preset": "v_star", "k": 2}
     for name in ("arm", "other"):
@@ -198,14 +198,14 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, m
 )
 def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told, monkeypatch, own):
     folders = {}
-    inner = v_star.sample_rollouts
+    inner = star.sample_rollouts
 
     def attempt(model, task, problems, *args, folder, iteration, **kw):
         if iteration == 1:
             folders.setdefault(folder, []).append([p.id for p in problems])
         return inner(model, task, problems, *args, iteration=iteration, **kw)
 
-    monkeypatch.setattr(v_star, "sample_rollouts", attempt)
+    monkeypatch.setattr(star, "sample_rollouts", attempt)
     ctx = study(tmp_path, "v_star")
     ctx.settings.arms["other"] = {"preset": "v_star", "k": 2, **own}
     for name in ("arm", "other"):
@@ -218,13 +218,13 @@ def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told,
 def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told, monkeypatch, few_shot):
     """Greedy answers, test samples and the samples themselves: all with the few-shot text in front, or none."""
     seen = set()
-    inner = v_star.sample_rollouts
+    inner = star.sample_rollouts
 
     def attempt(*args, stage, **kw):
         seen.add((stage.split("_")[0], kw.get("few_shot", True)))
         return inner(*args, stage=stage, **kw)
 
-    for module in (v_star, v_star_eval, context):
+    for module in (star, v_star_eval, context):
         monkeypatch.setattr(module, "sample_rollouts", attempt)
     ctx = study(tmp_path / "run", "v_star")
     ctx.writer.close()

@@ -19,6 +19,7 @@ from qstar.models.config import preset
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.models.scoring import logits
+from qstar.runs.stages import Stage
 from qstar.train import distil
 from qstar.train.distil import DistilSettings
 from qstar.train.metrics import Writer
@@ -108,8 +109,8 @@ def test_a_student_learns_from_its_teacher(settings, tmp_path):
     rows = [D.Pair(p, (b,)) for p, b in zip(prompts, best)]
     train = D.DistilTrain(batch_size=7, lr=2e-2, warmup=0, max_new_tokens=1, log_every=30, save_every=25)
     writer = Writer(tmp_path)
-    student, summary = D.distil(model(config), rows, settings, train, steps=60, seed=0, folder=tmp_path / "x",
-                                writer=writer, label={"arm": "x"}, teacher=teacher)  # fmt: skip
+    stage = Stage(tmp_path / "x", train, 60, 0, writer, {"arm": "x"})
+    student, summary = D.distil(model(config), rows, settings, stage, teacher)
     writer.close()
     found = [int(np.argmax(logits(student, [list(p)])[0, -1])) for p in prompts]
     assert sum(a == b for a, b in zip(found, best)) >= 6 and summary["steps"] == 60
@@ -123,10 +124,8 @@ def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_
     rows = [D.Pair((2, a), (a,)) for a in range(2, 9)]
 
     def call(name, rows=rows, steps=8):
-        how = dict(
-            steps=steps, seed=0, folder=tmp_path / name, writer=Writer(tmp_path), label={}, teacher=model(config, 5)
-        )
-        return D.distil(model(config), rows, settings, train, **how)
+        stage = Stage(tmp_path / name, train, steps, 0, Writer(tmp_path))
+        return D.distil(model(config), rows, settings, stage, model(config, 5))
 
     def lesson(*args):
         made.append(0)
@@ -159,8 +158,8 @@ def test_mistakes_are_named(tmp_path):
     ):
         with pytest.raises(UserError, match=word):
             DistilSettings(**wrong)
-    call = functools.partial(D.distil, model(DECODER), train=D.DistilTrain(max_new_tokens=4), steps=1, seed=0,
-                             folder=tmp_path, writer=None, label={})  # fmt: skip
+    stage = Stage(tmp_path, D.DistilTrain(max_new_tokens=4), 1, 0, None)
+    call = functools.partial(D.distil, model(DECODER), stage=stage)
     with pytest.raises(UserError, match="no rows"):
         call([], DistilSettings())
     with pytest.raises(UserError, match="longest response has 5"):
