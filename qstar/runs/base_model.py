@@ -219,7 +219,9 @@ def seed_examples(ctx: RunContext) -> list[Example]:
 def train_on_seeds(ctx: RunContext, model: Model) -> Model:
     """Trains on all seed rows, plain and hinted, uniformly."""
     examples = seed_examples(ctx)
-    return train_base(ctx, lambda stage: fine_tune(model, examples, stage), TrainSettings, f"{len(examples)} seed rows, ")
+    return train_base(
+        ctx, lambda stage: fine_tune(model, examples, stage), TrainSettings, f"{len(examples)} seed rows, "
+    )
 
 
 def train_base(

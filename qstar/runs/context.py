@@ -164,7 +164,7 @@ class Arm:
         self.ctx.say(f"\n[bold]{self.name}[/bold]: loop {n} of {of}")
 
     def evaluate(self, model: Model, n: int) -> dict[str, Any]:
-        """Returns greedy accuracy on the held-out problems, without and (if asked) with hints; 95% intervals over problems."""
+        """Returns greedy accuracy on held-out problems, without and (if asked) with hints; 95% intervals over problems."""
         e = self.ctx.settings.evaluate
         out: dict[str, Any] = {}
         for hinted in (False, True) if e.hinted else (False,):

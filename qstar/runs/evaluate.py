@@ -184,7 +184,9 @@ def many(
     for r in rollouts:
         groups[r.problem_id].append(r)
     rows = list(groups.values())
-    answers = [ballots([None if r.truncated else r.answer for r in some]) for some in rows]  # truncated ones do not vote
+    answers = [
+        ballots([None if r.truncated else r.answer for r in some]) for some in rows
+    ]  # truncated ones do not vote
     return votes(answers, [[r.correct for r in some] for some in rows], [some[0].group for some in rows], samples)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qstar import files, distributed, preemption
+from qstar import distributed, files, preemption
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
 from qstar.models.hf import read_json

@@ -8,8 +8,8 @@ import pytest
 import qstar
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
-from qstar.runs import rollouts
 from qstar.methods.export import export_model, trained_model
+from qstar.runs import rollouts
 from qstar.runs.evaluate import evaluate_model, many
 from qstar.tasks import make_task
 from tests.methods import runs, stub

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 import qstar
-from qstar.runs import rollouts
 from qstar.methods import verifier
-from qstar.methods.preference_data import merge_duplicates, sampled_solutions
-from qstar.methods.preference_data import PairSettings, build_pairs, step_ends
-from qstar.runs.rollouts import SampleSettings, sample_rollouts, to_example
+from qstar.methods.preference_data import PairSettings, build_pairs, merge_duplicates, sampled_solutions, step_ends
 from qstar.methods.v_star_eval import score_rows
 from qstar.models.config import preset
 from qstar.models.model import Model
 from qstar.models.scoring import init
+from qstar.runs import rollouts
+from qstar.runs.rollouts import SampleSettings, sample_rollouts, to_example
 from qstar.tasks.base import Problem, Task
 from qstar.types import Rollout
 from tests.text.kinds import KINDS, tokenizer

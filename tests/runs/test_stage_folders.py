@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from qstar.errors import UserError
-from qstar.runs.stages import Stage, TrainSettings, fine_tune
 from qstar.models import decoder
 from qstar.models.config import preset
 from qstar.models.model import Model
+from qstar.runs.stages import Stage, TrainSettings, fine_tune
 from qstar.text.packing import Example
 from qstar.train.loop import Diverged
 from qstar.train.metrics import Writer
