@@ -12,8 +12,8 @@ from typing import Any
 
 from qstar.errors import Settings, UserError, bounded
 from qstar.models.model import Model
-from qstar.runs.folder import cached_jsonl, stable_seed
 from qstar.models.thought_config import ThoughtConfig
+from qstar.runs.folder import cached_jsonl, stable_seed
 from qstar.sample import batching
 from qstar.sample.batching import default_slots, stream
 from qstar.tasks.base import Problem, Task
