@@ -16,6 +16,7 @@ setup(
     packages=find_packages(include=["qstar", "qstar.*"]),
     package_data={  # the annotations are for users' type checkers, too; worked examples stand in front of prompts
         "qstar": ["py.typed"],
+        "qstar.models": ["presets.json"],
         "qstar.tasks": ["examples/*.jsonl"],
         "qstar.report": ["templates/*.j2", "static/*.css", "static/*.js"],  # pages of reports
     },

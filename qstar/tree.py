@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qstar.errors import check_seed
 
@@ -22,7 +21,7 @@ def random_key(seed: int) -> jax.Array:
     check_seed("seed", seed)
     if seed < 2**31:
         return jax.random.key(seed)
-    return jax.random.wrap_key_data(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32), impl="threefry2x32")
+    return jax.random.wrap_key_data(jnp.asarray([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32), impl="threefry2x32")
 
 
 def path_name(path: tuple[Any, ...]) -> str:

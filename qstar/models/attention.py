@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
 
 from qstar.models import flash
 from qstar.models.prefix_attention import attend_shared
 from qstar.types import Segment, Shared
 
-NEG = -1e30  # finite, so that a row which sees nothing gives numbers and not NaN
+NEG = -1e30  # finite, so that a row without visible keys gives numbers and not NaN
 
 
 def precision(dtype: Any) -> str | None:
@@ -26,12 +28,12 @@ def precision(dtype: Any) -> str | None:
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def attend(q: jax.Array, segments: Sequence[Segment | Shared], *, scale: float) -> jax.Array:
+def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float) -> Array:
     """Softmax attention of the queries of one sequence over the union of the segments.
 
     Args:
-      q: [T, H, K] queries; each of the G key/value heads serves H / G neighbouring query heads.
-      segments: keys and values [G, S, K] with masks broadcastable to [T, S], and biases [H, T, S] if any. A lone one whose
+      q: [T, H, K]. Each of the G key/value heads serves Q = H / G neighbouring query heads.
+      segments: keys and values [G, C, K] with masks broadcastable to [T, C], and biases [H, T, C] if any. A lone one whose
         mask is a `flash.KernelMask` goes to the kernel that it names.
       scale: factor on the scores, 1 / sqrt(K) in every decoder here.
 
@@ -42,59 +44,53 @@ def attend(q: jax.Array, segments: Sequence[Segment | Shared], *, scale: float) 
     if isinstance(segments[0].mask, flash.KernelMask):
         (text,) = segments
         return flash.attend_text(q, text.keys, text.values, text.mask, scale=scale)
-    T, H, K = q.shape
-    G = segments[0].keys.shape[0]
-
-    def by_group(x: jax.Array) -> jax.Array:  # [T, H, ...] -> [G, R*T, ...]: plain batched products
-        return jnp.moveaxis(x.reshape(T, G, H // G, -1), 0, 2).reshape(G, H // G * T, -1)
-
-    rows, own = by_group(q), [s for s in segments if not isinstance(s, Shared)]
-    scores = [_scores(rows, s, scale, T) for s in own]
-    done = [
-        tuple(map(by_group, attend_shared(q, s.keys, s.values, s.mask, scale=scale, exact=precision(q.dtype))))
-        for s in segments
-        if isinstance(s, Shared)
-    ]
+    T, G, exact = q.shape[0], segments[0].keys.shape[0], precision(q.dtype)
+    # Query heads and tokens of a group are the rows of one product, so that grouped queries need no copies of the keys.
+    rows = rearrange(q, "t (g q) k -> g (q t) k", g=G)
+    plain = [s for s in segments if not isinstance(s, Shared)]
+    scores = [_scores(rows, s, scale, T) for s in plain]
+    done = []  # results of shared segments, each normalised, with the log of its sum of exponentials
+    for s in segments:
+        if isinstance(s, Shared):
+            part, lse = attend_shared(q, s.keys, s.values, s.mask, scale=scale, exact=exact)
+            done.append((rearrange(part, "t (g q) k -> g (q t) k", g=G), rearrange(lse, "t (g q) -> g (q t) 1", g=G)))
+    # The maximum cancels out of the softmax, so no gradient needs to flow through it.
     top = [jnp.max(s, axis=-1, keepdims=True) for s in scores] + [lse for _, lse in done]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, top))
     out, total = 0.0, 0.0
     for part, lse in done:
         share = jnp.exp(lse - top)
-        out, total = out + _scaled(part, share), total + share
-    for s, score in zip(own, scores):
-        weights = jnp.exp(score - top)
-        total = total + jnp.sum(weights, axis=-1, keepdims=True)
-        out = out + jnp.einsum(
-            "gns,gsk->gnk",
-            weights.astype(q.dtype),
-            s.values,
-            precision=precision(q.dtype),
-            preferred_element_type=jnp.float32,
-        )
-    out = _scaled(out, 1 / total).astype(q.dtype).reshape(G, H // G, T, K)  # normalised once, at the smaller array
-    return jnp.moveaxis(out, 2, 0).reshape(T, H, K)
+        out, total = out + _scale_rows(part, share), total + share
+    for s, score in zip(plain, scores):
+        w = jnp.exp(score - top)
+        total = total + jnp.sum(w, axis=-1, keepdims=True)
+        w = w.astype(q.dtype)
+        out = out + jnp.einsum("gnc,gck->gnk", w, s.values, precision=exact, preferred_element_type=jnp.float32)
+    # Normalised once, after the product, where the array has K instead of C columns.
+    out = _scale_rows(out, 1 / total).astype(q.dtype)
+    return rearrange(out, "g (q t) k -> t (g q) k", t=T)
 
 
-def _scaled(rows: jax.Array, factors: jax.Array) -> jax.Array:
-    """Returns rows [G, N, K] times factors [G, N, 1]; the gradient of these is an inner product, and fast as such."""
+def _scale_rows(rows: Array, factors: Array) -> Array:
+    """Returns rows [G, N, K] times factors [G, N, 1]; as an einsum for the reason that `layers.Norm` gives."""
     return jnp.einsum("gnk,gn->gnk", rows, factors[..., 0], precision="highest")
 
 
-def _scores(rows: jax.Array, segment: Segment, scale: float, T: int) -> jax.Array:
-    """Returns float32 scores [G, R*T, S] of one segment, very negative where its mask hides a key."""
-    s = scale * jnp.einsum(
-        "gnk,gsk->gns", rows, segment.keys, precision=precision(rows.dtype), preferred_element_type=jnp.float32
-    )
-    G, _, S = s.shape
-    if segment.bias is not None:  # neighbouring heads share a group, as in `by_group`
-        s = s + segment.bias.reshape(G, -1, S)
+def _scores(rows: Array, segment: Segment, scale: float, T: int) -> Array:
+    """Returns float32 scores [G, (Q T), C] of one segment, very negative where its mask hides a key."""
+    exact, G = precision(rows.dtype), rows.shape[0]
+    s = jnp.einsum("gnk,gck->gnc", rows, segment.keys, precision=exact, preferred_element_type=jnp.float32)
+    s = scale * s
+    if segment.bias is not None:
+        s = s + rearrange(segment.bias, "(g q) t c -> g (q t) c", g=G)
     if segment.mask is None:
         return s
-    return jnp.where(segment.mask, s.reshape(G, -1, T, S), NEG).reshape(s.shape)
+    masked = jnp.where(segment.mask, rearrange(s, "g (q t) c -> g q t c", t=T), NEG)
+    return rearrange(masked, "g q t c -> g (q t) c")
 
 
 @jax.custom_batching.custom_vmap
-def write_column(cache: jax.Array, new: jax.Array, column: jax.Array) -> jax.Array:
+def write_column(cache: Array, new: Array, column: Array) -> Array:
     """Returns the cache [G, R, K] with new [G, 1, K] at `column`.
 
     Mapped over rows that share the column it stays one contiguous update (`vmap` alone would make it a scatter).
@@ -103,7 +99,7 @@ def write_column(cache: jax.Array, new: jax.Array, column: jax.Array) -> jax.Arr
 
 
 @write_column.def_vmap
-def _write_rows(axis_size: int, in_batched: list[bool], cache: jax.Array, new: jax.Array, column: jax.Array) -> Any:
+def _write_rows(axis_size: int, in_batched: list[bool], cache: Array, new: Array, column: Array) -> Any:
     if in_batched[2]:  # each row at a column of its own
         axes = [0 if b else None for b in in_batched]
         return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1), axes)(cache, new, column), True
@@ -112,13 +108,13 @@ def _write_rows(axis_size: int, in_batched: list[bool], cache: jax.Array, new: j
 
 
 def causal_mask(
-    config: Any, segment_ids: jax.Array, *, one_text: bool = False, must: bool = False
-) -> jax.Array | flash.KernelMask:
-    """Returns what the tokens of a row see of it, in the form that its attention takes (`flash.choose`): `text_mask`, or a
-    `flash.KernelMask`.
+    config: Any, segment_ids: Array, *, one_text: bool = False, must: bool = False
+) -> Array | flash.KernelMask:
+    """Returns the mask of a row over itself, in the form that its attention takes: `text_mask`, or a `flash.KernelMask`.
 
     Args:
       config: a `ModelConfig`. segment_ids: [T] int32; 1.. per document, 0 = padding.
+      one_text, must: see `flash.choose`.
 
     Raises:
       UserError: with `must`, a kernel that `config.attention` names and that cannot take the row.
@@ -129,7 +125,7 @@ def causal_mask(
     return flash.KernelMask(segment_ids, impl, config.sliding_window)
 
 
-def text_mask(segment_ids: jax.Array | None, length: int, window: int | None = None) -> jax.Array:
+def text_mask(segment_ids: Array | None, length: int, window: int | None = None) -> Array:
     """Returns bool [T, T]: causal, within one document, and within the sliding window if there is one.
 
     Positions need no argument: documents are contiguous in a row, so index differences are position differences.

@@ -5,42 +5,41 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from qstar.errors import UserError, require, unknown
-from qstar.models.fields import EPSILON, Number
+from qstar.errors import Settings, UserError, bounded, require, unknown
 from qstar.models.thought_config import ThoughtConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_positions",
-    "scan_unroll",
-    "piece_tokens",
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
+    *("max_positions", "scan_unroll", "piece_tokens"),
+)
+
+RUN = ("dtype", "attention", "remat", "piece_tokens", "scan_unroll", "init_std")  # fields that no file of a model holds
+_NOT_IN_LLAMA = (
+    *("norm", "parallel_block", "head_bias", "qk_norm", "position", "rope_interleaved", "rope_scaling"),
+    *("sliding_window", "relative_bias"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """What a decoder is (the first block) and how it is run here (the second). Hashable: a static argument of `jit`."""
+class ModelConfig(Settings):
+    """A decoder (the first block) and how it is run (the second). Hashable: a static argument of `jit`."""
 
-    family: str = "llama"  # whose weight names and config.json it speaks
-    vocab_size: int = 512
-    hidden_size: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    head_dim: int = 16
-    intermediate_size: int = 256
-    max_positions: int = 2048
+    WHERE = "model config: "
+
+    family: str = "llama"  # of the weight names and config.json
+    vocab_size: int = bounded(512, ge=1)
+    hidden_size: int = bounded(64, ge=1)
+    num_layers: int = bounded(2, ge=1)
+    num_heads: int = bounded(4, ge=1)
+    num_kv_heads: int = bounded(4, ge=1)
+    head_dim: int = bounded(16, ge=1)
+    intermediate_size: int = bounded(256, ge=1)
+    max_positions: int = bounded(2048, ge=1)
     trained_positions: int | None = None  # max_position_embeddings of config.json where rope_scaling reaches further
-    norm: str = "rms"  # "rms" | "layer"
-    norm_eps: float = 1e-5
-    activation: str = "silu"  # "silu" | "gelu" (exact) | "gelu_tanh"
+    norm: str = bounded("rms", choices=("rms", "layer"))
+    norm_eps: float = bounded(1e-5, ge=1e-38, le=1)  # 0 makes NaN of a zero vector, and so do subnormal numbers
+    activation: str = bounded("silu", choices=("silu", "gelu", "gelu_tanh"))  # "gelu" is exact
     gated_mlp: bool = True
     parallel_block: bool = False  # GPT-J: attention and MLP read the same normed input
     qkv_bias: bool = False
@@ -48,60 +47,43 @@ class ModelConfig:
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMS norm of each query and key head
-    position: str = "rope"  # "rope" | "learned"
-    rope_theta: float = 10000.0
+    position: str = bounded("rope", choices=("rope", "learned"))
+    rope_theta: float = bounded(10000.0, ge=1, le=1e15)
     rotary_dim: int | None = None  # None = head_dim
-    rope_interleaved: bool = False  # GPT-J rotates neighbours, everyone else halves
+    rope_interleaved: bool = False  # GPT-J rotates neighbours (2i, 2i + 1), the others (i, i + rotary_dim / 2)
     rope_scaling: tuple[tuple[str, Any], ...] | None = None  # sorted items of the Hugging Face dict
-    sliding_window: int | None = None  # a token sees itself and the window-1 before it
+    sliding_window: int | None = None  # a token attends to itself and the window-1 before it
     tie_embeddings: bool = True
     relative_bias: bool = False  # each head of each layer adds a learned number per distance to its scores
-    local_init: float = 0.0  # of it, in layer 0: head h begins by looking h tokens back (all heads but the last)
+    local_init: float = 0.0  # of it, in layer 0: head h begins by attending h tokens back (all heads but the last)
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
     bos_id: int | None = None
     eos_id: int | None = None
     also_eos: tuple[int, ...] = ()  # further ids that end a text (chat models have several)
-    thoughts: ThoughtConfig | None = None  # it thinks before it speaks (Quiet-STaR): two more trees of parameters
-    value_head: str = ""  # "orm" or "prm": it judges solutions (a verifier); one more tree of parameters
+    thoughts: ThoughtConfig | None = None  # Quiet-STaR: two more trees of parameters (`models.heads`)
+    value_head: str = bounded("", choices=("", "orm", "prm"))  # a verifier of outcomes or of steps: one more tree
 
-    dtype: str = "float32"  # of the computation; parameters keep their own dtype
-    attention: str = "auto"  # of a text with itself: "xla" | "splash" (TPU) | "cudnn" (GPU): `models.flash`
-    remat: str = "none"  # "none" | "block" (keep block inputs) | "dots" (keep matrix products)
-    piece_tokens: int = 2048  # of threads whose activations a device holds at once in the gradient of thoughts
-    scan_unroll: int = 1  # layers per iteration of the scan; on a CPU, all of them is fastest
-    init_std: float = 0.02
+    dtype: str = bounded("float32", choices=DTYPES)  # of the computation; parameters keep their own dtype
+    attention: str = bounded("auto", choices=("auto", "xla", "splash", "cudnn"))  # within a text: `models.flash`
+    remat: str = bounded("none", choices=("none", "block", "dots"))  # keep all, block inputs, or matrix products
+    piece_tokens: int = bounded(
+        2048, ge=1
+    )  # of threads whose activations are alive at once in the gradient of thoughts
+    scan_unroll: int = bounded(1, ge=1)  # layers per iteration of the scan; on a CPU, all of them is fastest
+    init_std: float = bounded(0.02, ge=0, le=1e3)
 
-    def __post_init__(self):
-        for name, allowed in (
-            ("norm", ("rms", "layer")),
-            ("activation", ("silu", "gelu", "gelu_tanh")),
-            ("position", ("rope", "learned")),
-            ("attention", ("auto", "xla", "splash", "cudnn")),
-            ("remat", ("none", "block", "dots")),
-            ("value_head", ("", "orm", "prm")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"model config: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in SIZES:
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise UserError(f"model config: {name}={size!r} must be a whole number of at least 1")
-        if self.dtype not in DTYPES:
-            raise UserError(f"model config: dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.thoughts is not None and self.relative_bias:
-            raise UserError("model config: thoughts and relative_bias do not go together; leave one of them out")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"model config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        for name, field in {"norm_eps": EPSILON, "rope_theta": Number(1, 1e15), "init_std": Number(0, 1e3)}.items():
-            if fault := field.fault(getattr(self, name)):
-                raise UserError(f"model config: {name}={getattr(self, name)!r} must be {fault}")
-        turned = self.rotary_dim or self.head_dim
-        fits = self.position != "rope" or turned % 2 == 0 and turned <= self.head_dim
-        what = f"rotary_dim={turned}" if self.rotary_dim else f"head_dim={turned}"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        heads, groups, rotated = self.num_heads, self.num_kv_heads, self.rotary_dim or self.head_dim
+        fits = self.position != "rope" or rotated % 2 == 0 and rotated <= self.head_dim
+        name = "rotary_dim" if self.rotary_dim else "head_dim"
         require(
-            (fits, f"model config: {what} must be even and at most head_dim: rotary positions turn pairs of a head")
+            (
+                self.thoughts is None or not self.relative_bias,
+                "model config: thoughts and relative_bias do not go together; leave one of them out",
+            ),
+            (heads % groups == 0, f"model config: num_heads={heads} is not a multiple of num_kv_heads={groups}"),
+            (fits, f"model config: {name}={rotated} must be even and at most head_dim: rotary positions rotate pairs"),
         )
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -110,12 +92,10 @@ class ModelConfig:
 
     @property
     def portable_family(self) -> str:
-        """The family of transformers that a `tiny` model is exported as; or nothing, where none computes the same."""
-        plain = self.replace(
-            norm="rms", parallel_block=False, head_bias=False, qk_norm=False, position="rope", rotary_dim=self.rotary_dim and
-            self.head_dim, rope_interleaved=False, rope_scaling=None, sliding_window=None, relative_bias=False,
-            out_bias=self.qkv_bias, tie_embeddings=self.tie_embeddings or self.embed_scale,
-        )  # fmt: skip
+        """The family of transformers that a `tiny` model is exported as; "" where none computes the same."""
+        other = {f.name: f.default for f in dataclasses.fields(self) if f.name in _NOT_IN_LLAMA}
+        other |= {"rotary_dim": self.rotary_dim and self.head_dim, "out_bias": self.qkv_bias}
+        plain = self.replace(**other, tie_embeddings=self.tie_embeddings or self.embed_scale)
         same = self.family == "tiny" and self == plain and self.hidden_size % self.num_heads == 0
         return ("llama" if self.gated_mlp else "arcee") if same else ""
 
@@ -134,12 +114,12 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     plain GELU MLP, tied embedding scaled by sqrt(d). `llama_20m` is the size of the benchmarks.
 
     Raises:
-      UserError: unknown name.
+      UserError: unknown name, or a size below 1.
     """
     table = {"tiny": _tiny, "llama_20m": _llama_20m}
     if name not in table:
         raise unknown(f"model preset {name!r}", name, table)
-    for key in SIZES:
+    for key in SIZES:  # before `tiny` divides by them
         if not isinstance(changes.get(key, 1), int) or changes.get(key, 1) < 1:
             raise UserError(f"model preset {name!r}: {key}={changes[key]!r} must be a whole number of at least 1")
     return table[name](**changes)
@@ -167,15 +147,6 @@ def _tiny(hidden_size: int = 96, num_layers: int = 3, num_heads: int = 4, **chan
 
 
 def _llama_20m(**changes: Any) -> ModelConfig:
-    base = ModelConfig(
-        vocab_size=512,
-        hidden_size=512,
-        num_layers=6,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=64,
-        intermediate_size=1376,
-        tie_embeddings=False,
-        scan_unroll=6,
-    )
-    return base.replace(**changes)
+    heads = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+    base = ModelConfig(hidden_size=512, num_layers=6, **heads, intermediate_size=1376, tie_embeddings=False)
+    return base.replace(**{"scan_unroll": 6, **changes})

@@ -1,12 +1,12 @@
-"""T5, T5 v1.1, FLAN-T5, mT5 and umT5 as pure functions of one sequence: an encoder, and a decoder that reads its states.
+"""T5, T5 v1.1, FLAN-T5, mT5 and umT5 as pure functions of one sequence: an encoder, and a decoder that attends to its states.
 
-What differs from `models.decoder` is T5's own: attention scores are not scaled; one table of relative positions per stack,
-which all its layers add to their scores (in umT5 each layer has one, at layers/relative); a second attention of every
-decoder layer over the encoder's states, without positions; and a head that may be the embedding (then, in the first T5,
-after a division by the square root of the width).
+Differences from `models.decoder`: attention scores are not scaled; one table of relative positions per stack, added to the
+scores of all its layers (in umT5 each layer has its own, at layers/relative); a second attention of every decoder layer
+over the encoder's states, without positions; and a head that may be the embedding (then, in the first T5, after a division
+by the square root of the width).
 
-    embed/table [V, E]   {encoder,decoder}/layers/{q,k,v,o,gate,up,down,cross_q,...}/kernel [L, in, out]
-    {encoder,decoder}/relative/table [buckets, H]   {encoder,decoder}/final_norm/scale [E]   head/kernel [E, V] if untied
+    embed/table [V, D]   {encoder,decoder}/layers/{q,k,v,o,gate,up,down,cross_q,...}/kernel [L, in, out]
+    {encoder,decoder}/relative/table [buckets, H]   {encoder,decoder}/final_norm/scale [D]   head/kernel [D, V] if untied
 
 Norms, softmax, relative positions and logits are float32 whatever `config.dtype` is. There is no dropout: log-probabilities
 of RL must be the same twice.
@@ -24,92 +24,80 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
 
-from qstar.errors import require
-from qstar.mesh import all_gather_params, drop_constraints, replicate, use_fsdp_gather
+from qstar.errors import Settings, bounded, require
+from qstar.mesh import all_gather_params, replicate, use_fsdp_gather
 from qstar.models.attention import attend, write_column
-from qstar.models.decoder import PARAM_AXES
-from qstar.models.layers import ACTIVATIONS, Linear, Norm
+from qstar.models.decoder import checkpointed
+from qstar.models.layers import PARAM_AXES, Embed, Linear, LMHead, Norm, mlp
 from qstar.types import Params, RingKVCache, Segment
 
-DTYPES = ("float32", "bfloat16")
-T5_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
+Pair = tuple[Array, Array]  # keys and values
 # Rows of the embedding -> ids that have a text: the rest pads the table to a round size.
 SENTINEL_VOCAB = {32128: 32100, 250112: 250100}
-CLASSES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_decoder_layers",
-    "num_heads",
-    "head_dim",
-    "intermediate_size",
-    "buckets",
-    "max_distance",
-    "scan_unroll",
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class EncDecConfig:
-    """What an encoder-decoder is (the first block) and how it is run here (the second). Hashable: static under `jit`."""
+class EncDecConfig(Settings):
+    """An encoder-decoder (the first block) and how it is run (the second). Hashable: a static argument of `jit`."""
 
-    family: str = "t5"  # "mt5" is v1.1 with other words; in "umt5" every layer has relative positions of its own
-    vocab_size: int = 32128
-    hidden_size: int = 512
-    num_layers: int = 8  # of the encoder
-    num_decoder_layers: int = 8
-    num_heads: int = 6
-    head_dim: int = 64  # heads * head_dim need not be the width: 384 in FLAN-T5 small
-    intermediate_size: int = 1024
-    buckets: int = 32  # of relative positions
-    max_distance: int = 128  # beyond it all positions share a bucket
+    WHERE = "model config: "
+
+    family: str = bounded("t5", choices=("t5", "mt5", "umt5"))  # mT5 is v1.1; in umT5 each layer has relative positions
+    vocab_size: int = bounded(32128, ge=1)
+    hidden_size: int = bounded(512, ge=1)
+    num_layers: int = bounded(8, ge=1)  # of the encoder
+    num_decoder_layers: int = bounded(8, ge=1)
+    num_heads: int = bounded(6, ge=1)
+    head_dim: int = bounded(64, ge=1)  # heads * head_dim need not be the width: 384 in FLAN-T5 small
+    intermediate_size: int = bounded(1024, ge=1)
+    buckets: int = bounded(32, ge=1)  # of relative positions
+    max_distance: int = bounded(128, ge=1)  # beyond it all positions share a bucket
     norm_eps: float = 1e-6
-    activation: str = "gelu_tanh"
+    activation: str = bounded("gelu_tanh", choices=("relu", "gelu_tanh", "gelu", "silu"))
     gated_mlp: bool = True  # v1.1 and FLAN; the first T5 has a plain ReLU
     tie_embeddings: bool = False
     scale_outputs: bool = False  # decoder outputs times 1 / sqrt(width) before the head: the first T5 only
-    start_id: int = 0  # what decoding begins with: the id of padding, so masks come from lengths and never from ids
+    start_id: int = 0  # decoding begins with it: the id of padding, so masks come from lengths and never from ids
     eos_id: int | None = 1  # after every text that the encoder reads
     also_eos: tuple[int, ...] = ()  # further ids that end a response
     bos_id: int | None = None
     max_positions: int = 16_384  # T5 has no limit of its own; this one keeps a mistake from filling the memory
 
-    dtype: str = "float32"  # of the computation; parameters keep their own dtype
-    remat: str = "none"  # "none" | "block" | "dots"
-    scan_unroll: int = 1
+    dtype: str = bounded("float32", choices=("float32", "bfloat16"))  # of the computation; parameters keep their own
+    remat: str = bounded("none", choices=("none", "block", "dots"))
+    scan_unroll: int = bounded(1, ge=1)
 
-    def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in SIZES}
-        kinds = tuple(T5_ACTIVATIONS.values())
-        half = "float16 overflows in T5's MLP (65,504); use bfloat16"
+    # Options of decoders that an encoder-decoder does not have.
+    thoughts = None
+    value_head = ""
+    sliding_window = None
+    head_bias = False
+
+    def __post_init__(self) -> None:
+        half = "model config: dtype='float16': float16 overflows in T5's MLP (65,504); use bfloat16"
+        require((self.dtype != "float16", half))
+        super().__post_init__()
         require(
-            *(
-                (isinstance(v, int) and v >= 1, f"model config: {n}={v!r} must be a whole number of at least 1")
-                for n, v in sizes.items()
-            ),
-            (self.family in CLASSES, f"model config: family={self.family!r} is not one of {', '.join(CLASSES)}"),
-            (self.activation in kinds, f"model config: activation={self.activation!r} is not one of {', '.join(kinds)}"),
-            (self.remat in ("none", "block", "dots"), f"model config: remat={self.remat!r} is not one of none, block, dots"),
-            (self.dtype != "float16", f"model config: dtype='float16': {half}"),
-            (self.dtype in DTYPES, f"model config: dtype={self.dtype!r} is not one of {', '.join(DTYPES)}"),
             (self.buckets % 4 == 0, f"model config: buckets={self.buckets} must be a multiple of 4"),
             (self.max_distance > self.buckets // 2, f"model config: max_distance={self.max_distance} is too near"),
-        )  # fmt: skip
+        )
 
     def replace(self, **changes: Any) -> EncDecConfig:
         """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    thoughts = None  # it does not think before it speaks: that is for decoders
-    value_head = ""  # nor is one trained as a verifier
-    sliding_window = None
-
     @property
     def num_kv_heads(self) -> int:
         """Every query head has its own keys."""
         return self.num_heads
+
+    @property
+    def init_std(self) -> float:
+        """Of an untied head: 1 / sqrt(width), so that losses start at log V."""
+        return self.hidden_size**-0.5
 
     @property
     def text_ids(self) -> int:
@@ -125,27 +113,22 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        bias: jax.Array,
-        mask: jax.Array | None,
-        source: Segment | None = None,
-        ring: RingKVCache | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        self, x: Array, bias: Array, mask: Array | None, source: Segment | None = None, ring: RingKVCache | None = None
+    ) -> tuple[Array, Pair]:
         """Runs the layer.
 
         Args:
-          x: [T, E]. bias: float32 [H, T, S] of relative positions. mask: bool [T, S], None = everything is visible.
-          source: what the decoder reads. With `values` None its keys are the encoder's states [S, E], which are
-            projected here; else keys and values [H, S, K] of this layer.
+          x: [T, D]. bias: float32 [H, T, C] of relative positions. mask: bool [T, C], None = everything is visible.
+          source: what the decoder attends to. With `values` None its keys are the encoder's states [C, D], which are
+            projected here; else keys and values [H, C, K] of this layer.
           ring: cached keys and values of this row, its own token's column included (then T = 1; `mask` is the ring's).
 
         Returns:
-          x [T, E], and the new (keys, values) [H, T, K], or the ring's [H, R, K].
+          x [T, D], and the new (keys, values) [H, T, K], or the ring's [H, R, K].
         """
         c = self.config
         h = Norm("rms", c.norm_eps, name="attn_norm")(x)
-        q, k, v = self._heads(h, "q"), self._keys(h, "k"), self._keys(h, "v")
+        q, k, v = self._heads(h, "q", "t h k"), self._heads(h, "k", "h t k"), self._heads(h, "v", "h t k")
         if ring is not None:
             k, v = write_column(ring.keys, k, ring.column), write_column(ring.values, v, ring.column)
             mask = ring.mask
@@ -154,55 +137,44 @@ class Block(nn.Module):
         if self.cross:
             h = Norm("rms", c.norm_eps, name="cross_norm")(x)
             if source.values is None:
-                states = source.keys
-                source = source._replace(keys=self._keys(states, "cross_k"), values=self._keys(states, "cross_v"))
+                cross = (self._heads(source.keys, name, "h t k") for name in ("cross_k", "cross_v"))
+                source = Segment(*cross, source.mask)
             with jax.named_scope("cross_attention"):
-                x = x + self._out(attend(self._heads(h, "cross_q"), [source], scale=1.0), "cross_o")
-        return x + self._mlp(Norm("rms", c.norm_eps, name="mlp_norm")(x)), (k, v)
+                x = x + self._out(attend(self._heads(h, "cross_q", "t h k"), [source], scale=1.0), "cross_o")
+        h = Norm("rms", c.norm_eps, name="mlp_norm")(x)
+        return x + mlp(h, c, bias=False, std=c.hidden_size**-0.5, out_std=c.intermediate_size**-0.5), (k, v)
 
-    def _heads(self, h: jax.Array, name: str) -> jax.Array:
-        """Returns [T, H, K]. Queries start small, since no score is ever scaled."""
+    def _heads(self, h: Array, name: str, axes: str) -> Array:
         c = self.config
+        # Queries start small by 1 / sqrt(K), since no score is ever scaled.
         std = c.hidden_size**-0.5 * (c.head_dim**-0.5 if name.endswith("q") else 1.0)
-        return Linear(c.num_heads * c.head_dim, False, std, name=name)(h).reshape(-1, c.num_heads, c.head_dim)
+        y = Linear(c.num_heads * c.head_dim, False, std, name=name)(h)
+        return rearrange(y, f"t (h k) -> {axes}", h=c.num_heads)
 
-    def _keys(self, h: jax.Array, name: str) -> jax.Array:
-        return jnp.swapaxes(self._heads(h, name), 0, 1)  # [H, T, K]
-
-    def _out(self, a: jax.Array, name: str) -> jax.Array:
-        inner = self.config.num_heads * self.config.head_dim
-        return Linear(self.config.hidden_size, False, inner**-0.5, name=name)(a.reshape(-1, inner))
-
-    def _mlp(self, h: jax.Array) -> jax.Array:
-        c = self.config
-        act, std = ACTIVATIONS[c.activation], c.hidden_size**-0.5
-        up = Linear(c.intermediate_size, False, std, name="up")(h)
-        if c.gated_mlp:
-            up = act(Linear(c.intermediate_size, False, std, name="gate")(h)) * up
-        else:
-            up = act(up)
-        return Linear(c.hidden_size, False, c.intermediate_size**-0.5, name="down")(up)
+    def _out(self, a: Array, name: str) -> Array:
+        std = (self.config.num_heads * self.config.head_dim) ** -0.5
+        return Linear(self.config.hidden_size, False, std, name=name)(rearrange(a, "t h k -> t (h k)"))
 
 
 # ------------------------------------------------------------------------------------------------- parameters
 
 
-def init(config: EncDecConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Returns random parameters, of T5's own scales (an untied head of 1 / sqrt(width), so that losses start at log V)."""
+def init(config: EncDecConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Returns random parameters, of T5's own scales."""
     c = config
     keys = jax.random.split(key, 4)
     params: Params = {
-        "embed": {"table": jax.random.normal(keys[0], (c.vocab_size, c.hidden_size))},
+        "embed": Embed(c.vocab_size, c.hidden_size, 1.0).init(keys[0], jnp.zeros((1,), jnp.int32))["params"],
         "encoder": _init_stack(c, keys[1], c.num_layers, cross=False),
         "decoder": _init_stack(c, keys[2], c.num_decoder_layers, cross=True),
     }
     if not c.tie_embeddings:
-        kernel = jax.random.normal(keys[3], (c.hidden_size, c.vocab_size))
-        params["head"] = {"kernel": c.hidden_size**-0.5 * kernel}
+        head = LMHead(c.vocab_size, False, False, c.init_std)
+        params["head"] = head.init(keys[3], params["embed"]["table"])["params"]
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def _init_stack(c: EncDecConfig, key: jax.Array, layers: int, *, cross: bool) -> Params:
+def _init_stack(c: EncDecConfig, key: Array, layers: int, *, cross: bool) -> Params:
     keys = jax.random.split(key, 3)
     x, bias = jnp.zeros((1, c.hidden_size)), jnp.zeros((c.num_heads, 1, 1))
     source = Segment(x, None, None) if cross else None
@@ -210,21 +182,19 @@ def _init_stack(c: EncDecConfig, key: jax.Array, layers: int, *, cross: bool) ->
     own = c.family == "umt5"
     table = c.hidden_size**-0.5 * jax.random.normal(keys[1], ((layers,) if own else ()) + (c.buckets, c.num_heads))
     blocks = jax.vmap(lambda k: block.init(k, x, bias, None, source)["params"])(jax.random.split(keys[0], layers))
-    return {
-        "layers": {**blocks, "relative": {"table": table}} if own else blocks,
-        **({} if own else {"relative": {"table": table}}),
-        "final_norm": Norm("rms", c.norm_eps).init(keys[2], x)["params"],
-    }
+    stack = {"layers": blocks, "final_norm": Norm("rms", c.norm_eps).init(keys[2], x)["params"]}
+    (blocks if own else stack)["relative"] = {"table": table}
+    return stack
 
 
 # -------------------------------------------------------------------------------------------- relative positions
 
 
-def bucket(relative: jax.Array, *, both_ways: bool, buckets: int, max_distance: int) -> jax.Array:
+def bucket(relative: Array, *, both_ways: bool, buckets: int, max_distance: int) -> Array:
     """Returns the bucket (int32) of relative positions, key minus query (int32).
 
-    Half of the buckets of a direction hold one distance each, the others ever more, up to `max_distance`; beyond it all
-    share the last. An encoder splits the buckets over both directions; a decoder sees no key after the query.
+    Half of the buckets of a direction hold one distance each, the others logarithmically more, up to `max_distance`; beyond
+    it all share the last. An encoder splits the buckets over both directions; a decoder attends to no key after the query.
     """
     base = jnp.zeros_like(relative)
     if both_ways:
@@ -239,52 +209,43 @@ def bucket(relative: jax.Array, *, both_ways: bool, buckets: int, max_distance: 
     return base + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
 
 
-def relative_bias(
-    config: EncDecConfig, queries: jax.Array, keys: jax.Array, both_ways: bool, table: jax.Array
-) -> jax.Array:
-    """Returns what a table adds to all scores, float32 [H, T, S], for positions of queries [T] and keys [S]."""
+def relative_bias(config: EncDecConfig, queries: Array, keys: Array, both_ways: bool, table: Array) -> Array:
+    """Returns the bias of all scores from a table [buckets, H], float32 [H, T, C], at positions of queries [T], keys [C]."""
     found = bucket(
         keys[None, :] - queries[:, None], both_ways=both_ways, buckets=config.buckets, max_distance=config.max_distance
     )
-    return jnp.moveaxis(table.astype(jnp.float32)[found], -1, 0)
+    return rearrange(table.astype(jnp.float32)[found], "t c h -> h t c")
 
 
 # ------------------------------------------------------------------------------------------------------- stacks
 
 
-def encode(params: Params, config: EncDecConfig, tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Returns the encoder's states [S, E] of tokens [S]; mask [S] is true for real ones (padding stands on the right)."""
+def encode(params: Params, config: EncDecConfig, tokens: Array, mask: Array | None) -> Array:
+    """Returns the encoder's states [C, D] of tokens [C]; mask [C] is true for real ones (padding stands on the right)."""
     stack, index = params["encoder"], jnp.arange(tokens.shape[0])
     bias = functools.partial(relative_bias, config, index, index, True)
-    seen = None if mask is None else jnp.broadcast_to(mask.astype(bool), (tokens.shape[0],) * 2)
-    x, _ = _run(stack, config, _embed(params, config, tokens), bias, seen, None)
+    visible = None if mask is None else jnp.broadcast_to(mask.astype(bool), (tokens.shape[0],) * 2)
+    x, _ = _run(stack, config, _embed(params, config, tokens), bias, visible, None)
     return x
 
 
-def decode(
-    params: Params, config: EncDecConfig, tokens: jax.Array, states: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-    """Returns the decoder's final states [T, E], ready for `decoder.unembed`: row t is about the token after tokens[t].
+def decode(params: Params, config: EncDecConfig, tokens: Array, states: Array, mask: Array | None) -> Array:
+    """Returns the decoder's final states [T, D], ready for `decoder.unembed`: row t predicts the token after tokens[t].
 
     Args:
-      tokens: [T], beginning with `config.start_id`. states: [S, E] of `encode`. mask: [S], true where states are real.
+      tokens: [T], beginning with `config.start_id`. states: [C, D] of `encode`. mask: [C], true where states are real.
     """
     stack, index = params["decoder"], jnp.arange(tokens.shape[0])
     bias = functools.partial(relative_bias, config, index, index, False)
     source = Segment(states, None, None if mask is None else mask.astype(bool)[None])
     x, _ = _run(stack, config, _embed(params, config, tokens), bias, index[None] <= index[:, None], source)
-    return scaled(config, x)
+    return _scaled(config, x)
 
 
 def decode_step(
-    params: Params,
-    config: EncDecConfig,
-    token: jax.Array,
-    step: jax.Array,
-    sources: Sequence[Segment],
-    rings: Sequence[tuple[jax.Array, jax.Array]],
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-    """Feeds one token and returns the final state [E] and the caches with it in them.
+    params: Params, config: EncDecConfig, token: Array, step: Array, sources: Sequence[Segment], rings: Sequence[Pair]
+) -> tuple[Array, list[Pair]]:
+    """Feeds one token and returns the final state [D] and the caches, written in its column.
 
     Args:
       params: with the decoder's layers unstacked (`unstack`). token: [] int32. step: [] int32, its position.
@@ -296,79 +257,74 @@ def decode_step(
     bias = functools.partial(relative_bias, config, step[None], columns, False)
     past = [RingKVCache(k, v, columns <= step, step) for k, v in rings]
     x, rings = _run(stack, config, _embed(params, config, token[None]), bias, None, sources, past)
-    return scaled(config, x)[0], rings
+    return _scaled(config, x)[0], rings
 
 
-def cross_sources(params: Params, config: EncDecConfig, states: jax.Array, mask: jax.Array) -> list[Segment]:
-    """Returns per layer the keys and values [H, S, K] of the encoder's states [S, E]: what decoding caches of them."""
+def cross_sources(params: Params, config: EncDecConfig, states: Array, mask: Array) -> list[Segment]:
+    """Returns per layer the keys and values [H, C, K] of the encoder's states [C, D], which decoding caches."""
 
-    def heads(layer: Params, name: str) -> jax.Array:
-        y = Linear(config.num_heads * config.head_dim, False, 1.0).apply({"params": layer[name]}, states)
-        return jnp.swapaxes(y.reshape(-1, config.num_heads, config.head_dim), 0, 1)
+    project = Linear(config.num_heads * config.head_dim, False, 1.0)
 
-    return [
-        Segment(heads(layer, "cross_k"), heads(layer, "cross_v"), mask.astype(bool)[None])
-        for layer in params["decoder"]["layers"]
-    ]
+    def heads(kernel: Params) -> Array:
+        return rearrange(project.apply({"params": kernel}, states), "c (h k) -> h c k", h=config.num_heads)
+
+    layers = params["decoder"]["layers"]
+    return [Segment(heads(layer["cross_k"]), heads(layer["cross_v"]), mask.astype(bool)[None]) for layer in layers]
 
 
 def unstack(params: Params, config: EncDecConfig) -> Params:
     """Returns the parameters with one tree per decoder layer: what a decode loop reads."""
-    layers = params["decoder"]["layers"]
-    layers = [jax.tree.map(itemgetter(i), layers) for i in range(config.num_decoder_layers)]
-    return {**params, "decoder": {**params["decoder"], "layers": layers}}
+    stack = params["decoder"]
+    layers = [jax.tree.map(itemgetter(i), stack["layers"]) for i in range(config.num_decoder_layers)]
+    return {**params, "decoder": {**stack, "layers": layers}}
 
 
-def scaled(config: EncDecConfig, x: jax.Array) -> jax.Array:
-    """The first T5 divides by sqrt(width) what it compares with its embeddings; v1.1 and FLAN do not."""
+def _scaled(config: EncDecConfig, x: Array) -> Array:
+    # The first T5, whose head is the embedding, divides by sqrt(width); v1.1 and FLAN do not.
     return x * jnp.asarray(config.hidden_size**-0.5, x.dtype) if config.scale_outputs else x
 
 
-def _embed(params: Params, config: EncDecConfig, tokens: jax.Array) -> jax.Array:
+def _embed(params: Params, config: EncDecConfig, tokens: Array) -> Array:
     return replicate(params["embed"]["table"][tokens].astype(config.dtype))
 
 
 def _run(
     stack: Params,
     config: EncDecConfig,
-    x: jax.Array,
-    bias: Callable[[jax.Array], jax.Array],
-    mask: jax.Array | None,
+    x: Array,
+    bias: Callable[[Array], Array],
+    mask: Array | None,
     source: Any,
     rings: Sequence[RingKVCache] = (),
-) -> tuple[jax.Array, Any]:
+) -> tuple[Array, Any]:
     """Runs a stack and its last norm: stacked layers by `lax.scan`, listed ones (with a source and a ring each) in turn.
 
     Args:
-      bias: from a table of relative positions to what is added to the scores.
+      bias: from a table of relative positions to the bias of the scores.
     """
     block = Block(config, source is not None)
     layers = stack["layers"]
-    of_all = bias(stack["relative"]["table"]) if "relative" in stack else None
+    # Computed once where all layers share a table, and in every layer of umT5.
+    common = bias(stack["relative"]["table"]) if "relative" in stack else None
 
-    def one(x: jax.Array, layer: Params, source: Any, ring: RingKVCache | None = None) -> tuple[jax.Array, Any]:
-        own = bias(layer["relative"]["table"]) if of_all is None else of_all
-        x, kv = block.apply({"params": layer}, x, own, mask, source, ring)
+    def one(x: Array, layer: Params, source: Any, ring: RingKVCache | None = None) -> tuple[Array, Any]:
+        added = bias(layer["relative"]["table"]) if common is None else common
+        x, kv = block.apply({"params": layer}, x, added, mask, source, ring)
         return replicate(x), kv
 
+    new = []
     if isinstance(layers, list):
-        new = []
         for layer, read, ring in zip(layers, source, rings):
             x, kv = one(x, layer, read, ring)
             new.append(kv)
     else:
         gather = use_fsdp_gather()
 
-        def step(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
-            return one(x, all_gather_params(layer, PARAM_AXES, config.dtype) if gather else layer, source)
+        def step(x: Array, layer: Params) -> tuple[Array, None]:
+            layer = all_gather_params(layer, PARAM_AXES, config.dtype) if gather else layer
+            return one(x, layer, source)[0], None
 
-        if config.remat != "none":
-            keep = None if config.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            step = jax.checkpoint(step, policy=keep, prevent_cse=False)
-        elif gather:
-            step = jax.checkpoint(step, policy=drop_constraints, prevent_cse=False)
         count = jax.tree.leaves(layers)[0].shape[0]
-        x, new = jax.lax.scan(
-            lambda x, layer: (step(x, layer)[0], None), x, layers, unroll=min(config.scan_unroll, count)
-        )
+        step = checkpointed(step, config.remat, gather)
+        x, _ = jax.lax.scan(step, x, layers, unroll=min(config.scan_unroll, count))
     return Norm("rms", config.norm_eps).apply({"params": stack["final_norm"]}, x), new

@@ -2,70 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from qstar.errors import UserError
 
 
-class Number(NamedTuple):
-    """A finite number in [low, high]; True and False are no numbers."""
+class Field(NamedTuple):
+    """What an entry may hold."""
 
-    low: float
-    high: float
-    integer: bool = False
-
-    def fault(self, value: Any) -> str:
-        """Returns what the value should be, or nothing where it is that."""
-        kinds = int if self.integer else (int, float)
-        good = isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high
-        return "" if good else f"a{' whole' * self.integer} number from {self.low:.10g} to {self.high:.10g}"
+    holds: Callable[[Any], bool]
+    expected: str  # for messages, after "must be"
 
 
-class Numbers(NamedTuple):
-    """A list of numbers."""
+def number(low: float, high: float, *, integer: bool = False) -> Field:
+    """A finite number in [low, high]. A bool, which is an int in Python, is refused."""
+    kinds = int if integer else (int, float)
 
-    each: Number
+    def holds(value: Any) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
 
-    def fault(self, value: Any) -> str:
-        """See `Number.fault`."""
-        good = isinstance(value, (list, tuple)) and value and not any(map(self.each.fault, value))
-        return "" if good else f"a list, each entry {self.each.fault(None)}"
-
-
-class Ids(NamedTuple):
-    """A token id or a list of them."""
-
-    def fault(self, value: Any) -> str:
-        """See `Number.fault`."""
-        good = not any(map(ID.fault, value if isinstance(value, list) else [value]))
-        return "" if good else "a token id (0 or more), a list of them, or null"
+    return Field(holds, f"a{' whole' * integer} number from {low:.10g} to {high:.10g}")
 
 
-class Flag(NamedTuple):
-    """true or false."""
-
-    def fault(self, value: Any) -> str:
-        """See `Number.fault`."""
-        return "" if isinstance(value, bool) else "true or false"
-
-
-class Text(NamedTuple):
-    """A string."""
-
-    def fault(self, value: Any) -> str:
-        """See `Number.fault`."""
-        return "" if isinstance(value, str) else "a string"
+def numbers(each: Field) -> Field:
+    """A list of numbers that is not empty."""
+    return Field(
+        lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(each.holds, value)),
+        f"a list, each entry {each.expected}",
+    )
 
 
-Field = Number | Numbers | Ids | Flag | Text
-ID = Number(0, 2**31 - 1, integer=True)
-WIDTH = Number(1, 2**24, integer=True)  # of layers, heads, vocabularies
-DEPTH = Number(
-    1, 10_000, integer=True
-)  # layers: the list of tensors that a larger number asks for takes minutes to make
-LENGTH = Number(1, 2**31 - 1, integer=True)
-EPSILON = Number(1e-38, 1, integer=False)  # 0 makes NaN of a zero vector, and so do float32's subnormal numbers
+ID = number(0, 2**31 - 1, integer=True)
+IDS = Field(
+    lambda value: all(map(ID.holds, value if isinstance(value, list) else [value])),
+    "a token id (0 or more), a list of them, or null",
+)
+FLAG = Field(lambda value: isinstance(value, bool), "true or false")
+TEXT = Field(lambda value: isinstance(value, str), "a string")
+WIDTH = number(1, 2**24, integer=True)  # of layers, heads, vocabularies
+DEPTH = number(1, 10_000, integer=True)  # layers; listing the tensors of a larger number takes minutes
+LENGTH = number(1, 2**31 - 1, integer=True)
+EPSILON = number(1e-38, 1)  # 0 and float32's subnormal numbers make NaN of a zero vector
 
 
 def check(raw: Mapping[str, Any], where: str, required: Mapping[str, Field], optional: Mapping[str, Field]) -> None:
@@ -79,6 +57,6 @@ def check(raw: Mapping[str, Any], where: str, required: Mapping[str, Field], opt
             raise UserError(f"{where}: key {key!r} is missing")
     for key, field in {**required, **optional}.items():
         value = raw.get(key)
-        if value is not None and (fault := field.fault(value)):
+        if value is not None and not field.holds(value):
             shown = repr(value)
-            raise UserError(f"{where}: {key}={shown[:60]}{'...' * (len(shown) > 60)} must be {fault}")
+            raise UserError(f"{where}: {key}={shown[:60]}{'...' * (len(shown) > 60)} must be {field.expected}")

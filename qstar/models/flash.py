@@ -1,11 +1,11 @@
-"""Attention kernels for the plain case, a text that attends to itself, without its T x T scores in memory.
+"""Attention kernels for a text that attends to itself, without its T x T scores in memory.
 
     splash   Pallas on a TPU (`jax.experimental.pallas.ops.tpu.splash_attention`); packed rows; windows
     cudnn    cuDNN's fused attention on a GPU (`jax.nn.dot_product_attention`); rows of one text, padded on the right; windows
 
-Which one runs is `ModelConfig.attention`: "auto" takes the kernel of the platform where its conditions hold and the text is
-long enough to gain, and XLA's products elsewhere. Everything with a past (a prefix, a cache, a thought's text) and every
-relative bias stays with XLA, whatever the field says: the kernels cannot join their scores with others'.
+`ModelConfig.attention` chooses: "auto" takes the kernel of the platform where its conditions hold and the text is long
+enough to gain, and XLA's products elsewhere. Attention with a past (a prefix, a cache, a thought's text) or a relative bias
+always runs on XLA, because the kernels cannot join their scores with those of other segments.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
@@ -26,26 +28,26 @@ from qstar.errors import UserError
 from qstar.mesh import Rules
 
 AUTO_LENGTH = 1024  # tokens from which "auto" takes a kernel
-LANES = 128  # splash cuts texts into pieces of these
-BLOCK = 512  # tokens in a tile of splash, where the text divides into such
+LANES = 128  # splash needs rows of a multiple of it
+BLOCK = 512  # tokens in a tile of splash, where they divide the text
 
 
 @flax.struct.dataclass
 class KernelMask:
-    """What the tokens of a row see of it, for a kernel: what is before them in their document, within the window."""
+    """The mask of a row over itself, for a kernel: causal, within a document, within the window."""
 
-    segment_ids: jax.Array  # [T] int32; 1.. per document, 0 = padding
+    segment_ids: Array  # [T] int32; 1.. per document, 0 = padding
     impl: str = flax.struct.field(pytree_node=False)  # "splash" | "cudnn"
     window: int | None = flax.struct.field(pytree_node=False)
 
 
-def choose(config: Any, segment_ids: jax.Array, *, one_text: bool, must: bool) -> str:
-    """Returns what runs the attention of a row with itself: "xla", "splash" or "cudnn".
+def choose(config: Any, segment_ids: Array, *, one_text: bool, must: bool) -> str:
+    """Returns the implementation of a row's attention to itself: "xla", "splash" or "cudnn".
 
     Args:
-      config: a `ModelConfig`. segment_ids: [T] int32 (its type says where the row lies).
+      config: a `ModelConfig`. segment_ids: [T] int32 (its sharding gives the platform).
       one_text: whether rows are known to hold one document each, padded on the right.
-      must: whether a kernel that was asked for and cannot run is an error (training), or XLA steps in (scoring).
+      must: whether a kernel that was asked for and cannot run is an error (training), or replaced by XLA (scoring).
 
     Raises:
       UserError: says why the kernel that `config.attention` names cannot take this row.
@@ -62,14 +64,14 @@ def choose(config: Any, segment_ids: jax.Array, *, one_text: bool, must: bool) -
 
 def _obstacle(kind: str, config: Any, platform: str, length: int, one_text: bool) -> str:
     """Returns why a kernel cannot run, or ""."""
-    c = config
+    c, cpu = config, platform == "cpu"
     checks = {
         "xla": (),
         "splash": (
             (platform in ("tpu", "cpu"), f"it is a kernel for TPUs (a CPU interprets it), and this runs on {platform}"),
             (length % LANES == 0, f"rows of {length} tokens are no multiple of {LANES}"),
-            (platform == "cpu" or c.dtype == "bfloat16", f"on a TPU it computes in bfloat16, and dtype is {c.dtype}"),
-            (platform == "cpu" or c.head_dim % 64 == 0, f"head_dim {c.head_dim} is no multiple of 64"),
+            (cpu or c.dtype == "bfloat16", f"on a TPU it computes in bfloat16, and dtype is {c.dtype}"),
+            (cpu or c.head_dim % 64 == 0, f"head_dim {c.head_dim} is no multiple of 64"),
         ),
         "cudnn": (
             (platform == "gpu", f"it is a kernel for NVIDIA GPUs, and this runs on {platform}"),
@@ -80,19 +82,18 @@ def _obstacle(kind: str, config: Any, platform: str, length: int, one_text: bool
         ),
     }[kind]
     if kind != "xla" and c.relative_bias:
-        return "it knows no relative bias, and relative_bias is set"
+        return "it has no relative bias, and relative_bias is set"
     return next((why for fits, why in checks if not fits), "")
 
 
-def _platform(x: jax.Array) -> str:
-    """Returns cpu, gpu or tpu: of the mesh that x lies on (in a compilation for a described topology there is no other
-    sign), or of the process."""
+def _platform(x: Array) -> str:
+    # In a compilation for a described topology, the mesh of the array alone names the platform.
     device = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
     name = getattr(device, "platform", None) or jax.default_backend()
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
-def attend_text(q: jax.Array, keys: jax.Array, values: jax.Array, mask: KernelMask, *, scale: float) -> jax.Array:
+def attend_text(q: Array, keys: Array, values: Array, mask: KernelMask, *, scale: float) -> Array:
     """Softmax attention of one row with itself: q [T, H, K]; keys, values [G, T, K]; returns [T, H, K] in q's dtype."""
     static = dict(scale=scale, impl=mask.impl, window=mask.window)
     return _flash.bind(q[None], keys[None], values[None], mask.segment_ids[None], **static)[0]
@@ -101,12 +102,10 @@ def attend_text(q: jax.Array, keys: jax.Array, values: jax.Array, mask: KernelMa
 # ------------------------------------------------------------------------------------------- rows [B, ...], on any mesh
 
 
-def _rows(
-    q: jax.Array, keys: jax.Array, values: jax.Array, ids: jax.Array, *, scale: float, impl: str, window: int | None
-) -> jax.Array:
+def _rows(q: Array, keys: Array, values: Array, ids: Array, *, scale: float, impl: str, window: int | None) -> Array:
     """q [B, T, H, K]; keys, values [B, G, T, K]; ids [B, T]: [B, T, H, K].
 
-    XLA cannot cut a Pallas kernel, so on a mesh each device runs it on its rows and heads. (cuDNN's call knows how.)
+    XLA cannot partition a Pallas kernel, so on a mesh each device runs it on its rows and heads. (It can partition cuDNN's.)
     """
     if impl == "cudnn":
         return _cudnn(q, keys, values, ids, scale=scale, window=window)
@@ -115,7 +114,7 @@ def _rows(
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return run(q, keys, values, ids)
     rules = Rules()
-    # All axes of the mesh are named, those of size 1, too: over one that is not, a gradient would be summed (of one).
+    # Axes of size 1 are named, too: over an axis that is not named, `shard_map` would sum the gradients.
     rows = tuple(a for a in rules.batch if a in mesh.shape)
     heads = tuple(a for a in rules.heads if a in mesh.shape)
     rows = rows if q.shape[0] % math.prod(mesh.shape[a] for a in rows) == 0 else ()
@@ -126,15 +125,8 @@ def _rows(
 
 
 def _splash(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    ids: jax.Array,
-    *,
-    scale: float,
-    window: int | None,
-    interpret: bool,
-) -> jax.Array:
+    q: Array, keys: Array, values: Array, ids: Array, *, scale: float, window: int | None, interpret: bool
+) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, H = q.shape[1:3]
@@ -149,23 +141,19 @@ def _splash(
         interpret=interpret,
     )
 
-    def row(q: jax.Array, keys: jax.Array, values: jax.Array, ids: jax.Array) -> jax.Array:
-        scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel has no scale of its own
-        return kernel(jnp.swapaxes(scaled, 0, 1), keys, values, splash.SegmentIds(ids, ids))
+    def row(q: Array, keys: Array, values: Array, ids: Array) -> Array:
+        scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel takes no scale
+        return kernel(rearrange(scaled, "t h k -> h t k"), keys, values, splash.SegmentIds(ids, ids))
 
-    return jnp.swapaxes(jax.vmap(row)(q, keys, values, ids), 1, 2).astype(q.dtype)
+    return rearrange(jax.vmap(row)(q, keys, values, ids), "b h t k -> b t h k").astype(q.dtype)
 
 
-def _cudnn(
-    q: jax.Array, keys: jax.Array, values: jax.Array, ids: jax.Array, *, scale: float, window: int | None
-) -> jax.Array:
-    """A mask would become a dense bias of B x H x T x T in cuDNN; causality, a window and lengths cost nothing."""
-    keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)  # [B, T, G, K]
+def _cudnn(q: Array, keys: Array, values: Array, ids: Array, *, scale: float, window: int | None) -> Array:
+    # A mask would become a dense bias of B x H x T x T in cuDNN; causality, a window and lengths cost nothing.
     lengths = jnp.maximum(jnp.sum((ids > 0).astype(jnp.int32), axis=1), 1)
     return jax.nn.dot_product_attention(
         q,
-        keys,
-        values,
+        *(rearrange(x, "b g t k -> b t g k") for x in (keys, values)),
         scale=scale,
         is_causal=True,
         query_seq_lengths=lengths,
@@ -177,18 +165,18 @@ def _cudnn(
 
 # ----------------------------------------------------------------------------------------------------- the primitive
 
-# It is a primitive so that `vmap` adds its axis to the rows, where the mesh splits them: the kernels' own rules would put
-# it inside of what is split. (`custom_vmap` could not be differentiated before it is mapped; see `layers.project`.)
+# A primitive, so that `vmap` adds its axis to the rows, which the mesh splits; the kernels' own rules would put it inside of
+# the split part. (`custom_vmap` cannot be differentiated before it is mapped; see `layers.project`.)
 
 
-def _lift(args: Sequence[jax.Array], axes: Sequence[int | None], **static: Any) -> tuple[jax.Array, int]:
+def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Array, int]:
     size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
     full = [jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes)]
-    out = _flash.bind(*(x.reshape(-1, *x.shape[2:]) for x in full), **static)
-    return out.reshape(size, -1, *out.shape[1:]), 0
+    out = _flash.bind(*(rearrange(x, "n b ... -> (n b) ...") for x in full), **static)
+    return rearrange(out, "(n b) ... -> n b ...", n=size), 0
 
 
-def _slope(primals: Sequence[Any], tangents: Sequence[Any], **static: Any) -> tuple[jax.Array, jax.Array]:
+def _slope(primals: Sequence[Any], tangents: Sequence[Any], **static: Any) -> tuple[Array, Array]:
     *moved, ids = primals
     return jax.jvp(lambda *x: _rows(*x, ids, **static), moved, [ad.instantiate_zeros(t) for t in tangents[:3]])
 

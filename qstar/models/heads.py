@@ -1,89 +1,143 @@
-"""Heads that read one number per token off the final hidden state: a verifier's judgement, and PPO's critic.
+"""Heads beside a decoder: value head and critic, and Quiet-STaR's start and end vectors with the thought mixer.
 
-    value/kernel [E, 1]   value/bias [1]                               verifier, log-odds
+    value/kernel [D, 1]   value/bias [1]                                            verifier, log-odds
+    value/in [D, 2D]   ReLU   value/out [2D, 1]                                     critic, expected reward
+    thoughts/{start,end} [D]   mixing/in [2D, D]   mixing/hidden [D, D]   mixing/out/kernel [D, 1]
 
-It is a part of the decoder's parameter tree wherever `config.value_head` says so, so that training, checkpoints and the
-Hugging Face layout know it like any other parameter (as `score`, the name that transformers gives to a token classifier's).
-
-    value/in [E, 2E]   ReLU   value/out [2E, 1]                        critic, expected reward
-
-The critic is a role of its own beside the policy ({"policy": ..., "value": ...}), of decoders and encoder-decoders alike: it
-goes when training ends. It has a layer of its own because what is worth a reward is no linear feature of a language model.
+A verifier's value head, the vectors and the mixer live in the decoder's own tree, whose functions ignore them, so that
+whatever loads, saves, shards or trains a decoder does the same with them (the official Quiet-STaR code re-initialises its
+vectors on loading). The critic is a role of its own beside the policy ({"policy": ..., "value": ...}), of decoders and
+encoder-decoders, and goes when training ends. It has a hidden layer because expected reward is no linear feature of a
+language model.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
-from qstar.models.layers import project
+from qstar.models.layers import from_init_key, project
 from qstar.types import Params
 
 if TYPE_CHECKING:
     from qstar.models.model import Model
 
 
+class ValueHead(nn.Module):
+    """Linear head of a verifier. All zeros at first, so that every judgement is 1/2."""
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        """Returns float32 logits [...] of hidden states [..., D]."""
+        kernel = self.param("kernel", nn.initializers.zeros, (hidden.shape[-1], 1)).astype(hidden.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (1,)).astype(jnp.float32)
+        out = jnp.matmul(hidden, kernel, precision=precision(hidden.dtype), preferred_element_type=jnp.float32)
+        return (out + bias)[..., 0]
+
+
 def add_value_head(model: Model, kind: str) -> Model:
-    """Returns the model with a fresh value head: all zeros, so that every judgement is 1/2 at first.
+    """Returns the model with a fresh value head.
 
     Args:
-      kind: "orm" (judges the whole solution, at every token) or "prm" (judges what stands so far, after every step).
+      kind: "orm" (judges the whole solution, at every token) or "prm" (judges the solution so far, after every step).
     """
     config = model.config.replace(value_head=kind)
-    zeros = {"kernel": jnp.zeros((config.hidden_size, 1)), "bias": jnp.zeros((1,))}
-    return model.replace(config=config, params={**model.params, "value": zeros})
+    value = ValueHead().init(jax.random.key(0), jnp.zeros((config.hidden_size,)))["params"]
+    return model.replace(config=config, params={**model.params, "value": value})
 
 
-def value_logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """Returns the head's float32 logits [...] of hidden states [..., E]."""
-    kernel = params["value"]["kernel"].astype(hidden.dtype)
-    out = jnp.matmul(hidden, kernel, precision=precision(hidden.dtype), preferred_element_type=jnp.float32)
-    return (out + params["value"]["bias"].astype(jnp.float32))[..., 0]
+def value_logits(params: Params, hidden: Array) -> Array:
+    """Returns the value head's float32 logits [...] of hidden states [..., D]."""
+    return ValueHead().apply({"params": params["value"]}, hidden)
 
 
-def init_critic(width: int, key: jax.Array) -> Params:
-    """Returns the parameters of width -> 2 width -> ReLU -> 1. The last layer starts at 0: no value before any evidence."""
-    hidden = width**-0.5 * jax.random.normal(key, (width, 2 * width))
-    return {
-        "in": {"kernel": hidden, "bias": jnp.zeros((2 * width,))},
-        "out": {"kernel": jnp.zeros((2 * width, 1)), "bias": jnp.zeros((1,))},
-    }
+class Critic(nn.Module):
+    """Two layers from a state to its expected reward. The last starts at 0: no value before any evidence."""
+
+    @nn.compact
+    def __call__(self, states: Array) -> Array:
+        """Returns values [...] float32 of states [..., D]."""
+        D = states.shape[-1]
+        hidden = self.param("in", from_init_key(self, _dense), D, 2 * D, D**-0.5)
+        out = self.param("out", from_init_key(self, _dense), 2 * D, 1, 0.0)
+        x = states.astype(jnp.float32)
+        x = jax.nn.relu(x @ hidden["kernel"] + hidden["bias"])
+        return (x @ out["kernel"] + out["bias"])[..., 0]
 
 
-def critic(params: Params, states: jax.Array) -> jax.Array:
-    """Returns values [...] float32 of states [..., E]."""
-    x = states.astype(jnp.float32)
-    x = jax.nn.relu(x @ params["in"]["kernel"] + params["in"]["bias"])
-    return (x @ params["out"]["kernel"] + params["out"]["bias"])[..., 0]
+def _dense(key: Array, inputs: int, outputs: int, std: float) -> Params:
+    kernel = std * jax.random.normal(key, (inputs, outputs)) if std else jnp.zeros((inputs, outputs))
+    return {"kernel": kernel, "bias": jnp.zeros((outputs,))}
 
 
-def init_thoughts(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Returns {"thoughts", "mixing"} of a `config.thoughts`: random vectors, and a head whose last layer is 0.
+def init_critic(width: int, key: Array) -> Params:
+    """Returns the critic's parameters for states of a width."""
+    return Critic().init(key, jnp.zeros((width,)))["params"]
 
-    So an unbounded weight is 0 at first, and the model with thoughts is exactly the model without.
+
+def critic(params: Params, states: Array) -> Array:
+    """Returns values [...] float32 of states [..., D]."""
+    return Critic().apply({"params": params}, states)
+
+
+# ------------------------------------------------------------------------------------------- thoughts (Quiet-STaR)
+
+
+class ThoughtMixer(nn.Module):
+    """Weighs states with a thought against those without (paper, section 4.3; official code: hidden-space mixing).
+
+    The last layer starts at 0, so that an unbounded weight is 0 at first: the model with thoughts is then exactly the
+    model without.
     """
-    t, E, keys = config.thoughts, config.hidden_size, jax.random.split(key, 4)
 
-    def linear(key: jax.Array, inputs: int) -> Params:
-        std = inputs**-0.5 if t.mixing_init_std is None else t.mixing_init_std
-        return {"kernel": std * jax.random.normal(key, (inputs, E)), "bias": jnp.zeros((E,))}
+    config: ModelConfig
 
-    def vector(key: jax.Array) -> jax.Array:
-        return config.init_std / t.embedding_scale * jax.random.normal(key, (E,))
+    @nn.compact
+    def __call__(self, base: Array, thought: Array) -> tuple[Array, Array]:
+        """Returns (1 - w) base + w thought [T, D], and w [T] float32: here of the thought, in the paper of the base.
 
-    mixing = {"in": linear(keys[2], 2 * E), "hidden": linear(keys[3], E), "out": {"kernel": jnp.zeros((E, 1))}}
-    params = {"thoughts": {"start": vector(keys[0]), "end": vector(keys[1])}, "mixing": mixing}
+        Args:
+          base: [T, D] final states of the text alone. thought: [T, D] those after a thought. In the compute dtype.
+        """
+        t, D = self.config.thoughts, self.config.hidden_size
+
+        def std(inputs: int) -> float:
+            return inputs**-0.5 if t.mixing_init_std is None else t.mixing_init_std
+
+        first = self.param("in", from_init_key(self, _dense, 2, 4), 2 * D, D, std(2 * D))
+        second = self.param("hidden", from_init_key(self, _dense, 3, 4), D, D, std(D))
+        last = self.param("out", lambda _: {"kernel": jnp.zeros((D, 1))})
+        kernel = first["kernel"].astype(base.dtype)
+        # Two products and not one of a concatenation: the text's half is then computed once for all passes.
+        h = project(base, kernel[:D]) + project(thought, kernel[D:]) + first["bias"].astype(base.dtype)
+        h = project(jax.nn.relu(h), second["kernel"].astype(h.dtype)) + second["bias"].astype(h.dtype)
+        w = project(jax.nn.relu(h), last["kernel"].astype(h.dtype))[:, 0].astype(jnp.float32)
+        if t.mixing == "sigmoid":
+            w = jax.nn.sigmoid(w)
+        share = w[:, None].astype(base.dtype)  # w itself stays float32 for metrics
+        return (1 - share) * base + share * thought, w
+
+
+def init_thoughts(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Returns {"thoughts", "mixing"} of a `config.thoughts`: random vectors and a fresh mixer."""
+    x = jnp.zeros((1, config.hidden_size))
+    std = config.init_std / config.thoughts.embedding_scale
+    keys = zip(("start", "end"), jax.random.split(key, 4))  # the other two are the mixer's
+    vectors = {name: std * jax.random.normal(k, (config.hidden_size,)) for name, k in keys}
+    params = {"thoughts": vectors, "mixing": ThoughtMixer(config).init(key, x, x)["params"]}
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
 def attach_thoughts(
-    params: Params, config: ModelConfig, key: jax.Array, start_id: int, end_id: int | None = None
+    params: Params, config: ModelConfig, key: Array, start_id: int, end_id: int | None = None
 ) -> Params:
-    """Returns a trained decoder's parameters with fresh thinking parts, in the dtype of its embeddings.
+    """Returns a trained decoder's parameters with fresh vectors and mixer, in the dtype of its embeddings.
 
     Args:
       start_id, end_id: tokens whose embeddings the vectors start from (the official code: both "---").
@@ -95,27 +149,11 @@ def attach_thoughts(
     return {**params, **new}
 
 
-def thought_vector(params: Params, config: ModelConfig, name: str) -> jax.Array:
-    """Returns the start or end vector [E] as it is fed: what is stored, times `embedding_scale`."""
+def thought_vector(params: Params, config: ModelConfig, name: str) -> Array:
+    """Returns the start or end vector [D] as it is fed: the parameter times `embedding_scale`."""
     return params["thoughts"][name] * jnp.asarray(config.thoughts.embedding_scale, params["thoughts"][name].dtype)
 
 
-def mix(params: Params, config: ModelConfig, base: jax.Array, thread: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weighs states with a thought against those without (paper, section 4.3; official code: hidden-space mixing).
-
-    Args:
-      base: [T, E] final states of the text alone. thread: [T, E] those after a thought. In the compute dtype.
-
-    Returns:
-      (1 - w) base + w thread [T, E], and w [T] float32, the weight of the *thought* (the paper's w weighs the base).
-    """
-    m, E = params["mixing"], config.hidden_size
-    kernel = m["in"]["kernel"].astype(base.dtype)
-    # Two products and not one of a concatenation: the text's half is then computed once for all passes.
-    h = project(base, kernel[:E]) + project(thread, kernel[E:]) + m["in"]["bias"].astype(base.dtype)
-    h = project(jax.nn.relu(h), m["hidden"]["kernel"].astype(h.dtype)) + m["hidden"]["bias"].astype(h.dtype)
-    w = project(jax.nn.relu(h), m["out"]["kernel"].astype(h.dtype))[:, 0].astype(jnp.float32)
-    if config.thoughts.mixing == "sigmoid":
-        w = jax.nn.sigmoid(w)
-    share = w[:, None].astype(base.dtype)
-    return (1 - share) * base + share * thread, w
+def mix(params: Params, config: ModelConfig, base: Array, thought: Array) -> tuple[Array, Array]:
+    """Returns the mixed states [T, D] and the weights [T] of `ThoughtMixer`."""
+    return ThoughtMixer(config).apply({"params": params["mixing"]}, base, thought)

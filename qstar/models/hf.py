@@ -14,12 +14,13 @@ import pathlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -27,26 +28,17 @@ from safetensors.numpy import save_file
 from qstar import tree
 from qstar.errors import QstarWarning, UserError
 from qstar.mesh import shardings
-from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
-from qstar.models.fields import Ids
+from qstar.models.fields import IDS
 from qstar.models.hf_config import to_hf
-from qstar.models.hf_names import (
-    THOUGHT_SIGN,
-    Row,
-    abstract_params,
-    copies,
-    embedding_names,
-    file_names,
-    name_map,
-)
+from qstar.models.hf_names import THOUGHT_SIGN, Row, abstract_params, copies, embedding_names, file_names, name_map
+from qstar.models.layers import PARAM_AXES
 from qstar.models.weight_files import (
     DTYPES,
     FORMATS,
     HEAD,
     INDEX,
-    SINGLE,
     WeightFiles,
     all_finite,
     other_format,
@@ -82,39 +74,37 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
             )
         raise UserError(f"{folder}: config.json is missing; {other_format(folder)}")
     config = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"  # where chat models list all the ids that end a turn
-    files = {folder / "config.json": config, generation: read_json(generation) if generation.is_file() else {}}
-    ids = dict.fromkeys(i for path, raw in files.items() for i in _end_ids(raw.get("eos_token_id"), path))
+    ids: dict[int, None] = {}
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        # The second file is where chat models list all the ids that end a turn.
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+        if eos is not None and not IDS.holds(eos):
+            raise UserError(f"{path}: eos_token_id={eos!r} must be {IDS.expected}; copy the file again")
+        ids |= dict.fromkeys(eos if isinstance(eos, list) else [] if eos is None else [eos])
     if ids:
         config["eos_token_id"] = list(ids) if len(ids) > 1 else next(iter(ids))
     return config
 
 
-def _end_ids(value: Any, path: pathlib.Path) -> list[int]:
-    """Returns what `eos_token_id` holds, which is a number or a list of them."""
-    if value is not None and (fault := Ids().fault(value)):
-        raise UserError(f"{path}: eos_token_id={value!r} must be {fault}; copy the file again")
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def has_thought_head(folder: str | os.PathLike) -> bool:
-    """Returns whether the weights in a folder hold a mixing head (the official code's config.json may not say so)."""
+    """Returns whether the weights in a folder hold a thought mixer (the official code's config.json may not say so)."""
     return THOUGHT_SIGN in WeightFiles(pathlib.Path(folder).expanduser()).slices
 
 
 def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -> ModelConfig | EncDecConfig:
-    """Returns the config with what the weights say of the head, whatever config.json does, as transformers 5 reads it.
+    """Returns the config with `tie_embeddings` by the tensors, whatever config.json says, as transformers 5 reads it.
 
-    A `lm_head.weight` that differs from the embedding is a head of its own. Of a T5, whose config.json says nothing that
-    can be trusted, none means tied. A decoder whose config.json asks for a head needs one.
+    A `lm_head.weight` that differs from the embedding is an untied head. A T5 without one is tied, because its config.json
+    cannot be relied on. A decoder whose config.json asks for a head needs one.
     """
     weights = WeightFiles(pathlib.Path(folder).expanduser(), config)
     table, encdec = weights.key(embedding_names(config)[0]), isinstance(config, EncDecConfig)
-    if HEAD not in weights.slices:
+    if HEAD not in weights.slices:  # a decoder that needs one is refused by `WeightFiles.check`
         return config.replace(tie_embeddings=True) if encdec else config
     if not encdec and not config.tie_embeddings or table not in weights.slices:
         return config
     head, embedding = weights.slices[HEAD], weights.slices[table]
+    # Compared in slices, so that a large vocabulary is never whole in memory.
     rows, step = head().get_shape()[0], 4096
     parts = [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
     if head().get_shape() == embedding().get_shape() and all(np.array_equal(head()[p], embedding()[p]) for p in parts):
@@ -134,13 +124,13 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
 
     Args:
       folder: a local folder.
-      config: what the weights are of; see `models.hf_config.from_hf`.
+      config: of the weights; see `models.hf_config.from_hf`.
       mesh: where to put them. Each parameter is created in its sharding: every device's part is sliced out of
         the memory-mapped files, and at no time is there a whole copy of a parameter on a device.
-      dtype: of the parameters; None keeps what is stored (float32, bfloat16 or float16).
+      dtype: of the parameters; None keeps the stored one (float32, bfloat16 or float16).
 
     Returns:
-      The parameter tree of `policy.init`, layers stacked on the leading axis.
+      The parameter tree of `scoring.init`, layers stacked on the leading axis.
 
     Raises:
       UserError: weights missing, truncated, pickled, or unlike the config; the line names file and tensor.
@@ -150,47 +140,40 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
     weights.check(rows, config.tie_embeddings)
     by_path = {row.path: row for row, _ in rows}
     shapes = abstract_params(config)
-    where = dict(tree.named_leaves(shardings(shapes, decoder.PARAM_AXES, mesh))) if mesh is not None else {}
+    where = dict(tree.named_leaves(shardings(shapes, PARAM_AXES, mesh))) if mesh is not None else {}
 
     def create(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        row, shape = by_path[path], leaf.shape
-        names = file_names(row, shape)
-        stored = (DTYPES[weights[n].get_dtype()] for n in names)
+        stored = (DTYPES[weights[n].get_dtype()] for n in file_names(by_path[path], leaf.shape))
         kind = jnp.dtype(dtype or functools.reduce(jnp.promote_types, stored))
-        parts: dict[Any, np.ndarray] = {}  # devices that hold the same part share one read
+
+        @functools.cache  # devices that hold the same part share one read
+        def part(*bounds: tuple[int, int]) -> np.ndarray:
+            return read_part(weights, by_path[path], leaf.shape, bounds, kind)
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape))
-            if bounds not in parts:
-                parts[bounds] = _read_part(weights, row, names, shape, bounds, kind)
-            return parts[bounds]
+            return part(*(s.indices(n)[:2] for s, n in zip(index, leaf.shape)))
 
         if mesh is None:
-            return jnp.asarray(read((slice(None),) * len(shape)))
-        return jax.make_array_from_callback(shape, where[path], read)
+            return jnp.asarray(read((slice(None),) * len(leaf.shape)))
+        return jax.make_array_from_callback(leaf.shape, where[path], read)
 
     return tree.map_named(create, shapes)
 
 
-def _read_part(
-    weights: WeightFiles,
-    row: Row,
-    names: list[str],
-    shape: tuple[int, ...],
-    bounds: tuple[tuple[int, int], ...],
-    dtype: np.dtype,
+def read_part(
+    weights: WeightFiles, row: Row, shape: tuple[int, ...], bounds: Sequence[tuple[int, int]], dtype: np.dtype
 ) -> np.ndarray:
     """Reads bounds = ((start, stop) per axis) of a parameter of this shape, and nothing else, from the files."""
     stacked = "{i}" in row.name
-    inner = list(bounds[1:] if stacked else bounds)
+    inner = [slice(*b) for b in (bounds[1:] if stacked else bounds)]
     if row.part is not None:
         skip = row.part * shape[-1]
-        inner[-1] = (inner[-1][0] + skip, inner[-1][1] + skip)
-    index: tuple[Any, ...] = tuple(slice(*b) for b in (inner[::-1] if row.transpose else inner))
+        inner[-1] = slice(inner[-1].start + skip, inner[-1].stop + skip)
+    index: tuple[Any, ...] = tuple(inner[::-1] if row.transpose else inner)
     index = (0, *index) if row.spare else index
     out = np.empty([stop - start for start, stop in bounds], dtype)
-    chosen = names[slice(*bounds[0])] if stacked else names
-    for target, name in zip(out if stacked else out[None], chosen):
+    names = file_names(row, shape)
+    for target, name in zip(out if stacked else out[None], names[slice(*bounds[0])] if stacked else names):
         piece = weights[name][index]
         if not all_finite(piece):
             raise UserError(f"{weights.folder}: tensor {name!r} holds NaN or infinity; copy the file again")
@@ -217,28 +200,35 @@ def write_params(
     Args:
       folder: absent, empty, or an earlier export, which is replaced.
       config: of the model. params: its parameters, in any sharding; each tensor is written in its own dtype.
-      extras: writes what else belongs into the folder (tokenizer files), given its path.
+      extras: writes the other files of the folder (tokenizer, generation config), given its path.
 
     Raises:
       UserError: the folder holds something else, the parameters are not the config's, or the disk refuses.
     """
     target = pathlib.Path(folder).expanduser().resolve()
     leaves = _checked_leaves(config, params)
-    shards = _plan_shards(config, leaves, max_shard_bytes)
+    tensors = _tensors(config)
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda pieces: sum(_piece_bytes(leaves, p) for p in pieces),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
     writer = jax.process_index() == 0
     new = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         if writer:
             refuse_foreign(target)
             new.mkdir(parents=True)
-        for file, tensors in shards.items():
-            arrays = {name: _gather(leaves, pieces) for name, pieces in tensors.items()}
+        for file, names in shards.filename_to_tensors.items():
+            arrays = {name: _gather(leaves, tensors[name]) for name in names}
             if writer:
                 save_file(arrays, new / file, metadata={"format": "pt"})
         if writer:
-            write_json(new / "config.json", {**to_hf(config), **_dtype_entry(config, leaves)})
-            if len(shards) > 1:
-                _write_index(new, shards, leaves)
+            # transformers casts what it loads to `torch_dtype`, so it is the stored and not the compute dtype.
+            write_json(new / "config.json", {**to_hf(config), "torch_dtype": str(leaves["embed/table"].dtype)})
+            if shards.is_sharded:
+                write_json(new / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
             extras(new)
             _publish(new, target)
     except (OSError, SafetensorError) as e:
@@ -253,58 +243,38 @@ def write_params(
 
 
 def _checked_leaves(config: ModelConfig, params: Params) -> dict[str, Any]:
-    """Returns {path: leaf} after comparing with what the config says there should be."""
+    """Returns {path: leaf} after comparing with the shapes of the config."""
     leaves = dict(tree.named_leaves(params))
     wanted = {row.path: shape for row, shape in name_map(config)}
     for path in sorted(leaves.keys() ^ wanted.keys()):
         fault = "missing" if path in wanted else "not one of this config"
         raise UserError(f"parameter {path} is {fault}; cannot export")
     for path, shape in wanted.items():
-        if leaves[path].shape != shape:
-            raise UserError(
-                f"parameter {path} has shape {leaves[path].shape}, but the config asks for {shape}; cannot export"
-            )
-        if leaves[path].dtype not in DTYPES.values():
-            raise UserError(f"parameter {path} has dtype {leaves[path].dtype}; export float32, bfloat16 or float16")
+        leaf = leaves[path]
+        if leaf.shape != shape:
+            raise UserError(f"parameter {path} has shape {leaf.shape}, but the config asks for {shape}; cannot export")
+        if leaf.dtype not in DTYPES.values():
+            raise UserError(f"parameter {path} has dtype {leaf.dtype}; export float32, bfloat16 or float16")
     return leaves
 
 
 Piece = tuple[Row, int]  # one parameter's share of a tensor: its row, and the layer (-1: it has none)
-Shards = dict[str, dict[str, list[Piece]]]  # file name -> tensor name -> pieces
 
 
-def _tensors(config: ModelConfig) -> Iterator[tuple[str, list[Piece]]]:
-    """Yields every tensor of the files with its pieces (three for a fused q | k | v), layer by layer."""
+def _tensors(config: ModelConfig) -> dict[str, list[Piece]]:
+    """Returns every tensor of the files with its pieces (three for a fused q | k | v), layer by layer."""
     out: dict[str, list[Piece]] = {}
     rows = name_map(config) + copies(config)
     for layer in range(-1, max(shape[0] for row, shape in rows if "{i}" in row.name)):
         for row, shape in rows:
             if ("{i}" in row.name) == (layer >= 0) and layer < shape[0]:
                 out.setdefault(row.name.format(i=layer), []).append((row, layer))
-    for name, pieces in out.items():
-        yield name, sorted(pieces, key=lambda piece: piece[0].part or 0)
+    return {name: sorted(pieces, key=lambda piece: piece[0].part or 0) for name, pieces in out.items()}
 
 
 def _piece_bytes(leaves: dict[str, Any], piece: Piece) -> int:
     leaf = leaves[piece[0].path]
     return math.prod(leaf.shape[1:] if piece[1] >= 0 else leaf.shape) * leaf.dtype.itemsize * (1 + piece[0].spare)
-
-
-def _plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int) -> Shards:
-    """Returns the files, filled in order up to `limit` bytes each (or with one larger tensor)."""
-    shards: list[dict[str, list[Piece]]] = [{}]
-    room = limit
-    for name, pieces in _tensors(config):
-        size = sum(_piece_bytes(leaves, p) for p in pieces)
-        if size > room and shards[-1]:
-            shards.append({})
-            room = limit
-        shards[-1][name] = pieces
-        room -= size
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    of = f"of-{len(shards):05d}.safetensors"
-    return {f"model-{k:05d}-{of}": shard for k, shard in enumerate(shards, start=1)}
 
 
 def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
@@ -320,13 +290,8 @@ def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
         x = x if row.factor == 1 else (x.astype(np.float32) * np.float32(row.factor)).astype(x.dtype)
         x = np.stack([x, np.zeros_like(x)]) if row.spare else x
         parts.append(x.T if row.transpose else x)
-    # safetensors writes the buffer as it lies: a transposed view would be saved scrambled, without a word
+    # safetensors writes the buffer in memory order: a transposed view would be saved scrambled, without an error.
     return np.ascontiguousarray(np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0])
-
-
-def _dtype_entry(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, str]:
-    """Returns the stored dtype under Hugging Face's key: transformers casts what it loads to it."""
-    return {"torch_dtype": str(leaves["embed/table"].dtype)}
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
@@ -334,13 +299,7 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_index(folder: pathlib.Path, shards: Shards, leaves: dict[str, Any]) -> None:
-    total = sum(_piece_bytes(leaves, p) for file in shards.values() for pieces in file.values() for p in pieces)
-    names = {name: file for file, tensors in shards.items() for name in tensors}
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
-
-
-# What an export may hold. Anything else is somebody's work, and replacing the folder would delete it.
+# The files of an export. Anything else is a user's work, and replacing the folder would delete it.
 _OWN_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
     r"|chat_template\.(json|jinja)|tokenizer(_config)?\.json|(tokenizer|spiece)\.model"
@@ -355,19 +314,17 @@ def refuse_foreign(target: pathlib.Path) -> None:
     if not target.is_dir():
         raise UserError(f"{target} is a file; give the name of a folder to export to")
     names = sorted(p.name for p in target.iterdir())
-    foreign = [n for n in names if not _OWN_FILES.fullmatch(n)]
-    if foreign:
-        raise UserError(
-            f"{target} holds {foreign[0]!r}{others(foreign)}, which is no part of a model export; choose another folder"
-        )
+    if foreign := [n for n in names if not _OWN_FILES.fullmatch(n)]:
+        named = f"{foreign[0]!r}{others(foreign)}"
+        raise UserError(f"{target} holds {named}, which is no part of a model export; choose another folder")
     if names and "model_type" not in (read_json(target / "config.json") if "config.json" in names else {}):
         raise UserError(f"{target} is not empty and no model export; choose another folder")
 
 
 def _publish(new: pathlib.Path, target: pathlib.Path) -> None:
-    """Puts the finished folder in its place; what was there before goes only when the new one stands."""
+    """Renames the finished folder to the target; an earlier export is deleted only after that."""
     mode = (new / "config.json").stat().st_mode
-    for file in new.iterdir():  # safetensors makes files that only their owner can read
+    for file in new.iterdir():  # safetensors creates files readable by their owner only
         file.chmod(mode)
         with file.open("rb") as f:
             os.fsync(f.fileno())

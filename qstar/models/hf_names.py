@@ -1,8 +1,7 @@
 """Names and layouts of a decoder's parameters in Hugging Face files: one table per family, read both ways.
 
-A row says under which name the files keep a parameter, and how its layout differs (PyTorch's Linear keeps
-[out, in]; GPT-2 fuses q, k and v). Which rows apply is not written twice: `policy.init`, traced without
-computing, says which parameters a config has and their shapes.
+A row holds the name of a parameter in the files, and how its layout differs (PyTorch's Linear keeps [out, in]; GPT-2
+fuses q, k and v). Which rows apply to a config, and their shapes, follows from its `init`, traced without computing.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from qstar.types import Params
 
 
 class Row(NamedTuple):
-    """Where one parameter lives in the files."""
+    """The tensor of one parameter in the files."""
 
     path: str  # in qstar's tree
     name: str  # of the tensor; {i} is the layer (qstar stacks the layers on a leading axis)
     transpose: bool = False  # the file keeps [out, in]
     part: int | None = None  # which third of a fused q | k | v, along the last axis
-    spare: bool = False  # the file keeps [2, ...]: this, and a row that is not used (zeros when we write)
-    factor: float = 1.0  # of what is written
+    spare: bool = False  # the file keeps [2, ...], of which the second row is not used (zeros when we write)
+    factor: float = 1.0  # of the values when they are written
 
 
 def _linear(path: str, name: str, transpose: bool = True, part: int | None = None) -> tuple[Row, Row]:
@@ -45,19 +44,14 @@ _conv1d = functools.partial(_linear, transpose=False)  # GPT-2's own layer keeps
 
 _LLAMA = (
     Row("embed/table", "model.embed_tokens.weight"),
-    Row("positions/table", "model.embed_positions.weight"),  # only `tiny` can have it, and the next
+    Row("positions/table", "model.embed_positions.weight"),  # only family `tiny` can have this and the next
     Row("layers/relative/table", "model.layers.{i}.self_attn.relative_bias"),
     *_norm("layers/attn_norm", "model.layers.{i}.input_layernorm"),
-    *_linear("layers/q", "model.layers.{i}.self_attn.q_proj"),
-    *_linear("layers/k", "model.layers.{i}.self_attn.k_proj"),
-    *_linear("layers/v", "model.layers.{i}.self_attn.v_proj"),
-    *_linear("layers/o", "model.layers.{i}.self_attn.o_proj"),
+    *(row for n in "qkvo" for row in _linear(f"layers/{n}", f"model.layers.{{i}}.self_attn.{n}_proj")),
     *_norm("layers/q_norm", "model.layers.{i}.self_attn.q_norm"),
     *_norm("layers/k_norm", "model.layers.{i}.self_attn.k_norm"),
     *_norm("layers/mlp_norm", "model.layers.{i}.post_attention_layernorm"),
-    *_linear("layers/gate", "model.layers.{i}.mlp.gate_proj"),
-    *_linear("layers/up", "model.layers.{i}.mlp.up_proj"),
-    *_linear("layers/down", "model.layers.{i}.mlp.down_proj"),
+    *(row for n in ("gate", "up", "down") for row in _linear(f"layers/{n}", f"model.layers.{{i}}.mlp.{n}_proj")),
     *_norm("final_norm", "model.norm"),
     *_linear("head", "lm_head"),
 )
@@ -66,9 +60,7 @@ _GPT2 = (
     Row("embed/table", "transformer.wte.weight"),
     Row("positions/table", "transformer.wpe.weight"),
     *_norm("layers/attn_norm", "transformer.h.{i}.ln_1"),
-    *_conv1d("layers/q", "transformer.h.{i}.attn.c_attn", part=0),
-    *_conv1d("layers/k", "transformer.h.{i}.attn.c_attn", part=1),
-    *_conv1d("layers/v", "transformer.h.{i}.attn.c_attn", part=2),
+    *(row for i, n in enumerate("qkv") for row in _conv1d(f"layers/{n}", "transformer.h.{i}.attn.c_attn", part=i)),
     *_conv1d("layers/o", "transformer.h.{i}.attn.c_proj"),
     *_norm("layers/mlp_norm", "transformer.h.{i}.ln_2"),
     *_conv1d("layers/up", "transformer.h.{i}.mlp.c_fc"),
@@ -80,9 +72,7 @@ _GPT2 = (
 _GPTJ = (
     Row("embed/table", "transformer.wte.weight"),
     *_norm("layers/attn_norm", "transformer.h.{i}.ln_1"),
-    *_linear("layers/q", "transformer.h.{i}.attn.q_proj"),
-    *_linear("layers/k", "transformer.h.{i}.attn.k_proj"),
-    *_linear("layers/v", "transformer.h.{i}.attn.v_proj"),
+    *(row for n in "qkv" for row in _linear(f"layers/{n}", f"transformer.h.{{i}}.attn.{n}_proj")),
     *_linear("layers/o", "transformer.h.{i}.attn.out_proj"),
     *_linear("layers/up", "transformer.h.{i}.mlp.fc_in"),
     *_linear("layers/down", "transformer.h.{i}.mlp.fc_out"),
@@ -117,7 +107,7 @@ _T5 = (
     *_linear("head", "lm_head"),
 )
 
-# Of the official Quiet-STaR code, whatever the family; the second row of a vector is a log-std that it never uses.
+# Of the official Quiet-STaR code, for every family; the second row of a vector is a log-std that it never uses.
 _THOUGHTS = (
     Row("thoughts/start", "start_embedding", spare=True),
     Row("thoughts/end", "end_embedding", spare=True),
@@ -125,8 +115,8 @@ _THOUGHTS = (
     *_linear("mixing/hidden", "talk_head.0.2"),
     *_linear("mixing/out", "talk_head.0.4"),
 )
-_VALUE = _linear("value", "score")  # as transformers' classifiers of tokens call it
-THOUGHT_SIGN = "talk_head.0.4.weight"  # files that hold it are of a model that thinks
+_VALUE = _linear("value", "score")  # the name in transformers' classifiers of tokens
+THOUGHT_SIGN = "talk_head.0.4.weight"  # in the files of every model with thoughts
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "tiny")
 NAMES = {
@@ -136,8 +126,8 @@ NAMES = {
     **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
 }
 
-# Causal masks and rotary tables that old versions of transformers saved among the weights.
-# And T5's copies of the embedding, with a table of positions for cross-attention that nothing reads.
+# Tensors that are not read: causal masks and rotary tables, which old versions of transformers saved among the weights;
+# T5's copies of the embedding, and its unused table of positions for cross-attention.
 BUFFERS = re.compile(
     r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|^(en|de)coder\.embed_tokens\.weight$"
     r"|EncDecAttention\.relative_attention_bias\.weight$"
@@ -157,30 +147,27 @@ def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, .
       UserError: the family's files have no place for one of the parameters (say, a gated MLP in GPT-2).
     """
     rows = {row.path: row for row in (*NAMES.get(config.family, ()), *_THOUGHTS, *_VALUE)}
-    if isinstance(config, EncDecConfig) and not config.gated_mlp:  # the first T5 has one matrix there, and no number
+    if isinstance(config, EncDecConfig) and not config.gated_mlp:  # the first T5 has one matrix there, without a number
         rows = {path: row._replace(name=row.name.replace("wi_1", "wi")) for path, row in rows.items()}
     if _scaled_for_others(config):
         rows["embed/table"] = rows["embed/table"]._replace(name="lm_head.weight")
     leaves = tree.named_leaves(abstract_params(config))
     for path, _ in leaves:
         if path not in rows:
-            raise UserError(
-                f"model config: weights of family {config.family!r} have no place for {path}; use family 'tiny'"
-            )
+            place = f"weights of family {config.family!r} have no place for {path}"
+            raise UserError(f"model config: {place}; use family 'tiny'")
     return [(rows[path], leaf.shape) for path, leaf in leaves]
 
 
 def _scaled_for_others(config: ModelConfig | EncDecConfig) -> bool:
-    """Whether the files hold the embedding twice: as the head, and scaled, because no other program scales it."""
+    """Whether the files hold the embedding twice: as the head, and scaled, because no other program scales it itself."""
     return isinstance(config, ModelConfig) and bool(config.portable_family) and config.embed_scale
 
 
 def copies(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, ...]]]:
     """Returns rows that are written for other programs and never read here."""
-    if not _scaled_for_others(config):
-        return []
     row = Row("embed/table", _LLAMA[0].name, factor=config.hidden_size**0.5)
-    return [(row, (config.vocab_size, config.hidden_size))]
+    return [(row, (config.vocab_size, config.hidden_size))] if _scaled_for_others(config) else []
 
 
 def file_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -200,7 +187,7 @@ def file_names(row: Row, shape: tuple[int, ...]) -> list[str]:
 
 
 def embedding_names(config: ModelConfig | EncDecConfig) -> tuple[str, str]:
-    """Returns the embedding's name in the files, and what the names inside a family's base model begin with."""
+    """Returns the embedding's name in the files, and the prefix of the names inside a family's base model."""
     table = next(row.name for row in NAMES[config.family] if row.path == "embed/table")
     prefix = "" if isinstance(config, EncDecConfig) else table.partition(".")[0] + "."
     return "lm_head.weight" if _scaled_for_others(config) else table, prefix

@@ -2,9 +2,8 @@
 
     kernel [in, out]  ~  q [in, out] int8 x scale [out] float32        scale = max over a column of |kernel| / 127
 
-Symmetric, one scale per output channel, rounded to nearest: no entry is off by more than scale / 2, so a product x @ kernel
-is off by at most scale / 2 x sum |x| per channel. The scale multiplies the product, so the integers go into it as they are.
-Embedding, head, norms and biases keep their precision, activations and cache are not quantised, nothing is trained so.
+Symmetric, one scale per output channel, rounded to nearest: no entry is off by more than scale / 2. The scale multiplies the
+product, so the integers enter it unscaled. Embedding, head, norms, biases, activations and cache keep their precision.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from qstar.models.layers import with_adapters
 from qstar.types import Params
 
-KINDS = ("", "int8")  # "": as they are
+KINDS = ("", "int8")  # "": as stored
 
 
 def quantise(params: Params) -> Params:

@@ -1,4 +1,4 @@
-"""Linen modules of a decoder block, for ONE sequence: no batch axis anywhere (`vmap` adds it).
+"""Linen modules of the models, for ONE sequence: no batch axis anywhere (`vmap` adds it).
 
 Every module is a pure function of its parameters: only the `params` collection, no mutable state, no boxed metadata.
 Matrix products run in `config.dtype`, norms, rotations and softmax in float32.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -21,12 +24,87 @@ from qstar.models.flash import KernelMask
 from qstar.models.rope import RopeTables, apply_rope
 from qstar.types import Params, RingKVCache, Segment, Shared
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+Mask = Array | KernelMask | None  # of tokens among themselves, bool [T, T]; None = all are visible
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "relu": nn.relu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
+# Logical axes of every parameter, matched on the end of its path (leading axes that are not named, such as the stacked
+# layers, stay whole). Column-parallel into heads and MLP, row-parallel out of them, as in Megatron.
+PARAM_AXES = (
+    (r"embed/table$", ("vocab", "embed")),
+    (r"positions/table$", (None, "embed")),
+    (r"relative/table$", (None, "heads")),
+    (r"(q|k|v)/kernel$", ("embed", "heads")),
+    (r"(q|k|v)/bias$", ("heads",)),
+    (r"o/kernel$", ("heads", "embed")),
+    (r"(up|gate|mixing/in|value/in)/kernel$", ("embed", "mlp")),
+    (r"(up|gate|mixing/in|value/in)/bias$", ("mlp",)),
+    (r"(down|mixing/hidden)/kernel$", ("mlp", "embed")),
+    (r"(mixing/out|value)/kernel$", ("embed", None)),
+    (r"value/out/kernel$", ("mlp", None)),
+    (r"(q|k|v|up|gate)/lora_a$", ("embed", None)),  # so that a pair's products lie where its kernel's do
+    (r"(q|k|v)/lora_b$", (None, "heads")),
+    (r"(up|gate)/lora_b$", (None, "mlp")),
+    (r"o/lora_a$", ("heads", None)),
+    (r"down/lora_a$", ("mlp", None)),
+    (r"(o|down)/lora_b$", (None, "embed")),
+    (r"head/kernel$", ("embed", "vocab")),
+    (r"head/bias$", ("vocab",)),
+)
+
+
+def from_init_key(module: nn.Module, draw: Callable[..., Any], part: int = 0, parts: int = 1) -> Callable[..., Any]:
+    """Returns an initializer that draws from the key given to `module.init`, or from part `part` of its split into `parts`.
+
+    Linen folds a hash of the parameter's path into that key, so that the initial values, and with them every recorded run,
+    would change with the name of a module.
+    """
+
+    def initializer(key: Array, *args: Any) -> Any:
+        if module.scope.has_rng("params"):  # under `apply` Linen calls it for the shapes alone
+            key = module.scope.rngs["params"].rng
+        return draw(key if parts == 1 else jax.random.split(key, parts)[part], *args)
+
+    return initializer
+
+
+# ---------------------------------------------------------------------------------------------- parts of every model
+
+
+class Embed(nn.Module):
+    """A table of vectors [rows, D]: of tokens, or of learned positions."""
+
+    rows: int
+    width: int
+    std: float
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        draw = nn.initializers.normal(self.std)
+        return self.param("table", from_init_key(self, draw), (self.rows, self.width))[ids]
+
+
+class LMHead(nn.Module):
+    """The projection [D, V] of hidden states to logits, its kernel the embedding transposed where it is tied."""
+
+    vocab: int
+    tied: bool
+    bias: bool
+    std: float
+
+    @nn.compact
+    def __call__(self, table: Array) -> tuple[Array, Array | None]:
+        """Returns the kernel [D, V] and the bias [V] or None. table: the embedding [V, D]."""
+        if self.tied:
+            kernel = table.T
+        else:
+            draw = nn.initializers.normal(self.std)
+            kernel = self.param("kernel", from_init_key(self, draw), (table.shape[1], self.vocab))
+        # GPT-J has a bias beside a tied kernel, too.
+        return kernel, self.param("bias", nn.initializers.zeros, (self.vocab,)) if self.bias else None
 
 
 class Norm(nn.Module):
@@ -36,19 +114,19 @@ class Norm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         size = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1) + self.eps)
-        # A scaling of rows whose gradient is an inner product of rows: a CPU sums broadcast products several times slower.
-        y = jnp.einsum("...e,...->...e", y, size, precision="highest") * scale
+        # y * size[..., None], whose gradient is an inner product of rows: a CPU sums broadcast products several times slower.
+        y = jnp.einsum("...d,...->...d", y, size, precision="highest") * scale
         return (y + bias if self.kind == "layer" else y).astype(x.dtype)
 
 
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def project(x: Array, kernel: Array) -> Array:
     """Returns x [T, in] @ kernel [in, out].
 
     Under `vmap` the batch joins the rows of one plain matrix product. Left to itself XLA forms the kernel's gradient
@@ -58,16 +136,17 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _project.bind(x, kernel)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _matmul(x: Array, kernel: Array) -> Array:
     return jnp.matmul(x, kernel, precision=precision(x.dtype))
 
 
-def _project_rows(args: Sequence[jax.Array], axes: Sequence[int | None]) -> tuple[jax.Array, int]:
+def _project_rows(args: Sequence[Array], axes: Sequence[int | None]) -> tuple[Array, int]:
     x, kernel = args
     if axes[1] is not None:  # one kernel per row (adapters, ensembles): a batched product
         return jax.vmap(_matmul, axes)(x, kernel), 0
     x = jnp.moveaxis(x, axes[0], 0)
-    return project(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1), 0
+    y = project(rearrange(x, "b t i -> (b t) i"), kernel)
+    return rearrange(y, "(b t) o -> b t o", b=x.shape[0]), 0
 
 
 _project = Primitive("project")
@@ -90,12 +169,11 @@ class Linear(nn.Module):
     std: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         if self.has_variable("params", "scale"):
-            kernel, x = jax.lax.optimization_barrier(
-                (kernel, x)
-            )  # or a decode loop would keep a wide copy outside of it
+            # Without the barrier, XLA moves the conversion of an int8 kernel out of a decode loop and keeps a wide copy.
+            kernel, x = jax.lax.optimization_barrier((kernel, x))
             y = (project(x, kernel.astype(x.dtype)) * self.get_variable("params", "scale")).astype(x.dtype)
         else:
             y = project(x, kernel.astype(x.dtype))
@@ -107,15 +185,29 @@ class Linear(nn.Module):
         return y
 
 
-class Relative(nn.Module):
-    """What a head adds to its scores by distance in tokens (longer ones share the last number)."""
+def mlp(h: Array, config: Any, *, bias: bool, std: float, out_std: float) -> Array:
+    """The MLP of a block, called within its `__call__`: the modules `up`, `gate` (where gated) and `down` are the block's."""
+    act = ACTIVATIONS[config.activation]
+    up = Linear(config.intermediate_size, bias, std, name="up")(h)
+    if config.gated_mlp:
+        up = act(Linear(config.intermediate_size, bias, std, name="gate")(h)) * up
+    else:
+        up = act(up)
+    return Linear(config.hidden_size, bias, out_std, name="down")(up)
+
+
+# ------------------------------------------------------------------------------------------------ a decoder's block
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number per head and distance in tokens (longer ones share the last), added to the scores."""
 
     heads: int
     length: int
 
     @nn.compact
-    def __call__(self, queries: jax.Array, segments: Sequence[Segment], keys: Sequence[jax.Array]) -> list[Segment]:
-        """Returns the segments with their biases [H, T, S], for queries at [T] and each segment's keys at [S]."""
+    def __call__(self, queries: Array, segments: Sequence[Segment], keys: Sequence[Array]) -> list[Segment]:
+        """Returns the segments with biases [H, T, C], for queries at positions [T] and each segment's keys at [C]."""
         table = self.param("table", nn.initializers.zeros, (self.heads, self.length)).astype(jnp.float32)
         distances = [jnp.clip(queries[:, None] - k[None, :], 0, self.length - 1) for k in keys]
         return [s._replace(bias=table[:, d]) for s, d in zip(segments, distances)]
@@ -129,62 +221,54 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: Array,
         turns: RopeTables | None,
-        mask: jax.Array | KernelMask | None,
+        mask: Mask,
         past: Sequence[Segment | Shared | RingKVCache] = (),
-        positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Args: x [T, E]; turns: of rotary positions; mask [T, T] of the tokens among themselves; past: segments
-        [G, S, K], of which the last may be a `RingKVCache` (then T = 1, and `mask` is the ring's); positions [T], which only
-        relative biases need.
+        positions: Array | None = None,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Runs the block.
 
-        Returns: x [T, E] and the new (keys, values), each [G, T, K], rotated already; with a ring, the ring's [G, R, K].
+        Args:
+          x: [T, D]. turns: tables of rotary positions. mask: [T, T] of the tokens among themselves.
+          past: segments [G, C, K], of which the last may be a `RingKVCache` (then T = 1, and `mask` is the ring's).
+          positions: [T], which only relative biases need.
+
+        Returns:
+          x [T, D] and the new (keys, values), each [G, T, K], rotated already; with a ring, the ring's [G, R, K].
         """
         c = self.config
-        residual_std = c.init_std / math.sqrt(2 * c.num_layers)  # GPT-2: outputs add up over 2L branches
+        out_std = c.init_std / math.sqrt(2 * c.num_layers)  # GPT-2: the outputs of 2 L branches add up
         h = Norm(c.norm, c.norm_eps, name="attn_norm")(x)
-        q = self._heads(h, "q", c.num_heads)  # [T, H, K]
-        k, v = self._heads(h, "k", c.num_kv_heads), self._heads(h, "v", c.num_kv_heads)  # [T, G, K]
+        q, k, v = (
+            rearrange(Linear(n * c.head_dim, c.qkv_bias, c.init_std, name=name)(h), "t (h k) -> t h k", h=n)
+            for name, n in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads))
+        )
         if c.qk_norm:
             q, k = Norm("rms", c.norm_eps, name="q_norm")(q), Norm("rms", c.norm_eps, name="k_norm")(k)
         if turns is not None:
             q, k = apply_rope(q, turns, c), apply_rope(k, turns, c)
-        k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)  # [G, T, K]
-        at = positions
+        k, v = rearrange(k, "t g k -> g t k"), rearrange(v, "t g k -> g t k")
+        key_positions = positions
         if past and isinstance(past[-1], RingKVCache):
             *past, ring = past
-            at = ring.positions
+            key_positions, mask = ring.positions, ring.mask
             k, v = write_column(ring.keys, k, ring.column), write_column(ring.values, v, ring.column)  # [G, R, K]
-            mask = ring.mask
         segments = [*past, Segment(k, v, mask)]
         if c.relative_bias:
-            if not past and at is positions:  # index differences are position differences: see `attention.text_mask`
-                at = positions = jnp.arange(x.shape[0])  # and these are one array for all rows
-            relative = Relative(c.num_heads, c.max_positions, name="relative")
-            segments = relative(positions, segments, [*(s.positions for s in past), at])
+            if not past and key_positions is positions:
+                # Differences of indices are those of positions (see `attention.text_mask`), and the same for all rows.
+                key_positions = positions = jnp.arange(x.shape[0])
+            relative = RelativePositionBias(c.num_heads, c.max_positions, name="relative")
+            segments = relative(positions, segments, [*(s.positions for s in past), key_positions])
         with jax.named_scope("attention"):
             a = attend(q, segments, scale=c.head_dim**-0.5)
-        a = Linear(c.hidden_size, c.out_bias, residual_std, name="o")(a.reshape(-1, c.num_heads * c.head_dim))
-        if c.parallel_block:
-            return x + a + self._mlp(h, residual_std), (k, v)
-        x = x + a
-        return x + self._mlp(Norm(c.norm, c.norm_eps, name="mlp_norm")(x), residual_std), (k, v)
-
-    def _heads(self, h: jax.Array, name: str, count: int) -> jax.Array:
-        c = self.config
-        y = Linear(count * c.head_dim, c.qkv_bias, c.init_std, name=name)(h)
-        return y.reshape(-1, count, c.head_dim)
-
-    def _mlp(self, h: jax.Array, out_std: float) -> jax.Array:
-        c = self.config
-        act = ACTIVATIONS[c.activation]
-        up = Linear(c.intermediate_size, c.mlp_bias, c.init_std, name="up")(h)
-        if c.gated_mlp:
-            up = act(Linear(c.intermediate_size, c.mlp_bias, c.init_std, name="gate")(h)) * up
-        else:
-            up = act(up)
-        return Linear(c.hidden_size, c.mlp_bias, out_std, name="down")(up)
+        a = Linear(c.hidden_size, c.out_bias, out_std, name="o")(rearrange(a, "t h k -> t (h k)"))
+        if not c.parallel_block:
+            x = x + a
+            h = Norm(c.norm, c.norm_eps, name="mlp_norm")(x)
+        y = mlp(h, c, bias=c.mlp_bias, std=c.init_std, out_std=out_std)
+        return (x + a + y if c.parallel_block else x + y), (k, v)
 
 
 def with_adapters(layer: Params) -> Params:

@@ -2,11 +2,11 @@
 
     layers/q/kernel [L, in, out]   ->   layers/q/lora_a [L, in, r]   layers/q/lora_b [L, r, out]
 
-`attach` puts adapters beside their kernels, where `layers.Linear` finds them; neither a changed kernel nor its gradient
-exists in a training step. `merge` makes plain parameters, for sampling and export. `save_adapters` and `load_adapters`
-write and read PEFT's files, whose A is [r, in] and whose B is [out, r], per module. What PEFT computes beyond this formula
-is refused. Ranks and scales that modules have of their own are read: smaller ranks are filled up with zeros, and scales go
-into B.
+`attach` puts adapters beside their kernels, where `layers.Linear` adds their product; a training step never computes a
+changed kernel or its gradient. `merge` returns plain parameters, for sampling and export. `save_adapters` and
+`load_adapters` write and read PEFT's files, whose A is [r, in] and whose B is [out, r], per module. Options of PEFT beyond
+this formula are refused. Ranks and scales of single modules are read: smaller ranks are filled up with zeros, and scales
+are multiplied into B.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which kernels get adapters, and how wide."""
+    """The kernels with adapters, and their rank."""
 
     rank: int = 16
     alpha: float = 32.0
-    targets: tuple[str, ...] = KERNELS  # those that the model has
+    targets: tuple[str, ...] = KERNELS  # of which the model need not have all
 
     def __post_init__(self):
         strange = [t for t in self.targets if t not in KERNELS]
@@ -63,9 +63,9 @@ class Lora:
 
 
 def init(config: ModelConfig, lora: Lora, key: jax.Array) -> Params:
-    """Returns fresh adapters, float32: A uniform as PEFT draws it (Kaiming, a = sqrt 5), B zero, so nothing changes at first.
+    """Returns fresh adapters, float32: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero, so nothing changes at first.
 
-    A value head is trained whole, beside them; `abstract_params` of a config without one has none.
+    A value head is trained whole, beside them.
     """
     check_targets(config, lora)
     layers = abstract_params(config)["layers"]
@@ -79,7 +79,7 @@ def init(config: ModelConfig, lora: Lora, key: jax.Array) -> Params:
 
 
 def check_targets(config: Any, lora: Lora) -> None:
-    """Raises UserError where the model has no such kernels; of the default targets it need not have all."""
+    """Raises UserError for targets that the model does not have, unless they are the default ones."""
     if isinstance(config, EncDecConfig):
         raise UserError(f"rank={lora.rank} is for decoders, and this model is an encoder-decoder (T5); set it to 0")
     there = [n for n in KERNELS if n in abstract_params(config)["layers"]]
@@ -89,7 +89,7 @@ def check_targets(config: Any, lora: Lora) -> None:
 
 
 def attach(params: Params, adapters: Params, scale: float) -> Params:
-    """Returns the parameters with adapters beside their kernels (B times `scale`); other trees they hold replace those."""
+    """Returns the parameters with adapters beside their kernels (B times `scale`); other trees replace theirs."""
     layers = dict(params["layers"])
     for name, pair in adapters["layers"].items():
         layers[name] = {**layers[name], "lora_a": pair["lora_a"], "lora_b": scale * pair["lora_b"]}
@@ -117,30 +117,24 @@ def through(loss: Callable[..., Any], scale: float) -> Callable[..., Any]:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_RANK, _ALPHA = fields.WIDTH, fields.Number(1e-6, 1e6)
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights, too
+_RANK, _ALPHA = fields.WIDTH, fields.number(1e-6, 1e6)
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights
 # Options of PEFT with which a module computes something else, or another module changes.
 _OTHER = (
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "trainable_token_indices"),
-    *(
-        "target_parameters",
-        "alora_invocation_tokens",
-        "arrow_config",
-        "velora_config",
-        "monteclora_config",
-        "kasa_config",
-    ),
+    *("target_parameters", "alora_invocation_tokens"),
+    *(f"{name}_config" for name in ("arrow", "velora", "monteclora", "kasa")),
 )
 
 
 def module(config: ModelConfig, name: str) -> Row:
-    """Returns the row of a kernel; without ".weight" its name is that of the module that PEFT adapts, {i} for the layer."""
+    """Returns the row of a kernel, its name that of the module that PEFT adapts ({i} for the layer)."""
     row = next(r for r in NAMES[config.family] if r.path == f"layers/{name}/kernel")
     return row._replace(name=row.name.removesuffix(".weight"))
 
 
 def _suffix(config: ModelConfig, name: str) -> str:
-    """Returns the end of a module's name that no other module has (both of GPT-2's output projections are c_proj)."""
+    """Returns the shortest unambiguous end of a module's name (both of GPT-2's output projections are c_proj)."""
     ends = {r.name.rsplit(".", 1)[0] for r in NAMES[config.family] if r.path.endswith("/kernel")}
     last = name.rpartition(".")[2]
     return last if sum(e.endswith(f".{last}") for e in ends) == 1 else ".".join(name.split(".")[-2:])
@@ -158,25 +152,21 @@ def save_adapters(
     """
     folder = pathlib.Path(folder).expanduser()
     tensors: dict[str, np.ndarray] = {}
-    modules: dict[str, list[tuple[int, str]]] = {}
+    modules: dict[str, list[tuple[int, str]]] = {}  # a fused module has up to three parts
     for name in adapters["layers"]:
         row = module(config, name)
         modules.setdefault(row.name, []).append((row.part or 0, name))
-    ranks = {}
+    ranks = {_suffix(config, stem): len(parts) for stem, parts in modules.items() if len(parts) > 1}
     for stem, parts in modules.items():
-        if len(parts) > 1:
-            ranks[_suffix(config, stem)] = len(parts)
         fused = module(config, parts[0][1]).part is not None
         for i in range(config.num_layers):
-            pairs = [
-                (k, *(np.asarray(adapters["layers"][n][x][i], np.float32) for x in ("lora_a", "lora_b")))
-                for k, n in parts
-            ]
-            width = pairs[0][2].shape[1]
+            leaves = [adapters["layers"][name] for _, name in parts]
+            a = np.concatenate([np.asarray(x["lora_a"][i], np.float32) for x in leaves], axis=1)
+            width = leaves[0]["lora_b"].shape[-1]
+            # The parts' B are the blocks of a matrix whose other entries are 0: rows by rank, columns by part.
             b = np.zeros((lora.rank * len(parts), width * (3 if fused else 1)), np.float32)
-            for at, (k, _, own) in enumerate(pairs):
-                b[at * lora.rank : (at + 1) * lora.rank, k * width : (k + 1) * width] = own
-            a = np.concatenate([own for _, own, _ in pairs], axis=1)
+            for at, ((part, _), x) in enumerate(zip(parts, leaves)):
+                b[at * lora.rank : (at + 1) * lora.rank, part * width : (part + 1) * width] = x["lora_b"][i]
             for letter, x in (("A", a), ("B", b)):
                 tensors[f"{_PREFIX}{stem.format(i=i)}.lora_{letter}.weight"] = np.ascontiguousarray(x.T)
     for path, leaf in tree.named_leaves(adapters.get("value", {})):
@@ -204,7 +194,7 @@ def save_adapters(
 
 
 def _check_settings(raw: dict[str, Any], where: str) -> None:
-    """Raises UserError where PEFT would compute something else than x W + scale (x A) B, or a value is no such value."""
+    """Raises UserError where PEFT would compute anything but x W + scale (x A) B, or a value is of a wrong type."""
     kind = raw.get("peft_type")
     merge = "merge it into its base model with PEFT (`merge_and_unload`) and load that"
     require((kind == "LORA", f"{where}: peft_type {kind!r} is not LORA, which alone is read; {merge}"))
@@ -215,7 +205,7 @@ def _check_settings(raw: dict[str, Any], where: str) -> None:
         (start in _PLAIN_STARTS, f"{where}: init_lora_weights={start!r} changes the base weights, too; {merge}"),
         (raw.get("bias", "none") == "none", f"{where}: bias={raw.get('bias')!r} trains biases, too; {merge}"),
     )
-    fields.check(raw, where, {"r": _RANK, "lora_alpha": _ALPHA}, {"use_rslora": fields.Flag()})
+    fields.check(raw, where, {"r": _RANK, "lora_alpha": _ALPHA}, {"use_rslora": fields.FLAG})
     for key, field in (("rank_pattern", _RANK), ("alpha_pattern", _ALPHA)):
         pattern = raw.get(key) or {}
         require((isinstance(pattern, dict), f"{where}: {key} must be an object"))
@@ -228,7 +218,7 @@ def _check_settings(raw: dict[str, Any], where: str) -> None:
 
 
 def _rank_and_scale(raw: dict[str, Any], name: str) -> tuple[int, float]:
-    """Returns those of a module: the first key of a pattern that matches the end of its name counts, as in PEFT."""
+    """Returns rank and scale of a module, by the first key of a pattern that matches the end of its name, as in PEFT."""
 
     def own(key: str, default: Any) -> Any:
         found = (v for k, v in (raw.get(key) or {}).items() if re.match(rf"(.*\.)?({k})$", name))
@@ -248,13 +238,16 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
     folder = pathlib.Path(folder).expanduser()
     raw = read_json(folder / CONFIG)
     _check_settings(raw, str(folder / CONFIG))
+    where = folder / WEIGHTS
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(where)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({e}); copy it again") from None
+        raise UserError(f"{where}: cannot be read ({e}); copy it again") from None
+    # PEFT puts the adapter's name between lora_A and weight in memory, and some programs save it so.
     tensors = {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): x for name, x in tensors.items()}
+    # With these options not every layer need have adapters.
     some = raw.get("layers_to_transform") or raw.get("exclude_modules") or isinstance(raw.get("target_modules"), str)
-    some = some or any("." in str(t) for t in raw.get("target_modules") or ())  # not every layer need have them
+    some = some or any("." in str(t) for t in raw.get("target_modules") or ())
     layers = abstract_params(config)["layers"]
     _, common = _rank_and_scale({**raw, "rank_pattern": None, "alpha_pattern": None}, "")
     widest = max(raw["r"], *(raw.get("rank_pattern") or {"": 1}).values())
@@ -266,26 +259,28 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
         there = [f"{_PREFIX}{stem}.lora_A.weight" in tensors for stem in stems]
         if not any(there):
             continue
-        fault = f"{folder / WEIGHTS}: {row.name} needs a tensor %s in each of {L} layers; these are of another model"
+        first, parts = (0, 1) if row.part is None else (row.part * columns, 3)
         a, b = np.zeros((L, rows, widest), np.float32), np.zeros((L, widest, columns), np.float32)
         for i, stem in enumerate(stems):
             rank, scale = _rank_and_scale(raw, stem)
             if not there[i] and some:
                 continue
             keys = [f"{_PREFIX}{stem}.lora_{x}.weight" for x in "AB"]
-            for key, shape in zip(keys, [(rank, rows), (columns * (1 if row.part is None else 3), rank)]):
-                require((key in tensors and tensors[key].shape == shape, fault % (shape,)))
+            for key, shape in zip(keys, [(rank, rows), (columns * parts, rank)]):
+                fits = key in tensors and tensors[key].shape == shape
+                needs = f"{row.name} needs a tensor {shape} in each of {L} layers"
+                require((fits, f"{where}: {needs}; these are of another model"))
             used.update(keys)
-            own = tensors[keys[1]].astype(np.float32).T
-            own = own if row.part is None else own[:, row.part * columns : (row.part + 1) * columns]
+            part = tensors[keys[1]].astype(np.float32).T[:, first : first + columns]
             a[i, :, :rank] = tensors[keys[0]].astype(np.float32).T
-            b[i, :rank] = own if scale == common else scale / common * own
+            # One scale serves all modules of ours, so that a module's other scale goes into its B.
+            b[i, :rank] = part if scale == common else scale / common * part
         out["layers"][name] = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
     if f"{_PREFIX}score.weight" in tensors:
         head = {k: tensors.pop(f"{_PREFIX}score.{n}") for k, n in (("kernel", "weight"), ("bias", "bias"))}
         out["value"] = {k: jnp.asarray(v.T) for k, v in head.items()}
     rest = sorted(tensors.keys() - used)
-    require((not rest, f"{folder / WEIGHTS}: {rest and rest[0]} adapts nothing that this model has"))
-    require((bool(out["layers"]), f"{folder / WEIGHTS}: holds no adapters"))
+    require((not rest, f"{where}: {rest and rest[0]} adapts nothing that this model has"))
+    require((bool(out["layers"]), f"{where}: holds no adapters"))
     plain = widest == raw["r"] and not raw.get("use_rslora")
     return out, Lora(widest, float(raw["lora_alpha"]) if plain else common * widest, tuple(out["layers"]))

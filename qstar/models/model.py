@@ -1,8 +1,6 @@
-"""A model in one hand: config, parameters and tokenizer; loading, saving, and scoring text.
+"""`Model`, the config, parameters and tokenizer of a model, and how it is loaded and saved.
 
 model = load("stories260k")
-logits(model, tokens)                                   # [B, T, V]
-logprobs(model, ["The cat sat on"], [" the mat."])      # one number per completion token
 save(model, "copy")
 """
 
@@ -21,7 +19,7 @@ from jax.sharding import Mesh
 from qstar import tree
 from qstar.errors import QstarWarning, UserError, require
 from qstar.models import hf
-from qstar.models.config import DTYPES, ModelConfig
+from qstar.models.config import DTYPES, RUN, ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.hf_config import from_hf, official_thoughts, to_hf
 from qstar.models.thought_config import ThoughtConfig
@@ -68,8 +66,8 @@ def load(
       mesh: where to put the parameters, each created directly in its sharding (see `mesh.make_mesh`).
       dtype: of the computation: float32, bfloat16 or float16. None takes bfloat16 for models whose config.json says
         that they are kept in half precision, and float32 otherwise. Parameters keep their stored dtype.
-      thoughts: how a model that thinks does so, instead of what its config.json says. Checkpoints of the official
-        Quiet-STaR code say next to nothing: without this they are taken for ones like the release (n_ahead 8).
+      thoughts: the thought config, in place of that of config.json. Checkpoints of the official Quiet-STaR code have none
+        there: without this they are read with the sizes of the release (n_ahead 8).
 
     Raises:
       UserError: a missing, broken or unsupported file; the line names it.
@@ -78,7 +76,7 @@ def load(
     raw = hf.read_config(folder)
     config = from_hf(raw, where=str(folder / "config.json")).replace(dtype=_compute_dtype(raw, dtype))
     if isinstance(config, EncDecConfig):
-        require((thoughts is None, f"{folder}: an encoder-decoder cannot think before it speaks; leave `thoughts` out"))
+        require((thoughts is None, f"{folder}: an encoder-decoder has no thoughts; leave `thoughts` out"))
     elif thoughts is not None or config.thoughts is None and hf.has_thought_head(folder):
         config = config.replace(thoughts=thoughts or official_thoughts(raw))
     config = hf.settle_head(folder, config)
@@ -112,14 +110,13 @@ def save(model: Model, path: str | os.PathLike) -> None:
     """
     _check_expressible(model.config)
     if model.config.family == "tiny" and not model.config.portable_family:
-        warnings.warn(
-            f"{path}: no other program can load this model: no family of transformers is like it", QstarWarning, 2
-        )
+        fault = "no other program can load this model: no family of transformers is like it"
+        warnings.warn(f"{path}: {fault}", QstarWarning, 2)
     hf.write_params(path, model.config, model.params, extras=functools.partial(_write_extras, model))
 
 
 def _write_extras(model: Model, folder: pathlib.Path) -> None:
-    """Tokenizer files and generation_config.json, where the tokenizer (if any) says what ends a text."""
+    """Writes tokenizer files and generation_config.json, whose EOS ids include the tokenizer's."""
     bos, ends = model.config.bos_id, model.stop_ids
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
@@ -133,33 +130,20 @@ def _write_extras(model: Model, folder: pathlib.Path) -> None:
 def _check_expressible(config: ModelConfig) -> None:
     """Raises UserError where config.json would read back as another graph (say, a Llama with scaled embeddings)."""
     if isinstance(config, EncDecConfig):
-        to_hf(config)  # says what it cannot express
+        to_hf(config)  # raises
         return
-    # No part of the graph:
-    run = {
-        "dtype": "float32",
-        "attention": "auto",
-        "remat": "none",
-        "scan_unroll": 1,
-        "piece_tokens": 2048,
-        "init_std": 0.02,
-    }
-    there = config.replace(**run, rotary_dim=config.rotary_dim or config.head_dim)
-    back = from_hf(to_hf(config)).replace(**run)
-    back = back.replace(rotary_dim=back.rotary_dim or back.head_dim)
-    for field in dataclasses.fields(config):
-        a, b = getattr(there, field.name), getattr(back, field.name)
-        if a != b:
-            raise UserError(
-                f"model config: {field.name}={a!r} cannot be written as a {config.family!r} "
-                f"model (it would read back as {b!r}); use family 'tiny'"
-            )
+    names = [f.name for f in dataclasses.fields(config) if f.name not in RUN]
+    there, back = (c.replace(rotary_dim=c.rotary_dim or c.head_dim) for c in (config, from_hf(to_hf(config))))
+    for name in names:
+        a, b = getattr(there, name), getattr(back, name)
+        written = f"{name}={a!r} cannot be written as a {config.family!r} model (it would read back as {b!r})"
+        require((a == b, f"model config: {written}; use family 'tiny'"))
 
 
 def check_vocabulary(config: ModelConfig | EncDecConfig, tokenizer: Any, where: str) -> None:
-    """Compares what a tokenizer and a model call special with the rows of the embedding; an id beyond them computes NaN.
+    """Compares special ids of a tokenizer and a config with the rows of the embedding; an id beyond them computes NaN.
 
-    Further tokens may be beyond, as in models whose tokenizer is shared with larger ones; `encode` refuses their text.
+    Other tokens may be beyond, as in models whose tokenizer is shared with larger ones; `encode` refuses their text.
 
     Raises:
       UserError: the id of a special token is beyond the model's vocabulary.
@@ -174,5 +158,5 @@ def check_vocabulary(config: ModelConfig | EncDecConfig, tokenizer: Any, where: 
 
 
 def encoder_ids(model: Model, text: str) -> list[int]:
-    """Returns the ids of a text as an encoder reads it: T5 was trained with an end-of-text token after every input."""
+    """Returns the ids of an encoder's input: T5 was trained with an end-of-text token after every input."""
     return [*model.tokenizer.encode(text), model.config.eos_id]

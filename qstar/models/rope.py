@@ -11,41 +11,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
+from jax import Array
 
 from qstar.errors import require
 from qstar.models import fields
 from qstar.models.config import ModelConfig
-from qstar.models.fields import Flag, Number, Numbers
+from qstar.models.fields import FLAG, Field, number, numbers
 
-RopeTables = tuple[jax.Array, jax.Array]  # of rotary positions: cosines and signed sines [T, rotary_dim]
+RopeTables = tuple[Array, Array]  # cosines and signed sines [T, rotary_dim]
 
-_FACTOR = Number(1e-6, 1e6)
-_ORIGINAL = {"original_max_position_embeddings": Number(2, 2**31 - 1, integer=True)}
-# Of each kind: the keys that it needs, and those that it may have.
-KINDS: dict[str, tuple[dict[str, fields.Field], dict[str, fields.Field]]] = {
+_FACTOR = number(1e-6, 1e6)
+_TRAINED = "original_max_position_embeddings"
+_ORIGINAL = {_TRAINED: number(2, 2**31 - 1, integer=True)}
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+# Entries of each kind: required, and optional.
+KINDS: dict[str, tuple[dict[str, Field], dict[str, Field]]] = {
     "default": ({}, {}),
     "linear": ({"factor": _FACTOR}, {}),
     "dynamic": ({"factor": _FACTOR}, {}),
-    "yarn": (
-        {"factor": _FACTOR, **_ORIGINAL},
-        {
-            **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), Number(0, 1e6)),
-            "truncate": Flag(),
-        },
-    ),
+    "yarn": ({"factor": _FACTOR, **_ORIGINAL}, {**dict.fromkeys(_YARN, number(0, 1e6)), "truncate": FLAG}),
     "longrope": (
-        {"short_factor": Numbers(_FACTOR), "long_factor": Numbers(_FACTOR), **_ORIGINAL},
-        {"factor": _FACTOR, "attention_factor": Number(0, 1e6)},
+        {"short_factor": numbers(_FACTOR), "long_factor": numbers(_FACTOR), **_ORIGINAL},
+        {"factor": _FACTOR, "attention_factor": number(0, 1e6)},
     ),
-    "llama3": ({"factor": _FACTOR, "low_freq_factor": _FACTOR, "high_freq_factor": _FACTOR, **_ORIGINAL}, {}),
+    "llama3": ({**dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _FACTOR), **_ORIGINAL}, {}),
 }
 
 
 def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]:
     """Returns `rope_theta`, `rope_scaling`, `max_positions` and `trained_positions` of a config.json.
 
-    linear, dynamic and yarn are there to reach `factor` times further than the model was trained, so the context grows with
-    them; of longrope and llama3 `max_position_embeddings` is the longer context already.
+    linear, dynamic and yarn extend the trained context by `factor`; for longrope and llama3 `max_position_embeddings` is
+    the longer context already.
 
     Raises:
       UserError: an unknown kind, or an entry that is missing, of another type or out of range.
@@ -59,31 +57,33 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]
     kind = raw.get("rope_type") or raw.get("type") or "default"
     known = isinstance(kind, str) and kind in KINDS
     require((known, f"{place}: rope_type {kind!r} is not one of {', '.join(KINDS)}"))
-    needs, allows = KINDS[kind]
+    required, optional = KINDS[kind]
     trained = c.get("max_position_embeddings") or 2048
     raw = {k: v for k, v in {"rope_theta": c.get("rope_theta"), **raw}.items() if v is not None}
-    if "original_max_position_embeddings" in needs:
-        top = c.get("original_max_position_embeddings")  # as Phi-3 writes it; transformers lets it win
-        raw["original_max_position_embeddings"] = top or raw.get("original_max_position_embeddings", trained)
-        if kind == "yarn" and type(raw["original_max_position_embeddings"]) is int:
-            raw.setdefault("factor", trained / max(1, raw["original_max_position_embeddings"]))
-    fields.check(raw, place, needs, {**allows, "rope_theta": Number(1, 1e15), "partial_rotary_factor": Number(1, 1)})
+    if _TRAINED in required:
+        raw[_TRAINED] = c.get(_TRAINED) or raw.get(
+            _TRAINED, trained
+        )  # at the top in Phi-3's; transformers prefers that
+        if kind == "yarn" and type(raw[_TRAINED]) is int:
+            raw.setdefault("factor", trained / max(1, raw[_TRAINED]))
+    others = {"rope_theta": number(1, 1e15), "partial_rotary_factor": number(1, 1)}
+    fields.check(raw, place, required, {**optional, **others})
     theta = float(raw.get("rope_theta", 10000.0))
-    scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in needs or k in allows}
-    for key in ("short_factor", "long_factor"):
-        count, half = len(scaling.get(key, ())), head_dim // 2
-        require(
-            (key not in scaling or count == half, f"{place}: {key} has {count} entries; half of head_dim is {half}")
-        )
+    kept = required.keys() | optional.keys()
+    scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in kept}
+    half = head_dim // 2
+    for key in {"short_factor", "long_factor"} & scaling.keys():
+        count = len(scaling[key])
+        require((count == half, f"{place}: {key} has {count} entries; half of head_dim is {half}"))
+    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     require(
         (kind != "dynamic" or head_dim > 2, f"{place}: dynamic scaling needs a head_dim above 2"),
         (kind != "yarn" or theta > 1, f"{place}: rope_theta={theta} must be above 1 for yarn"),
-        (kind != "llama3" or scaling["high_freq_factor"] > scaling["low_freq_factor"],
-         f"{place}: high_freq_factor={scaling.get('high_freq_factor')} must be above low_freq_factor"),
-    )  # fmt: skip
+        (high > low, f"{place}: high_freq_factor={high} must be above low_freq_factor"),
+    )
     reach = trained
     if kind in ("linear", "dynamic", "yarn"):
-        reach = max(trained, int(scaling.get("original_max_position_embeddings", trained) * scaling["factor"]))
+        reach = max(trained, int(scaling.get(_TRAINED, trained) * scaling["factor"]))
     return {
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else tuple(sorted({**scaling, "rope_type": kind}.items())),
@@ -92,7 +92,7 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]
     }
 
 
-def rope_frequencies(config: ModelConfig, lengths: jax.Array) -> tuple[jax.Array, float]:
+def rope_frequencies(config: ModelConfig, lengths: Array) -> tuple[Array, float]:
     """Returns rotary inverse frequencies [T or 1, rotary_dim / 2], and what multiplies all cosines and sines.
 
     Args:
@@ -101,42 +101,42 @@ def rope_frequencies(config: ModelConfig, lengths: jax.Array) -> tuple[jax.Array
     dim = config.rotary_dim or config.head_dim
     powers = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     s = dict(config.rope_scaling or ())
-    kind = s.get("rope_type", s.get("type"))
+    kind = s.get("rope_type")
     trained = config.trained_positions or config.max_positions
     if kind == "dynamic":
         stretch = s["factor"] * jnp.maximum(lengths, trained)[:, None] / trained - (s["factor"] - 1)
         return (config.rope_theta * stretch ** (dim / (dim - 2))) ** -powers, 1.0
+    # An axis of length 1, not T: these do not depend on the length of the text.
     freq = config.rope_theta ** -powers[None]
     if kind == "linear":
         return freq / s["factor"], 1.0
     if kind == "llama3":  # keep short wavelengths, stretch long ones by `factor`, blend in between
         low, high = s["low_freq_factor"], s["high_freq_factor"]
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+        turns = s[_TRAINED] * freq / (2 * math.pi)
         blend = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
         return freq * (blend + (1 - blend) / s["factor"]), 1.0
     if kind == "yarn":
         kept = _yarn_kept(s, config.rope_theta, dim)
         return freq * (kept + (1 - kept) / s["factor"]), _yarn_attention(s)
     if kind == "longrope":
-        original = s["original_max_position_embeddings"]
         short, long = (jnp.asarray(s[key], jnp.float32) for key in ("short_factor", "long_factor"))
-        factor = s.get("factor") or trained / original
-        gain = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-        return freq / jnp.where((lengths > original)[:, None], long, short), s.get("attention_factor", gain)
+        factor = s.get("factor") or trained / s[_TRAINED]
+        gain = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(s[_TRAINED]))
+        return freq / jnp.where((lengths > s[_TRAINED])[:, None], long, short), s.get("attention_factor", gain)
     return freq, 1.0
 
 
 def _yarn_kept(s: dict[str, Any], theta: float, dim: int) -> np.ndarray:
     """Returns the share [dim / 2] of each frequency that is kept, rather than divided by the factor."""
 
-    def index(rotations: float) -> float:  # of the frequency that turns so often within the trained length
-        return dim * math.log(s["original_max_position_embeddings"] / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+    def index(rotations: float) -> float:  # of the frequency with so many rotations within the trained length
+        return dim * math.log(s[_TRAINED] / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = index(s.get("beta_fast") or 32), index(s.get("beta_slow") or 1)
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    high += 0.001 * (low == high)
+    high += 0.001 * (low == high)  # as in transformers: no division by 0
     return 1 - np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
 
 
@@ -149,18 +149,18 @@ def _yarn_attention(s: dict[str, Any]) -> float:
     return s.get("attention_factor", default)
 
 
-def _lengths(positions: jax.Array) -> jax.Array:
-    """Returns [T]: one more than the largest position of each position's text; where positions begin anew so does a text."""
+def _lengths(positions: Array) -> Array:
+    """Returns [T]: the length of each position's text. A text begins wherever positions start again from 0."""
     text = jnp.cumsum(positions == 0)
     longest = jax.ops.segment_max(positions, text, num_segments=positions.shape[0] + 1)
     return longest[text] + 1
 
 
-def rope_turns(config: ModelConfig, positions: jax.Array) -> RopeTables:
-    """Returns what turns the heads at positions [T]: cosines and signed sines [T, rotary_dim] float32, once for all layers.
+def rope_tables(config: ModelConfig, positions: Array) -> RopeTables:
+    """Returns cosines and signed sines [T, rotary_dim] float32 at positions [T], once for all layers.
 
-    A number per element and not per pair: the two halves are then joined in memory, and not computed anew, cosine and
-    sine, wherever they are used (a CPU's compiler fuses them into every rotation of every layer).
+    A number per element and not per pair, so that both halves exist in memory: a CPU's compiler would otherwise fuse the
+    cosine and the sine of the second half into every rotation of every layer.
     """
     kind = dict(config.rope_scaling or ()).get("rope_type")
     freq, gain = rope_frequencies(config, _lengths(positions) if kind in ("dynamic", "longrope") else positions)
@@ -169,20 +169,21 @@ def rope_turns(config: ModelConfig, positions: jax.Array) -> RopeTables:
     if gain != 1.0:
         cos, sin = gain * cos, gain * sin
     if config.rope_interleaved:
-        return jnp.repeat(cos, 2, axis=1), jnp.stack([-sin, sin], axis=2).reshape(sin.shape[0], -1)
+        return jnp.repeat(cos, 2, axis=1), rearrange(jnp.stack([-sin, sin]), "two t f -> t (f two)")
     return jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
 
 
-def apply_rope(x: jax.Array, turns: RopeTables, config: ModelConfig) -> jax.Array:
-    """Rotates the first `rotary_dim` of each head of x [T, H, K] by turns, of `rope_turns`.
+def apply_rope(x: Array, tables: RopeTables, config: ModelConfig) -> Array:
+    """Rotates the first `rotary_dim` of each head of x [T, H, K] by the tables of `rope_tables`.
 
     Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) where `rope_interleaved`.
     """
-    cos, sin = (t[:, None] for t in turns)  # [T, 1, rotary_dim]
+    cos, sin = (t[:, None] for t in tables)  # [T, 1, rotary_dim]
     dim = cos.shape[-1]
     part, rest = x[..., :dim].astype(jnp.float32), x[..., dim:]
     if config.rope_interleaved:
-        partner = jnp.flip(part.reshape(*part.shape[:-1], -1, 2), -1).reshape(part.shape)
+        pairs = rearrange(part, "t h (f two) -> t h f two", two=2)
+        partner = rearrange(jnp.flip(pairs, -1), "t h f two -> t h (f two)")
     else:
         partner = jnp.roll(part, dim // 2, axis=-1)
     turned = (part * cos + partner * sin).astype(x.dtype)

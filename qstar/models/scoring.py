@@ -1,18 +1,21 @@
-"""Common interface of decoders and encoder-decoders: parameters, and the states that predict a response to a prompt.
+"""Log-probabilities and logits of text, written once for decoders and encoder-decoders.
 
-Training on responses (RL, distillation) is written once, for both: a prompt [P] and a response [R] go in, a state [E] per
-response token comes out, and `decoder.unembed` makes logits of it.
+Functions of parameters come first: a prompt [I] and a response [R] go in, a state [D] per response token comes out, and
+`decoder.unembed` makes logits of it; RL and distillation train through these. Functions of a `Model` follow, which score
+lists of texts in buckets of similar length.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
+from jax import Array
 
 from qstar.errors import UserError, require
 from qstar.mesh import map_rows, mesh_jit, put_global_batch, to_host
@@ -28,99 +31,95 @@ AnyConfig = ModelConfig | EncDecConfig
 CHUNK_TOKENS = 16_384  # tokens per forward pass of `logprobs`
 CHUNK_LOGITS = 2**26  # most logits alive at once there: 256 MiB
 MIN_LENGTH = 16  # the shortest length bucket; the others are powers of two
-BLOCK_LOGITS = 2**22  # most logits alive at once (16 MiB)
-MIN_CHUNK = 64  # tokens, however large the vocabulary is
+BLOCK_LOGITS = 2**22  # most logits alive at once in `token_scores`: 16 MiB
+MIN_BLOCK = 64  # tokens, however large the vocabulary is
 
 
-def init(config: AnyConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+def init(config: AnyConfig, key: Array, dtype: Any = jnp.float32) -> Params:
     """Returns random parameters: `encdec.init` or `decoder.init`."""
     return (encdec if isinstance(config, EncDecConfig) else decoder).init(config, key, dtype)
 
 
-def response_states(
-    params: Params, config: AnyConfig, prompt: jax.Array, prompt_mask: jax.Array, response: jax.Array
-) -> jax.Array:
-    """Returns final states [B, R, E]: row t predicts response token t from the prompt and the response before it.
+def response_states(params: Params, config: AnyConfig, prompt: Array, prompt_mask: Array, response: Array) -> Array:
+    """Returns final states [B, R, D]: row t predicts response token t from the prompt and the response before it.
 
     Args:
-      prompt: [B, P] int32. prompt_mask: [B, P], 1 for real tokens. A decoder's prompts are padded on the LEFT, so that all
+      prompt: [B, I] int32. prompt_mask: [B, I], 1 for real tokens. A decoder's prompts are padded on the LEFT, so that all
         responses begin in one column; an encoder-decoder's on the right (its positions count from the first column).
-      response: [B, R] int32, padded on the right with anything: what stands after a token never reaches its state.
+      response: [B, R] int32, padded on the right with any ids: no state depends on the tokens after it.
     """
-    if isinstance(config, EncDecConfig):
+    I, R = prompt.shape[1], response.shape[1]
 
-        def one(tokens: jax.Array, real: jax.Array, out: jax.Array) -> jax.Array:
-            states = encdec.encode(params, config, tokens, real)
-            fed = jnp.concatenate(
-                [jnp.full((1,), config.start_id, out.dtype), out[:-1]]
-            )  # y[t-1] stands at t: no offset
-            return encdec.decode(params, config, fed, states, real)
+    def encdec_row(tokens: Array, real: Array, response: Array) -> Array:
+        states = encdec.encode(params, config, tokens, real)
+        # y[t-1] is fed at t, so state t predicts y[t].
+        fed = jnp.concatenate([jnp.full((1,), config.start_id, response.dtype), response[:-1]])
+        return encdec.decode(params, config, fed, states, real)
 
-        return map_rows(one)(prompt, prompt_mask, response)
+    def decoder_row(tokens: Array, real: Array, response: Array) -> Array:
+        tokens = jnp.concatenate([tokens, response[:-1]])  # the last token predicts nothing
+        real = jnp.concatenate([real.astype(jnp.int32), jnp.ones_like(response[:-1])])
+        return _row_states(params, config, tokens, real)[I - 1 : I - 1 + R]
 
-    P, R = prompt.shape[1], response.shape[1]
-    tokens = jnp.concatenate([prompt, response[:, :-1]], axis=1)  # the last token predicts nothing
-    real = jnp.concatenate([prompt_mask.astype(jnp.int32), jnp.ones_like(response[:, :-1])], axis=1)
-
-    def row(tokens: jax.Array, real: jax.Array) -> jax.Array:
-        positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
-        return decoder.forward(params, config, tokens, positions, causal_mask(config, real))[0][P - 1 : P - 1 + R]
-
-    return map_rows(row)(tokens, real)
+    return map_rows(encdec_row if isinstance(config, EncDecConfig) else decoder_row)(prompt, prompt_mask, response)
 
 
-def response_scores(
-    params: Params,
-    config: AnyConfig,
-    prompt: jax.Array,
-    prompt_mask: jax.Array,
-    response: jax.Array,
-    *,
-    temperature: float = 1.0,
-    limit: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probability of every response token and the entropy there (nats), both float32 [B, R].
+def hidden_states(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
+    """Returns final hidden states [B, T, D] of tokens [B, T]; mask [B, T] is 1 for real tokens, 0 for padding.
 
-    Args:
-      temperature, limit: of the distribution that the response was drawn from (ids from `limit` on cannot be drawn): what
-        is scored must be what was sampled.
+    Padding may be on either side: real tokens neither attend to it nor count it in their positions.
     """
-    states = response_states(params, config, prompt, prompt_mask, response)
-    return token_scores(params, config, states, response, temperature=temperature, limit=limit)
+    return map_rows(functools.partial(_row_states, params, config))(tokens, mask.astype(jnp.int32))
+
+
+def _row_states(params: Params, config: ModelConfig, tokens: Array, real: Array) -> Array:
+    positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
+    return decoder.forward(params, config, tokens, positions, causal_mask(config, real))[0]
 
 
 def token_scores(
     params: Params,
     config: AnyConfig,
-    states: jax.Array,
-    targets: jax.Array,
+    states: Array,
+    targets: Array,
     *,
     temperature: float = 1.0,
     limit: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Like `response_scores`, from the states [B, R, E]. No array [B, R, V] exists where it would be large."""
+) -> tuple[Array, Array]:
+    """Returns the log-probability of every target and the entropy there (nats), both float32 [B, R].
 
-    def score(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    Args:
+      states: [B, R, D] of `response_states`. targets: [B, R]. No array [B, R, V] exists where it would be large.
+      temperature, limit: of the distribution that the response was sampled from (ids from `limit` on are excluded), so
+        that the ratio of a policy to itself is 1.
+    """
+
+    def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
         logp = log_distribution(params, config, block[0], temperature=temperature, limit=limit)
         chosen = jnp.take_along_axis(logp, block[1][:, None], axis=-1)[:, 0]
         return chosen, -jnp.sum(jnp.where(logp > NEG / 2, jnp.exp(logp) * logp, 0.0), axis=-1)
 
-    N = targets.size
-    n = min(N, max(MIN_CHUNK, BLOCK_LOGITS // config.vocab_size))
+    B, N = targets.shape[0], targets.size
+    n = min(N, max(MIN_BLOCK, BLOCK_LOGITS // config.vocab_size))
     count = -(-N // n)
-    flat = (states.reshape(N, -1), targets.reshape(N))
+    states, flat = rearrange(states, "b r d -> (b r) d"), rearrange(targets, "b r -> (b r)")
     if count == 1:
-        found = score(flat)
-    else:  # a block's logits are made again for the gradient, not kept
-        cut = [jnp.pad(x, [(0, count * n - N)] + [(0, 0)] * (x.ndim - 1)).reshape(count, n, *x.shape[1:]) for x in flat]
-        found = [x.reshape(-1)[:N] for x in jax.lax.map(jax.checkpoint(score), tuple(cut))]
-    return tuple(x.reshape(targets.shape) for x in found)
+        found = score((states, flat))
+    else:  # the gradient computes a block's logits again instead of keeping them
+        spare = count * n - N
+        blocks = (
+            rearrange(jnp.pad(states, [(0, spare), (0, 0)]), "(c n) d -> c n d", c=count),
+            rearrange(jnp.pad(flat, (0, spare)), "(c n) -> c n", c=count),
+        )
+        found = [rearrange(x, "c n -> (c n)")[:N] for x in jax.lax.map(jax.checkpoint(score), blocks)]
+    chosen, entropy = (rearrange(x, "(b r) -> b r", b=B) for x in found)
+    return chosen, entropy
 
 
 def log_distribution(
-    params: Params, config: AnyConfig, states: jax.Array, *, temperature: float = 1.0, limit: int | None = None
-) -> jax.Array:
-    """Returns log-probabilities [..., V] float32 of states [..., E] at a temperature, over the ids below `limit`."""
+    params: Params, config: AnyConfig, states: Array, *, temperature: float = 1.0, limit: int | None = None
+) -> Array:
+    """Returns log-probabilities [..., V] float32 of states [..., D] at a temperature, over the ids below `limit`."""
     logits = decoder.unembed(params, config, states) / temperature
     if limit is not None and limit < config.vocab_size:
         logits = jnp.where(jnp.arange(config.vocab_size) < limit, logits, NEG)
@@ -129,12 +128,12 @@ def log_distribution(
 
 def text_limit(config: AnyConfig, tokenizer: Any = None) -> int:
     """Returns the first id that has no text and is never drawn (a padded vocabulary), or the vocabulary's size."""
-    own = config.text_ids if isinstance(config, EncDecConfig) else config.vocab_size
-    return own if tokenizer is None else min(own, tokenizer.vocab_size)
+    size = config.text_ids if isinstance(config, EncDecConfig) else config.vocab_size
+    return size if tokenizer is None else min(size, tokenizer.vocab_size)
 
 
 def pad_prompts(config: AnyConfig, rows: list[list[int]], length: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns prompts as arrays (tokens, mask), each [B, length] int32, padded on the side that `response_states` wants."""
+    """Returns prompts as arrays (tokens, mask), each [B, length] int32, padded as `response_states` requires."""
     tokens, mask = np.full((len(rows), length), fill, np.int32), np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
         part = slice(0, len(row)) if isinstance(config, EncDecConfig) else slice(length - len(row), length)
@@ -142,50 +141,35 @@ def pad_prompts(config: AnyConfig, rows: list[list[int]], length: int, fill: int
     return tokens, mask
 
 
-# ---------------------------------------------------------------------------------------------------- scoring
-
-
-def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns final hidden states [B, T, E] of tokens [B, T]; mask [B, T] is 1 for real tokens, 0 for padding.
-
-    Padding may stand on either side: real tokens neither see it nor count it in their positions.
-    """
-
-    def one(tokens: jax.Array, real: jax.Array) -> jax.Array:
-        positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
-        return decoder.forward(params, config, tokens, positions, causal_mask(config, real))[0]
-
-    return map_rows(one)(tokens, mask.astype(jnp.int32))
+# ----------------------------------------------------------------------------------------------- functions of a model
 
 
 @functools.partial(mesh_jit, static_argnames="config")
-def _logits(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def _logits(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
     return decoder.unembed(params, config, hidden_states(params, config, tokens, mask))
 
 
 @functools.partial(mesh_jit, static_argnames="config")
-def next_logprobs(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns [B, T]: at t, the log-probability of token t + 1 (the last column means nothing).
+def next_logprobs(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
+    """Returns [B, T]: at t, the log-probability of token t + 1 (the last column has no meaning).
 
-    The vocabulary product runs over blocks of time: [B, T, V] never exists.
+    The vocabulary product runs over blocks of time, so that [B, T, V] never exists; the batch axis, which may be split
+    over devices, stays whole.
     """
     B, T = tokens.shape
     width = 1
     while 2 * width <= T and T % (2 * width) == 0 and 2 * width * B * config.vocab_size <= CHUNK_LOGITS:
         width *= 2
 
-    def blocks(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(B, T // width, width, *x.shape[2:]), 1, 0)  # [T / width, B, width, ...]
-
-    def score(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def score(block: tuple[Array, Array]) -> Array:
         hidden, targets = block
         logits = decoder.unembed(params, config, hidden)  # [B, width, V]
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    hidden = hidden_states(params, config, tokens, mask)
-    out = jax.lax.map(score, (blocks(hidden), blocks(jnp.roll(tokens, -1, axis=1))))
-    return jnp.moveaxis(out, 0, 1).reshape(B, T)
+    hidden = rearrange(hidden_states(params, config, tokens, mask), "b (n w) d -> n b w d", w=width)
+    targets = rearrange(jnp.roll(tokens, -1, axis=1), "b (n w) -> n b w", w=width)
+    return rearrange(jax.lax.map(score, (hidden, targets)), "n b w -> b (n w)")
 
 
 def _place(model: Model, *arrays: Any) -> tuple[Any, ...]:
@@ -193,10 +177,8 @@ def _place(model: Model, *arrays: Any) -> tuple[Any, ...]:
 
 
 @functools.partial(mesh_jit, static_argnames="config")
-def _encdec_logits(
-    params: Params, config: EncDecConfig, source: jax.Array, source_mask: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    def one(source: jax.Array, real: jax.Array, tokens: jax.Array) -> jax.Array:
+def _encdec_logits(params: Params, config: EncDecConfig, source: Array, source_mask: Array, tokens: Array) -> Array:
+    def one(source: Array, real: Array, tokens: Array) -> Array:
         states = encdec.encode(params, config, source, real)
         return decoder.unembed(params, config, encdec.decode(params, config, tokens, states, real))
 
@@ -204,55 +186,50 @@ def _encdec_logits(
 
 
 @functools.partial(mesh_jit, static_argnames="config")
-def _response_logprobs(params: Params, config: EncDecConfig, *arrays: jax.Array) -> jax.Array:
-    return response_scores(params, config, *arrays)[0]
+def _response_logprobs(params: Params, config: EncDecConfig, prompt: Array, mask: Array, response: Array) -> Array:
+    return token_scores(params, config, response_states(params, config, prompt, mask, response), response)[0]
 
 
 def logits(
     model: Model, tokens: Any, mask: Any = None, *, encoder_tokens: Any = None, encoder_mask: Any = None
-) -> jax.Array:
-    """Returns float32 logits [B, T, V]: row t is about token t + 1.
+) -> Array:
+    """Returns float32 logits [B, T, V]: row t predicts token t + 1.
 
     Args:
       tokens: [B, T] ids (nested lists of one length, or an array).
       mask: [B, T], 1 for real tokens and 0 for padding, on either side of a row; default: all real. Logits at
-        padding mean nothing.
-      encoder_tokens, encoder_mask: [B, S] likewise, what an encoder-decoder reads, padded on the right. Its `tokens` are
+        padding have no meaning.
+      encoder_tokens, encoder_mask: [B, C] likewise, the input of an encoder-decoder, padded on the right. Its `tokens` are
         the decoder's inputs: they begin with `config.start_id`, and need no mask.
 
     Raises:
       UserError: a row has more real tokens than the model's context, ids outside the vocabulary, or not [B, T].
     """
-    if not isinstance(tokens, jax.Array):
-        tokens = _as_tokens(tokens, model.config)
-    if not isinstance(mask, jax.Array):
+    c = model.config
+    tokens = tokens if isinstance(tokens, Array) else _as_tokens(tokens, c)
+    if not isinstance(mask, Array):
         mask = np.ones(tokens.shape, np.int32) if mask is None else np.asarray(mask)
     if tokens.ndim != 2 or mask.shape != tokens.shape:
         raise UserError(f"tokens {tokens.shape} and mask {mask.shape} must both have shape [B, T]")
-    limit = model.config.max_positions
-    if isinstance(model.config, EncDecConfig):
-        return _read_and_write(model, tokens, encoder_tokens, encoder_mask)
-    require(
-        (encoder_tokens is None, "encoder_tokens are for encoder-decoders, and this model is a decoder; leave them out")
-    )
-    if tokens.shape[1] > limit:
+    if isinstance(c, EncDecConfig):
+        if encoder_tokens is None:
+            raise UserError("an encoder-decoder needs encoder_tokens beside the decoder's tokens; pass both")
+        source = _as_tokens(encoder_tokens, c)
+        real = np.ones(source.shape, np.int32) if encoder_mask is None else np.asarray(encoder_mask)
+        fits = source.ndim == 2 and source.shape[0] == tokens.shape[0] and real.shape == source.shape
+        shapes = f"encoder_tokens {source.shape}, encoder_mask {real.shape} and tokens {tokens.shape}"
+        require((fits, f"{shapes} must have shapes [B, C], [B, C] and [B, T]"))
+        longest = max(source.shape[1], tokens.shape[1])
+        require(
+            (longest <= c.max_positions, f"{longest} tokens exceed max_positions={c.max_positions}; shorten the text")
+        )
+        return _encdec_logits(model.params, c, *_place(model, source, real, np.asarray(tokens)))
+    if encoder_tokens is not None:
+        raise UserError("encoder_tokens are for encoder-decoders, and this model is a decoder; leave them out")
+    if tokens.shape[1] > c.max_positions:
         counts = np.asarray(mask != 0).sum(axis=1)
-        if counts.max() > limit:
-            raise _overflow(int(counts.argmax()), int(counts.max()), limit)
-    return _logits(model.params, model.config, *_place(model, tokens, mask))
-
-
-def _read_and_write(model: Model, tokens: Any, source: Any, source_mask: Any) -> jax.Array:
-    """`logits` of an encoder-decoder."""
-    require((source is not None, "an encoder-decoder needs encoder_tokens beside the decoder's tokens; pass both"))
-    source = _as_tokens(source, model.config)
-    real = np.ones(source.shape, np.int32) if source_mask is None else np.asarray(source_mask)
-    fits = source.ndim == 2 and source.shape[0] == tokens.shape[0] and real.shape == source.shape
-    shapes = f"encoder_tokens {source.shape}, encoder_mask {real.shape} and tokens {tokens.shape}"
-    require((fits, f"{shapes} must have shapes [B, S], [B, S] and [B, T]"))
-    longest, limit = max(source.shape[1], tokens.shape[1]), model.config.max_positions
-    require((longest <= limit, f"{longest} tokens exceed the model's max_positions of {limit}; shorten the text"))
-    return _encdec_logits(model.params, model.config, *_place(model, source, real, np.asarray(tokens)))
+        _check_length(int(counts.argmax()), int(counts.max()), c)
+    return _logits(model.params, c, *_place(model, tokens, mask))
 
 
 def _as_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
@@ -266,10 +243,9 @@ def _as_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
     return tokens
 
 
-def _overflow(row: int, length: int, limit: int) -> UserError:
-    return UserError(
-        f"prompt {row} has {length} tokens, but max_positions, the model's context, is {limit}; shorten it"
-    )
+def _check_length(row: int, length: int, config: AnyConfig) -> None:
+    fault = f"prompt {row} has {length} tokens, but max_positions, the model's context, is {config.max_positions}"
+    require((length <= config.max_positions, f"{fault}; shorten it"))
 
 
 def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -> list[np.ndarray]:
@@ -277,8 +253,8 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
 
     Args:
       prompts: texts (a BOS token is put in front where the tokenizer has one), or lists of token ids as they are.
-      completions: texts or lists of token ids, one per prompt. A text goes on where its prompt's text ends, so it
-        is encoded together with it, as long as that leaves the prompt's own ids alone.
+      completions: texts or lists of token ids, one per prompt. A text continues its prompt's text, so the two are encoded
+        together, unless that changes the prompt's ids.
 
     Returns:
       One float32 array per pair, of the completion's length.
@@ -290,7 +266,7 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
 
 
 def score_tokens(
-    model: Model, prompts: Sequence[Any], completions: Sequence[Any], score: Callable[..., jax.Array]
+    model: Model, prompts: Sequence[Any], completions: Sequence[Any], score: Callable[..., Array]
 ) -> list[np.ndarray]:
     """Returns `score(params, config, tokens [B, T], mask [B, T]) -> [B, T]` on the tokens of each completion.
 
@@ -301,87 +277,80 @@ def score_tokens(
     if len(prompts) != len(completions):
         raise UserError(f"{len(prompts)} prompts but {len(completions)} completions; give one per prompt")
     pairs = [_encode_pair(model, i, p, c) for i, (p, c) in enumerate(zip(prompts, completions))]
-    if isinstance(model.config, EncDecConfig):
-        return _encdec_logprobs(model, pairs)
+    c, encdec_ = model.config, isinstance(model.config, EncDecConfig)
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(pairs)
-    for length, rows in _chunks([len(p) + len(c) for p, c in pairs]):
-        count = 1 << (len(rows) - 1).bit_length()  # a power of two: few shapes to compile
-        tokens, mask = np.zeros((2, count, length), np.int32)
-        for r, i in enumerate(rows):
-            ids = [*pairs[i][0], *pairs[i][1]]
-            tokens[r, : len(ids)], mask[r, : len(ids)] = ids, 1
-        scores = to_host(score(model.params, model.config, *_place(model, tokens, mask)))
-        for r, i in enumerate(rows):
-            start = len(pairs[i][0]) - 1
-            out[i] = scores[r, start : start + len(pairs[i][1])].copy()
+    for length, rows in _chunks([len(p) + len(q) for p, q in pairs]):
+        # Rows and lengths in powers of two: few shapes to compile.
+        count = _power_of_two(len(rows))
+        if encdec_:  # each half padded to its own bucket
+            I, R = (max(MIN_LENGTH, _power_of_two(max(len(pairs[i][k]) for i in rows))) for k in (0, 1))
+            arrays = *_padded([pairs[i][0] for i in rows], count, I), _padded([pairs[i][1] for i in rows], count, R)[0]
+        else:
+            arrays = _padded([pairs[i][0] + pairs[i][1] for i in rows], count, length)
+        scores = (_response_logprobs if encdec_ else score)(model.params, c, *_place(model, *arrays))
+        for row, i in zip(to_host(scores), rows):
+            start = 0 if encdec_ else len(pairs[i][0]) - 1
+            out[i] = row[start : start + len(pairs[i][1])].copy()
     return out
 
 
-def _encdec_logprobs(model: Model, pairs: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
-    """`logprobs` of an encoder-decoder: rows of like total length together, each half padded to its own bucket."""
-    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(pairs)
-    for _, rows in _chunks([len(p) + len(c) for p, c in pairs]):
-        P, R = (max(MIN_LENGTH, 1 << (max(len(pairs[i][k]) for i in rows) - 1).bit_length()) for k in (0, 1))
-        count = 1 << (len(rows) - 1).bit_length()
-        prompt, real = pad_prompts(model.config, [pairs[i][0] for i in rows] + [[]] * (count - len(rows)), P)
-        response = np.zeros((count, R), np.int32)
-        for r, i in enumerate(rows):
-            response[r, : len(pairs[i][1])] = pairs[i][1]
-        arrays = _place(model, prompt, real, response)
-        scores = to_host(_response_logprobs(model.params, model.config, *arrays))
-        for r, i in enumerate(rows):
-            out[i] = scores[r, : len(pairs[i][1])].copy()
+def _padded(rows: list[list[int]], count: int, length: int) -> np.ndarray:
+    """Returns tokens and mask [2, count, length] of rows, padded on the right."""
+    out = np.zeros((2, count, length), np.int32)
+    for r, ids in enumerate(rows):
+        out[0, r, : len(ids)], out[1, r, : len(ids)] = ids, 1
     return out
 
 
 def _encode_pair(model: Model, i: int, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
-    tokenizer = model.tokenizer
+    tokenizer, c = model.tokenizer, model.config
     if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
-        raise UserError(
-            "this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text"
-        )
-    if isinstance(model.config, EncDecConfig):
-        head = encoder_ids(model, prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-        tail = tokenizer.encode(completion) if isinstance(completion, str) else [int(t) for t in completion]
-    elif isinstance(prompt, str) and isinstance(completion, str):
+        raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass token ids, not text")
+    encoder = isinstance(c, EncDecConfig)
+    if isinstance(prompt, str) and isinstance(completion, str) and not encoder:
         head, tail = tokenizer.encode_pair(prompt, completion)
     else:
-        head = tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(t) for t in prompt]
-        tail = tokenizer.encode(completion) if isinstance(completion, str) else [int(t) for t in completion]
+
+        def ids(x: Any, encode: Callable[[str], list[int]]) -> list[int]:
+            return encode(x) if isinstance(x, str) else [int(t) for t in x]
+
+        head = ids(prompt, lambda x: encoder_ids(model, x) if encoder else tokenizer.encode(x, bos=True))
+        tail = ids(completion, lambda x: tokenizer.encode(x))
     if not head:
         raise UserError(f"prompt {i} is empty: give it at least one token (there is no BOS token to start from)")
-    if len(head) + len(tail) > model.config.max_positions:
-        raise _overflow(i, len(head) + len(tail), model.config.max_positions)
-    _as_tokens(head + tail, model.config)
+    _check_length(i, len(head) + len(tail), c)
+    _as_tokens(head + tail, c)
     return head, tail
 
 
-def _chunks(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Returns [(bucket length, indices)]: rows of like length together, at most CHUNK_TOKENS tokens at a time."""
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Yields (bucket length, indices): rows of similar length together, at most CHUNK_TOKENS tokens at a time."""
     buckets: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
-        buckets.setdefault(max(MIN_LENGTH, 1 << (n - 1).bit_length()), []).append(i)
-    out = []
+        buckets.setdefault(max(MIN_LENGTH, _power_of_two(n)), []).append(i)
     for length, members in sorted(buckets.items()):
         rows = max(1, CHUNK_TOKENS // length)
-        out += [(length, members[k : k + rows]) for k in range(0, len(members), rows)]
-    return out
+        yield from ((length, members[k : k + rows]) for k in range(0, len(members), rows))
 
 
 @functools.partial(mesh_jit, static_argnames="config")
-def _values(params: Params, config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns [B, T]: at t, the head's logit after token t + 1 (so that it lines up with log-probabilities)."""
+def _values(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
+    """Returns [B, T]: at t, the value head's logit after token t + 1 (the column of that token's log-probability)."""
     return jnp.roll(value_logits(params, hidden_states(params, config, tokens, mask)), -1, axis=1)
 
 
 def values(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -> list[np.ndarray]:
-    """Returns the head's judgement after every token of each completion, as log-odds: float32 arrays.
+    """Returns the value head's log-odds after every token of each completion: float32 arrays.
 
     Args:
-      prompts, completions: as in `model.logprobs`.
+      prompts, completions: as in `logprobs`.
 
     Raises:
-      UserError: the model has no value head; or see `model.logprobs`.
+      UserError: the model has no value head; or see `logprobs`.
     """
     if not model.config.value_head:
         raise UserError("this model has no value head (config.json names no qstar_value_head); score by log-likelihood")

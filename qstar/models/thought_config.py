@@ -1,7 +1,7 @@
 """`ThoughtConfig`: sizes, mixing, sampling and loss terms of the thoughts that Quiet-STaR generates at every token.
 
 Quiet-STaR (arXiv 2403.09629). Every choice in which the paper, its official code and small-scale experience differ is a
-field. The plain constructor holds what worked in experiments from scratch; `ThoughtConfig.parity` is the official code.
+field. The defaults worked in experiments from scratch; `ThoughtConfig.parity` is the official code.
 """
 
 from __future__ import annotations
@@ -9,87 +9,67 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from qstar.errors import require
+from qstar.errors import Settings, bounded, require
 
 OVERHEAD = 3  # iterations that the official `n_ahead` counts beside the content tokens: the text, the start, the end
-CHOICES = {
-    "mixing": ("unbounded", "sigmoid"),
-    "policy_reduce": ("sum", "mean"),
-    "baseline": ("passes", "base"),
-    "nll_mean": ("tokens", "nonzero"),
-    "think_where": ("random", "entropy"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class ThoughtConfig:
-    """How thoughts look and how they are trained. Hashable: a part of the static `ModelConfig`.
+class ThoughtConfig(Settings):
+    """Shape and training of thoughts. Hashable: a part of the static `ModelConfig`.
 
-    A thought after text position j is `[start] c_1 .. c_S [end]`; then the T true tokens x[j+1] .. x[j+T] are predicted
+    A thought after text position n is `[start] c_1 .. c_S [end]`; then the A true tokens x[n+1] .. x[n+A] are predicted
     from a mixture of the states with and without the thought (all but the last of them are fed in turn).
     """
 
-    thought_tokens: int = 6  # S, sampled content tokens, start and end not counted
-    talk_tokens: int = (
-        1  # T, true tokens that a thought is judged by; more cost more, and gained nothing at small scale
-    )
-    thoughts_per_position: int = 2  # P, thoughts after every position ("passes"); 2 is the least with a baseline
+    WHERE = "thoughts: "
 
-    mixing: str = "unbounded"  # weight of the thought: the head's number as it is (starts at 0), or its sigmoid (at .5)
-    mixing_init_std: float | None = (
-        None  # of the head's first two layers; None = 1 / sqrt(inputs), as small widths need
-    )
-    embedding_scale: float = (
-        1.0  # used start and end vectors = stored ones times this: with Adam, a larger step for them
-    )
-    temperature: float = 1.0  # that thoughts are sampled at in training; 0 = greedy
+    thought_tokens: int = bounded(6, ge=1)  # S, sampled content tokens, start and end not counted
+    talk_tokens: int = bounded(1, ge=1)  # A, true tokens that reward a thought; more gained nothing at small scale
+    thoughts_per_position: int = bounded(2, ge=1)  # P, "passes"; 2 is the least with a baseline
+
+    mixing: str = bounded("unbounded", choices=("unbounded", "sigmoid"))  # the mixer's output, or its sigmoid
+    mixing_init_std: float | None = None  # of the mixer's first two layers; None = 1 / sqrt(inputs), for small widths
+    embedding_scale: float = bounded(
+        1.0, gt=0
+    )  # of the stored start and end vectors: with Adam, a larger step for them
+    temperature: float = bounded(1.0, ge=0)  # of sampling thoughts in training; 0 = greedy
     forbidden_ids: tuple[int, ...] = ()  # tokens that no thought holds: padding, markers of thoughts, ids without text
 
-    policy_weight: float = 1.0  # of REINFORCE; 1e6, the official one, wrecks a text model at usual learning rates
-    policy_temperature: float = 1.0  # of the log-probability in REINFORCE; 1 = of what was sampled, hence unbiased
-    policy_reduce: str = "sum"  # over the tokens of a thought: log p(thought) is a sum (paper); "mean" = that / S
+    policy_weight: float = 1.0  # of REINFORCE; the official 1e6 ruins a text model at usual learning rates
+    policy_temperature: float = bounded(1.0, gt=0)  # of REINFORCE's log-probabilities; 1 = as sampled, hence unbiased
+    policy_reduce: str = bounded("sum", choices=("sum", "mean"))  # over a thought's tokens: log p is a sum (paper)
     clip_negative: bool = False  # advantages below 0 become 0; without is simpler, unbiased and no slower
-    baseline: str = "passes"  # reward minus the mean over passes (if P > 1), or "base": the gain over no thought
+    # Reward minus the mean over passes (if P > 1), or "base": the gain over no thought.
+    baseline: str = bounded("passes", choices=("passes", "base"))
     reward_tail: bool = True  # thoughts near the row's end are rewarded, too, by as many true tokens as there are
     entropy_weight: float = 0.0  # nats of thought entropy per token that count as one of loss; 0 = off
     kl_weight: float = 0.0  # of KL(thoughts' policy, reference); needs the role `reference` in the parameters; 0 = off
 
-    base_weight: float = 0.5  # of the loss without thoughts; that with thoughts has the rest of 1
-    nll_mean: str = "tokens"  # sums over predicted tokens / their number; "nonzero": / the entries that are not 0.0
+    base_weight: float = bounded(0.5, ge=0, le=1)  # of the loss without thoughts; the loss with thoughts has the rest
+    nll_mean: str = bounded(
+        "tokens", choices=("tokens", "nonzero")
+    )  # over predicted tokens, or entries that are not 0.0
 
-    think_fraction: float = 1.0  # of the positions that think in training; the cost is in proportion
-    # Which: drawn anew every step, or "entropy": where the base model is least sure. The chosen ones stand for all of a row
-    # only if drawn at random; with "entropy" NLL and reward are means over hard positions, a choice.
-    think_where: str = "random"
+    think_fraction: float = bounded(
+        1.0, gt=0, le=1
+    )  # of the positions that think in training; the cost is in proportion
+    # Drawn anew every step, or "entropy": where the base model is least sure. With "entropy" NLL and reward are means over
+    # hard positions and do not stand for all of a row.
+    think_where: str = bounded("random", choices=("random", "entropy"))
 
-    def __post_init__(self):
-        sizes = {n: getattr(self, n) for n in ("thought_tokens", "talk_tokens", "thoughts_per_position")}
-        scales = {n: getattr(self, n) for n in ("embedding_scale", "policy_temperature")}
-        known = {n: getattr(self, n) for n in CHOICES}
-        require(
-            *(
-                (isinstance(v, int) and v >= 1, f"thoughts: {n}={v!r} must be a whole number of at least 1")
-                for n, v in sizes.items()
-            ),
-            *((v > 0, f"thoughts: {n}={v!r} must be above 0") for n, v in scales.items()),
-            *(
-                (v in CHOICES[n], f"thoughts: {n}={v!r} is not one of {', '.join(CHOICES[n])}")
-                for n, v in known.items()
-            ),
-            (self.temperature >= 0, f"thoughts: temperature={self.temperature} must be 0 (greedy) or more"),
-            (0 <= self.base_weight <= 1, f"thoughts: base_weight={self.base_weight} must be in [0, 1]"),
-            (0 < self.think_fraction <= 1, f"thoughts: think_fraction={self.think_fraction} must be in (0, 1]"),
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "forbidden_ids", tuple(int(i) for i in self.forbidden_ids))  # JSON has lists only
 
     @property
     def n_ahead(self) -> int:
-        """The official code's name for the length: content tokens and 3 (the text pass, the start, the end)."""
+        """Length in the official code: content tokens and 3 (the text pass, the start, the end)."""
         return self.thought_tokens + OVERHEAD
 
     @property
     def thread_tokens(self) -> int:
-        """Tokens fed after a position: start, S content tokens, end, and all but the last of the T true ones."""
+        """Tokens fed after a position: start, S content tokens, end, and all but the last of the A true ones."""
         return self.thought_tokens + self.talk_tokens + 1
 
     def replace(self, **changes: Any) -> ThoughtConfig:
@@ -98,7 +78,7 @@ class ThoughtConfig:
 
     @classmethod
     def from_n_ahead(cls, n_ahead: int, n_ahead_talk: int, n_passes: int = 2, **changes: Any) -> ThoughtConfig:
-        """Returns the default config of the official code's sizes: S = n_ahead - 3, T = n_ahead_talk, P = n_passes.
+        """Returns the default config of the official code's sizes: S = n_ahead - 3, A = n_ahead_talk, P = n_passes.
 
         Raises:
           UserError: n_ahead below 4, which leaves no content token (the official code crashes there).
@@ -111,7 +91,7 @@ class ThoughtConfig:
 
     @classmethod
     def parity(cls, **changes: Any) -> ThoughtConfig:
-        """Returns the official code's choices (train script at 892446b, n_ahead 12): made for lr 1e-6 on Mistral 7B."""
+        """Returns the official code's choices (train script at 892446b, n_ahead 12), for lr 1e-6 on Mistral 7B."""
         official: dict[str, Any] = dict(
             thought_tokens=9,
             talk_tokens=4,
@@ -133,7 +113,7 @@ class ThoughtConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ThoughtConfig:
-        """Returns what `dataclasses.asdict` (and JSON) made a dict of; keys that are no fields are an error."""
+        """Returns the config of a dict that `dataclasses.asdict` (and JSON) made; an unknown key is an error."""
         known = {f.name for f in dataclasses.fields(cls)}
         strange = sorted(fields.keys() - known)
         require((not strange, f"thoughts: {', '.join(strange)} is no field of ThoughtConfig"))

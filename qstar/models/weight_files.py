@@ -1,4 +1,4 @@
-"""Safetensors files of a model folder: its tensors by name over memory maps, and what is wrong with a folder in a line."""
+"""Safetensors files of a model folder: tensors by name over memory maps, and one-line errors for other folders."""
 
 from __future__ import annotations
 
@@ -22,6 +22,20 @@ from qstar.models.hf_names import BUFFERS, Row, embedding_names, file_names, fil
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+# Ending of a file -> what it is, for messages about models in other formats.
+FORMATS = {
+    ".gguf": "GGUF is the format of llama.cpp, mostly quantised, and is not read",
+    **dict.fromkeys((".bin", ".pth", ".pt"), "a pickle can run code and is not read"),
+    ".ckpt": "a checkpoint of another program is not read",
+    ".h5": "TensorFlow's format is not read",
+    ".msgpack": "Flax' format is not read",
+    ".onnx": "ONNX is not read",
+}
+# Parts that training programs put into the names of parameters: torch.compile, DDP, FSDP.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\..*|SCB|weight_scale(_inv)?|weight_packed)$"
+)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -38,32 +52,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError):
-        value = parse_json(content, f"{path}")  # names the other faults
+        value = parse_json(content, f"{path}")  # its message names these faults
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
 
 
-# Ending of a file -> what it is, for messages about models in other formats.
-FORMATS = {
-    ".gguf": "GGUF is the format of llama.cpp, mostly quantised, and is not read",
-    ".bin": "a pickle can run code and is not read",
-    ".pth": "a pickle can run code and is not read",
-    ".pt": "a pickle can run code and is not read",
-    ".ckpt": "a checkpoint of another program is not read",
-    ".h5": "TensorFlow's format is not read",
-    ".msgpack": "Flax' format is not read",
-    ".onnx": "ONNX is not read",
-}
-
-
 def other_format(folder: pathlib.Path) -> str:
-    """Returns what a folder without config.json or weights in the Hugging Face layout holds instead, and what to do."""
+    """Returns which other format a folder without config.json or safetensors holds, and what to do."""
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     for name in there:
-        for end, what in FORMATS.items():
-            if name.endswith(end):
-                return f"{name}: {what}; give the model's safetensors (save_pretrained of a current transformers)"
+        if what := next((what for end, what in FORMATS.items() if name.endswith(end)), ""):
+            return f"{name}: {what}; give the model's safetensors (save_pretrained of a current transformers)"
     if "params.json" in there:
         return "params.json is the layout of the model's makers; give its folder in the Hugging Face layout"
     if other := [name for name in there if name.endswith(".safetensors")]:
@@ -71,15 +71,8 @@ def other_format(folder: pathlib.Path) -> str:
     return "this is no model folder in the Hugging Face layout"
 
 
-# What training programs put into the names of parameters: torch.compile, DDP, FSDP.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\..*|SCB|weight_scale(_inv)?|weight_packed)$"
-)
-
-
 class WeightFiles:
-    """The tensors of a folder by name, over memory-mapped files: only what is sliced is read."""
+    """The tensors of a folder by name, over memory-mapped files: only slices are read."""
 
     def __init__(self, folder: pathlib.Path, config: ModelConfig | EncDecConfig | None = None):
         self.folder = folder
@@ -89,44 +82,41 @@ class WeightFiles:
                 handle = safe_open(file, framework="np")
             except (SafetensorError, OSError) as e:
                 raise UserError(f"{file}: truncated or no safetensors file ({e}); copy it again") from None
-            names = {_WRAPPERS.sub("", name): name for name in handle.keys()}
-            self.slices |= {new: functools.partial(handle.get_slice, name) for new, name in names.items()}
-        self.drop = (
-            ""  # files saved from a bare model (the first GPT-2 uploads among them) lack the base model's prefix
-        )
+            for name in handle.keys():
+                self.slices[_WRAPPERS.sub("", name)] = functools.partial(handle.get_slice, name)
+        self.drop = ""  # the base model's prefix, which files saved from a bare model lack (early GPT-2 uploads)
         if config is not None:
             self._settle_names(*embedding_names(config), config)
 
     def _settle_names(self, table: str, prefix: str, config: ModelConfig | EncDecConfig) -> None:
-        """Takes off what a wrapping module puts before all names, and finds the embedding under its other names."""
+        """Removes a prefix that a wrapping module put before all names; finds the embedding under its other names."""
         bare = table.removeprefix(prefix)
         for goal in (table, bare):
-            leads = (
-                {n.removesuffix(goal) for n in self.slices if n.endswith("." + goal)} if goal not in self.slices else ()
-            )
-            if len(leads) == 1:
+            leads = {n.removesuffix(goal) for n in self.slices if n.endswith("." + goal)}
+            if goal not in self.slices and len(leads) == 1:
                 (lead,) = leads
                 self.slices = {n.removeprefix(lead): get for n, get in self.slices.items()}
             if goal in self.slices:
                 self.drop = prefix if goal != table else ""
                 return
         kept_as = [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]  # of T5
-        if config.tie_embeddings:
-            kept_as += [HEAD, "model.embed_tokens.weight"]
-        for name in kept_as:
-            if name in self.slices:
-                self.slices[table] = self.slices[name]
-                return
+        kept_as += [HEAD, "model.embed_tokens.weight"] if config.tie_embeddings else []
+        if found := next((name for name in kept_as if name in self.slices), ""):
+            self.slices[table] = self.slices[found]
 
     def key(self, name: str) -> str:
-        """Returns the name in these files of the tensor that the table calls `name`."""
+        """Returns the name in these files of a tensor of the table of names."""
         return name.removeprefix(self.drop)
 
     def __getitem__(self, name: str) -> Any:
         return self.slices[self.key(name)]()
 
-    def _refuse_other_kinds(self) -> None:
-        """Raises UserError where the names are those of quantised weights or of adapters that are not merged."""
+    def check(self, rows: Iterable[tuple[Row, tuple[int, ...]]], tied: bool) -> None:
+        """Compares names, shapes and dtypes with the table, before anything is read.
+
+        Raises:
+          UserError: a tensor is missing, left over, quantised, an adapter, or of another shape or dtype.
+        """
         for name in self.slices:
             if _QUANTISED.search(name):
                 what = "the weights are quantised, which are not read here; give the model before quantisation"
@@ -134,43 +124,26 @@ class WeightFiles:
             if ".lora_A." in name or ".base_layer." in name:
                 what = "adapters stand beside their weights; merge them first (PEFT: `merge_and_unload`)"
                 raise UserError(f"{self.folder}: tensor {name!r}: {what}")
-
-    def check(self, rows: Iterable[tuple[Row, tuple[int, ...]]], tied: bool) -> None:
-        """Compares names, shapes and dtypes with the table, before anything is read.
-
-        Raises:
-          UserError: a tensor is missing, has another shape or an unsupported dtype, or is left over.
-        """
-        self._refuse_other_kinds()
         unread = (HEAD, "model.embed_tokens.weight") if tied else ()
         wanted = {self.key(n): file_shape(row, shape) for row, shape in rows for n in file_names(row, shape)}
         found = {n for n in self.slices if not BUFFERS.search(n) and n not in unread}
         if missing := sorted(wanted.keys() - self.slices.keys()):
             there = "" if wanted.keys() & found or not found else f"; there are others, such as {min(found)!r}"
-            raise UserError(
-                f"{self.folder}: tensor {missing[0]!r}{others(missing)} that config.json asks for is missing{there}"
-            )
+            named = f"{missing[0]!r}{others(missing)}"
+            raise UserError(f"{self.folder}: tensor {named} that config.json asks for is missing{there}")
         if extra := sorted(found - wanted.keys()):
-            shown = ", ".join(map(repr, extra[:3]))
-            raise UserError(
-                f"{self.folder}: unexpected tensors {shown}{others(extra[2:])}; config.json describes another model"
-            )
+            named = ", ".join(map(repr, extra[:3])) + others(extra[2:])
+            raise UserError(f"{self.folder}: unexpected tensors {named}; config.json describes another model")
         for name, shape in wanted.items():
-            view = self.slices[name]()
+            view, place = self.slices[name](), f"{self.folder}: tensor {name!r}"
             if tuple(view.get_shape()) != shape:
-                raise UserError(
-                    f"{self.folder}: tensor {name!r} has shape {tuple(view.get_shape())}, but "
-                    f"config.json asks for {shape}"
-                )
+                raise UserError(f"{place} has shape {tuple(view.get_shape())}, but config.json asks for {shape}")
             if view.get_dtype() not in DTYPES:
-                raise UserError(
-                    f"{self.folder}: tensor {name!r} has dtype {view.get_dtype()}; only "
-                    f"{', '.join(DTYPES)} are supported"
-                )
+                raise UserError(f"{place} has dtype {view.get_dtype()}; only {', '.join(DTYPES)} are supported")
 
 
 def others(names: list[str]) -> str:
-    """Returns how many more there are than the one that a message names."""
+    """Returns " (and N more)" for the names beyond the first, which a message has named."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
@@ -178,13 +151,12 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
-        if pickles:
+        if pickles := sorted(p.name for p in folder.glob("pytorch_model*.bin")):
             raise UserError(
                 f"{folder}: the weights are a pickle ({pickles[0]}), which can run code and is not read "
                 "here; convert them to safetensors (save_pretrained of a current transformers)"
             )
-        raise UserError(f"{folder}: no weights found ({SINGLE} or {INDEX}); {other_format(folder)}")
+        raise UserError(f"{folder}: no weights found (neither {SINGLE} nor {INDEX}); {other_format(folder)}")
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise UserError(f"{folder / INDEX}: weight_map is missing, empty or no map to file names; copy the file again")

@@ -85,11 +85,11 @@ def test_rope_kinds_within_and_beyond_the_trained_length(case, length, folders, 
 
 
 def test_packed_texts_have_the_frequencies_of_their_own_length(folders, tmp_path):
-    from qstar.models.rope import rope_turns
+    from qstar.models.rope import rope_tables
 
     config = qstar.load(folders("llama rope dynamic", tmp_path)).config
-    apart = [rope_turns(config, jnp.arange(n)) for n in (30, 5, 20)]
-    packed = rope_turns(config, jnp.concatenate([jnp.arange(n) for n in (30, 5, 20)]))
+    apart = [rope_tables(config, jnp.arange(n)) for n in (30, 5, 20)]
+    packed = rope_tables(config, jnp.concatenate([jnp.arange(n) for n in (30, 5, 20)]))
     for k in (0, 1):
         np.testing.assert_array_equal(packed[k], np.concatenate([turns[k] for turns in apart]))
 

@@ -36,15 +36,15 @@ def test_every_device_reads_its_part_and_no_more(case, folders, monkeypatch):
     whole = qstar.load(folders(case))
     reads: dict[str, int] = {}
     limits: dict[str, int] = {}
-    read_part = hf._read_part
+    read_part = hf.read_part
 
-    def spy(weights, row, names, shape, bounds, dtype):
-        part = read_part(weights, row, names, shape, bounds, dtype)
+    def spy(weights, row, shape, bounds, dtype):
+        part = read_part(weights, row, shape, bounds, dtype)
         reads[row.path] = reads.get(row.path, 0) + part.size
         limits[row.path] = max(limits.get(row.path, 0), part.size)
         return part
 
-    monkeypatch.setattr(hf, "_read_part", spy)
+    monkeypatch.setattr(hf, "read_part", spy)
     model = qstar.load(folders(case), mesh=mesh)
     where = shardings(whole.params, decoder.PARAM_AXES, mesh)
     for (name, x), (_, y), (_, s) in zip(*map(tree.named_leaves, (model.params, whole.params, where))):
