@@ -225,7 +225,7 @@ def encode(params: Params, config: EncDecConfig, tokens: Array, mask: Array | No
     stack, index = params["encoder"], jnp.arange(tokens.shape[0])
     bias = functools.partial(relative_bias, config, index, index, True)
     visible = None if mask is None else jnp.broadcast_to(mask.astype(bool), (tokens.shape[0],) * 2)
-    x, _ = _run(stack, config, _embed(params, config, tokens), bias, visible, None)
+    x, _ = _run(stack, config, params["embed"]["table"][tokens], bias, visible, None)
     return x
 
 
@@ -238,7 +238,7 @@ def decode(params: Params, config: EncDecConfig, tokens: Array, states: Array, m
     stack, index = params["decoder"], jnp.arange(tokens.shape[0])
     bias = functools.partial(relative_bias, config, index, index, False)
     source = Segment(states, None, None if mask is None else mask.astype(bool)[None])
-    x, _ = _run(stack, config, _embed(params, config, tokens), bias, index[None] <= index[:, None], source)
+    x, _ = _run(stack, config, params["embed"]["table"][tokens], bias, index[None] <= index[:, None], source)
     return _scaled(config, x)
 
 
@@ -256,7 +256,7 @@ def decode_step(
     columns = jnp.arange(rings[0][0].shape[1])
     bias = functools.partial(relative_bias, config, step[None], columns, False)
     past = [RingKVCache(k, v, columns <= step, step) for k, v in rings]
-    x, rings = _run(stack, config, _embed(params, config, token[None]), bias, None, sources, past)
+    x, rings = _run(stack, config, params["embed"]["table"][token[None]], bias, None, sources, past)
     return _scaled(config, x)[0], rings
 
 
@@ -284,10 +284,6 @@ def _scaled(config: EncDecConfig, x: Array) -> Array:
     return x * jnp.asarray(config.hidden_size**-0.5, x.dtype) if config.scale_outputs else x
 
 
-def _embed(params: Params, config: EncDecConfig, tokens: Array) -> Array:
-    return replicate(params["embed"]["table"][tokens].astype(config.dtype))
-
-
 def _run(
     stack: Params,
     config: EncDecConfig,
@@ -302,8 +298,7 @@ def _run(
     Args:
       bias: from a table of relative positions to the bias of the scores.
     """
-    block = Block(config, source is not None)
-    layers = stack["layers"]
+    block, layers, x = Block(config, source is not None), stack["layers"], replicate(x.astype(config.dtype))
     # Computed once where all layers share a table, and in every layer of umT5.
     common = bias(stack["relative"]["table"]) if "relative" in stack else None
 

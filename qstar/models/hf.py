@@ -110,16 +110,14 @@ def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -
     if head().get_shape() == embedding().get_shape() and all(np.array_equal(head()[p], embedding()[p]) for p in parts):
         return config
     if not encdec:
-        warnings.warn(
-            f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {table}; the model is read with "
-            "this head (set tie_word_embeddings to false to silence this)",
-            QstarWarning,
-            stacklevel=3,
+        fault = (
+            f"config.json says tie_word_embeddings, but {HEAD} differs from {table}; the model is read with this head"
         )
+        warnings.warn(f"{folder}: {fault} (set tie_word_embeddings to false to silence this)", QstarWarning, 3)
     return config.replace(tie_embeddings=False)
 
 
-def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None) -> Params:
+def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None) -> Params:
     """Reads parameters from `model.safetensors`, or from the shards listed in `model.safetensors.index.json`.
 
     Args:
@@ -127,10 +125,9 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
       config: of the weights; see `models.hf_config.from_hf`.
       mesh: where to put them. Each parameter is created in its sharding: every device's part is sliced out of
         the memory-mapped files, and at no time is there a whole copy of a parameter on a device.
-      dtype: of the parameters; None keeps the stored one (float32, bfloat16 or float16).
 
     Returns:
-      The parameter tree of `scoring.init`, layers stacked on the leading axis.
+      The parameter tree of `scoring.init`, layers stacked on the leading axis, in the stored dtypes.
 
     Raises:
       UserError: weights missing, truncated, pickled, or unlike the config; the line names file and tensor.
@@ -144,7 +141,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
 
     def create(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         stored = (DTYPES[weights[n].get_dtype()] for n in file_names(by_path[path], leaf.shape))
-        kind = jnp.dtype(dtype or functools.reduce(jnp.promote_types, stored))
+        kind = jnp.dtype(functools.reduce(jnp.promote_types, stored))
 
         @functools.cache  # devices that hold the same part share one read
         def part(*bounds: tuple[int, int]) -> np.ndarray:

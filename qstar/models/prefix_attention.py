@@ -195,13 +195,15 @@ def _differentiable(scale: float, exact: str | None, *args: Any) -> Any:
     return _shared.bind(*args, scale=scale, exact=exact)
 
 
+def _pull(scale: float, exact: str | None, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    args, found = saved
+    slopes = _gradient.bind(*args, *found, *cotangents, scale=scale, exact=exact)
+    return (*slopes, np.zeros(args[3].shape, jax.dtypes.float0))
+
+
 def _keep(scale: float, exact: str | None, *args: Any) -> tuple[Any, Any]:
     found = _shared.bind(*args, scale=scale, exact=exact)
-    return found, (*args, *found)
-
-
-def _pull(scale: float, exact: str | None, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    return (*_gradient.bind(*saved, *cotangents, scale=scale, exact=exact), np.zeros(saved[3].shape, jax.dtypes.float0))
+    return found, (args, found)
 
 
 _differentiable.defvjp(_keep, _pull)

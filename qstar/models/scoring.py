@@ -172,10 +172,6 @@ def next_logprobs(params: Params, config: ModelConfig, tokens: Array, mask: Arra
     return rearrange(jax.lax.map(score, (hidden, targets)), "n b w -> b (n w)")
 
 
-def _place(model: Model, *arrays: Any) -> tuple[Any, ...]:
-    return arrays if model.mesh is None else put_global_batch(arrays, model.mesh)
-
-
 @functools.partial(mesh_jit, static_argnames="config")
 def _encdec_logits(params: Params, config: EncDecConfig, source: Array, source_mask: Array, tokens: Array) -> Array:
     def one(source: Array, real: Array, tokens: Array) -> Array:
@@ -223,13 +219,13 @@ def logits(
         require(
             (longest <= c.max_positions, f"{longest} tokens exceed max_positions={c.max_positions}; shorten the text")
         )
-        return _encdec_logits(model.params, c, *_place(model, source, real, np.asarray(tokens)))
+        return _encdec_logits(model.params, c, *put_global_batch((source, real, np.asarray(tokens)), model.mesh))
     if encoder_tokens is not None:
         raise UserError("encoder_tokens are for encoder-decoders, and this model is a decoder; leave them out")
     if tokens.shape[1] > c.max_positions:
         counts = np.asarray(mask != 0).sum(axis=1)
         _check_length(int(counts.argmax()), int(counts.max()), c)
-    return _logits(model.params, c, *_place(model, tokens, mask))
+    return _logits(model.params, c, *put_global_batch((tokens, mask), model.mesh))
 
 
 def _as_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
@@ -285,9 +281,10 @@ def score_tokens(
         if encdec_:  # each half padded to its own bucket
             I, R = (max(MIN_LENGTH, _power_of_two(max(len(pairs[i][k]) for i in rows))) for k in (0, 1))
             arrays = *_padded([pairs[i][0] for i in rows], count, I), _padded([pairs[i][1] for i in rows], count, R)[0]
+            run = _response_logprobs
         else:
-            arrays = _padded([pairs[i][0] + pairs[i][1] for i in rows], count, length)
-        scores = (_response_logprobs if encdec_ else score)(model.params, c, *_place(model, *arrays))
+            run, arrays = score, _padded([pairs[i][0] + pairs[i][1] for i in rows], count, length)
+        scores = run(model.params, c, *put_global_batch(tuple(arrays), model.mesh))
         for row, i in zip(to_host(scores), rows):
             start = 0 if encdec_ else len(pairs[i][0]) - 1
             out[i] = row[start : start + len(pairs[i][1])].copy()

@@ -11,8 +11,6 @@ from typing import Any
 
 from qstar.errors import Settings, bounded, require
 
-OVERHEAD = 3  # iterations that the official `n_ahead` counts beside the content tokens: the text, the start, the end
-
 
 @dataclasses.dataclass(frozen=True)
 class ThoughtConfig(Settings):
@@ -63,11 +61,6 @@ class ThoughtConfig(Settings):
         object.__setattr__(self, "forbidden_ids", tuple(int(i) for i in self.forbidden_ids))  # JSON has lists only
 
     @property
-    def n_ahead(self) -> int:
-        """Length in the official code: content tokens and 3 (the text pass, the start, the end)."""
-        return self.thought_tokens + OVERHEAD
-
-    @property
     def thread_tokens(self) -> int:
         """Tokens fed after a position: start, S content tokens, end, and all but the last of the A true ones."""
         return self.thought_tokens + self.talk_tokens + 1
@@ -77,21 +70,8 @@ class ThoughtConfig(Settings):
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_n_ahead(cls, n_ahead: int, n_ahead_talk: int, n_passes: int = 2, **changes: Any) -> ThoughtConfig:
-        """Returns the default config of the official code's sizes: S = n_ahead - 3, A = n_ahead_talk, P = n_passes.
-
-        Raises:
-          UserError: n_ahead below 4, which leaves no content token (the official code crashes there).
-        """
-        require(
-            (n_ahead > OVERHEAD, f"thoughts: n_ahead={n_ahead} must be at least {OVERHEAD + 1}: it counts 3 others")
-        )
-        sizes = dict(thought_tokens=n_ahead - OVERHEAD, talk_tokens=n_ahead_talk, thoughts_per_position=n_passes)
-        return cls(**{**sizes, **changes})
-
-    @classmethod
     def parity(cls, **changes: Any) -> ThoughtConfig:
-        """Returns the official code's choices (train script at 892446b, n_ahead 12), for lr 1e-6 on Mistral 7B."""
+        """Returns the official code's choices (train script at 892446b, n_ahead 12 = S + 3), for lr 1e-6 on Mistral 7B."""
         official: dict[str, Any] = dict(
             thought_tokens=9,
             talk_tokens=4,

@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import qstar
-from qstar import tree
 from qstar.errors import UserError
 from qstar.models import decoder, hf
 from qstar.models.config import ModelConfig, preset
@@ -172,12 +171,6 @@ def test_half_precision_stays_as_stored_and_computes_in_bfloat16(folders, tmp_pa
     np.testing.assert_allclose(ours, torch_logits(wide, TOKENS), atol=1e-4)
     half = np.asarray(qstar.logits(model, TOKENS))
     assert half.dtype == np.float32 and 1e-4 < np.abs(half - ours).max() < 0.05 * np.abs(ours).max()
-
-
-def test_dtype_of_parameters_on_request(folders):
-    config = qstar.load(folders("llama")).config
-    params = hf.read_params(folders("llama"), config, dtype="bfloat16")
-    assert equal_trees(params, tree.cast(hf.read_params(folders("llama"), config), jnp.bfloat16))
 
 
 def test_tiny_models_and_their_runtime_options_come_back(tmp_path):

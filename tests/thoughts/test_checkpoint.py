@@ -64,9 +64,9 @@ def test_thinking_parts_are_added_to_a_trained_model():
     assert not tree["mixing"]["out"]["kernel"].any() and tree["mixing"]["in"]["kernel"].std() < 0.03
 
 
-def test_lengths_map_to_n_ahead_and_mistakes_are_named():
-    t = ThoughtConfig.from_n_ahead(12, 4)
-    assert (t.thought_tokens, t.talk_tokens, t.n_ahead, t.thread_tokens) == (9, 4, 12, 14)
+def test_lengths_of_the_official_code_and_mistakes_are_named():
+    t = ThoughtConfig.parity()  # n_ahead 12, n_ahead_talk 4
+    assert (t.thought_tokens, t.talk_tokens, t.thread_tokens) == (9, 4, 14)
     for wrong, word in (
         (dict(thought_tokens=0), "thought_tokens"),
         (dict(mixing="soft"), "mixing"),
@@ -75,7 +75,5 @@ def test_lengths_map_to_n_ahead_and_mistakes_are_named():
     ):
         with pytest.raises(UserError, match=word):
             ThoughtConfig(**wrong)
-    with pytest.raises(UserError, match="n_ahead=3"):
-        ThoughtConfig.from_n_ahead(3, 1)
     with pytest.raises(UserError, match="surprise"):
         ThoughtConfig.from_dict({"surprise": 1})
