@@ -60,20 +60,15 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float) -> A
     out, total = 0.0, 0.0
     for part, lse in done:
         share = jnp.exp(lse - top)
-        out, total = out + _scale_rows(part, share), total + share
+        out, total = out + part * share, total + share
     for s, score in zip(plain, scores):
         w = jnp.exp(score - top)
         total = total + jnp.sum(w, axis=-1, keepdims=True)
         w = w.astype(q.dtype)
         out = out + jnp.einsum("gnc,gck->gnk", w, s.values, precision=exact, preferred_element_type=jnp.float32)
     # Normalised once, after the product, where the array has K instead of C columns.
-    out = _scale_rows(out, 1 / total).astype(q.dtype)
+    out = (out * (1 / total)).astype(q.dtype)
     return rearrange(out, "g (q t) k -> t (g q) k", t=T)
-
-
-def _scale_rows(rows: Array, factors: Array) -> Array:
-    """Returns rows [G, N, K] times factors [G, N, 1]; as an einsum for the reason that `layers.Norm` gives."""
-    return jnp.einsum("gnk,gn->gnk", rows, factors[..., 0], precision="highest")
 
 
 def _scores(rows: Array, segment: Segment, scale: float, T: int) -> Array:

@@ -121,7 +121,8 @@ class Norm(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         size = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1) + self.eps)
-        # y * size[..., None], whose gradient is an inner product of rows: a CPU sums broadcast products several times slower.
+        # The plain form is y * size[..., None]. As an einsum its gradient is an inner product of rows, which a CPU computes
+        # faster than the sum of a broadcast product: 3 to 19% of an update of llama_20m.
         y = jnp.einsum("...d,...->...d", y, size, precision="highest") * scale
         return (y + bias if self.kind == "layer" else y).astype(x.dtype)
 
@@ -129,9 +130,9 @@ class Norm(nn.Module):
 def project(x: Array, kernel: Array) -> Array:
     """Returns x [T, in] @ kernel [in, out].
 
-    Under `vmap` the batch joins the rows of one plain matrix product. Left to itself XLA forms the kernel's gradient
-    from a three-axis array, which takes twice as long on a CPU. It is a primitive and no `custom_vmap`, because that
-    one cannot be differentiated before it is mapped: `grad` of one sequence and `vmap(grad)` would fail.
+    The plain form is `_matmul`. Under `vmap` the batch joins the rows of one matrix product, because XLA otherwise forms the
+    kernel's gradient from a three-axis array: an update of llama_20m (8 x 128 tokens) then takes 22% more CPU time. A
+    primitive and no `custom_vmap`, which cannot be differentiated before it is mapped (`grad` of one sequence would fail).
     """
     return _project.bind(x, kernel)
 
