@@ -20,9 +20,9 @@ from qstar import tree
 from qstar.errors import UserError
 from qstar.models import encdec, scoring
 from qstar.models.encdec import EncDecConfig
-from qstar.models.hf import SINGLE
 from qstar.models.hf_config import from_hf, to_hf
 from qstar.models.presets import published
+from qstar.models.weight_files import SINGLE
 
 V = 50
 SIZES = dict(

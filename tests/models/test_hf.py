@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import qstar
 from qstar.errors import UserError
-from qstar.models import decoder, hf
+from qstar.models import decoder, hf, weight_files
 from qstar.models.config import ModelConfig, preset
 from qstar.models.hf_config import from_hf, to_hf
 from qstar.models.model import Model
@@ -67,11 +67,11 @@ def test_exported_config_means_the_same_to_transformers_and_to_us(pair, tmp_path
 
 def test_exports_have_the_tensors_and_the_metadata_of_save_pretrained(pair, tmp_path):
     qstar.save(pair.model, tmp_path / "out")
-    theirs, ours = load_file(pair.folder / hf.SINGLE), load_file(tmp_path / "out" / hf.SINGLE)
+    theirs, ours = load_file(pair.folder / weight_files.SINGLE), load_file(tmp_path / "out" / weight_files.SINGLE)
     assert theirs.keys() == ours.keys()  # a tied head is written by neither
     for name, x in theirs.items():
         np.testing.assert_array_equal(ours[name], x, err_msg=name)
-    with safe_open(tmp_path / "out" / hf.SINGLE, "np") as f:
+    with safe_open(tmp_path / "out" / weight_files.SINGLE, "np") as f:
         assert f.metadata() == {"format": "pt"}
 
 
@@ -99,7 +99,7 @@ def equal_trees(a, b) -> bool:
 
 def rewrite(folder: pathlib.Path, change) -> None:
     """Applies `change(dict of tensors) -> dict` to a folder's weights."""
-    save_file(change(load_file(folder / hf.SINGLE)), folder / hf.SINGLE)
+    save_file(change(load_file(folder / weight_files.SINGLE)), folder / weight_files.SINGLE)
 
 
 def edit_config(folder: pathlib.Path, **changes) -> None:
@@ -113,14 +113,16 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
 
 def test_shards_of_transformers_are_read(folders, tmp_path):
     torch_model("qwen2").save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
-    assert (tmp_path / "sharded" / hf.INDEX).exists() and not (tmp_path / "sharded" / hf.SINGLE).exists()
+    assert (tmp_path / "sharded" / weight_files.INDEX).exists() and not (
+        tmp_path / "sharded" / weight_files.SINGLE
+    ).exists()
     assert equal_trees(qstar.load(tmp_path / "sharded").params, qstar.load(folders("qwen2")).params)
 
 
 def test_shards_that_we_write_are_read_by_transformers_and_by_us(folders, tmp_path):
     model, limit = qstar.load(folders("gpt2")), 20_000
     hf.write_params(tmp_path / "out", model.config, model.params, max_shard_bytes=limit)
-    index = json.loads((tmp_path / "out" / hf.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / weight_files.INDEX).read_text())
     files = sorted(p for p in (tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) > 2 and {f.name for f in files} == set(index["weight_map"].values())
     assert sum(x.nbytes for f in files for x in load_file(f).values()) == index["metadata"]["total_size"]
@@ -142,7 +144,7 @@ def test_buffers_of_old_files_and_a_redundant_tied_head_are_ignored(folders, tmp
         "gpt2": {
             "transformer.h.1.attn.bias": np.ones((1, 1, 64, 64), np.uint8),
             "transformer.h.0.attn.masked_bias": np.float32([-1e4]),
-            "lm_head.weight": load_file(folders("gpt2") / hf.SINGLE)["transformer.wte.weight"],
+            "lm_head.weight": load_file(folders("gpt2") / weight_files.SINGLE)["transformer.wte.weight"],
         },
         "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
     }.items():
@@ -407,14 +409,14 @@ def put(name, x):
 
 
 def pickled(folder):
-    (folder / hf.SINGLE).unlink()
+    (folder / weight_files.SINGLE).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
 
 
 def index_only(text):
     def change(folder):
-        (folder / hf.SINGLE).unlink()
-        (folder / hf.INDEX).write_text(text)
+        (folder / weight_files.SINGLE).unlink()
+        (folder / weight_files.INDEX).write_text(text)
 
     return change
 
@@ -424,12 +426,18 @@ MISTAKES = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "broken config": (lambda f: (f / "config.json").write_text('{\n"a": 1,\n'), r"config.json:3: broken JSON"),
     "config of another kind": (lambda f: (f / "config.json").write_text("[1]"), "expected a JSON object, found a list"),
-    "no weights": (lambda f: (f / hf.SINGLE).unlink(), "no weights found"),
+    "no weights": (lambda f: (f / weight_files.SINGLE).unlink(), "no weights found"),
     "pickle": (pickled, r"pickle \(pytorch_model.bin\).*convert"),
-    "empty file": (lambda f: truncate(f / hf.SINGLE, 0), "model.safetensors: truncated"),
-    "truncated header": (lambda f: truncate(f / hf.SINGLE, 100), "model.safetensors: truncated"),
-    "truncated data": (lambda f: truncate(f / hf.SINGLE, (f / hf.SINGLE).stat().st_size - 1), "truncated"),
-    "a web page": (lambda f: (f / hf.SINGLE).write_text("<html>rate limit exceeded</html>"), "no safetensors file"),
+    "empty file": (lambda f: truncate(f / weight_files.SINGLE, 0), "model.safetensors: truncated"),
+    "truncated header": (lambda f: truncate(f / weight_files.SINGLE, 100), "model.safetensors: truncated"),
+    "truncated data": (
+        lambda f: truncate(f / weight_files.SINGLE, (f / weight_files.SINGLE).stat().st_size - 1),
+        "truncated",
+    ),
+    "a web page": (
+        lambda f: (f / weight_files.SINGLE).write_text("<html>rate limit exceeded</html>"),
+        "no safetensors file",
+    ),
     "missing tensor": (drop("model.norm.weight"), "tensor 'model.norm.weight' .*missing"),
     "missing head": (drop("lm_head.weight"), "tensor 'lm_head.weight' .*missing"),
     "missing layer": (lambda f: edit_config(f, num_hidden_layers=3), r"tensor 'model.layers.2.*and 8 more.* missing"),
@@ -486,7 +494,7 @@ def test_a_failed_export_leaves_what_was_there(folders, tmp_path):
     before = snapshot(tmp_path)
 
     def fail(folder):
-        assert (folder / hf.SINGLE).exists()  # at the last moment
+        assert (folder / weight_files.SINGLE).exists()  # at the last moment
         raise RuntimeError("power cut")
 
     other = jax.tree.map(lambda x: x + 1, model.params)
@@ -504,7 +512,11 @@ def test_an_earlier_export_is_replaced_as_a_whole(folders, tmp_path):
     other = model.replace(params=jax.tree.map(lambda x: x + 1, model.params))
     qstar.save(other, tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "generation_config.json", hf.SINGLE}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        weight_files.SINGLE,
+    }
     assert equal_trees(qstar.load(tmp_path / "out").params, other.params)
     qstar.save(model, copy(folders("gpt2"), tmp_path / "theirs"))  # transformers' folders are exports, too
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import qstar
 from qstar.errors import UserError
-from qstar.models import hf
+from qstar.models import weight_files
 from qstar.models.hf_config import from_hf
 from qstar.models.presets import NAMES, published
 from tests.models.oracle import CASES, random_tokens, torch_logits, torch_model
@@ -41,7 +41,7 @@ def edit_config(folder, **changes):
 
 
 def rename(folder, change):
-    save_file({change(k): x for k, x in load_file(folder / hf.SINGLE).items()}, folder / hf.SINGLE)
+    save_file({change(k): x for k, x in load_file(folder / weight_files.SINGLE).items()}, folder / weight_files.SINGLE)
 
 
 def equal_trees(a, b):
@@ -202,12 +202,12 @@ def test_published_configs_pass_all_checks():
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_weights_that_hold_nan_are_refused_by_name(folders, tmp_path, dtype, bad):
     folder, name = folders("gpt2", tmp_path), "transformer.h.1.attn.c_attn.weight"
-    tensors = {k: x.astype(jnp.dtype(dtype)) for k, x in load_file(folder / hf.SINGLE).items()}
+    tensors = {k: x.astype(jnp.dtype(dtype)) for k, x in load_file(folder / weight_files.SINGLE).items()}
     tensors[name][3, 40] = 65504 if dtype == "float16" else 3e38  # the largest finite numbers are fine
-    save_file(tensors, folder / hf.SINGLE)
+    save_file(tensors, folder / weight_files.SINGLE)
     qstar.load(folder)
     tensors[name][3, 40] = bad
-    save_file(tensors, folder / hf.SINGLE)
+    save_file(tensors, folder / weight_files.SINGLE)
     with pytest.raises(UserError, match=f"tensor '{name}' holds NaN or infinity"):
         qstar.load(folder)
 
@@ -246,14 +246,14 @@ KINDS = {
                        "PEFT adapter .of some/llama.*merge"),
     "gguf folder": (lambda f: emptied(f, "m-Q4_K_M.gguf"), "m-Q4_K_M.gguf: GGUF is the format of llama.cpp"),
     "gguf beside a config": (lambda f: emptied(f, "config.json", "m.gguf"), "model_type None|GGUF"),
-    "flax": (lambda f: ((f / hf.SINGLE).unlink(), (f / "flax_model.msgpack").write_text("")), "flax_model.msgpack: Flax"),
+    "flax": (lambda f: ((f / weight_files.SINGLE).unlink(), (f / "flax_model.msgpack").write_text("")), "flax_model.msgpack: Flax"),
     "makers": (lambda f: emptied(f, "params.json", "tokenizer.model"), "layout of the model's makers"),
-    "own name": (lambda f: (f / hf.SINGLE).rename(f / "step9.safetensors"), "step9.safetensors is not named"),
+    "own name": (lambda f: (f / weight_files.SINGLE).rename(f / "step9.safetensors"), "step9.safetensors is not named"),
 }  # fmt: skip
 
 
 def add(folder, name):
-    save_file({**load_file(folder / hf.SINGLE), name: np.zeros(4, np.float32)}, folder / hf.SINGLE)
+    save_file({**load_file(folder / weight_files.SINGLE), name: np.zeros(4, np.float32)}, folder / weight_files.SINGLE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -248,8 +248,8 @@ def test_log_probabilities_in_blocks_are_those_at_once(monkeypatch):
         return jnp.sum(logp * jnp.arange(5)) + jnp.sum(entropy), (logp, entropy)
 
     grads, whole = jax.grad(both, has_aux=True)(params)
-    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 44)
-    monkeypatch.setattr(scoring, "MIN_CHUNK", 4)
+    monkeypatch.setattr(scoring, "BLOCK_LOGITS", 44)
+    monkeypatch.setattr(scoring, "MIN_BLOCK", 4)
     cut_grads, cut = jax.grad(both, has_aux=True)(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), (grads, whole), (cut_grads, cut))
     p = np.asarray(jax.nn.softmax(scoring.decoder.unembed(params, DECODER, states) / 0.7))
