@@ -36,6 +36,7 @@ setup(
         "datasets>=4.0",  # data sets of the hub
         "grain>=0.2.10",  # shuffled, repeated, mixed batches that are a pure function of the step
         "safetensors>=0.5",  # weights
+        "huggingface_hub>=0.30",  # cuts exports into shards; transformers brings it, too
         "etils[epath]>=1.10",  # gs:// paths like local ones
         "scikit-learn>=1.5",  # AUC, Brier score and calibration of verifiers
         "scipy>=1.13",  # bootstrap intervals and sign tests; jax brings it, too

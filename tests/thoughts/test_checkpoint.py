@@ -42,7 +42,7 @@ def test_an_official_checkpoint_loads_and_is_written_back_as_it_was(tmp_path):
 
 def test_a_release_whose_config_says_nothing_is_taken_for_n_ahead_8_or_for_what_the_caller_says(tmp_path):
     folder = official.write(tmp_path / "m", max_thoughts=13)
-    assert qstar.load(folder).config.thoughts.n_ahead == 8
+    assert qstar.load(folder).config.thoughts.thought_tokens == 8 - 3  # of n_ahead, three are not content
     assert qstar.load(folder, thoughts=official.THOUGHTS).config.thoughts is official.THOUGHTS
 
 
