@@ -6,9 +6,11 @@ before a further problem that the model invents.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import NamedTuple
 
 from qstar.tasks import answer_text
 from qstar.tasks.answer_text import BOX, DIGITS, MINUS, FoundNumber
@@ -86,56 +88,75 @@ def _implied(part: str, original: str) -> Fraction | None:
 
 # ---------------------------------------------------------------------------------------------------------- letters
 
-_BRACKETED = re.compile(r"(?<!not )(?<!n't )[(\[]([a-e])[)\]](?!\s+or\b)", re.IGNORECASE)
 _ENDS = r"(?=\s*(?:[.,;:!\"')\n]|$|(?i:because|since|as|is|-)\b))"  # behind a letter that is no article
-# A letter at the start of an answer: "E", "option e", "E) blotter", "E. blotter", "E blotter", but not "a blotter".
-_LETTER = re.compile(
-    rf"[\s\"'{BOX}:]*(?i:(?:most likely|probably|likely|clearly)\s+)?"
-    r"(?i:(?:the\s+)?(?:option|choice|letter|answer)\s+)?"
-    rf"[\"'(\[]?(?!\w[)\]]?\s+(?:or|and)\b)(?:([A-E])(?:[)\]]|{_ENDS})|([B-E])\b|([a-e])(?:[)\]](?!\.)|[.:]\s+\w|(?=[.!\s\"']*$)))"
-)
-# Without a statement of an answer: "E is correct", "I choose option E", "Therefore, E."
-_IS_CORRECT = re.compile(
-    r"\b([A-E]|(?<=\()[a-e](?=\)))\)?[\"']?\s+is\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|answer|likely)\b"
-)
-_CHOSEN = re.compile(
-    r"(?i:\b(?:option|choice|choose|pick|select|must be|therefore|thus|hence|so)\b,?)\s+\(?([A-E])\b\)?"
-    r"(?=\s*(?:[.,;:!]|$))"
-)
-_WRONG = re.compile(r"[(\[]?[A-Ea-e][)\]]?[^.\n]{0,40}\s(?:is|are)\s+(?:wrong|incorrect|not|out)\b")
 
 
-def final_letter(text: str) -> tuple[str, int] | None:
-    """The choice, "a" to "e", that a completion answers with, and where the answer ends.
+class _LetterPatterns(NamedTuple):
+    bracketed: re.Pattern[str]
+    leading: re.Pattern[str]
+    is_correct: re.Pattern[str]
+    chosen: re.Pattern[str]
+    wrong: re.Pattern[str]
+
+
+@functools.cache
+def _letter_patterns(last: str) -> _LetterPatterns:
+    big, small, no_article = f"[A-{last.upper()}]", f"[a-{last}]", f"[B-{last.upper()}]"
+    return _LetterPatterns(
+        bracketed=re.compile(rf"(?<!not )(?<!n't )[(\[]({small})[)\]](?!\s+or\b)", re.IGNORECASE),
+        # At the start of an answer: "E", "option e", "E) blotter", "E. blotter", "E blotter", but not "a blotter".
+        leading=re.compile(
+            rf"[\s\"'{BOX}:]*(?i:(?:most likely|probably|likely|clearly)\s+)?"
+            r"(?i:(?:the\s+)?(?:option|choice|letter|answer)\s+)?"
+            rf"[\"'(\[]?(?!\w[)\]]?\s+(?:or|and)\b)"
+            rf"(?:({big})(?:[)\]]|{_ENDS})|({no_article})\b|({small})(?:[)\]](?!\.)|[.:]\s+\w|(?=[.!\s\"']*$)))"
+        ),
+        # Without a statement of an answer: "E is correct", "I choose option E", "Therefore, E."
+        is_correct=re.compile(
+            rf"\b({big}|(?<=\(){small}(?=\)))\)?[\"']?\s+is\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|answer|likely)\b"
+        ),
+        chosen=re.compile(
+            r"(?i:\b(?:option|choice|choose|pick|select|must be|therefore|thus|hence|so)\b,?)"
+            rf"\s+\(?({big})\b\)?(?=\s*(?:[.,;:!]|$))"
+        ),
+        wrong=re.compile(
+            rf"[(\[]?[A-{last.upper()}a-{last}][)\]]?[^.\n]{{0,40}}\s(?:is|are)\s+(?:wrong|incorrect|not|out)\b"
+        ),
+    )
+
+
+def final_letter(text: str, last: str = "e") -> tuple[str, int] | None:
+    """The choice, "a" to `last`, that a completion answers with, and where the answer ends.
 
     The letter of the last statement of an answer ("the answer is blotter (e)", "Answer: E", a box), else the letter that
     the text begins with, else the last "(x)".
     """
     clean = answer_text.strip_markup(text)
+    patterns = _letter_patterns(last)
 
     def read(part: str) -> tuple[str, int] | None:
-        for found in _letters(part):
+        for found in _letters(part, patterns):
             group = found.lastindex or 0
             return found[group].lower(), clean.original_end(found.end(group), text, more=r")\].")
         for bold in reversed(answer_text.bold_pieces(text[: clean.at[len(part)]])):
-            if match := _LETTER.match(answer_text.strip_markup(bold).text):
+            if match := patterns.leading.match(answer_text.strip_markup(bold).text):
                 return match[match.lastindex or 0].lower(), clean.original_end(len(part.rstrip()), text)
         return None
 
     return answer_text.first_found(clean.text, read)
 
 
-def _letters(text: str) -> Iterator[re.Match[str]]:
+def _letters(text: str, patterns: _LetterPatterns) -> Iterator[re.Match[str]]:
     """Signs of a chosen letter in a text without markup, the strongest first."""
     for _, start in reversed(answer_text.statements(text)):
         end = start + len(answer_text.sentence_at(text, start))
-        if found := _LETTER.match(text, start) or _BRACKETED.search(text, start, end):
+        if found := patterns.leading.match(text, start) or patterns.bracketed.search(text, start, end):
             yield found
-    for pattern in (_IS_CORRECT, _CHOSEN):
+    for pattern in (patterns.is_correct, patterns.chosen):
         yield from reversed(list(pattern.finditer(text)))
-    if (found := _LETTER.match(text)) and not _WRONG.match(text.strip()):
+    if (found := patterns.leading.match(text)) and not patterns.wrong.match(text.strip()):
         yield found
-    yield from reversed(list(_BRACKETED.finditer(text)))
+    yield from reversed(list(patterns.bracketed.finditer(text)))
 
 
 # --------------------------------------------------------------------------------------------------------- yes or no

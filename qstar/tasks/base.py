@@ -11,14 +11,14 @@ import pathlib
 import random
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from etils import epath
 
 from qstar.data.sources import BAD_ROWS, read_records
-from qstar.errors import UserError
+from qstar.errors import Settings, UserError, bounded
 
 SPLITS = ("train", "val", "test")
 BUILT_IN = "built-in"  # value of `prompts`: the worked examples in the folder `examples`
@@ -150,22 +150,33 @@ class Task:
         return []
 
 
-def check_options(task: Task, **allowed: Sequence[Any]) -> None:
-    """Raises UserError for an option that is none of its allowed values."""
-    for option, values in allowed.items():
-        if (value := getattr(task, option)) not in values:
-            raise UserError(f"{task.name}: {option}={value!r} is not one of {', '.join(map(str, values))}")
+@dataclass(kw_only=True, eq=False)
+class RecordTask(Task, Settings):
+    """A task whose problems are records of files or the hub; its options are dataclass fields, checked by `Settings`.
 
+    Options:
+        bad_rows: share of unusable records that may be left out.
+    """
 
-def check_share(task: Task, bad_rows: float) -> None:
-    """Raises UserError unless `bad_rows` is a share of the records."""
-    if not 0 <= bad_rows < 1:
-        raise UserError(f"{task.name}: bad_rows={bad_rows} must be a share of the records, from 0 to below 1")
+    bad_rows: float = bounded(BAD_ROWS, ge=0, lt=1, note="a share of the records")
+
+    fields: ClassVar[tuple[str, ...]] = ()  # keys that every record must have
+
+    def __init_subclass__(cls) -> None:
+        cls.WHERE = f"{cls.name}: "
+
+    def to_problem(self, record: dict) -> Problem:
+        """One record as a problem; a ValueError says what is wrong with the record."""
+        raise NotImplementedError
+
+    def read(self, source: str, split: str | None = None) -> list[Problem]:
+        """The problems of a source, in its order."""
+        return read_records(source, self.fields, split=split, parse=self.to_problem, bad_rows=self.bad_rows)
 
 
 @dataclass(kw_only=True, eq=False)
-class DatasetTask(Task):
-    """A task whose problems are the records of a train and a test source, with few-shot text from files.
+class DatasetTask(RecordTask):
+    """A task with a train and a test source, and few-shot text from files or of its own.
 
     Subclasses are dataclasses too: they set the class attributes, add their options as fields and write `to_problem`,
     `prompt` and `parse`. Records are read at first use.
@@ -175,42 +186,35 @@ class DatasetTask(Task):
         test: the same for the test records.
         prompts: folder with the few-shot files; "built-in" is the worked examples that come with qstar, in the form that
             `parse` reads; None is zero-shot.
-        bad_rows: share of unusable records that may be left out.
     """
 
     train: str | None = None
     test: str | None = None
     prompts: str | None = None
-    bad_rows: float = BAD_ROWS
 
-    fields: ClassVar[tuple[str, ...]] = ()  # keys that every record must have
     default_source: ClassVar[str] = ""  # hub name; several, separated by spaces, are read one after the other
     default_test: ClassVar[str] = ""  # the same for the test records, where they have their own source
     test_split: ClassVar[str] = "test"  # the hub's split with labels that is never trained on
     prompt_files: ClassVar[tuple[str, ...]] = ()  # without and with hints, in the folder `prompts`
-    choices: ClassVar[Mapping[str, Sequence[Any]]] = {}  # option -> its allowed values
 
     def __post_init__(self) -> None:
-        check_share(self, self.bad_rows)
-        check_options(self, **self.choices)
+        super().__post_init__()
+        built_in = self.prompts == BUILT_IN and has_examples(self.name)
         files = self.few_shot_files() if self.prompts not in (None, BUILT_IN) else ()
-        if self.prompts is not None and not (files or self.prompts == BUILT_IN and has_examples(self.name)):
+        if self.prompts is not None and not (files or built_in):
             known = f"neither {BUILT_IN!r} nor None" if has_examples(self.name) else "not None"
             raise UserError(f"{self.name}: prompts={self.prompts!r} is {known}; it has no few-shot files")
         self._prefix, self._hinted_prefix = [_read_prompts(str(self.prompts), name) for name in files] or ["", ""]
-        self._examples: list[Problem] | None = None
+        self._examples: list[Problem] | None = None if built_in else []
         self._problems: dict[str, list[Problem]] = {}
 
     def few_shot_files(self) -> tuple[str, ...]:
         """Names of the few-shot files without and with hints; () if the task has none."""
         return self.prompt_files
 
-    def to_problem(self, record: dict) -> Problem:
-        """One record as a problem; a ValueError says what is wrong with the record."""
-        raise NotImplementedError
-
     def problems(self, split: str) -> list[Problem]:
         check_split(split)
+        # A few-shot question is never a problem, whichever split it comes from.
         shots = {_key(question) for question in re.findall(r"^Q: (.*)$", self._prefix, re.MULTILINE)}
         shots |= {_key(example.question) for example in self.examples()}
         problems = self._read("test" if split == "test" else "train")
@@ -227,8 +231,7 @@ class DatasetTask(Task):
     def examples(self) -> list[Problem]:
         """The built-in worked examples, if `prompts` asks for them."""
         if self._examples is None:
-            built_in = self.prompts == BUILT_IN
-            self._examples = read_records(_examples(self.name), self.fields, parse=self.to_problem) if built_in else []
+            self._examples = read_records(_examples(self.name), self.fields, parse=self.to_problem)
         return self._examples
 
     def keep_examples(self, count: int) -> None:
@@ -237,18 +240,10 @@ class DatasetTask(Task):
 
     def _read(self, part: str) -> list[Problem]:
         if part not in self._problems:
-            own, default = {
-                "train": (self.train, self.default_source),
-                "test": (self.test, self.default_test or self.default_source),
-            }[part]
-            split = "train" if part == "train" else self.test_split
-            problems = [
-                problem
-                for source in ([own] if own else default.split())
-                for problem in read_records(
-                    source, self.fields, split=split, parse=self.to_problem, bad_rows=self.bad_rows
-                )
-            ]
+            own, default, split = self.train, self.default_source, "train"
+            if part == "test":
+                own, default, split = self.test, self.default_test or self.default_source, self.test_split
+            problems = [p for source in ([own] if own else default.split()) for p in self.read(source, split)]
             self._problems[part] = [
                 p if p.id else dataclasses.replace(p, id=f"{self.name}-{part}-{number:05d}")
                 for number, p in enumerate(problems)
@@ -271,7 +266,8 @@ def stable_rng(*parts: Any) -> random.Random:
 
 
 def bucket(text: str, count: int) -> int:
-    """Which of `count` equally likely buckets a text falls into; never changes (crc32)."""
+    """Which of `count` equally likely buckets a text falls into."""
+    # crc32 never changes, unlike hash(), which is salted per process: splits must be the same in every run.
     return zlib.crc32(text.encode()) % count
 
 
@@ -299,8 +295,8 @@ def leak_marker(completion: str, question: str = "") -> str | None:
     In any case and as whole words: "(CORRECT)", "hint", "given answer", "as stated". Words of the question itself are
     passed over (a quiz with three hints).
     """
-    own = {match.lower() for match in _MARKERS.findall(question)}
-    found = [match for match in _MARKERS.findall(completion) if match.lower() not in own]
+    in_question = {match.lower() for match in _MARKERS.findall(question)}
+    found = [match for match in _MARKERS.findall(completion) if match.lower() not in in_question]
     return f"hint marker {found[0]!r}" if found else None
 
 

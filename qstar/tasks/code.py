@@ -6,22 +6,12 @@ import ast
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from qstar.data.sources import BAD_ROWS, read_records
-from qstar.errors import UserError, require
+from qstar.errors import UserError, bounded
 from qstar.tasks import sandbox
 from qstar.tasks.answer_text import without_thinking
-from qstar.tasks.base import Problem, Task, check_options, check_share, check_split, text_field
-from qstar.tasks.program_parsing import (
-    as_body,
-    as_module,
-    blocks,
-    is_body,
-    normal_program,
-    program_in,
-    through_program,
-)
+from qstar.tasks.base import Problem, RecordTask, check_split, text_field
+from qstar.tasks.program_parsing import as_body, as_module, blocks, is_body, normal_program, program_in, through_program
 
 # The prompt of the MBPP paper. V-STaR asks both data sets with "the MBPP template" and does not print it: that it is this
 # one is our assumption.
@@ -33,7 +23,7 @@ END = "\n[DONE]"
 
 
 @dataclass(kw_only=True, eq=False)
-class CodeTask(Task):
+class CodeTask(RecordTask):
     """Base of tasks whose answers are programs; subclasses write `problems`, `prompt` and `job`.
 
     `parse` returns the program as text. There is no hint for a program: rationalisation is refused.
@@ -43,30 +33,18 @@ class CodeTask(Task):
         timeout_s: wall time that a program and its tests may take.
         memory_mb: address space of a program, in MiB.
         allow: installed packages that programs may import, e.g. ("numpy",); see `sandbox.Sandbox`.
-        bad_rows: share of unusable records that may be left out.
     """
 
     data: str | None = None
-    timeout_s: float = 10.0
-    memory_mb: int = 512
+    timeout_s: float = bounded(10.0, gt=0)
+    memory_mb: int = bounded(512, gt=0)
     allow: Sequence[str] = ()
-    bad_rows: float = BAD_ROWS
-
-    fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        check_share(self, self.bad_rows)
-        require(
-            (self.timeout_s > 0, f"{self.name}: timeout_s={self.timeout_s} must be above 0"),
-            (self.memory_mb > 0, f"{self.name}: memory_mb={self.memory_mb} must be above 0"),
-        )
+        super().__post_init__()
         self.stop = (END,)
         self.allow = tuple(self.allow)
         self._problems: list[Problem] | None = None
-
-    def to_problem(self, record: dict) -> Problem:
-        """One record as a problem; a ValueError says what is wrong with it."""
-        raise NotImplementedError
 
     def job(self, problem: Problem, program: str) -> sandbox.Job:
         """The whole program and the tests that judge it."""
@@ -105,10 +83,6 @@ class CodeTask(Task):
     def ballots(self, answers: Sequence[str | None]) -> list[str | None]:
         """A program's text without comments, docstrings and layout: the tests do not influence votes."""
         return [a and normal_program(a) for a in answers]
-
-    def read(self, source: str, split: str | None = None) -> list[Problem]:
-        """The problems of a source, in the file's order."""
-        return read_records(source, self.fields, split=split, parse=self.to_problem, bad_rows=self.bad_rows)
 
     def refuse_hint(self, hint: bool) -> None:
         """Raises UserError where a hinted prompt is asked for."""
@@ -223,14 +197,13 @@ class HumanEval(CodeTask):
             docstring alone, as in the data set's paper, and the model writes the body.
     """
 
-    template: str = "mbpp"
+    template: str = bounded("mbpp", choices=("mbpp", "completion"))
 
     name = "humaneval"
     fields = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self, template=("mbpp", "completion"))
         if self.template == "completion":
             self.stop = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
 

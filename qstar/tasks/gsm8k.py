@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from qstar.errors import bounded
 from qstar.tasks.answer_parsing import MARK, final_number, number
 from qstar.tasks.answer_text import DIGITS, LONGEST, MINUS
 from qstar.tasks.base import DatasetTask, Problem, ZeroShot, leak_marker, text_field
@@ -31,7 +32,7 @@ class GSM8K(DatasetTask):
         strict: read answers as the STaR release: the first line with ``####``, compared letter by letter in lower case.
     """
 
-    hint: str = "answer"
+    hint: str = bounded("answer", choices=("answer", "solution"))
     strict: bool = False
 
     name = "gsm8k"
@@ -39,7 +40,6 @@ class GSM8K(DatasetTask):
     fields = ("question", "answer")
     default_source = "openai/gsm8k:main"
     prompt_files = ("gsm_prompts.txt", "gsm_prompts_answer_key.txt")
-    choices = {"hint": ("answer", "solution")}
 
     def to_problem(self, record: dict) -> Problem:
         question, answer = text_field(record, "question"), text_field(record, "answer")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qstar.errors import UserError
+from qstar.errors import UserError, bounded
 from qstar.tasks import answer_text
 from qstar.tasks.answer_parsing import MARK, number
 from qstar.tasks.base import DatasetTask, Problem
@@ -54,20 +54,17 @@ class MATH(DatasetTask):
         strict: read the last box and nothing else.
     """
 
-    subset: str = "all"
-    format: str = "boxed"
-    timeout_s: float = 5.0
+    subset: str = bounded("all", choices=("all", "v_star"))
+    format: str = bounded("boxed", choices=("boxed", "gsm8k"))
+    timeout_s: float = bounded(5.0, gt=0)
     strict: bool = False
 
     name = "math"
     default_source = " ".join(f"EleutherAI/hendrycks_math:{name}" for name in _HUB_CONFIGS)
     fields = ("level",)
-    choices = {"subset": ("all", "v_star"), "format": ("boxed", "gsm8k")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.timeout_s > 0:
-            raise UserError(f"math: timeout_s={self.timeout_s} must be above 0")
         check_installed()  # now, not at the first answer
         self.stop = ("\nQ:",) if self.format == "gsm8k" else ("\nProblem:",)
 

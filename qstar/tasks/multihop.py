@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qstar.errors import UserError
+from qstar.errors import UserError, bounded
 from qstar.tasks import answer_text
 from qstar.tasks.answer_parsing import final_phrases
 from qstar.tasks.base import DatasetTask, Problem
@@ -138,19 +138,16 @@ class MultiHop(DatasetTask):
             "Answer:"), whole.
     """
 
-    context: str = "distractor"
-    style: str = "standard"
-    limit: int = 0
+    context: str = bounded("distractor", choices=CONTEXTS)
+    style: str = bounded("standard", choices=STYLES[:2])
+    limit: int = bounded(0, ge=0, note="0 is no limit")
     strict: bool = False
 
     fields = ("question", "answer", "context", "supporting_facts")
     test_split = "validation"
-    choices = {"context": CONTEXTS, "style": STYLES[:2]}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.limit < 0:
-            raise UserError(f"{self.name}: limit={self.limit} must be 0 (none) or more words")
         # A chain of thought may have paragraphs.
         self.stop = ("\nQuestion:",) if self.style == "cot" and not self.strict else ("\n\n",)
         self.out_of_range = 0  # supporting facts that are not in the context: many in the full-wiki setting

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qstar.errors import UserError
+from qstar.errors import bounded
 from qstar.tasks.answer_parsing import YES_NO, final_yes_no
-from qstar.tasks.base import DatasetTask, Problem, text_field
+from qstar.tasks.base import Problem, text_field
+from qstar.tasks.multiple_choice import ChoiceTask
 
 _WORD = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 
 
 @dataclass(kw_only=True, eq=False)
-class StrategyQA(DatasetTask):
+class StrategyQA(ChoiceTask):
     """The solution is the record's facts and "So the answer is yes."
 
     Options:
@@ -22,19 +23,11 @@ class StrategyQA(DatasetTask):
     """
 
     facts: bool = False
-    limit: int = 0
-    strict: bool = False
+    limit: int = bounded(0, ge=0, note="0 is all facts")
 
     name = "strategy_qa"
     default_source = "ChilleD/StrategyQA"
     fields = ("question", "answer")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.limit < 0:
-            raise UserError(f"strategy_qa: limit={self.limit} must be 0 (all) or more facts")
-        # The built-in examples are for chat models, whose answers may have paragraphs.
-        self.stop = ("\nQ:",) if self.prompts and not self.strict else ("\n\n", "\nQ:")
 
     def to_problem(self, record: dict) -> Problem:
         answer = YES_NO.get(str(record["answer"]).strip().lower())

@@ -24,7 +24,7 @@ def test_unknown_task_lists_the_known_ones():
 
 
 def test_unknown_option_lists_the_known_ones():
-    with pytest.raises(UserError, match="'gsm8k': option 'shots' is unknown; there are train, test, prompts"):
+    with pytest.raises(UserError, match="'gsm8k': option 'shots' is unknown; there are bad_rows, train, test, prompts"):
         make_task("gsm8k", shots=3)
 
 

@@ -56,16 +56,16 @@ from typing import Any, NamedTuple
 from qstar.errors import UserError
 from qstar.tasks.sandbox import codec
 
-PASSED = "passed"  # every test ran and held
-WRONG = "wrong"  # an assertion failed, or compared something that is no plain value
-ERROR = "error"  # the program raised an exception or does not compile, or a test could not run
-TIMEOUT = "timeout"  # wall clock or CPU time
-MEMORY = "memory"  # the program ran out of its memory
-EXITED = "exited"  # the program's process ended, by itself or by a signal, before the tests were through
-OUTPUT = "output"  # what came back is too large, or is no answer
-UNTESTED = "untested"  # no assertion was reached, though none failed
-REASONS = (PASSED, WRONG, ERROR, TIMEOUT, MEMORY, EXITED, OUTPUT, UNTESTED)
-
+REASONS = {
+    "passed": "every test ran and held",
+    "wrong": "an assertion failed, or compared something that is no plain value",
+    "error": "the program raised an exception or does not compile, or a test could not run",
+    "timeout": "wall clock or CPU time",
+    "memory": "the program ran out of its memory",
+    "exited": "the program's process ended, by itself or by a signal, before the tests were through",
+    "output": "what came back is too large, or is no answer",
+    "untested": "no assertion was reached, though none failed",
+}
 # Nothing of the user's environment, and a fixed hash seed: sets have the same order in every run. numpy's threads would
 # keep the server from entering namespaces.
 _ENVIRONMENT = {
@@ -81,7 +81,7 @@ class Verdict(NamedTuple):
     """The outcome of one program.
 
     Attributes:
-        passed: all tests ran and held; the same as `reason == PASSED`.
+        passed: all tests ran and held; the same as `reason == "passed"`.
         reason: one of REASONS.
         seconds: wall time of program and tests, without starting the processes.
         detail: one line for people; the program's own messages may be in it.
@@ -312,15 +312,15 @@ class _Worker(Helper):
             while "end" not in (message := codec.receive(self._answers, deadline)):
                 found = message
         except codec.TooLong as error:
-            return self._broken(OUTPUT, began, f"program and tests are too large: {error}")
+            return self._broken("output", began, f"program and tests are too large: {error}")
         except TimeoutError:
-            return self._broken(TIMEOUT, began, "the sandbox did not answer")
+            return self._broken("timeout", began, "the sandbox did not answer")
         except codec.Closed:
-            return self._broken(EXITED, began, "the sandbox ended")
+            return self._broken("exited", began, "the sandbox ended")
         if found is None:  # the judge itself was ended: by its timer, or by the kernel for want of memory
             timer = message["end"] == -signal.SIGALRM
-            return self._broken(TIMEOUT if timer else OUTPUT, began, f"the judge ended with {message['end']}")
-        return Verdict(found["reason"] == PASSED, found["reason"], found["seconds"], found["detail"])
+            return self._broken("timeout" if timer else "output", began, f"the judge ended with {message['end']}")
+        return Verdict(found["reason"] == "passed", **found)
 
     def _broken(self, reason: str, began: float, detail: str) -> Verdict:
         self.stop()

@@ -145,10 +145,18 @@ _SCALARS: dict[str, Callable[..., Any]] = {
 }
 
 
-def exception(name: Any, message: Any) -> Exception:
+def message(error: BaseException) -> str:
+    """The text of an exception, "" if its class raises another one instead."""
+    try:
+        return str(error)[:500]
+    except BaseException:
+        return ""
+
+
+def exception(name: Any, text: Any) -> Exception:
     """The built-in exception of that name, which tests may expect; RuntimeError for any other."""
     cls = getattr(builtins, name, None) if isinstance(name, str) else None
-    text = str(message)[:500]
+    text = str(text)[:500]
     if isinstance(cls, type) and issubclass(cls, Exception):
         try:
             return cls(text)

@@ -63,17 +63,10 @@ def _answer(fd: int, keep: Callable[[object], int], f: Callable[[], object]) -> 
     except MemoryError:
         reply = ["memory"]
     except BaseException as error:
-        try:
-            text = str(error)[:500]
-        except BaseException:
-            text = ""
-        reply = ["error", _known(type(error)), text]
+        # The nearest built-in class: tests cannot name the program's own exception classes.
+        known = next(c.__name__ for c in type(error).__mro__ if getattr(builtins, c.__name__, None) is c)
+        reply = ["error", known, codec.message(error)]
     try:
         codec.send(fd, reply)
     except codec.TooLong as error:
         codec.send(fd, ["long", str(error)])
-
-
-def _known(cls: type[BaseException]) -> str:
-    """The name of the nearest built-in class: tests cannot name the program's own exception classes."""
-    return next(c.__name__ for c in cls.__mro__ if getattr(builtins, c.__name__, None) is c)

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import codec
@@ -96,6 +97,10 @@ class Guest:
             self.pid = 0
 
 
+def _operation(what: str) -> Callable[..., Any]:
+    return lambda self, *args: self._guest.ask(what, self, *args)
+
+
 class Remote:
     """Proxy of an object of the program. What is read from it arrives as plain values; it equals nothing."""
 
@@ -113,9 +118,6 @@ class Remote:
             raise AttributeError(name)
         return self._guest.ask("attribute", self, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._guest.ask("set", self, name, value)
-
     def __iter__(self) -> Any:
         iterator = self._guest.ask("iterate", self)
         if not isinstance(iterator, Remote):
@@ -128,17 +130,11 @@ class Remote:
                 return
             yield value
 
-    def __getitem__(self, key: Any) -> Any:
-        return self._guest.ask("item", self, key)
-
-    def __len__(self) -> int:
-        return self._guest.ask("length", self)
-
     def __bool__(self) -> bool:
         return self._guest.ask("truth", self) is True
 
-    def __str__(self) -> str:
-        return self._guest.ask("text", self)
+    __getitem__, __setattr__ = _operation("item"), _operation("set")  # type: ignore[assignment]
+    __len__, __str__ = _operation("length"), _operation("text")  # type: ignore[assignment]
 
     def _refuse(self, *_: Any) -> Any:
         raise NotAValue("only plain values can be compared, not objects of the program's own classes")
@@ -180,15 +176,8 @@ def verdict(program: Guest, job: dict[str, Any]) -> tuple[str, str]:
         if isinstance(error, MemoryError) and not of_program:
             reason, detail = "output", "more than the judge can hold"
         else:
-            reason, detail = "wrong" if wrong else "error", f"{type(error).__name__}: {_text(error)}"
+            reason, detail = "wrong" if wrong else "error", f"{type(error).__name__}: {codec.message(error)}"
     return program.end or (reason, detail)
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except BaseException:
-        return ""
 
 
 def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
