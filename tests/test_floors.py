@@ -39,7 +39,7 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
 }  # fmt: skip
 TODAY = {  # while the packages are rewritten: a limit that only falls
     "": 2400, "data": 509, "models": 3975, "tasks": 4341, "sample": 1195, "thoughts": 1670, "train": 2170,
-    "runs": 2060, "methods": 5402, "report": 2140, "plan": 1657, "bench": 1515,
+    "runs": 2060, "methods": 5228, "report": 2140, "plan": 1657, "bench": 1515,
 }  # fmt: skip
 LONG_FILES = {
     "cli.py": 410,
