@@ -159,7 +159,8 @@ def _train(run: Run, stage: Stage, watch: Callable[[int, Params], None] | None) 
     if run.rl.estimator == "ppo":
         key = jax.random.key(stable_seed(run.seed, "value"))
         params["value"] = heads.init_critic(run.start.config.hidden_size, key)
-    record: dict[str, Any] = {"kl_weight": run.rl.kl_weight, "first": {}, "last": {}}  # kept with the checkpoints
+    # `fit` keeps it with the checkpoints, so that a resumed run continues with the adapted weight.
+    record: dict[str, Any] = {"kl_weight": run.rl.kl_weight, "first": {}, "last": {}}
 
     def update(state: TrainState, sampled: Sampled, lr: np.float32) -> tuple[TrainState, dict[str, float]]:
         state, metrics = learn(run, step, state, sampled, lr)
@@ -167,18 +168,12 @@ def _train(run: Run, stage: Stage, watch: Callable[[int, Params], None] | None) 
         record["first"], record["last"] = record["first"] or metrics, metrics
         return state, metrics
 
-    updates = run_updates(
-        params,
-        stage,
-        tx,
-        lambda n: update,
-        lambda n, state: sample(run, state.params, n, record["kl_weight"]),
-        mesh=run.start.mesh,
-        log_every=1,
-        on_policy=True,
-        place=lambda arrays: arrays,  # `learn` places minibatch by minibatch
-        extra=record,
-    )
+    def batch_at(n: int, state: TrainState) -> Sampled:
+        return sample(run, state.params, n, record["kl_weight"])
+
+    # An update is a whole round: its batch is sampled from the state, and `learn` places it minibatch by minibatch.
+    how = {"log_every": 1, "on_policy": True, "place": lambda arrays: arrays, "extra": record}
+    updates = run_updates(params, stage, tx, lambda n: update, batch_at, mesh=run.start.mesh, **how)
     with contextlib.closing(updates):  # also where an environment fails
         for at, lr in updates:
             policy, last = at.state.params["policy"], at.step

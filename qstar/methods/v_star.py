@@ -62,16 +62,12 @@ class VStarConfig(star.VariantConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         unknown = [v for v in self.verifiers if v not in KINDS]
+        restart = f"restart={self.restart!r}: update='rpo' trains the previous generator; set restart='previous'"
+        hints = "rationalize=True: V-STaR has no hints (hinted solutions would be labelled correct)"
         require(
             (not unknown, f"verifiers: {unknown and unknown[0]!r} is not one of {', '.join(KINDS)}"),
-            (
-                self.update == "sft" or self.restart == "previous",
-                f"restart={self.restart!r}: update='rpo' trains the previous generator; set restart='previous'",
-            ),
-            (
-                not self.rationalize,
-                "rationalize=True: V-STaR has no hints (hinted solutions would be labelled correct)",
-            ),
+            (self.update == "sft" or self.restart == "previous", restart),
+            (not self.rationalize, hints),
             (not self.retrain or not self.verifiers or self.accumulate, "accumulate=False: a verifier needs D_VER"),
         )
 

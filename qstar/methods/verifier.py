@@ -118,9 +118,7 @@ def score(
         verifier = Verifier(verifier if isinstance(verifier, Model) else load(verifier))
     rule = verifier.rule
     if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
-        raise UserError(
-            "prompts and completions are two lists of one length; several completions of a prompt are a list"
-        )
+        raise UserError("prompts and completions are lists of one length; several completions of a prompt are a list")
     first = completions[0] if len(completions) else ""
     nested = not isinstance(first, str) and len(first) > 0 and isinstance(first[0], (str, list, tuple, np.ndarray))
     if nested and len({len(c) for c in completions}) > 1:

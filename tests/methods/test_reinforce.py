@@ -32,7 +32,7 @@ T5 = EncDecConfig(vocab_size=6, hidden_size=16, num_layers=1, num_decoder_layers
 
 
 class Next:
-    """Worth: the share of a response's tokens that are the number after the prompt's last (5 is followed by 1)."""
+    """Reward: the share of a response's tokens that are the number after the prompt's last (5 is followed by 1)."""
 
     def prompts(self, update):
         return [[int(a), int(b)] for a, b in np.random.default_rng(update).integers(1, 6, (8, 2))]
@@ -69,7 +69,7 @@ def test_every_estimator_learns_a_task_that_can_be_solved(estimator, tmp_path):
     assert summary["score_first"] < 0.35 and rows[-1]["score"] > summary["score_first"] + 0.35, summary
     assert rows[-1]["reward/next"] == rows[-1]["score"] and rows[-1]["skipped"] == 0
     assert ("value_loss" in rows[-1]) == (estimator == "ppo") and "value" not in model.params
-    assert rows[-1]["kl"] > 0.05  # it moved away from the reference, and says so
+    assert rows[-1]["kl"] > 0.05  # the policy departs from the reference
 
 
 def test_an_encoder_decoder_learns_it_too(tmp_path):
@@ -106,8 +106,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     same(loaded.params, whole.params)
 
 
-class Told(Next):
-    """Tells which updates ask it; at one of them SIGTERM comes."""
+class Recorder(Next):
+    """Records the updates that it scores; at one of them it sends SIGTERM."""
 
     def __init__(self, at=-1):
         self.at, self.asked = at, []
@@ -123,10 +123,10 @@ def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_
     rl = RLSettings(estimator="ppo", kl_target=0.01, kl_horizon=100, **RL)
     settings = dataclasses.replace(SETTINGS, updates=6)  # nothing is saved on the way
     whole, summary = train(tmp_path / "whole", rl, settings)
-    first, second = Told(at=2), Told()
+    first, second = Recorder(at=2), Recorder()
     with preemption.listening(), pytest.raises(preemption.Preempted, match="saved after update 3"):
-        train(tmp_path / "told", rl, settings, environment=first)
-    again, resumed = train(tmp_path / "told", rl, settings, environment=second)
+        train(tmp_path / "stopped", rl, settings, environment=first)
+    again, resumed = train(tmp_path / "stopped", rl, settings, environment=second)
     assert (first.asked, second.asked) == ([0, 1, 2], [3, 4, 5])
     same(again.params, whole.params)
     assert resumed == summary
@@ -139,21 +139,21 @@ def test_sigterm_while_a_round_is_measured_saves_too(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
             raise AssertionError("the measurement went on")
 
-    seen, settings, second = [], dataclasses.replace(SETTINGS, updates=4), Told()
+    seen, settings, second = [], dataclasses.replace(SETTINGS, updates=4), Recorder()
     with preemption.listening(), pytest.raises(preemption.Preempted, match="saved after update 2"):
         train(tmp_path, RLSettings(**RL), settings, watch=watch)
     train(tmp_path, RLSettings(**RL), settings, watch=watch, environment=second)
     assert second.asked == [2, 3]
 
 
-def test_minibatches_after_one_that_has_moved_too_far_are_left_out():
-    """Also of the first and only epoch; the stub's step says how far it moved."""
+def test_minibatches_after_one_above_max_approx_kl_are_skipped():
+    """Also in the first and only epoch; the stub of a step returns approx_kl."""
     made = []
 
     def step(state, rows, lr):
         made.append(len(rows.response))
-        moved = 5.0 if len(made) == 2 else 0.0
-        return state, {k: jnp.float32(v) for k, v in (("approx_kl", moved), ("skipped", 0), ("loss", 0))}
+        approx_kl = 5.0 if len(made) == 2 else 0.0
+        return state, {k: jnp.float32(v) for k, v in (("approx_kl", approx_kl), ("skipped", 0), ("loss", 0))}
 
     for epochs, max_approx_kl, wanted in ((1, 0.1, 2), (2, 0.1, 2), (2, 0.0, 8), (1, 10.0, 4)):
         made.clear()

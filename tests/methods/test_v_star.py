@@ -26,7 +26,7 @@ class Fake:
         self.name = name
 
 
-def study(tmp_path, preset, **own):
+def context_of(tmp_path, preset, **own):
     from configs.v_star_arithmetic import get_config
 
     config = get_config("smoke")
@@ -43,7 +43,7 @@ def study(tmp_path, preset, **own):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def calls(monkeypatch):
     """Scripted stages. Of problems whose first digit is odd, sample 0 is right (`right`, another text in every iteration);
     sample 1 is wrong. Returns what was done, in order."""
     log = []
@@ -94,27 +94,27 @@ def right(problem, n):
     return "|" * n + f"#{problem.gold}"
 
 
-def test_v_star_accumulates_restarts_from_the_base_and_trains_one_verifier_from_g_sft(tmp_path, told):
-    ctx = study(tmp_path, "v_star")
+def test_v_star_accumulates_restarts_from_the_base_and_trains_one_verifier_from_g_sft(tmp_path, calls):
+    ctx = context_of(tmp_path, "v_star")
     go(ctx)
-    kinds = [(kind, name) for kind, name, *_ in told if kind != "test"]
+    kinds = [(kind, name) for kind, name, *_ in calls if kind != "test"]
     assert kinds == [("sample", "G_SFT"), ("sft", "base"), ("sample", "G1"), ("sft", "base"), ("sample", "G2"),
                      ("sft", "base"), ("dpo", "G_SFT")]  # fmt: skip
     odd = [p for p in ctx.task.pool(1, ctx.seed, None) if int(p.id[0]) % 2]
     gold = [s.prompt + s.completion for s in v_star.supervised_data(ctx)]
-    for n, rows in enumerate([rows for kind, _, rows in told if kind == "sft"], 1):
+    for n, rows in enumerate([rows for kind, _, rows in calls if kind == "sft"], 1):
         assert rows == sorted(gold + [ctx.task.prompt(p) + right(p, m) for p in odd for m in range(1, n + 1)])
 
 
-def test_the_buffers_hold_who_found_what_and_the_pairs_come_from_all_of_them(tmp_path, told):
-    ctx = study(tmp_path, "v_star")
+def test_the_buffers_hold_who_found_what_and_the_pairs_come_from_all_of_them(tmp_path, calls):
+    ctx = context_of(tmp_path, "v_star")
     arm = go(ctx)
     d_ver = [row for n in range(4) for row in read_jsonl(arm.folder / "d_ver" / f"iter_{n:03d}.jsonl")]
     d_gen = [row for n in range(4) for row in read_jsonl(arm.folder / "d_gen" / f"iter_{n:03d}.jsonl")]
     assert all(row["correct"] for row in d_gen) and {r["source"] for r in d_gen} == {"human", "model"}
     assert {(r["iteration"], r["source"]) for r in d_ver if not r["correct"]} == {(n, "model") for n in (1, 2, 3)}
     assert [r for r in d_ver if r["source"] == "human"] == [r for r in d_gen if r["source"] == "human"]
-    pairs = next(what for kind, _, what in told if kind == "dpo")
+    pairs = next(what for kind, _, what in calls if kind == "dpo")
     wrong = {r["completion"] for r in d_ver if not r["correct"]}
     assert pairs and {p.rejected for p in pairs} <= wrong and {p.rejected[1] for p in pairs} == {"1", "2", "3"}
 
@@ -131,27 +131,27 @@ def test_the_buffers_hold_who_found_what_and_the_pairs_come_from_all_of_them(tmp
         ("v_star", ["G_SFT", "G1", "G2"], ["both"] * 3, ["dpo"]),
     ],
 )
-def test_the_rows_of_the_table_of_baselines(tmp_path, told, preset, samples, generators, verified):
+def test_the_rows_of_the_table_of_baselines(tmp_path, calls, preset, samples, generators, verified):
     """2402.06457, table 1: data of the generator, data of the verifier, iterative or not."""
-    ctx = study(tmp_path, preset)
+    ctx = context_of(tmp_path, preset)
     go(ctx)
     gold = {s.prompt + s.completion for s in v_star.supervised_data(ctx)}
-    assert [name for kind, name, *_ in told if kind == "sample"] == samples
-    trained = [(name, set(rows)) for kind, name, rows in told if kind == "sft"]
+    assert [name for kind, name, *_ in calls if kind == "sample"] == samples
+    trained = [(name, set(rows)) for kind, name, rows in calls if kind == "sft"]
     assert all(name == "base" for name, _ in trained) and len(trained) == len(generators)
     for (_, rows), what in zip(trained, generators):
         assert (gold <= rows) == (what == "both") and rows - gold
-    assert [kind for kind, *_ in told if kind == "dpo"] == verified
+    assert [kind for kind, *_ in calls if kind == "dpo"] == verified
     assert v_star.PRESETS[preset].get("k", 16) * max(1, len(samples)) in (16, 48)  # as many samples in all
 
 
-def test_iterative_rpo_goes_on_from_the_generator_before_with_pairs_of_its_own_samples(tmp_path, told):
-    ctx = study(tmp_path, "rpo")
+def test_iterative_rpo_goes_on_from_the_generator_before_with_pairs_of_its_own_samples(tmp_path, calls):
+    ctx = context_of(tmp_path, "rpo")
     arm = go(ctx)
-    assert [(kind, name) for kind, name, *_ in told if kind != "test"] == [
+    assert [(kind, name) for kind, name, *_ in calls if kind != "test"] == [
         ("sample", "G_SFT"), ("dpo", "G_SFT"), ("sample", "V"), ("dpo", "V"), ("sample", "V"), ("dpo", "V")]  # fmt: skip
     odd = {p.id: p for p in ctx.task.pool(1, ctx.seed, None) if int(p.id[0]) % 2}
-    for n, pairs in enumerate([pairs for kind, _, pairs in told if kind == "dpo"], 1):
+    for n, pairs in enumerate([pairs for kind, _, pairs in calls if kind == "dpo"], 1):
         assert {(p.problem_id, p.chosen, p.rejected) for p in pairs} == {
             (i, right(p, n), f"#{n}1") for i, p in odd.items()
         }
@@ -160,12 +160,12 @@ def test_iterative_rpo_goes_on_from_the_generator_before_with_pairs_of_its_own_s
     assert not (arm.folder / "verifiers").exists()
 
 
-def test_a_verifier_in_every_iteration_and_other_kinds_if_asked_for(tmp_path, told):
-    ctx = study(tmp_path, "v_star", verifier_every_iter=True, verifiers=("dpo", "orm", "prm"))
+def test_a_verifier_in_every_iteration_and_other_kinds_if_asked_for(tmp_path, calls):
+    ctx = context_of(tmp_path, "v_star", verifier_every_iter=True, verifiers=("dpo", "orm", "prm"))
     arm = go(ctx)
-    kinds = [kind for kind, *_ in told if kind in ("dpo", "orm", "prm")]
+    kinds = [kind for kind, *_ in calls if kind in ("dpo", "orm", "prm")]
     assert kinds == ["dpo", "orm", "prm"] * 3
-    sizes = [len(what) for kind, _, what in told if kind == "orm"]
+    sizes = [len(what) for kind, _, what in calls if kind == "orm"]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     assert sorted(p.name for p in (arm.folder / "selection").glob("iter_*.json")) == [
         f"iter_{n:03d}.json" for n in (1, 2, 3)
@@ -176,7 +176,7 @@ def test_a_verifier_in_every_iteration_and_other_kinds_if_asked_for(tmp_path, to
     )
 
 
-def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, monkeypatch):
+def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, calls, monkeypatch):
     folders = []
     inner = star.sample_rollouts
 
@@ -185,7 +185,7 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, m
         return inner(*args, **kw)
 
     monkeypatch.setattr(star, "sample_rollouts", attempt)
-    ctx = study(tmp_path, "v_star")
+    ctx = context_of(tmp_path, "v_star")
     ctx.settings.arms["other"] = {"preset": "v_star", "k": 2}
     for name in ("arm", "other"):
         loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
@@ -196,7 +196,7 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, told, m
 @pytest.mark.parametrize(
     "own", [{"problems_per_iter": 3}, {"few_shot_at_sample": False}, {"fresh": True, "problems_per_iter": 4}]
 )
-def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told, monkeypatch, own):
+def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, calls, monkeypatch, own):
     folders = {}
     inner = star.sample_rollouts
 
@@ -206,7 +206,7 @@ def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told,
         return inner(model, task, problems, *args, iteration=iteration, **kw)
 
     monkeypatch.setattr(star, "sample_rollouts", attempt)
-    ctx = study(tmp_path, "v_star")
+    ctx = context_of(tmp_path, "v_star")
     ctx.settings.arms["other"] = {"preset": "v_star", "k": 2, **own}
     for name in ("arm", "other"):
         loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
@@ -215,7 +215,7 @@ def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, told,
 
 
 @pytest.mark.parametrize("few_shot", [True, False])
-def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told, monkeypatch, few_shot):
+def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, calls, monkeypatch, few_shot):
     """Greedy answers, test samples and the samples themselves: all with the few-shot text in front, or none."""
     seen = set()
     inner = star.sample_rollouts
@@ -226,7 +226,7 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told
 
     for module in (star, v_star_eval, context):
         monkeypatch.setattr(module, "sample_rollouts", attempt)
-    ctx = study(tmp_path / "run", "v_star")
+    ctx = context_of(tmp_path / "run", "v_star")
     ctx.writer.close()
     shutil.rmtree(tmp_path / "run")
     ctx.settings.loop["few_shot_at_sample"] = few_shot
@@ -245,13 +245,13 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, told
     "own", [{"verifiers": ("dop",)}, {"rationalize": True}, {"accumulate": False}, {"update": "dpo"}]
 )
 def test_switches_that_make_no_sense_are_named(own, tmp_path):
-    ctx = study(tmp_path, "v_star", **own)
+    ctx = context_of(tmp_path, "v_star", **own)
     with pytest.raises(UserError, match=next(iter(own))):
         ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, "arm")
 
 
 def test_data_without_solutions_is_refused(tmp_path, monkeypatch):
-    ctx = study(tmp_path, "v_star")
+    ctx = context_of(tmp_path, "v_star")
     monkeypatch.setattr(type(ctx.task), "solution", lambda self, problem: None)
     with pytest.raises(UserError, match="D_SFT"):
         v_star.supervised_data(ctx)
