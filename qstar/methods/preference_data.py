@@ -28,7 +28,7 @@ from qstar.data.sources import read_jsonl
 from qstar.errors import Settings, bounded
 from qstar.models.model import Model
 from qstar.runs.folder import cached_jsonl
-from qstar.runs.rollouts import SampleSettings, sample_rollouts, to_example
+from qstar.runs.rollouts import SampleSettings, sample_rollouts, text_key, to_example
 from qstar.tasks.base import Problem, Task, stable_rng
 from qstar.text.packing import Example, pack_groups
 from qstar.text.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class Solution:
     @property
     def key(self) -> tuple[str, str]:
         """Solutions of equal key are duplicates."""
-        return self.problem_id, " ".join(self.completion.split())
+        return text_key(self)
 
 
 def human_solutions(task: Task, problems: Iterable[Problem]) -> list[Solution]:

@@ -199,7 +199,7 @@ def select(
     return out
 
 
-def text_key(row: Rollout) -> tuple[str, str]:
+def text_key(row: Any) -> tuple[str, str]:
     """Returns what makes two rows duplicates: the problem and the text up to white space."""
     return row.problem_id, " ".join(row.completion.split())
 

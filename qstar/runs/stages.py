@@ -372,7 +372,13 @@ def _response_rows(examples, row_length, config, widest):
     require((longest <= row_length, f"row_length={row_length} is too short: the longest example has {longest} tokens"))
     P, R = (padded_length(max(len(getattr(x, part)) for x in widest)) for part in ("prompt", "completion"))
     prompt, prompt_mask = scoring.pad_prompts(config, [x.prompt for x in examples], P)
-    response, mask = np.zeros((len(examples), R), np.int32), np.zeros((len(examples), R), np.float32)
-    for i, x in enumerate(examples):
-        response[i, : len(x.completion)], mask[i, : len(x.completion)] = x.completion, 1.0
+    response, mask = pad_responses([x.completion for x in examples], R)
     return {"prompt": prompt, "prompt_mask": prompt_mask, "response": response, "mask": mask}
+
+
+def pad_responses(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns token ids int32 and their mask float32, each [B, R] with R = `length`, padded on the right."""
+    response, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.float32)
+    for i, ids in enumerate(rows):
+        response[i, : len(ids)], mask[i, : len(ids)] = ids, 1.0
+    return response, mask
