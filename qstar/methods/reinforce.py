@@ -172,7 +172,7 @@ def _train(run: Run, stage: Stage, watch: Callable[[int, Params], None] | None) 
         return sample(run, state.params, n, record["kl_weight"])
 
     # An update is a whole round: its batch is sampled from the state, and `learn` places it minibatch by minibatch.
-    how = {"log_every": 1, "on_policy": True, "place": lambda arrays: arrays, "extra": record}
+    how: dict[str, Any] = {"log_every": 1, "on_policy": True, "place": lambda arrays: arrays, "extra": record}
     updates = run_updates(params, stage, tx, lambda n: update, batch_at, mesh=run.start.mesh, **how)
     with contextlib.closing(updates):  # also where an environment fails
         for at, lr in updates:

@@ -93,7 +93,7 @@ class Supervision(Settings):
 class VStarSections(TaskSections):
     """The sections of a V-STaR config."""
 
-    gates: dict[str, SampledGate] = dataclasses.field(default_factory=dict)
+    gates: dict[str, SampledGate] = dataclasses.field(default_factory=dict)  # type: ignore[assignment]
     sft: Supervision = dataclasses.field(default_factory=Supervision)
     pairs: data.PairSettings = dataclasses.field(default_factory=data.PairSettings)
     rpo: VerifierSettings = dataclasses.field(default_factory=VerifierSettings)  # of a generator
@@ -150,7 +150,8 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
     add_to_gen, add_to_ver = (functools.partial(data.add_to_buffer, arm.folder / name) for name in ("d_gen", "d_ver"))
     add_to_gen(0, d_sft)
     add_to_ver(0, d_sft)
-    generator, verifiers, n = sft, {}, 0
+    generator, n = sft, 0
+    verifiers: dict[str, Model] = {}
     arm.report(0, arm.evaluate(sft, 0), {})
     for n in range(1, loop.n_iters + 1):
         arm.begin(n, loop.n_iters)
@@ -262,7 +263,8 @@ def train_verifiers(
     arm: Arm, loop: VStarConfig, sft: Model, d_ver: list[data.Solution], n: int
 ) -> tuple[dict[str, Model], dict[str, Any]]:
     """V <- DPO(init = reference = G_SFT, D_pref), and the arm's other verifiers, from the same D_VER."""
-    ctx, models, metrics = arm.ctx, {}, {}
+    ctx, models = arm.ctx, {}
+    metrics: dict[str, Any] = {}
     queries = [*star.iteration_problems(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems)]
     problems = {p.id: p for p in queries}
     for kind in loop.verifiers:
@@ -277,9 +279,11 @@ def train_verifiers(
             else:
                 labels = None
                 if kind == "prm" and (rollouts := job.settings.rollouts):
-                    sampling, folder = loop.sampling(ctx.settings.sample), job.folder / "rollouts"
-                    how = {"n": rollouts, "seed": job.seed, "folder": folder, "few_shot": loop.few_shot_at_sample}
-                    labels = data.rollout_labels(sft, ctx.task, problems, d_ver, sampling, **how)
+                    folder, sampling = job.folder / "rollouts", loop.sampling(ctx.settings.sample)
+                    labels = data.rollout_labels(
+                        sft, ctx.task, problems, d_ver, sampling, n=rollouts, seed=job.seed, folder=folder,
+                        few_shot=loop.few_shot_at_sample,
+                    )  # fmt: skip
                 rows = data.repeat_by_count(d_ver, ctx.settings.pairs)
                 models[kind], done = train_head(sft, kind, rows, ctx.task, problems, job, labels)
         metrics |= {f"{kind}_{k}": v for k, v in done.items() if v is not None}

@@ -70,7 +70,7 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
             folder / f"iter_{n:03d}.json",
             lambda: result(rows, scores, N, ctx.settings.select.m, faults(ctx.task, problems, rows), ctx.task.ballots),
         )
-    label = {"arm": arm.name, "iteration": n}
+    label: dict[str, Any] = {"arm": arm.name, "iteration": n}
     for name, auc in found["auc"].items():
         row = {"auc": auc, "auc_pooled": found["auc_pooled"][name], **found["calibration"][name]}
         row |= {f"regret@{k}": mean for k, (mean, _, _) in found["regret"][name].items()}
