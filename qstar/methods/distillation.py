@@ -19,7 +19,7 @@ from qstar.errors import bounded, require
 from qstar.models import scoring
 from qstar.models.model import Model
 from qstar.runs.folder import data_hash, stable_seed
-from qstar.runs.stages import Stage, UpdateSettings, pad_responses, train_stage
+from qstar.runs.stages import Stage, UpdateSettings, train_stage
 from qstar.sample.batching import padded_length, stream
 from qstar.train import distil as losses
 from qstar.train.state import TrainState, optimizer_for
@@ -111,7 +111,7 @@ def make_batch(
     # Where no row has a teacher's prompt of its own, both read the same one, at the student's length.
     length = lengths[1] if any(r.teacher_prompt for r in rows) else lengths[0]
     teacher_prompts = scoring.pad_prompts(teacher, [list(r.teacher_prompt or r.prompt) for r in rows], length)
-    responses = pad_responses([r.response for r in rows], response_length)
+    responses = scoring.pad_responses([r.response for r in rows], response_length)
     return losses.Lesson(*prompt, *responses, *teacher_prompts)
 
 

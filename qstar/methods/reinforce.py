@@ -42,7 +42,7 @@ from qstar.models import heads, scoring
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, encoder_ids
 from qstar.runs.folder import data_hash, stable_seed
-from qstar.runs.stages import MACHINE, Stage, UpdateSettings, pad_responses, run_updates, train_once
+from qstar.runs.stages import MACHINE, Stage, UpdateSettings, run_updates, train_once
 from qstar.sample.batching import padded_length, stream
 from qstar.train import rl
 from qstar.train.state import TrainState
@@ -221,7 +221,7 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     # ---- 3: log-probabilities and values
     ids = [row for p in prompts for row in [run.encode(p)] * G]
     prompt, prompt_mask = scoring.pad_prompts(run.start.config, ids, padded_length(max(map(len, ids))))
-    response, mask = pad_responses([done.tokens for done in flat], s.max_new_tokens)  # [B, R]
+    response, mask = scoring.pad_responses([done.tokens for done in flat], s.max_new_tokens)  # [B, R]
     placed = put_global_batch((prompt, prompt_mask, response), run.start.mesh)
     old, _, values = rl.measure_jit(params, *placed, **run.static)
     ref = rl.measure_jit({"policy": run.start.params}, *placed, **run.static)[0]

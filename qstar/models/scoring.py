@@ -141,6 +141,14 @@ def pad_prompts(config: AnyConfig, rows: list[list[int]], length: int, fill: int
     return tokens, mask
 
 
+def pad_responses(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns token ids int32 and their mask float32, each [B, R] with R = `length`, padded on the right."""
+    response, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.float32)
+    for i, ids in enumerate(rows):
+        response[i, : len(ids)], mask[i, : len(ids)] = ids, 1.0
+    return response, mask
+
+
 # ----------------------------------------------------------------------------------------------- functions of a model
 
 

@@ -372,13 +372,5 @@ def _response_rows(examples, row_length, config, widest):
     require((longest <= row_length, f"row_length={row_length} is too short: the longest example has {longest} tokens"))
     P, R = (padded_length(max(len(getattr(x, part)) for x in widest)) for part in ("prompt", "completion"))
     prompt, prompt_mask = scoring.pad_prompts(config, [x.prompt for x in examples], P)
-    response, mask = pad_responses([x.completion for x in examples], R)
+    response, mask = scoring.pad_responses([x.completion for x in examples], R)
     return {"prompt": prompt, "prompt_mask": prompt_mask, "response": response, "mask": mask}
-
-
-def pad_responses(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns token ids int32 and their mask float32, each [B, R] with R = `length`, padded on the right."""
-    response, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.float32)
-    for i, ids in enumerate(rows):
-        response[i, : len(ids)], mask[i, : len(ids)] = ids, 1.0
-    return response, mask
