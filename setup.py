@@ -19,6 +19,7 @@ setup(
         "qstar.models": ["presets.json"],
         "qstar.tasks": ["examples/*.jsonl"],
         "qstar.report": ["templates/*.j2", "static/*.css", "static/*.js"],  # pages of reports
+        "qstar.bench": ["*.json"],  # recorded figures of the official code
     },
     python_requires=">=3.11",
     install_requires=[

@@ -1,13 +1,14 @@
-"""Runs of several processes: identity, rendezvous, health, and what process 0 alone does.
+"""Processes of a run: identity, rendezvous, the start of JAX, and collectives of small host values.
 
 Stages meet on disk: the run folder is on a file system that all processes share. Process 0 alone prints and writes.
-Whether a file exists is what process 0 finds (`broadcast_bool`), since a slow file system would send processes different
-ways. When a process dies, the others, which wait for it in a collective, learn of it through their sockets and exit.
+Whether a file exists is decided by process 0 (`broadcast_bool`), because a slow file system may show it to some processes
+later. When a process dies, the others lose its connection and exit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import glob
 import json
@@ -18,41 +19,123 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qstar.errors import UserError
 
-SECONDS = 300  # to wait for the others, unless QSTAR_JOIN_SECONDS says otherwise
-SAY_AFTER = 5.0
-GRACE = (
-    3.0  # seconds between the news that a process has died and the end of this one, whose own error may be on its way
-)
+JOIN_SECONDS = 300.0  # default of QSTAR_JOIN_SECONDS
+FIRST_NOTE, NEXT_NOTE = 5.0, 15.0  # seconds between messages about missing processes
+# A process whose peer died waits so long before it exits: its own error may say more and is about to be printed.
+GRACE = 3.0
 VARIABLES = ("QSTAR_COORDINATOR", "QSTAR_NUM_PROCESSES", "QSTAR_PROCESS_ID")
 TPU_PORT = 8482  # JAX's own choice on TPU VMs
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """This process among those of the run."""
+    """Identity of this process in the run."""
 
     coordinator: str  # host:port of process 0
     count: int
     index: int
-    start: str  # how the others are started, for who forgot
+    start: str  # the command that starts a missing process, with {index}
+
+
+# ------------------------------------------------------------------------------------------------- start of JAX
+
+
+def start_jax(device: str = "auto", *, several: bool = False) -> None:
+    """Selects the platform and enables the persistent compilation cache. Call it before anything imports jax.
+
+    With `several`, waits for the other processes of the run that the environment describes (`process_info`).
+
+    Raises:
+      UserError: the device is not available; another process did not connect.
+    """
+    platform = {"auto": "", "gpu": "cuda"}.get(device, device)
+    if platform:
+        os.environ["JAX_PLATFORMS"] = platform
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "qstar" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    # By device files, not by packages: libtpu is installed on CPU machines, too, for `qstar plan`.
+    accelerators = [
+        f for kind in ("accel[0-9]*", "vfio/[0-9]*", "nvidia*", "dxg", "kfd") for f in glob.glob(f"/dev/{kind}")
+    ]
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators:
+        keep_freed_memory()
+    here = process_info(os.environ, device) if several else None
+    if here is not None and here.count > 1:
+        join(here)
+    import jax
+
+    try:
+        found = jax.devices()[0].platform
+    except (RuntimeError, AssertionError) as e:  # AssertionError, without text, if JAX has no plugin for the platform
+        reason = next(iter(str(e).splitlines()), "no plugin for it")
+        raise UserError(f"--device={device}: JAX finds none ({reason}); install its extra or use cpu") from None
+    if device not in ("auto", found):  # called from a program that has started jax already
+        raise UserError(f"--device={device}: JAX has started on {found} already; name the device first")
+
+
+def start_plan(topologies: Iterable[str]) -> None:
+    """Starts JAX for `qstar plan`: on the CPU with the simulated devices of `cpu:N` and `gpu:N`, or on this machine's GPUs.
+
+    Raises:
+      UserError: the topology is `gpu`, and there is none.
+    """
+    named = [t.partition(":") for t in topologies]
+    counts = [int(n or 8) for kind, _, n in named if kind in ("cpu", "gpu") and (n or "8").isdecimal()]
+    if counts and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        flag = f"--xla_force_host_platform_device_count={max(counts)}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        os.environ.setdefault("PJRT_NPROC", "16")
+    if ("gpu", "", "") not in named:
+        return start_jax("cpu")
+    try:
+        start_jax("gpu")
+    except UserError:
+        raise UserError(
+            "--topology=gpu: JAX finds no GPU here; run it where there is one, with 'qstar[cuda]' installed, or give a number"
+            " (gpu:8) for simulated devices with a GPU's memory, which are a guide only"
+        ) from None
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc's allocator keep freed memory; without glibc nothing changes.
+
+    XLA's CPU runtime allocates the temporaries of every call anew. Returned to the system in between, each page faults
+    again: 200,000 faults in a train step of a 20M model, 15% of its time. One arena, or blocks of other threads would
+    not count.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for name, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**30), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(name, value)
+
+
+# ----------------------------------------------------------------------------------- collectives of host values
 
 
 def is_first() -> bool:
-    """Whether this process prints and writes: process 0, or the only one."""
+    """Returns whether this process prints and writes: process 0, or the only one."""
     jax = sys.modules.get("jax")
     return jax is None or jax.process_index() == 0
 
 
-def broadcast_bool(value: bool) -> bool:
-    """Returns the first process's value, in all of them (a collective: every process calls it, in the same order)."""
+def _alone() -> bool:
     jax = sys.modules.get("jax")
-    if jax is None or jax.process_count() == 1:
+    return jax is None or jax.process_count() == 1
+
+
+def broadcast_bool(value: bool) -> bool:
+    """Returns the value of process 0 on all processes (a collective: every process calls it, in the same order)."""
+    if _alone():
         return value
     import numpy as np
     from jax.experimental import multihost_utils
@@ -61,72 +144,73 @@ def broadcast_bool(value: bool) -> bool:
 
 
 def broadcast_from_host0(make: Callable[[], Any]) -> Any:
-    """Returns what `make` returns in process 0, which alone calls it, on all processes (a collective, see `broadcast_bool`).
+    """Calls `make` on process 0 alone and returns its result, which must be JSON, on all processes (a collective).
 
-    For what may differ from process to process, or should be asked for once: a file, a server. The value must be JSON.
+    For what may differ between processes, or should be requested once: a file, a server.
 
     Raises:
-      UserError: `make` raised it; in all processes.
+      UserError: `make` raised it; on all processes.
     """
-    jax = sys.modules.get("jax")
-    if jax is None or jax.process_count() == 1:
+    if _alone():
         return make()
     import numpy as np
     from jax.experimental import multihost_utils
 
-    message, fault = b"", False
+    message, failed = b"", False
     if is_first():
         try:
             message = json.dumps(make()).encode()
         except UserError as e:
-            message, fault = str(e).encode(), True
+            message, failed = str(e).encode(), True
     share = multihost_utils.broadcast_one_to_all
-    length, fault = (int(x) for x in share(np.asarray([len(message), fault])))
-    message = share(np.frombuffer(message if is_first() else bytes(length), np.uint8)).tobytes().decode()
-    if fault:
-        raise UserError(message)
+    length, failed = (int(x) for x in share(np.asarray([len(message), failed])))
+    message = share(np.frombuffer(message if is_first() else bytes(length), np.uint8)).tobytes()
+    if failed:
+        raise UserError(message.decode())
     return json.loads(message)
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder, in one process, when all have done with it."""
+    """Deletes a folder on process 0 after all processes have called this."""
     broadcast_bool(True)
     if is_first():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def exists(path: Path) -> bool:
-    """Whether a file of the run is there, as the first process sees it; the same in all of them."""
+    """Returns whether process 0 finds the file; the same on all processes."""
     return broadcast_bool(path.exists())
 
 
-def process_info(environment: Mapping[str, str] = os.environ, device: str = "auto") -> ProcessInfo | None:
-    """Returns this process's place, or None for a run of one process.
+# ------------------------------------------------------------------------------------------------------ identity
 
-    QSTAR_COORDINATOR, QSTAR_NUM_PROCESSES and QSTAR_PROCESS_ID, if they are set; a step of SLURM with several tasks; the
-    workers of a TPU slice (GKE's variables, or the metadata of a TPU VM), of several slices with MEGASCALE's.
+
+def process_info(environment: Mapping[str, str] = os.environ, device: str = "auto") -> ProcessInfo | None:
+    """Returns the identity of this process, or None for a run of one process.
+
+    Read from QSTAR_COORDINATOR, QSTAR_NUM_PROCESSES and QSTAR_PROCESS_ID if set; from a SLURM step with several tasks; from
+    the variables of GKE or the metadata of a TPU VM, with MEGASCALE's for several slices. JAX detects these clusters itself,
+    but offers no public function that returns what it found, and the message about missing processes needs it.
 
     Raises:
-      UserError: variables that contradict themselves.
+      UserError: variables contradict each other.
     """
     e = environment
     if any(e.get(name) for name in VARIABLES):
-        return _named(e)
+        return _from_variables(e)
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_NTASKS")
     if all(e.get(name) for name in slurm) and int(e["SLURM_NTASKS"]) > 1:
         port = e.get("JAX_COORDINATOR_PORT") or 61440 + int(e["SLURM_JOB_ID"]) % 4096
-        nodes = e["SLURM_STEP_NODELIST"]
-        coordinator = f"{_first_node(nodes)}:{port}"
+        coordinator = f"{_first_node(e['SLURM_STEP_NODELIST'])}:{port}"
         how = f"srun --jobid={e['SLURM_JOB_ID']} runs the command once per task; launch/slurm.sh submits it so"
         return ProcessInfo(coordinator, int(e["SLURM_NTASKS"]), int(e["SLURM_PROCID"]), how)
     if device not in ("auto", "tpu") or e.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("", "tpu"):
         return None
-    return _of_tpu(e)
+    return _from_tpu(e)
 
 
-def _named(e: Mapping[str, str]) -> ProcessInfo:
-    missing = [name for name in VARIABLES if not e.get(name)]
-    if missing:
+def _from_variables(e: Mapping[str, str]) -> ProcessInfo:
+    if missing := [name for name in VARIABLES if not e.get(name)]:
         raise UserError(f"{missing[0]} is not set, but others of {', '.join(VARIABLES)} are; set all three or none")
     coordinator, count, index = (e[name] for name in VARIABLES)
     host, _, port = coordinator.rpartition(":")
@@ -136,27 +220,25 @@ def _named(e: Mapping[str, str]) -> ProcessInfo:
         raise UserError(f"QSTAR_NUM_PROCESSES={count} must be a whole number of 1 or more")
     if not index.isdecimal() or int(index) >= int(count):
         raise UserError(f"QSTAR_PROCESS_ID={index} must be a whole number from 0 to {int(count) - 1}")
-    how = (
-        f"the same command with QSTAR_COORDINATOR={coordinator} QSTAR_NUM_PROCESSES={count} QSTAR_PROCESS_ID={{index}}"
-    )
-    return ProcessInfo(coordinator, int(count), int(index), how)
+    how = f"QSTAR_COORDINATOR={coordinator} QSTAR_NUM_PROCESSES={count} QSTAR_PROCESS_ID={{index}}"
+    return ProcessInfo(coordinator, int(count), int(index), f"the same command with {how}")
 
 
 def _first_node(nodes: str) -> str:
-    """The first host of SLURM's list: node001, node001,b; node[001-015],b; node[001,007-015]."""
+    """Returns the first host of SLURM's list: node001, node001,b; node[001-015],b; node[001,007-015]."""
     prefix, bracket, rest = nodes.partition("[")
     if "," in prefix or not bracket:
         return nodes.split(",")[0]
     return prefix + rest.replace("]", ",").replace("-", ",").split(",")[0]
 
 
-def _of_tpu(e: Mapping[str, str]) -> ProcessInfo | None:
+def _from_tpu(e: Mapping[str, str]) -> ProcessInfo | None:
     hosts, index = e.get("TPU_WORKER_HOSTNAMES", ""), e.get("TPU_WORKER_ID", "")
     slices = {k: e.get(f"MEGASCALE_{k}", "") for k in ("NUM_SLICES", "SLICE_ID", "COORDINATOR_ADDRESS")}
     if not (hosts and index):
         if e.get("TPU_SKIP_MDS_QUERY") or not glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
             return None
-        # In the new format a list of hosts, in the old one of name:id:address.
+        # The new format is a list of hosts, the old one a list of name:id:address.
         hosts = ",".join(w.split(":")[-1] for w in _metadata("worker-network-endpoints").split(","))
         index = _metadata("agent-worker-number")
         if not (hosts and index):
@@ -175,43 +257,100 @@ def _of_tpu(e: Mapping[str, str]) -> ProcessInfo | None:
 
 
 def _metadata(key: str) -> str:
-    """An attribute of this virtual machine on Google Cloud; "" where there is none."""
+    """Returns an attribute of this virtual machine on Google Cloud, "" elsewhere."""
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
-    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(request, timeout=5) as reply:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5
+        ) as reply:
             return reply.read().decode()
     except OSError:
         return ""
 
 
+# ---------------------------------------------------------------------------------------------------- rendezvous
+
+_connections: dict[int, socket.socket] = {}  # process 0 has one to each process, the others one to process 0
+
+
 def join(here: ProcessInfo) -> None:
-    """Waits until all processes are there, and makes them one JAX. Called before JAX touches a device.
+    """Waits for all processes, then calls `jax.distributed.initialize`. Call it before JAX uses a device.
 
     Raises:
-      UserError: somebody did not come in time; the line names who and the command that starts them.
+      UserError: a process did not connect within QSTAR_JOIN_SECONDS; the line names it and the command that starts it.
     """
-    seconds = float(os.environ.get("QSTAR_JOIN_SECONDS") or SECONDS)
-    _rendezvous(here, seconds)
+    seconds = float(os.environ.get("QSTAR_JOIN_SECONDS") or JOIN_SECONDS)
+    rendezvous(here, seconds)
     import jax
 
     jax.distributed.initialize(here.coordinator, here.count, here.index, initialization_timeout=max(60, int(seconds)))
-    for index, line in _Lines.open.items():
-        threading.Thread(target=_watch, args=(here, index, line), daemon=True, name="qstar-peer").start()
+    for index in _connections:
+        threading.Thread(target=_watch, args=(here, index), daemon=True, name="qstar-peer").start()
 
 
-class _Lines:
-    open: dict[int, socket.socket] = {}  # process -> connection: process 0 has one to each, the others one to it
+def rendezvous(here: ProcessInfo, seconds: float) -> None:
+    """Returns when all processes have called it.
+
+    JAX's own rendezvous aborts the process after its timeout and does not say which processes are missing. Here process 0
+    listens on the coordinator's port, which JAX takes over afterwards; the others send their index and wait for a reply. The
+    connections stay open, so that the end of a process is noticed at once.
+    """
+    deadline, note = time.monotonic() + seconds, time.monotonic() + FIRST_NOTE
+    address, _, port = here.coordinator.rpartition(":")
+    try:
+        server = socket.create_server(("", int(port)), backlog=max(128, here.count)) if here.index == 0 else None
+    except OSError as e:
+        raise UserError(
+            f"process 0 cannot listen on port {port} ({e.strerror}); end what uses it, or name another"
+        ) from None
+    others = range(1, here.count) if here.index == 0 else [0]
+    while missing := [i for i in others if i not in _connections]:
+        names, now = ", ".join(map(str, missing)), time.monotonic()
+        if now > deadline:
+            what = "did not connect" if server else f"at {here.coordinator} did not answer"
+            raise UserError(
+                f"process {names} of {here.count} {what} within {seconds:g} s; {here.start.format(index=names)}"
+            )
+        if now > note:
+            note = now + NEXT_NOTE
+            _say(f"process {here.index} of {here.count} waits for process {names} at {here.coordinator}")
+        with contextlib.suppress(OSError, ValueError):
+            if server:
+                server.settimeout(0.5)
+                peer = server.accept()[0]
+                peer.settimeout(2)
+                index = int(peer.recv(16))
+                if index in others:  # a process that was restarted while it waited replaces its connection
+                    _connections[index] = peer
+            else:
+                time.sleep(0.2)
+                peer = socket.create_connection((address.strip("[]"), int(port)), timeout=2)
+                peer.sendall(b"%d" % here.index)
+                peer.settimeout(
+                    max(0.1, deadline + 5 - now)
+                )  # process 0 reports who is missing before this one gives up
+                if peer.recv(2) == b"go":
+                    _connections[0] = peer
+    for peer in _connections.values():
+        peer.settimeout(None)
+        # The system probes the other end every half minute: a machine that loses power closes no connection.
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if server:
+        server.close()
+        for peer in _connections.values():
+            with contextlib.suppress(OSError):
+                peer.sendall(b"go")
 
 
-def _watch(here: ProcessInfo, index: int, line: socket.socket) -> None:
-    """Waits for a process to say that it is done (`leave`); ends this one if it dies instead."""
-    message = b""
+def _watch(here: ProcessInfo, index: int) -> None:
+    """Ends this process when another one dies without having called `leave`."""
     with contextlib.suppress(OSError):
-        message = line.recv(3)
-    if message == b"bye":
-        return
+        if _connections[index].recv(3) == b"bye":
+            return
     _say(
         f"process {index} of {here.count} has died, so process {here.index} ends, too; "
         "start all of them again, and they go on from the last checkpoint"
@@ -221,99 +360,11 @@ def _watch(here: ProcessInfo, index: int, line: socket.socket) -> None:
 
 
 def leave() -> None:
-    """Says that this process has come to its end by itself, with whatever exit code."""
-    for line in _Lines.open.values():
+    """Tells the other processes that this one ends on its own, with whatever exit code."""
+    for peer in _connections.values():
         with contextlib.suppress(OSError):
-            line.sendall(b"bye")
-
-
-def _rendezvous(here: ProcessInfo, seconds: float) -> None:
-    """Returns when all processes have called it. JAX's own rendezvous cannot say who is missing, and aborts.
-
-    Process 0 listens on the coordinator's port, which JAX takes over afterwards; the others send their number and wait
-    for the word to go. Their connections stay, to tell when one of them dies.
-    """
-    deadline = time.monotonic() + seconds
-    if here.index == 0:
-        _gather(here, deadline, seconds)
-    else:
-        _report(here, deadline, seconds)
+            peer.sendall(b"bye")
 
 
 def _say(text: str) -> None:
     print(f"qstar: {text}", file=sys.stderr, flush=True)
-
-
-def _gather(here: ProcessInfo, deadline: float, seconds: float) -> None:
-    port = int(here.coordinator.rpartition(":")[2])
-    try:
-        server = socket.create_server(("", port), backlog=max(128, here.count))
-    except OSError as e:
-        raise UserError(
-            f"process 0 cannot listen on port {port} ({e.strerror}); end what uses it, or name another"
-        ) from None
-    connected: dict[int, socket.socket] = {}
-    last_message = time.monotonic() - 15 + SAY_AFTER
-    with server, contextlib.ExitStack() as open_ones:
-        while len(connected) < here.count - 1:
-            missing = ", ".join(str(i) for i in range(1, here.count) if i not in connected)
-            now = time.monotonic()
-            if now > deadline:
-                raise UserError(
-                    f"process {missing} of {here.count} did not come within {seconds:g} s; on each worker: "
-                    + here.start.format(index=missing)
-                )
-            if now - last_message >= 15:
-                last_message = now
-                _say(f"process 0 of {here.count} waits for process {missing} at {here.coordinator}")
-            server.settimeout(0.5)
-            with contextlib.suppress(OSError, ValueError):
-                other, _ = server.accept()
-                open_ones.enter_context(other)
-                other.settimeout(2)
-                index = int(other.recv(16))
-                if 0 < index < here.count:
-                    connected[index] = other  # one that was restarted while it waited has come again
-        for index, other in connected.items():
-            with contextlib.suppress(OSError):
-                other.sendall(b"go")
-                other.settimeout(None)
-            _Lines.open[index] = _alive(other)
-        open_ones.pop_all()
-
-
-def _alive(line: socket.socket) -> socket.socket:
-    """Has the system ask every half minute whether the other end is there: a machine without power says nothing."""
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return line
-
-
-def _report(here: ProcessInfo, deadline: float, seconds: float) -> None:
-    host, _, port = here.coordinator.rpartition(":")
-    began = time.monotonic()
-    last_message = False
-    while True:
-        with contextlib.suppress(OSError):
-            first = socket.create_connection((host.strip("[]"), int(port)), timeout=2)
-            with contextlib.ExitStack() as until_go:
-                until_go.enter_context(first)
-                first.sendall(b"%d" % here.index)
-                first.settimeout(max(0.1, deadline + 5 - time.monotonic()))  # the first one's message comes first
-                if first.recv(2) == b"go":
-                    until_go.pop_all()
-                    first.settimeout(None)
-                    _Lines.open[0] = _alive(first)
-                    return
-        now = time.monotonic()
-        if now > deadline:
-            raise UserError(
-                f"process {here.index} of {here.count} waited {seconds:g} s for process 0 at {here.coordinator}; "
-                + here.start.format(index=0)
-            )
-        if not last_message and now - began > SAY_AFTER:
-            last_message = True
-            _say(f"process {here.index} of {here.count} waits for process 0 at {here.coordinator}")
-        time.sleep(0.2)

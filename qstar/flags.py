@@ -1,22 +1,58 @@
-"""Command-line flags: the parser of a command, and readers that refuse values which make no sense."""
+"""Command-line flags and config files: the parser of a command, readers of values, `get_config` files and overrides.
+
+`ml_collections.config_flags` is not used for the overrides: it cannot set a key that the file leaves at its default, it
+parses with absl, beside the argparse of all other flags, and its errors name no similar key. No jax here.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
 import math
-from collections.abc import Callable
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import UserError
+from ml_collections import ConfigDict
+
+from qstar.errors import SEEDS, UserError, unknown
 from qstar.files import parse_json
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises a UserError where argparse would end the process."""
+    """Parser of `qstar NAME`, with --device unless the command needs none. Raises UserError where argparse would exit."""
 
-    def parse_known_args(self, *args: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
-        """Refuses names and paths that are empty, as an unset shell variable makes them (texts may be: --prompt='')."""
+    def __init__(self, name: str, summary: str, *, device: bool = True, **options: Any):
+        super().__init__(prog=f"qstar {name}", description=summary, allow_abbrev=False, **options)
+        if device:
+            self.flag(
+                "--device", "where to run (default: the best)", default="auto", choices=("auto", "cpu", "gpu", "tpu")
+            )
+
+    def flag(self, spec: str, help: str, kind: Any = None, default: Any = None, **more: Any) -> None:
+        """Adds a flag "--name METAVAR"; the help of one with a default ends in it, unless it mentions it itself."""
+        name, _, metavar = spec.partition(" ")
+        if default not in (None, "", []) and "default" not in help and "(0: " not in help:
+            help += f" (default: {default})"
+        more |= {"metavar": metavar} if metavar else {}
+        more |= {"type": kind} if kind else {}
+        self.add_argument(name, help=help, default=default, **more)
+
+    def switch(self, name: str, help: str) -> None:
+        """Adds a flag without a value."""
+        self.add_argument(name, help=help, action="store_true")
+
+    def config(self) -> None:
+        """Adds --config and --config.KEY."""
+        self.flag("--config FILE[:ARG]", "config file, with its argument after a colon")
+        self.flag("--config.KEY VALUE", "replaces a value of the config; may be repeated", dest="_")
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """Also refuses empty names and paths, which an unset shell variable leaves (texts may be empty: --prompt='')."""
         found, rest = super().parse_known_args(*args, **options)
         for action in self._actions:
             values = getattr(found, action.dest, None)
@@ -25,21 +61,12 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{(action.option_strings or [action.metavar])[0]} is empty; give a value, or leave it out")
         return found, rest
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> Any:
         raise UserError(f"{self.prog.removeprefix('qstar ')}: {message} (see {self.prog} --help)")
 
 
-def command_parser(name: str, summary: str, *, device: bool = True, **options: Any) -> Parser:
-    """Returns the parser of `qstar NAME`, with --device unless it needs none."""
-    parser = Parser(prog=f"qstar {name}", description=summary, allow_abbrev=False, **options)
-    if device:
-        devices = ("auto", "cpu", "gpu", "tpu")
-        parser.add_argument("--device", choices=devices, default="auto", help="where to run (default: the best)")
-    return parser
-
-
 def whole_number(least: int, most: int = 10**18) -> Callable[[str], int]:
-    """Reads a whole number between two bounds."""
+    """Returns a reader of whole numbers between two bounds."""
 
     def read(text: str) -> int:
         if not text.removeprefix("-").isdecimal() or int(text[:30]) < least:
@@ -52,7 +79,7 @@ def whole_number(least: int, most: int = 10**18) -> Callable[[str], int]:
 
 
 def number(fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
-    """Reads a finite number that fits."""
+    """Returns a reader of finite numbers that fit."""
 
     def read(text: str) -> float:
         try:
@@ -64,10 +91,6 @@ def number(fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
         return value
 
     return read
-
-
-TEMPERATURE = number(lambda x: x >= 0, "a number of 0 (greedy) or more")
-SHARE = number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -82,10 +105,126 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def local_folder(flag: str, text: str) -> Path:
-    """Returns a folder that a command writes; in a bucket there is no renaming, locking or appending, which runs rest on."""
+    """Returns a folder that a command writes. Runs need renaming, locking and appending, which buckets do not offer."""
     if "://" in text:
         raise UserError(
             f"{flag}={text}: is no folder; name one on a disk that all processes see (a bucket can be mounted with gcsfuse), "
             "and copy it when the run has ended"
         )
     return Path(text).expanduser()
+
+
+COUNT, POSITIVE, SEED = whole_number(0), whole_number(1), whole_number(0, SEEDS - 1)
+TEMPERATURE = number(lambda x: x >= 0, "a number of 0 (greedy) or more")
+SHARE = number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
+
+# ---------------------------------------------------------------------------------------------------- config files
+
+Override = tuple[str, str | None]  # ("--config.train.lr", "1e-3"); None: no value was given
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[Override]:
+    """Splits `--config.a.b=1`, and `--config.a.b 1`.
+
+    Raises:
+      UserError: an argument of another form.
+    """
+    out: list[Override] = []
+    for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        if re.fullmatch(r"--config\..+", flag):
+            out.append((flag, text if equals else None))
+        elif out and out[-1][1] is None and not argument.startswith("--"):
+            out[-1] = (out[-1][0], argument)
+        elif argument.startswith("-"):
+            raise unknown(f"train: flag {flag}", flag, ("--config", "--workdir", "--device", "--config.KEY"))
+        else:
+            raise UserError(f"train: {argument!r} is no flag; flags are written --name=value")
+    return out
+
+
+def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
+    """Returns the config of `FILE[:ARGUMENT]`, locked, with the overrides of the command line.
+
+    An override takes the type of the value that it replaces. It may add a key to a section (`--config.loop.k=4` where the
+    file leaves k at its default): the settings class of the section knows which keys there are.
+
+    Raises:
+      UserError: no such file, an error in it (with its line), an override that matches nothing.
+    """
+    name, _, argument = spec.partition(":")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"--config={name}: no such file; give a config file, e.g. configs/star_arithmetic.py")
+    config = _get_config(path, argument or None)
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(f"--config={name}: get_config returned a {kind}; it must return an ml_collections ConfigDict")
+    config.unlock()
+    for flag, text in overrides:
+        _override(config, flag, text)
+    return config.lock()
+
+
+def _get_config(path: Path, argument: str | None) -> Any:
+    """Runs the file; what it raises becomes one line with the file's line number."""
+    root = str(path.resolve().parent.parent)  # a config imports configs.common
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    spec = importlib.util.spec_from_file_location("qstar_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: not a Python file (its name must end in .py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={path}: defines no get_config(arg); see configs/star_arithmetic.py")
+        return module.get_config(argument)
+    except UserError:
+        raise
+    except SyntaxError as e:
+        raise UserError(f"--config={e.filename}:{e.lineno}: {e.msg}; mend the file") from None
+    except Exception as e:  # noqa: BLE001  the user's own code raises anything
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename) == path]
+        place = f"{path}:{lines[-1]}" if lines else str(path)
+        text = " ".join(str(e).split())[:300]
+        raise UserError(f"--config={place}: {type(e).__name__}: {text}; mend the file") from None
+
+
+def _override(config: ConfigDict, flag: str, text: str | None) -> None:
+    *sections, key = flag.removeprefix("--config.").split(".")
+    node, name = config, "config"
+    for section in sections:
+        if not isinstance(node.get(section), ConfigDict):
+            known = [k for k, v in node.items() if isinstance(v, ConfigDict)]
+            raise unknown(f"{flag}: section {name}.{section}", section, known)
+        node, name = node[section], f"{name}.{section}"
+    if key not in node and node is config:
+        raise unknown(flag, key, node)
+    old = node.get(key)
+    if isinstance(old, ConfigDict):
+        raise UserError(f"{flag} is a section; set one of its keys: {', '.join(old) or 'it has none yet'}")
+    with node.ignore_type():
+        node[key] = _value(flag, text, old)
+
+
+_SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def _value(flag: str, text: str | None, old: Any) -> Any:
+    """Returns the text as a value of the type of `old`; where that is None or missing, as a Python literal."""
+    if isinstance(old, bool) and (text is None or text.lower() in _SWITCH):
+        return text is None or _SWITCH[text.lower()]
+    if text is None:
+        raise UserError(f"{flag} has no value; write {flag}=VALUE")
+    if isinstance(old, str):
+        return text
+    try:
+        value = type(old)(text) if type(old) in (int, float) else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        if old is None:
+            return text
+        value = None
+    if old is not None and not isinstance(value, type(old)):
+        raise UserError(f"{flag}={text} must be of type {type(old).__name__}, as {old!r} is")
+    return value

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from qstar import distributed
-from qstar.start import start_jax
+from qstar.distributed import start_jax
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qstar.__main__ import main
-from qstar.config_file import read_config
+from qstar.flags import read_config
 from qstar.models import hf
 from qstar.models.config import preset
 from qstar.models.hf_names import abstract_params

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qstar import files
 from qstar.__main__ import COMMANDS, main
-from qstar.config_file import parse_overrides, read_config
+from qstar.flags import parse_overrides, read_config
 from qstar.runs.context import loop_rows
 from qstar.train.metrics import show_table
 
@@ -182,34 +182,3 @@ def test_overrides_take_the_type_of_what_they_replace():
     assert (config.evaluate.hinted, config.loop.k, config.task.pool["1"]) == (True, 4, 5)
     assert config.mesh == "data=-1,fsdp=1"
     assert config.is_locked
-
-
-@pytest.mark.parametrize("what, loads", [("rl", 1), ("distill", 2)])
-def test_the_benches_of_rl_and_distillation_say_where_time_goes_and_that_both_sides_do_the_same_work(
-    what, loads, capsys
-):
-    assert main(["bench", what, "--json", "--quick", "--device=cpu"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [r["side"] for r in rows] == ["qstar", "torch"] * loads
-    for row in rows:
-        shares = [row.get(k, 0.0) for k in ("rollout", "answerer", "scoring", "update")]
-        assert sum(shares) == pytest.approx(1) and min(shares) >= 0 and row["seconds"] > 0 and row["torch/qstar"] > 0
-        same = row.get("difference", row.get("loss difference"))
-        assert same is None or same < 1e-4
-    ours = rows[::2]
-    assert all(r["recompiles"] == 0 for r in ours) and ours[-1]["rollout"] > 0  # the last one of each samples
-    if what == "rl":
-        assert ours[-1]["answerer"] > 0 and all(r["scoring"] > 0 for r in ours)
-
-
-def test_the_bench_of_the_sandbox_prints_its_throughput(capsys):
-    assert main(["bench", "sandbox", "--json", "--quick", "--device=cpu"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    sides = {row["side"]: row for row in found["rows"]}
-    assert set(sides) == {f"{s}, {h}" for s in ("sandbox", "plain interpreter") for h in ("one at a time", "pool")}
-    assert sides["sandbox, pool"]["programs per minute"] > 1000 and found["isolation"] in (
-        "namespaces",
-        "landlock",
-        "seccomp",
-    )
-    assert all(0 < row["median ms"] <= row["90% ms"] <= row["99% ms"] for row in sides.values())

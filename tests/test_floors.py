@@ -18,7 +18,6 @@ FLOORS = (
     {"errors", "types"},
     {"tree", "files"},
     {"preemption", "mesh", "distributed", "text"},
-    {"start"},
     {"models", "data"},
     {"tasks"},
     {"sample"},
@@ -27,7 +26,7 @@ FLOORS = (
     {"runs"},
     {"methods"},
     {"report"},
-    {"plan", "bench", "flags", "config_file"},
+    {"plan", "bench", "flags"},
     {"cli"},
     {"__main__"},
 )
@@ -42,12 +41,9 @@ TODAY = {  # while the packages are rewritten: a limit that only falls
     "runs": 2060, "methods": 5228, "report": 2140, "plan": 1657, "bench": 1515,
 }  # fmt: skip
 LONG_FILES = {
-    "cli.py": 410,
     "methods/guided_two_hop.py": 431,
-    "plan/cases.py": 411,
-    "plan/hlo.py": 415,
 }
-LONG_FUNCTIONS = {"evaluate": 81}
+LONG_FUNCTIONS: dict[str, int] = {}
 NO_JAX = ("text", "data", "tasks", "errors")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FILES = sorted(p for p in (ROOT / "qstar").rglob("*.py"))

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from qstar.__main__ import main
-from qstar.config_file import read_config
 from qstar.data.sources import read_records
 from qstar.errors import UserError
+from qstar.flags import read_config
 from qstar.methods.answerer import Answer, Cached, FunctionAnswerer, HttpAnswerer
 from qstar.models.config import preset
 from qstar.models.hf_names import abstract_params

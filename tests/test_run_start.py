@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from qstar.__main__ import main
-from qstar.config_file import read_config
+from qstar.flags import read_config
 from qstar.report.render import environment as templates
 from qstar.runs.console import Screen
 from qstar.runs.folder import end_run, environment, open_run, unlock

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
 import resource, sys
-from qstar.start import start_jax
+from qstar.distributed import start_jax
 if sys.argv[1] == "keep":
     start_jax("cpu")
 import jax, jax.numpy as jnp

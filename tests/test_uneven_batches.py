@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qstar import distributed
-from qstar.start import start_jax
+from qstar.distributed import start_jax
 
 # Mesh and rows per update. 4 rows do not divide over 8 shards, a tensor axis over both processes gives them one batch
 # shard together, and 3 rows do not divide over the processes. The last two divide.

@@ -1,34 +1,113 @@
-"""Fair measuring on a noisy machine: both sides in turn (`bench.sides`), medians and ratios, and the machine's own limits."""
+"""Measurements of two sides in turn, each in a process of its own, and the machine's own limits.
+
+In one process both sides would share an allocator, and the threads of one, which wait for work by spinning, would take time
+from the other. So every measurement is a fresh process; the sides alternate, because the speed of a machine drifts.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
+import os
+import resource
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from qstar.bench.sides import Sides
 from qstar.errors import UserError
-from qstar.models import scoring
-from qstar.models.model import Model
 
 # Changes to the preset llama_20m: 512 ids put the work into the blocks, 32,000 into the vocabulary.
-SMALL_BLOCKS = {
-    "hidden_size": 256,
-    "num_layers": 4,
-    "num_heads": 4,
-    "num_kv_heads": 4,
-    "intermediate_size": 688,
-    "scan_unroll": 4,
-}
-LLAMAS = (("20M, vocab 512", {}), ("20M, vocab 32000", {"vocab_size": 32000, **SMALL_BLOCKS}))
-READ_BYTES = 2**29  # more than any cache
+SMALL_BLOCKS = dict(hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4, intermediate_size=688, scan_unroll=4)
+LLAMAS: tuple[tuple[str, dict[str, int]], ...] = (
+    ("20M, vocab 512", {}),
+    ("20M, vocab 32000", {"vocab_size": 32000, **SMALL_BLOCKS}),
+)
+# The qstar side starts as the command line does: the platform and the allocator's settings come before jax.
+_CHILD = """
+import sys
+side, device, *rest = sys.argv[1:]
+if side == "qstar":
+    from qstar.distributed import start_jax
+    start_jax(device)
+from qstar.bench.common import child
+child(*rest)
+"""
+
+# ----------------------------------------------------------------------------------------------------- measurements
+
+
+def measure(
+    side: str, maker: Callable[..., Any], repeats: int, device: str = "auto", **settings: Any
+) -> dict[str, Any]:
+    """Calls `maker(**settings)` in a fresh process, and what it returns `repeats` times after a warm-up.
+
+    The maker returns a function, or a dict of functions: "run" is measured, the others are called once. Settings and results
+    are JSON.
+
+    Returns:
+      "seconds", "cpu" (CPU seconds), "results", one per call; "recompiles" after the warm-up; "mib", the peak of memory over
+      that before the first call; and the results of the other functions.
+
+    Raises:
+      UserError: the process failed; the line names the side and the error.
+    """
+    call = [f"{maker.__module__}:{maker.__qualname__}", json.dumps({"repeats": repeats, **settings})]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    # A program that another process compiled is read from the cache, so that the compiler is not in the peak of memory.
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-c", _CHILD, side, device, *call]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (
+            done.stderr.splitlines() or [f"the process died (exit code {done.returncode}); is there enough memory?"]
+        )[-1]
+        raise UserError(f"bench, {side} side: {last.removeprefix('qstar.errors.UserError: ')}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(name: str, settings: str) -> None:
+    """Makes one measurement and prints it: the body of the process that `measure` starts."""
+    options = json.loads(settings)
+    repeats = options.pop("repeats")
+    module, _, function = name.partition(":")
+    made = getattr(importlib.import_module(module), function)(**options)
+    more = made if isinstance(made, dict) else {"run": made}
+    run = more.pop("run")
+    compiles: Any = None
+    if "jax" in sys.modules:
+        from qstar.train.profile import Compiles
+
+        compiles = Compiles()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): forgets the peak; loading the program is not in it
+    before, found = _resident(), {"seconds": [], "cpu": [], "results": []}
+    run()
+    warm = compiles.count if compiles else 0
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = run()
+        found["seconds"].append(time.perf_counter() - wall)
+        found["cpu"].append(time.process_time() - cpu)
+        found["results"].append(result if isinstance(result, (int, float, list)) else None)
+    recompiles, mib = compiles.count - warm if compiles else 0, _peak() - before
+    print("\n" + json.dumps({**found, "recompiles": recompiles, "mib": mib, **{k: f() for k, f in more.items()}}))
+
+
+def in_turn(makers: dict[str, Callable[..., Any]], rounds: int, repeats: int, device: str, **settings: Any) -> Any:
+    """Measures the sides alternately and joins each side's rounds."""
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for side, maker in makers.items():
+            new = measure(side, maker, repeats, device, **settings)
+            old = found.get(side, dict.fromkeys(("seconds", "cpu", "results"), []) | {"recompiles": 0})
+            found[side] = new | {k: old[k] + new[k] for k in ("seconds", "cpu", "results", "recompiles")}
+    return found
 
 
 def median(values: list[float]) -> float:
@@ -38,55 +117,60 @@ def median(values: list[float]) -> float:
 
 def paired_ratio(ours: list[float], theirs: list[float]) -> float:
     """Returns the median over pairs of theirs / ours: above 1, qstar is faster."""
-    return statistics.median(b / a for a, b in zip(ours, theirs))
+    return median([b / a for a, b in zip(ours, theirs)])
 
 
-def matmul_rate(size: int = 2048, repeats: int = 9, sides: Sides | None = None) -> float:
+def _resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def _peak() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # since the process began
+
+
+# ------------------------------------------------------------------------------------------- limits of the machine
+
+
+def matmul_rate(size: int = 2048, repeats: int = 9) -> float:
     """Returns this machine's float32 matrix-product rate in FLOP/s, the better of JAX's and PyTorch's medians."""
-    return 2 * size**3 / _best("product", size, repeats, sides)
+    found = in_turn({"qstar": jax_product, "torch": torch_product}, 1, repeats, "cpu", size=size)
+    return 2 * size**3 / min(median(side["seconds"]) for side in found.values())
 
 
-def memory_rate(repeats: int = 9, sides: Sides | None = None) -> float:
-    """Returns the rate in bytes/s at which this machine reads an array that no cache holds, the better of both medians."""
-    return READ_BYTES / _best("read", READ_BYTES, repeats, sides)
+def jax_product(size: int) -> Callable[[], Any]:
+    """Returns a product of size x size."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jax.random.normal(jax.random.key(0), (size, size))
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+    return lambda: jax.block_until_ready(product(x))
 
 
-def _best(what: str, size: int, repeats: int, sides: Sides | None) -> float:
-    with contextlib.nullcontext(sides) if sides else Sides() as both:
-        both.make("qstar", jax_limit, what=what, size=size)
-        both.make("torch", torch_limit, what=what, size=size)
-        return min(map(median, both.interleaved(repeats).seconds.values()))
-
-
-def jax_limit(what: str, size: int) -> Callable[[], None]:
-    """Returns a product of size x size, or a reading of `size` bytes."""
-    if what == "read":
-        x, f = jnp.ones(size // 4), jax.jit(jnp.sum)
-    else:
-        x = jax.random.normal(jax.random.key(0), (size, size))
-        f = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
-
-    def run() -> None:
-        f(x).block_until_ready()
-
-    return run
-
-
-def torch_limit(what: str, size: int) -> Callable[[], None]:
-    """The same of PyTorch."""
+def torch_product(size: int) -> Callable[[], Any]:
+    """Returns the same in PyTorch."""
     torch = _torch()
-    x = torch.ones(size // 4) if what == "read" else torch.randn(size, size)
-    out = torch.empty_like(x)
-
-    def run() -> None:
-        x.sum() if what == "read" else torch.matmul(x, x, out=out)
-
-    return run
+    x, out = torch.randn(size, size), torch.empty(size, size)
+    return lambda: torch.matmul(x, x, out=out)
 
 
-def random_model(config: scoring.AnyConfig, seed: int = 0) -> Model:
-    """Returns a model with random weights and no tokenizer."""
-    return Model(config, jax.jit(lambda key: scoring.init(config, key))(jax.random.key(seed)))
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def random_model(config: Any, folder: str = "", seed: int = 0) -> Any:
+    """Returns a model with random weights and no tokenizer; saves it, too, if a folder is given."""
+    import jax
+
+    from qstar.models import scoring
+    from qstar.models.model import Model, save
+
+    model = Model(config, jax.jit(lambda key: scoring.init(config, key))(jax.random.key(seed)))
+    if folder:
+        save(model, folder)
+    return model
 
 
 def torch_twin(folder: str | Path) -> Any:
@@ -97,10 +181,7 @@ def torch_twin(folder: str | Path) -> Any:
     """
     torch = _torch()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     seq2seq = AutoConfig.from_pretrained(folder).is_encoder_decoder
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
@@ -118,7 +199,7 @@ def _torch() -> Any:
 
 
 def show(title: str, rows: list[dict[str, Any]], notes: dict[str, Any], as_json: bool) -> None:
-    """Prints the table, or one JSON object."""
+    """Prints a table, or one JSON object."""
     if as_json:
         print(json.dumps({"title": title, **notes, "rows": rows}))
         return

@@ -1,9 +1,9 @@
-"""Compiled programs, read from their text: FLOPs, memory traffic and collectives, loop bodies counted as often as they run.
+"""Reader of compiled HLO text: FLOPs, memory traffic and collectives of one run of a program.
 
-XLA's own `cost_analysis` counts the body of a loop once, which is useless where layers are scanned. Here the text is taken
-apart into computations, and every instruction counts as often as its computation runs: the trip count of a loop is the
-number that its condition compares with (or XLA's `known_trip_count`). A loop that ends when its data say so (decoding) runs
-`assumed` times, which the caller knows. Of a conditional the costliest branch counts.
+XLA's own `cost_analysis` counts the body of a loop once, which is useless for scanned layers. Here the text is parsed into
+computations, and every instruction counts as often as its computation runs: the trip count of a loop is XLA's
+`known_trip_count`, or follows from the constant in its condition. A loop that ends on data (decoding) runs `assumed` times,
+which the caller knows. Of a conditional, the most expensive branch counts.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "b
          "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+_SLICES = ("dynamic-slice", "slice", "gather")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
          "partition-id", "replica-id", "copy-done", "opt-barrier", "async-done", "async-update"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a type: its element type, shape, and whether it lives in the device's main memory."""
+    """One array of a type."""
 
     dtype: str
     shape: tuple[int, ...]
-    main: bool
+    main: bool  # it lives in the device's main memory
 
     @property
     def bytes(self) -> int:
@@ -52,11 +54,11 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the result."""
+        """Bytes of the result."""
         return sum(a.bytes for a in self.arrays)
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations behind `calls=`, `body=` and so on."""
+        """Returns the names of the computations behind `calls=`, `body=` and so on."""
         out = []
         for key in keys:
             if found := re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes):
@@ -69,12 +71,12 @@ class Collective:
     """Collectives of one kind, over the whole run of a program, per device."""
 
     count: float = 0.0
-    bytes: float = 0.0  # that leave a device: see `wire_bytes`
+    bytes: float = 0.0  # that leave a device: see `Program.wire_bytes`
 
 
 @dataclasses.dataclass
 class Costs:
-    """What one run of a program costs a device."""
+    """Costs of one run of a program, per device."""
 
     flops: float = 0.0  # of matrix products and convolutions
     bytes: float = 0.0  # read and written in main memory, by the instructions that the compiler left unfused
@@ -82,13 +84,17 @@ class Costs:
     unknown_loops: int = 0  # loops that ran `assumed` times
 
     def add(self, other: Costs, times: float) -> None:
-        """Adds another's costs, so many times."""
+        """Adds other costs, `times` times."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         self.unknown_loops += other.unknown_loops
         for kind, c in other.collectives.items():
-            mine = self.collectives.setdefault(kind, Collective())
-            mine.count, mine.bytes = mine.count + times * c.count, mine.bytes + times * c.bytes
+            self.send(kind, times * c.count, times * c.bytes)
+
+    def send(self, kind: str, count: float, bytes_: float) -> None:
+        """Adds collectives of one kind."""
+        mine = self.collectives.setdefault(kind, Collective())
+        mine.count, mine.bytes = mine.count + count, mine.bytes + bytes_
 
     @property
     def wire(self) -> float:
@@ -142,21 +148,21 @@ def _instruction(line: str, head: re.Match) -> Instruction:
 
 
 class Program:
-    """A compiled program's text, taken apart once."""
+    """The text of a compiled program, parsed once."""
 
     def __init__(self, text: str, assumed: int = 1):
-        """assumed: how often the outermost loops run whose number of runs is not in the text (inner ones: once)."""
+        """assumed: trip count of the outermost loops whose own is not in the text (inner ones: 1)."""
         self.computations, self.entry = parse(text)
         self.assumed = assumed
         self._known: dict[tuple[str, bool, bool], Costs] = {}
         self._tables = {name: {i.name: i for i in body} for name, body in self.computations.items()}
 
     def costs(self) -> Costs:
-        """Returns what one run costs."""
+        """Returns the costs of one run."""
         return self._of(self.entry, True, True)
 
     def collectives(self) -> Iterator[tuple[Instruction, float, str]]:
-        """Yields (instruction, how often it runs, its kind) of all collectives, for a closer look."""
+        """Yields (instruction, how often it runs, kind) of all collectives."""
         yield from self._collectives(self.entry, 1.0, True)
 
     def _collectives(self, name: str, times: float, outer: bool) -> Iterator[tuple[Instruction, float, str]]:
@@ -164,147 +170,127 @@ class Program:
             if kind := self._kind(i):
                 yield i, times, kind
             elif i.op == "while":
-                n = self.trips(i, name)
-                runs = n if n is not None else self.assumed if outer else 1
-                yield from self._collectives(i.called("body")[0], times * runs, outer and n is not None)
+                runs, inner = self._runs(i, name, outer)
+                yield from self._collectives(i.called("body")[0], times * runs, inner)
             else:
-                for other in i.called(
-                    "calls", "to_apply", "branch_computations", "true_computation", "false_computation"
-                ):
+                for other in i.called("calls", "to_apply", *_BRANCHES):
                     yield from self._collectives(other, times, outer)
 
     def _kind(self, i: Instruction) -> str:
-        """The kind of collective, "" if it is none. A TPU fuses an all-reduce with the slice that makes it a
-        reduce-scatter."""
+        """Returns the kind of collective, "" for another instruction."""
+        # A TPU compiler fuses an all-reduce with a slice of its result, which makes it a reduce-scatter.
         if i.op == "fusion" and any(c.startswith("all-reduce-scatter") for c in i.called("calls")):
             return "reduce-scatter"
         base = i.op.removesuffix("-start")
         return base if base in COLLECTIVES and group_size(i.attributes) != 1 else ""
 
-    def trips(self, loop: Instruction, where: str) -> int | None:
-        """Returns how often a loop runs, or None where only its data say so.
+    # ---------------------------------------------------------------------------------------------------- loops
 
-        Its condition compares a counter with a constant; the body says by how much the counter grows, and the loop's operand
-        where it starts (0, if that is not to be seen).
+    def _runs(self, loop: Instruction, where: str, outer: bool) -> tuple[int, bool]:
+        """Returns how often a loop's body runs, and whether loops inside of it count as outermost ones."""
+        n = self.trips(loop, where)
+        return (n, outer) if n is not None else (self.assumed if outer else 1, False)
+
+    def trips(self, loop: Instruction, where: str) -> int | None:
+        """Returns the trip count of a loop, or None if only data determine it.
+
+        Its condition compares a counter with a constant; the body increments the counter by a constant, and the loop's
+        operand holds its start (0 if that cannot be read).
         """
         if found := re.search(r'known_trip_count[^}]*?"?n"?\s*:\s*"?(\d+)', loop.attributes):
             return int(found[1])
         (condition,) = loop.called("condition")
-        root = next((i for i in self.computations[condition] if i.root), None)
-        if root is None:
+        root = self._root(condition)
+        compare = self._inner_root(root) if root else None
+        if root is None or compare is None or compare.op != "compare":
             return None
-        compare = self._inner_root(root)
         outside = [self._tables[condition].get(n) for n in root.operands]
-        inside = (
-            [self._tables[name].get(n) for name in root.called("calls") for n in compare.operands] if compare else []
-        )
+        inside = [self._tables[name].get(n) for name in root.called("calls") for n in compare.operands]
         bound = next((x for x in (*outside, *inside) if x is not None and x.op == "constant"), None)
         counter = next((x for x in outside if x is not None and x.op == "get-tuple-element"), None)
-        if (
-            compare is None
-            or compare.op != "compare"
-            or bound is None
-            or bound.arrays[0].dtype not in ("s32", "u32", "s64")
-        ):
-            return None
         direction = re.search(r"direction=(\w+)", compare.attributes)[1]
-        if direction not in ("LT", "LE", "GT", "GE", "NE"):
+        whole = bound is not None and bound.arrays[0].dtype in ("s32", "u32", "s64")
+        if not whole or direction not in ("LT", "LE", "GT", "GE", "NE"):
             return None
         step, start = self._counter(counter, loop, where)
         last = int(float(bound.operands[0])) + (direction == "LE") - (direction == "GE")
         return max(0, -(-(last - start) // step)) if step else None
 
+    def _root(self, name: str) -> Instruction | None:
+        return next((i for i in self.computations.get(name, ()) if i.root), None)
+
     def _inner_root(self, i: Instruction) -> Instruction | None:
-        """The instruction that a fusion ends in; itself, of anything else."""
-        if i.op != "fusion":
-            return i
-        return next((j for j in self.computations.get(i.called("calls")[0], ()) if j.root), None)
+        """Returns the instruction that a fusion ends in; another instruction itself."""
+        return self._root(i.called("calls")[0]) if i.op == "fusion" else i
 
     def _counter(self, counter: Instruction | None, loop: Instruction, where: str) -> tuple[int, int]:
-        """Returns by how much a loop's counter changes in each turn, and where it starts; (1, 0) where it cannot be seen."""
+        """Returns the increment of a loop's counter and its start; (1, 0) where the text does not show them."""
         found = re.search(r"index=(\d+)", counter.attributes) if counter else None
         if not found:
             return 1, 0
         index, (body,) = int(found[1]), loop.called("body")
-        ends = next((i for i in self.computations.get(body, ()) if i.root), None)
-        change = self._tables[body].get(ends.operands[index]) if ends and index < len(ends.operands) else None
+        end = self._root(body)
+        change = self._tables[body].get(end.operands[index]) if end and index < len(end.operands) else None
         inner = self._inner_root(change) if change else None
         known = []
         if inner is not None and inner.op in ("add", "subtract"):
             tables = [self._tables[body], *(self._tables[n] for n in change.called("calls"))]
             names = (*change.operands, *inner.operands)
             known = [t[n] for t in tables for n in names if n in t and t[n].op == "constant"]
-        step = int(known[0].operands[0]) if known else 1
         given = self._tables[where].get(loop.operands[0]) if loop.operands else None
         first = self._tables[where].get(given.operands[index]) if given and given.op == "tuple" else None
         start = int(first.operands[0]) if first is not None and first.op == "constant" else 0
-        return step, start
+        return int(known[0].operands[0]) if known else 1, start
+
+    # ------------------------------------------------------------------------------------------------- counting
 
     def _of(self, name: str, outer: bool, traffic: bool) -> Costs:
-        """Costs of one run of a computation; `traffic` is false inside of fusions, whose insides touch no memory."""
+        """Returns the costs of one run of a computation; inside of fusions, without `traffic`."""
         key = (name, outer, traffic)
         if key not in self._known:
-            self._known[key] = Costs()  # no recursion in HLO; a guard all the same
-            total = Costs()
+            self._known[key] = total = Costs()
             for i in self.computations.get(name, ()):
                 self._add(total, i, name, outer, traffic)
-            self._known[key] = total
         return self._known[key]
 
     def _add(self, total: Costs, i: Instruction, where: str, outer: bool, traffic: bool) -> None:
         if kind := self._kind(i):
-            mine = total.collectives.setdefault(kind, Collective())
-            mine.count, mine.bytes = mine.count + 1, mine.bytes + self.wire_bytes(i, kind, where)
+            total.send(kind, 1, self.wire_bytes(i, kind, where))
             if i.op == "fusion":
                 return
         elif i.op == "while":
-            n = self.trips(i, where)
-            total.unknown_loops += n is None
-            runs = n if n is not None else self.assumed if outer else 1
-            total.add(self._of(i.called("body")[0], outer and n is not None, traffic), runs)
+            total.unknown_loops += self.trips(i, where) is None
+            runs, inner = self._runs(i, where, outer)
+            total.add(self._of(i.called("body")[0], inner, traffic), runs)
         elif i.op == "conditional":
-            branches = i.called("branch_computations", "true_computation", "false_computation")
-            total.add(max((self._of(b, outer, traffic) for b in branches), key=lambda c: (c.flops, c.bytes)), 1)
-        elif i.op in ("call", "async-start") or i.op == "fusion":
+            branches = [self._of(b, outer, traffic) for b in i.called(*_BRANCHES)]
+            total.add(max(branches, key=lambda c: (c.flops, c.bytes)), 1)
+        elif i.op in ("call", "async-start", "fusion"):
             for other in i.called("calls", "to_apply"):
                 total.add(self._of(other, outer, traffic and i.op != "fusion"), 1)
-        elif i.op == "dot":
-            total.flops += self._dot(i, where)
         elif i.op == "convolution":
             total.flops += self._convolution(i, where)
-        elif i.op == "custom-call" and "matmul" in i.attributes:  # oneDNN on a CPU
+        elif i.op == "dot" or (i.op == "custom-call" and "matmul" in i.attributes):  # oneDNN on a CPU
             total.flops += self._dot(i, where)
         if traffic and i.op not in _FREE and not i.op.endswith("-done"):
             total.bytes += self._traffic(i, where)
-
-    # ------------------------------------------------------------------------------------------------- counting
 
     def _operand(self, i: Instruction, n: int, where: str) -> Instruction | None:
         return self._tables[where].get(i.operands[n]) if n < len(i.operands) else None
 
     def wire_bytes(self, i: Instruction, kind: str, where: str) -> float:
-        """Bytes that one device sends in a ring: (n-1)/n of the whole, twice that for an all-reduce."""
+        """Returns the bytes that one device sends in a ring: (n-1)/n of the whole, twice that for an all-reduce."""
         inputs = [self._tables[where].get(o) for o in i.operands]
         given = sum(x.bytes for x in inputs if x is not None)
-        n = group_size(i.attributes) or self._fused_group(i)
-        share = (n - 1) / n if n > 1 else (1.0 if n == 0 else 0.0)
+        fused = [j for name in i.called("calls") for j in self.computations.get(name, ()) if j.op == "all-reduce"]
+        n = group_size(i.attributes) or (group_size(fused[0].attributes) if fused else 0)
+        share = (n - 1) / n if n else 1.0
         made = i.bytes
         if i.op.endswith("-start") and len(i.arrays) > 1:  # (operands, results, ...)
             made = max(a.bytes for a in i.arrays)
-        return {
-            "all-gather": share * max(made, given),
-            "reduce-scatter": share * max(made, given),
-            "all-reduce": 2 * share * given,
-            "all-to-all": share * given,
-            "collective-permute": float(given),
-        }[kind]
-
-    def _fused_group(self, i: Instruction) -> int:
-        for name in i.called("calls"):
-            for j in self.computations.get(name, ()):
-                if j.op == "all-reduce":
-                    return group_size(j.attributes)
-        return 0
+        if kind in ("all-gather", "reduce-scatter"):
+            return share * max(made, given)
+        return {"all-reduce": 2 * share, "all-to-all": share, "collective-permute": 1.0}[kind] * given
 
     def _dot(self, i: Instruction, where: str) -> float:
         left = self._operand(i, 0, where)
@@ -315,7 +301,7 @@ class Program:
         return 2.0 * math.prod(i.arrays[0].shape) * math.prod(left.arrays[0].shape[d] for d in dims)
 
     def _convolution(self, i: Instruction, where: str) -> float:
-        """A TPU writes matrix products as convolutions; batch axes are spatial ones in which one tap in n meets data."""
+        # TPU compilers write matrix products as convolutions. Batch axes are spatial ones, of which one tap in n meets data.
         left, kernel = self._operand(i, 0, where), self._operand(i, 1, where)
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
         if left is None or kernel is None or labels is None:
@@ -332,57 +318,44 @@ class Program:
         return total
 
     def _traffic(self, i: Instruction, where: str) -> float:
-        """Bytes that an instruction moves; a fusion (or an instruction) that slices an operand reads the slice alone."""
+        """Returns the bytes that an instruction moves; a fusion (or instruction) that slices an operand reads the slice."""
         if i.op == "custom-call" and '"AllocateBuffer"' in i.attributes:
             return 0.0
         if i.op == "dynamic-update-slice":
             update = self._operand(i, 1, where)
             return 2.0 * update.bytes if update is not None else 0.0
-        if i.op in ("dynamic-slice", "slice", "gather"):
+        if i.op in _SLICES:
             return 2.0 * i.bytes
         total = float(sum(a.bytes for a in i.arrays if a.main))
         inside = self.computations.get(i.called("calls")[0], []) if i.op == "fusion" and i.called("calls") else None
-        if inside is not None:
-            total = self._written(inside, total)
+        root = next((j for j in inside or () if j.root), None)
+        if root is not None and root.op == "dynamic-update-slice":  # in place: only the update is written
+            update = next((j for j in inside or () if j.name == root.operands[1]), None)
+            total = float(update.bytes) if update is not None else total
         for n in range(len(i.operands)):
             operand = self._operand(i, n, where)
-            if operand is None or not any(a.main for a in operand.arrays):
-                continue
-            total += operand.bytes if inside is None else min(operand.bytes, _read(inside, n, operand.bytes))
-        return total
-
-    def _written(self, inside: list[Instruction], total: float) -> float:
-        """Bytes that a fusion writes: the update alone, where it ends in one in place."""
-        root = next((j for j in inside if j.root), None)
-        if root is not None and root.op == "dynamic-update-slice":
-            update = next((j for j in inside if j.name == root.operands[1]), None)
-            return float(update.bytes) if update is not None else total
+            if operand is not None and any(a.main for a in operand.arrays):
+                total += operand.bytes if inside is None else min(operand.bytes, _read(inside, n, operand.bytes))
         return total
 
 
 def _read(inside: list[Instruction], n: int, full_size: int) -> float:
-    """Bytes that a fusion reads of its operand n: slices of it, if it only slices it; nothing, if it writes into it."""
-    name = next((j.name for j in inside if j.op == "parameter" and j.operands == (str(n),)), None)
-    users = [j for j in inside if name in j.operands] if name else []
-    names = {name}
+    """Returns the bytes that a fusion reads of its operand n: slices if it only slices it, 0 if it writes into it."""
+    names = {j.name for j in inside if j.op == "parameter" and j.operands == (str(n),)}
+    users = [j for j in inside if names & set(j.operands)]
     while users and all(j.op == "bitcast" for j in users):  # through changes of shape
         names = {j.name for j in users}
         users = [j for j in inside if names & set(j.operands)]
-    if not users:
-        return full_size
     total = 0.0
     for j in users:
-        if j.op in ("dynamic-slice", "slice", "gather") and j.operands[0] in names:
-            total += j.bytes
-        elif j.op == "dynamic-update-slice" and j.operands[0] in names:
-            continue
-        else:
+        if j.op not in (*_SLICES, "dynamic-update-slice") or j.operands[0] not in names:
             return full_size
-    return total
+        total += j.bytes if j.op in _SLICES else 0.0
+    return total if users else full_size
 
 
 def group_size(attributes: str) -> int:
-    """Returns how many devices take part in each group of a collective, 0 where the text does not say."""
+    """Returns the number of devices in each group of a collective, 0 if the text does not say."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):

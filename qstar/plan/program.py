@@ -1,4 +1,4 @@
-"""One program of a run with abstract arguments, and what the compiler says of it."""
+"""A program of a run with abstract arguments, and its plan: what the compiled program needs of each chip."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from qstar.plan.hlo import Costs
-from qstar.plan.hlo import Program as Text
+from qstar.plan import hlo
 from qstar.plan.topology import GIB, Topology
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a run compiles, before it is compiled."""
+    """A program before it is compiled."""
 
     name: str
     lower: Callable[[], Any]  # -> jax.stages.Lowered
@@ -27,14 +26,14 @@ class Program:
     resident: dict[str, Any]  # name -> abstract arrays that are alive beside it
     flops: float  # that the mathematics needs, on all chips together
     rule: str  # how they were counted
-    steps: int = 1  # of a loop that ends when its data say so
+    steps: int = 1  # of a loop that ends on data
     notes: tuple[str, ...] = ()
-    least: int = 0  # bytes of temporaries per chip that it cannot do without: for a search, before anything is compiled
+    least: int = 0  # lower bound of its temporaries, bytes per chip: for a search, before anything is compiled
 
 
 @dataclasses.dataclass
 class Plan:
-    """What one program needs of each chip. Bytes, FLOPs, seconds."""
+    """Needs of one program per chip: bytes, FLOPs, seconds."""
 
     name: str
     fits: bool
@@ -50,14 +49,14 @@ class Plan:
     times: dict[str, float] = dataclasses.field(default_factory=dict)
     mfu: float = 0.0
     compile_seconds: float = 0.0  # wall time
-    compile_cpu_seconds: float = 0.0  # of all threads: what a machine that does nothing else would need at most
+    compile_cpu_seconds: float = 0.0  # of all threads
     compiled: bool = False
     rule: str = ""
     notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
-        """The least time that one run can take."""
+        """Lower bound of the time of one run."""
         return max(self.times.values(), default=0.0)
 
 
@@ -72,64 +71,53 @@ def local_bytes(tree: Any) -> int:
 
 
 def compile_program(program: Program, topology: Topology, keep: Callable[[str], None] | None = None) -> Plan:
-    """Compiles a program for a slice and reads the result.
-
-    What cannot fit, since its arguments do not, is not compiled.
+    """Compiles a program for a slice and reads the result; a program whose arguments do not fit is not compiled.
 
     Args:
-      keep: is given the compiled text.
+      keep: called with the compiled text.
     """
     parts = {k: local_bytes(v) for k, v in program.parts.items()}
     resident = {k: local_bytes(v) for k, v in program.resident.items()}
-    arguments, resident_bytes, hbm = sum(parts.values()), sum(resident.values()), int(topology.chip.hbm)
-    chips = len(topology.devices)
-    plan = Plan(program.name, False, parts, resident, 0, arguments + resident_bytes, hbm, needed=program.flops / chips,
-                rule=program.rule, notes=program.notes)  # fmt: skip
+    arguments, beside, hbm = sum(parts.values()), sum(resident.values()), int(topology.chip.hbm)
+    plan = Plan(
+        program.name, False, parts, resident, 0, arguments + beside, hbm, rule=program.rule, notes=program.notes
+    )
+    plan.needed = program.flops / len(topology.devices)
     if plan.peak > hbm:
         return plan
     began, worked = time.perf_counter(), time.process_time()
-
-    def clock() -> None:
-        plan.compile_seconds, plan.compile_cpu_seconds = time.perf_counter() - began, time.process_time() - worked
-
+    compiled, message = None, ""
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        message = str(e)
+        if "RESOURCE_EXHAUSTED" not in message:
             raise
-        plan.activations = max(_exhausted(str(e)) - arguments, hbm - arguments)
-        plan.peak = arguments + resident_bytes + plan.activations
-        clock()
+    plan.compile_seconds, plan.compile_cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+    if compiled is None:
+        plan.activations = max(_exhausted(message) - arguments, hbm - arguments)
+        plan.peak = arguments + beside + plan.activations
         return plan
-    clock()
     plan.compiled = True
     memory = compiled.memory_analysis()
     extra = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that take no argument's place
     plan.activations = memory.temp_size_in_bytes + max(0, extra)
-    plan.peak = memory.argument_size_in_bytes + resident_bytes + plan.activations
+    plan.peak = memory.argument_size_in_bytes + beside + plan.activations
     plan.fits = plan.peak <= hbm
     text = compiled.as_text()
     if keep is not None:
         keep(text)
-    count(plan, Text(text, program.steps).costs(), topology)
+    costs, chip = hlo.Program(text, program.steps).costs(), topology.chip
+    plan.flops, plan.traffic = costs.flops, costs.bytes
+    plan.collectives = {k: {"count": c.count, "bytes": c.bytes} for k, c in sorted(costs.collectives.items())}
+    flops, traffic, links = costs.flops / chip.flops, costs.bytes / chip.bandwidth, costs.wire / chip.links
+    plan.times = {"compute": flops, "memory": traffic, "links": links}
+    plan.mfu = plan.needed / chip.flops / plan.seconds if plan.seconds else 0.0
     return plan
 
 
-def count(plan: Plan, costs: Costs, topology: Topology) -> None:
-    """Fills in what the compiled text says: FLOPs, traffic, collectives, and the time that they take at best."""
-    chip = topology.chip
-    plan.flops, plan.traffic = costs.flops, costs.bytes
-    plan.collectives = {k: {"count": c.count, "bytes": c.bytes} for k, c in sorted(costs.collectives.items())}
-    plan.times = {
-        "compute": costs.flops / chip.flops,
-        "memory": costs.bytes / chip.bandwidth,
-        "links": costs.wire / chip.links,
-    }
-    plan.mfu = plan.needed / chip.flops / plan.seconds if plan.seconds else 0.0
-
-
 def _exhausted(message: str) -> int:
-    """Returns the bytes that a program would have used, as a TPU compiler's complaint says: `Used 28.05G of 15.75G hbm`."""
+    """Returns the bytes that a program would have used, from a TPU compiler's message: `Used 28.05G of 15.75G hbm`."""
     found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
     scale = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     return int(float(found[1]) * scale[found[2]]) if found else 0

@@ -1,36 +1,35 @@
-"""The cheapest layout of a config that fits on a slice: mesh, rematerialisation and micro-batches are varied.
+"""Search for the cheapest layout of a config that fits on a slice: mesh, rematerialisation and micro-batches.
 
-Layouts are ordered by what they are known to cost, and compiled in this order until one fits: rows that do not divide over
-the chips (each chip then computes all of them) are worst, then tensor parallelism (it exchanges activations in every layer),
-then recomputation, then more micro-batches (parameters are gathered once for each). What cannot fit by arithmetic alone is
-not compiled: arguments, what the run keeps beside them, gradients, and what the forward pass keeps of plain rows.
+Layouts are ordered by their known cost and compiled in this order until one fits. Worst are rows that do not divide over the
+chips (each chip then computes all of them), then tensor parallelism (it exchanges activations in every layer), then
+recomputation, then more micro-batches (parameters are gathered once for each). What cannot fit by arithmetic alone is not
+compiled: arguments, what the run keeps beside them, gradients, and what the forward pass keeps of plain rows.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from qstar.plan import show
-from qstar.plan.cases import Assumed, named, programs
+from qstar.plan.cases import named, programs
 from qstar.plan.program import Plan, compile_program, local_bytes
-from qstar.plan.run import settled
+from qstar.plan.run import Options, as_json, compile_settings, lines, seconds, size
+from qstar.plan.steps import Assumed
 from qstar.plan.topology import Topology, open_topology
 
 
 class Layout(NamedTuple):
-    """One way to run a config."""
+    """A mesh, rematerialisation and number of micro-batches."""
 
     mesh: str
     remat: str
     accumulate: int
 
     def apply(self, config: Any) -> Any:
-        """Returns a copy of the config with it."""
+        """Returns a copy of the config with this layout."""
         c = config.copy_and_resolve_references().unlock()
         c.mesh = self.mesh
         if "model" in c and self.remat:
@@ -40,13 +39,13 @@ class Layout(NamedTuple):
 
     @property
     def flags(self) -> str:
-        """How to say so on the command line."""
+        """The layout as flags."""
         remat = f" --config.model.remat={self.remat}" if self.remat else ""
         return f"--config.mesh={self.mesh}{remat} --config.train.accumulate={self.accumulate}"
 
 
 def layouts(config: Any, chips: int) -> list[Layout]:
-    """Returns the layouts of a config on so many chips, the cheapest first."""
+    """Returns the layouts of a config on a number of chips, the cheapest first."""
     rows = config.train.get("batch_size", 1)
     remats = ("none", "block") if config.get("model") and "remat" in config.model else ("",)
     powers = [2**i for i in range(int(math.log2(chips)) + 1)]
@@ -63,9 +62,8 @@ def layouts(config: Any, chips: int) -> list[Layout]:
 
 
 def tried(config: Any, topology: Topology, assumed: Assumed, only: str) -> Iterator[tuple[Layout, list[Plan]]]:
-    """Yields every layout up to the first that fits: without plans where arithmetic rules it out, else with its programs up
-    to the first that does not fit. Where it fits without rematerialisation, it follows with: reading what was kept may take
-    longer than computing it again, and only compiled programs tell."""
+    """Yields every layout up to the first that fits: without plans if arithmetic rules it out, else with its programs up to
+    the first that does not fit."""
     too_large: list[Layout] = []
     waiting = layouts(config, len(topology.devices))
     while waiting:
@@ -85,31 +83,31 @@ def tried(config: Any, topology: Topology, assumed: Assumed, only: str) -> Itera
                 break
         yield layout, plans
         if all(p.fits for p in plans):
+            # Reading what was kept may take longer than computing it again; only compiled programs show it.
             waiting = [layout._replace(remat="block")] if layout.remat == "none" else []
 
 
 def same_but_larger(layout: Layout, other: Layout) -> bool:
-    """Whether a layout keeps at least as many activations as another one, on the same mesh."""
+    """Returns whether a layout keeps at least as many activations as another one, on the same mesh."""
     order = ("", "block", "none")
     more = order.index(layout.remat) >= order.index(other.remat)
     return layout.mesh == other.mesh and more and layout.accumulate <= other.accumulate
 
 
-def main(config: Any, names: Sequence[str], assumed: Assumed, *, only: str = "", hbm: float = 0.0, as_json: bool = False,
-         quick: bool = True, **_: Any) -> int:  # fmt: skip
+def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) -> int:
     """Searches on every slice named. Returns the exit code: 1 where nothing fits.
 
     Raises:
-      UserError: no program's name holds `only`.
+      UserError: no program's name contains `options.only`.
     """
-    say = (lambda _: None) if as_json else functools.partial(print, flush=True)
-    fits, out = True, []
+    say, out = options.say, []
     for name in names:
-        topology = open_topology(name, hbm)
-        best, ruled_out, began = None, 0, time.perf_counter()
-        with settled(quick):
-            named(programs(config, topology.devices, assumed), only)
-            for layout, plans in tried(config, topology, assumed, only):
+        topology, began = open_topology(name, options.hbm), time.perf_counter()
+        best: tuple[Layout, list[Plan]] | None = None
+        ruled_out = 0
+        with compile_settings(options.quick):
+            named(programs(config, topology.devices, assumed), options.only)
+            for layout, plans in tried(config, topology, assumed, options.only):
                 if not plans:
                     ruled_out += 1
                     continue
@@ -117,16 +115,15 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, *, only: str = "",
                 good, took = all(p.fits for p in plans), sum(p.seconds for p in plans)
                 if good and (best is None or took < sum(p.seconds for p in best[1])):
                     best = layout, plans
-                verdict = f"fits, at best {show.seconds(took)}" if good else f"{worst.name} does not fit"
-                say(f"{layout.flags}: {verdict}, {show.size(worst.peak)} of {show.size(worst.hbm)} per chip")
-        fits &= best is not None
+                verdict = f"fits, at best {seconds(took)}" if good else f"{worst.name} does not fit"
+                say(f"{layout.flags}: {verdict}, {size(worst.peak)} of {size(worst.hbm)} per chip")
         say(f"{ruled_out} layouts were ruled out by arithmetic; {time.perf_counter() - began:.0f} s in all")
         if best is None:
             say(f"{name}: no layout fits; take a larger slice, or LoRA (train.lora_rank=16)\n")
             continue
-        say("\n".join(line for p in best[1] for line in show.lines(p, topology)))
+        say("\n".join(line for p in best[1] for line in lines(p)))
         say(f"{name}: {best[0].flags}\n")
-        out.append(show.as_json(best[1], topology, best[0].mesh, [best[0].flags]))
-    if as_json:
+        out.append(as_json(best[1], topology, best[0].mesh, [best[0].flags]))
+    if options.as_json:
         print(json.dumps(out))
-    return 0 if fits else 1
+    return 0 if len(out) == len(names) else 1

@@ -1,8 +1,8 @@
-"""Slices that are not here: their chips, and devices to compile for.
+"""Slices to compile for without having them: chips and devices.
 
 TPU slices are described to the TPU compiler of the package `libtpu`, which runs on any machine. `gpu` is the GPUs of this
-machine. `gpu:N` and `cpu:N` are N simulated CPU devices, with the memory of the chip as the limit: what XLA's CPU compiler
-holds at once is a guide there, not a promise.
+machine. `gpu:N` and `cpu:N` are N simulated CPU devices with the memory of the chip as the limit; the figures of XLA's CPU
+compiler are a guide there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from qstar.errors import UserError
+from qstar.errors import UserError, require
 from qstar.train.flops import PEAKS
 
 GIB = 2**30
@@ -24,7 +24,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip can do at best, by its maker's tables; bytes and seconds."""
+    """Peak figures of one chip, by its maker's tables; bytes and seconds."""
 
     name: str
     hbm: float  # bytes that a program can use
@@ -85,28 +85,24 @@ def open_topology(name: str, hbm: float = 0.0) -> Topology:
     if name == "gpu":
         return Topology(name, chip, tuple(jax.devices("gpu")), True)
     found = jax.devices("cpu")
-    if len(found) < count:
-        raise UserError(
-            f"--topology={name}: {len(found)} devices are there; set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
-        )
+    more = f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+    require((len(found) >= count, f"--topology={name}: {len(found)} devices are there; {more}"))
     return Topology(name, chip, tuple(found[:count]), False)
 
 
 def _tpu_devices(name: str, count: int, shape: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={name}: needs the TPU compiler; pip install 'qstar[plan]'")
-    for key, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-    ):
-        os.environ.setdefault(key, value)  # no metadata server here; the other two only silence warnings
+    # There is no metadata server here; the other two only silence warnings.
+    known = {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-4", "WORKER_HOSTNAMES": "localhost"}
+    for key, value in known.items():
+        os.environ.setdefault(f"TPU_{key}", value)
     from jax.experimental import topologies
 
     options = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except Exception as e:  # noqa: BLE001  libtpu raises what it likes, a lock held by another process among it
+    except Exception as e:  # noqa: BLE001  libtpu raises anything, also for a lock that another process holds
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         if "lockfile" in reason:
             raise UserError(f"--topology={name}: another process holds the TPU compiler; wait until it ends") from None

@@ -14,8 +14,9 @@ from configs.star_arithmetic import get_config
 from qstar.__main__ import main
 from qstar.mesh import make_mesh
 from qstar.plan import hlo
-from qstar.plan.cases import Assumed, programs
+from qstar.plan.cases import programs
 from qstar.plan.program import compile_program, local_bytes
+from qstar.plan.steps import Assumed
 from qstar.plan.topology import open_topology
 
 V, E, ROWS, T = 512, 64, 16, 24

@@ -6,12 +6,13 @@ import importlib.util
 
 import pytest
 
-from qstar.config_file import read_config
 from qstar.errors import UserError
+from qstar.flags import read_config
 from qstar.plan import hlo
-from qstar.plan.cases import Assumed, programs
+from qstar.plan.cases import programs
 from qstar.plan.program import compile_program
-from qstar.plan.run import settled
+from qstar.plan.run import compile_settings
+from qstar.plan.steps import Assumed
 from qstar.plan.topology import open_topology
 
 needs_compiler = pytest.mark.skipif(
@@ -30,7 +31,7 @@ def test_under_fsdp_a_tpu_reduces_and_scatters_gradients_and_gathers_no_activati
         pytest.skip(str(e))
     config, kept = read_config("configs/star_gsm8k.py", SMALL), []
     step = next(p for p in programs(config, topology.devices, Assumed()) if p.name == "fine-tuning")
-    with settled():
+    with compile_settings():
         plan = compile_program(step, topology, kept.append)
     assert plan.fits
     sent = {kind: c["bytes"] for kind, c in plan.collectives.items()}

@@ -1,0 +1,28 @@
+"""Measurements in processes of their own: errors, the command, and equal work on both sides."""
+
+import fractions
+import json
+import os
+
+import pytest
+
+from qstar.__main__ import main
+from qstar.bench.common import measure
+from qstar.errors import UserError
+
+
+def test_an_error_in_a_side_is_one_line_that_names_it():
+    with pytest.raises(UserError, match=r"^bench, torch side: ZeroDivisionError: Fraction\(1, 0\)$"):
+        measure("torch", fractions.Fraction, 1, numerator=1, denominator=0)
+    with pytest.raises(UserError, match=r"^bench, torch side: the process died \(exit code 9\)"):
+        measure("torch", os._exit, 1, status=9)
+
+
+def test_the_bench_of_rl_gives_the_time_of_each_part_and_both_sides_do_the_same_work(capsys):
+    assert main(["bench", "rl", "--json", "--quick", "--device=cpu"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [r["side"] for r in rows] == ["qstar", "torch"]
+    for row in rows:
+        shares = [row[k] for k in ("rollout", "answerer", "scoring", "update")]
+        assert sum(shares) == pytest.approx(1) and min(shares) > 0 and row["seconds"] > 0 and row["torch/qstar"] > 0
+    assert rows[0]["recompiles"] == 0 and rows[0]["difference"] < 1e-4
