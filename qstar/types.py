@@ -98,7 +98,7 @@ class Preference:
 class Graded:
     """Completions with labels of correctness at some of their tokens: training rows of a value head."""
 
-    rows: Batch  # [B, T]; the mask is on the tokens of the language-model loss (see `value.value_loss`)
+    rows: Batch  # [B, T]; the mask is on the tokens of the language-model loss (see `train.preference.value_loss`)
     labels: jax.Array  # [B, T] float32 in [0, 1]: probability that the solution up to this token is (or ends) correct
     weight: jax.Array  # [B, T] float32: 1 where the value head is trained
     lm_scale: jax.Array | None = None  # [B], one number: labelled tokens per LM token over all data; None: of the batch

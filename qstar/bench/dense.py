@@ -17,7 +17,7 @@ from qstar.models import decoder, heads
 from qstar.models.config import ModelConfig
 from qstar.thoughts import forward, layout
 from qstar.thoughts import loss as thought_loss
-from qstar.thoughts.paths import ThoughtStates, mix
+from qstar.thoughts.forward import ThoughtStates, mix
 from qstar.thoughts.rollout import sampler
 from qstar.types import Batch, Params, Segment
 

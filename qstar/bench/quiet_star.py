@@ -129,4 +129,4 @@ def token(form: str, V: int, N: int, A: int) -> Callable[[], Any]:
     params, settings = prepare(params, config), decode.ThoughtSamplerConfig(config, (), NEW, V)
     keys, lengths = jax.random.split(jax.random.key(0), 1), np.asarray([N], np.int32)
     options = (tokens, lengths, keys, SamplingParams.make(1.0), jnp.float32(1))
-    return lambda: jax.block_until_ready(decode.generate(params, settings, *options))
+    return lambda: jax.block_until_ready(decode.generate_rows(params, settings, *options))

@@ -36,7 +36,6 @@ from qstar.tasks.base import Problem, Task, ZeroShot
 from qstar.text.tokenizer import Tokenizer
 from qstar.thoughts import forward, layout
 from qstar.thoughts import rollout as thinking
-from qstar.thoughts.paths import joint_states
 from qstar.train.stats import summarise
 from qstar.types import Params
 
@@ -254,7 +253,8 @@ def answer_logits(
         B, M, A = base.shape
         return AnswerLogits(base, jnp.zeros((B, 0, M, A)), jnp.zeros((B, 0, M)))
     draw = thinking.sampler(params, config, batch, positions, key, passes, temperature)
-    paths, _ = joint_states(params, config, batch, texts, positions, passes, draw)
+    threads, _ = forward.rollout_and_talk(params, config, batch, texts, positions, passes, draw)
+    paths = forward.thought_states(params, config, batch, texts, positions, threads)
     return AnswerLogits(base, logits(paths.mixed[:, :, :, 0]), paths.weight[..., 0])
 
 

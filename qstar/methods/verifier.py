@@ -34,9 +34,8 @@ from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
 from qstar.train.metrics import Writer
-from qstar.train.preference import dpo_loss
+from qstar.train.preference import dpo_loss, value_loss
 from qstar.train.step import make_step
-from qstar.train.value import value_loss
 from qstar.types import Batch, Graded, Preference
 
 KINDS = {"dpo": ("logp", "logratio", "mean_logp"), "orm": ("orm",), "prm": ("prm_min", "prm_product")}

@@ -11,28 +11,24 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jax import Array
 
 from qstar.errors import UserError, require
 from qstar.mesh import map_rows, mesh_jit, put_global_batch, to_host
 from qstar.models import decoder, encdec
-from qstar.models.attention import NEG, causal_mask
+from qstar.models.attention import causal_mask
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.heads import value_logits
 from qstar.models.model import Model, encoder_ids
+from qstar.models.vocabulary import token_logprobs
 from qstar.types import Params
 
 AnyConfig = ModelConfig | EncDecConfig
 CHUNK_TOKENS = 16_384  # tokens per forward pass of `logprobs`
-CHUNK_LOGITS = 2**26  # most logits alive at once there: 256 MiB
 MIN_LENGTH = 16  # the shortest length bucket; the others are powers of two
-BLOCK_LOGITS = 2**22  # most logits alive at once in `token_scores`: 16 MiB
-MIN_BLOCK = 64  # tokens, however large the vocabulary is
 
 
 def init(config: AnyConfig, key: Array, dtype: Any = jnp.float32) -> Params:
@@ -77,55 +73,6 @@ def _row_states(params: Params, config: ModelConfig, tokens: Array, real: Array)
     return decoder.forward(params, config, tokens, positions, causal_mask(config, real))[0]
 
 
-def token_scores(
-    params: Params,
-    config: AnyConfig,
-    states: Array,
-    targets: Array,
-    *,
-    temperature: float = 1.0,
-    limit: int | None = None,
-) -> tuple[Array, Array]:
-    """Returns the log-probability of every target and the entropy there (nats), both float32 [B, R].
-
-    Args:
-      states: [B, R, D] of `response_states`. targets: [B, R]. No array [B, R, V] exists where it would be large.
-      temperature, limit: of the distribution that the response was sampled from (ids from `limit` on are excluded), so
-        that the ratio of a policy to itself is 1.
-    """
-
-    def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
-        logp = log_distribution(params, config, block[0], temperature=temperature, limit=limit)
-        chosen = jnp.take_along_axis(logp, block[1][:, None], axis=-1)[:, 0]
-        return chosen, -jnp.sum(jnp.where(logp > NEG / 2, jnp.exp(logp) * logp, 0.0), axis=-1)
-
-    B, N = targets.shape[0], targets.size
-    n = min(N, max(MIN_BLOCK, BLOCK_LOGITS // config.vocab_size))
-    count = -(-N // n)
-    states, flat = rearrange(states, "b r d -> (b r) d"), rearrange(targets, "b r -> (b r)")
-    if count == 1:
-        found = score((states, flat))
-    else:  # the gradient computes a block's logits again instead of keeping them
-        spare = count * n - N
-        blocks = (
-            rearrange(jnp.pad(states, [(0, spare), (0, 0)]), "(c n) d -> c n d", c=count),
-            rearrange(jnp.pad(flat, (0, spare)), "(c n) -> c n", c=count),
-        )
-        found = [rearrange(x, "c n -> (c n)")[:N] for x in jax.lax.map(jax.checkpoint(score), blocks)]
-    chosen, entropy = (rearrange(x, "(b r) -> b r", b=B) for x in found)
-    return chosen, entropy
-
-
-def log_distribution(
-    params: Params, config: AnyConfig, states: Array, *, temperature: float = 1.0, limit: int | None = None
-) -> Array:
-    """Returns log-probabilities [..., V] float32 of states [..., D] at a temperature, over the ids below `limit`."""
-    logits = decoder.unembed(params, config, states) / temperature
-    if limit is not None and limit < config.vocab_size:
-        logits = jnp.where(jnp.arange(config.vocab_size) < limit, logits, NEG)
-    return jax.nn.log_softmax(logits)
-
-
 def text_limit(config: AnyConfig, tokenizer: Any = None) -> int:
     """Returns the first id that has no text and is never drawn (a padded vocabulary), or the vocabulary's size."""
     size = config.text_ids if isinstance(config, EncDecConfig) else config.vocab_size
@@ -159,25 +106,9 @@ def _logits(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> 
 
 @functools.partial(mesh_jit, static_argnames="config")
 def next_logprobs(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
-    """Returns [B, T]: at t, the log-probability of token t + 1 (the last column has no meaning).
-
-    The vocabulary product runs over blocks of time, so that [B, T, V] never exists; the batch axis, which may be split
-    over devices, stays whole.
-    """
-    B, T = tokens.shape
-    width = 1
-    while 2 * width <= T and T % (2 * width) == 0 and 2 * width * B * config.vocab_size <= CHUNK_LOGITS:
-        width *= 2
-
-    def score(block: tuple[Array, Array]) -> Array:
-        hidden, targets = block
-        logits = decoder.unembed(params, config, hidden)  # [B, width, V]
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    hidden = rearrange(hidden_states(params, config, tokens, mask), "b (n w) d -> n b w d", w=width)
-    targets = rearrange(jnp.roll(tokens, -1, axis=1), "b (n w) -> n b w", w=width)
-    return rearrange(jax.lax.map(score, (hidden, targets)), "n b w -> b (n w)")
+    """Returns [B, T]: at t, the log-probability of token t + 1 (the last column has no meaning)."""
+    hidden = hidden_states(params, config, tokens, mask)
+    return token_logprobs(hidden, decoder.head(params, config), jnp.roll(tokens, -1, axis=1)).logprobs
 
 
 @functools.partial(mesh_jit, static_argnames="config")
@@ -191,7 +122,8 @@ def _encdec_logits(params: Params, config: EncDecConfig, source: Array, source_m
 
 @functools.partial(mesh_jit, static_argnames="config")
 def _response_logprobs(params: Params, config: EncDecConfig, prompt: Array, mask: Array, response: Array) -> Array:
-    return token_scores(params, config, response_states(params, config, prompt, mask, response), response)[0]
+    states = response_states(params, config, prompt, mask, response)
+    return token_logprobs(states, decoder.head(params, config), response).logprobs
 
 
 def logits(

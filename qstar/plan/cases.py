@@ -26,7 +26,6 @@ from qstar.models import heads, scoring
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
-from qstar.plan import flops
 from qstar.plan.program import Program
 from qstar.plan.steps import (
     Assumed,
@@ -43,6 +42,7 @@ from qstar.runs.settings import settings_from
 from qstar.runs.stages import TrainSettings, UpdateSettings, sft_step
 from qstar.sample.batching import default_slots, padded_length
 from qstar.thoughts import measure
+from qstar.train import flops
 from qstar.train.distil import DistilSettings, Lesson
 from qstar.train.rl import Experience, RLSettings, measure_jit
 from qstar.train.state import optimizer_for
@@ -172,7 +172,7 @@ def _thinking(
     teacher = config if arm.teacher else None
     step = update(config, arm.thinker, config.thoughts.thought_tokens, tx, s, teacher, arm.teacher_weight)
     roles = {"teacher": case.like(attach, trained(case, model, s).params, key)} if teacher else None
-    needed = (flops.quiet_star if with_thoughts else flops.update)(config, s.batch_size, length)
+    needed = flops.update(config, s.batch_size, length, thinks=with_thoughts)
     batch = case.batch(s.batch_size, length)
     yield train_program(case, f"{name}: update", start, s, (tx, step), batch, needed, roles)
     if not with_thoughts:

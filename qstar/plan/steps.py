@@ -23,7 +23,6 @@ from qstar.models.hf_config import from_hf
 from qstar.models.hf_names import abstract_params
 from qstar.models.model import Model
 from qstar.models.presets import published
-from qstar.plan import flops
 from qstar.plan.program import Program, local_bytes
 from qstar.runs.rollouts import SampleSettings
 from qstar.runs.settings import check_keys, settings_from
@@ -32,6 +31,7 @@ from qstar.sample import sampler as S
 from qstar.sample import seq2seq
 from qstar.sample.batching import FILL_SHARE, default_slots, padded_length, state_shardings
 from qstar.sample.logits import SamplingParams
+from qstar.train import flops
 from qstar.train.state import abstract, abstract_state
 from qstar.types import Batch
 

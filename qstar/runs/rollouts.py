@@ -306,13 +306,13 @@ def generate(
       prompts: texts, or lists of token ids taken as they are.
       thoughts: True or a ThoughtConfig samples a thought before every token (Quiet-STaR); completions then hold the thoughts.
       sampling: max_new_tokens, temperature, top_k, top_p, n, stop, seed, prefix, slots, weights: see
-        `sample.batching.generate`, also for the errors.
+        `sample.batching.SamplingOptions`, also for the errors.
 
     Returns:
       Per prompt, a list of n `Completion(text, tokens, logprobs, sample_logprobs, stopped)`.
     """
     if not thoughts:
         return batching.generate(model, prompts, **sampling)
-    from qstar.thoughts import text  # slow to import, and needed only here
+    from qstar.thoughts import decode  # slow to import, and needed only here
 
-    return list(map(list, text.generate(model, prompts, thoughts=thoughts, **sampling)))
+    return list(map(list, decode.generate(model, prompts, thoughts=thoughts, **sampling)))

@@ -1,4 +1,4 @@
-"""The host half of sampling: length buckets, the queue that keeps the slots full, stop strings, and `generate`."""
+"""The host half of sampling: length buckets, the queue that fills the slots, stop strings, and `generate`."""
 
 from __future__ import annotations
 
@@ -14,57 +14,67 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from qstar import tree
-from qstar.errors import UserError, require
-from qstar.mesh import SAMPLING, Rules, to_host
+from qstar.errors import Settings, UserError, bounded, require
+from qstar.mesh import SAMPLING, Rules, put_global_batch, to_host
+from qstar.models import scoring
 from qstar.models.encdec import EncDecConfig
 from qstar.models.int8 import KINDS, quantise_jit
-from qstar.models.model import Model
+from qstar.models.model import Model, encoder_ids
 from qstar.sample import sampler as S
 from qstar.sample import seq2seq
 from qstar.sample.logits import SamplingParams
-from qstar.types import Completion
+from qstar.types import Completion, Params
 
 MAX_SLOTS = 256
-STOP_STRIDE = 16  # decode steps between two looks for stop strings
-FILL_SHARE = 4  # a refill seats a quarter of the slots: one compiled shape for the first fill and for all later ones
+STOP_STRIDE = 16  # decode steps between two searches for stop strings, which need the host
+FILL_SHARE = 4  # a refill fills a quarter of the slots: one compiled shape for the first fill and for all later ones
+
+Result = tuple[int, int, Completion]  # prompt index, sample index
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One completion to sample: which prompt, which of its n samples, and the prompt's tokens."""
+    """One completion to sample: the prompt's index and tokens, and which of its n samples it is."""
 
     prompt: int
     sample: int
     tokens: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions(Settings):
+    """Keyword arguments of `generate` and `stream`. None of `temperature`, `top_k`, `top_p`, `seed` recompiles."""
+
+    max_new_tokens: int = bounded(ge=1)  # most tokens of a completion
+    temperature: float = bounded(1.0, ge=0, note="0 is greedy")
+    top_k: int = bounded(0, ge=0, note="0 is off")  # filters, applied in this order
+    top_p: float = bounded(1.0, gt=0, le=1)
+    n: int = bounded(1, ge=1)  # completions per prompt
+    stop: Sequence[str] = ()  # strings that end a completion (they are cut off); the EOS token always does
+    seed: int = 0  # draws depend on (seed, prompt index, sample index) alone, not on batching
+    prefix: str | Sequence[int] = ""  # text or ids in front of every prompt, run once and shared (few-shot examples)
+    slots: int | None = None  # rows decoded side by side; default: as many as there are requests, up to 256
+    weights: str = bounded("", choices=KINDS)  # "int8": the blocks' weights of a decoder in 8 bits (`models.int8`)
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        empty = f"stop={self.stop} holds an empty string, which every text contains; leave it out"
+        require(("" not in self.stop, empty))
+
+    def sampling_params(self) -> SamplingParams:
+        """Returns the dynamic part."""
+        return SamplingParams.make(self.temperature, self.top_k, self.top_p)
+
+
 def generate(
-    model: Model,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    n: int = 1,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    prefix: str | Sequence[int] = "",
-    slots: int | None = None,
-    weights: str = "",
+    model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], *, n: int = 1, **options: Any
 ) -> list[list[Completion]]:
     """Samples n completions of every prompt.
 
     Args:
-      model: from `qstar.load`.
+      model: from `qstar.load`. options: see `SamplingOptions`.
       prompts: texts (a BOS token is put in front where the model has one), or lists of token ids taken as they are.
-      max_new_tokens: most tokens of a completion. temperature: 0 is greedy.
-      top_k, top_p: filters, applied in this order; 0 and 1 switch them off. None of these recompiles.
-      stop: strings that end a completion (they are cut off it); the EOS token always does.
-      prefix: text or ids in front of every prompt, run once and shared (few-shot examples).
-      seed: draws depend on (seed, prompt index, sample index) alone, not on batching.
-      slots: rows decoded side by side; default: as many as there are requests, up to 256.
-      weights: "int8" samples with the blocks' weights in 8 bits (`models.int8`), a decoder's; "" as they are.
 
     Returns:
       Per prompt, a list of n `Completion(text, tokens, logprobs, sample_logprobs, stopped)`.
@@ -72,110 +82,54 @@ def generate(
     Raises:
       UserError: text for a model without tokenizer, an empty prompt, or a prompt that leaves no room in the context.
     """
-    out: list[list[Completion | None]] = [[None] * n for _ in prompts]
-    for prompt, sample, completion in stream(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        n=n,
-        stop=stop,
-        seed=seed,
-        prefix=prefix,
-        slots=slots,
-        weights=weights,
-    ):
+    out: list[list[Any]] = [[None] * n for _ in prompts]
+    for prompt, sample, completion in stream(model, prompts, n=n, **options):
         out[prompt][sample] = completion
-    return out  # type: ignore[return-value]
+    return out
 
 
-def stream(
-    model: Model,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    n: int = 1,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    prefix: str | Sequence[int] = "",
-    slots: int | None = None,
-    weights: str = "",
-) -> Iterator[tuple[int, int, Completion]]:
+def stream(model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> Iterator[Result]:
     """Like `generate`, but yields (prompt index, sample index, completion) as completions finish."""
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    _check_knobs(max_new_tokens, temperature, top_k, top_p, n, stop)
+    o = SamplingOptions(**options)
     decoder = not isinstance(model.config, EncDecConfig)
-    require(
-        (weights in KINDS, f"weights={weights!r} is not one of '', int8"),
-        (decoder or not weights, "weights='int8' is for decoders, and this model is an encoder-decoder; leave it out"),
-    )
+    int8_decoder = "weights='int8' is for decoders, and this model is an encoder-decoder; leave it out"
+    require((decoder or not o.weights, int8_decoder))
+    context, rows = encode_prompts(model, prompts, o)
+    sampling_params, key = o.sampling_params(), tree.random_key(o.seed)
+    buckets = _buckets([len(r) for r in rows], o.n)
     if not decoder:
-        yield from _read_and_write(
-            model, prompts, prefix, max_new_tokens, temperature, top_k, top_p, n, stop, seed, slots
-        )
+        params = seq2seq.prepare(model.params, model.config)
+        for length, members in buckets:
+            sampler = _sampler(model, o.slots or default_slots(len(rows) * o.n), length, o.max_new_tokens)
+            yield from _respond(model, params, sampler, rows, members, o, key, sampling_params)
         return
-    prefix_ids, rows = _encode(model, prompts, prefix)
-    _check_lengths(model, prefix_ids, rows, max_new_tokens)
-    if stop and model.tokenizer is None:
-        raise UserError("stop strings need a tokenizer, and this model has none; pass tokens and rely on the EOS id")
-    if weights:
+    if o.weights:
         model = model.replace(params=quantise_jit(model.params))
     params = S.prepare(model.params, model.config)
-    shared = _prefill_prefix(model, params, prefix_ids)
-    sampling_params = SamplingParams.make(temperature, top_k, top_p)
-    for length, members in _buckets([len(r) for r in rows], n):
-        requests = [Request(i, j, tuple(rows[i])) for i in members for j in range(n)]
-        queue = _Queue(model, params, shared, prefix_ids, requests, n, length, max_new_tokens, slots, seed, stop)
-        yield from queue.run(sampling_params)
+    prefix = _prefill_prefix(model, params, context)
+    for length, members in buckets:
+        requests = [Request(i, j, tuple(rows[i])) for i in members for j in range(o.n)]
+        sampler = _sampler(model, o.slots or default_slots(len(requests)), length, o.max_new_tokens)
+        yield from _Queue(model, params, sampler, prefix, tuple(context), requests, o).run(key, sampling_params)
 
 
-def _read_and_write(model, prompts, prefix, max_new_tokens, temperature, top_k, top_p, n, stop, seed, slots):
-    """`stream` of an encoder-decoder: its prompts (with the prefix in front) go into the encoder."""
-    rows = seq2seq.encode_prompts(model, prompts, prefix)
-    if stop and model.tokenizer is None:
-        raise UserError("stop strings need a tokenizer, and this model has none; pass tokens and rely on the EOS id")
-    yield from seq2seq.stream(
-        model,
-        rows,
-        _buckets([len(r) for r in rows], n),
-        max_new_tokens=max_new_tokens,
-        sampling_params=SamplingParams.make(temperature, top_k, top_p),
-        n=n,
-        stop=stop,
-        seed=seed,
-        slots=slots or default_slots(len(rows) * n),
-    )
+def _sampler(model: Model, slots: int, length: int, max_new: int) -> S.Sampler:
+    limit = scoring.text_limit(model.config, model.tokenizer)
+    return S.Sampler(model.config, model.stop_ids, slots, prompt_length=length, max_new=max_new, vocab_limit=limit)
 
 
 class _Queue:
-    """Requests of one length bucket, and the slots that work them off."""
+    """Requests of one length bucket to a decoder, and the slots that process them."""
 
-    def __init__(self, model, params, prefix, context, requests, n, length, max_new, slots, seed, stop):
-        self.model, self.params, self.prefix, self.stop = model, params, prefix, stop
-        self.context = tuple(context)  # the ids of `prefix`
+    def __init__(self, model, params, sampler, prefix, context, requests, options):
+        self.model, self.params, self.sampler, self.prefix, self.stop = model, params, sampler, prefix, options.stop
+        self.context = context  # the ids of `prefix`
         self.waiting = collections.deque(requests)
-        slots = slots or default_slots(len(requests))
-        self.group = min(n, max(1, slots // FILL_SHARE))  # samples of one prompt that share a prefill
-        self.prompts_per_fill = max(1, slots // FILL_SHARE // self.group)
-        tokenizer, config = model.tokenizer, model.config
-        self.sampler = S.Sampler(
-            config=config,
-            stop_ids=model.stop_ids,
-            slots=slots,
-            prompt_length=length,
-            max_new=max_new,
-            vocab_limit=min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size,
-        )
-        self.seed = tree.random_key(seed)
-        self.max_new = max_new
-        self.occupant: list[Request | None] = [None] * slots
+        self.group = min(options.n, max(1, sampler.slots // FILL_SHARE))  # samples of one prompt that share a prefill
+        self.prompts_per_fill = max(1, sampler.slots // FILL_SHARE // self.group)
+        self.occupant: list[Request | None] = [None] * sampler.slots
 
-    def run(self, sampling_params: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
+    def run(self, key: jax.Array, sampling_params: SamplingParams) -> Iterator[Result]:
         state = _placed(self.model, lambda: S.empty_state(self.sampler))
         cancel = np.zeros(self.sampler.slots, bool)
         per_fill = self.prompts_per_fill * self.group
@@ -183,125 +137,128 @@ class _Queue:
             free = [i for i, r in enumerate(self.occupant) if r is None]
             while self.waiting and (len(free) >= per_fill or len(free) == len(self.occupant)):
                 fill, free = self._next_fill(free)
-                cancel[fill.slot[fill.slot < len(cancel)]] = False  # that was the row before
-                state = S.insert_requests(
-                    self.params, self.sampler, self.prefix, state, fill, self.seed, sampling_params
-                )
-            min_active_rows = max(0, len(self.occupant) - per_fill) if self.waiting else 0
-            steps = STOP_STRIDE if self.stop else self.max_new
-            state = S.decode(
-                self.params,
-                self.sampler,
-                self.prefix,
-                state,
-                sampling_params,
-                cancel,
-                np.int32(min_active_rows),
-                np.int32(steps),
-            )
+                cancel[fill.slot[fill.slot < len(cancel)]] = False  # it was set for the row before
+                state = S.insert_requests(self.params, self.sampler, self.prefix, state, fill, key, sampling_params)
+            # Decoding stops early once a whole refill fits.
+            least = np.int32(max(0, len(self.occupant) - per_fill) if self.waiting else 0)
+            steps = np.int32(STOP_STRIDE if self.stop else self.sampler.max_new)
+            state = S.decode(self.params, self.sampler, self.prefix, state, sampling_params, cancel, least, steps)
             cancel = np.zeros(self.sampler.slots, bool)
             yield from self._harvest(state, cancel)
 
     def _next_fill(self, free: list[int]) -> tuple[S.PrefillBatch, list[int]]:
         """Takes the next prompts off the queue for the free slots (whole groups of samples of one prompt)."""
         N, M = self.prompts_per_fill, self.prompts_per_fill * self.group
-        tokens, lengths = np.zeros((N, self.sampler.prompt_length), np.int32), np.ones(N, np.int32)
-        slot, source, request = (
-            np.full(M, self.sampler.slots, np.int32),
-            np.zeros(M, np.int32),
-            np.zeros((M, 2), np.int32),
+        fill = S.PrefillBatch(
+            tokens=np.zeros((N, self.sampler.prompt_length), np.int32),
+            lengths=np.ones(N, np.int32),
+            slot=np.full(M, self.sampler.slots, np.int32),  # out of range: dropped
+            source=np.zeros(M, np.int32),
+            limit=np.full(M, self.sampler.max_new, np.int32),
+            request=np.zeros((M, 2), np.int32),
         )
         row = 0
         for p in range(N):
             if not self.waiting:
                 break
             head = self.waiting[0]
-            tokens[p, : len(head.tokens)], lengths[p] = head.tokens, len(head.tokens)
+            fill.tokens[p, : len(head.tokens)], fill.lengths[p] = head.tokens, len(head.tokens)
             for _ in range(self.group):
                 if not self.waiting or self.waiting[0].prompt != head.prompt or not free:
                     break
                 r = self.waiting.popleft()
-                slot[row], source[row] = free.pop(0), p
-                request[row] = r.prompt, r.sample
-                self.occupant[slot[row]] = r
+                fill.slot[row], fill.source[row], fill.request[row] = free.pop(0), p, (r.prompt, r.sample)
+                self.occupant[fill.slot[row]] = r
                 row += 1
-        limit = np.full(M, self.max_new, np.int32)
-        return S.PrefillBatch(tokens, lengths, slot, source, limit, request), free
+        return fill, free
 
-    def _harvest(self, state: S.SampleState, cancel: np.ndarray) -> Iterator[tuple[int, int, Completion]]:
+    def _harvest(self, state: S.SampleState, cancel: np.ndarray) -> Iterator[Result]:
         """Yields the rows that are done and frees their slots; marks rows that a stop string ends in `cancel`."""
-        active, stopped, count, tokens, logprobs, sample_logprobs = to_host(
-            (state.active, state.stopped, state.count, state.tokens, state.logprobs, state.sample_logprobs)
-        )
+        names = ("tokens", "logprobs", "sample_logprobs", "count", "stopped", "active")
+        host = to_host({name: getattr(state, name) for name in names})
         for i, request in enumerate(self.occupant):
-            if request is None:
+            active = bool(host["active"][i])
+            if request is None or active and not self.stop:
                 continue
-            ids, ended = tokens[i, : int(count[i])].tolist(), bool(stopped[i])
-            if active[i] and not self.stop:
+            found = completion(self.model, {k: v[i] for k, v in host.items()}, self.stop, self.context + request.tokens)
+            if active and not found.stopped:
                 continue
-            text, length = None, len(ids)
-            if (tokenizer := self.model.tokenizer) is not None:
-                prompt = self.context + request.tokens
-                text, length, ended = tokenizer.finish(ids, self.stop, after=prompt, stopped=ended)
-            if active[i] and not ended:
-                continue
-            cancel[i] = bool(active[i])
-            self.occupant[i] = None
-            yield (
-                request.prompt,
-                request.sample,
-                Completion(
-                    text, ids[:length], logprobs[i, :length].tolist(), sample_logprobs[i, :length].tolist(), ended
-                ),
-            )
+            cancel[i], self.occupant[i] = active, None
+            yield request.prompt, request.sample, found
+
+
+def _respond(model, params, sampler, rows, members, options, key, sampling_params) -> Iterator[Result]:
+    """Samples from an encoder-decoder, as many prompts of one length bucket at a time as fit into the slots."""
+    n = options.n
+    group = max(1, sampler.slots // n)
+    sampler = dataclasses.replace(sampler, slots=group * n)
+    for at in range(0, len(members), group):
+        chosen = members[at : at + group]
+        tokens, lengths = np.zeros((group, sampler.prompt_length), np.int32), np.zeros(group, np.int32)
+        requests = np.zeros((group, n, 2), np.int32)
+        requests[..., 1] = np.arange(n)
+        for r, i in enumerate(chosen):
+            tokens[r, : len(rows[i])], lengths[r], requests[r, :, 0] = rows[i], len(rows[i]), i
+        arrays = put_global_batch((tokens, lengths, requests), model.mesh)
+        host = to_host(seq2seq.sample_rows(params, sampler, *arrays, key, sampling_params))
+        for r, i in enumerate(chosen):
+            for j in range(n):
+                yield i, j, completion(model, {k: v[r, j] for k, v in host.items()}, options.stop)
 
 
 # --------------------------------------------------------------------------------------------------------- details
 
 
-def _check_knobs(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, n: int, stop: tuple[str, ...]
-) -> None:
-    require(
-        (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1"),
-        (temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more"),
-        (top_k >= 0, f"top_k={top_k} must be 0 (off) or more"),
-        (0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]"),
-        (n >= 1, f"n={n} must be at least 1"),
-        ("" not in stop, f"stop={stop} holds an empty string, which every text contains; leave it out"),
-    )
-
-
-def _encode(model: Model, prompts: Sequence, prefix: str | Sequence[int]) -> tuple[list[int], list[list[int]]]:
+def encode_prompts(model: Model, prompts: Sequence, options: SamplingOptions) -> tuple[list[int], list[list[int]]]:
     """Returns the ids that all rows begin with (if there is a prefix), and what follows them in each row.
 
-    Text is encoded with its prefix in front, since tokens may straddle the seam; what the rows then really share is
-    the prefix. Without one nothing is shared: prompts of one task begin alike by chance.
+    Raises:
+      UserError: text for a model without tokenizer, an empty or too long prompt, or an id outside the vocabulary.
     """
-    tokenizer = model.tokenizer
+    tokenizer, prefix = model.tokenizer, options.prefix
+    no_tokenizer = "stop strings need a tokenizer, and this model has none; pass tokens and rely on the EOS id"
+    require((not options.stop or tokenizer is not None, no_tokenizer))
     if isinstance(prompts, str):
         raise UserError("prompts is a list of texts, or of lists of token ids: put the text in [ ]")
     if tokenizer is None and (isinstance(prefix, str) and prefix or any(isinstance(p, str) for p in prompts)):
         raise UserError(
             "this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text"
         )
-    texts = [prefix + p for p in prompts if isinstance(p, str)] if isinstance(prefix, str) else []
-    if texts and len(texts) == len(prompts):
-        rows = tokenizer.encode_batch(texts, bos=True)
+    decoder, texts = not isinstance(model.config, EncDecConfig), isinstance(prefix, str)
+    if texts and len(prompts) and all(isinstance(p, str) for p in prompts):
+        # Text is encoded with its prefix in front, since a token may span the two.
+        whole = [prefix + p for p in prompts]
+        rows = tokenizer.encode_batch(whole, bos=True) if decoder else [encoder_ids(model, text) for text in whole]
     else:
-        head = tokenizer.encode(prefix, bos=True) if isinstance(prefix, str) and prefix else list(prefix)
-        rows = [head + (tokenizer.encode(p, bos=not head) if isinstance(p, str) else list(p)) for p in prompts]
-    for i, row in enumerate(rows):
-        if not row:
-            raise UserError(
-                f"prompt {i} is empty: give it at least one token (the model has no BOS token to start from)"
-            )
-    shared = _common_length(rows) if len(prefix) else 0
+        head = tokenizer.encode(prefix, bos=decoder) if texts and prefix else list(prefix)
+
+        def ids(p: Any) -> list[int]:
+            if not isinstance(p, str):
+                return [int(t) for t in p]
+            return tokenizer.encode(p, bos=not head) if decoder else encoder_ids(model, p)
+
+        rows = [head + ids(p) for p in prompts]
+    _check_rows(model, rows, options.max_new_tokens if decoder else 0)
+    # Without a prefix nothing is shared: prompts of one task begin alike by chance. An encoder reads whole prompts.
+    shared = _common_length(rows) if len(prefix) and decoder else 0
     return rows[0][:shared] if rows else [], [row[shared:] for row in rows]
 
 
+def _check_rows(model: Model, rows: list[list[int]], new: int) -> None:
+    room, vocab = model.config.max_positions, model.config.vocab_size
+    for i, row in enumerate(rows):
+        bad = next((t for t in row if not 0 <= t < vocab), None)
+        need = f"{len(row)} prompt tokens" + (f" + max_new_tokens={new} = {len(row) + new}" if new else "")
+        advice = "shorten the prompt" + (" or lower max_new_tokens" if new else "")
+        require(
+            (row, f"prompt {i} is empty: give it at least one token (the model has no BOS token to start from)"),
+            (len(row) + new <= room, f"prompt {i}: {need} exceed the model's context of {room} tokens; {advice}"),
+            (bad is None, f"prompt {i}: token id {bad} is outside the model's vocabulary of {vocab}"),
+        )
+
+
 def _common_length(rows: list[list[int]]) -> int:
-    """How many leading ids all rows share, leaving each at least one of its own."""
+    """Number of leading ids that all rows share, leaving each at least one of its own."""
     if not rows:
         return 0
     low, high = min(rows), max(rows)  # the two that differ earliest, in lexicographic order
@@ -309,54 +266,48 @@ def _common_length(rows: list[list[int]]) -> int:
     return next((i for i in range(most) if low[i] != high[i]), most)
 
 
-def _check_lengths(model: Model, prefix: list[int], rows: list[list[int]], max_new_tokens: int) -> None:
-    room = model.config.max_positions
-    for i, row in enumerate(rows):
-        need = len(prefix) + len(row) + max_new_tokens
-        if need > room:
-            raise UserError(
-                f"prompt {i}: {len(prefix) + len(row)} prompt tokens + max_new_tokens={max_new_tokens} = {need} exceed the "
-                f"model's context of {room} tokens; shorten the prompt or lower max_new_tokens"
-            )
-        bad = next((t for t in (row if i else [*prefix, *row]) if not 0 <= t < model.config.vocab_size), None)
-        if bad is not None:
-            raise UserError(
-                f"prompt {i}: token id {bad} is outside the model's vocabulary of {model.config.vocab_size}"
-            )
+def completion(model: Model, row: dict[str, Any], stop: tuple[str, ...], prompt: Sequence[int] = ()) -> Completion:
+    """Returns a sampled row (tokens, logprobs, sample_logprobs, count, stopped) up to its end or its first stop string."""
+    count, ended, text = int(row["count"]), bool(row["stopped"]), None
+    ids = row["tokens"][:count].tolist()
+    if model.tokenizer is not None:
+        text, count, ended = model.tokenizer.finish(ids, stop, after=prompt, stopped=ended)
+    logprobs, sample_logprobs = (row[k][:count].tolist() for k in ("logprobs", "sample_logprobs"))
+    return Completion(text, ids[:count], logprobs, sample_logprobs, ended)
 
 
-def _prefill_prefix(model: Model, params, prefix_ids: list[int]) -> S.Prefix:
+def _prefill_prefix(model: Model, params: Params, prefix_ids: list[int]) -> S.Prefix:
     padded = np.zeros(padded_length(len(prefix_ids)) if prefix_ids else 0, np.int32)
     padded[: len(prefix_ids)] = prefix_ids
     return S.prefill_prefix(params, model.config, jnp.asarray(padded), jnp.int32(len(prefix_ids)))
 
 
 def default_slots(requests: int) -> int:
-    """Returns how many rows to decode side by side: the next power of two, up to 256."""
-    return min(MAX_SLOTS, _power_of_two(requests))
+    """Returns the number of rows to decode side by side: the next power of two, up to 256."""
+    return min(MAX_SLOTS, power_of_two(requests))
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """Returns the next power of two, at least 1."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def padded_length(n: int) -> int:
     """Padded length: the next of 8, 12, 16, 24, 32, 48, 64, 96, ... (at most a third of it padding, from 8 up)."""
-    size = max(8, _power_of_two(n))
+    size = max(8, power_of_two(n))
     return size * 3 // 4 if size >= 16 and n <= size * 3 // 4 else size
 
 
 def _buckets(lengths: Sequence[int], n: int) -> list[tuple[int, list[int]]]:
-    """Groups prompt indices by padded length, shortest first; a group too small to fill the slots joins the next."""
+    """Groups prompt indices by padded length, shortest first; a group that does not fill the slots joins the next."""
     groups: dict[int, list[int]] = collections.defaultdict(list)
     for i, length in enumerate(lengths):
         groups[padded_length(length)].append(i)
     out: list[tuple[int, list[int]]] = []
     carried: list[int] = []
-    sizes = sorted(groups)
-    for size in sizes:
+    for size in sorted(groups):
         members = sorted(carried + groups[size])
-        if size != sizes[-1] and len(members) * n < MAX_SLOTS:
+        if size != max(groups) and len(members) * n < MAX_SLOTS:
             carried = members
             continue
         out.append((size, members))
@@ -372,7 +323,7 @@ def _placed(model: Model, make: Callable[[], S.SampleState]) -> S.SampleState:
     where = state_shardings(state, model.mesh)
     if jax.process_count() == 1:
         return jax.device_put(state, where)
-    return jax.jit(make, out_shardings=where)()  # no process could put what belongs to the others' devices
+    return jax.jit(make, out_shardings=where)()  # a process cannot put arrays on the devices of another
 
 
 def state_shardings(state: S.SampleState, mesh: Mesh) -> S.SampleState:

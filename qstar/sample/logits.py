@@ -1,10 +1,9 @@
-"""From logits to a token and its two log-probabilities, for one row (`vmap` adds the others).
+"""A token and its two log-probabilities from one row of logits (`vmap` adds the others).
 
-The convention everywhere: `logprob` is under the model (temperature 1, no filter), which is what a trainer recomputes. It is
-over the ids that the sampler may draw: where a vocabulary is padded beyond its tokenizer (T5, Qwen), `model.logprobs` counts
-the padding's share, too, which training has made small. `sample_logprob` is under the distribution the token was really
-drawn from (temperature, top-k, top-p, greedy = 0). Confusing the two biases every importance ratio by the mass that a filter
-removed.
+`logprob` is under the model (temperature 1, no filter): what a trainer recomputes. It is over the ids that the sampler may
+draw: where a vocabulary is padded beyond its tokenizer (T5, Qwen), `qstar.logprobs` includes the padding's share, which
+training has made small. `sample_logprob` is under the distribution that the token was drawn from (temperature, top-k, top-p,
+greedy = 0). Confusing the two biases every importance ratio by the mass that a filter removed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 256  # of the two-level inverse CDF
+BLOCK = 256  # ids per block of the two-level searches
 NEG = -1e30
 
 
@@ -36,16 +35,14 @@ def sample_token(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws one token by inverting the distribution function at `u`.
 
-    One uniform number per token instead of V Gumbel variates: at 32,000 ids the random bits alone would cost a CPU more
-    than the model does.
-
     Args:
-      logits: [V] float32. u: scalar in [0, 1). knobs: unmapped scalars, so that the branches below stay branches.
+      logits: [V] float32. u: scalar in [0, 1). sampling_params: unmapped scalars, so that the branches stay branches.
 
     Returns:
       token (int32), its log-probability under the model, and under the distribution it was drawn from.
     """
-
+    # One uniform number per token instead of V Gumbel variates: at 32,000 ids the random bits alone cost a CPU more than
+    # a small model does.
     top = jnp.max(logits)
     logz = top + jnp.log(jnp.sum(jnp.exp(logits - top)))
 
@@ -69,7 +66,8 @@ def sample_token(
 
 
 def first_max(x: jax.Array) -> jax.Array:
-    """Returns the index of the first maximum of x [V]: the maxima of blocks, then one block (argmax itself is slow)."""
+    """Returns `jnp.argmax(x)` of x [V]: the maxima of blocks, then one block."""
+    # XLA's argmax on a CPU does not vectorise: this takes 5 times less at 4,096 ids, 17 times less at 32,000.
     blocks = _blocks(x, NEG)
     best = jnp.max(blocks, axis=1)
     b = jnp.argmax(best)
@@ -79,8 +77,7 @@ def first_max(x: jax.Array) -> jax.Array:
 def filter_top_k_top_p(logits: jax.Array, sampling_params: SamplingParams) -> jax.Array:
     """Returns logits [V] with what top-k, then top-p (of what top-k left) remove set to a large negative number.
 
-    Top-p keeps the smallest set of most probable tokens whose mass reaches p; ties with the last one kept stay. Both
-    thresholds are found by bisection over the float32 numbers, 32 halvings each: exact, and a twentieth of a sort.
+    Top-p keeps the smallest set of most probable tokens whose mass reaches p; ties with the last one kept stay.
     """
 
     def by_count(x: jax.Array) -> jax.Array:
@@ -95,7 +92,11 @@ def filter_top_k_top_p(logits: jax.Array, sampling_params: SamplingParams) -> ja
 
 
 def threshold(x: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
-    """Returns the largest t such that the entries x >= t weigh at least `mass` (the least of x, if all of them do not)."""
+    """Returns the largest t such that the entries x >= t weigh at least `mass` (the least of x, if all of them do not).
+
+    In plain terms, for weights of 1: `jnp.sort(x)[-mass]`.
+    """
+    # Bisection over the float32 numbers, 32 halvings: exact, and 7 (4,096 ids) to 19 times (32,000) faster than a sort.
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
 
@@ -112,9 +113,10 @@ def threshold(x: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
 def invert_cdf(log_weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns i with probability weights[i] / sum(weights), and that sum, for log weights [V] and u uniform in [0, 1).
 
-    Two levels (blocks, then inside the block) keep the running sums short, hence exact enough for 100,000 ids; and
-    the weights never exist but as sums over blocks, and in the one block that is hit.
+    In plain terms: the first index at which `jnp.cumsum(jnp.exp(log_weights))` exceeds u times its last entry.
     """
+    # Two levels, blocks and then inside of one: 4 (4,096 ids) to 10 times (32,000) faster on a CPU than one running sum;
+    # and the running sums stay short, hence exact enough for 100,000 ids.
     blocks = _blocks(log_weights, -jnp.inf)
     masses = jnp.sum(jnp.exp(blocks), axis=1)
     sums = jnp.cumsum(masses)
@@ -130,11 +132,8 @@ def _blocks(x: jax.Array, fill: float) -> jax.Array:
 
 
 def _first_above(sums: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the first index with mass whose running sum exceeds the target; the last one with mass if none does.
-
-    Running sums are added up as a tree: in the last bit they may rise, or fall, where the weight is 0. Hence the look
-    at the weights.
-    """
+    """Returns the first index with mass whose running sum exceeds the target; the last one with mass if none does."""
+    # XLA adds running sums up as a tree: their last bit may rise, or fall, where the weight is 0.
     some = weights > 0
     hit = some & (sums > target)
     return jnp.where(jnp.any(hit), jnp.argmax(hit), weights.shape[0] - 1 - jnp.argmax(some[::-1]))

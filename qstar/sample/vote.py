@@ -11,7 +11,7 @@ import numpy as np
 
 
 def majority(answers: Sequence[str | None], logprobs: Sequence[float] | None = None) -> str | None:
-    """Returns the most frequent answer; None (unparsed) never votes. Ties: larger summed log-probability, then first seen.
+    """Returns the most frequent answer; None (unparsed) has no vote. Ties: larger summed log-probability, then first seen.
 
     Source: self-consistency, arXiv 2203.11171.
     """
@@ -29,12 +29,6 @@ def majority(answers: Sequence[str | None], logprobs: Sequence[float] | None = N
 def majority_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
     """Returns the expected accuracy of majority voting over all subsets of k of the N samples, ties broken uniformly.
 
-    Exact, without drawing subsets. For every number m of votes that the gold answer may get: the other answers get at
-    most m, and one that gets m ties. Answers that occur less often than m cannot tie and count together, as unparsed
-    ones do, so only N / m of them need the dynamic programme (state: votes used, answers tied at m); all of it takes
-    O(N^2 log N) multiplications of numpy. The counts are carried as binomial probabilities of rate k / N, whose
-    product is the count times a factor that depends on k alone: nothing overflows.
-
     Raises:
       ValueError: k is not in 1..N.
     """
@@ -43,6 +37,11 @@ def majority_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
         raise ValueError(f"k={k} is not in 1..{N}")
     counts = collections.Counter(a for a in answers if a is not None)
     g, others = counts.pop(gold, 0), sorted(counts.values())
+    # Exact, without drawing subsets. For every number m of votes that the gold answer may get: the other answers get at
+    # most m, and one that gets m ties. Answers that occur less often than m cannot tie and count together, as unparsed ones
+    # do, so only N / m of them need the dynamic programme (state: votes used, answers tied at m): O(N^2 log N) in all.
+    # Counts are carried as binomial probabilities of rate k / N, whose product is the count times a factor that depends on
+    # k alone: nothing overflows.
     rate, total = k / N, 0.0
     for m in range(1, min(g, k) + 1):
         can_tie = [v for v in others if v >= m]
@@ -55,7 +54,7 @@ def majority_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
                 tie_counts[x:] += before[:-x] * chances[x]
             if m <= k - m:
                 tie_counts[m:, 1:] += before[:-m, :-1] * chances[m]
-        rest = _binomial(N - g - sum(can_tie), rate)  # answers that cannot tie, and what voted for nothing
+        rest = _binomial(N - g - sum(can_tie), rate)  # answers that cannot tie, and unparsed ones
         used = np.arange(max(0, k - m + 1 - len(rest)), k - m + 1)
         shared = tie_counts[used] @ (1.0 / np.arange(1, tie_counts.shape[1] + 1))
         total += _binomial(g, rate)[m] * float(shared @ rest[k - m - used])
@@ -70,7 +69,7 @@ def right_shares(answers: Sequence[str | None], correct: Sequence[bool]) -> dict
 
 
 def voted_right_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
-    """Returns `majority_at_k` where any number of answers may be right: the chance that the answer which wins is."""
+    """Returns `majority_at_k` where any number of answers may be right: the probability that a right one wins."""
     return sum(share * majority_at_k(answers, a, k) for a, share in right_shares(answers, correct).items())
 
 
@@ -93,7 +92,7 @@ def over_subsets(
     mean over `trials` subsets drawn without replacement within each (V-STaR used 256, arXiv 2402.06457).
 
     Args:
-      value: maps sample numbers [T, k] to what each of the T subsets is worth [T].
+      value: maps sample numbers [subsets, k] to the value of each subset.
 
     Raises:
       ValueError: k is not in 1..n, or trials is less than 2.
@@ -119,8 +118,8 @@ def weighted_majority_at_k(
 ) -> tuple[float, float]:
     """Returns the expected accuracy of a vote in which sample i of k has `weights[i]` votes, and its standard error.
 
-    Ties are broken uniformly, None never votes, NaN weighs nothing. See `over_subsets` for when it is exact. Weights
-    are votes, 0 or more: probabilities, not log-probabilities.
+    Ties are broken uniformly, None has no vote, NaN weighs 0. See `over_subsets` for when it is exact. Weights are 0 or
+    more: probabilities, not log-probabilities.
 
     Raises:
       ValueError: as `over_subsets`; not one weight per answer; a negative or infinite weight.
@@ -134,27 +133,21 @@ def weighted_majority_at_k(
     code = np.array([len(names) if a is None else names.index(a) for a in answers])
 
     def share(rows: np.ndarray) -> np.ndarray:
-        votes = np.full((len(rows), len(names) + 1), -1.0)  # -1: nobody said it
+        votes = np.full((len(rows), len(names) + 1), -1.0)  # -1: not among the subset's answers
         at = (np.arange(len(rows))[:, None], code[rows])
         votes[at] = 0.0
         np.add.at(votes, at, w[rows])
         votes = votes[:, :-1]
         top = votes.max(axis=1, keepdims=True)
-        # Sums of the same weights in another order differ in the last digits: those are ties as well.
+        # Sums of the same weights in another order differ in the last digits: they are ties as well.
         tied = (votes >= top - 1e-12 * np.abs(top)) & (votes >= 0)
         return tied[:, names.index(gold)] / np.maximum(tied.sum(axis=1), 1)
 
     return over_subsets(share, len(answers), k, trials=trials, seed=seed)
 
 
-# -------------------------------------------------------------------------------------------------- of one set of samples
-
-
 def weighted_majority(answers: Sequence[str | None], weights: Sequence[float]) -> str | None:
-    """Returns the answer with the largest sum of weights; None never votes, nor does a weight that is no number.
-
-    Ties: the answer seen first.
-    """
+    """Returns the answer with the largest sum of weights (NaN weighs 0, None has no vote); ties: the one seen first."""
     votes: dict[str, float] = collections.defaultdict(float)
     for answer, weight in zip(answers, weights, strict=True):
         if answer is not None:
@@ -163,20 +156,20 @@ def weighted_majority(answers: Sequence[str | None], weights: Sequence[float]) -
 
 
 def best_of(scores: Sequence[float]) -> int | None:
-    """Returns the index of the largest score, the first of equal ones; what is no number comes last. None of none."""
+    """Returns the index of the largest score, the first of equal ones; NaN comes last. None without scores."""
     ranked = ranking(scores)
     return ranked[0] if ranked else None
 
 
 def ranking(scores: Sequence[float]) -> list[int]:
-    """Returns the indices by falling score, equal ones in order; what is no number comes last."""
+    """Returns the indices by falling score, equal ones in order; NaN comes last."""
     return sorted(
         range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i] if scores[i] == scores[i] else 0)
     )
 
 
 def top_m_vote(answers: Sequence[str | None], scores: Sequence[float], m: int) -> str | None:
-    """Returns the majority's answer among the m best scored (Cobbe et al., section 4.3); ties: the better score.
+    """Returns the most frequent answer among the m best scored (Cobbe et al., section 4.3); ties: the better score.
 
     Raises:
       ValueError: m is not at least 1.

@@ -1,9 +1,9 @@
-"""The states of all threads, whose gradient is taken a piece of the positions at a time.
+"""The replay schedule: one teacher-forced pass over whole threads, differentiated a piece of the positions at a time.
 
-Threads do not see each other, so a piece of them can be run, differentiated and forgotten before the next: what a step
-holds at once is one piece's activations, however many positions think and however many thoughts each has. The forward pass
-keeps the threads' inputs alone, and is left out where a rollout has found the states already; the backward pass runs each
-piece, pulls its cotangents back, and adds up the gradients of the parameters and of the texts' keys and values.
+Threads do not attend to each other, so a piece of them can be run, differentiated and discarded before the next: a step
+holds one piece's activations, however many positions think and however many thoughts each has. The forward pass keeps only
+the threads' inputs, and is skipped where the rollout has computed the states already; the backward pass runs each piece
+again, applies its VJP, and adds up the gradients of the parameters and of the texts' keys and values.
 """
 
 from __future__ import annotations
@@ -13,104 +13,103 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from qstar.mesh import count_batch_shards
 from qstar.models.config import ModelConfig
 from qstar.thoughts import forward
 from qstar.types import Batch, Params
 
-OTHERS = ("embed", "head", "mixing", "thoughts")  # parameters that running a thread does not read
+UNUSED = ("embed", "head", "mixing", "thoughts")  # parameters that running a thread does not read
 
 
-def thread_states(
+def replay_states(
     params: Params,
     config: ModelConfig,
     batch: Batch,
-    pairs: forward.KVCache,
+    texts: forward.PrefixCache,
     positions: jax.Array,
-    fed: jax.Array,
+    thoughts: jax.Array,
     known: jax.Array | None = None,
-) -> jax.Array:
-    """Returns the final states [B, P, M, n, E] of whole threads, differentiable in parameters, texts and inputs.
+) -> forward.ThoughtStates:
+    """Returns the states of given thoughts [B, P, M, S] at positions [B, M].
 
     Args:
-      batch: rows [B, N]. pairs: the texts' keys and values [B, L, G, N, K]. positions: [B, M]. fed: [B, P, M, n, E] rows
-        like those of the embedding table. known: the result, where it is at hand.
+      known: [B, P, M, U, D] the threads' states, if a rollout has computed them: the threads then run only for the
+        gradient.
     """
-    core = {k: v for k, v in params.items() if k not in OTHERS}
-    if known is not None:
-        return _known(config, core, batch, pairs, positions, fed, jax.lax.stop_gradient(known))
-    return _states(config, core, batch, pairs, positions, fed)
+    inputs = forward.vmap_thoughts(partial(forward.thread_inputs, params, config))(batch, texts, positions, thoughts)
+    core = {k: v for k, v in params.items() if k not in UNUSED}
+    known = None if known is None else jax.lax.stop_gradient(known)
+    states = _thread_states(config, core, batch, texts.pairs, positions, inputs, known)
+    return forward.thought_states(params, config, batch, texts, positions, states)
 
 
 def _run(
-    config: ModelConfig, batch: Batch, positions: jax.Array, core: Params, pairs: Any, fed: jax.Array
+    config: ModelConfig, batch: Batch, positions: jax.Array, core: Params, pairs: Any, inputs: jax.Array
 ) -> jax.Array:
     def one(row: Batch, pairs: Any, j: jax.Array, x: jax.Array) -> jax.Array:
         return forward.run_thread(core, config, row, pairs, j, x, 1)[0]
 
-    return forward.vmap_thoughts(one)(batch, pairs, positions, fed)
+    return forward.vmap_thoughts(one)(batch, pairs, positions, inputs)
 
 
-def _cut(config: ModelConfig, positions: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Cuts [B, M] and [B, P, M, ...] into equal pieces [C, B, m] and [C, B, P, m, ...], filled up with zeros."""
-    B, P, M, n, _ = arrays[0].shape
-    m = min(M, max(1, config.piece_tokens * count_batch_shards(B) // (B * P * n)))
+def _split(config: ModelConfig, positions: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Splits [B, M] and [B, P, M, ...] into pieces [piece, B, m] and [piece, B, P, m, ...], padded with zeros."""
+    B, P, M, U, _ = arrays[0].shape
+    m = min(M, max(1, config.piece_tokens * count_batch_shards(B) // (B * P * U)))
     count = -(-M // m)
     m = -(-M // count)
+    padding = (0, count * m - M)
+    positions = rearrange(jnp.pad(positions, [(0, 0), padding]), "b (piece m) -> piece b m", m=m)
 
-    def cut(x: jax.Array, axis: int) -> jax.Array:
-        x = jnp.pad(x, [(0, count * m - M if a == axis else 0) for a in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, m, *x.shape[axis + 1 :]), axis, 0)
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, 0), padding, (0, 0), (0, 0)])
+        return rearrange(x, "b p (piece m) u d -> piece b p m u d", m=m)
 
-    return cut(positions, 1), *(cut(x, 2) for x in arrays)
+    return positions, *map(split, arrays)
 
 
 def _join(x: jax.Array, M: int) -> jax.Array:
-    """Returns [B, P, M, ...] from pieces [C, B, P, m, ...]."""
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :M]
+    """Returns [B, P, M, U, D] from pieces [piece, B, P, m, U, D]."""
+    return rearrange(x, "piece b p m u d -> b p (piece m) u d")[:, :, :M]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _known(config: ModelConfig, core: Params, batch: Batch, pairs: Any, positions: Any, fed: Any, known: Any) -> Any:
-    return known
+def _thread_states(
+    config: ModelConfig, core: Params, batch: Batch, pairs: Any, positions: jax.Array, inputs: jax.Array, known: Any
+) -> jax.Array:
+    """Returns the final states [B, P, M, U, D] of whole threads; differentiable in parameters, texts and inputs.
 
+    In plain terms: `known`, or `_run(config, batch, positions, core, pairs, inputs)`.
+    """
+    if known is not None:
+        return known
 
-def _keep_known(config: ModelConfig, *args: Any) -> tuple[jax.Array, Any]:
-    return args[-1], args[:-1]
-
-
-def _pull_known(config: ModelConfig, saved: Any, cotangents: jax.Array) -> tuple[Any, ...]:
-    return *_pull(config, saved, cotangents), None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _states(config: ModelConfig, core: Params, batch: Batch, pairs: Any, positions: Any, fed: Any) -> jax.Array:
     def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _run(config, batch, piece[0], core, pairs, piece[1])
 
-    return _join(jax.lax.map(one, _cut(config, positions, fed)), fed.shape[2])
+    return _join(jax.lax.map(one, _split(config, positions, inputs)), inputs.shape[2])
 
 
-def _keep(config: ModelConfig, *args: Any) -> tuple[jax.Array, Any]:
-    return _states(config, *args), args
+def _keep_inputs(config: ModelConfig, *args: Any) -> tuple[jax.Array, Any]:
+    return _thread_states(config, *args), args[:-1]
 
 
-def _pull(config: ModelConfig, saved: Any, cotangents: jax.Array) -> tuple[Any, ...]:
-    core, batch, pairs, positions, fed = saved
+def _pull_back(config: ModelConfig, saved: Any, cotangents: jax.Array) -> tuple[Any, ...]:
+    core, batch, pairs, positions, inputs = saved
 
     def one(sums: Any, piece: Any) -> tuple[Any, jax.Array]:
-        places, x, d = piece
-        _, pull = jax.vjp(partial(_run, config, batch, places), core, pairs, x)
-        d_core, d_pairs, d_x = pull(d)
+        positions, x, d = piece
+        _, vjp = jax.vjp(partial(_run, config, batch, positions), core, pairs, x)
+        d_core, d_pairs, d_x = vjp(d)
         return jax.tree.map(jnp.add, sums, (d_core, d_pairs)), d_x
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (core, pairs))  # many small terms: not in bfloat16
-    sums, d_fed = jax.lax.scan(one, zeros, _cut(config, positions, fed, cotangents))
+    # Many small terms: in bfloat16 a sum would stop growing.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (core, pairs))
+    sums, d_inputs = jax.lax.scan(one, zeros, _split(config, positions, inputs, cotangents))
     d_core, d_pairs = jax.tree.map(lambda d, x: d.astype(x.dtype), sums, (core, pairs))
-    return d_core, None, d_pairs, None, _join(d_fed, fed.shape[2])
+    return d_core, None, d_pairs, None, _join(d_inputs, inputs.shape[2]), None
 
 
-_known.defvjp(_keep_known, _pull_known)
-_states.defvjp(_keep, _pull)
+_thread_states.defvjp(_keep_inputs, _pull_back)

@@ -1,63 +1,139 @@
-"""Text, one token at a time, with a thought before each: the text is cached, the thought's own cache is dropped.
+"""Generation with a thought before every token: the text is cached, and each thought's own cache is discarded.
 
-A thought at the last position needs that text's keys and values alone, which no thought ever changes. So an emitted token
-costs one text token and S + 2 thread tokens, whatever the length of the text (the official code runs the whole text with
-thoughts at every position, for every token). It equals the parallel forward: `replay` with T = 1, at that position.
+A thought at the last position needs only that text's keys and values, which no thought changes. So an emitted token costs
+one text token and S + 2 thread tokens, whatever the length of the text (the official code runs the whole text with thoughts
+at every position, for every token). The result equals the parallel forward: `replay` with A = 1, at that position.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 
-from qstar.mesh import map_rows, mesh_jit
+from qstar import tree
+from qstar.errors import require
+from qstar.mesh import map_rows, mesh_jit, put_global_batch, to_host
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
+from qstar.models.model import Model
+from qstar.models.scoring import text_limit
+from qstar.models.thought_config import ThoughtConfig
+from qstar.sample import batching
 from qstar.sample.logits import NEG, SamplingParams, sample_token
-from qstar.thoughts import forward as thought_forward
-from qstar.thoughts import layout
-from qstar.thoughts.paths import joint_states
+from qstar.sample.sampler import prepare
+from qstar.thoughts import forward, layout
 from qstar.thoughts.rollout import draw_tokens
-from qstar.types import Batch, Params, Segment
+from qstar.types import Batch, Completion, Params, Segment
+
+ROWS = 64  # texts continued side by side
+
+
+@dataclasses.dataclass(frozen=True)
+class ThoughtfulCompletion(Completion):
+    """A completion, and the thought before each of its tokens."""
+
+    thoughts: list[list[int]]  # S tokens each
+    mix_weights: list[float]  # of the thought, each
 
 
 @dataclasses.dataclass(frozen=True)
 class ThoughtSamplerConfig:
-    """The static side of text generation with thoughts: each set of shapes compiles once."""
+    """The static arguments of generation with thoughts: each set of shapes compiles once."""
 
-    config: ModelConfig  # with thoughts, T = 1
+    config: ModelConfig  # with thoughts, A = 1
     stop_ids: tuple[int, ...]
     max_new: int
     vocab_limit: int  # ids from here on are never written
 
 
 class SamplerOutput(NamedTuple):
-    """What was written and thought: B rows, of which the first `count` tokens each are real."""
+    """Tokens and thoughts of B rows (R = max_new), of which the first `count` of each are real."""
 
-    tokens: jax.Array  # [B, max_new] int32
-    logprobs: jax.Array  # [B, max_new] float32, under the model with its thought
-    sample_logprobs: jax.Array  # [B, max_new] float32, under the distribution drawn from
-    weights: jax.Array  # [B, max_new] float32, mixing weight of the thought before each token
-    thoughts: jax.Array  # [B, max_new, S] int32
+    tokens: jax.Array  # [B, R] int32
+    logprobs: jax.Array  # [B, R] float32, under the model with its thought
+    sample_logprobs: jax.Array  # [B, R] float32, under the distribution drawn from
+    weights: jax.Array  # [B, R] float32, mixing weight of the thought before each token
+    thoughts: jax.Array  # [B, R, S] int32
     count: jax.Array  # [B] int32
     stopped: jax.Array  # [B] bool: the last token is a stop id
 
 
 class _State(NamedTuple):
     step: jax.Array  # []
-    batch: Batch  # [B, N + max_new]: the text so far; what comes is padding
-    texts: thought_forward.PrefixCache  # hidden [B, N + max_new, E], pairs of as many tokens
+    batch: Batch  # [B, N + R]: the text so far, then padding
+    texts: forward.PrefixCache  # hidden [B, N + R, D], pairs of as many tokens
     length: jax.Array  # [B] tokens of the text so far
     active: jax.Array  # [B]
     out: SamplerOutput
 
 
-@partial(mesh_jit, static_argnames="sampler")
 def generate(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    thoughts: ThoughtConfig | bool = True,
+    **options: Any,
+) -> list[list[ThoughtfulCompletion]]:
+    """Samples n completions of every prompt, with a thought before every token.
+
+    Args:
+      thoughts: how to think, or True for the model's own config; its `temperature` is that of the thoughts (0: greedy, as
+        the paper evaluates). Its forbidden ids are not written either, except the EOS.
+      options: see `sample.batching.SamplingOptions`.
+
+    Returns:
+      Per prompt, n `ThoughtfulCompletion`s: what `qstar.generate` returns, with the thought before each token.
+
+    Raises:
+      UserError: a model that cannot think, or see `sample.batching.generate`.
+    """
+    t = model.config.thoughts if thoughts is True else thoughts
+    require(
+        (isinstance(t, ThoughtConfig), "thoughts=True needs a model whose config has thoughts; pass a ThoughtConfig")
+    )
+    missing = " and ".join(sorted({"thoughts", "mixing"} - model.params.keys()))
+    o = batching.SamplingOptions(**options)
+    require(
+        (not missing, f"the model has no parameters {missing}; add them with models.heads.attach_thoughts"),
+        (not o.weights, "weights='int8' samples without thoughts; leave it out"),
+    )
+    shared, rows = batching.encode_prompts(model, prompts, o)
+    rows = [[*shared, *row] for row in rows]
+    config = model.config.replace(thoughts=t.replace(talk_tokens=1))
+    limit = text_limit(config, model.tokenizer)
+    sampler = ThoughtSamplerConfig(config, model.stop_ids, o.max_new_tokens, limit)
+    settings = o.sampling_params(), jnp.float32(t.temperature)
+    params, key = prepare(model.params, model.config), tree.random_key(o.seed)
+    out: list[list[Any]] = [[None] * o.n for _ in rows]
+    requests = sorted(((i, k) for i in range(len(rows)) for k in range(o.n)), key=lambda r: len(rows[r[0]]))
+    size = min(o.slots or ROWS, batching.power_of_two(len(requests)))
+    for begin in range(0, len(requests), size):
+        some = requests[begin : begin + size]
+        padded = [*some, *[some[-1]] * (size - len(some))]
+        tokens = np.zeros((size, batching.padded_length(max(len(rows[i]) for i, _ in some))), np.int32)
+        for r, (i, _) in enumerate(padded):
+            tokens[r, : len(rows[i])] = rows[i]
+        lengths = np.asarray([len(rows[i]) for i, _ in padded], np.int32)
+        keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, r[0]), r[1]))(jnp.asarray(padded))
+        tokens, lengths = put_global_batch((tokens, lengths), model.mesh)
+        output = to_host(generate_rows(params, sampler, tokens, lengths, keys, *settings))
+        for r, (i, k) in enumerate(some):
+            row = {name: x[r] for name, x in output._asdict().items()}
+            plain = batching.completion(model, row, o.stop, rows[i])
+            own_thoughts, mix_weights = (row[k][: len(plain.tokens)].tolist() for k in ("thoughts", "weights"))
+            out[i][k] = ThoughtfulCompletion(**vars(plain), thoughts=own_thoughts, mix_weights=mix_weights)
+    return out
+
+
+@partial(mesh_jit, static_argnames="sampler")
+def generate_rows(
     params: Params,
     sampler: ThoughtSamplerConfig,
     tokens: jax.Array,
@@ -69,34 +145,29 @@ def generate(
     """Continues texts, with one thought before every token.
 
     Args:
-      params: a decoder's tree with `thoughts` and `mixing`, its layers listed (`sampler.prepare`) or stacked.
+      params: a decoder's tree with `thoughts` and `mixing`, its layers a list (`sampler.prepare`) or stacked.
       tokens: [B, N] int32, padded on the right. lengths: [B]. keys: [B] random keys, one per row: a row's draws depend
-        on its own key and the count of its tokens, not on its neighbours.
+        on its own key and the count of its tokens, not on other rows.
       sampling_params: of the text. temperature: [] temperature of the thoughts, 0 = greedy.
     """
+
+    def going(s: _State) -> jax.Array:
+        return jnp.any(s.active) & (s.step < sampler.max_new)
+
     state = _first(params, sampler, tokens, lengths)
-    going = lambda s: jnp.any(s.active) & (s.step < sampler.max_new)  # noqa: E731
     return jax.lax.while_loop(going, partial(_next, params, sampler, keys, sampling_params, temperature), state).out
 
 
 def _first(params: Params, sampler: ThoughtSamplerConfig, tokens: jax.Array, lengths: jax.Array) -> _State:
-    """Reads the prompts; room for what will be written is there from the start."""
-    (B, N), new, c = tokens.shape, sampler.max_new, sampler.config
-    batch = layout.text_batch(tokens, jnp.arange(N) < lengths[:, None])
-    texts = thought_forward.read(params, c, batch)
-    pairs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, new), (0, 0)]), texts.pairs)
-    texts = thought_forward.PrefixCache(jnp.pad(texts.hidden, [(0, 0), (0, new), (0, 0)]), pairs)
-    batch = layout.text_batch(jnp.pad(tokens, [(0, 0), (0, new)]), jnp.arange(N + new) < lengths[:, None])
-    zeros = partial(jnp.zeros, (B, new))
-    out = SamplerOutput(
-        zeros(jnp.int32),
-        zeros(jnp.float32),
-        zeros(jnp.float32),
-        zeros(jnp.float32),
-        jnp.zeros((B, new, c.thoughts.thought_tokens), jnp.int32),
-        jnp.zeros((B,), jnp.int32),
-        jnp.zeros((B,), bool),
-    )
+    """Reads the prompts, with room for `max_new` tokens."""
+    (B, N), R, c = tokens.shape, sampler.max_new, sampler.config
+    texts = forward.read(params, c, layout.text_batch(tokens, jnp.arange(N) < lengths[:, None]))
+    pairs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, R), (0, 0)]), texts.pairs)
+    texts = forward.PrefixCache(jnp.pad(texts.hidden, [(0, 0), (0, R), (0, 0)]), pairs)
+    batch = layout.text_batch(jnp.pad(tokens, [(0, 0), (0, R)]), jnp.arange(N + R) < lengths[:, None])
+    numbers = [jnp.zeros((B, R), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.float32)]
+    thoughts = jnp.zeros((B, R, c.thoughts.thought_tokens), jnp.int32)
+    out = SamplerOutput(*numbers, thoughts, jnp.zeros((B,), jnp.int32), jnp.zeros((B,), bool))
     return _State(jnp.int32(0), batch, texts, lengths, jnp.ones((B,), bool), out)
 
 
@@ -109,30 +180,33 @@ def _next(
     state: _State,
 ) -> _State:
     """Thinks at the last position of every text, draws its next token, and reads it."""
+    config, thought_params = sampler.config, SamplingParams.make(1.0)._replace(temperature=temperature)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
-    last = state.length - 1
-    thought, hidden, weight = think_last(params, sampler.config, state.batch, state.texts, last, keys, temperature)
-    logits = decoder.unembed(params, sampler.config, hidden)
-    logits = jnp.where(_writable(sampler), logits, NEG)
-    u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, sampler.config.thoughts.thought_tokens)))(keys)
+
+    def uniform(i: Any) -> jax.Array:  # numbers 0 .. S-1 of a step draw the thought, number S the token
+        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, i)))(keys)
+
+    def draw(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
+        token = draw_tokens(params, config, hidden, uniform(i)[:, None, None], thought_params)[0]
+        return token, token
+
+    last = state.length[:, None] - 1
+    states, thoughts = forward.rollout_and_talk(params, config, state.batch, state.texts, last, 1, draw)
+    states = forward.thought_states(params, config, state.batch, state.texts, last, states)
+    thought, weight = rearrange(thoughts, "s b 1 1 -> b s"), states.weight[:, 0, 0, 0]
+    logits = jnp.where(_writable(sampler), decoder.unembed(params, config, states.mixed[:, 0, 0, 0]), NEG)
+    u = uniform(config.thoughts.thought_tokens)
     token, logprob, sample_logprob = jax.vmap(sample_token, (0, 0, None))(logits, u, sampling_params)
     stop = jnp.isin(token, jnp.asarray(sampler.stop_ids)) if sampler.stop_ids else jnp.zeros_like(state.active)
     active, out = state.active, state.out
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        kept = active.reshape(-1, *[1] * (new.ndim - 1))
-        return old.at[:, state.step].set(jnp.where(kept, new, 0))
+        new = jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, 0)
+        return old.at[:, state.step].set(new)
 
-    out = SamplerOutput(
-        put(out.tokens, token),
-        put(out.logprobs, logprob),
-        put(out.sample_logprobs, sample_logprob),
-        put(out.weights, weight),
-        put(out.thoughts, thought),
-        out.count + active,
-        out.stopped | (active & stop),
-    )
-    batch, texts = map_rows(partial(_append, params, sampler.config))(state.batch, state.texts, state.length, token)
+    written = [put(old, new) for old, new in zip(out, (token, logprob, sample_logprob, weight, thought))]
+    out = SamplerOutput(*written, count=out.count + active, stopped=out.stopped | (active & stop))
+    batch, texts = map_rows(partial(_append, params, config))(state.batch, state.texts, state.length, token)
     return _State(state.step + 1, batch, texts, state.length + 1, active & ~stop, out)
 
 
@@ -143,42 +217,20 @@ def _writable(sampler: ThoughtSamplerConfig) -> jax.Array:
     return (ids < sampler.vocab_limit) & ~jnp.isin(ids, jnp.asarray(hidden, jnp.int32))
 
 
-def think_last(
-    params: Params,
-    config: ModelConfig,
-    batch: Batch,
-    texts: thought_forward.PrefixCache,
-    last: jax.Array,
-    keys: jax.Array,
-    temperature: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One thought at position last [B] of each text: its tokens [B, S], the mixed state [B, E], its weight [B]."""
-    config = config.replace(thoughts=config.thoughts.replace(talk_tokens=1))
-    sampling_params = SamplingParams.make(1.0)._replace(temperature=temperature)
-
-    def choose(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
-        u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, i)))(keys)
-        token = draw_tokens(params, config, hidden, u[:, None, None], sampling_params)[0]
-        return token, token
-
-    states, tokens = joint_states(params, config, batch, texts, last[:, None], 1, choose)
-    return tokens[:, :, 0, 0].T, states.mixed[:, 0, 0, 0], states.weight[:, 0, 0, 0]
-
-
 def _append(
     params: Params,
     config: ModelConfig,
     row: Batch,
-    text: thought_forward.PrefixCache,
+    text: forward.PrefixCache,
     length: jax.Array,
     token: jax.Array,
-) -> tuple[Batch, thought_forward.PrefixCache]:
+) -> tuple[Batch, forward.PrefixCache]:
     """Reads one more token of one text, at index `length`, into its caches."""
-    position = row.positions[length]
-    seen = jnp.arange(row.tokens.shape[0]) < length
+    position, index = row.positions[length], jnp.arange(row.tokens.shape[0])
+    visible = index < length
     if config.sliding_window is not None:
-        seen &= length - jnp.arange(row.tokens.shape[0]) < config.sliding_window
-    past = thought_forward.past_of(params, lambda pair: [Segment(*pair, seen[None])], text.pairs)
+        visible &= length - index < config.sliding_window
+    past = forward.past_of(params, lambda pair: [Segment(*pair, visible[None])], text.pairs)
     hidden, new = decoder.forward(params, config, token[None], position[None], None, past)
 
     def put(old: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
@@ -187,4 +239,4 @@ def _append(
     pairs = jax.tree.map(lambda o, n: put(o, n, o.ndim - 2), text.pairs, new)
     one = jnp.ones((1,), jnp.int32)
     row = Batch(put(row.tokens, token[None]), put(row.mask, one), put(row.segment_ids, one), row.positions)
-    return row, thought_forward.PrefixCache(put(text.hidden, hidden), pairs)
+    return row, forward.PrefixCache(put(text.hidden, hidden), pairs)

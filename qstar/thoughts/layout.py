@@ -1,57 +1,59 @@
-"""Masks, position ids and target tokens for the base pass and the parallel thoughts.
+"""Masks, position ids and target tokens of the base pass and of the parallel thoughts; choice of the positions that think.
 
-Shape letters beside those of `qstar.types`: N tokens of a text, S content tokens of a thought, T talk tokens,
-P thoughts per position, M positions that think (N, where all do), n = S + T + 1 tokens of a thread.
+A thread is the sequence that is fed after one position j: [start, c_1 .. c_S, end, x[j+1] .. x[j+A-1]], U = S + A + 1 tokens.
+Its i-th token, from 1, has position j + i, and attends to the text up to j and to the thread up to itself (paper, section
+4.2; in the official code a 4-D mask of one causal block and further diagonal blocks). State S + 1 + a, from 0, is talk
+step a: it predicts x[j+1+a].
 
-A thread is what is fed after one position j: [start, c_1 .. c_S, end, x[j+1] .. x[j+T-1]]. Its i-th token, from 1, stands
-at position j + i, and sees the text up to j and the thread up to itself (spec of the official code: 4-D mask of a causal
-block and diagonal blocks). State S + 1 + s, from 0, is talk step s and predicts x[j+1+s].
-
-A sliding window slides with the thread: token i of position j sees text from j + i - window + 1 on, as if the thread
-were written out. The official code takes the window at j, which is the same unless a text is longer than the window.
+A sliding window moves with the thread: token i of position j attends to text from j + i - window + 1 on, as if the thread
+were written out as a sequence. The official code takes the window at j, which is the same unless a text is longer than it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
 
+from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.types import Batch
+from qstar.models.vocabulary import token_logprobs
+from qstar.types import Batch, Params
 
 
 def text_batch(tokens: Any, mask: Any) -> Batch:
     """Returns rows of one text each. tokens, mask: [B, N], the mask 1 for real tokens, with padding on either side."""
     tokens, real = jnp.asarray(tokens, jnp.int32), jnp.asarray(mask).astype(bool)
-    first = jnp.argmax(real, axis=1)[:, None]
+    first = jnp.argmax(real, axis=1, keepdims=True)
     positions = jnp.maximum(jnp.arange(tokens.shape[1]) - first, 0)
     return Batch(tokens, real.astype(jnp.float32), real.astype(jnp.int32), positions.astype(jnp.int32))
 
 
 def causal_mask(row: Batch, config: ModelConfig) -> jax.Array:
-    """Returns bool [N, N]: what the tokens of one row see of it.
-
-    As `text_mask`, except that padding sees the real tokens before it (Hugging Face's masks, hence the official code):
-    talk states just past the end of a text then mean the same.
-    """
+    """Returns bool [N, N], the mask of the base pass over one row."""
     i, segments = jnp.arange(row.tokens.shape[0]), row.segment_ids
+    # Padding attends to the real tokens before it, unlike in `models.attention.text_mask`: so do the masks of transformers,
+    # hence the official code, whose talk states just past the end of a text depend on it.
     alike = (segments[:, None] == segments) | (segments[:, None] == 0)
-    seen = (i <= i[:, None]) & alike & (segments > 0)
-    return seen if config.sliding_window is None else seen & (i[:, None] - i < config.sliding_window)
+    visible = (i <= i[:, None]) & alike & (segments > 0)
+    return visible if config.sliding_window is None else visible & (i[:, None] - i < config.sliding_window)
 
 
 def thought_mask(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array:
-    """Returns bool [t, N]: what thread tokens `steps` [t] (1 = start) of position j see of their text."""
+    """Returns bool [T, N]: the text that thread tokens `steps` [T] (1 = start) of position j attend to."""
     i, segments = jnp.arange(row.tokens.shape[0]), row.segment_ids
-    seen = jnp.broadcast_to((i <= j) & (segments == segments[j]), (steps.shape[0], i.shape[0]))
-    return seen if config.sliding_window is None else seen & ((j + steps)[:, None] - i < config.sliding_window)
+    visible = repeat((i <= j) & (segments == segments[j]), "n -> t n", t=steps.shape[0])
+    # The window is measured from j + step, the position of the thread's token, not from j.
+    return visible if config.sliding_window is None else visible & ((j + steps)[:, None] - i < config.sliding_window)
 
 
 def thread_positions(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array:
-    """Returns int32 [t]: j + i, in positions of the text. Learned ones end with their table: its last row serves on."""
+    """Returns int32 [T], the position ids of thread tokens `steps` [T] of position j."""
     positions = row.positions[j] + steps
+    # A thread near the end of a table of learned positions runs past it, and repeats the last entry.
     return jnp.minimum(positions, config.max_positions - 1) if config.position == "learned" else positions
 
 
@@ -63,40 +65,74 @@ def future(row: Batch, config: ModelConfig, j: jax.Array, count: int) -> jax.Arr
 
 
 def text_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns the tokens [B, N-1] that the text alone predicts, and their weights: 0 across documents and on padding."""
+    """Returns the targets of the base pass [B, N-1], and their weights: 0 across documents and on padding."""
     same = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] > 0)
     return batch.tokens[:, 1:], batch.mask[:, 1:] * same
 
 
 def talk_targets(batch: Batch, positions: jax.Array, talk_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the tokens [B, M, T] that thoughts at positions [B, M] are judged by, and their weights (0: none there)."""
-    index = positions[..., None] + 1 + jnp.arange(talk_tokens)  # [B, M, T]
+    """Returns the targets [B, M, A] of thoughts at positions [B, M], and their weights (0 past the end of a document)."""
+    index = positions[..., None] + 1 + jnp.arange(talk_tokens)
     in_document = index < batch.tokens.shape[1]
     index = jnp.minimum(index, batch.tokens.shape[1] - 1)
+    segments, tokens, mask = (take_rows(x, index) for x in (batch.segment_ids, batch.tokens, batch.mask))
+    home = take_rows(batch.segment_ids, positions)[..., None]
+    return tokens, mask * (in_document & (segments == home) & (home > 0))
 
-    def take(x: jax.Array, at: jax.Array) -> jax.Array:
-        return jax.vmap(lambda x, at: x[at])(x, at)
 
-    home = take(batch.segment_ids, positions)[..., None]
-    in_document &= (take(batch.segment_ids, index) == home) & (home > 0)
-    return take(batch.tokens, index), take(batch.mask, index) * in_document
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns x [B, N, ...] at index [B, ...] of each row."""
+    return jax.vmap(lambda x, index: x[index])(x, index)
 
 
 def all_positions(batch: Batch, predicting: bool = False) -> jax.Array:
-    """Returns int32 [B, N]: every position; or, if only those that predict a token are wanted, [B, N - 1]."""
+    """Returns int32 [B, N]: every position; with `predicting` only those that predict a token, [B, N-1]."""
     B, N = batch.tokens.shape
-    return jnp.broadcast_to(jnp.arange(N - predicting, dtype=jnp.int32), (B, N - predicting))
+    return repeat(jnp.arange(N - predicting, dtype=jnp.int32), "n -> b n", b=B)
+
+
+def choose_positions(params: Params, config: ModelConfig, batch: Batch, hidden: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns the positions [B, M] int32 that think in training, by the config's `think_fraction` and `think_where`.
+
+    Only those that predict a token are useful: M = ceil(fraction * (N - 1)), the same for all rows (shapes are static).
+
+    Args:
+      hidden: [B, N, D] final states of the text, for the entropy.
+    """
+    t = config.thoughts
+    if t.think_fraction == 1.0:
+        return all_positions(batch, predicting=True)
+    targets, weights = text_targets(batch)
+    if t.think_where == "entropy":
+        frozen = jax.lax.stop_gradient((hidden[:, :-1], decoder.head(params, config)))
+        score = token_logprobs(*frozen, targets, entropy=True).entropy
+    else:
+        score = jax.random.uniform(key, weights.shape)
+    return positions_of_mask(weights > 0, math.ceil(t.think_fraction * weights.shape[1]), score)
+
+
+def positions_of_mask(mask: jax.Array, count: int, score: jax.Array) -> jax.Array:
+    """Returns the `count` positions [B, count] int32 of highest score [B, N] of each row of mask [B, N], in order.
+
+    A row whose mask has fewer is filled up with positions outside it.
+    """
+    ranked = jnp.where(mask, score, -jnp.inf)
+    return jnp.sort(jax.lax.top_k(ranked, count)[1], axis=1).astype(jnp.int32)
 
 
 def to_rows(x: jax.Array) -> jax.Array:
-    """Returns [k, B*P, M, ...] from [B, P, M, k, ...]: the layout of the public functions (and of the fixtures)."""
-    B, P = x.shape[:2]
-    return jnp.moveaxis(x, 3, 0).reshape(x.shape[3], B * P, *x.shape[2:3], *x.shape[4:])
+    """Returns [S, B*P, M, ...] from [B, P, M, S, ...]: the layout of the public functions, and of the recorded case."""
+    return rearrange(x, "b p m s ... -> s (b p) m ...")
 
 
 def from_rows(x: jax.Array, sequences: int) -> jax.Array:
-    """Returns [B, P, M, k] from [k, B*P, M]; row r belongs to sequence r // P."""
-    k, R, M = x.shape
-    if R % sequences:
-        raise ValueError(f"thoughts {x.shape} have {R} rows, which is no multiple of the {sequences} sequences")
-    return jnp.moveaxis(x.reshape(k, sequences, R // sequences, M), 0, 3)
+    """Returns [B, P, M, S] from [S, B*P, M]; row r belongs to sequence r // P.
+
+    Raises:
+      ValueError: the rows are no multiple of the sequences.
+    """
+    if x.shape[1] % sequences:
+        raise ValueError(
+            f"thoughts {x.shape} have {x.shape[1]} rows, which is no multiple of the {sequences} sequences"
+        )
+    return rearrange(jnp.asarray(x), "s (b p) m -> b p m s", b=sequences)

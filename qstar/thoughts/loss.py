@@ -1,14 +1,14 @@
-"""The training loss of Quiet-STaR: likelihood with and without thoughts, and REINFORCE on the thoughts.
+"""Training loss of Quiet-STaR: likelihood with and without thoughts, and REINFORCE on the thoughts.
 
-    L = base_weight * NLL(text) + (1 - base_weight) * mean_s NLL(talk step s) + policy_weight * L_policy
-    reward[j] = sum_s (base_nll[j + s] - talk_nll_s[j])     L_policy = mean of -advantage * log p(thought)
+    L = base_weight * NLL(text) + (1 - base_weight) * mean_a NLL(talk step a) + policy_weight * L_policy
+    reward[j] = sum_a (base_nll[j + a] - talk_nll_a[j])     L_policy = mean of -advantage * log p(thought)
 
-(paper, equations 5 to 7; official code, `first_and_last_mode` with `policy_loss_beta`). Rewards are constants.
+(paper, sections 4.4.2 and 4.4.3; official code, `first_and_last_mode` with `policy_loss_beta`). Rewards are constants.
 
-How means are taken is `nll_mean`. "tokens": every sum, over its thoughts per position, is divided by the number of tokens
-that the text predicts, so that sums and weights add up exactly over micro-batches; where only some positions think, each
-row's thoughts stand for all its tokens. "nonzero", the official way: every mean has its own count, of entries that are not
-0.0, the policy's is over all rewarded positions, padding included; micro-batches are then averaged, as upstream does.
+`nll_mean` sets how means are taken. "tokens": every sum, over its thoughts per position, is divided by the number of tokens
+that the text predicts, so sums and weights add up exactly over micro-batches; where only some positions think, each row's
+thoughts represent all its tokens. "nonzero", the official way: every mean has its own count, of entries that are not 0.0,
+and the policy's is over all rewarded positions, padding included; micro-batches are then averaged, as upstream does.
 """
 
 from __future__ import annotations
@@ -17,48 +17,51 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, reduce, repeat
 
-from qstar.models import decoder
+from qstar.models import decoder, vocabulary
 from qstar.models.config import ModelConfig
-from qstar.thoughts import forward, layout, regularise, select
-from qstar.thoughts.paths import ThoughtStates, joint_states, replay_states
+from qstar.thoughts import forward, layout
+from qstar.thoughts.chunked_replay import replay_states
+from qstar.thoughts.forward import ThoughtStates
 from qstar.thoughts.rollout import forbidden_bias, sampler
-from qstar.train.losses import scored_nll
+from qstar.train.losses import SumWeight, token_nll
 from qstar.types import Batch, Metrics, Params
 
 
 class Weights(NamedTuple):
-    """What every term counts for, before it is divided."""
+    """Weights of the terms of the loss; or their divisors."""
 
     base: jax.Array  # [B, N-1]
-    talk: jax.Array  # [B, M, T], of each of the P thoughts
+    talk: jax.Array  # [B, M, A], of each of the P thoughts
     policy: jax.Array  # [B, M], of each of the P thoughts
 
 
 def loss_weights(config: ModelConfig, batch: Batch, positions: jax.Array, passes: int) -> Weights:
-    """Returns the weights of all terms, of thoughts at positions [B, M]."""
+    """Returns the weights of all terms, for thoughts at positions [B, M]."""
     t, N = config.thoughts, batch.tokens.shape[1]
     _, base = layout.text_targets(batch)
     _, talk = layout.talk_targets(batch, positions, t.talk_tokens)
+    # Official code: the last A + 1 positions of a text get no reward.
     rewarded = positions < N - 1 - t.talk_tokens * (not t.reward_tail)
     if t.nll_mean == "nonzero":
         return Weights(base, talk, rewarded.astype(jnp.float32))
-    # In a row where all positions think this is 1 / P; where some do, they stand for the others.
+    # In a row where all positions think this is 1 / P; where some do, each stands for several tokens.
     stands = jnp.sum(base, axis=1) / jnp.maximum(jnp.sum(talk[..., 0], axis=1), 1e-6) / passes
     policy = rewarded & jnp.any(talk > 0, axis=-1)
     return Weights(base, talk * stands[:, None, None], policy * stands[:, None])
 
 
 def divisors(config: ModelConfig, weights: Weights, base_nll: jax.Array, talk_nll: jax.Array) -> Weights:
-    """Returns what the weighted sums are divided by: of the base [], of each talk step [T], of the policy [].
+    """Returns the divisors of the weighted sums: of the base [], of each talk step [A], of the policy [].
 
     Args:
-      base_nll: [B, N-1]. talk_nll: [B, P, M, T].
+      base_nll: [B, N-1]. talk_nll: [B, P, M, A].
     """
-    T, P = talk_nll.shape[3], talk_nll.shape[1]
+    P, A = talk_nll.shape[1], talk_nll.shape[3]
     if config.thoughts.nll_mean == "tokens":
         total = _nonzero(jnp.sum(weights.base))
-        return Weights(total, jnp.broadcast_to(total, (T,)), total)
+        return Weights(total, repeat(total, "-> a", a=A), total)
 
     def count(x: jax.Array, axis: Any = None) -> jax.Array:
         return _nonzero(jnp.sum(x != 0, axis=axis).astype(jnp.float32))
@@ -72,26 +75,30 @@ def _nonzero(x: jax.Array) -> jax.Array:
 
 
 def rewards(base_nll: jax.Array, talk_nll: jax.Array, counted: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns [B, P, M]: by how many nats the thought helped its T true tokens (those that exist), a constant.
+    """Returns [B, P, M], constants: the nats that a thought takes off the NLL of its A true tokens (of those that exist).
 
     Args:
-      base_nll: [B, N-1]. talk_nll: [B, P, M, T]. counted: bool [B, M, T]. positions: [B, M].
+      base_nll: [B, N-1]. talk_nll: [B, P, M, A]. counted: bool [B, M, A]. positions: [B, M].
     """
+    # Non-myopic (paper, section 4.4.2): all A tokens after position j count, not the next one alone.
     index = jnp.minimum(positions[..., None] + jnp.arange(talk_nll.shape[3]), base_nll.shape[1] - 1)
-    base = jax.vmap(lambda x, at: x[at])(base_nll, index)[:, None]  # [B, 1, M, T]
+    base = layout.take_rows(base_nll, index)[:, None]  # [B, 1, M, A]
     return jax.lax.stop_gradient(jnp.sum(jnp.where(counted[:, None], base - talk_nll, 0.0), axis=3))
 
 
 def advantages(config: ModelConfig, reward: jax.Array) -> jax.Array:
     """Returns [B, P, M]: rewards minus their mean over the passes (if there are several, and the config says so)."""
     passes = config.thoughts.baseline == "passes" and reward.shape[1] > 1
-    return reward - jnp.mean(reward, axis=1, keepdims=True) if passes else reward
+    # The base NLL cancels in this difference, which leaves the paper's baseline: the mean over a position's rationales.
+    return reward - reduce(reward, "b p m -> b 1 m", "mean") if passes else reward
 
 
 def reinforce_weight(config: ModelConfig, advantage: jax.Array) -> jax.Array:
-    """Returns the factor on the log-probability of each of a thought's tokens, from its advantage."""
+    """Returns the factor on the log-probability of each of a thought's tokens (paper, section 4.4.3)."""
     t = config.thoughts
+    # Negative advantages are dropped, which the authors found more stable, though biased.
     kept = jax.nn.relu(advantage) if t.clip_negative else advantage
+    # The paper's log p(thought) is a sum over its tokens; the official code takes the mean.
     return kept / (t.thought_tokens if t.policy_reduce == "mean" else 1)
 
 
@@ -104,8 +111,8 @@ def loss(
     schedule: str = "replay",
     thoughts: jax.Array | None = None,
     positions: jax.Array | None = None,
-) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-    """The loss of `train.step.make_step`: thinks, replays, rewards. No [threads, V] array outlives its chunk.
+) -> tuple[SumWeight, Metrics]:
+    """The loss of `train.step.make_step`: samples thoughts, replays and rewards them. Logits exist a chunk at a time.
 
     Args:
       params: {"policy": a decoder's tree with `thoughts` and `mixing`}; for `kl_weight`, `reference` like it.
@@ -119,32 +126,40 @@ def loss(
     Returns:
       (sum, weight), and metrics as (sum, weight).
     """
-    policy, t = params["policy"], config.thoughts
-    key, choice = jax.random.split(rng)
-    B = batch.tokens.shape[0]
+    policy, t, B = params["policy"], config.thoughts, batch.tokens.shape[0]
+    thought_key, position_key = jax.random.split(rng)
     texts = forward.read(policy, config, batch)
     if positions is None:
-        positions = select.choose(policy, config, batch, texts.hidden, choice)
-    passes = t.thoughts_per_position if thoughts is None else thoughts.shape[1] // B
-    thought_ids = None if thoughts is None else layout.from_rows(thoughts, B)
-    if thought_ids is None:
-        draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, key, passes)
+        positions = layout.choose_positions(policy, config, batch, texts.hidden, position_key)
+    thought_ids = known = None
+    passes = t.thoughts_per_position
+    if thoughts is not None:
+        thought_ids = layout.from_rows(thoughts, B)
+        passes = thought_ids.shape[1]
+        draw = given_thoughts(thought_ids)
     else:
-
-        def draw(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
-            return thought_ids[..., i], (thought_ids[..., i],)
-
+        draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, thought_key, passes)
     if schedule == "joint":
-        states, records = joint_states(policy, config, batch, texts, positions, passes, draw)
-        thought_ids = jnp.moveaxis(records[0], 0, 3)
-    else:
-        known = None
-        if thought_ids is None:
-            frozen, seen = jax.lax.stop_gradient((policy, texts))
-            known, records = forward.rollout_and_talk(frozen, config, batch, seen, positions, passes, draw)
-            thought_ids = jnp.moveaxis(records[0], 0, 3)
-        states = replay_states(policy, config, batch, texts, positions, thought_ids, known)
+        threads, records = forward.rollout_and_talk(policy, config, batch, texts, positions, passes, draw)
+        states = forward.thought_states(policy, config, batch, texts, positions, threads)
+        thought_ids = rearrange(records[0], "s b p m -> b p m s")
+        return compute_loss(params, config, batch, positions, states, thought_ids)
+    if thought_ids is None:
+        # The rollout computes the states of the whole threads: the replay's forward pass is then skipped.
+        frozen, frozen_texts = jax.lax.stop_gradient((policy, texts))
+        known, records = forward.rollout_and_talk(frozen, config, batch, frozen_texts, positions, passes, draw)
+        thought_ids = rearrange(records[0], "s b p m -> b p m s")
+    states = replay_states(policy, config, batch, texts, positions, thought_ids, known)
     return compute_loss(params, config, batch, positions, states, thought_ids)
+
+
+def given_thoughts(thought_ids: jax.Array) -> forward.SampleFn:
+    """Returns the `draw` of `forward.rollout` that writes thoughts [B, P, M, S], and records their tokens."""
+
+    def draw(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
+        return thought_ids[..., i], (thought_ids[..., i],)
+
+    return draw
 
 
 def compute_loss(
@@ -154,45 +169,46 @@ def compute_loss(
     positions: jax.Array,
     states: ThoughtStates,
     thought_ids: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-    """Returns the loss and metrics of paths through thoughts own [B, P, M, S] at positions [B, M]."""
-    t, (B, P, M, _), T = config.thoughts, thought_ids.shape, config.thoughts.talk_tokens
+) -> tuple[SumWeight, Metrics]:
+    """Returns the loss and metrics of the states of thoughts [B, P, M, S] at positions [B, M]."""
+    t, (_, P, _, S), A = config.thoughts, thought_ids.shape, config.thoughts.talk_tokens
     kernel, bias = decoder.head(params["policy"], config)
     weights = loss_weights(config, batch, positions, P)
 
-    base_sum, base_nll = _score(states.base[:, :-1], kernel, bias, batch.tokens[:, 1:], weights.base)
-    target_ids, _ = layout.talk_targets(batch, positions, T)
-    target_ids, shares = (jnp.broadcast_to(x[:, None], (B, P, M, T)) for x in (target_ids, weights.talk))
+    # ---- likelihood, without and with thoughts
+    base_sum, _, base_nll = token_nll(states.base[:, :-1], (kernel, bias), batch.tokens[:, 1:], weights.base)
+    target_ids, _ = layout.talk_targets(batch, positions, A)
+    target_ids, talk_weights = (repeat(x, "b m a -> b p m a", p=P) for x in (target_ids, weights.talk))
     # One product over all talk steps; the official means have a count per step, so there each is on its own.
-    steps = [slice(s, s + 1) for s in range(T)] if t.nll_mean == "nonzero" else [slice(0, T)]
-    parts = [_score(states.mixed[:, :, :, s], kernel, bias, target_ids[..., s], shares[..., s]) for s in steps]
-    talk_nll = jnp.concatenate([each for _, each in parts], axis=-1)
+    steps = [slice(a, a + 1) for a in range(A)] if t.nll_mean == "nonzero" else [slice(0, A)]
+    parts = [
+        token_nll(states.mixed[:, :, :, a], (kernel, bias), target_ids[..., a], talk_weights[..., a]) for a in steps
+    ]
+    talk_nll = jnp.concatenate([each for _, _, each in parts], axis=-1)
     normalizer = divisors(config, weights, base_nll, talk_nll)
-    nll_base, nll_talk = (
-        base_sum / normalizer.base,
-        sum(x / normalizer.talk[s.start] for (x, _), s in zip(parts, steps)) / T,
-    )
+    nll_base = base_sum / normalizer.base
+    nll_talk = sum(total / normalizer.talk[a.start] for (total, _, _), a in zip(parts, steps)) / A
 
+    # ---- REINFORCE (paper, section 4.4.3)
     reward = rewards(base_nll, talk_nll, weights.talk > 0, positions)
     advantage = advantages(config, reward)
-    share = reinforce_weight(config, advantage) * weights.policy[:, None]  # [B, P, M]
+    weight = reinforce_weight(config, advantage) * weights.policy[:, None]  # [B, P, M]
     think, thoughts = states.think, thought_ids
     if t.clip_negative and t.baseline == "passes" and P > 1:
-        think, thoughts, share = _without_worst(advantage, think, thoughts, share)
-    cool, temperature, logit_bias = think, t.policy_temperature, forbidden_bias(config)
+        think, thoughts, weight = _without_worst(advantage, think, thoughts, weight)
+    logit_bias, temperature = forbidden_bias(config), t.policy_temperature
     offset = bias if logit_bias is None else logit_bias if bias is None else bias + logit_bias
     if temperature != 1:
-        cool, offset = cool / temperature, None if offset is None else offset / temperature
-    each = jnp.broadcast_to(share[..., None], thoughts.shape)
-    policy_sum, thought_nll = _score(cool, kernel, offset, thoughts, each)
+        # (h W + b) / T = (h / T) W + b / T: the states are divided, which are smaller than the logits.
+        think, offset = think / temperature, None if offset is None else offset / temperature
+    weight = repeat(weight, "b p m -> b p m s", s=S)
+    policy_sum, _, thought_nll = token_nll(think, (kernel, offset), thoughts, weight)
     policy = policy_sum / normalizer.policy
 
     total = t.base_weight * nll_base + (1 - t.base_weight) * nll_talk + t.policy_weight * policy
     if t.entropy_weight or t.kl_weight:
-        each = jnp.broadcast_to(
-            (weights.policy / normalizer.policy)[:, None, :, None] / thought_ids.shape[3], thought_ids.shape
-        )
-        total += regularise.penalty(params, config, batch, positions, states.think, thought_ids, each)
+        each = repeat((weights.policy / normalizer.policy) / S, "b m -> b p m s", p=P, s=S)
+        total += penalty(params, config, batch, positions, states.think, thought_ids, each)
     weight = jnp.sum(weights.base) if t.nll_mean == "tokens" else jnp.float32(1)
     metrics = {
         "loss": (total * weight, weight),
@@ -206,39 +222,76 @@ def compute_loss(
 
 
 def _without_worst(advantage: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-    """Leaves the thought of least advantage [B, P, M] out of [B, P, M, ...] at every position: [B, P - 1, M, ...].
-
-    It is not better than the mean, so where advantages are clipped it has no credit: of two thoughts one is never scored.
-    """
+    """Drops the thought of least advantage [B, P, M] from [B, P, M, ...] at every position: [B, P - 1, M, ...]."""
+    # With a mean baseline and clipping at 0, the thought of lowest reward has zero weight, so its log-probabilities are
+    # not computed: of two thoughts, half of the products with the vocabulary (9% of a step at 32,002 ids, on a CPU).
     kept = jnp.argsort(advantage, axis=1)[:, 1:]
     return [jnp.take_along_axis(x, kept.reshape(*kept.shape, *[1] * (x.ndim - 3)), axis=1) for x in arrays]
 
 
-def _score(
-    hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the weighted sum of nlls, and each (a record) in the targets' shape [...], of states [..., E]."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    total, _, each = scored_nll(flat, kernel, bias, targets.reshape(-1), weights.reshape(-1))
-    return total, each.reshape(targets.shape)
-
-
 def _metrics(
-    weights: Weights, w: jax.Array, reward: jax.Array, advantage: jax.Array, thought_nll: jax.Array
+    weights: Weights, mix_weight: jax.Array, reward: jax.Array, advantage: jax.Array, thought_nll: jax.Array
 ) -> Metrics:
-    """Means over rewarded thoughts; `advantage` near 0 is the signature of a collapse (all thoughts of a place alike)."""
-    rewarded_mask = jnp.broadcast_to((weights.policy > 0)[:, None], reward.shape).astype(jnp.float32)  # [B, P, M]
+    """Means over rewarded thoughts. `advantage` near 0 is the sign of a collapse: all thoughts of a position are alike."""
+    rewarded_mask = repeat((weights.policy > 0).astype(jnp.float32), "b m -> b p m", p=reward.shape[1])
     means = {
         "reward": reward,
         "reward_positive": reward > 0,
         "advantage": jnp.abs(advantage),
-        "mix_weight": w[..., 0],
-        "mix_weight_abs": jnp.abs(w[..., 0]),
-        "thought_nll": jnp.mean(thought_nll, axis=-1),  # of (scored) sampled tokens: an estimate of their entropy
+        "mix_weight": mix_weight[..., 0],
+        "mix_weight_abs": jnp.abs(mix_weight[..., 0]),
+        "thought_nll": reduce(thought_nll, "b p m s -> b p m", "mean"),  # of sampled tokens: estimates their entropy
     }
 
     def mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        counted = rewarded_mask[:, : x.shape[1]]
+        counted = rewarded_mask[:, : x.shape[1]]  # `thought_nll` may lack the worst thought
         return jax.lax.stop_gradient(jnp.sum(x * counted)), jnp.sum(counted)
 
     return {k: mean(x) for k, x in means.items()}
+
+
+def penalty(
+    params: dict[str, Params],
+    config: ModelConfig,
+    batch: Batch,
+    positions: jax.Array,
+    think: jax.Array,
+    thought_ids: jax.Array,
+    weights: jax.Array,
+) -> jax.Array:
+    """Returns kl_weight * KL(policy, reference) - entropy_weight * H(policy), weighted sums over the thoughts' tokens.
+
+    Both are exact sums over the vocabulary at the states that the tokens were drawn from, not estimates from the tokens.
+
+    Args:
+      params: {"policy", and "reference" if `kl_weight` is not 0}. think: [B, P, M, S, D] states of the policy that
+        `thought_ids` [B, P, M, S] were drawn from. weights: [B, P, M, S].
+    """
+    t, logit_bias, value = config.thoughts, forbidden_bias(config), jnp.float32(0)
+    head = decoder.head(params["policy"], config)
+
+    def logprobs(hidden: jax.Array, head: vocabulary.Head) -> jax.Array:
+        logits = vocabulary.head_logits(hidden, *head)
+        # Forbidden ids get one finite log-probability in both models, so that 0 times it is 0.
+        return jax.nn.log_softmax(logits if logit_bias is None else jnp.where(logit_bias < 0, -1e4, logits))
+
+    def entropy(hidden: jax.Array) -> jax.Array:
+        logp = logprobs(hidden, head)
+        return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+    if t.entropy_weight:
+        each = vocabulary.map_chunks(entropy, think, vocab_size=config.vocab_size)
+        value -= t.entropy_weight * jnp.sum(weights * each)
+    if t.kl_weight:
+        reference = jax.lax.stop_gradient(params["reference"])
+        texts = forward.read(reference, config, batch)
+        reference_states = replay_states(reference, config, batch, texts, positions, thought_ids).think
+        reference_head = decoder.head(reference, config)
+
+        def divergence(hidden: jax.Array, reference_hidden: jax.Array) -> jax.Array:
+            logp = logprobs(hidden, head)
+            return jnp.sum(jnp.exp(logp) * (logp - logprobs(reference_hidden, reference_head)), axis=-1)
+
+        each = vocabulary.map_chunks(divergence, think, reference_states, vocab_size=config.vocab_size)
+        value += t.kl_weight * jnp.sum(weights * each)
+    return value

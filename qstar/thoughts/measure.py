@@ -1,4 +1,4 @@
-"""Per-token effect of thoughts, for evaluation, diagnostics and the viewer. No logits outlive their chunk."""
+"""Per-token effect of thoughts, for evaluation, diagnostics and the viewer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, reduce, repeat
 
 from qstar.mesh import mesh_jit
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.thoughts import forward, layout, rollout, select
-from qstar.thoughts.paths import replay_states
-from qstar.train.losses import chunks, unchunk
+from qstar.models.vocabulary import token_logprobs
+from qstar.thoughts import forward, layout, rollout
+from qstar.thoughts.chunked_replay import replay_states
+from qstar.thoughts.loss import rewards
 from qstar.types import Batch, Params
 
 
@@ -22,11 +24,11 @@ class Scores(NamedTuple):
     """Of the token after each position (float32 unless said otherwise); P thoughts per position, M positions."""
 
     base_nll: jax.Array  # [B, M] in nats, without a thought
-    base_hit: jax.Array  # [B, M] bool: the model's first choice is the token
+    base_hit: jax.Array  # [B, M] bool: no token is more probable
     entropy: jax.Array  # [B, M] of the prediction without a thought, in nats
     nll: jax.Array  # [B, P, M] with a thought mixed in
     hit: jax.Array  # [B, P, M] bool
-    reward: jax.Array  # [B, P, M] over all T talk tokens
+    reward: jax.Array  # [B, P, M] over all A talk tokens
     weight: jax.Array  # [B, P, M] of the thought, at the first talk token
     thoughts: jax.Array  # [B, P, M, S] int32
     thought_nll: jax.Array  # [B, P, M] mean over the thought's tokens, as they were drawn; nan for given thoughts
@@ -55,53 +57,38 @@ def score(
     texts = forward.read(params, config, batch)
     if thoughts is None:
         drawn = rollout.sample(params, config, batch, texts, positions, key, passes, temperature)
-        thought_ids, thought_nll = jnp.moveaxis(drawn[0], 0, 3), -jnp.mean(drawn[1], axis=0)
+        thoughts, thought_nll = rearrange(drawn[0], "s b p m -> b p m s"), -reduce(drawn[1], "s b p m -> b p m", "mean")
     else:
-        thought_ids, thought_nll = thoughts, jnp.full(thoughts.shape[:3], jnp.nan)
-    states = replay_states(params, config, batch, texts, positions, thought_ids)
-    target_ids, weights = layout.talk_targets(batch, positions, config.thoughts.talk_tokens)  # [B, M, T]
-    base_nll, base_hit = token_scores(params, config, texts.hidden[:, :-1], target_ids[..., 0])
-    entropy = select.entropy(params, config, texts.hidden[:, :-1])
-    nll, hit = token_scores(
-        params, config, states.mixed, jnp.broadcast_to(target_ids[:, None], states.mixed.shape[:-1])
+        thought_nll = jnp.full(thoughts.shape[:3], jnp.nan)
+    states = replay_states(params, config, batch, texts, positions, thoughts)
+    target_ids, weights = layout.talk_targets(batch, positions, config.thoughts.talk_tokens)  # [B, M, A]
+    head = decoder.head(params, config)
+    base = token_logprobs(texts.hidden[:, :-1], head, target_ids[..., 0])
+    mixed = token_logprobs(states.mixed, head, repeat(target_ids, "b m a -> b p m a", p=thoughts.shape[1]))
+    return Scores(
+        base_nll=-base.logprobs,
+        base_hit=base.hits > 0,
+        entropy=token_logprobs(texts.hidden[:, :-1], head, target_ids[..., 0], entropy=True).entropy,
+        nll=-mixed.logprobs[..., 0],
+        hit=mixed.hits[..., 0] > 0,
+        reward=rewards(-base.logprobs, -mixed.logprobs, weights > 0, positions),
+        weight=states.weight[..., 0],
+        thoughts=thoughts,
+        thought_nll=thought_nll,
+        counted=weights[..., 0] > 0,
     )
-    gain = _later(base_nll, positions, config.thoughts.talk_tokens)[:, None] - nll
-    reward = jnp.sum(jnp.where(weights[:, None] > 0, gain, 0.0), axis=-1)
-    first = (nll[..., 0], hit[..., 0])
-    counted = weights[..., 0] > 0
-    return Scores(base_nll, base_hit, entropy, *first, reward, states.weight[..., 0], thought_ids, thought_nll, counted)
 
 
 @partial(mesh_jit, static_argnames="config")
 def score_text(params: Params, config: ModelConfig, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same for a model that does not think: nll [B, N-1], hit, counted."""
+    """Scores the text without thoughts: nll [B, N-1], whether no token is more probable, and `counted`."""
     texts = forward.read(params, config, batch)
     targets, weights = layout.text_targets(batch)
-    return *token_scores(params, config, texts.hidden[:, :-1], targets), weights > 0
-
-
-def token_scores(
-    params: Params, config: ModelConfig, hidden: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns nll float32 and whether the target is the first choice, both [...], of states [..., E], a chunk at a time."""
-
-    def some(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = decoder.unembed(params, config, xs[0])
-        picked = jnp.take_along_axis(logits, xs[1][:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked, picked >= jnp.max(logits, axis=-1)
-
-    flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    found = jax.lax.map(some, chunks(flat, config.vocab_size))
-    return tuple(unchunk(x, flat[0].shape[0]).reshape(targets.shape) for x in found)
+    scores = token_logprobs(texts.hidden[:, :-1], decoder.head(params, config), targets)
+    return -scores.logprobs, scores.hits > 0, weights > 0
 
 
 def random_thoughts(key: jax.Array, config: ModelConfig, shape: tuple[int, ...]) -> jax.Array:
     """Returns int32 ids of the given shape, uniform over those a thought may hold: a control."""
     allowed = np.setdiff1d(np.arange(config.vocab_size), np.asarray(config.thoughts.forbidden_ids, np.int64))
     return jnp.asarray(allowed, jnp.int32)[jax.random.randint(key, shape, 0, len(allowed))]
-
-
-def _later(base_nll: jax.Array, positions: jax.Array, talk_tokens: int) -> jax.Array:
-    """Returns base_nll [B, M, T] of the T tokens after each position (clipped at the end of the row)."""
-    index = jnp.minimum(positions[..., None] + jnp.arange(talk_tokens), base_nll.shape[1] - 1)
-    return jax.vmap(lambda x, at: x[at])(base_nll, index)

@@ -1,6 +1,6 @@
-"""Given thoughts, replayed: every quantity of the method in full, for study and for tests.
+"""Every quantity of the method in full, for given thoughts: for study and for tests.
 
-The training loss is `objective.loss`, which never holds these logits; a test says that the two agree.
+The training loss is `loss.loss`, which never holds these logits; a test compares the two.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.thoughts import forward, layout
 from qstar.thoughts import loss as thought_loss
-from qstar.thoughts.paths import ThoughtStates, joint_states, replay_states
+from qstar.thoughts.chunked_replay import replay_states
+from qstar.thoughts.forward import ThoughtStates
 from qstar.thoughts.rollout import forbidden_bias
 from qstar.types import Batch, Params
 
@@ -25,16 +27,16 @@ class Replay(NamedTuple):
     base_logits: jax.Array  # [R, N, V] float32, without thoughts
     thought_logits: jax.Array  # [S, R, M, V] that the thoughts were drawn from; forbidden ids very negative
     thought_logp: jax.Array  # [S, R, M] of the thoughts' tokens, at `policy_temperature`
-    talk_thought_logits: jax.Array  # [T, R, M, V] after a thought, unmixed
-    talk_mixed_logits: jax.Array  # [T, R, M, V]; step s at j is about x[j+1+s]; past the end it means nothing
-    talk_mix_weight: jax.Array  # [T, R, M] weight of the thought
+    talk_thought_logits: jax.Array  # [A, R, M, V] after a thought, unmixed
+    talk_mixed_logits: jax.Array  # [A, R, M, V]; step a at j predicts x[j+1+a]; undefined past the end
+    talk_mix_weight: jax.Array  # [A, R, M] weight of the thought
     base_nll: jax.Array  # [R, N-1] of x[j+1]; 0 where nothing is to be predicted
-    talk_nll_s: tuple[jax.Array, ...]  # T arrays [R, N-1-s] (or [R, M] at chosen positions), of x[j+1+s]
-    reward: jax.Array  # [R, L], L = N-1, or N-1-T without `reward_tail` (or [R, M]): sum over s of base - talk nll
+    talk_nll_s: tuple[jax.Array, ...]  # A arrays [R, N-1-a] (or [R, M] at chosen positions), of x[j+1+a]
+    reward: jax.Array  # [R, L], L = N-1, or N-1-A without `reward_tail` (or [R, M]): sum over a of base - talk nll
     advantage: jax.Array  # [R, L] reward minus its baseline
     advantage_clipped: jax.Array  # [R, L] max(0, advantage), whether or not the config's loss clips
     loss_base: jax.Array  # [] mean nll without thoughts
-    loss_talk: jax.Array  # [T] mean nll of each talk step
+    loss_talk: jax.Array  # [A] mean nll of each talk step
     loss_nll: jax.Array  # [] their weighted sum
     loss_policy: jax.Array  # [] REINFORCE, weight 1
     loss: jax.Array  # [] loss_nll + policy_weight * loss_policy
@@ -56,27 +58,26 @@ def replay(
       params: a decoder's tree with `thoughts` and `mixing`. config: with `thoughts`; P and S are those of the array.
       tokens, mask: [B, N] ids, and 1 for real tokens. thoughts: [S, B*P, N] int32 (or [S, B*P, M]).
       positions: [M] or [B, M] int32 that think; default all.
-      schedule: "replay" runs each thread in one pass, "joint" token by token, as when it was sampled. One mathematics.
+      schedule: "replay" runs each thread in one pass, "joint" token by token, as when it was sampled. Same results.
 
     Returns:
-      `Replay`. Rewards and advantages are constants to `jax.grad`, as REINFORCE wants them.
+      `Replay`. Rewards and advantages are constants to `jax.grad`, as REINFORCE requires.
     """
     batch = layout.text_batch(tokens, mask)
-    thought_ids = layout.from_rows(jnp.asarray(thoughts, jnp.int32), batch.tokens.shape[0])  # [B, P, M, S]
-    config = config.replace(thoughts=config.thoughts.replace(thought_tokens=thought_ids.shape[3]))
+    thought_ids = layout.from_rows(jnp.asarray(thoughts, jnp.int32), batch.tokens.shape[0])
+    B, P, M, S = thought_ids.shape
+    config = config.replace(thoughts=config.thoughts.replace(thought_tokens=S))
     everywhere = positions is None
-    places = layout.all_positions(batch) if everywhere else jnp.asarray(positions, jnp.int32)
-    places = jnp.broadcast_to(places, (thought_ids.shape[0], thought_ids.shape[2]))
+    positions = layout.all_positions(batch) if everywhere else jnp.asarray(positions, jnp.int32)
+    positions = jnp.broadcast_to(positions, (B, M))
     texts = forward.read(params, config, batch)
     if schedule == "joint":
-
-        def given(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, None]:
-            return thought_ids[..., i], None
-
-        states, _ = joint_states(params, config, batch, texts, places, thought_ids.shape[1], given)
+        given = thought_loss.given_thoughts(thought_ids)
+        threads, _ = forward.rollout_and_talk(params, config, batch, texts, positions, P, given)
+        states = forward.thought_states(params, config, batch, texts, positions, threads)
     else:
-        states = replay_states(params, config, batch, texts, places, thought_ids)
-    return _compute(params, config, batch, places, states, thought_ids, everywhere)
+        states = replay_states(params, config, batch, texts, positions, thought_ids)
+    return _compute(params, config, batch, positions, states, thought_ids, everywhere)
 
 
 def _compute(
@@ -88,23 +89,29 @@ def _compute(
     thought_ids: jax.Array,
     everywhere: bool,
 ) -> Replay:
-    t, P = config.thoughts, thought_ids.shape[1]
+    t, P, N, A = config.thoughts, thought_ids.shape[1], batch.tokens.shape[1], config.thoughts.talk_tokens
     logit_bias, temperature = forbidden_bias(config), t.policy_temperature
+
+    # ---- likelihood, without and with thoughts
     targets, weights = layout.text_targets(batch)
     base_logits = decoder.unembed(params, config, states.base)  # [B, N, V]
     base_nll = _nll(base_logits[:, :-1], targets)  # [B, N-1]
-    target_ids, target_weights = layout.talk_targets(batch, positions, t.talk_tokens)  # [B, M, T]
-    talk_logits = decoder.unembed(params, config, states.talk)  # [B, P, M, T, V]
-    index = (positions[..., None] + jnp.arange(t.talk_tokens)) % batch.tokens.shape[1]
-    base_at_targets = jax.vmap(lambda x, at: x[at])(base_logits, index)[:, None]  # [B, 1, M, T, V]
-    # The vocabulary is linear, so states and logits mix alike; with logits a weight of 0 gives the base's to the bit.
+    target_ids, target_weights = layout.talk_targets(batch, positions, A)  # [B, M, A]
+    talk_logits = decoder.unembed(params, config, states.talk)  # [B, P, M, A, V]
+    index = (positions[..., None] + jnp.arange(A)) % N
+    base_at_targets = layout.take_rows(base_logits, index)[:, None]  # [B, 1, M, A, V]
+    # The vocabulary product is linear, so states and logits mix alike (paper, section 4.3); with logits, a weight of 0
+    # gives the base's to the last bit.
     w = states.weight[..., None]
     mixed = (1 - w) * base_at_targets + w * talk_logits
-    talk_nll = _nll(mixed, jnp.broadcast_to(target_ids[:, None], mixed.shape[:-1]))
+    talk_nll = _nll(mixed, repeat(target_ids, "b m a -> b p m a", p=P))
+
+    # ---- log-probabilities of the thoughts
     thought_logits = decoder.unembed(params, config, states.think)
     thought_logits = thought_logits if logit_bias is None else thought_logits + logit_bias
     logp = -_nll(thought_logits / temperature, thought_ids)  # [B, P, M, S]
 
+    # ---- the loss
     shares = thought_loss.loss_weights(config, batch, positions, P)
     normalizer = thought_loss.divisors(config, shares, base_nll, talk_nll)
     reward = thought_loss.rewards(base_nll, talk_nll, shares.talk > 0, positions)
@@ -115,24 +122,20 @@ def _compute(
     factor = thought_loss.reinforce_weight(config, advantage) * shares.policy[:, None]
     loss_policy = -jnp.sum(factor * jnp.sum(logp, axis=-1)) / normalizer.policy
 
-    def rows(x: jax.Array) -> jax.Array:  # [B, P, ...] -> [R, ...]
-        return x.reshape(-1, *x.shape[2:])
-
-    N, T = batch.tokens.shape[1], t.talk_tokens
-    length = N - 1 - T * (not t.reward_tail) if everywhere else positions.shape[1]
-    shown = talk_nll * (target_weights[:, None] > 0)
-    cut = [rows(shown[..., s])[:, : N - 1 - s if everywhere else None] for s in range(T)]
-    gains, advantage = rows(reward)[:, :length], rows(advantage)[:, :length]
+    # ---- as rows, cut where the official code has no entry
+    length = N - 1 - A * (not t.reward_tail) if everywhere else positions.shape[1]
+    shown = layout.to_rows(talk_nll * (target_weights[:, None] > 0))  # [A, R, M]
+    reward, advantage = (rearrange(x, "b p m -> (b p) m")[:, :length] for x in (reward, advantage))
     return Replay(
-        base_logits=jnp.repeat(base_logits, P, axis=0),
+        base_logits=repeat(base_logits, "b n v -> (b p) n v", p=P),
         thought_logits=layout.to_rows(thought_logits),
         thought_logp=layout.to_rows(logp),
         talk_thought_logits=layout.to_rows(talk_logits),
         talk_mixed_logits=layout.to_rows(mixed),
         talk_mix_weight=layout.to_rows(states.weight),
-        base_nll=jnp.repeat(base_nll * (weights > 0), P, axis=0),
-        talk_nll_s=tuple(cut),
-        reward=gains,
+        base_nll=repeat(base_nll * (weights > 0), "b n -> (b p) n", p=P),
+        talk_nll_s=tuple(shown[a, :, : N - 1 - a if everywhere else None] for a in range(A)),
+        reward=reward,
         advantage=advantage,
         advantage_clipped=jax.nn.relu(advantage),
         loss_base=loss_base,

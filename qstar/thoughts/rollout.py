@@ -1,4 +1,4 @@
-"""Thinking without a gradient: sampled thoughts after every position of a batch, or after chosen ones."""
+"""Sampling of thoughts without a gradient, after every position of a batch or after chosen ones."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
+from qstar.models.vocabulary import map_chunks
 from qstar.sample.logits import NEG, SamplingParams, sample_token
 from qstar.thoughts import forward, layout
-from qstar.train.losses import chunks, unchunk
 from qstar.types import Batch, Params
 
 
 class Thoughts(NamedTuple):
-    """Sampled thoughts; row r of the R = B * P belongs to sequence r // P."""
+    """Sampled thoughts; row r of the R = B * P rows belongs to sequence r // P."""
 
     tokens: jax.Array  # [S, R, M] int32
     logprobs: jax.Array  # [S, R, M] float32, under the model without the forbidden ids, temperature 1
@@ -39,8 +40,9 @@ def think(
 
     Args:
       params: a decoder's tree with `thoughts`. config: with `thoughts`; static under `jit`.
-      tokens, mask: [B, N] ids, and 1 for real tokens; padding on either side. key: draws depend on it and on (step,
-        sequence, pass, position) alone: thoughts at chosen positions are those of the full run.
+      tokens, mask: [B, N] ids, and 1 for real tokens; padding on either side.
+      key: draws depend on it and on (step, sequence, pass, position) alone: thoughts at chosen positions are those of the
+        full run.
       passes: P, default `thoughts_per_position`.
       positions: [M] or [B, M] int32, where to think; default everywhere, M = N. The cost is in proportion.
       temperature: default `config.thoughts.temperature`; 0 is greedy.
@@ -49,9 +51,12 @@ def think(
       Thoughts of shape [S, B * P, M]. Forbidden ids are never drawn.
     """
     batch = layout.text_batch(tokens, mask)
-    places = layout.all_positions(batch) if positions is None else _per_row(positions, batch)
-    records = sample(params, config, batch, forward.read(params, config, batch), places, key, passes, temperature)
-    return Thoughts(*(layout.to_rows(jnp.moveaxis(x, 0, 3)) for x in records))
+    if positions is None:
+        positions = layout.all_positions(batch)
+    positions = jnp.asarray(positions, jnp.int32)
+    positions = jnp.broadcast_to(positions, (batch.tokens.shape[0], positions.shape[-1]))
+    records = sample(params, config, batch, forward.read(params, config, batch), positions, key, passes, temperature)
+    return Thoughts(*(rearrange(x, "s b p m -> s (b p) m") for x in records))
 
 
 def sample(
@@ -64,11 +69,11 @@ def sample(
     passes: int | None = None,
     temperature: float | jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`think` on texts that were read: tokens, logprobs and sample logprobs, each [S, B, P, M]."""
+    """`think` after a base pass: tokens, logprobs and sample logprobs, each [S, B, P, M]."""
     passes = passes or config.thoughts.thoughts_per_position
     params, texts = jax.lax.stop_gradient((params, texts))
-    choose = sampler(params, config, batch, positions, key, passes, temperature)
-    return forward.rollout(params, config, batch, texts, positions, passes, choose).records
+    draw = sampler(params, config, batch, positions, key, passes, temperature)
+    return forward.rollout(params, config, batch, texts, positions, passes, draw).records
 
 
 def sampler(
@@ -80,49 +85,40 @@ def sampler(
     passes: int,
     temperature: float | jax.Array | None = None,
 ) -> forward.SampleFn:
-    """Returns the `draw` of `threads.rollout` that samples, one uniform number per thread and step."""
+    """Returns the `draw` of `forward.rollout` that samples, with one uniform number per thread and step."""
     B, N = batch.tokens.shape
-    thought_temperature = config.thoughts.temperature if temperature is None else temperature
-    sampling_params = SamplingParams.make(1.0)._replace(temperature=jnp.asarray(thought_temperature, jnp.float32))
-    at = jnp.broadcast_to(positions[:, None], (B, passes, positions.shape[1]))
+    temperature = config.thoughts.temperature if temperature is None else temperature
+    sampling_params = SamplingParams.make(1.0)._replace(temperature=jnp.asarray(temperature, jnp.float32))
+    index = repeat(positions, "b m -> b p m", p=passes)
 
-    def choose(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
-        u = jax.random.uniform(jax.random.fold_in(key, i), (B, passes, N))  # of all positions: chosen ones do not shift
-        record = draw_tokens(params, config, hidden, jnp.take_along_axis(u, at, axis=2), sampling_params)
+    def draw(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
+        # Drawn for all positions, so that the choice of positions does not change the draws of any of them.
+        u = jax.random.uniform(jax.random.fold_in(key, i), (B, passes, N))
+        record = draw_tokens(params, config, hidden, jnp.take_along_axis(u, index, axis=2), sampling_params)
         return record[0], record
 
-    return choose
+    return draw
 
 
 def draw_tokens(
     params: Params, config: ModelConfig, hidden: jax.Array, u: jax.Array, sampling_params: SamplingParams
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws a token from each of the states [..., E], at uniform numbers u [...]; forbidden ids are out of the race.
-
-    The logits exist a chunk at a time.
+    """Draws a token from each of the states [..., D], at uniform numbers u [...]; never a forbidden id.
 
     Returns:
       token int32 [...], its log-probability under the model, and under the distribution drawn from.
     """
     logit_bias = forbidden_bias(config)
 
-    def some(xs: tuple[jax.Array, jax.Array]) -> Any:
-        logits = decoder.unembed(params, config, xs[0])
-        return jax.vmap(partial(sample_token, sampling_params=sampling_params))(
-            logits if logit_bias is None else logits + logit_bias, xs[1]
-        )
+    def sample(hidden: jax.Array, u: jax.Array) -> Any:
+        logits = decoder.unembed(params, config, hidden)
+        logits = logits if logit_bias is None else logits + logit_bias
+        return jax.vmap(partial(sample_token, sampling_params=sampling_params))(logits, u)
 
-    flat = jax.lax.stop_gradient(hidden).reshape(-1, hidden.shape[-1])
-    sampled = jax.lax.map(some, chunks((flat, u.reshape(-1)), config.vocab_size))
-    return tuple(unchunk(x, flat.shape[0]).reshape(u.shape) for x in sampled)
+    return map_chunks(sample, jax.lax.stop_gradient(hidden), u, vocab_size=config.vocab_size)
 
 
 def forbidden_bias(config: ModelConfig) -> jax.Array | None:
     """Returns what is added to the logits of a thought's tokens, [V] float32: very negative for forbidden ids."""
     ids = config.thoughts.forbidden_ids
     return jnp.zeros((config.vocab_size,), jnp.float32).at[jnp.asarray(ids)].set(NEG) if ids else None
-
-
-def _per_row(positions: jax.Array, batch: Batch) -> jax.Array:
-    positions = jnp.asarray(positions, jnp.int32)
-    return jnp.broadcast_to(positions, (batch.tokens.shape[0], positions.shape[-1]))

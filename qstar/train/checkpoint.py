@@ -1,11 +1,11 @@
-"""Sharded, asynchronous checkpoints through orbax, checksummed; nothing of orbax elsewhere.
+"""Sharded, asynchronous, checksummed checkpoints through orbax (which no other module imports).
 
-A checkpoint holds the TrainState (parameters, moments, step, random key) and a small JSON record. The data position is
-the step itself: batches are a pure function of (data, seed, step). A folder half written by a killed process is never
-seen: orbax writes under a temporary name and renames.
+A checkpoint holds the TrainState (parameters, moments, step, random key) and a small JSON record. The data position is the
+step itself: batches are a pure function of (data, seed, step). A process killed while it saves leaves no partial checkpoint:
+orbax writes under a temporary name and renames.
 
-The record also holds a checksum of every array and of itself, compared on restore. The checksums are of the arrays, not
-of files: they are computed on the devices, do not depend on the layout of mesh or files, and appear with the checkpoint.
+The record also holds a checksum of every array and of itself, compared on restore. The checksums are of arrays, not of
+files: they are computed on the devices, and do not depend on the mesh or on the layout of the files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from etils import epath
 
 from qstar import distributed, tree
 from qstar.errors import UserError
-from qstar.files import UNVERIFIED, Damaged, warn
+from qstar.files import Damaged, warn
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file it touches, and what it raises as well
 
@@ -32,7 +32,7 @@ CHECKSUMS = "checksums"  # key of the record
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read."""
+    """The content of a checkpoint."""
 
     state: Any
     record: dict[str, Any]
@@ -43,7 +43,7 @@ class Checkpoints:
     """The checkpoints of one training run: `folder/<step>/`."""
 
     def __init__(self, folder: Any, *, keep: int = 2):
-        """Opens (and creates) the folder; of several checkpoints the newest `keep` stay (two: one may be damaged).
+        """Opens (and creates) the folder, where the newest `keep` checkpoints stay (two: one may be damaged).
 
         Raises:
           UserError: the folder cannot be written.
@@ -71,10 +71,10 @@ class Checkpoints:
         self._manager.save(step, args=args)
 
     def resume(self, like: Any) -> Restored | None:
-        """Restores the newest intact checkpoint, None if there is none. Damaged ones are named and set aside.
+        """Restores the newest intact checkpoint, None if there is none. Damaged ones are named and moved aside.
 
         Raises:
-          UserError: a checkpoint of another model, or one that the system does not let us read.
+          UserError: a checkpoint of another model, or one without read permission.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -86,7 +86,7 @@ class Checkpoints:
                     if aside.exists():
                         aside.rmtree()
                     (self.folder / str(step)).rename(aside)
-                distributed.broadcast_bool(True)  # it is moved before any process looks again
+                distributed.broadcast_bool(True)  # a barrier: moved before any process lists the folder
                 self._manager.reload()
         return None
 
@@ -109,62 +109,56 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-            found = record.pop(CHECKSUMS, None)
-            if found is not None and found["record"] != _crc(record, found["arrays"]):
+            found = record.pop(CHECKSUMS)
+            arrays = found["arrays"]
+            if found["record"] != _crc(record, arrays):
                 raise Damaged(f"checkpoint {where} is damaged (the checksum of its record differs)")
-            if found is None:
-                warn(UNVERIFIED)
-                stored = self._manager.item_metadata(step)["state"]
-                arrays = {
-                    n: [list(x.shape), str(x.dtype), None] for n, x in tree.named_leaves(stored) if hasattr(x, "shape")
-                }
-            else:
-                arrays = found["arrays"]
             _compare(arrays, target, where)
-            # Read as stored, so that the checksums apply; cast below where another dtype is wanted.
+            # Read in the stored dtype, so that the checksums apply, and cast below.
             as_stored = tree.map_named(lambda n, x: _with_dtype(x, arrays[n][1]), target)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(as_stored))
             state = self._manager.restore(step, args=args)["state"]
-        except (UserError, MemoryError, PermissionError):
+        except (
+            UserError,
+            MemoryError,
+            PermissionError,
+            jax.errors.JaxRuntimeError,
+        ):  # out of (device) memory: no damage
             raise
-        except jax.errors.JaxRuntimeError:  # out of device memory: nothing is wrong with the files
-            raise
-        except Exception as e:  # what a damaged file raises depends on where it was hit
+        except Exception as e:  # what a damaged file raises depends on the place of the damage
             reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
             raise Damaged(f"checkpoint {where} is damaged ({reason})") from None
-        if found is not None:
-            now = checksums(state)
-            if wrong := [name for name in arrays if now[name] != arrays[name]]:
-                raise Damaged(f"checkpoint {where} is damaged (the checksum of {wrong[0]} differs)")
-        return jax.tree.map(
-            lambda x, t: x.astype(t.dtype) if jnp.issubdtype(t.dtype, jnp.floating) else x, state, target
-        ), record
+        now = checksums(state)
+        if wrong := [name for name in arrays if now[name] != arrays[name]]:
+            raise Damaged(f"checkpoint {where} is damaged (the checksum of {wrong[0]} differs)")
+
+        def cast(x: Any, like: Any) -> Any:
+            return x.astype(like.dtype) if jnp.issubdtype(like.dtype, jnp.floating) else x
+
+        return jax.tree.map(cast, state, target), record
 
     def wait(self) -> None:
-        """Blocks until what was started is on disk."""
+        """Blocks until all saves are on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and lets go of the folder."""
+        """Waits for all saves and closes the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 def _compare(arrays: dict[str, Any], target: Any, where: Any) -> None:
-    """Compares the stored names and shapes with the wanted ones: orbax' own complaint does not fit on a line."""
+    # Orbax' own message is many lines long.
+    other = f"checkpoint {where} is of another model:"
     want = {n: tuple(x.shape) for n, x in tree.named_leaves(target)}
     for name, shape in want.items():
         if name not in arrays:
-            raise UserError(f"checkpoint {where} is of another model: it has no {name}; use another --workdir")
+            raise UserError(f"{other} it has no {name}; use another --workdir")
         have = tuple(arrays[name][0])
         if have != shape and "rng" not in name:
-            raise UserError(
-                f"checkpoint {where} is of another model: {name} is {have}, expected {shape}; use another --workdir"
-            )
+            raise UserError(f"{other} {name} is {have}, expected {shape}; use another --workdir")
     if extra := sorted(set(arrays) - set(want)):
-        raise UserError(
-            f"checkpoint {where} is of another model: it has {extra[0]}, which this one lacks; use another --workdir"
-        )
+        raise UserError(f"{other} it has {extra[0]}, which this one lacks; use another --workdir")
 
 
 def _with_dtype(x: Any, dtype: str) -> Any:
@@ -187,11 +181,9 @@ def checksums(state: Any) -> dict[str, list[Any]]:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """A 32-bit checksum of the bits and positions of an array's elements, the same for every sharding.
-
-    Each element is mixed with its position by a bijection (murmur3's finaliser); the sum of integers does not depend on
-    its order. A change of one element always changes the sum.
-    """
+    """A 32-bit checksum of an array, the same for every sharding."""
+    # Each element is mixed with its position by a bijection (murmur3's finaliser), so a change of one element always
+    # changes the sum; and a sum of integers does not depend on its order.
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == bool:

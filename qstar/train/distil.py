@@ -1,4 +1,4 @@
-"""Distillation on responses: imitate a teacher's text, or its whole prediction at every token of somebody's text.
+"""Distillation on responses: the likelihood of a teacher's text, or a divergence from its prediction at every token.
 
     hard          -log q(y)                                     y is the teacher's, kept if its answer was right (2404.03414)
     forward_kl    KL(p, q), p the teacher                       covers the teacher's modes; y from anywhere
@@ -12,48 +12,44 @@ or by the student itself (GKD, on-policy distillation) is the caller's choice: `
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qstar.errors import require
-from qstar.models import scoring
+from qstar.errors import Settings, bounded, require
+from qstar.models import decoder, scoring
 from qstar.models.attention import NEG
+from qstar.models.vocabulary import log_distribution, map_chunks, token_logprobs
+from qstar.train.losses import SumWeight
 from qstar.types import Metrics, Params, Responses
 
 KINDS = ("hard", "forward_kl", "reverse_kl", "jsd")
 
 
 @dataclasses.dataclass(frozen=True)
-class DistilSettings:
-    """What is imitated, and on whose text. A config's `distil` section. Hashable: static under `jit`."""
+class DistilSettings(Settings):
+    """The loss, and whose text it is on. A config's `distil` section. Hashable: static under `jit`."""
 
-    kind: str = "hard"
-    beta: float = 0.5  # of `jsd`
-    temperature: float = 1.0  # softens both predictions of a soft loss
-    soft_share: float = 1.0  # of a soft loss; the rest is the hard one, on the same text
-    on_policy: float = 0.0  # share of the steps on the student's own text (soft losses only)
+    kind: str = bounded("hard", choices=KINDS)
+    beta: float = bounded(0.5, ge=0, le=1)  # of `jsd`
+    temperature: float = bounded(1.0, gt=0)  # softens both predictions of a soft loss
+    soft_share: float = bounded(1.0, ge=0, le=1)  # of a soft loss; the rest is the hard one, on the same text
+    on_policy: float = bounded(0.0, ge=0, le=1)  # share of the steps on the student's own text (soft losses only)
 
     def __post_init__(self):
-        shares = {n: getattr(self, n) for n in ("beta", "soft_share", "on_policy")}
-        own = self.kind != "hard" or self.on_policy == 0
-        require(
-            (self.kind in KINDS, f"kind={self.kind!r} is not one of {', '.join(KINDS)}"),
-            *((0 <= v <= 1, f"{n}={v} must be in [0, 1]") for n, v in shares.items()),
-            (0 < self.temperature < math.inf, f"temperature={self.temperature} must be above 0"),
-            (own, f"on_policy={self.on_policy} needs a soft loss: a student's own text is no target to imitate"),
-        )
+        super().__post_init__()
+        soft = self.kind != "hard" or self.on_policy == 0
+        require((soft, f"on_policy={self.on_policy} needs a soft loss: a student's own text is no target to imitate"))
 
 
 @flax.struct.dataclass
 class Lesson(Responses):
-    """Responses to learn from. The teacher may read a prompt of its own (one that shows the answer, or asks for more)."""
+    """Responses to learn from, and the teacher's own prompts (which may show the answer, or ask for more)."""
 
-    teacher_prompt: jax.Array  # [B, Q] int32
-    teacher_mask: jax.Array  # [B, Q] int32
+    teacher_prompt: jax.Array  # [B, C] int32
+    teacher_mask: jax.Array  # [B, C] int32
 
 
 def divergence(log_p: jax.Array, log_q: jax.Array, kind: str, beta: float = 0.5) -> jax.Array:
@@ -80,17 +76,18 @@ def distil_loss(
     teacher: scoring.AnyConfig,
     settings: DistilSettings,
     limit: int,
-) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+) -> tuple[SumWeight, Metrics]:
     """Sum over the response tokens of the loss that `settings.kind` names, and their number.
 
     Args:
-      params: {"policy": the student's, "teacher": read by the soft losses alone, and never trained}.
-      config, teacher: their shapes; the vocabulary must be one. limit: ids from here on have no text.
+      params: {"policy": the student's, "teacher": read only by the soft losses, and never trained}.
+      config, teacher: of one vocabulary. limit: ids from here on have no text.
     """
     del rng
     s, mask = settings, batch.mask
     states = scoring.response_states(params["policy"], config, batch.prompt, batch.prompt_mask, batch.response)
-    logprobs, entropy = scoring.token_scores(params["policy"], config, states, batch.response, limit=limit)
+    head = decoder.head(params["policy"], config)
+    logprobs, _, entropy = token_logprobs(states, head, batch.response, limit=limit, entropy=True)
     nll = -jnp.sum(jnp.where(mask > 0, logprobs * mask, 0.0))
     weight = jnp.sum(mask)
     metrics = {"nll": (nll, weight), "entropy": (jnp.sum(entropy * mask), weight)}
@@ -100,21 +97,16 @@ def distil_loss(
         teacher_states = scoring.response_states(
             frozen, teacher, batch.teacher_prompt, batch.teacher_mask, batch.response
         )
-        soft = _soft(params["policy"], frozen, states, teacher_states, mask, config, teacher, s, limit)
+        teacher_head = decoder.head(frozen, teacher)
+
+        def soft_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+            log_q = log_distribution(student, head, temperature=s.temperature, limit=limit)
+            log_p = log_distribution(teacher, teacher_head, temperature=s.temperature, limit=limit)
+            return divergence(log_p, log_q, s.kind, s.beta)
+
+        each = map_chunks(soft_loss, states, teacher_states, vocab_size=config.vocab_size)
+        soft = jnp.sum(jnp.where(mask > 0, each * mask, 0.0))
         metrics["divergence"] = (soft, weight)
         total = s.soft_share * s.temperature**2 * soft + (1.0 - s.soft_share) * nll
     metrics |= {"loss": (total, weight), "tokens": (weight, jnp.float32(0))}
     return (total, weight), metrics
-
-
-def _soft(student, frozen, states, teacher_states, mask, config, teacher, s, limit) -> jax.Array:
-    """Sum over tokens of the divergence; one response's logits exist at a time (and are made again for the gradient)."""
-    spread = functools.partial(scoring.log_distribution, temperature=s.temperature, limit=limit)
-
-    @jax.checkpoint
-    def one(total: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        mine, theirs, m = xs
-        each = divergence(spread(frozen, teacher, theirs), spread(student, config, mine), s.kind, s.beta)
-        return total + jnp.sum(jnp.where(m > 0, each * m, 0.0)), None
-
-    return jax.lax.scan(one, jnp.float32(0), (states, teacher_states, mask))[0]

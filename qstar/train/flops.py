@@ -1,11 +1,12 @@
-"""FLOPs that an update needs, peak rates of devices, and the model FLOPs utilisation (MFU) of a run.
+"""FLOPs that the mathematics of a program needs, peak rates of devices, and the model FLOPs utilisation (MFU) of a run.
 
     needed = 6 per matmul parameter and token (2 forward, 4 backward; 4 in all where the weights are frozen, under adapters)
-           + 12 L H K per pair of a token and one that it sees (attention, causal, within its document and its window)
+           + 12 L H K per pair of a token and one that it attends to (causal, within its document and its window)
     MFU    = needed / (seconds x devices x peak)
 
-Only real tokens count: padding, and what rematerialisation does again, lower the MFU. A thought is counted as its tokens,
-each of which sees its text and itself. The peak is that of dense bfloat16 products, whatever the run computes in.
+Only real tokens count: padding, rematerialisation, and what two devices both compute lower the MFU. A thought counts as its
+tokens, each of which attends to its text and to its thread. The peak is that of dense bfloat16 products, whatever the run
+computes in.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 import numpy as np
 
 from qstar.models.config import ModelConfig
+from qstar.models.encdec import EncDecConfig
+
+Needed = tuple[float, str]  # FLOPs, and the rule that counts them
 
 # Start of a device kind (or, for GPUs, part of it) -> dense bfloat16 FLOP/s of one chip, from the vendors' data sheets.
 PEAKS = {
@@ -39,8 +43,8 @@ def update_flops(config: ModelConfig, batch: Any, *, frozen: bool = False, think
     """Returns the FLOPs that one update on a host batch needs.
 
     Args:
-      batch: a `Batch`, or what holds one as `rows` (`Preference`, `Graded`). frozen: adapters train beside frozen weights.
-      thinks: threads of `config.thoughts` follow every position.
+      batch: a `Batch`, or what holds one as `rows` (`Preference`, `Graded`). frozen: adapters train, the weights do not.
+      thinks: thoughts of `config.thoughts` follow every position.
     """
     rows = getattr(batch, "rows", batch)
     real, before = np.asarray(rows.segment_ids) > 0, np.asarray(rows.positions) + 1
@@ -49,21 +53,66 @@ def update_flops(config: ModelConfig, batch: Any, *, frozen: bool = False, think
     return count(config, float(real.sum()), float((before * real).sum()), frozen=frozen, thinks=thinks)
 
 
-def seen(length: int, window: int | None = None) -> float:
-    """Returns the pairs of a token and one that it sees (itself, too) in a text of so many tokens."""
+def count(config: ModelConfig, tokens: float, pairs: float, *, frozen: bool = False, thinks: bool = False) -> float:
+    """Returns the FLOPs of an update on so many tokens, which attend to so many others in all; see `update_flops`."""
+    c = config
+    head, pair = c.vocab_size * c.hidden_size, 2 * c.num_layers * c.num_heads * c.head_dim
+    weights, attention = c.matmul_params * tokens, pair * pairs
+    if thinks:
+        t = c.thoughts
+        S, A, P = t.thought_tokens, t.talk_tokens, t.thoughts_per_position * t.think_fraction
+        U = S + A + 1  # token u of a thread attends to the text up to its position, and to u tokens of the thread
+        weights += P * tokens * (U * (c.matmul_params - head) + (S + A) * head + 3 * c.hidden_size**2 * A)
+        attention += P * pair * (U * pairs + tokens * U * (U + 1) / 2)
+    return (4 if frozen else 6) * weights + 6 * attention
+
+
+# ------------------------------------------------------------------------------------------------ from sizes alone
+
+
+def forward(config: Any, rows: int, length: int, *, context: int = 0, predicted: int = 0) -> Needed:
+    """A forward pass over full rows, after a context, with the vocabulary's product at `predicted` tokens in all."""
+    core = config.matmul_params - config.vocab_size * config.hidden_size
+    pairs = _causal_pairs(length, config.sliding_window) + length * context
+    attention = 4.0 * config.num_layers * config.num_heads * config.head_dim * pairs
+    vocabulary = 2.0 * config.vocab_size * config.hidden_size * predicted
+    return 2.0 * core * rows * length + rows * attention + vocabulary, "2 N per token"
+
+
+def update(config: Any, rows: int, length: int, *, lora: bool = False, thinks: bool = False) -> Needed:
+    """An update on full rows; with `thinks`, of a model that thinks, at `think_fraction` of the positions."""
+    pairs = rows * _causal_pairs(length, config.sliding_window)
+    rule = "4 N per token (LoRA)" if lora else "6 N per token of text and threads" if thinks else "6 N per token"
+    return count(config, rows * length, pairs, frozen=lora, thinks=thinks), rule
+
+
+def thoughts(config: Any, rows: int, length: int) -> Needed:
+    """A forward pass with one thought at every position: a third of an update."""
+    one = config.replace(thoughts=config.thoughts.replace(thoughts_per_position=1, think_fraction=1.0))
+    return update(one, rows, length, thinks=True)[0] / 3, "2 N per token of text and threads"
+
+
+def respond(config: Any, rows: int, prompt: int, response: int, back: bool = False) -> Needed:
+    """Reading prompts and writing (or scoring) responses to them; with `back`, an update."""
+    vocabulary = 2.0 * config.vocab_size * config.hidden_size * rows * response
+    if isinstance(config, EncDecConfig):
+        encoder, decoder = _t5_matmul_params(config)
+        width = 4.0 * config.num_heads * config.head_dim
+        pairs = config.num_layers * prompt**2 + config.num_decoder_layers * response * (response / 2 + prompt)
+        once = rows * (2.0 * (encoder * prompt + decoder * response) + width * pairs) + vocabulary
+    else:
+        once = forward(config, rows, prompt + response)[0] + vocabulary
+    return (3.0 * once, "6 N per token") if back else (once, "2 N per token")
+
+
+def _causal_pairs(length: int, window: int | None = None) -> float:
+    """Pairs of a token and one that it attends to (itself included) in a text of so many tokens."""
     w = min(length, window or length)
     return w * (w + 1) / 2 + (length - w) * w
 
 
-def count(config: ModelConfig, tokens: float, seen: float, *, frozen: bool = False, thinks: bool = False) -> float:
-    """Returns the FLOPs that an update needs on so many tokens, which see so many others; for the rest see `update_flops`."""
-    c = config
-    head, pair = c.vocab_size * c.hidden_size, 2 * c.num_layers * c.num_heads * c.head_dim
-    weights, attention = c.matmul_params * tokens, pair * seen
-    if thinks:
-        t = c.thoughts
-        S, T, P = t.thought_tokens, t.talk_tokens, t.thoughts_per_position * t.think_fraction
-        n = S + T + 1  # tokens of a thread; the one at i sees the text up to its position and i of the thread
-        weights += P * tokens * (n * (c.matmul_params - head) + (S + T) * head + 3 * c.hidden_size**2 * T)
-        attention += P * pair * (n * seen + tokens * n * (n + 1) / 2)
-    return (4 if frozen else 6) * weights + 6 * attention
+def _t5_matmul_params(c: EncDecConfig) -> tuple[float, float]:
+    """Parameters of the encoder's and of the decoder's products (the keys of cross-attention count as the decoder's)."""
+    attention = 4 * c.hidden_size * c.num_heads * c.head_dim
+    mlp = (3 if c.gated_mlp else 2) * c.hidden_size * c.intermediate_size
+    return c.num_layers * (attention + mlp), c.num_decoder_layers * (2 * attention + mlp)

@@ -1,4 +1,8 @@
-"""The training loop: a generator you can read, not a framework of callbacks."""
+"""The training loop: a generator of `Progress`, with resume, preemption and a guard against divergence.
+
+for at in fit(state, step_at, batch_at, lr_at, steps=1000, checkpoints=Checkpoints(folder)):
+    print(at.step, at.metrics["loss"])
+"""
 
 from __future__ import annotations
 
@@ -25,16 +29,16 @@ class Diverged(TrainingFailed):
 
 
 class Progress(NamedTuple):
-    """Where a run stands. `state` is donated to the next step: copy what must outlive it."""
+    """The state of a run after an update. `state` is donated to the next step: copy what must outlive it."""
 
     step: int
     state: TrainState
     metrics: dict[str, float]  # means over the steps since the last Progress; seconds and tokens per second with them
-    save: Callable[[], None] = lambda: None  # a checkpoint of this very step, unless there is one
+    save: Callable[[], None] = lambda: None  # saves a checkpoint of this step, unless there is one
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Around what the caller does before the next update, if that takes long: SIGTERM cuts it off, after saving."""
+        """Around long work of the caller's between two updates: SIGTERM interrupts it, after saving."""
         try:
             with preemption.released():
                 yield
@@ -60,14 +64,14 @@ def fit(
     place: Callable[[Any], Any] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Iterator[Progress]:
-    """Runs updates 0 .. steps-1, yielding every `log_every` of them and at the end, and where it resumes.
+    """Runs updates 0 .. steps-1, yielding every `log_every` of them, at the end, and where it resumes.
 
-    With `checkpoints`, a run that was killed goes on from the newest one, and ends with the very same bits: the batch
-    of step s is `batch_at(s)`, and the key of step s is folded from the state's. The metrics since the last Progress
-    are kept with the checkpoint, so that their means are the same, too.
+    With `checkpoints`, a run that was killed resumes from the newest one, and ends with the same bits: the batch of step s
+    is `batch_at(s)`, and the key of step s is folded from the state's. The metrics since the last Progress are saved with
+    the checkpoint, so that their means are the same, too.
 
     Args:
-      step_at: the update of a step (from `make_step`; one and the same, unless shapes change on the way).
+      step_at: the update of a step (from `make_step`; the same for all, unless shapes change on the way).
       batch_at: the pytree of host arrays of a step: all rows, in every process (a pure function of the step).
       lr_at: the learning rate of a step (an optax schedule).
       save_every: steps between checkpoints (0: only at the end, if `checkpoints` is given).
@@ -75,50 +79,52 @@ def fit(
       watch: counts recompiles, FLOPs and memory, traces, and guards transfers (default: one that only counts).
       on_policy: `batch_at` is given the state, too, and may sample from its parameters.
       place: puts (batch, learning rate) on the devices (default: every process has the whole batch).
-      extra: values of the caller's own that change on the way, kept with the checkpoints (JSON).
+      extra: values of the caller's own that change on the way, saved with the checkpoints (JSON).
 
     Raises:
       Diverged: after saving the last good state; also at the end, if nothing was learnt (see `_Fit.require_learnt`).
-      Stopped: the process was told to end (SIGTERM), after saving where it is.
+      Preempted: SIGTERM was received; the state is saved.
     """
+    run = _Fit(state, steps, checkpoints, save_every, log_every, max_bad, {} if extra is None else extra)
     place = place or functools.partial(put_global_batch, mesh=mesh)
-    made = (lambda step, state: batch_at(step)) if not on_policy else batch_at
+    batch_of = batch_at if on_policy else lambda step, state: batch_at(step)
     with preemption.defer():
-        yield from _Fit(state, steps, checkpoints, save_every, log_every, max_bad, extra).run(
-            step_at, made, lr_at, place, watch or Watch()
-        )
+        yield from run.resume()
+        yield from run.updates(step_at, batch_of, lr_at, place, watch or Watch())
 
 
 class _Fit:
-    """The state of a run of `fit`."""
+    """The mutable state of one call of `fit`."""
 
     def __init__(self, state, steps, checkpoints, save_every, log_every, max_bad, extra):
-        self.state, self.steps, self.checkpoints, self.extra = state, steps, checkpoints, {} if extra is None else extra
+        self.state, self.steps, self.checkpoints, self.extra = state, steps, checkpoints, extra
         self.save_every, self.log_every, self.max_bad = save_every, log_every, max_bad
         self.window: list[dict[str, Any]] = []  # metrics since the last Progress
         self.bad = self.learnt = self.first = 0  # skipped updates in a row; updates that learnt something; done before
         self.since = time.perf_counter()
-        kept = checkpoints.resume(state) if checkpoints is not None else None
+
+    def resume(self) -> Iterator[Progress]:
+        """Restores the newest checkpoint, if any; yields where it stands."""
+        kept = self.checkpoints.resume(self.state) if self.checkpoints is not None else None
         if kept is not None:
             self.state, record, self.first = kept
             self.window, self.bad = record.get("window", []), record.get("bad", 0)
             self.learnt = record.get("learnt", self.first)
             self.since -= record.get("seconds", 0.0)
             self.extra.update(record.get("extra", {}))
-
-    def run(self, step_at, batch_at, lr_at, place, watch) -> Iterator[Progress]:
-        checked = len(self.window)  # of it, those that are counted as skipped or not
-        if self.bad >= self.max_bad:  # it had diverged before
+        if self.bad >= self.max_bad:  # the run had diverged before
             raise Diverged(_not_finite(self.bad, self.first))
         if self.first >= self.steps:
             self.require_learnt(self.first)
             means = _means(self.window, time.perf_counter() - self.since) if self.window else {}
             yield Progress(self.first, self.state, means)
-            return
-        if self.first:
+        elif self.first:
             yield Progress(self.first, self.state, {})
+
+    def updates(self, step_at, batch_of, lr_at, place, watch) -> Iterator[Progress]:
+        counted = len(self.window)  # of these, how many `count` has read
         for step in range(self.first, self.steps):
-            rows, update = batch_at(step, self.state), step_at(step)
+            rows, update = batch_of(step, self.state), step_at(step)
             arrays = rows, np.float32(lr_at(step))
             with watch.update(update):  # nothing in here waits for the device
                 self.state, metrics = update(self.state, *place(arrays))
@@ -128,10 +134,10 @@ class _Fit:
             stopping = preemption.should_stop()
             ends, logs = done == self.steps, done % self.log_every == 0
             saves = ends or stopping or (self.save_every and done % self.save_every == 0)
-            if logs or ends or saves:
-                self.window = _floats(self.window)  # the only wait; the device has run ahead of the host until here
-                longest = self.count(self.window[checked:])
-                checked = len(self.window)
+            if logs or saves:
+                # The only wait for the device, which has run behind the host until here.
+                self.window = _to_floats(self.window)
+                longest, counted = self.count(self.window[counted:]), len(self.window)
                 if longest >= self.max_bad:
                     self.bad = longest
                     self.save(done, again=not logs)
@@ -143,14 +149,10 @@ class _Fit:
                     self.require_learnt(done)
                 if logs or ends:
                     seconds = time.perf_counter() - self.since
-                    host, self.window, checked, self.since = self.window, [], 0, time.perf_counter()
-                    yield Progress(
-                        done,
-                        self.state,
-                        _means(host, seconds) | watch.report(seconds),
-                        functools.partial(self.save_now, done),
-                    )
-                    self.since = time.perf_counter()
+                    means = _means(self.window, seconds) | watch.report(seconds)
+                    self.window, counted, self.since = [], 0, time.perf_counter()
+                    yield Progress(done, self.state, means, functools.partial(self.save_now, done))
+                    self.since = time.perf_counter()  # the caller's time does not count
             if stopping:  # after the last update, too: what follows may take longer than there is time
                 self.wait()
                 raise preemption.Preempted(*() if self.checkpoints is None else (_saved(done),))
@@ -166,13 +168,10 @@ class _Fit:
         return longest
 
     def require_learnt(self, done: int) -> None:
-        """Raises Diverged if nothing was learnt, in all updates or in those that the last loss is the mean of: such a model
-        must not pass for a trained one."""
+        """Raises Diverged if no update learnt anything, or none of those that the last loss is the mean of."""
         why = ""
         if not self.learnt:
-            why = (
-                f"none of {done} updates was finite and had a token to learn from; look at the data and the first model"
-            )
+            why = f"none of {done} updates was finite and had a token to learn from; check the data and the first model"
         elif len(self.window) > 1 and all(m["skipped"] >= 1 for m in self.window):  # a single one may be by chance
             why = _not_finite(len(self.window), done)
         if done and why:
@@ -180,16 +179,11 @@ class _Fit:
             raise Diverged(why)
 
     def save(self, done: int, *, again: bool) -> None:
-        """Starts a checkpoint; with `again`, what a resumed run needs to make the next Progress is kept with it."""
+        """Starts a checkpoint; with `again`, with all that a resumed run needs to make the next Progress."""
         if self.checkpoints is None:
             return
-        record = {
-            "window": self.window if again else [],
-            "bad": self.bad,
-            "learnt": self.learnt,
-            "seconds": time.perf_counter() - self.since if again else 0.0,
-            "extra": self.extra,
-        }
+        window, seconds = (self.window, time.perf_counter() - self.since) if again else ([], 0.0)
+        record = {"window": window, "bad": self.bad, "learnt": self.learnt, "seconds": seconds, "extra": self.extra}
         self.checkpoints.save(done, self.state, record)
 
     def save_now(self, done: int) -> None:
@@ -209,15 +203,15 @@ def _not_finite(updates: int, done: int) -> str:
     return f"{updates} updates in a row were not finite, up to step {done}; lower the learning rate"
 
 
-def _floats(window: list[dict[str, Any]]) -> list[dict[str, float]]:
+def _to_floats(window: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in metrics.items()} for metrics in jax.device_get(window)]
 
 
-def _means(host: list[dict[str, float]], seconds: float) -> dict[str, float]:
-    finite = [m for m in host if not m["skipped"]] or host
-    means = {k: float(np.mean([m[k] for m in finite])) for k in host[0]}
-    means["skipped"] = float(np.sum([m["skipped"] for m in host]))
-    means["seconds_per_step"] = seconds / len(host)
+def _means(window: list[dict[str, float]], seconds: float) -> dict[str, float]:
+    finite = [m for m in window if not m["skipped"]] or window
+    means = {k: float(np.mean([m[k] for m in finite])) for k in window[0]}
+    means["skipped"] = float(np.sum([m["skipped"] for m in window]))
+    means["seconds_per_step"] = seconds / len(window)
     if "tokens" in means:
-        means["tokens_per_second"] = sum(m["tokens"] for m in host) / seconds
+        means["tokens_per_second"] = sum(m["tokens"] for m in window) / seconds
     return means

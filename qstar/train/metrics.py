@@ -1,4 +1,4 @@
-"""Metrics writers: `metrics.jsonl`, TensorBoard, optionally wandb, and a table in the terminal."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, optionally wandb, and tables in the terminal."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from rich.table import Table
 
 from qstar.distributed import is_first
 from qstar.errors import UserError
-from qstar.files import record_path, warn
+from qstar.files import record_of, record_path, warn
 
-KEYS = ("arm", "student", "part", "iteration", "stage", "step")  # rows that differ in one are different rows
+KEYS = ("arm", "student", "part", "iteration", "stage", "step")  # identify a row
 
 
 class Writer:
     """Appends rows to `metrics.jsonl` and scalars to TensorBoard events beside it.
 
-    A run that was killed may repeat a few rows after it resumes: readers keep the last row of each `KEYS`; `read` does.
+    A run that was killed may repeat a few rows after it resumes: `read` keeps the last row of each `KEYS`.
     """
 
     def __init__(self, folder: Path, *, wandb: dict[str, Any] | None = None, config: dict[str, Any] | None = None):
-        """Opens the files, in the first process of several; `wandb` (keyword arguments of `wandb.init`) also logs there,
-        with the run's `config`."""
+        """Opens the files, in the first process of several.
+
+        Args: wandb: keyword arguments of `wandb.init`, to log there, too, with the run's `config`.
+        """
         self.folder = Path(folder)
         self._file = self._wandb = None
         self._boards: dict[str, Any] = {}
@@ -41,7 +43,7 @@ class Writer:
         self._hash = hashlib.blake2b(content, digest_size=16)
         self._bytes, self._rows = len(content), content.count(b"\n")
         self._file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
-        if content[-1:] not in (b"", b"\n"):  # a killed process was writing that line: the next row is none of it
+        if content[-1:] not in (b"", b"\n"):  # the partial line of a killed process ends here
             self._append(b"\n")
         if wandb is not None:
             self._wandb = _wandb_run(self.folder, {"config": config, **wandb})
@@ -64,7 +66,7 @@ class Writer:
             if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in KEYS:
                 board.add_scalar(f"{stage}/{name}", value, iteration if stage == "iteration" else step)
         if self._wandb is not None:
-            # wandb's own step may not fall, but every stage counts from 0: each has its step as a value, for the x axis.
+            # wandb's own step may not decrease, but every stage counts from 0: each logs its step as the x axis.
             prefix = "/".join(filter(None, (source, stage)))
             if prefix not in self._axes:
                 self._wandb.define_metric(f"{prefix}/*", step_metric=f"{prefix}/step")
@@ -73,7 +75,7 @@ class Writer:
             self._wandb.log({f"{prefix}/{k}": v for k, v in {**values, **at}.items()})
 
     def _append(self, line: bytes) -> None:
-        """Appends to the file, then records the checksum of what it holds up to there."""
+        """Appends to the file, then writes the checksum of its content so far."""
         self._file.write(line)
         self._hash.update(line)
         self._bytes, self._rows = self._bytes + len(line), self._rows + line.count(b"\n")
@@ -102,8 +104,8 @@ class Writer:
 
 
 def _wandb_run(folder: Path, options: dict[str, Any]) -> Any:
-    """Starts the run of a folder, or goes on with it: its id is kept there."""
-    import wandb  # an extra: most runs do without
+    """Starts the wandb run of a folder, or resumes it by the id that is stored there."""
+    import wandb  # an optional dependency
 
     path = folder / "wandb_id.txt"
     known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
@@ -115,15 +117,14 @@ def _wandb_run(folder: Path, options: dict[str, Any]) -> Any:
         return wandb.init(**options)
     except Exception as e:  # not logged in, no network, an option that it does not have
         line = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(
-            f"config.log.wandb: wandb.init refused ({line}); mend it, or leave config.log.wandb empty"
-        ) from None
+        advice = "correct it, or leave config.log.wandb empty"
+        raise UserError(f"config.log.wandb: wandb.init refused ({line}); {advice}") from None
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's metrics.jsonl, the last of each `KEYS`, in file order.
 
-    Damage is named; rows that cannot be read are left out.
+    Warns of damage, and leaves out rows that cannot be parsed.
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for line in read_content(Path(folder))[0].splitlines():
@@ -134,30 +135,24 @@ def read(folder: Path) -> list[dict[str, Any]]:
             if known not in ([str, int, str, int], [str, int, str, type(None)]):
                 continue
             rows.pop(key, None)
-        except (ValueError, KeyError, TypeError, RecursionError):  # a damaged line, or one a killed process was writing
+        except (ValueError, KeyError, TypeError, RecursionError):  # a damaged or partial line
             continue
         rows[key] = row
     return list(rows.values())
 
 
 def read_content(folder: Path) -> tuple[bytes, bool]:
-    """Returns the content of metrics.jsonl, and whether it is or once was damaged (which is said).
-
-    Its record counts the bytes up to the last row that was written; after a kill the file may hold a little more.
-    """
+    """Returns the content of metrics.jsonl, and whether it is or was damaged (with a warning)."""
     path = folder / "metrics.jsonl"
     content = path.read_bytes() if path.exists() else b""
     record = record_path(path)
     if not record.exists():
-        return content, False  # of an earlier version, or nothing was written yet
+        return content, False  # nothing was written yet
     try:
         found = json.loads(record.read_bytes())
-        known = content[: found["bytes"]]
-        damaged = found["damaged"] or [len(known), hashlib.blake2b(known, digest_size=16).hexdigest()] != [
-            found["bytes"],
-            found["blake2b"],
-        ]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        known = content[: found["bytes"]]  # after a kill the file may hold a row more than the record
+        damaged = found.pop("damaged") or found != record_of(known)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         damaged = True
     if damaged:
         warn(f"{path}: damaged; rows of metrics may be missing or wrong (models and answers are not read from it)")
@@ -165,9 +160,9 @@ def read_content(folder: Path) -> tuple[bytes, bool]:
 
 
 def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """Prints rows of equal keys as a table, in as few columns of the terminal as they take.
+    """Prints rows of equal keys as a table.
 
-    What is wider than the terminal is cut into several tables, each with the first column; a single row stands upright.
+    A table wider than the terminal is split into several, each with the first column; a single row is printed as a column.
     """
     if not rows:
         return
@@ -186,16 +181,8 @@ def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None
         if fits != others:
             show_table(console, title, [{k: row[k] for k in (first, *fits)} for row in rows])
             return show_table(console, "", [{k: v for k, v in row.items() if k not in fits} for row in rows])
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    plain = dict(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", **plain)
     for name in rows[0]:
         text = isinstance(rows[0][name], str) and not rows[0][name][:1].isdigit()
         table.add_column(name, justify="left" if text else "right", no_wrap=True)

@@ -14,7 +14,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 def schedule(kind: str, lr: float, *, warmup: int, steps: int, end: float = 0.0) -> optax.Schedule:
     """Returns a learning-rate schedule: linear warm-up, then constant, or linear or cosine decay to `end * lr` at `steps`.
 
-    STaR's is ("constant", 1e-6, warmup=100): its first loop of 40 steps never leaves the warm-up.
+    STaR's is ("constant", 1e-6, warmup=100): its first iteration of 40 steps ends within the warm-up.
 
     Raises:
       UserError: unknown kind.
@@ -29,7 +29,7 @@ def schedule(kind: str, lr: float, *, warmup: int, steps: int, end: float = 0.0)
     }[kind]
     if not warmup:
         return after
-    # The first update already moves: step s of the warm-up runs at lr * (s + 1) / warmup.
+    # The first update has a rate above 0: step s of the warm-up has lr * (s + 1) / warmup.
     return optax.join_schedules([optax.linear_schedule(lr / warmup, lr, max(1, warmup - 1)), after], [warmup])
 
 
@@ -38,12 +38,12 @@ def adamw(
 ) -> optax.GradientTransformation:
     """Returns AdamW's direction (clipped by global norm unless clip=0), to be scaled by minus the learning rate.
 
-    The rate itself is an argument of the train step: STaR's loops differ in their number of steps, hence in their
-    schedule, and must not compile anew for it. Moments are float32 whatever the gradients are.
-
-    A choice: `weight_decay` falls on all that trains, as in PyTorch's AdamW over all parameters: embeddings, biases, norms,
-    adapters, start and end vectors, too. transformers' Trainer leaves out biases and norms.
+    Moments are float32 whatever the gradients are. `weight_decay` applies to all that trains, as in PyTorch's AdamW over
+    all parameters: embeddings, biases, norms, adapters, start and end vectors, too (transformers' Trainer leaves out biases
+    and norms).
     """
+    # The rate is an argument of the train step: STaR's iterations differ in their number of steps, hence in their
+    # schedule, which must not recompile the step.
     parts = [optax.clip_by_global_norm(clip)] if clip else []
     parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype="float32"))
     if weight_decay:
@@ -52,7 +52,7 @@ def adamw(
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs `inner` on float32 gradients, with the state that float32 parameters get (optax' second moment is theirs)."""
+    """Runs `inner` on float32 gradients, with the state of float32 parameters (optax gives moments the params' dtype)."""
 
     def update(grads, state, params=None):
         return inner.update(tree.cast(grads, jnp.float32), state, params)

@@ -1,11 +1,17 @@
-"""Learning from pairs: DPO, which trains V-STaR's verifier, and Iterative RPO, which trains a generator.
+"""Losses of verifiers: DPO on pairs of solutions (V-STaR), Iterative RPO, and a value head (ORM, PRM).
 
     margin = beta * [(log V(y+|x) - log G(y+|x)) - (log V(y-|x) - log G(y-|x))]
     DPO    = -log sigmoid(margin)                                   arXiv 2305.18290, equation 7; V-STaR, equation 2
     RPO    = DPO + alpha * -log V(y+|x) / |y+|                      arXiv 2404.19733, equation 3
 
-Log-probabilities are sums over the tokens of a completion, EOS included, and those of the reference G are numbers that
-were computed once, before the first update.
+    ORM  at every token t of a completion y:  BCE(sigmoid(w . h_t + b), [y is right])       arXiv 2110.14168, section 4
+    PRM  at the last token of every step s:   BCE(sigmoid(w . h_s + b), [all steps up to s are right])  2305.20050, 2312.08935
+    the mean over scored tokens, plus lambda * the mean over tokens of the language-modelling loss of right solutions
+
+Log-probabilities are sums over the tokens of a completion, EOS included; those of the reference G are computed once, before
+the first update. Cobbe's verifier has a squared error and drops out 20% of the residual stream; cross-entropy is the usual
+form now, and the dropout here is on the input of the head. The score of an ORM is that of the last token; the score of a
+PRM is the minimum, or the product, over steps.
 """
 
 from __future__ import annotations
@@ -14,11 +20,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.train.losses import SumWeight, hidden_states, token_logprobs
-from qstar.types import Batch, Metrics, Params, Preference
+from qstar.models.heads import value_logits
+from qstar.models.vocabulary import token_logprobs
+from qstar.train.losses import SumWeight, hidden_states, token_nll
+from qstar.types import Batch, Graded, Metrics, Params, Preference
 
 
 def dpo_loss(
@@ -30,11 +39,11 @@ def dpo_loss(
     beta: float = 0.1,
     alpha: float = 0.0,
 ) -> tuple[SumWeight, Metrics]:
-    """Direct preference optimisation; with `alpha`, Iterative RPO (its NLL of the chosen completion, per token).
+    """DPO; with `alpha`, Iterative RPO, which adds the NLL of the chosen completion per token.
 
     Args:
-      params: {"policy": ...}, the verifier. batch: packed or not, it is the same loss.
-      beta: strength of the pull towards the reference.
+      params: {"policy": ...}, the verifier. batch: packed or not, with the same loss.
+      beta: strength of the KL penalty towards the reference.
 
     Returns:
       (sum over pairs, number of pairs). Metrics, means over pairs: `loss`, `accuracy` (share with a positive margin; half
@@ -42,7 +51,7 @@ def dpo_loss(
       `chosen_logprob`, `rejected_logprob`, and `nll` per token of the chosen one; `tokens`, a count.
     """
     del rng
-    sums, lengths = pair_logprobs(params["policy"], config, batch.rows, batch.weight.shape[1])  # [B, P, 2]
+    sums, lengths = pair_logprobs(params["policy"], config, batch.rows, batch.weight.shape[1])  # [B, X, 2]
     weight = batch.weight
     drift = sums - batch.reference
     margin = beta * (drift[..., 0] - drift[..., 1])
@@ -64,13 +73,60 @@ def dpo_loss(
 
 
 def pair_logprobs(params: Params, config: ModelConfig, rows: Batch, pairs: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probability of both completions of every pair [B, P, 2], and their numbers of tokens [B, P, 2]."""
-    hidden = hidden_states(params, config, rows)
-    B, T, E = hidden.shape
-    kernel, bias = decoder.head(params, config)
-    each = token_logprobs(hidden[:, :-1].reshape(-1, E), kernel, bias, rows.tokens[:, 1:].reshape(-1))
-    mask = rows.mask[:, 1:]
+    """Returns the log-probability of both completions of every pair [B, X, 2], and their numbers of tokens [B, X, 2]."""
+    hidden = hidden_states(params, config, rows)[:, :-1]
+    logprobs = token_logprobs(hidden, decoder.head(params, config), rows.tokens[:, 1:]).logprobs
+    mask, ids = rows.mask[:, 1:], rows.segment_ids[:, 1:]
     add = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=2 * pairs + 1))
-    ids = rows.segment_ids[:, 1:]
-    sums, lengths = add(jnp.where(mask > 0, each.reshape(B, T - 1), 0.0), ids), add(mask, ids)
-    return sums[:, 1:].reshape(B, pairs, 2), lengths[:, 1:].reshape(B, pairs, 2)
+    # Segment 0 is padding; 2x + 1 and 2x + 2 are the completions of pair x.
+    sums, lengths = add(jnp.where(mask > 0, logprobs, 0.0), ids), add(mask, ids)
+    return tuple(rearrange(x[:, 1:], "b (x pair) -> b x pair", pair=2) for x in (sums, lengths))
+
+
+def value_loss(
+    params: dict[str, Params],
+    batch: Graded,
+    rng: jax.Array,
+    *,
+    config: ModelConfig,
+    lm_weight: float = 0.1,
+    dropout: float = 0.0,
+) -> tuple[SumWeight, Metrics]:
+    """Binary cross-entropy of the value head at the tokens of `batch.weight`, plus lm_weight times the NLL of `rows.mask`.
+
+    Both are means over their own tokens, so that lm_weight means the same for an ORM, which scores every token, and for a
+    PRM, which scores one per step.
+
+    Args:
+      params: {"policy": ...}, of a `config` with a value head. rng: of the dropout.
+      dropout: share of the head's inputs that are set to 0 (and the others scaled up) in training.
+
+    Returns:
+      (sum, number of scored tokens); metrics `loss`, `bce`, `accuracy` (on the right side of 1/2), `lm_nll` per token that
+      is learnt, and `tokens`, a count of the scored ones.
+    """
+    policy = params["policy"]
+    hidden = hidden_states(policy, config, batch.rows)
+    inputs = hidden
+    if dropout:
+        kept = jax.random.bernoulli(rng, 1 - dropout, hidden.shape)
+        inputs = jnp.where(kept, hidden / (1 - dropout), 0)
+    logits = value_logits(policy, inputs)
+    bce = jax.nn.softplus(logits) - batch.labels * logits
+    count, bce_sum = jnp.sum(batch.weight), jnp.sum(batch.weight * bce)
+    hits = jnp.sum(batch.weight * ((logits > 0) == (batch.labels > 0.5)))
+    learnt, nll = batch.rows.mask[:, 1:], jnp.float32(0)
+    if lm_weight:
+        nll, _, _ = token_nll(hidden[:, :-1], decoder.head(policy, config), batch.rows.tokens[:, 1:], learnt)
+    # The sum has one divisor, the scored tokens. `lm_scale`, a ratio of counts over all data, brings the NLL to it, so
+    # that the update is the same however a batch is split into micro-batches.
+    scale = count / jnp.maximum(jnp.sum(learnt), 1.0) if batch.lm_scale is None else batch.lm_scale[0]
+    total = bce_sum + lm_weight * scale * nll
+    metrics: Metrics = {
+        "loss": (total, count),
+        "bce": (bce_sum, count),
+        "accuracy": (hits, count),
+        "lm_nll": (nll, jnp.sum(learnt)),
+        "tokens": (count, jnp.float32(0)),
+    }
+    return (total, count), metrics

@@ -1,4 +1,4 @@
-"""Profiling of a run: traces of chosen updates, recompiles, memory, and transfers between host and device."""
+"""Profiling of a run: traces of chosen updates, recompiles, memory, MFU, and transfers between host and device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ GUARDS = ("allow", "log", "disallow")
 
 
 class Compiles:
-    """Counts XLA compilations, so that "no recompiles after warm-up" is a number."""
+    """A counter of XLA compilations."""
 
     def __init__(self):
-        """Starts listening (JAX has no way to stop: make one)."""
+        """Registers a listener, which JAX cannot remove: make one per process."""
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
@@ -52,27 +52,27 @@ class Trace:
             self.open = True
 
     def end(self, result: Any) -> None:
-        """Called after an update: the last one is waited for, so that the trace holds what the device did."""
+        """Called after an update. Waits for the last one, so that the trace includes the device's work."""
         self.done += 1
         if self.open and self.done == self.last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is still open (the run was shorter)."""
+        """Ends a trace that is still open (of a run shorter than its span)."""
         if self.open:
             jax.profiler.stop_trace()
             self.open = False
 
 
 class _Process:
-    compiles: Compiles | None = None  # one per process: listeners stay
+    compiles: Compiles | None = None
     trace: Trace | None = None
 
 
 @contextlib.contextmanager
 def tracing(span: str | None, folder: Path) -> Iterator[None]:
-    """Inside the block the updates of `span` (`Trace`) are traced; None traces nothing."""
+    """Traces the updates of `span` (`Trace`) inside the block; None traces nothing."""
     _Process.trace = Trace(span, folder) if span is not None else None
     try:
         yield
@@ -83,12 +83,10 @@ def tracing(span: str | None, folder: Path) -> Iterator[None]:
 
 
 class Watch:
-    """The updates of one stage."""
+    """Recompiles, FLOPs, memory and traces of the updates of one stage."""
 
     def __init__(self, flops_of: Callable[[Any], float] | None = None, transfer_guard: str = "allow"):
-        """Args: flops_of: host batch -> FLOPs of its update. transfer_guard: of `GUARDS`; what an
-        update may move between host and device without saying so.
-        """
+        """Args: flops_of: host batch -> FLOPs of its update. transfer_guard: of `GUARDS`, for implicit transfers."""
         self._guard, self._warm, self._flops, self._of = transfer_guard, set(), 0.0, flops_of
         self.recompiles = 0
         self._peak = flops.peak(jax.devices()[0].device_kind) if flops_of is not None else None
@@ -97,7 +95,7 @@ class Watch:
 
     @contextlib.contextmanager
     def update(self, step: Any) -> Iterator[None]:
-        """Around one update by `step`, whose first call here is its warm-up; what it compiles later is a recompile."""
+        """Around one update by `step`. Its first call is the warm-up; compilations of later ones are recompiles."""
         if _Process.trace is not None:
             _Process.trace.begin()
         before = _Process.compiles.count
@@ -115,17 +113,16 @@ class Watch:
             _Process.trace.end(result)
 
     def report(self, seconds: float) -> dict[str, float]:
-        """Returns what there is to say since the last report, which took so long: `recompiles` of the stage so far, `mfu`
-        where the device's peak is known, `memory_gib` and `memory_peak_gib` of its fullest device where it tells."""
+        """Returns `recompiles` of the stage so far, `mfu` over the seconds since the last report, and `memory`."""
         found: dict[str, float] = {"recompiles": self.recompiles}
-        if self._flops:
+        if self._flops:  # only where the device's peak is known
             found["mfu"] = self._flops / (seconds * jax.device_count() * self._peak)
             self._flops = 0.0
         return found | memory()
 
 
 def memory() -> dict[str, float]:
-    """Returns the GiB in use and at the peak on this process's fullest device; nothing on a CPU, which keeps no count."""
+    """Returns the GiB in use and at the peak on this process's fullest device; {} on a CPU, which has no statistics."""
     stats = [s for s in (d.memory_stats() for d in jax.local_devices()) if s]
     names = {"memory_gib": "bytes_in_use", "memory_peak_gib": "peak_bytes_in_use"}
     return {k: max(s[v] for s in stats) / 2**30 for k, v in names.items() if stats and all(v in s for s in stats)}

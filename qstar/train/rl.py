@@ -6,33 +6,33 @@
 
     loss = mean over tokens of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),   rho = exp(logp - old logp)
 
-The divergence from the reference may stand in two places, and only there (x ~ pi, r = ref / pi):
+The divergence from the reference is in one of two places (x ~ pi, r = ref / pi):
 
     in the reward, -beta k1 with k1 = -log r     its expected gradient is that of KL(pi, ref) (k3 there would not be)
     in the loss, beta k2 with k2 = (log r)^2 / 2, or beta rho k3 with k3 = r - 1 - log r     the same gradient, on policy
 
 k1 as a loss has no gradient at all in expectation, and k3 without rho has that of KL(ref, pi): neither is offered.
 
-Old, reference and new log-probabilities come from one function, `measure`, in one dtype, so that rho is 1 until something
-has been learnt: to 1e-6 in float32. In bfloat16 a minibatch is rounded otherwise than the whole batch, and rho lies within
-about 1% of 1 (2 layers, seen: .989 to 1.011; more layers, more); the sampler's log-probabilities are off by as much, and are
-not used. Rewards are float32: an integer array would cut 0.7 down to 0.
+Old, reference and new log-probabilities come from one function, `measure`, in one dtype, so that rho is 1 until the policy
+changes: to 1e-6 in float32. In bfloat16 a minibatch is rounded otherwise than the whole batch, and rho is within about 1% of
+1 (2 layers, measured: .989 to 1.011; more layers, more); the sampler's log-probabilities differ by as much, and are not
+used.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange, reduce
 
-from qstar.errors import require
+from qstar.errors import Settings, bounded, require
 from qstar.mesh import mesh_jit
-from qstar.models import heads, scoring
+from qstar.models import decoder, heads, scoring, vocabulary
+from qstar.train.losses import SumWeight
 from qstar.tree import masked_mean
 from qstar.types import Metrics, Params
 
@@ -42,71 +42,56 @@ DEFAULT_PLACE = {"ppo": "reward", "rloo": "reward", "grpo": "k2"}
 
 
 @dataclasses.dataclass(frozen=True)
-class RLSettings:
-    """How scored responses become a loss. A config's `rl` section. Hashable: static under `jit`."""
+class RLSettings(Settings):
+    """The loss and its advantages. A config's `rl` section. Hashable: static under `jit`."""
 
-    estimator: str = "grpo"
-    group: int = 8  # responses per prompt; PPO needs no more than 1
-    clip: float = 0.2
-    kl_weight: float = 0.05
-    kl_in: str = ""  # "reward", "k2" or "ratio_k3" (in the loss), "none"; "" = reward, but k2 for GRPO
-    kl_target: float = 0.0  # nats per response at which an adaptive weight stays; 0 = the weight is fixed
-    kl_horizon: int = 10_000  # responses over which it adapts
-    gamma: float = 1.0
-    lam: float = 0.95  # of generalised advantage estimation
-    value_clip: float = 0.2
-    value_weight: float = 0.5
+    estimator: str = bounded("grpo", choices=ESTIMATORS)
+    group: int = bounded(8, ge=1)  # responses per prompt; PPO needs no more than 1
+    clip: float = bounded(0.2, gt=0)
+    kl_weight: float = bounded(0.05, ge=0)
+    kl_in: str = bounded("", choices=("", *PLACES))  # "k2" and "ratio_k3" are in the loss; "" = reward, but k2 for GRPO
+    kl_target: float = bounded(0.0, ge=0)  # nats per response that an adaptive weight aims at; 0 = the weight is fixed
+    kl_horizon: int = bounded(10_000, gt=0)  # responses over which it adapts
+    gamma: float = bounded(1.0, ge=0, le=1)
+    lam: float = bounded(0.95, ge=0, le=1)  # of generalised advantage estimation
+    value_clip: float = bounded(0.2, gt=0)
+    value_weight: float = bounded(0.5, ge=0)
     value_trunk: bool = True  # the value loss also trains what it shares with the policy
     entropy_weight: float = 0.0
     whiten: bool = True  # PPO's advantages, over the batch
     divide_by_std: bool = True  # GRPO; False is Dr. GRPO
-    mean_over: str = "tokens"  # of the whole batch, or "sequences": the mean of the means
-    no_eos_penalty: float = 1.0  # taken off the score of a response that did not end
-    score_limit: float = 10.0  # scores are clipped to plus or minus this
-    temperature: float = 1.0  # of the rollouts; what is scored is the same distribution
+    mean_over: str = bounded(
+        "tokens", choices=("tokens", "sequences")
+    )  # of the batch; "sequences": the mean of the means
+    no_eos_penalty: float = bounded(1.0, ge=0)  # taken off the score of a response that did not end
+    score_limit: float = bounded(10.0, gt=0)  # scores are clipped to plus or minus this
+    temperature: float = bounded(1.0, gt=0)  # of the rollouts; log-probabilities are of the same distribution
 
     def __post_init__(self):
-        shares = {n: getattr(self, n) for n in ("gamma", "lam")}
-        least = {n: getattr(self, n) for n in ("kl_weight", "kl_target", "value_weight", "no_eos_penalty")}
-        above = {n: getattr(self, n) for n in ("clip", "value_clip", "score_limit", "temperature", "kl_horizon")}
-        places = ("", *PLACES)
-        require(
-            (self.estimator in ESTIMATORS, f"estimator={self.estimator!r} is not one of {', '.join(ESTIMATORS)}"),
-            (self.kl_in in places, f"kl_in={self.kl_in!r} is not one of {', '.join(PLACES)}"),
-            (self.mean_over in ("tokens", "sequences"), f"mean_over={self.mean_over!r} is not tokens or sequences"),
-            (self.group >= 1, f"group={self.group} must be at least 1"),
-            (
-                self.group >= 2 or self.estimator == "ppo",
-                f"group={self.group} must be at least 2 for {self.estimator}: it compares the responses to a prompt",
-            ),
-            *((0 <= v <= 1, f"{n}={v} must be in [0, 1]") for n, v in shares.items()),
-            *((0 <= v < math.inf, f"{n}={v} must be 0 or more") for n, v in least.items()),
-            *((0 < v < math.inf, f"{n}={v} must be above 0") for n, v in above.items()),
-        )
+        super().__post_init__()
+        alone = f"group={self.group} must be at least 2 for {self.estimator}: it compares the responses to a prompt"
+        require((self.group >= 2 or self.estimator == "ppo", alone))
 
     @property
     def place(self) -> str:
-        """Where the divergence from the reference stands."""
+        """The place of the divergence from the reference, of `PLACES`."""
         return self.kl_in or DEFAULT_PLACE[self.estimator]
 
 
 @flax.struct.dataclass
 class Experience:
-    """Responses to prompts, scored. The `group` responses to a prompt are neighbours. [B, R] is float32 but for ids."""
+    """Scored responses to prompts; the `group` responses to a prompt are adjacent rows. [B, R] is float32 but for ids."""
 
-    prompt: jax.Array  # [B, P] int32
-    prompt_mask: jax.Array  # [B, P] int32, see `policy.response_states`
+    prompt: jax.Array  # [B, I] int32
+    prompt_mask: jax.Array  # [B, I] int32, see `scoring.response_states`
     response: jax.Array  # [B, R] int32
     mask: jax.Array  # [B, R]: 1 for the response's tokens, the EOS that ended it among them
-    old_logprobs: jax.Array  # [B, R] under the policy that wrote it
+    old_logprobs: jax.Array  # [B, R] under the policy that sampled it
     ref_logprobs: jax.Array  # [B, R] under the reference
     values: jax.Array  # [B, R], 0 without a value head
     advantages: jax.Array  # [B, R]
-    returns: jax.Array  # [B, R]: what the values should have been
-    kl_weight: jax.Array  # [B], one number: dynamic, and it splits with the batch
-
-
-# ------------------------------------------------------------------------------------------------ log-probabilities
+    returns: jax.Array  # [B, R]: targets of the values
+    kl_weight: jax.Array  # [B], one number: dynamic, and it is split with the batch
 
 
 def measure(
@@ -125,8 +110,10 @@ def measure(
       params: {"policy": ..., and "value" if there is one}. limit: ids from here on are never drawn.
     """
     states = scoring.response_states(params["policy"], config, prompt, prompt_mask, response)
-    scores = functools.partial(scoring.token_scores, params["policy"], config, temperature=settings.temperature)
-    logprobs, entropy = scores(states, response, limit=limit)
+    temperature, head = settings.temperature, decoder.head(params["policy"], config)
+    logprobs, _, entropy = vocabulary.token_logprobs(
+        states, head, response, temperature=temperature, limit=limit, entropy=True
+    )
     if "value" not in params:
         return logprobs, entropy, jnp.zeros_like(logprobs)
     trunk = states if settings.value_trunk else jax.lax.stop_gradient(states)
@@ -136,11 +123,9 @@ def measure(
 measure_jit = mesh_jit(measure, static_argnames=("config", "settings", "limit"))
 
 
-# ----------------------------------------------------------------------------------------------------- advantages
-
-
 def score_with_penalty(scores: Any, ended: Any, settings: RLSettings) -> jax.Array:
     """Returns float32 [B]: scores less the penalty for responses that did not end, clipped."""
+    # An integer array of scores would cut 0.7 down to 0.
     scores = jnp.asarray(scores, jnp.float32) - settings.no_eos_penalty * (1.0 - jnp.asarray(ended, jnp.float32))
     return jnp.clip(scores, -settings.score_limit, settings.score_limit)
 
@@ -152,11 +137,9 @@ def token_rewards(scores: jax.Array, k1: jax.Array, mask: jax.Array, kl_weight: 
 
 
 def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float, lam: float) -> jax.Array:
-    """Generalised advantage estimation (1506.02438) within each response: float32 [B, R], 0 where the mask is.
-
-    A choice: a response ends where its mask ends, also one that was cut off at `max_new_tokens`: nothing is expected after it
-    (no value is bootstrapped). `no_eos_penalty` is what tells the two apart.
-    """
+    """Generalised advantage estimation (1506.02438) within each response: float32 [B, R], 0 where the mask is."""
+    # A response ends where its mask ends, also one that was cut off at `max_new_tokens`: no value is bootstrapped after it.
+    # `no_eos_penalty` distinguishes the two.
     following = jnp.concatenate([(values * mask)[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
     delta = (rewards + gamma * following - values) * mask
 
@@ -169,17 +152,18 @@ def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float, la
 
 def leave_one_out(scores: jax.Array, group: int) -> jax.Array:
     """RLOO: each score [B] less the mean of the other ones of its group; sums to 0 in every group."""
-    s = scores.reshape(-1, group)
-    return (s - (jnp.sum(s, axis=1, keepdims=True) - s) / (group - 1)).reshape(-1)
+    s = rearrange(scores, "(prompt group) -> prompt group", group=group)
+    others = (reduce(s, "prompt group -> prompt 1", "sum") - s) / (group - 1)
+    return rearrange(s - others, "prompt group -> (prompt group)")
 
 
 def group_normalised(scores: jax.Array, group: int, divide_by_std: bool = True) -> jax.Array:
     """GRPO: each score [B] less its group's mean, over the group's standard deviation (n - 1) plus 1e-4."""
-    s = scores.reshape(-1, group)
-    centred = s - jnp.mean(s, axis=1, keepdims=True)
+    s = rearrange(scores, "(prompt group) -> prompt group", group=group)
+    centred = s - reduce(s, "prompt group -> prompt 1", "mean")
     if divide_by_std:
         centred = centred / (jnp.std(s, axis=1, ddof=1, keepdims=True) + 1e-4)
-    return centred.reshape(-1)
+    return rearrange(centred, "prompt group -> (prompt group)")
 
 
 def whitened(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -197,13 +181,13 @@ def estimate(
     kl_weight: Any,
     settings: RLSettings,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns advantages and returns, float32 [B, R], of scores [B] (see the head of this file)."""
+    """Returns advantages and returns, float32 [B, R], of scores [B] (see the module's docstring)."""
     k1 = (old_logprobs - ref_logprobs) * mask
-    paid = kl_weight if settings.place == "reward" else 0.0
+    reward_kl_weight = kl_weight if settings.place == "reward" else 0.0
     if settings.estimator == "ppo":
-        raw = gae(token_rewards(scores, k1, mask, paid), values, mask, settings.gamma, settings.lam)
+        raw = gae(token_rewards(scores, k1, mask, reward_kl_weight), values, mask, settings.gamma, settings.lam)
         return (whitened(raw, mask) if settings.whiten else raw), (raw + values) * mask
-    returns = scores - paid * jnp.sum(k1, axis=1)
+    returns = scores - reward_kl_weight * jnp.sum(k1, axis=1)
     if settings.estimator == "rloo":
         each = leave_one_out(returns, settings.group)
     else:
@@ -215,14 +199,11 @@ estimate_jit = jax.jit(estimate, static_argnames="settings")
 
 
 def adapted(kl_weight: float, kl: float, responses: int, settings: RLSettings) -> float:
-    """Returns the weight after a batch of `responses` with `kl` nats each (1909.08593): moves towards the target."""
+    """Returns the weight after a batch of `responses` with `kl` nats each (1909.08593, section 2.2)."""
     if not settings.kl_target:
         return kl_weight
     error = min(max(kl / settings.kl_target - 1.0, -0.2), 0.2)
     return kl_weight * (1.0 + error * responses / settings.kl_horizon)
-
-
-# ----------------------------------------------------------------------------------------------------------- loss
 
 
 def rl_loss(
@@ -233,7 +214,7 @@ def rl_loss(
     config: scoring.AnyConfig,
     settings: RLSettings,
     limit: int,
-) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+) -> tuple[SumWeight, Metrics]:
     """The clipped loss, the value loss, the divergence and the entropy bonus, as one sum over tokens with its weight."""
     del rng
     found = measure(
@@ -244,13 +225,13 @@ def rl_loss(
 
 def surrogate(
     logprobs: jax.Array, entropy: jax.Array, values: jax.Array, batch: Experience, settings: RLSettings
-) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+) -> tuple[SumWeight, Metrics]:
     """`rl_loss` from what `measure` found, all [B, R]."""
     s, mask = settings, batch.mask
-    each = mask
-    if s.mean_over == "sequences":
-        each = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
+    # "sequences": every response weighs 1, whatever its length.
+    each = mask if s.mean_over == "tokens" else mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
     weight = jnp.sum(each)
+    # Padding may hold any number: it is masked before it is exponentiated, or its gradient would be NaN.
     log_ratio = jnp.where(mask > 0, logprobs - batch.old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)
     limited = jnp.clip(ratio, 1.0 - s.clip, 1.0 + s.clip)

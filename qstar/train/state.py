@@ -19,22 +19,17 @@ from qstar.types import Params
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a resumed run needs besides the data position, which is `step`."""
+    """All that a resumed run needs; the data position is `step`."""
 
     params: dict[str, Params]  # role (policy, reference, verifier, value, mixing) -> parameters
     opt_state: Any
-    step: jax.Array  # [] int32, updates asked for (skipped ones count)
+    step: jax.Array  # [] int32, updates so far, skipped ones included
     rng: jax.Array  # key; step s uses fold_in(rng, s)
 
 
-def trainable(params: dict[str, Params], pattern: str) -> Any:
-    """Returns the mask of what trains: path names such as `policy/layers/q/kernel` that match the pattern."""
-    return tree.match(params, pattern)
-
-
 def optimizer_for(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
-    """Returns `tx` on what matches the pattern, and no update (and no optimiser memory) for the rest."""
-    return optax.partition({True: tx, False: optax.set_to_zero()}, lambda params: trainable(params, pattern))
+    """Returns `tx` on parameters whose path (e.g. `policy/layers/q/kernel`) matches, and no update or moments elsewhere."""
+    return optax.partition({True: tx, False: optax.set_to_zero()}, lambda params: tree.match(params, pattern))
 
 
 def create_state(
@@ -45,9 +40,9 @@ def create_state(
     mesh: Mesh | None = None,
     table: AxisTable = (),
 ) -> TrainState:
-    """Returns a fresh state (step 0, empty moments) around copies of the parameters: every STaR loop starts with one.
+    """Returns a fresh state (step 0, empty moments) around copies of the parameters, as every STaR iteration starts.
 
-    Made under jit, in its sharding: with a mesh no unsharded moment ever exists. (Random parameters: `init_params`.)
+    Created under jit, in its sharding: with a mesh no unsharded moment ever exists. (Random parameters: `init_params`.)
 
     Args:
       params: by role. table: logical axes by path pattern (`decoder.PARAM_AXES`).
@@ -61,14 +56,14 @@ def _creator(tx: optax.GradientTransformation, mesh: Mesh | None, table: tuple) 
 
 
 def _fresh(tx: optax.GradientTransformation, params: dict[str, Params], key: jax.Array) -> TrainState:
-    copies = jax.tree.map(jnp.copy, params)  # the step donates its state; the caller keeps its parameters
+    copies = jax.tree.map(jnp.copy, params)  # the step donates its state, and the caller keeps its parameters
     return TrainState(params=copies, opt_state=tx.init(copies), step=jnp.int32(0), rng=key)
 
 
 def abstract_state(
     params: dict[str, Params], tx: optax.GradientTransformation, *, mesh: Mesh, table: AxisTable
 ) -> TrainState:
-    """Returns the shapes, dtypes and shardings of what `create_state` makes of parameters (abstract ones will do)."""
+    """Returns the shapes, dtypes and shardings of `create_state`'s result; the parameters may be abstract."""
     return abstract(jax.eval_shape(functools.partial(_fresh, tx), params, jax.random.key(0)), mesh, table)
 
 
@@ -81,7 +76,7 @@ def abstract(tree_: Any, mesh: Mesh, table: AxisTable, rules: Rules = Rules()) -
 def init_params(
     init: Callable[[jax.Array], Params], *, seed: int, mesh: Mesh | None = None, table: AxisTable = ()
 ) -> Params:
-    """Returns random parameters made under jit, each device only its part."""
+    """Returns random parameters created under jit, on each device only its shard."""
     return sharded_jit(init, mesh, table)(tree.random_key(seed))
 
 

@@ -1,4 +1,9 @@
-"""Evaluation statistics: pass@k, majority@k, best-of-k, a verifier's quality, intervals over problems."""
+"""Evaluation statistics: pass@k, majority@k, best-of-k, a verifier's quality, intervals over problems.
+
+scikit-learn and scipy have parts of this; what is here differs from them on purpose. Scores may be -inf or NaN (a sample
+without an answer), which `roc_auc_score` refuses; Platt's targets are not labels; and `scipy.stats.bootstrap` would draw
+other resamples than recorded runs did.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qstar.sample.vote import majority_at_k, weighted_majority_at_k
-
-__all__ = [
-    "Platt",
-    "auc",
-    "best_of_k",
-    "bootstrap_ci",
-    "brier",
-    "calibration",
-    "cross_fitted",
-    "expected_calibration_error",
-    "fit_platt",
-    "majority_at_k",
-    "mean_auc",
-    "paired",
-    "pass_at_k",
-    "pooled_auc",
-    "selection_regret",
-    "summarise",
-    "weighted_majority_at_k",
-]
+from qstar.sample.vote import majority_at_k as majority_at_k
+from qstar.sample.vote import weighted_majority_at_k as weighted_majority_at_k
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -45,20 +31,14 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-# -------------------------------------------------------------------------------------------------------- selection
-
-
 def best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float | np.ndarray:
     """Returns the expected accuracy of the best-scored of k out of N samples, over all subsets, ties broken uniformly.
 
-    With scores in falling order, the best of a subset is sample i with probability C(N-i-1, k-1) / C(N, k),
-    i = 0..N-k (arXiv 2402.06457, equation 3, whose sum ends one term early). Those weights follow from
-    w_0 = k / N and w_{i+1} = w_i (N-i-k) / (N-i-1). Samples of equal score share what the formula gives to
-    their places. Duplicates among the samples stay in: they are part of what is estimated.
+    Duplicates among the samples stay in: they are part of what is estimated.
 
     Args:
       scores: [..., N], larger is better; NaN counts as -inf, so it comes last.
-      correct: [..., N] bool, or any worth of a sample.
+      correct: [..., N] bool, or any value of a sample.
       k: 1..N.
 
     Returns:
@@ -71,17 +51,14 @@ def best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float | np.ndarr
     N = s.shape[-1]
     if not 1 <= k <= N:
         raise ValueError(f"best_of_k: k={k} is not in 1..{N}")
+    # With scores in falling order, the best of a subset is sample i with probability C(N-i-1, k-1) / C(N, k), i = 0..N-k
+    # (arXiv 2402.06457, equation 3, whose sum ends one term early). Those weights follow from w_0 = k / N and
+    # w_{i+1} = w_i (N-i-k) / (N-i-1), without large binomials.
     i = np.arange(N - 1)
     weights = np.cumprod(np.concatenate([[k / N], np.maximum(N - i - k, 0) / (N - i - 1)]))
     rows = zip(s.reshape(-1, N), z.reshape(-1, N))
     found = np.array([weights @ _shared_by_ties(*row) for row in rows]).reshape(s.shape[:-1])
     return found if found.ndim else float(found)
-
-
-def selection_regret(scores: ArrayLike, correct: ArrayLike, k: int) -> float:
-    """Returns pass@k - best-of-k of one problem: what a perfect choice among the same samples would add. [N], [N] -> 0..1."""
-    _, z = _pair(scores, correct)
-    return pass_at_k(len(z), int(z.sum()), k) - best_of_k(scores, correct, k)
 
 
 def _pair(scores: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -95,9 +72,6 @@ def _shared_by_ties(s: np.ndarray, z: np.ndarray) -> np.ndarray:
     """z [N] in falling order of s, where samples of equal score all get the mean over them."""
     _, group, size = np.unique(-s, return_inverse=True, return_counts=True)
     return np.repeat(np.bincount(group, weights=z) / size, size)
-
-
-# ------------------------------------------------------------------------------------------ how well scores separate
 
 
 def auc(scores: ArrayLike, correct: ArrayLike) -> float:
@@ -115,18 +89,15 @@ def auc(scores: ArrayLike, correct: ArrayLike) -> float:
 
 
 def mean_auc(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> float:
-    """Returns the mean of `auc` over the problems that have both classes (NaN if none has): what selection needs."""
+    """Returns the mean of `auc` over the problems that have both classes (NaN if none has), as selection needs it."""
     values = [auc(s, z) for s, z in zip(scores, correct, strict=True)]
     values = [v for v in values if not math.isnan(v)]
     return float(np.mean(values)) if values else math.nan
 
 
 def pooled_auc(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> float:
-    """Returns `auc` of all problems' samples in one heap; it also measures which problems are hard."""
-    return auc(*(np.concatenate([np.ravel(x) for x in xs]) if len(xs) else [0.0] for xs in (scores, correct)))
-
-
-# ------------------------------------------------------------------------------------------------------ calibration
+    """Returns `auc` of all problems' samples together, which also measures which problems are hard."""
+    return auc(_join(scores), _join(correct)) if len(scores) else math.nan
 
 
 class Platt(NamedTuple):
@@ -144,11 +115,9 @@ class Platt(NamedTuple):
 
 
 def fit_platt(scores: ArrayLike, correct: ArrayLike) -> Platt:
-    """Fits the probability scale of scores that have none (DPO), on a split that is not evaluated on.
+    """Fits probabilities to scores that have no probability scale (DPO), on a split that is not evaluated on.
 
-    Logistic regression by Newton's method. As in Platt (1999) the targets are (P + 1) / (P + 2) and 1 / (W + 2) for
-    P correct and W wrong samples, which keeps the slope finite when the scores separate the two. Scores that are not
-    finite are left out.
+    Scores that are not finite are left out.
 
     Raises:
       ValueError: shapes differ, or one of the classes has no finite score.
@@ -158,11 +127,12 @@ def fit_platt(scores: ArrayLike, correct: ArrayLike) -> Platt:
     P, W = int(z.sum()), int((~z).sum())
     if not P or not W:
         raise ValueError(f"fit_platt: {P} correct and {W} wrong samples; needs both")
+    # Platt (1999): targets within (0, 1) keep the slope finite where the scores separate the classes.
     target = np.where(z, (P + 1) / (P + 2), 1 / (W + 2))
     mean, scale = s.mean(), s.std() or 1.0
-    X = np.stack([(s - mean) / scale, np.ones(len(s))], axis=1)  # [n, 2], so that one size of step fits all scores
+    X = np.stack([(s - mean) / scale, np.ones(len(s))], axis=1)  # standardised, so that one step size fits all scores
     theta, loss = np.zeros(2), math.inf
-    for _ in range(100):
+    for _ in range(100):  # Newton's method, the step halved where the loss would rise
         p = 0.5 * (1 + np.tanh(0.5 * X @ theta))
         gradient = X.T @ (p - target)
         step = np.linalg.solve((X.T * (p * (1 - p))) @ X + 1e-12 * np.eye(2), gradient)
@@ -179,7 +149,7 @@ def _cross_entropy(logits: np.ndarray, target: np.ndarray) -> float:
 
 
 def brier(probabilities: ArrayLike, correct: ArrayLike) -> float:
-    """Returns the mean of (p - z)^2 over samples; 0 is perfect, 1/4 is what "one half" always gets."""
+    """Returns the mean of (p - z)^2 over samples: 0 is perfect, p = 1/2 gives 1/4."""
     p, z = _pair(probabilities, correct)
     return float(np.mean((p - z) ** 2))
 
@@ -197,8 +167,6 @@ def expected_calibration_error(probabilities: ArrayLike, correct: ArrayLike, bin
 def cross_fitted(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> list[np.ndarray]:
     """Returns probabilities per problem, by Platt scaling fitted on the other half of the problems (every second one).
 
-    So every problem's probabilities come from a fit that has not seen it, and all problems are measured.
-
     Args:
       scores, correct: per problem [n].
 
@@ -206,31 +174,30 @@ def cross_fitted(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> l
       ValueError: a half lacks right or wrong samples; see `fit_platt`.
     """
     halves = [range(start, len(scores), 2) for start in (0, 1)]
-    join = lambda xs, half: np.concatenate([np.ravel(xs[i]) for i in half]) if len(half) else np.zeros(0)  # noqa: E731
-    fits = [fit_platt(join(scores, half), join(correct, half)) for half in reversed(halves)]
+    fits = [fit_platt(*(_join([xs[i] for i in half]) for xs in (scores, correct))) for half in reversed(halves)]
     return [fits[i % 2](s) for i, s in enumerate(scores)]
 
 
-def calibration(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> dict[str, float]:
-    """Returns how well scores tell the chance to be right: `ece` and `brier`, after `cross_fitted` Platt scaling.
+def _join(xs: Sequence[ArrayLike]) -> np.ndarray:
+    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in xs]) if len(xs) else np.zeros(0)
 
-    Where all scores lie in [0, 1] (ORM, PRM), also of the scores as they are: `ece_raw` and `brier_raw`. Empty where
-    there is nothing to fit: half of the problems without a right or without a wrong sample.
+
+def calibration(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> dict[str, float]:
+    """Returns `ece` and `brier` of scores after `cross_fitted` Platt scaling.
+
+    Where all scores are in [0, 1] (ORM, PRM), also `ece_raw` and `brier_raw` of the scores themselves. Empty where there is
+    nothing to fit: a half of the problems without a right or without a wrong sample.
     """
     measures = {"ece": expected_calibration_error, "brier": brier}
-    z = np.concatenate([np.ravel(c) for c in correct]) if len(correct) else np.zeros(0)
+    z, raw = _join(correct), _join(scores)
     try:
         fitted = np.concatenate(cross_fitted(scores, correct))
     except ValueError:
         return {}
     out = {name: float(f(fitted, z)) for name, f in measures.items()}
-    raw = np.concatenate([np.ravel(np.asarray(s, np.float64)) for s in scores])
     if ((raw >= 0) & (raw <= 1)).all():
         out |= {f"{name}_raw": float(f(raw, z)) for name, f in measures.items()}
     return out
-
-
-# ------------------------------------------------------------------------------------------- intervals over problems
 
 
 def bootstrap_ci(
@@ -246,8 +213,8 @@ def bootstrap_ci(
     (nan, nan) without values.
 
     Args:
-      counts: where a problem has several parts (a row its tokens), how many: `values` are sums over them, and the interval
-        is that of the mean over all parts, sum(values) / sum(counts).
+      counts: the numbers of parts of problems that have several (tokens of a row): `values` are sums over them, and the
+        interval is that of sum(values) / sum(counts).
     """
     x = np.asarray(values, np.float64)
     if not len(x):
@@ -275,7 +242,7 @@ def summarise(prefix: str, values: Sequence[float], groups: Sequence[str]) -> di
 def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
     """Returns (low, difference, high) of mean(after - before) over the same questions, with its 95% bootstrap interval.
 
-    The interval is over questions; of other models it knows nothing.
+    The interval is over questions, not over trained models.
     """
     each = np.asarray(after, np.float64) - np.asarray(before, np.float64)
     low, high = bootstrap_ci(each, resamples=2000)

@@ -1,4 +1,4 @@
-"""The one place where a loss becomes an update: accumulation, the one division, the NaN guard."""
+"""The train step: gradient accumulation, the only division of sums by weights, and the guard against NaN."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 
 from qstar import tree
 from qstar.mesh import mesh_jit
+from qstar.train.losses import SumWeight
 from qstar.train.state import TrainState
 from qstar.types import Metrics
 
-Loss = Callable[..., tuple[tuple[jax.Array, jax.Array], Metrics]]
+Loss = Callable[..., tuple[SumWeight, Metrics]]
 
 
 def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1) -> Callable[..., Any]:
@@ -23,14 +25,14 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
     Args:
       loss: `loss(params, batch, rng) -> ((sum, weight), metrics)`; params by role, metrics as (sum, weight), a count
         as (sum, 0).
-      tx: the optimiser's direction, over all of `state.params` (see `state.optimizer_for` to train a part of it); the
-        update is minus `lr` (a scalar, dynamic) times it.
-      accumulate: micro-batches per update. The batch's leading axis is cut into that many; sums and weights add up and
-        are divided once, so the update is the same for every `accumulate`.
+      tx: the optimiser's direction, over all of `state.params` (`state.optimizer_for` trains a part of them); the update
+        is minus `lr` (a scalar, dynamic) times it.
+      accumulate: micro-batches per update, split from the batch's leading axis. Sums and weights add up and are divided
+        once, so the update is the same for every `accumulate`.
 
     Returns:
-      The step. Its metrics are float32 scalars: each of the loss' own, `grad_norm`, and `skipped` (1 where a loss or
-      gradient was not finite: parameters and moments then stay as they were).
+      The step. Its metrics are float32 scalars: those of the loss, `grad_norm`, and `skipped` (1 where the loss or the
+      gradient was not finite: parameters and moments are then unchanged).
     """
 
     def sums(params: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
@@ -79,12 +81,12 @@ def _nonzero(weight: jax.Array) -> jax.Array:
 
 
 def split_micro(x: jax.Array, count: int) -> jax.Array:
-    """Cuts [B, ...] into [count, B / count, ...], taking every count-th row, so that a batch axis that is split over
-    devices stays split within each micro-batch.
+    """Splits [B, ...] into micro-batches [count, B / count, ...].
 
     Raises:
       ValueError: the rows do not divide.
     """
     if x.shape[0] % count:
         raise ValueError(f"a batch of {x.shape[0]} rows does not divide into {count} micro-batches")
-    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+    # Every count-th row: a batch axis that is sharded over devices stays sharded within each micro-batch.
+    return rearrange(x, "(b micro) ... -> micro b ...", micro=count)

@@ -15,7 +15,7 @@ import transformers
 
 import qstar
 from qstar.errors import UserError
-from qstar.models import decoder
+from qstar.models import decoder, vocabulary
 from qstar.models import scoring as M
 from qstar.models.config import preset
 from tests.models.oracle import V, random_tokens, torch_logits, torch_model
@@ -98,15 +98,16 @@ def test_logprobs_are_those_of_each_pair_alone(pair):
 def test_logprobs_in_small_blocks_and_chunks_are_the_same(stories, monkeypatch):
     prompts, completions = [random_tokens(4, seed=i) for i in range(5)], [random_tokens(9, seed=i) for i in range(5)]
     expected = qstar.logprobs(stories.model, prompts, completions)
-    monkeypatch.setattr(M, "CHUNK_LOGITS", 4 * 512)
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * 4 * 512)
+    monkeypatch.setattr(vocabulary, "MIN_CHUNK", 1)
     monkeypatch.setattr(M, "CHUNK_TOKENS", 32)  # two rows of the shortest bucket
     M.next_logprobs.clear_cache()
     shapes = []
-    unembed = decoder.unembed
-    monkeypatch.setattr(decoder, "unembed", lambda p, c, h: shapes.append(h.shape[:-1]) or unembed(p, c, h))
+    logits = vocabulary.head_logits
+    monkeypatch.setattr(vocabulary, "head_logits", lambda h, *head: shapes.append(h.shape[:-1]) or logits(h, *head))
     for a, b in zip(qstar.logprobs(stories.model, prompts, completions), expected):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    assert set(shapes) == {(2, 2), (1, 4)}  # at most 4 positions' logits at once
+    assert set(shapes) == {(4,)}  # at most 4 positions' logits at once
     M.next_logprobs.clear_cache()
 
 

@@ -19,10 +19,9 @@ from qstar.models.thought_config import ThoughtConfig
 from qstar.text.packing import Example, pack, pack_groups
 from qstar.thoughts import loss as thought_loss
 from qstar.train import losses, optim
-from qstar.train.preference import dpo_loss
+from qstar.train.preference import dpo_loss, value_loss
 from qstar.train.state import create_state
 from qstar.train.step import make_step
-from qstar.train.value import value_loss
 from qstar.types import Batch, Graded, Preference
 from tests.multi_device import test_rl_sharded
 

@@ -13,7 +13,7 @@ import pytest
 import qstar
 from qstar import tree
 from qstar.mesh import batch_sharding, make_mesh, put_global_batch, shardings
-from qstar.models import decoder, flash
+from qstar.models import decoder, flash, vocabulary
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
 from qstar.text.packing import Example, pack
@@ -157,8 +157,8 @@ def test_rows_that_do_not_divide_are_kept_whole_and_count_once():
 
 
 def test_the_vocabulary_loss_in_chunks_is_the_same_on_a_mesh(monkeypatch):
-    monkeypatch.setattr(losses, "MIN_CHUNK", 1)
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 64 * 50)  # 50 tokens at a time
+    monkeypatch.setattr(vocabulary, "MIN_CHUNK", 1)
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * 64 * 50)  # 50 tokens at a time
     mesh = mesh_of(CUBE)
     f = lambda params, batch: losses.sft_loss(params, batch, None, config=CONFIG)[0][0]  # noqa: E731
     value, grads = jax.jit(jax.value_and_grad(f))(placed(mesh), put_global_batch(rows(), mesh))

@@ -42,13 +42,13 @@ def logits(request):
     return np.random.default_rng(request.param).normal(0, 3, request.param).astype(np.float32)
 
 
-@pytest.mark.parametrize("knobs", KNOBS, ids=str)
-def test_frequencies_over_all_uniform_numbers_are_the_filtered_softmax(logits, knobs):
+@pytest.mark.parametrize("sampling_params", KNOBS, ids=str)
+def test_frequencies_over_all_uniform_numbers_are_the_filtered_softmax(logits, sampling_params):
     """u runs over a grid of n midpoints, which integrates exactly: each token's share is right to 1 / n."""
     n = 20_000
     u = (np.arange(n, dtype=np.float32) + 0.5) / n
-    tokens, logprobs, sample_logprobs = map(np.asarray, draw_grid(logits, u, SamplingParams.make(*knobs)))
-    expected = warped(logits, *knobs)
+    tokens, logprobs, sample_logprobs = map(np.asarray, draw_grid(logits, u, SamplingParams.make(*sampling_params)))
+    expected = warped(logits, *sampling_params)
     share = np.bincount(tokens, minlength=len(logits)) / n
     np.testing.assert_allclose(share, expected, atol=1.5 / n)
     assert (expected[tokens] > 0).all()
@@ -106,7 +106,7 @@ def test_a_token_without_weight_is_never_returned(V):
 def test_one_uniform_number_cannot_reach_past_a_padded_vocabulary():
     logits = jnp.full(300, NEG).at[299].set(0.0).at[3].set(0.0)
     u = jnp.linspace(0, 1, 999, endpoint=False)
-    for knobs in ((1.0, 0, 1.0), (9.0, 5, 0.9)):
-        tokens, _, sample_logprobs = draw_grid(logits, u, SamplingParams.make(*knobs))
+    for sampling_params in ((1.0, 0, 1.0), (9.0, 5, 0.9)):
+        tokens, _, sample_logprobs = draw_grid(logits, u, SamplingParams.make(*sampling_params))
         assert set(tokens.tolist()) == {3, 299}
         np.testing.assert_allclose(sample_logprobs, np.log(0.5), atol=1e-6)

@@ -46,12 +46,12 @@ def parallel(model: Model, rows: list[list[int]], thoughts=None):
     tokens, mask = np.zeros((2, len(rows), 12), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], mask[i, : len(row)] = row, 1
-    own = think(model.params, config, tokens, mask, jax.random.key(0)).tokens
+    thought_ids = think(model.params, config, tokens, mask, jax.random.key(0)).tokens
     last = [len(row) - 1 for row in rows]
     if thoughts is not None:
-        own = own.at[:, np.arange(len(rows)), last].set(np.asarray(thoughts).T)
-    out, each = run(model.params, config, tokens, mask, own), np.arange(len(rows))
-    return out.talk_mixed_logits[0, each, last], own[:, each, last].T, out.talk_mix_weight[0, each, last]
+        thought_ids = thought_ids.at[:, np.arange(len(rows)), last].set(np.asarray(thoughts).T)
+    out, each = run(model.params, config, tokens, mask, thought_ids), np.arange(len(rows))
+    return out.talk_mixed_logits[0, each, last], thought_ids[:, each, last].T, out.talk_mix_weight[0, each, last]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gptj", "tiny"])

@@ -11,7 +11,7 @@ import pytest
 
 from qstar.models import decoder
 from qstar.models.attention import text_mask
-from qstar.thoughts import forward, rollout, select
+from qstar.thoughts import forward, layout, rollout
 from qstar.thoughts.layout import text_batch
 from qstar.thoughts.replay import replay
 from tests.thoughts.families import FAMILIES, LLAMA, N, P, S, T, V, params, texts, thoughts
@@ -37,13 +37,15 @@ def test_prefix_and_thread_written_out_as_a_sequence_give_the_same_logits(family
     if family == "gpt2":  # and past the table of learned positions
         config = config.replace(max_positions=N + 3)
         tree = {**tree, "positions": {"table": tree["positions"]["table"][: N + 3]}}
-    (tokens, mask), own = texts(), thoughts()
-    out = run(tree, config, tokens, mask, own)
+    (tokens, mask), thought_ids = texts(), thoughts()
+    out = run(tree, config, tokens, mask, thought_ids)
     follow = jax.jit(explicit, static_argnums=1)
-    for j in (0, 4, N - T) if family in ("llama", "gpt2") else (N - T,):  # each is a length of its own to compile
+    for j in (
+        (0, 4, N - T) if family in ("llama", "gpt2") else (N - T,)
+    ):  # each is a length of its own to compile
         for row in range(2 * P):
             text = tokens[row // P]
-            think, talk = follow(tree, config, text[: j + 1], own[:, row, j], text[j + 1 : j + T])
+            think, talk = follow(tree, config, text[: j + 1], thought_ids[:, row, j], text[j + 1 : j + T])
             for states, ours in ((think, out.thought_logits), (talk, out.talk_thought_logits)):
                 theirs = decoder.unembed(tree, config, states)
                 np.testing.assert_allclose(ours[:, row, j, 1 : V - 1], theirs[:, 1 : V - 1], atol=2e-5)
@@ -51,18 +53,18 @@ def test_prefix_and_thread_written_out_as_a_sequence_give_the_same_logits(family
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_reinforce_gradients_are_those_of_the_written_out_sequences(family):
-    config, tree, (tokens, mask), own = FAMILIES[family], params(family), texts(1, 5), thoughts(1, 5, 1)
+    config, tree, (tokens, mask), thought_ids = FAMILIES[family], params(family), texts(1, 5), thoughts(1, 5, 1)
     factor = np.random.default_rng(3).normal(size=5).astype(np.float32)
 
     def ours(tree):
-        return jnp.sum(replay(tree, config, tokens, mask, own).thought_logp * factor)
+        return jnp.sum(replay(tree, config, tokens, mask, thought_ids).thought_logp * factor)
 
     def theirs(tree):
         total = 0.0
         for j in range(5):
-            think, _ = explicit(tree, config, tokens[0, : j + 1], own[:, 0, j], jnp.ones(T - 1, jnp.int32))
+            think, _ = explicit(tree, config, tokens[0, : j + 1], thought_ids[:, 0, j], jnp.ones(T - 1, jnp.int32))
             logits = decoder.unembed(tree, config, think).at[:, jnp.asarray([0, 29])].set(-1e30)
-            total += factor[j] * jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(S), own[:, 0, j]])
+            total += factor[j] * jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(S), thought_ids[:, 0, j]])
         return total
 
     for a, b in zip(*(jax.tree.leaves(jax.jit(jax.grad(f))(tree)) for f in (ours, theirs))):
@@ -70,12 +72,12 @@ def test_reinforce_gradients_are_those_of_the_written_out_sequences(family):
 
 
 def test_a_thread_sees_its_text_up_to_its_position_and_itself_and_nothing_else():
-    tree, (tokens, mask), own = params("llama"), texts(), thoughts()
+    tree, (tokens, mask), thought_ids = params("llama"), texts(), thoughts()
     j, row = 3, 2  # a thread of sequence 1
-    out = run(tree, LLAMA, tokens, mask, own)
+    out = run(tree, LLAMA, tokens, mask, thought_ids)
 
-    def seen(tokens, own):
-        new = run(tree, LLAMA, tokens, mask, own)
+    def seen(tokens, thought_ids):
+        new = run(tree, LLAMA, tokens, mask, thought_ids)
         same = [
             np.array_equal(getattr(new, n)[:, row, j], getattr(out, n)[:, row, j])
             for n in ("thought_logits", "talk_thought_logits")
@@ -86,13 +88,13 @@ def test_a_thread_sees_its_text_up_to_its_position_and_itself_and_nothing_else()
         return x.at[at].set((x[at] + 1 - 2) % (V - 3) + 2)
 
     for k in range(N):  # the thought sees x[..3]; talk step 1 is fed x[4]
-        assert seen(other(tokens, 1, k), own) == [k <= j, k <= j + T - 1]
-        assert seen(other(tokens, 0, k), own) == [False, False]  # another sequence
+        assert seen(other(tokens, 1, k), thought_ids) == [k <= j, k <= j + T - 1]
+        assert seen(other(tokens, 0, k), thought_ids) == [False, False]  # another sequence
     for r in range(2 * P):
         for at in range(N):
             for c in range(S):
                 mine = (r, at) == (row, j)
-                assert seen(tokens, other(own, c, r, at)) == [mine and c < S - 1, mine]
+                assert seen(tokens, other(thought_ids, c, r, at)) == [mine and c < S - 1, mine]
 
 
 @families
@@ -107,9 +109,9 @@ def test_a_mixing_weight_of_0_gives_the_base_logits_exactly(family):
 
 
 def test_permuting_the_passes_changes_no_loss():
-    tree, own = params("llama"), thoughts(passes=3)
+    tree, thought_ids = params("llama"), thoughts(passes=3)
     order = jnp.asarray([2, 0, 1, 4, 5, 3])
-    a, b = (run(tree, LLAMA, *texts(), x) for x in (own, own[:, order]))
+    a, b = (run(tree, LLAMA, *texts(), x) for x in (thought_ids, thought_ids[:, order]))
     for name in ("loss_nll", "loss_policy", "loss"):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-5)
     np.testing.assert_allclose(a.reward[order], b.reward, atol=1e-5)
@@ -127,24 +129,27 @@ def test_both_schedules_are_one_mathematics(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_changes_nothing(family, side):
-    config, tree, (tokens, mask), own = FAMILIES[family], params(family), texts(), thoughts()
-    out = run(tree, config, tokens, mask, own)
+    config, tree, (tokens, mask), thought_ids = FAMILIES[family], params(family), texts(), thoughts()
+    out = run(tree, config, tokens, mask, thought_ids)
     at = slice(3, None) if side == "left" else slice(None, N)
     widths = (3, 0) if side == "left" else (0, 3)
-    wide, real, own = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [widths]) for x in (tokens, mask, own))
-    there = run(tree, config, wide, real, own)
-    np.testing.assert_allclose(there.talk_mix_weight[0][:, at], out.talk_mix_weight[0], atol=1e-5)
-    np.testing.assert_allclose(there.thought_logp[:, :, at], out.thought_logp, atol=1e-5)
+    wide, real, thought_ids = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [widths]) for x in (tokens, mask, thought_ids))
+    padded = run(tree, config, wide, real, thought_ids)
+    np.testing.assert_allclose(padded.talk_mix_weight[0][:, at], out.talk_mix_weight[0], atol=1e-5)
+    np.testing.assert_allclose(padded.thought_logp[:, :, at], out.thought_logp, atol=1e-5)
     for name in ("loss_nll", "loss_policy"):
-        np.testing.assert_allclose(getattr(there, name), getattr(out, name), atol=1e-5)
+        np.testing.assert_allclose(getattr(padded, name), getattr(out, name), atol=1e-5)
 
 
 def test_chosen_positions_are_those_of_the_full_run():
-    tree, (tokens, mask), own = params("mistral"), texts(), thoughts()
+    tree, (tokens, mask), thought_ids = params("mistral"), texts(), thoughts()
     config, chosen = FAMILIES["mistral"], jnp.asarray([[0, 3, 5], [1, 2, 4]])
     rows = jnp.repeat(chosen, P, axis=0)  # [R, 3]
-    some_own = jnp.take_along_axis(own, rows[None], axis=2)
-    whole, some = run(tree, config, tokens, mask, own), run(tree, config, tokens, mask, some_own, positions=chosen)
+    some_own = jnp.take_along_axis(thought_ids, rows[None], axis=2)
+    whole, some = (
+        run(tree, config, tokens, mask, thought_ids),
+        run(tree, config, tokens, mask, some_own, positions=chosen),
+    )
     for name in ("thought_logp", "talk_mix_weight"):
         expected = jnp.take_along_axis(getattr(whole, name), rows[None], axis=2)
         np.testing.assert_allclose(getattr(some, name), expected, atol=1e-5)
@@ -177,15 +182,15 @@ def test_a_thought_is_drawn_from_its_distribution():
 
 def test_where_to_think():
     mask = jnp.asarray([[1, 1, 0, 1, 1, 1], [0, 0, 0, 0, 1, 0]])
-    np.testing.assert_array_equal(select.of_mask(mask > 0, 2), [[0, 1], [0, 4]])
+    np.testing.assert_array_equal(layout.positions_of_mask(mask > 0, 2, -jnp.arange(6.0) + 0 * mask), [[0, 1], [0, 4]])
     score = jnp.asarray([[0.0, 3.0, 9.0, 1.0, 2.0, 5.0]] * 2)
-    np.testing.assert_array_equal(select.of_mask(mask > 0, 3, score)[0], [1, 4, 5])
+    np.testing.assert_array_equal(layout.positions_of_mask(mask > 0, 3, score)[0], [1, 4, 5])
     tree, (tokens, real) = params("llama"), texts()
     out = run(tree, LLAMA, tokens, real, thoughts())
     logp = jax.nn.log_softmax(out.base_logits[::P, :-1])
     config = LLAMA.replace(thoughts=LLAMA.thoughts.replace(think_fraction=0.5, think_where="entropy"))
     batch = text_batch(tokens, real)
     hidden = forward.read(tree, config, batch).hidden
-    places = select.choose(tree, config, batch, hidden, jax.random.key(0))
+    places = layout.choose_positions(tree, config, batch, hidden, jax.random.key(0))
     expected = np.sort(np.argsort(jnp.sum(jnp.exp(logp) * logp, axis=-1), axis=1)[:, :3], axis=1)
     np.testing.assert_array_equal(places, expected)

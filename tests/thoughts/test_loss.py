@@ -10,13 +10,14 @@ import numpy as np
 import optax
 import pytest
 
+from qstar.models import vocabulary
 from qstar.models.thought_config import ThoughtConfig
 from qstar.text.packing import Example, pack
 from qstar.thoughts import chunked_replay, forward, rollout
 from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.layout import all_positions, text_batch
 from qstar.thoughts.replay import replay
-from qstar.train import losses, optim
+from qstar.train import optim
 from qstar.train.state import create_state
 from qstar.train.step import make_step
 from qstar.types import Batch
@@ -47,19 +48,19 @@ CHOICES = {
     [("default", (1, 1, 1)), ("default", (3, 1, 2)), ("official", (1, 3, 3)), ("sigmoid, base", (2, 2, 1))],
 )
 def test_chunked_loss_and_gradients_are_those_of_the_replay_in_full(choice, sizes, monkeypatch):
-    monkeypatch.setattr(losses, "MIN_CHUNK", 5)
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(vocabulary, "MIN_CHUNK", 5)
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 1)
     S, T, P = sizes
     t = ThoughtConfig(thought_tokens=S, talk_tokens=T, thoughts_per_position=P, forbidden_ids=(0,), **CHOICES[choice])
     config, tree, (tokens, mask) = LLAMA.replace(thoughts=t), params("llama"), texts()
     mask = mask.at[1, 5:].set(0)
-    own = thoughts(passes=P, tokens=S)
+    thought_ids = thoughts(passes=P, tokens=S)
 
     def full(tree):
-        return replay(tree, config, tokens, mask, own).loss
+        return replay(tree, config, tokens, mask, thought_ids).loss
 
     everywhere = jnp.broadcast_to(jnp.arange(N), (2, N))
-    options = dict(thoughts=own, positions=everywhere)
+    options = dict(thoughts=thought_ids, positions=everywhere)
     (value, metrics), grads = value_and_grad(tree, config, text_batch(tokens, mask), **options)
     expected, theirs = jax.jit(jax.value_and_grad(full))(tree)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -69,11 +70,10 @@ def test_chunked_loss_and_gradients_are_those_of_the_replay_in_full(choice, size
 
 
 def test_sampled_schedules_agree():
-    """The joint rollout draws what the replay's does, and has its gradients: here with its layers listed, there stacked."""
-    batch, listed = text_batch(*texts()), LLAMA.replace(scan_unroll=LLAMA.num_layers)
-    assert LLAMA.scan_unroll < LLAMA.num_layers
+    """The joint rollout draws what the replay's does, and has its gradients."""
+    batch = text_batch(*texts())
     (a, _), grads = value_and_grad(params("llama"), LLAMA, batch)  # "replay"
-    (b, _), others = value_and_grad(params("llama"), listed, batch, schedule="joint")
+    (b, _), others = value_and_grad(params("llama"), LLAMA, batch, schedule="joint")
     np.testing.assert_allclose(a, b, rtol=1e-5)
     for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(others)):
         np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(np.abs(y).max())))
@@ -128,12 +128,12 @@ def test_training_lowers_the_loss_and_a_resumed_run_is_bit_exact():
 def test_some_positions_stand_for_all():
     """Over all random choices of a position, the loss is that of the full run on average."""
     config = LLAMA.replace(thoughts=LLAMA.thoughts.replace(baseline="base", talk_tokens=1))
-    batch, own = text_batch(*texts(2, 5)), thoughts(2, 5)
+    batch, thought_ids = text_batch(*texts(2, 5)), thoughts(2, 5)
     whole = value_alone(
-        params("llama"), config, batch, thoughts=own[..., :4], positions=jnp.tile(jnp.arange(4), (2, 1))
+        params("llama"), config, batch, thoughts=thought_ids[..., :4], positions=jnp.tile(jnp.arange(4), (2, 1))
     )
     each = [
-        value_alone(params("llama"), config, batch, thoughts=own[..., [j]], positions=jnp.full((2, 1), j))[0]
+        value_alone(params("llama"), config, batch, thoughts=thought_ids[..., [j]], positions=jnp.full((2, 1), j))[0]
         for j in range(4)
     ]
     np.testing.assert_allclose(np.mean(each), whole[0], rtol=1e-5)
@@ -154,7 +154,7 @@ def test_packed_documents_do_not_see_each_other():
 
 
 def test_entropy_and_kl_terms_are_their_formulas():
-    tree, batch, own = params("llama"), text_batch(*texts()), thoughts()
+    tree, batch, thought_ids = params("llama"), text_batch(*texts()), thoughts()
     other = jax.tree.map(lambda x: x * 1.1, tree)
     everywhere = jnp.broadcast_to(jnp.arange(N), (2, N))
 
@@ -162,13 +162,13 @@ def test_entropy_and_kl_terms_are_their_formulas():
         config = LLAMA.replace(thoughts=LLAMA.thoughts.replace(**changes))
         f = functools.partial(thought_loss.loss, config=config)
         (total, weight), _ = jax.jit(f)(
-            {"policy": tree, "reference": other}, batch, KEY, thoughts=own, positions=everywhere
+            {"policy": tree, "reference": other}, batch, KEY, thoughts=thought_ids, positions=everywhere
         )
         return total / weight
 
-    run = jax.jit(lambda p: replay(p, LLAMA, *texts(), own).thought_logits[:, :, :-1, 1:29])
-    logp, there = (jax.nn.log_softmax(run(p)) for p in (tree, other))
-    H, KL = -jnp.sum(jnp.exp(logp) * logp, -1).mean(), jnp.sum(jnp.exp(logp) * (logp - there), -1).mean()
+    run = jax.jit(lambda p: replay(p, LLAMA, *texts(), thought_ids).thought_logits[:, :, :-1, 1:29])
+    logp, reference_logp = (jax.nn.log_softmax(run(p)) for p in (tree, other))
+    H, KL = -jnp.sum(jnp.exp(logp) * logp, -1).mean(), jnp.sum(jnp.exp(logp) * (logp - reference_logp), -1).mean()
     plain = value()
     np.testing.assert_allclose(value(entropy_weight=0.5) - plain, -0.5 * H, rtol=1e-4)
     np.testing.assert_allclose(value(kl_weight=2.0) - plain, 2 * KL, rtol=1e-3)
@@ -206,8 +206,8 @@ def test_states_kept_from_the_rollout_give_the_gradient_of_states_found_anew():
         return rollout.sample(tree, LLAMA, batch, read, positions, jax.random.split(KEY)[0], P)[0]
 
     drawn = think(tree)  # [S, B, P, M]
-    own = drawn.reshape(drawn.shape[0], -1, drawn.shape[3])  # [S, B * P, M]
-    anew = value_and_grad(tree, LLAMA, batch, thoughts=own, positions=positions)
+    thought_ids = drawn.reshape(drawn.shape[0], -1, drawn.shape[3])  # [S, B * P, M]
+    anew = value_and_grad(tree, LLAMA, batch, thoughts=thought_ids, positions=positions)
     same_gradients(value_and_grad(tree, LLAMA, batch, positions=positions), anew)
 
 
@@ -216,5 +216,5 @@ def test_gradients_of_the_texts_keys_are_added_up_in_float32(monkeypatch):
     monkeypatch.setattr(chunked_replay, "_run", lambda config, batch, places, core, pairs, x: x * pairs)
     fed = jnp.ones((1, 1, 512, 1, 1), jnp.bfloat16)
     saved = ({}, None, jnp.ones((), jnp.bfloat16), jnp.zeros((1, 512), jnp.int32), fed)
-    d_pairs = chunked_replay._pull(LLAMA.replace(piece_tokens=1), saved, fed)[2]
+    d_pairs = chunked_replay._pull_back(LLAMA.replace(piece_tokens=1), saved, fed)[2]
     assert d_pairs.dtype == jnp.bfloat16 and d_pairs == 512

@@ -72,21 +72,21 @@ def test_the_reference_reproduces_the_recorded_case():
 @pytest.mark.parametrize("case,schedule", [*((case, "replay") for case in CASES), ("padded row", "joint")])
 def test_values_and_gradients_are_those_of_the_dense_reference(case, schedule):
     options = CASES[case]
-    (tokens, mask, _), (there, *there_grads) = inputs(**options), expected(case)
+    (tokens, mask, _), (expected_side, *there_grads) = inputs(**options), expected(case)
     model = official.model(sizes(options))
 
     def f(params):
-        out = replay(params, model.config, tokens, mask, there["thoughts"], schedule=schedule)
+        out = replay(params, model.config, tokens, mask, expected_side["thoughts"], schedule=schedule)
         return (out.loss_nll, out.loss_policy), out
 
     out, *grads = jax.device_get(jax.jit(lambda p: both_ways(f, p))(model.params))
     real = np.repeat(mask, out.base_logits.shape[0] // 2, axis=0) > 0
-    np.testing.assert_allclose(out.base_logits[real], there["base_logits"][real], atol=1e-4)
-    np.testing.assert_allclose(out.talk_mixed_logits[:, real], there["talk_mixed_logits"][:, real], atol=1e-4)
-    np.testing.assert_allclose(out.talk_mix_weight[:, real], there["talk_mix_weight"][:, real], atol=1e-4)
+    np.testing.assert_allclose(out.base_logits[real], expected_side["base_logits"][real], atol=1e-4)
+    np.testing.assert_allclose(out.talk_mixed_logits[:, real], expected_side["talk_mixed_logits"][:, real], atol=1e-4)
+    np.testing.assert_allclose(out.talk_mix_weight[:, real], expected_side["talk_mix_weight"][:, real], atol=1e-4)
     for name in ("base_nll", "reward", "advantage", "advantage_clipped", "loss_nll", "loss_policy"):
-        np.testing.assert_allclose(getattr(out, name), there[name], atol=1e-4, err_msg=name)
-    for ours, theirs in zip(out.talk_nll_s, there["talk_nll_s"]):
+        np.testing.assert_allclose(getattr(out, name), expected_side[name], atol=1e-4, err_msg=name)
+    for ours, theirs in zip(out.talk_nll_s, expected_side["talk_nll_s"]):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     for a, b in zip(grads, there_grads):
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
@@ -95,9 +95,9 @@ def test_values_and_gradients_are_those_of_the_dense_reference(case, schedule):
 
 def test_greedy_thinking_is_the_reference_s():
     tokens, mask, _ = inputs(passes=1, padded=True)
-    model, there = official.model(), expected("greedy, one pass, padded")[0]
+    model, expected_side = official.model(), expected("greedy, one pass, padded")[0]
     think = jax.jit(functools.partial(rollout.think, passes=1, temperature=0.0), static_argnums=1)
     thoughts = think(model.params, model.config, tokens, mask, jax.random.key(0))
     real = mask > 0
-    np.testing.assert_array_equal(thoughts.tokens[:, real], there["thoughts"][:, real])
+    np.testing.assert_array_equal(thoughts.tokens[:, real], expected_side["thoughts"][:, real])
     assert not thoughts.sample_logprobs.any() and (thoughts.logprobs < 0).all()

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 import qstar
+from qstar.models import vocabulary
 from qstar.text.packing import Example, pack
 from qstar.train import losses
 from qstar.types import Batch
@@ -23,8 +24,8 @@ N, E = 37, 8
 @pytest.fixture(params=["at once", "in chunks"])
 def chunks(request, monkeypatch):
     if request.param == "in chunks":
-        monkeypatch.setattr(losses, "MIN_CHUNK", 1)
-        monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * V * 5)  # 5 tokens at a time: 37 do not divide
+        monkeypatch.setattr(vocabulary, "MIN_CHUNK", 1)
+        monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * V * 5)  # 5 tokens at a time: 37 do not divide
     return request.param
 
 
@@ -50,18 +51,18 @@ def test_token_nll_and_its_gradients_are_those_of_torch(chunks, z_loss, biased):
     inputs = (hidden, kernel, bias) if biased else (hidden, kernel)
 
     def loss(*xs):
-        nll, hits = losses.token_nll(*xs, *([] if biased else [None]), targets, weights, z_loss)
+        nll, hits, _ = losses.token_nll(xs[0], (*xs[1:], None)[:2], targets, weights, z_loss)
         return 1.7 * nll + 3.0, (nll, hits)  # a cotangent that is not 1
 
     grads, (nll, hits) = jax.jit(jax.grad(loss, argnums=tuple(range(len(inputs))), has_aux=True))(*inputs)
-    plain = losses.token_nll(*inputs, *([] if biased else [None]), targets, weights, z_loss)  # without a gradient
-    there = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
-    expected, expected_hits = torch_nll(*there, *([] if biased else [None]), targets, weights, z_loss)
+    *plain, _ = losses.token_nll(inputs[0], (*inputs[1:], None)[:2], targets, weights, z_loss)  # without a gradient
+    theirs_grad = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
+    expected, expected_hits = torch_nll(*theirs_grad, *([] if biased else [None]), targets, weights, z_loss)
     (1.7 * expected).backward()
     for value, hit in ((nll, hits), plain):
         assert float(value) == pytest.approx(expected.item(), rel=1e-5)
         assert float(hit) == pytest.approx(expected_hits, rel=1e-5)
-    for g, x in zip(grads, there):
+    for g, x in zip(grads, theirs_grad):
         np.testing.assert_allclose(g, x.grad, atol=2e-5)
 
 
@@ -69,17 +70,17 @@ def test_tokens_without_weight_weigh_nothing_and_none_at_all_gives_zero(chunks):
     hidden, kernel, bias, targets, weights = arrays()
     hidden[weights == 0] += 100.0
     changed = np.where(weights == 0, (targets + 1) % V, targets)
-    f = jax.grad(lambda h, t, w: losses.token_nll(h, kernel, bias, t, w)[0])
+    f = jax.grad(lambda h, t, w: losses.token_nll(h, (kernel, bias), t, w)[0])
     np.testing.assert_allclose(f(hidden, targets, weights), f(hidden, changed, weights), atol=1e-7)
     assert (np.asarray(f(hidden, targets, weights))[weights == 0] == 0).all()
-    nll, hits = losses.token_nll(hidden, kernel, bias, targets, 0 * weights)
+    nll, hits, _ = losses.token_nll(hidden, (kernel, bias), targets, 0 * weights)
     assert nll == 0 and hits == 0 and (f(hidden, targets, 0 * weights) == 0).all()
 
 
 def test_half_precision_keeps_a_float32_sum_and_the_dtypes_of_its_inputs():
     hidden, kernel, bias, targets, weights = arrays()
     low = jnp.asarray(hidden, jnp.bfloat16)
-    nll, grads = jax.value_and_grad(lambda h, k: losses.token_nll(h, k, bias, targets, weights)[0], argnums=(0, 1))(
+    nll, grads = jax.value_and_grad(lambda h, k: losses.token_nll(h, (k, bias), targets, weights)[0], argnums=(0, 1))(
         low, jnp.asarray(kernel)
     )
     expected, _ = torch_nll(*map(torch.tensor, (hidden, kernel, bias)), targets, weights, 0.0)

@@ -10,7 +10,7 @@ import optax
 import pytest
 import torch
 
-from qstar.models import decoder
+from qstar.models import decoder, vocabulary
 from qstar.models.config import preset
 from qstar.text.packing import Example, pack, pack_groups
 from qstar.train import losses
@@ -43,9 +43,9 @@ def params():
 
 def preference(packed, reference=REFERENCE, length=40):
     rows, chosen = pack_groups(PAIRS, length, packed=packed)
-    there = (chosen >= 0)[..., None]
-    values = np.where(there, reference[chosen], 0.0).astype(np.float32)
-    return Preference(Batch(**rows), values, there[..., 0].astype(np.float32))
+    present = (chosen >= 0)[..., None]
+    values = np.where(present, reference[chosen], 0.0).astype(np.float32)
+    return Preference(Batch(**rows), values, present[..., 0].astype(np.float32))
 
 
 @jax.jit
@@ -80,10 +80,10 @@ def value_and_grad(beta, alpha):
 def expected(params, beta, alpha):
     """PyTorch's value, and its gradient by the logits carried on to the parameters by JAX's vector-Jacobian product."""
     made, back = jax.vjp(all_logits, params)
-    there = [[torch.tensor(np.array(z, np.float64), requires_grad=True) for z in pair] for pair in made]
-    value = torch_loss(there, beta, alpha)
+    leaves = [[torch.tensor(np.array(z, np.float64), requires_grad=True) for z in pair] for pair in made]
+    value = torch_loss(leaves, beta, alpha)
     value.backward()
-    (grads,) = back([tuple(np.asarray(z.grad, np.float32) for z in pair) for pair in there])
+    (grads,) = back([tuple(np.asarray(z.grad, np.float32) for z in pair) for pair in leaves])
     return value.item(), grads
 
 
@@ -100,14 +100,14 @@ def test_value_and_gradients_are_those_of_torch(params, beta, alpha):
 
 
 def test_at_the_reference_the_loss_is_log_2_and_nothing_has_drifted(params):
-    own = np.array(
+    mine = np.array(
         [
             [float(jax.nn.log_softmax(z)[np.arange(len(z)), e.completion].sum()) for z, e in zip(both, pair)]
             for both, pair in zip(all_logits(params), PAIRS)
         ],
         np.float32,
     )
-    (value, (weight, metrics)), _ = value_and_grad(0.1, 0.0)(params, preference(True, own))
+    (value, (weight, metrics)), _ = value_and_grad(0.1, 0.0)(params, preference(True, mine))
     assert float(value / weight) == pytest.approx(np.log(2), abs=1e-5)
     for name in ("margin", "chosen_drift", "rejected_drift"):
         assert float(metrics[name][0]) == pytest.approx(0, abs=1e-4)
@@ -121,7 +121,7 @@ def test_at_the_reference_the_loss_is_log_2_and_nothing_has_drifted(params):
     value, weight = at_itself(params)
     assert value / weight == np.float32(np.log(2))
     chosen = float(metrics["chosen_logprob"][0])
-    assert chosen == pytest.approx(own[:, 0].sum(), rel=1e-5)
+    assert chosen == pytest.approx(mine[:, 0].sum(), rel=1e-5)
 
 
 def test_accumulated_micro_batches_make_the_same_update(params):
@@ -154,15 +154,17 @@ def test_token_logprobs_do_not_depend_on_chunks(monkeypatch):
     hidden, kernel = rng.normal(size=(37, 8)).astype(np.float32), rng.normal(size=(8, 11)).astype(np.float32)
     bias, targets = rng.normal(size=11).astype(np.float32), rng.integers(0, 11, 37)
     weights = rng.normal(size=37).astype(np.float32)
-    f = jax.value_and_grad(lambda h, k, b: (losses.token_logprobs(h, k, b, targets) * weights).sum(), argnums=(0, 1, 2))
-    there = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (hidden, kernel, bias)]
-    value = (torch.log_softmax(there[0] @ there[1] + there[2], -1)[range(37), targets] * torch.tensor(weights)).sum()
+    f = jax.value_and_grad(
+        lambda h, k, b: (vocabulary.token_logprobs(h, (k, b), targets).logprobs * weights).sum(), argnums=(0, 1, 2)
+    )
+    leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (hidden, kernel, bias)]
+    value = (torch.log_softmax(leaves[0] @ leaves[1] + leaves[2], -1)[range(37), targets] * torch.tensor(weights)).sum()
     value.backward()
     for chunk in (None, 5):
         if chunk:
-            monkeypatch.setattr(losses, "MIN_CHUNK", 1)
-            monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 11 * chunk)
+            monkeypatch.setattr(vocabulary, "MIN_CHUNK", 1)
+            monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * 11 * chunk)
         ours, grads = f(hidden, kernel, bias)
         assert float(ours) == pytest.approx(value.item(), rel=1e-5)
-        for a, b in zip(grads, there):
+        for a, b in zip(grads, leaves):
             np.testing.assert_allclose(a, b.grad, atol=1e-5)

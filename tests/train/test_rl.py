@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qstar.errors import UserError
-from qstar.models import heads, scoring
+from qstar.models import decoder, heads, scoring, vocabulary
 from qstar.models.config import preset
 from qstar.models.encdec import EncDecConfig
 from qstar.train import rl
@@ -244,15 +244,16 @@ def test_log_probabilities_in_blocks_are_those_at_once(monkeypatch):
     states, targets = jax.random.normal(jax.random.key(4), (3, 5, 16)), RNG.integers(0, 11, (3, 5))
 
     def both(p):
-        logp, entropy = scoring.token_scores(p, DECODER, states, targets, temperature=0.7)
+        head = decoder.head(p, DECODER)
+        logp, _, entropy = vocabulary.token_logprobs(states, head, targets, temperature=0.7, entropy=True)
         return jnp.sum(logp * jnp.arange(5)) + jnp.sum(entropy), (logp, entropy)
 
     grads, whole = jax.grad(both, has_aux=True)(params)
-    monkeypatch.setattr(scoring, "BLOCK_LOGITS", 44)
-    monkeypatch.setattr(scoring, "MIN_BLOCK", 4)
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4)
+    monkeypatch.setattr(vocabulary, "MIN_CHUNK", 4)
     cut_grads, cut = jax.grad(both, has_aux=True)(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), (grads, whole), (cut_grads, cut))
-    p = np.asarray(jax.nn.softmax(scoring.decoder.unembed(params, DECODER, states) / 0.7))
+    p = np.asarray(jax.nn.softmax(decoder.unembed(params, DECODER, states) / 0.7))
     np.testing.assert_allclose(whole[1], -(p * np.log(p)).sum(-1), atol=1e-5)
 
 

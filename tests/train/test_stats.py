@@ -25,7 +25,6 @@ from qstar.train.stats import (
     mean_auc,
     pass_at_k,
     pooled_auc,
-    selection_regret,
     summarise,
 )
 
@@ -100,7 +99,6 @@ def test_limits_of_best_of_k(samples):
         assert best_of_k(correct, correct, k) == pytest.approx(pass_at_k(n, c, k))  # an oracle
         assert best_of_k([7.0] * n, correct, k) == pytest.approx(c / n)  # no information
         assert best_of_k(scores, correct, k) <= pass_at_k(n, c, k) + 1e-12
-        assert selection_regret(scores, correct, k) == pytest.approx(pass_at_k(n, c, k) - best_of_k(scores, correct, k))
     top = [
         z
         for s, z in zip(np.nan_to_num(scores, nan=-math.inf, neginf=-math.inf), correct)

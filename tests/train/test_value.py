@@ -21,7 +21,7 @@ from qstar.models.scoring import values
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.train import losses
-from qstar.train.value import value_loss
+from qstar.train.preference import value_loss
 from qstar.types import Batch, Graded
 from tests.train.problem import assert_same_gradients
 
@@ -58,28 +58,28 @@ def apart(params):
 
 
 def torch_value(vocab, head, steps, lm_weight):
-    """The judged tokens times [mean of their cross-entropy + lm_weight (mean nll of right solutions' tokens)]."""
-    total, asked, nll, learnt = 0.0, 0, 0.0, 0
+    """The scored tokens times [mean of their cross-entropy + lm_weight (mean nll of right solutions' tokens)]."""
+    total, counted, nll, learnt = 0.0, 0, 0.0, 0
     for i, s in enumerate(SOLUTIONS):
         ids = [*TOKENIZER.encode(s.completion), TOKENIZER.eos_id]
         ends, labels = (range(len(ids)), [float(s.correct)] * len(ids)) if steps is None else steps[i]
         at = [4 + e for e in ends]
         labels = torch.tensor(labels, dtype=torch.float64)
         bce = torch.nn.functional.binary_cross_entropy_with_logits(head[i, at], labels, reduction="sum")
-        total, asked = total + bce, asked + len(at)
+        total, counted = total + bce, counted + len(at)
         if s.correct:
             mine = torch.nn.functional.cross_entropy(vocab[i, 3 : 3 + len(ids)], torch.tensor(ids), reduction="sum")
             nll, learnt = nll + mine, learnt + len(ids)
-    return total + asked * lm_weight * nll / learnt, asked
+    return total + counted * lm_weight * nll / learnt, counted
 
 
 @pytest.mark.parametrize("steps", [None, STEPS], ids=["orm", "prm"])
 def test_value_and_gradients_are_those_of_torch(model, steps):
     made, back = jax.vjp(apart, model.params)
-    there = [torch.tensor(np.array(x, np.float64), requires_grad=True) for x in made]
-    expected, asked = torch_value(*there, steps, 0.7)
+    leaves = [torch.tensor(np.array(x, np.float64), requires_grad=True) for x in made]
+    expected, counted = torch_value(*leaves, steps, 0.7)
     expected.backward()
-    (expected_grads,) = back(tuple(np.asarray(x.grad, np.float32) for x in there))
+    (expected_grads,) = back(tuple(np.asarray(x.grad, np.float32) for x in leaves))
 
     def total(params, batch):
         (value, weight), metrics = value_loss({"policy": params}, batch, None, config=model.config, lm_weight=0.7)
@@ -90,23 +90,23 @@ def test_value_and_gradients_are_those_of_torch(model, steps):
         batch = graded(packed, steps)
         assert len(batch.labels) == (2 if packed else 3)
         (value, (weight, metrics)), grads = f(model.params, batch)
-        assert weight == asked and float(value) == pytest.approx(expected.item(), rel=1e-5)
+        assert weight == counted and float(value) == pytest.approx(expected.item(), rel=1e-5)
         assert_same_gradients(grads, expected_grads)
         assert float(metrics["lm_nll"][1]) == 18 + 3  # the tokens of the two right solutions
 
 
 def test_the_likelihoods_weight_does_not_depend_on_the_tokens_per_judged_step(model):
-    """Twice as many tokens between the judged ones: cross-entropy and lm_weight * NLL stay in the same proportion."""
+    """Twice as many tokens between the scored ones: cross-entropy and lm_weight * NLL stay in the same proportion."""
     for step in (1, 2, 8, 16):
         tokens = np.full((1, 33), 5, np.int32)
-        there = np.r_[0, np.ones(32)][None].astype(np.float32)
-        judged = there * (np.arange(33) % step == 0)
-        rows = Batch(tokens, there, np.ones_like(tokens), np.arange(33, dtype=np.int32)[None])
+        ones = np.r_[0, np.ones(32)][None].astype(np.float32)
+        scored = ones * (np.arange(33) % step == 0)
+        rows = Batch(tokens, ones, np.ones_like(tokens), np.arange(33, dtype=np.int32)[None])
         (total, weight), found = value_loss(
-            {"policy": model.params}, Graded(rows, there, judged), None, config=model.config, lm_weight=0.5
+            {"policy": model.params}, Graded(rows, ones, scored), None, config=model.config, lm_weight=0.5
         )
         bce, nll = (found[k][0] / found[k][1] for k in ("bce", "lm_nll"))
-        assert weight == judged.sum() == 32 // step
+        assert weight == scored.sum() == 32 // step
         assert float(total / weight) == pytest.approx(float(bce + 0.5 * nll), rel=1e-5)
 
 

@@ -1,0 +1,143 @@
+"""The vocabulary's product and what is computed from its logits, a chunk of tokens at a time.
+
+Fine-tuning, scoring, thoughts, RL and distillation all read logits here: no array [B, T, V] exists where it would be large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from qstar.mesh import constrain, count_batch_shards
+from qstar.models.attention import NEG, precision
+
+# Bytes of float32 logits that exist at a time on a device: they fit in a CPU's cache; accelerators lose nothing by it.
+CHUNK_BYTES = 8 * 2**20
+MIN_CHUNK = 512  # tokens: with fewer, reading and writing the kernel and its gradient costs more than the products
+
+Head = tuple[jax.Array, jax.Array | None]  # kernel [D, V] and bias [V] of the vocabulary's product
+
+
+class TokenScores(NamedTuple):
+    """Of every token, float32 of the targets' shape."""
+
+    logprobs: jax.Array
+    hits: jax.Array  # 1 where no id is more probable than the target
+    entropy: jax.Array | None  # of the distribution that the token is scored under, in nats; on demand
+
+
+def token_logprobs(
+    hidden: jax.Array,
+    head: Head,
+    targets: jax.Array,
+    *,
+    temperature: float = 1.0,
+    limit: int | None = None,
+    entropy: bool = False,
+) -> TokenScores:
+    """Scores targets int32 [...] under the distributions that states [..., D] predict; gradients flow.
+
+    For scoring, and for losses that are no plain sum (DPO, RL, distillation); `train.losses.token_nll` is the faster form
+    of a weighted sum. The logits exist a chunk of tokens at a time, and are computed again in the backward pass.
+
+    Args:
+      head: kernel [D, V] and bias [V] or None (`decoder.head`).
+      temperature, limit: see `log_distribution`.
+    """
+    kernel, bias = head
+    # Rounded as it is multiplied, but kept in its own dtype: the chunks' gradients add up in float32.
+    head = gathered_kernel(kernel, hidden.dtype).astype(kernel.dtype), bias
+
+    def score(hidden: jax.Array, targets: jax.Array) -> TokenScores:
+        logits = _limited(head_logits(hidden, *head) / temperature, limit)
+        # Without the entropy, log Z is enough, and no array of log-probabilities is needed.
+        logp = jax.nn.log_softmax(logits) if entropy else logits
+        chosen = jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
+        hits = (chosen >= jnp.max(logp, axis=-1)).astype(jnp.float32)
+        if not entropy:
+            top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+            logz = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+            return TokenScores(chosen - logz, hits, None)
+        return TokenScores(chosen, hits, -jnp.sum(jnp.where(logp > NEG / 2, jnp.exp(logp) * logp, 0.0), axis=-1))
+
+    # The batches of RL are small: where one chunk holds them, its logits are kept, which saves a product.
+    return map_chunks(score, hidden, targets, vocab_size=kernel.shape[1], keep_one=entropy)
+
+
+def log_distribution(hidden: jax.Array, head: Head, *, temperature: float = 1.0, limit: int | None = None) -> jax.Array:
+    """Returns log-probabilities float32 [..., V] after states [..., D], at a temperature, over the ids below `limit`.
+
+    Ids from `limit` on (a vocabulary padded beyond its tokenizer) are never drawn: what is scored is what was sampled.
+    """
+    return jax.nn.log_softmax(_limited(head_logits(hidden, *head) / temperature, limit))
+
+
+def _limited(logits: jax.Array, limit: int | None) -> jax.Array:
+    if limit is None or limit >= logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, NEG)
+
+
+def head_logits(hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Returns logits float32 [..., V]: products in the dtype of the states, sums in float32."""
+    exact = precision(hidden.dtype)
+    logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), precision=exact, preferred_element_type=jnp.float32)
+    return logits if bias is None else logits + bias.astype(jnp.float32)
+
+
+def gathered_kernel(kernel: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the head's kernel [D, V] in the compute dtype with all its rows on every device: once, before the chunks."""
+    low = constrain(kernel.astype(dtype), ("embed", "vocab"))  # cast before it is gathered: half the bytes
+    return constrain(low, (None, "vocab"))
+
+
+def map_chunks(
+    f: Callable[..., Any], hidden: jax.Array, *arrays: jax.Array, vocab_size: int, keep_one: bool = False
+) -> Any:
+    """Returns f(hidden [n, D], *arrays [n, ...]), whose results lead with n, over a chunk of tokens at a time.
+
+    Args:
+      hidden: [..., D]. arrays: with the same leading axes, which the results have, too.
+      keep_one: do not compute the logits of a lone chunk again in the backward pass.
+    """
+    lead = hidden.shape[:-1]
+    flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in (hidden, *arrays)]
+    xs = chunks(flat, vocab_size)
+    if keep_one and xs[0].shape[0] == 1:
+        found = f(*flat)
+    else:
+        found = jax.lax.map(jax.checkpoint(lambda xs: f(*xs)), xs)
+        found = jax.tree.map(lambda x: unchunk(x, flat[0].shape[0]), found)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
+
+
+def chunks(arrays: Any, vocab_size: int) -> Any:
+    """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on must weigh nothing.
+
+    A chunk takes every C-th token of each device, so that tokens which are split over devices stay split within each chunk.
+    """
+    N = arrays[0].shape[0]
+    shards = count_batch_shards(N)
+    per_shard = N // shards
+    n = min(per_shard, max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab_size)))
+    count = -(-per_shard // n)
+    n = -(-per_shard // count)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = rearrange(x, "(shard token) ... -> shard token ...", shard=shards)
+        x = jnp.pad(x, [(0, 0), (0, count * n - per_shard)] + [(0, 0)] * (x.ndim - 2))
+        x = rearrange(x, "shard (token chunk) ... -> chunk (shard token) ...", chunk=count)
+        return constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
+
+    return jax.tree.map(cut, arrays)
+
+
+def unchunk(x: jax.Array, count: int) -> jax.Array:
+    """Returns [count, ...] from chunks [C, n, ...] of `chunks`."""
+    shards = count_batch_shards(count)
+    x = rearrange(x, "chunk (shard token) ... -> shard (token chunk) ...", shard=shards)
+    return rearrange(x[:, : count // shards], "shard token ... -> (shard token) ...")
