@@ -38,7 +38,7 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
 }  # fmt: skip
 TODAY = {  # while the packages are rewritten: a limit that only falls
     "": 2400, "data": 509, "models": 4060, "tasks": 4341, "thoughts": 1450, "train": 2020,
-    "runs": 2060, "methods": 5228, "report": 2140, "plan": 1657, "bench": 1515,
+    "runs": 2060, "methods": 5228, "report": 2105, "plan": 1657, "bench": 1515,
 }  # fmt: skip
 LONG_FILES = {
     "methods/guided_two_hop.py": 431,

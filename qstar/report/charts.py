@@ -6,7 +6,7 @@ Points and bars carry a <title>, which browsers show as a tooltip.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,6 +130,19 @@ def line_chart(
             parts.append(_tag("polyline", points=points, class_="leader", style=f"stroke:{line.colour}"))
         parts.append(_text(column, y + 4, name, "start", "name", f"fill:{line.colour}"))
     return _svg(parts, title)
+
+
+def series_card(
+    title: str, named: Iterable[tuple[str, Sequence[Sequence[float]]]], *, marks: bool = False, **axes: Any
+) -> Card | None:
+    """A card with a line per (name, [x, y] or [x, y, low, high]); None without a point. `axes`: of `line_chart`."""
+    lines = []
+    for number, (name, (x, y, *bounds)) in enumerate(named):
+        if x:
+            low, high = bounds or ((), ())
+            style: dict[str, Any] = {"marks": marks or len(x) == 1, "shape": number, "dashed": number >= SERIES}
+            lines.append(Line(name, x, y, series(number), low, high, **style))
+    return Card(title, line_chart(lines, title=title, **axes)) if lines else None
 
 
 def stacked_bars(

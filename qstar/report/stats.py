@@ -133,7 +133,7 @@ def curve(arm: Arm, name: str, group: str = "") -> Curve:
     """A metric of the "iteration" rows, with its 95% interval where the rows have one."""
     suffix = f"/{group}" if group else ""
     rows = [row for row in arm.stage("iteration") if row.get(name + suffix) is not None]
-    bounds = [[row.get(f"{name}_{end}{suffix}") for row in rows] for end in ("low", "high")]
+    bounds: list[list[Any]] = [[row.get(f"{name}_{end}{suffix}") for row in rows] for end in ("low", "high")]
     low, high = bounds if all(value is not None for side in bounds for value in side) else ([], [])
     return Curve([row["iteration"] for row in rows], [row[name + suffix] for row in rows], low, high)
 
@@ -144,7 +144,7 @@ def outcomes(arm: Arm, group: str = "") -> dict[int, dict[str, int]]:
     return {n: dict(counts) for n, counts in sorted(found.items()) if sum(counts.values())}
 
 
-def rejections(arm: Arm) -> dict[str, dict[int, int]]:
+def rejections(arm: Arm) -> dict[str, Counter[int]]:
     """Reason of rejection -> iteration -> attempts, the most frequent reason first."""
     found: dict[str, Counter[int]] = defaultdict(Counter)
     for n, attempts in arm.attempts.items():

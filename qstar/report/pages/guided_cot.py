@@ -49,8 +49,8 @@ def read_guided(run: Run) -> Guided:
     )
 
 
-def _by_arm(folder: Path, file: str) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def _by_arm(folder: Path, file: str) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for path in sorted(folder.glob(f"student_*/*/{file}")):
         found.setdefault(path.parent.name, []).append(read_dict(path))
     return found

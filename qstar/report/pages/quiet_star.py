@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qstar.report import charts, render, stats, thoughts
-from qstar.report.charts import Card, Line
+from qstar.report.charts import Card
 from qstar.report.pages.star import loss_cards
 from qstar.report.rationales import Row
 from qstar.report.read import Arm, Run
@@ -34,7 +34,7 @@ def page(run: Run) -> str:
         colours=[(stats.label(arm.name), charts.series(number)) for number, arm in enumerate(run.arms)],
         curve_cards=curve_cards(run, group),
         weight_cards=weight_cards(run),
-        training_cards=list(loss_cards(run, "steps")),
+        training_cards=loss_cards(run, "steps"),
     )
 
 
@@ -66,47 +66,20 @@ def _alarms(arm: Arm) -> list[tuple[str, Row, int]]:
 
 def curve_cards(run: Run, group: str) -> list[Card]:
     """Accuracy, NLL, weights and right thoughts by evaluation; rewards and advantages of the training."""
-    tokens, share, nats = stats.class_label(group), (stats.whole_percent, (0.0, 1.0)), (_signed, None)
-    measured = [
-        (f"Accuracy on {tokens}", "accuracy", *share),
-        (f"NLL of {tokens}, nats", "nll", *nats),
-        (f"Mixing weight at {tokens}", "weight", *nats),
-        (f"Right thoughts before {tokens}", "right", *share),
-    ]
-    trained = [
-        ("Thoughts with a positive reward", "reward_positive", *share),
-        ("Mean size of the advantage, nats", "advantage", *nats),
-    ]
+    tokens = stats.class_label(group)
+    shares: dict[str, Any] = {"x_label": "step", "x_name": "{:,.0f}".format, "y_format": stats.whole_percent}
+    nats, shares = {**shares, "y_format": _signed}, {**shares, "y_range": (0.0, 1.0)}
+    evaluated = lambda name: [(stats.label(a.name), stats.quiet_curve(a, name, group)) for a in run.arms]  # noqa: E731
+    trained = lambda name: [(stats.label(a.name), stats.training(a, name)) for a in run.arms]  # noqa: E731
     cards = [
-        _card(run, title, lambda arm, n=name: stats.quiet_curve(arm, n, group), *axis)
-        for title, name, *axis in measured
-    ]
-    cards += [
-        _card(run, title, lambda arm, n=name: stats.training(arm, n), *axis, False) for title, name, *axis in trained
+        charts.series_card(f"Accuracy on {tokens}", evaluated("accuracy"), marks=True, **shares),
+        charts.series_card(f"NLL of {tokens}, nats", evaluated("nll"), marks=True, **nats),
+        charts.series_card(f"Mixing weight at {tokens}", evaluated("weight"), marks=True, **nats),
+        charts.series_card(f"Right thoughts before {tokens}", evaluated("right"), marks=True, **shares),
+        charts.series_card("Thoughts with a positive reward", trained("reward_positive"), **shares),
+        charts.series_card("Mean size of the advantage, nats", trained("advantage"), **nats),
     ]
     return [card for card in cards if card]
-
-
-def _card(
-    run: Run,
-    title: str,
-    points: Callable[[Arm], tuple[Sequence[float], ...]],
-    y_format: Callable[[float], str],
-    y_range: tuple[float, float] | None,
-    marks: bool = True,
-) -> Card | None:
-    """A line per arm that has the measure; `points` gives (steps, values) or (steps, values, low, high)."""
-    lines = []
-    for number, arm in enumerate(run.arms):
-        name, (steps, values, *bounds) = stats.label(arm.name), points(arm)
-        if steps:
-            lines.append(Line(name, steps, values, charts.series(number), *bounds, shape=number, marks=marks))
-    if not lines:
-        return None
-    least, most = (f(y for line in lines for y in (*line.y, *line.low, *line.high)) for f in (min, max))
-    axis = {"x_label": "step", "x_name": lambda value: f"{value:,.0f}", "y_format": y_format}
-    chart = charts.line_chart(lines, title=title, y_range=y_range or (min(0.0, least), max(most, 1e-9)), **axis)
-    return Card(title, chart)
 
 
 def weight_cards(run: Run) -> list[Card]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qstar.report import charts, stats
-from qstar.report.charts import Card, Line
+from qstar.report.charts import Card
 from qstar.report.rationales import Row
 from qstar.report.read import Run
 
@@ -59,14 +59,9 @@ def _points(rows: list[Row], key: str) -> list[tuple[float, float]]:
 
 
 def _card(title: str, found: Series) -> Card | None:
-    lines = [
-        Line(name, *zip(*points), charts.series(n), marks=len(points) == 1, dashed=n >= charts.SERIES)
-        for n, (name, points) in enumerate(found.items())
-        if any(y for _, y in points)
-    ]
-    if not lines:
-        return None
-    low, high = min(min(line.y) for line in lines), max(max(line.y) for line in lines)
+    named = [(name, list(zip(*points)) if any(y for _, y in points) else [(), ()]) for name, points in found.items()]
+    ys = [y for _, (_, values) in named for y in values]
+    low, high = min(ys, default=0.0), max(ys, default=0.0)
     low = low if low < 0 or low > 0.5 * high else 0.0  # a curve that moves only near the top is shown there
-    axis = {"x_label": "updates", "y_format": lambda v: f"{v:g}", "y_range": (low, high) if low < high else None}
-    return Card(title, charts.line_chart(lines, title=title, **axis))
+    y_range = (low, high) if low < high else None
+    return charts.series_card(title, named, x_label="updates", y_format="{:g}".format, y_range=y_range)

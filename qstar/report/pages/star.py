@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from qstar.report import charts, render, stats
 from qstar.report.charts import Card, Line
@@ -50,7 +51,7 @@ def _example(run: Run, group: str) -> Row | None:
 
 
 def _by_iteration(run: Run, title: str, lines: list[Line], what: str) -> Card:
-    axis = {"y_format": stats.whole_percent, "y_range": (0.0, 1.0), "x_label": f"{stats.unit(run)}s"}
+    axis: dict[str, Any] = {"y_format": stats.whole_percent, "y_range": (0.0, 1.0), "x_label": f"{stats.unit(run)}s"}
     name = lambda n: "base" if n == 0 else f"{n:g}"  # noqa: E731
     return Card(title, charts.line_chart(lines, title=f"{what} by {stats.unit(run)}, {title}", x_name=name, **axis))
 
@@ -74,7 +75,7 @@ def outcome_card(run: Run, arm: Arm, group: str) -> Card:
     columns = [(str(n), [counts[name] / sum(counts.values()) for name in OUTCOMES]) for n, counts in found.items()]
     title = f"{stats.arm_title(run, arm)} · {stats.group_label(run, group)}"
     about = f"Shares kept, rationalised and rejected by {stats.unit(run)}, {title}"
-    axis = {"x_label": stats.unit(run), "y_format": stats.whole_percent, "y_max": 1.0}
+    axis: dict[str, Any] = {"x_label": stats.unit(run), "y_format": stats.whole_percent, "y_max": 1.0}
     return Card(title, charts.stacked_bars(columns, VERDICTS, title=about, **axis))
 
 
@@ -88,21 +89,16 @@ def audit_card(run: Run, arm: Arm) -> Card | None:
     return _by_iteration(run, stats.arm_title(run, arm), lines, "Share of exactly right rationales") if lines else None
 
 
-def loss_cards(run: Run, x_label: str) -> Iterable[Card]:
+def loss_cards(run: Run, x_label: str) -> list[Card]:
     """Training loss by update: of the base, and of every arm."""
     arms = [(stats.arm_label(run, arm), stats.losses(arm.stage("train"))) for arm in run.arms]
-    for title, named, label in (
-        ("Training loss · the base", [("base", stats.losses(run.base_train))], "updates"),
-        ("Training loss · the arms", arms, x_label),
-    ):
-        lines = [
-            Line(name, steps, values, charts.series(number), marks=len(steps) == 1)
-            for number, (name, (steps, values)) in enumerate(named)
-            if steps
-        ]
-        if lines:
-            axis = {"x_label": label, "y_format": "{:g}".format, "x_name": "{:,.0f}".format}
-            yield Card(title, charts.line_chart(lines, title=title, **axis))
+    base = [("base", stats.losses(run.base_train))]
+    axes: dict[str, Any] = {"y_format": "{:g}".format, "x_name": "{:,.0f}".format}
+    cards = [
+        charts.series_card("Training loss · the base", base, x_label="updates", **axes),
+        charts.series_card("Training loss · the arms", arms, x_label=x_label, **axes),
+    ]
+    return [card for card in cards if card]
 
 
 def _seconds(run: Run) -> Iterable[Card]:
@@ -111,7 +107,7 @@ def _seconds(run: Run) -> Iterable[Card]:
     stages = [(name, charts.series(number)) for number, name in enumerate(stats.STAGES)]
     timed = {stats.arm_title(run, arm): found for arm in run.arms if (found := stats.seconds(arm))}
     highest = max((sum(values) for found in timed.values() for values in found.values()), default=0.0)
-    axis = {"x_label": stats.unit(run), "y_format": "{:.0f} s".format, "y_max": highest}
+    axis: dict[str, Any] = {"x_label": stats.unit(run), "y_format": "{:.0f} s".format, "y_max": highest}
     for title, found in timed.items():
         columns = [(str(n), values) for n, values in found.items()]
         chart = charts.stacked_bars(columns, stages, title=f"Seconds per stage by {stats.unit(run)}, {title}", **axis)

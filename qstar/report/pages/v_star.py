@@ -41,7 +41,7 @@ class Ranked(NamedTuple):
     completion: str
     score: float
     correct: bool
-    count: int  # how often it was sampled
+    samples: int  # how often it was sampled
 
 
 class Case(NamedTuple):
@@ -117,10 +117,10 @@ def rule_card(name: str, found: Found, drawn: Sequence[str] = DRAWN) -> Card:
         by_k = sorted((int(k), v) for k, v in found["curves"][rule].items())
         xs, means, lows, highs = [math.log2(k) for k, _ in by_k], *zip(*(v for _, v in by_k))
         bound = rule in ("pass", "best/random")  # the ceiling and the floor are no competitors: dashed, without a band
-        bounds = {} if bound else {"low": lows, "high": highs}
+        bounds: dict[str, Any] = {} if bound else {"low": lows, "high": highs}
         lines.append(Line(rule_name(rule), xs, means, charts.series(number), dashed=bound, shape=number, **bounds))
     title = f"Chance to be right by the number of samples, {name}"
-    axis = {"x_label": "samples k to choose from", "y_format": stats.whole_percent, "y_range": (0.0, 1.0)}
+    axis: dict[str, Any] = {"x_label": "samples k to choose from", "y_format": stats.whole_percent, "y_range": (0, 1)}
     chart = charts.line_chart(lines, title=title, x_name=lambda x: f"{2**x:g}", **axis)
     return Card(f"Best of k · {name}", chart, f"{found['problems']} problems, {found['samples']} samples of each.")
 
@@ -133,17 +133,13 @@ def shown_ks(curves: Found) -> list[str]:
 
 def auc_card(title: str, found: Mapping[int, Found]) -> Card | None:
     """AUC within problems by iteration, a line per scorer; None without a number."""
-    lines = []
-    for number, scorer in enumerate(s for s in found[max(found)]["auc"] if f"best/{s}" in DRAWN):
-        points = [(n, one["auc"][scorer]) for n, one in found.items() if one["auc"].get(scorer) is not None]
-        if points:
-            lines.append(Line(SCORERS[scorer], *map(list, zip(*points)), charts.series(number), shape=number))
-    if not lines:
-        return None
-    low = min(0.5, *(y for line in lines for y in line.y))
-    axis = {"x_label": "iteration", "y_format": lambda y: f"{y:.2f}", "y_range": (low, 1.0)}
-    title = f"AUC within problems by iteration, {title}"
-    return Card(title, charts.line_chart(lines, title=title, **axis))
+    named = []
+    for scorer in (s for s in found[max(found)]["auc"] if f"best/{s}" in DRAWN):
+        known = {n: one["auc"][scorer] for n, one in found.items() if one["auc"].get(scorer) is not None}
+        named.append((SCORERS[scorer], [list(known), list(known.values())]))
+    low = min((y for _, (_, values) in named for y in values), default=0.5)
+    axes: dict[str, Any] = {"x_label": "iteration", "y_format": "{:.2f}".format, "y_range": (min(0.5, low), 1.0)}
+    return charts.series_card(f"AUC within problems by iteration, {title}", named, marks=True, **axes)
 
 
 def read_cases(folder: Path, arm: str, n: int, scorers: tuple[str, str], each: int = 2, top: int = 4) -> list[Case]:
@@ -176,7 +172,7 @@ def _order(pairs: Sequence[tuple[Found, Found]], scorer: str) -> list[Ranked]:
     for row, value in pairs:
         text, score = row["completion"], value[scorer] if value[scorer] is not None else -math.inf
         old = found.get(text, Ranked(text, score, row["correct"], 0))
-        found[text] = old._replace(count=old.count + 1)
+        found[text] = old._replace(samples=old.samples + 1)
     return sorted(found.values(), key=lambda ranked: -ranked.score)
 
 
