@@ -40,6 +40,11 @@ RENAMED: dict[str, str] = {  # keys of metrics and records, and parts of file na
         for d in ("gen", "ver")
         for old, new in (("right", "correct"), ("wrong", "incorrect"))
     },
+    **{
+        f"{stage}{side}_drift": f"{stage}{side}_logratio"
+        for stage in ("", "dpo_", "rpo_")
+        for side in ("chosen", "rejected")
+    },
 }
 OWN = re.compile(r"(^|[/ ])own(?=$|[+_ ])")  # the scorer `own` became `generator`, also within keys: best/own_low, ...
 NOT_RESULTS = ("config.json", "environment.json", "resolved.json", "metrics.jsonl")

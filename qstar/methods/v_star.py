@@ -250,7 +250,7 @@ def train_on_pairs(
     with arm.timed("train"):
         model, done = train_dpo(generator, pairs, job)
     metrics = {"trained_rows": done["pairs"], "train_steps": done["steps"], "train_loss": done["loss"]}
-    keys = ("accuracy", "margin", "nll", "chosen_drift", "rejected_drift")
+    keys = ("accuracy", "margin", "nll", "chosen_logratio", "rejected_logratio")
     return model, metrics | {f"rpo_{k}": done.get(k) for k in keys}
 
 

@@ -47,14 +47,14 @@ def dpo_loss(
 
     Returns:
       (sum over pairs, number of pairs). Metrics, means over pairs: `loss`, `accuracy` (share with a positive margin; half
-      of a tie), `margin` (beta included), `chosen_drift` and `rejected_drift` (log-probability minus the reference's),
+      of a tie), `margin` (beta included), `chosen_logratio` and `rejected_logratio` (log-probability minus the reference's),
       `chosen_logprob`, `rejected_logprob`, and `nll` per token of the chosen one; `tokens`, a count.
     """
     del rng
     sums, lengths = pair_logprobs(params["policy"], config, batch.rows, batch.weight.shape[1])  # [B, X, 2]
     weight = batch.weight
-    drift = sums - batch.reference
-    margin = beta * (drift[..., 0] - drift[..., 1])
+    log_ratio = sums - batch.reference
+    margin = beta * (log_ratio[..., 0] - log_ratio[..., 1])
     nll = -sums[..., 0] / jnp.maximum(lengths[..., 0], 1)
     dpo = jax.nn.softplus(-margin)
     total, pairs = jnp.sum(weight * (dpo + alpha * nll)), jnp.sum(weight)
@@ -62,8 +62,8 @@ def dpo_loss(
     named = {
         "accuracy": wins,
         "margin": margin,
-        "chosen_drift": drift[..., 0],
-        "rejected_drift": drift[..., 1],
+        "chosen_logratio": log_ratio[..., 0],
+        "rejected_logratio": log_ratio[..., 1],
         "chosen_logprob": sums[..., 0],
         "rejected_logprob": sums[..., 1],
         "nll": nll,

@@ -40,9 +40,7 @@ def test_prefix_and_thread_written_out_as_a_sequence_give_the_same_logits(family
     (tokens, mask), thought_ids = texts(), thoughts()
     out = run(tree, config, tokens, mask, thought_ids)
     follow = jax.jit(explicit, static_argnums=1)
-    for j in (
-        (0, 4, N - T) if family in ("llama", "gpt2") else (N - T,)
-    ):  # each is a length of its own to compile
+    for j in (0, 4, N - T) if family in ("llama", "gpt2") else (N - T,):  # each is a length of its own to compile
         for row in range(2 * P):
             text = tokens[row // P]
             think, talk = follow(tree, config, text[: j + 1], thought_ids[:, row, j], text[j + 1 : j + T])

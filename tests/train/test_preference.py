@@ -99,7 +99,7 @@ def test_value_and_gradients_are_those_of_torch(params, beta, alpha):
         assert float(metrics["tokens"][0]) == sum(len(e.completion) for pair in PAIRS for e in pair)
 
 
-def test_at_the_reference_the_loss_is_log_2_and_nothing_has_drifted(params):
+def test_at_the_reference_the_loss_is_log_2_and_log_ratios_are_0(params):
     mine = np.array(
         [
             [float(jax.nn.log_softmax(z)[np.arange(len(z)), e.completion].sum()) for z, e in zip(both, pair)]
@@ -109,7 +109,7 @@ def test_at_the_reference_the_loss_is_log_2_and_nothing_has_drifted(params):
     )
     (value, (weight, metrics)), _ = value_and_grad(0.1, 0.0)(params, preference(True, mine))
     assert float(value / weight) == pytest.approx(np.log(2), abs=1e-5)
-    for name in ("margin", "chosen_drift", "rejected_drift"):
+    for name in ("margin", "chosen_logratio", "rejected_logratio"):
         assert float(metrics[name][0]) == pytest.approx(0, abs=1e-4)
 
     @jax.jit
@@ -146,7 +146,7 @@ def test_an_update_parts_the_pairs(params):
     for _ in range(30):
         state, metrics = step(state, batch, np.float32(3e-3))
     assert metrics["accuracy"] == 1 and metrics["margin"] > 0.5 and metrics["loss"] < 0.5
-    assert metrics["chosen_drift"] > metrics["rejected_drift"]
+    assert metrics["chosen_logratio"] > metrics["rejected_logratio"]
 
 
 def test_token_logprobs_do_not_depend_on_chunks(monkeypatch):
