@@ -163,7 +163,7 @@ def broadcast_from_host0(make: Callable[[], Any]) -> Any:
         except UserError as e:
             message, failed = str(e).encode(), True
     share = multihost_utils.broadcast_one_to_all
-    length, failed = (int(x) for x in share(np.asarray([len(message), failed])))
+    length, failed = share(np.asarray([len(message), failed])).tolist()
     message = share(np.frombuffer(message if is_first() else bytes(length), np.uint8)).tobytes()
     if failed:
         raise UserError(message.decode())

@@ -84,9 +84,9 @@ LONG = (  # the longest files begin, so that no worker is left alone with one of
     "configs/test_config_files.py",
     "thoughts/test_loss.py",
     "runs/test_resume.py",
-    "test_processes.py",
+    "test_distributed.py",
     "thoughts/test_facts.py",
-    "test_commands.py",
+    "test_cli.py",
     "methods/test_quiet_star.py",
     "methods/test_quiet_eval.py",
     "methods/test_reinforce.py",
@@ -97,10 +97,34 @@ LONG = (  # the longest files begin, so that no worker is left alone with one of
 )
 
 
+# Left out by `launch/test.sh --fast`: files and folders that took more than 5 seconds (with a warm compile cache), because
+# they train, start processes or compile whole models. `--durations=0` shows where a new file belongs.
+SLOW = (
+    "bench/", "configs/", "multi_device/", "notebooks/", "plan/test_tpu.py", "thoughts/",
+    "methods/test_answerer_faults.py", "methods/test_encoder_decoder.py", "methods/test_guided_cot.py",
+    "methods/test_guided_rewards.py", "methods/test_quiet", "methods/test_reinforce.py", "methods/test_rl.py",
+    "methods/test_star_loop.py", "methods/test_v_star",
+    "models/test_decoder.py", "models/test_encdec.py", "models/test_export.py", "models/test_hf.py", "models/test_lora.py",
+    "models/test_model.py", "models/test_prefix_attention.py", "models/test_reading.py", "models/test_relative.py",
+    "models/test_stopping.py",
+    "runs/test_damage.py", "runs/test_evaluate_export.py", "runs/test_preemption.py", "runs/test_resume.py",
+    "runs/test_run_metrics.py", "runs/test_sampled_tokens.py", "runs/test_stage_folders.py", "runs/test_too_long.py",
+    "runs/test_truncated_answers.py", "runs/test_two_processes.py",
+    "sample/test_generate.py", "tasks/test_code_tasks.py", "tasks/test_sandbox.py",
+    "train/test_distil.py", "train/test_loop.py", "train/test_profile.py", "train/test_rl.py", "train/test_step.py",
+    "train/test_value.py",
+    "test_cli.py", "test_distributed.py", "test_fuzz.py", "test_launch.py", "test_machine_faults.py", "test_preemption.py",
+    "test_start.py", "test_terminal.py", "test_uneven_batches.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Orders the files; within a file nothing changes."""
+    """Marks slow tests and orders the files; within a file nothing changes."""
     rank = {HERE / name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+    for item in items:
+        if item.path.relative_to(HERE).as_posix().startswith(SLOW):
+            item.add_marker("slow")
 
 
 def pytest_configure(config):

@@ -209,8 +209,8 @@ class Program:
         bound = next((x for x in (*outside, *inside) if x is not None and x.op == "constant"), None)
         counter = next((x for x in outside if x is not None and x.op == "get-tuple-element"), None)
         direction = re.search(r"direction=(\w+)", compare.attributes)[1]
-        whole = bound is not None and bound.arrays[0].dtype in ("s32", "u32", "s64")
-        if not whole or direction not in ("LT", "LE", "GT", "GE", "NE"):
+        integral = bound is not None and bound.arrays[0].dtype in ("s32", "u32", "s64")
+        if not integral or direction not in ("LT", "LE", "GT", "GE", "NE"):
             return None
         step, start = self._counter(counter, loop, where)
         last = int(float(bound.operands[0])) + (direction == "LE") - (direction == "GE")
