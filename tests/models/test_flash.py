@@ -120,14 +120,14 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 from qstar.mesh import make_mesh
-from qstar.models.attention import attend, text_sight
+from qstar.models.attention import attend, causal_mask
 from qstar.models.config import ModelConfig
 from qstar.types import Segment
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 mesh = make_mesh("fsdp=2,tensor=2", topology.devices)
 at = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("fsdp")))
 c = ModelConfig(dtype="bfloat16", head_dim=128)
-one = lambda q, k, v, i: attend(q, [Segment(k, v, text_sight(c, i))], scale=1.0)
+one = lambda q, k, v, i: attend(q, [Segment(k, v, causal_mask(c, i))], scale=1.0)
 total = lambda q, k, v, i: jnp.sum(jax.vmap(one)(q, k, v, i).astype(jnp.float32))
 kv = at(jnp.bfloat16, 4, 2, 1024, 128)
 arrays = at(jnp.bfloat16, 4, 1024, 4, 128), kv, kv, at(jnp.int32, 4, 1024)
