@@ -65,7 +65,6 @@ class _Batches(Sequence):
 
 
 def _check(parts: list[Arrays]) -> None:
-    """Every part has rows; all agree in keys, row shape and dtype."""
     layouts = [{key: (array.shape[1:], array.dtype) for key, array in arrays.items()} for arrays in parts]
     for arrays, layout in zip(parts, layouts, strict=True):
         lengths = {key: len(array) for key, array in arrays.items()}

@@ -77,6 +77,7 @@ def read_records(
             if not bad_rows:
                 raise
             faults.append(str(fault))
+    # A few bad records in a large file are usual; more mean that it is another file than the task expects.
     if faults:
         count = len(records) + len(faults)
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")

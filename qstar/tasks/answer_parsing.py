@@ -47,6 +47,7 @@ def final_number(text: str) -> FoundNumber | None:
     for end in answer_text.solution_ends(clean.text):
         part = clean.text[:end]
         marks = [mark.end() for mark in _MARK.finditer(part)]
+        # The mark is the form of the data set, so it outweighs any other statement.
         found, unreadable = _marked(part, marks)
         if found is None and not unreadable:
             places = [at for _, at in reversed(answer_text.statements(part))]
@@ -214,6 +215,7 @@ def final_phrases(part: str, *, reasoning: bool) -> list[str]:
         part: the text up to one of its `answer_text.solution_ends`.
         reasoning: whether a chain of thought was asked for; then the first line is none.
     """
+    # T5 has no line breaks: a further "Question:" follows on the same line.
     text = _NEXT_SLOT.split(part.strip(), maxsplit=1)[0]
     first, stated = text.partition("\n")[0], answer_text.statements(text)
     in_first = bool(stated) and stated[0][0] < len(first)
@@ -223,7 +225,6 @@ def final_phrases(part: str, *, reasoning: bool) -> list[str]:
 
 
 def _phrase(line: str) -> str:
-    """The answer that a line begins with: its first sentence, without a reason, "yes" or "no" alone."""
     line = line.replace(BOX, " ").strip()
     if verdict := _BARE_VERDICT.match(line):
         return verdict[1]

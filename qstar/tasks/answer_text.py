@@ -24,6 +24,7 @@ _TURN = (
     r"<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_of_text|end|user|assistant)\|>|</s>"
     r"|<(?:start|end)_of_turn>|\[/?INST\]"
 )
+# In this order: boxes before other commands, fractions before braces go, escapes before the characters they protect.
 _MARKUP = tuple(
     (re.compile(pattern, re.IGNORECASE), new)
     for pattern, new in (
@@ -119,6 +120,7 @@ def first_turn(text: str) -> str:
 
 def strip_markup(text: str) -> PlainText:
     """The text without thinking, Markdown, LaTeX and HTML: `**$\\boxed{72}$**` is `$\\x0272$`."""
+    # Places are kept through every replacement, so that an answer found in plain text can be cut in the original.
     at = list(range(len(text) + 1))
     for pattern, new in ((_THINKING, ""), *_MARKUP):
         pieces: list[str] = []
@@ -180,7 +182,8 @@ def number_of(match: re.Match[str]) -> Fraction | None:
     """The value of a match with the groups `sign` and `number`, thousands separators allowed."""
     if len(match["number"]) > LONGEST:
         return None
-    written = re.sub(r"^([0-9]+),([0-9]{1,2})$", r"\1.\2", match["number"])  # 3,50 as in much of Europe
+    # One or two digits behind a comma are decimals, as in much of Europe: 3,50.
+    written = re.sub(r"^([0-9]+),([0-9]{1,2})$", r"\1.\2", match["number"])
     parts = [Fraction(re.sub(r"[^0-9.]", "", part)) for part in written.split("/")]
     if parts[1:] == [0]:
         return None

@@ -188,7 +188,6 @@ class Arithmetic(Task):
         return "wrong digit" if found[2] != wanted[2] else "wrong carry"
 
     def _examples(self, problem: Problem) -> list[Problem]:
-        """The few-shot examples of one problem, never the problem itself nor its mirror image."""
         operands = set(map(int, problem.question.split("+")))
         others = [pair for pair in _shot_pairs(int(problem.group), self.shots) if set(pair) != operands]
         return [self.problem(*pair) for pair in stable_rng("shots", problem.id).sample(others, self.shots)]
@@ -217,7 +216,6 @@ def side(a: int, b: int) -> str:
 
 
 def _draw(rng: Random, digits: int, count: int, split: str, without: frozenset = frozenset()) -> list[tuple[int, int]]:
-    """`count` different pairs of one side, or all of them if there are fewer, in random order."""
     low, high = 10 ** (digits - 1), 10**digits - 1
     pairs = (high - low + 1) ** 2
     # The smallest side holds 1/25 of the pairs: below 1/50, drawing until enough differ ends soon.

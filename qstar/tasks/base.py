@@ -70,6 +70,7 @@ class Task:
 
     def pool(self, iteration: int, seed: int, count: int | None = None) -> list[Problem]:
         """The problems of one outer loop: train shuffled by (seed, iteration), the first `count`."""
+        # Seeded by the iteration, not by a state: a resumed run draws the same problems.
         problems = list(self.problems("train"))
         stable_rng(self.name, "pool", seed, iteration).shuffle(problems)
         return problems[:count]
@@ -244,6 +245,7 @@ class DatasetTask(RecordTask):
             if part == "test":
                 own, default, split = self.test, self.default_test or self.default_source, self.test_split
             problems = [p for source in ([own] if own else default.split()) for p in self.read(source, split)]
+            # The number makes ids that are the same in every run, since records keep the file's order.
             self._problems[part] = [
                 p if p.id else dataclasses.replace(p, id=f"{self.name}-{part}-{number:05d}")
                 for number, p in enumerate(problems)

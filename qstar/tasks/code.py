@@ -263,7 +263,6 @@ class HumanEval(CodeTask):
 
 
 def _continues(completion: str) -> bool:
-    """Whether a completion continues with the function's body, and is not a message that holds the program."""
     text = completion.replace("\r\n", "\n")
     if without_thinking(text) != text or text.lstrip("\n").startswith(_PROGRAM_STARTS):
         return False

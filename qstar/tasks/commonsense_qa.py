@@ -43,7 +43,6 @@ class CommonsenseQA(LetteredChoiceTask):
 
 
 def _stem_and_choices(record: dict) -> tuple[str, dict[str, str]]:
-    """The stem and {"a": text, ..} of both published shapes: the hub's columns and the original question object."""
     question = record["question"]
     try:
         if isinstance(question, dict):  # {"stem", "choices": [{"label", "text"}, ..]}

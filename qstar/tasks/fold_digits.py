@@ -140,7 +140,6 @@ def fold(digits: Sequence[int]) -> list[int]:
 
 
 def _slipping(digits: Sequence[int], rng: np.random.Generator) -> list[int]:
-    """The steps with errors: each may be a random digit, from which the next ones continue."""
     steps: list[int] = []
     for d in reversed(digits):
         true = int(table()[d, steps[-1]]) if steps else int(d)

@@ -135,6 +135,7 @@ class MATH(DatasetTask):
 
     def compare(self, problem: Problem, answer: str) -> Comparison:
         """The comparison with the right answer; time-outs and errors are distinguished from answers that differ."""
+        # Most answers end here; a question to the helper process costs milliseconds.
         if normal(answer) == problem.gold:
             return Comparison(True, "equal")
         if _NUMERIC.fullmatch(problem.gold) and self.format == "gsm8k":  # units behind it, $, commas
@@ -153,14 +154,12 @@ def _equal(one: str, other: str, timeout_s: float) -> bool:
 
 
 def _marked(text: str) -> str | None:
-    """The text behind the last mark that opens no explanation."""
     lines = [line.strip() for line in re.findall(rf"{MARK}+[ \t]*(.*)", text)]
     lines = [line for line in lines if not _EXPLANATION.match(line)]
     return (boxed(lines[-1]) or lines[-1].strip("*`_ ")) if lines else None
 
 
 def _written(text: str) -> str | None:
-    """The content of the last box, else the text behind the last mark or statement of an answer."""
     if (inside := boxed(text)) is not None:
         return inside.strip("$")
     text = _EMPHASIS.sub("", _TAG.sub(r"\nAnswer: \1\n", text))

@@ -80,6 +80,7 @@ def fit(
     prompt = frame(" ".join(p.text() for p in kept))
     if not limit or count(prompt) <= limit:
         return prompt, False
+    # Paragraphs are dropped whole: half a paragraph may lose the one fact that the answer needs.
     while kept:
         spare = [i for i, p in enumerate(kept) if not p.gold] if keep_gold else []
         kept.pop(spare[-1] if spare else -1)
@@ -211,7 +212,6 @@ def _from_json(value: Any) -> Any:
 
 
 def _context(value: Any) -> list[tuple[str, list[str]]]:
-    """[[title, [sentences]], ..], also from the hub's {"title": [..], "sentences": [[..], ..]}."""
     value = _from_json(value)
     try:
         if isinstance(value, dict):

@@ -58,6 +58,7 @@ def program_in(text: str) -> str | None:
     text = _framed(first_turn(without_thinking(text)).replace("\r\n", "\n"))
     lines, found = text.split("\n"), blocks(text)
     kept: list[Block] = []
+    # Blocks behind a further problem of the model's own hold that problem's program.
     for block in found:
         between = "\n".join(lines[kept[-1].end if kept else 0 : block.start])
         if any(b.rank() > 1 for b in kept) and _NEXT_TASK.search(between):
@@ -99,6 +100,7 @@ def _block(lines: list[str], at: int, opening: re.Match[str]) -> Block:
     python = bool(_PYTHON.match(info)) if info.strip("{}. ") else None
     indent = len(opening["before"]) if not opening["before"].strip() else 0
     close = re.compile(rf"(.*?){re.escape(fence[0])}{{{len(fence)},}}(?:[ \t]*|[A-Z][\w']* .*)$")
+    # Models also close a fence on the last line of code, and write prose behind the closing fence.
     ends = [
         (i, m[1])
         for i in range(at + 1, len(lines))
@@ -123,7 +125,6 @@ def syntax_tree(code: str) -> ast.Module | None:
 
 
 def _tree(code: str) -> ast.Module | None:
-    """The code as a tree, where it is Python but for its indentation."""
     return syntax_tree(code) or syntax_tree(textwrap.dedent(code))
 
 
@@ -189,7 +190,6 @@ def _parsed(code: str) -> ast.Module | int:
 
 
 def _framed(text: str) -> str:
-    """The text between the marks of a prompt's frame, of which either may be missing."""
     for begin, end in _FRAMES:
         start, stop = text.find(begin), re.search(rf"^[ \t]*{re.escape(end)}", text, re.MULTILINE)
         if start >= 0 and not (stop and stop.start() < start):

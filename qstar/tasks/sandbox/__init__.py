@@ -206,7 +206,8 @@ class Sandbox:
         """Judges one program; see `run_python`."""
         if not (0 < timeout_s < math.inf and memory_mb > 0):
             raise ValueError(f"timeout_s={timeout_s} and memory_mb={memory_mb} must be positive numbers")
-        names = needed_names(job.tests)  # also finds what is wrong with the tests
+        # Here, not in the judge: faulty tests are the caller's error, not a verdict on the program.
+        names = needed_names(job.tests)
         limits = {"timeout_s": timeout_s, "memory_mb": int(memory_mb)}
         worker = self._idle.get()
         try:
@@ -323,5 +324,6 @@ class _Worker(Helper):
         return Verdict(found["reason"] == "passed", **found)
 
     def _broken(self, reason: str, began: float, detail: str) -> Verdict:
+        # What the server would still send belongs to this job: only a new one may take the next.
         self.stop()
         return Verdict(False, reason, time.monotonic() - began, detail)

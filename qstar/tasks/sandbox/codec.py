@@ -50,7 +50,6 @@ def _items(cls: type) -> tuple[type, Callable[[Any, Any], list]]:
 
 
 def _numpy(value: Any, keep: Callable[[Any], int]) -> Any:
-    """Numbers of numpy as Python's, arrays of numbers as their bytes; anything else as a handle."""
     import numpy as np
 
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc" and value.dtype.itemsize <= 16:

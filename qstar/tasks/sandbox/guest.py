@@ -23,6 +23,7 @@ def live(fd: int, baseline: int) -> None:
     isolate.limits(baseline + (order["memory_mb"] << 20), order["cpu_seconds"])
     module = types.ModuleType("program")  # not "__main__": tests do not run `if __name__ == "__main__"`
     sys.modules["program"] = module
+    # Every object that was handed out stays alive, so that its id and number are never those of another.
     objects: dict[int, object] = {}
     numbers: dict[int, int] = {}
 
@@ -55,7 +56,6 @@ def live(fd: int, baseline: int) -> None:
 
 
 def _answer(fd: int, keep: Callable[[object], int], f: Callable[[], object]) -> None:
-    """Sends what `f` returns or how it failed."""
     try:
         reply: list = ["value", codec.encode(f(), keep)]
     except SystemExit:

@@ -105,7 +105,6 @@ def library_folders() -> list[str]:
 
 
 def _installed_folders() -> list[str]:
-    """Folders within the library that hold other installed packages."""
     parents = [sysconfig.get_path("stdlib"), *glob.glob("/usr/lib/python3*")]
     found = [f"{parent}/{name}" for parent in parents for name in ("site-packages", "dist-packages")]
     return [path for path in dict.fromkeys(found) if os.path.isdir(path) and not os.path.islink(path)]
@@ -163,7 +162,6 @@ def enter_namespaces() -> None:
 
 
 def _new_user_namespace() -> None:
-    """Unshares, and maps this user to itself; for root also nobody, whom its children become."""
     uid, gid = os.geteuid(), os.getegid()
     nobody = f"\n{NOBODY} {NOBODY} 1" if uid == 0 else ""
     maps = [("uid_map", f"{uid} {uid} 1{nobody}"), ("gid_map", f"{gid} {gid} 1{nobody}")]

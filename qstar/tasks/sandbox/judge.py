@@ -188,6 +188,7 @@ def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
     ours, theirs = socket.socketpair()
     if isolation == "namespaces":
         isolate.new_process_namespace()
+    # The program's process comes first: it must never have had the job in its memory.
     pid = os.fork()
     if pid == 0:
         _become_guest(theirs.fileno(), baseline, isolation)
@@ -202,6 +203,7 @@ def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
         return NO_JOB
     resource.setrlimit(resource.RLIMIT_AS, (baseline + _MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + 0.5)  # ends the judge, and so all, even inside C code
+    # Tests that draw random numbers give the same verdict in every run.
     random.seed(0)
     began = time.monotonic()
     reason, detail = verdict(program, job)
@@ -222,7 +224,6 @@ def _give_up_powers(isolation: str) -> None:
 
 
 def _become_guest(fd: int, baseline: int, isolation: str) -> None:
-    """Locks this process in, serves, and ends it. Never returns."""
     status = 1
     try:
         os.dup2(fd, 3)

@@ -42,7 +42,6 @@ def _import(names: list[str]) -> None:
 
 
 def _import_packages(folders: list[str]) -> None:
-    """Imports installed packages before the server is confined, and makes their folders readable."""
     for folder in folders:
         parent, name = os.path.split(folder)
         sys.path.append(parent)
@@ -62,6 +61,7 @@ def _confine(strength: str) -> str:
         raise isolate.Refused(why)
     isolate.adopt_orphans()
     found = strength
+    # Each step is tried in a child first: a process that failed half-way could not go on.
     if strength == "auto" and (found := "namespaces") and not _works(lambda: _namespaces(judge_too=True)):
         found = "landlock" if _works(lambda: isolate.landlock([])) else "seccomp"
     if found == "namespaces":
@@ -80,7 +80,6 @@ def _namespaces(judge_too: bool = False) -> None:
 
 
 def _works(step: Callable[[], None]) -> bool:
-    """Whether a step succeeds, tried in a child."""
     pid = os.fork()
     if pid == 0:
         status = 1
