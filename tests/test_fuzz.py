@@ -236,7 +236,7 @@ def fuzz_reply(rng, world, home, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            (found,) = HttpAnswerer(f"http://127.0.0.1:{server.server_port}", "m", retries=1, wait=0).answer(["1?"])
+            (found,) = HttpAnswerer(f"http://127.0.0.1:{server.server_port}", "m", retries=1).answer(["1?"])
         finally:
             server.shutdown()
     assert isinstance(found.text, str) and math.isfinite(found.logprob) and found.text.encode() is not None

@@ -1,10 +1,10 @@
-"""The frozen answerer: a qstar model, any function, or an HTTP endpoint; never trained, asked in batches, cached.
+"""Frozen answerers of LM-Guided CoT: a qstar model, a function or an OpenAI-compatible endpoint; greedy and cached.
 
-In a run of several processes a model answers in all of them together; a function or an endpoint is asked by the first one,
-which tells the others: two processes never hear two different answers, and the cache has one writer.
+    answerer = Cached(HttpAnswerer("http://localhost:8000/v1", model="flan-t5-xxl"), folder / "answers.jsonl")
+    texts = [answer.text for answer in answerer.answer(prompts)]
 
-answerer = Cached(HttpAnswerer("http://localhost:8000/v1", model="flan-t5-xxl"), folder / "answers.jsonl")
-[answer.text for answer in answerer.answer(prompts)]
+In a run of several processes a model answers in all of them together. Process 0 alone calls functions and endpoints and
+broadcasts the answers, so that all processes hold the same ones and the cache has one writer.
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import http.client
 import json
 import os
-import queue
 import re
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,17 +28,23 @@ from qstar.files import warn
 from qstar.models.model import Model
 from qstar.sample.batching import generate
 
+MAX_REPLY = 64 << 20  # bytes of a reply; 64 answers take some hundred kilobytes
+MAX_REFUSED = 0.01  # share of the prompts that the endpoint may refuse (one always may) before the run stops
+
 
 class Answer(NamedTuple):
-    """What the answerer said, and how sure it was."""
+    """An answer with its log-probability."""
 
     text: str
-    logprob: float  # sum over its tokens; 0 where the answerer does not tell
-    tokens: int  # that it wrote; 0 where it does not tell
+    logprob: float  # sum over its tokens; 0 where the answerer reports none
+    tokens: int  # generated; 0 where the answerer reports none
+
+
+UNANSWERED = Answer("", 0.0, 0)  # to a prompt that the endpoint refused
 
 
 class Answerer(Protocol):
-    """Answers prompts greedily; `name` says who it is and how it was asked (it goes into the cache's keys)."""
+    """Answers prompts greedily. `name` identifies the model and its decoding options; it is part of the cache's keys."""
 
     name: str
 
@@ -59,12 +60,12 @@ class ModelAnswerer:
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ("\n",)
     name: str = "model"
-    slots: int | None = None  # prompts read and answered side by side: what its caches take; no answer depends on it
+    slots: int | None = None  # prompts decoded in parallel, bounded by memory; answers do not depend on it
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`."""
-        how = dict(max_new_tokens=self.max_new_tokens, temperature=0.0, stop=self.stop, slots=self.slots)
-        found = generate(self.model, prompts, **how)
+        options = dict(max_new_tokens=self.max_new_tokens, temperature=0.0, stop=self.stop, slots=self.slots)
+        found = generate(self.model, prompts, **options)
         return [Answer(c.text.strip(), float(sum(c.logprobs)), len(c.tokens)) for (c,) in found]
 
 
@@ -78,64 +79,63 @@ class FunctionAnswerer:
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`."""
 
-        def ask() -> list[str]:
+        def call() -> list[str]:
             texts = [str(t).strip() for t in self.function(prompts)]
             fault = f"answerer {self.name}: {len(texts)} answers to {len(prompts)} prompts; return one for each"
             require((len(texts) == len(prompts), fault))
             return texts
 
-        return [Answer(t, 0.0, 0) for t in distributed.broadcast_from_host0(ask)]
+        return [Answer(text, 0.0, 0) for text in distributed.broadcast_from_host0(call)]
 
 
 @dataclasses.dataclass
 class HttpAnswerer:
-    """An endpoint that speaks the OpenAI completions format (vLLM, SGLang, TGI): POST {url}/completions."""
+    """An endpoint of the OpenAI completions format (vLLM, SGLang, TGI): POST {url}/completions.
+
+    The `openai` client makes the requests. It retries, with exponential back-off, connection errors, time-outs, HTTP 408,
+    409, 429 and 5xx, and incomplete replies. The key is OPENAI_API_KEY, unless `headers` has an Authorization.
+    """
 
     url: str
     model: str
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ("\n",)
     batch: int = 64  # prompts per request
-    retries: int = 4  # after a failure that may pass: connection refused, 429, 5xx, a broken reply
-    wait: float = 0.5  # seconds before the first retry; doubles
-    timeout: float = 120.0  # seconds per request
-    headers: tuple[tuple[str, str], ...] = ()
+    retries: int = 4
+    timeout: float = 120.0  # seconds per request, until the reply is complete
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self._asked = self._refused = 0
+        is_http = isinstance(self.url, str) and re.match(r"https?://[^/]", self.url)
+        least = {"batch": 1, "max_new_tokens": 1, "retries": 0}
         require(
-            (isinstance(self.url, str), f"answerer url={self.url!r} must be a text, e.g. http://localhost:8000/v1"),
-            *(
-                (getattr(self, n) >= 1, f"answerer {n}={getattr(self, n)} must be at least 1")
-                for n in ("batch", "max_new_tokens")
-            ),
-            *(
-                (getattr(self, n) >= 0, f"answerer {n}={getattr(self, n)} must be 0 or more")
-                for n in ("retries", "wait")
-            ),
-            (self.timeout > 0, f"answerer timeout={self.timeout} must be above 0 seconds"),
+            (bool(is_http), f"url={self.url!r} is no http address, e.g. http://localhost:8000/v1"),
+            *((getattr(self, k) >= n, f"{k}={getattr(self, k)} must be at least {n}") for k, n in least.items()),
+            (self.timeout > 0, f"timeout={self.timeout} must be above 0 seconds"),
         )
+        self._where = f"{self.url.rstrip('/')}/completions"
+        self._client = _openai_client(self.url, self.headers, self.retries, self.timeout)
 
     @property
     def name(self) -> str:
-        """Who answers, and how it is asked."""
+        """The model, its address and the decoding options."""
         return f"{self.model}@{self.url} max_tokens={self.max_new_tokens} stop={list(self.stop)}"
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`.
 
         Raises:
-          UserError: the endpoint is away, refuses (single prompts up to MAX_REFUSED are left out), or answers in
-            another format; the line says which and what to do.
+          UserError: the endpoint is away, refuses the request (refused prompts up to MAX_REFUSED get an empty answer), or
+            replies in another format.
         """
         self._asked += len(prompts)
-        parts = [list(prompts[at : at + self.batch]) for at in range(0, len(prompts), self.batch)]
-        return [
-            Answer(*a) for a in distributed.broadcast_from_host0(lambda: [a for part in parts for a in self._ask(part)])
-        ]
+        parts = [list(prompts[i : i + self.batch]) for i in range(0, len(prompts), self.batch)]
+        found = distributed.broadcast_from_host0(lambda: [a for part in parts for a in self._ask(part)])
+        return [Answer(*a) for a in found]
 
     def _ask(self, prompts: list[str]) -> list[Answer]:
-        """Asks; where the endpoint refuses prompts, halves the batch until it is known which, and leaves those out."""
+        """Answers a batch; bisects a refused one to isolate the prompts that the endpoint does not take."""
         try:
             return self._request(prompts)
         except _Refused as e:
@@ -149,67 +149,82 @@ class HttpAnswerer:
             warn(f"{line}. Their answers are empty; above {MAX_REFUSED:.0%} the run stops")
             return [UNANSWERED]
 
-    @property
-    def _where(self) -> str:
-        return f"{self.url.rstrip('/')}/completions"
-
     def _request(self, prompts: list[str]) -> list[Answer]:
-        body = {
-            "model": self.model,
-            "prompt": prompts,
-            "max_tokens": self.max_new_tokens,
-            "temperature": 0,
-            "logprobs": 1,
-            "stop": list(self.stop) or None,
-        }
-        reason = ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.wait * 2 ** (attempt - 1))
-            try:
-                status, why, content = _within(self.timeout, lambda: self._post(json.dumps(body).encode()))
-                if status == 200:
-                    return _read(json.loads(content), len(prompts))
-                words = " ".join(content[:300].decode("utf-8", "replace").split())
-                reason = f"HTTP {status} {why}: {words}"
-                if status in (400, 413, 422):
-                    raise _Refused(reason)
-                if status != 429 and status < 500:
-                    raise UserError(f"answerer {self._where} refuses ({reason}); {_advice(reason)}")
-            except (OSError, http.client.HTTPException, json.JSONDecodeError) as e:
-                reason = str(getattr(e, "reason", e)) or type(e).__name__
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"answerer {self._where}: {e}; it must speak the OpenAI completions format") from None
-        raise UserError(
-            f"answerer {self._where} is away after {self.retries + 1} attempts ({reason}); start it, or check the url"
-        )
+        import openai
 
-    def _post(self, body: bytes) -> tuple[int, str, bytes]:
-        """Returns status, reason and content of the reply."""
-        headers = {"Content-Type": "application/json", **dict(self.headers)}
-        if "Authorization" not in headers and (key := os.environ.get("OPENAI_API_KEY")):
-            headers["Authorization"] = f"Bearer {key}"
+        options = dict(max_tokens=self.max_new_tokens, temperature=0, logprobs=1, stop=list(self.stop) or None)
         try:
-            request = urllib.request.Request(self._where, body, headers, method="POST")
-        except ValueError:
-            raise UserError(f"answerer url {self.url!r} is no http address, e.g. http://localhost:8000/v1") from None
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                content = reply.read(MAX_REPLY + 1)
-        except urllib.error.HTTPError as e:
-            return e.code, str(e.reason), e.read(300)
-        if len(content) > MAX_REPLY:
-            raise ValueError(f"the reply is larger than {MAX_REPLY >> 20} MiB")
-        return 200, "", content
+            reply = self._client.completions.with_raw_response.create(model=self.model, prompt=prompts, **options)
+            return _parse(json.loads(reply.http_response.content), len(prompts))
+        except openai.APIStatusError as e:
+            words = " ".join(e.response.text[:300].split())
+            reason = f"HTTP {e.status_code} {e.response.reason_phrase}: {words}"
+            if "x-incomplete" in e.response.headers:  # from `_openai_client`, not from the endpoint
+                reason = words
+            if e.status_code in (400, 413, 422):
+                raise _Refused(reason) from None
+            if e.status_code < 500 and e.status_code not in (408, 409, 429):
+                raise UserError(f"answerer {self._where} refuses ({reason}); {_advice(reason)}") from None
+        except openai.APIConnectionError as e:  # time-outs among them
+            reason = str(e.__cause__ or e) or type(e.__cause__).__name__
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"answerer {self._where}: {e}; it must speak the OpenAI completions format") from None
+        attempts = f"{self.retries + 1} attempts"
+        raise UserError(f"answerer {self._where} is away after {attempts} ({reason}); start it, or check the url")
 
 
-MAX_REPLY = 64 << 20  # bytes of a reply: 64 answers take some hundred kilobytes
-MAX_REFUSED = 0.01  # share of prompts that the endpoint may refuse (one always may) before the run stops
-UNANSWERED = Answer("", 0.0, 0)  # to a prompt that the endpoint refused
+def _openai_client(url: str, headers: dict[str, str], retries: int, timeout: float) -> Any:
+    """Returns an `openai.OpenAI` whose HTTP client bounds the time and size of the whole reply."""
+    try:
+        import openai
+    except ImportError:
+        raise UserError(f"url={url}: needs the openai client: `pip install 'qstar[endpoint]'`") from None
+
+    class BoundedClient(openai.DefaultHttpxClient):
+        # httpx bounds the wait for each chunk, not for the whole reply, and the openai client does not retry replies
+        # that break off. An incomplete reply becomes an HTTP 502, as from a gateway, which it does retry.
+        def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+            deadline, body, fault = time.monotonic() + timeout, bytearray(), ""
+            response = super().send(request, stream=True, **options)
+            kept = {k: v for k, v in response.headers.items() if k.lower() in ("content-type", "retry-after")}
+            for chunk in response.iter_bytes():
+                body += chunk
+                if time.monotonic() > deadline:
+                    fault = f"no complete reply within {timeout:g} s"
+                if len(body) > MAX_REPLY:
+                    fault, kept["x-should-retry"] = f"the reply is larger than {MAX_REPLY >> 20} MiB", "false"
+                if fault:
+                    break
+            response.close()
+            if response.status_code == 200 and not fault:
+                fault = _json_fault(bytes(body))
+            if not fault:
+                return type(response)(response.status_code, headers=kept, content=bytes(body), request=request)
+            return type(response)(502, headers={**kept, "x-incomplete": "1"}, content=fault.encode(), request=request)
+
+    return openai.OpenAI(
+        base_url=url,
+        api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY",  # the client wants one; local servers take any
+        default_headers=headers,
+        max_retries=retries,
+        timeout=timeout,
+        http_client=BoundedClient(timeout=timeout),
+    )
+
+
+def _json_fault(body: bytes) -> str:
+    """What is wrong with a reply that is no JSON; "" for the faults that asking again does not mend."""
+    try:
+        json.loads(body)
+    except json.JSONDecodeError as e:
+        return f"the reply is no JSON: {e}"
+    except (ValueError, RecursionError):
+        pass
+    return ""
 
 
 class _Refused(Exception):
-    """The endpoint refuses a request for what is in it: a prompt is too long, or holds something it does not take."""
+    """The endpoint refuses a request for its content: a prompt is too long, or has characters that it does not take."""
 
 
 def _advice(reason: str) -> str:
@@ -221,42 +236,20 @@ def _advice(reason: str) -> str:
     return "check the model's name and the url"
 
 
-def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """Returns what a function returns, or raises what it raises, within so many seconds.
-
-    A socket's timeout bounds the wait for each byte, not for the whole reply. The thread of a function that takes too
-    long is left behind; it ends with its connection.
-    """
-    done: queue.SimpleQueue = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            done.put((function(), None))
-        except BaseException as e:  # noqa: BLE001  raised again by who waits
-            done.put((None, e))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        value, error = done.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no complete reply within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return value
-
-
-def _read(reply: Any, count: int) -> list[Answer]:
-    """Returns the answers in a reply, in the prompts' order.
+def _parse(reply: Any, count: int) -> list[Answer]:
+    """Returns the answers of a reply, in the prompts' order.
 
     Raises:
-      ValueError: it is not in the completions format.
+      ValueError: the reply is not in the completions format. Servers differ in the fields that they leave out, and the
+        client's own classes do not validate, so the fields that are used are checked here.
     """
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or len(choices) != count:
         found = len(choices) if isinstance(choices, list) else 0
         raise ValueError(f"the reply holds {found} choices for {count} prompts")
     out: dict[int, Answer] = {}
-    for at, choice in enumerate(choices):  # servers may answer out of order: `index` says whose it is
+    # Servers may answer out of order: `index` is the prompt's number.
+    for at, choice in enumerate(choices):
         if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
             raise ValueError("a choice has no text")
         index, scores = choice.get("index", at), choice.get("logprobs") or {}
@@ -266,7 +259,7 @@ def _read(reply: Any, count: int) -> list[Answer]:
         if not isinstance(scores, list) or not all(x is None or _is_finite(x) for x in scores):
             raise ValueError("a choice's logprobs hold no list token_logprobs of finite numbers")
         text = choice["text"].encode("utf-8", "replace").decode()  # a lone surrogate has no UTF-8
-        scores = [x for x in scores if x is not None]
+        scores = [x for x in scores if x is not None]  # the first token of a prompt has none
         out[index] = Answer(text.strip(), float(sum(scores)), len(scores))
     if sorted(out) != list(range(count)):
         raise ValueError(f"the choices' indices are not 0 to {count - 1}")
@@ -274,26 +267,23 @@ def _read(reply: Any, count: int) -> list[Answer]:
 
 
 def _is_finite(x: Any) -> bool:
-    """Whether a JSON value is a number that a float can hold."""
     return type(x) in (int, float) and -sys.float_info.max <= x <= sys.float_info.max
 
 
 class Cached:
-    """An answerer that is asked every prompt once: RL asks the same ones again and again.
+    """An answerer with a cache, since RL repeats prompts; with a file, the cache outlives the process.
 
-    With a file, answers outlive the process (a line of JSON each, keyed by a hash of the answerer's name and the prompt).
+    The file has a line of JSON per answer, keyed by a hash of the answerer's name and the prompt.
     """
 
     def __init__(self, inner: Answerer, file: Path | None = None):
-        """Reads what an earlier run was told; a last line that was cut off by a kill is passed over."""
-        self.inner, self.file = inner, file
-        self.name = inner.name
+        """Reads the answers of earlier runs."""
+        self.inner, self.file, self.name = inner, file, inner.name
         self.asked = self.answered = 0
         self._known: dict[str, Answer] = {}
         if file is not None:
-            self._known = {
-                k: Answer(*a) for k, a in distributed.broadcast_from_host0(functools.partial(_read_cache, file)).items()
-            }
+            found = distributed.broadcast_from_host0(functools.partial(_read_cache, file))
+            self._known = {k: Answer(*a) for k, a in found.items()}
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`."""
@@ -304,23 +294,28 @@ class Cached:
             found = dict(zip(new, self.inner.answer(list(new.values()))))
             self._known |= found
             if self.file is not None and distributed.is_first():
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                torn = self.file.exists() and self.file.read_bytes()[-1:] not in (b"", b"\n")
-                rows = [{"key": k, **a._asdict(), "crc": _crc(k, a)} for k, a in found.items() if a != UNANSWERED]
-                with self.file.open("a", encoding="utf-8") as out:
-                    out.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
+                _append_cache(self.file, {k: a for k, a in found.items() if a != UNANSWERED})
         return [self._known[k] for k in keys]
 
 
+def _append_cache(file: Path, answers: dict[str, Answer]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A killed process may have left half a line.
+    is_torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+    rows = [{"key": k, **a._asdict(), "crc": _crc(k, a)} for k, a in answers.items()]
+    with file.open("a", encoding="utf-8") as out:
+        out.write("\n" * is_torn + "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def _read_cache(file: Path) -> dict[str, Answer]:
-    """Returns the answers in a cache; lines that are damaged are named and left out, so that they are asked for again."""
+    """Returns the answers of a cache; damaged lines are reported and left out, so that their prompts are asked again."""
     out: dict[str, Answer] = {}
     lines = file.read_bytes().split(b"\n") if file.exists() else []
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
-            row = json.loads(line) if line else None
-            if row is None:
-                continue
+            row = json.loads(line)
             answer = Answer(row["text"], row["logprob"], row["tokens"])
             if not isinstance(answer.text, str) or not _is_finite(answer.logprob) or type(answer.tokens) is not int:
                 raise ValueError
@@ -328,11 +323,10 @@ def _read_cache(file: Path) -> dict[str, Answer]:
                 raise ValueError
             out[row["key"]] = answer
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if number < len(lines):  # the last line may be one that a killed process was writing
+            if number < len(lines):  # a killed process may have left half a last line, which is no damage
                 warn(f"{file}:{number}: damaged; that prompt is asked again")
     return out
 
 
 def _crc(key: str, answer: Answer) -> int:
-    """The checksum of a line of the cache."""
     return zlib.crc32(json.dumps([key, *answer]).encode())

@@ -37,9 +37,7 @@ def serve():
         server.answer, server.daemon_threads = answer, True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         made.append(server)
-        return A.HttpAnswerer(
-            f"http://127.0.0.1:{server.server_port}/v1", "m", **{"wait": 0.01, "retries": 1, **options}
-        )
+        return A.HttpAnswerer(f"http://127.0.0.1:{server.server_port}/v1", "m", **{"retries": 1, **options})
 
     yield start
     for server in made:

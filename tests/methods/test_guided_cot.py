@@ -76,7 +76,6 @@ def small(tmp_path_factory):
 def config_for(server, small, files):
     config = get_config(f"smoke,small={small},url={server.url},name=big,train={files['train']},test={files['test']}")
     config.world.update(test=6, small_limit=900, large_limit=400, votes=2, questions=10)
-    config.world.large.wait = 0.01
     config.arms = {"kd": {"filter": "em", "steps": 3}, "rl": {"start": "kd", "rl": {"estimator": "ppo", "group": 2}}}
     return config
 

@@ -175,7 +175,7 @@ def serve():
 
 
 def client(server, **options):
-    return A.HttpAnswerer(server.url, "big", wait=0.01, **options)
+    return A.HttpAnswerer(server.url, "big", **options)
 
 
 def test_an_endpoint_is_asked_in_batches_and_its_order_does_not_matter(serve):
