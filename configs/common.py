@@ -117,7 +117,7 @@ def quiet_config() -> ConfigDict:
             "thoughts": {},
             "arms": {"quiet_star": {}},
             "train": dict(update),
-            "evaluate": {"rows": 256, "batch_size": 8, "every": 0, "shown": 40, "passes": 1},
+            "evaluate": {"rows": 256, "batch_size": 8, "every": 0, "viewer_texts": 40, "thoughts_per_position": 1},
             "log": {"wandb": {}},
         }
     )

@@ -39,7 +39,7 @@ def get_config(arg=None):
         for name, before, n, talk, lr in CURRICULUM
     }
     config.arms["student"] = {
-        "thinker": "none",
+        "thought_source": "none",
         "start": "ahead_8",
         "teacher": "ahead_8",
         "steps": last,

@@ -6,7 +6,7 @@
 `small` and `large` are folders in the Hugging Face layout; with `url` the large model is behind an endpoint that speaks the
 OpenAI completions format (vLLM, SGLang, TGI), where `name` is what it calls its model. `data` is a folder with train.json
 and dev.json, `task` hotpotqa or 2wikimultihopqa. Sizes of models as the paper's; its data sizes, weights and rates are
-not, so those here are ours. XXL answers `world.large.slots` prompts side by side: the keys and values that it reads of one
+not, so those here are ours. XXL answers `guided.large.slots` prompts side by side: the keys and values that it reads of one
 take 0.6 GB, over all chips. Not run here at that size; what was run is `smoke`, with a 260K-parameter student.
 """
 
@@ -26,8 +26,8 @@ def get_config(arg=None):
     if arg.data or arg.train:
         config.task.update(train=arg.train or f"{arg.data}/train.json", test=arg.test or f"{arg.data}/dev.json")
     large = {"url": arg.url, "model": arg.name} if arg.url else {"path": arg.large, "dtype": "bfloat16", "slots": 128}
-    config.world = {"small": arg.small, "large": large, "questions": 15_000, "rl_questions": 15_000, "test": 2000,
-                    "votes": 10}  # fmt: skip
+    questions = {"teacher_questions": 15_000, "rl_questions": 15_000, "test_questions": 2000}
+    config.guided = {"small": arg.small, "large": large, "votes": 10, **questions}
     config.distil = {"kind": "hard"}
     config.distil_train = {"batch_size": 64, "lr": 3e-4, "schedule": "linear", "warmup": 100, "max_new_tokens": 96,
                            "save_every": 500}  # fmt: skip
@@ -38,15 +38,15 @@ def get_config(arg=None):
         "kd_unfiltered": {"filter": "none", "steps": 2000},
         "kd_filtered": {"filter": "em", "steps": 2000},
         "rl_both": {"start": "kd_filtered"},
-        "rl_aspects": {"start": "kd_filtered", "accuracy": 0.0},
-        "rl_accuracy": {"start": "kd_filtered", "aspect": 0.0},
+        "rl_aspects": {"start": "kd_filtered", "accuracy_weight": 0.0},
+        "rl_accuracy": {"start": "kd_filtered", "aspect_weight": 0.0},
     }
     if arg.smoke:
         config.mesh = "data=-1"
         if not arg.url:
-            config.world.large.dtype = "float32"
-        config.world.update(questions=12, rl_questions=12, test=8, small_limit=480, large_limit=480, votes=2)
-        config.world.update(max_new_tokens=16, cot_tokens=16, answer_tokens=6)
+            config.guided.large.dtype = "float32"
+        config.guided.update(teacher_questions=12, rl_questions=12, test_questions=8, votes=2)
+        config.guided.update(small_limit=480, large_limit=480, max_new_tokens=16, cot_tokens=16, answer_tokens=6)
         config.distil_train.update(batch_size=4, max_new_tokens=16, save_every=0, log_every=2)
         config.rl.update(estimator="rloo", group=2)
         config.train.update(updates=2, prompts=4, batch_size=8, epochs=1, save_every=1)

@@ -14,14 +14,15 @@ rates, filters and lengths were chosen on was not kept apart from the test quest
     ...py:arms=kd_filtered+rl_ppo     any arms of ARMS (those they start from come along)
     ...py:arms=kd_filtered_flops+rl_both+kd_unfiltered_flops+rl_both_unfiltered   both at equal FLOPs; not run yet
     ...py:seed=1                      another large model
-    ...py:two_ways                    a teacher whose right chains come in two orders, so that votes beat its greedy one
+    ...py:reversed_chains             a teacher whose correct chains come in two orders, so that votes beat its greedy one
 """
 
 from configs.common import parse_arg, star_config
 from qstar.errors import unknown
 
 RLOO = {"estimator": "rloo"}
-FREE = {"estimator": "rloo", "kl_weight": 0.0}
+# No KL penalty, and an undistilled student.
+UNREGULARIZED = {"start": "kd_none", "rl": {**RLOO, "kl_weight": 0.0}, "aspect_weight": 0.0, "train": {"updates": 150}}
 ARMS = {
     "kd_unfiltered": {"filter": "none"},
     "kd_loose": {"filter": "parity"},
@@ -36,20 +37,20 @@ ARMS = {
     "kd_short_long": {"filter": "em", "steps": 450},
     "kd_none": {"filter": "none", "steps": 0},
     "rl_both": {"start": "kd_filtered", "rl": RLOO},
-    "rl_aspects": {"start": "kd_filtered", "rl": RLOO, "accuracy": 0.0},
-    "rl_accuracy": {"start": "kd_filtered", "rl": RLOO, "aspect": 0.0},
+    "rl_aspects": {"start": "kd_filtered", "rl": RLOO, "accuracy_weight": 0.0},
+    "rl_accuracy": {"start": "kd_filtered", "rl": RLOO, "aspect_weight": 0.0},
     "rl_both_unfiltered": {"start": "kd_unfiltered", "rl": RLOO},
-    "rl_aspects_unfiltered": {"start": "kd_unfiltered", "rl": RLOO, "accuracy": 0.0},
-    "rl_weak_unfiltered": {"start": "kd_unfiltered", "rl": RLOO, "accuracy": 0.0, "weak": True},
+    "rl_aspects_unfiltered": {"start": "kd_unfiltered", "rl": RLOO, "accuracy_weight": 0.0},
+    "rl_weak_unfiltered": {"start": "kd_unfiltered", "rl": RLOO, "accuracy_weight": 0.0, "weak_factuality": True},
     "rl_both_loose": {"start": "kd_loose", "rl": RLOO},
     "rl_both_short": {"start": "kd_short", "rl": RLOO},
-    # Accuracy alone, no divergence paid for, from a student that has read no rationale: the way to smuggling.
-    "rl_smuggle": {"start": "kd_none", "rl": FREE, "aspect": 0.0, "guard": False, "train": {"updates": 150}},
-    "rl_smuggle_guarded": {"start": "kd_none", "rl": FREE, "aspect": 0.0, "train": {"updates": 150}},
+    # Correct answers alone are rewarded, which leads to rationales that carry the answer without reasons.
+    "rl_smuggle": {**UNREGULARIZED, "reject_bare_answers": False},
+    "rl_smuggle_guarded": UNREGULARIZED,
     "rl_grpo": {"start": "kd_unfiltered", "rl": {"estimator": "grpo"}},
     "rl_ppo": {"start": "kd_unfiltered", "rl": {"estimator": "ppo"}},
 }
-STUDIED = ("kd_unfiltered", "kd_filtered", "rl_both")  # votes, best of 16, leaks
+ANALYZED = ("kd_unfiltered", "kd_filtered", "rl_both")  # self-consistency, best of 16, ablated rationales
 DEFAULT = (
     "kd_unfiltered+kd_loose+kd_filtered+kd_filtered_long+rl_both+rl_both_unfiltered+rl_aspects_unfiltered+rl_both_loose"
     "+rl_grpo+rl_ppo"
@@ -57,17 +58,17 @@ DEFAULT = (
 
 
 def get_config(arg=None):
-    """Arguments: smoke, seed=N (of the large model), students=N, arms=A+B, two_ways."""
-    arg = parse_arg(arg, smoke=False, seed=0, students=1, arms=DEFAULT, two_ways=False)
+    """Arguments: smoke, seed=N (of the large model), students=N, arms=A+B, reversed_chains."""
+    arg = parse_arg(arg, smoke=False, seed=0, students=1, arms=DEFAULT, reversed_chains=False)
     config = star_config()
     for key in ("model", "base", "loop", "sample", "evaluate"):
         del config[key]
     config.update({"method": "guided_cot", "name": "guided_cot_synth", "seed": arg.seed, "students": arg.students})
-    config.task = {"name": "hops"}
-    config.studied = [n for n in STUDIED if n in with_starts(arg.arms.split("+"))]
+    config.task = {"name": "two_hop"}
+    config.analyzed_arms = [n for n in ANALYZED if n in with_starts(arg.arms.split("+"))]
     config.arms = with_starts(arg.arms.split("+"))
-    config.world = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 2000, "questions": 1000,
-                    "samples": 4, "rl_questions": 2000, "test": 2000}  # fmt: skip
+    config.guided = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 2000}
+    config.guided.update(teacher_questions=1000, teacher_samples=4, rl_questions=2000, test_questions=2000)
     config.distil = {"kind": "hard"}
     config.distil_train = {
         "batch_size": 64,
@@ -81,8 +82,8 @@ def get_config(arg=None):
     config.train = {"updates": 80, "prompts": 64, "batch_size": 256, "lr": 5e-4, "schedule": "linear", "end": 0.1,
                     "warmup": 0, "log_every": 5, "save_every": 40, "clip": 1.0, "b2": 0.95}  # fmt: skip
     config.gates = gates()
-    if arg.two_ways:  # its wrong chain is likelier than either right one for two relations of six
-        config.world.update(two_ways=True, noise=(0.05, 0.10, 0.15, 0.20, 0.42, 0.44))
+    if arg.reversed_chains:  # its wrong chain is likelier than either right one for two relations of six
+        config.guided.update(reversed_chains=True, error_rates=(0.05, 0.10, 0.15, 0.20, 0.42, 0.44))
         config.gates = {}  # their bounds are of the other teacher
     if arg.smoke:
         smoke(config)
@@ -119,12 +120,14 @@ def gates():
 
 def smoke(config):
     """Under a minute: every stage runs, nothing is learnt."""
-    config.world.update(copy_steps=10, mixed_steps=20, small_steps=10, direct_steps=10)
-    config.world.update(questions=24, samples=2, rl_questions=32, test=40, votes=2, choose=3)
-    config.world.large = {"hidden_size": 32, "num_layers": 1}
-    config.world.small = {"hidden_size": 16, "num_layers": 1}
+    config.guided.update(copy_steps=10, mixed_steps=20, small_steps=10, direct_steps=10)
+    config.guided.update(
+        teacher_questions=24, teacher_samples=2, rl_questions=32, test_questions=40, votes=2, best_of=3
+    )
+    config.guided.large = {"hidden_size": 32, "num_layers": 1}
+    config.guided.small = {"hidden_size": 16, "num_layers": 1}
     config.gates = {}
     config.distil_train.batch_size = 16
     config.train.update(updates=3, prompts=8, batch_size=32, log_every=1, save_every=2)
     config.arms = {k: {**v, "steps": 10} for k, v in with_starts(["kd_unfiltered", "rl_both_unfiltered"]).items()}
-    config.studied = ["kd_unfiltered"]
+    config.analyzed_arms = ["kd_unfiltered"]

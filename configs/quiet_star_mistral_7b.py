@@ -25,7 +25,7 @@ def get_config(arg=None):
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
     config.thoughts = {"parity": True, "forbidden_ids": (), "start_text": "---"}  # n_ahead 12: 9 content tokens
     config.train.update(batch_size=8, accumulate=2, lr=1e-6, warmup=20, save_every=20, log_every=10)
-    config.evaluate.update(rows=128, batch_size=8, every=10, shown=16)
+    config.evaluate.update(rows=128, batch_size=8, every=10, viewer_texts=16)
     config.arms = {"quiet_star": {"steps": 100, "patience": 3}}  # longer training hurts: stop on held-out text
     if arg.smoke:
         smoke(config)
@@ -35,9 +35,9 @@ def get_config(arg=None):
 def smoke(config):
     """Under a minute."""
     config.mesh = "data=-1"
-    config.data = {"name": "folds", "documents": 3}
+    config.data = {"name": "fold_digits", "documents": 3}
     config.model = {"path": "", "preset": "tiny", "hidden_size": 32, "num_layers": 2, "remat": "block"}
     config.thoughts.update(thought_tokens=2, talk_tokens=2, start_text="-")
     config.train.update(batch_size=4, save_every=2, log_every=2)
-    config.evaluate.update(rows=8, batch_size=8, every=2, shown=4)
+    config.evaluate.update(rows=8, batch_size=8, every=2, viewer_texts=4)
     config.arms = {"quiet_star": {"steps": 4, "patience": 3}}

@@ -25,14 +25,14 @@ def get_config(arg=None):
         config.base.update(steps=2000, batch_size=32, lr=1e-3, schedule="cosine", end=0.1, b2=0.98, log_every=100)
     config.thoughts = {"thought_tokens": 4, "talk_tokens": 2, "thoughts_per_position": 2, "start_text": "\n"}
     config.train.update(batch_size=8, lr=1e-4, b2=0.98, log_every=20, save_every=100)
-    config.evaluate.update(rows=128, batch_size=16, every=100, shown=24)
+    config.evaluate.update(rows=128, batch_size=16, every=100, viewer_texts=24)
     config.arms = {
         "quiet_star": {"steps": arg.steps},
         "no_policy": {"steps": arg.steps, "thoughts": {"policy_weight": 0.0}},
-        "pause": {"steps": arg.steps, "thinker": "pause"},
-        "random": {"steps": arg.steps, "thinker": "random"},
-        "same_text": {"steps": arg.steps, "thinker": "none"},
-        "same_compute": {"steps": 16 * arg.steps, "thinker": "none"},
+        "pause": {"steps": arg.steps, "thought_source": "pause"},
+        "random": {"steps": arg.steps, "thought_source": "random"},
+        "same_text": {"steps": arg.steps, "thought_source": "none"},
+        "same_compute": {"steps": 16 * arg.steps, "thought_source": "none"},
     }
     if arg.smoke:
         smoke(config)
@@ -42,11 +42,11 @@ def get_config(arg=None):
 def smoke(config):
     """Under a minute; without `model` and `data` on generated text."""
     if not config.data.source:
-        config.data = {"name": "folds", "documents": 3}
+        config.data = {"name": "fold_digits", "documents": 3}
         config.model = {"path": "", "preset": "tiny", "hidden_size": 32, "num_layers": 2}
         config.thoughts.start_text = "-"
         config.base.update(steps=0)
     config.thoughts.update(thought_tokens=2)
     config.train.update(batch_size=4, save_every=2, log_every=2)
-    config.evaluate.update(rows=8, batch_size=8, every=2, shown=4)
+    config.evaluate.update(rows=8, batch_size=8, every=2, viewer_texts=4)
     config.arms = {name: {**config.arms[name].to_dict(), "steps": 4} for name in ("quiet_star", "same_text")}

@@ -22,20 +22,20 @@ TRANSFORMER = "layers|embed|head|norm|positions"
 ARMS = {
     "quiet_star": {},
     "no_policy": {"thoughts": {"policy_weight": 0.0}},
-    "no_policy_frozen": {"thoughts": {"policy_weight": 0.0}, "trains": FROZEN},
-    "pause": {"thinker": "pause"},
-    "random": {"thinker": "random"},
-    "same_text": {"thinker": "none"},
-    "same_compute": {"thinker": "none", "steps": 24},  # times the steps of the others: 24 times the text
-    "sampled_lengths": {"lengths": (1, 2, 3, 4, 5, 6, 7, 8), "thoughts": {"thought_tokens": 6}},
+    "no_policy_frozen": {"thoughts": {"policy_weight": 0.0}, "trainable": FROZEN},
+    "pause": {"thought_source": "pause"},
+    "random": {"thought_source": "random"},
+    "same_text": {"thought_source": "none"},
+    "same_compute": {"thought_source": "none", "steps": 24},  # times the steps of the others: 24 times the text
+    "sampled_lengths": {"thought_lengths": (1, 2, 3, 4, 5, 6, 7, 8), "thoughts": {"thought_tokens": 6}},
     "long": {"steps": 3},
     "no_policy_long": {"steps": 3, "thoughts": {"policy_weight": 0.0}},
-    "pause_long": {"steps": 12, "thinker": "pause"},
+    "pause_long": {"steps": 12, "thought_source": "pause"},
 }
 DEFAULT = "quiet_star+no_policy+no_policy_frozen+pause+random+same_text+same_compute"
 OFFICIAL = {  # one of the official code's choices each, see ThoughtConfig
     "clip": {"clip_negative": True},
-    "heat_3": {"policy_temperature": 3.0},
+    "temperature_3": {"policy_temperature": 3.0},
     "mean": {"policy_reduce": "mean"},
     "sigmoid": {"mixing": "sigmoid"},
     "policy_tenth": {"policy_weight": 0.1},
@@ -70,7 +70,7 @@ def get_config(arg=None):
     config = quiet_config()
     config.name = "quiet_star_tiny"
     config.seed = arg.seed
-    config.data = {"name": "folds", "documents": arg.documents, "worked": arg.worked}
+    config.data = {"name": "fold_digits", "documents": arg.documents, "worked": arg.worked}
     config.model = {
         "path": "",
         "preset": "tiny",
@@ -86,21 +86,21 @@ def get_config(arg=None):
     config.base.update(lr=2e-3, b2=0.98, weight_decay=0.01, **base)
     config.thoughts = {"thought_tokens": 6, "talk_tokens": 1, "thoughts_per_position": 2, "start_text": "-"}
     config.train.update(batch_size=32, lr=1e-3, b2=0.98, weight_decay=0.001, log_every=25)
-    config.evaluate.update(rows=1200, batch_size=200, shown=40)
+    config.evaluate.update(rows=1200, batch_size=200, viewer_texts=40)
     config.gates = gates()
     if arg.lengths:
         arms = {f"length_{n}": {"thoughts": {"thought_tokens": n}} for n in range(1, 9)}
     elif arg.official:
         arms = {name: {"thoughts": changes} for name, changes in OFFICIAL.items()}
         # The start and end vectors where they were: is it their movement that loses the thoughts?
-        arms["weak_scale_100_still"] = {"thoughts": OFFICIAL["weak_scale_100"], "trains": TRANSFORMER + "|mixing"}
+        arms["weak_scale_100_still"] = {"thoughts": OFFICIAL["weak_scale_100"], "trainable": TRANSFORMER + "|mixing"}
     elif arg.fast:
         arms = fast()
     else:
         arms = {name: arm_of(name) for name in arg.arms.split("+")}
     for arm in arms.values():
         arm["steps"] = arg.steps * arm.get("steps", 1)
-        arm["every"] = arm["steps"] // 5
+        arm["evaluate_every"] = arm["steps"] // 5
     config.arms = arms
     if arg.smoke:
         smoke(config)
@@ -120,8 +120,8 @@ def fast():
     for before, name, n in (("six", "six_to_four", 4), ("six_to_four", "four_to_two", 2)):
         out[name] = {"start": before, "thoughts": {"thought_tokens": n}}
     out["two"] = {"thoughts": {"thought_tokens": 2}, "steps": 3}
-    out["student"] = {"thinker": "none", "start": "six", "teacher": "six", "steps": 4}
-    out["plain"] = {"thinker": "none", "start": "six", "steps": 4}
+    out["student"] = {"thought_source": "none", "start": "six", "teacher": "six", "steps": 4}
+    out["plain"] = {"thought_source": "none", "start": "six", "steps": 4}
     return out
 
 
@@ -144,14 +144,14 @@ def gates():
             "why": "the base cannot write the steps; train it for longer, or show it more of them",
         },
         "some thoughts are right": {
-            "metric": "right",
+            "metric": "thought_accuracy",
             "min": 0.05,
             "max": 0.6,
             "stop": False,
             "why": "at 0 there is nothing to reinforce; far above, the controls will look as good",
         },
         "greedy thoughts are not": {
-            "metric": "right_greedy",
+            "metric": "thought_accuracy_greedy",
             "max": 0.1,
             "stop": False,
             "why": "the greedy column would flatter the arm without policy gradient",
@@ -163,8 +163,8 @@ def smoke(config):
     """Under a minute: every stage runs, nothing is learnt."""
     config.base.steps = 60
     config.thoughts.thought_tokens = 2
-    config.evaluate.update(rows=40, batch_size=40, every=6, shown=8)
+    config.evaluate.update(rows=40, batch_size=40, every=6, viewer_texts=8)
     config.train.update(log_every=3, save_every=5, batch_size=8)
     config.gates = {}
     for arm in config.arms.values():
-        arm.steps, arm.every = 12 if arm.steps < 1000 else 24, 6
+        arm.steps, arm.evaluate_every = 12 if arm.steps < 1000 else 24, 6

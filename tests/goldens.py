@@ -32,6 +32,27 @@ RUNS = {
 }
 CLOCK = ("seconds", "tokens_per_second", "memory", "mfu", "recompiles", "duration", "time", "rate")
 RENAMED: dict[str, str] = {  # keys of metrics and records, and parts of file names: the old one -> today's
+    "right": "correct",
+    **{
+        f"{old}/{kind}": f"{new}/{kind}"
+        for old, new in (
+            ("right", "thought_accuracy"),
+            ("right_greedy", "thought_accuracy_greedy"),
+            ("right_swapped", "thought_accuracy_random"),
+            ("nll_swapped", "nll_random"),
+            ("accuracy_swapped", "accuracy_random"),
+        )
+        for kind in ("all", "letter", "digit", "mark", "short answer", "hard")
+    },
+    "study": "analysis",
+    "study.json": "analysis.json",
+    "studies": "analyses",
+    "smuggled": "answer_leak",
+    "student_reads": "student_prompt_tokens",
+    "answerer_reads": "answerer_prompt_tokens",
+    "reward/bare": "reward/bare_answer",
+    "look-alike": "wrong chain",
+    "answer in untruths": "answer in a false chain",
     "moved": "approx_kl",
     "max_moved": "max_approx_kl",
     "clipped": "clip_fraction",
@@ -46,6 +67,7 @@ RENAMED: dict[str, str] = {  # keys of metrics and records, and parts of file na
         for side in ("chosen", "rejected")
     },
 }
+LABELS = {k: RENAMED[k] for k in ("look-alike", "answer in untruths")}  # arms, which are also values
 OWN = re.compile(r"(^|[/ ])own(?=$|[+_ ])")  # the scorer `own` became `generator`, also within keys: best/own_low, ...
 NOT_RESULTS = ("config.json", "environment.json", "resolved.json", "metrics.jsonl")
 NOT_FOLDERS = {"checkpoints", "model", ".checksums"}  # the last hold hashes of files under their keys of then
@@ -79,7 +101,9 @@ def _records(path: pathlib.Path) -> list:
                 k: OWN.sub(r"\1generator", v) if k == "stage" else v for k, v in value.items() if k != "format_version"
             }
             return {OWN.sub(r"\1generator", RENAMED.get(k, k)): rename(v) for k, v in value.items()}
-        return [rename(v) for v in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [rename(v) for v in value]
+        return LABELS.get(value, value) if isinstance(value, str) else value
 
     return rename(values)
 

@@ -58,13 +58,13 @@ CASES = {
     "absent device": (SAMPLE + " --device=tpu", "--device=tpu"),
     # ---- Quiet-STaR
     "no thought tokens": (QUIET + " --config.thoughts.thought_tokens=0", "thought_tokens=0"),
-    "unknown thinker": (QUIET + " --config.arms.quiet_star.thinker=deep", "arms.quiet_star.thinker='deep'"),
-    "unknown corpus": (QUIET + " --config.data.name=wolds", "did you mean folds?"),
+    "unknown thought source": (QUIET + " --config.arms.quiet_star.thought_source=deep", "arms.quiet_star.thought_source='deep'"),
+    "unknown corpus": (QUIET + " --config.data.name=told_digits", "did you mean fold_digits?"),
     "no documents in a row": (QUIET + " --config.data.documents=0", "documents=0"),
     "nothing to measure on": (QUIET + " --config.evaluate.rows=0", "evaluate.rows=0"),
     "start text outside the alphabet": (QUIET + " --config.thoughts.start_text=%", "config.thoughts.start_text"),
     "arm that starts from no arm": (QUIET + " --config.arms.quiet_star.start=nobody", "'nobody'"),
-    "pattern that is none": (QUIET + " --config.arms.quiet_star.trains=(", "trains='('"),
+    "pattern that is none": (QUIET + " --config.arms.quiet_star.trainable=(", "trainable='('"),
     "thoughts longer than the context": (QUIET + " --config.model.max_positions=9", "the model has 9"),
     "text that is not there": (TEXT, "none.jsonl"),
     # ---- V-STaR

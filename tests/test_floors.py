@@ -38,11 +38,9 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
 }  # fmt: skip
 TODAY = {  # packages above their limit: a limit that only falls
     "": 2290, "data": 509, "models": 4040, "tasks": 4350, "thoughts": 1450, "train": 2020,
-    "runs": 2065, "methods": 5220, "report": 2105, "plan": 1496, "bench": 871,
+    "runs": 2065, "methods": 5010, "report": 2105, "plan": 1496, "bench": 871,
 }  # fmt: skip
-LONG_FILES = {
-    "methods/guided_two_hop.py": 431,
-}
+LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 COINED = set(  # private words of earlier versions: the field's terms replaced them
     "heat goals weigh ban text_sight thread_sight over_thoughts Paths Talker Drawn Knobs keep_top born Fill refill seat "

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from qstar import distributed
-from qstar.errors import UserError, require
+from qstar.errors import Settings, UserError, bounded, require
 from qstar.files import warn
 from qstar.models.model import Model
 from qstar.sample.batching import generate
@@ -64,9 +64,9 @@ class ModelAnswerer:
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`."""
-        options = dict(max_new_tokens=self.max_new_tokens, temperature=0.0, stop=self.stop, slots=self.slots)
-        found = generate(self.model, prompts, **options)
-        return [Answer(c.text.strip(), float(sum(c.logprobs)), len(c.tokens)) for (c,) in found]
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop, "slots": self.slots}
+        found = generate(self.model, prompts, temperature=0.0, **options)
+        return [Answer((c.text or "").strip(), float(sum(c.logprobs)), len(c.tokens)) for (c,) in found]
 
 
 @dataclasses.dataclass
@@ -78,18 +78,14 @@ class FunctionAnswerer:
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`."""
-
-        def call() -> list[str]:
-            texts = [str(t).strip() for t in self.function(prompts)]
-            fault = f"answerer {self.name}: {len(texts)} answers to {len(prompts)} prompts; return one for each"
-            require((len(texts) == len(prompts), fault))
-            return texts
-
-        return [Answer(text, 0.0, 0) for text in distributed.broadcast_from_host0(call)]
+        texts = distributed.broadcast_from_host0(lambda: [str(t).strip() for t in self.function(prompts)])
+        fault = f"answerer {self.name}: {len(texts)} answers to {len(prompts)} prompts; return one for each"
+        require((len(texts) == len(prompts), fault))
+        return [Answer(text, 0.0, 0) for text in texts]
 
 
 @dataclasses.dataclass
-class HttpAnswerer:
+class HttpAnswerer(Settings):
     """An endpoint of the OpenAI completions format (vLLM, SGLang, TGI): POST {url}/completions.
 
     The `openai` client makes the requests. It retries, with exponential back-off, connection errors, time-outs, HTTP 408,
@@ -98,29 +94,21 @@ class HttpAnswerer:
 
     url: str
     model: str
-    max_new_tokens: int = 32
+    max_new_tokens: int = bounded(32, ge=1)
     stop: tuple[str, ...] = ("\n",)
-    batch: int = 64  # prompts per request
-    retries: int = 4
-    timeout: float = 120.0  # seconds per request, until the reply is complete
+    batch: int = bounded(64, ge=1)  # prompts per request
+    retries: int = bounded(4, ge=0)
+    timeout: float = bounded(120.0, gt=0)  # seconds per request, until the reply is complete
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self._asked = self._refused = 0
+        super().__post_init__()
         is_http = isinstance(self.url, str) and re.match(r"https?://[^/]", self.url)
-        least = {"batch": 1, "max_new_tokens": 1, "retries": 0}
-        require(
-            (bool(is_http), f"url={self.url!r} is no http address, e.g. http://localhost:8000/v1"),
-            *((getattr(self, k) >= n, f"{k}={getattr(self, k)} must be at least {n}") for k, n in least.items()),
-            (self.timeout > 0, f"timeout={self.timeout} must be above 0 seconds"),
-        )
+        require((bool(is_http), f"url={self.url!r} is no http address, e.g. http://localhost:8000/v1"))
+        self._asked = self._refused = 0
+        self.name = f"{self.model}@{self.url} max_tokens={self.max_new_tokens} stop={list(self.stop)}"
         self._where = f"{self.url.rstrip('/')}/completions"
         self._client = _openai_client(self.url, self.headers, self.retries, self.timeout)
-
-    @property
-    def name(self) -> str:
-        """The model, its address and the decoding options."""
-        return f"{self.model}@{self.url} max_tokens={self.max_new_tokens} stop={list(self.stop)}"
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
         """See `Answerer`.
@@ -196,11 +184,17 @@ def _openai_client(url: str, headers: dict[str, str], retries: int, timeout: flo
                 if fault:
                     break
             response.close()
-            if response.status_code == 200 and not fault:
-                fault = _json_fault(bytes(body))
-            if not fault:
-                return type(response)(response.status_code, headers=kept, content=bytes(body), request=request)
-            return type(response)(502, headers={**kept, "x-incomplete": "1"}, content=fault.encode(), request=request)
+            status, content = response.status_code, bytes(body)
+            try:
+                if status == 200 and not fault:
+                    json.loads(content)
+            except json.JSONDecodeError as e:
+                fault = f"the reply is no JSON: {e}"
+            except (ValueError, RecursionError):
+                pass  # JSON that Python refuses; another request would not mend it, so `_parse` reports it
+            if fault:
+                status, content, kept["x-incomplete"] = 502, fault.encode(), "1"
+            return type(response)(status, headers=kept, content=content, request=request)
 
     return openai.OpenAI(
         base_url=url,
@@ -210,17 +204,6 @@ def _openai_client(url: str, headers: dict[str, str], retries: int, timeout: flo
         timeout=timeout,
         http_client=BoundedClient(timeout=timeout),
     )
-
-
-def _json_fault(body: bytes) -> str:
-    """What is wrong with a reply that is no JSON; "" for the faults that asking again does not mend."""
-    try:
-        json.loads(body)
-    except json.JSONDecodeError as e:
-        return f"the reply is no JSON: {e}"
-    except (ValueError, RecursionError):
-        pass
-    return ""
 
 
 class _Refused(Exception):
@@ -244,9 +227,9 @@ def _parse(reply: Any, count: int) -> list[Answer]:
         client's own classes do not validate, so the fields that are used are checked here.
     """
     choices = reply.get("choices") if isinstance(reply, dict) else None
-    if not isinstance(choices, list) or len(choices) != count:
-        found = len(choices) if isinstance(choices, list) else 0
-        raise ValueError(f"the reply holds {found} choices for {count} prompts")
+    choices = choices if isinstance(choices, list) else []
+    if len(choices) != count:
+        raise ValueError(f"the reply holds {len(choices)} choices for {count} prompts")
     out: dict[int, Answer] = {}
     # Servers may answer out of order: `index` is the prompt's number.
     for at, choice in enumerate(choices):
@@ -294,17 +277,13 @@ class Cached:
             found = dict(zip(new, self.inner.answer(list(new.values()))))
             self._known |= found
             if self.file is not None and distributed.is_first():
-                _append_cache(self.file, {k: a for k, a in found.items() if a != UNANSWERED})
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                # A killed process may have left half a line.
+                is_torn = self.file.exists() and self.file.read_bytes()[-1:] not in (b"", b"\n")
+                rows = [{"key": k, **a._asdict(), "crc": _crc(k, a)} for k, a in found.items() if a != UNANSWERED]
+                with self.file.open("a", encoding="utf-8") as out:
+                    out.write("\n" * is_torn + "".join(json.dumps(row) + "\n" for row in rows))
         return [self._known[k] for k in keys]
-
-
-def _append_cache(file: Path, answers: dict[str, Answer]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # A killed process may have left half a line.
-    is_torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
-    rows = [{"key": k, **a._asdict(), "crc": _crc(k, a)} for k, a in answers.items()]
-    with file.open("a", encoding="utf-8") as out:
-        out.write("\n" * is_torn + "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _read_cache(file: Path) -> dict[str, Answer]:

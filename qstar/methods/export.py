@@ -107,7 +107,7 @@ def _thinking_model(ctx: QuietContext, arm: str, iteration: int | None) -> Model
     if zero and not ctx.settings.base.steps:
         return model
     if not zero:
-        model = quiet_star.thinking(ctx, ctx.recipe(quiet_star.QuietConfig, arm), model)
+        model = quiet_star.with_thoughts(ctx, ctx.arm_config(quiet_star.QuietConfig, arm), model)
     return _first(model, ctx.workdir, "base" if zero else arm, "base" if zero else arm)
 
 

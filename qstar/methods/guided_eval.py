@@ -1,101 +1,122 @@
-"""LM-Guided CoT, beyond accuracy: votes, whether the best-rated rationales are the most useful ones, and what leaks."""
+"""Rewards and evaluation of rationales in LM-Guided CoT.
+
+    S = w_acc R_acc + w_asp sum_k w_k a_k / sum_k w_k
+
+arXiv 2404.03414 names both parts of the reward; the weights are ours. The aspects a_k never read the gold answer. R_acc is
+the official EM or F1, or inclusion, of the answerer's greedy answer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from qstar.errors import Settings, bounded, require
+from qstar.methods.answerer import Answer, Answerer
+from qstar.methods.reinforce import RewardOutput
 from qstar.sample.vote import majority
-from qstar.tasks import two_hop_world
+from qstar.tasks.aspects import ASPECTS, View, bare_answer, chosen
+from qstar.tasks.qa_metrics import answer_score, includes
+
+METRICS = ("em", "f1", "includes")
 
 
-def choices(right: np.ndarray, quality: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, float]:
-    """What choosing one of n sampled rationales per question brings: percent right, by whom.
+@dataclasses.dataclass(frozen=True)
+class RewardSettings(Settings):
+    """The weights of the reward."""
+
+    accuracy: float = bounded(1.0, ge=0)  # of R_acc; at 0 the answerer is not called
+    aspect: float = bounded(1.0, ge=0)  # of the aspects' weighted mean; at 0 aspects are only logged
+    aspects: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(ASPECTS, 1.0))
+    metric: str = bounded("em", choices=METRICS)
+    reject_bare_answers: bool = True  # no R_acc for a rationale that is just the answer
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            (self.accuracy + self.aspect > 0, "accuracy and aspect are both 0: there is nothing to reward"),
+            (all(w >= 0 for w in self.aspects.values()), "aspects: a weight below 0; leave the aspect out, or use 0"),
+            (not self.aspect or any(chosen(self.aspects)), "aspects: all weights are 0, but aspect is above 0"),
+        )
+
+
+def rationale_scores(
+    settings: RewardSettings,
+    views: Sequence[View],
+    prompts: Sequence[str],
+    golds: Sequence[str],
+    answerer: Answerer | None,
+) -> tuple[RewardOutput, list[Answer]]:
+    """Scores rationales.
 
     Args:
-      right: [questions, n] whether the answerer is right with it. quality: name -> [questions, n], ratings that never see
-        the answer. The best-rated is chosen; ties are broken by lot.
+      views: inputs of the aspects. prompts: the answerer's, with the rationale in them. golds: correct answers.
 
     Returns:
-      "random" (the mean), "oracle" (any is right), per rating "best/NAME" and "correlation/NAME": the mean over questions of
-      the correlation between rating and being right, where both vary; "varied/NAME" is the share of such questions.
+      The scores with their parts (`accuracy`, `aspect`, `aspect/NAME`, `bare_answer`), and the answers.
     """
-    right = np.asarray(right, float)
-    lot = np.random.default_rng(seed).random(right.shape)
-    out = {"random": 100.0 * float(right.mean()), "oracle": 100.0 * float(right.max(axis=1).mean())}
-    for name, rated in quality.items():
-        rated = np.asarray(rated, float)
-        best = np.lexsort((lot, rated), axis=1)[:, -1]
-        out[f"best/{name}"] = 100.0 * float(np.take_along_axis(right, best[:, None], axis=1).mean())
-        a, b = rated - rated.mean(axis=1, keepdims=True), right - right.mean(axis=1, keepdims=True)
+    used = chosen(settings.aspects)
+    parts: dict[str, Any] = {f"aspect/{n}": np.asarray([a(v) for v in views], np.float32) for n, (a, _) in used.items()}
+    weights = np.asarray([w for _, w in used.values()], np.float32)
+    mean = np.zeros(len(views), np.float32)
+    if used:
+        mean = weights @ np.stack([parts[f"aspect/{n}"] for n in used]) / weights.sum()
+    answers = answerer.answer(prompts) if settings.accuracy and answerer is not None else []
+    correct, bare = np.zeros((2, len(views)), np.float32)
+    for i, (view, answer, gold) in enumerate(zip(views, answers, golds)):
+        correct[i] = task_score(answer.text, gold, settings.metric)
+        bare[i] = bare_answer(view.rationale, answer.text)
+    if settings.reject_bare_answers:
+        # With accuracy alone as reward, stating the answer without reasons would be optimal.
+        correct = correct * (1.0 - bare)
+    scores = (settings.accuracy * correct + settings.aspect * mean).astype(np.float32)
+    return RewardOutput(scores, {"accuracy": correct, "aspect": mean, "bare_answer": bare, **parts}), answers
+
+
+def task_score(answer: str, gold: str, metric: str) -> float:
+    """Returns EM, F1 or inclusion of an answer, in [0, 1]."""
+    if metric == "includes":
+        return float(includes(answer, gold))
+    score = answer_score(answer, gold)
+    return score.em if metric == "em" else score.f1
+
+
+def percent(values: Any) -> float:
+    """Returns the mean of values in [0, 1] as a percentage."""
+    return 100.0 * float(np.mean(values))
+
+
+def vote_accuracy(answers: np.ndarray, logprobs: np.ndarray, gold: np.ndarray) -> float:
+    """Returns the accuracy in percent of a majority vote over n answers [questions, n]; ties by summed log-probability."""
+    chosen = [majority([str(a) for a in row], p) for row, p in zip(answers.tolist(), logprobs.tolist())]
+    return percent([c == str(g) for c, g in zip(chosen, gold.tolist())])
+
+
+def best_of_n(correct: np.ndarray, ratings: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, float]:
+    """Returns the accuracy of choosing one of n sampled rationales per question by its rating.
+
+    Args:
+      correct: [questions, n], whether the answer with the rationale is correct. ratings: name -> [questions, n]; they do
+        not use the gold answer. Ties are broken at random.
+
+    Returns:
+      In percent: "random" (the mean), "oracle" (any is correct), "best/NAME" per rating. "correlation/NAME": the mean over
+      questions of the correlation of rating and correctness, where both vary; "varied/NAME": the share of such questions.
+    """
+    correct = np.asarray(correct, float)
+    ties = np.random.default_rng(seed).random(correct.shape)
+    out = {"random": percent(correct), "oracle": percent(correct.max(axis=1))}
+    for name, rating in ratings.items():
+        rating = np.asarray(rating, float)
+        best = np.lexsort((ties, rating), axis=1)[:, -1:]
+        out[f"best/{name}"] = percent(np.take_along_axis(correct, best, axis=1))
+        a, b = rating - rating.mean(axis=1, keepdims=True), correct - correct.mean(axis=1, keepdims=True)
         spread = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
         varied = spread > 1e-9
         each = (a * b).sum(axis=1)[varied] / spread[varied]
         out[f"correlation/{name}"] = float(each.mean()) if varied.any() else 0.0
-        out[f"varied/{name}"] = 100.0 * float(varied.mean())
+        out[f"varied/{name}"] = percent(varied)
     return out
-
-
-def votes(answers: np.ndarray, logprobs: np.ndarray, gold: np.ndarray) -> float:
-    """Percent right by the vote of n answers per question, [questions, n]; ties by summed log-probability."""
-    rows = zip(answers.tolist(), logprobs.tolist())
-    chosen = [majority([str(a) for a in row], p) for row, p in rows]
-    return 100.0 * float(np.mean([c == str(g) for c, g in zip(chosen, gold.tolist())]))
-
-
-def studied(world: Any, student: Any) -> dict[str, float]:
-    """What else there is to say of a student in the two-hop world `guided_synth.Synth`; costs a few times its evaluation."""
-    s, w = world.settings, world.test
-    sampled = world.rationales(student, w, two_hop_world.RAT, n=s.votes, temperature=0.7, seed=world.seed)
-    answered = [world.answers(world.large, w, two_hop_world.ANS, sampled[:, j]) for j in range(s.votes)]
-    said, logp = (np.stack(x, axis=1) for x in zip(*answered))
-    out = {
-        "self_consistency": votes(said, logp, w.answer),
-        "sampled": 100.0 * float(np.mean(said == w.answer[:, None])),
-    }
-    few = w.take(np.arange(min(500, len(w.answer))))
-    many = world.rationales(student, few, two_hop_world.RAT, n=s.choose, temperature=1.0, seed=world.seed + 1)
-    columns = range(s.choose)
-    right = np.stack([world.guided(few, many[:, j]) == few.answer for j in columns], axis=1)
-    rated = {
-        name: np.stack(
-            [np.mean(list(two_hop_world.aspects(few, many[:, j], weak=weak).values()), axis=0) for j in columns], axis=1
-        )
-        for name, weak in (("strict", False), ("weak", True))
-    }
-    return out | {f"choice/{k}": v for k, v in choices(right, rated).items()} | leaks(world, student)
-
-
-def leaks(world: Any, student: Any) -> dict[str, float]:
-    """Percent right with parts of the greedy rationale: what the answerer takes from it."""
-    w = world.test
-    slot = world.rationales(student, w, two_hop_world.RAT)[:, 0]
-    right = lambda rationale: 100.0 * float(np.mean(world.guided(w, rationale) == w.answer))  # noqa: E731
-    first, unsaid, last = slot.copy(), slot.copy(), np.full_like(slot, two_hop_world.PAD)
-    first[:, 3:], unsaid[:, 5:] = two_hop_world.PAD, two_hop_world.PAD
-    last[:, 5:] = slot[:, 5:]
-    moved = w._replace(facts=np.roll(w.facts, 1, axis=0))
-    away = 100.0 * float(np.mean(world.guided(moved, slot) == w.answer))
-    return {"leak/first hop only": right(first), "leak/without the answer": right(unsaid),
-            "leak/the answer alone": right(last), "leak/in another context": away}  # fmt: skip
-
-
-def smuggled_gold(world: Any) -> dict[str, np.ndarray]:
-    """Arms that a smuggler could at best be: the right answer in a rationale that says nothing else, or nothing that is true.
-
-    Returns:
-      Whether each test question is answered right, bool [test], with the answer alone, and with the answer at the end of a
-      chain made of a distractor's words. What such a rationale is paid by a reward without a guard.
-    """
-    w = world.test
-    alone = np.full_like(w.gold, two_hop_world.PAD)
-    alone[:, 5:] = w.gold[:, 5:]
-    untrue = w.other.copy()
-    untrue[:, 5] = w.answer
-    untrue[:, 2:4] = w.alike[:, [5, 5]]  # the look-alike's end in the place of the bridge: neither triple is a fact
-    return {
-        name: world.guided(w, slot) == w.answer
-        for name, slot in (("answer alone", alone), ("answer in untruths", untrue))
-    }

@@ -1,6 +1,6 @@
-"""LM-Guided CoT in the two-hop world of `tasks.hops`: its frozen large model, its teacher data, its measurements.
+"""LM-Guided CoT on the two-hop questions of `tasks.two_hop_world`: the models, the teacher's rationales, the measurements.
 
-Everything is ids in rows of one fixed layout, so every length is static: a rationale is at most seven tokens, an answer one.
+Rows of token ids have one fixed layout, so that all lengths are static: a rationale has at most seven tokens, an answer one.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
-from qstar.errors import require
-from qstar.methods import guided_eval
+from qstar.errors import Settings, bounded, require
 from qstar.methods.distillation import Pair
+from qstar.methods.guided_eval import best_of_n, percent, vote_accuracy
 from qstar.methods.reinforce import RewardOutput
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, preset
@@ -26,405 +27,373 @@ from qstar.runs.folder import stable_seed
 from qstar.runs.stages import Stage, TrainSettings, sft_step, train_stage
 from qstar.sample.batching import generate
 from qstar.tasks import two_hop_world
+from qstar.tasks.two_hop_world import ANS, COT, EOS, LENGTH, PAD, QUESTION, RAT, SLOT, STD, Worlds
 from qstar.types import Batch, Completion
 
-ROWS = 256  # rows per forward pass of the answerer: RL's rollouts fill it
+if TYPE_CHECKING:
+    from qstar.methods.guided_cot import GuidedConfig
+
+ROWS = 256  # rows per forward pass of the answerer; RL's rollouts fill it
+BATCH = 64  # rows per update
+MIX = (8, 8, 24, 24)  # of a batch of the large model: look-ups, direct answers, chains of thought, guided answers
+# Relative positions of layer 0 begin local: without that, look-ups are not learnt within the configs' steps.
+LOCAL_INIT = 5.0
+Text = Callable[[int], tuple[np.ndarray, np.ndarray]]  # step -> tokens [B, T], loss mask [B, T]
 
 
 @dataclasses.dataclass(frozen=True)
-class SynthSettings:
-    """A config's `world` section: sizes of models and data. Steps are of batches of 64."""
+class TwoHopSettings(Settings):
+    """A config's `guided` section: sizes of models and data."""
 
     large: dict = dataclasses.field(default_factory=lambda: {"hidden_size": 96, "num_layers": 4})
     small: dict = dataclasses.field(default_factory=lambda: {"hidden_size": 64, "num_layers": 2})
-    local_init: float = 5.0  # of both models' relative positions, layer 0: without it the lookup is not learnt in time
-    copy_steps: int = 800  # one-hop reading alone
-    mixed_steps: int = 2200  # then the mixture
-    mix: tuple = (8, 8, 24, 24)  # rows of copying, standard, chain of thought, answering per batch
-    large_lr: float = 2.5e-3
-    small_steps: int = 900  # one-hop reading of the small model: what a pretrained one would bring
-    small_lr: float = 3e-3
-    direct_steps: int = 2000  # of the small model that learns to answer by itself, a control
-    direct_lr: float = 3e-3
-    questions: int = 1000  # that the teacher answers
-    samples: int = 4  # by the teacher, per question
-    rl_questions: int = 2000  # others, for RL
-    test: int = 2000
-    noise: tuple = two_hop_world.NOISE  # how often the teacher's text is wrong, by the question's first relation
-    two_ways: bool = False  # right chains are told backwards half the time, see `hops.mixed_text`
-    votes: int = 10  # rationales per test question for self-consistency, where an arm is studied
-    choose: int = 16  # rationales of which the best-rated one is compared with the most useful one, there
+    copy_steps: int = bounded(800, ge=0)  # of the large model on one-hop look-ups alone
+    mixed_steps: int = bounded(2200, ge=1)  # then on the mixture
+    small_steps: int = bounded(900, ge=0)  # of the small model on one-hop look-ups: its pretraining
+    direct_steps: int = bounded(2000, ge=0)  # of the control that answers without a large model
+    teacher_questions: int = bounded(1000, ge=1)
+    teacher_samples: int = bounded(4, ge=1)  # chains of thought per question
+    rl_questions: int = bounded(2000, ge=1)
+    test_questions: int = bounded(2000, ge=1)
+    error_rates: tuple = two_hop_world.NOISE  # of the large model's training chains, by the question's first relation
+    reversed_chains: bool = False  # half of the correct training chains have the second hop first
+    votes: int = bounded(10, ge=1)  # rationales per question for self-consistency
+    best_of: int = bounded(16, ge=1)  # rationales per question for best-of-n selection
 
     def __post_init__(self):
-        counts = ("mixed_steps", "questions", "samples", "rl_questions", "test", "votes", "choose")
-        require(*((getattr(self, n) >= 1, f"{n}={getattr(self, n)} must be at least 1") for n in counts),
-                (min(self.copy_steps, self.small_steps, self.direct_steps) >= 0, "a number of steps is below 0"),
-                (len(self.noise) == two_hop_world.RELATIONS,
-                 f"noise={self.noise} must be {two_hop_world.RELATIONS} numbers, one per relation"),
-                (len(self.mix) == 4 and sum(self.mix) > 0, f"mix={self.mix} must be four numbers of rows"))  # fmt: skip
-
-
-def model_config(shape: dict[str, int], local_init: float) -> ModelConfig:
-    """Returns the decoder of the world: learned positions, and relative ones that begin local."""
-    width = shape["hidden_size"]
-    return preset(
-        "tiny",
-        **shape,
-        vocab_size=two_hop_world.VOCAB,
-        position="learned",
-        max_positions=two_hop_world.LENGTH + 2,
-        relative_bias=True,
-        local_init=local_init,
-        eos_id=two_hop_world.EOS,
-        init_std=width**-0.5,
-    )
-
-
-def fresh(config: ModelConfig, seed: int) -> Model:
-    """Returns the model with random weights."""
-    return Model(config, jax.jit(functools.partial(decoder.init, config))(jax.random.key(seed)))
-
-
-def read_facts(
-    start: Model, text: Callable[[int], tuple[np.ndarray, np.ndarray]], stage: Stage
-) -> tuple[Model, dict[str, Any]]:
-    """Trains on generated rows (a function of the step), resumable like every stage."""
-    tx, step = sft_step(start.config, stage.settings)
-
-    def batch_at(s: int) -> Batch:
-        tokens, mask = text(s)
-        one = np.ones_like(tokens)
-        return Batch(
-            tokens, mask, one, np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape).copy()
-        )
-
-    return train_stage(start, stage, tx, lambda s: step, batch_at)
+        super().__post_init__()
+        count = two_hop_world.RELATIONS
+        require((len(self.error_rates) == count, f"error_rates={self.error_rates} must be {count} numbers"))
 
 
 @dataclasses.dataclass
-class Synth:
-    """The world of one run: the frozen large model, a test set, and what students learn from."""
+class TwoHop:
+    """The task of one run: the frozen large model, the questions, and the students' data."""
 
-    settings: SynthSettings
-    seed: int  # of the world's sets and of the large model
-    large: Model = None
-    max_new_tokens: int = two_hop_world.SLOT
-
-    @functools.cached_property
-    def test(self) -> two_hop_world.Worlds:
-        """The test questions, the same for every model seed."""
-        return two_hop_world.draw(np.random.default_rng(stable_seed("hops test")), self.settings.test)
+    settings: TwoHopSettings
+    seed: int  # of the large model
+    large: Model = dataclasses.field(init=False)  # set by `prepare_large`
+    max_new_tokens: int = SLOT
 
     @functools.cached_property
-    def gate_set(self) -> two_hop_world.Worlds:
-        """Another draw: the gates see no test question."""
-        return two_hop_world.draw(np.random.default_rng(stable_seed("hops gates")), min(1000, self.settings.test))
+    def test(self) -> Worlds:
+        """The test questions, the same for every seed."""
+        return _draw("hops test", self.settings.test_questions)
 
-    def rl_set(self, seed: int) -> two_hop_world.Worlds:
-        """Questions for RL."""
-        return two_hop_world.draw(np.random.default_rng(stable_seed(seed, "hops rl")), self.settings.rl_questions)
+    def teacher_set(self, seed: int) -> Worlds:
+        """The questions that the teacher answers for a student seed."""
+        return _draw(stable_seed(seed, "hops teacher"), self.settings.teacher_questions)
 
-    # ------------------------------------------------------------------------------------------------ models
-
-    def train_large(self, stage: Callable[..., Stage]) -> Model:
-        """Returns the large model, trained once and then frozen; first on one-hop reading, then on the mixture."""
+    def prepare_large(self, stage: Callable[..., Stage]) -> None:
+        """Trains the large model: first on one-hop look-ups, then on the mixture."""
         s = self.settings
-        steps = s.copy_steps + s.mixed_steps
 
         def text(step: int) -> tuple[np.ndarray, np.ndarray]:
+            mix = (BATCH, 0, 0, 0) if step < s.copy_steps else MIX
             rng = np.random.default_rng([self.seed, step])
-            count = sum(s.mix)
-            mix = (count, 0, 0, 0) if step < s.copy_steps else s.mix
-            return two_hop_world.mixed_text(rng, mix, s.noise, two_ways=s.two_ways)
+            return two_hop_world.mixed_text(rng, mix, s.error_rates, two_ways=s.reversed_chains)
 
-        start = fresh(model_config(s.large, s.local_init), stable_seed(self.seed, "large"))
-        settings = _update(s.large_lr, sum(s.mix), "cosine", 0.05)
-        self.large = read_facts(start, text, stage("large", settings, steps, self.seed))[0]
-        return self.large
+        start = _random_model(s.large, stable_seed(self.seed, "large"))
+        make_stage = functools.partial(stage, "large", steps=s.copy_steps + s.mixed_steps, seed=self.seed)
+        self.large = _train(start, text, make_stage, lr=2.5e-3)
 
     def base(self, seed: int, stage: Callable[..., Stage]) -> Model:
-        """Returns a student's start: it can read a fact, and knows no question and no chain."""
-        s = self.settings
-        start = fresh(model_config(s.small, s.local_init), stable_seed(seed, "small"))
+        """Returns a student's start, trained on one-hop look-ups alone: no two-hop questions, no chains."""
 
         def text(step: int) -> tuple[np.ndarray, np.ndarray]:
-            return two_hop_world.mixed_text(np.random.default_rng([seed, step, 1]), (64, 0, 0, 0))
+            return two_hop_world.mixed_text(np.random.default_rng([seed, step, 1]), (BATCH, 0, 0, 0))
 
-        settings = _update(s.small_lr, 64, "cosine", 0.05)
-        return read_facts(start, text, stage("small", settings, s.small_steps, seed))[0]
+        start = _random_model(self.settings.small, stable_seed(seed, "small"))
+        return _train(start, text, functools.partial(stage, "small", steps=self.settings.small_steps, seed=seed))
 
-    def direct(self, start: Model, seed: int, stage: Callable[..., Stage], steps: int) -> Model:
-        """Returns a small model that answers by itself: gold answers of the teacher's questions, as many steps."""
-        w = self.teacher_questions(seed)
-        tokens, mask = (
-            two_hop_world.rows(w, two_hop_world.STD),
-            np.zeros((len(w.answer), two_hop_world.LENGTH), np.float32),
-        )
+    def controls(self, base: Model, seed: int, stage: Callable[..., Stage]) -> dict[str, Any]:
+        """Returns an untrained student, and the small model trained to answer the teacher's questions itself."""
+        w = self.teacher_set(seed)
+        tokens, mask = two_hop_world.rows(w, STD), np.zeros((len(w.answer), LENGTH), np.float32)
         mask[:, -1] = 1.0
 
         def text(step: int) -> tuple[np.ndarray, np.ndarray]:
-            chosen = np.random.default_rng([seed, step, 2]).integers(len(tokens), size=64)
+            chosen = np.random.default_rng([seed, step, 2]).integers(len(tokens), size=BATCH)
             return tokens[chosen], mask[chosen]
 
-        return read_facts(
-            start, text, stage("direct", _update(self.settings.direct_lr, 64, "cosine", 0.0), steps, seed)
-        )[0]
+        make_stage = functools.partial(stage, "direct", steps=self.settings.direct_steps, seed=seed)
+        alone = _train(base, text, make_stage, end=0.0)
 
-    def controls(self, base: Model, seed: int, stage: Callable[..., Stage]) -> dict[str, Any]:
-        """Returns a student that has learnt nothing at all, and the small model answering by itself."""
-        alone = self.direct(base, seed, stage, self.settings.direct_steps)
-        says = lambda: (self.answers(alone, self.test, two_hop_world.STD, None)[0] == self.test.answer, {})  # noqa: E731
-        return {"random student": fresh(base.config, stable_seed(seed, "random")), "small model alone": says}
+        def measure_alone() -> tuple[np.ndarray, dict[str, Any]]:
+            return self.answers(alone, self.test, STD)[0] == self.test.answer, {}
 
-    # ------------------------------------------------------------------------------------- reading and writing
+        random = _random_model(self.settings.small, stable_seed(seed, "random"))
+        return {"random student": random, "small model alone": measure_alone}
 
     def answers(
-        self, model: Model, worlds: two_hop_world.Worlds, tag: int, slot: np.ndarray | None
+        self, model: Model, worlds: Worlds, tag: int, slot: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns greedy answers [B] and their log-probabilities, after a rationale (None: an empty slot)."""
+        """Returns greedy answers [B] and their log-probabilities [B] after rationales [B, 7]; None: an empty slot."""
         prompts = two_hop_world.rows(worlds, tag, slot)[:, :-1]
         found, probs = [], []
-        for at in range(0, len(prompts), ROWS):
-            part = prompts[at : at + ROWS]
-            padded = np.concatenate([part, np.repeat(part[:1], ROWS - len(part), axis=0)])  # one shape for all
-            logp = np.asarray(_last(model.params, model.config, padded))[: len(part)]
+        for i in range(0, len(prompts), ROWS):
+            part = prompts[i : i + ROWS]
+            # All batches have one shape, so that the forward pass compiles once.
+            padded = np.concatenate([part, np.repeat(part[:1], ROWS - len(part), axis=0)])
+            logp = np.asarray(_last_logprobs(model.params, model.config, padded))[: len(part)]
             found.append(logp.argmax(axis=1))
             probs.append(logp.max(axis=1))
         return np.concatenate(found), np.concatenate(probs)
 
     def rationales(
-        self,
-        model: Model,
-        worlds: two_hop_world.Worlds,
-        tag: int,
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        seed: int = 0,
+        self, model: Model, worlds: Worlds, tag: int, *, n: int = 1, temperature: float = 0.0, seed: int = 0
     ) -> np.ndarray:
-        """Returns cleaned rationales [B, n, 7] that a model writes under a tag."""
-        prompts = two_hop_world.rows(worlds, tag)[:, : two_hop_world.QUESTION].tolist()
-        done = generate(
-            model, prompts, max_new_tokens=two_hop_world.SLOT, temperature=temperature, n=n, seed=seed, slots=256
-        )
-        return np.stack([[in_slot(c) for c in row] for row in done])
+        """Returns cleaned rationales [B, n, 7] that a model generates after a tag."""
+        prompts = two_hop_world.rows(worlds, tag)[:, :QUESTION].tolist()
+        done = generate(model, prompts, max_new_tokens=SLOT, temperature=temperature, n=n, seed=seed, slots=256)
+        return np.stack([[_to_slot(c) for c in row] for row in done])
 
-    def guided(self, worlds: two_hop_world.Worlds, slot: np.ndarray) -> np.ndarray:
+    def answers_with(self, worlds: Worlds, slot: np.ndarray) -> np.ndarray:
         """Returns the frozen model's answers [B] after rationales [B, 7]."""
-        return self.answers(self.large, worlds, two_hop_world.ANS, slot)[0]
+        return self.answers(self.large, worlds, ANS, slot)[0]
 
-    def teacher_questions(self, seed: int) -> two_hop_world.Worlds:
-        """The questions that the teacher answers for a student seed."""
-        return two_hop_world.draw(np.random.default_rng(stable_seed(seed, "hops teacher")), self.settings.questions)
+    def _accuracy(self, worlds: Worlds, slot: np.ndarray) -> float:
+        return percent(self.answers_with(worlds, slot) == worlds.answer)
 
     def teacher_rows(self, seed: int) -> list[dict[str, Any]]:
         """Samples chains of thought from the large model: rows with prompt, rationale, its answer and the gold one."""
-        w, s = self.teacher_questions(seed), self.settings
-        slots = self.rationales(
-            self.large, w, two_hop_world.COT, n=s.samples, temperature=1.0, seed=stable_seed(seed, "teacher")
-        )
+        w, n = self.teacher_set(seed), self.settings.teacher_samples
+        slots = self.rationales(self.large, w, COT, n=n, temperature=1.0, seed=stable_seed(seed, "teacher"))
+        prompts = two_hop_world.rows(w, RAT)[:, :QUESTION]
+        relations = w.question[:, 1] - two_hop_world.FIRST - two_hop_world.ENTITIES
         out = []
-        prompts = two_hop_world.rows(w, two_hop_world.RAT)[:, : two_hop_world.QUESTION]
-        for j in range(s.samples):
-            said = self.answers(self.large, w, two_hop_world.COT, slots[:, j])[0]
-            for i in range(len(prompts)):
-                row = {"question": i, "sample": j, "prompt": prompts[i].tolist(), "rationale": slots[i, j].tolist()}
-                relation = int(w.question[i, 1]) - two_hop_world.FIRST - two_hop_world.ENTITIES
-                out.append(row | {"answer": int(said[i]), "gold": int(w.answer[i]), "type": f"relation {relation}"})
+        for j in range(n):
+            found = self.answers(self.large, w, COT, slots[:, j])[0]
+            for i, (prompt, answer) in enumerate(zip(prompts, found)):
+                row = {"question": i, "sample": j, "prompt": prompt.tolist(), "rationale": slots[i, j].tolist()}
+                row |= {"answer": int(answer), "gold": int(w.answer[i]), "type": f"relation {relations[i]}"}
+                out.append(row)
         return out
 
-    def kept(self, rows: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
-        """See `kept`."""
-        return kept(rows, rule)
+    def keep(self, rows: Sequence[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
+        """Returns the rows that pass a filter: "em", "none", or "parity" (a loose filter: answer and gold id, modulo 2)."""
+        if rule == "none":
+            return list(rows)
+        ended = [r for r in rows if EOS in r["rationale"]]
+        if rule == "parity":
+            return [r for r in ended if r["answer"] % 2 == r["gold"] % 2]
+        return [r for r in ended if r["answer"] == r["gold"]]
 
-    def to_pairs(self, rows: list[dict[str, Any]]) -> list[Pair]:
-        """See `to_pairs`."""
-        return to_pairs(rows)
+    def to_pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+        """Returns rows as training pairs, without padding."""
+        return [Pair(tuple(r["prompt"]), tuple(t for t in r["rationale"] if t != PAD)) for r in rows]
 
-    def environment(self, seed: int, group: int, prompts: int, recipe: Any) -> SynthEnvironment:
-        """Returns RL's prompts, and rewards as an arm's recipe weighs them."""
-        reward = Reward(recipe.accuracy, recipe.aspect, recipe.weak, recipe.guard)
-        return SynthEnvironment(self, self.rl_set(seed), seed, group, prompts, reward)
-
-    # ----------------------------------------------------------------------------------------------- measurements
+    def environment(self, seed: int, group: int, prompts: int, arm: GuidedConfig) -> TwoHopEnvironment:
+        """Returns RL's prompts and rewards."""
+        questions = _draw(stable_seed(seed, "hops rl"), self.settings.rl_questions)
+        return TwoHopEnvironment(self, questions, seed, group, prompts, arm)
 
     def gates(self) -> dict[str, float]:
-        """Returns what must hold of the large model, on a set of its own; accuracies in percent."""
-        w, n = self.gate_set, len(self.gate_set.answer)
-        right = lambda said: 100.0 * float(np.mean(said == w.answer))  # noqa: E731
-        chain = self.rationales(self.large, w, two_hop_world.COT)[:, 0]
-        alike = self.guided(w, w.alike)
+        """Returns accuracies of the large model in percent, on a set of their own."""
+        w = _draw("hops gates", min(1000, self.settings.test_questions))
+        chain = self.rationales(self.large, w, COT)[:, 0]
         out = {
-            "standard": right(self.answers(self.large, w, two_hop_world.STD, None)[0]),
-            "cot": right(self.answers(self.large, w, two_hop_world.COT, chain)[0]),
-            "gold": right(self.guided(w, w.gold)),
-            "shuffled": right(self.guided(w, np.roll(w.gold, 1, axis=0))),
-            "empty": right(self.guided(w, np.full((n, two_hop_world.SLOT), two_hop_world.PAD))),
-            "wrong": right(alike),
-            "copied": 100.0 * float(np.mean(alike == w.alike[:, 5])),
+            "standard": percent(self.answers(self.large, w, STD)[0] == w.answer),
+            "cot": percent(self.answers(self.large, w, COT, chain)[0] == w.answer),
+            "gold": self._accuracy(w, w.gold),
+            "shuffled": self._accuracy(w, np.roll(w.gold, 1, axis=0)),  # the rationale of another question
+            "empty": self._accuracy(w, np.full_like(w.gold, PAD)),
+            "wrong": self._accuracy(w, w.alike),
+            "copied": percent(self.answers_with(w, w.alike) == w.alike[:, 5]),
         }
         return out | {"headroom": out["gold"] - out["cot"], "shuffled_gap": abs(out["shuffled"] - out["standard"])}
 
     def fixed_arms(self) -> dict[str, np.ndarray]:
-        """Returns per arm that needs no student whether each test question is answered right, bool [test]."""
+        """Returns, per arm without a student, whether each test question is answered correctly, bool [questions]."""
         w = self.test
-        rng = np.random.default_rng(0)
-        facts = w.facts.reshape(len(w.answer), 7, 3)
-        score = rng.random((len(w.answer), 7)) * (facts[:, :, 1] == w.question[:, 2:3])
-        guess = np.take_along_axis(facts[:, :, 2], score.argmax(axis=1)[:, None], axis=1)[:, 0]
-        chain = self.rationales(self.large, w, two_hop_world.COT)[:, 0]
-        said = {
+        facts = rearrange(w.facts, "b (fact part) -> b fact part", part=3)
+        # A random object among the facts with the question's second relation.
+        score = np.random.default_rng(0).random(facts.shape[:2]) * (facts[:, :, 1] == w.question[:, 2:3])
+        guess = np.take_along_axis(facts[:, :, 2], score.argmax(axis=1, keepdims=True), axis=1)[:, 0]
+        chain = self.rationales(self.large, w, COT)[:, 0]
+        # The correct answer without reasons, or after a chain neither triple of which is a fact: the accuracy that a
+        # policy could earn without any reasoning.
+        alone, false_chain = np.full_like(w.gold, PAD), w.other.copy()
+        alone[:, 5:] = w.gold[:, 5:]
+        false_chain[:, 5], false_chain[:, 2:4] = w.answer, w.alike[:, [5, 5]]
+        found = {
             "random object": guess,
-            "standard": self.answers(self.large, w, two_hop_world.STD, None)[0],
-            "own CoT": self.answers(self.large, w, two_hop_world.COT, chain)[0],
-            "own CoT, read back": self.guided(w, chain),
-            "empty rationale": self.guided(w, np.full_like(w.gold, two_hop_world.PAD)),
-            "shuffled gold": self.guided(w, np.roll(w.gold, 1, axis=0)),
-            "look-alike": self.guided(w, w.alike),
-            "gold rationale": self.guided(w, w.gold),
+            "standard": self.answers(self.large, w, STD)[0],
+            "own CoT": self.answers(self.large, w, COT, chain)[0],
+            "own CoT, read back": self.answers_with(w, chain),
+            "empty rationale": self.answers_with(w, np.full_like(w.gold, PAD)),
+            "shuffled gold": self.answers_with(w, np.roll(w.gold, 1, axis=0)),
+            "wrong chain": self.answers_with(w, w.alike),
+            "gold rationale": self.answers_with(w, w.gold),
+            "answer alone": self.answers_with(w, alone),
+            "answer in a false chain": self.answers_with(w, false_chain),
         }
-        return {k: v == w.answer for k, v in said.items()} | guided_eval.smuggled_gold(self)
+        return {name: answers == w.answer for name, answers in found.items()}
 
-    def own_votes(self) -> dict[str, float]:
-        """The large model's own chains: percent right by one greedy chain, by one sampled, and by a vote of several."""
-        w, s = self.test, self.settings
-        chains = self.rationales(self.large, w, two_hop_world.COT, n=s.votes, temperature=0.7, seed=self.seed)
-        votes = [self.answers(self.large, w, two_hop_world.COT, chains[:, j]) for j in range(s.votes)]
-        said, logp = (np.stack(x, axis=1) for x in zip(*votes))
-        return {
-            "sampled": 100.0 * float(np.mean(said == w.answer[:, None])),
-            "self_consistency": guided_eval.votes(said, logp, w.answer),
-        }
+    def vote_own_chains(self) -> dict[str, float]:
+        """Returns the accuracy of the large model's own sampled chains of thought, and of self-consistency over them."""
+        sampled, voted = self._vote(self.large, COT, COT)
+        return {"sampled": sampled, "self_consistency": voted}
 
-    def study(self, student: Model) -> dict[str, float]:
-        """See `guided_study.studied`."""
-        return guided_eval.studied(self, student)
+    def _vote(self, writer: Model, rationale_tag: int, answer_tag: int) -> tuple[float, float]:
+        """Accuracies in percent of sampled rationales one by one, and of a vote over their answers."""
+        w, n = self.test, self.settings.votes
+        # The temperature of the self-consistency paper (arXiv 2203.11171).
+        slots = self.rationales(writer, w, rationale_tag, n=n, temperature=0.7, seed=self.seed)
+        each = [self.answers(self.large, w, answer_tag, slots[:, j]) for j in range(n)]
+        answers, logp = (np.stack(x, axis=1) for x in zip(*each))
+        return percent(answers == rearrange(w.answer, "b -> b 1")), vote_accuracy(answers, logp, w.answer)
 
     def costs(self) -> dict[str, dict[str, float]]:
-        """Tokens per test question of arms without a student, padding not counted: read and written by the large model."""
-        asked, answer = two_hop_world.QUESTION + 1, 1
-        chain = {"answerer_reads": two_hop_world.QUESTION, "answerer_tokens": two_hop_world.SLOT + answer}
-        return {"standard": {"answerer_reads": asked, "answerer_tokens": answer}, "own CoT": chain,
-                "gold rationale": {"answerer_reads": asked + two_hop_world.SLOT, "answerer_tokens": answer}}  # fmt: skip
+        """Returns, per arm without a student, the large model's tokens per test question; padding is not counted."""
+        costs = {"standard": (QUESTION + 1, 1), "own CoT": (QUESTION, SLOT + 1), "gold rationale": (LENGTH - 1, 1)}
+        return {k: {"answerer_prompt_tokens": a, "answerer_tokens": b} for k, (a, b) in costs.items()}
 
-    def measure(self, student: Any) -> tuple[np.ndarray, dict[str, float]]:
-        """Returns whether each test question is answered right with the student's greedy rationale, and what it wrote."""
-        if callable(student):
+    def measure(self, student: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Returns whether each test question is answered correctly with a greedy rationale, and metrics in percent."""
+        if callable(student):  # a control that measures itself
             return student()
         w = self.test
-        slot = self.rationales(student, w, two_hop_world.RAT)[:, 0]
-        said = self.guided(w, slot)
-        right = said == w.answer
+        slot = self.rationales(student, w, RAT)[:, 0]
+        answers = self.answers_with(w, slot)
         strict, weak = (two_hop_world.aspects(w, slot, weak=x) for x in (False, True))
-        shuffled = self.guided(w, np.roll(slot, 1, axis=0)) == w.answer
-        chain_right = np.all(slot == w.gold, axis=1)
-        named = np.any(slot == w.answer[:, None], axis=1)
-        return right, {
-            "quality": 100.0 * float(np.mean([x.mean() for x in strict.values()])),
-            "quality_weak": 100.0 * float(np.mean([x.mean() for x in weak.values()])),
-            "gold_chain": 100.0 * float(chain_right.mean()),
-            "first_hop": 100.0 * float(np.mean(slot[:, 2] == w.gold[:, 2])),
-            "smuggled": 100.0 * float(np.mean(named & ~chain_right)),
-            "shuffled": 100.0 * float(shuffled.mean()),
-            "student_tokens": (wrote := float(np.mean(np.sum(slot != two_hop_world.PAD, axis=1)))),
-            "student_reads": two_hop_world.QUESTION,
-            "answerer_reads": two_hop_world.QUESTION + 1 + wrote,
+        is_gold = np.all(slot == w.gold, axis=1)
+        has_answer = np.any(slot == rearrange(w.answer, "b -> b 1"), axis=1)
+        length = float(np.mean(np.sum(slot != PAD, axis=1)))
+        return answers == w.answer, {
+            "quality": percent([x.mean() for x in strict.values()]),
+            "quality_weak": percent([x.mean() for x in weak.values()]),
+            "gold_chain": percent(is_gold),
+            "first_hop": percent(slot[:, 2] == w.gold[:, 2]),
+            "answer_leak": percent(has_answer & ~is_gold),
+            "shuffled": self._accuracy(w, np.roll(slot, 1, axis=0)),
+            "student_tokens": length,
+            "student_prompt_tokens": QUESTION,
+            "answerer_prompt_tokens": QUESTION + 1 + length,
             "answerer_tokens": 1.0,
-            "examples": self._examples(slot, said),
+            "examples": [self._example(i, slot[i], answers[i]) for i in range(min(12, len(answers)))],
         }
 
-    def _examples(self, slot: np.ndarray, said: np.ndarray, count: int = 12) -> list[dict[str, Any]]:
-        """The first test questions in words."""
-        w, out = self.test, []
-        for i in range(min(count, len(w.answer))):
-            facts = [two_hop_world.words(f) for f in w.facts[i].reshape(7, 3)]
-            row = {
-                "question": f"{two_hop_world.words(w.question[i])} ? ({', '.join(facts)})",
-                "rationale": two_hop_world.words(slot[i]),
-            }
-            row |= {
-                "answer": two_hop_world.words([said[i]]),
-                "gold": two_hop_world.words([w.answer[i]]),
-                "right": bool(said[i] == w.answer[i]),
-            }
-            out.append(row | {"notes": [] if np.array_equal(slot[i], w.gold[i]) else ["not the gold chain"]})
-        return out
+    def _example(self, i: int, slot: np.ndarray, answer: int) -> dict[str, Any]:
+        w, words = self.test, two_hop_world.words
+        facts = [words(f) for f in rearrange(w.facts[i], "(fact part) -> fact part", part=3)]
+        return {
+            "question": f"{words(w.question[i])} ? ({', '.join(facts)})",
+            "rationale": words(slot),
+            "answer": words([answer]),
+            "gold": words([w.answer[i]]),
+            "correct": bool(answer == w.answer[i]),
+            "notes": [] if np.array_equal(slot, w.gold[i]) else ["not the gold chain"],
+        }
 
+    def analyze(self, student: Model) -> dict[str, float]:
+        """Returns what takes longer to measure: self-consistency, best-of-n selection, ablated rationales."""
+        # A subset, because `best_of` rationales per question are sampled and answered.
+        few = self.test.take(np.arange(min(500, len(self.test.answer))))
+        slots = self.rationales(student, few, RAT, n=self.settings.best_of, temperature=1.0, seed=self.seed + 1)
+        columns = [slots[:, j] for j in range(self.settings.best_of)]
+        correct = np.stack([self.answers_with(few, slot) == few.answer for slot in columns], axis=1)
 
-@dataclasses.dataclass(frozen=True)
-class Reward:
-    """What RL pays for: the answerer's exact match, and the mean of four aspects."""
+        def rate(slot: np.ndarray, weak: bool) -> np.ndarray:
+            return np.mean(list(two_hop_world.aspects(few, slot, weak=weak).values()), axis=0)
 
-    accuracy: float = 1.0
-    aspect: float = 1.0
-    weak: bool = False  # the weak factuality, which does not look at relations
-    guard: bool = True  # a rationale that names the answer and tells no fact earns no accuracy
+        ratings = {k: np.stack([rate(x, k == "weak") for x in columns], axis=1) for k in ("strict", "weak")}
+        choices = {f"choice/{k}": v for k, v in best_of_n(correct, ratings).items()}
+        sampled, voted = self._vote(student, RAT, ANS)
+        return {"self_consistency": voted, "sampled": sampled} | choices | self._ablate(student)
+
+    def _ablate(self, student: Model) -> dict[str, float]:
+        """Accuracy with parts of the greedy rationale: which of them the answerer uses."""
+        w = self.test
+        slot = self.rationales(student, w, RAT)[:, 0]
+        first, without, alone = slot.copy(), slot.copy(), np.full_like(slot, PAD)
+        first[:, 3:], without[:, 5:], alone[:, 5:] = PAD, PAD, slot[:, 5:]
+        other_facts = w._replace(facts=np.roll(w.facts, 1, axis=0))
+        return {
+            "leak/first hop only": self._accuracy(w, first),
+            "leak/without the answer": self._accuracy(w, without),
+            "leak/the answer alone": self._accuracy(w, alone),
+            "leak/in another context": self._accuracy(other_facts, slot),
+        }
 
 
 @dataclasses.dataclass
-class SynthEnvironment:
-    """RL's prompts, an endless shuffle of its questions, and their rewards."""
+class TwoHopEnvironment:
+    """RL's prompts, a random subset of its questions per update, and their rewards."""
 
-    synth: Synth
-    worlds: two_hop_world.Worlds
+    task: TwoHop
+    questions: Worlds
     seed: int
     group: int
-    count: int
-    reward: Reward
+    count: int  # prompts per update
+    arm: GuidedConfig
 
-    def _rows(self, update: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, update, 3]).choice(len(self.worlds.answer), self.count, replace=False)
+    def sample(self, update: int) -> Worlds:
+        """Returns the questions of an update."""
+        rng = np.random.default_rng([self.seed, update, 3])
+        return self.questions.take(rng.choice(len(self.questions.answer), self.count, replace=False))
 
     def prompts(self, update: int) -> Sequence[list[int]]:
         """See `reinforce.Environment`."""
-        return two_hop_world.rows(self.worlds.take(self._rows(update)), two_hop_world.RAT)[
-            :, : two_hop_world.QUESTION
-        ].tolist()
+        return two_hop_world.rows(self.sample(update), RAT)[:, :QUESTION].tolist()
 
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         """See `reinforce.Environment`."""
-        w = self.worlds.take(np.repeat(self._rows(update), self.group))
-        slot = np.stack([in_slot(c) for row in responses for c in row])
-        parts = two_hop_world.aspects(w, slot, weak=self.reward.weak)
+        w = self.sample(update).take(np.repeat(np.arange(self.count), self.group))
+        slot = np.stack([_to_slot(c) for row in responses for c in row])
+        parts = two_hop_world.aspects(w, slot, weak=self.arm.weak_factuality)
         aspect = np.mean(list(parts.values()), axis=0)
-        right = bare = np.zeros(len(slot), np.float32)
-        if self.reward.accuracy:
-            said = self.synth.guided(w, slot)
-            right, bare = (said == w.answer).astype(np.float32), two_hop_world.bare(w, slot, said).astype(np.float32)
-            right = right * (1.0 - bare) if self.reward.guard else right
-        scores = self.reward.accuracy * right + self.reward.aspect * aspect
-        return RewardOutput(scores.astype(np.float32), {"accuracy": right, "aspect": aspect, "bare": bare, **parts})
+        correct = bare = np.zeros(len(slot), np.float32)
+        if self.arm.accuracy_weight:
+            answers = self.task.answers_with(w, slot)
+            correct = (answers == w.answer).astype(np.float32)
+            bare = two_hop_world.bare(w, slot, answers).astype(np.float32)
+            correct = correct * (1.0 - bare) if self.arm.reject_bare_answers else correct
+        scores = self.arm.accuracy_weight * correct + self.arm.aspect_weight * aspect
+        named = {"accuracy": correct, "aspect": aspect, "bare_answer": bare, **parts}
+        return RewardOutput(scores.astype(np.float32), named)
 
 
-def kept(rows: Sequence[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
-    """Returns the teacher's rows that a filter keeps: "em", "none", or "parity" (loose: the id is as odd as it should be)."""
-    ended = [r for r in rows if two_hop_world.EOS in r["rationale"]]
-    if rule == "none":
-        return list(rows)
-    if rule == "parity":
-        return [r for r in ended if r["answer"] % 2 == r["gold"] % 2]
-    return [r for r in ended if r["answer"] == r["gold"]]
+def _draw(seed: Any, count: int) -> Worlds:
+    return two_hop_world.draw(np.random.default_rng(seed if isinstance(seed, int) else stable_seed(seed)), count)
 
 
-def to_pairs(rows: Sequence[dict[str, Any]]) -> list[Pair]:
-    """Returns rows as the student learns them: up to the end, padding left out."""
-    return [Pair(tuple(r["prompt"]), tuple(t for t in r["rationale"] if t != two_hop_world.PAD)) for r in rows]
-
-
-def in_slot(done: Completion) -> np.ndarray:
-    """Returns a completion as the answerer may read it, [7]."""
-    row = np.full((1, two_hop_world.SLOT), two_hop_world.PAD, np.int32)
+def _to_slot(done: Completion) -> np.ndarray:
+    """A completion as the answerer reads it, [7]."""
+    row = np.full((1, SLOT), PAD, np.int32)
     row[0, : len(done.tokens)] = done.tokens
     return two_hop_world.clean(row)[0]
 
 
-def _update(lr: float, batch: int, schedule: str, end: float) -> TrainSettings:
-    return TrainSettings(batch_size=batch, lr=lr, schedule=schedule, end=end, warmup=50, b2=0.98, weight_decay=0.01,
-                         packed=False, row_length=two_hop_world.LENGTH, log_every=100, save_every=500)  # fmt: skip
+def _random_model(shape: dict[str, int], seed: int) -> Model:
+    positions = {"position": "learned", "max_positions": LENGTH + 2, "relative_bias": True, "local_init": LOCAL_INIT}
+    init_std = shape["hidden_size"] ** -0.5
+    config = preset("tiny", **shape, **positions, vocab_size=two_hop_world.VOCAB, eos_id=EOS, init_std=init_std)
+    return Model(config, jax.jit(functools.partial(decoder.init, config))(jax.random.key(seed)))
+
+
+def _train(start: Model, text: Text, make_stage: Callable[..., Stage], lr: float = 3e-3, end: float = 0.05) -> Model:
+    update: dict[str, Any] = {
+        "lr": lr,
+        "schedule": "cosine",
+        "end": end,
+        "warmup": 50,
+        "b2": 0.98,
+        "weight_decay": 0.01,
+    }
+    rows: dict[str, Any] = {"batch_size": BATCH, "packed": False, "row_length": LENGTH}
+    settings = TrainSettings(**update, **rows, log_every=100, save_every=500)
+    tx, step = sft_step(start.config, settings)
+
+    def batch_at(s: int) -> Batch:
+        tokens, mask = text(s)
+        positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
+        return Batch(tokens, mask, np.ones_like(tokens), positions)
+
+    return train_stage(start, make_stage(settings=settings), tx, lambda s: step, batch_at)[0]
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _last(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """Returns log-probabilities [B, V] of what follows rows [B, T]."""
-    model = Model(config, params)
-    return jax.nn.log_softmax(logits(model, jnp.asarray(tokens))[:, -1])
+def _last_logprobs(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities [B, V] of the token after rows [B, T]."""
+    return jax.nn.log_softmax(logits(Model(config, params), jnp.asarray(tokens))[:, -1])

@@ -1,43 +1,53 @@
-"""Run context of Quiet-STaR: the sections of its config, its text, and the run folder's writers."""
+"""Config, text and base model of a Quiet-STaR run: the sections, the corpus, training from scratch, and the gates."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
+from einops import rearrange
 
 from qstar.data.corpus import Corpus, Rows, TextCorpus
 from qstar.errors import Settings, UserError, bounded, require, unknown
-from qstar.mesh import put_global_batch
+from qstar.mesh import put_global_batch, to_host
+from qstar.models import heads
 from qstar.models.hf import read_config
+from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
 from qstar.runs import base_model
 from qstar.runs.context import RunContext
+from qstar.runs.folder import stable_seed
 from qstar.runs.settings import Gate, Sections, check_keys, settings_from
-from qstar.runs.stages import UpdateSettings
+from qstar.runs.stages import Stage, TrainSettings, UpdateSettings, sft_step, train_stage
 from qstar.tasks.fold_digits import Folds
 from qstar.text.tokenizer import load_tokenizer
+from qstar.thoughts import measure
 from qstar.types import Batch
+
+FOLD_METRICS = ("direct_nll", "worked_nll", "worked_accuracy", "step_nll")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Settings):
-    """How models are measured. A config's `evaluate` section."""
+    """How models are evaluated on held-out text. A config's `evaluate` section."""
 
-    rows: int = bounded(1200, ge=1)  # of held-out text
+    rows: int = bounded(1200, ge=1)
     batch_size: int = bounded(100, ge=1)
-    every: int = bounded(0, ge=0)  # steps between two measurements; 0: only at the end
-    shown: int = 40  # texts whose thoughts are written out for the viewer
-    passes: int = bounded(1, ge=1)  # thoughts per position
+    every: int = bounded(0, ge=0)  # steps between two evaluations; 0: only at the end
+    viewer_texts: int = 40  # texts whose thoughts are written out for the report
+    thoughts_per_position: int = bounded(1, ge=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseGate(Gate):
-    """A bound on a measurement of the base model, see `quiet_base.fold_measurements`."""
+    """A bound on a measurement of the base model, see `fold_measurements`."""
 
-    NAMES: ClassVar = ("direct_nll", "worked_nll", "worked_accuracy", "step_nll", "right", "right_greedy")
+    NAMES: ClassVar = (*FOLD_METRICS, "thought_accuracy", "thought_accuracy_greedy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +96,7 @@ class QuietContext(RunContext):
 
     @property
     def start_id(self) -> int:
-        """The token whose embedding the start and end vectors begin as (the official code: the first of "---")."""
+        """The token whose embedding initializes the start and end vectors (in the official code the first of "---")."""
         try:
             ids = self.corpus.tokenizer.encode(self.start_text)
         except UserError as e:
@@ -94,31 +104,31 @@ class QuietContext(RunContext):
         require((len(ids) > 0, f"config.thoughts.start_text={self.start_text!r} has no token"))
         return ids[0]
 
-    def recipe(self, cls: type, name: str) -> Any:
-        """Returns an arm's settings; its thoughts and train settings are checked, too."""
-        recipe = settings_from(cls, self.settings.arms[name], f"arms.{name}")
-        check_keys(ThoughtConfig, recipe.thoughts, f"arms.{name}.thoughts")
-        self.thoughts.replace(**recipe.thoughts)
-        self.update_settings(recipe.train, f"arms.{name}.train")
-        return recipe
+    def arm_config(self, cls: type, name: str) -> Any:
+        """Returns an arm's settings, after a check of its thoughts and train settings."""
+        arm = settings_from(cls, self.settings.arms[name], f"arms.{name}")
+        check_keys(ThoughtConfig, arm.thoughts, f"arms.{name}.thoughts")
+        self.thoughts.replace(**arm.thoughts)
+        self.update_settings(arm.train, f"arms.{name}.train")
+        return arm
 
     def update_settings(self, changes: dict[str, Any], where: str = "train") -> UpdateSettings:
         """Returns the config's `train` section with an arm's changes."""
         return settings_from(UpdateSettings, {**self.config.train.to_dict(), **changes}, where)
 
     def batch(self, rows: Rows) -> Batch:
-        """Returns all of the rows as host arrays; `fit` places them on the devices."""
+        """Returns rows as host arrays; `fit` places them on the devices."""
         return Batch(*(np.asarray(x) for x in rows[:4]))
 
     def whole_batch(self, rows: Rows) -> Batch:
-        """Returns all of the rows, which every process has read, placed on the devices: what is measured."""
+        """Returns rows, which every process has read whole, on the devices."""
         return put_global_batch(self.batch(rows), self.mesh)
 
 
 def thought_config(options: dict[str, Any], parity: bool, corpus: Corpus) -> ThoughtConfig:
-    """Returns the config's `thoughts`: the defaults, or the official code's where `parity` is set, with changes.
+    """Returns a config's `thoughts`: changes of the defaults or, with `parity`, of the official code's choices.
 
-    The padding token, where the tokenizer has one, is never thought, unless `forbidden_ids` says otherwise.
+    Thoughts do not contain the tokenizer's padding token, unless `forbidden_ids` is given.
     """
     if "forbidden_ids" not in options:
         pad = corpus.tokenizer.hf.pad_token_id  # not `pad_id`, which is 0, a word, where there is no padding token
@@ -127,34 +137,32 @@ def thought_config(options: dict[str, Any], parity: bool, corpus: Corpus) -> Tho
 
 
 def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
-    """Returns the text of a config's `data` section: {"name": "folds" | "text", ...}.
+    """Returns the text of a config's `data` section: {"name": "fold_digits" | "text", ...}.
 
     Raises:
       UserError: unknown name or option, or a text that cannot be read.
     """
     options = dict(options)
     name = options.pop("name", "")
-    if name == "folds":
-        return _call(Folds, options)
+    if name == "fold_digits":
+        return _make(Folds, options)
     if name != "text":
-        raise unknown(f"config.data.name={name!r}", str(name), ["folds", "text"])
+        raise unknown(f"config.data.name={name!r}", str(name), ["fold_digits", "text"])
     folder, source = options.pop("tokenizer", "") or model_path, options.pop("source", "")
     require(
         (bool(source), "config.data.source is not set; name a jsonl or parquet file, or a hub data set"),
         (bool(folder), "config.data.tokenizer is not set; name a folder with tokenizer files, or set model.path"),
     )
     if folder == model_path:
-        read_config(folder)  # whether there is such a model at all
+        read_config(folder)  # raises for a folder that is no model
     where = f"config.data.tokenizer={folder}"
     require((Path(folder).expanduser().is_dir(), f"{where}: no such folder; name one that holds tokenizer files"))
     tokenizer = load_tokenizer(folder)
     require((tokenizer is not None, f"{where}: this folder has no tokenizer files; name another one"))
-    return _call(TextCorpus, options, source, tokenizer)
+    return _make(TextCorpus, options, source, tokenizer)
 
 
-def _call(cls: type, options: dict[str, Any], *args: Any) -> Any:
-    import inspect
-
+def _make(cls: type, options: dict[str, Any], *args: Any) -> Any:
     known = list(inspect.signature(cls).parameters)[len(args) :]
     for option in options:
         if option not in known:
@@ -163,3 +171,73 @@ def _call(cls: type, options: dict[str, Any], *args: Any) -> Any:
         return cls(*args, **options)
     except UserError as e:
         raise UserError(f"config.data: {e}") from None
+
+
+# ------------------------------------------------------------------------------------------------------- base model
+
+
+def prepare_base(ctx: QuietContext, model: Model) -> Model:
+    """Trains the base on the corpus' own text for `config.base.steps` (0: as it is), and checks its gates.
+
+    The base must be able to write the steps that help and must not write them unprompted, or thoughts have no effect. The
+    gates check that before any arm is trained.
+
+    Raises:
+      UserError: a gate that does not hold, or a training that diverged.
+    """
+
+    def train(stage: Stage) -> tuple[Model, dict[str, Any]]:
+        tx, step = sft_step(model.config, TrainSettings(**vars(stage.settings)))
+        size = stage.settings.batch_size
+        rows_at = functools.partial(ctx.corpus.base_rows, size=size, seed=ctx.seed)
+        return train_stage(model, stage, tx, lambda n: step, lambda n: ctx.batch(rows_at(n)))
+
+    base = base_model.train_base(ctx, train, UpdateSettings) if ctx.settings.base.steps else model
+    if ctx.settings.gates:
+        line = "config.gates: only data.name='fold_digits' has measurements of the base"
+        require((isinstance(ctx.corpus, Folds), line))
+        base_model.check_gates(ctx, ctx.workdir / "base", lambda: fold_measurements(ctx, base))
+    return base
+
+
+def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[str, float]:
+    """Returns what a base model knows of the steps, in nats and shares.
+
+    direct_nll: of hard answers without steps, given that no dash follows. worked_nll, worked_accuracy: of hard answers after
+    the correct steps; step_nll: of the steps. thought_accuracy, thought_accuracy_greedy: share of thoughts that hold all
+    steps, with the dash as start and end, before any training.
+    """
+    corpus, config = Folds(), model.config.replace(thoughts=ctx.thoughts)  # one document a row
+    rows, hard = corpus.test_rows(size), len(corpus.classes) - 1
+    batch, dashed = ctx.whole_batch(rows), rows.tokens.copy()
+    dashed[:, -2] = ctx.start_id  # in place of the answers of one-document rows
+
+    def score_text(batch: Batch) -> tuple[np.ndarray, ...]:
+        return to_host(measure.score_text(model.params, config, batch))
+
+    nll, dash_nll = score_text(batch)[0], score_text(ctx.whole_batch(rows._replace(tokens=dashed)))[0]
+    at = rows.classes[:, 1:] == hard
+    # The dash is fed nowhere: it replaces targets only where the answer stands, and no later score is used.
+    direct = nll + np.log1p(-np.minimum(np.exp(-dash_nll), 1 - 1e-6))
+    worked = corpus.worked_rows(size)
+    w_nll, w_hit, _ = score_text(ctx.whole_batch(worked))
+    answer, step = worked.classes[:, 1:] == hard, worked.classes[:, 1:] == 2
+    values = (direct[at], w_nll[answer], w_hit[answer], w_nll[step])
+    out = {name: float(x.mean()) for name, x in zip(FOLD_METRICS, values)}
+    params = heads.attach_thoughts(model.params, config, jax.random.key(0), ctx.start_id)
+    for name, temperature in (("thought_accuracy", 1.0), ("thought_accuracy_greedy", 0.0)):
+        scores = measure.score(params, config, batch, jax.random.key(stable_seed("gates")), temperature=temperature)
+        share = holds_steps(to_host(scores.thoughts), rows.expected[:, :-1])
+        out[name] = float(share[:, 0][at].mean())
+    return out
+
+
+def holds_steps(thoughts: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Returns whether thoughts begin with the expected tokens, as far as they reach, bool [B, P, M].
+
+    Args:
+      thoughts: [B, P, M, S]. expected: [B, M, S'], -1 beyond the end; where nothing is expected the result is False.
+    """
+    n = min(thoughts.shape[-1], expected.shape[-1])
+    expected = rearrange(expected[..., :n], "b m s -> b 1 m s")
+    return np.all((thoughts[..., :n] == expected) | (expected < 0), axis=-1) & (expected[..., 0] >= 0)

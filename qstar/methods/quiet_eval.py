@@ -1,25 +1,26 @@
-"""Measuring a model on question answering, with thoughts and without: the metrics of Quiet-STaR (arXiv 2403.09629).
+"""Quiet-STaR's accuracy on question answering, with thoughts and without (arXiv 2403.09629).
 
-`expected_accuracy` is the official zero-shot number. A question with its answer is one teacher-forced text; the score is the
-product, over the answer's tokens, of their probabilities, renormalised over the tokens that could stand there (digits and the
-end of the line; letters and the end of the line). It is the chance that a sampled answer is right. Beside it stands exact
-match: whether every token of the answer is the likeliest of those, which is what greedy decoding among them would write.
+`expected_accuracy` is the official zero-shot metric. A question with its answer is one teacher-forced text; the score is the
+product, over the answer's tokens, of their probabilities, renormalized over the tokens that are possible there (digits or
+letters, and the end of the line). It is the chance that a sampled answer is correct. `exact` is exact match: every token of
+the answer has the largest probability of those, which is what greedy decoding among them would generate.
 
 `zero_shot_cot` lets the model reason aloud first ("Let's think step by step."), and votes over k answers.
 
-One thing is not copied: official code that meets an answer which does not begin with a digit (-3, $5) takes it for a letter,
-so that the end of its line is all that counts. Here its digits count.
+Deviation from the official code: it takes an answer that does not begin with a digit (-3, $5) for a letter, so that only the
+end of its line counts. Here its digits count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, repeat
 
 from qstar import tree
 from qstar.errors import UserError, require
@@ -41,18 +42,18 @@ from qstar.types import Params
 
 
 class Row(NamedTuple):
-    """One problem, tokenised."""
+    """The tokens of one problem."""
 
     tokens: list[int]
-    positions: list[int]  # that predict a token which counts
-    right: list[int]  # which of the allowed ids comes next, an index, per position
+    positions: list[int]  # that predict the answer's symbols
+    correct: list[int]  # index of the next token among the allowed ids, per position
 
 
 class AnswerLogits(NamedTuple):
-    """Logits of the A allowed ids at the M positions that count."""
+    """Logits of the V allowed ids at the M positions that predict the answer's symbols."""
 
-    base: jax.Array  # [B, M, A] float32, without thoughts
-    mixed: jax.Array  # [B, P, M, A] with them; P = 0 without thoughts
+    base: jax.Array  # [B, M, V] float32, without thoughts
+    mixed: jax.Array  # [B, P, M, V] with them; P = 0 without thoughts
     weight: jax.Array  # [B, P, M] of the thought
 
 
@@ -70,50 +71,48 @@ def expected_accuracy(
 ) -> dict[str, Any]:
     """Returns the official zero-shot accuracy (`expected`) and exact match, with thoughts and (`_base`) without.
 
-    Each comes with its 95% bootstrap interval over problems. All numbers are from one forward per problem, in which only the
-    positions before answer tokens think; no logits but those of the allowed ids are ever computed.
+    Each has its 95% bootstrap interval over problems. All numbers are from one forward pass per problem, in which only the
+    positions before answer tokens think and only the logits of the allowed ids are computed.
 
     Args:
       limit: first so many problems; 0: all.
       thoughts: how to think, True for the model's own config, False for the base numbers alone.
       passes: thoughts per position; a problem's score is the mean over them.
-      temperature: of the thoughts, 0 is greedy (the paper); None: as the config trains (the official code: 1).
-      batch_size: texts at once. seed: of the thoughts.
+      temperature: of the thoughts, 0 is greedy (the paper); None: as in training (the official code: 1).
+      batch_size: texts per forward pass. seed: of the thoughts.
 
     Raises:
       UserError: a model without tokenizer, or that cannot think; a task that has no short answers; a tokenizer that does not
-      write them symbol by symbol; a text that is longer than the model's context.
+        write them symbol by symbol; a text that is longer than the model's context.
     """
     config = thinking_config(model, thoughts)
     problems = _problems(model, task, split, limit)
     texts = [task.zero_shot(p) for p in problems]
     require((None not in texts, f"task {task.name} has no zero-shot text to score; metric 'expected' needs one"))
     allowed = symbol_ids(model.tokenizer, texts[0].symbols)
-    rows = [tokenise(model, p, text, allowed) for p, text in zip(problems, texts)]
-    scores = {name: np.zeros(len(rows)) for name in ("expected", "exact", "expected_base", "exact_base", "weight")}
-    ids = jnp.asarray(list(allowed.values()), jnp.int32)
-    key = tree.random_key(seed)
-    for number, (length, some) in enumerate(batches(rows, batch_size)):
-        arrays = _arrays([rows[i] for i in some], length, batch_size)
-        thought_temperature = jnp.float32(
-            config.thoughts.temperature if config.thoughts and temperature is None else temperature or 0.0
-        )
-        given = put_global_batch(arrays[:3], model.mesh)
+    rows = [tokenize(model, p, text, allowed) for p, text in zip(problems, texts)]
+    ids, key = jnp.asarray(list(allowed.values()), jnp.int32), tree.random_key(seed)
+    if temperature is None:
+        temperature = config.thoughts.temperature if config.thoughts else 0.0
+    names = ("expected", "exact", "expected_base", "exact_base", "weight")
+    scores = {name: np.zeros(len(rows)) for name in (names if config.thoughts else names[2:4])}
+    # Rows of similar length are batched together: few shapes compile, and there is little padding.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+    for number, begin in enumerate(range(0, len(order), batch_size)):
+        batch = order[begin : begin + batch_size]
+        *inputs, correct, counts = _arrays([rows[i] for i in batch], batch_size)
         found = answer_logits(
             model.params,
             config,
-            *given,
+            *put_global_batch(inputs, model.mesh),
             ids,
             jax.random.fold_in(key, number),
-            thought_temperature,
+            jnp.float32(temperature),
             passes if config.thoughts else 0,
         )
-        for name, values in judge(to_host(found), arrays[3], arrays[4]).items():
-            scores[name][some] = values[: len(some)]
-    if not config.thoughts:
-        scores = {name: scores[name] for name in ("expected_base", "exact_base")}
-    groups = [p.group for p in problems]
-    groups = groups if len(set(groups)) > 1 else [""] * len(groups)
+        for name, values in score_answers(to_host(found), correct, counts).items():
+            scores[name][batch] = values[: len(batch)]
+    groups = [p.group for p in problems] if len({p.group for p in problems}) > 1 else [""] * len(problems)
     result: dict[str, Any] = {"problems": len(problems)}
     for name, values in scores.items():
         result |= summarise(name, values.tolist(), groups)
@@ -121,7 +120,7 @@ def expected_accuracy(
 
 
 def thinking_config(model: Model, thoughts: ThoughtConfig | bool) -> ModelConfig:
-    """Returns the model's config with the thoughts to evaluate (T = 1), or with none.
+    """Returns the model's config with the thoughts to evaluate (one talk token), or with none.
 
     Raises:
       UserError: thoughts of a model that cannot think.
@@ -130,18 +129,16 @@ def thinking_config(model: Model, thoughts: ThoughtConfig | bool) -> ModelConfig
         return model.config.replace(thoughts=None)
     chosen = model.config.thoughts if thoughts is True else thoughts
     able = isinstance(chosen, ThoughtConfig) and {"thoughts", "mixing"} <= model.params.keys()
-    require(
-        (able, "this model cannot think: it has no start and end vectors and no mixing head; evaluate without thoughts")
-    )
+    why = "this model cannot think: it has no start and end vectors and no mixing head; evaluate without thoughts"
+    require((able, why))
     return model.config.replace(thoughts=chosen.replace(talk_tokens=1))
 
 
 def _problems(model: Model, task: Task, split: str, limit: int) -> list[Problem]:
-    if model.tokenizer is None:
-        raise UserError("evaluation needs a tokenizer, and this model has none (no tokenizer files in its folder)")
+    no_text = "evaluation needs a tokenizer, and this model has none (no tokenizer files in its folder)"
+    require((model.tokenizer is not None, no_text))
     problems = task.problems(split)[: limit or None]
-    if not problems:
-        raise UserError(f"task {task.name} has no problems in split {split!r}")
+    require((bool(problems), f"task {task.name} has no problems in split {split!r}"))
     return problems
 
 
@@ -149,7 +146,7 @@ def _problems(model: Model, task: Task, split: str, limit: int) -> list[Problem]
 
 
 def symbol_ids(tokenizer: Tokenizer, symbols: Sequence[str]) -> dict[str, int]:
-    """Returns the token id of every symbol where it stands in an answer (after a space, if it is the first).
+    """Returns the token id of every symbol within an answer (after a space, if it is the first).
 
     Raises:
       UserError: the tokenizer has no token of its own for one.
@@ -158,11 +155,8 @@ def symbol_ids(tokenizer: Tokenizer, symbols: Sequence[str]) -> dict[str, int]:
     for symbol in symbols:
         _, tail = tokenizer.encode_pair("Q:\nA:", f" {symbol if symbol.strip() else symbols[0] + symbol}\n")
         ids = [i for i in tail if _symbol(tokenizer, i) == symbol]
-        if not ids:
-            raise UserError(
-                f"this tokenizer has no token of its own for {symbol!r} in an answer; the metric 'expected' "
-                "compares answers symbol by symbol"
-            )
+        line = f"this tokenizer has no token of its own for {symbol!r} in an answer; the metric 'expected' compares answers"
+        require((bool(ids), f"{line} symbol by symbol"))
         found[symbol] = ids[0]
     return found
 
@@ -171,51 +165,41 @@ def _symbol(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.show(token).strip(" ")
 
 
-def tokenise(model: Model, problem: Problem, text: ZeroShot, allowed: dict[str, int]) -> Row:
-    """Returns a problem's tokens, and where in them the answer's symbols are.
+def tokenize(model: Model, problem: Problem, text: ZeroShot, allowed: dict[str, int]) -> Row:
+    """Returns a problem's tokens, and the positions that predict the answer's symbols.
 
     Raises:
       UserError: a text that is too long, or an answer that is not written symbol by symbol.
     """
     head, tail = model.tokenizer.encode_pair(text.prompt, text.answer)
-    if len(head) + len(tail) > model.config.max_positions:
-        raise UserError(
-            f"problem {problem.id}: its {len(head) + len(tail)} tokens exceed the model's context of "
-            f"{model.config.max_positions}"
-        )
+    length, room = len(head) + len(tail), model.config.max_positions
+    if length > room:
+        raise UserError(f"problem {problem.id}: its {length} tokens exceed the model's context of {room}")
     order = list(allowed.values())
     places = [(len(head) + k - 1, order.index(i)) for k, i in enumerate(tail) if i in order]
-    written = "".join(_symbol(model.tokenizer, order[right]) for _, right in places)
-    wanted = "".join(c for c in text.answer if c in allowed)
-    if written != wanted:
-        raise UserError(
-            f"problem {problem.id}: this tokenizer does not write the answer {text.answer.strip()!r} symbol by symbol; "
-            "the metric 'expected' needs one that does"
+    written = "".join(_symbol(model.tokenizer, order[correct]) for _, correct in places)
+    if written != "".join(c for c in text.answer if c in allowed):
+        line = (
+            f"problem {problem.id}: this tokenizer does not write the answer {text.answer.strip()!r} symbol by symbol"
         )
+        raise UserError(f"{line}; the metric 'expected' needs one that does")
     return Row([*head, *tail], *map(list, zip(*places)))
 
 
-def batches(rows: Sequence[Row], size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields (padded length, indices): rows of like length together, so that few shapes compile and little is padding."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
-    for begin in range(0, len(order), size):
-        some = order[begin : begin + size]
-        longest = len(rows[some[-1]].tokens)
-        yield max(MIN_LENGTH, -(-longest // 32) * 32), some
-
-
-def _arrays(rows: Sequence[Row], length: int, size: int) -> tuple[np.ndarray, ...]:
-    """Tokens and mask [size, length], positions [size, M], right [size, M] and counts [size, M]; the last row fills up."""
-    most = -(-max(len(row.positions) for row in rows) // 4) * 4
-    tokens, mask = np.zeros((2, size, length), np.int32)
-    positions, right, counts = np.zeros((3, size, most), np.int32)
+def _arrays(rows: Sequence[Row], size: int) -> tuple[np.ndarray, ...]:
+    """Tokens and mask [B, N], positions, correct ids and counts [B, M] of B = `size` rows; the last row fills up."""
+    # Lengths are rounded up, so that few shapes compile.
+    N = max(MIN_LENGTH, -(-max(len(row.tokens) for row in rows) // 32) * 32)
+    M = -(-max(len(row.positions) for row in rows) // 4) * 4
+    tokens, mask = np.zeros((2, size, N), np.int32)
+    positions, correct, counts = np.zeros((3, size, M), np.int32)
     for r in range(size):
         row = rows[min(r, len(rows) - 1)]
         n, m = len(row.tokens), len(row.positions)
         tokens[r, :n], mask[r, :n] = row.tokens, 1
-        positions[r] = row.positions[-1]  # a position more of those that think anyway; it counts nothing
-        positions[r, :m], right[r, :m], counts[r, :m] = row.positions, row.right, 1
-    return tokens, mask, positions, right, counts
+        positions[r] = row.positions[-1]  # positions that fill up repeat a position, and count nothing
+        positions[r, :m], correct[r, :m], counts[r, :m] = row.positions, row.correct, 1
+    return tokens, mask, positions, correct, counts
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -236,45 +220,46 @@ def answer_logits(
     """Runs texts once, thinking at the given positions alone.
 
     Args:
-      tokens, mask: [B, N]. positions: [B, M]. allowed: [A] token ids. passes: thoughts per position; 0: none.
+      tokens, mask: [B, N]. positions: [B, M]. allowed: [V] token ids. passes: thoughts per position; 0: none.
     """
     kernel, bias = decoder.head(params, config)
     kernel, bias = kernel[:, allowed], None if bias is None else bias[allowed]
 
-    def logits(hidden: jax.Array) -> jax.Array:  # [..., E] -> [..., A]: as `decoder.unembed`, of these columns
+    def logits(hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], as `decoder.unembed` of these columns
         exact = precision(hidden.dtype)
         out = jnp.matmul(hidden, kernel.astype(hidden.dtype), precision=exact, preferred_element_type=jnp.float32)
         return out if bias is None else out + bias.astype(jnp.float32)
 
+    # The vocabulary product is of the allowed columns: full logits [B, N, V] would be the largest array by far.
     batch = layout.text_batch(tokens, mask)
     texts = forward.read(params, config, batch)
     base = logits(jax.vmap(lambda hidden, at: hidden[at])(texts.hidden, positions))
     if not passes:
-        B, M, A = base.shape
-        return AnswerLogits(base, jnp.zeros((B, 0, M, A)), jnp.zeros((B, 0, M)))
+        B, M, V = base.shape
+        return AnswerLogits(base, jnp.zeros((B, 0, M, V)), jnp.zeros((B, 0, M)))
     draw = thinking.sampler(params, config, batch, positions, key, passes, temperature)
     threads, _ = forward.rollout_and_talk(params, config, batch, texts, positions, passes, draw)
-    paths = forward.thought_states(params, config, batch, texts, positions, threads)
-    return AnswerLogits(base, logits(paths.mixed[:, :, :, 0]), paths.weight[..., 0])
+    states = forward.thought_states(params, config, batch, texts, positions, threads)
+    return AnswerLogits(base, logits(states.mixed[:, :, :, 0]), states.weight[..., 0])
 
 
-def judge(found: AnswerLogits, right: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+def score_answers(found: AnswerLogits, correct: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Returns per text [B]: `expected` and `exact` (means over the passes), the same `_base`, and the mean `weight`.
 
     Args:
-      right: [B, M] index of the true token among the allowed ones. counts: [B, M] 1 where a token counts.
+      correct: [B, M] index of the true token among the allowed ones. counts: [B, M] 1 where a token counts.
     """
     out = {}
-    for suffix, logits in (("_base", np.asarray(found.base)[:, None]), ("", np.asarray(found.mixed))):
-        B, P, M, _ = logits.shape
+    for suffix, logits in (("_base", rearrange(found.base, "b m v -> b 1 m v")), ("", found.mixed)):
+        P = logits.shape[1]
         if not P:
             continue
-        x = logits.astype(np.float64)
+        x = np.asarray(logits, np.float64)  # products over the tokens of long answers lose digits in float32
         log_z = np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1)) + x.max(-1)
-        goal = np.broadcast_to(right[:, None], (B, P, M))
-        logp = np.take_along_axis(x, goal[..., None], axis=-1)[..., 0] - log_z
-        out[f"expected{suffix}"] = np.exp((logp * counts[:, None]).sum(-1)).mean(-1)
-        out[f"exact{suffix}"] = ((x.argmax(-1) == goal) | (counts[:, None] == 0)).all(-1).mean(-1)
+        target, used = repeat(correct, "b m -> b p m", p=P), rearrange(counts, "b m -> b 1 m")
+        logp = np.take_along_axis(x, rearrange(target, "b p m -> b p m 1"), axis=-1)[..., 0] - log_z
+        out[f"expected{suffix}"] = np.exp((logp * used).sum(-1)).mean(-1)
+        out[f"exact{suffix}"] = ((x.argmax(-1) == target) | (used == 0)).all(-1).mean(-1)
     if found.weight.shape[1]:
         out["weight"] = (np.asarray(found.weight).mean(1) * counts).sum(-1) / counts.sum(-1)
     return out
@@ -300,7 +285,7 @@ def zero_shot_cot(
 
     The model reasons after "Let's think step by step.", is then asked for the answer, and the first whole number of the next
     few tokens is taken (official code: `zero-shotcot-eval.py`; k = 8, on 128 questions). With thoughts, the numbers without
-    come with it (`_base`).
+    them are returned, too (`_base`).
 
     Args:
       thoughts: as in `expected_accuracy`. temperature: of the text, in both halves. answer_tokens: at most, of the answer.
@@ -312,31 +297,18 @@ def zero_shot_cot(
     problems = _problems(model, task, split, limit)
     asked = [task.step_by_step(p) for p in problems]
     require((None not in asked, f"task {task.name} has no step-by-step prompt; metric 'cot' needs one"))
+    prompts = [prompt for prompt, _ in asked]
     result: dict[str, Any] = {"problems": len(problems)}
     for suffix, t in (("_base", None), ("", config.thoughts)):
-        if suffix or t is not None:
-            drawn = dict(thoughts=t, temperature=temperature, seed=seed)
-            found = _reasoned(model, asked, drawn, samples, max_new_tokens, answer_tokens)
-            answers = [[task.parse_closing(text) for text in some] for some in found]
-            right = [[task.correct(p, a) for a in some] for p, some in zip(problems, answers)]
-            counted = votes([task.ballots(a) for a in answers], right, [""] * len(problems), samples)
-            result |= {f"{k}{suffix}": v for k, v in counted.items()}
+        if not suffix and t is None:
+            continue
+        options: dict[str, Any] = {"thoughts": t, "temperature": temperature, "seed": seed}
+        # The official code stops where the model begins another question.
+        chains = generate(model, prompts, max_new_tokens=max_new_tokens, n=samples, stop=("Q:",), **options)
+        closing = [prompt + chain.text + words for (prompt, words), row in zip(asked, chains) for chain in row]
+        texts = [c[0].text for c in generate(model, closing, max_new_tokens=answer_tokens, **options)]
+        answers = [[task.parse_closing(x) for x in texts[i : i + samples]] for i in range(0, len(texts), samples)]
+        correct = [[task.correct(p, a) for a in row] for p, row in zip(problems, answers)]
+        counted = votes([task.ballots(a) for a in answers], correct, [""] * len(problems), samples)
+        result |= {f"{k}{suffix}": v for k, v in counted.items()}
     return result
-
-
-def _reasoned(
-    model: Model,
-    asked: Sequence[tuple[str, str]],
-    drawn: dict[str, Any],
-    samples: int,
-    max_new_tokens: int,
-    answer_tokens: int,
-) -> list[list[str]]:
-    """Returns what the model writes when it is asked for its answers: `samples` texts per problem."""
-    prompts = [prompt for prompt, _ in asked]
-    chains = generate(model, prompts, max_new_tokens=max_new_tokens, n=samples, stop=("Q:",), **drawn)
-    closing = [
-        prompt + chain.text + words for (prompt, words), some in zip(asked, chains) for chain in some
-    ]  # the official code breaks where a second "Q:" appears
-    texts = [c[0].text for c in generate(model, closing, max_new_tokens=answer_tokens, **drawn)]
-    return [texts[begin : begin + samples] for begin in range(0, len(texts), samples)]

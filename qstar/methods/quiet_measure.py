@@ -1,85 +1,88 @@
-"""Measuring a model that thinks on held-out text: by kind of token, with its thoughts, greedy ones, and random ones.
+"""Held-out metrics of Quiet-STaR by kind of token, the thoughts for the viewer, and early stopping.
 
-The average over all tokens hides the effect: thoughts help where tokens are hard, and there alone. Kinds are those of the
-corpus, or, of any text, how hard its tokens are for the base model.
+A mean over all tokens hides the effect of thoughts, which help at hard tokens. The kinds are those of the corpus or, for any
+text, the difficulty of a token for the base model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from qstar import distributed
 from qstar.data.corpus import Rows
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.mesh import to_host
-from qstar.methods.quiet_base import holds_steps
-from qstar.methods.quiet_data import QuietContext
+from qstar.methods.quiet_data import QuietContext, holds_steps
+from qstar.models.config import ModelConfig
 from qstar.models.hf import read_json
 from qstar.models.model import Model
 from qstar.runs.folder import cached_jsonl, intact, once_json, stable_seed
-from qstar.thoughts import measure as m
+from qstar.thoughts import measure as thought_measure
+from qstar.thoughts.measure import Scores
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.metrics import show_table
 from qstar.train.stats import bootstrap_ci
-from qstar.types import Params
+from qstar.types import Batch, Params
 
-BUCKETS = ((0.5, "easy (< 0.5 nats)"), (2.0, "middle (0.5 to 2)"), (np.inf, "hard (> 2 nats)"))  # of the base's own NLL
-IGNORED, COLLAPSED = 0.01, 1e-3  # alarms: mean |weight|, and the spread of rewards at one position, in nats
+BUCKETS = ((0.5, "easy (< 0.5 nats)"), (2.0, "middle (0.5 to 2)"), (np.inf, "hard (> 2 nats)"))  # of the base's NLL
+# Alarms: mean |mixing weight|, and the share of distinct thoughts.
+MIN_WEIGHT, MIN_DISTINCT = 0.01, 0.02
+# Columns of the table that is printed: short titles, for 80 columns of a terminal.
+TITLES = ("base NLL", "NLL", "base acc", "acc", "greedy", "random", "thoughts", "weight")
+KEYS = "nll_base nll accuracy_base accuracy accuracy_greedy accuracy_random thought_accuracy weight".split()
 
 
-class Watch:
-    """Measures a model in training every so many steps; says when it no longer improves, and keeps the best one for that.
+class EarlyStopping:
+    """Evaluates a model during training; stops after `patience` evaluations without a lower NLL and keeps the best model.
 
-    What it decides by is read from the files of the measurements, so that a resumed run decides alike.
+    Decisions are read from the files of the evaluations, so that a resumed run takes the same ones.
     """
 
-    def __init__(self, ctx: QuietContext, arm: str, like: Model, thinker: str, every: int, patience: int):
-        """`like` is a model of the arm's configuration; `every` 0 never measures."""
-        self.study, self.arm, self.like, self.thinker = ctx, arm, like, thinker
+    def __init__(self, ctx: QuietContext, arm: str, like: Model, thought_source: str, every: int, patience: int):
+        """`like`: a model of the arm's configuration. every: steps, 0: no evaluation. patience: 0: no stopping."""
+        self.ctx, self.arm, self.like, self.thought_source = ctx, arm, like, thought_source
         self.every, self.patience = every, patience
+        self.folder = ctx.workdir / arm / "stopping"  # the scores, and the best parameters so far
 
     def __call__(self, step: int, params: Params) -> bool:
+        """Returns whether to stop after this step."""
         if not self.every or not step or step % self.every:
             return False
         model = self.like.replace(params=params)
-        found = measure(self.study, self.arm, model, self.thinker, step)
-        for text in alarms(found) if self.thinker == "sampled" else ():
-            self.study.say(f"[yellow]{self.arm}, step {step}: {text}")
-            self.study.writer.write(stage="alarm", arm=self.arm, step=step, text=text)
+        found = measure(self.ctx, self.arm, model, self.thought_source, step)
+        for text in alarms(found) if self.thought_source == "sampled" else ():
+            self.ctx.say(f"[yellow]{self.arm}, step {step}: {text}")
+            self.ctx.writer.write(stage="alarm", arm=self.arm, step=step, text=text)
         if not self.patience:
             return False
-        once_json(self._path(step), lambda: {"nll": stopping_nll(self.study, model, self.thinker)})
-        best = self.best(step)
+        path = self.folder / f"step_{step:06d}.json"
+        once_json(path, lambda: {"nll": stopping_nll(self.ctx, model, self.thought_source)})
+        scores, best = self._scores(step), self.best(step)
         if best == step:
             with contextlib.closing(Checkpoints(self.folder / "best")) as kept:
                 kept.save(step, params)
-        return sum(best < s <= step for s in self._steps()) >= self.patience
+        return sum(s > best for s in scores) >= self.patience
 
-    @property
-    def folder(self) -> Path:
-        """WORKDIR/<arm>/stopping: the scores that the arm stops by, and its best parameters so far."""
-        return self.study.workdir / self.arm / "stopping"
-
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}.json"
-
-    def _steps(self) -> list[int]:
-        return sorted(int(p.stem.removeprefix("step_")) for p in self.folder.glob("step_*.json"))
+    def _scores(self, last: int) -> dict[int, float]:
+        """Step -> NLL, up to `last`, in order."""
+        found = {int(p.stem.removeprefix("step_")): p for p in sorted(self.folder.glob("step_*.json"))}
+        return {step: read_json(path)["nll"] for step, path in found.items() if step <= last}
 
     def best(self, last: int) -> int:
-        """The step of the least NLL up to `last`, of equal ones the first; 0 if there is none."""
-        scores = {s: read_json(self._path(s))["nll"] for s in self._steps() if s <= last}
-        return min(scores, key=scores.get, default=0)
+        """Returns the step with the least NLL up to `last`, of equal ones the first; 0 if there is none."""
+        scores = self._scores(last)
+        return min(scores, key=scores.__getitem__, default=0)
 
     def choose(self, params: Params, summary: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
-        """Returns the best parameters instead of the last ones, and their step in the summary (`best_step`)."""
+        """Returns the best parameters instead of the last ones, and the summary with their step (`best_step`)."""
         best = self.best(summary["steps"]) if self.patience else 0
         if not best:
             return params, summary
@@ -89,159 +92,174 @@ class Watch:
         return params, {**summary, "best_step": best}
 
 
-def stopping_nll(ctx: QuietContext, model: Model, thinker: str) -> float:
-    """The mean NLL that an arm stops by: of held-out text that is not reported."""
+def stopping_nll(ctx: QuietContext, model: Model, thought_source: str) -> float:
+    """Returns the mean NLL in nats on the held-out text of early stopping, which is not reported."""
     rows = ctx.corpus.stopping_rows(ctx.settings.evaluate.rows)
-    if thinker == "none":
-        nll, _, counted = _text(ctx, model, rows)
+    if thought_source == "none":
+        nll, _, counted = _score_text(ctx, model, rows)
         return float(nll[counted].mean())
-    s = _scores(ctx, model, rows, thinker, 1.0)
+    s = _score_thoughts(ctx, model, rows, thought_source, 1.0)
     return float(s.nll.mean(1)[s.counted].mean())
 
 
 def alarms(found: dict[str, Any]) -> list[str]:
-    """What is wrong with the thoughts of a measurement, in words."""
+    """Returns warnings about degenerate thoughts."""
     out = []
-    if abs(found.get("weight_abs", 1.0)) < IGNORED:
+    if abs(found.get("weight_abs", 1.0)) < MIN_WEIGHT:
         out.append(f"thoughts are ignored: their mean weight is {found['weight_abs']:.4f}")
-    if found.get("distinct", 1.0) < 0.02:
+    if found.get("distinct", 1.0) < MIN_DISTINCT:
         out.append(f"thoughts are alike: {found['distinct']:.1%} of them are distinct")
     return out
 
 
-def measure(ctx: QuietContext, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+def measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, step: int) -> dict[str, Any]:
     """Returns (and writes once) the metrics of a model on the held-out text: WORKDIR/<arm>/evaluation/step_N.json.
 
-    Keys are `<metric>/<kind of token>`: nll_base, accuracy_base without thoughts; nll, accuracy, weight with sampled ones
-    (accuracy_low and _high: 95% over rows); nll_greedy, accuracy_greedy; nll_swapped, accuracy_swapped with random ids in
-    place of the model's thoughts; right, the share of thoughts that hold the true steps.
+    Keys are `<metric>/<kind of token>`: nll_base and accuracy_base without thoughts; nll, accuracy and weight with sampled
+    thoughts (accuracy_low and _high: 95% over rows); nll_greedy and accuracy_greedy with greedy ones; nll_random and
+    accuracy_random with random token ids; thought_accuracy, the share of thoughts that hold the true steps.
     """
     path = ctx.workdir / arm / "evaluation" / f"step_{step:06d}.json"
     if intact(path):
         return once_json(path, dict)
-    found = once_json(path, lambda: _measure(ctx, arm, model, thinker, step))
+    found = once_json(path, lambda: _measure(ctx, arm, model, thought_source, step))
     ctx.writer.write(stage="evaluation", arm=arm, step=step, **found)
     if distributed.is_first():
-        show_table(ctx.console, f"{arm}, step {step}", table(found))
+        used = {title: key for title, key in zip(TITLES, KEYS) if f"{key}/all" in found}
+        kinds = ("all", *found["classes"])
+        table = [{"tokens": kind, **{t: found.get(f"{key}/{kind}") for t, key in used.items()}} for kind in kinds]
+        show_table(ctx.console, f"{arm}, step {step}", table)
     return found
 
 
-def table(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns a row per kind of token."""
-    columns = {"base NLL": "nll_base", "NLL": "nll", "base acc": "accuracy_base", "acc": "accuracy"}
-    columns |= {"greedy": "accuracy_greedy", "swapped": "accuracy_swapped", "right": "right", "weight": "weight"}
-    there = {title: key for title, key in columns.items() if f"{key}/all" in found}
-    return [{"tokens": c, **{t: found.get(f"{k}/{c}") for t, k in there.items()}} for c in ("all", *found["classes"])]
-
-
-def _measure(ctx: QuietContext, arm: str, model: Model, thinker: str, step: int) -> dict[str, Any]:
+def _measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, step: int) -> dict[str, Any]:
     rows = ctx.corpus.test_rows(ctx.settings.evaluate.rows)
     names, kinds = _kinds(ctx, rows)
-    if thinker == "none":
-        nll, hit, counted = _text(ctx, model, rows)
+    if thought_source == "none":
+        nll, hit, counted = _score_text(ctx, model, rows)
         values = {"nll_base": nll, "accuracy_base": hit}
-        return {"classes": names, **_by_kind(names, np.where(counted, kinds, -2), values, ci=("accuracy_base",))}
-    modes = {"": (1.0, thinker), "_greedy": (0.0, thinker), "_swapped": (1.0, "random")}
+        kinds = np.where(counted, kinds, -2)
+        return {"classes": names, **means_by_kind(names, kinds, values, intervals=("accuracy_base",))}
+    modes = {"": (thought_source, 1.0)}
+    if thought_source == "sampled":
+        # The thoughts of the last mode come from elsewhere: what is left is the effect of more positions.
+        modes |= {"_greedy": ("sampled", 0.0), "_random": ("random", 1.0)}
     out: dict[str, Any] = {"classes": names}
-    for suffix, (temperature, way) in modes.items():
-        if suffix and thinker != "sampled":
-            continue
-        s = _scores(ctx, model, rows, way, temperature)
+    for suffix, (source, temperature) in modes.items():
+        s = _score_thoughts(ctx, model, rows, source, temperature)
         where = np.where(s.counted, kinds, -2)
         values = {f"nll{suffix}": s.nll.mean(1), f"accuracy{suffix}": s.hit.mean(1)}
         if not suffix:
-            values |= {"nll_base": s.base_nll, "accuracy_base": s.base_hit, "weight": s.weight.mean(1)}
-            values |= {"reward": s.reward.mean(1)}
-            out |= _diagnostics(s, where >= -1)
+            values |= {"nll_base": s.base_nll, "accuracy_base": s.base_hit}
+            values |= {"weight": s.weight.mean(1), "reward": s.reward.mean(1)}
+            out |= _diagnostics(s)
             _write_thoughts(ctx, arm, step, rows, names, kinds, s)
         if rows.expected is not None:
-            values[f"right{suffix}"] = holds_steps(s.thoughts, rows.expected[:, :-1]).mean(1)
-        out |= _by_kind(names, where, values, ci=() if suffix else ("accuracy",))
+            values[f"thought_accuracy{suffix}"] = holds_steps(s.thoughts, rows.expected[:, :-1]).mean(1)
+        out |= means_by_kind(names, where, values, intervals=() if suffix else ("accuracy",))
     return out
 
 
-def _by_kind(
-    names: list[str], where: np.ndarray, values: dict[str, np.ndarray], ci: tuple[str, ...] = ()
-) -> dict[str, float]:
-    """Means of values [B, M] over the tokens of each kind (where [B, M]: kind, -1 = of no kind, -2 = not counted)."""
-    out = {}
+def means_by_kind(
+    names: list[str], kinds: np.ndarray, values: dict[str, np.ndarray], intervals: tuple[str, ...] = ()
+) -> dict[str, float | None]:
+    """Returns the means of values [B, M] over the tokens of each kind.
+
+    Args:
+      kinds: [B, M] index into `names`; -1: of no kind, -2: not counted at all. intervals: values that get a 95% interval.
+    """
+    out: dict[str, float | None] = {}
     for i, name in ((-1, "all"), *enumerate(names)):
-        mine = where >= -1 if name == "all" else where == i
+        mine = kinds >= -1 if name == "all" else kinds == i
         for key, x in values.items():
             out[f"{key}/{name}"] = float(x[mine].mean()) if mine.any() else None
-            if key in ci and mine.any():  # rows are the independent things, not their tokens
-                counts = mine.sum(axis=1)
-                sums = np.where(mine, x, 0.0).sum(axis=1)
-                interval = bootstrap_ci(sums[counts > 0], counts=counts[counts > 0])
-                out[f"{key}_low/{name}"], out[f"{key}_high/{name}"] = interval
+            if key in intervals and mine.any():
+                # Rows are resampled, not tokens: the tokens of a row are not independent.
+                counts, sums = mine.sum(axis=1), np.where(mine, x, 0.0).sum(axis=1)
+                low, high = bootstrap_ci(sums[counts > 0], counts=counts[counts > 0])
+                out |= {f"{key}_low/{name}": low, f"{key}_high/{name}": high}
     return out
 
 
-def _diagnostics(s: m.Scores, counted: np.ndarray) -> dict[str, Any]:
-    w = np.moveaxis(s.weight, 1, 2)[counted]
+def _diagnostics(s: Scores) -> dict[str, Any]:
+    w = rearrange(s.weight, "b p m -> b m p")[s.counted]
     edges = np.linspace(min(-0.1, float(w.min())), max(1.0, float(w.max())), 41)
-    thoughts = np.moveaxis(s.thoughts, 1, 2)[counted].reshape(-1, s.thoughts.shape[-1])
+    thoughts = rearrange(rearrange(s.thoughts, "b p m s -> b m p s")[s.counted], "n p s -> (n p) s")
     return {
         "weight_abs": float(np.abs(w).mean()),
         "weight_histogram": {"edges": edges.round(4).tolist(), "counts": np.histogram(w, edges)[0].tolist()},
         "thought_entropy": float(np.nanmean(s.thought_nll)) if not np.isnan(s.thought_nll).all() else None,
-        "reward_positive": float((np.moveaxis(s.reward, 1, 2)[counted] > 0).mean()),
+        "reward_positive": float((rearrange(s.reward, "b p m -> b m p")[s.counted] > 0).mean()),
         "distinct": len(np.unique(thoughts, axis=0)) / len(thoughts),
     }
 
 
-def _batches(ctx: QuietContext, rows: Rows) -> Any:
-    """Yields parts of the rows of one and the same size; the last one is filled up, and says how many are its own."""
-    size = min(ctx.settings.evaluate.batch_size, len(rows.tokens))
-    for begin in range(0, len(rows.tokens), size):
-        part = [x[begin : begin + size] for x in rows[:4]]
-        own = len(part[0])
-        yield ctx.whole_batch(Rows(*(np.concatenate([x, np.repeat(x[:1], size - own, axis=0)]) for x in part))), own
+# ----------------------------------------------------------------------------------------------------- scoring of rows
 
 
-def _scores(ctx: QuietContext, model: Model, rows: Rows, thinker: str, temperature: float) -> m.Scores:
-    """Scores of all rows, on the host."""
-    config, P = model.config, ctx.settings.evaluate.passes
-    parts = []
-    for i, (batch, own) in enumerate(_batches(ctx, rows)):
+def control_thoughts(
+    thought_source: str, config: ModelConfig, key: jax.Array, shape: tuple[int, ...]
+) -> jax.Array | None:
+    """Returns the thoughts of a control, int32 token ids of the given shape; None for sampled thoughts.
+
+    "random": uniform ids. "pause": the first forbidden id, whose embedding is learned (Goyal et al. 2023).
+    """
+    if thought_source == "random":
+        return thought_measure.random_thoughts(key, config, shape)
+    return jnp.full(shape, config.thoughts.forbidden_ids[0], jnp.int32) if thought_source == "pause" else None
+
+
+def _score_thoughts(ctx: QuietContext, model: Model, rows: Rows, thought_source: str, temperature: float) -> Scores:
+    config, P = model.config, ctx.settings.evaluate.thoughts_per_position
+
+    def score(i: int, batch: Batch) -> Scores:
         key = jax.random.key(stable_seed("evaluate", i))
-        shape = (len(batch.tokens), P, batch.tokens.shape[1] - 1, config.thoughts.thought_tokens)
-        given = None
-        if thinker == "random":
-            given = m.random_thoughts(key, config, shape)
-        elif thinker == "pause":
-            given = jnp.full(shape, config.thoughts.forbidden_ids[0], jnp.int32)
-        found = m.score(model.params, config, batch, key, passes=P, temperature=temperature, thoughts=given)
-        parts.append(jax.tree.map(lambda x, own=own: x[:own], to_host(found)))
-    return m.Scores(*(np.concatenate(x) for x in zip(*parts)))
+        B, N = batch.tokens.shape
+        given = control_thoughts(thought_source, config, key, (B, P, N - 1, config.thoughts.thought_tokens))
+        options = {"passes": P, "temperature": temperature, "thoughts": given}
+        return thought_measure.score(model.params, config, batch, key, **options)
+
+    return _over_batches(ctx, rows, score)
 
 
-def _text(ctx: QuietContext, model: Model, rows: Rows) -> tuple[np.ndarray, ...]:
+def _score_text(ctx: QuietContext, model: Model, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return _over_batches(ctx, rows, lambda i, batch: thought_measure.score_text(model.params, model.config, batch))
+
+
+def _over_batches(ctx: QuietContext, rows: Rows, score: Callable[[int, Batch], Any]) -> Any:
+    """Joins score(i, batch) of all batches on the host."""
+    size = min(ctx.settings.evaluate.batch_size, len(rows.tokens))
     parts = []
-    for batch, own in _batches(ctx, rows):
-        parts.append([x[:own] for x in to_host(m.score_text(model.params, model.config, batch))])
-    return tuple(np.concatenate(x) for x in zip(*parts))
+    for i, begin in enumerate(range(0, len(rows.tokens), size)):
+        part = [x[begin : begin + size] for x in rows[:4]]
+        n = len(part[0])
+        # All batches have one size, so that scoring compiles once: the last one is filled up with copies of a row.
+        filled = Rows(*(np.concatenate([x, np.repeat(x[:1], size - n, axis=0)]) for x in part))
+        found = to_host(score(i, ctx.whole_batch(filled)))
+        parts.append(jax.tree.map(lambda x, n=n: x[:n], found))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
 def measure_difficulty(ctx: QuietContext, base: Model) -> None:
     """Writes the base's NLL of every held-out token, WORKDIR/base/difficulty.jsonl, where the corpus names no kinds.
 
-    Called before any arm trains: the kinds of all arms' tables are how hard a token is for the base.
+    It is called before any arm trains: the kinds in all arms' tables are the difficulty for the base.
     """
     model = base.replace(config=base.config.replace(thoughts=ctx.thoughts))
 
     def make() -> list[dict[str, Any]]:
-        return [
-            {"nll": np.round(x, 4).tolist()}
-            for x in _text(ctx, model, ctx.corpus.test_rows(ctx.settings.evaluate.rows))[0]
-        ]
+        nll, _, _ = _score_text(ctx, model, ctx.corpus.test_rows(ctx.settings.evaluate.rows))
+        return [{"nll": np.round(x, 4).tolist()} for x in nll]
 
     if not ctx.corpus.classes:
         cached_jsonl(ctx.workdir / "base" / "difficulty.jsonl", make)
 
 
 def _kinds(ctx: QuietContext, rows: Rows) -> tuple[list[str], np.ndarray]:
-    """Returns the kinds' names, and that of the token after each position, [B, N-1]."""
+    """Returns the kinds' names, and the kind of the token after each position, [B, N-1]."""
     if rows.classes is not None:
         return list(ctx.corpus.classes), rows.classes[:, 1:]
     nll = np.asarray([r["nll"] for r in read_jsonl(ctx.workdir / "base" / "difficulty.jsonl")])
@@ -249,35 +267,31 @@ def _kinds(ctx: QuietContext, rows: Rows) -> tuple[list[str], np.ndarray]:
 
 
 def _write_thoughts(
-    ctx: QuietContext, arm: str, step: int, rows: Rows, names: list[str], kinds: np.ndarray, s: m.Scores
+    ctx: QuietContext, arm: str, step: int, rows: Rows, names: list[str], kinds: np.ndarray, s: Scores
 ) -> None:
     """Writes WORKDIR/<arm>/thoughts/step_N.jsonl: the first texts, token by token, for the viewer."""
+    if not distributed.is_first():
+        return
     text = functools.cache(ctx.corpus.tokenizer.show)
     out = []
-    for b in range(min(ctx.settings.evaluate.shown, len(rows.tokens))):
+    for b in range(min(ctx.settings.evaluate.viewer_texts, len(rows.tokens))):
         counted = s.counted[b]
         thoughts = [
             {
                 "tokens": [[text(int(t)) for t in c] for c in s.thoughts[b, p]],
-                "nll": _round(s.nll[b, p], counted),
-                "weight": _round(s.weight[b, p], counted),
-                "reward": _round(s.reward[b, p], counted),
+                "nll": _rounded(s.nll[b, p], counted),
+                "weight": _rounded(s.weight[b, p], counted),
+                "reward": _rounded(s.reward[b, p], counted),
             }
             for p in range(s.nll.shape[1])
         ]
-        real = rows.segment_ids[b] > 0
-        out.append(
-            {
-                "text": b,
-                "tokens": [text(int(t)) if r else "" for t, r in zip(rows.tokens[b], real)],
-                "classes": ["", *(names[k] if k >= 0 else "" for k in kinds[b])],
-                "base_nll": _round(s.base_nll[b], counted),
-                "thoughts": thoughts,
-            }
-        )
-    if distributed.is_first():
-        write_jsonl(ctx.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out, checksum=True)
+        is_text = rows.segment_ids[b] > 0
+        tokens = [text(int(t)) if real else "" for t, real in zip(rows.tokens[b], is_text)]
+        classes = ["", *(names[k] if k >= 0 else "" for k in kinds[b])]
+        row = {"text": b, "tokens": tokens, "classes": classes, "base_nll": _rounded(s.base_nll[b], counted)}
+        out.append({**row, "thoughts": thoughts})
+    write_jsonl(ctx.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out, checksum=True)
 
 
-def _round(x: np.ndarray, counted: np.ndarray) -> list[float | None]:
+def _rounded(x: np.ndarray, counted: np.ndarray) -> list[float | None]:
     return [round(float(v), 4) if c else None for v, c in zip(x, counted)]

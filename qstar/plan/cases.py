@@ -156,7 +156,7 @@ def _quiet_star(case: Case) -> Iterator[Program]:
         t = thoughts.replace(**arm.thoughts)
         s = settings_from(UpdateSettings, {**case.section("train"), **arm.train}, f"arms.{name}.train")
         # Arms that differ in nothing that is compiled have the same programs.
-        key = (arm.thinker, t, s.batch_size, s.accumulate, arm.trains, arm.teacher)
+        key = (arm.thought_source, t, s.batch_size, s.accumulate, arm.trainable, arm.teacher)
         if key not in done:
             done.add(key)
             yield from _thinking(case, name, model.replace(config=model.config.replace(thoughts=t)), arm, s, length)
@@ -165,12 +165,12 @@ def _quiet_star(case: Case) -> Iterator[Program]:
 def _thinking(
     case: Case, name: str, model: Model, arm: QuietConfig, s: UpdateSettings, length: int
 ) -> Iterator[Program]:
-    config, with_thoughts, key = model.config, arm.thinker != "none", jax.random.key(0)
+    config, with_thoughts, key = model.config, arm.thought_source != "none", jax.random.key(0)
     attach = lambda p, k: heads.attach_thoughts(p, config, k, 0)  # noqa: E731
     start = model.replace(params=case.like(attach, model.params, key)) if with_thoughts else model
-    tx = optimizer_for(s.optimiser(), f"^policy/.*({arm.trains})")
+    tx = optimizer_for(s.optimiser(), f"^policy/.*({arm.trainable})")
     teacher = config if arm.teacher else None
-    step = update(config, arm.thinker, config.thoughts.thought_tokens, tx, s, teacher, arm.teacher_weight)
+    step = update(config, arm.thought_source, config.thoughts.thought_tokens, tx, s, teacher, arm.teacher_weight)
     roles = {"teacher": case.like(attach, trained(case, model, s).params, key)} if teacher else None
     needed = flops.update(config, s.batch_size, length, thinks=with_thoughts)
     batch = case.batch(s.batch_size, length)
@@ -194,11 +194,11 @@ def _thinking(
 
 def _guided_cot(case: Case) -> Iterator[Program]:
     """Yields distillation and RL of the small model, and both models' sampling, on questions (hotpotqa and its like)."""
-    world = case.settings(MultiHopSettings, "world")
-    small = abstract_model(case, {"path": world.small}, "world.small")
+    world = case.settings(MultiHopSettings, "guided")
+    small = abstract_model(case, {"path": world.small}, "guided.small")
     options = dict(world.large)
     side_by_side = options.pop("slots", None)
-    large = None if "url" in options else abstract_model(case, options, "world.large")
+    large = None if "url" in options else abstract_model(case, options, "guided.large")
     resident = {} if large is None else {"the large model": large.params}
     prompt, R, starts = (
         padded_length(world.small_limit),
@@ -219,11 +219,11 @@ def _guided_cot(case: Case) -> Iterator[Program]:
         s = case.settings(ReinforceSettings, "train", max_new_tokens=R)
         yield from _rl_updates(case, small, s, prompt, resident)
     done = trained(case, small, train)
-    yield from _answers(case, done, world.test * max(1, world.votes), prompt, R, "rationales", resident)
+    yield from _answers(case, done, world.test_questions * max(1, world.votes), prompt, R, "rationales", resident)
     if large is not None:
         limit, chains = padded_length(world.large_limit), "the large model's chains"
         kept = {"the small model": done.params}
-        yield from _answers(case, large, world.questions, limit, world.cot_tokens, chains, kept, side_by_side)
+        yield from _answers(case, large, world.teacher_questions, limit, world.cot_tokens, chains, kept, side_by_side)
 
 
 def _answers(

@@ -195,6 +195,6 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
             out.append(f"train.accumulate={batch // (chips // tensor)} would run one row per chip at a time")
         out.append(f"tensor={2 * tensor} would split the activations of heads and MLP once more")
     if plan.name.startswith("sampling") and plan.activations + plan.parts.get("cache", 0) > plan.hbm // 4:
-        fewer = "fewer rows side by side (sample.slots, of guided_cot's large model world.large.slots)"
+        fewer = "fewer rows side by side (sample.slots, of guided_cot's large model guided.large.slots)"
         out.append(f"{fewer} take less of both")
     return out

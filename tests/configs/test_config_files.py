@@ -130,7 +130,7 @@ def test_a_quiet_star_config_loads_and_all_its_settings_are_known(name, tmp_path
         assert config.seed == (3 if mode and "seed" in mode else 0)
         json.dumps(config.to_dict())
     study = QuietContext.make(config, tmp_path / "run", stub.Silent())  # the texts of the other modes are not here
-    recipes = quiet_star.in_order({arm: study.recipe(quiet_star.QuietConfig, arm) for arm in config.arms})
+    recipes = {arm: study.arm_config(quiet_star.QuietConfig, arm) for arm in config.arms}
     assert recipes and not (tmp_path / "run").exists()
 
 
@@ -153,8 +153,8 @@ def test_a_guided_config_loads_and_all_its_settings_are_known(name, mode, tmp_pa
     assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
     assert config.seed == (3 if mode and "seed" in mode else 0)
     study = guided_cot.GuidedContext.make(config, tmp_path / "run", stub.Silent())
-    assert all(study.rl_settings(arm) for arm in study.recipes) and not (tmp_path / "run").exists()
-    assert all(r.start == "base" or r.start in study.recipes for r in study.recipes.values())
+    assert all(study.rl_settings(arm) for arm in study.arms) and not (tmp_path / "run").exists()
+    assert all(r.start == "base" or r.start in study.arms for r in study.arms.values())
     json.dumps(config.to_dict())
 
 
@@ -199,7 +199,7 @@ def test_the_smoke_mode_of_rl_runs_to_the_end(name):
 def test_every_study_of_the_tiny_config_loads(study, tmp_path):
     config = module("quiet_star_tiny.py").get_config(study)
     made = QuietContext.make(config, tmp_path / "run", stub.Silent())
-    assert len({made.recipe(quiet_star.QuietConfig, arm) and arm for arm in config.arms}) >= 2
+    assert len({made.arm_config(quiet_star.QuietConfig, arm) and arm for arm in config.arms}) >= 2
 
 
 @EVERY
@@ -254,7 +254,7 @@ def test_the_smoke_mode_of_quiet_star_runs_to_the_end(name):
         assert 0 < last <= recipe["steps"]
         rows = [r for r in metrics.read(folder) if r["stage"] == "evaluation" and r["arm"] == arm]
         assert rows[-1]["step"] == last and rows[-1]["nll_base/all"] > 0
-        thinks = recipe.get("thinker", "sampled") != "none"
+        thinks = recipe.get("thought_source", "sampled") != "none"
         assert ("nll/all" in rows[-1]) == thinks
         texts = sorted((folder / arm / "thoughts").glob("*.jsonl"))
         assert bool(texts) == thinks

@@ -24,8 +24,9 @@ from qstar.text.tokenizer import load_tokenizer
 from qstar.train import metrics
 from qstar.train.stats import paired
 from tests.methods.stub import Silent
-from tests.methods.test_guided_rewards import Server
+from tests.methods.test_answerer import Server
 
+LARGE = {"url": "http://y", "model": "m"}
 SMALL = EncDecConfig(vocab_size=512, hidden_size=16, num_layers=1, num_decoder_layers=1, num_heads=2, head_dim=8,
                      intermediate_size=16)  # fmt: skip
 
@@ -75,7 +76,7 @@ def small(tmp_path_factory):
 
 def config_for(server, small, files):
     config = get_config(f"smoke,small={small},url={server.url},name=big,train={files['train']},test={files['test']}")
-    config.world.update(test=6, small_limit=900, large_limit=400, votes=2, questions=10)
+    config.guided.update(test_questions=6, small_limit=900, large_limit=400, votes=2, teacher_questions=10)
     config.arms = {"kd": {"filter": "em", "steps": 3}, "rl": {"start": "kd", "rl": {"estimator": "ppo", "group": 2}}}
     return config
 
@@ -97,10 +98,10 @@ def test_distillation_rl_and_guided_answers_run_end_to_end_over_http(server, sma
     assert (
         said["accuracy"] == said["em"] == said["self_consistency"] == found["standard"]["mean"]
     )  # it ignores rationales
-    assert {"coverage", "bare", "f1", "includes", "student_tokens", "answerer_tokens"} <= said.keys()
-    assert said["truncated"] > 0
+    assert {"coverage", "bare_answer", "f1", "includes", "student_tokens", "answerer_tokens"} <= said.keys()
+    assert said["prompt_truncated"] > 0
     rl_rows = [r for r in metrics.read(tmp_path) if r["stage"] == "rl"]
-    named = {"reward/accuracy", "reward/aspect/fluency", "reward/bare", "value_loss"}
+    named = {"reward/accuracy", "reward/aspect/fluency", "reward/bare_answer", "value_loss"}
     assert len(rl_rows) == 2 and named <= rl_rows[0].keys()
     asked = len(server.bodies)
     everything = [p for b in server.bodies for p in b["prompt"]]
@@ -112,15 +113,15 @@ def test_distillation_rl_and_guided_answers_run_end_to_end_over_http(server, sma
 
 def test_the_teachers_questions_and_those_of_rl_and_test_are_never_the_same(files, tmp_path):
     task = make_task("hotpotqa", **files)
-    world = MultiHop(MultiHopSettings(small="x", large={"url": "y"}), task, 3, tmp_path)
+    world = MultiHop(MultiHopSettings(small="x", large=LARGE), task, 3, tmp_path)
     teacher, rl, test = ({p.id for p in ps} for ps in (world.teacher_problems(), world.rl_problems(), world.test))
     assert not teacher & rl and not (teacher | rl) & test and len(teacher) + len(rl) == len(task.problems("train"))
-    again = MultiHop(MultiHopSettings(small="x", large={"url": "y"}, questions=5), task, 3, tmp_path)
+    again = MultiHop(MultiHopSettings(small="x", large=LARGE, teacher_questions=5), task, 3, tmp_path)
     assert {p.id for p in again.teacher_problems()} < teacher
     told = [("1", "It is so.", "cork."), ("1", "It is so.", "cork."), ("2", "  ", "Cork"), ("3", "It is.", None)]
     told += [("4", "So.", "Cork city")]
     rows = [{"prompt": p, "rationale": r, "answer": a, "gold": "Cork"} for p, r, a in told]
-    kept = {rule: [r["prompt"] for r in world.kept(rows, rule)] for rule in ("em", "f1", "includes", "none")}
+    kept = {rule: [r["prompt"] for r in world.keep(rows, rule)] for rule in ("em", "f1", "includes", "none")}
     assert kept == {
         "em": ["1"],
         "f1": ["1", "4"],
@@ -131,7 +132,7 @@ def test_the_teachers_questions_and_those_of_rl_and_test_are_never_the_same(file
 
 def test_an_endpoint_that_is_away_is_one_line(server, small, files, tmp_path):
     config = config_for(server, small, files)
-    config.world.large.update(url="http://127.0.0.1:9/v1", retries=1)
+    config.guided.large.update(url="http://127.0.0.1:9/v1", retries=1)
     with pytest.raises(UserError, match="127.0.0.1:9/v1/completions is away after 2 attempts"):
         G.run(config, tmp_path, Silent())
 
@@ -140,6 +141,9 @@ def test_an_endpoint_that_is_away_is_one_line(server, small, files, tmp_path):
     ({"arms": {"x": {"rl": {"group": 2}}}}, "arms.x"), ({"arms": {"x": {"start": "y"}}}, "'y' is neither"),
     ({"arms": {"x": {"filter": "perfect"}}}, "filter='perfect'"), ({"task": {"name": "gsm8k"}}, "no paragraphs"),
     ({"distil": {"kind": "soft"}}, "kind='soft'"), ({"students": 0}, "students=0"),
+    ({"guided": {"small": "x", "large": {"url": "http://y"}}}, "config.guided.large.model is missing"),
+    ({"guided": {"small": "x", "large": {"path": "y", "slot": 8}}}, "config.guided.large.slot is unknown .did you mean slots"),
+    ({"guided": {"small": "x", "large": {"path": "y", "slots": 0}}}, "config.guided.large.slots=0 must be at least 1"),
 ])  # fmt: skip
 def test_mistakes_are_found_before_anything_is_written(wrong, word, tmp_path):
     config = get_config("smoke")
@@ -163,7 +167,7 @@ def test_a_teachers_chain_of_several_lines_is_kept_whole(files, tmp_path):
     """As models behind HTTP write them; the question that they invent next is cut off."""
     said = "Cork is in Ireland.\n\nSo it is not in France.\nThe answer is Cork."
     world = MultiHop(
-        MultiHopSettings(small="x", large={"url": "y"}, questions=2), make_task("hotpotqa", **files), 3, tmp_path
+        MultiHopSettings(small="x", large=LARGE, teacher_questions=2), make_task("hotpotqa", **files), 3, tmp_path
     )
 
     def large(max_new_tokens, stop=("\n",)):

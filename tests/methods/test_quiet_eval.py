@@ -121,16 +121,16 @@ def test_exact_is_one_where_the_likeliest_symbols_are_the_answer():
         weight=jnp.zeros((2, 0, 2)),
     )
     right = np.asarray([[0, 1], [0, 1]])
-    assert q.judge(found, right, np.ones((2, 2)))["exact_base"].tolist() == [1.0, 0.0]
-    assert q.judge(found, right, np.asarray([[1, 1], [1, 0]]))["exact_base"].tolist() == [1.0, 1.0]
+    assert q.score_answers(found, right, np.ones((2, 2)))["exact_base"].tolist() == [1.0, 0.0]
+    assert q.score_answers(found, right, np.asarray([[1, 1], [1, 0]]))["exact_base"].tolist() == [1.0, 1.0]
 
 
 def test_several_thoughts_are_averaged_as_whole_answers():
     p = jnp.log(jnp.asarray([[[[0.9, 0.1], [0.5, 0.5]], [[0.1, 0.9], [0.2, 0.8]]]]))  # [B=1, P=2, M=2, A=2]
     found = q.AnswerLogits(p[:, 0], p, jnp.asarray([[[0.5, 0.1], [0.3, 0.9]]]))
-    judged = q.judge(found, np.zeros((1, 2), int), np.ones((1, 2)))
-    np.testing.assert_allclose(judged["expected"], [(0.9 * 0.5 + 0.1 * 0.2) / 2], rtol=1e-6)
-    np.testing.assert_allclose(judged["weight"], [0.45], rtol=1e-6)
+    scores = q.score_answers(found, np.zeros((1, 2), int), np.ones((1, 2)))
+    np.testing.assert_allclose(scores["expected"], [(0.9 * 0.5 + 0.1 * 0.2) / 2], rtol=1e-6)
+    np.testing.assert_allclose(scores["weight"], [0.45], rtol=1e-6)
 
 
 def test_without_thoughts_only_the_base_is_measured(sums):
@@ -180,7 +180,7 @@ def test_mistrals_symbols_are_those_of_the_official_code():
     assert list(q.symbol_ids(tokenizer, ("A", "B", "C", "D", "E", "\n")).values()) == [330, 365, 334, 384, 413, 13]
     model = thinker().replace(tokenizer=tokenizer)
     text = q.ZeroShot("Q: Two?\nA:", " 1,072\n", tuple("0123456789\n"))
-    row = q.tokenise(model, None, text, digits)
+    row = q.tokenize(model, None, text, digits)
     assert [row.tokens[p + 1] for p in row.positions] == [28740, 28734, 28787, 28750, 13]  # the comma is passed over
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from qstar.data.corpus import TextCorpus, full_rows
 from qstar.errors import UserError
-from qstar.methods import quiet_base, quiet_data, quiet_measure, quiet_star
-from qstar.methods.quiet_star import QuietConfig
+from qstar.methods import quiet_data, quiet_measure, quiet_star
 from qstar.models import decoder, heads
 from qstar.models.config import preset
 from qstar.models.model import Model
@@ -48,10 +47,10 @@ def test_the_checkpoint_keeps_vectors_and_mixing_head():
 
 
 def test_arms_come_after_those_they_need():
-    recipes = {"a": QuietConfig(start="c"), "b": QuietConfig(), "c": QuietConfig(start="b")}
-    assert list(quiet_star.in_order(recipes)) == ["b", "c", "a"]
+    parents = {"a": "c", "b": "base", "c": "b"}
+    assert list(quiet_star.in_order(parents, lambda parent: [parent])) == ["b", "c", "a"]
     with pytest.raises(UserError, match="arms.a: 'z'"):
-        quiet_star.in_order({"a": QuietConfig(start="z")})
+        quiet_star.in_order({"a": "z"}, lambda parent: [parent])
 
 
 CONFIG = preset("tiny", hidden_size=32, num_layers=2, num_heads=2, vocab_size=24, max_positions=64).replace(
@@ -94,11 +93,11 @@ def test_scores_are_those_of_the_full_replay():
 
 def test_pause_and_random_thoughts_reinforce_nothing():
     params, batch = {"policy": model_params()}, a_batch()
-    loss = jax.jit(quiet_star.given_loss, static_argnames=("config", "thinker"))
+    loss = jax.jit(quiet_star.control_loss, static_argnames=("config", "thought_source"))
     silent = CONFIG.replace(thoughts=CONFIG.thoughts.replace(policy_weight=100.0))
-    for thinker in ("pause", "random"):
-        again, _ = loss(params, batch, jax.random.key(0), config=silent, thinker=thinker)
-        first, _ = loss(params, batch, jax.random.key(0), config=CONFIG, thinker=thinker)
+    for source in ("pause", "random"):
+        again, _ = loss(params, batch, jax.random.key(0), config=silent, thought_source=source)
+        first, _ = loss(params, batch, jax.random.key(0), config=CONFIG, thought_source=source)
         assert float(first[0]) == float(again[0])
     own = measure.random_thoughts(jax.random.key(0), CONFIG, (1000,))
     assert set(np.unique(own)) == set(range(23))  # all but padding
@@ -139,14 +138,14 @@ def test_the_students_loss_is_likelihood_and_divergence_from_the_mean_of_the_tea
 def test_a_thought_is_right_if_it_holds_the_steps_as_far_as_it_reaches():
     expected = np.array([[[1, 2, 3, -1], [-1, -1, -1, -1]]])
     thoughts = np.array([[[[1, 2, 3, 9, 9], [1, 2, 3, 4, 5]], [[1, 2, 4, 9, 9], [0, 0, 0, 0, 0]]]])
-    assert quiet_base.holds_steps(thoughts, expected).tolist() == [[[True, False], [False, False]]]
-    assert quiet_base.holds_steps(thoughts[..., :2], expected).tolist() == [[[True, False], [True, False]]]
+    assert quiet_data.holds_steps(thoughts, expected).tolist() == [[[True, False], [False, False]]]
+    assert quiet_data.holds_steps(thoughts[..., :2], expected).tolist() == [[[True, False], [True, False]]]
 
 
 def test_means_by_kind_of_token():
     where = np.array([[0, 1, -1, -2], [1, 1, -2, 0]])
     x = np.arange(8.0).reshape(2, 4)
-    found = quiet_measure._by_kind(["a", "b"], where, {"x": x})
+    found = quiet_measure.means_by_kind(["a", "b"], where, {"x": x})
     assert found == {"x/all": np.mean([0, 1, 2, 4, 5, 7]), "x/a": 3.5, "x/b": np.mean([1, 4, 5])}
 
 
@@ -154,7 +153,7 @@ def test_an_interval_of_tokens_in_rows_of_unequal_length_holds_its_point():
     where = np.where(np.arange(40) < np.array([2, 3, 4, 36, 38, 40] * 20)[:, None], 0, -2)
     easier = np.array([0.2, 0.3, 0.25, 0.8, 0.7, 0.75] * 20)[:, None]  # in the long rows
     x = (np.random.default_rng(0).random(where.shape) < easier).astype(float)
-    found = quiet_measure._by_kind(["a"], where, {"accuracy": x}, ci=("accuracy",))
+    found = quiet_measure.means_by_kind(["a"], where, {"accuracy": x}, intervals=("accuracy",))
     for kind in ("all", "a"):
         assert found[f"accuracy_low/{kind}"] < found[f"accuracy/{kind}"] < found[f"accuracy_high/{kind}"]
 
@@ -162,7 +161,7 @@ def test_an_interval_of_tokens_in_rows_of_unequal_length_holds_its_point():
 def test_metrics_of_the_smoke_run_have_every_control():
     rows = [r for r in read(runs.quiet_star()) if r["stage"] == "evaluation" and r["arm"] == "quiet_star"]
     assert [r["step"] for r in rows] == [6, 12]
-    for key in ("nll", "nll_base", "nll_greedy", "nll_swapped", "accuracy", "weight", "right"):
+    for key in ("nll", "nll_base", "nll_greedy", "nll_random", "accuracy", "weight", "thought_accuracy"):
         assert f"{key}/hard" in rows[-1] and f"{key}/all" in rows[-1]
     assert sum(rows[-1]["weight_histogram"]["counts"]) == 40 * 8
 
@@ -186,7 +185,7 @@ def test_text_is_bucketed_by_how_hard_it_is_for_the_base(tmp_path):
     config.model.update(hidden_size=16, num_layers=1, num_heads=2)
     config.evaluate.update(rows=16, batch_size=16, every=20)
     config.train.update(batch_size=16, lr=1e-2, warmup=0)
-    config.arms = {"plain": {"steps": 40, "thinker": "none"}}
+    config.arms = {"plain": {"steps": 40, "thought_source": "none"}}
     quiet_star.run(config, tmp_path / "run", Console(quiet=True))
     nll = np.array([json.loads(x)["nll"] for x in (tmp_path / "run/base/difficulty.jsonl").read_text().splitlines()])
     study = QuietContext.make(config, tmp_path / "run", Console(quiet=True))
@@ -232,7 +231,7 @@ def small_run(tmp_path, arms, **changes):
     config.train.update(batch_size=4, log_every=1)
     config.evaluate.update(rows=8, batch_size=8)
     config.thoughts.update(changes)
-    config.arms = {name: {"steps": 2, "every": 2, **arm} for name, arm in arms.items()}
+    config.arms = {name: {"steps": 2, "evaluate_every": 2, **arm} for name, arm in arms.items()}
     quiet_star.run(config, tmp_path, Console(quiet=True))
     return read(tmp_path)
 
@@ -242,7 +241,7 @@ def test_a_config_can_keep_thoughts_near_the_model_they_start_from(tmp_path):
     arms = {
         "free": {},
         "near": {"thoughts": {"kl_weight": 5.0}},
-        "pause": {"thinker": "pause", "thoughts": {"kl_weight": 5.0}},
+        "pause": {"thought_source": "pause", "thoughts": {"kl_weight": 5.0}},
     }
     losses = {
         (r["arm"], r["step"]): r["loss"] for r in small_run(tmp_path, arms, policy_weight=0.0) if r["stage"] == "train"
@@ -255,9 +254,9 @@ def test_pause_tokens_need_an_id_that_no_text_holds(tmp_path, ids):
     """No padding token (GPT-2), or one that ends documents: refused before anything is written."""
     eos = Folds().tokenizer.eos_id
     with pytest.raises(
-        UserError, match="config.arms.pause.thinker='pause' needs an id .* config.thoughts.forbidden_ids"
+        UserError, match="config.arms.pause.thought_source='pause' needs an id .* config.thoughts.forbidden_ids"
     ):
-        small_run(tmp_path / "run", {"pause": {"thinker": "pause"}}, forbidden_ids=ids and (eos,))
+        small_run(tmp_path / "run", {"pause": {"thought_source": "pause"}}, forbidden_ids=ids and (eos,))
     assert not (tmp_path / "run").exists()
 
 
@@ -269,8 +268,8 @@ def test_the_word_with_id_0_is_not_taken_for_padding():
     assert quiet_data.thought_config({}, False, corpus).forbidden_ids == ()
 
 
-class Study:
-    """What `quiet_measure.Watch` needs of a study."""
+class Context:
+    """What `quiet_measure.EarlyStopping` needs of a context."""
 
     def __init__(self, folder):
         self.workdir = folder
@@ -284,11 +283,11 @@ def test_patience_remembers_over_a_resume_and_keeps_the_best_model(tmp_path, mon
     """NLL 1.1, 1.0, 1.2, 1.3 after 10, 20, 30, 40 steps with patience 2: it stops at 40 and step 20 is kept."""
     nll = {10: 1.1, 20: 1.0, 30: 1.2, 40: 1.3}
     monkeypatch.setattr(quiet_measure, "measure", lambda *_: {"nll/all": 0.0})  # what is reported does not decide
-    monkeypatch.setattr(quiet_measure, "stopping_nll", lambda study, model, thinker: nll[int(model.params["x"][0])])
+    monkeypatch.setattr(quiet_measure, "stopping_nll", lambda ctx, model, source: nll[int(model.params["x"][0])])
     like = Model(CONFIG, {})
 
     def watch():
-        return quiet_measure.Watch(Study(tmp_path), "arm", like, "none", 10, 2)
+        return quiet_measure.EarlyStopping(Context(tmp_path), "arm", like, "none", 10, 2)
 
     one, ends = watch(), []
     for step in range(1, 50):

@@ -80,10 +80,10 @@ def evaluation(arm: str, number: int, step: int) -> dict:
             f"accuracy_high/{name}": min(1.0, mine + 0.013),
             f"weight/{name}": 0.65 * right if name == "hard" else 0.004,
             f"accuracy_greedy/{name}": min(1.0, mine * 1.03),
-            f"accuracy_swapped/{name}": 0.11 if name == "hard" else accuracy,
+            f"accuracy_random/{name}": 0.11 if name == "hard" else accuracy,
         }
     if arm in THINK:
-        row["right/hard"] = right
+        row["thought_accuracy/hard"] = right
         counts = [0, 40, 8000, 300, 20, 10, int(20 + 900 * right), int(10 + 600 * right), 5]
         edges = [-0.2, -0.1, 0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]
         row |= {"thought_entropy": 1.2 - right, "distinct": 0.9, "weight_histogram": {"edges": edges, "counts": counts}}

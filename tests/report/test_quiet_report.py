@@ -44,14 +44,16 @@ def test_headline_is_the_main_arm_with_and_without_its_thoughts(folder, page):
 
 
 def test_main_table_equals_the_last_evaluation_of_every_arm(folder, page):
-    table = page.table("arm", "step", "accuracy", "greedy", "swapped", "base", "NLL", "NLL base", "right", "weight")
+    table = page.table(
+        "arm", "step", "accuracy", "greedy", "random", "base", "NLL", "NLL base", "thought acc.", "weight"
+    )
     assert [row[0] for row in table] == [arm.replace("_", " ") for arm in ACCURACY]
     rows = [r for r in read_jsonl(folder / "metrics.jsonl") if r["stage"] == "evaluation" and r["step"] == STEPS[-1]]
     for cells, row in zip(table, rows, strict=True):
         accuracy = row.get("accuracy/hard", row["accuracy_base/hard"])
         low, high = (row.get(f"accuracy_{e}/hard", row.get(f"accuracy_base_{e}/hard")) for e in ("low", "high"))
         assert cells[2] == f"{100 * accuracy:.1f}% {100 * low:.1f}–{100 * high:.1f}"
-        names = ("accuracy_greedy", "accuracy_swapped", "accuracy_base", "right")
+        names = ("accuracy_greedy", "accuracy_random", "accuracy_base", "thought_accuracy")
         wanted = [row.get(f"{name}/hard") for name in names]
         assert [cells[3], cells[4], cells[5], cells[8]] == [stats.percent(v) for v in wanted]
         nats = [row.get("nll/hard", row["nll_base/hard"]), row["nll_base/hard"]]

@@ -1,4 +1,4 @@
-"""The page of a LM-Guided CoT run: accuracy per arm, filters, RL, studies, costs and rationales."""
+"""The page of a LM-Guided CoT run: accuracy per arm, filters, RL, analyses, costs and rationales."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def page(run: Run) -> str:
             key: title for key, title in COLUMNS.items() if any(key in e for es in guided.arms.values() for e in es)
         },
         reinforcement_cards=rl.cards(run),
-        studies=_studies(guided.results.get("studies") or {}),
+        analyses=_analyses(guided.results.get("analyses") or {}),
         mean=mean,
         accuracy=accuracy,
         right=right,
@@ -111,7 +111,7 @@ def accuracy_card(guided: Guided) -> Card | None:
     return Card("Right answers of the large model", chart, "", colours)
 
 
-def _studies(found: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str], list[list[str]]]]:
+def _analyses(found: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, arms, rows) of votes, of choosing among several rationales, and of leaks."""
     keys = list(dict.fromkeys(key for values in found.values() for key in values))
     tables = {"Self-consistency": "", "Choosing one of several rationales": "choice",

@@ -65,7 +65,7 @@ def _alarms(arm: Arm) -> list[tuple[str, Row, int]]:
 
 
 def curve_cards(run: Run, group: str) -> list[Card]:
-    """Accuracy, NLL, weights and right thoughts by evaluation; rewards and advantages of the training."""
+    """Accuracy, NLL, weights and correct thoughts by evaluation; rewards and advantages of the training."""
     tokens = stats.class_label(group)
     shares: dict[str, Any] = {"x_label": "step", "x_name": "{:,.0f}".format, "y_format": stats.whole_percent}
     nats, shares = {**shares, "y_format": _signed}, {**shares, "y_range": (0.0, 1.0)}
@@ -75,7 +75,7 @@ def curve_cards(run: Run, group: str) -> list[Card]:
         charts.series_card(f"Accuracy on {tokens}", evaluated("accuracy"), marks=True, **shares),
         charts.series_card(f"NLL of {tokens}, nats", evaluated("nll"), marks=True, **nats),
         charts.series_card(f"Mixing weight at {tokens}", evaluated("weight"), marks=True, **nats),
-        charts.series_card(f"Right thoughts before {tokens}", evaluated("right"), marks=True, **shares),
+        charts.series_card(f"Correct thoughts before {tokens}", evaluated("thought_accuracy"), marks=True, **shares),
         charts.series_card("Thoughts with a positive reward", trained("reward_positive"), **shares),
         charts.series_card("Mean size of the advantage, nats", trained("advantage"), **nats),
     ]
