@@ -308,7 +308,8 @@ def test_text_that_stops_a_training_is_not_the_text_that_is_reported(tmp_path):
     corpus = TextCorpus(tmp_path / "text.jsonl", Folds().tokenizer, length=24)
     before = corpus.test_rows(40)
     corpus.hold_out_stopping()
-    assert corpus._stopping and corpus._test and not set(corpus._stopping) & set(corpus._test)
+    reported, stopping = ({tuple(row) for row in rows(40).tokens} for rows in (corpus.test_rows, corpus.stopping_rows))
+    assert reported and stopping and not reported & stopping
     assert not np.array_equal(before.tokens, corpus.test_rows(40).tokens)
     folds = Folds()
     assert not np.array_equal(folds.test_rows(40).tokens, folds.stopping_rows(40).tokens)
