@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from qstar.models.model import Model, save
 from qstar.runs import base_model
 from qstar.runs.context import RunContext
 from qstar.runs.folder import read_run_config
-from qstar.train.checkpoint import Checkpoints
+from qstar.runs.stages import restore
 
 CONTEXTS = {"star": RunContext, "rl": RLContext, "v_star": VStarContext, "quiet_star": QuietContext}
 
@@ -115,12 +114,3 @@ def _first(model: Model, run: Path, folder: str, what: str) -> Model:
     trained = (run / folder / "summary.json").is_file()
     require((trained, f"--run={run}: {what} is not trained yet; let `qstar train` go on first"))
     return restore(model, run / folder)
-
-
-def restore(model: Model, folder: Path) -> Model:
-    """Returns the model with the parameters that `stages.train_stage` left in `folder`."""
-    missing = f"{folder / 'model'}: the checkpoint is missing; delete {folder} to train it again"
-    require(((folder / "model").is_dir(), missing))
-    with contextlib.closing(Checkpoints(folder / "model")) as checkpoints:
-        params, _ = checkpoints.restore(model.params)
-    return model.replace(params=params)

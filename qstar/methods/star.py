@@ -27,7 +27,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import Settings, UserError, bounded
+from qstar.errors import UserError, bounded
 from qstar.models.model import Model
 from qstar.runs import base_model
 from qstar.runs.context import Arm, RunContext
@@ -50,8 +50,8 @@ from qstar.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class VariantConfig(Settings):
-    """The options of the outer loop: a config's `loop` section, a preset over it, an arm's own keys over both."""
+class VariantConfig(Selection):
+    """The options of the outer loop and of its filter: a config's `loop` section, a preset, an arm's own keys."""
 
     n_iters: int = bounded(16, ge=0)
     problems_per_iter: int | None = bounded(10_000, ge=1)
@@ -72,10 +72,6 @@ class VariantConfig(Settings):
     max_epochs: float | None = bounded(10.0, gt=0, le=math.inf)
     min_kept: int = bounded(1, ge=0)  # fewer rows to train on (gold ones included) stop the arm
     seed_share: float = bounded(0.0, ge=0, le=1)  # of hinted gold seed rows in every batch (models from scratch only)
-    dedupe: bool = True
-    cap_per_problem: int | None = bounded(None, ge=1)
-    min_rationale_tokens: int = 0
-    exact_filter: bool = False
     patience: int = bounded(0, ge=0)  # stop after so many loops without a better validation accuracy (0: never)
 
     def __post_init__(self) -> None:
@@ -89,7 +85,7 @@ class VariantConfig(Settings):
     @property
     def selection(self) -> Selection:
         """The filter of a loop's rollouts."""
-        return Selection(self.dedupe, self.cap_per_problem, self.min_rationale_tokens, self.exact_filter)
+        return self
 
 
 _MANY = {"rationalize": False, "temperature": 0.7}

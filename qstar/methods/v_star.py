@@ -74,7 +74,7 @@ class VStarConfig(star.VariantConfig):
     @property
     def selection(self) -> Selection:
         """The filter of an iteration's samples; the cap is applied to D_GEN as a whole."""
-        return dataclasses.replace(super().selection, cap_per_problem=None)
+        return dataclasses.replace(self, cap_per_problem=None)
 
 
 @dataclasses.dataclass(frozen=True)

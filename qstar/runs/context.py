@@ -22,12 +22,11 @@ from qstar.runs.console import Screen, one_line
 from qstar.runs.folder import FREE_KEYS, cached_jsonl, open_run, write_json
 from qstar.runs.rollouts import sample_rollouts, to_example
 from qstar.runs.settings import Sections, TaskSections, settings_from
-from qstar.runs.stages import Stage, UpdateSettings
+from qstar.runs.stages import Stage, UpdateSettings, restore
 from qstar.tasks import make_task
 from qstar.tasks.base import Problem, Task
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
-from qstar.train.checkpoint import Checkpoints
 from qstar.train.metrics import Writer, read, show_table
 from qstar.train.stats import summarise
 from qstar.types import Rollout
@@ -250,10 +249,7 @@ class Arm:
             self._write_status("finished")
         if self.ctx.settings.evaluate.split != "val":
             return
-        model = base
-        if best:
-            with contextlib.closing(Checkpoints(self.checkpoint(best) / "model")) as weights:
-                model = base.replace(params=weights.restore(base.params)[0])
+        model = restore(base, self.checkpoint(best)) if best else base
         rows = self.answers(model, "test", "test", best, hinted=False)
         result = summarise("accuracy", [float(r.correct) for r in rows], [r.group for r in rows])
         self.ctx.writer.write(stage="test", step=best, arm=self.name, iteration=best, **result)

@@ -35,12 +35,12 @@ class SampleSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class Selection(Settings):
     """Which right solutions are kept for training."""
 
     dedupe: bool = True
-    cap_per_problem: int | None = None
-    min_rationale_tokens: int = 0
+    cap_per_problem: int | None = bounded(None, ge=1)
+    min_rationale_tokens: int = bounded(0, ge=0)
     exact_filter: bool = False  # an oracle: only solutions that pass the task's check of every step
 
 

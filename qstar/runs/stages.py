@@ -198,6 +198,15 @@ def train_once(
     return start.replace(params=params), summary
 
 
+def restore(model: Model, folder: Path) -> Model:
+    """Returns the model with the parameters of the finished stage in `folder`."""
+    missing = f"{folder / 'model'}: the checkpoint is missing; delete {folder} to train it again"
+    require(((folder / "model").is_dir(), missing))
+    with contextlib.closing(Checkpoints(folder / "model")) as checkpoints:
+        params, _ = checkpoints.restore(model.params)
+    return model.replace(params=params)
+
+
 def run_updates(
     params: dict[str, Params],
     stage: Stage,
