@@ -80,7 +80,10 @@ def golden(folder: pathlib.Path) -> dict:
     rows = _records(folder / "metrics.jsonl")
     numbers = [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows]
     return {
-        "files": {_name(p, folder): hashlib.sha256(json.dumps(_records(p)).encode()).hexdigest() for p in results},
+        "files": {
+            _name(p, folder): hashlib.sha256(json.dumps(_records(p), sort_keys=True).encode()).hexdigest()
+            for p in results
+        },
         "parameters": {_name(p, folder): _parameters(p) for p in sorted(folder.rglob("state")) if p.is_dir()},
         "metrics": sorted(numbers, key=lambda row: json.dumps(row, sort_keys=True)),
     }
