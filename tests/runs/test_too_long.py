@@ -59,7 +59,7 @@ def test_nothing_left_is_refused(task, model):
 
 
 def test_the_command_line_knows_it(task, capfd, shared):
-    data = json.dumps({"test": task._sources["test"][0]})
+    data = json.dumps({"test": task.test})
     flags = [
         "evaluate",
         f"--model={shared('weights/stories260k')}",

@@ -39,7 +39,7 @@ def test_evaluate_shows_examples_by_default_prints_the_parse_rate_and_warns(tmp_
         options = json.dumps({"test": str(data), **prompts})
         assert main([*flags, f"--task-options={options}", f"--out={out}"]) == 0
         printed = capfd.readouterr().out
-        assert "answered" in printed and "warning: an answer was found in 0% of the completions" in printed
+        assert "answered" in printed and "warning: an answer was found in only 0% of the completions" in printed
         assert f'"prompts": {json.dumps(seen)}' in "".join(f.read_text() for f in out.glob("*.json"))
 
 
