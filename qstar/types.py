@@ -117,7 +117,7 @@ class Completion:
 
 @dataclasses.dataclass
 class Rollout:
-    """One scored attempt at a problem: a row of `rationales/iter_NNN.jsonl`.
+    """One scored attempt at a problem: a row of a run folder's rationales, evaluations and sampling stages.
 
     It holds no times, so that the file is byte-identical after a resume.
     """
@@ -132,13 +132,13 @@ class Rollout:
     answer: str | None
     gold: str
     correct: bool
-    verdict: str  # "kept", "rationalised" or "rejected"
+    verdict: str  # "kept", "rationalised" or "rejected"; "" until `runs.rollouts.select` has decided
     reason: str
     truncated: bool
     valid: bool | None  # whether every step is correct; None where the task cannot check steps
-    logprob: float  # sum over the completion's tokens, under the model
-    n_tokens: int
-    tokens: list[int] | None = None  # of the completion as sampled, and the token that ended it, if any
+    logprob: float  # sum over the sampled tokens, under the model; also of those behind the kept text
+    n_tokens: int  # sampled; `completion` may end before them
+    tokens: list[int] | None = None  # of `completion` and its end, to train on: see `runs.rollouts.kept_tokens`
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as a plain dict, in order."""

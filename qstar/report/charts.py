@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-# CSS variable -> colour on a light and on a dark ground; c0, c1 ... are the lines of a chart in their order.
+# CSS variable -> colour on a light and on a dark ground; c0, c1 ... are the lines of a chart in their order. The verdicts
+# (kept ...) have entries of their own: their colours may differ from those of lines.
 COLOURS = {
     "kept": ("#0b6fb5", "#5fb0ea"),
     "rationalised": ("#c2560a", "#f39a55"),

@@ -42,7 +42,7 @@ class ThoughtStates(NamedTuple):
     weight: jax.Array  # [B, P, M, A] float32, of the thought
 
 
-class Rollout(NamedTuple):
+class SampledThoughts(NamedTuple):
     """Thoughts drawn token by token."""
 
     records: Any  # what the `SampleFn` returned, leading axis S
@@ -146,7 +146,7 @@ def rollout(
     positions: jax.Array,
     passes: int,
     draw: SampleFn,
-) -> Rollout:
+) -> SampledThoughts:
     """Draws all thoughts in parallel, a token at a time (paper, section 4.2).
 
     Args:
@@ -176,7 +176,7 @@ def rollout(
 
     first = (jnp.zeros((B, passes, M), jnp.int32), thought_kv)
     (token, thought_kv), (think, records) = jax.lax.scan(body, first, jnp.arange(S))
-    return Rollout(records, rearrange(think, "s b p m d -> b p m s d"), token, thought_kv)
+    return SampledThoughts(records, rearrange(think, "s b p m d -> b p m s d"), token, thought_kv)
 
 
 def rollout_and_talk(

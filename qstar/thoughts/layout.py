@@ -43,7 +43,10 @@ def causal_mask(row: Batch, config: ModelConfig) -> jax.Array:
 
 
 def thought_mask(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array:
-    """Returns bool [T, N]: the text that thread tokens `steps` [T] (1 = start) of position j attend to."""
+    """Returns bool [T, N]: the text that thread tokens `steps` [T] (1 = start) of position j attend to.
+
+    The other half of a thought's mask, the thread tokens that they attend to, is in `forward.run_thread`.
+    """
     i, segments = jnp.arange(row.tokens.shape[0]), row.segment_ids
     visible = repeat((i <= j) & (segments == segments[j]), "n -> t n", t=steps.shape[0])
     # The window is measured from j + step, the position of the thread's token, not from j.

@@ -1,4 +1,4 @@
-"""Every quantity of the method in full, for given thoughts: for study and for tests.
+"""Reference replay: every quantity of the method in full, for given thoughts, for study and for tests.
 
 The training loss is `loss.loss`, which never holds these logits; a test compares the two.
 """

@@ -1,4 +1,4 @@
-"""Reinforcement learning on sampled responses: one rollout record, one clipped loss, three estimators of the advantage.
+"""Reinforcement learning on sampled responses: a record (`Experience`), a clipped loss, three estimators of the advantage.
 
     PPO    A_t = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t     1707.06347, 1506.02438
     RLOO   A   = S - mean of the other responses' S to the same prompt                       2402.14740
