@@ -20,7 +20,8 @@ from qstar.models.config import ModelConfig
 from qstar.thoughts import forward
 from qstar.types import Batch, Params
 
-UNUSED = ("embed", "head", "mixing", "thoughts")  # parameters that running a thread does not read
+# Running a thread does not read these. They stay out of the custom VJP, which sums gradients in float32.
+UNUSED = ("embed", "head", "mixing", "thoughts")
 
 
 def replay_states(
@@ -32,14 +33,11 @@ def replay_states(
     thoughts: jax.Array,
     known: jax.Array | None = None,
 ) -> forward.ThoughtStates:
-    """Returns the states of given thoughts [B, P, M, S] at positions [B, M].
-
-    Args:
-      known: [B, P, M, U, D] the threads' states, if a rollout has computed them: the threads then run only for the
-        gradient.
-    """
+    """Returns the states of thoughts [B, P, M, S] at [B, M]; `known` [B, P, M, U, D]: those a rollout has computed."""
+    # Outside the custom VJP: the embedding table and the start and end vectors get their gradients through the inputs.
     inputs = forward.vmap_thoughts(partial(forward.thread_inputs, params, config))(batch, texts, positions, thoughts)
     core = {k: v for k, v in params.items() if k not in UNUSED}
+    # With `known`, the threads run only in the backward pass, which computes their states again for the gradient.
     known = None if known is None else jax.lax.stop_gradient(known)
     states = _thread_states(config, core, batch, texts.pairs, positions, inputs, known)
     return forward.thought_states(params, config, batch, texts, positions, states)
@@ -57,8 +55,10 @@ def _run(
 def _split(config: ModelConfig, positions: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Splits [B, M] and [B, P, M, ...] into pieces [piece, B, m] and [piece, B, P, m, ...], padded with zeros."""
     B, P, M, U, _ = arrays[0].shape
+    # The limit is per batch shard: rows are split over devices, and a piece has positions of every row.
     m = min(M, max(1, config.piece_tokens * count_batch_shards(B) // (B * P * U)))
     count = -(-M // m)
+    # Pieces of equal size: the padding is then less than one position per piece and row.
     m = -(-M // count)
     padding = (0, count * m - M)
     positions = rearrange(jnp.pad(positions, [(0, 0), padding]), "b (piece m) -> piece b m", m=m)
@@ -71,7 +71,6 @@ def _split(config: ModelConfig, positions: jax.Array, *arrays: jax.Array) -> tup
 
 
 def _join(x: jax.Array, M: int) -> jax.Array:
-    """Returns [B, P, M, U, D] from pieces [piece, B, P, m, U, D]."""
     return rearrange(x, "piece b p m u d -> b p (piece m) u d")[:, :, :M]
 
 
@@ -79,20 +78,19 @@ def _join(x: jax.Array, M: int) -> jax.Array:
 def _thread_states(
     config: ModelConfig, core: Params, batch: Batch, pairs: Any, positions: jax.Array, inputs: jax.Array, known: Any
 ) -> jax.Array:
-    """Returns the final states [B, P, M, U, D] of whole threads; differentiable in parameters, texts and inputs.
-
-    In plain terms: `known`, or `_run(config, batch, positions, core, pairs, inputs)`.
-    """
+    """In plain terms: `known`, or `_run(config, batch, positions, core, pairs, inputs)`, [B, P, M, U, D]."""
     if known is not None:
         return known
 
     def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _run(config, batch, piece[0], core, pairs, piece[1])
 
+    # Sequential, not vmapped: the activations of one piece exist at a time.
     return _join(jax.lax.map(one, _split(config, positions, inputs)), inputs.shape[2])
 
 
 def _keep_inputs(config: ModelConfig, *args: Any) -> tuple[jax.Array, Any]:
+    # No activations are saved: the backward pass runs each piece again.
     return _thread_states(config, *args), args[:-1]
 
 

@@ -84,8 +84,8 @@ def generate(
     """Samples n completions of every prompt, with a thought before every token.
 
     Args:
-      thoughts: how to think, or True for the model's own config; its `temperature` is that of the thoughts (0: greedy, as
-        the paper evaluates). Its forbidden ids are not written either, except the EOS.
+      thoughts: a config, or True for the model's own; `temperature` is that of the thoughts (0: greedy, as the paper
+        evaluates). Its forbidden ids are not written either, except the EOS.
       options: see `sample.batching.SamplingOptions`.
 
     Returns:
@@ -105,22 +105,27 @@ def generate(
         (not o.weights, "weights='int8' samples without thoughts; leave it out"),
     )
     shared, rows = batching.encode_prompts(model, prompts, o)
+    # No shared prefix cache here: thoughts read one cache per row, which therefore holds the prefix as well.
     rows = [[*shared, *row] for row in rows]
+    # Only the next token is predicted, so no true tokens follow the end vector.
     config = model.config.replace(thoughts=t.replace(talk_tokens=1))
     limit = text_limit(config, model.tokenizer)
     sampler = ThoughtSamplerConfig(config, model.stop_ids, o.max_new_tokens, limit)
     settings = o.sampling_params(), jnp.float32(t.temperature)
     params, key = prepare(model.params, model.config), tree.random_key(o.seed)
     out: list[list[Any]] = [[None] * o.n for _ in rows]
+    # By length: the rows of a chunk are padded to its longest prompt.
     requests = sorted(((i, k) for i in range(len(rows)) for k in range(o.n)), key=lambda r: len(rows[r[0]]))
     size = min(o.slots or ROWS, batching.power_of_two(len(requests)))
     for begin in range(0, len(requests), size):
         some = requests[begin : begin + size]
+        # The last chunk repeats a request: all chunks have one number of rows, so no other batch size is compiled.
         padded = [*some, *[some[-1]] * (size - len(some))]
         tokens = np.zeros((size, batching.padded_length(max(len(rows[i]) for i, _ in some))), np.int32)
         for r, (i, _) in enumerate(padded):
             tokens[r, : len(rows[i])] = rows[i]
         lengths = np.asarray([len(rows[i]) for i, _ in padded], np.int32)
+        # Keys by (prompt, sample): draws do not depend on the chunk that a request is in.
         keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, r[0]), r[1]))(jnp.asarray(padded))
         tokens, lengths = put_global_batch((tokens, lengths), model.mesh)
         output = to_host(generate_rows(params, sampler, tokens, lengths, keys, *settings))
@@ -159,8 +164,8 @@ def generate_rows(
 
 
 def _first(params: Params, sampler: ThoughtSamplerConfig, tokens: jax.Array, lengths: jax.Array) -> _State:
-    """Reads the prompts, with room for `max_new` tokens."""
     (B, N), R, c = tokens.shape, sampler.max_new, sampler.config
+    # Caches have their final length from the start, because the carry of `while_loop` has fixed shapes.
     texts = forward.read(params, c, layout.text_batch(tokens, jnp.arange(N) < lengths[:, None]))
     pairs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, R), (0, 0)]), texts.pairs)
     texts = forward.PrefixCache(jnp.pad(texts.hidden, [(0, 0), (0, R), (0, 0)]), pairs)
@@ -179,11 +184,11 @@ def _next(
     temperature: jax.Array,
     state: _State,
 ) -> _State:
-    """Thinks at the last position of every text, draws its next token, and reads it."""
     config, thought_params = sampler.config, SamplingParams.make(1.0)._replace(temperature=temperature)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
 
-    def uniform(i: Any) -> jax.Array:  # numbers 0 .. S-1 of a step draw the thought, number S the token
+    # Numbers 0 .. S-1 of a step draw the thought, number S the token: no number is used twice.
+    def uniform(i: Any) -> jax.Array:
         return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, i)))(keys)
 
     def draw(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
@@ -211,7 +216,7 @@ def _next(
 
 
 def _writable(sampler: ThoughtSamplerConfig) -> jax.Array:
-    """Returns bool [V]: ids that have text, or end it."""
+    # A stop id may be forbidden in thoughts, but the text needs it to end.
     ids = jnp.arange(sampler.config.vocab_size)
     hidden = [i for i in sampler.config.thoughts.forbidden_ids if i not in sampler.stop_ids]
     return (ids < sampler.vocab_limit) & ~jnp.isin(ids, jnp.asarray(hidden, jnp.int32))
@@ -225,7 +230,7 @@ def _append(
     length: jax.Array,
     token: jax.Array,
 ) -> tuple[Batch, forward.PrefixCache]:
-    """Reads one more token of one text, at index `length`, into its caches."""
+    # The cache is read below index `length` only: the new token attends to itself through the keys of this very call.
     position, index = row.positions[length], jnp.arange(row.tokens.shape[0])
     visible = index < length
     if config.sliding_window is not None:

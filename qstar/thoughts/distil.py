@@ -1,8 +1,7 @@
 """Distillation of a model that thinks into one that does not (Fast Quiet-STaR, arXiv 2505.17746, its last stage).
 
-The paper's stage rewards the student where its likelihood exceeds the teacher's; its code draws the rewarded token from the
-student. Here the student learns the teacher's whole prediction (forward KL from the mixed distribution, averaged over the
-thoughts), and the text itself: the usual distillation, which needs no reward scale.
+The paper's stage rewards the student where its likelihood exceeds the teacher's. Here the student learns the teacher's
+mixed distribution, averaged over the thoughts (forward KL), and the text itself, which needs no reward scale.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ def student_loss(
     thoughts = rearrange(rollout.sample(frozen, teacher, batch, texts, positions, rng)[0], "s b p m -> b p m s")
     mixed = replay_states(frozen, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]  # [B, P, N-1, D]
     _, weights = layout.text_targets(batch)
-    text = batch.replace(mask=jnp.pad(weights, ((0, 0), (1, 0))))  # so that both terms are over the same tokens
+    # Both terms are over the same tokens, so they share one weight.
+    text = batch.replace(mask=jnp.pad(weights, ((0, 0), (1, 0))))
     (nll, count), metrics = sft_loss(params, text, rng, config=config)
     student_head, teacher_head = decoder.head(params["policy"], config), decoder.head(frozen, teacher)
 
@@ -43,6 +43,7 @@ def student_loss(
         # The teacher's prediction is the mean of the distributions, not of the logits, over its P thoughts.
         p = sum(jax.nn.softmax(vocabulary.head_logits(mixed[:, i], *teacher_head)) for i in range(mixed.shape[1]))
         p = p / mixed.shape[1]
+        # A probability that underflowed to 0 adds 0 * log(1e-30) = 0, where 0 * log(0) is NaN.
         return jnp.sum(p * (jnp.log(jnp.maximum(p, 1e-30)) - log_q), axis=-1)
 
     hidden = hidden_states(params["policy"], config, batch)[:, :-1]

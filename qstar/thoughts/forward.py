@@ -57,14 +57,11 @@ SampleFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
 def vmap_thoughts(
     f: Callable[..., Any], per_thought_axes: Sequence[int] | None = None, out_axes: Any = 0
 ) -> Callable[..., Any]:
-    """Lifts f(row, text, j, *per_thought), of one thought, to all thoughts of a batch.
+    """Lifts f(row, text, j, *per_thought), of one thought, to g(batch [B], texts [B], positions [B, M], *[B, P, M, ...]).
 
     Args:
-      per_thought_axes, out_axes: where [B, P, M] stand in the arguments that each thought has for itself, and in the
-        results: 0, or 1 for keys and values whose layers lead (`kv_axis`).
-
-    Returns:
-      g(batch [B, ...], texts [B, ...], positions [B, M], *per_thought [B, P, M, ...]) -> f's results [B, P, M, ...].
+      per_thought_axes, out_axes: the axis of [B, P, M] in each per-thought argument and in the results: 0, or 1 for keys
+        and values whose layers lead (`kv_axis`).
     """
 
     def lifted(batch: Batch, texts: PrefixCache, positions: jax.Array, *per_thought: Any) -> Any:
@@ -117,6 +114,7 @@ def run_thread(
     steps = first + jnp.arange(T)
     mask = layout.thought_mask(row, config, j, steps)
     if thought_kv is None:
+        # The whole thread is in x: the causal mask below covers it, and there is no cache of it.
         past = past_of(params, lambda pair: [Shared(*pair, mask)], pairs)
     else:
         written = 1 + jnp.arange(jax.tree.leaves(thought_kv)[0].shape[-2])
@@ -133,6 +131,7 @@ def thread_inputs(
 ) -> jax.Array:
     """Returns the inputs of a whole thread, [start, c_1 .. c_S, end, x[j+1] .. x[j+A-1]], as rows [U, D], given c [S]."""
     S, A = config.thoughts.thought_tokens, config.thoughts.talk_tokens
+    # Only A - 1 true tokens are fed: the last one, x[j+A], is a target alone.
     start, end = (heads.thought_vector(params, config, name)[None] for name in ("start", "end"))
     rows = params["embed"]["table"][jnp.concatenate([thought, layout.future(row, config, j, A - 1)])]
     return jnp.concatenate([start, rows[:S], end, rows[S:]])
@@ -154,6 +153,7 @@ def rollout(
     """
     c, (B, M), S, axis = config, positions.shape, config.thoughts.thought_tokens, kv_axis(params)
     table, start = params["embed"]["table"], heads.thought_vector(params, config, "start")
+    # All S columns from the start, because a scan's carry has fixed shapes; `run_thread` masks those not yet written.
     empty = jnp.zeros((B, passes, M, c.num_kv_heads, S, c.head_dim), c.dtype)
     empty = repeat(empty, "... -> l ...", l=c.num_layers) if axis else empty
     thought_kv = (empty, empty) if axis else [(empty, empty)] * c.num_layers
@@ -162,6 +162,7 @@ def rollout(
         token, thought_kv = carry
 
         def one(row: Batch, text: PrefixCache, j: jax.Array, token: jax.Array, thought_kv: KVCache) -> Any:
+            # Selected, not branched: one body serves the start vector and all tokens.
             x = jnp.where(i == 0, start, table[token])
             hidden, new = run_thread(params, c, row, text.pairs, j, x[None], i + 1, thought_kv)
             return hidden[0], new
@@ -188,15 +189,12 @@ def rollout_and_talk(
     passes: int,
     draw: SampleFn,
 ) -> tuple[jax.Array, Any]:
-    """The joint schedule: draws thoughts, then feeds the rest of their threads, all of it differentiable.
-
-    Returns:
-      The states [B, P, M, U, D] of whole threads, and the draws' records [S, ...].
-    """
+    """The joint schedule, differentiable: the states [B, P, M, U, D] of whole threads, and the draws' records [S, ...]."""
     S, A = config.thoughts.thought_tokens, config.thoughts.talk_tokens
     table, end = params["embed"]["table"], heads.thought_vector(params, config, "end")
 
     def talk(row: Batch, text: PrefixCache, j: jax.Array, token: jax.Array, thought_kv: KVCache) -> jax.Array:
+        # The rollout has drawn c_S without feeding it, so its keys and values are not in the cache yet.
         rows = table[jnp.append(token[None], layout.future(row, config, j, A - 1))]  # c_S, x[j+1] ..
         x = jnp.concatenate([rows[:1], end[None], rows[1:]])
         return run_thread(params, config, row, text.pairs, j, x, S + 1, thought_kv)[0]

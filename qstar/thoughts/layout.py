@@ -28,6 +28,7 @@ def text_batch(tokens: Any, mask: Any) -> Batch:
     """Returns rows of one text each. tokens, mask: [B, N], the mask 1 for real tokens, with padding on either side."""
     tokens, real = jnp.asarray(tokens, jnp.int32), jnp.asarray(mask).astype(bool)
     first = jnp.argmax(real, axis=1, keepdims=True)
+    # Counted from the first real token, so that padding on the left does not shift the positions.
     positions = jnp.maximum(jnp.arange(tokens.shape[1]) - first, 0)
     return Batch(tokens, real.astype(jnp.float32), real.astype(jnp.int32), positions.astype(jnp.int32))
 
@@ -97,16 +98,15 @@ def all_positions(batch: Batch, predicting: bool = False) -> jax.Array:
 def choose_positions(params: Params, config: ModelConfig, batch: Batch, hidden: jax.Array, key: jax.Array) -> jax.Array:
     """Returns the positions [B, M] int32 that think in training, by the config's `think_fraction` and `think_where`.
 
-    Only those that predict a token are useful: M = ceil(fraction * (N - 1)), the same for all rows (shapes are static).
-
-    Args:
-      hidden: [B, N, D] final states of the text, for the entropy.
+    M = ceil(fraction * (N - 1)). hidden: [B, N, D] final states of the text, for the entropy.
     """
+    # M follows from N and not from the real tokens of a row: shapes are static, and the same for all rows.
     t = config.thoughts
     if t.think_fraction == 1.0:
         return all_positions(batch, predicting=True)
     targets, weights = text_targets(batch)
     if t.think_where == "entropy":
+        # The choice of positions is discrete: the scores need no gradient.
         frozen = jax.lax.stop_gradient((hidden[:, :-1], decoder.head(params, config)))
         score = token_logprobs(*frozen, targets, entropy=True).entropy
     else:
@@ -115,10 +115,8 @@ def choose_positions(params: Params, config: ModelConfig, batch: Batch, hidden: 
 
 
 def positions_of_mask(mask: jax.Array, count: int, score: jax.Array) -> jax.Array:
-    """Returns the `count` positions [B, count] int32 of highest score [B, N] of each row of mask [B, N], in order.
-
-    A row whose mask has fewer is filled up with positions outside it.
-    """
+    """Returns the `count` positions [B, count] int32 of highest score [B, N] within mask [B, N], in order."""
+    # A row whose mask has fewer is filled with positions outside it: `count` is static.
     ranked = jnp.where(mask, score, -jnp.inf)
     return jnp.sort(jax.lax.top_k(ranked, count)[1], axis=1).astype(jnp.int32)
 

@@ -46,18 +46,15 @@ def loss_weights(config: ModelConfig, batch: Batch, positions: jax.Array, passes
     rewarded = positions < N - 1 - t.talk_tokens * (not t.reward_tail)
     if t.nll_mean == "nonzero":
         return Weights(base, talk, rewarded.astype(jnp.float32))
-    # In a row where all positions think this is 1 / P; where some do, each stands for several tokens.
+    # In a row where all positions think this is 1 / P; where some do, each stands for several tokens. 1e-6: a
+    # row without a token to predict has the numerator 0, and its quotient stays finite.
     stands = jnp.sum(base, axis=1) / jnp.maximum(jnp.sum(talk[..., 0], axis=1), 1e-6) / passes
     policy = rewarded & jnp.any(talk > 0, axis=-1)
     return Weights(base, talk * stands[:, None, None], policy * stands[:, None])
 
 
 def divisors(config: ModelConfig, weights: Weights, base_nll: jax.Array, talk_nll: jax.Array) -> Weights:
-    """Returns the divisors of the weighted sums: of the base [], of each talk step [A], of the policy [].
-
-    Args:
-      base_nll: [B, N-1]. talk_nll: [B, P, M, A].
-    """
+    """Returns the divisors: base [], talk steps [A], policy []. base_nll: [B, N-1]. talk_nll: [B, P, M, A]."""
     P, A = talk_nll.shape[1], talk_nll.shape[3]
     if config.thoughts.nll_mean == "tokens":
         total = _nonzero(jnp.sum(weights.base))
@@ -71,6 +68,7 @@ def divisors(config: ModelConfig, weights: Weights, base_nll: jax.Array, talk_nl
 
 
 def _nonzero(x: jax.Array) -> jax.Array:
+    # Without any token to predict the sums are 0, and so is the loss: not 0 / 0.
     return jnp.where(x > 0, x, 1.0)
 
 
@@ -122,9 +120,6 @@ def loss(
         (the rollout itself is differentiated). The same loss and gradients, for equal thoughts.
       thoughts: [S, B*P, M] to replay instead of sampled ones; for controls.
       positions: [B, M] that think; default by `think_fraction` and `think_where`.
-
-    Returns:
-      (sum, weight), and metrics as (sum, weight).
     """
     policy, t, B = params["policy"], config.thoughts, batch.tokens.shape[0]
     thought_key, position_key = jax.random.split(rng)
@@ -141,6 +136,7 @@ def loss(
         draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, thought_key, passes)
     if schedule == "joint":
         threads, records = forward.rollout_and_talk(policy, config, batch, texts, positions, passes, draw)
+        # The gradient goes through the rollout itself, so there is nothing to replay.
         states = forward.thought_states(policy, config, batch, texts, positions, threads)
         thought_ids = rearrange(records[0], "s b p m -> b p m s")
         return compute_loss(params, config, batch, positions, states, thought_ids)
@@ -222,7 +218,6 @@ def compute_loss(
 
 
 def _without_worst(advantage: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-    """Drops the thought of least advantage [B, P, M] from [B, P, M, ...] at every position: [B, P - 1, M, ...]."""
     # With a mean baseline and clipping at 0, the thought of lowest reward has zero weight, so its log-probabilities are
     # not computed: of two thoughts, half of the products with the vocabulary (9% of a step at 32,002 ids, on a CPU).
     kept = jnp.argsort(advantage, axis=1)[:, 1:]
@@ -232,7 +227,7 @@ def _without_worst(advantage: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
 def _metrics(
     weights: Weights, mix_weight: jax.Array, reward: jax.Array, advantage: jax.Array, thought_nll: jax.Array
 ) -> Metrics:
-    """Means over rewarded thoughts. `advantage` near 0 is the sign of a collapse: all thoughts of a position are alike."""
+    # Over rewarded thoughts. `advantage` near 0 is the sign of a collapse: all thoughts of a position are alike.
     rewarded_mask = repeat((weights.policy > 0).astype(jnp.float32), "b m -> b p m", p=reward.shape[1])
     means = {
         "reward": reward,
@@ -244,7 +239,8 @@ def _metrics(
     }
 
     def mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        counted = rewarded_mask[:, : x.shape[1]]  # `thought_nll` may lack the worst thought
+        # `thought_nll` may lack the worst thought. The mask is the same for all passes.
+        counted = rewarded_mask[:, : x.shape[1]]
         return jax.lax.stop_gradient(jnp.sum(x * counted)), jnp.sum(counted)
 
     return {k: mean(x) for k, x in means.items()}
@@ -261,12 +257,11 @@ def penalty(
 ) -> jax.Array:
     """Returns kl_weight * KL(policy, reference) - entropy_weight * H(policy), weighted sums over the thoughts' tokens.
 
-    Both are exact sums over the vocabulary at the states that the tokens were drawn from, not estimates from the tokens.
-
     Args:
       params: {"policy", and "reference" if `kl_weight` is not 0}. think: [B, P, M, S, D] states of the policy that
         `thought_ids` [B, P, M, S] were drawn from. weights: [B, P, M, S].
     """
+    # Exact sums over the vocabulary at the thoughts' states: estimates from the drawn tokens would add variance.
     t, logit_bias, value = config.thoughts, forbidden_bias(config), jnp.float32(0)
     head = decoder.head(params["policy"], config)
 
@@ -283,6 +278,7 @@ def penalty(
         each = vocabulary.map_chunks(entropy, think, vocab_size=config.vocab_size)
         value -= t.entropy_weight * jnp.sum(weights * each)
     if t.kl_weight:
+        # The reference has its own text states: its thoughts attend to its own keys and values.
         reference = jax.lax.stop_gradient(params["reference"])
         texts = forward.read(reference, config, batch)
         reference_states = replay_states(reference, config, batch, texts, positions, thought_ids).think

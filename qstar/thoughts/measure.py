@@ -59,6 +59,7 @@ def score(
         drawn = rollout.sample(params, config, batch, texts, positions, key, passes, temperature)
         thoughts, thought_nll = rearrange(drawn[0], "s b p m -> b p m s"), -reduce(drawn[1], "s b p m -> b p m", "mean")
     else:
+        # Given thoughts were not drawn here and have no recorded log-probability: NaN, because 0 would mean certainty.
         thought_nll = jnp.full(thoughts.shape[:3], jnp.nan)
     states = replay_states(params, config, batch, texts, positions, thoughts)
     target_ids, weights = layout.talk_targets(batch, positions, config.thoughts.talk_tokens)  # [B, M, A]

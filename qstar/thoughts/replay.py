@@ -66,6 +66,7 @@ def replay(
     batch = layout.text_batch(tokens, mask)
     thought_ids = layout.from_rows(jnp.asarray(thoughts, jnp.int32), batch.tokens.shape[0])
     B, P, M, S = thought_ids.shape
+    # Recorded thoughts may be of another length than the config's.
     config = config.replace(thoughts=config.thoughts.replace(thought_tokens=S))
     everywhere = positions is None
     positions = layout.all_positions(batch) if everywhere else jnp.asarray(positions, jnp.int32)
@@ -147,6 +148,6 @@ def _compute(
 
 
 def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns -log softmax(logits [..., V])[targets [...]]."""
+    # A gather: a one-hot product would hold a second array of the logits' size.
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

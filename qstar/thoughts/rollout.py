@@ -36,7 +36,7 @@ def think(
     positions: jax.Array | None = None,
     temperature: float | jax.Array | None = None,
 ) -> Thoughts:
-    """Samples thoughts after the positions of texts (paper, algorithm 1, "think"; official code: iterations 1 .. A-2).
+    """Samples thoughts, without forbidden ids (paper, algorithm 1, "think"; official code: iterations 1 .. A-2).
 
     Args:
       params: a decoder's tree with `thoughts`. config: with `thoughts`; static under `jit`.
@@ -46,9 +46,6 @@ def think(
       passes: P, default `thoughts_per_position`.
       positions: [M] or [B, M] int32, where to think; default everywhere, M = N. The cost is in proportion.
       temperature: default `config.thoughts.temperature`; 0 is greedy.
-
-    Returns:
-      Thoughts of shape [S, B * P, M]. Forbidden ids are never drawn.
     """
     batch = layout.text_batch(tokens, mask)
     if positions is None:
@@ -71,6 +68,7 @@ def sample(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`think` after a base pass: tokens, logprobs and sample logprobs, each [S, B, P, M]."""
     passes = passes or config.thoughts.thoughts_per_position
+    # REINFORCE needs no gradient through the draws, and none of the rollout's activations are then kept.
     params, texts = jax.lax.stop_gradient((params, texts))
     draw = sampler(params, config, batch, positions, key, passes, temperature)
     return forward.rollout(params, config, batch, texts, positions, passes, draw).records
@@ -112,6 +110,7 @@ def draw_tokens(
 
     def sample(hidden: jax.Array, u: jax.Array) -> Any:
         logits = decoder.unembed(params, config, hidden)
+        # Before the softmax, so that the recorded log-probabilities are of the distribution without the forbidden ids.
         logits = logits if logit_bias is None else logits + logit_bias
         return jax.vmap(partial(sample_token, sampling_params=sampling_params))(logits, u)
 
