@@ -20,11 +20,13 @@ from qstar.models import flash
 from qstar.models.prefix_attention import attend_shared
 from qstar.types import Segment, Shared
 
-NEG = -1e30  # finite, so that a row without visible keys gives numbers and not NaN
+# Finite instead of -inf: a row without visible keys then gives numbers, not NaN from inf - inf.
+NEG = -1e30
 
 
 def precision(dtype: Any) -> str | None:
-    """Returns the matmul precision for a compute dtype: float32 means float32 (a TPU would take bfloat16 passes)."""
+    """Returns the matmul precision for a compute dtype: "highest" for float32, else the default (None)."""
+    # By default a TPU multiplies float32 matrices in bfloat16 passes.
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
@@ -38,8 +40,7 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float) -> A
       scale: factor on the scores, 1 / sqrt(K) in every decoder here.
 
     Returns:
-      [T, H, K] in q's dtype. Scores and softmax are float32. Scores of the segments are joined, keys never are: under
-      `vmap` a segment that is not mapped is read in place, not copied per row.
+      [T, H, K] in q's dtype; scores and softmax are float32.
     """
     if isinstance(segments[0].mask, flash.KernelMask):
         (text,) = segments
@@ -47,6 +48,8 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float) -> A
     T, G, exact = q.shape[0], segments[0].keys.shape[0], precision(q.dtype)
     # Query heads and tokens of a group are the rows of one product, so that grouped queries need no copies of the keys.
     rows = rearrange(q, "t (g q) k -> g (q t) k", g=G)
+    # Scores of the segments are joined, keys never: under `vmap` an unmapped segment (a shared prefix) is read in place
+    # instead of being copied per row.
     plain = [s for s in segments if not isinstance(s, Shared)]
     scores = [_scores(rows, s, scale, T) for s in plain]
     done = []  # results of shared segments, each normalised, with the log of its sum of exponentials
@@ -58,12 +61,14 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float) -> A
     top = [jnp.max(s, axis=-1, keepdims=True) for s in scores] + [lse for _, lse in done]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, top))
     out, total = 0.0, 0.0
+    # A part that is normalised already enters with weight exp(lse), its own sum of exponentials.
     for part, lse in done:
         share = jnp.exp(lse - top)
         out, total = out + part * share, total + share
     for s, score in zip(plain, scores):
         w = jnp.exp(score - top)
         total = total + jnp.sum(w, axis=-1, keepdims=True)
+        # Rounded for the product only: the sum above is of float32 weights.
         w = w.astype(q.dtype)
         out = out + jnp.einsum("gnc,gck->gnk", w, s.values, precision=exact, preferred_element_type=jnp.float32)
     # Normalised once, after the product, where the array has K instead of C columns.
@@ -86,10 +91,7 @@ def _scores(rows: Array, segment: Segment, scale: float, T: int) -> Array:
 
 @jax.custom_batching.custom_vmap
 def write_column(cache: Array, new: Array, column: Array) -> Array:
-    """Returns the cache [G, R, K] with new [G, 1, K] at `column`.
-
-    Mapped over rows that share the column it stays one contiguous update (`vmap` alone would make it a scatter).
-    """
+    """Returns the cache [G, R, K] with new [G, 1, K] at `column`."""
     return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis=1)
 
 
@@ -98,6 +100,7 @@ def _write_rows(axis_size: int, in_batched: list[bool], cache: Array, new: Array
     if in_batched[2]:  # each row at a column of its own
         axes = [0 if b else None for b in in_batched]
         return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1), axes)(cache, new, column), True
+    # Rows that share the column, as in decoding: one contiguous update, where `vmap` alone would make a scatter.
     rows = [x if b else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, b in zip((cache, new), in_batched)]
     return jax.lax.dynamic_update_slice_in_dim(*rows, column, axis=rows[0].ndim - 2), True
 
@@ -108,8 +111,7 @@ def causal_mask(
     """Returns the mask of a row over itself, in the form that its attention takes: `text_mask`, or a `flash.KernelMask`.
 
     Args:
-      config: a `ModelConfig`. segment_ids: [T] int32; 1.. per document, 0 = padding.
-      one_text, must: see `flash.choose`.
+      config: a `ModelConfig`. segment_ids: [T] int32; 1.. per document, 0 = padding. one_text, must: see `flash.choose`.
 
     Raises:
       UserError: with `must`, a kernel that `config.attention` names and that cannot take the row.
@@ -121,10 +123,8 @@ def causal_mask(
 
 
 def text_mask(segment_ids: Array | None, length: int, window: int | None = None) -> Array:
-    """Returns bool [T, T]: causal, within one document, and within the sliding window if there is one.
-
-    Positions need no argument: documents are contiguous in a row, so index differences are position differences.
-    """
+    """Returns bool [T, T]: causal, within one document, and within the sliding window if there is one."""
+    # Indices stand for positions: documents are contiguous in a row, so their differences are equal.
     i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     mask = j <= i
     if window is not None:

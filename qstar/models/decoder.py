@@ -1,13 +1,10 @@
 """The decoder: one pure graph for training, prefill, decoding and thoughts.
 
-Parameters are a plain dict; the layers are stacked on a leading axis and run by `lax.scan`. The scan is over Linen's
-pure `Block.apply` rather than `nn.scan`, so that a decode loop can run the very same blocks unstacked, with one cache
-per layer (1.3 to 2.3 times faster on a CPU), and so that past segments, mapped or not, are ordinary arguments.
+Parameters are a plain dict; the layers are stacked on a leading axis and run by `lax.scan`.
 
     embed/table [V, D]   positions/table [., D]   layers/{q,k,v,o,up,gate,down}/kernel [L, in, out]   final_norm   head
 
-A model with thoughts (`config.thoughts`) or a value head has the trees of `models.heads` beside these, which nothing
-here reads.
+Thoughts (`config.thoughts`) and a value head add the trees of `models.heads`, which nothing here reads.
 """
 
 from __future__ import annotations
@@ -76,6 +73,7 @@ def embed_tokens(params: Params, config: ModelConfig, rows: Array, positions: Ar
         x = x * jnp.asarray(config.hidden_size**0.5, dtype)
     if config.position == "learned":
         x = x + params["positions"]["table"][positions].astype(dtype)
+    # Else the compiler may split activations over their width, as FSDP splits the parameters, and move them for it.
     return replicate(x)
 
 
@@ -93,6 +91,8 @@ def run_layers(
     Returns:
       x [T, D] before the final norm, and the new keys and values: a pair [L, G, T, K], or one pair per layer.
     """
+    # `lax.scan` over Linen's pure `apply` instead of `nn.scan`: a decode loop runs the same blocks unstacked, with one
+    # cache per layer (1.3 to 2.3 times faster on a CPU), and past segments, mapped or not, are ordinary arguments.
     block, turns = Block(config), _turns(config, positions)
     listed = isinstance(layers, (list, tuple))
     # For a lone token, moving the token may cost less than gathering the weights: that is left to the compiler.
@@ -122,6 +122,7 @@ def run_layers(
 
 def checkpointed(layer: Callable[..., Any], remat: str, gather: bool) -> Callable[..., Any]:
     """Returns the function of a layer under a config's `remat`. Weights gathered for it are never kept for its gradient."""
+    # In a scan the two passes are separate loops: barriers against their common subexpressions would only cost time.
     if remat != "none":
         policy = None if remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -51,7 +51,8 @@ class EncDecConfig(Settings):
     num_layers: int = bounded(8, ge=1)  # of the encoder
     num_decoder_layers: int = bounded(8, ge=1)
     num_heads: int = bounded(6, ge=1)
-    head_dim: int = bounded(64, ge=1)  # heads * head_dim need not be the width: 384 in FLAN-T5 small
+    # Heads times head_dim need not be the width: 384 of 512 in FLAN-T5 small.
+    head_dim: int = bounded(64, ge=1)
     intermediate_size: int = bounded(1024, ge=1)
     buckets: int = bounded(32, ge=1)  # of relative positions
     max_distance: int = bounded(128, ge=1)  # beyond it all positions share a bucket
@@ -60,11 +61,13 @@ class EncDecConfig(Settings):
     gated_mlp: bool = True  # v1.1 and FLAN; the first T5 has a plain ReLU
     tie_embeddings: bool = False
     scale_outputs: bool = False  # decoder outputs times 1 / sqrt(width) before the head: the first T5 only
-    start_id: int = 0  # decoding begins with it: the id of padding, so masks come from lengths and never from ids
+    # Decoding begins with the id of padding, so masks come from lengths and never from ids.
+    start_id: int = 0
     eos_id: int | None = 1  # after every text that the encoder reads
     also_eos: tuple[int, ...] = ()  # further ids that end a response
     bos_id: int | None = None
-    max_positions: int = 16_384  # T5 has no limit of its own; this one keeps a mistake from filling the memory
+    # T5 has no limit of its own; this one keeps a mistake from filling the memory.
+    max_positions: int = 16_384
 
     dtype: str = bounded("float32", choices=("float32", "bfloat16"))  # of the computation; parameters keep their own
     remat: str = bounded("none", choices=("none", "block", "dots"))
@@ -132,10 +135,12 @@ class Block(nn.Module):
         if ring is not None:
             k, v = write_column(ring.keys, k, ring.column), write_column(ring.values, v, ring.column)
             mask = ring.mask
+        # T5 does not scale scores: its queries have small initial weights instead (`_heads`).
         with jax.named_scope("attention"):
             x = x + self._out(attend(q, [Segment(k, v, mask, bias)], scale=1.0), "o")
         if self.cross:
             h = Norm("rms", c.norm_eps, name="cross_norm")(x)
+            # A whole sequence projects the states here; decoding does it once for all steps (`cross_sources`).
             if source.values is None:
                 cross = (self._heads(source.keys, name, "h t k") for name in ("cross_k", "cross_v"))
                 source = Segment(*cross, source.mask)
@@ -163,6 +168,7 @@ def init(config: EncDecConfig, key: Array, dtype: Any = jnp.float32) -> Params:
     """Returns random parameters, of T5's own scales."""
     c = config
     keys = jax.random.split(key, 4)
+    # Standard deviations as in Mesh TensorFlow and transformers: 1 for the embedding, inputs^-1/2 for the kernels.
     params: Params = {
         "embed": Embed(c.vocab_size, c.hidden_size, 1.0).init(keys[0], jnp.zeros((1,), jnp.int32))["params"],
         "encoder": _init_stack(c, keys[1], c.num_layers, cross=False),
@@ -204,7 +210,8 @@ def bucket(relative: Array, *, both_ways: bool, buckets: int, max_distance: int)
     else:
         distance = -jnp.minimum(relative, 0)
     exact = buckets // 2
-    far = jnp.log(jnp.maximum(distance, exact).astype(jnp.float32) / exact)  # float32, and never log(0)
+    # At least `exact`: the `where` below computes both of its branches, and log(0) is -inf.
+    far = jnp.log(jnp.maximum(distance, exact).astype(jnp.float32) / exact)
     far = exact + (far / math.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
     return base + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
 
@@ -253,6 +260,7 @@ def decode_step(
       rings: per layer, keys and values [H, R, K] of the tokens before; column `step` is written.
     """
     stack = params["decoder"]
+    # The column of a token in the cache is its position, so the step's bias is one row over the columns.
     columns = jnp.arange(rings[0][0].shape[1])
     bias = functools.partial(relative_bias, config, step[None], columns, False)
     past = [RingKVCache(k, v, columns <= step, step) for k, v in rings]
@@ -262,7 +270,6 @@ def decode_step(
 
 def cross_sources(params: Params, config: EncDecConfig, states: Array, mask: Array) -> list[Segment]:
     """Returns per layer the keys and values [H, C, K] of the encoder's states [C, D], which decoding caches."""
-
     project = Linear(config.num_heads * config.head_dim, False, 1.0)
 
     def heads(kernel: Params) -> Array:
@@ -293,11 +300,7 @@ def _run(
     source: Any,
     rings: Sequence[RingKVCache] = (),
 ) -> tuple[Array, Any]:
-    """Runs a stack and its last norm: stacked layers by `lax.scan`, listed ones (with a source and a ring each) in turn.
-
-    Args:
-      bias: from a table of relative positions to the bias of the scores.
-    """
+    """Runs a stack and its last norm; `bias` maps a table of relative positions to the bias of the scores."""
     block, layers, x = Block(config, source is not None), stack["layers"], replicate(x.astype(config.dtype))
     # Computed once where all layers share a table, and in every layer of umT5.
     common = bias(stack["relative"]["table"]) if "relative" in stack else None

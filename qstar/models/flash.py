@@ -56,6 +56,7 @@ def choose(config: Any, segment_ids: Array, *, one_text: bool, must: bool) -> st
     if config.attention == "auto":
         kind = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
         return "xla" if length < AUTO_LENGTH or _obstacle(kind, config, platform, length, one_text) else kind
+    # Training must not run without the kernel that was asked for, at another speed and memory; scoring may.
     why = _obstacle(config.attention, config, platform, length, one_text)
     if why and must:
         raise UserError(f"config.model.attention={config.attention}: {why}; use auto or xla")
@@ -103,20 +104,19 @@ def attend_text(q: Array, keys: Array, values: Array, mask: KernelMask, *, scale
 
 
 def _rows(q: Array, keys: Array, values: Array, ids: Array, *, scale: float, impl: str, window: int | None) -> Array:
-    """q [B, T, H, K]; keys, values [B, G, T, K]; ids [B, T]: [B, T, H, K].
-
-    XLA cannot partition a Pallas kernel, so on a mesh each device runs it on its rows and heads. (It can partition cuDNN's.)
-    """
+    """q [B, T, H, K]; keys, values [B, G, T, K]; ids [B, T]: [B, T, H, K]."""
     if impl == "cudnn":
         return _cudnn(q, keys, values, ids, scale=scale, window=window)
     mesh = jax.typeof(q).sharding.mesh
     run = partial(_splash, scale=scale, window=window, interpret=_platform(q) == "cpu")
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return run(q, keys, values, ids)
+    # XLA cannot partition a Pallas kernel (it can partition cuDNN's), so each device runs it on its rows and heads.
     rules = Rules()
     # Axes of size 1 are named, too: over an axis that is not named, `shard_map` would sum the gradients.
     rows = tuple(a for a in rules.batch if a in mesh.shape)
     heads = tuple(a for a in rules.heads if a in mesh.shape)
+    # `shard_map` needs equal parts: rows or heads that the devices do not divide are replicated.
     rows = rows if q.shape[0] % math.prod(mesh.shape[a] for a in rows) == 0 else ()
     heads = heads if keys.shape[1] % math.prod(mesh.shape[a] for a in heads) == 0 else ()
     by_head, pair = P(rows or None, None, heads or None), P(rows or None, heads or None)
@@ -130,7 +130,9 @@ def _splash(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, H = q.shape[1:3]
+    # The window counts the token itself (as in Mistral); the kernels count only tokens to its left.
     one = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
+    # There is one: `_obstacle` refuses rows that LANES does not divide.
     block = next(b for b in (BLOCK, BLOCK // 2, LANES) if T % b == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     kernel = splash.make_splash_mha(
@@ -142,7 +144,8 @@ def _splash(
     )
 
     def row(q: Array, keys: Array, values: Array, ids: Array) -> Array:
-        scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel takes no scale
+        # The kernel takes no scale. Multiplied in float32, so that the scale itself is not rounded to bfloat16.
+        scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
         return kernel(rearrange(scaled, "t h k -> h t k"), keys, values, splash.SegmentIds(ids, ids))
 
     return rearrange(jax.vmap(row)(q, keys, values, ids), "b h t k -> b t h k").astype(q.dtype)
@@ -150,6 +153,7 @@ def _splash(
 
 def _cudnn(q: Array, keys: Array, values: Array, ids: Array, *, scale: float, window: int | None) -> Array:
     # A mask would become a dense bias of B x H x T x T in cuDNN; causality, a window and lengths cost nothing.
+    # At least 1: in a row of padding alone the softmax would have no keys.
     lengths = jnp.maximum(jnp.sum((ids > 0).astype(jnp.int32), axis=1), 1)
     return jax.nn.dot_product_attention(
         q,
@@ -171,12 +175,14 @@ def _cudnn(q: Array, keys: Array, values: Array, ids: Array, *, scale: float, wi
 
 def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Array, int]:
     size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
+    # The kernels have one axis of rows for all operands, so an unmapped operand is repeated.
     full = [jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes)]
     out = _flash.bind(*(rearrange(x, "n b ... -> (n b) ...") for x in full), **static)
     return rearrange(out, "(n b) ... -> n b ...", n=size), 0
 
 
 def _slope(primals: Sequence[Any], tangents: Sequence[Any], **static: Any) -> tuple[Array, Array]:
+    # Segment ids are integers and have no tangent.
     *moved, ids = primals
     return jax.jvp(lambda *x: _rows(*x, ids, **static), moved, [ad.instantiate_zeros(t) for t in tangents[:3]])
 

@@ -57,11 +57,9 @@ PARAM_AXES = (
 
 
 def from_init_key(module: nn.Module, draw: Callable[..., Any], part: int = 0, parts: int = 1) -> Callable[..., Any]:
-    """Returns an initializer that draws from the key given to `module.init`, or from part `part` of its split into `parts`.
-
-    Linen folds a hash of the parameter's path into that key, so that the initial values, and with them every recorded run,
-    would change with the name of a module.
-    """
+    """Returns an initializer that draws from `module.init`'s key itself, or from part `part` of its split into `parts`."""
+    # Linen folds a hash of the parameter's path into the key: initial values, and with them every recorded run, would
+    # change with the name of a module.
 
     def initializer(key: Array, *args: Any) -> Any:
         if module.scope.has_rng("params"):  # under `apply` Linen calls it for the shapes alone
@@ -116,6 +114,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        # In float32, because a mean of squares over the width loses digits in half precision.
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
@@ -128,12 +127,10 @@ class Norm(nn.Module):
 
 
 def project(x: Array, kernel: Array) -> Array:
-    """Returns x [T, in] @ kernel [in, out].
-
-    The plain form is `_matmul`. Under `vmap` the batch joins the rows of one matrix product, because XLA otherwise forms the
-    kernel's gradient from a three-axis array: an update of llama_20m (8 x 128 tokens) then takes 22% more CPU time. A
-    primitive and no `custom_vmap`, which cannot be differentiated before it is mapped (`grad` of one sequence would fail).
-    """
+    """Returns x [T, in] @ kernel [in, out]."""
+    # Under `vmap` the batch joins the rows of one product. XLA otherwise forms the kernel's gradient from a three-axis
+    # array, and an update of llama_20m (8 x 128 tokens) takes 22% more CPU time. A primitive, because a `custom_vmap`
+    # cannot be differentiated before it is mapped (`grad` of one sequence would fail).
     return _project.bind(x, kernel)
 
 
@@ -159,11 +156,7 @@ batching.primitive_batchers[_project] = _project_rows
 
 
 class Linear(nn.Module):
-    """x [..., in] @ kernel [in, out] (+ bias), in the dtype of x.
-
-    The kernel may be int8 with a scale (see `models.int8`), or have LoRA's adapters beside it (see `models.lora`): their
-    product is added to that of the kernel and not to the kernel, in whose dtype a small change would vanish.
-    """
+    """x [..., in] @ kernel [in, out] (+ bias) in x's dtype; int8 (`models.int8`) or with adapters (`models.lora`)."""
 
     features: int
     bias: bool
@@ -175,10 +168,12 @@ class Linear(nn.Module):
         if self.has_variable("params", "scale"):
             # Without the barrier, XLA moves the conversion of an int8 kernel out of a decode loop and keeps a wide copy.
             kernel, x = jax.lax.optimization_barrier((kernel, x))
+            # One scale per output channel: it multiplies the product, and the integers enter unscaled.
             y = (project(x, kernel.astype(x.dtype)) * self.get_variable("params", "scale")).astype(x.dtype)
         else:
             y = project(x, kernel.astype(x.dtype))
         if self.has_variable("params", "lora_a"):
+            # Added to the product and not to the kernel, in whose dtype a small change would vanish.
             a, b = (self.get_variable("params", name).astype(x.dtype) for name in ("lora_a", "lora_b"))
             y = y + project(project(x, a), b)
         if self.bias:
@@ -245,6 +240,7 @@ class Block(nn.Module):
             rearrange(Linear(n * c.head_dim, c.qkv_bias, c.init_std, name=name)(h), "t (h k) -> t h k", h=n)
             for name, n in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads))
         )
+        # Before the rotation, as in Qwen3.
         if c.qk_norm:
             q, k = Norm("rms", c.norm_eps, name="q_norm")(q), Norm("rms", c.norm_eps, name="k_norm")(k)
         if turns is not None:
@@ -254,6 +250,7 @@ class Block(nn.Module):
         if past and isinstance(past[-1], RingKVCache):
             *past, ring = past
             key_positions, mask = ring.positions, ring.mask
+            # Written before it is read: XLA then updates the cache in place, instead of copying it at every step.
             k, v = write_column(ring.keys, k, ring.column), write_column(ring.values, v, ring.column)  # [G, R, K]
         segments = [*past, Segment(k, v, mask)]
         if c.relative_bias:
@@ -265,6 +262,7 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             a = attend(q, segments, scale=c.head_dim**-0.5)
         a = Linear(c.hidden_size, c.out_bias, out_std, name="o")(rearrange(a, "t h k -> t (h k)"))
+        # GPT-J's MLP takes the same normed input as its attention; elsewhere it takes the sum after attention.
         if not c.parallel_block:
             x = x + a
             h = Norm(c.norm, c.norm_eps, name="mlp_norm")(x)
@@ -278,6 +276,7 @@ def with_adapters(layer: Params) -> Params:
     for name, leaves in layer.items():
         if "lora_a" in leaves:
             plain = {k: v for k, v in leaves.items() if not k.startswith("lora_")}
+            # In full float32: the sum is rounded once, to the kernel's dtype.
             delta = jnp.matmul(leaves["lora_a"], leaves["lora_b"], precision=jax.lax.Precision.HIGHEST)
             leaves = {**plain, "kernel": (plain["kernel"] + delta).astype(plain["kernel"].dtype)}
         out[name] = leaves

@@ -1,15 +1,8 @@
 """Attention of many threads to one text that they share, run as one causal pass instead of once per thread.
 
-The plain form is `attend` with a `Segment` of the text: one thread's softmax over its visible keys. `attend_shared` is
-written like it, for one thread, and computes the same (tests compare values and gradients). Only its rule under `vmap`
-differs: over threads with the same keys it does not become a batched product, but lays the threads side by side as rows of
-queries over the one set of keys. These rows are taken a tile at a time, which
-
-* stops at the last block of keys that any row of the tile attends to, so threads in the order of their text cost half,
-* keeps every array of rows x keys as small as a cache, and none of them for the backward pass, which computes the scores
-  again from the log-sum-exp (FlashAttention, arXiv 2205.14135, algorithm 4), and
-* has keys on the rows of the scores and threads on the columns, so that sums over keys are sums of vectors, and every
-  product but one has its operands in memory order.
+The plain form is `attend` with a `Segment` of the text. `attend_shared` is written like it, for one thread, and computes
+the same (tests compare values and gradients). Only its rule under `vmap` differs: threads with the same keys become rows of
+queries over the one set of keys, computed a tile of rows at a time, instead of a batched product.
 
 Axes of the lifted form: B texts, P passes with the same mask, M threads, T tokens each, H = G Q query heads; C keys.
 N = Q m T are the columns of a tile of m threads.
@@ -65,10 +58,12 @@ def _forward(q: Array, keys: Array, values: Array, mask: Array, *, scale: float,
         out = dot("bgqtc,bgck->btgqk", jnp.exp(s - lse[..., None]).astype(values.dtype), values)
         return rearrange(out, "b t g q k -> b 1 1 t (g q) k"), rearrange(lse, "b g q t -> b 1 1 t (g q)")
     plan = _Plan(q, keys, mask)
+    # Transposed once, outside the loop, so that the tiles' products have their operands in memory order.
     values_t = rearrange(values, "b g c k -> b g k c")
     q = rearrange(q, "b p m t h k -> b p (m t) h k")
 
     def tile(end: int, q_t: Array, mask_t: Array) -> Pair:
+        # Keys are on the rows and threads on the columns of the scores: sums over keys are then sums of vectors.
         s = scale * dot("bgck,bgkn->bgcn", keys[:, :, :end], q_t)
         s = jnp.where(mask_t[:, None, :end], s, NEG)
         top = jnp.max(s, axis=2, keepdims=True)
@@ -78,6 +73,7 @@ def _forward(q: Array, keys: Array, values: Array, mask: Array, *, scale: float,
         return out / total, (top + jnp.log(total))[:, :, 0]
 
     def body(i: Array, done: Pair) -> Pair:
+        # One branch per number of key blocks, because slices need static sizes.
         branches = [partial(tile, end) for end in plan.ends]
         out, lse = jax.lax.switch(plan.blocks(i), branches, plan.columns(q, i), plan.mask_t(i))
         return plan.put(done[0], out, i), plan.put(done[1][..., None], lse[:, :, None], i)[..., 0]
@@ -101,7 +97,8 @@ def _backward(
     scale: float,
     exact: str | None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, keys and values, from the result and its log-sum-exp instead of the scores."""
+    # Gradients of q, keys and values. The scores are computed again from the log-sum-exp instead of being stored
+    # (FlashAttention, arXiv 2205.14135, algorithm 4): no array of rows x keys outlives its tile.
     plan = _Plan(q, keys, mask)
     dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     keys_t = rearrange(keys, "b g c k -> b g k c")
@@ -112,6 +109,7 @@ def _backward(
 
     def tile(end: int, sums: Pair, q: Array, d: Array, less: Array, lse: Array, mask_t, fresh) -> Any:
         s = scale * dot("bgck,bgkn->bgcn", keys[:, :, :end], q)
+        # Masked after the subtraction: without visible keys lse is about NEG as well, and exp(NEG - lse) would be 1.
         p = jnp.exp(jnp.where(mask_t[:, None, :end], s - lse[:, :, None], NEG))
         low = d.astype(values.dtype)
         ds = scale * p * (dot("bgck,bgkn->bgcn", values[:, :, :end], low) - less[:, :, None])
@@ -130,6 +128,7 @@ def _backward(
         sums, dq = jax.lax.switch(plan.blocks(i), branches, sums, *rows, plan.mask_t(i), plan.fresh(i))
         return plan.put(d_q, dq.astype(q.dtype), i), sums
 
+    # All tiles add to the gradients of the keys: in float32, since small terms vanish in a bfloat16 sum.
     sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
     d_q, (d_keys, d_values) = jax.lax.fori_loop(0, plan.tiles, body, (jnp.zeros(q_rows.shape, q.dtype), sums))
     d_q = rearrange(d_q, "b p (m t) h k -> b p m t h k", m=mask.shape[1])
@@ -144,16 +143,18 @@ class _Plan:
         self.G, C = keys.shape[1:3]
         threads = TILE_BYTES // (4 * B * self.T * self.H * C)
         self.count = -(-self.M // max(1, threads))  # tiles of a pass
+        # Spread evenly over the tiles, so that the last one repeats few threads of the one before.
         self.threads = -(-self.M // self.count)
         self.tiles = P * self.count
         block = max(KEY_BLOCK, -(-C // KEY_BLOCKS))
         self.ends = [min(end, C) for end in range(block, C + block, block)]
         self.mask = rearrange(mask, "b m t c -> b c (m t)")
+        # A tile stops at the last block of keys that any of its rows attends to: threads in text order cost half.
         last = jnp.max(jnp.where(jnp.any(mask, axis=(0, 2)), jnp.arange(C), 0), axis=1)  # [M] last visible key
         self.last = last // block
 
     def _at(self, i: Array) -> tuple[Array, Array]:
-        """The pass and the first thread of tile i; the last tile is moved back to be full."""
+        # The pass and the first thread of tile i. The last tile is moved back to be full: all tiles have one shape.
         return i // self.count, jnp.minimum(i % self.count * self.threads, self.M - self.threads)
 
     def blocks(self, i: Array) -> Array:
@@ -198,6 +199,7 @@ def _differentiable(scale: float, exact: str | None, *args: Any) -> Any:
 def _pull(scale: float, exact: str | None, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     args, found = saved
     slopes = _gradient.bind(*args, *found, *cotangents, scale=scale, exact=exact)
+    # The cotangent of a bool input (the mask) must have the dtype float0.
     return (*slopes, np.zeros(args[3].shape, jax.dtypes.float0))
 
 
@@ -220,6 +222,7 @@ def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> t
         keys, values, mask = (
             rearrange(x, merged) if a is not None else repeat(x, "b ... -> (n b) ...", n=size) for x, a in arrays
         )
+    # Axes that share the keys become rows of queries: neither keys nor, over passes, the mask are repeated.
     elif axes[3] is not None:
         at, merged, split = 2, "n b p m ... -> b p (n m) ...", "b p (n m) ... -> b p n m ..."
         mask = rearrange(mask, "n b m ... -> b (n m) ...")
