@@ -3,8 +3,7 @@
     model = qstar.load("path/to/a/hugging_face_folder")
     qstar.generate(model, ["Once upon a time"], max_new_tokens=64)
 
-The names below are imported when they are first used (PEP 562), so that `import qstar` and the parts that read and
-score text (`qstar.text`, `qstar.data`, `qstar.tasks`) cost no start-up of JAX and run in worker processes.
+The names below are imported when they are first used (PEP 562).
 """
 
 from __future__ import annotations
@@ -53,11 +52,13 @@ __all__ = [
 ]
 
 
+# Lazy, so that `import qstar` and the parts that read and score text (`qstar.text`, `qstar.data`, `qstar.tasks`) do not
+# start JAX: they also run in worker processes.
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'qstar' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value  # found at once from now on
+    globals()[name] = value  # later accesses bypass __getattr__
     return value
 
 

@@ -39,8 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     is_process = argv is None
     argv = sys.argv[1:] if argv is None else list(argv)
-    for stream in (sys.stdout, sys.stderr):  # characters that the terminal's encoding lacks are written as escapes
-        with contextlib.suppress(AttributeError, ValueError):  # a notebook's stream, or a closed one
+    # Sampled text holds any character; one that the terminal's encoding lacks is escaped instead of raising.
+    # A notebook's stream has no `reconfigure`, and a closed one refuses it.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sigterm = preemption.listening(last=is_process) if argv and argv[0] in KEPT else contextlib.nullcontext()
     with warnings.catch_warnings(), _quiet_threads(), _second_interrupt_ends(), sigterm:
@@ -66,17 +68,15 @@ def dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise unknown(f"command {argv[0]!r}", argv[0], COMMANDS)
+    # Here, not at the top: --help and --version do not import argparse, ml_collections and the flags.
     from qstar import cli
 
     return getattr(cli, argv[0])(argv[1:])
 
 
 def check_texts(argv: list[str]) -> None:
-    """Checks that the arguments and the current folder are UTF-8 text: paths are written to JSON and to the screen.
-
-    Raises:
-      UserError: one is not, or the current folder is gone.
-    """
+    """Raises UserError if an argument or the current folder is not UTF-8 text, or the current folder is gone."""
+    # Python decodes undecodable bytes to surrogates, which fail only when a path is written to JSON or to the screen.
     try:
         folder = os.getcwd()
     except FileNotFoundError:
@@ -93,11 +93,13 @@ def check_texts(argv: list[str]) -> None:
 
 def _run(argv: list[str]) -> int:
     """Runs a command and turns what it raises into one line and an exit code. Bugs keep their traceback."""
+    # Exit codes above 128 follow the shell: 128 + SIGINT (2) = 130, 128 + SIGPIPE (13) = 141.
     again = "; the same command goes on from here" if argv[:1] == ["train"] else ""
     try:
         check_texts(argv)
         code = dispatch(argv)
-        sys.stdout.flush()  # a full disk shows here, not when Python ends
+        # A full disk shows here, where it becomes one line and exit code 2, not in the interpreter's shutdown.
+        sys.stdout.flush()
         preemption.over()
         return code
     except UserError as e:
@@ -112,7 +114,8 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _say(f"interrupted{again}")
         return 130
-    except (BrokenPipeError, SystemExit) as e:  # `qstar sample ... | head`; rich raises SystemExit for it
+    # `qstar sample ... | head` closes the pipe; rich turns the BrokenPipeError into SystemExit.
+    except (BrokenPipeError, SystemExit) as e:
         if not isinstance(e, BrokenPipeError) and not isinstance(e.__context__, BrokenPipeError):
             raise
         _drop_stdout()
@@ -123,7 +126,8 @@ def _run(argv: list[str]) -> int:
         line = machine_fault(e)
         if line is None:
             raise
-        if isinstance(e, OSError) and e.filename is None:  # standard output has no file name
+        # An OSError of standard output has no file name; a trial write tells it from others without one.
+        if isinstance(e, OSError) and e.filename is None:
             try:
                 os.write(sys.stdout.fileno(), b"\n")
             except (OSError, ValueError):
@@ -138,24 +142,23 @@ def _say(text: str) -> None:
 
 
 def _drop_stdout() -> None:
-    """Discards what is buffered: Python flushes when it ends, which would fail once more."""
+    # What is buffered goes to /dev/null: Python flushes when it ends, which would fail once more.
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(code: int) -> None:
-    """Ends the process without the interpreter's shutdown.
-
-    Threads of XLA may still compute, mostly after an interruption, and have crashed in it. Exit functions of others run,
-    except JAX's deletion of its backends.
-    """
+    """Ends the process without the interpreter's shutdown."""
+    # Threads of XLA may still compute, mostly after an interruption, and have crashed in the shutdown. Other exit
+    # functions run; JAX's own would delete the backends that those threads use.
     jax = sys.modules.get("jax")
     if jax is not None:
         from jax._src import api
 
         atexit.unregister(getattr(api, "clean_up", None))
         if jax.distributed.is_initialized():
-            jax.distributed.shutdown()  # without it, the other processes report a crash
+            # Without it, the coordination service of the other processes reports a crash.
+            jax.distributed.shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -173,7 +176,7 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
 
 @contextlib.contextmanager
 def _quiet_threads() -> Iterator[None]:
-    """Leaves a full disk in a thread (orbax writes in some) to the main thread, which waits for it and reports it."""
+    # Orbax writes in threads: a full disk there is reported by the main thread, which waits for them.
     usual = threading.excepthook, sys.unraisablehook
     threading.excepthook = lambda args: None if machine_fault(args.exc_value) else usual[0](args)
     # After such a failure orbax still sends messages to its event loop, which is closed by then.
@@ -186,7 +189,7 @@ def _quiet_threads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _second_interrupt_ends() -> Iterator[None]:
-    """A second Ctrl-C inside the block ends the process at once, even if the first is still being handled."""
+    """A second Ctrl-C ends the process at once, even if the first is still being handled."""
     old = signal.getsignal(signal.SIGINT)
     # Only the main thread may set handlers; somebody's own handler, or none (nohup), stays.
     if threading.current_thread() is not threading.main_thread() or old is not signal.default_int_handler:
@@ -198,6 +201,7 @@ def _second_interrupt_ends() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def second(number: int, frame: Any) -> None:
+        # `os.write`: `print` is not reentrant and raises if the signal interrupts another print.
         os.write(2, b"qstar: interrupted again, ends at once; the last checkpoint stays\n")
         os._exit(130)
 

@@ -45,6 +45,7 @@ def train(argv: list[str]) -> int:
     a, rest = p.parse_known_args(argv)
     config = _read_config("train", a.config, rest, "configs/star_arithmetic.py")
     workdir = local_folder("--workdir", a.workdir) if a.workdir else _default_workdir(config.get("name", "run"))
+    # After the flags and the config: a mistake in them ends before JAX starts and waits for other processes.
     start_jax(a.device, several=True)
     from rich.console import Console
 
@@ -68,7 +69,7 @@ def _read_config(command: str, spec: str | None, rest: list[str], example: str) 
 
 
 def _default_workdir(name: Any) -> Path:
-    """Returns runs/NAME; a name that leaves runs/ is refused."""
+    # The name comes from a config that may be somebody else's: it must not lead out of runs/.
     parts = Path(name).parts if isinstance(name, str) and name.isprintable() else ()
     inside = bool(parts) and not Path(name).is_absolute() and ".." not in parts
     require((inside, f"config.name={name!r} must name a folder inside runs/; or give --workdir=DIR"))
@@ -160,6 +161,7 @@ def evaluate(argv: list[str]) -> int:
     task.problems(a.split)  # reports a fault in the data before the model is read
     scorers = _scorers(a.verifier, task)
     require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
+    # `made_with` identifies the kept answers: flags that change what is counted, but no answer, are not part of it.
     unused = {"verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature"}
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
     out = local_folder("--out", a.out) if a.out else None
@@ -189,13 +191,13 @@ def evaluate(argv: list[str]) -> int:
 
 
 def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
-    """Reads NAME=DIR[:SCORE] of --verifier."""
     from qstar.methods.verifier import SCORES, Verifier
     from qstar.models.model import load
 
     out: dict[str, Any] = {}
     for flag in flags:
         name, equals, folder = flag.partition("=")
+        # Only a known score after the last colon is a rule: paths may contain colons.
         folder, _, rule = folder.rpartition(":") if folder.rpartition(":")[2] in SCORES else (folder, "", "")
         if not equals or not re.fullmatch(r"\w+", name) or name in ("generator", *out):
             raise UserError(f"evaluate: --verifier={flag} must be NAME=DIR, each NAME once and not 'generator'")
@@ -205,7 +207,7 @@ def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
 
 
 def _evaluate_quiet(a: argparse.Namespace) -> int:
-    """`evaluate` with the metrics of Quiet-STaR."""
+    # Zero-shot expected accuracy and cot-majority of the Quiet-STaR paper. Neither keeps answers or shortens prompts.
     only = f"--metric={a.metric}"
     require(
         (a.too_long == "error", f"evaluate: --too-long={a.too_long} is of --metric=answers; {only} knows only error"),
@@ -332,6 +334,7 @@ def plan(argv: list[str]) -> int:
     p.switch("--json", "one JSON object (a list, of several slices)")
     a, rest = p.parse_known_args(argv)
     config = _read_config("plan", a.config, rest, "configs/star_gsm8k.py")
+    # The simulated devices of the CPU backend are counted once, when JAX starts: all topologies are named before.
     names = [name for name in a.topology.split(",") if name]
     start_plan(names)
     from qstar.plan import run, search

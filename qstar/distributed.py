@@ -1,8 +1,7 @@
 """Processes of a run: identity, rendezvous, the start of JAX, and collectives of small host values.
 
-Stages meet on disk: the run folder is on a file system that all processes share. Process 0 alone prints and writes.
-Whether a file exists is decided by process 0 (`broadcast_bool`), because a slow file system may show it to some processes
-later. When a process dies, the others lose its connection and exit.
+Stages exchange data on disk: the run folder is on a file system that all processes share. Process 0 alone prints and
+writes. When a process dies, the others lose its connection and exit.
 """
 
 from __future__ import annotations
@@ -57,8 +56,10 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
     platform = {"auto": "", "gpu": "cuda"}.get(device, device)
     if platform:
         os.environ["JAX_PLATFORMS"] = platform
+    # tokenizers turns its threads off with a warning when a process that has used them forks workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "qstar" / "jax"))
+    # JAX's default of 1 s would leave the many small programs out of the cache.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # By device files, not by packages: libtpu is installed on CPU machines, too, for `qstar plan`.
     accelerators = [
@@ -76,7 +77,8 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
     except (RuntimeError, AssertionError) as e:  # AssertionError, without text, if JAX has no plugin for the platform
         reason = next(iter(str(e).splitlines()), "no plugin for it")
         raise UserError(f"--device={device}: JAX finds none ({reason}); install its extra or use cpu") from None
-    if device not in ("auto", found):  # called from a program that has started jax already
+    # A program that has started JAX already keeps its platform: JAX_PLATFORMS has no effect any more.
+    if device not in ("auto", found):
         raise UserError(f"--device={device}: JAX has started on {found} already; name the device first")
 
 
@@ -104,12 +106,10 @@ def start_plan(topologies: Iterable[str]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc's allocator keep freed memory; without glibc nothing changes.
-
-    XLA's CPU runtime allocates the temporaries of every call anew. Returned to the system in between, each page faults
-    again: 200,000 faults in a train step of a 20M model, 15% of its time. One arena, or blocks of other threads would
-    not count.
-    """
+    """Makes glibc's allocator keep freed memory; without glibc nothing changes."""
+    # XLA's CPU runtime allocates the temporaries of every call anew. Returned to the system in between, each page
+    # faults again: 200,000 faults in a train step of a 20M model, 15% of its time. One arena, or blocks of other
+    # threads would not be kept.
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -146,8 +146,6 @@ def broadcast_bool(value: bool) -> bool:
 def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     """Calls `make` on process 0 alone and returns its result, which must be JSON, on all processes (a collective).
 
-    For what may differ between processes, or should be requested once: a file, a server.
-
     Raises:
       UserError: `make` raised it; on all processes.
     """
@@ -163,6 +161,8 @@ def broadcast_from_host0(make: Callable[[], Any]) -> Any:
         except UserError as e:
             message, failed = str(e).encode(), True
     share = multihost_utils.broadcast_one_to_all
+    # Two broadcasts: the processes must agree on a shape, so the length goes first. A failure is sent like a result, or
+    # the others would wait in the collective for ever.
     length, failed = share(np.asarray([len(message), failed])).tolist()
     message = share(np.frombuffer(message if is_first() else bytes(length), np.uint8)).tobytes()
     if failed:
@@ -172,6 +172,7 @@ def broadcast_from_host0(make: Callable[[], Any]) -> Any:
 
 def remove(folder: Path) -> None:
     """Deletes a folder on process 0 after all processes have called this."""
+    # A barrier: no process still reads the folder.
     broadcast_bool(True)
     if is_first():
         shutil.rmtree(folder, ignore_errors=True)
@@ -179,6 +180,7 @@ def remove(folder: Path) -> None:
 
 def exists(path: Path) -> bool:
     """Returns whether process 0 finds the file; the same on all processes."""
+    # A slow file system may show the file to some processes later; they would then run different programs.
     return broadcast_bool(path.exists())
 
 
@@ -189,17 +191,19 @@ def process_info(environment: Mapping[str, str] = os.environ, device: str = "aut
     """Returns the identity of this process, or None for a run of one process.
 
     Read from QSTAR_COORDINATOR, QSTAR_NUM_PROCESSES and QSTAR_PROCESS_ID if set; from a SLURM step with several tasks; from
-    the variables of GKE or the metadata of a TPU VM, with MEGASCALE's for several slices. JAX detects these clusters itself,
-    but offers no public function that returns what it found, and the message about missing processes needs it.
+    the variables of GKE or the metadata of a TPU VM, with MEGASCALE's for several slices.
 
     Raises:
       UserError: variables contradict each other.
     """
+    # JAX detects these clusters itself, but has no public function that returns what it found, and the message about
+    # missing processes needs it.
     e = environment
     if any(e.get(name) for name in VARIABLES):
         return _from_variables(e)
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_NTASKS")
     if all(e.get(name) for name in slurm) and int(e["SLURM_NTASKS"]) > 1:
+        # From the job id, so that two jobs on one node differ; in the last 4096 ports, as in JAX's own SLURM detection.
         port = e.get("JAX_COORDINATOR_PORT") or 61440 + int(e["SLURM_JOB_ID"]) % 4096
         coordinator = f"{_first_node(e['SLURM_STEP_NODELIST'])}:{port}"
         how = f"srun --jobid={e['SLURM_JOB_ID']} runs the command once per task; launch/slurm.sh submits it so"
@@ -236,6 +240,7 @@ def _from_tpu(e: Mapping[str, str]) -> ProcessInfo | None:
     hosts, index = e.get("TPU_WORKER_HOSTNAMES", ""), e.get("TPU_WORKER_ID", "")
     slices = {k: e.get(f"MEGASCALE_{k}", "") for k in ("NUM_SLICES", "SLICE_ID", "COORDINATOR_ADDRESS")}
     if not (hosts and index):
+        # Without a device file there is no TPU, and a query of the metadata server would wait for its timeout.
         if e.get("TPU_SKIP_MDS_QUERY") or not glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
             return None
         # The new format is a list of hosts, the old one a list of name:id:address.
@@ -290,12 +295,10 @@ def join(here: ProcessInfo) -> None:
 
 
 def rendezvous(here: ProcessInfo, seconds: float) -> None:
-    """Returns when all processes have called it.
-
-    JAX's own rendezvous aborts the process after its timeout and does not say which processes are missing. Here process 0
-    listens on the coordinator's port, which JAX takes over afterwards; the others send their index and wait for a reply. The
-    connections stay open, so that the end of a process is noticed at once.
-    """
+    """Returns when all processes have called it."""
+    # JAX's own rendezvous aborts the process after its timeout and does not say which processes are missing. Here
+    # process 0 listens on the coordinator's port, which JAX takes over afterwards; the others send their index and wait
+    # for a reply. The connections stay open, so that the end of a process is noticed at once.
     deadline, note = time.monotonic() + seconds, time.monotonic() + FIRST_NOTE
     address, _, port = here.coordinator.rpartition(":")
     try:
@@ -327,9 +330,8 @@ def rendezvous(here: ProcessInfo, seconds: float) -> None:
                 time.sleep(0.2)
                 peer = socket.create_connection((address.strip("[]"), int(port)), timeout=2)
                 peer.sendall(b"%d" % here.index)
-                peer.settimeout(
-                    max(0.1, deadline + 5 - now)
-                )  # process 0 reports who is missing before this one gives up
+                # 5 s more: process 0 reports which processes are missing before this one gives up.
+                peer.settimeout(max(0.1, deadline + 5 - now))
                 if peer.recv(2) == b"go":
                     _connections[0] = peer
     for peer in _connections.values():
@@ -339,6 +341,7 @@ def rendezvous(here: ProcessInfo, seconds: float) -> None:
         for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, name):
                 peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    # Closed before the reply: JAX's coordination service binds the same port next, and the others then connect to it.
     if server:
         server.close()
         for peer in _connections.values():

@@ -17,16 +17,15 @@ from typing import Any, ClassVar
 class UserError(Exception):
     """A mistake in what the user gave: a file, a config value, a shape.
 
-    The message is one line that names the culprit (file and line, key, or shape) and says what to do about
-    it. The command line prints it without a traceback and exits with code 2; everything that is *not* a
-    ``UserError`` is a bug of ours and keeps its traceback.
+    The message is one line with the place (file and line, key, or shape) and the remedy. The command line prints it
+    without a traceback and exits with code 2; any other exception is a bug of qstar and keeps its traceback.
     """
 
     code = 2  # the exit code
 
 
 class TrainingFailed(UserError):
-    """A training that has learnt nothing, or no longer learns: a line that says why, and exit code 1."""
+    """A training that does not learn: one line with the reason, and exit code 1."""
 
     code = 1
 
@@ -65,11 +64,12 @@ class _Range:
     note: str
 
     def fault(self, value: Any, kind: str) -> str:
-        """Returns what the value must be, "" where it is that. `kind`: the field's annotation."""
+        """Returns what the value must be, "" if it is in the range. `kind`: the field's annotation."""
         if value is None and "None" in kind:
             return ""
         if self.choices:
             return "" if value in self.choices else f"is not one of {', '.join(filter(None, map(str, self.choices)))}"
+        # bool is a subclass of int: without the second test, True would pass as 1.
         whole = not kind.startswith("int") or (isinstance(value, int) and not isinstance(value, bool))
         # Every comparison is False for NaN, so that NaN is refused; infinity only passes where `le` names it.
         holds = isinstance(value, (int, float)) and (value < math.inf or self.le == math.inf)
@@ -175,10 +175,8 @@ _FAULTS = (
 
 
 def machine_fault(error: BaseException | None) -> str | None:
-    """Returns a line on a fault of the machine (disk full, quota, read-only, too many open files), None for other errors.
-
-    Looks at the causes of an error, too, and at the text of those of libraries that do not pass the system's error on.
-    """
+    """Returns a line on a fault of the machine (full or read-only disk, too many open files), None for other errors."""
+    # The causes, too: libraries wrap the system's error, or pass on only its text. 20 ends a cycle of causes.
     seen = 0
     while error is not None and seen < 20:
         if isinstance(error, OSError) and error.errno in _FAULTS:

@@ -1,9 +1,8 @@
 """Atomic, checksummed files and JSON parsing with errors that name the place.
 
 A file written here appears whole or not at all. With `checksum=True`, a file of its name in the folder `.checksums` beside
-it records its size, number of lines and BLAKE2b hash. `read` compares them, so that a file that was truncated, changed or
-replaced later is reported instead of used. A file without a record (written by an earlier version) is accepted with one
-warning.
+it records its size, number of lines and BLAKE2b hash, which `read` compares. A file without a record (written by an
+earlier version) is accepted with one warning.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ def write(path: Path, content: bytes, *, checksum: bool = False) -> None:
             records.append(old)
         record_path(path).parent.mkdir(exist_ok=True)
         write(record_path(path), (json.dumps(records) + "\n").encode())
+    # Beside the file: `os.replace` is atomic within one file system only. The process id keeps two writers apart.
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -85,6 +85,7 @@ def read(path: Path) -> bytes:
         records = json.loads(record_path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return content
+    # A record that cannot be read is damage, too: as a missing one it would let a changed file pass.
     except (OSError, ValueError, RecursionError):
         records = None
     if not isinstance(records, list) or record_of(content) not in records:

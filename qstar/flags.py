@@ -1,7 +1,6 @@
 """Command-line flags and config files: the parser of a command, readers of values, `get_config` files and overrides.
 
-`ml_collections.config_flags` is not used for the overrides: it cannot set a key that the file leaves at its default, it
-parses with absl, beside the argparse of all other flags, and its errors name no similar key. No jax here.
+No JAX here: a mistake in a flag is reported before JAX starts.
 """
 
 from __future__ import annotations
@@ -69,6 +68,7 @@ def whole_number(least: int, most: int = 10**18) -> Callable[[str], int]:
     """Returns a reader of whole numbers between two bounds."""
 
     def read(text: str) -> int:
+        # 30 characters decide: Python refuses to convert more than 4,300 digits.
         if not text.removeprefix("-").isdecimal() or int(text[:30]) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
         if int(text[:30]) > most:
@@ -105,7 +105,8 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def local_folder(flag: str, text: str) -> Path:
-    """Returns a folder that a command writes. Runs need renaming, locking and appending, which buckets do not offer."""
+    """Returns a folder that a command writes; raises UserError for a URL."""
+    # Runs need atomic renaming, locking and appending, which object stores do not offer.
     if "://" in text:
         raise UserError(
             f"{flag}={text}: is no folder; name one on a disk that all processes see (a bucket can be mounted with gcsfuse), "
@@ -120,15 +121,13 @@ SHARE = number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 
 # ---------------------------------------------------------------------------------------------------- config files
 
+# `ml_collections.config_flags` is not used: it cannot set a key that the file leaves at its default, it parses with
+# absl, beside the argparse of all other flags, and its errors name no similar key.
 Override = tuple[str, str | None]  # ("--config.train.lr", "1e-3"); None: no value was given
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[Override]:
-    """Splits `--config.a.b=1`, and `--config.a.b 1`.
-
-    Raises:
-      UserError: an argument of another form.
-    """
+    """Splits `--config.a.b=1`, and `--config.a.b 1`. Raises UserError for an argument of another form."""
     out: list[Override] = []
     for argument in arguments:
         flag, equals, text = argument.partition("=")
@@ -146,8 +145,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
 def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
     """Returns the config of `FILE[:ARGUMENT]`, locked, with the overrides of the command line.
 
-    An override takes the type of the value that it replaces. It may add a key to a section (`--config.loop.k=4` where the
-    file leaves k at its default): the settings class of the section knows which keys there are.
+    An override takes the type of the value that it replaces.
 
     Raises:
       UserError: no such file, an error in it (with its line), an override that matches nothing.
@@ -167,7 +165,6 @@ def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
 
 
 def _get_config(path: Path, argument: str | None) -> Any:
-    """Runs the file; what it raises becomes one line with the file's line number."""
     root = str(path.resolve().parent.parent)  # a config imports configs.common
     if root not in sys.path:
         sys.path.insert(0, root)
@@ -199,11 +196,14 @@ def _override(config: ConfigDict, flag: str, text: str | None) -> None:
             known = [k for k, v in node.items() if isinstance(v, ConfigDict)]
             raise unknown(f"{flag}: section {name}.{section}", section, known)
         node, name = node[section], f"{name}.{section}"
+    # A section may get a key that the file leaves at its default (`--config.loop.k=4`): its settings class rejects
+    # unknown ones. The top level has no such class.
     if key not in node and node is config:
         raise unknown(flag, key, node)
     old = node.get(key)
     if isinstance(old, ConfigDict):
         raise UserError(f"{flag} is a section; set one of its keys: {', '.join(old) or 'it has none yet'}")
+    # `_value` has checked the type already, with the flag's name in its message.
     with node.ignore_type():
         node[key] = _value(flag, text, old)
 
@@ -212,7 +212,7 @@ _SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no
 
 
 def _value(flag: str, text: str | None, old: Any) -> Any:
-    """Returns the text as a value of the type of `old`; where that is None or missing, as a Python literal."""
+    """Returns the text as a value of the type of `old`; if that is None or missing, as a Python literal."""
     if isinstance(old, bool) and (text is None or text.lower() in _SWITCH):
         return text is None or _SWITCH[text.lower()]
     if text is None:

@@ -76,8 +76,6 @@ SAMPLING = Rules(batch=("data",), embed=(), heads=("fsdp", "tensor"), mlp=("fsdp
 def make_mesh(spec: str = "data=-1", devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Makes a mesh with the axes data, fsdp and tensor from e.g. "data=-1,fsdp=4" (-1: what is left; unnamed: 1).
 
-    Axis types are Auto: `jax.make_mesh` defaults to Explicit, on which Linen's constraints fail.
-
     Raises:
       UserError: an unknown axis, or sizes that do not multiply to the number of devices.
     """
@@ -99,6 +97,7 @@ def make_mesh(spec: str = "data=-1", devices: Sequence[jax.Device] | None = None
     if math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh {spec!r} needs {math.prod(sizes.values())} devices, but there are {len(devices)}")
     grid = np.asarray(devices).reshape([sizes[a] for a in AXES])
+    # Auto: `jax.make_mesh` defaults to Explicit, on which Linen's constraints fail.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -121,10 +120,8 @@ def shardings(state: Any, table: AxisTable, mesh: Mesh, rules: Rules = Rules()) 
 
 
 def mesh_jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Returns `jax.jit(f)`, called and lowered in the mesh that its first argument lies on, if it lies on one.
-
-    So that what is traced knows the mesh (`replicate`, `map_rows`, `batch_axes`), without being told.
-    """
+    """Returns `jax.jit(f)`, called and lowered in the mesh of its first argument's sharding, if it has one."""
+    # The mesh is a context, not an argument: `replicate`, `map_rows` and `batch_axes` read it deep inside the model.
     jitted = jax.jit(f, **options)
 
     @functools.wraps(f)
@@ -172,20 +169,18 @@ def map_rows(
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """Keeps an array of one row, say [T, E], whole on every device, whatever the parameters it meets are split over.
-
-    With `map_rows` around it, rows then stay where they are. Without it the compiler is free, too, to split activations
-    over their width, as the parameters are under `fsdp`: it gathers rows and reduces activations instead of gathering
-    parameters. Outside of a mesh it does nothing.
-    """
+    """Keeps an array of one row, say [T, D], whole on every device. Outside of a mesh it does nothing."""
+    # With `map_rows` around it, rows then stay where they are. Without it the compiler may split activations over
+    # their width, as the parameters are under `fsdp`: it gathers rows and reduces activations, not parameters.
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*(None,) * x.ndim))
 
 
 def constrain(x: jax.Array, axes: Axes, rules: Rules = Rules()) -> jax.Array:
-    """Keeps an array split as the table says of its logical axes, e.g. a sum of gradients like its parameter (so that the
-    parts from many rows are reduced and scattered, not reduced everywhere). Outside of a mesh it does nothing."""
+    """Shards an array by its logical axes. Outside of a mesh it does nothing."""
+    # Chiefly for sums of gradients, sharded like their parameter: the parts from many rows are then reduced and
+    # scattered, not reduced on every device.
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, rules.spec(axes, x.shape, mesh))
 
@@ -208,11 +203,12 @@ def use_fsdp_gather(rules: Rules = Rules()) -> bool:
 def all_gather_params(layer: Any, table: AxisTable, dtype: Any, rules: Rules = Rules()) -> Any:
     """Returns a layer's parameters with its matrices in a dtype and whole along `embed`, gathered if `use_fsdp_gather`.
 
-    Their gradients are reduced and scattered into the layout that the matrices have. Left to itself, the compiler makes a
-    ring of partial products out of a gather and a product with many rows, and their sum goes through memory once for each
-    device of the ring: 1.5 instead of 0.9 TB in an update of Llama-2-7B's adapters on 8 chips. The backward pass gathers
-    again, under rematerialisation or the policy `drop_constraints`.
+    Their gradients are reduced and scattered into the layout of the matrices. The backward pass gathers again, under
+    rematerialisation or the policy `drop_constraints`.
     """
+    # Left to itself, the compiler makes a ring of partial products out of a gather and a product with many rows, and
+    # their sum goes through memory once for each device of the ring: 1.5 instead of 0.9 TB in an update of Llama-2-7B's
+    # adapters on 8 chips.
     mesh = jax.sharding.get_abstract_mesh()
 
     def one(name: str, x: jax.Array) -> jax.Array:
@@ -227,13 +223,14 @@ def all_gather_params(layer: Any, table: AxisTable, dtype: Any, rules: Rules = R
 
 
 def drop_constraints(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint`: the backward pass may keep everything but what was only laid out anew."""
+    """A policy for `jax.checkpoint`: the backward pass may keep everything but resharded arrays."""
+    # Kept, the gathered parameters of all layers would be in memory at once, which is what FSDP avoids.
     return primitive.name != "sharding_constraint"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _moved(x: jax.Array, source: P, target: P) -> jax.Array:
-    """x, laid out `here`, laid out `there`; its cotangent moves back."""
+    # The first constraint pins the cast array to its shards, so that the gather moves the bytes of the cast dtype.
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, source), target)
 
 
@@ -259,10 +256,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_global_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Places host arrays on the mesh, split over the batch axes where the rows divide, else replicated.
 
-    Every process passes the whole batch: which rows a process's devices need follows from the mesh, not from the
-    number of processes. Several processes may share a batch shard (a tensor axis over hosts), and replicated rows must be
-    the same rows everywhere.
+    Every process passes the whole batch.
     """
+    # Which rows a process's devices need follows from the mesh, not from the number of processes: several processes may
+    # share a batch shard (a tensor axis over hosts), and replicated rows must be the same rows everywhere.
     if mesh is None:
         return jax.device_put(batch)
     full, split = replicated(mesh), batch_sharding(mesh)
@@ -277,8 +274,7 @@ def put_global_batch(batch: Any, mesh: Mesh | None) -> Any:
 
 
 def to_host(arrays: Any) -> Any:
-    """Brings arrays to every host, whole: numpy arrays. They may be split over the devices of several (then it is a
-    collective: all processes call it, in the same order)."""
+    """Returns whole numpy arrays on every host. A collective if an array is split over several hosts' devices."""
 
     def fetch(x: Any) -> Any:
         if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:

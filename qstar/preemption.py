@@ -1,9 +1,8 @@
 """Graceful preemption: SIGTERM, which schedulers send before they take a machine away, saves and ends with exit code 0.
 
-While a model trains, the update at hand is finished and saved; anywhere else the run ends at once, for what its stages
-have finished is on disk. A second SIGTERM, or `QSTAR_STOP_SECONDS` (default: 240) after the first, ends the process
-whatever it is doing. In a run of several processes JAX listens instead, and all of them stop after the same update, or at
-the same stage file.
+While a model trains, the current update is finished and saved; elsewhere the run ends at once, since finished stages
+are on disk. A second SIGTERM, or `QSTAR_STOP_SECONDS` (default: 240) after the first, ends the process immediately.
+In a run of several processes JAX listens instead, and all of them stop after the same update or at the same stage file.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ _EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGT
 
 
 class Preempted(BaseException):
-    """The run was told to end. Like KeyboardInterrupt it is nobody's error, and passes through `except Exception`."""
+    """SIGTERM requested the end of the run."""
 
+    # A BaseException, like KeyboardInterrupt: a handler `except Exception` on the way must not swallow it.
     def __init__(self, saved: str = ""):
         """`saved` says what was, beside finished stages."""
         super().__init__(saved)
@@ -34,7 +34,7 @@ class _State:
     requested = False  # SIGTERM has come
     acknowledged = False  # and who held it knows
     over = False  # the run is at its end: SIGTERM changes nothing any more
-    deferred = 0  # depth of `defer`: somebody will look at `told`
+    deferred = 0  # depth of `defer`: the caller will read `should_stop`
     polls = 0  # of `should_stop` in a run of several processes
     forking = threading.local()  # per thread that forks: the signals it had blocked before
 
@@ -75,7 +75,7 @@ def _on_sigterm(number, frame) -> None:
 
 
 def over() -> None:
-    """Tells that nothing is left to be saved: a SIGTERM in the last second does not turn success into something else."""
+    """Marks the run as finished: a SIGTERM from now on does not change the exit code of a success."""
     _State.over = True
 
 
@@ -88,6 +88,7 @@ def _keep_time(pipe: socket.socket) -> None:
             numbers = pipe.recv(64) if ready else b""
             if ready and not numbers:
                 return
+            # Several signals may arrive in one read; a timeout counts as a second request.
             for _ in range(numbers.count(signal.SIGTERM) if ready else 1):
                 if requested:
                     why = "told again" if ready else f"not done after {seconds:g} s"
@@ -97,7 +98,7 @@ def _keep_time(pipe: socket.socket) -> None:
 
 
 def _before_fork() -> None:
-    """No signal comes while a child still has its parent's handler and pipe: it waits until `_in_child` is done."""
+    # Blocked until `_in_child`: a SIGTERM to a child with its parent's handler and pipe would stop the parent.
     _State.forking.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
@@ -106,7 +107,7 @@ def _after_fork() -> None:
 
 
 def _in_child() -> None:
-    """A forked child (a worker of a pool) ends by SIGTERM as ever, and does not write into its parent's pipe."""
+    # A forked child (a worker of a pool) ends by SIGTERM as usual, and does not write into its parent's pipe.
     if signal.getsignal(signal.SIGTERM) is _on_sigterm:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -118,21 +119,20 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 @contextlib.contextmanager
 def defer() -> Iterator[None]:
-    """Inside the block SIGTERM only makes `should_stop` true: the caller asks often, saves, and raises `Preempted`. If it
-    came too late to be asked for, the end of the block raises it."""
+    """Inside the block SIGTERM only makes `should_stop` true: the caller polls it, saves, and raises `Preempted`."""
     _State.deferred += 1
     try:
         yield
     finally:
         _State.deferred -= 1
+    # The signal came after the last poll: without this, the run would go on until the time limit ends it.
     if _State.requested and not _State.acknowledged and not _State.deferred:
         raise Preempted
 
 
 @contextlib.contextmanager
 def released() -> Iterator[None]:
-    """Inside a block of `defer`: SIGTERM raises `Preempted` at once again, or now, if it has come already. For work that
-    takes long and may be cut off, like a measurement between two updates."""
+    """Inside a block of `defer`: SIGTERM raises `Preempted` at once, for long work such as a measurement."""
     if should_stop():
         raise Preempted
     depth, _State.deferred = _State.deferred, 0
@@ -143,26 +143,26 @@ def released() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises `Preempted` if the run was told to end and nobody holds it: in a run of several processes, where no signal
-    interrupts, or where code of others has swallowed the exception. All processes call it at the same places."""
+    """Raises `Preempted` if a stop was requested and is not deferred. All processes call it at the same places."""
+    # Needed with several processes, where no signal interrupts, and where a library has swallowed the exception.
     if not _State.deferred and should_stop():
         raise Preempted
 
 
 def should_stop() -> bool:
-    """Whether to save and stop now. In a run of several processes: every process asks after each update, and all of them
-    get the same answer (JAX's coordination service agrees on an update that none has passed)."""
+    """Whether to save and stop now. Of several processes, each calls it after each update and gets the same answer."""
     jax = sys.modules.get("jax")
     if jax is None or jax.process_count() == 1:
         _State.acknowledged = _State.requested
         return _State.requested
     from jax.experimental import multihost_utils
 
+    # The counts must be equal on all processes: JAX's coordination service agrees on one that no process has passed.
     _State.polls += 1
     return multihost_utils.reached_preemption_sync_point(_State.polls)
 
 
 def exit_code() -> int:
-    """Returns the exit code of a run that was told to end and saved: 0, or `QSTAR_STOPPED_CODE` for schedulers that would
-    take 0 for done."""
+    """Returns the exit code of a preempted run that was saved: `QSTAR_STOPPED_CODE`, else 0."""
+    # A scheduler may take 0 for done and not start the run again.
     return int(os.environ.get("QSTAR_STOPPED_CODE") or 0)

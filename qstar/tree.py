@@ -13,14 +13,11 @@ from qstar.errors import check_seed
 
 
 def random_key(seed: int) -> jax.Array:
-    """Returns `jax.random.key(seed)`, of which JAX without 64-bit numbers would read the lower 32 bits alone.
-
-    Raises:
-      UserError: a seed that is negative or longer than 64 bits.
-    """
+    """Returns `jax.random.key(seed)` for a seed of up to 64 bits; raises UserError for others."""
     check_seed("seed", seed)
     if seed < 2**31:
         return jax.random.key(seed)
+    # Without x64, `jax.random.key` reads only the lower 32 bits: seeds that differ above would give the same key.
     return jax.random.wrap_key_data(jnp.asarray([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32), impl="threefry2x32")
 
 
@@ -73,4 +70,5 @@ def all_finite(tree: Any) -> jax.Array:
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns sum(x * mask) / sum(mask), 0 where the mask is empty (never NaN)."""
     total = jnp.sum(mask)
+    # `where` besides the product: NaN * 0 is NaN. The same for the divisor: 0 / 1, not 0 / 0, for an empty mask.
     return jnp.sum(jnp.where(mask > 0, x * mask, 0.0)) / jnp.where(total > 0, total, 1.0)

@@ -29,10 +29,11 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight); only 
 class Segment(NamedTuple):
     """Keys and values that queries attend to, with their mask.
 
-    Attention joins the *scores* of a list of segments, never their keys, so that a segment which many queries share
-    (a few-shot prefix, the text under a thought) is stored once and stays unmapped under `vmap`.
+    Attention concatenates the scores of a list of segments, never their keys.
     """
 
+    # So a segment that many queries share (a few-shot prefix, the text under a thought) is stored once and stays
+    # unmapped under `vmap`.
     keys: jax.Array  # [G, C, K]
     values: jax.Array  # [G, C, K]
     mask: jax.Array | None  # bool, broadcastable to [T, C]; None = all keys are visible
@@ -49,12 +50,10 @@ class Shared(NamedTuple):
 
 
 class RingKVCache(NamedTuple):
-    """Keys and values that a block first writes its own token into, and then attends to.
+    """Keys and values that a block first writes its own token into, and then attends to."""
 
-    Writing before reading is what lets XLA update the cache in place: a block that attends to the old cache and
-    returns the new token apart costs a copy of the whole cache at every step.
-    """
-
+    # Written before it is read, so that XLA updates the cache in place: a block that attends to the old cache and
+    # returns the new token separately costs a copy of the whole cache at every step.
     keys: jax.Array  # [G, R, K]
     values: jax.Array  # [G, R, K]
     mask: jax.Array  # bool [R]: columns that the token attends to, its own included
@@ -117,11 +116,9 @@ class Completion:
 
 @dataclasses.dataclass
 class Rollout:
-    """One scored attempt at a problem: a row of a run folder's rationales, evaluations and sampling stages.
+    """One scored attempt at a problem: a row of a run folder's rationales, evaluations and sampling stages."""
 
-    It holds no times, so that the file is byte-identical after a resume.
-    """
-
+    # No times, so that the file is byte-identical after a resume.
     problem_id: str
     iteration: int
     sample: int
