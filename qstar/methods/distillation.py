@@ -46,7 +46,8 @@ class DistilTrain(UpdateSettings):
 
 
 def only_updates(train: UpdateSettings) -> UpdateSettings:
-    """Returns the settings that a compiled step depends on: runs of other rates and lengths share a compilation."""
+    """Returns the settings that a compiled step depends on."""
+    # The settings are a cache key of `compiled`: runs that differ in rates and lengths alone share a compilation.
     names = ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip")
     return UpdateSettings(**{name: getattr(train, name) for name in names})
 
@@ -64,12 +65,9 @@ def distil(
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a copy of `start` for `stage.steps` updates; returns the new model with a summary.
 
-    Args:
-      rows: batches are drawn from them independently, each without replacement. teacher: needed by soft losses.
-      stage: its settings are a DistilTrain.
-
-    Raises:
-      UserError: no rows, a row that is too long, a soft loss without teacher or across vocabularies. Diverged.
+    `rows`: batches are drawn from them independently, each without replacement. `teacher`: needed by soft losses.
+    `stage`: with DistilTrain.
+    Raises UserError for no or too long rows, a soft loss without teacher or across vocabularies; Diverged.
     """
     train, R, soft = stage.settings, stage.settings.max_new_tokens, settings.kind != "hard"
     longest = max((len(r.response) for r in rows), default=0)
@@ -94,10 +92,12 @@ def distil(
         on_policy = settings.on_policy > 0 and rng.random() < settings.on_policy
         chosen = [rows[i] for i in rng.choice(len(rows), train.batch_size, replace=train.batch_size > len(rows))]
         if on_policy:
+            # From the current student, not `start`: on-policy responses hold the mistakes that it makes now.
             chosen = sample_on_policy(start, state.params["policy"], chosen, R, stable_seed(stage.seed, s))
         return make_batch(start.config, other, chosen, lengths, R)
 
     stage = dataclasses.replace(stage, data=data_hash([settings, *rows]))
+    # A hard loss reads no predictions: the train state then carries no teacher.
     roles = {"teacher": teacher.params} if soft else None
     model, summary = train_stage(start, stage, tx, lambda s: step, batch_at, roles=roles, on_policy=True)
     return model, {**summary, "rows": len(rows)}

@@ -1,4 +1,4 @@
-"""Models of finished runs: reading the parameters of an arm and iteration, and writing them in the Hugging Face layout."""
+"""Models of finished runs: parameters of an arm and iteration, restored and written in the Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -28,19 +28,17 @@ CONTEXTS = {"star": RunContext, "rl": RLContext, "v_star": VStarContext, "quiet_
 
 def export_model(run: Path, arm: str | None, iteration: int | None, out: Path, verifier: str = "") -> Path:
     """Writes the model of a run's arm and iteration to `out`; see `trained_model`."""
+    # Checked first: restoring a large model takes long, and then a refused folder would waste it.
     refuse_foreign(out.expanduser().resolve())
     save(trained_model(run, arm, iteration, verifier), out)
     return out
 
 
 def trained_model(run: Path, arm: str | None = None, iteration: int | None = None, verifier: str = "") -> Model:
-    """Returns the model of a run's arm and iteration (default: the only arm, its last iteration; 0 is the base or G_SFT).
+    """Returns the model of an arm and iteration (default: the only arm, its last iteration; 0 is the base or G_SFT).
 
-    Args:
-      verifier: "dpo", "orm" or "prm": that verifier of a V-STaR run, instead of its generator.
-
-    Raises:
-      UserError: no such run, arm or iteration; the message names those that there are.
+    `verifier` ("dpo", "orm", "prm") names one of a V-STaR run, instead of its generator. Raises UserError if there is no
+    such run, arm or iteration; the message names those that there are.
     """
     config = _config_of(run)
     arms = sorted(config.arms.keys())
@@ -54,7 +52,8 @@ def trained_model(run: Path, arm: str | None = None, iteration: int | None = Non
     arm = arms[0] if arm is None else arm
     if arm not in arms:
         raise unknown(f"--run={run}: arm {arm!r}", arm, arms)
-    config.mesh = "data=1,fsdp=-1"  # the exporting machine may have other devices than the one that trained
+    # The exporting machine may have other devices than the one that trained.
+    config.mesh = "data=1,fsdp=-1"
     ctx = CONTEXTS[config.method].make(config, run, Console(quiet=True))
     if isinstance(ctx, QuietContext):
         return _thinking_model(ctx, arm, iteration)
@@ -71,11 +70,11 @@ def _config_of(run: Path) -> ConfigDict:
 
 
 def _iteration_model(ctx: RunContext, arm: str, iteration: int | None, verifier: str) -> Model:
-    """Returns the model of an iteration of STaR, V-STaR or RL, or a verifier."""
     if verifier and verifier not in KINDS:
         raise unknown(f"--verifier={verifier}", verifier, KINDS)
     zero, base = ("G_SFT", "g_sft") if isinstance(ctx, VStarContext) else ("base", "base")
     home = ctx.workdir / arm / "verifiers" / verifier if verifier else ctx.workdir / arm / "checkpoints"
+    # summary.json is the done-marker of a stage: a checkpoint without it may be of a run that still trains.
     done = sorted(int(p.parent.name[5:]) for p in home.glob("iter_*/summary.json"))
     done = done if verifier else [0, *done]
     what = f"{verifier} verifier" if verifier else "generator" if isinstance(ctx, VStarContext) else ""
@@ -91,13 +90,13 @@ def _iteration_model(ctx: RunContext, arm: str, iteration: int | None, verifier:
         model = add_value_head(model, verifier)
     if iteration or verifier:
         return restore(model, home / f"iter_{iteration:03d}")
+    # A pretrained base is never written to the run folder; G_SFT and a base from scratch are.
     if base == "base" and ctx.config.model.path:
         return model
     return _first(model, ctx.workdir, base, zero)
 
 
 def _thinking_model(ctx: QuietContext, arm: str, iteration: int | None) -> Model:
-    """Returns the model of an arm of a Quiet-STaR run (iteration 0: its base), with thought vectors and mixing head."""
     model = base_model.loaded_or_random(ctx, ctx.corpus.tokenizer)
     zero = iteration == 0
     require(
@@ -106,6 +105,7 @@ def _thinking_model(ctx: QuietContext, arm: str, iteration: int | None) -> Model
     if zero and not ctx.settings.base.steps:
         return model
     if not zero:
+        # The template of the restore needs thought vectors and mixing head, which the base does not have.
         model = quiet_star.with_thoughts(ctx, ctx.arm_config(quiet_star.QuietConfig, arm), model)
     return _first(model, ctx.workdir, "base" if zero else arm, "base" if zero else arm)
 

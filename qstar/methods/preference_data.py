@@ -4,9 +4,9 @@
     D_VER   correct and incorrect solutions, on which verifiers are trained
     D_pref  pairs of a correct and an incorrect solution of one problem, drawn from D_VER, for DPO
 
-D_GEN and D_VER are keyed by (problem, completion up to white space); a solution that is sampled again only raises a `count`.
-The counts matter: of a problem's correct solutions the valid ones are sampled most often, while most of the distinct ones
-reach the answer over a wrong step.
+D_GEN and D_VER are keyed by (problem, completion up to white space); a repeated solution only raises a `count`. The counts
+matter: of a problem's correct solutions the valid ones are sampled most often, while most of the distinct ones reach the
+answer over a wrong step.
 
 Deviations from the papers:
 1. V-STaR takes D_pref from the whole product of correct and incorrect solutions. 50 solutions of a problem make up to 600
@@ -80,6 +80,7 @@ def human_solutions(task: Task, problems: Iterable[Problem]) -> list[Solution]:
 
 def sampled_solutions(rollouts: Iterable[Rollout]) -> list[Solution]:
     """Returns the rollouts that were sampled without hints as solutions, in order."""
+    # A hinted solution would be labelled correct for an answer that stood in its prompt.
     shared = ("problem_id", "prompt", "completion", "correct", "truncated", "iteration", "group", "tokens")
     return [
         Solution(**{name: getattr(r, name) for name in shared}, parsed=r.answer is not None, source="model")
@@ -108,9 +109,8 @@ def merge_duplicates(solutions: Iterable[Solution]) -> list[Solution]:
 def most_sampled(solutions: Sequence[Solution], cap: int | None) -> list[Solution]:
     """Returns at most `cap` solutions per problem (None: all), those of the largest counts, in their original order."""
     kept: dict[str, list[int]] = collections.defaultdict(list)
-    for i in sorted(
-        range(len(solutions)), key=lambda i: -solutions[i].count
-    ):  # stable: of equal counts the first found
+    # The sort is stable: of equal counts the first found stays.
+    for i in sorted(range(len(solutions)), key=lambda i: -solutions[i].count):
         kept[solutions[i].problem_id].append(i)
     return [solutions[i] for i in sorted(i for indices in kept.values() for i in indices[:cap])]
 
@@ -150,29 +150,32 @@ class Pair:
 def build_pairs(solutions: Iterable[Solution], settings: PairSettings, seed: int) -> list[Pair]:
     """Returns D_pref: pairs of every problem with solutions of both kinds, problems in order of their first solution.
 
-    Pairs are drawn without replacement from the product, in rounds: each uses every incorrect solution once, beside another
-    correct one than before. Correct ones are drawn in proportion to their counts, or (winners="distinct") in turn.
+    Correct ones are drawn in proportion to their counts, or (winners="distinct") in turn.
     """
     correct: dict[str, list[Solution]] = collections.defaultdict(list)
     incorrect: dict[str, list[Solution]] = collections.defaultdict(list)
     for s in solutions:
         if s.correct:
             correct[s.problem_id].append(s)
-            incorrect[s.problem_id]  # keeps the order of the problems
+            # An empty entry of the defaultdict keeps the problems in order of their first solution.
+            incorrect[s.problem_id]
         elif settings.negatives == "any" or (s.parsed and not s.truncated):
             incorrect[s.problem_id].append(s)
     pairs = []
     for problem, losers in incorrect.items():
         winners = correct[problem]
+        # A generator per problem: its pairs stay the same when solutions of other problems are added.
         rng = stable_rng("pairs", seed, problem)
         winners, losers = rng.sample(winners, len(winners)), rng.sample(losers, len(losers))
         orders = []  # for every incorrect solution, its correct ones by round
         for i in range(min(len(losers), settings.per_problem) if winners else 0):
+            # Rotated, so that the incorrect solutions of one round stand beside different correct ones.
             order = winners[i % len(winners) :] + winners[: i % len(winners)]
             if settings.winners == "sampled":
                 # Of exponential clocks with these rates, the first to ring is distributed in proportion to the counts.
                 order = sorted(order, key=lambda s: rng.expovariate(s.count))
             orders.append(order)
+        # Round by round: the cap cuts the last rounds, and every incorrect solution occurs before any occurs again.
         product = [(order[r], losers[i]) for r in range(len(winners)) for i, order in enumerate(orders)]
         for c, r in product[: settings.per_problem]:
             pairs.append(Pair(problem, c.prompt, c.completion, r.completion, c.tokens, r.tokens))
@@ -184,12 +187,12 @@ def pair_arrays(
 ) -> dict[str, np.ndarray]:
     """Returns the host arrays of `types.Preference`, flat: those of its rows, `reference` [B, X, 2] and `weight` [B, X].
 
-    Args:
-      groups: (chosen, rejected) per pair; a pair is never split over rows.
-      reference: [pairs, 2] float32, log-probabilities under the reference. length: tokens per row.
+    `groups`: (chosen, rejected) per pair, never split over rows; `reference`: float32 [pairs, 2], log-probabilities under
+    the reference; `length`: tokens per row.
     """
     rows, members = pack_groups(groups, length, packed=packed)
     exists = members >= 0  # [B, X]; -1 pads rows that hold fewer pairs
+    # A missing pair's index -1 reads the last pair; `where` discards it.
     values = np.where(rearrange(exists, "b x -> b x 1"), np.asarray(reference, np.float32)[members], 0)
     return {**rows, "reference": values.astype(np.float32), "weight": exists.astype(np.float32)}
 
@@ -206,9 +209,8 @@ def graded_arrays(
 ) -> dict[str, np.ndarray]:
     """Returns the host arrays of `types.Graded`, flat: those of its rows, and `labels` and `weight`, [B, T] float32.
 
-    Args:
-      steps: for a PRM, per solution: the tokens of the completion in which its steps end, and the label of each. None is an
-        ORM: every token of a completion, EOS included, is labelled with the correctness of the whole.
+    `steps`: for a PRM, per solution, the tokens of the completion in which its steps end, and the label of each. None: an
+    ORM, every token of a completion, EOS included, is labelled with the correctness of the whole.
     """
     examples, labels, weights, lm_mask = [], [], [], []
     for i, s in enumerate(solutions):
@@ -217,6 +219,7 @@ def graded_arrays(
         label, weight = np.full(P + C, float(s.correct)), np.r_[np.zeros(P), np.ones(C)]
         if steps is not None:
             ends = P + np.asarray(steps[i][0], int)
+            # A PRM is trained at the ends of steps alone: between them no label is defined.
             weight[P:] = 0
             weight[ends], label[ends] = 1, steps[i][1]
         examples.append([example])
@@ -236,10 +239,8 @@ def step_ends(steps: Callable[[str], list[int]], tokenizer: Tokenizer, example: 
 
 
 def step_targets(ends: Sequence[int], labels: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Returns the distinct tokens in which steps end, each with the label of the last step that ends there.
-
-    Tokenizers merge line ends, so that several steps may end in one token.
-    """
+    """Returns the distinct tokens in which steps end, each with the label of the last step that ends there."""
+    # Tokenizers merge line ends, so that several steps may end in one token.
     last = dict(zip(ends, labels, strict=True))
     return list(last), list(last.values())
 
@@ -277,10 +278,8 @@ def rollout_labels(
     folder: Path,
     few_shot: bool = True,
 ) -> dict[tuple[str, str], list[float]]:
-    """Returns for the key of each solution the labels of its `task.steps`: the share of n continuations that are correct.
-
-    The last step is labelled with the correctness of the solution. Equal prefixes are continued once. `folder` caches them.
-    """
+    """Returns by key of each solution the labels of its `task.steps`, the shares of n continuations that are correct."""
+    # Nothing follows the last step: its label is the correctness of the solution, without continuations.
     ends = [task.steps(s.completion)[:-1] for s in solutions]
     partial: dict[tuple[str, str], Problem] = {}
     for s, positions in zip(solutions, ends):
@@ -290,6 +289,7 @@ def rollout_labels(
             made = Problem(
                 f"{of.id}#{len(partial)}", of.question, of.gold, group=of.group, meta={"of": of, "prefix": text}
             )
+            # Samples of one problem share first steps: equal prefixes are continued once.
             partial.setdefault((of.id, text), made)
     rollouts = sample_rollouts(
         generator, ContinuationTask(task), list(partial.values()), settings, k=n, hinted=False, iteration=0, seed=seed,

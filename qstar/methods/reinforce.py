@@ -15,9 +15,6 @@ Deviations from the papers (PPO 1707.06347, RLOO 2402.14740, GRPO 2402.03300):
    sampler, so that probability ratios are 1 before the first gradient step (see `train.rl`).
 3. PPO's critic is a head on the policy's hidden states, not a second model.
 4. Two optional limits: `max_approx_kl` skips an update's remaining minibatches, `max_kl` ends the training.
-
-A run that was killed resumes from its last checkpoint and ends with the same bits: rollouts are a pure function of the
-parameters, the seed and the update's number.
 """
 
 from __future__ import annotations
@@ -60,11 +57,10 @@ class ReinforceSettings(UpdateSettings):
     prompts: int = bounded(64, ge=1)  # per update
     epochs: int = bounded(1, ge=1)  # over the responses of an update
     max_new_tokens: int = bounded(64, ge=1)
-    # Mean nats per token between the policy and the one that sampled; above it an update's remaining minibatches are skipped
+    # Mean nats per token from the policy that sampled, above which an update's remaining minibatches are skipped
     max_approx_kl: float = bounded(0.0, ge=0, note="0: off")
-    max_kl: float = bounded(
-        0.0, ge=0, note="0: off"
-    )  # nats per response from the reference, above which training stops
+    # Nats per response from the reference, above which training stops
+    max_kl: float = bounded(0.0, ge=0, note="0: off")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,13 +131,13 @@ def reinforce(
       stage: its settings are ReinforceSettings, its steps updates; its metrics rows have the stage "rl".
       watch: called with (updates done, the policy's parameters) after every update; the parameters are donated to the next.
 
-    Raises:
-      UserError: minibatches that do not divide the responses. Diverged: updates that were not finite.
+    Raises UserError if `batch_size` does not divide the responses, Diverged after updates that were not finite.
     """
     settings, seed = stage.settings, stage.seed
     count = settings.prompts * rl_settings.group
     line = f"batch_size={settings.batch_size} does not divide prompts * group = {count}; choose a divisor"
     require((count % settings.batch_size == 0, line))
+    # An environment has no data to hash; its first prompts stand for it.
     first = [list(map(str, environment.prompts(0)))] if stage.steps else []
     made_with = {"settings": settings, "rl": rl_settings, "seed": seed, "data_hash": data_hash(first)}
 
@@ -219,6 +215,7 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     clock.append(time.perf_counter())
 
     # ---- 3: log-probabilities and values
+    # Bucketed prompts and responses of a fixed width: few shapes, few compilations.
     ids = [row for p in prompts for row in [run.encode(p)] * G]
     prompt, prompt_mask = scoring.pad_prompts(run.start.config, ids, padded_length(max(map(len, ids))))
     response, mask = scoring.pad_responses([done.tokens for done in flat], s.max_new_tokens)  # [B, R]
@@ -231,10 +228,12 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     advantages, returns = jax.device_get(
         rl.estimate_jit(scores, old, ref, values, mask, jnp.float32(kl_weight), settings=run.rl)
     )
+    # An array, not a static argument: an adapted weight does not compile the step anew.
     weights = np.full(len(flat), kl_weight, np.float32)
     batch = rl.Experience(prompt, prompt_mask, response, mask, old, ref, values, advantages, returns, weights)
     clock.append(time.perf_counter())
 
+    # Seeded by the update and epoch, so that a resumed run shuffles alike.
     orders = [np.random.default_rng([run.seed, update, epoch]).permutation(len(flat)) for epoch in range(s.epochs)]
     metrics = {
         "score": float(scores.mean()),
@@ -264,6 +263,7 @@ def learn(
         if run.settings.max_approx_kl and float(jax.device_get(metrics["approx_kl"])) > run.settings.max_approx_kl:
             break
     host = jax.device_get(found)
+    # The metrics of a skipped step may be NaN, and would make the means NaN.
     finite = [m for m in host if not m["skipped"]] or host
     means = {k: float(np.mean([m[k] for m in finite])) for k in host[0] if k != "tokens"}
     means["skipped"] = float(np.mean([m["skipped"] for m in host]))
@@ -280,6 +280,7 @@ def rollouts(run: Run, params: Any, prompts: Sequence[Any], update: int) -> list
         temperature=run.rl.temperature,
         n=run.rl.group,
         stop=getattr(run.environment, "stop", ()),
+        # A function of seed and update: a run that was killed samples the same responses and ends with the same bits.
         seed=stable_seed(run.seed, "rollout", update),
     ):
         out[i][j] = done

@@ -68,6 +68,7 @@ class TaskEnvironment:
         """`prompts`: problems per update. `pool`: problems per pass (None: all)."""
         self.task, self.seed, self.count, self.pool = task, seed, prompts, pool
         self.prefix, self.stop = task.prefix() if few_shot else "", task.stop
+        # The rest of a pass is left out, so that every update has equally many prompts.
         self.updates_per_pass = len(self._problems(0)) // prompts
         require((self.updates_per_pass > 0, f"config.train.prompts={prompts} is more than the pool has; lower it"))
 
@@ -98,6 +99,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     loop = ctx.settings.loop
     arms = {name: arm_settings(ctx, name) for name in config.arms}
     start = base_model.checked(ctx, [loop])
+    # Made before the folder is opened: a pool with fewer problems than an update needs is an error of the config.
     environments = {
         name: TaskEnvironment(ctx.task, ctx.seed, settings.prompts, loop.problems_per_iter, loop.few_shot_at_sample)
         for name, (_, settings) in arms.items()
@@ -134,12 +136,12 @@ def train_arm(
     ctx, split = arm.ctx, arm.ctx.settings.evaluate.split
     arm.report(0, arm.evaluate(base, 0), {})
     ctx.say(f"\n[bold]{arm.name}[/bold]: {rl_settings.estimator}, {settings.updates} updates")
-    # Rounds at equal distances; with fewer updates than rounds, several rounds fall on one update and the last one counts.
+    # With fewer updates than rounds, several rounds fall on one update, and the last one counts.
     round_at = {math.ceil(settings.updates * n / loop.rounds): n for n in range(1, loop.rounds + 1)}
     scores: dict[int, float] = {}  # round -> validation accuracy
 
     def watch(update: int, params: Any) -> None:
-        """Evaluates a round; keeps its model while it is the best on validation, for the test in `Arm.finish`."""
+        # The best round's model is kept for the test in `Arm.finish`.
         if (n := round_at.get(update)) is None:
             return
         rows = arm.answers(base.replace(params=params), split, f"iter_{n:03d}", n, hinted=False)
@@ -150,6 +152,7 @@ def train_arm(
         # Read from the files, because a resumed run has not evaluated the earlier rounds itself.
         scores.update({m: _accuracy(arm, m) for m in round_at.values() if m <= n})
         if max(scores, key=scores.__getitem__) == n:
+            # Saved before the earlier best one is removed: after a kill in between there are two, never none.
             with contextlib.closing(Checkpoints(arm.checkpoint(n) / "model")) as weights:
                 weights.save(n, params)
             for m in scores.keys() - {n}:

@@ -26,22 +26,18 @@ def by_scores(
 ) -> dict[str, Any]:
     """Returns metrics of choosing among the samples by their scores.
 
-    For every scorer NAME: `best@k:NAME`, `weighted@k:NAME`, `top4@k:NAME` and `regret@k:NAME` with intervals, and `auc:NAME`,
-    `auc_pooled:NAME`, `ece:NAME` and `brier:NAME` (after Platt scaling). For every two scorers `gain@k:B - A`: the difference
-    in accuracy of best-of-k, paired over problems, at k = 16 (or all samples). All score the same samples, so that verifiers
-    of several runs can be compared.
+    For every scorer NAME: `best@k:NAME`, `weighted@k:NAME`, `top4@k:NAME` and `regret@k:NAME` with intervals, and
+    `auc:NAME`, `auc_pooled:NAME`, `ece:NAME` and `brier:NAME` (after Platt scaling). For every two scorers `gain@k:B - A`:
+    the difference in accuracy of best-of-k, paired over problems, at k = 16 (or all samples).
 
-    The scorer "generator" is always present: the log-probability under the model that wrote the samples. Scores are kept in
-    FOLDER/scores_NAME.jsonl, so that a second call does not score again. A `Verifier` with the `tokenizer` that the samples
-    were written with scores the sampled ids; every other scorer gets texts.
-
-    Args:
-      scorers: name -> a `Verifier`, or a function of prompts and completions (a judge, for example).
+    The scorer "generator" is always present: the log-probability under the model that wrote the samples. Scores are kept
+    in FOLDER/scores_NAME.jsonl, so that a second call does not score again. A `Verifier` with the `tokenizer` that the
+    samples were written with scores the sampled ids; every other scorer (a function of prompts, completions) gets texts.
     """
     groups = by_problem(rollouts)
     scores: dict[str, list[list[float]]] = {"generator": [[r.logprob for r in rows] for rows in groups]}
     for name, scorer in scorers.items():
-
+        # Bound as a default: a closure would read the loop's variable when it is called.
         def make(scorer: Scorer | Verifier = scorer) -> list[dict[str, Any]]:
             prompts = [rows[0].prompt for rows in groups]
             texts = [[r.completion for r in rows] for rows in groups]
@@ -68,6 +64,7 @@ def by_scores(
         out |= {f"{key}:{name}": value for key, value in worth["calibration"][name].items()}
         for k, (mean, low, high) in worth["regret"][name].items():
             out |= {f"regret@{k}:{name}": mean, f"regret@{k}:{name}_low": low, f"regret@{k}:{name}_high": high}
+    # At one k, as in `v_star_eval.result`, so that gains of several runs can be compared.
     k = max(k for k in ks_for(samples) if k <= 16)
     for a, b in itertools.combinations(scores, 2):
         mean, low, high = difference(values[f"best/{b}"][k], values[f"best/{a}"][k])

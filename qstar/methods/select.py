@@ -8,8 +8,8 @@
 
 A scorer is any `f(prompts, completions of each) -> [N, n]`, such as `verifier.score` with a verifier, or `llm_judge`.
 
-Deviation from V-STaR: expectations over subsets of k are exact where a closed form exists; weighted and top-m votes are means
-over 200 random subsets (the paper: 256).
+Deviation from V-STaR: expectations over subsets of k are exact where a closed form exists; weighted and top-m votes are
+means over 200 random subsets (the paper: 256).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from qstar.train import stats
 
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 RULES = ("greedy", "majority", "weighted_majority", "best_of_k", "top_m_vote")
-SUBSETS = 200  # random subsets for rules without a closed form
+# Of random subsets, for rules without a closed form: all C(n, k) of them are too many.
+SUBSETS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +52,8 @@ def choose(
     """Returns the index of the solution that a rule selects; None if no solution has an answer (or there is none).
 
     Args:
-      rule: one of RULES; "greedy" selects the first.
+      rule: one of RULES (else UserError); "greedy" selects the first.
       scores: larger is better; None: all equal. Votes select the best-scored solution with the winning answer.
-
-    Raises:
-      UserError: unknown rule.
     """
     if rule not in RULES:
         raise unknown(f"selection rule {rule!r}", rule, RULES)
@@ -81,8 +79,7 @@ def are_probabilities(scores: Sequence[float]) -> bool:
 def weights(scores: Sequence[float], probabilities: bool | None = None) -> list[float]:
     """Returns the weights of votes: probabilities unchanged, log-likelihoods as exp(s - max).
 
-    Args:
-      probabilities: the kind of the scores; None: see `are_probabilities`.
+    `probabilities`: the kind of the scores; None: see `are_probabilities`.
     """
     finite = [s for s in scores if math.isfinite(s)]
     if not finite:
@@ -94,6 +91,7 @@ def weights(scores: Sequence[float], probabilities: bool | None = None) -> list[
     return [math.exp(s - top) if math.isfinite(s) else 0.0 for s in scores]
 
 
+# One solution per prompt: no position bias, which pairwise grading has. Biases towards length and own style remain.
 _JUDGE = (
     "Judge the solution of the problem below. Look for the first mistake, if there is one, and then grade how "
     "likely the solution is right with a number from 0 to 10 on the last line.\n\n"
@@ -103,8 +101,6 @@ _JUDGE = (
 
 def llm_judge(ask: Callable[[list[str]], list[str]], template: str = _JUDGE, best: float = 10.0) -> Scorer:
     """Returns a scorer that asks a model for a grade: LLM as a judge (arXiv 2306.05685), single-answer grading.
-
-    Single-answer grading has no position bias; biases towards length and the judge's own style remain.
 
     Args:
       ask: texts -> the judge's replies. template: with {prompt} and {completion}; the grade is the last number of a reply.
@@ -161,12 +157,14 @@ def _weighted_vote(p: Candidates, name: str, k: int, probabilities: bool) -> flo
 
 def _top_m_vote(p: Candidates, name: str, k: int, m: int) -> float:
     shares = vote.right_shares(p.answers, p.correct)
+    # A sample without a score ranks last, as in `vote.ranking`.
     scores = np.nan_to_num(np.asarray(p.scores[name], float), nan=-np.inf)
     names = sorted({a for a in p.answers if a is not None})
     right = np.array([shares.get(answer, 0.0) for answer in names])
     votes = np.array([[a == answer for answer in names] for a in p.answers], float).reshape(len(p.answers), len(names))
 
     def accuracy(subsets: np.ndarray) -> np.ndarray:
+        # Also where no sample has an answer at all: the maximum over an empty axis below would raise.
         if not right.any():
             return np.zeros(len(subsets))
         best = np.argsort(-scores[subsets], axis=1, kind="stable")[:, :m]
@@ -181,6 +179,7 @@ def _top_m_vote(p: Candidates, name: str, k: int, m: int) -> float:
 
 def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:
     """Returns [mean, low, high] of a - b over the same problems: a paired 95% bootstrap interval."""
+    # Paired: the difficulty of a problem, which both rules share, cancels.
     d = np.asarray(a, float) - np.asarray(b, float)
     return [float(d.mean()), *stats.bootstrap_ci(d)]
 
@@ -192,10 +191,7 @@ def quality(problems: Sequence[Candidates], values: Mapping[str, Mapping[int, Se
     """Returns measures of each scorer, by its name.
 
     `auc` (mean over problems) and `auc_pooled`, None where no problem has both classes; `calibration`, see
-    `train.stats.calibration`; `regret`: k -> [mean, low, high] of pass@k - best-of-k.
-
-    Args:
-      values: the `curves` of these problems.
+    `train.stats.calibration`; `regret`: k -> [mean, low, high] of pass@k - best-of-k. `values`: the problems' `curves`.
     """
     correct = [p.correct for p in problems]
     out: dict[str, Any] = {"auc": {}, "auc_pooled": {}, "calibration": {}, "regret": {}}

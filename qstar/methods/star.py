@@ -105,11 +105,8 @@ def steps_for(spec: str, n: int, rows: int, batch_size: int) -> int:
     """Returns S_n, the updates of loop n (from 1).
 
     Args:
-      spec: "exp:40:1.2" is int(40 * 1.2^(n-1)) (the paper's), "lin:300:20" is 300 + 20 (n-1), "epochs:1:0.2" is 1 pass over
-        the rows, and 0.2 passes more in every further loop.
-
-    Raises:
-      UserError: `spec` is none of these forms.
+      spec: "exp:40:1.2" is int(40 * 1.2^(n-1)) (the paper's), "lin:300:20" is 300 + 20 (n-1), "epochs:1:0.2" is 1 pass
+        over the rows, and 0.2 passes more in every further loop. Any other form raises UserError.
     """
     kind, *numbers = spec.split(":")
     try:
@@ -148,6 +145,7 @@ def outer_loop(arm: Arm, loop: VariantConfig, base: Model) -> Model:
         # ---- 1, 2: M_{n-1} writes rationales, and rationalisations of its failures. 3, 4: those with the right answer.
         rollouts = rationalised_rollouts(arm, loop, model, n)
         examples = training_examples(arm, loop, [r for r in rollouts if r.verdict != "rejected"], n)
+        # min_kept=0 still needs one row: an empty set is never trained on, and M_{n-1} stays.
         if len(examples) < max(1, loop.min_kept):
             few = f"{len(examples)} rows kept of {len(rollouts)} attempts (loop.min_kept={loop.min_kept})"
             arm.stop(n, f"{few}; the model of the loop before stays")
@@ -155,6 +153,7 @@ def outer_loop(arm: Arm, loop: VariantConfig, base: Model) -> Model:
 
         # ---- 5: the base model is fine-tuned on them.
         try:
+            # From M, not M_{n-1}: training one model on and on would overfit (section 3.1).
             model, trained = train(arm, loop, base if loop.restart == "base" else model, examples, n)
         except Diverged as e:
             arm.fail(n, e)
@@ -181,6 +180,7 @@ def rationalised_rollouts(arm: Arm, loop: VariantConfig, model: Model, n: int, *
         rollouts = sample(arm, loop, model, problems, n, hinted=False, **shared)
         if loop.rationalize:
             solved = {r.problem_id for r in rollouts if r.correct}
+            # With k > 1 a problem has failed only if none of its samples is correct.
             failed = [p for p in problems if p.id not in solved and should_rationalize(p, n, loop.p_rationalize)]
             rollouts += sample(arm, loop, model, failed, n, hinted=True)
         # With accumulation the rows of earlier loops are trained on again, so that a repeated one would count twice.
@@ -201,11 +201,7 @@ def iteration_problems(ctx: RunContext, loop: VariantConfig, n: int) -> list[Pro
 def sample(
     arm: Arm, loop: VariantConfig, model: Model, problems: list[Problem], n: int, *, hinted: bool, **shared: Any
 ) -> list[Rollout]:
-    """Samples k rationales per problem from M_{n-1}; with hints, the answer stands in the prompt.
-
-    Args:
-      shared: the `folder` and `seed` of samples that several arms share.
-    """
+    """Samples k rationales per problem from M_{n-1}. `shared`: the `folder` and `seed` of samples that arms share."""
     settings = loop.sampling(arm.ctx.settings.sample)
     stage, few_shot = "rationalise" if hinted else "sample", loop.few_shot_at_sample
     own = {"folder": arm.folder / "stages" / f"iter_{n:03d}", "seed": stable_seed(arm.ctx.seed, arm.name)}
@@ -215,7 +211,8 @@ def sample(
 
 
 def should_rationalize(problem: Problem, n: int, share: float) -> bool:
-    """Returns whether a failed problem is rationalised in loop n: a share of them, chosen by a hash of the problem."""
+    """Returns whether a failed problem is rationalised in loop n."""
+    # Chosen by a hash, so that a resumed run rationalises the same problems; 2^31 is the range of `stable_seed`.
     return stable_seed(problem.id, n, "rationalise") < share * 2**31
 
 
@@ -226,6 +223,7 @@ def training_examples(arm: Arm, loop: VariantConfig, kept: list[Rollout], n: int
     """Returns the kept rows (of all loops so far, if they accumulate) as training examples, without hints."""
     ctx = arm.ctx
     kept = arm.kept_before(n) + kept if loop.accumulate else kept
+    # Rows of earlier loops belong to problems of those loops, which a fresh pool of loop n may not contain.
     problems = {p.id: p for m in {r.iteration for r in kept} for p in iteration_problems(ctx, loop, m)}
     prefix = ctx.task.prefix() if loop.few_shot_in_train else ""
     rows = []
@@ -239,7 +237,7 @@ def training_examples(arm: Arm, loop: VariantConfig, kept: list[Rollout], n: int
 
 
 def train(arm: Arm, loop: VariantConfig, start: Model, examples: list[Example], n: int) -> tuple[Model, dict[str, Any]]:
-    """Fine-tunes `start` for S_n updates, with fresh optimiser moments; returns the model and columns of its metrics row."""
+    """Fine-tunes `start` for S_n updates, with fresh optimiser moments; returns it and columns of its metrics row."""
     ctx, settings = arm.ctx, arm.ctx.settings.train
     rows = len(pack_rows(examples, settings, start.config)["mask"])  # several examples share a packed row
     steps = steps_for(loop.steps, n, rows, settings.batch_size)
@@ -248,6 +246,7 @@ def train(arm: Arm, loop: VariantConfig, start: Model, examples: list[Example], 
         cap, why = int(most), f"(loop.max_epochs={loop.max_epochs})"
         ctx.say(f"[yellow]only {len(examples)} examples in {rows} rows: {cap} steps instead of {steps} {why}")
         steps = cap
+    # A model from scratch has no few-shot hints: without hinted rows in its batches it unlearns to rationalise.
     seeds = ctx.hinted_seeds() if loop.seed_share else []
     seed = stable_seed(ctx.seed, arm.name, n, "train")
     label: dict[str, Any] = {"arm": arm.name, "iteration": n}

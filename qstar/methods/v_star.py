@@ -15,8 +15,8 @@ Deviations from the paper:
 1. `temperature` is 0.7: the paper does not give one.
 2. D_pref is capped per problem, see `preference_data`.
 3. `cap_per_problem` limits the correct solutions of a problem in D_GEN to those that were sampled most often (default: off).
-4. Additions: verifiers in every iteration, ORM and PRM verifiers trained on the same D_VER, and generators trained on pairs
-   by Iterative RPO (arXiv 2404.19733).
+4. Additions: verifiers in every iteration, ORM and PRM verifiers trained on the same D_VER, and generators trained on
+   pairs by Iterative RPO (arXiv 2404.19733).
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class VStarConfig(star.VariantConfig):
 
     @property
     def selection(self) -> Selection:
-        """The filter of an iteration's samples; the cap is applied to D_GEN as a whole."""
+        """The filter of an iteration's samples."""
+        # A cap per iteration would not bound D_GEN, which accumulates: `most_sampled` caps the union.
         return dataclasses.replace(self, cap_per_problem=None)
 
 
@@ -136,6 +137,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     d_sft = supervised_data(ctx)
     ctx.start(model=start.config, arms=arms)
     base_model.show_parameters(ctx, start)
+    # Not `base_model.prepare`: here the gates bound G_SFT, which all arms start from.
     base = start if config.model.path else base_model.train_on_seeds(ctx, start)
     sft = supervised(ctx, base, d_sft)
     base_model.check_gates(ctx, ctx.workdir / "g_sft", lambda: gate_metrics(ctx, sft))
@@ -169,6 +171,7 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
             if loop.update == "rpo":
                 generator, trained = train_on_pairs(arm, loop, generator, rollouts, n)
             elif loop.retrain:
+                # Human solutions stand outside the cap: with a count of 1 they would be the first to be dropped.
                 human = [s for s in d_gen if s.source == "human"] if loop.include_sft_data else []
                 found = d_gen if loop.accumulate else data.merge_duplicates(data.sampled_solutions(correct))
                 sampled = data.most_sampled([s for s in found if s.source == "model"], loop.cap_per_problem)
@@ -176,6 +179,7 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
             metrics |= trained
             # ---- V <- DPO(G_SFT, D_pref)
             if loop.verifiers and (loop.verifier_every_iter or n == loop.n_iters):
+                # From G_SFT, which is also DPO's reference, not from the last generator.
                 verifiers, trained = train_verifiers(arm, loop, sft, d_ver, n)
                 metrics |= trained
         except Diverged as e:
@@ -191,11 +195,7 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
 
 
 def supervised_data(ctx: VStarContext) -> list[data.Solution]:
-    """Returns D_SFT, the human solutions.
-
-    Raises:
-      UserError: the task has none.
-    """
+    """Returns D_SFT, the human solutions; raises UserError if the task has none."""
     found = data.human_solutions(ctx.task, ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems))
     fault = f"config.task: {ctx.task.name} has no human solutions for D_SFT; give it data with solutions"
     require((bool(found), fault))
@@ -265,6 +265,7 @@ def train_verifiers(
     """V <- DPO(init = reference = G_SFT, D_pref), and the arm's other verifiers, from the same D_VER."""
     ctx, models = arm.ctx, {}
     metrics: dict[str, Any] = {}
+    # D_VER also holds human solutions, whose problems need not be among the queries.
     queries = [*star.iteration_problems(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems)]
     problems = {p.id: p for p in queries}
     for kind in loop.verifiers:

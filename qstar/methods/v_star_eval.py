@@ -47,7 +47,8 @@ Ballots = Callable[[Sequence[str | None]], Sequence[str | None]]
 
 
 def gate_metrics(ctx: RunContext, sft: Model) -> dict[str, float]:
-    """Returns pass@1, pass@16 and majority@16 of G_SFT on validation problems, for the gates."""
+    """Returns pass@1, pass@16 and majority@16 of G_SFT, for the gates."""
+    # Gates decide whether a run goes on, so they must not read the test problems.
     few_shot = ctx.settings.loop.get("few_shot_at_sample", True)
     folder, problems = ctx.workdir / "g_sft" / "gates", ctx.task.problems("val")
     rows = _sample(ctx, sft, problems, k=16, iteration=0, folder=folder, stage="val", few_shot=few_shot)
@@ -65,6 +66,7 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
         with ctx.bar("test samples", len(problems) * N) as progress:
             how = {"few_shot": arm.few_shot, "progress": progress}
             rows = _sample(ctx, generator, problems, k=N, iteration=n, folder=folder, stage=f"samples_{n:03d}", **how)
+        # Samples, scores and curves are files of their own: a kill repeats only the stage in which it came.
         scores = cached_jsonl(folder / f"scores_{n:03d}.jsonl", lambda: score_rows(ctx.task, rows, sft, verifiers))
         found = once_json(
             folder / f"iter_{n:03d}.json",
@@ -88,6 +90,7 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
 def _sample(
     ctx: RunContext, model: Model, problems: Sequence[Problem], *, iteration: int, folder: Path, **how: Any
 ) -> list[Rollout]:
+    # A temperature of its own: at that of greedy `sample` settings, all N samples would be equal.
     settings = dataclasses.replace(ctx.settings.sample, temperature=ctx.settings.select.temperature)
     return sample_rollouts(
         model, ctx.task, problems, settings, hinted=False, iteration=iteration, seed=0, folder=folder, **how
@@ -96,6 +99,7 @@ def _sample(
 
 def score_rows(task: Task, rollouts: list[Rollout], sft: Model, verifiers: dict[str, Model]) -> list[dict[str, Any]]:
     """Returns one row per sample with its scores, computed on the sampled token ids (truncated ones with an EOS)."""
+    # The sampler's own log-probabilities cost no forward pass. They include the tokens behind the kept text.
     prompts = [r.prompt for r in rollouts]
     written = [r.completion if r.tokens is None else r.tokens for r in rollouts]
     columns: dict[str, Any] = {"generator": np.asarray([r.logprob for r in rollouts])}
@@ -127,7 +131,8 @@ def by_problem(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
 
 
 def candidates(rows: Sequence[Rollout], scores: dict[str, list[float]], ballots: Ballots = list) -> Candidates:
-    """Returns one problem's samples; truncated ones do not vote. `ballots`: see `Task.ballots`."""
+    """Returns one problem's samples. `ballots`: see `Task.ballots`."""
+    # Truncated samples do not vote: their answer may be the first digits of a longer one.
     answers = ballots([None if r.truncated else r.answer for r in rows])
     return Candidates(answers, [r.correct for r in rows], scores, rows[0].group)
 
@@ -148,9 +153,7 @@ def result(
 ) -> dict[str, Any]:
     """Returns the curves with intervals, the quality of each scorer, and the verifiers' gains over other rules at k = 16.
 
-    Args:
-      scored: see `score_rows`. samples: N per problem. m: of the top-m vote.
-      faulty: the kind of mistake of each rollout, see `faults`. ballots: see `Task.ballots`.
+    `scored`: see `score_rows`; `samples`: N per problem; `m`: of the top-m vote; `faulty`: see `faults`.
     """
     scorers = [name for name in scored[0] if name not in ("problem_id", "sample")]
     values = {(row["problem_id"], row["sample"]): row for row in scored}

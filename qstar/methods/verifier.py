@@ -71,11 +71,7 @@ class Verifier:
 
     @property
     def rule(self) -> str:
-        """The name of the score.
-
-        Raises:
-          UserError: the score is unknown, or does not fit the model.
-        """
+        """The name of the score; raises UserError if it is unknown, or does not fit the model."""
         head = self.model.config.value_head
         rule = self.score or {"": "logp", "orm": "orm", "prm": "prm_min"}[head]
         if rule not in SCORES:
@@ -123,7 +119,8 @@ def score(
     if nested and len({len(c) for c in completions}) > 1:
         raise UserError("every prompt needs equally many completions: pad the lists, or score them one by one")
     flat = [(p, c) for p, cs in zip(prompts, completions) for c in (cs if nested else [cs])]
-    rows: dict[tuple, int] = {}  # duplicates are scored once
+    # Samples of an easy problem are often equal: each distinct one costs a single forward pass.
+    rows: dict[tuple, int] = {}
     key = lambda x: x if isinstance(x, str) else tuple(int(t) for t in x)  # noqa: E731
     index = [rows.setdefault((key(p), key(c)), len(rows)) for p, c in flat]
     found = _scores(verifier, rule, list(rows))
@@ -143,13 +140,15 @@ def _scores(v: Verifier, rule: str, pairs: Sequence[tuple[Any, Any]]) -> np.ndar
     # float64, so that a product over many steps does not underflow in between
     chances = [expit(np.asarray(x, np.float64)) for x in values(v.model, prompts, completions)]
     if rule == "orm":
-        return np.array([x[-1:].sum() for x in chances], np.float32)  # 0 for an empty completion
+        # A slice, so that an empty completion scores 0 instead of raising.
+        return np.array([x[-1:].sum() for x in chances], np.float32)
     tokenizer = v.model.tokenizer
     if tokenizer is None:
         raise UserError(f"score {rule!r} needs texts, and this model has no tokenizer to read where steps end")
     out = np.zeros(len(pairs), np.float32)
     for i, ((_, text), row, x) in enumerate(zip(pairs, rows, chances)):
         text = text if isinstance(text, str) else tokenizer.decode(row.completion, after=row.prompt)
+        # Steps that a tokenizer merges into one token count once in the product.
         ends = dict.fromkeys(step_ends(v.steps or Task().steps, tokenizer, row, text))
         out[i] = x[list(ends)].min() if rule == "prm_min" else x[list(ends)].prod()
     return out
@@ -186,11 +185,8 @@ class Job:
 def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[str, Any]]:
     """Trains V by DPO: initial policy and reference are both G_SFT.
 
-    FOLDER/pairs.jsonl holds the pairs with the reference's log-probabilities, which are computed once. A killed call that is
-    repeated ends with the same bits.
-
-    Raises:
-      UserError: no pair fits into a row.
+    FOLDER/pairs.jsonl holds the pairs with the reference's log-probabilities. A repeated call ends with the same bits.
+    Raises UserError if no pair fits into a row.
     """
     s = job.settings
 
@@ -205,12 +201,15 @@ def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[
         some = [e for e, fit in zip(encoded, fits) if fit]  # longer ones may exceed the model's context, too
         prompts, both = [e[0].prompt for e in some], [[x.completion for x in e] for e in some]
         scores = iter(score(Verifier(sft, "logp"), prompts, both).astype(float).tolist() if some else ())
+        # Pairs that do not fit stay in the file without a reference, so that a resumed call counts them, too.
         return [{**dataclasses.asdict(p), "reference": next(scores) if fit else None} for p, fit in zip(pairs, fits)]
 
+    # The reference is frozen, so that its log-probabilities are data: no second model is on the devices in training.
     rows = cached_jsonl(job.folder / "pairs.jsonl", with_reference)
     kept = [row for row in rows if row["reference"] is not None]
     require((bool(kept), f"config.dpo.row_length={s.row_length}: none of {len(rows)} pairs fits into a row"))
     reference = np.array([row["reference"] for row in kept], np.float32)
+    # From the file, not from `pairs`, so that a resumed call trains on what the first one recorded.
     groups = [encode(Pair(**{k: v for k, v in row.items() if k != "reference"})) for row in kept]
     arrays = pair_arrays(groups, reference, s.row_length, s.packed)
     model, summary = _train(sft, job, "dpo", arrays, Preference)
@@ -228,11 +227,8 @@ def train_head(
 ) -> tuple[Model, dict[str, Any]]:
     """Trains an ORM or a PRM on the solutions of D_VER, from G_SFT with a fresh value head.
 
-    Args:
-      labels: for a PRM, by key of a solution the labels of its `task.steps`; None: `Task.step_labels`.
-
-    Raises:
-      UserError: no solution fits into a row; a PRM on a task that has no labels of steps.
+    `labels`: for a PRM, by key of a solution the labels of its `task.steps`; None: `Task.step_labels`. Raises UserError if
+    no solution fits into a row, or for a PRM on a task that has no labels of steps.
     """
     s, tokenizer = job.settings, sft.tokenizer
     examples = [to_example(tokenizer, x.prompt, x.completion, x.tokens) for x in solutions]
@@ -273,10 +269,11 @@ def value_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
 
 
 def _train(start: Model, job: Job, kind: str, arrays: dict[str, np.ndarray], rows_type: type):
-    """Runs the training stage; `arrays` are the fields of `rows_type`, those of its `Batch` beside the others."""
+    """Runs the training stage; `arrays` are the fields of `rows_type` and of the `Batch` in it, flat."""
     s = job.settings
     steps = s.steps or max(1, round(s.epochs * len(arrays["tokens"]) / s.batch_size))
-    stream = functools.cache(lambda: batches(arrays, s.batch_size, seed=job.seed))  # a finished stage draws no batch
+    # Made when the first batch is drawn: a finished stage, which is only loaded, draws none.
+    stream = functools.cache(lambda: batches(arrays, s.batch_size, seed=job.seed))
     tx, step = (dpo_step if kind == "dpo" else value_step)(start.config, s)
 
     def batch_at(n: int) -> Any:
