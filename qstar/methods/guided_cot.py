@@ -10,10 +10,8 @@ Deviations from the paper, and gaps of it that are filled here:
 1. The paper refines with PPO; RLOO and GRPO are options (`rl.estimator`).
 2. The measures of the eight aspects are ours (`tasks.aspects`): the paper names the aspects, not how it measures them.
 3. The weights of the reward's parts, the data sizes and the learning rates are ours.
-4. A rationale that is only the answer gets no reward for a correct answer (`reject_bare_answers`), because stating the
-   answer without reasons would be optimal otherwise.
-5. Controls: unfiltered and loosely filtered distillation, RL on one part of the reward, and arms without a student. All arms
-   answer the same questions, so that differences between them are paired.
+4. A rationale that is only the answer gets no reward for a correct answer (`reject_bare_answers`).
+5. Controls: unfiltered and loosely filtered distillation, RL on one part of the reward, and arms without a student.
 """
 
 from __future__ import annotations
@@ -123,6 +121,7 @@ class GuidedContext(RunContext):
         """Returns an arm's RL settings: the config's, with the arm's changes."""
         arm = self.arms[name]
         rl = settings_from(RLSettings, {**self.settings.rl, **arm.rl}, f"arms.{name}.rl")
+        # The `train` section of an arm that is distilled changes `distil_train`, not RL.
         changes = arm.train if arm.start != "base" else {}
         train = {**self.settings.train, "max_new_tokens": self.task.max_new_tokens, **changes}
         return rl, settings_from(ReinforceSettings, train, f"arms.{name}.train")
@@ -163,6 +162,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx.say("\n[bold]large model[/bold]")
     ctx.task.prepare_large(ctx.part(ctx.workdir, "large"))
     measures = functools.partial(once_json, large / "measured.json", ctx.task.gates)
+    # Before any student: if the large model ignores rationales, or copies their answer, the arms cannot be compared.
     check_gates(ctx, large, measures)
     measures()  # the report shows them also where no gate bounds them
     fixed = once_json(
@@ -182,7 +182,7 @@ def run_student(ctx: GuidedContext, seed: int) -> dict[str, dict[str, Any]]:
     folder, student_seed = ctx.workdir / f"student_{seed}", stable_seed(ctx.seed, "student", seed)
     ctx.say(f"\n[bold]student {seed}[/bold]")
     stage = ctx.part(folder, f"student_{seed}")
-    # All arms of a student start from one base and one set of teacher rationales, so that they differ in the method alone.
+    # All arms of a student start from one base and one set of teacher rationales, so that only the method differs.
     models = {"base": ctx.task.base(student_seed, stage)}
     rows = cached_jsonl(folder / "teacher.jsonl", lambda: ctx.task.teacher_rows(student_seed))
     out = {"undistilled": evaluate(ctx, folder, "undistilled", models["base"], seed)}
@@ -216,11 +216,13 @@ def distil_rationales(
     arm = ctx.arms[name]
     kept = ctx.task.keep(rows, arm.filter)
     record = {"filter": arm.filter, "rows": len(rows), "kept": len(kept), "keep_rate": len(kept) / max(1, len(rows))}
+    # By type, because a filter keeps more of the easy questions and shifts the training set towards them.
     counts = {kind: sum(r["type"] == kind for r in rows) for kind in sorted({r["type"] for r in rows})}
     record |= {f"keep_rate/{kind}": sum(r["type"] == kind for r in kept) / n for kind, n in counts.items()}
     once_json(folder / "buffer.json", lambda: record)
     train = dataclasses.replace(ctx.settings.distil_train, **arm.train)
-    teacher = getattr(ctx.task, "large", None)  # for soft losses; an endpoint has no logits
+    # Soft losses need logits of a model with the student's vocabulary, as the two-hop task's `large` has.
+    teacher = getattr(ctx.task, "large", None)
     with ctx.stage(folder / "distil", train, steps=arm.steps, seed=seed, bar=name, **label) as stage:
         return distil(start, ctx.task.to_pairs(kept), ctx.settings.distil, stage, teacher)[0]
 
@@ -262,6 +264,7 @@ def write_results(ctx: GuidedContext, fixed: dict[str, list[int]], students: lis
     differences = []
     for a, b in comparisons(ctx.arms):
         if a in correct and b in correct:
+            # All arms answer the same questions, so they are paired: the bootstrap resamples questions, not students.
             low, middle, high = paired(correct[a].mean(axis=0), correct[b].mean(axis=0))
             differences.append({"from": a, "to": b, "difference": 100 * middle, "low": 100 * low, "high": 100 * high})
     analyses = {}
@@ -282,13 +285,11 @@ def _mean_of(students: list[dict[str, dict[str, Any]]], name: str, key: str) -> 
 
 
 def comparisons(arms: dict[str, GuidedConfig]) -> list[tuple[str, str]]:
-    """Returns pairs of arms: along the method's steps, and each refined arm beside longer distillation of its start.
-
-    The latter are the arms NAME_long and NAME_flops.
-    """
+    """Returns pairs of arms: along the method's steps, and each refined arm beside longer distillation of its start."""
     distilled = [name for name, arm in arms.items() if arm.start == "base"]
     refined = [(arm.start, name) for name, arm in arms.items() if arm.start != "base"]
     found = [("standard", "own CoT"), *(("own CoT", name) for name in distilled)]
     found += [(a, b) for i, a in enumerate(distilled) for b in distilled[i + 1 :]]
+    # RL adds compute to its start's. NAME_long and NAME_flops add steps of distillation instead: controls of RL's gain.
     longer = [(f"{a}_{kind}", name) for kind in ("long", "flops") for a, name in refined]
     return [*found, *refined, *((a, name) for a, name in longer if a in arms)]

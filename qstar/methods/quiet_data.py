@@ -92,7 +92,8 @@ class QuietContext(RunContext):
         self.corpus = make_corpus(self.settings.data, path)
         check_keys(ThoughtConfig, options, "thoughts")
         self.thoughts = thought_config(options, parity, self.corpus)
-        _ = self.start_id  # raises if `start_text` has no token
+        # Evaluated for its check, before anything is written: `start_text` may have no token.
+        _ = self.start_id
 
     @property
     def start_id(self) -> int:
@@ -108,6 +109,7 @@ class QuietContext(RunContext):
         """Returns an arm's settings, after a check of its thoughts and train settings."""
         arm = settings_from(cls, self.settings.arms[name], f"arms.{name}")
         check_keys(ThoughtConfig, arm.thoughts, f"arms.{name}.thoughts")
+        # Built for their checks alone: a value out of range fails before the first arm trains.
         self.thoughts.replace(**arm.thoughts)
         self.update_settings(arm.train, f"arms.{name}.train")
         return arm
@@ -126,22 +128,16 @@ class QuietContext(RunContext):
 
 
 def thought_config(options: dict[str, Any], parity: bool, corpus: Corpus) -> ThoughtConfig:
-    """Returns a config's `thoughts`: changes of the defaults or, with `parity`, of the official code's choices.
-
-    Thoughts do not contain the tokenizer's padding token, unless `forbidden_ids` is given.
-    """
+    """Returns a config's `thoughts`: changes of the defaults or, with `parity`, of the official code's choices."""
     if "forbidden_ids" not in options:
-        pad = corpus.tokenizer.hf.pad_token_id  # not `pad_id`, which is 0, a word, where there is no padding token
+        # Thoughts do not contain padding. Without a padding token `pad_id` is 0, an ordinary token, hence `hf`.
+        pad = corpus.tokenizer.hf.pad_token_id
         options = {**options, "forbidden_ids": () if pad is None else (pad,)}
     return ThoughtConfig.parity(**options) if parity else ThoughtConfig(**options)
 
 
 def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
-    """Returns the text of a config's `data` section: {"name": "fold_digits" | "text", ...}.
-
-    Raises:
-      UserError: unknown name or option, or a text that cannot be read.
-    """
+    """Returns the text of a config's `data` section, {"name": "fold_digits" | "text", ...}."""
     options = dict(options)
     name = options.pop("name", "")
     if name == "fold_digits":
@@ -163,6 +159,7 @@ def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
 
 
 def _make(cls: type, options: dict[str, Any], *args: Any) -> Any:
+    # From the signature: a misspelt option gets a proposal instead of Python's TypeError.
     known = list(inspect.signature(cls).parameters)[len(args) :]
     for option in options:
         if option not in known:
@@ -179,9 +176,6 @@ def _make(cls: type, options: dict[str, Any], *args: Any) -> Any:
 def prepare_base(ctx: QuietContext, model: Model) -> Model:
     """Trains the base on the corpus' own text for `config.base.steps` (0: as it is), and checks its gates.
 
-    The base must be able to write the steps that help and must not write them unprompted, or thoughts have no effect. The
-    gates check that before any arm is trained.
-
     Raises:
       UserError: a gate that does not hold, or a training that diverged.
     """
@@ -193,6 +187,8 @@ def prepare_base(ctx: QuietContext, model: Model) -> Model:
         return train_stage(model, stage, tx, lambda n: step, lambda n: ctx.batch(rows_at(n)))
 
     base = base_model.train_base(ctx, train, UpdateSettings) if ctx.settings.base.steps else model
+    # Before any arm trains: REINFORCE needs a base that sometimes writes the steps. Where the base already writes them
+    # by greedy decoding, the control without policy gradient scores as well.
     if ctx.settings.gates:
         line = "config.gates: only data.name='fold_digits' has measurements of the base"
         require((isinstance(ctx.corpus, Folds), line))
@@ -201,29 +197,32 @@ def prepare_base(ctx: QuietContext, model: Model) -> Model:
 
 
 def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[str, float]:
-    """Returns what a base model knows of the steps, in nats and shares.
+    """Returns measurements of a base model's skill at the steps, in nats and shares.
 
-    direct_nll: of hard answers without steps, given that no dash follows. worked_nll, worked_accuracy: of hard answers after
-    the correct steps; step_nll: of the steps. thought_accuracy, thought_accuracy_greedy: share of thoughts that hold all
-    steps, with the dash as start and end, before any training.
+    direct_nll: of hard answers without steps, given that no dash follows. worked_nll, worked_accuracy: of hard answers
+    after the correct steps; step_nll: of the steps. thought_accuracy, thought_accuracy_greedy: share of thoughts that
+    hold all steps, with the dash as start and end, before any training.
     """
-    corpus, config = Folds(), model.config.replace(thoughts=ctx.thoughts)  # one document a row
+    # One document per row, whatever the run's rows hold, so that every answer is at index -2.
+    corpus, config = Folds(), model.config.replace(thoughts=ctx.thoughts)
     rows, hard = corpus.test_rows(size), len(corpus.classes) - 1
     batch, dashed = ctx.whole_batch(rows), rows.tokens.copy()
-    dashed[:, -2] = ctx.start_id  # in place of the answers of one-document rows
+    dashed[:, -2] = ctx.start_id
 
     def score_text(batch: Batch) -> tuple[np.ndarray, ...]:
         return to_host(measure.score_text(model.params, config, batch))
 
     nll, dash_nll = score_text(batch)[0], score_text(ctx.whole_batch(rows._replace(tokens=dashed)))[0]
     at = rows.classes[:, 1:] == hard
-    # The dash is fed nowhere: it replaces targets only where the answer stands, and no later score is used.
+    # Given that no dash follows: the base expects one (worked documents have it), until it trains on direct text.
+    # The replaced token is a target only; as an input it affects later scores, which are not used.
     direct = nll + np.log1p(-np.minimum(np.exp(-dash_nll), 1 - 1e-6))
     worked = corpus.worked_rows(size)
     w_nll, w_hit, _ = score_text(ctx.whole_batch(worked))
     answer, step = worked.classes[:, 1:] == hard, worked.classes[:, 1:] == 2
     values = (direct[at], w_nll[answer], w_hit[answer], w_nll[step])
     out = {name: float(x.mean()) for name, x in zip(FOLD_METRICS, values)}
+    # Any key will do: it seeds the mixing head, which does not affect the thoughts.
     params = heads.attach_thoughts(model.params, config, jax.random.key(0), ctx.start_id)
     for name, temperature in (("thought_accuracy", 1.0), ("thought_accuracy_greedy", 0.0)):
         scores = measure.score(params, config, batch, jax.random.key(stable_seed("gates")), temperature=temperature)
@@ -233,7 +232,7 @@ def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[
 
 
 def holds_steps(thoughts: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Returns whether thoughts begin with the expected tokens, as far as they reach, bool [B, P, M].
+    """Returns whether thoughts begin with the expected tokens, as far as both reach, bool [B, P, M].
 
     Args:
       thoughts: [B, P, M, S]. expected: [B, M, S'], -1 beyond the end; where nothing is expected the result is False.

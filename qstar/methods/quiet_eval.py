@@ -1,14 +1,14 @@
 """Quiet-STaR's accuracy on question answering, with thoughts and without (arXiv 2403.09629).
 
-`expected_accuracy` is the official zero-shot metric. A question with its answer is one teacher-forced text; the score is the
-product, over the answer's tokens, of their probabilities, renormalized over the tokens that are possible there (digits or
-letters, and the end of the line). It is the chance that a sampled answer is correct. `exact` is exact match: every token of
-the answer has the largest probability of those, which is what greedy decoding among them would generate.
+`expected_accuracy` is the official zero-shot metric. A question with its answer is one teacher-forced text; the score
+is the product, over the answer's tokens, of their probabilities, renormalized over the tokens that are possible there
+(digits or letters, and the end of the line): the probability that a sampled answer is correct. `exact` is exact match:
+every token of the answer has the largest probability of those, as greedy decoding among them would generate.
 
 `zero_shot_cot` lets the model reason aloud first ("Let's think step by step."), and votes over k answers.
 
-Deviation from the official code: it takes an answer that does not begin with a digit (-3, $5) for a letter, so that only the
-end of its line counts. Here its digits count.
+Deviation from the official code: it takes an answer that does not begin with a digit (-3, $5) for a letter, so that
+only the end of its line counts. Here its digits count.
 """
 
 from __future__ import annotations
@@ -71,8 +71,7 @@ def expected_accuracy(
 ) -> dict[str, Any]:
     """Returns the official zero-shot accuracy (`expected`) and exact match, with thoughts and (`_base`) without.
 
-    Each has its 95% bootstrap interval over problems. All numbers are from one forward pass per problem, in which only the
-    positions before answer tokens think and only the logits of the allowed ids are computed.
+    Each has its 95% bootstrap interval over problems.
 
     Args:
       limit: first so many problems; 0: all.
@@ -82,8 +81,8 @@ def expected_accuracy(
       batch_size: texts per forward pass. seed: of the thoughts.
 
     Raises:
-      UserError: a model without tokenizer, or that cannot think; a task that has no short answers; a tokenizer that does not
-        write them symbol by symbol; a text that is longer than the model's context.
+      UserError: a model without tokenizer, or that cannot think; a task that has no short answers; a tokenizer that
+        does not write them symbol by symbol; a text that is longer than the model's context.
     """
     config = thinking_config(model, thoughts)
     problems = _problems(model, task, split, limit)
@@ -107,6 +106,7 @@ def expected_accuracy(
             *put_global_batch(inputs, model.mesh),
             ids,
             jax.random.fold_in(key, number),
+            # Traced, not static: greedy and sampled thoughts share one compilation.
             jnp.float32(temperature),
             passes if config.thoughts else 0,
         )
@@ -120,17 +120,14 @@ def expected_accuracy(
 
 
 def thinking_config(model: Model, thoughts: ThoughtConfig | bool) -> ModelConfig:
-    """Returns the model's config with the thoughts to evaluate (one talk token), or with none.
-
-    Raises:
-      UserError: thoughts of a model that cannot think.
-    """
+    """Returns the model's config with the thoughts to evaluate, or with none; UserError if the model cannot think."""
     if not thoughts:
         return model.config.replace(thoughts=None)
     chosen = model.config.thoughts if thoughts is True else thoughts
     able = isinstance(chosen, ThoughtConfig) and {"thoughts", "mixing"} <= model.params.keys()
     why = "this model cannot think: it has no start and end vectors and no mixing head; evaluate without thoughts"
     require((able, why))
+    # One talk token, as in the official evaluation: each answer token is scored by the thought right before it.
     return model.config.replace(thoughts=chosen.replace(talk_tokens=1))
 
 
@@ -146,13 +143,11 @@ def _problems(model: Model, task: Task, split: str, limit: int) -> list[Problem]
 
 
 def symbol_ids(tokenizer: Tokenizer, symbols: Sequence[str]) -> dict[str, int]:
-    """Returns the token id of every symbol within an answer (after a space, if it is the first).
-
-    Raises:
-      UserError: the tokenizer has no token of its own for one.
-    """
+    """Returns the token id of every symbol within an answer; UserError if one has no token of its own."""
     found: dict[str, int] = {}
     for symbol in symbols:
+        # Encoded in context: at the start of a text a symbol may have another id. The end of the line begins no answer,
+        # so it follows another symbol.
         _, tail = tokenizer.encode_pair("Q:\nA:", f" {symbol if symbol.strip() else symbols[0] + symbol}\n")
         ids = [i for i in tail if _symbol(tokenizer, i) == symbol]
         line = f"this tokenizer has no token of its own for {symbol!r} in an answer; the metric 'expected' compares answers"
@@ -166,17 +161,14 @@ def _symbol(tokenizer: Tokenizer, token: int) -> str:
 
 
 def tokenize(model: Model, problem: Problem, text: ZeroShot, allowed: dict[str, int]) -> Row:
-    """Returns a problem's tokens, and the positions that predict the answer's symbols.
-
-    Raises:
-      UserError: a text that is too long, or an answer that is not written symbol by symbol.
-    """
+    """Returns a problem's `Row`; UserError if it is too long, or if its answer is not written symbol by symbol."""
     head, tail = model.tokenizer.encode_pair(text.prompt, text.answer)
     length, room = len(head) + len(tail), model.config.max_positions
     if length > room:
         raise UserError(f"problem {problem.id}: its {length} tokens exceed the model's context of {room}")
     order = list(allowed.values())
     places = [(len(head) + k - 1, order.index(i)) for k, i in enumerate(tail) if i in order]
+    # A token of two digits is no allowed id and would be left out of the product, which would then be too large.
     written = "".join(_symbol(model.tokenizer, order[correct]) for _, correct in places)
     if written != "".join(c for c in text.answer if c in allowed):
         line = (
@@ -187,8 +179,8 @@ def tokenize(model: Model, problem: Problem, text: ZeroShot, allowed: dict[str, 
 
 
 def _arrays(rows: Sequence[Row], size: int) -> tuple[np.ndarray, ...]:
-    """Tokens and mask [B, N], positions, correct ids and counts [B, M] of B = `size` rows; the last row fills up."""
-    # Lengths are rounded up, so that few shapes compile.
+    """Tokens and mask [B, N], positions, correct ids and counts [B, M] of B = `size` rows."""
+    # Lengths are rounded up and the last row fills the batch, so that few shapes compile.
     N = max(MIN_LENGTH, -(-max(len(row.tokens) for row in rows) // 32) * 32)
     M = -(-max(len(row.positions) for row in rows) // 4) * 4
     tokens, mask = np.zeros((2, size, N), np.int32)
@@ -197,7 +189,8 @@ def _arrays(rows: Sequence[Row], size: int) -> tuple[np.ndarray, ...]:
         row = rows[min(r, len(rows) - 1)]
         n, m = len(row.tokens), len(row.positions)
         tokens[r, :n], mask[r, :n] = row.tokens, 1
-        positions[r] = row.positions[-1]  # positions that fill up repeat a position, and count nothing
+        # Padding repeats a position that thinks anyway; its count is 0.
+        positions[r] = row.positions[-1]
         positions[r, :m], correct[r, :m], counts[r, :m] = row.positions, row.correct, 1
     return tokens, mask, positions, correct, counts
 
@@ -223,6 +216,7 @@ def answer_logits(
       tokens, mask: [B, N]. positions: [B, M]. allowed: [V] token ids. passes: thoughts per position; 0: none.
     """
     kernel, bias = decoder.head(params, config)
+    # Only the allowed columns: full logits [B, N, V] would be the largest array by far.
     kernel, bias = kernel[:, allowed], None if bias is None else bias[allowed]
 
     def logits(hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], as `decoder.unembed` of these columns
@@ -230,7 +224,6 @@ def answer_logits(
         out = jnp.matmul(hidden, kernel.astype(hidden.dtype), precision=exact, preferred_element_type=jnp.float32)
         return out if bias is None else out + bias.astype(jnp.float32)
 
-    # The vocabulary product is of the allowed columns: full logits [B, N, V] would be the largest array by far.
     batch = layout.text_batch(tokens, mask)
     texts = forward.read(params, config, batch)
     base = logits(jax.vmap(lambda hidden, at: hidden[at])(texts.hidden, positions))
@@ -254,10 +247,12 @@ def score_answers(found: AnswerLogits, correct: np.ndarray, counts: np.ndarray) 
         P = logits.shape[1]
         if not P:
             continue
-        x = np.asarray(logits, np.float64)  # products over the tokens of long answers lose digits in float32
+        # float64: the products over the tokens of long answers lose digits in float32.
+        x = np.asarray(logits, np.float64)
         log_z = np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1)) + x.max(-1)
         target, used = repeat(correct, "b m -> b p m", p=P), rearrange(counts, "b m -> b 1 m")
         logp = np.take_along_axis(x, rearrange(target, "b p m -> b p m 1"), axis=-1)[..., 0] - log_z
+        # The product comes before the mean: one pass draws the thoughts of the whole answer.
         out[f"expected{suffix}"] = np.exp((logp * used).sum(-1)).mean(-1)
         out[f"exact{suffix}"] = ((x.argmax(-1) == target) | (used == 0)).all(-1).mean(-1)
     if found.weight.shape[1]:
@@ -281,14 +276,14 @@ def zero_shot_cot(
     answer_tokens: int = 12,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Returns majority@k and pass@k (k = 1, 2, 4 ... up to `samples`) of zero-shot reasoning, thinking before every token.
+    """Returns majority@k and pass@k (k = 1, 2, 4 ... up to `samples`) of zero-shot chains of thought.
 
-    The model reasons after "Let's think step by step.", is then asked for the answer, and the first whole number of the next
-    few tokens is taken (official code: `zero-shotcot-eval.py`; k = 8, on 128 questions). With thoughts, the numbers without
-    them are returned, too (`_base`).
+    The model reasons after "Let's think step by step.", is then asked for the answer, and the first whole number of the
+    next few tokens is taken (official code: `zero-shotcot-eval.py`; k = 8, on 128 questions). With thoughts, the
+    numbers without them are returned, too (`_base`).
 
     Args:
-      thoughts: as in `expected_accuracy`. temperature: of the text, in both halves. answer_tokens: at most, of the answer.
+      thoughts: as in `expected_accuracy`. temperature: of the text, in both halves. answer_tokens: limit of the answer.
 
     Raises:
       UserError: see `expected_accuracy`; a task without such prompts, or prompts with no room for `max_new_tokens`.

@@ -1,7 +1,7 @@
 """Held-out metrics of Quiet-STaR by kind of token, the thoughts for the viewer, and early stopping.
 
-A mean over all tokens hides the effect of thoughts, which help at hard tokens. The kinds are those of the corpus or, for any
-text, the difficulty of a token for the base model.
+A mean over all tokens hides the effect of thoughts, which help at hard tokens. The kinds are those of the corpus or,
+for any text, the difficulty of a token for the base model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KEYS = "nll_base nll accuracy_base accuracy accuracy_greedy accuracy_random thou
 
 
 class EarlyStopping:
-    """Evaluates a model during training; stops after `patience` evaluations without a lower NLL and keeps the best model.
+    """Evaluates a model during training; stops after `patience` ones without a lower NLL and keeps the best model.
 
     Decisions are read from the files of the evaluations, so that a resumed run takes the same ones.
     """
@@ -50,12 +50,14 @@ class EarlyStopping:
         """`like`: a model of the arm's configuration. every: steps, 0: no evaluation. patience: 0: no stopping."""
         self.ctx, self.arm, self.like, self.thought_source = ctx, arm, like, thought_source
         self.every, self.patience = every, patience
-        self.folder = ctx.workdir / arm / "stopping"  # the scores, and the best parameters so far
+        # Apart from the arm's `training/`, which keeps the newest checkpoints, not the best.
+        self.folder = ctx.workdir / arm / "stopping"
 
     def __call__(self, step: int, params: Params) -> bool:
         """Returns whether to stop after this step."""
         if not self.every or not step or step % self.every:
             return False
+        # `train_stage` also calls this where a run resumes: measurements that exist are read, not repeated.
         model = self.like.replace(params=params)
         found = measure(self.ctx, self.arm, model, self.thought_source, step)
         for text in alarms(found) if self.thought_source == "sampled" else ():
@@ -63,6 +65,7 @@ class EarlyStopping:
             self.ctx.writer.write(stage="alarm", arm=self.arm, step=step, text=text)
         if not self.patience:
             return False
+        # On text of its own: choosing a step by the reported text would make its numbers too good.
         path = self.folder / f"step_{step:06d}.json"
         once_json(path, lambda: {"nll": stopping_nll(self.ctx, model, self.thought_source)})
         scores, best = self._scores(step), self.best(step)
@@ -72,7 +75,6 @@ class EarlyStopping:
         return sum(s > best for s in scores) >= self.patience
 
     def _scores(self, last: int) -> dict[int, float]:
-        """Step -> NLL, up to `last`, in order."""
         found = {int(p.stem.removeprefix("step_")): p for p in sorted(self.folder.glob("step_*.json"))}
         return {step: read_json(path)["nll"] for step, path in found.items() if step <= last}
 
@@ -86,6 +88,7 @@ class EarlyStopping:
         best = self.best(summary["steps"]) if self.patience else 0
         if not best:
             return params, summary
+        # The last step may be the best, and its parameters are at hand.
         if best != summary["steps"]:
             with contextlib.closing(Checkpoints(self.folder / "best")) as kept:
                 params, _ = kept.restore(params, best)
@@ -118,11 +121,13 @@ def alarms(found: dict[str, Any]) -> list[str]:
 def measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, step: int) -> dict[str, Any]:
     """Returns (and writes once) the metrics of a model on the held-out text: WORKDIR/<arm>/evaluation/step_N.json.
 
-    Keys are `<metric>/<kind of token>`: nll_base and accuracy_base without thoughts; nll, accuracy and weight with sampled
-    thoughts (accuracy_low and _high: 95% over rows); nll_greedy and accuracy_greedy with greedy ones; nll_random and
-    accuracy_random with random token ids; thought_accuracy, the share of thoughts that hold the true steps.
+    Keys are `<metric>/<kind of token>`: nll_base and accuracy_base without thoughts; nll, accuracy and weight with
+    sampled thoughts (accuracy_low and _high: 95% over rows); nll_greedy and accuracy_greedy with greedy ones;
+    nll_random and accuracy_random with random token ids; thought_accuracy, the share of thoughts that hold the true
+    steps.
     """
     path = ctx.workdir / arm / "evaluation" / f"step_{step:06d}.json"
+    # Returns early, so that a resumed run does not write the metrics row again.
     if intact(path):
         return once_json(path, dict)
     found = once_json(path, lambda: _measure(ctx, arm, model, thought_source, step))
@@ -145,7 +150,7 @@ def _measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, ste
         return {"classes": names, **means_by_kind(names, kinds, values, intervals=("accuracy_base",))}
     modes = {"": (thought_source, 1.0)}
     if thought_source == "sampled":
-        # The thoughts of the last mode come from elsewhere: what is left is the effect of more positions.
+        # Random ids carry no content, so "_random" shows whether the trained model uses the content of its thoughts.
         modes |= {"_greedy": ("sampled", 0.0), "_random": ("random", 1.0)}
     out: dict[str, Any] = {"classes": names}
     for suffix, (source, temperature) in modes.items():
@@ -169,7 +174,7 @@ def means_by_kind(
     """Returns the means of values [B, M] over the tokens of each kind.
 
     Args:
-      kinds: [B, M] index into `names`; -1: of no kind, -2: not counted at all. intervals: values that get a 95% interval.
+      kinds: [B, M] index into `names`; -1: of no kind, -2: not counted. intervals: values that get a 95% interval.
     """
     out: dict[str, float | None] = {}
     for i, name in ((-1, "all"), *enumerate(names)):
@@ -185,12 +190,14 @@ def means_by_kind(
 
 
 def _diagnostics(s: Scores) -> dict[str, Any]:
+    # The weight may be negative or above 1 (the official code has no sigmoid), so the histogram widens to what occurs.
     w = rearrange(s.weight, "b p m -> b m p")[s.counted]
     edges = np.linspace(min(-0.1, float(w.min())), max(1.0, float(w.max())), 41)
     thoughts = rearrange(rearrange(s.thoughts, "b p m s -> b m p s")[s.counted], "n p s -> (n p) s")
     return {
         "weight_abs": float(np.abs(w).mean()),
         "weight_histogram": {"edges": edges.round(4).tolist(), "counts": np.histogram(w, edges)[0].tolist()},
+        # Given thoughts (controls) were not sampled and have NLL nan.
         "thought_entropy": float(np.nanmean(s.thought_nll)) if not np.isnan(s.thought_nll).all() else None,
         "reward_positive": float((rearrange(s.reward, "b p m -> b m p")[s.counted] > 0).mean()),
         "distinct": len(np.unique(thoughts, axis=0)) / len(thoughts),
@@ -203,10 +210,8 @@ def _diagnostics(s: Scores) -> dict[str, Any]:
 def control_thoughts(
     thought_source: str, config: ModelConfig, key: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array | None:
-    """Returns the thoughts of a control, int32 token ids of the given shape; None for sampled thoughts.
-
-    "random": uniform ids. "pause": the first forbidden id, whose embedding is learned (Goyal et al. 2023).
-    """
+    """Returns the thoughts of a control, int32 token ids of the given shape; None for sampled thoughts."""
+    # A pause (Goyal et al. 2023) is the first forbidden id: no text holds it, so pauses alone train its embedding.
     if thought_source == "random":
         return thought_measure.random_thoughts(key, config, shape)
     return jnp.full(shape, config.thoughts.forbidden_ids[0], jnp.int32) if thought_source == "pause" else None
@@ -216,6 +221,7 @@ def _score_thoughts(ctx: QuietContext, model: Model, rows: Rows, thought_source:
     config, P = model.config, ctx.settings.evaluate.thoughts_per_position
 
     def score(i: int, batch: Batch) -> Scores:
+        # The same keys at every evaluation, so that differences between steps and arms are less noisy.
         key = jax.random.key(stable_seed("evaluate", i))
         B, N = batch.tokens.shape
         given = control_thoughts(thought_source, config, key, (B, P, N - 1, config.thoughts.thought_tokens))
@@ -230,7 +236,6 @@ def _score_text(ctx: QuietContext, model: Model, rows: Rows) -> tuple[np.ndarray
 
 
 def _over_batches(ctx: QuietContext, rows: Rows, score: Callable[[int, Batch], Any]) -> Any:
-    """Joins score(i, batch) of all batches on the host."""
     size = min(ctx.settings.evaluate.batch_size, len(rows.tokens))
     parts = []
     for i, begin in enumerate(range(0, len(rows.tokens), size)):
@@ -244,10 +249,8 @@ def _over_batches(ctx: QuietContext, rows: Rows, score: Callable[[int, Batch], A
 
 
 def measure_difficulty(ctx: QuietContext, base: Model) -> None:
-    """Writes the base's NLL of every held-out token, WORKDIR/base/difficulty.jsonl, where the corpus names no kinds.
-
-    It is called before any arm trains: the kinds in all arms' tables are the difficulty for the base.
-    """
+    """Writes the base's NLL of every held-out token, WORKDIR/base/difficulty.jsonl, where the corpus names no kinds."""
+    # Measured on the base, once: all arms' tables group the same tokens.
     model = base.replace(config=base.config.replace(thoughts=ctx.thoughts))
 
     def make() -> list[dict[str, Any]]:
@@ -259,7 +262,6 @@ def measure_difficulty(ctx: QuietContext, base: Model) -> None:
 
 
 def _kinds(ctx: QuietContext, rows: Rows) -> tuple[list[str], np.ndarray]:
-    """Returns the kinds' names, and the kind of the token after each position, [B, N-1]."""
     if rows.classes is not None:
         return list(ctx.corpus.classes), rows.classes[:, 1:]
     nll = np.asarray([r["nll"] for r in read_jsonl(ctx.workdir / "base" / "difficulty.jsonl")])
@@ -269,7 +271,6 @@ def _kinds(ctx: QuietContext, rows: Rows) -> tuple[list[str], np.ndarray]:
 def _write_thoughts(
     ctx: QuietContext, arm: str, step: int, rows: Rows, names: list[str], kinds: np.ndarray, s: Scores
 ) -> None:
-    """Writes WORKDIR/<arm>/thoughts/step_N.jsonl: the first texts, token by token, for the viewer."""
     if not distributed.is_first():
         return
     text = functools.cache(ctx.corpus.tokenizer.show)
@@ -287,6 +288,7 @@ def _write_thoughts(
         ]
         is_text = rows.segment_ids[b] > 0
         tokens = [text(int(t)) if real else "" for t, real in zip(rows.tokens[b], is_text)]
+        # Kinds [N-1] are of the token after each position; the first token of a text has none.
         classes = ["", *(names[k] if k >= 0 else "" for k in kinds[b])]
         row = {"text": b, "tokens": tokens, "classes": classes, "base_nll": _rounded(s.base_nll[b], counted)}
         out.append({**row, "thoughts": thoughts})

@@ -9,12 +9,12 @@
 
 The loss is `thoughts.loss`; this file runs its arms. Deviations from the paper:
 1. The defaults of `ThoughtConfig` are not the official code's choices, which `thoughts.parity=True` restores.
-2. Controls, which the paper does not have: no policy gradient, random thoughts, learned pause tokens (Goyal et al. 2023),
-   and plain training on the same text or with the same compute.
+2. Controls: no policy gradient, random thoughts, learned pause tokens (Goyal et al. 2023), and plain training on the
+   same text or with the same compute.
 3. The thought length may be drawn anew for every step (`thought_lengths`).
 4. Early stopping on held-out text that is not reported (`patience`): the paper reports a fixed number of steps.
-5. Fast Quiet-STaR (arXiv 2505.17746): a curriculum of shorter thoughts, then a student without thoughts, which is distilled
-   from the mean of the teacher's predictions.
+5. Fast Quiet-STaR (arXiv 2505.17746): a curriculum of shorter thoughts, then a student without thoughts, distilled from
+   the mean of the teacher's predictions.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     check_run(ctx.workdir, config.to_dict())
     start = base_model.loaded_or_random(ctx, ctx.corpus.tokenizer)
     check_vocabulary(start.config, ctx.corpus.tokenizer, "config.data")
+    # All arms are checked before the first one trains.
     for name, arm in arms.items():
         check_room(ctx, start, name, arm)
     # Text for early stopping is set apart before anything is read, so that all arms have the same held-out text.
@@ -109,17 +110,15 @@ def run(config: Any, workdir: Path, console: Any) -> None:
 
 
 def check_room(ctx: QuietContext, model: Model, name: str, arm: QuietConfig) -> None:
-    """Checks that a text with a thread after its last token fits into the context, and that `pause` has an unused id.
-
-    Raises:
-      UserError: it does not fit, or there is no such id.
-    """
+    """Raises UserError if a text with a thread after its last token exceeds the context, or `pause` has no id."""
     t, room = ctx.thoughts.replace(**arm.thoughts), model.config.max_positions
     longest = max(t.thought_tokens, *arm.thought_lengths, 0)
+    # A thread holds the start vector, the thought, the end vector and talk_tokens - 1 true tokens.
     thread = 0 if arm.thought_source == "none" else longest + t.talk_tokens + 1
     need = max(ctx.corpus.length + thread, ctx.corpus.base_length if ctx.settings.base.steps else 0)
     line = f"config.arms.{name}: texts and thoughts take up to {need} positions and the model has {room}"
     require((need <= room, f"{line}; shorten data.length or the thoughts, or set model.max_positions"))
+    # Where the padding token is the end of text, documents hold it: it would not be the pauses' own.
     unused = {*t.forbidden_ids[:1]} - {ctx.corpus.tokenizer.eos_id}
     line = f"config.arms.{name}.thought_source='pause' needs an id that no text holds, and the tokenizer has no padding"
     line += " token of its own; name an unused id in config.thoughts.forbidden_ids"
@@ -127,11 +126,7 @@ def check_room(ctx: QuietContext, model: Model, name: str, arm: QuietConfig) -> 
 
 
 def in_order(arms: dict[str, Arm], parents: Callable[[Arm], Iterable[str]]) -> dict[str, Arm]:
-    """Returns the arms with the parents of each before it (a config sorts them by name).
-
-    Raises:
-      UserError: an arm whose parent does not exist, or descends from it.
-    """
+    """Returns the arms, which a config sorts by name, with the parents of each before it; UserError if impossible."""
     done: dict[str, Arm] = {}
     waiting = dict(arms)
     while waiting:
@@ -146,10 +141,10 @@ def in_order(arms: dict[str, Arm], parents: Callable[[Arm], Iterable[str]]) -> d
 
 def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, Model]) -> Model:
     """Trains one arm from its start and evaluates it on held-out text; returns its model."""
-    # ---- the models: what is trained, and what stays as it is
+    # ---- the models, trained and frozen
     start = with_thoughts(ctx, arm, models[arm.start])
     teacher = models[arm.teacher] if arm.teacher else None
-    # Roles besides the policy do not train.
+    # Teacher and reference are roles of the same state; the optimiser's pattern ^policy/ excludes them.
     roles = {"teacher": teacher.params} if teacher else {}
     if arm.thought_source == "sampled" and start.config.thoughts.kl_weight:
         roles["reference"] = start.params
@@ -162,12 +157,14 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
     def step_at(step: int) -> Callable[..., Any]:
         length = start.config.thoughts.thought_tokens
         if arm.thought_lengths:
+            # A function of (seed, step), so that a resumed run draws the same lengths.
             rng = np.random.default_rng([seed, step])
             length = int(arm.thought_lengths[rng.integers(len(arm.thought_lengths))])
         other = teacher and teacher.config
         return update(start.config, arm.thought_source, length, tx, settings, other, arm.teacher_weight)
 
     def batch_at(step: int) -> Batch:
+        # Rows depend on the run's seed, not on the arm's: all arms train on the same text in the same order.
         return ctx.batch(ctx.corpus.rows(step, settings.batch_size, ctx.seed))
 
     # ---- training and evaluation
@@ -194,12 +191,14 @@ def with_thoughts(ctx: QuietContext, arm: QuietConfig, model: Model) -> Model:
     elif "mixing" in model.params:
         params = model.params
     else:
+        # The arm's name is not in the seed: all arms start from one mixing head.
         key = jax.random.key(stable_seed(ctx.seed, "mixing"))
         attach = functools.partial(heads.attach_thoughts, config=config, start_id=ctx.start_id)
         params = jax.jit(attach)(model.params, key=key)
     return model.replace(config=config, params=params)
 
 
+# Cached, because `thought_lengths` requests an update at every step; each length compiles once.
 @functools.lru_cache(maxsize=64)
 def update(
     config: ModelConfig,
@@ -228,5 +227,6 @@ def control_loss(params: Any, batch: Batch, rng: jax.Array, *, config: ModelConf
     t = config.thoughts
     B, N = batch.tokens.shape
     thoughts = control_thoughts(thought_source, config, rng, (t.thought_tokens, B * t.thoughts_per_position, N - 1))
+    # Given tokens have no distribution to reinforce or regularize, and a control has no reference model.
     unreinforced = config.replace(thoughts=t.replace(policy_weight=0.0, kl_weight=0.0, entropy_weight=0.0))
     return thought_loss.loss(params, batch, rng, config=unreinforced, thoughts=thoughts)
