@@ -144,8 +144,7 @@ def _entered(tree_: Any) -> Any:
 
 
 def batch_axes(rows: int = 0, rules: Rules = Rules()) -> tuple[str, ...]:
-    """Returns the axes of the mesh that a program is traced in over which so many rows are split: none, outside of a mesh
-    or where they do not divide (0 divides by all)."""
+    """Returns the axes of the current mesh that split so many rows: () outside of one or if they do not divide."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(a for a in rules.batch if not mesh.empty and mesh.shape[a] > 1)
     return axes if rows % math.prod(mesh.shape[a] for a in axes) == 0 else ()

@@ -50,11 +50,7 @@ from qstar.types import Graded, Preference
 
 
 def programs(config: Any, devices: Any, assumed: Assumed) -> list[Program]:
-    """Returns the programs of a config on devices, those of training first.
-
-    Raises:
-      UserError: a config that is wrong, or a method without a plan.
-    """
+    """Returns the programs of a config on devices, those of training first; raises UserError for an unknown method."""
     case = Case(config, make_mesh(config.mesh, list(devices)), assumed)
     known = {"star": _star, "v_star": _v_star, "quiet_star": _quiet_star, "guided_cot": _guided_cot, "rl": _rl}
     method = config.get("method")
@@ -64,11 +60,7 @@ def programs(config: Any, devices: Any, assumed: Assumed) -> list[Program]:
 
 
 def named(found: list[Program], only: str) -> list[Program]:
-    """Returns the programs whose names contain `only`.
-
-    Raises:
-      UserError: there is none.
-    """
+    """Returns the programs whose names contain `only`; raises UserError if there is none."""
     names = "; ".join(p.name for p in found)
     out = [p for p in found if only in p.name]
     require((bool(out), f"--only={only}: in the name of no program of this config; they are: {names}"))
@@ -79,7 +71,6 @@ def named(found: list[Program], only: str) -> list[Program]:
 
 
 def _fine_tuning(case: Case) -> tuple[Model, Model, SampleSettings, Program]:
-    """Returns the model before and after fine-tuning, the settings of sampling, and the update."""
     model, s = decoder_model(case), case.settings(TrainSettings, "train")
     needed = flops.update(model.config, s.batch_size, s.row_length, lora=s.lora_rank > 0)
     step, batch = sft_step(model.config, s), case.batch(s.batch_size, s.row_length)
@@ -88,7 +79,7 @@ def _fine_tuning(case: Case) -> tuple[Model, Model, SampleSettings, Program]:
 
 
 def _variants(case: Case, cls: type, presets: dict[str, Any]) -> list[Any]:
-    """Returns the settings of each arm over those of its preset and of the section `loop`."""
+    # The later wins: the section `loop`, the arm's preset, the arm itself.
     out = []
     for name in case.config.arms:
         arm = case.config.arms[name].to_dict()
@@ -101,6 +92,7 @@ def _star(case: Case) -> Iterator[Program]:
     _, done, sample, program = _fine_tuning(case)
     yield program
     variants = _variants(case, star.VariantConfig, star.PRESETS)
+    # One set of programs for all arms, of the largest k and with a prefix if any arm has one: an upper bound.
     prefix = case.assumed.prefix if any(v.few_shot_at_sample for v in variants) else 0
     yield from sampling(case, done, sample, max(v.k for v in variants), sample.round_size, prefix)
 
@@ -109,6 +101,7 @@ def _v_star(case: Case) -> Iterator[Program]:
     model, done, sample, program = _fine_tuning(case)
     yield program
     variants = _variants(case, VStarConfig, PRESETS)
+    # Each kind once: arms share the settings of a verifier's section, so they would compile the same program.
     for kind in sorted({kind for v in variants for kind in v.verifiers}):
         s = case.settings(VerifierSettings, kind)
         yield _verifier(case, kind, done, s, {"the model before fine-tuning": model.params})
@@ -130,10 +123,12 @@ def _verifier(case: Case, kind: str, model: Model, s: VerifierSettings, resident
     rows, length = s.batch_size, s.row_length
     batch, needed = case.batch(rows, length), flops.update(model.config, rows, length, lora=s.lora_rank > 0)
     if kind == "dpo":
+        # A pair repeats its prompt before both completions: a row holds at most so many.
         pairs = max(1, length // (2 * case.assumed.prompt))
         two, one = (case.spec(shape, jnp.float32, split=True) for shape in ((rows, pairs, 2), (rows, pairs)))
         step = dpo_step(model.config, s)
         return train_program(case, "DPO", model, s, step, Preference(batch, two, one), needed, resident=resident)
+    # Attached here: the model of the config has none, and `value_step` expects it among the parameters.
     head = {"kernel": jnp.zeros((model.config.hidden_size, 1)), "bias": jnp.zeros((1,))}
     params = case.like(lambda p: {**p, "value": head}, model.params)
     grader = Model(model.config.replace(value_head=kind), params, None, case.mesh)
@@ -147,6 +142,7 @@ def _verifier(case: Case, kind: str, model: Model, s: VerifierSettings, resident
 
 def _quiet_star(case: Case) -> Iterator[Program]:
     options = case.section("thoughts")
+    # The text is tokenized by the run; a plan loads no tokenizer, and no shape depends on it.
     options.pop("start_text", None)
     options.setdefault("forbidden_ids", ())
     thoughts = (ThoughtConfig.parity if options.pop("parity", False) else ThoughtConfig)(**options)
@@ -193,11 +189,12 @@ def _thinking(
 
 
 def _guided_cot(case: Case) -> Iterator[Program]:
-    """Yields distillation and RL of the small model, and both models' sampling, on questions (hotpotqa and its like)."""
+    """Yields distillation and RL of the small model, and both models' sampling, on questions such as hotpotqa."""
     world = case.settings(MultiHopSettings, "guided")
     small = abstract_model(case, {"path": world.small}, "guided.small")
     options = dict(world.large)
     side_by_side = options.pop("slots", None)
+    # A large model behind a URL takes no memory here.
     large = None if "url" in options else abstract_model(case, options, "guided.large")
     resident = {} if large is None else {"the large model": large.params}
     prompt, R, starts = (
@@ -207,6 +204,7 @@ def _guided_cot(case: Case) -> Iterator[Program]:
     )
     train, kind = case.settings(DistilTrain, "distil_train"), case.settings(DistilSettings, "distil")
     if "base" in starts:
+        # Hard distillation trains on the teacher's text alone; the other kinds need its logits, so it is in memory.
         other = small if kind.kind == "hard" or large is None else large
         limit = scoring.text_limit(small.config)
         made = distillation.compiled(small.config, other.config, kind, limit, only_updates(train))
@@ -236,7 +234,6 @@ def _answers(
     resident: dict[str, Any],
     slots: int | None = None,
 ) -> Iterator[Program]:
-    """Yields the sampling of a decoder or an encoder-decoder."""
     if isinstance(model.config, EncDecConfig):
         yield seq2seq_sampling(case, model, what, slots or default_slots(requests), prompt, new, resident)
     else:
@@ -244,7 +241,6 @@ def _answers(
 
 
 def _rl(case: Case) -> Iterator[Program]:
-    """Yields sampling, scoring and updates of RL with verifiable rewards."""
     model, train = abstract_model(case, case.section("model")), case.settings(ReinforceSettings, "train")
     yield from _rl_updates(case, model, train, padded_length(case.assumed.prompt), {})
     sample = case.settings(SampleSettings, "sample", max_new_tokens=train.max_new_tokens)
@@ -255,10 +251,10 @@ def _rl(case: Case) -> Iterator[Program]:
 def _rl_updates(
     case: Case, model: Model, s: ReinforceSettings, prompt: int, resident: dict[str, Any]
 ) -> Iterator[Program]:
-    """Yields a gradient step on a minibatch of responses, and the scoring of the responses of an update."""
     settings, R = case.settings(RLSettings, "rl"), s.max_new_tokens
     limit, static = scoring.text_limit(model.config), {"config": model.config, "settings": settings}
     roles = {}
+    # PPO alone has a critic; GRPO and RLOO take their baseline from the group.
     if settings.estimator == "ppo":
         roles["value"] = case.like(functools.partial(heads.init_critic, model.config.hidden_size), jax.random.key(0))
     each, one = (case.spec(shape, jnp.float32, split=True) for shape in ((s.batch_size, R), (s.batch_size,)))
@@ -266,6 +262,7 @@ def _rl_updates(
     made = reinforce.compiled(**static, limit=limit, update=only_updates(s))
     needed = flops.respond(model.config, s.batch_size, prompt, R, back=True)
     yield train_program(case, "RL: gradient step", model, s, made, batch, needed, roles, resident)
+    # All responses of an update are scored at once, unlike the gradient steps on minibatches of them.
     start, count = trained(case, model, s), s.prompts * settings.group
     params, rows = {"policy": start.params, **roles}, case.responses(count, prompt, R)
     yield Program(

@@ -1,10 +1,9 @@
 """Reader of compiled HLO text: FLOPs, memory traffic and collectives of one run of a program.
 
-XLA's own `cost_analysis` counts the body of a loop once, which is useless for scanned layers. Here the text is parsed into
-computations, and every instruction counts as often as its computation runs: the trip count of a loop is XLA's
-`known_trip_count`, or follows from the constant in its condition. A loop that ends on data (decoding) runs `assumed` times,
-which the caller knows. Of a conditional, the most expensive branch counts.
+Every instruction counts as often as its computation runs. The trip count of a loop is XLA's `known_trip_count`, or
+follows from the constant in its condition. A loop that ends on data (decoding) runs `assumed` times.
 """
+# XLA's own `cost_analysis` is of no use here: it counts the body of a loop once, and the layers are scanned.
 
 from __future__ import annotations
 
@@ -17,12 +16,15 @@ from collections.abc import Iterator
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# In bits, since int4 takes half a byte; float8 types (f8e4m3fn ...) are many and are taken for the default of 8.
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32,
          "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _SLICES = ("dynamic-slice", "slice", "gather")
+# They move no data themselves: names for buffers, or loops and calls whose bodies are counted instead. Of asynchronous
+# pairs, the start counts.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
          "partition-id", "replica-id", "copy-done", "opt-barrier", "async-done", "async-update"}  # fmt: skip
 
@@ -58,7 +60,7 @@ class Instruction:
         return sum(a.bytes for a in self.arrays)
 
     def called(self, *keys: str) -> list[str]:
-        """Returns the names of the computations behind `calls=`, `body=` and so on."""
+        """Returns the names of the computations of `calls=`, `body=` and so on."""
         out = []
         for key in keys:
             if found := re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes):
@@ -84,7 +86,6 @@ class Costs:
     unknown_loops: int = 0  # loops that ran `assumed` times
 
     def add(self, other: Costs, times: float) -> None:
-        """Adds other costs, `times` times."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         self.unknown_loops += other.unknown_loops
@@ -92,7 +93,6 @@ class Costs:
             self.send(kind, times * c.count, times * c.bytes)
 
     def send(self, kind: str, count: float, bytes_: float) -> None:
-        """Adds collectives of one kind."""
         mine = self.collectives.setdefault(kind, Collective())
         mine.count, mine.bytes = mine.count + count, mine.bytes + bytes_
 
@@ -103,7 +103,8 @@ class Costs:
 
 
 def arrays(text: str) -> tuple[Array, ...]:
-    """Returns the arrays of a type, e.g. `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`. S(1) and up is not main memory."""
+    """Returns the arrays of a type, e.g. `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`."""
+    # S(n) is the memory space: 0, which is not written, is main memory; the others are on the chip and cost no traffic.
     return tuple(
         Array(m[1], tuple(int(n) for n in m[2].split(",") if n), not re.search(r"S\([1-9]", m[3] or ""))
         for m in _ARRAY.finditer(text)
@@ -112,7 +113,7 @@ def arrays(text: str) -> tuple[Array, ...]:
 
 
 def _balanced(text: str, at: int) -> int:
-    """Returns the index after the bracket that closes the one at `at`."""
+    # A count, not a regular expression: types of tuples nest, and layouts have brackets of their own.
     depth = 0
     for i in range(at, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")
@@ -142,6 +143,7 @@ def _instruction(line: str, head: re.Match) -> Instruction:
     op, closing = line[stop:opening].strip(), _balanced(line, opening)
     inner = line[opening + 1 : closing - 1]
     names = tuple(re.findall(r"%([\w.\-]+)", inner)) if "%" in inner else tuple(inner.split(", "))
+    # Not operands: the value of a constant, the number of a parameter. `_counter` and `_read` look for them here.
     if op in ("constant", "parameter"):
         names = (inner,)
     return Instruction(head[2], op, arrays(line[at:stop]), names, line[closing:], bool(head[1]))
@@ -155,10 +157,10 @@ class Program:
         self.computations, self.entry = parse(text)
         self.assumed = assumed
         self._known: dict[tuple[str, bool, bool], Costs] = {}
+        # By name within a computation: names are unique there, and operands are always of the same computation.
         self._tables = {name: {i.name: i for i in body} for name, body in self.computations.items()}
 
     def costs(self) -> Costs:
-        """Returns the costs of one run."""
         return self._of(self.entry, True, True)
 
     def collectives(self) -> Iterator[tuple[Instruction, float, str]]:
@@ -177,29 +179,29 @@ class Program:
                     yield from self._collectives(other, times, outer)
 
     def _kind(self, i: Instruction) -> str:
-        """Returns the kind of collective, "" for another instruction."""
         # A TPU compiler fuses an all-reduce with a slice of its result, which makes it a reduce-scatter.
         if i.op == "fusion" and any(c.startswith("all-reduce-scatter") for c in i.called("calls")):
             return "reduce-scatter"
         base = i.op.removesuffix("-start")
+        # A group of one device sends nothing.
         return base if base in COLLECTIVES and group_size(i.attributes) != 1 else ""
 
     # ---------------------------------------------------------------------------------------------------- loops
 
     def _runs(self, loop: Instruction, where: str, outer: bool) -> tuple[int, bool]:
-        """Returns how often a loop's body runs, and whether loops inside of it count as outermost ones."""
+        # Returned with it: whether loops inside still count as outermost. Below a loop that ends on data, another such
+        # loop runs once, or `assumed` would count squared.
         n = self.trips(loop, where)
         return (n, outer) if n is not None else (self.assumed if outer else 1, False)
 
     def trips(self, loop: Instruction, where: str) -> int | None:
-        """Returns the trip count of a loop, or None if only data determine it.
-
-        Its condition compares a counter with a constant; the body increments the counter by a constant, and the loop's
-        operand holds its start (0 if that cannot be read).
-        """
+        """Returns the trip count of a loop, or None if only data determine it."""
+        # Without `known_trip_count`: the condition compares a counter with a constant, the body increments the counter
+        # by a constant, and the loop's operand holds its start.
         if found := re.search(r'known_trip_count[^}]*?"?n"?\s*:\s*"?(\d+)', loop.attributes):
             return int(found[1])
         (condition,) = loop.called("condition")
+        # The comparison may be fused; its operands are then looked for on both sides of the fusion.
         root = self._root(condition)
         compare = self._inner_root(root) if root else None
         if root is None or compare is None or compare.op != "compare":
@@ -220,11 +222,10 @@ class Program:
         return next((i for i in self.computations.get(name, ()) if i.root), None)
 
     def _inner_root(self, i: Instruction) -> Instruction | None:
-        """Returns the instruction that a fusion ends in; another instruction itself."""
         return self._root(i.called("calls")[0]) if i.op == "fusion" else i
 
     def _counter(self, counter: Instruction | None, loop: Instruction, where: str) -> tuple[int, int]:
-        """Returns the increment of a loop's counter and its start; (1, 0) where the text does not show them."""
+        # (1, 0) where the text does not show them: `lax.scan` and `fori_loop` count from 0 by 1.
         found = re.search(r"index=(\d+)", counter.attributes) if counter else None
         if not found:
             return 1, 0
@@ -245,7 +246,8 @@ class Program:
     # ------------------------------------------------------------------------------------------------- counting
 
     def _of(self, name: str, outer: bool, traffic: bool) -> Costs:
-        """Returns the costs of one run of a computation; inside of fusions, without `traffic`."""
+        # Cached: layers call the same computations again and again. Without `traffic` inside of fusions, where results
+        # stay in registers; only FLOPs count there.
         key = (name, outer, traffic)
         if key not in self._known:
             self._known[key] = total = Costs()
@@ -263,6 +265,7 @@ class Program:
             runs, inner = self._runs(i, where, outer)
             total.add(self._of(i.called("body")[0], inner, traffic), runs)
         elif i.op == "conditional":
+            # Only one branch runs, and the text does not say which: the most expensive is an upper bound.
             branches = [self._of(b, outer, traffic) for b in i.called(*_BRANCHES)]
             total.add(max(branches, key=lambda c: (c.flops, c.bytes)), 1)
         elif i.op in ("call", "async-start", "fusion"):
@@ -270,7 +273,8 @@ class Program:
                 total.add(self._of(other, outer, traffic and i.op != "fusion"), 1)
         elif i.op == "convolution":
             total.flops += self._convolution(i, where)
-        elif i.op == "dot" or (i.op == "custom-call" and "matmul" in i.attributes):  # oneDNN on a CPU
+        # XLA's CPU compiler replaces matrix products by custom calls of oneDNN.
+        elif i.op == "dot" or (i.op == "custom-call" and "matmul" in i.attributes):
             total.flops += self._dot(i, where)
         if traffic and i.op not in _FREE and not i.op.endswith("-done"):
             total.bytes += self._traffic(i, where)
@@ -286,7 +290,8 @@ class Program:
         n = group_size(i.attributes) or (group_size(fused[0].attributes) if fused else 0)
         share = (n - 1) / n if n else 1.0
         made = i.bytes
-        if i.op.endswith("-start") and len(i.arrays) > 1:  # (operands, results, ...)
+        # The result of a start holds operands as well as results: their sum would count the data twice.
+        if i.op.endswith("-start") and len(i.arrays) > 1:
             made = max(a.bytes for a in i.arrays)
         if kind in ("all-gather", "reduce-scatter"):
             return share * max(made, given)
@@ -329,7 +334,8 @@ class Program:
         total = float(sum(a.bytes for a in i.arrays if a.main))
         inside = self.computations.get(i.called("calls")[0], []) if i.op == "fusion" and i.called("calls") else None
         root = next((j for j in inside or () if j.root), None)
-        if root is not None and root.op == "dynamic-update-slice":  # in place: only the update is written
+        # In place: only the update is written. KV caches are updated so, and the whole would be counted at every token.
+        if root is not None and root.op == "dynamic-update-slice":
             update = next((j for j in inside or () if j.name == root.operands[1]), None)
             total = float(update.bytes) if update is not None else total
         for n in range(len(i.operands)):
@@ -340,7 +346,7 @@ class Program:
 
 
 def _read(inside: list[Instruction], n: int, full_size: int) -> float:
-    """Returns the bytes that a fusion reads of its operand n: slices if it only slices it, 0 if it writes into it."""
+    # Slices if the fusion only slices its operand n (a layer of stacked parameters), 0 if it writes into it.
     names = {j.name for j in inside if j.op == "parameter" and j.operands == (str(n),)}
     users = [j for j in inside if names & set(j.operands)]
     while users and all(j.op == "bitcast" for j in users):  # through changes of shape
@@ -356,6 +362,7 @@ def _read(inside: list[Instruction], n: int, full_size: int) -> float:
 
 def group_size(attributes: str) -> int:
     """Returns the number of devices in each group of a collective, 0 if the text does not say."""
+    # Three notations: lists of devices, [groups, devices in each] over an iota, and axes of a named mesh.
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
@@ -381,7 +388,8 @@ def _window(attributes: str, dims: int) -> list[tuple[int, int, int, int]]:
 
 @functools.cache
 def _meetings(size: int, kernel: int, out: int, stride: int, low: int, dilate: int, spread: int) -> int:
-    """Returns how many pairs (output place, kernel tap) of one spatial axis meet an element of the input."""
+    # Pairs (output place, kernel tap) of one spatial axis that meet an element of the input; padding and the zeros of
+    # a dilation need no multiplication.
     if dilate == stride == spread == 1 and low == 0 and kernel == 1:
         return out
     at = np.arange(kernel)[:, None] * spread - low + np.arange(out)[None, :] * stride

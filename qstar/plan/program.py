@@ -65,17 +65,14 @@ def local_bytes(tree: Any) -> int:
     total = 0
     for x in jax.tree.leaves(tree):
         shape = x.sharding.shard_shape(x.shape) if isinstance(x.sharding, NamedSharding) else x.shape
+        # An upper bound: a key of `rbg` has 16 bytes, one of threefry2x32 has 8.
         size = 16 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
         total += math.prod(shape) * size
     return total
 
 
 def compile_program(program: Program, topology: Topology, keep: Callable[[str], None] | None = None) -> Plan:
-    """Compiles a program for a slice and reads the result; a program whose arguments do not fit is not compiled.
-
-    Args:
-      keep: called with the compiled text.
-    """
+    """Compiles a program for a slice and reads the result; `keep` is called with the compiled text."""
     parts = {k: local_bytes(v) for k, v in program.parts.items()}
     resident = {k: local_bytes(v) for k, v in program.resident.items()}
     arguments, beside, hbm = sum(parts.values()), sum(resident.values()), int(topology.chip.hbm)
@@ -83,13 +80,16 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
         program.name, False, parts, resident, 0, arguments + beside, hbm, rule=program.rule, notes=program.notes
     )
     plan.needed = program.flops / len(topology.devices)
+    # Compilation is slow, and activations could only add to the arguments.
     if plan.peak > hbm:
         return plan
+    # The CPU time of all threads, too: wall time depends on what else the machine does.
     began, worked = time.perf_counter(), time.process_time()
     compiled, message = None, ""
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as e:
+        # A TPU compiler refuses a program that needs more than the memory; that is an answer, not an error.
         message = str(e)
         if "RESOURCE_EXHAUSTED" not in message:
             raise
@@ -100,7 +100,8 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
         return plan
     plan.compiled = True
     memory = compiled.memory_analysis()
-    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that take no argument's place
+    # Donated arguments become results in place; what is left needs memory of its own.
+    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
     plan.activations = memory.temp_size_in_bytes + max(0, extra)
     plan.peak = memory.argument_size_in_bytes + beside + plan.activations
     plan.fits = plan.peak <= hbm
@@ -111,13 +112,14 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     plan.flops, plan.traffic = costs.flops, costs.bytes
     plan.collectives = {k: {"count": c.count, "bytes": c.bytes} for k, c in sorted(costs.collectives.items())}
     flops, traffic, links = costs.flops / chip.flops, costs.bytes / chip.bandwidth, costs.wire / chip.links
+    # The largest of the three is a lower bound of the time: it holds if the other two overlap with it entirely.
     plan.times = {"compute": flops, "memory": traffic, "links": links}
     plan.mfu = plan.needed / chip.flops / plan.seconds if plan.seconds else 0.0
     return plan
 
 
 def _exhausted(message: str) -> int:
-    """Returns the bytes that a program would have used, from a TPU compiler's message: `Used 28.05G of 15.75G hbm`."""
+    # A TPU compiler's message: `Used 28.05G of 15.75G hbm`.
     found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
     scale = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     return int(float(found[1]) * scale[found[2]]) if found else 0

@@ -50,6 +50,7 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) 
             time.perf_counter(),
         )
         if options.rows_per_chip:
+            # The chips of a tensor axis share their rows.
             rows = options.rows_per_chip * mesh.size // mesh.shape["tensor"]
             config.train.batch_size = rows * config.train.get("accumulate", 1)
         say(f"{config.get('name', 'run')} on {name}: {len(topology.devices)} x {topology.chip.name}, mesh {text}")
@@ -74,10 +75,9 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) 
 
 @contextlib.contextmanager
 def compile_settings(quick: bool = True) -> Iterator[None]:
-    """Configures JAX to compile what never runs: no cache and, if `quick`, as little optimisation as possible.
-
-    Little optimisation makes temporaries an upper bound: 5.70 instead of 5.60 GiB for a 7B step, in a quarter of the time.
-    """
+    """Configures JAX to compile what never runs: no cache and, if `quick`, as little optimisation as possible."""
+    # Little optimisation makes temporaries an upper bound: 5.70 instead of 5.60 GiB for a 7B step, in a quarter of the
+    # time.
     wanted: dict[str, Any] = {"jax_enable_compilation_cache": False}
     if quick:
         wanted |= dict.fromkeys(("jax_exec_time_optimization_effort", "jax_memory_fitting_effort"), -1.0)
@@ -166,6 +166,7 @@ def comparison(found: list[dict[str, Any]]) -> str:
 
 def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
     """Returns lines on a program that does not fit: its largest part, and what would help by arithmetic alone."""
+    # No compilation: it could take minutes for each suggestion. `qstar plan --search` compiles them.
     parts = {**plan.parts, **plan.resident, "activations": plan.activations}
     name = max(parts, key=lambda k: parts[k])
     title = {"optimiser": "optimiser state", "cache": "KV cache"}.get(name, name)
@@ -174,6 +175,7 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
     chips, tensor = mesh.size, mesh.shape["tensor"]
     split = mesh.shape["fsdp"] * tensor
     sharded = sum(plan.parts.get(k, 0) for k in ("parameters", "optimiser")) + sum(plan.resident.values())
+    # What fsdp does not split further: activations, cache and batch.
     rest = plan.peak - sharded
     if split < chips:
         left = sharded * split // chips + rest
@@ -185,6 +187,7 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
         what = f"{need} of these chips with fsdp={need} would hold parameters and optimiser beside what else there is"
         out += [what] if need > chips else []
     updates = bool(plan.parts.get("optimiser"))
+    # The methods excluded here do not take adapters from `train.lora_rank`.
     if updates and not train.get("lora_rank") and config.get("method") not in ("quiet_star", "guided_cot", "rl"):
         out.append("train.lora_rank=16 would leave next to no optimiser state and float32 masters")
     if updates and plan.activations > plan.hbm // 4:

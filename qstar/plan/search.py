@@ -1,9 +1,7 @@
 """Search for the cheapest layout of a config that fits on a slice: mesh, rematerialisation and micro-batches.
 
-Layouts are ordered by their known cost and compiled in this order until one fits. Worst are rows that do not divide over the
-chips (each chip then computes all of them), then tensor parallelism (it exchanges activations in every layer), then
-recomputation, then more micro-batches (parameters are gathered once for each). What cannot fit by arithmetic alone is not
-compiled: arguments, what the run keeps beside them, gradients, and what the forward pass keeps of plain rows.
+Layouts are ordered by their known cost and compiled in this order until one fits. What cannot fit by arithmetic alone
+is not compiled: arguments, what the run keeps beside them, gradients, and what the forward pass keeps of plain rows.
 """
 
 from __future__ import annotations
@@ -55,6 +53,9 @@ def layouts(config: Any, chips: int) -> list[Layout]:
             data = chips // tensor // fsdp
             for remat in remats:
                 for accumulate in (a for a in (1, 2, 4, 8, 16) if rows % a == 0):
+                    # Worst are rows that do not divide over the chips (each then computes all of them), then tensor
+                    # parallelism (it exchanges activations in every layer), then recomputation, then more
+                    # micro-batches (parameters are gathered once for each).
                     wasted = rows // accumulate % (data * fsdp) != 0
                     cost = (wasted, tensor, remat == "block", accumulate, fsdp)
                     out.append((cost, Layout(f"data={data},fsdp={fsdp},tensor={tensor}", remat, accumulate)))
@@ -62,8 +63,7 @@ def layouts(config: Any, chips: int) -> list[Layout]:
 
 
 def tried(config: Any, topology: Topology, assumed: Assumed, only: str) -> Iterator[tuple[Layout, list[Plan]]]:
-    """Yields every layout up to the first that fits: without plans if arithmetic rules it out, else with its programs up to
-    the first that does not fit."""
+    """Yields layouts up to the first that fits, with the plans of their programs; [] where arithmetic rules one out."""
     too_large: list[Layout] = []
     waiting = layouts(config, len(topology.devices))
     while waiting:
@@ -95,17 +95,14 @@ def same_but_larger(layout: Layout, other: Layout) -> bool:
 
 
 def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) -> int:
-    """Searches on every slice named. Returns the exit code: 1 where nothing fits.
-
-    Raises:
-      UserError: no program's name contains `options.only`.
-    """
+    """Searches on every slice named. Returns the exit code: 1 where nothing fits."""
     say, out = options.say, []
     for name in names:
         topology, began = open_topology(name, options.hbm), time.perf_counter()
         best: tuple[Layout, list[Plan]] | None = None
         ruled_out = 0
         with compile_settings(options.quick):
+            # Only for its UserError: with an `only` that matches nothing, every layout would count as ruled out.
             named(programs(config, topology.devices, assumed), options.only)
             for layout, plans in tried(config, topology, assumed, options.only):
                 if not plans:

@@ -54,6 +54,7 @@ class Case:
 
     def spec(self, shape: tuple[int, ...], dtype: Any, *, split: bool = False) -> jax.ShapeDtypeStruct:
         """Returns an abstract array: a copy on every chip, or rows split as `mesh.put_global_batch` does."""
+        # Rows that do not divide are replicated there, too: the plan must compile the same program as the run.
         split = split and shape[0] % self.shards == 0
         where = batch_sharding(self.mesh) if split else replicated(self.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -68,7 +69,6 @@ class Case:
         return self.mesh.size // self.mesh.shape["tensor"]
 
     def batch(self, rows: int, length: int) -> Batch:
-        """Returns abstract training rows."""
         ids = self.spec((rows, length), jnp.int32, split=True)
         return Batch(ids, self.spec((rows, length), jnp.float32, split=True), ids, ids)
 
@@ -90,7 +90,6 @@ class Case:
         return settings_from(cls, {**self.section(name), **more}, name)
 
     def arms(self, cls: Any) -> dict[str, Any]:
-        """Returns the settings of each arm."""
         return {n: settings_from(cls, self.config.arms[n].to_dict(), f"arms.{n}") for n in self.config.arms}
 
     def notes(self, rows: int, accumulate: int = 1) -> tuple[str, ...]:
@@ -118,6 +117,7 @@ def abstract_model(case: Case, options: dict[str, Any], where: str = "model") ->
         config, stored = published(path)
     else:
         config, stored = preset(name, **{k: options.pop(k) for k in list(options) if k in SIZES}), "float32"
+    # As `models.load`: bfloat16 for float16 weights, too, which overflow in the residual stream of many models.
     compute = options.pop("dtype", None) or ("bfloat16" if stored in ("bfloat16", "float16") else "float32")
     config = config.replace(dtype=compute, **options)
     params = jax.eval_shape(functools.partial(tree.cast, dtype=jnp.dtype(stored)), abstract_params(config))
@@ -138,6 +138,7 @@ def _float32(case: Case, params: Any) -> Any:
 
 def trained(case: Case, model: Model, settings: UpdateSettings) -> Model:
     """Returns the model after a stage of training: float32, or adapters merged in the stored dtype."""
+    # Full training keeps float32 master weights: in bfloat16, Adam's updates of 1e-6 round to nothing.
     return model if settings.lora_rank else model.replace(params=_float32(case, model.params))
 
 
@@ -155,19 +156,16 @@ def train_program(
     roles: dict[str, Any] | None = None,
     resident: dict[str, Any] | None = None,
 ) -> Program:
-    """Returns an update as `train_stage` runs it, on the state that it creates.
-
-    Args:
-      made: (optimiser, jitted step).
-      resident: parameters that the method keeps beside those that the update starts from.
-    """
+    """Returns an update as `train_stage` runs it. `made`: (optimiser, jitted step); `resident`: kept beside it."""
     tx, step = made
+    # The model that the run started from stays: every iteration trains it anew (STaR, section 3.1).
     before = {"the base model": model.params}
     if settings.lora_rank:
         fresh = lambda p: fresh_adapters(model.replace(params=p), settings.lora, 0)  # noqa: E731
         policy, roles = case.like(fresh, model.params), {**(roles or {}), "base": model.params}
     else:
         policy = _float32(case, model.params)
+        # The cast makes a copy, which is alive beside the state while the stage runs.
         if jax.tree.leaves(policy)[0].dtype != jax.tree.leaves(model.params)[0].dtype:
             before["a float32 copy of it"] = policy
     state = abstract_state({"policy": policy, **(roles or {})}, tx, mesh=case.mesh, table=PARAM_AXES)
@@ -184,11 +182,9 @@ def train_program(
 
 
 def _kept_activations(case: Case, c: Any, settings: UpdateSettings, batch: Any) -> int:
-    """Returns a lower bound, in bytes per chip, of what a micro-batch keeps from the forward pass for the backward pass.
-
-    Per layer and token: with `remat` the layer's input, else also the inputs of its matrix products. Scores of attention and
-    of the vocabulary are not counted.
-    """
+    # A lower bound in bytes per chip, so that a search may discard a layout by it. Per layer and token: with `remat`
+    # the layer's input, else also the inputs of its matrix products. Scores of attention and of the vocabulary are
+    # not counted.
     if not isinstance(c, ModelConfig):
         return 0
     rows, length = (
@@ -216,6 +212,7 @@ def sampling(
     where = state_shardings(state, case.mesh)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
 
+    # The prefix's keys and values are shared by all rows: not split over them, but by head like the cache.
     def by_head(x: Any) -> jax.ShapeDtypeStruct:
         spec = SAMPLING.spec(("heads", None, None)[: x.ndim], x.shape, case.mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(case.mesh, spec))
@@ -241,6 +238,7 @@ def sampling(
         lambda: S.decode.lower(params, sampler, shared, state, sampling_params, flag, count, count),
         parts,
         resident,
+        # On average half of the new tokens are in the cache.
         *flops.forward(c, slots * new, 1, context=L + P + new // 2, predicted=slots * new),
         steps=new,
     )

@@ -33,6 +33,7 @@ class Chip:
     links: float  # bytes per second that leave a chip over all its links at once, one way
 
 
+# hbm is what a program can use, not what is sold: a v5e has 16 GiB, of which the TPU compiler grants 15.75.
 CHIPS = {
     "v4": Chip("TPU v4", 32 * GIB, PEAKS["TPU v4"], 1.228e12, 2.7e11),
     "v5e": Chip("TPU v5e", 15.75 * GIB, PEAKS["TPU v5e"], 0.819e12, 1.8e11),
@@ -55,11 +56,6 @@ class Topology:
 
 
 def _read(name: str) -> tuple[str, int, str]:
-    """Returns kind, number of chips and shape of `v5e:4x4`, `gpu:8` or `cpu:8`.
-
-    Raises:
-      UserError: none of these.
-    """
     kind, _, shape = name.partition(":")
     if kind in ("gpu", "cpu") and re.fullmatch(r"[1-9]\d{0,3}|", shape):
         return kind, int(shape or 8), shape
@@ -70,10 +66,7 @@ def _read(name: str) -> tuple[str, int, str]:
 
 
 def open_topology(name: str, hbm: float = 0.0) -> Topology:
-    """Returns a slice to compile for.
-
-    Args:
-      hbm: GiB per chip instead of the table's.
+    """Returns a slice to compile for, with `hbm` GiB per chip instead of the table's.
 
     Raises:
       UserError: an unknown slice, one that the compiler does not know, or no compiler for it.
@@ -99,6 +92,7 @@ def _tpu_devices(name: str, count: int, shape: str) -> tuple[Any, ...]:
         os.environ.setdefault(f"TPU_{key}", value)
     from jax.experimental import topologies
 
+    # By default a topology consists of whole hosts, which have several chips.
     options = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
