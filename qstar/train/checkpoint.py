@@ -57,13 +57,14 @@ class Checkpoints:
             raise UserError(f"checkpoint folder {self.folder} cannot be written: {e.strerror}") from None
 
     def latest(self) -> int | None:
-        """Returns the newest complete step, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, record: dict[str, Any] | None = None) -> None:
         """Starts saving; returns once the arrays are copied (a step that exists already is left as it is)."""
+        # `Progress.save` may follow the loop's own save of a step, and orbax raises on a step that exists.
         if step in self._manager.all_steps():
             return
+        # The record as it is read back (tuples become lists): its checksum must be of that value.
         record = json.loads(json.dumps(record or {}))
         arrays = checksums(state)
         record[CHECKSUMS] = {"arrays": arrays, "record": _crc(record, arrays)}
@@ -107,6 +108,7 @@ class Checkpoints:
     def _read(self, like: Any, step: int) -> tuple[Any, dict[str, Any]]:
         where = self.folder / str(step)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        # The record first: it has the stored dtypes, and another model is reported before any array is read.
         try:
             record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
             found = record.pop(CHECKSUMS)
@@ -142,7 +144,6 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for all saves and closes the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -162,7 +163,7 @@ def _compare(arrays: dict[str, Any], target: Any, where: Any) -> None:
 
 
 def _with_dtype(x: Any, dtype: str) -> Any:
-    """Returns the abstract array with the stored dtype (only numbers are cast, not random keys)."""
+    # Only floats are ever cast: random keys and counters keep their dtype.
     if not jnp.issubdtype(x.dtype, jnp.floating) or str(x.dtype) == dtype:
         return x
     return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=getattr(x, "sharding", None))
@@ -181,7 +182,6 @@ def checksums(state: Any) -> dict[str, list[Any]]:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """A 32-bit checksum of an array, the same for every sharding."""
     # Each element is mixed with its position by a bijection (murmur3's finaliser), so a change of one element always
     # changes the sum; and a sum of integers does not depend on its order.
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

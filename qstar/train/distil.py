@@ -58,6 +58,7 @@ def divergence(log_p: jax.Array, log_q: jax.Array, kind: str, beta: float = 0.5)
         return _kl(log_p, log_q)
     if kind == "reverse_kl" or kind == "jsd" and beta == 1.0:
         return _kl(log_q, log_p)
+    # At the ends log(0) would raise; there the two KLs are the limits of the divergence scaled by 1 / b or 1 / (1 - b).
     log_m = jnp.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     return beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
 
@@ -79,9 +80,7 @@ def distil_loss(
 ) -> tuple[SumWeight, Metrics]:
     """Sum over the response tokens of the loss that `settings.kind` names, and their number.
 
-    Args:
-      params: {"policy": the student's, "teacher": read only by the soft losses, and never trained}.
-      config, teacher: of one vocabulary. limit: ids from here on have no text.
+    Args: params: {"policy": the student's, "teacher": for the soft losses}. limit: ids from here on have no text.
     """
     del rng
     s, mask = settings, batch.mask
@@ -93,6 +92,7 @@ def distil_loss(
     metrics = {"nll": (nll, weight), "entropy": (jnp.sum(entropy * mask), weight)}
     total = nll
     if s.kind != "hard":
+        # The step differentiates all roles: without this, the teacher's backward pass would run, too.
         frozen = jax.lax.stop_gradient(params["teacher"])
         teacher_states = scoring.response_states(
             frozen, teacher, batch.teacher_prompt, batch.teacher_mask, batch.response
@@ -107,6 +107,7 @@ def distil_loss(
         each = map_chunks(soft_loss, states, teacher_states, vocab_size=config.vocab_size)
         soft = jnp.sum(jnp.where(mask > 0, each * mask, 0.0))
         metrics["divergence"] = (soft, weight)
+        # Gradients of a soft loss fall as 1 / T^2: the factor keeps its share when T changes (1503.02531, section 2).
         total = s.soft_share * s.temperature**2 * soft + (1.0 - s.soft_share) * nll
     metrics |= {"loss": (total, weight), "tokens": (weight, jnp.float32(0))}
     return (total, weight), metrics

@@ -20,6 +20,7 @@ from qstar.models.encdec import EncDecConfig
 
 Needed = tuple[float, str]  # FLOPs, and the rule that counts them
 
+# The first match counts, so a longer name comes before its beginning ("TPU v5 lite" before "TPU v5").
 # Start of a device kind (or, for GPUs, part of it) -> dense bfloat16 FLOP/s of one chip, from the vendors' data sheets.
 PEAKS = {
     "TPU v4": 275e12,
@@ -62,8 +63,10 @@ def count(config: ModelConfig, tokens: float, pairs: float, *, frozen: bool = Fa
         t = c.thoughts
         S, A, P = t.thought_tokens, t.talk_tokens, t.thoughts_per_position * t.think_fraction
         U = S + A + 1  # token u of a thread attends to the text up to its position, and to u tokens of the thread
+        # Only S + A states of a thread are multiplied with the vocabulary; 3 D^2 is the mixing head's.
         weights += P * tokens * (U * (c.matmul_params - head) + (S + A) * head + 3 * c.hidden_size**2 * A)
         attention += P * pair * (U * pairs + tokens * U * (U + 1) / 2)
+    # Attention has no weights to freeze: under adapters its backward pass costs the same.
     return (4 if frozen else 6) * weights + 6 * attention
 
 
@@ -106,13 +109,13 @@ def respond(config: Any, rows: int, prompt: int, response: int, back: bool = Fal
 
 
 def _causal_pairs(length: int, window: int | None = None) -> float:
-    """Pairs of a token and one that it attends to (itself included) in a text of so many tokens."""
+    # The first w tokens attend to 1 .. w tokens, themselves included; each later one to w.
     w = min(length, window or length)
     return w * (w + 1) / 2 + (length - w) * w
 
 
 def _t5_matmul_params(c: EncDecConfig) -> tuple[float, float]:
-    """Parameters of the encoder's and of the decoder's products (the keys of cross-attention count as the decoder's)."""
+    # Cross-attention counts as the decoder's, its keys as well, although they are computed once per encoder token.
     attention = 4 * c.hidden_size * c.num_heads * c.head_dim
     mlp = (3 if c.gated_mlp else 2) * c.hidden_size * c.intermediate_size
     return c.num_layers * (attention + mlp), c.num_decoder_layers * (2 * attention + mlp)

@@ -66,17 +66,14 @@ def fit(
 ) -> Iterator[Progress]:
     """Runs updates 0 .. steps-1, yielding every `log_every` of them, at the end, and where it resumes.
 
-    With `checkpoints`, a run that was killed resumes from the newest one, and ends with the same bits: the batch of step s
-    is `batch_at(s)`, and the key of step s is folded from the state's. The metrics since the last Progress are saved with
-    the checkpoint, so that their means are the same, too.
+    With `checkpoints`, a run that was killed resumes from the newest one, and ends with the same bits.
 
     Args:
-      step_at: the update of a step (from `make_step`; the same for all, unless shapes change on the way).
+      step_at: the update of a step (from `make_step`).
       batch_at: the pytree of host arrays of a step: all rows, in every process (a pure function of the step).
-      lr_at: the learning rate of a step (an optax schedule).
+      lr_at: learning rate of a step.
       save_every: steps between checkpoints (0: only at the end, if `checkpoints` is given).
       max_bad: stop after this many skipped (not finite) updates in a row.
-      watch: counts recompiles, FLOPs and memory, traces, and guards transfers (default: one that only counts).
       on_policy: `batch_at` is given the state, too, and may sample from its parameters.
       place: puts (batch, learning rate) on the devices (default: every process has the whole batch).
       extra: values of the caller's own that change on the way, saved with the checkpoints (JSON).
@@ -88,6 +85,7 @@ def fit(
     run = _Fit(state, steps, checkpoints, save_every, log_every, max_bad, {} if extra is None else extra)
     place = place or functools.partial(put_global_batch, mesh=mesh)
     batch_of = batch_at if on_policy else lambda step, state: batch_at(step)
+    # SIGTERM waits for the end of an update, when the state can be saved.
     with preemption.defer():
         yield from run.resume()
         yield from run.updates(step_at, batch_of, lr_at, place, watch or Watch())
@@ -104,12 +102,12 @@ class _Fit:
         self.since = time.perf_counter()
 
     def resume(self) -> Iterator[Progress]:
-        """Restores the newest checkpoint, if any; yields where it stands."""
         kept = self.checkpoints.resume(self.state) if self.checkpoints is not None else None
         if kept is not None:
             self.state, record, self.first = kept
             self.window, self.bad = record.get("window", []), record.get("bad", 0)
             self.learnt = record.get("learnt", self.first)
+            # The window's time before the kill counts: seconds per step are those of all its updates.
             self.since -= record.get("seconds", 0.0)
             self.extra.update(record.get("extra", {}))
         if self.bad >= self.max_bad:  # the run had diverged before
@@ -144,6 +142,7 @@ class _Fit:
                     self.wait()
                     raise Diverged(_not_finite(longest, done))
                 if saves:
+                    # The last window is saved as well: a run that resumes at its end yields the same means again.
                     self.save(done, again=not logs or ends)
                 if ends:
                     self.require_learnt(done)
@@ -159,7 +158,7 @@ class _Fit:
         self.wait()
 
     def count(self, metrics: list[dict[str, float]]) -> int:
-        """Counts updates that were skipped, and that learnt; returns the longest run of skipped ones."""
+        # Returns the longest run of skipped updates, which may begin in the window before and end within this one.
         longest = self.bad
         for m in metrics:
             self.bad = self.bad + 1 if m["skipped"] else 0
@@ -168,7 +167,7 @@ class _Fit:
         return longest
 
     def require_learnt(self, done: int) -> None:
-        """Raises Diverged if no update learnt anything, or none of those that the last loss is the mean of."""
+        # Without this, a run that learnt nothing, or whose last mean is over skipped updates alone, would look finished.
         why = ""
         if not self.learnt:
             why = f"none of {done} updates was finite and had a token to learn from; check the data and the first model"
@@ -179,7 +178,7 @@ class _Fit:
             raise Diverged(why)
 
     def save(self, done: int, *, again: bool) -> None:
-        """Starts a checkpoint; with `again`, with all that a resumed run needs to make the next Progress."""
+        # With `again` the metrics since the last Progress are saved, so that a resumed run reports the same means.
         if self.checkpoints is None:
             return
         window, seconds = (self.window, time.perf_counter() - self.since) if again else ([], 0.0)
@@ -208,6 +207,7 @@ def _to_floats(window: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _means(window: list[dict[str, float]], seconds: float) -> dict[str, float]:
+    # One skipped update would make the window's mean NaN or infinite.
     finite = [m for m in window if not m["skipped"]] or window
     means = {k: float(np.mean([m[k] for m in finite])) for k in window[0]}
     means["skipped"] = float(np.sum([m["skipped"] for m in window]))

@@ -42,6 +42,7 @@ class Writer:
         content, self._damaged = read_content(self.folder)
         self._hash = hashlib.blake2b(content, digest_size=16)
         self._bytes, self._rows = len(content), content.count(b"\n")
+        # Unbuffered: a row is in the file before its checksum is in the record, and a killed process loses none.
         self._file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         if content[-1:] not in (b"", b"\n"):  # the partial line of a killed process ends here
             self._append(b"\n")
@@ -75,14 +76,14 @@ class Writer:
             self._wandb.log({f"{prefix}/{k}": v for k, v in {**values, **at}.items()})
 
     def _append(self, line: bytes) -> None:
-        """Appends to the file, then writes the checksum of its content so far."""
         self._file.write(line)
         self._hash.update(line)
         self._bytes, self._rows = self._bytes + len(line), self._rows + line.count(b"\n")
         record = {"bytes": self._bytes, "rows": self._rows, "blake2b": self._hash.hexdigest(), "damaged": self._damaged}
         path = record_path(self.folder / "metrics.jsonl")
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # no fsync: there are many rows
+        # Renamed into place, so that no kill leaves half a record. No fsync: there are many rows.
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
@@ -104,7 +105,7 @@ class Writer:
 
 
 def _wandb_run(folder: Path, options: dict[str, Any]) -> Any:
-    """Starts the wandb run of a folder, or resumes it by the id that is stored there."""
+    # The id is stored in the folder, so that a run that resumes continues its wandb run, too.
     import wandb  # an optional dependency
 
     path = folder / "wandb_id.txt"
@@ -122,10 +123,7 @@ def _wandb_run(folder: Path, options: dict[str, Any]) -> Any:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics.jsonl, the last of each `KEYS`, in file order.
-
-    Warns of damage, and leaves out rows that cannot be parsed.
-    """
+    """Returns the rows of a run's metrics.jsonl that can be parsed, the last of each `KEYS`; warns of damage."""
     rows: dict[tuple, dict[str, Any]] = {}
     for line in read_content(Path(folder))[0].splitlines():
         try:
@@ -134,6 +132,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
             key = tuple(map(row.get, KEYS))
             if known not in ([str, int, str, int], [str, int, str, type(None)]):
                 continue
+            # Popped, so that the last row of a key also has the place of the last.
             rows.pop(key, None)
         except (ValueError, KeyError, TypeError, RecursionError):  # a damaged or partial line
             continue
@@ -160,10 +159,7 @@ def read_content(folder: Path) -> tuple[bytes, bool]:
 
 
 def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """Prints rows of equal keys as a table.
-
-    A table wider than the terminal is split into several, each with the first column; a single row is printed as a column.
-    """
+    """Prints rows of equal keys as a table; a table wider than the terminal is split, or printed as a column."""
     if not rows:
         return
     cells = {name: [name, *(_cell(row[name]) for row in rows)] for name in rows[0]}

@@ -38,21 +38,22 @@ def adamw(
 ) -> optax.GradientTransformation:
     """Returns AdamW's direction (clipped by global norm unless clip=0), to be scaled by minus the learning rate.
 
-    Moments are float32 whatever the gradients are. `weight_decay` applies to all that trains, as in PyTorch's AdamW over
-    all parameters: embeddings, biases, norms, adapters, start and end vectors, too (transformers' Trainer leaves out biases
-    and norms).
+    Moments are float32 whatever the gradients are; `weight_decay` applies to all that trains.
     """
     # The rate is an argument of the train step: STaR's iterations differ in their number of steps, hence in their
     # schedule, which must not recompile the step.
+    # Clipped first: an outlier would otherwise enter both moments at its full size.
     parts = [optax.clip_by_global_norm(clip)] if clip else []
     parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype="float32"))
+    # After Adam's scaling, hence decoupled. On embeddings, biases and norms as well, as in PyTorch's AdamW over all
+    # parameters (transformers' Trainer leaves out biases and norms).
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))
     return _in_float32(optax.chain(*parts))
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs `inner` on float32 gradients, with the state of float32 parameters (optax gives moments the params' dtype)."""
+    # Optax gives moments the dtype of the parameters: in bfloat16 their small changes would round to nothing.
 
     def update(grads, state, params=None):
         return inner.update(tree.cast(grads, jnp.float32), state, params)

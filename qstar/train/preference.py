@@ -9,9 +9,7 @@
     the mean over scored tokens, plus lambda * the mean over tokens of the language-modelling loss of right solutions
 
 Log-probabilities are sums over the tokens of a completion, EOS included; those of the reference G are computed once, before
-the first update. Cobbe's verifier has a squared error and drops out 20% of the residual stream; cross-entropy is the usual
-form now, and the dropout here is on the input of the head. The score of an ORM is that of the last token; the score of a
-PRM is the minimum, or the product, over steps.
+the first update. The score of an ORM is that of the last token; that of a PRM the minimum, or the product, over steps.
 """
 
 from __future__ import annotations
@@ -46,18 +44,19 @@ def dpo_loss(
       beta: strength of the KL penalty towards the reference.
 
     Returns:
-      (sum over pairs, number of pairs). Metrics, means over pairs: `loss`, `accuracy` (share with a positive margin; half
-      of a tie), `margin` (beta included), `chosen_logratio` and `rejected_logratio` (log-probability minus the reference's),
-      `chosen_logprob`, `rejected_logprob`, and `nll` per token of the chosen one; `tokens`, a count.
+      (sum over pairs, number of pairs). Metrics are means over pairs; `margin` includes beta, `nll` is per token.
     """
     del rng
     sums, lengths = pair_logprobs(params["policy"], config, batch.rows, batch.weight.shape[1])  # [B, X, 2]
     weight = batch.weight
     log_ratio = sums - batch.reference
     margin = beta * (log_ratio[..., 0] - log_ratio[..., 1])
+    # A slot without a pair has no token, and weight 0: the divisor 1 avoids 0 / 0, which weight 0 would not remove.
     nll = -sums[..., 0] / jnp.maximum(lengths[..., 0], 1)
+    # -log sigmoid(margin); as softplus it does not overflow where the margin is very negative.
     dpo = jax.nn.softplus(-margin)
     total, pairs = jnp.sum(weight * (dpo + alpha * nll)), jnp.sum(weight)
+    # Before the first update policy and reference agree, so every margin is 0: half a win is the chance level.
     wins = (margin > 0) + 0.5 * (margin == 0)
     named = {
         "accuracy": wins,
@@ -94,30 +93,27 @@ def value_loss(
 ) -> tuple[SumWeight, Metrics]:
     """Binary cross-entropy of the value head at the tokens of `batch.weight`, plus lm_weight times the NLL of `rows.mask`.
 
-    Both are means over their own tokens, so that lm_weight means the same for an ORM, which scores every token, and for a
-    PRM, which scores one per step.
-
     Args:
       params: {"policy": ...}, of a `config` with a value head. rng: of the dropout.
       dropout: share of the head's inputs that are set to 0 (and the others scaled up) in training.
-
-    Returns:
-      (sum, number of scored tokens); metrics `loss`, `bce`, `accuracy` (on the right side of 1/2), `lm_nll` per token that
-      is learnt, and `tokens`, a count of the scored ones.
     """
     policy = params["policy"]
     hidden = hidden_states(policy, config, batch.rows)
     inputs = hidden
+    # Cobbe et al. drop out 20% of the residual stream; here it is on the input of the head.
     if dropout:
         kept = jax.random.bernoulli(rng, 1 - dropout, hidden.shape)
         inputs = jnp.where(kept, hidden / (1 - dropout), 0)
     logits = value_logits(policy, inputs)
+    # Cobbe et al. take a squared error; cross-entropy is the usual form. From logits, where log(sigmoid) would be -inf.
     bce = jax.nn.softplus(logits) - batch.labels * logits
     count, bce_sum = jnp.sum(batch.weight), jnp.sum(batch.weight * bce)
     hits = jnp.sum(batch.weight * ((logits > 0) == (batch.labels > 0.5)))
     learnt, nll = batch.rows.mask[:, 1:], jnp.float32(0)
     if lm_weight:
         nll, _, _ = token_nll(hidden[:, :-1], decoder.head(policy, config), batch.rows.tokens[:, 1:], learnt)
+    # Both terms are means over their own tokens, so that lm_weight means the same for an ORM, which scores every token,
+    # and for a PRM, which scores one per step.
     # The sum has one divisor, the scored tokens. `lm_scale`, a ratio of counts over all data, brings the NLL to it, so
     # that the update is the same however a batch is split into micro-batches.
     scale = count / jnp.maximum(jnp.sum(learnt), 1.0) if batch.lm_scale is None else batch.lm_scale[0]

@@ -65,6 +65,7 @@ class Trace:
             self.open = False
 
 
+# Of the process, not of a stage: a listener cannot be removed, and a trace counts the updates of all stages.
 class _Process:
     compiles: Compiles | None = None
     trace: Trace | None = None
@@ -99,6 +100,7 @@ class Watch:
         if _Process.trace is not None:
             _Process.trace.begin()
         before = _Process.compiles.count
+        # Only implicit transfers are guarded: placing the batch is explicit, and passes.
         with jax.transfer_guard(self._guard):
             yield
         if id(step) in self._warm:

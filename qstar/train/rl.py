@@ -11,12 +11,6 @@ The divergence from the reference is in one of two places (x ~ pi, r = ref / pi)
     in the reward, -beta k1 with k1 = -log r     its expected gradient is that of KL(pi, ref) (k3 there would not be)
     in the loss, beta k2 with k2 = (log r)^2 / 2, or beta rho k3 with k3 = r - 1 - log r     the same gradient, on policy
 
-k1 as a loss has no gradient at all in expectation, and k3 without rho has that of KL(ref, pi): neither is offered.
-
-Old, reference and new log-probabilities come from one function, `measure`, in one dtype, so that rho is 1 until the policy
-changes: to 1e-6 in float32. In bfloat16 a minibatch is rounded otherwise than the whole batch, and rho is within about 1% of
-1 (2 layers, measured: .989 to 1.011; more layers, more); the sampler's log-probabilities differ by as much, and are not
-used.
 """
 
 from __future__ import annotations
@@ -37,6 +31,7 @@ from qstar.tree import masked_mean
 from qstar.types import Metrics, Params
 
 ESTIMATORS = ("ppo", "rloo", "grpo")
+# k1 as a loss has no gradient at all in expectation, and k3 without rho has that of KL(ref, pi): neither is offered.
 PLACES = ("reward", "k2", "ratio_k3", "none")
 DEFAULT_PLACE = {"ppo": "reward", "rloo": "reward", "grpo": "k2"}
 
@@ -106,9 +101,12 @@ def measure(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns log-probabilities, entropies and values of the response tokens, each float32 [B, R].
 
-    Args:
-      params: {"policy": ..., and "value" if there is one}. limit: ids from here on are never drawn.
+    Args: params: {"policy": ..., and "value" if there is one}. limit: ids from here on are never drawn.
     """
+    # Old, reference and new log-probabilities come from this function, in one dtype, so that rho is 1 until the policy
+    # changes: to 1e-6 in float32. In bfloat16 a minibatch is rounded otherwise than the whole batch, and rho is within
+    # about 1% of 1 (2 layers, measured: .989 to 1.011; more layers, more); the sampler's log-probabilities differ by as
+    # much, and are not used.
     states = scoring.response_states(params["policy"], config, prompt, prompt_mask, response)
     temperature, head = settings.temperature, decoder.head(params["policy"], config)
     logprobs, _, entropy = vocabulary.token_logprobs(
@@ -162,6 +160,7 @@ def group_normalised(scores: jax.Array, group: int, divide_by_std: bool = True) 
     s = rearrange(scores, "(prompt group) -> prompt group", group=group)
     centred = s - reduce(s, "prompt group -> prompt 1", "mean")
     if divide_by_std:
+        # 1e-4: a group of equal scores has advantages of 0, not 0 / 0.
         centred = centred / (jnp.std(s, axis=1, ddof=1, keepdims=True) + 1e-4)
     return rearrange(centred, "prompt group -> (prompt group)")
 
@@ -185,8 +184,10 @@ def estimate(
     k1 = (old_logprobs - ref_logprobs) * mask
     reward_kl_weight = kl_weight if settings.place == "reward" else 0.0
     if settings.estimator == "ppo":
+        # The targets of the values are from the raw advantages: whitened ones are on another scale.
         raw = gae(token_rewards(scores, k1, mask, reward_kl_weight), values, mask, settings.gamma, settings.lam)
         return (whitened(raw, mask) if settings.whiten else raw), (raw + values) * mask
+    # Without a critic a response is one action: its divergence is summed and taken off its score.
     returns = scores - reward_kl_weight * jnp.sum(k1, axis=1)
     if settings.estimator == "rloo":
         each = leave_one_out(returns, settings.group)
@@ -202,6 +203,7 @@ def adapted(kl_weight: float, kl: float, responses: int, settings: RLSettings) -
     """Returns the weight after a batch of `responses` with `kl` nats each (1909.08593, section 2.2)."""
     if not settings.kl_target:
         return kl_weight
+    # Clipped at 20%, as in the paper: one unusual batch moves the weight little.
     error = min(max(kl / settings.kl_target - 1.0, -0.2), 0.2)
     return kl_weight * (1.0 + error * responses / settings.kl_horizon)
 
@@ -235,6 +237,8 @@ def surrogate(
     log_ratio = jnp.where(mask > 0, logprobs - batch.old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)
     limited = jnp.clip(ratio, 1.0 - s.clip, 1.0 + s.clip)
+    # The larger of the two losses, a pessimistic bound: clipping never hides that the policy got worse (1707.06347,
+    # section 3).
     policy_loss = jnp.maximum(-batch.advantages * ratio, -batch.advantages * limited)
     total = policy_loss - s.entropy_weight * entropy
     log_r = jnp.where(mask > 0, batch.ref_logprobs - logprobs, 0.0)

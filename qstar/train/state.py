@@ -29,6 +29,7 @@ class TrainState:
 
 def optimizer_for(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
     """Returns `tx` on parameters whose path (e.g. `policy/layers/q/kernel`) matches, and no update or moments elsewhere."""
+    # `partition`, not `masked`: a masked transformation passes the gradients of the others through as updates.
     return optax.partition({True: tx, False: optax.set_to_zero()}, lambda params: tree.match(params, pattern))
 
 
@@ -42,14 +43,13 @@ def create_state(
 ) -> TrainState:
     """Returns a fresh state (step 0, empty moments) around copies of the parameters, as every STaR iteration starts.
 
-    Created under jit, in its sharding: with a mesh no unsharded moment ever exists. (Random parameters: `init_params`.)
-
-    Args:
-      params: by role. table: logical axes by path pattern (`decoder.PARAM_AXES`).
+    Args: params: by role. table: logical axes by path pattern (`decoder.PARAM_AXES`).
     """
+    # Under jit, in its sharding: with a mesh no unsharded moment ever exists.
     return _creator(tx, mesh, tuple(table))(params, tree.random_key(seed))
 
 
+# Cached: a new partial would be compiled again at the start of every STaR iteration.
 @functools.cache
 def _creator(tx: optax.GradientTransformation, mesh: Mesh | None, table: tuple) -> Callable[..., TrainState]:
     return sharded_jit(functools.partial(_fresh, tx), mesh, table)
@@ -87,6 +87,7 @@ def sharded_jit(f: Callable[..., Any], mesh: Mesh | None, table: AxisTable) -> C
 
     @functools.wraps(f)
     def call(*args: Any) -> Any:
+        # Shardings depend on the results' shapes, which `eval_shape` finds without allocating them.
         where = shardings(jax.eval_shape(f, *args), table, mesh)
         return jax.jit(f, out_shardings=where)(*args)
 

@@ -1,9 +1,4 @@
-"""Evaluation statistics: pass@k, majority@k, best-of-k, a verifier's quality, intervals over problems.
-
-scikit-learn and scipy have parts of this; what is here differs from them on purpose. Scores may be -inf or NaN (a sample
-without an answer), which `roc_auc_score` refuses; Platt's targets are not labels; and `scipy.stats.bootstrap` would draw
-other resamples than recorded runs did.
-"""
+"""Evaluation statistics: pass@k, majority@k, best-of-k, a verifier's quality, intervals over problems."""
 
 from __future__ import annotations
 
@@ -41,9 +36,6 @@ def best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float | np.ndarr
       correct: [..., N] bool, or any value of a sample.
       k: 1..N.
 
-    Returns:
-      A float, or [...] float64 where there are leading axes.
-
     Raises:
       ValueError: shapes differ, no sample, or k is not in 1..N.
     """
@@ -69,7 +61,7 @@ def _pair(scores: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.ndarray
 
 
 def _shared_by_ties(s: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """z [N] in falling order of s, where samples of equal score all get the mean over them."""
+    # Samples of equal score all get the mean over them: the expectation over a random order of the tied ones.
     _, group, size = np.unique(-s, return_inverse=True, return_counts=True)
     return np.repeat(np.bincount(group, weights=z) / size, size)
 
@@ -79,6 +71,7 @@ def auc(scores: ArrayLike, correct: ArrayLike) -> float:
 
     NaN scores count as -inf.
     """
+    # Not scikit-learn's `roc_auc_score`, which refuses the -inf and NaN scores of samples without an answer.
     s, z = _pair(scores, correct)
     z = z.astype(bool)
     wrong = np.sort(s[~z])
@@ -111,23 +104,23 @@ class Platt(NamedTuple):
         s = np.asarray(scores, np.float64)
         with np.errstate(invalid="ignore"):
             logits = self.slope * np.where(np.isnan(s), -np.inf, s)
-        return 0.5 * (1 + np.tanh(0.5 * (np.where(np.isnan(logits), 0.0, logits) + self.offset)))  # 0 * inf is 0
+        # tanh does not overflow where exp does. A slope of 0 times -inf is NaN, and means 0.
+        return 0.5 * (1 + np.tanh(0.5 * (np.where(np.isnan(logits), 0.0, logits) + self.offset)))
 
 
 def fit_platt(scores: ArrayLike, correct: ArrayLike) -> Platt:
     """Fits probabilities to scores that have no probability scale (DPO), on a split that is not evaluated on.
 
-    Scores that are not finite are left out.
-
     Raises:
       ValueError: shapes differ, or one of the classes has no finite score.
     """
     s, z = (x.ravel() for x in _pair(scores, correct))
+    # The score of a sample without an answer is not finite, and has no place on a fitted slope.
     s, z = s[np.isfinite(s)], z[np.isfinite(s)].astype(bool)
     P, W = int(z.sum()), int((~z).sum())
     if not P or not W:
         raise ValueError(f"fit_platt: {P} correct and {W} wrong samples; needs both")
-    # Platt (1999): targets within (0, 1) keep the slope finite where the scores separate the classes.
+    # Platt (1999): targets within (0, 1), not labels, keep the slope finite where the scores separate the classes.
     target = np.where(z, (P + 1) / (P + 2), 1 / (W + 2))
     mean, scale = s.mean(), s.std() or 1.0
     X = np.stack([(s - mean) / scale, np.ones(len(s))], axis=1)  # standardised, so that one step size fits all scores
@@ -135,6 +128,7 @@ def fit_platt(scores: ArrayLike, correct: ArrayLike) -> Platt:
     for _ in range(100):  # Newton's method, the step halved where the loss would rise
         p = 0.5 * (1 + np.tanh(0.5 * X @ theta))
         gradient = X.T @ (p - target)
+        # 1e-12: the matrix is singular where all scores are equal.
         step = np.linalg.solve((X.T * (p * (1 - p))) @ X + 1e-12 * np.eye(2), gradient)
         while (new := _cross_entropy(X @ (theta - step), target)) > loss and np.abs(step).max() > 1e-12:
             step = step / 2
@@ -155,11 +149,9 @@ def brier(probabilities: ArrayLike, correct: ArrayLike) -> float:
 
 
 def expected_calibration_error(probabilities: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
-    """Returns the sum over bins of n_b / n |accuracy_b - confidence_b|, bins of equally many samples in order of p.
-
-    Samples of equal probability share their mean correctness, so the value does not depend on their order.
-    """
+    """Returns the sum over bins of n_b / n |accuracy_b - confidence_b|, bins of equally many samples in order of p."""
     p, z = (x.ravel() for x in _pair(probabilities, correct))
+    # Samples of equal probability share their mean correctness, so the value does not depend on their order.
     gaps = np.sort(p)[::-1] - _shared_by_ties(p, z)
     return float(sum(abs(part.sum()) for part in np.array_split(gaps, min(bins, len(gaps)))) / len(gaps))
 
@@ -167,12 +159,10 @@ def expected_calibration_error(probabilities: ArrayLike, correct: ArrayLike, bin
 def cross_fitted(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> list[np.ndarray]:
     """Returns probabilities per problem, by Platt scaling fitted on the other half of the problems (every second one).
 
-    Args:
-      scores, correct: per problem [n].
-
     Raises:
       ValueError: a half lacks right or wrong samples; see `fit_platt`.
     """
+    # Each half is scaled by the fit on the other one: a fit measured on its own samples would look calibrated.
     halves = [range(start, len(scores), 2) for start in (0, 1)]
     fits = [fit_platt(*(_join([xs[i] for i in half]) for xs in (scores, correct))) for half in reversed(halves)]
     return [fits[i % 2](s) for i, s in enumerate(scores)]
@@ -208,17 +198,15 @@ def bootstrap_ci(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of the mean, resampling problems (one value per problem).
-
-    (nan, nan) without values.
+    """Returns the percentile bootstrap interval of the mean, resampling problems; (nan, nan) without values.
 
     Args:
-      counts: the numbers of parts of problems that have several (tokens of a row): `values` are sums over them, and the
-        interval is that of sum(values) / sum(counts).
+      counts: parts per problem (tokens of a row); `values` are then sums, the interval that of sum(values) / sum(counts).
     """
     x = np.asarray(values, np.float64)
     if not len(x):
         return math.nan, math.nan
+    # Not `scipy.stats.bootstrap`, which draws other resamples than recorded runs did.
     rng = np.random.default_rng(seed)
     n = np.ones(len(x)) if counts is None else np.asarray(counts, np.float64)
     drawn = (rng.integers(0, len(x), len(x)) for _ in range(resamples))

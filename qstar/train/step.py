@@ -27,8 +27,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         as (sum, 0).
       tx: the optimiser's direction, over all of `state.params` (`state.optimizer_for` trains a part of them); the update
         is minus `lr` (a scalar, dynamic) times it.
-      accumulate: micro-batches per update, split from the batch's leading axis. Sums and weights add up and are divided
-        once, so the update is the same for every `accumulate`.
+      accumulate: micro-batches per update, split from the batch's leading axis; the update is the same for all values.
 
     Returns:
       The step. Its metrics are float32 scalars: those of the loss, `grad_norm`, and `skipped` (1 where the loss or the
@@ -36,6 +35,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
     """
 
     def sums(params: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
+        # The gradient is of the sum: its divisor is known only after the last micro-batch.
         def total(params: Any) -> tuple[jax.Array, Any]:
             (value, weight), metrics = loss(params, batch, rng)
             return value, (value, weight, metrics)
@@ -44,12 +44,14 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         return grads, rest
 
     def step(state: TrainState, batch: Any, lr: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        # The key depends on the seed and the step alone: a run that resumes draws the same numbers.
         rng = jax.random.fold_in(state.rng, state.step)
         if accumulate == 1:
             grads, (value, weight, metrics) = sums(state.params, batch, rng)
         else:
             micro = jax.tree.map(lambda x: split_micro(x, accumulate), batch)
             first = jax.tree.map(lambda x: x[0], micro)
+            # The shapes of the sums alone, for the scan's carry: the loss is not run for them.
             zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, state.params, first, rng))
 
             def body(carry: Any, xs: Any) -> tuple[Any, None]:
@@ -57,12 +59,15 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
                 return tree.add(carry, sums(state.params, batch, jax.random.fold_in(rng, i))), None
 
             (grads, (value, weight, metrics)), _ = jax.lax.scan(body, zero, (jnp.arange(accumulate), micro))
+        # The only division, by the weight of the whole batch: a mean of the micro-batches' means would weigh tokens of
+        # short micro-batches more.
         grads = tree.scale(grads, 1.0 / _nonzero(weight))
         norm = optax.global_norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, tree.scale(updates, -lr))
 
+        # Selected on the device: a decision of the host would wait for every update.
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
