@@ -28,7 +28,8 @@ from qstar.files import warn
 from qstar.models.model import Model
 from qstar.sample.batching import generate
 
-MAX_REPLY = 64 << 20  # bytes of a reply; 64 answers take some hundred kilobytes
+# Bytes of a reply; 64 answers take some hundred kilobytes.
+MAX_REPLY = 64 << 20
 MAX_REFUSED = 0.01  # share of the prompts that the endpoint may refuse (one always may) before the run stops
 
 
@@ -44,7 +45,7 @@ UNANSWERED = Answer("", 0.0, 0)  # to a prompt that the endpoint refused
 
 
 class Answerer(Protocol):
-    """Answers prompts greedily. `name` identifies the model and its decoding options; it is part of the cache's keys."""
+    """Answers prompts greedily. `name`, of the model and its decoding options, is part of the cache's keys."""
 
     name: str
 
@@ -63,8 +64,8 @@ class ModelAnswerer:
     slots: int | None = None  # prompts decoded in parallel, bounded by memory; answers do not depend on it
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
-        """See `Answerer`."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop, "slots": self.slots}
+        # Greedy, so that an answer is a function of its prompt and can be cached.
         found = generate(self.model, prompts, temperature=0.0, **options)
         return [Answer((c.text or "").strip(), float(sum(c.logprobs)), len(c.tokens)) for (c,) in found]
 
@@ -77,7 +78,6 @@ class FunctionAnswerer:
     name: str = "function"
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
-        """See `Answerer`."""
         texts = distributed.broadcast_from_host0(lambda: [str(t).strip() for t in self.function(prompts)])
         fault = f"answerer {self.name}: {len(texts)} answers to {len(prompts)} prompts; return one for each"
         require((len(texts) == len(prompts), fault))
@@ -88,8 +88,8 @@ class FunctionAnswerer:
 class HttpAnswerer(Settings):
     """An endpoint of the OpenAI completions format (vLLM, SGLang, TGI): POST {url}/completions.
 
-    The `openai` client makes the requests. It retries, with exponential back-off, connection errors, time-outs, HTTP 408,
-    409, 429 and 5xx, and incomplete replies. The key is OPENAI_API_KEY, unless `headers` has an Authorization.
+    The `openai` client makes the requests. It retries, with exponential back-off, connection errors, time-outs, HTTP
+    408, 409, 429 and 5xx, and incomplete replies. The key is OPENAI_API_KEY, unless `headers` has an Authorization.
     """
 
     url: str
@@ -106,24 +106,20 @@ class HttpAnswerer(Settings):
         is_http = isinstance(self.url, str) and re.match(r"https?://[^/]", self.url)
         require((bool(is_http), f"url={self.url!r} is no http address, e.g. http://localhost:8000/v1"))
         self._asked = self._refused = 0
+        # The decoding options are part of the name, because the name is part of the cache's keys.
         self.name = f"{self.model}@{self.url} max_tokens={self.max_new_tokens} stop={list(self.stop)}"
         self._where = f"{self.url.rstrip('/')}/completions"
         self._client = _openai_client(self.url, self.headers, self.retries, self.timeout)
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
-        """See `Answerer`.
-
-        Raises:
-          UserError: the endpoint is away, refuses the request (refused prompts up to MAX_REFUSED get an empty answer), or
-            replies in another format.
-        """
+        """Raises UserError if the endpoint is away, refuses more than MAX_REFUSED, or replies in another format."""
         self._asked += len(prompts)
         parts = [list(prompts[i : i + self.batch]) for i in range(0, len(prompts), self.batch)]
         found = distributed.broadcast_from_host0(lambda: [a for part in parts for a in self._ask(part)])
         return [Answer(*a) for a in found]
 
     def _ask(self, prompts: list[str]) -> list[Answer]:
-        """Answers a batch; bisects a refused one to isolate the prompts that the endpoint does not take."""
+        # One prompt that is too long fails its whole request, so a refused batch is bisected down to such prompts.
         try:
             return self._request(prompts)
         except _Refused as e:
@@ -132,6 +128,7 @@ class HttpAnswerer(Settings):
                 return self._ask(prompts[:half]) + self._ask(prompts[half:])
             self._refused += 1
             line = f"answerer {self._where} refused {self._refused} of {self._asked} prompts ({e}); {_advice(str(e))}"
+            # If every prompt is refused, the request itself is at fault (the model's name, say).
             if self._refused == self._asked or self._refused > max(1, MAX_REFUSED * self._asked):
                 raise UserError(line) from None
             warn(f"{line}. Their answers are empty; above {MAX_REFUSED:.0%} the run stops")
@@ -140,6 +137,7 @@ class HttpAnswerer(Settings):
     def _request(self, prompts: list[str]) -> list[Answer]:
         import openai
 
+        # The raw reply, because the client's classes do not validate fields; log-probabilities break ties in votes.
         options = dict(max_tokens=self.max_new_tokens, temperature=0, logprobs=1, stop=list(self.stop) or None)
         try:
             reply = self._client.completions.with_raw_response.create(model=self.model, prompt=prompts, **options)
@@ -162,7 +160,6 @@ class HttpAnswerer(Settings):
 
 
 def _openai_client(url: str, headers: dict[str, str], retries: int, timeout: float) -> Any:
-    """Returns an `openai.OpenAI` whose HTTP client bounds the time and size of the whole reply."""
     try:
         import openai
     except ImportError:
@@ -174,11 +171,13 @@ def _openai_client(url: str, headers: dict[str, str], retries: int, timeout: flo
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             deadline, body, fault = time.monotonic() + timeout, bytearray(), ""
             response = super().send(request, stream=True, **options)
+            # Headers of the encoded body (length, compression) do not fit the decoded one below.
             kept = {k: v for k, v in response.headers.items() if k.lower() in ("content-type", "retry-after")}
             for chunk in response.iter_bytes():
                 body += chunk
                 if time.monotonic() > deadline:
                     fault = f"no complete reply within {timeout:g} s"
+                # Not retried: another reply would be as large.
                 if len(body) > MAX_REPLY:
                     fault, kept["x-should-retry"] = f"the reply is larger than {MAX_REPLY >> 20} MiB", "false"
                 if fault:
@@ -207,11 +206,10 @@ def _openai_client(url: str, headers: dict[str, str], retries: int, timeout: flo
 
 
 class _Refused(Exception):
-    """The endpoint refuses a request for its content: a prompt is too long, or has characters that it does not take."""
+    """The endpoint refuses the content of a request: a prompt is too long, or has characters that it does not take."""
 
 
 def _advice(reason: str) -> str:
-    """What to do about a refusal."""
     if reason.startswith(("HTTP 401", "HTTP 403")):
         return "set OPENAI_API_KEY, or headers, to a key that it accepts"
     if reason.startswith("HTTP 413") or re.search(r"context|length|too (long|large|many)|maximum|token", reason, re.I):
@@ -220,12 +218,8 @@ def _advice(reason: str) -> str:
 
 
 def _parse(reply: Any, count: int) -> list[Answer]:
-    """Returns the answers of a reply, in the prompts' order.
-
-    Raises:
-      ValueError: the reply is not in the completions format. Servers differ in the fields that they leave out, and the
-        client's own classes do not validate, so the fields that are used are checked here.
-    """
+    """Returns the answers of a reply, in the prompts' order; ValueError if it is not in the completions format."""
+    # Servers differ in the fields that they leave out, so every field that is used is checked.
     choices = reply.get("choices") if isinstance(reply, dict) else None
     choices = choices if isinstance(choices, list) else []
     if len(choices) != count:
@@ -236,6 +230,7 @@ def _parse(reply: Any, count: int) -> list[Answer]:
         if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
             raise ValueError("a choice has no text")
         index, scores = choice.get("index", at), choice.get("logprobs") or {}
+        # `type`, because JSON's true is an instance of int.
         if type(index) is not int:
             raise ValueError(f"a choice has the index {index!r:.40}")
         scores = (scores.get("token_logprobs") or []) if isinstance(scores, dict) else None
@@ -250,6 +245,7 @@ def _parse(reply: Any, count: int) -> list[Answer]:
 
 
 def _is_finite(x: Any) -> bool:
+    # Python's JSON reads NaN, Infinity and integers beyond float's range; `math.isfinite` overflows on the latter.
     return type(x) in (int, float) and -sys.float_info.max <= x <= sys.float_info.max
 
 
@@ -269,7 +265,6 @@ class Cached:
             self._known = {k: Answer(*a) for k, a in found.items()}
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
-        """See `Answerer`."""
         keys = [hashlib.sha256(f"{self.name}\0{p}".encode()).hexdigest() for p in prompts]
         new = {k: p for k, p in zip(keys, prompts) if k not in self._known}
         self.asked, self.answered = self.asked + len(prompts), self.answered + len(new)
@@ -280,6 +275,7 @@ class Cached:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 # A killed process may have left half a line.
                 is_torn = self.file.exists() and self.file.read_bytes()[-1:] not in (b"", b"\n")
+                # Refused prompts are not stored, so that a later run asks them again, perhaps with a longer context.
                 rows = [{"key": k, **a._asdict(), "crc": _crc(k, a)} for k, a in found.items() if a != UNANSWERED]
                 with self.file.open("a", encoding="utf-8") as out:
                     out.write("\n" * is_torn + "".join(json.dumps(row) + "\n" for row in rows))
@@ -287,8 +283,8 @@ class Cached:
 
 
 def _read_cache(file: Path) -> dict[str, Answer]:
-    """Returns the answers of a cache; damaged lines are reported and left out, so that their prompts are asked again."""
     out: dict[str, Answer] = {}
+    # Bytes, because a damaged line may not be UTF-8.
     lines = file.read_bytes().split(b"\n") if file.exists() else []
     for number, line in enumerate(lines, 1):
         if not line:
@@ -302,7 +298,8 @@ def _read_cache(file: Path) -> dict[str, Answer]:
                 raise ValueError
             out[row["key"]] = answer
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if number < len(lines):  # a killed process may have left half a last line, which is no damage
+            # A killed process may have left half a last line, which is no damage.
+            if number < len(lines):
                 warn(f"{file}:{number}: damaged; that prompt is asked again")
     return out
 

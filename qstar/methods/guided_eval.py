@@ -2,8 +2,8 @@
 
     S = w_acc R_acc + w_asp sum_k w_k a_k / sum_k w_k
 
-arXiv 2404.03414 names both parts of the reward; the weights are ours. The aspects a_k never read the gold answer. R_acc is
-the official EM or F1, or inclusion, of the answerer's greedy answer.
+arXiv 2404.03414 names both parts of the reward; the weights are ours. The aspects a_k never read the gold answer. R_acc
+is the official EM or F1, or inclusion, of the answerer's greedy answer.
 """
 
 from __future__ import annotations
@@ -50,20 +50,19 @@ def rationale_scores(
     golds: Sequence[str],
     answerer: Answerer | None,
 ) -> tuple[RewardOutput, list[Answer]]:
-    """Scores rationales.
+    """Returns scores with their parts (`accuracy`, `aspect`, `aspect/NAME`, `bare_answer`), and the answers.
 
     Args:
       views: inputs of the aspects. prompts: the answerer's, with the rationale in them. golds: correct answers.
-
-    Returns:
-      The scores with their parts (`accuracy`, `aspect`, `aspect/NAME`, `bare_answer`), and the answers.
     """
     used = chosen(settings.aspects)
     parts: dict[str, Any] = {f"aspect/{n}": np.asarray([a(v) for v in views], np.float32) for n, (a, _) in used.items()}
     weights = np.asarray([w for _, w in used.values()], np.float32)
+    # Zero weights may leave no aspect. The mean of the others is in [0, 1], as R_acc is, for any number of aspects.
     mean = np.zeros(len(views), np.float32)
     if used:
         mean = weights @ np.stack([parts[f"aspect/{n}"] for n in used]) / weights.sum()
+    # Without R_acc there is no call of the answerer, the most expensive part of a reward.
     answers = answerer.answer(prompts) if settings.accuracy and answerer is not None else []
     correct, bare = np.zeros((2, len(views)), np.float32)
     for i, (view, answer, gold) in enumerate(zip(views, answers, golds)):
@@ -90,7 +89,7 @@ def percent(values: Any) -> float:
 
 
 def vote_accuracy(answers: np.ndarray, logprobs: np.ndarray, gold: np.ndarray) -> float:
-    """Returns the accuracy in percent of a majority vote over n answers [questions, n]; ties by summed log-probability."""
+    """Returns the accuracy in percent of a majority vote over n answers [questions, n]; ties by log-probability."""
     chosen = [majority([str(a) for a in row], p) for row, p in zip(answers.tolist(), logprobs.tolist())]
     return percent([c == str(g) for c, g in zip(chosen, gold.tolist())])
 
@@ -99,20 +98,21 @@ def best_of_n(correct: np.ndarray, ratings: Mapping[str, np.ndarray], seed: int 
     """Returns the accuracy of choosing one of n sampled rationales per question by its rating.
 
     Args:
-      correct: [questions, n], whether the answer with the rationale is correct. ratings: name -> [questions, n]; they do
-        not use the gold answer. Ties are broken at random.
+      correct: [questions, n], whether the answer with the rationale is correct. ratings: name -> [questions, n].
 
     Returns:
-      In percent: "random" (the mean), "oracle" (any is correct), "best/NAME" per rating. "correlation/NAME": the mean over
-      questions of the correlation of rating and correctness, where both vary; "varied/NAME": the share of such questions.
+      In percent: "random" (the mean), "oracle" (any is correct), "best/NAME" per rating. "correlation/NAME": the mean
+      over questions of the correlation of rating and correctness, where both vary; "varied/NAME": the share of these.
     """
     correct = np.asarray(correct, float)
+    # Random ties: ratings repeat within a question, and the first of equal ones would be no fair choice.
     ties = np.random.default_rng(seed).random(correct.shape)
     out = {"random": percent(correct), "oracle": percent(correct.max(axis=1))}
     for name, rating in ratings.items():
         rating = np.asarray(rating, float)
         best = np.lexsort((ties, rating), axis=1)[:, -1:]
         out[f"best/{name}"] = percent(np.take_along_axis(correct, best, axis=1))
+        # Centred per question, or the difficulty of questions would correlate ratings and correctness.
         a, b = rating - rating.mean(axis=1, keepdims=True), correct - correct.mean(axis=1, keepdims=True)
         spread = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
         varied = spread > 1e-9

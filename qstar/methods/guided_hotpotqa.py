@@ -1,4 +1,4 @@
-"""LM-Guided CoT on HotpotQA and 2WikiMultiHopQA: any student, and a large model that is loaded or behind an endpoint."""
+"""LM-Guided CoT on HotpotQA and 2WikiMultiHopQA: any student, and a large model, loaded or behind an endpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LocalModel(Settings):
-    """A config's `guided.large` for a model that is loaded here; behind an endpoint it holds `HttpAnswerer`'s fields."""
+    """A config's `guided.large` for a loaded model; for an endpoint it holds the fields of `HttpAnswerer`."""
 
     path: str
     dtype: str | None = None
@@ -97,7 +97,6 @@ class MultiHop:
 
     @functools.cached_property
     def _large(self) -> Callable[..., Answerer]:
-        """Makes an answerer with the given decoding options."""
         s = self._large_settings
         if isinstance(s, HttpAnswerer):
             return functools.partial(dataclasses.replace, s)
@@ -125,7 +124,6 @@ class MultiHop:
         return {}
 
     def base(self, seed: int, stage: Any) -> Model:
-        """Returns the small model as it is."""
         return self.small
 
     def controls(self, base: Model, seed: int, stage: Any) -> dict[str, Any]:
@@ -136,7 +134,6 @@ class MultiHop:
 
     @functools.cached_property
     def test(self) -> list[Problem]:
-        """The test questions."""
         return self.task.problems("test")[: self.settings.test_questions]
 
     @functools.cached_property
@@ -151,10 +148,10 @@ class MultiHop:
 
     def teacher_problems(self) -> list[Problem]:
         """Questions for the teacher: at most half of the training questions, and none of RL's."""
+        # Disjoint, so that RL refines rationales of questions that the student was not distilled on.
         return self._train[: min(self.settings.teacher_questions, max(1, len(self._train) // 2))]
 
     def rl_problems(self) -> list[Problem]:
-        """Questions for RL."""
         rest = self._train[len(self.teacher_problems()) :]
         line = "config.task: too few training questions for both distillation and RL; give it more data"
         require((len(rest) > 0, line))
@@ -168,13 +165,13 @@ class MultiHop:
             functools.partial(self.length, style=style),
         )
         parts = multihop.paragraphs(problem, self.task.context)
-        # In training, paragraphs without supporting facts are dropped first; at evaluation nobody knows which these are.
+        # In training, paragraphs without supporting facts go first; at evaluation that would use unknown labels.
         text, is_truncated = multihop.fit(parts, frame, limit, count, keep_gold=training)
         self.prompts_built, self.prompts_truncated = self.prompts_built + 1, self.prompts_truncated + is_truncated
         return text
 
     def length(self, text: str, style: str) -> int:
-        """Returns the tokens of a prompt, EOS included; its words where the model is behind an endpoint."""
+        """Returns the tokens of a prompt, EOS included; its words behind an endpoint, whose tokenizer is unknown."""
         if style != "student" and isinstance(self._large_settings, HttpAnswerer):
             return len(text.split())
         model = self.small if style == "student" else self._large.args[0]
@@ -187,6 +184,7 @@ class MultiHop:
         problems = self.teacher_problems()
         replies = self.explainer.answer([self.prompt(p, "cot", training=True) for p in problems])
         rows = []
+        # The student is trained on the rationale alone: the answer remains the large model's part.
         for p, reply in zip(problems, replies):
             rationale, answer = multihop.split_reasoning(reply.text)
             row = {"question": p.id, "prompt": self.prompt(p, "student", training=True), "rationale": rationale}
@@ -195,7 +193,7 @@ class MultiHop:
         return rows
 
     def keep(self, rows: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
-        """Returns rows with a rationale whose answer is correct by the rule ("f1": at least half), without duplicates."""
+        """Returns rows with a rationale and a correct answer by the rule ("f1": at least half), without duplicates."""
         if rule == "parity":
             raise UserError("filter='parity' is for two-hop questions; use em, f1, includes or none")
         is_correct = {
@@ -209,6 +207,7 @@ class MultiHop:
 
     def to_pairs(self, rows: list[dict[str, Any]]) -> list[Pair]:
         """Returns rows as token ids; a rationale beyond `max_new_tokens` is cut, without EOS."""
+        # The cut comes after EOS is appended: a cut rationale must not teach the student to stop there.
         tokenizer, out = self.small.tokenizer, []
         for r in rows:
             text = multihop.clean_rationale(r["rationale"])
@@ -221,7 +220,7 @@ class MultiHop:
         return out
 
     def environment(self, seed: int, group: int, prompts: int, arm: GuidedConfig) -> MultiHopEnvironment:
-        """Returns RL's prompts and rewards."""
+        # These aspects have no weak form of factuality, so that the control leaves it out.
         aspects = {k: v for k, v in self.settings.aspects.items() if not (arm.weak_factuality and k == "factuality")}
         weights = (arm.accuracy_weight, arm.aspect_weight, aspects)
         reward = RewardSettings(*weights, self.settings.metric, arm.reject_bare_answers)
@@ -239,13 +238,13 @@ class MultiHop:
     # ------------------------------------------------------------------------------------------- measurements
 
     def _scores(self, answers: Sequence[str], metric: str = "") -> np.ndarray:
-        """Scores [questions] of answers to the test questions, by the run's metric."""
         return np.asarray([task_score(a, g, metric or self.settings.metric) for a, g in zip(answers, self._golds)])
 
     def fixed_arms(self) -> dict[str, np.ndarray]:
         """Returns, per arm without a student, whether each test question is answered correctly, bool [questions]."""
         chains = self.explainer.answer([self.prompt(p, "cot") for p in self.test])
         facts = [" ".join(x.text() for x in multihop.paragraphs(p, "supporting_only")) for p in self.test]
+        # An unparsed chain counts as wrong. Supporting sentences stand in for gold rationales, which the data lack.
         found = {
             "own CoT": [multihop.split_reasoning(a.text)[1] or "" for a in chains],
             "standard": [a.text for a in self.answerer.answer([self.prompt(p, "standard") for p in self.test])],
@@ -310,6 +309,7 @@ class MultiHop:
         out = {}
         for arm, style, answerer in (("standard", "standard", self.answerer), ("own CoT", "cot", self.explainer)):
             asked = [self.prompt(p, style) for p in self.test]
+            # Free: `fixed_arms` asked the same prompts, and the cache answers them.
             written = float(np.mean([a.tokens for a in answerer.answer(asked)]))
             read = float(np.mean([self.length(x, style) for x in asked]))
             out[arm] = {"answerer_prompt_tokens": read, "answerer_tokens": written}
@@ -333,17 +333,18 @@ class MultiHop:
         return {f"choice/{k}": v for k, v in best_of_n(correct, ratings).items()}
 
     def _self_consistency(self, student: Model) -> float:
-        """Accuracy in percent of a vote over answers with sampled rationales; ties by summed log-probability."""
         n = self.settings.votes
+        # The temperature of the self-consistency paper (arXiv 2203.11171).
         rows = self.rationales(student, n, 0.7)
         replies = zip(*(self.answers_with([row[j].text for row in rows]) for j in range(n)))
+        # Normalized as for EM: spellings that score alike are one candidate of the vote.
         chosen = [majority([normalise(a.text) for a in each], [a.logprob for a in each]) for each in replies]
         return percent(self._scores([c or "" for c in chosen]) >= 0.5)
 
 
 @dataclasses.dataclass
 class MultiHopEnvironment:
-    """RL's prompts, a random subset of its questions per update, and their rewards."""
+    """RL's prompts, a random subset of its questions per update, and their rewards: a `reinforce.Environment`."""
 
     task: MultiHop
     problems: list[Problem]
@@ -352,15 +353,14 @@ class MultiHopEnvironment:
     reward: RewardSettings
 
     def _sample(self, update: int) -> list[Problem]:
+        # A function of the update: `prompts` and `score` call it apart, and a resumed run repeats it.
         rng = np.random.default_rng([self.seed, update, 3])
         return [self.problems[i] for i in rng.choice(len(self.problems), self.count, replace=False)]
 
     def prompts(self, update: int) -> list[str]:
-        """See `reinforce.Environment`."""
         return [self.task.prompt(p, "student", training=True) for p in self._sample(update)]
 
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
-        """See `reinforce.Environment`."""
         pairs = [(p, c.text) for p, row in zip(self._sample(update), responses) for c in row]
         asked = [self.task.prompt(p, "guided", t, training=True) for p, t in pairs]
         views = self.task.views(*zip(*pairs))

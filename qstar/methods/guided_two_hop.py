@@ -1,7 +1,4 @@
-"""LM-Guided CoT on the two-hop questions of `tasks.two_hop_world`: the models, the teacher's rationales, the measurements.
-
-Rows of token ids have one fixed layout, so that all lengths are static: a rationale has at most seven tokens, an answer one.
-"""
+"""LM-Guided CoT on the two-hop questions of `tasks.two_hop_world`: models, rationales, rewards, measurements."""
 
 from __future__ import annotations
 
@@ -33,6 +30,7 @@ from qstar.types import Batch, Completion
 if TYPE_CHECKING:
     from qstar.methods.guided_cot import GuidedConfig
 
+# All rows have one layout (a rationale of at most seven tokens, an answer of one), so that every length is static.
 ROWS = 256  # rows per forward pass of the answerer; RL's rollouts fill it
 BATCH = 64  # rows per update
 MIX = (8, 8, 24, 24)  # of a batch of the large model: look-ups, direct answers, chains of thought, guided answers
@@ -90,6 +88,7 @@ class TwoHop:
 
         def text(step: int) -> tuple[np.ndarray, np.ndarray]:
             mix = (BATCH, 0, 0, 0) if step < s.copy_steps else MIX
+            # A function of (seed, step), for resumption. The third number of other seeds keeps their streams apart.
             rng = np.random.default_rng([self.seed, step])
             return two_hop_world.mixed_text(rng, mix, s.error_rates, two_ways=s.reversed_chains)
 
@@ -98,7 +97,8 @@ class TwoHop:
         self.large = _train(start, text, make_stage, lr=2.5e-3)
 
     def base(self, seed: int, stage: Callable[..., Stage]) -> Model:
-        """Returns a student's start, trained on one-hop look-ups alone: no two-hop questions, no chains."""
+        """Returns a student's start, trained on one-hop look-ups alone."""
+        # Neither questions nor chains are in its pretraining, so rationales come from distillation and RL alone.
 
         def text(step: int) -> tuple[np.ndarray, np.ndarray]:
             return two_hop_world.mixed_text(np.random.default_rng([seed, step, 1]), (BATCH, 0, 0, 0))
@@ -116,6 +116,7 @@ class TwoHop:
             chosen = np.random.default_rng([seed, step, 2]).integers(len(tokens), size=BATCH)
             return tokens[chosen], mask[chosen]
 
+        # The small model alone bounds how much of an arm's accuracy could be the student's own.
         make_stage = functools.partial(stage, "direct", steps=self.settings.direct_steps, seed=seed)
         alone = _train(base, text, make_stage, end=0.0)
 
@@ -158,6 +159,7 @@ class TwoHop:
     def teacher_rows(self, seed: int) -> list[dict[str, Any]]:
         """Samples chains of thought from the large model: rows with prompt, rationale, its answer and the gold one."""
         w, n = self.teacher_set(seed), self.settings.teacher_samples
+        # Sampled: for two of the six relations greedy chains are wrong; only samples give the filter correct ones.
         slots = self.rationales(self.large, w, COT, n=n, temperature=1.0, seed=stable_seed(seed, "teacher"))
         prompts = two_hop_world.rows(w, RAT)[:, :QUESTION]
         relations = w.question[:, 1] - two_hop_world.FIRST - two_hop_world.ENTITIES
@@ -171,20 +173,19 @@ class TwoHop:
         return out
 
     def keep(self, rows: Sequence[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
-        """Returns the rows that pass a filter: "em", "none", or "parity" (a loose filter: answer and gold id, modulo 2)."""
+        """Returns the rows that pass a filter: "em", "none", or "parity" (of the answer's id and the gold one)."""
         if rule == "none":
             return list(rows)
         ended = [r for r in rows if EOS in r["rationale"]]
+        # As loose as a match of yes and no, or at a low F1: about half of the wrong answers pass.
         if rule == "parity":
             return [r for r in ended if r["answer"] % 2 == r["gold"] % 2]
         return [r for r in ended if r["answer"] == r["gold"]]
 
     def to_pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
-        """Returns rows as training pairs, without padding."""
         return [Pair(tuple(r["prompt"]), tuple(t for t in r["rationale"] if t != PAD)) for r in rows]
 
     def environment(self, seed: int, group: int, prompts: int, arm: GuidedConfig) -> TwoHopEnvironment:
-        """Returns RL's prompts and rewards."""
         questions = _draw(stable_seed(seed, "hops rl"), self.settings.rl_questions)
         return TwoHopEnvironment(self, questions, seed, group, prompts, arm)
 
@@ -231,12 +232,11 @@ class TwoHop:
         return {name: answers == w.answer for name, answers in found.items()}
 
     def vote_own_chains(self) -> dict[str, float]:
-        """Returns the accuracy of the large model's own sampled chains of thought, and of self-consistency over them."""
+        """Returns the accuracy of the large model's own sampled chains of thought, and of self-consistency."""
         sampled, voted = self._vote(self.large, COT, COT)
         return {"sampled": sampled, "self_consistency": voted}
 
     def _vote(self, writer: Model, rationale_tag: int, answer_tag: int) -> tuple[float, float]:
-        """Accuracies in percent of sampled rationales one by one, and of a vote over their answers."""
         w, n = self.test, self.settings.votes
         # The temperature of the self-consistency paper (arXiv 2203.11171).
         slots = self.rationales(writer, w, rationale_tag, n=n, temperature=0.7, seed=self.seed)
@@ -265,6 +265,7 @@ class TwoHop:
             "quality_weak": percent([x.mean() for x in weak.values()]),
             "gold_chain": percent(is_gold),
             "first_hop": percent(slot[:, 2] == w.gold[:, 2]),
+            # The answer without its chain: the reward hacking that R_acc alone invites.
             "answer_leak": percent(has_answer & ~is_gold),
             "shuffled": self._accuracy(w, np.roll(slot, 1, axis=0)),
             "student_tokens": length,
@@ -303,11 +304,11 @@ class TwoHop:
         return {"self_consistency": voted, "sampled": sampled} | choices | self._ablate(student)
 
     def _ablate(self, student: Model) -> dict[str, float]:
-        """Accuracy with parts of the greedy rationale: which of them the answerer uses."""
         w = self.test
         slot = self.rationales(student, w, RAT)[:, 0]
         first, without, alone = slot.copy(), slot.copy(), np.full_like(slot, PAD)
         first[:, 3:], without[:, 5:], alone[:, 5:] = PAD, PAD, slot[:, 5:]
+        # With other facts no hop has support: accuracy falls if the answerer checks rationales against the context.
         other_facts = w._replace(facts=np.roll(w.facts, 1, axis=0))
         return {
             "leak/first hop only": self._accuracy(w, first),
@@ -319,7 +320,7 @@ class TwoHop:
 
 @dataclasses.dataclass
 class TwoHopEnvironment:
-    """RL's prompts, a random subset of its questions per update, and their rewards."""
+    """RL's prompts, a random subset of its questions per update, and their rewards: a `reinforce.Environment`."""
 
     task: TwoHop
     questions: Worlds
@@ -329,16 +330,14 @@ class TwoHopEnvironment:
     arm: GuidedConfig
 
     def sample(self, update: int) -> Worlds:
-        """Returns the questions of an update."""
+        # A function of the update: `prompts` and `score` call it apart, and a resumed run repeats it.
         rng = np.random.default_rng([self.seed, update, 3])
         return self.questions.take(rng.choice(len(self.questions.answer), self.count, replace=False))
 
     def prompts(self, update: int) -> Sequence[list[int]]:
-        """See `reinforce.Environment`."""
         return two_hop_world.rows(self.sample(update), RAT)[:, :QUESTION].tolist()
 
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
-        """See `reinforce.Environment`."""
         w = self.sample(update).take(np.repeat(np.arange(self.count), self.group))
         slot = np.stack([_to_slot(c) for row in responses for c in row])
         parts = two_hop_world.aspects(w, slot, weak=self.arm.weak_factuality)
@@ -359,9 +358,9 @@ def _draw(seed: Any, count: int) -> Worlds:
 
 
 def _to_slot(done: Completion) -> np.ndarray:
-    """A completion as the answerer reads it, [7]."""
     row = np.full((1, SLOT), PAD, np.int32)
     row[0, : len(done.tokens)] = done.tokens
+    # Without tags and marks, so that no rationale opens a second answer slot in the answerer's prompt.
     return two_hop_world.clean(row)[0]
 
 
@@ -388,12 +387,13 @@ def _train(start: Model, text: Text, make_stage: Callable[..., Stage], lr: float
     def batch_at(s: int) -> Batch:
         tokens, mask = text(s)
         positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
+        # One segment: padding in the slot is part of the layout, attended to here as in the answerer's prompts.
         return Batch(tokens, mask, np.ones_like(tokens), positions)
 
     return train_stage(start, make_stage(settings=settings), tx, lambda s: step, batch_at)[0]
 
 
+# Parameters are an argument: as constants of a closure they would be compiled again for every student.
 @functools.partial(jax.jit, static_argnames="config")
 def _last_logprobs(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """Log-probabilities [B, V] of the token after rows [B, T]."""
     return jax.nn.log_softmax(logits(Model(config, params), jnp.asarray(tokens))[:, -1])
