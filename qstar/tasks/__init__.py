@@ -38,6 +38,7 @@ def make_task(name: str, **options: Any) -> Task:
     task = getattr(importlib.import_module(f"qstar.tasks.{module}"), cls)
     known = inspect.signature(task).parameters
     hints = typing.get_type_hints(task.__init__)
+    # A constructor's own TypeError would not list the known options.
     for option, value in options.items():
         if option not in known:
             raise unknown(f"task {name!r}: option {option!r}", option, known)

@@ -1,7 +1,6 @@
 """Answer parsers: the final number, letter, yes or no, or phrase of a completion. Tasks call these from `Task.parse`.
 
-Each looks for the last statement of an answer ("The answer is ...", "Answer:", a box), then for weaker signs, in the text
-before a further problem that the model invents.
+Each looks for the last statement of an answer, then for weaker signs, before a further problem that the model invents.
 """
 
 from __future__ import annotations
@@ -28,21 +27,13 @@ _ENUMERATION = re.compile(r"1?[0-9][.)]\s+[A-Za-z]")  # "#### 2. Add up" is a he
 
 
 def number(text: str) -> Fraction | None:
-    """The number that an answer consists of, or None.
-
-    Accepts $, % and a currency sign, thousands commas, decimals, fractions, a unicode minus, and units or a full stop
-    behind the number; refuses exponents, a second number, words in front. Exact: 29 == 29.00.
-    """
+    """The number that an answer consists of ($, %, commas, fractions, units allowed), exact: 29 == 29.00; else None."""
     match = _NUMBER.fullmatch(text.translate(MINUS))
     return match and answer_text.number_of(match)
 
 
 def final_number(text: str) -> FoundNumber | None:
-    """The number that a completion answers with, and where the answer ends.
-
-    The number behind the last ``####``, in whatever markup; without one, the last number that the text states as its
-    answer ("The answer is 72", ``\\boxed{72}``, a bold number in the last line) or consists of.
-    """
+    """The number behind the last ``####``, else the last that the text states or consists of, and where it ends."""
     clean = answer_text.strip_markup(text)
     for end in answer_text.solution_ends(clean.text):
         part = clean.text[:end]
@@ -65,11 +56,12 @@ def final_number(text: str) -> FoundNumber | None:
 
 
 def _marked(text: str, marks: list[int]) -> tuple[FoundNumber | None, bool]:
-    """The number behind the last mark that is no heading, and whether there is a mark whose answer cannot be read."""
+    # GSM8K's form puts the answer line last; an earlier mark may open a section.
     for at in reversed(marks):
         line, found = answer_text.line_at(text, at), answer_text.number_at(text, at)
         if found and not _ENUMERATION.match(line):
             return found, False
+        # "#### 5 or 6" is an answer that cannot be read: no number from elsewhere may stand in for it.
         if not found and not line[:1].isalpha():
             return None, True
         for start, tail in answer_text.statements(text):  # "#### Final answer: 72"
@@ -79,7 +71,7 @@ def _marked(text: str, marks: list[int]) -> tuple[FoundNumber | None, bool]:
 
 
 def _implied(part: str, original: str) -> Fraction | None:
-    """The number in bold in the last line, that of a concluding sentence, or that which is the whole text."""
+    # In falling order of certainty. Bold needs the original, since `part` has lost its markup.
     for piece in reversed(answer_text.bold_pieces(original)):
         if found := answer_text.number_at(answer_text.strip_markup(piece).text, 0, words=True):
             return found.value
@@ -102,8 +94,10 @@ class _LetterPatterns(NamedTuple):
 
 @functools.cache
 def _letter_patterns(last: str) -> _LetterPatterns:
+    # A lone "A" is mostly the article, so it needs a bracket or punctuation behind it; later letters do not.
     big, small, no_article = f"[A-{last.upper()}]", f"[a-{last}]", f"[B-{last.upper()}]"
     return _LetterPatterns(
+        # "not (b)" and "(a) or (b)" choose nothing.
         bracketed=re.compile(rf"(?<!not )(?<!n't )[(\[]({small})[)\]](?!\s+or\b)", re.IGNORECASE),
         # At the start of an answer: "E", "option e", "E) blotter", "E. blotter", "E blotter", but not "a blotter".
         leading=re.compile(
@@ -127,17 +121,14 @@ def _letter_patterns(last: str) -> _LetterPatterns:
 
 
 def final_letter(text: str, last: str = "e") -> tuple[str, int] | None:
-    """The choice, "a" to `last`, that a completion answers with, and where the answer ends.
-
-    The letter of the last statement of an answer ("the answer is blotter (e)", "Answer: E", a box), else the letter that
-    the text begins with, else the last "(x)".
-    """
+    """The last choice ("a" to `last`) that is stated, else the leading letter, else the last "(x)"; and its end."""
     clean = answer_text.strip_markup(text)
     patterns = _letter_patterns(last)
 
     def read(part: str) -> tuple[str, int] | None:
         for found in _letters(part, patterns):
             group = found.lastindex or 0
+            # The bracket and full stop behind the letter stay in the kept text: the few-shot form is "(e).".
             return found[group].lower(), clean.original_end(found.end(group), text, more=r")\].")
         for bold in reversed(answer_text.bold_pieces(text[: clean.at[len(part)]])):
             if match := patterns.leading.match(answer_text.strip_markup(bold).text):
@@ -148,13 +139,14 @@ def final_letter(text: str, last: str = "e") -> tuple[str, int] | None:
 
 
 def _letters(text: str, patterns: _LetterPatterns) -> Iterator[re.Match[str]]:
-    """Signs of a chosen letter in a text without markup, the strongest first."""
+    # The strongest sign first: a bracketed letter on its own may only be mentioned.
     for _, start in reversed(answer_text.statements(text)):
         end = start + len(answer_text.sentence_at(text, start))
         if found := patterns.leading.match(text, start) or patterns.bracketed.search(text, start, end):
             yield found
     for pattern in (patterns.is_correct, patterns.chosen):
         yield from reversed(list(pattern.finditer(text)))
+    # "(b) is wrong because ..." begins with a letter that it rejects.
     if (found := patterns.leading.match(text)) and not patterns.wrong.match(text.strip()):
         yield found
     yield from reversed(list(patterns.bracketed.finditer(text)))
@@ -191,6 +183,7 @@ def final_yes_no(text: str) -> str | None:
     def read(part: str) -> str | None:
         stated = [_STATED_VERDICT.match(part, start) for _, start in reversed(answer_text.statements(part))]
         said = [m for pattern in _SAID_VERDICTS for m in pattern.finditer(part)]
+        # Conclusions come last: a later verdict outweighs those of the steps before it.
         for found in filter(None, (*stated, *sorted(said, key=lambda m: m.start(), reverse=True))):
             answer = YES_NO[found["verdict"].lower()]
             return {"yes": "no", "no": "yes"}[answer] if found["not"] else answer
@@ -209,12 +202,7 @@ _SHORT = 8  # words of a first line that is an answer although another statement
 
 
 def final_phrases(part: str, *, reasoning: bool) -> list[str]:
-    """Phrases that a text without markup answers with, the best first: the last it states, or a short first line.
-
-    Args:
-        part: the text up to one of its `answer_text.solution_ends`.
-        reasoning: whether a chain of thought was asked for; then the first line is none.
-    """
+    """Phrases that a text without markup answers with, the best first; with `reasoning` not the first line."""
     # T5 has no line breaks: a further "Question:" follows on the same line.
     text = _NEXT_SLOT.split(part.strip(), maxsplit=1)[0]
     first, stated = text.partition("\n")[0], answer_text.statements(text)
@@ -230,6 +218,7 @@ def _phrase(line: str) -> str:
         return verdict[1]
     for stop in re.finditer(r"[.!?]\s+(?=[A-Z])", line):
         word = line[: stop.start()].split()[-1:]
+        # Initials and abbreviations ("J. R. Smith", "St. Louis") do not end an answer.
         if word and len(word[0]) > 2 and word[0].lower() not in _ABBREVIATIONS:
             line = line[: stop.start()]
             break

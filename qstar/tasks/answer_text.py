@@ -1,7 +1,6 @@
 """Free text of models: removal of markup, ends of solutions, places where an answer is stated, numbers.
 
-Instruction-tuned models write answers in bold, in LaTeX, after "The answer is" or below a heading, and continue with an
-explanation or a problem of their own. `answer_parsing` builds on these steps; the papers' readings (`strict=True`) do not.
+`answer_parsing` builds on these steps; the papers' readings (`strict=True`) do not.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ from typing import NamedTuple, TypeVar
 
 # Limits that bound the time of parsing any text: characters of a sentence, headings of further problems.
 _SENTENCE, _HEADINGS = 500, 20
-LONGEST = 100  # characters of a number; Python refuses to convert very long ones, and no answer is one
+# Characters of a number. Python refuses to convert very long ones, and no answer is one.
+LONGEST = 100
 MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
-DIGITS = r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?"  # begins and ends on a digit, so a lone "," is not a number
+# Begins and ends on a digit: the common class [0-9,]+ takes a lone comma for a number.
+DIGITS = r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?"
 BOX = "\x02"  # replaces \boxed and <answer> in text without markup
 
 _THINKING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
@@ -96,6 +97,7 @@ class PlainText(NamedTuple):
 
     def original_end(self, end: int, original: str, more: str = "") -> int:
         """The end in the original of a piece that ends at `end`, with closing markup and characters of `more`."""
+        # Cut in front of its closing markup, a kept completion would teach unclosed ** and \boxed{.
         closing = re.compile(rf"(?:[*_`}}$\"'{more}]|\\[)\]]|</[a-z_]+>)*")
         return _end(closing, original, self.at[end - 1] + 1 if end else 0)
 
@@ -133,21 +135,20 @@ def strip_markup(text: str) -> PlainText:
             last = match.end()
         if pieces:
             text, at = "".join([*pieces, text[last:]]), kept + at[last:]
+    # Last, and one character for one, so that the places need no update.
     return PlainText(text.translate(MINUS), at)
 
 
 def solution_ends(text: str) -> Iterator[int]:
-    """Possible ends of the solution: before each heading of a further problem, last the end of the text or turn.
-
-    The first end before which an answer is found is the right one. A heading that opens the text, or follows a line
-    such as "Sure, let's solve it:", repeats the problem at hand.
-    """
+    """Possible ends of the solution: before each heading of a further problem, last the end of the text or turn."""
     text = first_turn(text)
     for match in itertools.islice(_NEXT.finditer(text), _HEADINGS):
         before = text[: match.start()].strip()
+        # A heading that opens the text, or follows "Sure, let's solve it:", repeats the problem at hand.
         opening = not before or ("\n\n" not in before and (_OPENER.match(before) or before.endswith((":", "!"))))
         if not opening:
             yield match.start()
+            # No solution uses such a heading for its own parts: what follows cannot hold the answer.
             if match["strong"]:
                 return
     yield len(text)
@@ -185,6 +186,7 @@ def number_of(match: re.Match[str]) -> Fraction | None:
     # One or two digits behind a comma are decimals, as in much of Europe: 3,50.
     written = re.sub(r"^([0-9]+),([0-9]{1,2})$", r"\1.\2", match["number"])
     parts = [Fraction(re.sub(r"[^0-9.]", "", part)) for part in written.split("/")]
+    # Fraction raises for a model's 5/0.
     if parts[1:] == [0]:
         return None
     value = parts[0] / parts[1] if len(parts) == 2 else parts[0]
@@ -192,12 +194,9 @@ def number_of(match: re.Match[str]) -> Fraction | None:
 
 
 def number_at(text: str, start: int, *, words: bool = False) -> FoundNumber | None:
-    """The number stated by an answer that begins at `start`.
-
-    It comes first ("72 clips"), or behind the last "=" of a computation ("48 + 24 = 72"). With `words`, text may precede
-    either, if there is only one number in the sentence ("that she sold 72 clips").
-    """
+    """The number that opens an answer at `start` or follows its last "="; with `words` also the only one in it."""
     text = text[start : start + _SENTENCE].replace(BOX, " ")
+    # Brackets are blanked, not removed, so that offsets stay those of the text.
     sentence = re.sub(r"\([^()]*\)", lambda m: " " * len(m[0]), sentence_at(text, 0))
     begin = sentence.rfind("=") + 1
     if not (begin and (words or _COMPUTATION.fullmatch(sentence, 0, begin))):
@@ -206,6 +205,7 @@ def number_at(text: str, start: int, *, words: bool = False) -> FoundNumber | No
     if match is None and words and "=" not in sentence:
         first = re.search(rf"{_SIGN}?(?<![\w.,])-?[0-9]", sentence)
         match = first and _LEADING.match(text, first.start())
+        # Of two numbers in a sentence of words neither is certain to be the answer.
         if match and re.search("[0-9]", sentence[match.end() :]):
             match = None
     value = match and number_of(match)
@@ -217,6 +217,7 @@ def conclusions(text: str) -> list[int]:
     text = text.rstrip()
     starts = [m.end() for m in re.finditer(r"\A\s*|\n\s*|[.!?]\s+", text)]
     match = _CONCLUSION.match(text, starts[-1])
+    # Without its full stop the sentence may have been truncated within the number.
     return [match.end()] if match and text.endswith((".", "!")) else []
 
 

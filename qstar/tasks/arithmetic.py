@@ -27,13 +27,16 @@ ALPHABET = ".$0123456789+,C|#=()"  # compact and direct
 RELEASE_ALPHABET = ".$0123456789+,:<>/ \n" + "".join(sorted(set("InputTargetscratchC")))
 
 FORMATS = ("compact", "release", "direct")
+# The release generates sums of up to 10 digits: 1 to 5 to train on, 6 to 10 to test lengths never trained on.
 MAX_DIGITS = 10
 POOL = {1: 60, 2: 800, 3: 2400}
 SEEDS = {1: (60, 60), 2: (500, 500), 3: (20, 150)}
 SHOT_POOL = 50  # few-shot examples per length, as in the release
-_SMALL = 10_000  # up to so many pairs are listed rather than drawn one by one
+# Up to so many pairs are listed rather than drawn one by one.
+_SMALL = 10_000
 
 _RELEASE_ANSWER = re.compile(r"(?:^|\n)</scratch>\n([0-9](?: [0-9])*)(?=\n|\Z)")
+# Anchored at the end, so that every kept completion stops behind its answer.
 _COMPACT_ANSWER = re.compile(r"#([0-9]+)\Z")
 _COMPACT_LINE = re.compile(r"((?:[0-9]\+[0-9])?),([0-9]+)C([0-9])")  # pair, sum so far, carry
 
@@ -64,9 +67,6 @@ class Arithmetic(Task):
             eval_per_length: problems per length in "val" and "test" (fewer exist with one digit).
             shots: few-shot examples in a prompt of the release format.
             seed: of the seed rows and the "train" sample; "val" and "test" are the same for every seed.
-
-        Raises:
-            UserError: an invalid option, named.
         """
         require(
             (format in FORMATS, f"arithmetic: unknown format {format!r}; there are {', '.join(FORMATS)}"),
@@ -79,6 +79,7 @@ class Arithmetic(Task):
         lengths = self.pool_counts if eval_digits is None else eval_digits
         self.eval_digits = sorted({_digits(n, "eval_digits") for n in lengths})
         self.eval_per_length = eval_per_length
+        # The compact alphabet has no line breaks, which separate examples.
         self.shots = shots if format == "release" else 0
         self.seed = seed
         self.stop = ("\n\n",) if format == "release" else ()
@@ -88,16 +89,17 @@ class Arithmetic(Task):
         check_split(split)
         if split == "train":
             return self.pool(0, self.seed)
+        # Without `seed`, so that runs of all seeds are measured on the same problems.
         draws = (_draw(stable_rng("arithmetic", split, n), n, self.eval_per_length, split) for n in self.eval_digits)
         return [self.problem(a, b) for pairs in draws for a, b in pairs]
 
     def problem(self, a: int, b: int) -> Problem:
-        """The problem a + b, for two numbers with equally many digits."""
         return Problem(f"{a}+{b}", f"{a}+{b}", str(a + b), _solution(self.format, a, b), group=str(len(str(a))))
 
     def pool(self, iteration: int, seed: int, count: int | None = None) -> list[Problem]:
         drawn: list[tuple[int, int]] = []
         for n, wanted in self.pool_counts.items():
+            # One generator per length: another count for one length leaves the other draws unchanged.
             rng = stable_rng("arithmetic", "pool", seed, iteration, n)
             drawn += _draw(rng, n, wanted, "train", self._reserved.get(n, frozenset()))
         stable_rng("arithmetic", "order", seed, iteration).shuffle(drawn)
@@ -112,12 +114,9 @@ class Arithmetic(Task):
         return rows
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
-        """The query, after `shots` worked examples of the same length in the release format.
-
-        The examples depend on the length and on the problem's id, so they cannot be in `prefix`. With `hint` every example
-        carries its hint too, padded like the query's (the release gives its examples the bare answer, which differs where
-        there is no carry).
-        """
+        """The query, after `shots` worked examples of the same length in the release format."""
+        # Not in `prefix`, since they depend on the problem. With `hint` every example has its hint too, padded like the
+        # query's (the release gives examples the bare answer, which differs where there is no carry).
         examples = [f"{self.query(shot, hint)}{self.solution(shot)}\n\n" for shot in self._examples(problem)]
         return "".join(examples) + self.query(problem, hint)
 
@@ -128,7 +127,7 @@ class Arithmetic(Task):
         return f"Input:\n{_spaced(problem.question)}\nTarget:" + (f" {_spaced(_padded(problem))}\n" if hint else "\n")
 
     def cut(self, completion: str) -> str:
-        """Release: up to the end of the answer's line. In the others any text behind the answer makes it wrong."""
+        # Only the release format may continue behind its answer, with a further example.
         found = _RELEASE_ANSWER.search(completion) if self.format == "release" else None
         return completion[: found.end(1)] if found else super().cut(completion)
 
@@ -146,6 +145,7 @@ class Arithmetic(Task):
                 return f"prompt text {mark!r} in the completion"
         if self.format == "direct":
             return None
+        # The hint is the padded sum: copied, it appears before any carry was worked out.
         padded = _padded(problem)
         results = (padded, "#") if self.format == "compact" else (_spaced(padded), "</scratch>")
         first = min((at for at in map(completion.find, results) if at >= 0), default=len(completion))
@@ -153,7 +153,6 @@ class Arithmetic(Task):
         return "states the answer before computing anything" if completion[:first].count("C") < 2 else None
 
     def audit(self, problem: Problem, completion: str) -> bool | None:
-        """Whether every character is that of the gold scratchpad; None without a scratchpad."""
         return None if self.format == "direct" else self.cut(completion) == problem.solution
 
     def steps(self, completion: str) -> list[int]:
@@ -163,7 +162,6 @@ class Arithmetic(Task):
         return [at + 1 for at, c in enumerate(completion[:-1]) if c == "|"] + [len(completion)]
 
     def step_labels(self, problem: Problem, completion: str) -> list[bool] | None:
-        """Whether everything up to the end of a line is that of the gold scratchpad."""
         if self.format == "direct":
             return None
         gold = problem.solution or ""
@@ -189,12 +187,14 @@ class Arithmetic(Task):
 
     def _examples(self, problem: Problem) -> list[Problem]:
         operands = set(map(int, problem.question.split("+")))
+        # An example with the same operands, in either order, would show the answer.
         others = [pair for pair in _shot_pairs(int(problem.group), self.shots) if set(pair) != operands]
         return [self.problem(*pair) for pair in stable_rng("shots", problem.id).sample(others, self.shots)]
 
     @cached_property
     def _seed_pairs(self) -> dict[int, list[tuple[int, int]]]:
         rng = {n: stable_rng("arithmetic", "seeds", self.seed, n) for n in self.seed_counts}
+        # The larger count: plain and hinted rows take their problems from the same list.
         return {n: _draw(rng[n], n, max(rows), "train") for n, rows in self.seed_counts.items()}
 
     @cached_property
@@ -205,10 +205,8 @@ class Arithmetic(Task):
 
 
 def side(a: int, b: int) -> str:
-    """The split that a + b belongs to, by hash; b + a is always on the same side.
-
-    "test" is a fifth, "val" one in twenty-five, "train" the rest, from which pools, seeds and shots come.
-    """
+    """The split of a + b by hash: "test" is a fifth, "val" one in 25, "train" the rest (pools, seeds and shots)."""
+    # Sorted: b + a has the same answer, so both must be on the same side.
     text = f"{min(a, b)},{max(a, b)}"
     if bucket(text, 5) == 0:
         return "test"
@@ -241,7 +239,8 @@ def _solution(format: str, a: int, b: int) -> str:
     lines = [(f"{a}+{b}", "", 0)]  # (pair, sum so far, carry)
     so_far, carry = "", 0
     for place, (x, y) in enumerate(zip(reversed(str(a)), reversed(str(b)), strict=True)):
-        if place > 0:  # the units pair has no line of its own
+        # As in the release (its generator, gen_sums.py): the units digit first appears in the line of the tens.
+        if place > 0:
             lines.append((f"{x}+{y}", so_far, carry))
         carry, digit = divmod(int(x) + int(y) + carry, 10)
         so_far = f"{digit}{so_far}"
@@ -258,7 +257,8 @@ def _padded(problem: Problem) -> str:
 
 
 def _spaced(text: str) -> str:
-    return " ".join(text)  # a subword tokenizer then has one token per digit
+    # A subword tokenizer then has one token per digit.
+    return " ".join(text)
 
 
 def _digits(value: object, option: str) -> int:

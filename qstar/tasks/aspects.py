@@ -37,12 +37,10 @@ class View:
 
     @functools.cached_property
     def words(self) -> list[str]:
-        """The rationale's words, normalised."""
         return normalise(self.rationale).split()
 
     @functools.cached_property
     def sentences(self) -> list[list[str]]:
-        """Normalised words of its sentences, empty ones left out."""
         return [w for w in (normalise(s).split() for s in _SENTENCE.split(self.rationale.strip())) if w]
 
 
@@ -55,7 +53,7 @@ class Aspect:
     measure: Callable[[View], float]
 
     def __call__(self, view: View) -> float:
-        """The measure, clipped to [0, 1]; 0 for an empty rationale."""
+        # Some measures are 1 where nothing is said, such as consistency.
         return min(1.0, max(0.0, self.measure(view))) if view.words else 0.0
 
 
@@ -66,6 +64,7 @@ def content(words: Sequence[str]) -> list[str]:
 
 def factuality(v: View) -> float:
     """Share of the rationale's pairs of neighbouring content words that occur together in a sentence of the context."""
+    # Pairs, since single words also match a false statement that is made of the context's words.
     pairs = [p for s in v.sentences for p in zip(content(s), content(s)[1:])]
     if not pairs:
         return float(set(content(v.words)) <= set(normalise(v.context).split()))
@@ -82,6 +81,7 @@ def relevance(v: View) -> float:
 def logicality(v: View) -> float:
     """Share of neighbouring steps that share a content word, halved unless the last step adds a word to the question's."""
     steps = [set(content(s)) for s in v.sentences]
+    # The middle of the scale: a single step can be neither linked nor unlinked.
     if len(steps) < 2:
         return 0.5
     linked = sum(bool(a & b) for a, b in zip(steps, steps[1:])) / (len(steps) - 1)
@@ -106,12 +106,14 @@ def coherence(v: View) -> float:
     pairs = [(a, b) for a, b in zip(steps, steps[1:]) if a and b]
     if not pairs:
         return 0.5
+    # Over the shorter sentence, which bounds how many words can be shared.
     return min(1.0, 2 * sum(len(a & b) / min(len(a), len(b)) for a, b in pairs) / len(pairs))
 
 
 def fluency(v: View) -> float:
     """exp(mean log-probability / 2) where a model has scored the rationale, else the share of sentences with a full stop."""
     if v.mean_logprob is not None:
+        # A mean per token, so that the length does not enter; the half keeps ordinary text off 0.
         return math.exp(0.5 * min(0.0, v.mean_logprob))
     parts = [s for s in _SENTENCE.split(v.rationale.strip()) if s.strip()]
     return sum(s.rstrip().endswith((".", "!", "?")) for s in parts) / max(1, len(parts))
@@ -119,6 +121,7 @@ def fluency(v: View) -> float:
 
 def naturalness(v: View) -> float:
     """1 less the share of repeated word triples; 0 for an echo of the question and for less than four words."""
+    # An echo of the question has full relevance; without this term copying it would pay.
     if len(v.words) < 4 or normalise(v.question) in " ".join(v.words) and len(v.words) < 1.5 * len(v.question.split()):
         return 0.0
     triples = list(zip(v.words, v.words[1:], v.words[2:]))
@@ -146,10 +149,8 @@ def chosen(weights: Mapping[str, float], known: Mapping[str, Aspect] = ASPECTS) 
 
 
 def bare_answer(rationale: str, answer: str, spare: int = 2) -> bool:
-    """Whether a rationale is only the answer it led to, with at most `spare` further content words.
-
-    The answer is the answerer's own, not the gold one. With accuracy alone as reward, writing the bare answer is optimal.
-    """
+    """Whether a rationale is the answerer's own answer (not the gold one) and at most `spare` other content words."""
+    # A degenerate optimum to watch for: with accuracy alone as reward, writing the bare answer is optimal.
     said = normalise(answer).split()
     words = normalise(rationale).split()
     if not said or not set(said) <= set(words):

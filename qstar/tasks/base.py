@@ -27,22 +27,14 @@ VAL_BUCKETS = 20  # one train question in twenty is validation
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its known answer.
+    """One question with its known answer."""
 
-    Attributes:
-        id: unique within the task and the same in every run.
-        question: the bare question.
-        gold: the answer, in the form that `Task.parse` returns.
-        solution: a gold rationale where the data has one.
-        group: the key by which accuracies are broken down ("3" digits, "gsm8k").
-        meta: further values of the record that the task's methods use.
-    """
-
-    id: str
-    question: str
-    gold: str
-    solution: str | None = None
-    group: str = ""
+    id: str  # unique within the task and the same in every run
+    question: str  # bare
+    gold: str  # in the form that `Task.parse` returns
+    solution: str | None = None  # a gold rationale where the data has one
+    group: str = ""  # the key by which accuracies are broken down ("3" digits, "gsm8k")
+    # A dict has no hash; compared, it would make problems unusable as keys.
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -164,6 +156,7 @@ class RecordTask(Task, Settings):
     fields: ClassVar[tuple[str, ...]] = ()  # keys that every record must have
 
     def __init_subclass__(cls) -> None:
+        # `Settings` puts it in front of its errors, which then name the task.
         cls.WHERE = f"{cls.name}: "
 
     def to_problem(self, record: dict) -> Problem:
@@ -171,7 +164,6 @@ class RecordTask(Task, Settings):
         raise NotImplementedError
 
     def read(self, source: str, split: str | None = None) -> list[Problem]:
-        """The problems of a source, in its order."""
         return read_records(source, self.fields, split=split, parse=self.to_problem, bad_rows=self.bad_rows)
 
 
@@ -206,22 +198,24 @@ class DatasetTask(RecordTask):
             known = f"neither {BUILT_IN!r} nor None" if has_examples(self.name) else "not None"
             raise UserError(f"{self.name}: prompts={self.prompts!r} is {known}; it has no few-shot files")
         self._prefix, self._hinted_prefix = [_read_prompts(str(self.prompts), name) for name in files] or ["", ""]
+        # None: not read yet. Constructing a task must not read data.
         self._examples: list[Problem] | None = None if built_in else []
         self._problems: dict[str, list[Problem]] = {}
 
     def few_shot_files(self) -> tuple[str, ...]:
-        """Names of the few-shot files without and with hints; () if the task has none."""
         return self.prompt_files
 
     def problems(self, split: str) -> list[Problem]:
         check_split(split)
-        # A few-shot question is never a problem, whichever split it comes from.
+        # A few-shot question is never a problem, whichever split it comes from: the shots of STaR's release are rows of
+        # the training files, and a prompt that holds the question holds its answer.
         shots = {_key(question) for question in re.findall(r"^Q: (.*)$", self._prefix, re.MULTILINE)}
         shots |= {_key(example.question) for example in self.examples()}
         problems = self._read("test" if split == "test" else "train")
         problems = [problem for problem in problems if _key(problem.question) not in shots]
         if split == "test":
             return problems
+        # By a hash of the question: another order or further rows leave the rest of the split unchanged.
         return [p for p in problems if (bucket(p.question, VAL_BUCKETS) == 0) == (split == "val")]
 
     def prefix(self, hint: bool = False) -> str:
@@ -230,19 +224,18 @@ class DatasetTask(RecordTask):
         return self._hinted_prefix if hint else self._prefix
 
     def examples(self) -> list[Problem]:
-        """The built-in worked examples, if `prompts` asks for them."""
         if self._examples is None:
             self._examples = read_records(_examples(self.name), self.fields, parse=self.to_problem)
         return self._examples
 
     def keep_examples(self, count: int) -> None:
-        """Keeps only the first `count` built-in examples."""
         self._examples = self.examples()[:count]
 
     def _read(self, part: str) -> list[Problem]:
         if part not in self._problems:
             own, default, split = self.train, self.default_source, "train"
             if part == "test":
+                # Validation is cut out of train: the test records never select anything.
                 own, default, split = self.test, self.default_test or self.default_source, self.test_split
             problems = [p for source in ([own] if own else default.split()) for p in self.read(source, split)]
             # The number makes ids that are the same in every run, since records keep the file's order.
@@ -264,6 +257,7 @@ def _examples(name: str) -> pathlib.Path:
 
 def stable_rng(*parts: Any) -> random.Random:
     """A generator that depends on `parts` alone: the same in every process, run and Python version."""
+    # Text is hashed with SHA-512 here; a tuple would go through hash(), which is salted per process.
     return random.Random("/".join(map(str, parts)))
 
 
@@ -292,11 +286,8 @@ _MARKERS = re.compile(r"\(correct\)|\b(?:hints?|given answer|as stated)\b", re.I
 
 
 def leak_marker(completion: str, question: str = "") -> str | None:
-    """The words by which a completion shows that the model was given a hint, or None.
-
-    In any case and as whole words: "(CORRECT)", "hint", "given answer", "as stated". Words of the question itself are
-    passed over (a quiz with three hints).
-    """
+    """The words that show a hint was given ("(CORRECT)", "hint", "given answer", "as stated", in any case), or None."""
+    # A word of the question itself is no sign of a hint (a quiz with three hints).
     in_question = {match.lower() for match in _MARKERS.findall(question)}
     found = [match for match in _MARKERS.findall(completion) if match.lower() not in in_question]
     return f"hint marker {found[0]!r}" if found else None
@@ -307,10 +298,12 @@ def _read_prompts(folder: str, name: str) -> str:
     if not path.is_file():
         raise UserError(f"{path}: no such few-shot file; `prompts` names a folder that holds it, or is None")
     try:
+        # Exactly one blank line in front of the question, however the file ends.
         return path.read_text(encoding="utf-8").rstrip("\n") + "\n\n"
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def _key(question: str) -> str:
-    return " ".join(question.split())  # white space does not count when few-shot questions are compared
+    # Few-shot files and records may break lines at different places.
+    return " ".join(question.split())

@@ -26,8 +26,6 @@ END = "\n[DONE]"
 class CodeTask(RecordTask):
     """Base of tasks whose answers are programs; subclasses write `problems`, `prompt` and `job`.
 
-    `parse` returns the program as text. There is no hint for a program: rationalisation is refused.
-
     Options:
         data: file with all records; the hub's data set when None.
         timeout_s: wall time that a program and its tests may take.
@@ -43,6 +41,7 @@ class CodeTask(RecordTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.stop = (END,)
+        # Configs hold lists; the cache of verdicts and the pools are keyed by it.
         self.allow = tuple(self.allow)
         self._problems: list[Problem] | None = None
 
@@ -52,7 +51,8 @@ class CodeTask(RecordTask):
 
     def answered_part(self, completion: str) -> str | None:
         part = super().answered_part(completion)
-        return part if part is not None else through_program(completion)  # a message: the program, then an explanation
+        # Chat models explain the program behind its block: the part up to the block is complete.
+        return part if part is not None else through_program(completion)
 
     def parse(self, completion: str) -> str | None:
         program = program_in(completion)
@@ -68,6 +68,7 @@ class CodeTask(RecordTask):
     def verdicts(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[sandbox.Verdict]:
         """`verdict` of many, judged by all workers at once, in order; equal programs run once."""
         jobs = [self.job(p, a) for p, a in zip(problems, answers, strict=True)]
+        # Samples repeat, and a run costs a process.
         distinct = list(dict.fromkeys(jobs))
         pool = sandbox.pool(self.allow)
         verdicts = pool.run_many(distinct, timeout_s=self.timeout_s, memory_mb=self.memory_mb)
@@ -110,9 +111,7 @@ _RANGES = {"few_shot": range(1, 11), "test": range(11, 511), "val": range(511, 6
 class MBPP(CodeTask):
     """MBPP (Austin et al., 2108.07732): 974 tasks, split by number: 1-10 few-shot, 11-510 test, 511-600 val, 601-974 train.
 
-    The prompt is that of the paper: the sentence, its assertions, "[BEGIN]"; the completion is the code, up to "[DONE]".
-    The same three assertions judge it (the protocol of the paper and of V-STaR). `data` may have the full or the sanitized
-    layout.
+    Prompt and test assertions are those of the paper (and of V-STaR). `data` may have the full or the sanitized layout.
 
     Options:
         shots: numbers of the few-shot tasks in front of prompts, by default those of the paper; () is zero-shot.
@@ -166,6 +165,7 @@ class MBPP(CodeTask):
 
     def prefix(self, hint: bool = False) -> str:
         self.refuse_hint(hint)
+        # Zero-shot prompts must work with files that lack the few-shot tasks.
         tasks = self._by_number() if self.shots else {}
         if missing := [shot for shot in self.shots if shot not in tasks]:
             raise UserError(f"mbpp: shots={self.shots}: {self.data or _MBPP} has no task {missing[0]}")
@@ -189,8 +189,6 @@ _PROGRAM_STARTS = ("def ", "from ", "import ", "class ", "@", "[BEGIN]")
 class HumanEval(CodeTask):
     """HumanEval (Chen et al., 2107.03374): complete a Python function from its head and docstring. 164 test problems.
 
-    Helper functions in a prompt are defined by the tests when they judge: a program cannot redefine them.
-
     Options:
         template: "mbpp" is the frame of MBPP's prompt, as in V-STaR, whose models are trained on MBPP; the function's head
             and docstring replace MBPP's sentence, and the model writes the whole function. "completion" is the head and
@@ -205,6 +203,7 @@ class HumanEval(CodeTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.template == "completion":
+            # The stop strings of the paper (class, def, #, if, print at the margin), and decorators and fences.
             self.stop = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
 
     def problems(self, split: str) -> list[Problem]:
@@ -219,6 +218,7 @@ class HumanEval(CodeTask):
             tree = ast.parse(prompt)
         except SyntaxError as error:
             raise ValueError(f"field 'prompt' is not Python ({error})") from None
+        # The tests define the helpers again, so that a program cannot replace what they call.
         helpers = [node for node in tree.body if getattr(node, "name", None) != entry]
         if len(helpers) == len(tree.body):
             raise ValueError(f"field 'prompt' does not define {entry!r}, the entry_point")
@@ -253,16 +253,19 @@ class HumanEval(CodeTask):
             return program and as_body(program)
         lines = as_body(self.cut(completion).replace("\r\n", "\n").rstrip()).split("\n")
         full_text = "\n".join(lines)
-        while len(lines) > 1 and not is_body("\n".join(lines)):  # an explanation behind the body
+        # An explanation may follow the body.
+        while len(lines) > 1 and not is_body("\n".join(lines)):
             lines.pop()
         return ("\n".join(lines).rstrip() if is_body("\n".join(lines)) else full_text) or None
 
     def job(self, problem: Problem, program: str) -> sandbox.Job:
-        joint = "\n" if self.template == "mbpp" else ""  # the head alone is a function that returns None
+        # The head alone is a function that returns None, so a whole program may follow it and define it again.
+        joint = "\n" if self.template == "mbpp" else ""
         return sandbox.Job(problem.question + joint + program + "\n", problem.meta["tests"])
 
 
 def _continues(completion: str) -> bool:
+    # An instruction-tuned model answers a bare head with a message, which has to be read like any other.
     text = completion.replace("\r\n", "\n")
     if without_thinking(text) != text or text.lstrip("\n").startswith(_PROGRAM_STARTS):
         return False

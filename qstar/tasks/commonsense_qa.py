@@ -12,8 +12,7 @@ from qstar.tasks.multiple_choice import LetteredChoiceTask
 class CommonsenseQA(LetteredChoiceTask):
     """Stem, lettered choices, and a rationale that ends "Therefore, the answer is blotter (e)."
 
-    As in the papers the scores are on the development rows ("test" here; the real test set has no labels),
-    and "val" is carved out of train, so nothing is ever selected on the rows that are reported.
+    As in the papers, scores are on the development rows ("test" here). "val" is cut out of train.
 
     Options:
         direct: answer "(e)." without a rationale.
@@ -23,6 +22,8 @@ class CommonsenseQA(LetteredChoiceTask):
 
     name = "commonsense_qa"
     default_source = "tau/commonsense_qa"
+    # The published test split has no labels.
+    # Model selection uses "val", never these reported rows.
     test_split = "validation"
     fields = ("question", "answerKey")
 
@@ -38,6 +39,7 @@ class CommonsenseQA(LetteredChoiceTask):
                 f"answerKey {record['answerKey']!r} is none of the choices {', '.join(choices)} "
                 "(the published test split has no labels and cannot be scored)"
             )
+        # With its leading space, since prompts end in "A:" without one.
         solution = f" ({gold})." if self.direct else record.get("rationale")
         return Problem(record.get("id") or "", stem, gold, solution, group=self.name, meta={"choices": choices})
 
@@ -58,6 +60,7 @@ def _stem_and_choices(record: dict) -> tuple[str, dict[str, str]]:
         ) from error
     if not isinstance(stem, str):
         raise ValueError(f"the question is of type {type(stem).__name__}, not text")
+    # The data labels choices A to E; STaR's few-shot files write (a) to (e).
     choices = {str(label).lower(): text for label, text in pairs}
     if not choices or len(choices) != len(pairs) or not set(choices) <= set("abcde"):
         raise ValueError(f"choices are labelled {[label for label, _ in pairs]}; each of A to E once is expected")

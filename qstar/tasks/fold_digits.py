@@ -53,25 +53,22 @@ class Folds(Corpus):
 
     @property
     def base_length(self) -> int:
-        """19 tokens per document."""
         return LONGEST * self.documents
 
     def base_rows(self, step: int, size: int, seed: int) -> Rows:
-        """Documents of all three kinds, tokens [size, 19 * documents]."""
+        # The last number separates the streams: base text 1, thoughts 2, the held-out sets 3 to 5.
         rng = np.random.default_rng([seed, step, 1])
         texts = ["".join(self._base(rng) for _ in range(self.documents)) for _ in range(size)]
         return self._pad(texts, LONGEST * self.documents)
 
     def rows(self, step: int, size: int, seed: int) -> Rows:
-        """Direct documents only."""
+        # Only direct documents: written steps would leave nothing for a thought to add.
         return self._direct(np.random.default_rng([seed, step, 2]), size, held_out=False)
 
     def test_rows(self, size: int) -> Rows:
-        """Direct documents of held-out operands."""
         return self._direct(np.random.default_rng([0, 3]), size, held_out=True)
 
     def stopping_rows(self, size: int) -> Rows:
-        """Held-out direct documents, drawn independently of `test_rows`."""
         return self._direct(np.random.default_rng([0, 5]), size, held_out=True)
 
     def worked_rows(self, size: int) -> Rows:
@@ -126,6 +123,7 @@ class Folds(Corpus):
 @functools.cache
 def table() -> np.ndarray:
     """The Latin square [10, 10]: that of Z10 with rows, columns and symbols shuffled, neither commutative nor associative."""
+    # Shuffled, since in plain Z10 a fold is the sum of its digits, in any order.
     rng = np.random.default_rng(0)
     rows, columns, symbols = (rng.permutation(10) for _ in range(3))
     return symbols[(rows[:, None] + columns[None, :]) % 10]
@@ -148,7 +146,7 @@ def _slipping(digits: Sequence[int], rng: np.random.Generator) -> list[int]:
 
 
 def _operands(rng: np.random.Generator, held_out: bool) -> tuple[str, list[int]]:
-    """The head of a document and its digits, from one side of the split, which starts at k = 3 (below, too few strings)."""
+    # The split starts at k = 3: with one or two digits there are too few strings to hold any out.
     k = int(rng.choice(len(SHARES), p=SHARES)) + 1
     while True:
         digits = rng.integers(0, 10, k).tolist()

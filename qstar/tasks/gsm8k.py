@@ -73,6 +73,7 @@ class GSM8K(DatasetTask):
         text = super().cut(completion)
         if not self.strict and (found := final_number(text)):
             return text[: found.end]
+        # The release reads the first line with the mark; elsewhere the last one counts.
         at = text.find(MARK) if self.strict else text.rfind(MARK)
         return text if at < 0 else text[:at] + text[at:].partition("\n")[0]
 
@@ -89,15 +90,12 @@ class GSM8K(DatasetTask):
         return _normal(answer) == problem.gold
 
     def leak(self, problem: Problem, completion: str) -> str | None:
-        """Besides the hint markers: the answer appears before anything was computed.
-
-        "Before" is the text up to the first two numbers joined by an operator (the whole rationale if there is no such
-        step). A number of the question may be quoted at any time.
-        """
+        """Besides the hint markers: the answer stands before the first two numbers joined by an operator."""
         if marker := leak_marker(completion, problem.question):
             return marker
         rationale = super().cut(completion).partition(MARK)[0].translate(MINUS)
         step = _STEP.search(rationale)
+        # A number of the question may be quoted at any time.
         given = {number(match) for match in _NUMBER.findall(problem.question)}
         gold = number(problem.gold)
         early = [number(match) for match in _NUMBER.findall(rationale[: step.start()] if step else rationale)]
@@ -105,6 +103,6 @@ class GSM8K(DatasetTask):
 
 
 def _normal(text: str) -> str | None:
-    """A number in its one normal form ("29", "1/2"), so that votes for 29 and $29.00 count together."""
     value = number(text)
+    # An exact fraction has one normal form ("29", "1/2"): votes for 29 and $29.00 count together.
     return None if value is None else str(value)

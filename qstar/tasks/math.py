@@ -42,9 +42,6 @@ class MATH(DatasetTask):
     Answers are equal if their normal forms are (`normal`), or if math-verify says so, in a process that is killed
     after `timeout_s`; what times out is wrong. In a vote answers that are equal to each other count together.
 
-    Without a box the answer is the last statement of one ("The final answer is $5$."), outside of thinking and in front of
-    an invented further problem.
-
     Options:
         subset: "all", or "v_star" for the rule of V-STaR (2402.06457, section 4.1): level 1 of algebra, counting and
             probability, prealgebra and number theory, numeric answers, no LaTeX in the question. With "no LaTeX" read as
@@ -65,7 +62,8 @@ class MATH(DatasetTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_installed()  # now, not at the first answer
+        # Now, not after an hour of sampling.
+        check_installed()
         self.stop = ("\nQ:",) if self.format == "gsm8k" else ("\nProblem:",)
 
     def to_problem(self, record: dict) -> Problem:
@@ -79,6 +77,7 @@ class MATH(DatasetTask):
             raise ValueError("field 'solution' is missing or not text")
         if not isinstance(subject, str):
             raise ValueError("field 'subject' is missing or not text")
+        # A few published rows are of "Level ?".
         level = re.fullmatch(r"(?:Level )?([1-5?])", str(record["level"]))
         if level is None:
             raise ValueError(f"field 'level' is {record['level']!r}, not 1 to 5")
@@ -121,11 +120,11 @@ class MATH(DatasetTask):
         return answer_text.first_found(text, lambda part: normal(find(part) or "") or None)
 
     def ballots(self, answers: Sequence[str | None]) -> list[str | None]:
-        """Answers that are equal to an earlier one vote for that."""
         votes: list[str | None] = []
         for answer in answers:
             known = dict.fromkeys(vote for vote in votes if vote is not None)
             if answer is not None and answer not in known:
+                # The first of its class stands for all: votes are counted by equal strings.
                 answer = next((v for v in known if _equal(v, answer, self.timeout_s)), answer)
             votes.append(answer)
         return votes
@@ -138,13 +137,15 @@ class MATH(DatasetTask):
         # Most answers end here; a question to the helper process costs milliseconds.
         if normal(answer) == problem.gold:
             return Comparison(True, "equal")
-        if _NUMERIC.fullmatch(problem.gold) and self.format == "gsm8k":  # units behind it, $, commas
+        # Units behind a number, $ and commas are usual in this form.
+        if _NUMERIC.fullmatch(problem.gold) and self.format == "gsm8k":
             if number(answer) is not None:
                 same = number(answer) == number(problem.gold)
                 return Comparison(same, "equal" if same else "different")
         return comparer(self.timeout_s).compare(problem.meta["written"], answer)
 
 
+# A vote compares the same few answers again and again.
 @functools.lru_cache(maxsize=65536)
 def _equal(one: str, other: str, timeout_s: float) -> bool:
     # Numbers need no helper process.
@@ -185,6 +186,7 @@ def in_v_star_subset(problem: Problem) -> bool:
 
 def boxed(text: str) -> str | None:
     """The content of the last ``\\boxed{..}`` (or ``\\fbox{..}``, ``\\boxed 5``), None if there is none that is closed."""
+    # The last box, as in the scorer of the data set; earlier ones hold intermediate results.
     found = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|[^\s{}$]+)", text))
     if not found:
         return None
@@ -233,11 +235,10 @@ def check_installed() -> None:
 
 
 class Comparer(Helper):
-    """One process with math-verify, started by the first comparison. A context manager; threads take turns.
+    """One process with math-verify, started by the first comparison. A context manager; threads take turns."""
 
-    math-verify passes a model's text to SymPy, which may take for ever (`9**9**9`) or all memory. Its own time-outs are
-    alarms of the main thread, which neither stop C code nor work in other threads; a process can be killed.
-    """
+    # math-verify passes a model's text to SymPy, which may take for ever (`9**9**9`) or all memory. Its own time-outs
+    # are alarms of the main thread, which neither stop C code nor work in other threads; a process can be killed.
 
     def __init__(self, *, timeout_s: float = 5.0, memory_mb: int = 2048):
         """`timeout_s`: wall time of one comparison. `memory_mb`: address space of the process, in MiB."""
@@ -247,6 +248,7 @@ class Comparer(Helper):
         # Two minutes to start: the import is not the answer's fault.
         super().__init__("math_equal.py", str(memory_mb), env={**os.environ, "PYTHONHASHSEED": "0"}, start_s=120)
         self.timeout_s = timeout_s
+        # One pair of pipes: without turns two threads could read each other's answers.
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
@@ -262,12 +264,13 @@ class Comparer(Helper):
                 reason = "timeout"
             except (codec.Closed, codec.TooLong, ValueError):
                 reason = "error"
+            # A late answer would be read as that of the next pair.
             if reason in ("timeout", "error"):
                 self.stop()
         return Comparison(reason == "equal", reason)
 
     def close(self) -> None:
-        """Ends the process; does nothing in a fork of the one that started it."""
+        # In a fork the process belongs to the parent.
         if self._owner == os.getpid():
             with self._lock:
                 self.stop()
@@ -286,6 +289,7 @@ def comparer(timeout_s: float = 5.0) -> Comparer:
 
 @functools.cache
 def _comparer_of(pid: int, timeout_s: float) -> Comparer:
+    # By pid: a fork must not use its parent's pipes.
     made = Comparer(timeout_s=timeout_s)
     atexit.register(made.close)
     return made

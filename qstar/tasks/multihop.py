@@ -1,7 +1,6 @@
 """Questions over several paragraphs: HotpotQA (1809.09600) and 2WikiMultiHopQA (2011.01060), with LM-Guided CoT's prompts.
 
-Both published shapes are read, the original JSON and the hub's columns. A prompt is one line, since T5's tokenizer has
-no line breaks. Where a context is too long, whole paragraphs of it are dropped, never a word of the question or rationale.
+Both published shapes are read, the original JSON and the hub's columns.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ STYLES = ("standard", "cot", "guided", "student")
 ASK = "Answer the question based on the context."
 THINK = "Answer the question based on the context. Think step by step."
 EXPLAIN = "Given the context, generate a step-wise rationale to answer the question."
-RUN_ON = ("\nContext:", "\nQuestion:")  # a model continues with a question of its own
+# A model continues with a question of its own.
+RUN_ON = ("\nContext:", "\nQuestion:")
 _MARKER = re.compile(r"(?:so|therefore,?)?\s*the answer is:?|answer\s*:", re.IGNORECASE)
 _SLOTS = re.compile(r"\b(?:answer|question|context|reasoning|prediction)\s*:", re.IGNORECASE)
 
@@ -67,11 +67,9 @@ def fit(
     """frame(context) with as many paragraphs as fit, and whether any was left out.
 
     Args:
-        parts: the paragraphs.
         frame: makes the prompt around a context; nothing of it is ever cut.
         limit: in units of `count` (tokens of a text); 0 = none.
-        keep_gold: drop paragraphs without supporting facts first (training rows: without gold paragraphs the answer cannot be
-            learnt); at evaluation the last paragraphs are dropped, since which are gold is unknown then.
+        keep_gold: drop paragraphs without supporting facts first (for training rows).
 
     Raises:
         UserError: the frame alone is too long.
@@ -82,6 +80,8 @@ def fit(
         return prompt, False
     # Paragraphs are dropped whole: half a paragraph may lose the one fact that the answer needs.
     while kept:
+        # In training an answer cannot be learnt without its gold paragraphs. At evaluation which are gold is unknown,
+        # and using it would leak the labels: the last ones go.
         spare = [i for i, p in enumerate(kept) if not p.gold] if keep_gold else []
         kept.pop(spare[-1] if spare else -1)
         prompt = frame(" ".join(p.text() for p in kept))
@@ -91,10 +91,7 @@ def fit(
 
 
 def frame_for(style: str, question: str, rationale: str = "") -> Callable[[str], str]:
-    """The prompt of a style as a function of the context.
-
-    `standard` and `cot` ask a model to answer; `student` asks for a rationale; `guided` gives one and asks for the answer.
-    """
+    """The prompt of a style as a function of the context; `student` asks for a rationale, `guided` contains one."""
     if style not in STYLES:
         raise UserError(f"prompt style {style!r} is not one of {', '.join(STYLES)}")
     head, tail = {
@@ -103,6 +100,7 @@ def frame_for(style: str, question: str, rationale: str = "") -> Callable[[str],
         "student": (EXPLAIN, "Reasoning:"),
         "guided": (ASK, f"Reasoning: {clean_rationale(rationale)} Answer:"),
     }[style]
+    # One line, since T5's tokenizer has no line breaks.
     return lambda context: f"{head} Context: {context} Question: {question} {tail}"
 
 
@@ -118,11 +116,13 @@ def split_reasoning(text: str) -> tuple[str, str | None]:
 
 def clean_rationale(text: str) -> str:
     """A rationale for a guided prompt: on one line, and without a slot of its own ("Answer: ...")."""
+    # A slot's name inside the rationale would read as the prompt's own "Answer:".
     return " ".join(_SLOTS.sub(" ", text).split())
 
 
 def coverage(problem: Problem, rationale: str) -> float:
     """Share of the supporting facts whose title occurs in a rationale (ours, not official)."""
+    # A fact's sentence may be paraphrased; its title is a name and mostly is not.
     titles = [title for title, _ in problem.meta["supporting_facts"]]
     return sum(includes(rationale, t) for t in titles) / max(1, len(titles))
 
@@ -145,13 +145,15 @@ class MultiHop(DatasetTask):
     strict: bool = False
 
     fields = ("question", "answer", "context", "supporting_facts")
+    # The hub's test rows have no answers.
     test_split = "validation"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # A chain of thought may have paragraphs.
         self.stop = ("\nQuestion:",) if self.style == "cot" and not self.strict else ("\n\n",)
-        self.out_of_range = 0  # supporting facts that are not in the context: many in the full-wiki setting
+        # Supporting facts that are not in the context: many in the full-wiki setting, so they are counted, not refused.
+        self.out_of_range = 0
 
     def to_problem(self, record: dict) -> Problem:
         parts = _context(record["context"])
@@ -177,6 +179,7 @@ class MultiHop(DatasetTask):
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         frame = frame_for(self.style, problem.question)
+        # Words, since a task has no tokenizer.
         return fit(paragraphs(problem, self.context), frame, self.limit, lambda text: len(text.split()))[0]
 
     def parse(self, completion: str) -> str | None:
@@ -208,7 +211,8 @@ class TwoWikiMultiHopQA(MultiHop):
 
 
 def _from_json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value  # some mirrors keep lists as JSON text
+    # Some mirrors keep lists as JSON text.
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _context(value: Any) -> list[tuple[str, list[str]]]:

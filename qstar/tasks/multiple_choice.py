@@ -39,6 +39,7 @@ class LetteredChoiceTask(ChoiceTask):
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         lines = [f"Q: {problem.question}", "Answer Choices:"]
         for label, text in problem.meta["choices"].items():
+            # STaR's hint marks the right choice where it stands; `leak_marker` finds it in copied text.
             mark = " (CORRECT)" if hint and label == problem.gold else ""
             lines.append(f"({label}) {text}{mark}")
         return "\n".join([*lines, "A:"])

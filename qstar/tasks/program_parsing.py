@@ -38,6 +38,7 @@ class Block(NamedTuple):
 
     def rank(self) -> int:
         """How likely the block is the program: 0 is no program."""
+        # A fence of another language may be mislabelled Python; an unclosed one is truncated: complete ones go first.
         tree = _tree(self.code)
         defines = tree is not None and _defines(tree)
         if self.python is False:
@@ -50,11 +51,7 @@ class Block(NamedTuple):
 
 
 def program_in(text: str) -> str | None:
-    """The program that a completion holds, or None.
-
-    Of several fenced blocks it is the last complete one that defines something (else: that is Python), before a
-    further problem that the model invents. Reasoning in <think> tags is left out, and prose around bare code.
-    """
+    """The program of a completion: the last complete block that defines something, else the likeliest, or bare code."""
     text = _framed(first_turn(without_thinking(text)).replace("\r\n", "\n"))
     lines, found = text.split("\n"), blocks(text)
     kept: list[Block] = []
@@ -72,6 +69,7 @@ def program_in(text: str) -> str | None:
         for block in reversed(found):
             lines[block.start : block.end] = []
         code = _bare("\n".join(lines))
+    # Leading spaces stay: they are the first line's indentation.
     return (code or "").rstrip().strip("\n") or None
 
 
@@ -84,6 +82,7 @@ def through_program(text: str) -> str | None:
 
 def blocks(text: str) -> list[Block]:
     """The fenced blocks of a text, the last one open where the text ends in it."""
+    # A block may stand in a quotation, whose marks are no code.
     lines = [re.sub(r"^> ?(?!>)", "", line) for line in text.split("\n")]
     out, at = [], 0
     while at < len(lines):
@@ -112,6 +111,7 @@ def _block(lines: list[str], at: int, opening: re.Match[str]) -> Block:
         inside = [*lines[at + 1 : end], *([glued] if glued.strip() else [])]
         code = "\n".join(line[indent:] if not line[:indent].strip() else line for line in inside)
         made.append(Block(code, python, True, at, end + 1))
+        # Other languages cannot be checked: their first end is taken.
         if python is False or _tree(code) is not None:
             return made[-1]
     inside = [line[indent:] if not line[:indent].strip() else line for line in lines[at + 1 :]]
@@ -178,13 +178,14 @@ def normal_program(code: str) -> str:
 
 
 def _parsed(code: str) -> ast.Module | int:
-    """The tree, or the line of the error (0: unknown)."""
     try:
         with PARSING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # escapes that a later Python refuses
+            # Models write invalid escapes such as "\d", which warn at every parse.
+            warnings.simplefilter("ignore")
             return ast.parse(code)
     except SyntaxError as error:
         return error.lineno or 0
+    # Null bytes and deep nesting are the model's, not faults of this process.
     except (ValueError, RecursionError, MemoryError):
         return 0
 
@@ -200,7 +201,6 @@ def _framed(text: str) -> str:
 
 
 def _bare(text: str) -> str | None:
-    """Code without a fence: the whole text, or the part from its first line of code as far as it is Python."""
     tree = syntax_tree(text)
     if tree is not None:
         return text if is_program(tree) else None
@@ -208,6 +208,7 @@ def _bare(text: str) -> str | None:
     if not starts:
         tree = syntax_tree(textwrap.dedent(text))
         return text if tree is not None and is_program(tree) else None
+    # Code in a list or a quotation is indented as a whole.
     indent = starts[0][1] or ""
     lines = [line.removeprefix(indent) for line in text[starts[0].start() :].split("\n")]
     end = len(lines)
@@ -215,5 +216,6 @@ def _bare(text: str) -> str | None:
         found = _parsed("\n".join(lines[:end]))
         if isinstance(found, ast.Module):
             return "\n".join(lines[:end])
+        # The error's line bounds the program, which saves most of one parse per line.
         end = min(end - 1, found - 1) if found else end - 1
     return "\n".join(lines)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_SPECIAL = ("yes", "no", "noanswer")  # such an answer shares no words with any other
+# As in the official scripts: without this rule "no" would score against "no one".
+_SPECIAL = ("yes", "no", "noanswer")
 
 
 class Score(NamedTuple):
@@ -31,15 +32,13 @@ def normalise(text: str) -> str:
 
 
 def answer_score(prediction: str, gold: str) -> Score:
-    """Equality of an answer, and words in common counted with their number.
-
-    Where one side is yes, no or noanswer and the other is not the same, F1 is 0. Two empty sides: EM 1, F1 0.
-    """
+    """EM and F1 of an answer; F1 is 0 where one side is yes, no or noanswer and the other differs."""
     a, b = normalise(prediction), normalise(gold)
     if a != b and (a in _SPECIAL or b in _SPECIAL):
         return Score(0.0, 0.0, 0.0, 0.0)
     words, wanted = a.split(), b.split()
     common = (collections.Counter(words) & collections.Counter(wanted)).total()
+    # Also where both sides are empty: the official scripts then give EM 1 and F1 0.
     if not common:
         return Score(float(a == b), 0.0, 0.0, 0.0)
     precision, recall = common / len(words), common / len(wanted)

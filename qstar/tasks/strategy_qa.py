@@ -34,12 +34,14 @@ class StrategyQA(ChoiceTask):
         if answer is None:
             raise ValueError(f"field 'answer' is {record['answer']!r}, neither yes nor no")
         facts = record.get("facts") or []
+        # One line per fact: a blank line inside one would look like the end of an example.
         facts = [" ".join(str(fact).split()) for fact in ([facts] if isinstance(facts, str) else facts)]
         return Problem(
             id=str(record.get("id") or record.get("qid") or ""),
             question=text_field(record, "question"),
             gold=answer,
             solution=" ".join(["", *filter(None, [" ".join(facts)]), f"So the answer is {answer}."]),
+            # Accuracy for each answer shows a model that always gives the same one.
             group=answer,
             meta={"facts": facts, "decomposition": record.get("decomposition") or []},
         )

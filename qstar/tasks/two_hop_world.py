@@ -41,13 +41,13 @@ class Worlds(NamedTuple):
     answer: np.ndarray  # [B]: z
 
     def take(self, rows: np.ndarray) -> Worlds:
-        """Some of the questions."""
         return Worlds(*(x[rows] for x in self))
 
 
 def draw(rng: np.random.Generator, count: int) -> Worlds:
     """`count` new questions."""
     require((count >= 1, f"hops: {count} questions; draw at least 1"))
+    # argsort of random numbers is a permutation of each row, so that a question's entities are distinct.
     e = FIRST + np.argsort(rng.random((count, ENTITIES)), axis=1)[:, :10]
     x, y, z, y2, z2, x3, y3, z3, w, _ = e.T
     r = FIRST + ENTITIES + np.argsort(rng.random((count, RELATIONS)), axis=1)[:, :4]
@@ -85,6 +85,7 @@ def copies(rng: np.random.Generator, worlds: Worlds) -> tuple[np.ndarray, np.nda
         [worlds.facts, np.full((B, 1), CPY), rearrange(stated, "b facts words -> b (facts words)")], axis=1
     )
     mask = np.zeros((B, LENGTH), np.float32)
+    # Only objects: which fact comes next is random, and its object follows from the facts.
     mask[:, FACTS + 3 :: 3] = 1.0
     return tokens.astype(np.int32), mask
 
@@ -100,6 +101,7 @@ def words(ids: Sequence[int]) -> str:
 def clean(rationale: np.ndarray) -> np.ndarray:
     """Rationales [B, 7] for the answerer: padding after EOS, and no marks or tags."""
     ended = np.cumsum(rationale == EOS, axis=1) - (rationale == EOS) > 0
+    # Marks and tags belong to the prompt: a rationale must not write a slot of its own.
     return np.where(ended | (rationale < FIRST) & (rationale != EOS), PAD, rationale).astype(np.int32)
 
 
@@ -120,15 +122,13 @@ def mixed_text(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows and loss masks of the large model's training text; `shares` counts the rows of each kind.
 
-    The kinds are copying, standard prompts, chains of thought, answering. Chains of thought take the look-alike first hop at
-    the rates of `noise` (by the question's first relation), and continue to its answer. Answering shows the true answer
-    beside a rationale: 55% gold, 25% a wrong chain, 10% of another question, 10% none; so that the model neither ignores
-    rationales nor copies them. With `two_ways` right chains are written backwards half the time, wrong ones never: where the
-    wrong chain is likelier than either form of the right one, greedy decoding is wrong and a majority of samples is right
-    (the case for self-consistency).
+    Copying, standard prompts, chains of thought (with the look-alike first hop at the rates of `noise`, by the first
+    relation), answering beside a rationale. With `two_ways` right chains are written backwards half the time.
     """
 
     def stated(gold: np.ndarray) -> np.ndarray:
+        # Wrong chains never: where one is likelier than either form of the right chain, greedy decoding is wrong and a
+        # majority of samples is right (the case for self-consistency).
         return np.where((rng.random(len(gold)) < 0.5)[:, None], backwards(gold), gold) if two_ways else gold
 
     copy, std, cot, ans = shares
@@ -143,11 +143,14 @@ def mixed_text(
         wrong = rng.random(cot) < np.asarray(noise)[w.question[:, 1] - FIRST - ENTITIES]
         slot = np.where(wrong[:, None], w.alike, stated(w.gold))
         tokens = rows(w, COT, slot, np.where(wrong, w.alike[:, 5], w.answer))
+        # Without the mark, which is the same in every row.
         mask = np.broadcast_to((np.arange(LENGTH) >= QUESTION) & (np.arange(LENGTH) != QUESTION + SLOT), tokens.shape)
         parts.append((tokens, mask.astype(np.float32)))
     if ans:
         w, kind = draw(rng, ans), rng.random(ans)
         wrong = np.where((rng.random(ans) < 0.5)[:, None], w.alike, w.other)
+        # 55% gold, 25% a wrong chain, 10% of another question, 10% none, always with the true answer: the model learns
+        # neither to ignore rationales nor to copy them.
         upto = [kind[:, None] < share for share in (0.55, 0.8, 0.9)]
         slot = np.select(upto, [stated(w.gold), wrong, np.roll(w.gold, 1, axis=0)], PAD)
         tokens = rows(w, ANS, slot)

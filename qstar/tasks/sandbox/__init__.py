@@ -2,33 +2,26 @@
 
 Covered:
 
-* **The program does not decide its verdict.** The tests run in another process, the judge. It asks the program's process to
-  call this function with these arguments, gets back a plain value (`sandbox.codec`: numbers, text, containers of exact
-  built-in types) and compares it itself. A program that exits with 0, prints "passed", patches `assert`, `sys` or
-  `builtins`, walks the frames of its interpreter, writes to its file descriptors or returns an object that equals
-  everything gains nothing: its process holds neither tests, nor expected values, nor a pipe on which a verdict travels. It
-  is forked before the tests are read.
+* **The program does not decide its verdict.** The tests run in another process, the judge. It asks the program's
+  process to call a function, gets back a plain value (`sandbox.codec`) and compares it itself. Exiting with 0, patching
+  `assert`, walking frames or returning an object that equals everything gains nothing: the program's process never held
+  tests, expected values or the pipe of verdicts.
 * **Passed means that all tests ran.** The tests ran to their end without an exception, and at least one assertion was
   reached. Tests without an assertion are refused.
-* **Limits.** Wall clock, CPU time, address space, file size, threads and open files are limited; seccomp refuses new
-  processes; the program's process is killed with its namespace after every verdict, and its judge by a kernel timer if
-  values make it hang.
-* **Isolation.** No sockets, no access to other processes, no capabilities, and no signal to any process but the program's
-  own, also not by way of the kernel (owners of descriptors, leases, terminals). The file system is Python's library,
-  read-only, and an empty scratch folder of 16 MiB in memory: `Sandbox.isolation` is "namespaces". Where the system refuses
-  user namespaces (many containers), nothing can be written and only the library can be read ("landlock"); on kernels
-  without Landlock no file can be opened, and programs import what was imported before, some 80 modules ("seccomp").
-  Without seccomp, and on other systems and processors, no program is run.
-* **Packages.** With `allow=("numpy",)` an installed package is imported before a program is confined, and its folder is
-  readable; everything above still holds. Numbers of numpy arrive as Python's, arrays as arrays.
+* **Limits.** Wall clock, CPU time, address space, file size, threads and open files; seccomp refuses new processes. The
+  program's process is killed after every verdict, the judge by a kernel timer if values make it hang.
+* **Isolation.** No sockets, capabilities, access to other processes or signals to them, also not by way of the kernel.
+  With "namespaces" (`Sandbox.isolation`) the file system is Python's library, read-only, and 16 MiB of scratch. Where
+  the system refuses user namespaces (many containers), nothing can be written and only the library read ("landlock");
+  on kernels without Landlock no file can be opened ("seccomp"). Without seccomp, or on another system or processor than
+  Linux on x86-64, no program is run.
+* **Packages.** With `allow=("numpy",)` a package is imported before confinement, and its folder is readable. Numbers of
+  numpy arrive as Python's, arrays as arrays.
 
-Not covered: with "landlock" and "seccomp" a program can read the host's name and the numbers of processors and bytes of
-memory, with "landlock" also what is installed in the `site-packages` of Python's own library (not those of a virtual
-environment). Programs that start processes (`multiprocessing`, `subprocess`) or read standard input, which is empty, fail.
-A program may return the expected values by heart, and weak tests pass wrong programs. Kernel bugs are a way out. Timing can
-be observed. Values travel by copy: a test that inspects its own argument after the call sees it unchanged, functions cannot
-be passed to the program, and objects of the program's classes can be created, called, read and passed back, but equal
-nothing.
+Not covered: kernel bugs; timing; expected values returned by heart; weak tests. With "landlock" and "seccomp" a program
+can read the host's name, processors and memory, with "landlock" also Python's own `site-packages`. Programs that start
+processes or read standard input fail. Values travel by copy: a test does not see changes of its own argument, functions
+cannot be passed to the program, and objects of its classes can be created, called and read, but equal nothing.
 """
 
 from __future__ import annotations
@@ -78,43 +71,28 @@ PARSING = threading.Lock()
 
 
 class Verdict(NamedTuple):
-    """The outcome of one program.
+    """The outcome of one program."""
 
-    Attributes:
-        passed: all tests ran and held; the same as `reason == "passed"`.
-        reason: one of REASONS.
-        seconds: wall time of program and tests, without starting the processes.
-        detail: one line for people; the program's own messages may be in it.
-    """
-
-    passed: bool
-    reason: str
-    seconds: float
-    detail: str = ""
+    passed: bool  # all tests ran and held; the same as `reason == "passed"`
+    reason: str  # one of REASONS
+    seconds: float  # wall time of program and tests, without starting the processes
+    detail: str = ""  # one line for people; the program's own messages may be in it
 
 
 class Job(NamedTuple):
-    """A program and its tests.
+    """A program and its tests."""
 
-    Attributes:
-        program: Python source. Its `__name__` is not "__main__".
-        tests: Python source that asserts; trusted.
-        names: what the tests take from the program; None: see `needed_names`.
-    """
-
-    program: str
-    tests: str
-    names: tuple[str, ...] | None = None
+    program: str  # Python source; its `__name__` is not "__main__"
+    tests: str  # Python source that asserts; trusted
+    names: tuple[str, ...] | None = None  # what the tests take from the program; None: see `needed_names`
 
 
 def run_python(
     program: str, tests: str, *, timeout_s: float = 3.0, memory_mb: int = 256, allow: tuple[str, ...] = ()
 ) -> Verdict:
-    """Runs a program against its tests, in a pool of workers that this process keeps.
+    """Runs a program (untrusted) against its tests (trusted), in a pool of workers that this process keeps.
 
     Args:
-        program: Python source, untrusted.
-        tests: Python source that asserts, trusted; it uses names that the program defines.
         timeout_s: wall time of program and tests together.
         memory_mb: address space that the program may take, in MiB, beyond that of the interpreter.
         allow: installed packages that the program and its tests may import, e.g. ("numpy",).
@@ -132,7 +110,8 @@ def pool(allow: Iterable[str] = ()) -> Sandbox:
 
 
 @functools.cache
-def _pool_of(pid: int, allow: tuple[str, ...]) -> Sandbox:  # by pid: a fork must not use its parent's pipes
+def _pool_of(pid: int, allow: tuple[str, ...]) -> Sandbox:
+    # By pid: a fork must not use its parent's pipes.
     made = Sandbox(allow=allow)
     atexit.register(made.close)
     return made
@@ -140,20 +119,14 @@ def _pool_of(pid: int, allow: tuple[str, ...]) -> Sandbox:  # by pid: a fork mus
 
 @functools.lru_cache(maxsize=4096)
 def needed_names(tests: str) -> tuple[str, ...]:
-    """The global names that tests use and do not define themselves: what they need from the program.
-
-    Names of built-ins are Python's own, even if the program has redefined them, so that it cannot replace the `set` or
-    `sorted` of a comparison; unless the tests need nothing else (a task that asks for a function called `sum`).
-
-    Raises:
-        ValueError: the tests do not parse, or assert nothing.
-    """
+    """Global names that tests use and do not define; ValueError if they do not parse or assert nothing."""
     try:
         with PARSING:
             tree = ast.parse(tests)
         asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
         tables = [symtable.symtable(tests, "tests", "exec")]
-        compile(tests, "tests", "exec", dont_inherit=True)  # finds more than the parser: a `return` outside a function
+        # Finds more than the parser: a `return` outside a function.
+        compile(tests, "tests", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"tests: not Python ({error})") from None
     if not asserts:
@@ -165,6 +138,8 @@ def needed_names(tests: str) -> tuple[str, ...]:
         top = table.get_type() == "module"
         used |= {s.get_name(): None for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
     free = tuple(name for name in used if name not in made)
+    # Built-ins stay Python's own, so that a program cannot replace the `set` or `sorted` of a comparison; unless the
+    # tests need nothing else (a task that asks for a function called `sum`).
     return tuple(name for name in free if not hasattr(builtins, name)) or free
 
 
@@ -172,19 +147,11 @@ class Sandbox:
     """A pool of workers, each judging one program at a time. A context manager; safe to use from several threads."""
 
     def __init__(self, workers: int | None = None, *, isolation: str = "auto", allow: Iterable[str] = ()):
-        """Starts the workers.
-
-        Args:
-            workers: one per CPU when None.
-            isolation: "auto", or the one to insist on (see the module).
-            allow: installed packages that programs and tests may import, with those that they import themselves.
-
-        Raises:
-            UserError: this machine cannot confine programs, or not in that way, or lacks a package.
-        """
+        """Starts `workers` (None: one per CPU); UserError if this machine cannot confine programs in that way."""
         if isolation not in ("auto", "namespaces", "landlock", "seccomp"):
             raise UserError(f"isolation={isolation!r} is not one of auto, namespaces, landlock, seccomp")
         folders = [_package_folder(name) for name in allow]
+        # CPUs that this process may use: in a container fewer than the machine has.
         count = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
@@ -193,17 +160,16 @@ class Sandbox:
             for _ in range(count):
                 self._workers.append(_Worker(isolation, folders))
                 self._idle.put(self._workers[-1])
+        # Also on Ctrl-C: the workers started so far have sessions of their own and would go on.
         except BaseException:
             self.close()
             raise
 
     @property
     def isolation(self) -> str:
-        """The isolation in use: "namespaces", "landlock" or "seccomp"."""
         return self._workers[0].isolation
 
     def run(self, job: Job, *, timeout_s: float = 3.0, memory_mb: int = 256) -> Verdict:
-        """Judges one program; see `run_python`."""
         if not (0 < timeout_s < math.inf and memory_mb > 0):
             raise ValueError(f"timeout_s={timeout_s} and memory_mb={memory_mb} must be positive numbers")
         # Here, not in the judge: faulty tests are the caller's error, not a verdict on the program.
@@ -216,8 +182,8 @@ class Sandbox:
             self._idle.put(worker)
 
     def run_many(self, jobs: Iterable[Job], *, timeout_s: float = 3.0, memory_mb: int = 256) -> list[Verdict]:
-        """Judges programs, as many at a time as there are workers; verdicts in the order of the jobs."""
         run = functools.partial(self.run, timeout_s=timeout_s, memory_mb=memory_mb)
+        # Threads suffice: each waits for a pipe, and the work is done in the workers.
         with ThreadPoolExecutor(len(self._workers)) as threads:
             return list(threads.map(run, jobs))
 
@@ -235,7 +201,8 @@ class Sandbox:
 
 
 def _package_folder(name: str) -> str:
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None  # which does not import it here
+    # find_spec does not import a top-level package; a dotted name would import its parent.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     if len(places) != 1:
         why = "is not an installed package (a top-level name such as numpy); install it, or leave it out"
@@ -264,8 +231,10 @@ class Helper:
                 stdout=subprocess.DEVNULL,
                 pass_fds=(jobs, answers),
                 env=self._env,
-                start_new_session=True,  # Ctrl-C is for the parent
+                # Ctrl-C is for the parent, which then ends its helpers.
+                start_new_session=True,
             )
+        # The child's ends: kept open here, they would hide its death, since no pipe would ever close.
         finally:
             os.close(jobs)
             os.close(answers)
@@ -276,7 +245,6 @@ class Helper:
             return None
 
     def running(self) -> bool:
-        """Whether the process was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
@@ -293,6 +261,7 @@ class Helper:
 
 class _Worker(Helper):
     def __init__(self, isolation: str, folders: list[str]):
+        # -S and -s keep installed packages off the import path: programs get those of `allow` alone.
         super().__init__("server.py", isolation, *folders, flags=("-S", "-s"), env=_ENVIRONMENT, start_s=60)
         self._start_server()
 
@@ -305,7 +274,8 @@ class _Worker(Helper):
 
     def run(self, order: dict) -> Verdict:
         began = time.monotonic()
-        if not self.running():  # ended while it was idle
+        # It may have ended while it was idle, for instance for want of memory.
+        if not self.running():
             self._start_server()
         try:
             codec.send(self._jobs, order)

@@ -24,6 +24,7 @@ from typing import Any
 MAX_BYTES = 8 << 20  # of one message; a longer one is refused unread
 _PLAIN_TYPES: tuple[type, ...] = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)
 TYPES: dict[str, type] = {t.__name__: t for t in (*_PLAIN_TYPES, type(None))}
+# Larger integers travel as hexadecimal, to which Python's limit of 4,300 decimal digits does not apply.
 _SMALL = 1 << 62
 
 
@@ -31,6 +32,7 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
     """A value as `json` can write it. `keep` returns the number of an object that is no plain value, or raises TypeError."""
     if value is None or value is True or value is False:
         return value
+    # Exact types: a subclass may override anything. JSON has no infinities and no nan.
     kind = type(value)
     if kind is str or (kind is int and -_SMALL < value < _SMALL) or (kind is float and math.isfinite(value)):
         return value
@@ -39,6 +41,7 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
             return to_json(value, keep)
     if kind is type and value in TYPES.values():
         return ["type", str(value.__name__)]
+    # Importing it here would cost every program; without the import no value of numpy can exist.
     if "numpy" in sys.modules:
         return _numpy(value, keep)
     return ["handle", keep(value)]
@@ -66,8 +69,10 @@ def _array(kind: Any, shape: Any, data: Any) -> Any:
         raise TypeError("an array, where there is no numpy")
     import numpy as np
 
+    # The bytes are the program's: in an array of objects they would be pointers.
     if np.dtype(kind).kind not in "biufc":
         raise TypeError("an array of numbers is needed")
+    # A copy, since tests may write into it and frombuffer gives a read-only view.
     return np.frombuffer(bytes.fromhex(data), kind).reshape([_whole(n) for n in shape]).copy()
 
 
@@ -90,16 +95,15 @@ _ENCODERS: tuple[tuple[type, Callable[[Any, Any], Any]], ...] = (
     (decimal.Decimal, lambda v, keep: ["decimal", decimal.Decimal.__str__(v)]),
     *(
         (cls, lambda v, keep, cls=cls: [cls.__name__, cls.isoformat(v)])
-        for cls in (datetime.datetime, datetime.date, datetime.time)  # a datetime is a date, so it comes first
+        # A datetime is a date, so it comes first.
+        for cls in (datetime.datetime, datetime.date, datetime.time)
     ),
     (datetime.timedelta, lambda v, keep: ["timedelta", v.days, v.seconds, v.microseconds]),
 )
 
 
 def decode(data: Any, handle: Callable[[int], Any]) -> Any:
-    """The value that `encode` described; `handle` returns a numbered object's proxy. Invalid data raise ValueError,
-    TypeError, IndexError or KeyError.
-    """
+    """The value that `encode` described, or ValueError, TypeError, IndexError, KeyError; `handle`: number -> proxy."""
     if not isinstance(data, list):
         if isinstance(data, dict):
             raise TypeError("an object is no value")
@@ -147,6 +151,7 @@ _SCALARS: dict[str, Callable[..., Any]] = {
 def message(error: BaseException) -> str:
     """The text of an exception, "" if its class raises another one instead."""
     try:
+        # The class may be the program's: its __str__ can raise anything, SystemExit included.
         return str(error)[:500]
     except BaseException:
         return ""
@@ -191,6 +196,7 @@ def send(fd: int, message: Any) -> None:
 def receive(fd: int, deadline: float | None = None) -> Any:
     """Reads one message. Raises Closed, TooLong, ValueError (not JSON), TimeoutError at `deadline` (of time.monotonic)."""
     (size,) = struct.unpack("<I", _read(fd, 4, deadline))
+    # The length comes from an untrusted process: it is refused before memory is reserved.
     if size > MAX_BYTES:
         raise TooLong(f"{size} bytes")
     return json.loads(_read(fd, size, deadline))
@@ -199,6 +205,7 @@ def receive(fd: int, deadline: float | None = None) -> Any:
 def _read(fd: int, size: int, deadline: float | None) -> bytes:
     found = bytearray()
     while len(found) < size:
+        # One deadline for all parts: sending single bytes gains no time.
         if deadline is not None:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([fd], [], [], left)[0]:

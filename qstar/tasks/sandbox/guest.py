@@ -19,9 +19,11 @@ def live(fd: int, baseline: int) -> None:
     """Serves the judge at the other end of `fd` until it closes; `baseline` is the address space before the program."""
     order = codec.receive(fd)
     isolate.few_arenas()
+    # Every stack counts towards the address space, by default 8 MiB each.
     threading.stack_size(2 << 20)
     isolate.limits(baseline + (order["memory_mb"] << 20), order["cpu_seconds"])
-    module = types.ModuleType("program")  # not "__main__": tests do not run `if __name__ == "__main__"`
+    # Not "__main__": a script's own `if __name__ == "__main__"` must not run under tests.
+    module = types.ModuleType("program")
     sys.modules["program"] = module
     # Every object that was handed out stays alive, so that its id and number are never those of another.
     objects: dict[int, object] = {}
@@ -34,6 +36,7 @@ def live(fd: int, baseline: int) -> None:
         return numbers[id(value)]
 
     def load() -> None:
+        # dont_inherit: this file's `from __future__ import annotations` must not apply to the program.
         exec(compile(order["program"], "program", "exec", dont_inherit=True, optimize=0), module.__dict__)
 
     actions: dict[str, Callable[..., object]] = {

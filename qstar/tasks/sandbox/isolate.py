@@ -77,6 +77,7 @@ def limits(memory_bytes: int, cpu_seconds: int) -> None:
     """Lowers the limits of this process; `memory_bytes` is its whole address space."""
     for what, soft, hard in (
         (resource.RLIMIT_AS, memory_bytes, memory_bytes),
+        # A program can ignore SIGXCPU at the soft limit; at the hard one the kernel sends SIGKILL.
         (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
         (resource.RLIMIT_FSIZE, SCRATCH_MB << 20, SCRATCH_MB << 20),
         (resource.RLIMIT_NOFILE, 64, 64),
@@ -86,6 +87,7 @@ def limits(memory_bytes: int, cpu_seconds: int) -> None:
         (resource.RLIMIT_MEMLOCK, 0, 0),
         (resource.RLIMIT_MSGQUEUE, 0, 0),
     ):
+        # A container's hard limit may be lower already, and cannot be raised.
         top = resource.getrlimit(what)[1]
         if top != resource.RLIM_INFINITY:
             soft, hard = min(soft, top), min(hard, top)
@@ -113,6 +115,7 @@ def _installed_folders() -> list[str]:
 def drop_root() -> None:
     """Makes root nobody; other users stay themselves."""
     if os.geteuid() == 0:
+        # In this order: once the user is nobody, groups can no longer be changed.
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -122,15 +125,13 @@ def drop_root() -> None:
 
 
 def enter_namespaces() -> None:
-    """Moves this process into its own user, mount, network, IPC and host-name namespaces, and onto a new root.
-
-    After Refused the process may be half-way in and has to end.
-    """
+    """Moves this process onto a new root in namespaces of its own; after Refused it may be half-way in: end it."""
     _new_user_namespace()
     _call("sethostname", _libc.sethostname(b"sandbox", 7))
     folders, covered = library_folders(), _installed_folders()
     links = {path: os.readlink(path) for path in folders if os.path.islink(path)}  # /lib -> usr/lib
     handles = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in folders if path not in links}
+    # First, so that no later mount propagates to the system outside.
     _mount(None, "/", None, _REC | _PRIVATE)
     root = "/usr"  # any folder that exists: it is covered, and the handles still reach what lies below it
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
@@ -143,6 +144,7 @@ def enter_namespaces() -> None:
             os.makedirs(place)
             _mount(f"/proc/self/fd/{handles[path]}", place, None, _BIND | _REC)
             kept = sum(to for bit, to in _KEPT_FLAGS.items() if os.statvfs(place).f_flag & bit)
+            # Creating a bind mount ignores such flags; only a remount applies them.
             _mount(None, place, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV | kept)
         elif path in covered and os.path.isdir(place):
             _mount("tmpfs", place, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
@@ -156,6 +158,7 @@ def enter_namespaces() -> None:
     _mount("tmpfs", root + SCRATCH, "tmpfs", _NOSUID | _NODEV | _NOEXEC, size)
     _mount(None, root, None, _REMOUNT | _RDONLY | _NOSUID | _NODEV)
     os.chdir(root)
+    # "." twice puts the old root over the new one, without a folder for it; umount2 with MNT_DETACH (2) removes it.
     _syscall("pivot_root", 155, b".", b".")
     _call("umount", _libc.umount2(b".", 2))
     os.chdir(SCRATCH)
@@ -207,7 +210,8 @@ def landlock(folders: list[str]) -> None:
     abi = _libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if abi < 1:
         raise Refused("the kernel has no Landlock")
-    everything = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1  # rights that this version knows
+    # The number of rights by version: a kernel refuses a ruleset with rights that it does not know.
+    everything = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1
     attributes = struct.pack("<Q", everything)
     ruleset = _syscall("landlock_create_ruleset", 444, attributes, ctypes.c_size_t(8), ctypes.c_uint(0))
     for folder in folders:
@@ -279,8 +283,10 @@ def seccomp_filter(pid: int, isolation: str) -> bytes:
         blocks |= {nr: argument(i) + _op(_JSET, writing, 0, 1) + deny + reading for nr, i in ((2, 1), (257, 2))}
         blocks[437] = unknown  # openat2 hides its flags behind a pointer
         blocks |= dict.fromkeys((*_WRITES, *_WRITES_AT), deny)
+    # Calls through another architecture (32 bits) have other numbers, for which the list is wrong: kill.
     code = _op(_LOAD, 4) + _op(_JEQ, _X86_64, 1, 0) + _op(_RET, _KILL) + _op(_LOAD, 0)
-    code += _op(_JGE, _LAST + 1, 0, 1) + unknown  # also the x32 numbers
+    # Also the numbers of x32, which reach the same calls.
+    code += _op(_JGE, _LAST + 1, 0, 1) + unknown
     for nr, block in (blocks | dict.fromkeys(_DENIED, deny)).items():
         code += _op(_JEQ, nr, 0, len(block) // 8) + block
     return code + allow

@@ -42,7 +42,6 @@ class Guest:
         self.end: tuple[str, str] | None = None  # (reason, detail) once it no longer answers
 
     def start(self, job: dict[str, Any]) -> None:
-        """Executes the program's definitions."""
         self.deadline = time.monotonic() + job["timeout_s"]
         self.cpu_seconds = int(job["timeout_s"]) + 2
         order = {"program": job["program"], "memory_mb": job["memory_mb"], "cpu_seconds": self.cpu_seconds}
@@ -71,6 +70,7 @@ class Guest:
             self._stop("timeout", "")
         except codec.Closed:
             self._stop(*self._death())
+        # All that arrives is untrusted: malformed data are a verdict on the program, never a failure of the judge.
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, MemoryError) as error:
             self._stop("output", f"not an answer: {type(error).__name__}")
         except codec.TooLong as error:
@@ -82,6 +82,7 @@ class Guest:
         raise Ended
 
     def _death(self) -> tuple[str, str]:
+        # The kernel's SIGKILL at the CPU limit looks like any other; only the time used shows it.
         _, status, used = os.wait4(self.pid, 0)
         self.pid = 0
         if used.ru_utime + used.ru_stime >= self.cpu_seconds:
@@ -90,7 +91,6 @@ class Guest:
         return "exited", f"signal {-code}" if code < 0 else f"status {code}"
 
     def kill(self) -> None:
-        """Ends the program's process, and with it its namespace."""
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
@@ -114,6 +114,7 @@ class Remote:
         return self._guest.ask("call", self, list(args), options)
 
     def __getattr__(self, name: str) -> Any:
+        # These are Python's protocols (copying, pickling), which concern the proxy itself.
         if name.startswith("__"):
             raise AttributeError(name)
         return self._guest.ask("attribute", self, name)
@@ -166,8 +167,9 @@ def verdict(program: Guest, job: dict[str, Any]) -> tuple[str, str]:
         for name in job["names"]:
             try:
                 space[name] = program.ask("name", name)
+            # The program does not define it: a test that needs it fails by its NameError.
             except KeyError:
-                pass  # the program does not define it; a test that needs it fails by its NameError
+                pass
         exec(tests, space)
         reason, detail = ("passed", "") if passed_asserts else ("untested", "no assertion was reached")
     except BaseException as error:
@@ -181,10 +183,7 @@ def verdict(program: Guest, job: dict[str, Any]) -> tuple[str, str]:
 
 
 def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
-    """Serves one job from the pipe `jobs` and writes its verdict to `verdicts`; returns the exit status.
-
-    The program's process is forked before the job is read, so no test was ever in its memory.
-    """
+    """Serves one job from the pipe `jobs` and writes its verdict to `verdicts`; returns the exit status."""
     ours, theirs = socket.socketpair()
     if isolation == "namespaces":
         isolate.new_process_namespace()
@@ -202,7 +201,8 @@ def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
         program.kill()
         return NO_JOB
     resource.setrlimit(resource.RLIMIT_AS, (baseline + _MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + 0.5)  # ends the judge, and so all, even inside C code
+    # Ends the judge, and so all, even inside C code. Half a second after the deadline, which gives a better reason.
+    signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + 0.5)
     # Tests that draw random numbers give the same verdict in every run.
     random.seed(0)
     began = time.monotonic()
@@ -220,15 +220,18 @@ def _give_up_powers(isolation: str) -> None:
     if isolation != "landlock":
         isolate.drop_root()
     isolate.drop_capabilities()
-    isolate.die_with_parent()  # after the change of user, which would forget it
+    # After the change of user, which would clear it.
+    isolate.die_with_parent()
 
 
 def _become_guest(fd: int, baseline: int, isolation: str) -> None:
     status = 1
     try:
         os.dup2(fd, 3)
-        os.dup2(0, 1)  # the server's standard input is /dev/null
+        # The server's standard input is /dev/null.
+        os.dup2(0, 1)
         os.dup2(0, 2)
+        # No pipe of the server or of the judge stays open: verdicts travel there.
         os.closerange(4, 256)
         random.seed(0)
         if isolation == "landlock":

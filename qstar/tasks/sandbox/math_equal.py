@@ -21,7 +21,8 @@ def main(jobs: int, answers: int, memory_mb: int) -> None:
     from math_verify import parse, verify
 
     sys.path.pop(0)
-    logging.disable(logging.CRITICAL)  # it warns on every call that its own time-outs are off
+    # math-verify warns on every call that its own time-outs are off.
+    logging.disable(logging.CRITICAL)
     top = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = memory_mb << 20 if top == resource.RLIM_INFINITY else min(top, memory_mb << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, top))
@@ -32,12 +33,14 @@ def main(jobs: int, answers: int, memory_mb: int) -> None:
         except codec.Closed:
             return
         try:
+            # Its time-outs are alarms, which do not stop C code; the parent kills this process instead.
             found = [parse(f"${text}$", parsing_timeout=None) for text in (gold, answer)]
             same = bool(found[1]) and verify(*found, timeout_seconds=None)
             reason = "equal" if same else "different" if found[1] else "unparsed"
         except MemoryError:
             reason = "error"
-        except Exception:  # a model's text makes the parser and SymPy raise anything; no such answer is right
+        # A model's text makes the parser and SymPy raise anything; no such answer is right.
+        except Exception:
             reason = "unparsed"
         codec.send(answers, reason)
 

@@ -36,8 +36,9 @@ urllib.parse uuid weakref zlib""".split()
 
 
 def _import(names: list[str]) -> None:
+    # A small build of Python may lack one.
     for name in names:
-        with contextlib.suppress(ImportError):  # a small build of Python may lack one
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
 
@@ -46,7 +47,8 @@ def _import_packages(folders: list[str]) -> None:
         parent, name = os.path.split(folder)
         sys.path.append(parent)
         module = importlib.import_module(name)
-        for attribute in dir(module):  # submodules that are imported at first use, which may be too late then
+        # Submodules that are imported at first use, which is too late once no file can be opened.
+        for attribute in dir(module):
             with contextlib.suppress(Exception):
                 getattr(module, attribute)
         sys.path.remove(parent)
@@ -56,7 +58,6 @@ def _import_packages(folders: list[str]) -> None:
 
 
 def _confine(strength: str) -> str:
-    """Enters the strongest isolation available, or the one asked for; returns its name."""
     if why := isolate.supported():
         raise isolate.Refused(why)
     isolate.adopt_orphans()
@@ -96,7 +97,7 @@ def _address_space() -> int:
 
 
 def _sweep(isolation: str) -> bool:
-    """Waits for the judge's orphans, which died with it, and empties the scratch folder. False: a process still runs."""
+    # The judge's orphans died with it, but not at once: the next program must find neither them nor their files.
     deadline = time.monotonic() + 5
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:
@@ -114,7 +115,8 @@ def _sweep(isolation: str) -> bool:
 
 def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
     """Serves until the pipe of jobs is closed; returns the exit status."""
-    warnings.simplefilter("ignore")  # the tests' code would write them to the user's terminal
+    # The tests' code would write them to the user's terminal.
+    warnings.simplefilter("ignore")
     _import(_PRELOADED)
     sys.path.pop(0)
     try:
@@ -122,7 +124,8 @@ def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
     except Exception as error:
         codec.send(verdicts, {"refused": f"a package that programs may import cannot be: {error}"})
         return 1
-    baseline = _address_space()  # here, as there may be no /proc afterwards
+    # Before confinement, as there may be no /proc afterwards.
+    baseline = _address_space()
     try:
         isolation = _confine(strength)
     except (isolate.Refused, OSError) as error:
@@ -131,10 +134,12 @@ def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
     if isolation == "seccomp":
         _import(_LIBRARY)
         baseline = _address_space()
-    isolate.hide_memory()  # its pipes, too: the judge's and the program's process inherit that
+    # Its pipes, too; the judge's and the program's process inherit that.
+    isolate.hide_memory()
     codec.send(verdicts, {"ready": isolation})
     gc.collect()
-    gc.freeze()  # judges and programs are forks of this process: keep its pages shared
+    # Judges and programs are forks of this process: a collection in them would copy its pages.
+    gc.freeze()
     while True:
         pid = os.fork()
         if pid == 0:
@@ -144,6 +149,7 @@ def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
             finally:
                 os._exit(status)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        # A server with a process or file that cannot be removed ends; the parent starts a clean one.
         if not _sweep(isolation) or code == judge.NO_JOB:
             return code
         codec.send(verdicts, {"end": code})
