@@ -35,8 +35,8 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float) -> A
 
     Args:
       q: [T, H, K]. Each of the G key/value heads serves Q = H / G neighbouring query heads.
-      segments: keys and values [G, C, K] with masks broadcastable to [T, C], and biases [H, T, C] if any. A lone one whose
-        mask is a `flash.KernelMask` goes to the kernel that it names.
+      segments: keys and values [G, C, K] with masks broadcastable to [T, C], and biases [H, T, C] if any. A lone one
+        whose mask is a `flash.KernelMask` goes to the kernel that it names.
       scale: factor on the scores, 1 / sqrt(K) in every decoder here.
 
     Returns:
@@ -108,10 +108,10 @@ def _write_rows(axis_size: int, in_batched: list[bool], cache: Array, new: Array
 def causal_mask(
     config: Any, segment_ids: Array, *, one_text: bool = False, must: bool = False
 ) -> Array | flash.KernelMask:
-    """Returns the mask of a row over itself, in the form that its attention takes: `text_mask`, or a `flash.KernelMask`.
+    """Returns the mask of a row over itself in the form that its attention takes: `text_mask` or a `flash.KernelMask`.
 
     Args:
-      config: a `ModelConfig`. segment_ids: [T] int32; 1.. per document, 0 = padding. one_text, must: see `flash.choose`.
+      config: a `ModelConfig`. segment_ids: [T] int32; 1.. per document, 0 = padding. one_text, must: `flash.choose`.
 
     Raises:
       UserError: with `must`, a kernel that `config.attention` names and that cannot take the row.

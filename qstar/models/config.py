@@ -38,7 +38,8 @@ class ModelConfig(Settings):
     max_positions: int = bounded(2048, ge=1)
     trained_positions: int | None = None  # max_position_embeddings of config.json where rope_scaling reaches further
     norm: str = bounded("rms", choices=("rms", "layer"))
-    norm_eps: float = bounded(1e-5, ge=1e-38, le=1)  # 0 makes NaN of a zero vector, and so do subnormal numbers
+    # 0 and subnormal numbers make NaN of a zero vector.
+    norm_eps: float = bounded(1e-5, ge=1e-38, le=1)
     activation: str = bounded("silu", choices=("silu", "gelu", "gelu_tanh"))  # "gelu" is exact
     gated_mlp: bool = True
     parallel_block: bool = False  # GPT-J: attention and MLP read the same normed input
@@ -66,9 +67,8 @@ class ModelConfig(Settings):
     dtype: str = bounded("float32", choices=DTYPES)  # of the computation; parameters keep their own dtype
     attention: str = bounded("auto", choices=("auto", "xla", "splash", "cudnn"))  # within a text: `models.flash`
     remat: str = bounded("none", choices=("none", "block", "dots"))  # keep all, block inputs, or matrix products
-    piece_tokens: int = bounded(
-        2048, ge=1
-    )  # of threads whose activations are alive at once in the gradient of thoughts
+    # Tokens of threads whose activations are alive at once in the gradient of thoughts: it bounds their memory.
+    piece_tokens: int = bounded(2048, ge=1)
     scan_unroll: int = bounded(1, ge=1)  # layers per iteration of the scan; on a CPU, all of them is fastest
     init_std: float = bounded(0.02, ge=0, le=1e3)
 
@@ -87,12 +87,13 @@ class ModelConfig(Settings):
         )
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @property
     def portable_family(self) -> str:
         """The family of transformers that a `tiny` model is exported as; "" where none computes the same."""
+        # Llama has one flag for the biases of q, k, v and o. A scaled embedding is exported beside its unscaled copy,
+        # the head (`hf_names.copies`), so the two must be one table here.
         other = {f.name: f.default for f in dataclasses.fields(self) if f.name in _NOT_IN_LLAMA}
         other |= {"rotary_dim": self.rotary_dim and self.head_dim, "out_bias": self.qkv_bias}
         plain = self.replace(**other, tie_embeddings=self.tie_embeddings or self.embed_scale)

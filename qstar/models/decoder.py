@@ -121,7 +121,7 @@ def run_layers(
 
 
 def checkpointed(layer: Callable[..., Any], remat: str, gather: bool) -> Callable[..., Any]:
-    """Returns the function of a layer under a config's `remat`. Weights gathered for it are never kept for its gradient."""
+    """Returns a layer's function under a config's `remat`; weights gathered for it are never kept for its gradient."""
     # In a scan the two passes are separate loops: barriers against their common subexpressions would only cost time.
     if remat != "none":
         policy = None if remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

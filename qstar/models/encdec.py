@@ -1,15 +1,15 @@
-"""T5, T5 v1.1, FLAN-T5, mT5 and umT5 as pure functions of one sequence: an encoder, and a decoder that attends to its states.
+"""T5, T5 v1.1, FLAN-T5, mT5 and umT5 as pure functions of one sequence: an encoder and a decoder with cross-attention.
 
-Differences from `models.decoder`: attention scores are not scaled; one table of relative positions per stack, added to the
-scores of all its layers (in umT5 each layer has its own, at layers/relative); a second attention of every decoder layer
-over the encoder's states, without positions; and a head that may be the embedding (then, in the first T5, after a division
-by the square root of the width).
+Differences from `models.decoder`: attention scores are not scaled; one table of relative positions per stack, added to
+the scores of all its layers (in umT5 each layer has its own, at layers/relative); a second attention of every decoder
+layer over the encoder's states, without positions; and a head that may be the embedding (then, in the first T5, after a
+division by the square root of the width).
 
     embed/table [V, D]   {encoder,decoder}/layers/{q,k,v,o,gate,up,down,cross_q,...}/kernel [L, in, out]
-    {encoder,decoder}/relative/table [buckets, H]   {encoder,decoder}/final_norm/scale [D]   head/kernel [D, V] if untied
+    {encoder,decoder}/relative/table [buckets, H]  {encoder,decoder}/final_norm/scale [D]  head/kernel [D, V] if untied
 
-Norms, softmax, relative positions and logits are float32 whatever `config.dtype` is. There is no dropout: log-probabilities
-of RL must be the same twice.
+Norms, softmax, relative positions and logits are float32 whatever `config.dtype` is. There is no dropout, so that RL
+computes the same log-probabilities twice.
 """
 
 from __future__ import annotations
@@ -89,7 +89,6 @@ class EncDecConfig(Settings):
         )
 
     def replace(self, **changes: Any) -> EncDecConfig:
-        """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @property
@@ -199,8 +198,8 @@ def _init_stack(c: EncDecConfig, key: Array, layers: int, *, cross: bool) -> Par
 def bucket(relative: Array, *, both_ways: bool, buckets: int, max_distance: int) -> Array:
     """Returns the bucket (int32) of relative positions, key minus query (int32).
 
-    Half of the buckets of a direction hold one distance each, the others logarithmically more, up to `max_distance`; beyond
-    it all share the last. An encoder splits the buckets over both directions; a decoder attends to no key after the query.
+    Half of the buckets of a direction hold one distance each, the others logarithmically more, up to `max_distance`;
+    beyond it all share the last. An encoder splits the buckets over both directions; a decoder has only one.
     """
     base = jnp.zeros_like(relative)
     if both_ways:
@@ -217,7 +216,7 @@ def bucket(relative: Array, *, both_ways: bool, buckets: int, max_distance: int)
 
 
 def relative_bias(config: EncDecConfig, queries: Array, keys: Array, both_ways: bool, table: Array) -> Array:
-    """Returns the bias of all scores from a table [buckets, H], float32 [H, T, C], at positions of queries [T], keys [C]."""
+    """Returns the scores' bias, float32 [H, T, C], from a table [buckets, H] for positions of queries [T], keys [C]."""
     found = bucket(
         keys[None, :] - queries[:, None], both_ways=both_ways, buckets=config.buckets, max_distance=config.max_distance
     )
@@ -228,7 +227,7 @@ def relative_bias(config: EncDecConfig, queries: Array, keys: Array, both_ways: 
 
 
 def encode(params: Params, config: EncDecConfig, tokens: Array, mask: Array | None) -> Array:
-    """Returns the encoder's states [C, D] of tokens [C]; mask [C] is true for real ones (padding stands on the right)."""
+    """Returns the encoder's states [C, D] of tokens [C]; mask [C] is true for real ones (padding is on the right)."""
     stack, index = params["encoder"], jnp.arange(tokens.shape[0])
     bias = functools.partial(relative_bias, config, index, index, True)
     visible = None if mask is None else jnp.broadcast_to(mask.astype(bool), (tokens.shape[0],) * 2)

@@ -41,9 +41,11 @@ IDS = Field(
 FLAG = Field(lambda value: isinstance(value, bool), "true or false")
 TEXT = Field(lambda value: isinstance(value, str), "a string")
 WIDTH = number(1, 2**24, integer=True)  # of layers, heads, vocabularies
-DEPTH = number(1, 10_000, integer=True)  # layers; listing the tensors of a larger number takes minutes
+# Of layers: listing the tensors of a larger number takes minutes.
+DEPTH = number(1, 10_000, integer=True)
 LENGTH = number(1, 2**31 - 1, integer=True)
-EPSILON = number(1e-38, 1)  # 0 and float32's subnormal numbers make NaN of a zero vector
+# 0 and float32's subnormal numbers make NaN of a zero vector.
+EPSILON = number(1e-38, 1)
 
 
 def check(raw: Mapping[str, Any], where: str, required: Mapping[str, Field], optional: Mapping[str, Field]) -> None:

@@ -1,11 +1,11 @@
 """Attention kernels for a text that attends to itself, without its T x T scores in memory.
 
     splash   Pallas on a TPU (`jax.experimental.pallas.ops.tpu.splash_attention`); packed rows; windows
-    cudnn    cuDNN's fused attention on a GPU (`jax.nn.dot_product_attention`); rows of one text, padded on the right; windows
+    cudnn    cuDNN's fused attention on a GPU (`jax.nn.dot_product_attention`); one text a row, right padding; windows
 
 `ModelConfig.attention` chooses: "auto" takes the kernel of the platform where its conditions hold and the text is long
-enough to gain, and XLA's products elsewhere. Attention with a past (a prefix, a cache, a thought's text) or a relative bias
-always runs on XLA, because the kernels cannot join their scores with those of other segments.
+enough to gain, and XLA's products elsewhere. Attention with a past (a prefix, a cache, a thought's text) or a relative
+bias always runs on XLA, because the kernels cannot join their scores with those of other segments.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def choose(config: Any, segment_ids: Array, *, one_text: bool, must: bool) -> st
     if config.attention == "auto":
         kind = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
         return "xla" if length < AUTO_LENGTH or _obstacle(kind, config, platform, length, one_text) else kind
-    # Training must not run without the kernel that was asked for, at another speed and memory; scoring may.
+    # Training must not run silently at another speed and memory than was asked for; scoring may.
     why = _obstacle(config.attention, config, platform, length, one_text)
     if why and must:
         raise UserError(f"config.model.attention={config.attention}: {why}; use auto or xla")
@@ -169,8 +169,8 @@ def _cudnn(q: Array, keys: Array, values: Array, ids: Array, *, scale: float, wi
 
 # ----------------------------------------------------------------------------------------------------- the primitive
 
-# A primitive, so that `vmap` adds its axis to the rows, which the mesh splits; the kernels' own rules would put it inside of
-# the split part. (`custom_vmap` cannot be differentiated before it is mapped; see `layers.project`.)
+# A primitive, so that `vmap` adds its axis to the rows, which the mesh splits; the kernels' own rules would put it
+# inside of the split part. (`custom_vmap` cannot be differentiated before it is mapped; see `layers.project`.)
 
 
 def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Array, int]:

@@ -4,11 +4,7 @@
     value/in [D, 2D]   ReLU   value/out [2D, 1]                                     critic, expected reward
     thoughts/{start,end} [D]   mixing/in [2D, D]   mixing/hidden [D, D]   mixing/out/kernel [D, 1]
 
-A verifier's value head, the vectors and the mixer live in the decoder's own tree, whose functions ignore them, so that
-whatever loads, saves, shards or trains a decoder does the same with them (the official Quiet-STaR code re-initialises its
-vectors on loading). The critic is a role of its own beside the policy ({"policy": ..., "value": ...}), of decoders and
-encoder-decoders, and goes when training ends. It has a hidden layer because expected reward is no linear feature of a
-language model.
+All but the critic are in the decoder's own tree, whose functions ignore them.
 """
 
 from __future__ import annotations
@@ -30,11 +26,12 @@ if TYPE_CHECKING:
 
 
 class ValueHead(nn.Module):
-    """Linear head of a verifier. All zeros at first, so that every judgement is 1/2."""
+    """Linear head of a verifier."""
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
         """Returns float32 logits [...] of hidden states [..., D]."""
+        # Zeros, so that every solution has probability 1/2 before training.
         kernel = self.param("kernel", nn.initializers.zeros, (hidden.shape[-1], 1)).astype(hidden.dtype)
         bias = self.param("bias", nn.initializers.zeros, (1,)).astype(jnp.float32)
         out = jnp.matmul(hidden, kernel, precision=precision(hidden.dtype), preferred_element_type=jnp.float32)
@@ -49,6 +46,8 @@ def add_value_head(model: Model, kind: str) -> Model:
     """
     config = model.config.replace(value_head=kind)
     value = ValueHead().init(jax.random.key(0), jnp.zeros((config.hidden_size,)))["params"]
+    # In the decoder's own tree, like the thoughts: what loads, saves, shards or trains a decoder then includes it.
+    # (The official Quiet-STaR code re-initialises its vectors on loading.)
     return model.replace(config=config, params={**model.params, "value": value})
 
 
@@ -58,12 +57,14 @@ def value_logits(params: Params, hidden: Array) -> Array:
 
 
 class Critic(nn.Module):
-    """Two layers from a state to its expected reward. The last starts at 0: no value before any evidence."""
+    """Two layers from a state to its expected reward: a role beside the policy, {"policy": ..., "value": ...}."""
 
     @nn.compact
     def __call__(self, states: Array) -> Array:
         """Returns values [...] float32 of states [..., D]."""
         D = states.shape[-1]
+        # A hidden layer, because expected reward is no linear feature of a language model. The last layer starts at 0:
+        # no value is predicted before training.
         hidden = self.param("in", from_init_key(self, _dense), D, 2 * D, D**-0.5)
         out = self.param("out", from_init_key(self, _dense), 2 * D, 1, 0.0)
         x = states.astype(jnp.float32)
@@ -90,11 +91,7 @@ def critic(params: Params, states: Array) -> Array:
 
 
 class ThoughtMixer(nn.Module):
-    """Weighs states with a thought against those without (paper, section 4.3; official code: hidden-space mixing).
-
-    The last layer starts at 0, so that an unbounded weight is 0 at first: the model with thoughts is then exactly the
-    model without.
-    """
+    """Weighs states with a thought against those without (paper, section 4.3; official code: hidden-space mixing)."""
 
     config: ModelConfig
 
@@ -112,6 +109,7 @@ class ThoughtMixer(nn.Module):
 
         first = self.param("in", from_init_key(self, _dense, 2, 4), 2 * D, D, std(2 * D))
         second = self.param("hidden", from_init_key(self, _dense, 3, 4), D, D, std(D))
+        # Zeros: an unbounded weight is 0 at first, and the model with thoughts is exactly the model without.
         last = self.param("out", lambda _: {"kernel": jnp.zeros((D, 1))})
         kernel = first["kernel"].astype(base.dtype)
         # Two products and not one of a concatenation: the text's half is then computed once for all passes.
@@ -120,7 +118,8 @@ class ThoughtMixer(nn.Module):
         w = project(jax.nn.relu(h), last["kernel"].astype(h.dtype))[:, 0].astype(jnp.float32)
         if t.mixing == "sigmoid":
             w = jax.nn.sigmoid(w)
-        share = w[:, None].astype(base.dtype)  # w itself stays float32 for metrics
+        # Cast here and not before, because w itself stays float32 for metrics.
+        share = w[:, None].astype(base.dtype)
         return (1 - share) * base + share * thought, w
 
 

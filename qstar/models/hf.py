@@ -94,12 +94,12 @@ def has_thought_head(folder: str | os.PathLike) -> bool:
 def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -> ModelConfig | EncDecConfig:
     """Returns the config with `tie_embeddings` by the tensors, whatever config.json says, as transformers 5 reads it.
 
-    A `lm_head.weight` that differs from the embedding is an untied head. A T5 without one is tied, because its config.json
-    cannot be relied on. A decoder whose config.json asks for a head needs one.
+    A `lm_head.weight` that differs from the embedding is an untied head; a T5 without one is tied.
     """
     weights = WeightFiles(pathlib.Path(folder).expanduser(), config)
     table, encdec = weights.key(embedding_names(config)[0]), isinstance(config, EncDecConfig)
-    if HEAD not in weights.slices:  # a decoder that needs one is refused by `WeightFiles.check`
+    # A T5's config.json cannot be relied on. A decoder that needs a head is refused by `WeightFiles.check`.
+    if HEAD not in weights.slices:
         return config.replace(tie_embeddings=True) if encdec else config
     if not encdec and not config.tie_embeddings or table not in weights.slices:
         return config
@@ -123,8 +123,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
     Args:
       folder: a local folder.
       config: of the weights; see `models.hf_config.from_hf`.
-      mesh: where to put them. Each parameter is created in its sharding: every device's part is sliced out of
-        the memory-mapped files, and at no time is there a whole copy of a parameter on a device.
+      mesh: where to put them. Each parameter is created in its sharding, never whole on a device.
 
     Returns:
       The parameter tree of `scoring.init`, layers stacked on the leading axis, in the stored dtypes.
@@ -141,6 +140,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
 
     def create(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         stored = (DTYPES[weights[n].get_dtype()] for n in file_names(by_path[path], leaf.shape))
+        # Layers are stacked in one array, so their stored dtypes are promoted to a common one.
         kind = jnp.dtype(functools.reduce(jnp.promote_types, stored))
 
         @functools.cache  # devices that hold the same part share one read
@@ -152,6 +152,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
 
         if mesh is None:
             return jnp.asarray(read((slice(None),) * len(leaf.shape)))
+        # Every device's part is sliced out of the memory-mapped files: a sharded parameter is never whole on a device.
         return jax.make_array_from_callback(leaf.shape, where[path], read)
 
     return tree.map_named(create, shapes)
@@ -190,9 +191,7 @@ def write_params(
 ) -> None:
     """Writes config.json and safetensors (in shards with an index beyond `max_shard_bytes`), all or nothing.
 
-    The export is written into a hidden folder beside the target and renamed when complete. A tied head is not
-    written: transformers makes it from the embedding. Where there are several processes all must call this; the
-    first one writes.
+    A tied head is not written: transformers makes it from the embedding. All processes must call this; one writes.
 
     Args:
       folder: absent, empty, or an earlier export, which is replaced.
@@ -212,12 +211,14 @@ def write_params(
         max_shard_size=max_shard_bytes,
     )
     writer = jax.process_index() == 0
+    # Hidden and beside the target, on one file system: renamed when complete, it appears at once or not at all.
     new = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         if writer:
             refuse_foreign(target)
             new.mkdir(parents=True)
         for file, names in shards.filename_to_tensors.items():
+            # A collective: all processes take part, though one writes. One file at a time bounds the host's memory.
             arrays = {name: _gather(leaves, tensors[name]) for name in names}
             if writer:
                 save_file(arrays, new / file, metadata={"format": "pt"})
@@ -236,11 +237,11 @@ def write_params(
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
+        # No process may read the folder before it is complete.
         multihost_utils.sync_global_devices(f"export {target}")
 
 
 def _checked_leaves(config: ModelConfig, params: Params) -> dict[str, Any]:
-    """Returns {path: leaf} after comparing with the shapes of the config."""
     leaves = dict(tree.named_leaves(params))
     wanted = {row.path: shape for row, shape in name_map(config)}
     for path in sorted(leaves.keys() ^ wanted.keys()):
@@ -275,7 +276,6 @@ def _piece_bytes(leaves: dict[str, Any], piece: Piece) -> int:
 
 
 def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
-    """Returns one tensor on the host, in the layout of the files."""
     parts = []
     for row, layer in pieces:
         x = leaves[row.path][layer] if layer >= 0 else leaves[row.path]
@@ -284,6 +284,7 @@ def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
 
             x = multihost_utils.process_allgather(x, tiled=True)
         x = np.asarray(x)
+        # In float32, so that the product is rounded once.
         x = x if row.factor == 1 else (x.astype(np.float32) * np.float32(row.factor)).astype(x.dtype)
         x = np.stack([x, np.zeros_like(x)]) if row.spare else x
         parts.append(x.T if row.transpose else x)
@@ -319,10 +320,12 @@ def refuse_foreign(target: pathlib.Path) -> None:
 
 
 def _publish(new: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames the finished folder to the target; an earlier export is deleted only after that."""
+    # An earlier export is moved aside and deleted only when the new one has its name; on a failure it is moved back.
     mode = (new / "config.json").stat().st_mode
-    for file in new.iterdir():  # safetensors creates files readable by their owner only
+    for file in new.iterdir():
+        # safetensors creates files readable by their owner only; config.json has the mode of the umask.
         file.chmod(mode)
+        # On disk before the rename, or a crash could leave the target's name on incomplete files.
         with file.open("rb") as f:
             os.fsync(f.fileno())
     old = target.with_name(f".{target.name}.replaced-{os.getpid()}")

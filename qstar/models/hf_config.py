@@ -120,8 +120,8 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig |
     """Reads a Hugging Face `config.json`, of a decoder or of a T5.
 
     Raises:
-      UserError: a family, activation or option that is not implemented, a missing key, or a value of another type or out
-        of range; the line names it.
+      UserError: a family, activation or option that is not implemented, a missing key, or a value of another type or
+        out of range; the line names it.
     """
     for key in ("quantization_config", "compression_config"):
         if found := config.get(key):
@@ -176,6 +176,7 @@ def _from_decoder(c: dict[str, Any], where: str) -> ModelConfig:
         fits = name == "qwen3" or width % heads == 0
         sizes = f"{names[0]}={width} is not a multiple of {names[1]}={heads}"
         require((fits, f"{where}: {sizes}{'' if gpt else ', and head_dim is not given'}"))
+        # 128 is transformers' default for Qwen3, whose heads need not divide the width.
         found["head_dim"] = 128 if name == "qwen3" else width // heads
     if name == "gpt2":
         for option, need in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
@@ -185,6 +186,7 @@ def _from_decoder(c: dict[str, Any], where: str) -> ModelConfig:
     else:
         found |= rope.read_scaling(c, where, found["head_dim"])
         found["sliding_window"] = _window(c, where)
+        # `attention_bias` covers q, k, v and o; Qwen2 has no bias at o.
         found["out_bias"] = name != "qwen2" and found.get("qkv_bias", False)
     return ModelConfig(family=name, **found, bos_id=c.get("bos_token_id"), **_end_ids(c.get("eos_token_id")))
 
@@ -218,12 +220,6 @@ def _from_tiny(c: dict[str, Any]) -> ModelConfig:
 
 
 def _from_t5(c: dict[str, Any], where: str) -> EncDecConfig:
-    """Reads the config.json of a T5.
-
-    `tie_word_embeddings` does not say whether the head is tied: transformers 5 writes true for every T5. `hf.settle_head`
-    compares the tensors. In files of older versions it does say whether outputs are scaled; newer ones have
-    `scale_decoder_outputs`.
-    """
     family = c["model_type"]
     found = _read(c, where, _T5_KEYS, _T5_CHECKED)
     kind = c.get("feed_forward_proj") or ("relu" if family == "t5" else "gated-gelu")
@@ -232,6 +228,8 @@ def _from_t5(c: dict[str, Any], where: str) -> EncDecConfig:
     if name not in _T5_ACTIVATIONS:
         raise UserError(f"{where}: feed_forward_proj {kind!r} is not supported; only {', '.join(_T5_ACTIVATIONS)}")
     found["num_decoder_layers"] = found["num_decoder_layers"] or found["num_layers"]
+    # It does not say whether the head is tied (transformers 5 writes true for every T5; `hf.settle_head` compares the
+    # tensors). In older files it says whether outputs are scaled; newer ones have `scale_decoder_outputs`.
     tied = c.get("tie_word_embeddings", True) is not False
     start = c.get("decoder_start_token_id")
     return EncDecConfig(
@@ -247,12 +245,10 @@ def _from_t5(c: dict[str, Any], where: str) -> EncDecConfig:
 
 
 def official_thoughts(raw: dict[str, Any]) -> ThoughtConfig:
-    """Returns the thought config of a checkpoint of the official Quiet-STaR code.
-
-    Its config.json has only `max_thoughts` = n_ahead + n_ahead_talk + 1, where n_ahead_talk is 4 in all its scripts;
-    without it the sizes are those of the release, n_ahead 8. The ids of start and end are the last of the vocabulary.
-    """
+    """Returns the thought config of a checkpoint of the official Quiet-STaR code."""
+    # `max_thoughts` = n_ahead + n_ahead_talk + 1; n_ahead_talk is 4 in all of its scripts. The release has n_ahead 8.
     ahead = raw.get("max_thoughts", 13) - 5
+    # The ids of its start and end tokens are the last of the vocabulary.
     new = (raw["vocab_size"] - 2, raw["vocab_size"] - 1)
     return ThoughtConfig.parity(thought_tokens=max(1, ahead - 3), forbidden_ids=new)
 
@@ -264,8 +260,8 @@ def to_hf(config: ModelConfig | EncDecConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json` that `from_hf` and transformers read back.
 
     A model with thoughts adds the key `qstar_thoughts`, a verifier with a head `qstar_value_head`; transformers ignores
-    both. The file of family `tiny` has the fields of `ModelConfig`, beside the entries of the family of transformers that
-    computes the same; where there is none, only qstar loads it.
+    both. The file of family `tiny` has the fields of `ModelConfig`, beside the entries of the family of transformers
+    that computes the same; where there is none, only qstar loads it.
 
     Raises:
       UserError: an activation that a T5's file cannot express.
@@ -279,7 +275,6 @@ def to_hf(config: ModelConfig | EncDecConfig) -> dict[str, Any]:
 
 
 def _written(c: ModelConfig | EncDecConfig) -> dict[str, Any]:
-    """Returns the entries that every family has, and those of its table."""
     family = _FAMILIES[c.family]
     return {
         "architectures": [family.architecture],
@@ -311,7 +306,8 @@ def _to_decoder(c: ModelConfig) -> dict[str, Any]:
         out["rope_scaling"] = dict(c.rope_scaling)
     if c.family == "mistral":
         out["sliding_window"] = c.sliding_window
-    elif c.family.startswith("qwen"):  # max_window_layers=0: the window, if any, begins at layer 0
+    elif c.family.startswith("qwen"):
+        # max_window_layers=0: the window, if any, begins at layer 0 instead of transformers' default of 28.
         used = c.sliding_window is not None
         out |= {"use_sliding_window": used, "sliding_window": c.sliding_window, "max_window_layers": 0}
     return out

@@ -27,7 +27,7 @@ class Row(NamedTuple):
     name: str  # of the tensor; {i} is the layer (qstar stacks the layers on a leading axis)
     transpose: bool = False  # the file keeps [out, in]
     part: int | None = None  # which third of a fused q | k | v, along the last axis
-    spare: bool = False  # the file keeps [2, ...], of which the second row is not used (zeros when we write)
+    spare: bool = False  # the file keeps [2, ...], the second row unused (written as zeros)
     factor: float = 1.0  # of the values when they are written
 
 
@@ -82,7 +82,7 @@ _GPTJ = (
 
 
 def _t5_stack(stack: str, mlp: int) -> tuple[Row, ...]:
-    """Rows of one stack; `mlp` is the number of the sub-layer that holds the MLP."""
+    # `mlp`: the number of the MLP's sub-layer, which cross-attention moves from 1 to 2 in the decoder.
     at, to = f"{stack}.block.{{i}}.layer", f"{stack}/layers"
     relative = f"{at}.0.SelfAttention.relative_attention_bias.weight"
     return (
@@ -147,9 +147,11 @@ def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, .
       UserError: the family's files have no place for one of the parameters (say, a gated MLP in GPT-2).
     """
     rows = {row.path: row for row in (*NAMES.get(config.family, ()), *_THOUGHTS, *_VALUE)}
-    if isinstance(config, EncDecConfig) and not config.gated_mlp:  # the first T5 has one matrix there, without a number
+    # The first T5 has one matrix there, without a number.
+    if isinstance(config, EncDecConfig) and not config.gated_mlp:
         rows = {path: row._replace(name=row.name.replace("wi_1", "wi")) for path, row in rows.items()}
     if _scaled_for_others(config):
+        # The unscaled table is read from the head, because the embedding of these files is scaled (`copies`).
         rows["embed/table"] = rows["embed/table"]._replace(name="lm_head.weight")
     leaves = tree.named_leaves(abstract_params(config))
     for path, _ in leaves:
@@ -160,7 +162,7 @@ def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, .
 
 
 def _scaled_for_others(config: ModelConfig | EncDecConfig) -> bool:
-    """Whether the files hold the embedding twice: as the head, and scaled, because no other program scales it itself."""
+    # Such files hold the embedding twice, as the head and scaled: no class of transformers for them scales it itself.
     return isinstance(config, ModelConfig) and bool(config.portable_family) and config.embed_scale
 
 

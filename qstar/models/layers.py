@@ -57,7 +57,7 @@ PARAM_AXES = (
 
 
 def from_init_key(module: nn.Module, draw: Callable[..., Any], part: int = 0, parts: int = 1) -> Callable[..., Any]:
-    """Returns an initializer that draws from `module.init`'s key itself, or from part `part` of its split into `parts`."""
+    """Returns an initializer that draws from `module.init`'s own key, or from part `part` of its split into `parts`."""
     # Linen folds a hash of the parameter's path into the key: initial values, and with them every recorded run, would
     # change with the name of a module.
 
@@ -120,8 +120,8 @@ class Norm(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         size = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1) + self.eps)
-        # The plain form is y * size[..., None]. As an einsum its gradient is an inner product of rows, which a CPU computes
-        # faster than the sum of a broadcast product: 3 to 19% of an update of llama_20m.
+        # The plain form is y * size[..., None]. As an einsum its gradient is an inner product of rows, which a CPU
+        # computes faster than the sum of a broadcast product: 3 to 19% of an update of llama_20m.
         y = jnp.einsum("...d,...->...d", y, size, precision="highest") * scale
         return (y + bias if self.kind == "layer" else y).astype(x.dtype)
 
@@ -166,7 +166,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         if self.has_variable("params", "scale"):
-            # Without the barrier, XLA moves the conversion of an int8 kernel out of a decode loop and keeps a wide copy.
+            # Without the barrier XLA moves the conversion of an int8 kernel out of a decode loop and keeps a wide copy.
             kernel, x = jax.lax.optimization_barrier((kernel, x))
             # One scale per output channel: it multiplies the product, and the integers enter unscaled.
             y = (project(x, kernel.astype(x.dtype)) * self.get_variable("params", "scale")).astype(x.dtype)
@@ -182,7 +182,7 @@ class Linear(nn.Module):
 
 
 def mlp(h: Array, config: Any, *, bias: bool, std: float, out_std: float) -> Array:
-    """The MLP of a block, called within its `__call__`: the modules `up`, `gate` (where gated) and `down` are the block's."""
+    """The MLP of a block, called within its `__call__`: modules `up`, `gate` (if gated) and `down` are the block's."""
     act = ACTIVATIONS[config.activation]
     up = Linear(config.intermediate_size, bias, std, name="up")(h)
     if config.gated_mlp:
@@ -210,7 +210,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: attention over `past` and the block's own tokens, then the MLP (or both at once, GPT-J)."""
+    """One transformer block: attention over `past` and the block's own tokens, then the MLP (GPT-J: both at once)."""
 
     config: ModelConfig
 
@@ -271,7 +271,7 @@ class Block(nn.Module):
 
 
 def with_adapters(layer: Params) -> Params:
-    """Returns one layer's (or all stacked layers') parameters with LoRA's products added to the kernels that have one."""
+    """Returns one layer's (or all stacked layers') parameters with LoRA's products added to their kernels."""
     out = {}
     for name, leaves in layer.items():
         if "lora_a" in leaves:

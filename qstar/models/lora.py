@@ -4,9 +4,8 @@
 
 `attach` puts adapters beside their kernels, where `layers.Linear` adds their product; a training step never computes a
 changed kernel or its gradient. `merge` returns plain parameters, for sampling and export. `save_adapters` and
-`load_adapters` write and read PEFT's files, whose A is [r, in] and whose B is [out, r], per module. Options of PEFT beyond
-this formula are refused. Ranks and scales of single modules are read: smaller ranks are filled up with zeros, and scales
-are multiplied into B.
+`load_adapters` write and read PEFT's files, whose A is [r, in] and whose B is [out, r], per module. Options of PEFT
+beyond this formula are refused. Ranks and scales of single modules are read.
 """
 
 from __future__ import annotations
@@ -58,20 +57,17 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """alpha / r."""
         return self.alpha / self.rank
 
 
 def init(config: ModelConfig, lora: Lora, key: jax.Array) -> Params:
-    """Returns fresh adapters, float32: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero, so nothing changes at first.
-
-    A value head is trained whole, beside them.
-    """
+    """Returns fresh adapters, float32. (A value head is trained whole, beside them.)"""
     check_targets(config, lora)
     layers = abstract_params(config)["layers"]
     out: Params = {"layers": {}}
     for i, name in enumerate(n for n in KERNELS if n in lora.targets and n in layers):
         L, rows, columns = layers[name]["kernel"].shape
+        # A as in PEFT (Kaiming uniform, a = sqrt 5); B is zero, so that the model is unchanged at first.
         bound = 1 / math.sqrt(rows)
         a = jax.random.uniform(jax.random.fold_in(key, i), (L, rows, lora.rank), minval=-bound, maxval=bound)
         out["layers"][name] = {"lora_a": a, "lora_b": jnp.zeros((L, lora.rank, columns))}
@@ -134,7 +130,7 @@ def module(config: ModelConfig, name: str) -> Row:
 
 
 def _suffix(config: ModelConfig, name: str) -> str:
-    """Returns the shortest unambiguous end of a module's name (both of GPT-2's output projections are c_proj)."""
+    # The shortest unambiguous end of a module's name: both of GPT-2's output projections are c_proj.
     ends = {r.name.rsplit(".", 1)[0] for r in NAMES[config.family] if r.path.endswith("/kernel")}
     last = name.rpartition(".")[2]
     return last if sum(e.endswith(f".{last}") for e in ends) == 1 else ".".join(name.split(".")[-2:])
@@ -145,8 +141,6 @@ def save_adapters(
 ) -> pathlib.Path:
     """Writes what `peft.PeftModel.from_pretrained` loads.
 
-    Kernels that the files keep fused (GPT-2's q, k, v) become one module whose rank is the sum of theirs.
-
     Args:
       base: name or folder of the base model, for the config. A trained value head goes into the file as `score`.
     """
@@ -156,6 +150,8 @@ def save_adapters(
     for name in adapters["layers"]:
         row = module(config, name)
         modules.setdefault(row.name, []).append((row.part or 0, name))
+    # Kernels that the files keep fused (GPT-2's q, k, v) become one module whose rank is the sum of theirs. Its alpha
+    # grows with the rank, so that alpha / r stays the same.
     ranks = {_suffix(config, stem): len(parts) for stem, parts in modules.items() if len(parts) > 1}
     for stem, parts in modules.items():
         fused = module(config, parts[0][1]).part is not None
@@ -186,6 +182,7 @@ def save_adapters(
         "target_modules": sorted(_suffix(config, stem) for stem in modules),
         "modules_to_save": ["score"] if "value" in adapters else None,
         "bias": "none",
+        # PEFT's flag for kernels kept as [in, out], as in GPT-2's Conv1D.
         "fan_in_fan_out": config.family == "gpt2",
         "inference_mode": True,
     }
@@ -218,7 +215,7 @@ def _check_settings(raw: dict[str, Any], where: str) -> None:
 
 
 def _rank_and_scale(raw: dict[str, Any], name: str) -> tuple[int, float]:
-    """Returns rank and scale of a module, by the first key of a pattern that matches the end of its name, as in PEFT."""
+    # As in PEFT, the first key of a pattern that matches the end of the module's name decides.
 
     def own(key: str, default: Any) -> Any:
         found = (v for k, v in (raw.get(key) or {}).items() if re.match(rf"(.*\.)?({k})$", name))
@@ -271,6 +268,7 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
                 needs = f"{row.name} needs a tensor {shape} in each of {L} layers"
                 require((fits, f"{where}: {needs}; these are of another model"))
             used.update(keys)
+            # Modules of a smaller rank are filled up with zeros: stacked layers have one shape.
             part = tensors[keys[1]].astype(np.float32).T[:, first : first + columns]
             a[i, :, :rank] = tensors[keys[0]].astype(np.float32).T
             # One scale serves all modules of ours, so that a module's other scale goes into its B.

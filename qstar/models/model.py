@@ -29,9 +29,10 @@ from qstar.types import Params
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
+# No field-wise `==`: the comparison of arrays has no truth value.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A decoder or an encoder-decoder with its weights. The mesh, if any, is the one that the parameters are sharded over."""
+    """A decoder or an encoder-decoder with its weights, and the mesh (if any) that these are sharded over."""
 
     config: ModelConfig | EncDecConfig
     params: Params
@@ -39,7 +40,6 @@ class Model:
     mesh: Mesh | None = None
 
     def replace(self, **changes: Any) -> Model:
-        """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @property
@@ -66,8 +66,8 @@ def load(
       mesh: where to put the parameters, each created directly in its sharding (see `mesh.make_mesh`).
       dtype: of the computation: float32, bfloat16 or float16. None takes bfloat16 for models whose config.json says
         that they are kept in half precision, and float32 otherwise. Parameters keep their stored dtype.
-      thoughts: the thought config, in place of that of config.json. Checkpoints of the official Quiet-STaR code have none
-        there: without this they are read with the sizes of the release (n_ahead 8).
+      thoughts: the thought config, in place of that of config.json. Checkpoints of the official Quiet-STaR code have
+        none there: without this they are read with the sizes of the release (n_ahead 8).
 
     Raises:
       UserError: a missing, broken or unsupported file; the line names it.
@@ -90,7 +90,8 @@ def load(
 
 def _compute_dtype(raw: dict[str, Any], dtype: Any) -> str:
     if dtype is None:
-        half = ("bfloat16", "float16")  # float16 overflows in the residual stream of many models
+        # Not float16 for float16 files, because it overflows in the residual stream of many models.
+        half = ("bfloat16", "float16")
         return "bfloat16" if raw.get("dtype", raw.get("torch_dtype")) in half else "float32"
     try:
         name = jnp.dtype(dtype).name
@@ -133,6 +134,7 @@ def _check_expressible(config: ModelConfig) -> None:
         to_hf(config)  # raises
         return
     names = [f.name for f in dataclasses.fields(config) if f.name not in RUN]
+    # None and head_dim mean the same rotation.
     there, back = (c.replace(rotary_dim=c.rotary_dim or c.head_dim) for c in (config, from_hf(to_hf(config))))
     for name in names:
         a, b = getattr(there, name), getattr(back, name)
@@ -143,8 +145,6 @@ def _check_expressible(config: ModelConfig) -> None:
 def check_vocabulary(config: ModelConfig | EncDecConfig, tokenizer: Any, where: str) -> None:
     """Compares special ids of a tokenizer and a config with the rows of the embedding; an id beyond them computes NaN.
 
-    Other tokens may be beyond, as in models whose tokenizer is shared with larger ones; `encode` refuses their text.
-
     Raises:
       UserError: the id of a special token is beyond the model's vocabulary.
     """
@@ -154,6 +154,7 @@ def check_vocabulary(config: ModelConfig | EncDecConfig, tokenizer: Any, where: 
     bad = next((f"{name}={i}" for name, i in ids if i is not None and i >= size), "")
     fault = f"{where}: {bad} is beyond the model's vocabulary of {size}"
     require((not bad, f"{fault}; resize the embedding to the tokenizer, or use the tokenizer of these weights"))
+    # Other tokens may be beyond, where larger models share the tokenizer: `encode` refuses text that needs them.
     tokenizer.limit = size
 
 

@@ -1,8 +1,8 @@
 """Attention of many threads to one text that they share, run as one causal pass instead of once per thread.
 
-The plain form is `attend` with a `Segment` of the text. `attend_shared` is written like it, for one thread, and computes
-the same (tests compare values and gradients). Only its rule under `vmap` differs: threads with the same keys become rows of
-queries over the one set of keys, computed a tile of rows at a time, instead of a batched product.
+The plain form is `attend` with a `Segment` of the text. `attend_shared` is written like it, for one thread, and
+computes the same (tests compare values and gradients). Only its rule under `vmap` differs: threads with the same keys
+become rows of queries over the one set of keys, computed a tile of rows at a time, instead of a batched product.
 
 Axes of the lifted form: B texts, P passes with the same mask, M threads, T tokens each, H = G Q query heads; C keys.
 N = Q m T are the columns of a tile of m threads.
@@ -187,8 +187,9 @@ class _Plan:
 
 # --------------------------------------------------------------------------------------------------- the primitives
 
-# Primitives and no `custom_vmap`, which cannot be differentiated before it is mapped (see `layers.project`). The backward
-# pass is one, too: autodiff and `scan` would split its loop and store, for all tiles, values that depend on the mask alone.
+# Primitives and no `custom_vmap`, which cannot be differentiated before it is mapped (see `layers.project`). The
+# backward pass is one, too: autodiff and `scan` would split its loop and store, for all tiles, values that depend on
+# the mask alone.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -212,7 +213,7 @@ _differentiable.defvjp(_keep, _pull)
 
 
 def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Pair, tuple[int, int]]:
-    """Adds a mapped axis: to the texts if the keys have it, else to the threads if the mask has it, else to the passes."""
+    # The mapped axis joins the texts if the keys have it, else the threads if the mask has it, else the passes.
     size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
     q, keys, values, mask = (x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes))
     q = q if axes[0] is not None else repeat(q, "... -> n ...", n=size)
@@ -233,7 +234,7 @@ def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> t
 
 
 def _lift_gradient(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Any, tuple[int, ...]]:
-    """Adds a mapped axis to the texts. (Only for a gradient taken under `vmap`, where each row has gradients of its keys.)"""
+    # To the texts, always: a gradient taken under `vmap` has gradients of the keys per row.
     size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
     full = (jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes))
     found = _gradient.bind(*(rearrange(x, "n b ... -> (n b) ...") for x in full), **static)

@@ -1,7 +1,6 @@
 """Shapes of published models, so that a job can be planned before their weights are downloaded.
 
-Each entry of presets.json is the model's own config.json, read by `hf_config.from_hf` like any other; `torch_dtype` is that
-of its files.
+Each entry of presets.json is the config.json of a published model; `torch_dtype` is that of its files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Rotary positions, with the frequency scalings of transformers: linear, dynamic, yarn, longrope, llama3.
-
-The scaling is read from config.json by `read_scaling`, which checks it, and kept in `ModelConfig.rope_scaling`.
-"""
+"""Rotary positions, with the frequency scalings of transformers: linear, dynamic, yarn, longrope, llama3."""
 
 from __future__ import annotations
 
@@ -42,9 +39,6 @@ KINDS: dict[str, tuple[dict[str, Field], dict[str, Field]]] = {
 def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]:
     """Returns `rope_theta`, `rope_scaling`, `max_positions` and `trained_positions` of a config.json.
 
-    linear, dynamic and yarn extend the trained context by `factor`; for longrope and llama3 `max_position_embeddings` is
-    the longer context already.
-
     Raises:
       UserError: an unknown kind, or an entry that is missing, of another type or out of range.
     """
@@ -61,9 +55,8 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]
     trained = c.get("max_position_embeddings") or 2048
     raw = {k: v for k, v in {"rope_theta": c.get("rope_theta"), **raw}.items() if v is not None}
     if _TRAINED in required:
-        raw[_TRAINED] = c.get(_TRAINED) or raw.get(
-            _TRAINED, trained
-        )  # at the top in Phi-3's; transformers prefers that
+        # At the top level in Phi-3's files; transformers prefers that place.
+        raw[_TRAINED] = c.get(_TRAINED) or raw.get(_TRAINED, trained)
         if kind == "yarn" and type(raw[_TRAINED]) is int:
             raw.setdefault("factor", trained / max(1, raw[_TRAINED]))
     others = {"rope_theta": number(1, 1e15), "partial_rotary_factor": number(1, 1)}
@@ -81,6 +74,8 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]
         (kind != "yarn" or theta > 1, f"{place}: rope_theta={theta} must be above 1 for yarn"),
         (high > low, f"{place}: high_freq_factor={high} must be above low_freq_factor"),
     )
+    # These kinds extend the trained context by `factor`; for longrope and llama3, `max_position_embeddings` is the
+    # longer context already.
     reach = trained
     if kind in ("linear", "dynamic", "yarn"):
         reach = max(trained, int(scaling.get(_TRAINED, trained) * scaling["factor"]))
@@ -93,11 +88,7 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]
 
 
 def rope_frequencies(config: ModelConfig, lengths: Array) -> tuple[Array, float]:
-    """Returns rotary inverse frequencies [T or 1, rotary_dim / 2], and what multiplies all cosines and sines.
-
-    Args:
-      lengths: [T], tokens in the text of each position: dynamic and longrope depend on it.
-    """
+    """Returns inverse frequencies [T or 1, rotary_dim / 2] and a factor on cosines and sines, for text lengths [T]."""
     dim = config.rotary_dim or config.head_dim
     powers = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     s = dict(config.rope_scaling or ())
@@ -136,7 +127,8 @@ def _yarn_kept(s: dict[str, Any], theta: float, dim: int) -> np.ndarray:
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    high += 0.001 * (low == high)  # as in transformers: no division by 0
+    # As in transformers: no division by 0 below.
+    high += 0.001 * (low == high)
     return 1 - np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
 
 
@@ -157,11 +149,9 @@ def _lengths(positions: Array) -> Array:
 
 
 def rope_tables(config: ModelConfig, positions: Array) -> RopeTables:
-    """Returns cosines and signed sines [T, rotary_dim] float32 at positions [T], once for all layers.
-
-    A number per element and not per pair, so that both halves exist in memory: a CPU's compiler would otherwise fuse the
-    cosine and the sine of the second half into every rotation of every layer.
-    """
+    """Returns cosines and signed sines [T, rotary_dim] float32 at positions [T], once for all layers."""
+    # One number per element, not per pair, so that both halves exist in memory: a CPU's compiler would otherwise fuse
+    # the cosine and the sine of the second half into every rotation of every layer.
     kind = dict(config.rope_scaling or ()).get("rope_type")
     freq, gain = rope_frequencies(config, _lengths(positions) if kind in ("dynamic", "longrope") else positions)
     angles = positions[:, None].astype(jnp.float32) * freq

@@ -1,8 +1,8 @@
 """Log-probabilities and logits of text, written once for decoders and encoder-decoders.
 
 Functions of parameters come first: a prompt [I] and a response [R] go in, a state [D] per response token comes out, and
-`decoder.unembed` makes logits of it; RL and distillation train through these. Functions of a `Model` follow, which score
-lists of texts in buckets of similar length.
+`decoder.unembed` makes logits of it; RL and distillation train through these. Functions of a `Model` follow, which
+score lists of texts in buckets of similar length.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def response_states(params: Params, config: AnyConfig, prompt: Array, prompt_mas
     """Returns final states [B, R, D]: row t predicts response token t from the prompt and the response before it.
 
     Args:
-      prompt: [B, I] int32. prompt_mask: [B, I], 1 for real tokens. A decoder's prompts are padded on the LEFT, so that all
-        responses begin in one column; an encoder-decoder's on the right (its positions count from the first column).
+      prompt: [B, I] int32. prompt_mask: [B, I], 1 for real tokens. A decoder's prompts are padded on the LEFT, so that
+        all responses begin in one column; an encoder-decoder's on the right (positions count from the first column).
       response: [B, R] int32, padded on the right with any ids: no state depends on the tokens after it.
     """
     I, R = prompt.shape[1], response.shape[1]
@@ -54,6 +54,7 @@ def response_states(params: Params, config: AnyConfig, prompt: Array, prompt_mas
 
     def decoder_row(tokens: Array, real: Array, response: Array) -> Array:
         tokens = jnp.concatenate([tokens, response[:-1]])  # the last token predicts nothing
+        # Prompts are padded on the left: column I - 1 holds the last token of all, which predicts the response's first.
         real = jnp.concatenate([real.astype(jnp.int32), jnp.ones_like(response[:-1])])
         return _row_states(params, config, tokens, real)[I - 1 : I - 1 + R]
 
@@ -69,6 +70,7 @@ def hidden_states(params: Params, config: ModelConfig, tokens: Array, mask: Arra
 
 
 def _row_states(params: Params, config: ModelConfig, tokens: Array, real: Array) -> Array:
+    # Without `one_text`, which promises padding on the right: here it may be on the left.
     positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
     return decoder.forward(params, config, tokens, positions, causal_mask(config, real))[0]
 
@@ -135,8 +137,8 @@ def logits(
       tokens: [B, T] ids (nested lists of one length, or an array).
       mask: [B, T], 1 for real tokens and 0 for padding, on either side of a row; default: all real. Logits at
         padding have no meaning.
-      encoder_tokens, encoder_mask: [B, C] likewise, the input of an encoder-decoder, padded on the right. Its `tokens` are
-        the decoder's inputs: they begin with `config.start_id`, and need no mask.
+      encoder_tokens, encoder_mask: [B, C] likewise, the input of an encoder-decoder, padded on the right. Its `tokens`
+        are the decoder's inputs: they begin with `config.start_id`, and need no mask.
 
     Raises:
       UserError: a row has more real tokens than the model's context, ids outside the vocabulary, or not [B, T].
@@ -189,8 +191,8 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
 
     Args:
       prompts: texts (a BOS token is put in front where the tokenizer has one), or lists of token ids as they are.
-      completions: texts or lists of token ids, one per prompt. A text continues its prompt's text, so the two are encoded
-        together, unless that changes the prompt's ids.
+      completions: texts or lists of token ids, one per prompt. A text continues its prompt's text, so the two are
+        encoded together, unless that changes the prompt's ids.
 
     Returns:
       One float32 array per pair, of the completion's length.
@@ -226,6 +228,7 @@ def score_tokens(
             run, arrays = score, _padded([pairs[i][0] + pairs[i][1] for i in rows], count, length)
         scores = run(model.params, c, *put_global_batch(tuple(arrays), model.mesh))
         for row, i in zip(to_host(scores), rows):
+            # Copied, because a view would keep the chunk's whole array alive.
             start = 0 if encdec_ else len(pairs[i][0]) - 1
             out[i] = row[start : start + len(pairs[i][1])].copy()
     return out
@@ -265,7 +268,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Yields (bucket length, indices): rows of similar length together, at most CHUNK_TOKENS tokens at a time."""
+    # Rows of similar length together, so that little is padding; at most CHUNK_TOKENS tokens bound the memory.
     buckets: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
         buckets.setdefault(max(MIN_LENGTH, _power_of_two(n)), []).append(i)
@@ -276,15 +279,12 @@ def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
 
 @functools.partial(mesh_jit, static_argnames="config")
 def _values(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
-    """Returns [B, T]: at t, the value head's logit after token t + 1 (the column of that token's log-probability)."""
+    # Rolled, so that a token's value is in the column of its log-probability, where `score_tokens` reads.
     return jnp.roll(value_logits(params, hidden_states(params, config, tokens, mask)), -1, axis=1)
 
 
 def values(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -> list[np.ndarray]:
-    """Returns the value head's log-odds after every token of each completion: float32 arrays.
-
-    Args:
-      prompts, completions: as in `logprobs`.
+    """Returns the value head's log-odds (float32) after every token of each completion; arguments as in `logprobs`.
 
     Raises:
       UserError: the model has no value head; or see `logprobs`.

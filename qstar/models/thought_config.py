@@ -28,13 +28,13 @@ class ThoughtConfig(Settings):
 
     mixing: str = bounded("unbounded", choices=("unbounded", "sigmoid"))  # the mixer's output, or its sigmoid
     mixing_init_std: float | None = None  # of the mixer's first two layers; None = 1 / sqrt(inputs), for small widths
-    embedding_scale: float = bounded(
-        1.0, gt=0
-    )  # of the stored start and end vectors: with Adam, a larger step for them
+    # Of the stored start and end vectors: Adam's steps have one size, which the factor makes larger for them.
+    embedding_scale: float = bounded(1.0, gt=0)
     temperature: float = bounded(1.0, ge=0)  # of sampling thoughts in training; 0 = greedy
     forbidden_ids: tuple[int, ...] = ()  # tokens that no thought holds: padding, markers of thoughts, ids without text
 
-    policy_weight: float = 1.0  # of REINFORCE; the official 1e6 ruins a text model at usual learning rates
+    # Of REINFORCE; the official 1e6 ruins a text model at usual learning rates.
+    policy_weight: float = 1.0
     policy_temperature: float = bounded(1.0, gt=0)  # of REINFORCE's log-probabilities; 1 = as sampled, hence unbiased
     policy_reduce: str = bounded("sum", choices=("sum", "mean"))  # over a thought's tokens: log p is a sum (paper)
     clip_negative: bool = False  # advantages below 0 become 0; without is simpler, unbiased and no slower
@@ -45,20 +45,19 @@ class ThoughtConfig(Settings):
     kl_weight: float = 0.0  # of KL(thoughts' policy, reference); needs the role `reference` in the parameters; 0 = off
 
     base_weight: float = bounded(0.5, ge=0, le=1)  # of the loss without thoughts; the loss with thoughts has the rest
-    nll_mean: str = bounded(
-        "tokens", choices=("tokens", "nonzero")
-    )  # over predicted tokens, or entries that are not 0.0
+    # Over predicted tokens, or (official code) over entries that are not 0.0.
+    nll_mean: str = bounded("tokens", choices=("tokens", "nonzero"))
 
-    think_fraction: float = bounded(
-        1.0, gt=0, le=1
-    )  # of the positions that think in training; the cost is in proportion
-    # Drawn anew every step, or "entropy": where the base model is least sure. With "entropy" NLL and reward are means over
-    # hard positions and do not stand for all of a row.
+    # Of the positions that think in training: the cost is in proportion.
+    think_fraction: float = bounded(1.0, gt=0, le=1)
+    # Drawn anew every step, or "entropy": where the base model is least sure. With "entropy" NLL and reward are means
+    # over hard positions and do not stand for all of a row.
     think_where: str = bounded("random", choices=("random", "entropy"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "forbidden_ids", tuple(int(i) for i in self.forbidden_ids))  # JSON has lists only
+        # JSON has lists only, which do not hash.
+        object.__setattr__(self, "forbidden_ids", tuple(int(i) for i in self.forbidden_ids))
 
     @property
     def thread_tokens(self) -> int:
@@ -66,12 +65,11 @@ class ThoughtConfig(Settings):
         return self.thought_tokens + self.talk_tokens + 1
 
     def replace(self, **changes: Any) -> ThoughtConfig:
-        """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def parity(cls, **changes: Any) -> ThoughtConfig:
-        """Returns the official code's choices (train script at 892446b, n_ahead 12 = S + 3), for lr 1e-6 on Mistral 7B."""
+        """Returns the official code's choices (train script at 892446b, n_ahead 12 = S + 3; lr 1e-6, Mistral 7B)."""
         official: dict[str, Any] = dict(
             thought_tokens=9,
             talk_tokens=4,

@@ -1,6 +1,6 @@
 """The vocabulary's product and what is computed from its logits, a chunk of tokens at a time.
 
-Fine-tuning, scoring, thoughts, RL and distillation all read logits here: no array [B, T, V] exists where it would be large.
+Fine-tuning, scoring, thoughts, RL and distillation get logits here: no large array [B, T, V] exists.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from qstar.models.attention import NEG, precision
 
 # Bytes of float32 logits that exist at a time on a device: they fit in a CPU's cache; accelerators lose nothing by it.
 CHUNK_BYTES = 8 * 2**20
-MIN_CHUNK = 512  # tokens: with fewer, reading and writing the kernel and its gradient costs more than the products
+# Tokens: with fewer, reading and writing the kernel and its gradient costs more than the products.
+MIN_CHUNK = 512
 
 Head = tuple[jax.Array, jax.Array | None]  # kernel [D, V] and bias [V] of the vocabulary's product
 
@@ -41,8 +42,8 @@ def token_logprobs(
 ) -> TokenScores:
     """Scores targets int32 [...] under the distributions that states [..., D] predict; gradients flow.
 
-    For scoring, and for losses that are no plain sum (DPO, RL, distillation); `train.losses.token_nll` is the faster form
-    of a weighted sum. The logits exist a chunk of tokens at a time, and are computed again in the backward pass.
+    For scoring, and for losses that are no plain sum (DPO, RL, distillation). For a weighted sum of log-probabilities
+    `train.losses.token_nll` is faster.
 
     Args:
       head: kernel [D, V] and bias [V] or None (`decoder.head`).
@@ -59,6 +60,7 @@ def token_logprobs(
         chosen = jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
         hits = (chosen >= jnp.max(logp, axis=-1)).astype(jnp.float32)
         if not entropy:
+            # The maximum cancels out of log Z, so no gradient needs to flow through it.
             top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
             logz = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
             return TokenScores(chosen - logz, hits, None)
@@ -69,10 +71,8 @@ def token_logprobs(
 
 
 def log_distribution(hidden: jax.Array, head: Head, *, temperature: float = 1.0, limit: int | None = None) -> jax.Array:
-    """Returns log-probabilities float32 [..., V] after states [..., D], at a temperature, over the ids below `limit`.
-
-    Ids from `limit` on (a vocabulary padded beyond its tokenizer) are never drawn: what is scored is what was sampled.
-    """
+    """Returns log-probabilities float32 [..., V] after states [..., D], at a temperature, over ids below `limit`."""
+    # Ids from `limit` on (a vocabulary padded beyond its tokenizer) are never drawn: scores are of what was sampled.
     return jax.nn.log_softmax(_limited(head_logits(hidden, *head) / temperature, limit))
 
 
@@ -90,8 +90,9 @@ def head_logits(hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) ->
 
 
 def gathered_kernel(kernel: jax.Array, dtype: Any) -> jax.Array:
-    """Returns the head's kernel [D, V] in the compute dtype with all its rows on every device: once, before the chunks."""
-    low = constrain(kernel.astype(dtype), ("embed", "vocab"))  # cast before it is gathered: half the bytes
+    """Returns the head's kernel [D, V] in the compute dtype, all rows on every device: once, before the chunks."""
+    # Cast before it is gathered: half the bytes between devices in bfloat16.
+    low = constrain(kernel.astype(dtype), ("embed", "vocab"))
     return constrain(low, (None, "vocab"))
 
 
@@ -110,16 +111,15 @@ def map_chunks(
     if keep_one and xs[0].shape[0] == 1:
         found = f(*flat)
     else:
+        # Logits are computed again in the backward pass: kept for all chunks, they would be the whole [N, V].
         found = jax.lax.map(jax.checkpoint(lambda xs: f(*xs)), xs)
         found = jax.tree.map(lambda x: unchunk(x, flat[0].shape[0]), found)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 
 def chunks(arrays: Any, vocab_size: int) -> Any:
-    """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on must weigh nothing.
-
-    A chunk takes every C-th token of each device, so that tokens which are split over devices stay split within each chunk.
-    """
+    """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on must weigh nothing."""
+    # A chunk takes every C-th token of each device: tokens that are split over devices stay split within each chunk.
     N = arrays[0].shape[0]
     shards = count_batch_shards(N)
     per_shard = N // shards

@@ -84,7 +84,8 @@ class WeightFiles:
                 raise UserError(f"{file}: truncated or no safetensors file ({e}); copy it again") from None
             for name in handle.keys():
                 self.slices[_WRAPPERS.sub("", name)] = functools.partial(handle.get_slice, name)
-        self.drop = ""  # the base model's prefix, which files saved from a bare model lack (early GPT-2 uploads)
+        # The base model's prefix, which files saved from a bare model lack (early GPT-2 uploads).
+        self.drop = ""
         if config is not None:
             self._settle_names(*embedding_names(config), config)
 
@@ -124,6 +125,7 @@ class WeightFiles:
             if ".lora_A." in name or ".base_layer." in name:
                 what = "adapters stand beside their weights; merge them first (PEFT: `merge_and_unload`)"
                 raise UserError(f"{self.folder}: tensor {name!r}: {what}")
+        # Copies of a tied table: the head, and the scaled embedding of a `tiny` model (`hf_names.copies`).
         unread = (HEAD, "model.embed_tokens.weight") if tied else ()
         wanted = {self.key(n): file_shape(row, shape) for row, shape in rows for n in file_names(row, shape)}
         found = {n for n in self.slices if not BUFFERS.search(n) and n not in unread}
@@ -168,7 +170,8 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def all_finite(x: np.ndarray) -> bool:
-    """Whether no number has all bits of its exponent set; on integers, because NumPy is slow with bfloat16."""
+    """Whether no number is NaN or infinite, which have all bits of the exponent set."""
+    # On integers, because NumPy is slow with bfloat16.
     exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[x.dtype.name]
     bits = x.view(np.dtype(f"u{x.dtype.itemsize}"))
     return not x.size or int((bits & exponent).max()) < exponent
