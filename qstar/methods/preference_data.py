@@ -4,9 +4,9 @@
     D_VER   correct and incorrect solutions, on which verifiers are trained
     D_pref  pairs of a correct and an incorrect solution of one problem, drawn from D_VER, for DPO
 
-D_GEN and D_VER are keyed by (problem, completion up to white space); a repeated solution only raises a `count`. The counts
-matter: of a problem's correct solutions the valid ones are sampled most often, while most of the distinct ones reach the
-answer over a wrong step.
+D_GEN and D_VER are keyed by (problem, completion up to white space); a repeated solution only raises a `count`. The
+counts matter: of a problem's correct solutions the valid ones are sampled most often, while most of the distinct ones
+reach the answer over a wrong step.
 
 Deviations from the papers:
 1. V-STaR takes D_pref from the whole product of correct and incorrect solutions. 50 solutions of a problem make up to 600
@@ -278,7 +278,7 @@ def rollout_labels(
     folder: Path,
     few_shot: bool = True,
 ) -> dict[tuple[str, str], list[float]]:
-    """Returns by key of each solution the labels of its `task.steps`, the shares of n continuations that are correct."""
+    """Returns by key of each solution the labels of its `task.steps`: shares of n continuations that are correct."""
     # Nothing follows the last step: its label is the correctness of the solution, without continuations.
     ends = [task.steps(s.completion)[:-1] for s in solutions]
     partial: dict[tuple[str, str], Problem] = {}

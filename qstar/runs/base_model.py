@@ -44,14 +44,10 @@ RUN_OPTIONS = {"dtype", "attention", "remat", "scan_unroll"}
 
 
 def checked(ctx: RunContext, loops: Collection[Any]) -> Model:
-    """Looks for mistakes in a run before it writes anything; returns the `architecture`.
+    """Looks for mistakes in a run before it writes anything; returns the `architecture`. `loops`: the arms' settings.
 
-    Args:
-      loops: the arms' loop settings.
-
-    Raises:
-      UserError: the folder holds another run; faulty data or no problems; `config.model` or its model cannot be used; rows
-        or prompts are too long.
+    Raises UserError if the folder holds another run, data are faulty or missing, the model cannot be used, or rows or
+    prompts are too long.
     """
     # In the order of their cost: reading the problems and the model's weights takes longest.
     check_run(ctx.workdir, ctx.config.to_dict())
@@ -66,6 +62,7 @@ def checked(ctx: RunContext, loops: Collection[Any]) -> Model:
 def _check_problems(ctx: RunContext, loops: Collection[Any]) -> None:
     evaluation = ctx.settings.evaluate
     found = {"train": [p for loop in loops for p in ctx.task.pool(1, ctx.seed, loop.problems_per_iter)]}
+    # A run that compares its loops on validation ends with a test of the best one (`Arm.finish`).
     for split in ("val", "test") if evaluation.split == "val" else (evaluation.split,):
         found[split] = ctx.task.problems(split)
     for split, problems in found.items():
@@ -76,6 +73,7 @@ def _check_problems(ctx: RunContext, loops: Collection[Any]) -> None:
 def _check_trainable(ctx: RunContext, start: Model, loops: Collection[Any]) -> None:
     settings = ctx.settings.train
     try:
+        # `check_trainable` reads fields that the settings of RL do not have.
         if isinstance(settings, TrainSettings):
             check_trainable(start.config, settings)
         settings.check_targets(start.config)
@@ -92,6 +90,7 @@ def _check_room(ctx: RunContext, start: Model, loops: Collection[Any]) -> None:
     if any(getattr(loop, "seed_share", 0) for loop in loops):
         check_fits(ctx.hinted_seeds(), ctx.settings.train.row_length, "train")
     length, evaluation = ctx.settings.sample.max_new_tokens, ctx.settings.evaluate
+    # Checked before the run: an evaluation would find a prompt that is too long only after the training.
     problems = ctx.task.problems(evaluation.split)[: evaluation.limit or None]
     few_shot = any(loop.few_shot_at_sample for loop in loops)
     for hinted in {False, evaluation.hinted}:
@@ -115,8 +114,7 @@ def check_fits(examples: Sequence[Example], row_length: int, section: str) -> No
 def model_options(ctx: RunContext) -> tuple[str, str, dict[str, Any]]:
     """Returns path, preset and the other entries of `config.model`; reads nothing large.
 
-    Raises:
-      UserError: an entry that this kind of model does not have, or no such model folder.
+    Raises UserError for an entry that this kind of model does not have, or no such model folder.
     """
     options = dict(ctx.settings.model)
     path, name = options.pop("path", ""), options.pop("preset", "")
@@ -125,7 +123,8 @@ def model_options(ctx: RunContext) -> tuple[str, str, dict[str, Any]]:
         fixed = next(iter(sorted(options.keys() - RUN_OPTIONS)), "")
         free = ", ".join(sorted(RUN_OPTIONS))
         require((not fixed, f"config.model.{fixed} is fixed by the weights of {path}; there you can set {free}"))
-        encoder_decoder = is_encoder_decoder(path)  # raises for a folder that does not exist, before any data is read
+        # Outside the condition below: it raises for a folder that does not exist, before any data is read.
+        encoder_decoder = is_encoder_decoder(path)
         why = "config.model.attention: a T5 has relative biases, which only XLA's attention supports; leave it out"
         require((not ("attention" in options and encoder_decoder), why))
     require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
@@ -140,14 +139,14 @@ def is_encoder_decoder(path: str) -> bool:
 def architecture(ctx: RunContext) -> Model:
     """Returns the pretrained model, or the preset with random weights; sets the run's tokenizer. Writes nothing.
 
-    Raises:
-      UserError: see `model_options`; no weights, no tokenizer, no seed rows.
+    Raises UserError: see `model_options`; no weights, no tokenizer, no seed rows.
     """
     model = loaded_or_random(ctx, char_tokenizer(ALPHABET, pad=PAD, eos=EOS))
     path = ctx.config.model.get("path")
     if path and model.tokenizer is None:
         raise UserError(f"config.model.path={path}: STaR needs a tokenizer, and this folder has no tokenizer files")
     assert model.tokenizer is not None
+    # Seed rows and row lengths are checked next, and both need the tokenizer.
     ctx.tokenizer = model.tokenizer
     if not path:
         seed_examples(ctx)
@@ -165,6 +164,7 @@ def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer) -> Model:
     require((size >= least, line))
     config = preset(name, eos_id=tokenizer.eos_id, **options)
     params = init_params(
+        # Under jit, sharded by the table: on a mesh, no device ever holds the whole model.
         lambda key: decoder.init(config, key),
         seed=stable_seed(ctx.seed, "init"),
         mesh=ctx.mesh,
@@ -188,27 +188,20 @@ def show_parameters(ctx: RunContext, model: Model) -> None:
 
 
 def prepare(ctx: RunContext, model: Model) -> Model:
-    """Returns M: the pretrained model as it is; or the preset trained on the task's seed rows, its gates checked.
+    """Returns M: the pretrained `architecture` as it is, or the preset trained on seed rows, its gates checked.
 
-    Args:
-      model: from `architecture`.
-
-    Raises:
-      UserError: a gate that does not hold, or a training that diverged.
+    Raises UserError for a gate that does not hold, TrainingFailed if training diverged.
     """
     show_parameters(ctx, model)
     if not ctx.config.model.path:
         model = train_on_seeds(ctx, model)
+        # Gates bound what the seed rows have taught; a pretrained model is taken as it is.
         check_gates(ctx, ctx.workdir / "base", lambda: measure_gates(ctx, model))
     return model
 
 
 def seed_examples(ctx: RunContext) -> list[Example]:
-    """Returns the rows that the base is trained on.
-
-    Raises:
-      UserError: there are none, or one is longer than a row.
-    """
+    """Returns the rows that the base is trained on; raises UserError for none, or one that is longer than a row."""
     examples = [ctx.seed_example(p, hinted) for p, hinted in ctx.task.seeds()]
     why = f"config.model: task {ctx.task.name} has no seed rows to train from scratch on; set config.model.path"
     require((bool(examples), why))
@@ -229,8 +222,7 @@ def train_base(
 ) -> Model:
     """Runs the stage WORKDIR/base with `config.base`, read as `settings`; `data` describes what it is trained on.
 
-    Raises:
-      TrainingFailed: training diverged.
+    Raises TrainingFailed if training diverged.
     """
     base = ctx.settings.base
     ctx.say(f"\n[bold]base[/bold]: {data}{base.steps} steps")
@@ -251,14 +243,13 @@ def train_base(
 def check_gates(ctx: RunContext, folder: Path, measure: Callable[[], dict[str, float]]) -> None:
     """Compares the result of `measure` ({metric: value}) with the config's gates, once (FOLDER/gates.json); prints a table.
 
-    A gate reads e.g. {"metric": "hinted_accuracy/3", "min": 0.6, "why": ..., "stop": True}.
-
-    Raises:
-      UserError: a gate with stop=True does not hold.
+    A gate reads e.g. {"metric": "hinted_accuracy/3", "min": 0.6, "why": ..., "stop": True}. Raises UserError if one
+    with stop=True does not hold.
     """
     gates = ctx.settings.gates
     if not gates:
         return
+    # Kept in a file: a resumed run does not sample again, and decides the same.
     found = once_json(folder / "gates.json", lambda: _compare(gates, measure()))
     rows = [
         {"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"}
@@ -272,7 +263,6 @@ def check_gates(ctx: RunContext, folder: Path, measure: Callable[[], dict[str, f
 
 
 def _compare(gates: dict[str, Gate], values: dict[str, float]) -> dict[str, Any]:
-    """Returns {gate: {metric, value, limit, ok, why}}."""
     out = {}
     for name, gate in gates.items():
         value = values[gate.metric]
@@ -284,7 +274,8 @@ def _compare(gates: dict[str, Gate], values: dict[str, float]) -> dict[str, Any]
 
 
 def measure_gates(ctx: RunContext, model: Model) -> dict[str, float]:
-    """Returns the metrics that the gates name, on validation problems: the test problems are not used for decisions."""
+    """Returns the metrics that the gates name."""
+    # On validation problems: the test problems must not decide whether a run goes on.
     problems, folder = ctx.task.problems("val"), ctx.workdir / "base" / "gates"
     rows: dict[bool, list[Rollout]] = {}
     for hinted, stage in ((False, "plain"), (True, "hinted")):

@@ -15,8 +15,10 @@ from rich.table import Column
 from qstar import distributed
 from qstar.types import Rollout
 
-SECONDS_PER_LINE = 60  # of progress, where the output is a file
-FIRST_LINE = 15  # seconds until the first of them
+# Seconds between lines of progress where the output is a file, and until the first one: early, so that a log soon shows
+# whether a run works and how long it takes.
+SECONDS_PER_LINE = 60
+FIRST_LINE = 15
 
 
 class Screen:
@@ -34,8 +36,7 @@ class Screen:
         """Shows a progress bar with rate and time left, or prints a line per minute where the output is a file.
 
         Yields `update(done, extra)`. `extra` is a Rollout (one more is done) or metrics with a loss; where it is empty the
-        work was done by an earlier process: None counts `done` more samples, {} sets the step. Rate and time left are
-        computed from the work of this process.
+        work was done by an earlier process: None counts `done` more samples, {} sets the step.
         """
         columns = (
             SpinnerColumn(),
@@ -57,6 +58,7 @@ class Screen:
                 nonlocal began, offset, printed, resumed, pending
                 now = time.perf_counter()
                 if not extra:
+                    # Rate and time left are of this process' work: steps of an earlier one took no time here.
                     offset = resumed = offset + done
                     began, pending = now, f"resumed at {'' if extra is None else 'step '}{resumed:,}" if resumed else ""
                     progress.reset(job, completed=resumed, rate="", note=pending)
@@ -64,7 +66,8 @@ class Screen:
                 if pending:
                     self.say(f"{what:>14}  {pending} of {total:,}")
                     pending = ""
-                if isinstance(extra, Rollout):  # `done` begins at 1 again in every round of samples
+                # Every round of samples counts `done` from 1 again.
+                if isinstance(extra, Rollout):
                     offset += 1
                     done, note = offset, one_line(extra)
                 else:

@@ -34,10 +34,7 @@ from qstar.types import Rollout
 
 @dataclasses.dataclass
 class RunContext(Screen):
-    """One run: made once from the ConfigDict. Functions of the methods read `settings`, not the config.
-
-    A method with further sections names their class in SECTIONS; what it derives from them it sets in `__post_init__`.
-    """
+    """One run: made once from the ConfigDict. A method with further sections names their class in SECTIONS."""
 
     SECTIONS: ClassVar[type[Sections]] = TaskSections
     config: Any
@@ -46,17 +43,16 @@ class RunContext(Screen):
     settings: Any  # an object of SECTIONS
     mesh: Any
     task: Task = dataclasses.field(init=False)
-    tokenizer: Tokenizer = dataclasses.field(init=False)  # set together with the base model
-    writer: Writer = dataclasses.field(init=False)  # set by `start`
-    failures: list[str] = dataclasses.field(default_factory=list)  # arms whose training failed
+    # Set by `base_model.architecture`: a pretrained model brings its own.
+    tokenizer: Tokenizer = dataclasses.field(init=False)
+    # Set by `start`: it writes into the run folder, which is opened after all checks.
+    writer: Writer = dataclasses.field(init=False)
+    # Collected by `Arm.fail`: an arm that diverges does not end the others, and the run fails when all are done.
+    failures: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def make(cls, config: Any, workdir: Path, console: Console) -> Self:
-        """Reads a config. Every mistake in it is found here, before anything is written.
-
-        Raises:
-          UserError: see `settings_from`, `make_task`, `make_mesh`.
-        """
+        """Reads a config; raises UserError for a mistake in it, before anything is written."""
         settings = settings_from(cls.SECTIONS, config.to_dict(), "")
         several = jax.device_count() > 1 or settings.mesh != "data=-1"
         return cls(config, Path(workdir), console, settings, make_mesh(settings.mesh) if several else None)
@@ -75,25 +71,18 @@ class RunContext(Screen):
         preset = own.pop("preset", "star")
         if preset not in presets:
             raise unknown(f"config.arms.{name}.preset={preset!r}", str(preset), presets)
+        # Read by itself first, so that a mistake in `loop` is reported there and not as one of the arm.
         settings_from(cls, self.settings.loop, "loop")
         return settings_from(cls, {**self.settings.loop, **presets[preset], **own}, f"arms.{name}")
 
     def start(self, **resolved: Any) -> None:
-        """Opens the run folder and its metrics files.
-
-        Args:
-          resolved: what readers of resolved.json find besides the sections: the model's config, the arms' settings.
-        """
+        """Opens the run folder and its metrics files. `resolved`: entries of resolved.json besides the sections."""
         read = {k: v for k, v in vars(self.settings).items() if dataclasses.is_dataclass(v) and k not in FREE_KEYS}
         open_run(self.workdir, self.config.to_dict(), resolved={**read, **resolved})
         self.writer = Writer.of_run(self.workdir, self.config.to_dict())
 
     def close(self) -> None:
-        """Flushes the metrics files.
-
-        Raises:
-          TrainingFailed: the training of an arm failed.
-        """
+        """Flushes the metrics files; raises TrainingFailed if the training of an arm failed."""
         self.writer.close()
         if self.failures:
             raise TrainingFailed("; ".join(self.failures))
@@ -147,6 +136,7 @@ class Arm:
 
     def kept_before(self, n: int) -> list[Rollout]:
         """Returns the rollouts that loops 1 .. n-1 kept."""
+        # From the files, because a resumed run has not sampled the earlier loops itself.
         rows = [Rollout(**r) for m in range(1, n) for r in read_jsonl(self.rationales(m))]
         return [r for r in rows if r.verdict != "rejected"]
 
@@ -173,6 +163,7 @@ class Arm:
             out.update(summarise(name, [float(r.correct) for r in rows], [r.group for r in rows]))
             if not hinted:
                 out["eval_truncation_rate"] = sum(r.truncated for r in rows) / max(1, len(rows))
+        # Hinted answers show what rationalisation could reach: they do not choose the best loop.
         self._scores[n] = out["accuracy"]
         return out
 
@@ -180,6 +171,7 @@ class Arm:
         """Returns greedy answers on a split, kept in evaluation/<stage>.jsonl."""
         ctx = self.ctx
         problems = ctx.task.problems(split)[: ctx.settings.evaluate.limit or None]
+        # Greedy whatever the loop samples with, so that arms of other temperatures can be compared.
         greedy = dataclasses.replace(ctx.settings.sample, temperature=0.0)
         answer = functools.partial(sample_rollouts, model, ctx.task, problems, greedy, few_shot=self.few_shot)
         folder = self.folder / "stages" / "evaluation"
@@ -239,11 +231,13 @@ class Arm:
         self.ctx.failures.append(f"arm {self.name}, loop {n}: {why}")
 
     def _write_status(self, status: str, reason: str = "") -> None:
+        # The score of loop 0 is that of the base, which no loop has made.
         loops = len(self._scores) - 1
         write_json(self.folder / "status.json", {"status": status, "reason": reason, "iterations": loops})
 
     def finish(self, base: Model) -> None:
         """Marks the arm as finished, unless it stopped. If loops were compared on validation, tests the best one, once."""
+        # Test problems are read for one model alone: the best of several on them would be biased upwards.
         best = self.best
         if not distributed.exists(self.folder / "status.json"):
             self._write_status("finished")

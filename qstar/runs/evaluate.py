@@ -22,7 +22,8 @@ from qstar.text.tokenizer import Tokenizer
 from qstar.train.stats import pass_at_k, summarise
 from qstar.types import Rollout
 
-ROUND = 512  # completions per file: an interruption loses at most so many
+# Completions per file: an interruption loses at most so many.
+ROUND = 512
 TOO_LONG = ("error", "skip", "truncate")
 
 
@@ -52,8 +53,7 @@ def evaluate_model(
       score: (samples, folder, tokenizer) -> further metrics; it keeps the scores of the samples in the folder.
       too_long: what to do with prompts beyond the model's context, see `fit_prompts`; the metric "too_long" counts them.
 
-    Raises:
-      UserError: no tokenizer, no problems, a prompt too long for the model, or `out` is of another evaluation.
+    Raises UserError for no tokenizer, no problems, too long a prompt, or an `out` of another evaluation.
     """
     tokenizer = tokenizer_of(model)
     problems = task.problems(split)[: limit or None]
@@ -63,6 +63,7 @@ def evaluate_model(
     task, problems, long = fit_prompts(model, task, problems, max_new_tokens, too_long)
     if out is not None:
         open_run(out, made_with or {}, "--out")
+    # Rounds of samples are files; without `out` they are thrown away.
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
         greedy_settings = SampleSettings(max_new_tokens=max_new_tokens, temperature=0.0, round_size=ROUND)
@@ -88,14 +89,12 @@ def fit_prompts(
     """Makes an evaluation fit into the model's context.
 
     Args:
-      too_long: what happens to a prompt that leaves no room for `max_new_tokens`: "error", "skip" leaves its problem out,
-        "truncate" drops the first tokens of the prompt, never of the few-shot prefix.
+      too_long: what happens to a prompt that leaves no room for `max_new_tokens`: "error" raises UserError, "skip"
+        leaves its problem out (UserError if none is left), "truncate" drops the first tokens of the prompt, never of the
+        few-shot prefix.
 
     Returns:
       The task (with shorter prompts), the problems, and how many were left out or shortened. A warning names them.
-
-    Raises:
-      UserError: see `check_lengths`; nothing is left.
     """
     require((too_long in TOO_LONG, f"too_long={too_long!r} is not one of {', '.join(TOO_LONG)}"))
     if too_long == "error":
@@ -119,6 +118,7 @@ def fit_prompts(
         return task, [p for p in problems if p.id not in long], len(long)
     short = {name: _last_tokens(tokenizer_of(model), prefix, text, limit) for name, text in long.items()}
     warnings.warn(f"{what} and have lost their first tokens: {names}", QstarWarning, stacklevel=2)
+    # A copy, so that the caller's task keeps its prompts.
     task = copy.copy(task)
     task.prompt = functools.partial(_shortened, task.prompt, short)  # type: ignore[method-assign]
     return task, list(problems), len(long)
@@ -129,10 +129,10 @@ def _shortened(prompt: Any, short: Mapping[str, str], problem: Problem, hint: bo
 
 
 def _last_tokens(tokenizer: Tokenizer, prefix: str, text: str, limit: int) -> str:
-    """The end of `text` that has, behind `prefix`, at most `limit` tokens."""
     ids = tokenizer.encode(text)
     for keep in range(len(ids) - 1, 0, -1):
         end = tokenizer.decode(ids[-keep:])
+        # Encoded anew: cut text behind the prefix may split into more tokens than it had.
         over = len(tokenizer.encode(prefix + end, bos=True)) - limit
         if over <= 0:
             return end
@@ -143,6 +143,7 @@ def _last_tokens(tokenizer: Tokenizer, prefix: str, text: str, limit: int) -> st
 
 def fit_examples(model: Model, task: Task, max_new_tokens: int) -> None:
     """Leaves out built-in examples that would take more than half of the room that answers leave in a short context."""
+    # Whole examples: one that is cut in its answer would teach a wrong form.
     count, room = len(getattr(task, "examples", list)()), (model.config.max_positions - max_new_tokens) // 2
     while count and len(tokenizer_of(model).encode(task.prefix(), bos=True)) > room:
         count -= 1
@@ -163,9 +164,11 @@ def unanswered(result: Mapping[str, Any]) -> str:
 def result_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the rows of a table of what `evaluate_model` found: metric, value and its interval."""
     rows = []
-    one_group = sum(key.startswith("accuracy/") for key in result) == 1  # its numbers are those of all
+    # The numbers of an only group are those of all problems.
+    one_group = sum(key.startswith("accuracy/") for key in result) == 1
     for key, value in result.items():
         name, slash, group = key.partition("/")
+        # Bounds stand in the row of their metric, not in rows of their own.
         if not name.endswith(("_low", "_high")) and not (one_group and group):
             bounds = (result.get(f"{name}_{side}{slash}{group}") for side in ("low", "high"))
             rows.append(dict(zip(("metric", "value", "95% low", "95% high"), (key, value, *bounds))))
@@ -175,18 +178,13 @@ def result_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 def many(
     rollouts: list[Rollout], samples: int, ballots: Callable[[Sequence[str | None]], Sequence[str | None]] = list
 ) -> dict[str, Any]:
-    """Returns pass@k and majority@k for k = 1, 2, 4, ... up to the number of samples per problem.
-
-    Args:
-      ballots: `Task.ballots`, which maps answers to strings that are equal where the answers are.
-    """
+    """Returns pass@k and majority@k for k = 1, 2, 4, ... up to `samples`. `ballots`: see `Task.ballots`."""
     groups: dict[str, list[Rollout]] = collections.defaultdict(list)
     for r in rollouts:
         groups[r.problem_id].append(r)
     rows = list(groups.values())
-    answers = [
-        ballots([None if r.truncated else r.answer for r in some]) for some in rows
-    ]  # truncated ones do not vote
+    # Truncated completions do not vote: their answer may be the first digits of a longer one.
+    answers = [ballots([None if r.truncated else r.answer for r in some]) for some in rows]
     return votes(answers, [[r.correct for r in some] for some in rows], [some[0].group for some in rows], samples)
 
 
@@ -201,6 +199,7 @@ def votes(
     k = 1
     while k <= samples:
         passed = [pass_at_k(len(some), sum(some), k) for some in right]
+        # Both are expectations over all subsets of k: one set of samples serves every k.
         voted = [voted_right_at_k(*pair, k) for pair in zip(answers, right)]
         out.update(summarise(f"pass@{k}", passed, groups))
         out.update(summarise(f"majority@{k}", voted, groups))

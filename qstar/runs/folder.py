@@ -41,8 +41,7 @@ _BEGAN = time.monotonic()  # about when this process started
 def cached_jsonl(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Returns the rows of a JSONL file, which is made and written first if it is not there or damaged.
 
-    The file appears whole or not at all, so that it is its own done-marker; its checksum record reveals later damage. In
-    a run of several processes the first one writes.
+    The file appears whole or not at all, so that it is its own done-marker; its checksum record reveals later damage.
     """
     if intact(path):
         return read_jsonl(path)
@@ -50,7 +49,9 @@ def cached_jsonl(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[d
     if distributed.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, rows, checksum=True)
-    distributed.broadcast_bool(True)  # the other processes wait until the file is there
+    # A barrier: no other process goes on to what may read the file before it is there.
+    distributed.broadcast_bool(True)
+    # The stage is on disk: nothing is lost if the run ends here.
     preemption.check()
     return rows
 
@@ -82,14 +83,12 @@ def open_run(
 ) -> None:
     """Starts a run in `workdir`, or continues the run of the same config that is there.
 
-    Args:
-      resolved: settings with all their defaults and presets, written to resolved.json; dataclasses become objects.
-
-    Raises:
-      UserError: see `check_run`; or the folder cannot be written.
+    `resolved`: settings with all their defaults and presets, for resolved.json. Raises UserError: see `check_run`; or
+    the folder cannot be written.
     """
     check_run(workdir, config, flag)
-    distributed.broadcast_bool(True)  # all have looked before the first one writes
+    # A barrier: a folder that process 0 has begun to write would look like another run to a slower process.
+    distributed.broadcast_bool(True)
     try:
         distributed.broadcast_from_host0(lambda: lock(workdir, flag))
         distributed.broadcast_from_host0(lambda: files.verify(workdir))
@@ -111,18 +110,19 @@ def end_run(workdir: Path) -> None:
     if workdir.resolve() in _locks and files.intact(path):
         there = read_json(path)
         seconds = round(there.get("seconds", 0.0) + time.monotonic() - _BEGAN, 1)
-        with contextlib.suppress(OSError):  # on a full disk the error that ended the run is the one to report
+        # On a full disk the error that ended the run is the one to report.
+        with contextlib.suppress(OSError):
             write_json(path, there | {"ended": _now(), "seconds": seconds})
 
 
 def _as_json(value: Any) -> Any:
-    """Settings as JSON values; what JSON has no form for becomes text."""
     if dataclasses.is_dataclass(value):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(k): _as_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_as_json(v) for v in value]
+    # JSON has no infinity (of `max_epochs`, for example): it becomes text.
     finite = not isinstance(value, float) or abs(value) < float("inf")
     return value if isinstance(value, (bool, int, float, str, type(None))) and finite else str(value)
 
@@ -131,7 +131,8 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-_locks: dict[Path, Any] = {}  # folder -> the open lock file: closing it would give the lock up
+# Folder -> the open lock file: POSIX releases a lock when its file is closed, so a collected object would give it up.
+_locks: dict[Path, Any] = {}
 
 
 def lock(workdir: Path, flag: str = "--workdir") -> None:
@@ -139,14 +140,12 @@ def lock(workdir: Path, flag: str = "--workdir") -> None:
 
     The lock is POSIX's, on WORKDIR/.lock, and ends with the process. On file systems without locks (some mounted buckets)
     the process that the file names holds it as long as it runs on this host; the lock of a process of another host, which
-    cannot be checked, is taken over with a warning.
-
-    Raises:
-      UserError: another process has it.
+    cannot be checked, is taken over with a warning. Raises UserError if another process has it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if workdir.resolve() in _locks:
         return
+    # Not "w", which would erase the holder's line before the lock is acquired.
     file = (workdir / ".lock").open("a+", encoding="utf-8", errors="replace")
     file.seek(0)
     pid, host, begun, *_ = [*file.read().split(), "", "", ""]
@@ -176,7 +175,8 @@ def unlock(workdir: Path) -> None:
 
 
 def _begun(pid: Any) -> str:
-    """The start of a process of this host in clock ticks, which later processes of the same id do not share; "" if none."""
+    """The start of a process of this host in clock ticks; "" if there is none."""
+    # Ids are used again; id and start together are not. The name in parentheses may hold spaces: split behind it.
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -186,9 +186,8 @@ def _begun(pid: Any) -> str:
 def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> None:
     """Checks that a run of this config can start or continue in `workdir`; writes nothing.
 
-    Raises:
-      UserError: the folder holds a run of another config (the first key that differs is named) or format, or something
-        that is no run, or it is a file. The message begins with the command line's `flag`.
+    Raises UserError if the folder holds a run of another config (the first key that differs is named) or format, or
+    something that is no run, or is a file. The message begins with the command line's `flag`.
     """
     there = workdir / "config.json"
     try:
@@ -196,10 +195,12 @@ def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") ->
         if not nearest.is_dir():
             raise UserError(f"{flag}={workdir}: {nearest} is a file; name another folder")
         names = sorted(p.name for p in workdir.iterdir()) if nearest == workdir else []
+        # The lock, and a config that a killed process was writing, are no run yet.
         strangers = [name for name in names if not name.startswith((".", "config.json.tmp"))]
         if strangers and not there.exists():
             raise UserError(f"{flag}={workdir}: holds {strangers[0]} but no run of qstar; name an empty or a new one")
         if strangers:
+            # Through JSON, as the file has been: tuples become lists.
             _check_same(read_run_config(workdir, flag), json.loads(json.dumps(config)), f"{flag}={workdir}")
     except files.Damaged as e:
         raise UserError(
@@ -210,11 +211,7 @@ def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") ->
 
 
 def read_run_config(workdir: Path, flag: str = "--workdir") -> dict[str, Any]:
-    """Returns the config of a run folder.
-
-    Raises:
-      UserError: the folder has the format of another version of qstar.
-    """
+    """Returns the config of a run folder; raises UserError if it has the format of another version of qstar."""
     config = read_json(workdir / "config.json")
     found = config.pop("format_version", 1)
     if found != FORMAT_VERSION:
@@ -238,17 +235,14 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], where: str, prefix: st
 
 
 def check_made_with(folder: Path, made_with: dict[str, Any]) -> None:
-    """Keeps what a training stage's result depends on in FOLDER/made_with.json.
-
-    Raises:
-      UserError: the folder was made with something else.
-    """
+    """Keeps what a stage's result depends on in FOLDER/made_with.json; raises UserError if that has other entries."""
     path = folder / "made_with.json"
     if distributed.exists(folder / "summary.json") and not distributed.exists(path):
         return  # nothing to compare with; the parameters are compared when they are restored
     made_with = json.loads(json.dumps(made_with))
     old = once_json(path, lambda: made_with)
-    key = "start_norm_and_sum"  # sums of floats differ between machines
+    # Sums of floats differ between machines. The sum may be near 0, so that its tolerance is a share of the norm.
+    key = "start_norm_and_sum"
     near = 1e-3 * np.nan_to_num(made_with[key][0])
     if np.allclose(old.get(key, [0, 0]), made_with[key], rtol=1e-3, atol=near, equal_nan=True):
         old = {**old, key: made_with[key]}
@@ -268,8 +262,7 @@ def data_hash(parts: Iterable[Any]) -> str:
 def environment(before: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns the record of how a run was made: dates, host, versions, devices, revision, command.
 
-    Args:
-      before: the record of earlier processes of the run. Its start stays, and the seconds of all processes add up.
+    `before`: the record of earlier processes of the run. Its start stays, and the seconds of all processes add up.
     """
     import flax
     import jaxlib
@@ -314,4 +307,5 @@ def _revision() -> str | None:
 
 def stable_seed(*parts: Any) -> int:
     """Returns a 31-bit seed that depends on the parts alone, in every process and Python version."""
+    # Not `hash`, which is salted per process for strings. 31 bits fit into int32.
     return zlib.crc32("/".join(map(str, parts)).encode()) & 0x7FFFFFFF

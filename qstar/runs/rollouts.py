@@ -31,7 +31,8 @@ class SampleSettings(Settings):
     top_k: int = bounded(0, ge=0, note="0: off")
     top_p: float = bounded(1.0, gt=0, le=1)
     slots: int | None = bounded(None, ge=1)
-    round_size: int = bounded(1024, ge=1)  # completions per file; a kill loses at most so many
+    # Completions per file: a kill loses at most so many.
+    round_size: int = bounded(1024, ge=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,7 @@ def sample_rollouts(
     few_shot: bool = True,
     progress: Callable[[int, Rollout | None], None] | None = None,
 ) -> list[Rollout]:
-    """Samples k completions of every problem and scores them, in rounds of problems: FOLDER/<stage>_NNN.jsonl.
-
-    A round depends on (model, problems, seed) alone, so that a run that was killed and resumed writes the same files.
-    """
+    """Samples k completions of every problem and scores them, in rounds of problems: FOLDER/<stage>_NNN.jsonl."""
     size = max(1, settings.round_size // k)
     # One batch shape for all rounds, the last and shorter one included: no round compiles anew.
     slots = settings.slots or default_slots(min(size, len(problems)) * k)
@@ -73,12 +71,14 @@ def sample_rollouts(
         made: list[Rollout] = []
 
         def make(chunk: Sequence[Problem] = chunk, r: int = r, made: list[Rollout] = made) -> list[dict[str, Any]]:
+            # A seed per round, so that a resumed run, which skips the finished rounds, writes the same files.
             round_seed = stable_seed(seed, stage, iteration, r)
             made += _round(model, task, chunk, settings, k, hinted, iteration, round_seed, few_shot, progress)
             return [row.to_json() for row in made]
 
         rows = cached_jsonl(folder / f"{stage}_{r:03d}.jsonl", make)
-        if progress is not None and not made:  # the round is of an earlier process
+        # Nothing was made: the round is of an earlier process.
+        if progress is not None and not made:
             progress(len(rows), None)
         out += [Rollout(**row) for row in rows]
     return out
@@ -102,7 +102,8 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
             completion=text,
             answer=answer,
             gold=problems[i].gold,
-            correct=False,  # judged below, all at once: programs are run side by side
+            # Judged below, all at once: tasks of code run their programs side by side.
+            correct=False,
             verdict="",
             reason="",
             truncated=not ended,
@@ -130,13 +131,10 @@ def check_lengths(
     hinted: bool = False,
     few_shot: bool = True,
 ) -> None:
-    """Checks that prompts leave room for `max_new_tokens` in the model's context; counts the tokens of the longest texts.
-
-    Raises:
-      UserError: a prompt and `max_new_tokens` exceed the context; the line names the problem.
-    """
+    """Raises UserError, naming the problem, unless prompts leave room for `max_new_tokens` in the model's context."""
     texts = {p.id: task.prompt(p, hint=hinted) for p in problems}
     prefix, room = task.prefix(hint=hinted) if few_shot else "", model.config.max_positions
+    # The longest texts stand for all: encoding every prompt of a large task would delay the start.
     for name in sorted(texts, key=lambda k: len(texts[k]), reverse=True)[:16]:
         count = len(tokenizer_of(model).encode(prefix + texts[name], bos=True))
         if count + max_new_tokens > room:
@@ -165,18 +163,17 @@ def read_answer(task: Task, done: Completion) -> tuple[str, str | None, bool]:
 def judge(
     task: Task, problems: Sequence[Problem], answers: Sequence[str | None], ended: Sequence[bool]
 ) -> Sequence[bool]:
-    """Returns whether answers are right, in evaluation and as rewards; a truncated completion is wrong."""
+    """Returns whether answers are right, in evaluation and as rewards."""
+    # A truncated completion is wrong even if its answer matches: it may be the first digits of a longer one.
     return task.judged(problems, [a if done else None for a, done in zip(answers, ended, strict=True)])
 
 
 def select(
     rollouts: Sequence[Rollout], problems: dict[str, Problem], task: Task, rules: Selection, seen: Iterable[tuple] = ()
 ) -> list[Rollout]:
-    """Returns the rollouts with verdict and reason filled in: kept, rationalised (kept, but hinted) or rejected.
+    """Returns a loop's rollouts with verdict and reason: kept, rationalised (kept, but hinted) or rejected.
 
-    Args:
-      rollouts: unhinted and hinted attempts of one loop, in order.
-      seen: `text_key` of rows that earlier loops kept, if data accumulates: their duplicates are rejected.
+    `seen`: `text_key` of rows that earlier loops kept, if data accumulates: their duplicates are rejected.
     """
     taken = set(seen)
     per_problem: dict[str, int] = collections.Counter()
@@ -192,6 +189,7 @@ def select(
         if reason is not None:
             out.append(dataclasses.replace(row, verdict="rejected", reason=reason))
             continue
+        # Only kept rows enter: a rejected one must not make a duplicate of a later row.
         taken.add(key)
         per_problem[row.problem_id] += 1
         verdict, reason = ("rationalised", "right answer, given as a hint") if row.hinted else ("kept", "right answer")
@@ -212,10 +210,12 @@ def why_rejected(row: Rollout, problem: Problem, task: Task, rules: Selection) -
         return "no answer"
     if not row.correct:
         return "wrong answer"
+    # A bare answer is right in an evaluation, but as a training row it would teach to skip the rationale.
     if row.n_tokens < rules.min_rationale_tokens:
         return "rationale too short"
     if rules.exact_filter and row.valid is False:
         return "wrong step"
+    # The hint leaves the prompt before training: a rationale that mentions it would refer to nothing.
     if row.hinted and (leak := task.leak(problem, row.completion)) is not None:
         return f"hint leak: {leak}"
     return None
@@ -228,8 +228,9 @@ def kept_tokens(model: Model, prompt: str, done: Completion, text: str) -> list[
     encoded anew. A completion without a stop token gets the tokenizer's EOS.
     """
     tokenizer = tokenizer_of(model)
-    alone = tokenizer.encoder_end is not None  # the output of an encoder-decoder has no text before it
-    before = [] if alone else tokenizer.encode(prompt[-64:], bos=True)  # only whether there is text before it matters
+    # An encoder-decoder's output has no text before it. Otherwise 64 characters do: only whether there is any matters.
+    alone = tokenizer.encoder_end is not None
+    before = [] if alone else tokenizer.encode(prompt[-64:], bos=True)
     drawn = bool(done.tokens) and done.tokens[-1] in model.stop_ids
     body = done.tokens[:-1] if drawn else done.tokens
     end = done.tokens[-1] if drawn and text == done.text else tokenizer.eos_id
@@ -251,6 +252,7 @@ def to_example(tokenizer: Tokenizer, prompt: str, completion: str, tokens: Seque
 
 def show_hint(row: Rollout, share: float) -> bool:
     """Returns whether a rationalised row is trained on with the hint in its prompt (an ablation; 0 in the paper)."""
+    # Seeded by the row: the choice stays when its loop's rows are trained on again. Texts seed alike in all processes.
     return row.hinted and share > 0 and random.Random(f"{row.problem_id}/{row.iteration}").random() < share
 
 
@@ -313,6 +315,7 @@ def generate(
     """
     if not thoughts:
         return batching.generate(model, prompts, **sampling)
-    from qstar.thoughts import decode  # slow to import, and needed only here
+    # Imported here: slow, and needed for thoughts alone.
+    from qstar.thoughts import decode
 
     return list(map(list, decode.generate(model, prompts, thoughts=thoughts, **sampling)))

@@ -14,7 +14,8 @@ from qstar.runs.rollouts import SampleSettings
 from qstar.runs.stages import TrainSettings
 from qstar.tasks.base import SPLITS
 
-_TAKEN = ("base", "g_sft", "tensorboard")  # folders of a run that are not arms
+# Folders of a run that are not arms: an arm of that name would write into them.
+_TAKEN = ("base", "g_sft", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,12 @@ class Log:
     wandb: dict | None = None  # keyword arguments of `wandb.init`; empty: off
 
     def __post_init__(self) -> None:
+        # Found before the run starts, not at its first metrics row. `find_spec` does not import it.
         usable = not self.wandb or importlib.util.find_spec("wandb") is not None
         require((usable, "wandb is set, but wandb is not installed: `pip install 'qstar[log]'`, or leave it empty"))
 
 
+# Keyword-only, because subclasses add fields without a default behind those that have one.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sections(Settings):
     """The sections that every config has; each method adds its own in a subclass."""
@@ -80,6 +83,7 @@ class Sections(Settings):
         require((len(self.arms) > 0, "arms is empty; give at least one, e.g. {'star': {'preset': 'star'}}"))
         for name, arm in self.arms.items():
             check_type(f"arms.{name}", arm, dict)
+            # An arm's name is a folder of the run.
             fits = re.fullmatch(r"\w[\w.-]*", name) and name not in _TAKEN
             rule = f"use letters, digits and _, but not {' or '.join(_TAKEN)}"
             require((bool(fits), f"arms.{name} cannot be the name of a folder in the run; {rule}"))
@@ -103,15 +107,13 @@ class TaskSections(Sections):
 
 
 def settings_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Returns a settings dataclass from a config section; fields that are settings themselves are read the same way.
+    """Returns a settings dataclass from a config section; fields that are settings are read the same way.
 
-    Args:
-      where: the section's path in the config ("" for the config itself), for the messages.
-
-    Raises:
-      UserError: a key that the dataclass does not have or misses, a value of another type, or one that it refuses.
+    `where`: the section's path in the config ("" for the config itself), for the messages. Raises UserError for a key
+    that the dataclass does not have or misses, a value of another type, or one that it refuses.
     """
     check_keys(cls, values, where)
+    # Not `field.type`, which is text under postponed annotations.
     prefix, kinds = _prefix(where), typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -124,7 +126,6 @@ def settings_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """Returns a field's value: settings, or `dict[str, settings]`, from the dicts of the config."""
     if dataclasses.is_dataclass(kind):
         check_type(f"config.{where}", value, dict)
         return settings_from(kind, value, where)  # type: ignore[arg-type]
@@ -134,14 +135,11 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 
 def check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Compares names and types of a section's values with the fields of a dataclass.
-
-    Raises:
-      UserError: an unknown key (the closest one is named), or a value of another type.
-    """
+    """Raises UserError for a key that a dataclass does not have (naming the closest), or a value of another type."""
     hints = typing.get_type_hints(cls)
     kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
     for key, value in values.items():
+        # Not left to the dataclass, whose TypeError names neither the config's path nor the closest key.
         if key not in kinds:
             raise unknown(f"{_prefix(where)}{key}", key, sorted(kinds))
         kind = dict if dataclasses.is_dataclass(kinds[key]) else kinds[key]
@@ -150,6 +148,7 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
 
 def narrowed(cls: type, settings: Any) -> Any:
     """Returns the settings of a base class `cls` that an object of a subclass holds."""
+    # Settings are cache keys of compiled steps: a subclass's further fields would compile an equal step again.
     return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls)})
 
 

@@ -1,8 +1,8 @@
 """Training stages: settings, resumable training in a folder, and fine-tuning on (prompt, completion) examples.
 
-A stage is made once. Its folder holds `model/` and `summary.json` when it is done, and `training/` (checkpoints with the
-optimiser's state) until then; killed at any point and called again it continues from its last checkpoint and ends with the
-same bits.
+A stage is made once. Its folder holds `model/` and `summary.json` when it is done, and `training/` (checkpoints with
+the optimiser's state) until then; killed at any point and called again it continues from its last checkpoint and ends
+with the same bits.
 """
 
 from __future__ import annotations
@@ -120,8 +120,10 @@ class Stage:
     data: str = ""  # a hash of the training data (`folder.data_hash`)
 
 
-FREE = ("save_every", "log_every", "max_bad", "transfer_guard")  # settings that do not change the trained parameters
-MACHINE = ("seconds", "tokens_per_second", "mfu", "recompiles", "memory")  # metrics of the machine, not of the model
+# Settings that do not change the trained parameters, left out of made_with.json: a finished stage is valid for others.
+FREE = ("save_every", "log_every", "max_bad", "transfer_guard")
+# Metrics of the machine, left out of summaries: a resumed stage writes the same bytes.
+MACHINE = ("seconds", "tokens_per_second", "mfu", "recompiles", "memory")
 
 
 # ------------------------------------------------------------------------------------------------ stages in folders
@@ -148,8 +150,7 @@ def train_stage(
       choose: is given the last parameters and the summary, and returns those that are kept.
       how: `on_policy` of `train.loop.fit`.
 
-    Raises:
-      UserError: the folder is of other data, settings or parameters. Diverged: see `fit`.
+    Raises UserError if the folder is of other data, settings or parameters; Diverged: see `fit`.
     """
 
     def train(start: Model) -> tuple[Params, dict[str, Any]]:
@@ -172,9 +173,7 @@ def train_once(
 ) -> tuple[Model, dict[str, Any]]:
     """Returns the model and the summary that `train` makes of `start`, kept in `folder` and made once.
 
-    Args:
-      made_with: what the result depends on, besides the parameters of `start`; a folder that was made with anything else is
-        refused. Of settings, those that do not change the result (`FREE`) are left out.
+    `made_with`: what the result depends on, besides the parameters of `start`; a folder of anything else is refused.
     """
     # Master weights are float32, whatever the folder kept them in: updates of 1e-6 round to nothing in bfloat16.
     # (Beside LoRA's adapters, which are float32, what is frozen stays as it is.)
@@ -188,7 +187,8 @@ def train_once(
     done = folder / "summary.json"
     with contextlib.closing(Checkpoints(folder / "model")) as weights:
         if intact(done) and (kept := weights.resume(start.params)) is not None:
-            distributed.remove(folder / "training")  # in case a kill came before the removal below
+            # In case a kill came before the removal below.
+            distributed.remove(folder / "training")
             return start.replace(params=kept.state), once_json(done, dict)
         params, summary = train(start)
         weights.save(summary["steps"] if "steps" in summary else summary["updates"], params)
@@ -249,6 +249,7 @@ def run_updates(
 def _train(start, stage, tx, step_at, batch_at, roles, watch, how):
     metrics: dict[str, float] = {}
     policy, last = start.params, 0
+    # Batches of on-policy stages have no `segment_ids`, by which FLOPs are counted.
     counts = None if how else _flops_of(start, stage.settings)
     params = {"policy": start.params, **roles}
     updates = run_updates(params, stage, tx, step_at, batch_at, mesh=start.mesh, flops_of=counts, **how)
@@ -256,12 +257,14 @@ def _train(start, stage, tx, step_at, batch_at, roles, watch, how):
     with contextlib.closing(updates):
         for at, lr in updates:
             policy, last = at.state.params["policy"], at.step
-            if at.metrics:  # else it resumes from a checkpoint
+            # Empty where it resumes. A skipped update's loss is not finite: the summary keeps the last finite one.
+            if at.metrics:
                 metrics = at.metrics if math.isfinite(at.metrics.get("loss", 0.0)) or not metrics else metrics
                 stage.writer.write(stage=stage.name, step=at.step, lr=lr, **stage.label, **at.metrics)
             if stage.progress is not None:
                 stage.progress(at.step, at.metrics)
             if watch is not None:
+                # `watch` may evaluate for long: SIGTERM interrupts it, after the state is saved.
                 with at.interruptible():
                     ends = watch(at.step, policy)
                 if ends:
@@ -271,7 +274,7 @@ def _train(start, stage, tx, step_at, batch_at, roles, watch, how):
 
 
 def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
-    """Trains adapters beside the frozen parameters; returns these merged, and leaves FOLDER/adapter in PEFT's layout."""
+    """Trains adapters beside frozen parameters; returns both merged, and writes FOLDER/adapter in PEFT's layout."""
     settings = stage.settings.lora
     adapted = start.replace(params=fresh_adapters(start, settings, stage.seed))
     adapters, summary = _train(adapted, stage, tx, step_at, batch_at, {**roles, "base": start.params}, watch, how)
@@ -283,16 +286,19 @@ def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
 
 def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:
     """Returns what is trained in place of the parameters: fresh adapters, and a value head whole."""
-    assert isinstance(start.config, ModelConfig)  # `check_trainable` refuses adapters of a T5
+    # `check_trainable` refuses adapters of a T5.
+    assert isinstance(start.config, ModelConfig)
     fresh = lora.init(start.config, settings, jax.random.fold_in(tree.random_key(seed), 1))
     if start.config.value_head:
-        fresh["value"] = tree.cast(start.params["value"], np.float32)  # a new head has no weights to adapt
+        # A new head has no trained weights that a low-rank change could adapt: it trains whole.
+        fresh["value"] = tree.cast(start.params["value"], np.float32)
     return fresh
 
 
 @jax.jit
 def _moments(params: Params) -> tuple[jax.Array, jax.Array]:
-    """Norm and sum of all parameters: a fingerprint of a model that holds on any machine."""
+    """Norm and sum of all parameters."""
+    # A fingerprint to compare with a tolerance: a hash of bits would differ between machines and shardings.
     leaves = [x.astype(np.float32) for x in jax.tree.leaves(params)]
     return optax.global_norm(leaves), sum(x.sum() for x in leaves)
 
@@ -312,16 +318,13 @@ def fine_tune(
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a copy of `start` on (prompt, completion) examples; returns the new model with a summary.
 
-    Args:
-      stage: with `TrainSettings`; its `data` is set here.
-      mix: (other examples, share of every batch): hinted seed rows, in from-scratch runs.
-
-    Raises:
-      UserError, Diverged: see `train_stage`.
+    `stage`: with `TrainSettings`; its `data` is set here. `mix`: (other examples, share of every batch), hinted seed
+    rows in from-scratch runs. Raises: see `train_stage`.
     """
     settings, mixed = stage.settings, mix[0] if mix else ()
 
-    @functools.cache  # packed when the first batch is needed: a finished stage needs none
+    # Packed when the first batch is needed: a finished stage needs none.
+    @functools.cache
     def rows() -> Any:
         return batches(
             pack_rows(examples, settings, start.config, shared_with=mixed),
@@ -345,6 +348,7 @@ def sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
     if isinstance(config, EncDecConfig):
         loss = functools.partial(losses.response_loss, config=config, z_loss=settings.z_loss)
     else:
+        # A row of one document takes simpler masks, which cuDNN's attention supports.
         loss = functools.partial(losses.sft_loss, config=config, z_loss=settings.z_loss, one_text=not settings.packed)
     return tx, make_step(settings.through(loss), tx, settings.accumulate)
 
@@ -364,10 +368,8 @@ def pack_rows(
     examples: Sequence[Example], settings: TrainSettings, config: Any = None, *, shared_with: Sequence[Example] = ()
 ) -> dict[str, np.ndarray]:
     """Returns the examples as arrays: packed rows [B, T] for a decoder; for an encoder-decoder one example per row, prompt
-    and response apart, padded to the longest of `examples` and `shared_with` (with which they share batches).
-
-    Raises:
-      UserError: an example that is longer than `row_length`.
+    and response apart, padded to the longest of `examples` and `shared_with` (with which they share batches). Raises
+    UserError for an example that is longer than `row_length`.
     """
     if not examples:
         raise UserError("no examples to train on")
@@ -379,6 +381,7 @@ def pack_rows(
 def _response_rows(examples, row_length, config, widest):
     longest = max(map(len, examples))
     require((longest <= row_length, f"row_length={row_length} is too short: the longest example has {longest} tokens"))
+    # The widest rows count, mixed ones included: batches hold both, and equal shapes compile once.
     P, R = (padded_length(max(len(getattr(x, part)) for x in widest)) for part in ("prompt", "completion"))
     prompt, prompt_mask = scoring.pad_prompts(config, [x.prompt for x in examples], P)
     response, mask = scoring.pad_responses([x.completion for x in examples], R)
