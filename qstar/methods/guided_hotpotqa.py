@@ -165,7 +165,7 @@ class MultiHop:
             functools.partial(self.length, style=style),
         )
         parts = multihop.paragraphs(problem, self.task.context)
-        # In training, paragraphs without supporting facts go first; at evaluation that would use unknown labels.
+        # In training, paragraphs without supporting facts are dropped first; at evaluation these labels are unknown.
         text, is_truncated = multihop.fit(parts, frame, limit, count, keep_gold=training)
         self.prompts_built, self.prompts_truncated = self.prompts_built + 1, self.prompts_truncated + is_truncated
         return text

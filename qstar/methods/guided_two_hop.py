@@ -116,7 +116,7 @@ class TwoHop:
             chosen = np.random.default_rng([seed, step, 2]).integers(len(tokens), size=BATCH)
             return tokens[chosen], mask[chosen]
 
-        # The small model alone bounds how much of an arm's accuracy could be the student's own.
+        # A control: the accuracy that the student reaches without the large model.
         make_stage = functools.partial(stage, "direct", steps=self.settings.direct_steps, seed=seed)
         alone = _train(base, text, make_stage, end=0.0)
 
@@ -159,7 +159,7 @@ class TwoHop:
     def teacher_rows(self, seed: int) -> list[dict[str, Any]]:
         """Samples chains of thought from the large model: rows with prompt, rationale, its answer and the gold one."""
         w, n = self.teacher_set(seed), self.settings.teacher_samples
-        # Sampled: for two of the six relations greedy chains are wrong; only samples give the filter correct ones.
+        # Sampled, because at the default error rates the greedy chains of two of the six relations are mostly wrong.
         slots = self.rationales(self.large, w, COT, n=n, temperature=1.0, seed=stable_seed(seed, "teacher"))
         prompts = two_hop_world.rows(w, RAT)[:, :QUESTION]
         relations = w.question[:, 1] - two_hop_world.FIRST - two_hop_world.ENTITIES

@@ -211,7 +211,7 @@ def control_thoughts(
     thought_source: str, config: ModelConfig, key: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array | None:
     """Returns the thoughts of a control, int32 token ids of the given shape; None for sampled thoughts."""
-    # A pause (Goyal et al. 2023) is the first forbidden id: no text holds it, so pauses alone train its embedding.
+    # A pause (Goyal et al. 2023) is the first forbidden id: no text holds it, so its embedding is free to be learned.
     if thought_source == "random":
         return thought_measure.random_thoughts(key, config, shape)
     return jnp.full(shape, config.thoughts.forbidden_ids[0], jnp.int32) if thought_source == "pause" else None

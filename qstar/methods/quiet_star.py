@@ -126,7 +126,7 @@ def check_room(ctx: QuietContext, model: Model, name: str, arm: QuietConfig) -> 
 
 
 def in_order(arms: dict[str, Arm], parents: Callable[[Arm], Iterable[str]]) -> dict[str, Arm]:
-    """Returns the arms, which a config sorts by name, with the parents of each before it; UserError if impossible."""
+    """Returns the arms (a config sorts them by name) parents first; UserError for a missing or circular parent."""
     done: dict[str, Arm] = {}
     waiting = dict(arms)
     while waiting:
