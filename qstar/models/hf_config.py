@@ -120,8 +120,7 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig |
     """Reads a Hugging Face `config.json`, of a decoder or of a T5.
 
     Raises:
-      UserError: a family, activation or option that is not implemented, a missing key, or a value of another type or
-        out of range; the line names it.
+      UserError: names what is not implemented, or an entry that is missing, of another type or out of range.
     """
     for key in ("quantization_config", "compression_config"):
         if found := config.get(key):

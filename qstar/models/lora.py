@@ -229,8 +229,7 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
     """Reads adapters that `save_adapters` or PEFT wrote.
 
     Raises:
-      UserError: a missing or broken file, an option that is more than plain LoRA, or tensors that do not fit the model;
-        the line names it.
+      UserError: names a missing or broken file, an option beyond plain LoRA, or a tensor that does not fit the model.
     """
     folder = pathlib.Path(folder).expanduser()
     raw = read_json(folder / CONFIG)

@@ -42,8 +42,7 @@ def token_logprobs(
 ) -> TokenScores:
     """Scores targets int32 [...] under the distributions that states [..., D] predict; gradients flow.
 
-    For scoring, and for losses that are no plain sum (DPO, RL, distillation). For a weighted sum of log-probabilities
-    `train.losses.token_nll` is faster.
+    For scoring and for losses like DPO's; for a weighted sum of log-probabilities `train.losses.token_nll` is faster.
 
     Args:
       head: kernel [D, V] and bias [V] or None (`decoder.head`).
