@@ -63,7 +63,6 @@ class SamplingOptions(Settings):
         require(("" not in self.stop, empty))
 
     def sampling_params(self) -> SamplingParams:
-        """Returns the dynamic part."""
         return SamplingParams.make(self.temperature, self.top_k, self.top_p)
 
 
@@ -75,9 +74,6 @@ def generate(
     Args:
       model: from `qstar.load`. options: see `SamplingOptions`.
       prompts: texts (a BOS token is put in front where the model has one), or lists of token ids taken as they are.
-
-    Returns:
-      Per prompt, a list of n `Completion(text, tokens, logprobs, sample_logprobs, stopped)`.
 
     Raises:
       UserError: text for a model without tokenizer, an empty prompt, or a prompt that leaves no room in the context.
@@ -135,19 +131,21 @@ class _Queue:
         per_fill = self.prompts_per_fill * self.group
         while self.waiting or any(self.occupant):
             free = [i for i, r in enumerate(self.occupant) if r is None]
+            # A prefill has a fixed shape: it waits until a whole one fits, or until no slot has anything left to decode.
             while self.waiting and (len(free) >= per_fill or len(free) == len(self.occupant)):
                 fill, free = self._next_fill(free)
                 cancel[fill.slot[fill.slot < len(cancel)]] = False  # it was set for the row before
                 state = S.insert_requests(self.params, self.sampler, self.prefix, state, fill, key, sampling_params)
             # Decoding stops early once a whole refill fits.
             least = np.int32(max(0, len(self.occupant) - per_fill) if self.waiting else 0)
+            # Without stop strings the host has nothing to check before rows end.
             steps = np.int32(STOP_STRIDE if self.stop else self.sampler.max_new)
             state = S.decode(self.params, self.sampler, self.prefix, state, sampling_params, cancel, least, steps)
             cancel = np.zeros(self.sampler.slots, bool)
             yield from self._harvest(state, cancel)
 
     def _next_fill(self, free: list[int]) -> tuple[S.PrefillBatch, list[int]]:
-        """Takes the next prompts off the queue for the free slots (whole groups of samples of one prompt)."""
+        # Samples of one prompt are adjacent in the queue, and share one row of the prefill.
         N, M = self.prompts_per_fill, self.prompts_per_fill * self.group
         fill = S.PrefillBatch(
             tokens=np.zeros((N, self.sampler.prompt_length), np.int32),
@@ -173,7 +171,7 @@ class _Queue:
         return fill, free
 
     def _harvest(self, state: S.SampleState, cancel: np.ndarray) -> Iterator[Result]:
-        """Yields the rows that are done and frees their slots; marks rows that a stop string ends in `cancel`."""
+        # A row that a stop string ends is still active on the device: `cancel` ends it there at the next decode.
         names = ("tokens", "logprobs", "sample_logprobs", "count", "stopped", "active")
         host = to_host({name: getattr(state, name) for name in names})
         for i, request in enumerate(self.occupant):
@@ -188,7 +186,7 @@ class _Queue:
 
 
 def _respond(model, params, sampler, rows, members, options, key, sampling_params) -> Iterator[Result]:
-    """Samples from an encoder-decoder, as many prompts of one length bucket at a time as fit into the slots."""
+    # Every call has the same shape: rows without a prompt have length 0, and are never active.
     n = options.n
     group = max(1, sampler.slots // n)
     sampler = dataclasses.replace(sampler, slots=group * n)
@@ -204,9 +202,6 @@ def _respond(model, params, sampler, rows, members, options, key, sampling_param
         for r, i in enumerate(chosen):
             for j in range(n):
                 yield i, j, completion(model, {k: v[r, j] for k, v in host.items()}, options.stop)
-
-
-# --------------------------------------------------------------------------------------------------------- details
 
 
 def encode_prompts(model: Model, prompts: Sequence, options: SamplingOptions) -> tuple[list[int], list[list[int]]]:
@@ -238,6 +233,7 @@ def encode_prompts(model: Model, prompts: Sequence, options: SamplingOptions) ->
             return tokenizer.encode(p, bos=not head) if decoder else encoder_ids(model, p)
 
         rows = [head + ids(p) for p in prompts]
+    # The response of an encoder-decoder takes no room from its prompt.
     _check_rows(model, rows, options.max_new_tokens if decoder else 0)
     # Without a prefix nothing is shared: prompts of one task begin alike by chance. An encoder reads whole prompts.
     shared = _common_length(rows) if len(prefix) and decoder else 0
@@ -258,7 +254,7 @@ def _check_rows(model: Model, rows: list[list[int]], new: int) -> None:
 
 
 def _common_length(rows: list[list[int]]) -> int:
-    """Number of leading ids that all rows share, leaving each at least one of its own."""
+    # At least one token of each row is its own: its first draw needs a state from its own prefill.
     if not rows:
         return 0
     low, high = min(rows), max(rows)  # the two that differ earliest, in lexicographic order
@@ -277,6 +273,7 @@ def completion(model: Model, row: dict[str, Any], stop: tuple[str, ...], prompt:
 
 
 def _prefill_prefix(model: Model, params: Params, prefix_ids: list[int]) -> S.Prefix:
+    # Padded, so that prefixes of similar length share one compilation.
     padded = np.zeros(padded_length(len(prefix_ids)) if prefix_ids else 0, np.int32)
     padded[: len(prefix_ids)] = prefix_ids
     return S.prefill_prefix(params, model.config, jnp.asarray(padded), jnp.int32(len(prefix_ids)))
@@ -299,7 +296,7 @@ def padded_length(n: int) -> int:
 
 
 def _buckets(lengths: Sequence[int], n: int) -> list[tuple[int, list[int]]]:
-    """Groups prompt indices by padded length, shortest first; a group that does not fill the slots joins the next."""
+    # A group too small to fill the slots joins the next longer one: more padding, but no steps with empty slots.
     groups: dict[int, list[int]] = collections.defaultdict(list)
     for i, length in enumerate(lengths):
         groups[padded_length(length)].append(i)
@@ -316,7 +313,6 @@ def _buckets(lengths: Sequence[int], n: int) -> list[tuple[int, list[int]]]:
 
 
 def _placed(model: Model, make: Callable[[], S.SampleState]) -> S.SampleState:
-    """Makes a state and splits its slots over the mesh's batch axes, if there is a mesh."""
     state = make()
     if model.mesh is None:
         return state
@@ -327,14 +323,14 @@ def _placed(model: Model, make: Callable[[], S.SampleState]) -> S.SampleState:
 
 
 def state_shardings(state: S.SampleState, mesh: Mesh) -> S.SampleState:
-    """Returns where the slots of a state lie: caches [B, G, R, K] split by their heads, as the parameters are for sampling
-    (by rows, where the heads do not divide), the rest by rows over the data axis."""
+    """Returns the shardings of a state: caches [B, G, R, K] by rows and heads, the rest by rows over the data axis."""
 
     def place(x: Any, axes: tuple[str | None, ...], rules: Rules) -> NamedSharding:
         return NamedSharding(mesh, rules.spec(axes[: x.ndim], x.shape, mesh))
 
     heads = jax.tree.leaves(state.ring)[0].shape[1]
     over = math.prod(mesh.shape[a] for a in SAMPLING.heads)
+    # By heads, as the parameters are for sampling, so that attention needs no exchange; by rows where they do not divide.
     rules = SAMPLING if heads % over == 0 else Rules(heads=())
     cached = jax.tree.map(lambda x: place(x, ("batch", "heads", None, None), rules), (state.prompt, state.ring))
     rows = jax.tree.map(lambda x: place(x, ("batch", None), SAMPLING), state)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 256  # ids per block of the two-level searches
+# Finite: differences of two infinities would be NaN.
 NEG = -1e30
 
 
@@ -26,20 +27,16 @@ class SamplingParams(NamedTuple):
 
     @classmethod
     def make(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> SamplingParams:
-        """Builds the scalars from Python numbers."""
         return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
 
 
 def sample_token(
     logits: jax.Array, u: jax.Array, sampling_params: SamplingParams
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws one token by inverting the distribution function at `u`.
+    """Draws one token by inverting the distribution function at `u`: token int32, `logprob`, `sample_logprob`.
 
     Args:
       logits: [V] float32. u: scalar in [0, 1). sampling_params: unmapped scalars, so that the branches stay branches.
-
-    Returns:
-      token (int32), its log-probability under the model, and under the distribution it was drawn from.
     """
     # One uniform number per token instead of V Gumbel variates: at 32,000 ids the random bits alone cost a CPU more than
     # a small model does.
@@ -49,6 +46,7 @@ def sample_token(
     def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         return first_max(logits), jnp.float32(0.0)
 
+    # Shifted by the maximum before the division: at a small temperature the exponentials would overflow.
     def plain(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         scaled = (logits - top) / sampling_params.temperature
         token, mass = invert_cdf(scaled, u)
@@ -75,18 +73,17 @@ def first_max(x: jax.Array) -> jax.Array:
 
 
 def filter_top_k_top_p(logits: jax.Array, sampling_params: SamplingParams) -> jax.Array:
-    """Returns logits [V] with what top-k, then top-p (of what top-k left) remove set to a large negative number.
-
-    Top-p keeps the smallest set of most probable tokens whose mass reaches p; ties with the last one kept stay.
-    """
+    """Returns logits [V] with what top-k, then top-p (of what top-k left) remove set to a large negative number."""
 
     def by_count(x: jax.Array) -> jax.Array:
         return jnp.where(x >= threshold(x, jnp.ones_like(x), sampling_params.top_k.astype(jnp.float32)), x, NEG)
 
+    # The smallest set of most probable tokens whose mass reaches p; ties with the last one kept stay.
     def by_mass(x: jax.Array) -> jax.Array:
         weights = jnp.where(x > NEG / 2, jnp.exp(x - jnp.max(x)), 0.0)
         return jnp.where(x >= threshold(x, weights, sampling_params.top_p * jnp.sum(weights)), x, NEG)
 
+    # Branches on dynamic scalars: a filter that is off costs nothing, and turning it on does not recompile.
     logits = jax.lax.cond(sampling_params.top_k > 0, by_count, lambda x: x, logits)
     return jax.lax.cond(sampling_params.top_p < 1.0, by_mass, lambda x: x, logits)
 
@@ -102,6 +99,7 @@ def threshold(x: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
 
     def halve(_: int, span: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = span  # the answer is in [low, high)
+        # The mean of two int32, whose sum could overflow.
         middle = (low & high) + ((low ^ high) >> 1)
         enough = jnp.sum(jnp.where(order >= middle, weights, 0.0)) >= mass
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
@@ -132,7 +130,6 @@ def _blocks(x: jax.Array, fill: float) -> jax.Array:
 
 
 def _first_above(sums: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the first index with mass whose running sum exceeds the target; the last one with mass if none does."""
     # XLA adds running sums up as a tree: their last bit may rise, or fall, where the weight is 0.
     some = weights > 0
     hit = some & (sums > target)

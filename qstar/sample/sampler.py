@@ -83,6 +83,7 @@ def prepare(params: Params, config: ModelConfig) -> Params:
     """Returns parameters for decoding: matrices in the compute dtype, layers as a list, sharded by `SAMPLING`."""
 
     def cast(name: str, x: jax.Array) -> jax.Array:
+        # A cast would undo the int8 quantisation.
         matrix = name.endswith(("kernel", "table")) and x.dtype != jnp.int8
         return x.astype(config.dtype) if matrix else x
 
@@ -146,10 +147,12 @@ def insert_requests(
         positions = prefix.length + offsets
         past = [_prefix_segments(pair, prefix, positions, config) for pair in prefix.pairs]
         hidden, pairs = decoder.forward(params, config, tokens, positions, prompt_mask, past)
+        # Padding is on the right: the causal mask alone hides it from the real tokens.
         return hidden[length - 1], pairs
 
     hidden, pairs = map_rows(prefill, rules=SAMPLING)(fill.tokens, fill.lengths)  # [prompts, D]
     keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(seed, r[0]), r[1]))(fill.request)
+    # Gathered after the product, which the samples of a prompt share.
     logits = decoder.unembed(params, config, hidden)[fill.source]  # [rows, V]
     token, logprob, sample_logprob = sample_tokens(logits, keys, jnp.zeros_like(fill.slot), sampling_params, sampler)
     stopped = is_stop(token, sampler)
@@ -188,8 +191,7 @@ def decode(
 ) -> SampleState:
     """Decodes until no more than `min_active_rows` rows are active, or for `max_steps` steps.
 
-    Args:
-      cancel: [B] bool, rows that the host has ended (a stop string).
+    Args: cancel: [B] bool, rows that the host has ended (a stop string).
       min_active_rows: 0 runs to the end of every row; more ends early, so that freed slots can be refilled.
     """
     state = state.replace(active=state.active & ~cancel)
@@ -204,7 +206,6 @@ def decode(
 def _step(
     params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, sampling_params: SamplingParams
 ) -> SampleState:
-    """Feeds every row's last token and draws its next one."""
     config, R = sampler.config, sampler.max_new
     column = jnp.mod(state.step, R)
     age = jnp.mod(state.step - jnp.arange(R), R)  # steps since each column was written; 0 is this step's own
@@ -232,7 +233,9 @@ def _step(
     rows = (state.token, state.prompt_len, state.start_step, state.prompt, state.ring)
     hidden, ring = map_rows(row, rules=SAMPLING)(*rows)
     logits = decoder.unembed(params, config, hidden)
+    # Drawn by the row's own count, not by `step`: when a slot was filled does not change its draws.
     token, logprob, sample_logprob = sample_tokens(logits, state.key, state.count, sampling_params, sampler)
+    # Rows that have ended are computed as well, for fixed shapes; their draws are not written.
     here = (jnp.arange(R) == state.count[:, None]) & state.active[:, None]  # [B, R]
     count = state.count + state.active
     stopped = state.stopped | (state.active & is_stop(token, sampler))
@@ -252,7 +255,6 @@ def _step(
 def _prefix_segments(
     pair: tuple[jax.Array, jax.Array], prefix: Prefix, positions: jax.Array, config: ModelConfig
 ) -> list[Segment]:
-    """The prefix for queries at `positions` [T]: its real tokens, within the window; nothing if there is none."""
     index = jnp.arange(pair[0].shape[1])
     if not index.shape[0]:
         return []

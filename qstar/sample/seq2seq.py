@@ -103,5 +103,6 @@ def prepare(params: Params, config: Any) -> Params:
 
 
 def rules_of(part: str) -> Rules:
-    """Returns how a part of the parameters is sharded: the encoder as in training, which reads many tokens at once."""
+    """Returns how a part of the parameters is sharded for sampling."""
+    # The encoder as in training: it reads many tokens at once, for which gathering its parameters pays.
     return Rules() if part == "encoder" else SAMPLING

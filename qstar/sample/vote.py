@@ -74,7 +74,7 @@ def voted_right_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: 
 
 
 def _binomial(n: int, rate: float) -> np.ndarray:
-    """Probabilities [n + 1] of 0..n successes."""
+    # In logarithms, because the factorials overflow. At rate 1 (k = N) log(1 - rate) is -inf, and all mass is at n.
     if rate >= 1:
         return np.eye(1, n + 1, n)[0]
     log_factorial = np.array([math.lgamma(i + 1) for i in range(n + 1)])
@@ -102,6 +102,7 @@ def over_subsets(
     if math.comb(n, k) <= trials:
         every = np.array(list(itertools.combinations(range(n), k)))
         return float(np.mean(value(every))), 0.0
+    # The k smallest of n random numbers are a subset without replacement, for all trials in one call.
     drawn = np.random.default_rng(seed).random((trials, n)).argpartition(k - 1, axis=1)[:, :k]
     worth = np.asarray(value(drawn), np.float64)
     return float(worth.mean()), float(worth.std(ddof=1) / math.sqrt(trials))
@@ -124,6 +125,7 @@ def weighted_majority_at_k(
     Raises:
       ValueError: as `over_subsets`; not one weight per answer; a negative or infinite weight.
     """
+    # `nan_to_num` would make infinity a large number: it stays infinite, and is refused below.
     w = np.nan_to_num(np.asarray(weights, np.float64), nan=0.0, posinf=math.inf)
     if w.shape != (len(answers),) or not (np.isfinite(w) & (w >= 0)).all():
         raise ValueError(f"weights: {len(answers)} finite numbers of 0 or more are needed, one per answer")
@@ -163,6 +165,7 @@ def best_of(scores: Sequence[float]) -> int | None:
 
 def ranking(scores: Sequence[float]) -> list[int]:
     """Returns the indices by falling score, equal ones in order; NaN comes last."""
+    # NaN compares as False with everything, which would leave the order undefined: it gets a key of its own.
     return sorted(
         range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i] if scores[i] == scores[i] else 0)
     )
