@@ -137,7 +137,7 @@ def thought_config(options: dict[str, Any], parity: bool, corpus: Corpus) -> Tho
 
 
 def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
-    """Returns the text of a config's `data` section, {"name": "fold_digits" | "text", ...}."""
+    """Returns the text of a config's `data` section, {"name": "fold_digits" | "text", ...}; raises UserError."""
     options = dict(options)
     name = options.pop("name", "")
     if name == "fold_digits":
