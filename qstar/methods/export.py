@@ -37,8 +37,8 @@ def export_model(run: Path, arm: str | None, iteration: int | None, out: Path, v
 def trained_model(run: Path, arm: str | None = None, iteration: int | None = None, verifier: str = "") -> Model:
     """Returns the model of an arm and iteration (default: the only arm, its last iteration; 0 is the base or G_SFT).
 
-    `verifier` ("dpo", "orm", "prm") names one of a V-STaR run, instead of its generator. Raises UserError if there is no
-    such run, arm or iteration; the message names those that there are.
+    `verifier` ("dpo", "orm", "prm") names one of a V-STaR run, instead of its generator. Raises UserError if there is
+    no such run, arm or iteration; the message names those that there are.
     """
     config = _config_of(run)
     arms = sorted(config.arms.keys())

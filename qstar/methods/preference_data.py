@@ -9,8 +9,8 @@ counts matter: of a problem's correct solutions the valid ones are sampled most 
 reach the answer over a wrong step.
 
 Deviations from the papers:
-1. V-STaR takes D_pref from the whole product of correct and incorrect solutions. 50 solutions of a problem make up to 600
-   pairs, so that few problems would outweigh the others: here each problem gives at most `per_problem` pairs.
+1. V-STaR takes D_pref from the whole product of correct and incorrect solutions. 50 solutions of a problem make up to
+   600 pairs, so that few problems would outweigh the others: here each problem gives at most `per_problem` pairs.
 2. Tasks without a step audit label steps by rollouts, as Math-Shepherd does (arXiv 2312.08935, soft estimation).
 """
 
@@ -90,7 +90,7 @@ def sampled_solutions(rollouts: Iterable[Rollout]) -> list[Solution]:
 
 
 def add_to_buffer(folder: Path, n: int, solutions: Iterable[Solution]) -> list[Solution]:
-    """Writes iteration n's solutions to FOLDER/iter_NNN.jsonl, unless it exists; returns those of 0 .. n, oldest first."""
+    """Writes iteration n's solutions to FOLDER/iter_NNN.jsonl, unless it exists; returns those of 0 .. n in order."""
     files = [folder / f"iter_{m:03d}.jsonl" for m in range(n + 1)]
     cached_jsonl(files[n], lambda: [dataclasses.asdict(s) for s in merge_duplicates(solutions)])
     return merge_duplicates(Solution(**row) for file in files if file.exists() for row in read_jsonl(file))
@@ -185,10 +185,10 @@ def build_pairs(solutions: Iterable[Solution], settings: PairSettings, seed: int
 def pair_arrays(
     groups: Sequence[Sequence[Example]], reference: np.ndarray, length: int, packed: bool
 ) -> dict[str, np.ndarray]:
-    """Returns the host arrays of `types.Preference`, flat: those of its rows, `reference` [B, X, 2] and `weight` [B, X].
+    """Returns the host arrays of `types.Preference`, flat: its rows, `reference` [B, X, 2] and `weight` [B, X].
 
-    `groups`: (chosen, rejected) per pair, never split over rows; `reference`: float32 [pairs, 2], log-probabilities under
-    the reference; `length`: tokens per row.
+    `groups`: (chosen, rejected) per pair, never split over rows; `reference`: float32 [pairs, 2], log-probabilities
+    under the reference; `length`: tokens per row.
     """
     rows, members = pack_groups(groups, length, packed=packed)
     exists = members >= 0  # [B, X]; -1 pads rows that hold fewer pairs
@@ -209,8 +209,8 @@ def graded_arrays(
 ) -> dict[str, np.ndarray]:
     """Returns the host arrays of `types.Graded`, flat: those of its rows, and `labels` and `weight`, [B, T] float32.
 
-    `steps`: for a PRM, per solution, the tokens of the completion in which its steps end, and the label of each. None: an
-    ORM, every token of a completion, EOS included, is labelled with the correctness of the whole.
+    `steps`: for a PRM, per solution, the tokens of the completion in which its steps end, and the label of each. None:
+    an ORM, every token of a completion, EOS included, is labelled with the correctness of the whole.
     """
     examples, labels, weights, lm_mask = [], [], [], []
     for i, s in enumerate(solutions):
@@ -246,7 +246,7 @@ def step_targets(ends: Sequence[int], labels: Sequence[float]) -> tuple[list[int
 
 
 class ContinuationTask(Task):
-    """A task whose problems have a partial solution: `meta` holds the original problem ("of") and that text ("prefix")."""
+    """A task of continuing solutions: `meta` holds the original problem ("of") and the partial solution ("prefix")."""
 
     def __init__(self, task: Task):
         self.task, self.name, self.stop = task, task.name, task.stop

@@ -129,7 +129,7 @@ def reinforce(
 
     Args:
       stage: its settings are ReinforceSettings, its steps updates; its metrics rows have the stage "rl".
-      watch: called with (updates done, the policy's parameters) after every update; the parameters are donated to the next.
+      watch: called with (updates done, the policy's parameters) after every update; the next one donates them.
 
     Raises UserError if `batch_size` does not divide the responses, Diverged after updates that were not finite.
     """

@@ -27,12 +27,12 @@ def by_scores(
     """Returns metrics of choosing among the samples by their scores.
 
     For every scorer NAME: `best@k:NAME`, `weighted@k:NAME`, `top4@k:NAME` and `regret@k:NAME` with intervals, and
-    `auc:NAME`, `auc_pooled:NAME`, `ece:NAME` and `brier:NAME` (after Platt scaling). For every two scorers `gain@k:B - A`:
-    the difference in accuracy of best-of-k, paired over problems, at k = 16 (or all samples).
+    `auc:NAME`, `auc_pooled:NAME`, `ece:NAME` and `brier:NAME` (after Platt scaling). For every two scorers
+    `gain@k:B - A`: the difference in accuracy of best-of-k, paired over problems, at k = 16 (or all samples).
 
-    The scorer "generator" is always present: the log-probability under the model that wrote the samples. Scores are kept
-    in FOLDER/scores_NAME.jsonl, so that a second call does not score again. A `Verifier` with the `tokenizer` that the
-    samples were written with scores the sampled ids; every other scorer (a function of prompts, completions) gets texts.
+    The scorer "generator" is always present: the log-probability under the model that wrote the samples. Scores are
+    kept in FOLDER/scores_NAME.jsonl, so that a second call does not score again. A `Verifier` with the `tokenizer` that
+    the samples were written with scores the sampled ids; every other scorer, f(prompts, completions), gets texts.
     """
     groups = by_problem(rollouts)
     scores: dict[str, list[list[float]]] = {"generator": [[r.logprob for r in rows] for rows in groups]}

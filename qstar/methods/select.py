@@ -103,7 +103,7 @@ def llm_judge(ask: Callable[[list[str]], list[str]], template: str = _JUDGE, bes
     """Returns a scorer that asks a model for a grade: LLM as a judge (arXiv 2306.05685), single-answer grading.
 
     Args:
-      ask: texts -> the judge's replies. template: with {prompt} and {completion}; the grade is the last number of a reply.
+      ask: texts -> the judge's replies. template: with {prompt} and {completion}; the last number is the grade.
       best: the best grade; the worst is 0.
 
     Returns:
@@ -119,7 +119,7 @@ def llm_judge(ask: Callable[[list[str]], list[str]], template: str = _JUDGE, bes
     return scorer
 
 
-# ------------------------------------------------------------------------------------------- accuracy as a function of k
+# ------------------------------------------------------------------------------------------ accuracy as a function of k
 
 
 def ks_for(n: int) -> list[int]:
@@ -206,14 +206,14 @@ def quality(problems: Sequence[Candidates], values: Mapping[str, Mapping[int, Se
 
 
 def auc_by_fault(problems: Sequence[Candidates], faults: Sequence[Sequence[str | None]]) -> dict[str, dict[str, Any]]:
-    """Returns for every kind of mistake how well each scorer separates correct samples from incorrect ones of that kind.
+    """Returns for every kind of mistake how well each scorer separates correct samples from those with that mistake.
 
     Args:
       faults: per problem and sample, the kind of its first mistake; None is left out.
 
     Returns:
-      kind -> {"samples": incorrect ones of the kind, "problems": with correct ones beside them, "auc": {scorer: mean over
-      those problems}}, the most frequent first. A scorer with an AUC of 1/2 does not detect that kind.
+      kind -> {"samples": incorrect ones of the kind, "problems": with correct ones beside them, "auc": {scorer: mean
+      over those problems}}, the most frequent first. A scorer with an AUC of 1/2 does not detect that kind.
     """
     counted = collections.Counter(
         fault for p, some in zip(problems, faults) for fault, right in zip(some, p.correct) if fault and not right

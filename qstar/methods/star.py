@@ -5,7 +5,7 @@
         (r_i, y_i)   = M_{n-1}(x_i)                     1 rationale generation for every problem
         (r'_i, y'_i) = M_{n-1}(add_hint(x_i, gold_i))   2 rationalisation, where y_i is wrong
         D_n          = {(x_i, r_i)  : y_i  = gold_i}    3 filter rationales by their answers
-        D_n^rat      = {(x_i, r'_i) : y_i != gold_i, y'_i = gold_i}     4 the same for rationalisations, without the hint
+        D_n^rat      = {(x_i, r'_i) : y_i != gold_i, y'_i = gold_i}     4 rationalisations likewise, without the hint
         M_n          = train(M, D_n + D_n^rat)          5 fine-tuning of the base model M, not of M_{n-1}
 
 Deviations from the paper:

@@ -14,7 +14,7 @@ The rows of the paper's table 1 are settings of this loop, see `PRESETS`.
 Deviations from the paper:
 1. `temperature` is 0.7: the paper does not give one.
 2. D_pref is capped per problem, see `preference_data`.
-3. `cap_per_problem` limits the correct solutions of a problem in D_GEN to those that were sampled most often (default: off).
+3. `cap_per_problem` limits a problem's correct solutions in D_GEN to those that were sampled most often (default: off).
 4. Additions: verifiers in every iteration, ORM and PRM verifiers trained on the same D_VER, and generators trained on
    pairs by Iterative RPO (arXiv 2404.19733).
 """

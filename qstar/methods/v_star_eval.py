@@ -138,7 +138,7 @@ def candidates(rows: Sequence[Rollout], scores: dict[str, list[float]], ballots:
 
 
 def faults(task: Task, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[str | None]:
-    """Returns the kind of every sample's first mistake; None for correct samples and where the task has no step audit."""
+    """Returns the kind of every sample's first mistake; None for correct samples and tasks without a step audit."""
     by_id = {p.id: p for p in problems}
     return [None if r.correct else task.fault(by_id[r.problem_id], r.completion) for r in rollouts]
 
@@ -151,7 +151,7 @@ def result(
     faulty: Sequence[str | None] | None = None,
     ballots: Ballots = list,
 ) -> dict[str, Any]:
-    """Returns the curves with intervals, the quality of each scorer, and the verifiers' gains over other rules at k = 16.
+    """Returns the curves with intervals, the quality of each scorer, and the verifiers' gains at k = 16.
 
     `scored`: see `score_rows`; `samples`: N per problem; `m`: of the top-m vote; `faulty`: see `faults`.
     """

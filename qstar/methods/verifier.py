@@ -4,8 +4,8 @@
     orm   a value head on every token; score sigmoid(logit) at the last token                 arXiv 2110.14168
     prm   a value head read after every step; score the minimum or product over the steps     arXiv 2305.20050
 
-A verifier is separate from the generator: used as a generator, a DPO verifier soon degrades (V-STaR, section 4.6). It scores
-solutions of any generator.
+A verifier is separate from the generator: used as a generator, a DPO verifier soon degrades (V-STaR, section 4.6). It
+scores solutions of any generator.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ def score(
     Args:
       verifier: a Verifier, a model, or the folder of one (see `qstar export --verifier`).
       prompts: N texts, or lists of token ids.
-      completions: N, or N lists of n each: texts, to which the model's EOS is appended, or lists of token ids, which are used
-        unchanged (with their EOS, if they have one; without it a solution counts as truncated).
+      completions: N, or N lists of n each: texts, to which the model's EOS is appended, or lists of token ids, which
+        are used unchanged (with their EOS, if they have one; without it a solution counts as truncated).
 
     Returns:
-      float32 [N] or [N, n]: `logp` sums log V(token) over the completion, EOS included; `mean_logp` divides it by the number
-      of tokens; `logratio` subtracts the reference's; `orm` is the probability of correctness at the last token; `prm_min`
-      and `prm_product` are the minimum and the product of the steps' probabilities.
+      float32 [N] or [N, n]: `logp` sums log V(token) over the completion, EOS included; `mean_logp` divides it by the
+      number of tokens; `logratio` subtracts the reference's; `orm` is the probability of correctness at the last token;
+      `prm_min` and `prm_product` are the minimum and the product of the steps' probabilities.
 
     Raises:
       UserError: see `model.logprobs`; a score that does not fit the model.
@@ -227,8 +227,8 @@ def train_head(
 ) -> tuple[Model, dict[str, Any]]:
     """Trains an ORM or a PRM on the solutions of D_VER, from G_SFT with a fresh value head.
 
-    `labels`: for a PRM, by key of a solution the labels of its `task.steps`; None: `Task.step_labels`. Raises UserError if
-    no solution fits into a row, or for a PRM on a task that has no labels of steps.
+    `labels`: for a PRM, by key of a solution the labels of its `task.steps`; None: `Task.step_labels`. Raises UserError
+    if no solution fits into a row, or for a PRM on a task that has no labels of steps.
     """
     s, tokenizer = job.settings, sft.tokenizer
     examples = [to_example(tokenizer, x.prompt, x.completion, x.tokens) for x in solutions]

@@ -1,8 +1,8 @@
 """The base model of a run: checks before the run, loading or training from scratch, and gates.
 
-A model from scratch has no few-shot ability, so seed rows stand in for pretraining and prompts: gold scratchpads, mostly
-short ones, plain and with the answer as a hint. Without hinted rows the model could not rationalise.
-Gates check, before any loop is paid for, that the base model is in the range where the experiment is informative.
+A model from scratch has no few-shot ability, so seed rows stand in for pretraining and prompts: gold scratchpads,
+mostly short ones, plain and with the answer as a hint. Without hinted rows the model could not rationalise. Gates
+check, before any loop is paid for, that the base model is in the range where the experiment is informative.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def train_base(
 
 
 def check_gates(ctx: RunContext, folder: Path, measure: Callable[[], dict[str, float]]) -> None:
-    """Compares the result of `measure` ({metric: value}) with the config's gates, once (FOLDER/gates.json); prints a table.
+    """Compares the result of `measure` ({metric: value}) with the config's gates, once (FOLDER/gates.json).
 
     A gate reads e.g. {"metric": "hinted_accuracy/3", "min": 0.6, "why": ..., "stop": True}. Raises UserError if one
     with stop=True does not hold.

@@ -35,8 +35,8 @@ class Screen:
     def bar(self, what: str, total: int) -> Iterator[Callable[..., None]]:
         """Shows a progress bar with rate and time left, or prints a line per minute where the output is a file.
 
-        Yields `update(done, extra)`. `extra` is a Rollout (one more is done) or metrics with a loss; where it is empty the
-        work was done by an earlier process: None counts `done` more samples, {} sets the step.
+        Yields `update(done, extra)`. `extra` is a Rollout (one more is done) or metrics with a loss; where it is empty
+        the work was done by an earlier process: None counts `done` more samples, {} sets the step.
         """
         columns = (
             SpinnerColumn(),

@@ -153,7 +153,7 @@ class Arm:
         self.ctx.say(f"\n[bold]{self.name}[/bold]: loop {n} of {of}")
 
     def evaluate(self, model: Model, n: int) -> dict[str, Any]:
-        """Returns greedy accuracy on held-out problems, without and (if asked) with hints; 95% intervals over problems."""
+        """Returns greedy accuracy on held-out problems, without and (if asked) with hints, with 95% intervals."""
         e = self.ctx.settings.evaluate
         out: dict[str, Any] = {}
         for hinted in (False, True) if e.hinted else (False,):
@@ -186,8 +186,8 @@ class Arm:
 
     def report(self, n: int, metrics: dict[str, Any], more: dict[str, Any]) -> None:
         """Writes the loop's metrics row, and prints the table of the arm so far."""
-        # A row that is there was written before the run was killed. This process only read the loop's stages back, so that
-        # its clock would be wrong.
+        # A row that exists was written before the run was killed. This process only read the loop's stages back, so
+        # that its clock would be wrong.
         if n not in self._reported():
             clock = {f"seconds_{k}": v for k, v in self.seconds.items()}
             self.ctx.writer.write(stage="iteration", step=n, arm=self.name, iteration=n, **metrics, **more, **clock)
@@ -236,7 +236,7 @@ class Arm:
         write_json(self.folder / "status.json", {"status": status, "reason": reason, "iterations": loops})
 
     def finish(self, base: Model) -> None:
-        """Marks the arm as finished, unless it stopped. If loops were compared on validation, tests the best one, once."""
+        """Marks the arm as finished, unless it stopped. If loops were compared on validation, tests the best one."""
         # Test problems are read for one model alone: the best of several on them would be biased upwards.
         best = self.best
         if not distributed.exists(self.folder / "status.json"):
@@ -254,7 +254,7 @@ class Arm:
 
 
 def loop_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the table of an arm's loops from its metrics rows; columns without values are left out; fits 80 characters."""
+    """Returns the table of an arm's loops from its metrics rows, without empty columns; fits 80 characters."""
     last = rows[-1] if rows else {}
     groups = [k.partition("/")[2] for k in last if k.startswith("accuracy/")]
     narrow = [g for g in groups if len(g) <= 5][-3:] if len(groups) > 1 else []  # the report has all

@@ -44,14 +44,14 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Returns greedy accuracy and, from `samples` completions per problem, pass@k and majority@k for k = 1, 2, 4, ...
 
-    Every metric comes with its 95% bootstrap interval over problems, and per group of problems. `answered` is the share of
-    greedy completions in which an answer was found.
+    Every metric comes with its 95% bootstrap interval over problems, and per group of problems. `answered` is the share
+    of greedy completions in which an answer was found.
 
     Args:
       out: folder that keeps the answers as JSONL; those that are there are not sampled again.
       made_with: what the answers depend on; kept in `out`, so that answers of another model are not counted.
       score: (samples, folder, tokenizer) -> further metrics; it keeps the scores of the samples in the folder.
-      too_long: what to do with prompts beyond the model's context, see `fit_prompts`; the metric "too_long" counts them.
+      too_long: what to do with prompts beyond the model's context, see `fit_prompts`; "too_long" counts them.
 
     Raises UserError for no tokenizer, no problems, too long a prompt, or an `out` of another evaluation.
     """
@@ -90,8 +90,8 @@ def fit_prompts(
 
     Args:
       too_long: what happens to a prompt that leaves no room for `max_new_tokens`: "error" raises UserError, "skip"
-        leaves its problem out (UserError if none is left), "truncate" drops the first tokens of the prompt, never of the
-        few-shot prefix.
+        leaves its problem out (UserError if none is left), "truncate" drops the first tokens of the prompt, never of
+        the few-shot prefix.
 
     Returns:
       The task (with shorter prompts), the problems, and how many were left out or shortened. A warning names them.

@@ -138,9 +138,9 @@ _locks: dict[Path, Any] = {}
 def lock(workdir: Path, flag: str = "--workdir") -> None:
     """Locks a run folder for this process, making it if necessary.
 
-    The lock is POSIX's, on WORKDIR/.lock, and ends with the process. On file systems without locks (some mounted buckets)
-    the process that the file names holds it as long as it runs on this host; the lock of a process of another host, which
-    cannot be checked, is taken over with a warning. Raises UserError if another process has it.
+    The lock is POSIX's, on WORKDIR/.lock, and ends with the process. On file systems without locks (some mounted
+    buckets) the process that the file names holds it as long as it runs on this host; the lock of a process of another
+    host, which cannot be checked, is taken over with a warning. Raises UserError if another process has it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if workdir.resolve() in _locks:

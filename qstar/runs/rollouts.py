@@ -152,8 +152,8 @@ def tokenizer_of(model: Model) -> Tokenizer:
 
 
 def read_answer(task: Task, done: Completion) -> tuple[str, str | None, bool]:
-    """Returns a completion up to the end of its answer, the answer, and whether it is complete: ended by a stop id or stop
-    string, or followed by more text."""
+    """Returns a completion up to the end of its answer, the answer, and whether it is complete: ended by a stop id or
+    stop string, or followed by more text."""
     written = done.text or ""
     part = None if done.stopped else task.answered_part(written)
     text = task.cut(written) if part is None else part
@@ -224,8 +224,8 @@ def why_rejected(row: Rollout, problem: Problem, task: Task, rules: Selection) -
 def kept_tokens(model: Model, prompt: str, done: Completion, text: str) -> list[int]:
     """Returns the token ids of `text`, the kept part of a completion, for training and scoring.
 
-    They are the sampled ids with the stop token. Where a stop string or the task cut the text within a token, that token is
-    encoded anew. A completion without a stop token gets the tokenizer's EOS.
+    They are the sampled ids with the stop token. Where a stop string or the task cut the text within a token, that
+    token is encoded anew. A completion without a stop token gets the tokenizer's EOS.
     """
     tokenizer = tokenizer_of(model)
     # An encoder-decoder's output has no text before it. Otherwise 64 characters do: only whether there is any matters.
@@ -241,8 +241,9 @@ def to_example(tokenizer: Tokenizer, prompt: str, completion: str, tokens: Seque
     """Returns a training example: BOS and prompt, then completion and EOS (so that the model learns to stop).
 
     Args:
-      tokens: the sampled ids of the completion (`Rollout.tokens`). They are kept when the hint is taken out of the prompt or
-        few-shot text is put before it: the prompt is encoded by itself, as in sampling. None: the completion is encoded.
+      tokens: the sampled ids of the completion (`Rollout.tokens`). They are kept when the hint is taken out of the
+        prompt or few-shot text is put before it: the prompt is encoded by itself, as in sampling. None: the completion
+        is encoded.
     """
     if tokens is not None:
         return Example(tokenizer.encode_prompt(prompt), list(tokens))
@@ -306,7 +307,7 @@ def generate(
 
     Args:
       prompts: texts, or lists of token ids taken as they are.
-      thoughts: True or a ThoughtConfig samples a thought before every token (Quiet-STaR); completions then hold the thoughts.
+      thoughts: True or a ThoughtConfig samples a thought before every token (Quiet-STaR); completions then hold them.
       sampling: max_new_tokens, temperature, top_k, top_p, n, stop, seed, prefix, slots, weights: see
         `sample.batching.SamplingOptions`, also for the errors.
 

@@ -367,9 +367,9 @@ def check_trainable(config: Any, settings: TrainSettings) -> None:
 def pack_rows(
     examples: Sequence[Example], settings: TrainSettings, config: Any = None, *, shared_with: Sequence[Example] = ()
 ) -> dict[str, np.ndarray]:
-    """Returns the examples as arrays: packed rows [B, T] for a decoder; for an encoder-decoder one example per row, prompt
-    and response apart, padded to the longest of `examples` and `shared_with` (with which they share batches). Raises
-    UserError for an example that is longer than `row_length`.
+    """Returns the examples as arrays: packed rows [B, T] for a decoder; for an encoder-decoder one example per row,
+    prompt and response apart, padded to the longest of `examples` and `shared_with` (with which they share batches).
+    Raises UserError for an example that is longer than `row_length`.
     """
     if not examples:
         raise UserError("no examples to train on")
