@@ -246,8 +246,8 @@ class Program:
     # ------------------------------------------------------------------------------------------------- counting
 
     def _of(self, name: str, outer: bool, traffic: bool) -> Costs:
-        # Cached: layers call the same computations again and again. Without `traffic` inside of fusions, where results
-        # stay in registers; only FLOPs count there.
+        # Cached: layers call the same computations again and again. Without `traffic` inside of fusions, whose inner
+        # results are not written to memory; only FLOPs count there.
         key = (name, outer, traffic)
         if key not in self._known:
             self._known[key] = total = Costs()

@@ -33,8 +33,9 @@ WIDTH, HEIGHT = 480, 290
 LEFT, TOP, BOTTOM = 46, 14, 40
 LINE_HEIGHT = 14
 LONGEST_NAME = 22  # characters of a line's name beside it; tooltips and tables have all of it
-_POINTS = 300  # a longer line is thinned: a screen has no more pixels
-_DASH = 7  # pixels of a line's turn where several run through the same points
+# A longer line is thinned: the chart has few more pixels, and every point is an element of the page.
+_POINTS = 300
+_DASH = 7  # pixels of a line's dash where several run through the same points
 
 
 @dataclass(frozen=True)
@@ -101,27 +102,26 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     x_name: Callable[[float], str] = lambda value: f"{value:g}",
 ) -> Markup:
-    """Lines with markers, confidence bands, and their names in a column at the right.
-
-    Args:
-      title: the chart's content, for readers who cannot see it.
-      y_range: None fits the data, and 0.
-      x_name: text of a tick and, in tooltips, of a point.
-    """
+    """Lines with markers, confidence bands, and their names in a column at the right; `title` is the ARIA label."""
+    # At least one unit wide: a run with one iteration would divide by zero.
     xs = [x for line in lines for x in line.x]
     ys = [y for line in lines for y in (*line.y, *line.low, *line.high)]
     ticks = nice_ticks(min(xs), max(max(xs), min(xs) + 1), 8, integers=True)
+    # With 0, unless the caller knows better: a cut axis exaggerates small differences.
     low, high = y_range or (min(0.0, *ys), max(0.0, *ys))
     y_ticks = nice_ticks(low, high if high > low else low + 1.0, 5)
     names = [line.name if len(line.name) <= LONGEST_NAME else line.name[: LONGEST_NAME - 1] + "…" for line in lines]
+    # About 6.6 pixels for a character: without a script, a page cannot measure text. Likewise 6.2 and 6.4 below.
     room = 24 + 6.6 * max(map(len, names), default=0)
     axes = _Axes((ticks[0], max(*xs, ticks[0] + 1)), (y_ticks[0], y_ticks[-1]), right=room)
     parts = [_frame(axes, y_ticks, y_format, x_label)]
     parts += [_text(axes.x(t), HEIGHT - BOTTOM + 18, x_name(t), "middle") for t in ticks if t <= axes.x_range[1]]
+    # All bands before all lines: SVG paints in this order, and a band would cover another line.
     parts += [_band(axes, line) for line in lines if line.low]
     turns = _turns([[(axes.x(x), axes.y(y)) for x, y in zip(line.x, line.y)] for line in lines])
     parts += [_line(axes, line, turn, y_format, x_name) for line, turn in zip(lines, turns)]
     column = WIDTH - room + 16
+    # Lines that end close together would print their names over each other.
     heights = spread([axes.y(line.y[-1]) for line in lines], LINE_HEIGHT, TOP, HEIGHT - BOTTOM)
     for line, name, y in zip(lines, names, heights):
         x_end, y_end = axes.x(line.x[-1]) + 6, axes.y(line.y[-1])
@@ -155,13 +155,7 @@ def stacked_bars(
     y_format: Callable[[float], str],
     y_max: float | None = None,
 ) -> Markup:
-    """One bar per column, its parts from the bottom up; parts that are high enough carry their value, all a tooltip.
-
-    Args:
-      columns: (name, one value per part).
-      parts: (name, CSS colour); give them to the card as its legend.
-      y_max: None fits the data.
-    """
+    """One bar per column (name, one value per part), its parts (name, CSS colour) from the bottom up."""
     y_ticks = nice_ticks(0.0, y_max or max(sum(values) for _, values in columns) or 1.0, 5)
     axes = _Axes((0, len(columns)), (0, y_ticks[-1]))
     drawn = [_frame(axes, y_ticks, y_format, x_label)]
@@ -173,6 +167,7 @@ def stacked_bars(
                 top, bottom = axes.y(below + value), axes.y(below)
                 tip = f"{part}, {x_label} {name}: {y_format(value)}"
                 drawn.append(_bar(middle - width / 2, top, width, bottom - top, colour, tip))
+                # A value that does not fit into its part is in the tooltip alone.
                 if bottom - top > LINE_HEIGHT and width > 6.2 * len(y_format(value)):
                     drawn.append(_text(middle, (top + bottom) / 2 + 4, y_format(value), "middle", "inside"))
             below += value
@@ -183,11 +178,7 @@ def stacked_bars(
 def horizontal_bars(
     rows: Sequence[tuple[str, float, str]], *, title: str, x_max: float, x_format: Callable[[float], str]
 ) -> Markup:
-    """A bar per row with its name at the left and its value at the end.
-
-    Args:
-      rows: (name, value, CSS colour).
-    """
+    """A bar per row (name, value, CSS colour) with its name at the left and its value at the end."""
     left, step = 14 + 6.4 * max(len(name) for name, *_ in rows), 20
     axes, drawn = _Axes((0, x_max), (0, 1), left=left, right=52), []
     for number, (name, value, colour) in enumerate(rows):
@@ -201,11 +192,8 @@ def horizontal_bars(
 
 
 def histogram(edges: Sequence[float], counts: Sequence[float], *, title: str, x_label: str, colour: str) -> Markup:
-    """Bars over a number line; heights are logarithms of 1 + count, so that small counts show beside large ones.
-
-    Args:
-      edges: [n + 1], rising. counts: [n].
-    """
+    """Bars over a number line on a logarithmic scale; edges [n + 1], rising, counts [n]."""
+    # Logarithms, so that small counts show beside large ones; of 1 + count, so that an empty bar has no height.
     top = math.ceil(math.log10(1 + max(counts)))
     axes = _Axes((edges[0], edges[-1]), (0, top))
     powers = [math.log10(1 + 10**power) if power else 0.0 for power in range(top)]
@@ -227,14 +215,17 @@ def nice_ticks(low: float, high: float, count: int, *, integers: bool = False) -
     """About `count` round values (1, 2, 2.5 or 5 times a power of ten apart) that cover low..high."""
     span = (high - low) or 1.0
     power = 10.0 ** math.floor(math.log10(span / count))
+    # Iterations and updates have no fractions: with `integers`, no tick stands between two of them.
     steps = [power * factor for factor in (1, 2, 2.5, 5, 10) if not integers or (power * factor) % 1 == 0]
     step = next((s for s in steps if span / s <= count), (steps or [1.0])[-1])
+    # The tolerance keeps a bound that is a tick but for rounding from adding one more.
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(step * number, 10) for number in range(first, last + 1)]
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Moves positions until neighbours are `gap` apart, by as little as need be, within low..high."""
+    """Moves positions until neighbours are `gap` apart, within low..high."""
+    # Upwards from the lowest, then downwards: the second pass brings back what the first pushed above `high`.
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     placed = list(positions)
     floor, ceiling = low, high
@@ -248,7 +239,8 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
 
 def _turns(pixels: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[int, int]]:
-    """(turn, turns) per line: lines that share half of their points are drawn in turns, a dash each."""
+    # (turn, turns) per line. Lines that share half of their points would hide each other: they are drawn as dashes in
+    # turn. Whole pixels, since closer points cannot be told apart.
     sets = [{(round(x), round(y)) for x, y in points} for points in pixels]
     first = [next(j for j in range(i + 1) if 2 * len(s & sets[j]) >= len(s)) for i, s in enumerate(sets)]
     return [(first[:i].count(f), first.count(f)) for i, f in enumerate(first)]
@@ -256,6 +248,7 @@ def _turns(pixels: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[int, i
 
 def _line(axes: _Axes, line: Line, turn: tuple[int, int], y_format: Callable, x_name: Callable) -> Markup:
     stride = math.ceil(len(line.x) / _POINTS) or 1
+    # The last point stays, which the name and its leader are placed by.
     kept = [i for i in range(len(line.x)) if i % stride == 0 or i == len(line.x) - 1]
     points = [(axes.x(line.x[i]), axes.y(line.y[i])) for i in kept]
     number, several = turn
@@ -275,7 +268,7 @@ def _line(axes: _Axes, line: Line, turn: tuple[int, int], y_format: Callable, x_
 
 
 def _mark(number: int, x: float, y: float, size: float) -> str:
-    """A disc, square, triangle or diamond."""
+    # A disc, square, triangle or diamond, with factors for about equal areas.
     r = 4 * size
     shapes = (
         f"m{-r:.1f} 0a{r:.1f} {r:.1f} 0 1 0 {2 * r:.1f} 0a{r:.1f} {r:.1f} 0 1 0 {-2 * r:.1f} 0z",
@@ -289,14 +282,14 @@ def _mark(number: int, x: float, y: float, size: float) -> str:
 def _band(axes: _Axes, line: Line) -> Markup:
     there = [(axes.x(x), axes.y(y)) for x, y in zip(line.x, line.high)]
     back = [(axes.x(x), axes.y(y)) for x, y in zip(line.x, line.low)]
-    if len(there) == 1:  # a band of no width: draw the interval as a bar
+    # The polygon of a single point has no width: its interval is drawn as a bar.
+    if len(there) == 1:
         (x, top), (_, bottom) = there[0], back[0]
         there, back = [(x - 3, top), (x + 3, top)], [(x - 3, bottom), (x + 3, bottom)]
     return _tag("polygon", points=_points(there + back[::-1]), class_="band", style=f"fill:{line.colour}")
 
 
 def _frame(axes: _Axes, ticks: Sequence[float], y_format: Callable[[float], str], x_label: str) -> Markup:
-    """Horizontal grid lines with their values, and the name of the horizontal axis."""
     right = WIDTH - axes.right
     parts = [_text((axes.left + right) / 2, HEIGHT - 4, x_label, "middle", "axis")]
     for tick in ticks:
@@ -324,7 +317,8 @@ def _svg(parts: Sequence[Markup], title: str, height: float = HEIGHT) -> Markup:
 
 
 def _tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """An element; children are escaped unless they are markup. `class_` is written `class`, `text_anchor` `text-anchor`."""
+    # Names of arms and groups come from files: children and attributes are escaped unless they are markup. `class_` is
+    # written `class`, `text_anchor` `text-anchor`.
     named: Mapping[str, Any] = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
     written = "".join(f' {key}="{escape(value)}"' for key, value in named.items() if value is not None)
     return Markup(f"<{name}{written}>{''.join(map(escape, children))}</{name}>")

@@ -39,30 +39,30 @@ def write_comparison(a: Side, b: Side, folder: Path, *, count: int = 50, seed: i
     """Writes page and key into a folder, and returns the page's path. The same arguments make the same bytes.
 
     Args:
-      count: questions on the page: problems that both have a rationale for, drawn by the seed. Where both wrote the same
-        text there is nothing to ask; those are counted in the key.
+      count: questions on the page, drawn by the seed from the problems that both have a rationale for.
       right: only problems that both got right (rows with `correct`), so that rationales are compared, not answers.
-
-    Raises:
-      UserError: a file that cannot be read, equal names, or nothing to compare.
     """
     require((a.name != b.name, f"compare: both sides are called {a.name!r}; give them two names"))
     rows = [_first(side.file, right) for side in (a, b)]
     common = [p for p in rows[0] if p in rows[1]]
+    # Equal but for white space: there is nothing to choose between. Those problems are counted in the key.
     differ = [p for p in common if rows[0][p]["completion"].split() != rows[1][p]["completion"].split()]
     which = " that both got right" if right else ""
     require((bool(common), f"compare: {a.file} and {b.file} have no problem in common{which}"))
     same = f"compare: {a.file} and {b.file} hold the same rationales, for all {len(common)} problems{which}"
     require((bool(differ), same))
+    # Seeded by text, not by `hash`: the same arguments give the same page on every machine.
     rng = stable_rng("compare", seed, a.name, b.name)
     items, key = [], {}
     for number, problem in enumerate(rng.sample(differ, min(count, len(differ)))):
         pair = [{"who": "ab"[i], **rows[i][problem]} for i in (0, 1)]
         rng.shuffle(pair)
         name = f"{number:03d}"
-        prompt = min((r["prompt"] for r in pair), key=len)  # the one without a hint
+        # A rationalised attempt has the answer in its prompt: the shorter one is without the hint.
+        prompt = min((r["prompt"] for r in pair), key=len)
         items.append({"item": name, "prompt": prompt, "left": pair[0]["completion"], "right": pair[1]["completion"]})
         key[name] = {"problem_id": problem, "left": pair[0]["who"]}
+    # An identity of the questions: votes are counted only with the key of the page that they were given on.
     page = f"{zlib.crc32(json.dumps(items).encode()):08x}"
     key_file = {
         "page": page,
@@ -84,7 +84,7 @@ def write_comparison(a: Side, b: Side, folder: Path, *, count: int = 50, seed: i
 
 
 def _refuse_foreign(folder: Path, key: Mapping[str, Any]) -> None:
-    """Raises UserError unless the folder is absent, empty, or holds this very comparison."""
+    # A new key over an old one would make the votes of the old page impossible to count.
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
     if "key.json" in names:
         line = f"--out={folder}: holds another comparison, whose votes cannot be counted without its key; name another folder"
@@ -95,7 +95,6 @@ def _refuse_foreign(folder: Path, key: Mapping[str, Any]) -> None:
 
 
 def _first(file: str, right: bool) -> dict[str, dict[str, Any]]:
-    """Problem -> its first row."""
     out: dict[str, dict[str, Any]] = {}
     for row in read_records(file, FIELDS):
         if not right or row.get("correct"):
@@ -107,11 +106,7 @@ def count_votes(folder: Path, files: Sequence[str]) -> dict[str, Any]:
     """Returns how often `a` won against `b`.
 
     `win_rate` is the mean over items of the mean over their votes (an equal is half a win), with the 95% bootstrap
-    interval over items; `p` that of the two-sided sign test over items, those without a winner left out. Who votes twice
-    on an item counts with the last vote.
-
-    Args:
-      folder: of the page and its key. files: downloaded votes.
+    interval over items; `p` that of the two-sided sign test over items, those without a winner left out.
 
     Raises:
       UserError: no key, a broken file, or votes of another page or about no item of it.
@@ -127,6 +122,7 @@ def count_votes(folder: Path, files: Sequence[str]) -> dict[str, Any]:
             f"{folder / 'key.json'}: is not as `qstar compare` wrote it; votes cannot be counted without the key",
         ),
     )
+    # A rater who returns to an item changes the vote: the last one counts. Without a name, a file is a rater.
     last: dict[tuple[str, str], float] = {}
     for file in files:
         for row in read_records(file, ("page", "item", "choice"), parse=lambda row: _checked(row, key)):
@@ -136,6 +132,7 @@ def count_votes(folder: Path, files: Sequence[str]) -> dict[str, Any]:
     by_item: dict[str, list[float]] = {}
     for (_, item), wins in last.items():
         by_item.setdefault(item, []).append(wins)
+    # Items are the unit of the statistics: several votes on one item are not independent.
     rates = [float(np.mean(by_item[item])) for item in sorted(by_item)]
     low, high = bootstrap_ci(rates)
     every = list(last.values())

@@ -55,6 +55,7 @@ class Answers:
 def read_attempts(path: Path, cap: int) -> Attempts:
     """Counts all rows of a rationales file and samples at most `cap` of them."""
     rows = read_jsonl(path)
+    # The prompt of the same problem without the hint shows which part of the hinted one is the hint.
     plain = {row.get("problem_id"): row.get("prompt", "") for row in rows if not row.get("hinted")}
     shown = []
     for row in sample(rows, cap):
@@ -97,10 +98,7 @@ def sample(rows: Sequence[Row], cap: int) -> list[Row]:
 
 
 def hint_spans(plain: str | None, hinted: str, gold: str) -> list[tuple[int, int]]:
-    """[start, end) of the hint in a hinted prompt: what the plain prompt of the same problem lacks.
-
-    Without a plain prompt, or if the hinted one is no insertion into it: the last place that states `gold`.
-    """
+    """[start, end) of the hint in a hinted prompt: what the plain prompt of the same problem lacks."""
     if plain is not None:
         # Line by line where both have equally many: few-shot examples are hinted too, each in a line of its own.
         pairs = list(zip(plain.split("\n"), hinted.split("\n")))
@@ -110,17 +108,21 @@ def hint_spans(plain: str | None, hinted: str, gold: str) -> list[tuple[int, int
         for before, after in pairs:
             if before != after:
                 low = _common(before, after)
+                # The common suffix may not reach into the prefix: in repeated characters both would count them.
                 high = len(after) - min(_common(before[::-1], after[::-1]), len(before) - low, len(after) - low)
                 spans.append((start + low, start + high))
             start += len(after) + 1
         if without(hinted, spans) == plain:
             return spans
+    # No plain prompt, or the hinted one is no insertion into it: the last place that states `gold`, since few-shot
+    # examples before the question may state it as well.
     at = hinted.rfind(gold) if gold else -1
     return [(at, at + len(gold))] if at >= 0 else []
 
 
 def without(prompt: str, spans: Sequence[Sequence[int]]) -> str:
     """A prompt with its hint cut out, as it is trained on."""
+    # From the end, so that the positions of earlier spans stay valid.
     for start, end in reversed(spans):
         prompt = prompt[:start] + prompt[end:]
     return prompt
@@ -128,6 +130,7 @@ def without(prompt: str, spans: Sequence[Sequence[int]]) -> str:
 
 def miscopied(prompt: str, completion: str) -> bool | None:
     """Whether an addition's scratchpad restates its operands wrongly; None where nothing is restated."""
+    # The two formats of `tasks.arithmetic`: compact, and that of STaR's released code.
     if query := re.search(r"(\d+\+\d+)=(?:\(\d+\))?\s*\Z", prompt):
         return completion.split(",")[0] != query[1] if "," in completion else None
     if query := re.search(r"Input:\n([\d +]+)\nTarget:[\d ]*\n?\Z", prompt):
@@ -137,7 +140,7 @@ def miscopied(prompt: str, completion: str) -> bool | None:
 
 
 def _best(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
-    """Group -> outcome -> problems, each counted once, under the best verdict that an attempt at it got."""
+    # Each problem counts once, under the best verdict of its attempts: OUTCOMES is ordered from best to worst.
     best: dict[tuple[str, Any], int] = {}
     for row in rows:
         verdict = row.get("verdict")
@@ -153,9 +156,10 @@ def _best(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
 
 def _hash(row: Row) -> tuple[int, str]:
     identity = f"{row.get('problem_id')}/{row.get('hinted')}/{row.get('sample')}"
+    # Not `hash`, which Python salts per process. "surrogatepass": a lone surrogate in an id has no UTF-8. The identity
+    # breaks ties of the checksum.
     return zlib.crc32(identity.encode("utf-8", "surrogatepass")), identity
 
 
 def _common(one: str, other: str) -> int:
-    """Length of the longest common prefix."""
     return len(os.path.commonprefix((one, other)))

@@ -85,11 +85,7 @@ class Run:
 
 
 def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
-    """Reads a run's folder, which may still be written to.
-
-    Args:
-      folder: the --workdir of a `qstar train`.
-      cap: rationales kept per arm and iteration; their counts are always those of all.
+    """Reads a run's folder, which may still be written to, with at most `cap` rationales per arm and iteration.
 
     Raises:
       UserError: the folder is missing or not a run's, or one of its files is broken; each is named.
@@ -115,11 +111,7 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
 
 
 def read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
-    """A run's folder and its config, whose method decides what else is in the folder.
-
-    Raises:
-      UserError: the folder is missing or not a run's.
-    """
+    """A run's folder and its config. Raises UserError if the folder is missing or not a run's."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the --workdir of a `qstar train`")
@@ -133,7 +125,7 @@ def read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
 
 
 def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
-    """Names of arms: those of the config, then others with results in the order they appear, then folders."""
+    # From three places: arms of the config may not have begun, and rows and folders may hold others.
     names = [str(name) for name in config.get("arms") or ()]
     names += [row["arm"] for row in rows if row["stage"] in ("iteration", "test", "evaluation", "alarm")]
     parts = ("rationales", "evaluation", "thoughts", "status.json")
@@ -141,12 +133,14 @@ def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> 
         if any((place / part).exists() for part in parts):
             names.append("" if place == folder else place.name)
     distinct = list(dict.fromkeys(names))
-    bases = {"base"} if "base" in distinct and len(distinct) > 1 else set()  # measured as iteration 0 of every arm
+    # The base is measured as iteration 0 of every arm; alone, it is the only arm.
+    bases = {"base"} if "base" in distinct and len(distinct) > 1 else set()
     return [name for name in distinct if name not in bases]
 
 
 def _read_arm(folder: Path, method: str, name: str, rows: Sequence[Row], resolved: Mapping[str, Any], cap: int) -> Arm:
     home, mine = folder / name, [row for row in rows if row["arm"] == name]
+    # RL evaluates by round, but trains by update: rounds are converted, so that both share the axis of updates.
     at = _rounds(mine, resolved, name) if method == "rl" else {}
     mine = [{**row, "iteration": at.get(row["iteration"], row["iteration"])} for row in mine]
     answered = {at.get(n, n): path for n, path in numbered(home / "evaluation", "iter_*.jsonl")}
@@ -165,22 +159,23 @@ def _read_arm(folder: Path, method: str, name: str, rows: Sequence[Row], resolve
 
 
 def _rounds(rows: Sequence[Row], resolved: Mapping[str, Any], name: str) -> dict[int, int]:
-    """Round -> updates before it, for the evaluations of RL."""
     try:
         updates, rounds = resolved["arms"][name]["train"]["updates"], resolved["loop"]["rounds"]
     except (KeyError, TypeError):
         return {}
+    # A run that is not finished has made fewer updates than its config says.
     done = max((row.get("updates") or 0 for row in rows), default=0) or updates
     return {n: min(math.ceil(updates * n / rounds), done) for n in range(rounds + 1)}
 
 
 def _sorted(rows: Any) -> list[Row]:
-    """Rows by iteration and step: a resumed run may have written them in another order."""
+    # A resumed run may have written its rows in another order.
     return sorted(rows, key=lambda row: (row["iteration"], row["step"] or 0))
 
 
 def numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     """(N, path) of the files that a pattern with one star names, where a number stands for the star."""
+    # The glob alone would take a file with any text in place of the number.
     name = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
     found = [(name.fullmatch(path.name), path) for path in folder.glob(pattern)]
     return sorted((int(match[1]), path) for match, path in found if match)

@@ -24,7 +24,9 @@ HOME = Path(__file__).parent
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """The templates' environment. Everything that a template inserts is escaped, unless it is `Markup`."""
+    """The environment of the templates."""
+    # StrictUndefined: a misspelt name raises, where jinja2's default would print nothing. Autoescape, since prompts and
+    # completions are arbitrary text.
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HOME / "templates"),
         autoescape=True,
@@ -46,6 +48,7 @@ def page(template: str, **values: Any) -> str:
 def headline(run: Run, **values: Any) -> str:
     """The result of a run in one sentence, as plain text. LM-Guided CoT: see `pages.guided_cot.headline`."""
     text = re.sub(r" ([,;.])", r"\1", " ".join(page("headline.j2", run=run, **values).split()))
+    # The first interval alone says what the numbers in brackets are.
     return (text[0].upper() + text[1:]).replace("%)", "%, 95% interval)", 1)
 
 
@@ -61,24 +64,28 @@ class Panels:
 
 def write(path: Path, text: str) -> None:
     """Writes a page atomically: a reader who reloads it gets the old or the new one."""
+    # "replace": a lone surrogate, which escaped JSON may hold, has no UTF-8.
     files.write(path, text.encode("utf-8", "replace"))
 
 
 def static(name: str) -> Markup:
     """A style sheet or script of ours, to be inlined."""
     text = (HOME / "static" / name).read_text(encoding="utf-8")
-    return Markup(re.sub(r"\n\s+", "\n", text))  # indentation would be a tenth of a small page
+    # Without indentation, which would be a tenth of a small page.
+    return Markup(re.sub(r"\n\s+", "\n", text))
 
 
 def script_json(value: Any) -> Markup:
-    """JSON for a <script> element: "<" occurs only inside strings, and escaped it cannot end the element."""
+    """JSON for a <script> element."""
+    # In JSON, "<" occurs only inside strings; escaped there, a "</script>" of a text cannot end the element.
     return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def packed(value: Any) -> str:
     """A value as text that scripts read with `page.unpack`: base64 of gzip of JSON."""
     written = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    return base64.b64encode(gzip.compress(written, 6, mtime=0)).decode("ascii")  # no time: the same run, the same page
+    # No time in the header: the same run gives the same page.
+    return base64.b64encode(gzip.compress(written, 6, mtime=0)).decode("ascii")
 
 
 def links(main: str) -> list[tuple[str, Markup]]:

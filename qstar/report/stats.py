@@ -107,6 +107,7 @@ def groups(run: Run) -> list[str]:
     """The groups that accuracy is broken down by, "9" before "10"; empty if there are fewer than two."""
     keys = {key for arm in run.arms for row in arm.stage("iteration") for key in row}
     names = {key.partition("/")[2] for key in keys if key.startswith(("accuracy/", "hinted_accuracy/"))}
+    # Numbers by their length first: as text, "10" would come before "9".
     found = sorted(names, key=lambda name: (not name.isdigit(), len(name) if name.isdigit() else 0, name))
     return found if len(found) > 1 else []
 
@@ -134,6 +135,7 @@ def curve(arm: Arm, name: str, group: str = "") -> Curve:
     suffix = f"/{group}" if group else ""
     rows = [row for row in arm.stage("iteration") if row.get(name + suffix) is not None]
     bounds: list[list[Any]] = [[row.get(f"{name}_{end}{suffix}") for row in rows] for end in ("low", "high")]
+    # Both ends in all rows or none: a band with holes would be drawn across them.
     low, high = bounds if all(value is not None for side in bounds for value in side) else ([], [])
     return Curve([row["iteration"] for row in rows], [row[name + suffix] for row in rows], low, high)
 
@@ -155,7 +157,8 @@ def rejections(arm: Arm) -> dict[str, Counter[int]]:
 
 
 def losses(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """(updates since the first, training loss) of "train" rows; every iteration counts its steps anew."""
+    """(updates since the first, training loss) of "train" rows."""
+    # Every iteration counts its steps anew: they are added up for one axis.
     steps: list[float] = []
     before, loop = 0.0, None
     rows = [row for row in rows if row.get("loss") is not None]
@@ -231,8 +234,9 @@ def quiet_curve(arm: Arm, name: str, group: str) -> Curve:
 
 
 def training(arm: Arm, name: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of a measure of the "train" rows, averages of neighbours so that a trend shows."""
+    """(steps, values) of a measure of the "train" rows, smoothed."""
     pairs = [(row["step"], row[name]) for row in arm.stage("train") if row.get(name) is not None]
+    # Means of neighbours: the noise of single updates would hide the trend.
     size = -(-len(pairs) // _SMOOTHED) or 1
     bins = [pairs[at : at + size] for at in range(0, len(pairs), size)]
     return [b[-1][0] for b in bins], [sum(v for _, v in b) / len(b) for b in bins]

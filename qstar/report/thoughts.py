@@ -60,11 +60,7 @@ def _gain(base: float | None, nlls: Numbers) -> float | None:
 
 
 def read_texts(path: Path) -> list[Text]:
-    """All texts of one `thoughts/step_NNNNNN.jsonl`.
-
-    Raises:
-      UserError: a row without a field, or with lists whose lengths do not fit; the line is named.
-    """
+    """The texts of `thoughts/step_NNNNNN.jsonl`. Raises UserError for a row with missing fields or wrong lengths."""
     return [_read(row, f"{path}:{number}") for number, row in enumerate(read_jsonl(path), 1)]
 
 
@@ -84,6 +80,7 @@ def _read(row: Any, where: str) -> Text:
         raise UserError(
             f"{where}: not a text with thoughts ({error!r}); delete the file to report without it"
         ) from None
+    # Checked here, where the line is known for the message.
     lengths = {"classes": len(classes) - 1, "base_nll": len(text.base_nll)}
     for number, p in enumerate(passes):
         lengths |= {f"thoughts[{number}].{name}": len(values) for name, values in vars(p).items()}
@@ -101,6 +98,7 @@ def extremes(texts: Sequence[Text], count: int = 20) -> tuple[list[Extreme], lis
     for sign in (1, -1):
         kept: list[Extreme] = []
         taken: Counter[int] = Counter()
+        # Ties by place, so that the same run gives the same page.
         for e in sorted((e for e in found if sign * e.gain > LEAST), key=lambda e: (-sign * e.gain, e.text, e.entry)):
             taken[e.text] += 1
             if taken[e.text] <= PER_TEXT and len(kept) < count:
@@ -121,15 +119,14 @@ def class_gains(texts: Sequence[Text]) -> dict[str, tuple[float, int]]:
 
 def scale(texts: Sequence[Text]) -> float:
     """Nats at full colour: the 99th percentile of |gain|."""
+    # The 99th percentile: a single outlier would make all other colours pale.
     gains = sorted(abs(g) for text in texts for g in text.gains if g is not None)
     return round(max(LEAST_SCALE, gains[int(0.99 * (len(gains) - 1))] if gains else 0.0), 2)
 
 
 def pack(texts: Sequence[Text], budget: int) -> tuple[str, int]:
-    """Texts as a string for a page (base64 of gzip of JSON), and how many of them are in it.
-
-    Texts are left out from the end until it fits in `budget` bytes; those with the extreme tokens always stay.
-    """
+    """As many texts as fit in `budget` bytes, as a string for a page (base64 of gzip of JSON), and their number."""
+    # Texts with the extreme tokens always stay: the page's tables link to them.
     ends = extremes(texts)
     needed = {e.text for side in ends for e in side}
     count = min(len(texts), MOST_TEXTS)
@@ -140,11 +137,12 @@ def pack(texts: Sequence[Text], budget: int) -> tuple[str, int]:
         packed = render.packed(_content(texts, kept, ends))
         if len(packed) <= budget or not count:
             return packed, len(kept)
+        # In proportion, and 3% less: compressed size is not quite linear, and every further try packs all again.
         count = min(count - 1, int(count * 0.97 * budget / len(packed)))
 
 
 def _content(texts: Sequence[Text], kept: Sequence[int], ends: Sequence[Sequence[Extreme]]) -> dict[str, Any]:
-    """What the script `viewer.js` reads. Strings are indices into `vocab`; entry j of a text is about its token j + 1."""
+    # The format of `viewer.js`. Strings are indices into `vocab`: tokens repeat, above all within thoughts.
     vocab: dict[str, int] = {}
 
     def ids(words: Sequence[str]) -> list[int]:
@@ -161,4 +159,5 @@ def _content(texts: Sequence[Text], kept: Sequence[int], ends: Sequence[Sequence
 
 
 def _short(values: Sequence[float | None]) -> list[float | None]:
+    # Rounded: every digit of every token counts against the page's budget.
     return [None if value is None else round(value, 3) for value in values]

@@ -26,7 +26,8 @@ def write_report(run_folder: str | os.PathLike) -> Path:
         text = _PAGES.get(str(config["method"]), star.page)(read_run(folder))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if (culprit := _unverified(folder)) is None:
-            raise  # the files are as the run wrote them: a bug of ours
+            # The files are as the run wrote them: a bug of qstar, which keeps its traceback.
+            raise
         line = f"{culprit}: not as a run writes it ({type(error).__name__}: {error}); delete the file or mend it"
         raise UserError(line) from error
     path = folder / "report.html"
@@ -38,7 +39,7 @@ def write_report(run_folder: str | os.PathLike) -> Path:
 
 
 def _unverified(folder: Path) -> Path | None:
-    """The first file of a run that has no checksum record, or differs from it."""
+    # A file without a checksum record, or that differs from it, may have been edited: the likely cause of the error.
     for path in sorted(p for p in folder.rglob("*.json*") if ".checksums" not in p.parts and p.is_file()):
         try:
             damaged = metrics.read_content(folder)[1] if path.name == "metrics.jsonl" else read(path) is None

@@ -25,6 +25,7 @@ def embedded(run: Run) -> dict[str, Any]:
     found = [(arm.name, n, attempts) for arm in run.arms for n, attempts in arm.attempts.items()]
     rows = []
     for arm, n, attempts in found:
+        # An equal part for every arm and iteration: the first ones would otherwise leave nothing for the last.
         room, kinds = RATIONALE_BYTES / len(found), set()
         for row in attempts.shown:
             values = [arm, n, *kind(row), *_texts(row)]
@@ -44,13 +45,14 @@ def embedded(run: Run) -> dict[str, Any]:
 
 
 def _texts(row: Row) -> list[Any]:
-    """The values of _TEXTS. Of a long prompt the end is kept (the question), else the beginning."""
+    # The values of _TEXTS. Of a long prompt the end is kept, where the question is; of a completion the beginning.
     prompt, completion = str(row.get("prompt") or ""), str(row.get("completion") or "")
     dropped = max(0, len(prompt) - LONGEST_TEXT)
     if dropped:
         prompt = "…" + prompt[dropped + 1 :]
     if len(completion) > LONGEST_TEXT:
         completion = f"{completion[:LONGEST_TEXT]}… ({len(completion) - LONGEST_TEXT:,} more characters)"
+    # Positions move with what was dropped; a hint in the dropped part has none.
     hint = [[start - dropped, end - dropped] for start, end in row.get("hint", ()) if start > dropped or not dropped]
     name, gold, answer = (None if row.get(key) is None else str(row[key]) for key in ("problem_id", "gold", "answer"))
     return [name or "", prompt, hint, completion, gold or "", answer, bool(row.get("truncated"))]

@@ -30,12 +30,9 @@ class Guided:
 
 
 def read_guided(run: Run) -> Guided:
-    """Reads those files; the run may still go on.
-
-    Raises:
-      UserError: one of them is broken.
-    """
+    """Reads those files, of which a running run lacks some; raises UserError if one is broken."""
     evaluated, kept = _by_arm(run.folder, "evaluation.json"), _by_arm(run.folder, "buffer.json")
+    # The order of the config; folders of arms that it no longer names come first.
     order = [name for name in run.config.get("arms") or () if name in evaluated]
     names = [*(name for name in evaluated if name not in order), *order]
     large = run.folder / "large"

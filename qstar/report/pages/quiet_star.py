@@ -39,13 +39,14 @@ def page(run: Run) -> str:
 
 
 def _viewer(run: Run) -> tuple[dict[str, Any] | None, list[str]]:
-    """What `viewer.js` reads: an index of blocks (the texts of one arm and step), and the packed texts of each."""
+    # Blocks (the texts of one arm and step) are packed one by one: the script unpacks only the one that is shown.
     read = [(arm, step, thoughts.read_texts(path)) for arm in run.arms for step, path in arm.thoughts.items()]
     blocks = [block for block in read if block[2]]
     if not blocks:
         return None, []
     packed = [thoughts.pack(texts, PAGE_BYTES // len(blocks)) for *_, texts in blocks]
     main = stats.main_arm(run)
+    # The page opens with the main arm's last step.
     opens = [number for number, (arm, *_) in enumerate(blocks) if arm is main] or [len(blocks) - 1]
     named = [
         {"arm": stats.label(arm.name), "step": step, "total": len(texts), "shown": shown}
@@ -57,7 +58,8 @@ def _viewer(run: Run) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _alarms(arm: Arm) -> list[tuple[str, Row, int]]:
-    """(arm, the last alarm of a kind, alarms of it before); the kind is the text up to its colon."""
+    # An alarm repeats at every evaluation: only the last of a kind is shown. The kind is the text up to its colon;
+    # numbers stand behind it.
     kinds: dict[str, list[Row]] = {}
     for row in arm.stage("alarm"):
         kinds.setdefault(str(row.get("text") or "no text").split(":")[0], []).append(row)

@@ -45,7 +45,8 @@ def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
     found: dict[str, dict[int, Row]] = {}
     for r in mine:
         name = stats.label(r["arm"]) + (f" ({r['student']})" if several else "")
-        found.setdefault(name, {})[r["step"]] = r  # a resumed run writes some updates again
+        # A resumed run repeats the updates since its last checkpoint: the later row replaces the earlier.
+        found.setdefault(name, {})[r["step"]] = r
     return {name: [steps[s] for s in sorted(steps)] for name, steps in found.items()}
 
 
@@ -62,6 +63,7 @@ def _card(title: str, found: Series) -> Card | None:
     named = [(name, list(zip(*points)) if any(y for _, y in points) else [(), ()]) for name, points in found.items()]
     ys = [y for _, (_, values) in named for y in values]
     low, high = min(ys, default=0.0), max(ys, default=0.0)
-    low = low if low < 0 or low > 0.5 * high else 0.0  # a curve that moves only near the top is shown there
+    # From 0, unless the curve moves only in the upper half, where its changes would be too small.
+    low = low if low < 0 or low > 0.5 * high else 0.0
     y_range = (low, high) if low < high else None
     return charts.series_card(title, named, x_label="updates", y_format="{:g}".format, y_range=y_range)

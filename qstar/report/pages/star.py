@@ -43,7 +43,7 @@ def page(run: Run) -> str:
 
 
 def _example(run: Run, group: str) -> Row | None:
-    """A rationalised attempt of the first loop: short, of the hardest group, with right steps, if there is one."""
+    # A rationalised attempt of the first loop that shows the method best: of the hardest group, right steps, short.
     first = [list(arm.attempts.values())[0].shown for arm in run.arms if arm.attempts]
     rows = [r for shown in first for r in shown if r.get("verdict") == "rationalised" and r.get("hint")]
     best = lambda row: (row.get("group") != group, row.get("valid") is False, len(row["completion"]))  # noqa: E731
@@ -102,10 +102,12 @@ def loss_cards(run: Run, x_label: str) -> list[Card]:
 
 
 def _seconds(run: Run) -> Iterable[Card]:
-    if run.method == "rl":  # its rows hold the seconds of the whole training
+    # RL's rows hold the seconds of the whole training, not of an iteration.
+    if run.method == "rl":
         return
     stages = [(name, charts.series(number)) for number, name in enumerate(stats.STAGES)]
     timed = {stats.arm_title(run, arm): found for arm in run.arms if (found := stats.seconds(arm))}
+    # One scale for all arms, so that their bars can be compared.
     highest = max((sum(values) for found in timed.values() for values in found.values()), default=0.0)
     axis: dict[str, Any] = {"x_label": stats.unit(run), "y_format": "{:.0f} s".format, "y_max": highest}
     for title, found in timed.items():

@@ -106,17 +106,14 @@ def difference_name(name: str) -> str:
 
 
 def rule_card(name: str, found: Found, drawn: Sequence[str] = DRAWN) -> Card:
-    """The curves of rules over k with their intervals.
-
-    Args:
-      found: `curves` (rule -> k -> [mean, low, high]), `problems` and `samples`.
-      drawn: the rules, of which those in `curves` are drawn.
-    """
+    """The curves (rule -> k -> [mean, low, high]) of those of the `drawn` rules that were measured."""
     lines = []
     for number, rule in enumerate(r for r in drawn if r in found["curves"]):
         by_k = sorted((int(k), v) for k, v in found["curves"][rule].items())
+        # log2: k doubles from point to point.
         xs, means, lows, highs = [math.log2(k) for k, _ in by_k], *zip(*(v for _, v in by_k))
-        bound = rule in ("pass", "best/random")  # the ceiling and the floor are no competitors: dashed, without a band
+        # The ceiling and the floor are no selection rules: dashed, without a band.
+        bound = rule in ("pass", "best/random")
         bounds: dict[str, Any] = {} if bound else {"low": lows, "high": highs}
         lines.append(Line(rule_name(rule), xs, means, charts.series(number), dashed=bound, shape=number, **bounds))
     title = f"Chance to be right by the number of samples, {name}"
@@ -137,20 +134,19 @@ def auc_card(title: str, found: Mapping[int, Found]) -> Card | None:
     for scorer in (s for s in found[max(found)]["auc"] if f"best/{s}" in DRAWN):
         known = {n: one["auc"][scorer] for n, one in found.items() if one["auc"].get(scorer) is not None}
         named.append((SCORERS[scorer], [list(known), list(known.values())]))
+    # From 0.5, the AUC of a random score, or lower if a scorer is worse than that.
     low = min((y for _, (_, values) in named for y in values), default=0.5)
     axes: dict[str, Any] = {"x_label": "iteration", "y_format": "{:.2f}".format, "y_range": (min(0.5, low), 1.0)}
     return charts.series_card(f"AUC within problems by iteration, {title}", named, marks=True, **axes)
 
 
 def read_cases(folder: Path, arm: str, n: int, scorers: tuple[str, str], each: int = 2, top: int = 4) -> list[Case]:
-    """Returns up to `each` problems of every kind of CASES, the first ones, with both scorers' `top` solutions.
-
-    Empty where the run has kept no samples and scores of iteration n, or not of both scorers.
-    """
+    """Returns up to `each` problems of every kind of CASES, the first ones, with both scorers' `top` solutions."""
     home = folder / arm / "selection"
     rows = [r for file in sorted(home.glob(f"samples_{n:03d}_*.jsonl")) for r in read_jsonl(file)]
     scores = home / f"scores_{n:03d}.jsonl"
     values = read_jsonl(scores) if scores.exists() else []
+    # Samples and scores are joined by line; a run that was stopped in between has one without the other.
     if len(rows) != len(values) or not rows or not set(scorers) <= set(values[0]):
         return []
     by_problem: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
@@ -161,13 +157,14 @@ def read_cases(folder: Path, arm: str, n: int, scorers: tuple[str, str], each: i
         orders = {scorer: _order(pairs, scorer)[:top] for scorer in scorers}
         first, second = (orders[scorer][0].correct for scorer in scorers)
         kind = [(True, False), (False, True), (True, True), (False, False)].index((first, second))
+        # With a single distinct solution, there was nothing to select.
         if len(kept[kind]) < each and len(orders[scorers[0]]) > 1:
             kept[kind].append(Case(kind, pairs[0][0]["prompt"], pairs[0][0]["gold"], orders))
     return [case for cases in kept for case in cases]
 
 
 def _order(pairs: Sequence[tuple[Found, Found]], scorer: str) -> list[Ranked]:
-    """The distinct solutions of a problem, by falling score of their first sample."""
+    # Samples with the same text are one solution, with the score of the first. Without a score, it comes last.
     found: dict[str, Ranked] = {}
     for row, value in pairs:
         text, score = row["completion"], value[scorer] if value[scorer] is not None else -math.inf
@@ -185,6 +182,7 @@ def selection_of(result: Found) -> dict[str, dict[str, Any]]:
     for key, value in result.items():
         name, _, scorer = key.partition(":")
         values = [value, *(result.get(f"{key}_{end}") for end in ("low", "high"))]
+        # The ends of an interval are read with its mean.
         if key.endswith(("_low", "_high")) and key.rpartition("_")[0] in result:
             continue
         if match := _CURVE.fullmatch(key):
@@ -210,11 +208,7 @@ def curve_rows(result: Found) -> list[dict[str, Any]]:
 
 
 def write_evaluation(folder: Path, title: str, result: Found, samples: int) -> Path:
-    """Writes FOLDER/curves.html, atomically, and returns its path.
-
-    Args:
-      result: of `evaluate_model`, with `samples` per problem.
-    """
+    """Writes FOLDER/curves.html from the result of `evaluate_model` with `samples` per problem; returns its path."""
     found = selection_of(result) | {"problems": result["problems"], "samples": samples}
     curves = found["curves"]
     drawn = ["pass", "majority", *(rule for rule in curves if rule.startswith("best/"))]
