@@ -1,8 +1,4 @@
-"""Measurements of two sides in turn, each in a process of its own, and the machine's own limits.
-
-In one process both sides would share an allocator, and the threads of one, which wait for work by spinning, would take time
-from the other. So every measurement is a fresh process; the sides alternate, because the speed of a machine drifts.
-"""
+"""Measurements of two sides in turn, each in a process of its own, and the machine's own limits."""
 
 from __future__ import annotations
 
@@ -47,16 +43,12 @@ def measure(
 ) -> dict[str, Any]:
     """Calls `maker(**settings)` in a fresh process, and what it returns `repeats` times after a warm-up.
 
-    The maker returns a function, or a dict of functions: "run" is measured, the others are called once. Settings and results
-    are JSON.
-
-    Returns:
-      "seconds", "cpu" (CPU seconds), "results", one per call; "recompiles" after the warm-up; "mib", the peak of memory over
-      that before the first call; and the results of the other functions.
-
-    Raises:
-      UserError: the process failed; the line names the side and the error.
+    The maker returns a function, or a dict of functions: "run" is measured, the others are called once. Returns their
+    results; per call "seconds", "cpu" (CPU seconds) and "results"; "recompiles" after the warm-up; "mib", the peak of
+    memory over that before the first call. Settings and results are JSON. Raises UserError if the process failed.
     """
+    # In one process both sides would share an allocator, and the threads of one, which wait for work by spinning, would
+    # take time from the other.
     call = [f"{maker.__module__}:{maker.__qualname__}", json.dumps({"repeats": repeats, **settings})]
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     # A program that another process compiled is read from the cache, so that the compiler is not in the peak of memory.
@@ -72,20 +64,22 @@ def measure(
 
 
 def child(name: str, settings: str) -> None:
-    """Makes one measurement and prints it: the body of the process that `measure` starts."""
+    """Makes one measurement and prints it, in the process that `measure` starts."""
     options = json.loads(settings)
     repeats = options.pop("repeats")
     module, _, function = name.partition(":")
     made = getattr(importlib.import_module(module), function)(**options)
     more = made if isinstance(made, dict) else {"run": made}
     run = more.pop("run")
+    # Recompilation during the measurement would be counted as run time: it is reported. The torch side imports no JAX.
     compiles: Any = None
     if "jax" in sys.modules:
         from qstar.train.profile import Compiles
 
         compiles = Compiles()
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): forgets the peak; loading the program is not in it
+        # proc(5): resets the peak, so that loading the program is not in it.
+        Path("/proc/self/clear_refs").write_text("5")
     before, found = _resident(), {"seconds": [], "cpu": [], "results": []}
     run()
     warm = compiles.count if compiles else 0
@@ -100,7 +94,7 @@ def child(name: str, settings: str) -> None:
 
 
 def in_turn(makers: dict[str, Callable[..., Any]], rounds: int, repeats: int, device: str, **settings: Any) -> Any:
-    """Measures the sides alternately and joins each side's rounds."""
+    """Measures the sides alternately, because the speed of a machine drifts, and joins each side's rounds."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
         for side, maker in makers.items():
@@ -117,6 +111,7 @@ def median(values: list[float]) -> float:
 
 def paired_ratio(ours: list[float], theirs: list[float]) -> float:
     """Returns the median over pairs of theirs / ours: above 1, qstar is faster."""
+    # Of pairs measured one after the other, in which drift cancels, rather than a ratio of two medians.
     return median([b / a for a, b in zip(ours, theirs)])
 
 
@@ -174,18 +169,15 @@ def random_model(config: Any, folder: str = "", seed: int = 0) -> Any:
 
 
 def torch_twin(folder: str | Path) -> Any:
-    """Returns a saved model as a transformers model on the CPU, float32.
-
-    Raises:
-      UserError: PyTorch is not installed.
-    """
+    """Returns a saved model as a transformers model on the CPU, float32; raises UserError without PyTorch."""
     torch = _torch()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     seq2seq = AutoConfig.from_pretrained(folder).is_encoder_decoder
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    extra = {"dropout_rate": 0.0} if seq2seq else {}  # the same work on both sides
+    # T5's config has dropout, Llama's none; qstar trains without: the same work on both sides.
+    extra = {"dropout_rate": 0.0} if seq2seq else {}
     return auto.from_pretrained(folder, dtype=torch.float32, **extra)
 
 

@@ -1,9 +1,9 @@
 """Quiet-STaR the way the official code computes it: what `bench quiet_star` measures qstar's schedules against.
 
-Rows repeat every text P times; each iteration runs the whole transformer over N tokens of each row, and appends its keys and
-values to a cache that all of the next iteration's queries see through one dense mask of N x N(i+1). Blocks, draws and loss
-are qstar's own, so the difference is the form alone; the official code's costs are recorded in `bench.quiet_star`.
+Rows repeat every text P times; each iteration runs the whole transformer over N tokens of each row, and appends its
+keys and values to a cache that the next iteration's queries attend to through one dense mask of N x N(i+1).
 """
+# Blocks, draws and loss are qstar's own, so that the difference is the schedule alone.
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qstar.types import Batch, Params, Segment
 
 
 def loss(params: dict[str, Params], batch: Batch, rng: jax.Array, *, config: ModelConfig) -> Any:
-    """The loss of `thoughts.objective.loss`, with thoughts drawn at all positions of the batch [B, N]."""
+    """The loss of `thoughts.objective.loss`, with thoughts sampled at all positions of the batch [B, N]."""
     policy, passes = params["policy"], config.thoughts.thoughts_per_position
     positions = layout.all_positions(batch)
     key, _ = jax.random.split(rng)  # as `objective.loss`: the same thoughts
@@ -47,6 +47,7 @@ def paths(
     for i in range(S + T + 2):  # the text, the start, S draws, the end, T - 1 true tokens
         hidden, new = _iterate(params, config, x, rows.positions + i, pairs, seen)
         pairs = new if i == 0 else tuple(jnp.concatenate(both, axis=3) for both in zip(pairs, new))
+        # Within an iteration a thread attends to its own position alone: the diagonal.
         seen = seen if i == 0 else jnp.concatenate([seen, jnp.broadcast_to(jnp.eye(N, dtype=bool), (B * P, N, N))], 2)
         states.append(hidden)
         if 1 <= i <= S:
@@ -64,7 +65,7 @@ def paths(
 
 
 def _iterate(params: Params, config: ModelConfig, x: jax.Array, positions: jax.Array, pairs: Any, seen: Any) -> Any:
-    """Feeds x [R, N, E]: final states, and keys and values [R, L, G, N, K]. At first `pairs` is None."""
+    # x [R, N, E] -> final states, and keys and values [R, L, G, N, K]. The text comes first, when `pairs` is None.
     N = x.shape[1]
 
     def one(x: jax.Array, positions: jax.Array, pairs: Any, seen: jax.Array) -> Any:

@@ -38,7 +38,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
     makers = {"qstar": ours_plain, "torch": theirs_plain}
     for name, changes in LLAMAS[: 1 if quick else 2]:
         for batch in (64,) if quick else (64, 256):
-            # `batch` prompts of 16 tokens, 64 new tokens each at temperature 1, none of which ends a text.
+            # 64 new tokens each at temperature 1, none of which ends a text: the same number of tokens on both sides.
             with tempfile.TemporaryDirectory() as folder:
                 options = dict(folder=folder, changes=changes, batch=batch)
                 found = in_turn(makers, 1 if quick else 3, 1, device, **options)
@@ -102,13 +102,13 @@ def ours_star(folder: str, problems: int) -> Callable[[], int]:
 
 
 def theirs_star(folder: str, problems: int) -> Callable[[], int]:
-    """Returns the same with transformers, for the first 16 problems.
-
-    They are one batch; the rate does not depend on the number of batches, and all of them would take ten minutes.
-    """
+    """Returns the same with transformers, for the first 16 problems."""
+    # They are one batch; the rate does not depend on the number of batches, and all of them would take ten minutes.
+    # transformers shares no prefix: every row repeats the few-shot examples.
     twin, (prefix, prompts) = torch_twin(folder), star_prompts(problems)
     rows = [prefix + p for p in prompts[:16]]
 
+    # Rows go on with padding until the longest ends: only tokens up to a row's first EOS count.
     def run() -> int:
         new = torch_generate(twin, rows, LONGEST, eos=EOS, samples=SAMPLES)[:, max(map(len, rows)) :].numpy()
         return int(np.sum(np.cumsum(new == EOS, axis=1) - (new == EOS) == 0))
@@ -117,10 +117,9 @@ def theirs_star(folder: str, problems: int) -> Callable[[], int]:
 
 
 def stopping_model(mean_length: float) -> Model:
-    """Returns a random Llama of 3.4M parameters whose every token ends the text with probability 1 / mean_length.
-
-    All embeddings share a direction that survives to the last hidden state, and the EOS column of the head reads it.
-    """
+    """Returns a random Llama of 3.4M parameters whose every token ends the text with probability 1 / mean_length."""
+    # Random weights would hardly ever draw EOS, and rows of equal length would hide the gain of refilling slots. All
+    # embeddings share a direction that survives to the last hidden state, and the EOS column of the head reads it.
     model = random_model(preset("llama_20m", **SMALL_BLOCKS))
     model = model.replace(config=model.config.replace(eos_id=EOS))
     params, E = model.params, model.config.hidden_size
@@ -128,7 +127,8 @@ def stopping_model(mean_length: float) -> Model:
     params["embed"]["table"] = params["embed"]["table"] + 4.0 * shared
     probe = np.random.default_rng(2).integers(2, model.config.vocab_size, (4, 64))
     low, high = 0.0, 20.0
-    for _ in range(12):  # bisection of the column's scale
+    # Bisection: the probability rises with the column's scale.
+    for _ in range(12):
         a = (low + high) / 2
         trial = model.replace(
             params={**params, "head": {"kernel": params["head"]["kernel"].at[:, EOS].set(a * shared)}}
@@ -140,6 +140,7 @@ def stopping_model(mean_length: float) -> Model:
 
 def torch_generate(twin: Any, rows: list[list[int]], new: int, *, eos: int | None, samples: int = 1) -> Any:
     """Runs transformers' `generate` on left-padded rows."""
+    # Left-padded: decoders continue from the last column of the prompt.
     import torch
 
     width = max(map(len, rows))

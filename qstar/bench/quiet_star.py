@@ -1,9 +1,4 @@
-"""Benchmark of Quiet-STaR's train step and generation: time and memory beside a dense mask and the official code.
-
-Every row is measured in two fresh processes. The first compiles the program into the cache, so that neither the compiler's
-memory nor another row's is in the peak of the second. The official code's costs (CPU seconds, MiB over the baseline) are
-recorded in `official.json`, by vocabulary / tokens / n_ahead.
-"""
+"""Benchmark of Quiet-STaR's train step and generation: time and memory beside a dense mask and the official code."""
 
 from __future__ import annotations
 
@@ -42,6 +37,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
     """Measures all rows and prints them."""
     sizes, repeats, rows = ([(512, 64, 4)], 1, []) if quick else (SIZES, 5, [])
     rate = matmul_rate(1024 if quick else 2048, repeats=3 if quick else 9)
+    # The official code's CPU seconds and MiB over the baseline, by vocabulary / tokens / n_ahead: recorded.
     official = json.loads((Path(__file__).parent / "official.json").read_text())
     cases = [("step", schedule, size) for size in sizes for schedule in ("replay", "joint", "dense")]
     cases += [("token", form, size) for size in sizes if size[0] == 512 for form in ("cached", "again")]
@@ -49,7 +45,10 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
         if form == "dense" and dense_mib(N, A) > DENSE_MIB:
             continue
         call = partial(measure, "qstar", step if what == "step" else token, device=device, form=form, V=V, N=N, A=A)
+        # Two fresh processes. The first compiles the program into the cache, so that neither the compiler's memory nor
+        # another row's is in the peak of the second.
         call(repeats=0)
+        # "cached" writes NEW tokens per call; "again" repeats the whole pass for one.
         found, per = call(repeats=repeats), NEW if form == "cached" else 1
         wall, cpu, mib = median(found["seconds"]) / per, median(found["cpu"]) / per, round(found["mib"])
         needed = needed_flops(V, N, A) / rate if what == "step" else None
@@ -79,6 +78,7 @@ def needed_flops(V: int, N: int, A: int) -> float:
 
 def dense_mib(N: int, A: int, T: int = 4, P: int = 2) -> float:
     """Returns a rough size of what the dense form keeps: probabilities of all layers and heads, and their mask."""
+    # Iteration i attends to i + 1 blocks of N keys: runs (runs + 1) / 2 blocks in all.
     runs = A + T - 1
     return 3 * 4 * 4 * 4 * P * N * N * runs * (runs + 1) / 2 / 2**20
 
@@ -100,6 +100,7 @@ def step(form: str, V: int, N: int, A: int) -> Callable[[], float]:
     state = create_state({"policy": jax.jit(lambda key: decoder.init(config, key))(jax.random.key(0))}, tx, seed=0)
     tokens = np.random.default_rng(0).integers(4, V - 2, (1, N))
     batch = jax.device_put(layout.text_batch(tokens, np.ones_like(tokens)))
+    # Compiled here, not by the first call: the compiler's memory is then in the baseline.
     program = make_step(partial(loss, config=config), tx).lower(state, batch, np.float32(1e-6)).compile()
 
     def run() -> float:

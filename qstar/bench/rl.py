@@ -1,9 +1,7 @@
 """Benchmark of an RL update beside a plain PyTorch loop (`generate`, the same loss, AdamW), with the time of its parts.
 
-Both sides draw the same number of responses of the same length to the same prompts (no response ends early), score them
-with the same function, and make one update: GRPO or RLOO with the divergence from a reference. The plain loop takes the
-detached log-probabilities of the update for the old ones, as is usual with one gradient step; qstar computes them before,
-since RLOO and PPO need them. With an answerer, a larger frozen model reads every response and writes eight tokens.
+Both sides sample as many responses of the same length, score them with the same function, and make one update: GRPO or
+RLOO with the divergence from a reference. With an answerer, a frozen model reads every response and writes 8 tokens.
 """
 
 from __future__ import annotations
@@ -82,6 +80,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
             parts = dict(zip(PARTS, map(median, zip(*f["results"]))))
             row = {"load": name, "side": side, "torch/qstar": ratio, "seconds": median(f["seconds"])}
             rows.append(row | {k: v / sum(parts.values()) for k, v in parts.items()} | {"recompiles": f["recompiles"]})
+        # Both sides start from the same weights: a difference would mean that they compute something else.
         difference = np.abs(np.subtract(found["qstar"]["logprobs"], found["torch"]["logprobs"])).max()
         rows[-2] |= {"difference": float(difference)}
         rows[-1] |= {"difference": None, "recompiles": None}
@@ -96,6 +95,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
 
 def config(name: str, vocab: int, quick: bool) -> AnyConfig:
     """Returns the sizes of "llama" or "t5"."""
+    # No EOS: a response that ends early would be less work on one side.
     if name == "llama":
         tiny = dict(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=64)
         return preset("llama_20m", **(tiny if quick else {}), vocab_size=vocab, eos_id=None)
@@ -154,6 +154,7 @@ def torch_step(
 
     def logprobs(net: Any, prompts: Any, responses: Any) -> Any:
         if seq2seq:
+            # The decoder of T5 starts from the padding id, 0.
             fed = torch.cat([torch.zeros_like(responses[:, :1]), responses[:, :-1]], dim=1)
             logits = net(input_ids=prompts, decoder_input_ids=fed).logits
         else:
@@ -180,7 +181,10 @@ def torch_step(
             ref = logprobs(frozen, prompts, responses)
         tick()
         new = logprobs(twin.train(), prompts, responses)
+        # The usual shortcut with one gradient step: the policy has not moved since the rollout. qstar computes the old
+        # log-probabilities before, since RLOO and PPO need them.
         old = new.detach()
+        # RLOO takes the divergence as part of the reward, GRPO as a term of the loss.
         if estimator == "rloo":
             scores = scores - BETA * (old - ref).sum(1)
         a, ratio = advantages(scores), torch.exp(new - old)

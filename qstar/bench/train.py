@@ -58,6 +58,7 @@ def whole_rows(tokens: np.ndarray) -> Batch:
 def ours_step(folder: str, changes: dict[str, Any], rows: int, length: int) -> Callable[[], float]:
     """Saves the model; returns a function that runs one update and returns its loss."""
     config = preset("llama_20m", **changes)
+    # Saved, so that the torch side starts from the same weights: the difference of losses checks the comparison.
     model, tx = random_model(config, folder), optim.adamw(b2=0.999)
     step = make_step(partial(losses.sft_loss, config=config), tx)
     state = create_state({"policy": model.params}, tx, seed=0)
