@@ -131,7 +131,7 @@ class _Queue:
         per_fill = self.prompts_per_fill * self.group
         while self.waiting or any(self.occupant):
             free = [i for i, r in enumerate(self.occupant) if r is None]
-            # A prefill has a fixed shape: it waits until a whole one fits, or until no slot has anything left to decode.
+            # A prefill has a fixed shape: it waits until a whole one fits, or until no slot is left to decode.
             while self.waiting and (len(free) >= per_fill or len(free) == len(self.occupant)):
                 fill, free = self._next_fill(free)
                 cancel[fill.slot[fill.slot < len(cancel)]] = False  # it was set for the row before
@@ -263,7 +263,7 @@ def _common_length(rows: list[list[int]]) -> int:
 
 
 def completion(model: Model, row: dict[str, Any], stop: tuple[str, ...], prompt: Sequence[int] = ()) -> Completion:
-    """Returns a sampled row (tokens, logprobs, sample_logprobs, count, stopped) up to its end or its first stop string."""
+    """Returns a sampled row (tokens, logprobs, sample_logprobs, count, stopped) up to its end or first stop string."""
     count, ended, text = int(row["count"]), bool(row["stopped"]), None
     ids = row["tokens"][:count].tolist()
     if model.tokenizer is not None:
@@ -330,7 +330,7 @@ def state_shardings(state: S.SampleState, mesh: Mesh) -> S.SampleState:
 
     heads = jax.tree.leaves(state.ring)[0].shape[1]
     over = math.prod(mesh.shape[a] for a in SAMPLING.heads)
-    # By heads, as the parameters are for sampling, so that attention needs no exchange; by rows where they do not divide.
+    # By heads, as the parameters are for sampling: attention then needs no exchange. By rows where they do not divide.
     rules = SAMPLING if heads % over == 0 else Rules(heads=())
     cached = jax.tree.map(lambda x: place(x, ("batch", "heads", None, None), rules), (state.prompt, state.ring))
     rows = jax.tree.map(lambda x: place(x, ("batch", None), SAMPLING), state)

@@ -1,9 +1,9 @@
 """A token and its two log-probabilities from one row of logits (`vmap` adds the others).
 
-`logprob` is under the model (temperature 1, no filter): what a trainer recomputes. It is over the ids that the sampler may
-draw: where a vocabulary is padded beyond its tokenizer (T5, Qwen), `qstar.logprobs` includes the padding's share, which
-training has made small. `sample_logprob` is under the distribution that the token was drawn from (temperature, top-k, top-p,
-greedy = 0). Confusing the two biases every importance ratio by the mass that a filter removed.
+`logprob` is under the model (temperature 1, no filter): what a trainer recomputes. It is over the ids that the sampler
+may draw: where a vocabulary is padded beyond its tokenizer (T5, Qwen), `qstar.logprobs` includes the padding's share,
+which training has made small. `sample_logprob` is under the distribution that the token was drawn from (temperature,
+top-k, top-p, greedy = 0). Confusing the two biases every importance ratio by the mass that a filter removed.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def sample_token(
     Args:
       logits: [V] float32. u: scalar in [0, 1). sampling_params: unmapped scalars, so that the branches stay branches.
     """
-    # One uniform number per token instead of V Gumbel variates: at 32,000 ids the random bits alone cost a CPU more than
-    # a small model does.
+    # One uniform number per token instead of V Gumbel variates: at 32,000 ids the random bits alone cost a CPU more
+    # than a small model does.
     top = jnp.max(logits)
     logz = top + jnp.log(jnp.sum(jnp.exp(logits - top)))
 
@@ -113,8 +113,8 @@ def invert_cdf(log_weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Arr
 
     In plain terms: the first index at which `jnp.cumsum(jnp.exp(log_weights))` exceeds u times its last entry.
     """
-    # Two levels, blocks and then inside of one: 4 (4,096 ids) to 10 times (32,000) faster on a CPU than one running sum;
-    # and the running sums stay short, hence exact enough for 100,000 ids.
+    # Two levels, blocks and then inside of one: 4 (4,096 ids) to 10 times (32,000) faster on a CPU than one running
+    # sum; and the running sums stay short, hence exact enough for 100,000 ids.
     blocks = _blocks(log_weights, -jnp.inf)
     masses = jnp.sum(jnp.exp(blocks), axis=1)
     sums = jnp.cumsum(masses)

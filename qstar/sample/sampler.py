@@ -1,9 +1,9 @@
 """The jitted half of sampling from a decoder: prefix, prefill and decode over a fixed set of slots.
 
-A slot holds one completion in progress. Its keys are in three segments: the few-shot prefix (one copy for all slots), the
-prompt (left aligned, one per slot), and the generated tokens. The last is a ring that all slots write at the *same* column,
-`step mod R`: one contiguous update per layer and step, whatever each row's own length is. Which columns belong to a row
-follows from `start_step`, the step at which its slot was filled. A finished row's slot is refilled without touching others.
+A slot holds one completion in progress. Its keys are in three segments: the few-shot prefix (one copy for all slots),
+the prompt (left aligned, one per slot), and the generated tokens. The last is a ring that all slots write at the *same*
+column, `step mod R`: one contiguous update per layer and step, whatever each row's own length is. Which columns belong
+to a row follows from `start_step`, the step at which its slot was filled. A refill touches no other slot.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def prepare(params: Params, config: ModelConfig) -> Params:
         return x.astype(config.dtype) if matrix else x
 
     params = tree.map_named(cast, params)
-    # A scan over stacked layers would slice each layer's matrices out of the stacks at every token: a list takes 1.25 to
-    # 1.5 times less per token on a CPU (bench generation with thoughts, 4 layers), and lets a cache be updated in place.
+    # A scan over stacked layers would slice each layer's matrices out of the stacks at every token: a list takes 1.25
+    # to 1.5 times less per token on a CPU (bench generation with thoughts, 4 layers), and caches are updated in place.
     params = {**params, "layers": decoder.unstack(params["layers"], config)}
     return constrain_tree(params, decoder.PARAM_AXES, SAMPLING)
 
@@ -138,7 +138,7 @@ def insert_requests(
     seed: jax.Array,
     sampling_params: SamplingParams,
 ) -> SampleState:
-    """Prefills prompts, draws the first token of their rows (samples of a prompt share its prefill), and fills slots."""
+    """Prefills prompts (once for all samples of each), draws the first token of their rows, and fills slots."""
     config = sampler.config
     offsets = jnp.arange(sampler.prompt_length)
     prompt_mask = text_mask(None, sampler.prompt_length, config.sliding_window)
@@ -270,7 +270,7 @@ def sample_tokens(
     """Draws a token per row: [B, V] logits, per-request keys, and how many tokens each request has drawn before."""
     if sampler.vocab_limit < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < sampler.vocab_limit, logits, NEG)
-    # Computed where the vocabulary's shards are; then a row's whole vocabulary goes to one device, not all rows' to all.
+    # Computed where the vocabulary's shards are; then a row's whole vocabulary goes to one device only.
     logits = constrain(constrain(logits, ("batch", "vocab"), SAMPLING), ("rows", None))
     u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, counts)
     return jax.vmap(sample_token, in_axes=(0, 0, None))(logits, u, sampling_params)

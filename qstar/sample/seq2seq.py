@@ -1,7 +1,7 @@
 """The jitted half of sampling from an encoder-decoder: a prompt is encoded once, for all its samples.
 
-Rows of a batch begin together, so the cache column is the step for all of them, and no slot is refilled. Draws depend on
-(seed, prompt, sample) alone, as in `sample.sampler`.
+Rows of a batch begin together, so the cache column is the step for all of them, and no slot is refilled. Draws depend
+on (seed, prompt, sample) alone, as in `sample.sampler`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sample_rows(
       requests: [B, n, 2] int32, (prompt, sample) of each row; folded into the seed.
 
     Returns:
-      tokens [B, n, R] int32, logprobs and sample_logprobs [B, n, R] float32 (0 after the end), count [B, n], stopped [B, n].
+      tokens int32, logprobs and sample_logprobs float32 [B, n, R] (0 after the end); count and stopped [B, n].
     """
     c, (B, n), R = sampler.config, requests.shape[:2], sampler.max_new
 

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def majority(answers: Sequence[str | None], logprobs: Sequence[float] | None = None) -> str | None:
-    """Returns the most frequent answer; None (unparsed) has no vote. Ties: larger summed log-probability, then first seen.
+    """Returns the most frequent answer; None (unparsed) has no vote. Ties: larger summed logprob, then first seen.
 
     Source: self-consistency, arXiv 2203.11171.
     """
@@ -38,10 +38,10 @@ def majority_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
     counts = collections.Counter(a for a in answers if a is not None)
     g, others = counts.pop(gold, 0), sorted(counts.values())
     # Exact, without drawing subsets. For every number m of votes that the gold answer may get: the other answers get at
-    # most m, and one that gets m ties. Answers that occur less often than m cannot tie and count together, as unparsed ones
-    # do, so only N / m of them need the dynamic programme (state: votes used, answers tied at m): O(N^2 log N) in all.
-    # Counts are carried as binomial probabilities of rate k / N, whose product is the count times a factor that depends on
-    # k alone: nothing overflows.
+    # most m, and one that gets m ties. Answers that occur less often than m cannot tie and count together, as unparsed
+    # ones do, so only N / m of them need the dynamic programme (state: votes used, answers tied at m): O(N^2 log N) in
+    # all. Counts are carried as binomial probabilities of rate k / N, whose product is the count times a factor that
+    # depends on k alone: nothing overflows.
     rate, total = k / N, 0.0
     for m in range(1, min(g, k) + 1):
         can_tie = [v for v in others if v >= m]

@@ -1,9 +1,9 @@
 """The replay schedule: one teacher-forced pass over whole threads, differentiated a piece of the positions at a time.
 
 Threads do not attend to each other, so a piece of them can be run, differentiated and discarded before the next: a step
-holds one piece's activations, however many positions think and however many thoughts each has. The forward pass keeps only
-the threads' inputs, and is skipped where the rollout has computed the states already; the backward pass runs each piece
-again, applies its VJP, and adds up the gradients of the parameters and of the texts' keys and values.
+holds one piece's activations, however many positions think and however many thoughts each has. The forward pass keeps
+only the threads' inputs, and is skipped where the rollout has computed the states already; the backward pass runs each
+piece again, applies its VJP, and adds up the gradients of the parameters and of the texts' keys and values.
 """
 
 from __future__ import annotations

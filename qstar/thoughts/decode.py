@@ -1,8 +1,8 @@
 """Generation with a thought before every token: the text is cached, and each thought's own cache is discarded.
 
-A thought at the last position needs only that text's keys and values, which no thought changes. So an emitted token costs
-one text token and S + 2 thread tokens, whatever the length of the text (the official code runs the whole text with thoughts
-at every position, for every token). The result equals the parallel forward: `replay` with A = 1, at that position.
+A thought at the last position needs only that text's keys and values, which no thought changes. So an emitted token
+costs one text token and S + 2 thread tokens, whatever the length of the text (the official code runs the whole text
+with thoughts at every position, for every token). The result equals `replay` with A = 1 at that position.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Forward pass of thoughts: pure functions of one thread, `vmap_thoughts` over all threads, and the token-by-token rollout.
+"""Forward pass of thoughts: pure functions of one thread, `vmap_thoughts` over all threads, and the rollout.
 
-Every function of a thread is written for a single position of a single text. The text's keys and values are one unmapped
-segment, so `vmap` over positions and passes neither copies them nor builds a mask of N x N * U.
+Every function of a thread is written for a single position of a single text. The text's keys and values are one
+unmapped segment, so `vmap` over positions and passes neither copies them nor builds a mask of N x N * U.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qstar.models.config import ModelConfig
 from qstar.thoughts import layout
 from qstar.types import Batch, Params, Segment, Shared
 
-# Keys and values [L, G, N, K]; or per layer [G, N, K], where the parameters are a list of layers (`sample.sampler.prepare`).
+# Keys and values [L, G, N, K]; or per layer [G, N, K], where the layers are a list (`sample.sampler.prepare`).
 KVCache = tuple[jax.Array, jax.Array] | list[tuple[jax.Array, jax.Array]]
 
 
@@ -57,11 +57,11 @@ SampleFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
 def vmap_thoughts(
     f: Callable[..., Any], per_thought_axes: Sequence[int] | None = None, out_axes: Any = 0
 ) -> Callable[..., Any]:
-    """Lifts f(row, text, j, *per_thought), of one thought, to g(batch [B], texts [B], positions [B, M], *[B, P, M, ...]).
+    """Lifts f(row, text, j, *per_thought) of one thought to g(batch [B], texts [B], positions [B, M], *[B, P, M, ...]).
 
     Args:
-      per_thought_axes, out_axes: the axis of [B, P, M] in each per-thought argument and in the results: 0, or 1 for keys
-        and values whose layers lead (`kv_axis`).
+      per_thought_axes, out_axes: the axis of [B, P, M] in each per-thought argument and in the results: 0, or 1 for
+        keys and values whose layers lead (`kv_axis`).
     """
 
     def lifted(batch: Batch, texts: PrefixCache, positions: jax.Array, *per_thought: Any) -> Any:
@@ -108,7 +108,7 @@ def run_thread(
     Args:
       pairs: of the text. j: [] the position. x: [T, D] rows like those of the embedding table.
       first: which token of the thread x[0] is, from 1.
-      thought_kv: keys and values of the thread so far, at column i those of token i + 1; later ones than `first` are unset.
+      thought_kv: keys and values of the thread so far, at column i those of token i + 1; from `first` on unset.
     """
     T, window = x.shape[0], config.sliding_window
     steps = first + jnp.arange(T)
@@ -129,7 +129,7 @@ def run_thread(
 def thread_inputs(
     params: Params, config: ModelConfig, row: Batch, text: PrefixCache, j: jax.Array, thought: jax.Array
 ) -> jax.Array:
-    """Returns the inputs of a whole thread, [start, c_1 .. c_S, end, x[j+1] .. x[j+A-1]], as rows [U, D], given c [S]."""
+    """Returns the inputs of a whole thread, [start, c_1 .. c_S, end, x[j+1] .. x[j+A-1]], rows [U, D], given c [S]."""
     S, A = config.thoughts.thought_tokens, config.thoughts.talk_tokens
     # Only A - 1 true tokens are fed: the last one, x[j+A], is a target alone.
     start, end = (heads.thought_vector(params, config, name)[None] for name in ("start", "end"))
@@ -189,7 +189,7 @@ def rollout_and_talk(
     passes: int,
     draw: SampleFn,
 ) -> tuple[jax.Array, Any]:
-    """The joint schedule, differentiable: the states [B, P, M, U, D] of whole threads, and the draws' records [S, ...]."""
+    """The joint schedule, differentiable: states [B, P, M, U, D] of whole threads, and the draws' records [S, ...]."""
     S, A = config.thoughts.thought_tokens, config.thoughts.talk_tokens
     table, end = params["embed"]["table"], heads.thought_vector(params, config, "end")
 
@@ -219,8 +219,8 @@ def thought_states(
 def mix(
     params: Params, config: ModelConfig, row: Batch, text: PrefixCache, j: jax.Array, states: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes talk states [A, D] with the text's for the same targets (paper, section 4.3): [A, D], and the weights [A]."""
-    # Talk step a predicts x[j+1+a], as text state j + a does (official code: the base states rolled left by a). Past the
-    # end the index wraps round as upstream, and those targets have weight 0.
+    """Mixes talk states [A, D] with the text's for the same targets (paper, section 4.3): [A, D], and weights [A]."""
+    # Talk step a predicts x[j+1+a], as text state j + a does (official code: the base states rolled left by a). Past
+    # the end the index wraps round as upstream, and those targets have weight 0.
     base = text.hidden[(j + jnp.arange(states.shape[0])) % row.tokens.shape[0]]
     return heads.mix(params, config, base, states)

@@ -1,12 +1,12 @@
-"""Masks, position ids and target tokens of the base pass and of the parallel thoughts; choice of the positions that think.
+"""Masks, position ids and targets of the base pass and the parallel thoughts; choice of the positions that think.
 
-A thread is the sequence that is fed after one position j: [start, c_1 .. c_S, end, x[j+1] .. x[j+A-1]], U = S + A + 1 tokens.
-Its i-th token, from 1, has position j + i, and attends to the text up to j and to the thread up to itself (paper, section
-4.2; in the official code a 4-D mask of one causal block and further diagonal blocks). State S + 1 + a, from 0, is talk
-step a: it predicts x[j+1+a].
+A thread is the sequence that is fed after one position j: [start, c_1 .. c_S, end, x[j+1] .. x[j+A-1]], U = S + A + 1
+tokens. Its i-th token, from 1, has position j + i, and attends to the text up to j and to the thread up to itself
+(paper, section 4.2; in the official code a 4-D mask of one causal block and further diagonal blocks). State S + 1 + a,
+from 0, is talk step a: it predicts x[j+1+a].
 
-A sliding window moves with the thread: token i of position j attends to text from j + i - window + 1 on, as if the thread
-were written out as a sequence. The official code takes the window at j, which is the same unless a text is longer than it.
+A sliding window moves with the thread: token i of position j attends to text from j + i - window + 1 on, as if the
+thread were written out as a sequence. The official code takes the window at j: the same for texts within the window.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def text_batch(tokens: Any, mask: Any) -> Batch:
 def causal_mask(row: Batch, config: ModelConfig) -> jax.Array:
     """Returns bool [N, N], the mask of the base pass over one row."""
     i, segments = jnp.arange(row.tokens.shape[0]), row.segment_ids
-    # Padding attends to the real tokens before it, unlike in `models.attention.text_mask`: so do the masks of transformers,
-    # hence the official code, whose talk states just past the end of a text depend on it.
+    # Padding attends to the real tokens before it, unlike in `models.attention.text_mask`: so do the masks of
+    # transformers, hence the official code, whose talk states just past the end of a text depend on it.
     alike = (segments[:, None] == segments) | (segments[:, None] == 0)
     visible = (i <= i[:, None]) & alike & (segments > 0)
     return visible if config.sliding_window is None else visible & (i[:, None] - i < config.sliding_window)
@@ -75,7 +75,7 @@ def text_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def talk_targets(batch: Batch, positions: jax.Array, talk_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the targets [B, M, A] of thoughts at positions [B, M], and their weights (0 past the end of a document)."""
+    """Returns the targets [B, M, A] of thoughts at positions [B, M], and their weights (0 past a document's end)."""
     index = positions[..., None] + 1 + jnp.arange(talk_tokens)
     in_document = index < batch.tokens.shape[1]
     index = jnp.minimum(index, batch.tokens.shape[1] - 1)

@@ -5,10 +5,11 @@
 
 (paper, sections 4.4.2 and 4.4.3; official code, `first_and_last_mode` with `policy_loss_beta`). Rewards are constants.
 
-`nll_mean` sets how means are taken. "tokens": every sum, over its thoughts per position, is divided by the number of tokens
-that the text predicts, so sums and weights add up exactly over micro-batches; where only some positions think, each row's
-thoughts represent all its tokens. "nonzero", the official way: every mean has its own count, of entries that are not 0.0,
-and the policy's is over all rewarded positions, padding included; micro-batches are then averaged, as upstream does.
+`nll_mean` sets how means are taken. "tokens": every sum, over its thoughts per position, is divided by the number of
+tokens that the text predicts, so sums and weights add up exactly over micro-batches; where only some positions think,
+each row's thoughts represent all its tokens. "nonzero", the official way: every mean has its own count, of entries that
+are not 0.0, and the policy's is over all rewarded positions, padding included; micro-batches are then averaged, as
+upstream does.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _nonzero(x: jax.Array) -> jax.Array:
 
 
 def rewards(base_nll: jax.Array, talk_nll: jax.Array, counted: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns [B, P, M], constants: the nats that a thought takes off the NLL of its A true tokens (of those that exist).
+    """Returns [B, P, M], constants: the nats that a thought takes off the NLL of its A true tokens (if they exist).
 
     Args:
       base_nll: [B, N-1]. talk_nll: [B, P, M, A]. counted: bool [B, M, A]. positions: [B, M].
@@ -116,8 +117,8 @@ def loss(
       params: {"policy": a decoder's tree with `thoughts` and `mixing`}; for `kl_weight`, `reference` like it.
       batch: rows [B, N], packed or not; `mask` marks the tokens to be predicted. rng: of thoughts and positions.
       config: with `thoughts`.
-      schedule: "replay" (a rollout without gradient, then one pass over whole threads; `config.remat` applies) or "joint"
-        (the rollout itself is differentiated). The same loss and gradients, for equal thoughts.
+      schedule: "replay" (a rollout without gradient, then one pass over whole threads; `config.remat` applies) or
+        "joint" (the rollout itself is differentiated). The same loss and gradients, for equal thoughts.
       thoughts: [S, B*P, M] to replay instead of sampled ones; for controls.
       positions: [B, M] that think; default by `think_fraction` and `think_where`.
     """

@@ -41,8 +41,8 @@ def think(
     Args:
       params: a decoder's tree with `thoughts`. config: with `thoughts`; static under `jit`.
       tokens, mask: [B, N] ids, and 1 for real tokens; padding on either side.
-      key: draws depend on it and on (step, sequence, pass, position) alone: thoughts at chosen positions are those of the
-        full run.
+      key: draws depend on it and on (step, sequence, pass, position) alone: thoughts at chosen positions are those of
+        the full run.
       passes: P, default `thoughts_per_position`.
       positions: [M] or [B, M] int32, where to think; default everywhere, M = N. The cost is in proportion.
       temperature: default `config.thoughts.temperature`; 0 is greedy.

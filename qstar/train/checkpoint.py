@@ -1,8 +1,8 @@
 """Sharded, asynchronous, checksummed checkpoints through orbax (which no other module imports).
 
-A checkpoint holds the TrainState (parameters, moments, step, random key) and a small JSON record. The data position is the
-step itself: batches are a pure function of (data, seed, step). A process killed while it saves leaves no partial checkpoint:
-orbax writes under a temporary name and renames.
+A checkpoint holds the TrainState (parameters, moments, step, random key) and a small JSON record. The data position is
+the step itself: batches are a pure function of (data, seed, step). A process killed while it saves leaves no partial
+checkpoint: orbax writes under a temporary name and renames.
 
 The record also holds a checksum of every array and of itself, compared on restore. The checksums are of arrays, not of
 files: they are computed on the devices, and do not depend on the mesh or on the layout of the files.
@@ -95,7 +95,7 @@ class Checkpoints:
         """Restores the newest (or the given) step onto the shapes, dtypes and shardings of `like`; changes no file.
 
         Raises:
-          UserError: nothing to restore, a damaged checkpoint, or one of another model (the line names the first difference).
+          UserError: nothing to restore, a damaged checkpoint, or another model's (the line names the first difference).
         """
         step = self.latest() if step is None else step
         if step is None:

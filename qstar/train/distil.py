@@ -1,12 +1,12 @@
 """Distillation on responses: the likelihood of a teacher's text, or a divergence from its prediction at every token.
 
-    hard          -log q(y)                                     y is the teacher's, kept if its answer was right (2404.03414)
-    forward_kl    KL(p, q), p the teacher                       covers the teacher's modes; y from anywhere
-    reverse_kl    KL(q, p)                                      seeks one of them (2306.08543)
+    hard          -log q(y)                              y is the teacher's, kept if its answer was right (2404.03414)
+    forward_kl    KL(p, q), p the teacher                covers the teacher's modes; y from anywhere
+    reverse_kl    KL(q, p)                               seeks one of them (2306.08543)
     jsd           b KL(p, m) + (1 - b) KL(q, m), m = b p + (1 - b) q      GKD (2306.13649); b = 0 is forward, 1 reverse
 
-Soft losses are times T^2, as Hinton's (1503.02531), and may be mixed with the hard one. Whether y was written by the teacher
-or by the student itself (GKD, on-policy distillation) is the caller's choice: `methods.distillation` draws it per step.
+Soft losses are times T^2, as Hinton's (1503.02531), and may be mixed with the hard one. Whether y was written by the
+teacher or by the student itself (GKD, on-policy distillation) is the caller's choice (`methods.distillation`).
 """
 
 from __future__ import annotations

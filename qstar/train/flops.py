@@ -1,12 +1,12 @@
 """FLOPs that the mathematics of a program needs, peak rates of devices, and the model FLOPs utilisation (MFU) of a run.
 
-    needed = 6 per matmul parameter and token (2 forward, 4 backward; 4 in all where the weights are frozen, under adapters)
+    needed = 6 per matmul parameter and token (2 forward, 4 backward; 4 in all with frozen weights, under adapters)
            + 12 L H K per pair of a token and one that it attends to (causal, within its document and its window)
     MFU    = needed / (seconds x devices x peak)
 
-Only real tokens count: padding, rematerialisation, and what two devices both compute lower the MFU. A thought counts as its
-tokens, each of which attends to its text and to its thread. The peak is that of dense bfloat16 products, whatever the run
-computes in.
+Only real tokens count: padding, rematerialisation, and what two devices both compute lower the MFU. A thought counts as
+its tokens, each of which attends to its text and to its thread. The peak is that of dense bfloat16 products, whatever
+the run computes in.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def update_flops(config: ModelConfig, batch: Any, *, frozen: bool = False, think
     """Returns the FLOPs that one update on a host batch needs.
 
     Args:
-      batch: a `Batch`, or what holds one as `rows` (`Preference`, `Graded`). frozen: adapters train, the weights do not.
+      batch: a `Batch`, or what holds one as `rows` (`Preference`, `Graded`). frozen: only adapters train.
       thinks: thoughts of `config.thoughts` follow every position.
     """
     rows = getattr(batch, "rows", batch)

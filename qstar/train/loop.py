@@ -167,7 +167,7 @@ class _Fit:
         return longest
 
     def require_learnt(self, done: int) -> None:
-        # Without this, a run that learnt nothing, or whose last mean is over skipped updates alone, would look finished.
+        # A run that learnt nothing, or whose last mean is over skipped updates alone, would otherwise look finished.
         why = ""
         if not self.learnt:
             why = f"none of {done} updates was finite and had a token to learn from; check the data and the first model"

@@ -1,4 +1,4 @@
-"""Supervised losses. Each returns `(sum, weight), metrics`, all of them sums with weights, which only `step.py` divides.
+"""Supervised losses. Each returns `(sum, weight), metrics`, all sums with weights, which only `step.py` divides.
 
 So the normalisation is exact: one batch of 32, four accumulated batches of 8 and eight devices give the same update.
 """

@@ -12,7 +12,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def schedule(kind: str, lr: float, *, warmup: int, steps: int, end: float = 0.0) -> optax.Schedule:
-    """Returns a learning-rate schedule: linear warm-up, then constant, or linear or cosine decay to `end * lr` at `steps`.
+    """Returns a rate schedule: linear warm-up, then constant, or linear or cosine decay to `end * lr` at `steps`.
 
     STaR's is ("constant", 1e-6, warmup=100): its first iteration of 40 steps ends within the warm-up.
 

@@ -5,11 +5,11 @@
     RPO    = DPO + alpha * -log V(y+|x) / |y+|                      arXiv 2404.19733, equation 3
 
     ORM  at every token t of a completion y:  BCE(sigmoid(w . h_t + b), [y is right])       arXiv 2110.14168, section 4
-    PRM  at the last token of every step s:   BCE(sigmoid(w . h_s + b), [all steps up to s are right])  2305.20050, 2312.08935
+    PRM  at the last token of every step s:   BCE(sigmoid(w . h_s + b), [all up to s are right])  2305.20050, 2312.08935
     the mean over scored tokens, plus lambda * the mean over tokens of the language-modelling loss of right solutions
 
-Log-probabilities are sums over the tokens of a completion, EOS included; those of the reference G are computed once, before
-the first update. The score of an ORM is that of the last token; that of a PRM the minimum, or the product, over steps.
+Log-probabilities are sums over the tokens of a completion, EOS included; those of the reference G are computed once,
+before the first update. The score of an ORM is that of the last token; of a PRM, the minimum or product over steps.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def dpo_loss(
 
 
 def pair_logprobs(params: Params, config: ModelConfig, rows: Batch, pairs: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probability of both completions of every pair [B, X, 2], and their numbers of tokens [B, X, 2]."""
+    """Returns the log-probability of both completions of every pair, and their numbers of tokens, each [B, X, 2]."""
     hidden = hidden_states(params, config, rows)[:, :-1]
     logprobs = token_logprobs(hidden, decoder.head(params, config), rows.tokens[:, 1:]).logprobs
     mask, ids = rows.mask[:, 1:], rows.segment_ids[:, 1:]
@@ -91,7 +91,7 @@ def value_loss(
     lm_weight: float = 0.1,
     dropout: float = 0.0,
 ) -> tuple[SumWeight, Metrics]:
-    """Binary cross-entropy of the value head at the tokens of `batch.weight`, plus lm_weight times the NLL of `rows.mask`.
+    """Binary cross-entropy of the value head at the tokens of `batch.weight`, plus lm_weight * NLL of `rows.mask`.
 
     Args:
       params: {"policy": ...}, of a `config` with a value head. rng: of the dropout.

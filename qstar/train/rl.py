@@ -1,15 +1,15 @@
-"""Reinforcement learning on sampled responses: a record (`Experience`), a clipped loss, three estimators of the advantage.
+"""Reinforcement learning on sampled responses: a record (`Experience`), a clipped loss, three advantage estimators.
 
     PPO    A_t = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t     1707.06347, 1506.02438
     RLOO   A   = S - mean of the other responses' S to the same prompt                       2402.14740
-    GRPO   A   = (S - mean of the group) / (its std + 1e-4)                                  2402.03300; no std: 2503.20783
+    GRPO   A   = (S - mean of the group) / (its std + 1e-4)                        2402.03300; without std: 2503.20783
 
     loss = mean over tokens of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),   rho = exp(logp - old logp)
 
 The divergence from the reference is in one of two places (x ~ pi, r = ref / pi):
 
     in the reward, -beta k1 with k1 = -log r     its expected gradient is that of KL(pi, ref) (k3 there would not be)
-    in the loss, beta k2 with k2 = (log r)^2 / 2, or beta rho k3 with k3 = r - 1 - log r     the same gradient, on policy
+    in the loss, beta k2 with k2 = (log r)^2 / 2, or beta rho k3 with k3 = r - 1 - log r     the same gradient on policy
 
 """
 
@@ -75,7 +75,7 @@ class RLSettings(Settings):
 
 @flax.struct.dataclass
 class Experience:
-    """Scored responses to prompts; the `group` responses to a prompt are adjacent rows. [B, R] is float32 but for ids."""
+    """Scored responses to prompts; those to one prompt are `group` adjacent rows. [B, R] is float32 but for ids."""
 
     prompt: jax.Array  # [B, I] int32
     prompt_mask: jax.Array  # [B, I] int32, see `scoring.response_states`
@@ -136,8 +136,8 @@ def token_rewards(scores: jax.Array, k1: jax.Array, mask: jax.Array, kl_weight: 
 
 def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float, lam: float) -> jax.Array:
     """Generalised advantage estimation (1506.02438) within each response: float32 [B, R], 0 where the mask is."""
-    # A response ends where its mask ends, also one that was cut off at `max_new_tokens`: no value is bootstrapped after it.
-    # `no_eos_penalty` distinguishes the two.
+    # A response ends where its mask ends, also one that was cut off at `max_new_tokens`: no value is bootstrapped after
+    # it. `no_eos_penalty` distinguishes the two.
     following = jnp.concatenate([(values * mask)[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
     delta = (rewards + gamma * following - values) * mask
 
@@ -217,7 +217,7 @@ def rl_loss(
     settings: RLSettings,
     limit: int,
 ) -> tuple[SumWeight, Metrics]:
-    """The clipped loss, the value loss, the divergence and the entropy bonus, as one sum over tokens with its weight."""
+    """The clipped loss, value loss, divergence and entropy bonus, as one sum over tokens with its weight."""
     del rng
     found = measure(
         params, batch.prompt, batch.prompt_mask, batch.response, config=config, settings=settings, limit=limit

@@ -28,7 +28,7 @@ class TrainState:
 
 
 def optimizer_for(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
-    """Returns `tx` on parameters whose path (e.g. `policy/layers/q/kernel`) matches, and no update or moments elsewhere."""
+    """Returns `tx` on parameters whose path (e.g. `policy/layers/q/kernel`) matches; no update or moments elsewhere."""
     # `partition`, not `masked`: a masked transformation passes the gradients of the others through as updates.
     return optax.partition({True: tx, False: optax.set_to_zero()}, lambda params: tree.match(params, pattern))
 

@@ -43,8 +43,8 @@ def best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float | np.ndarr
     N = s.shape[-1]
     if not 1 <= k <= N:
         raise ValueError(f"best_of_k: k={k} is not in 1..{N}")
-    # With scores in falling order, the best of a subset is sample i with probability C(N-i-1, k-1) / C(N, k), i = 0..N-k
-    # (arXiv 2402.06457, equation 3, whose sum ends one term early). Those weights follow from w_0 = k / N and
+    # With scores in falling order, the best of a subset is sample i with probability C(N-i-1, k-1) / C(N, k), for
+    # i in 0..N-k (arXiv 2402.06457, equation 3, whose sum ends one term early). The weights follow from w_0 = k / N and
     # w_{i+1} = w_i (N-i-k) / (N-i-1), without large binomials.
     i = np.arange(N - 1)
     weights = np.cumprod(np.concatenate([[k / N], np.maximum(N - i - k, 0) / (N - i - 1)]))
@@ -175,8 +175,8 @@ def _join(xs: Sequence[ArrayLike]) -> np.ndarray:
 def calibration(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> dict[str, float]:
     """Returns `ece` and `brier` of scores after `cross_fitted` Platt scaling.
 
-    Where all scores are in [0, 1] (ORM, PRM), also `ece_raw` and `brier_raw` of the scores themselves. Empty where there is
-    nothing to fit: a half of the problems without a right or without a wrong sample.
+    Where all scores are in [0, 1] (ORM, PRM), also `ece_raw` and `brier_raw` of the scores themselves. Empty where
+    there is nothing to fit: a half of the problems without a right or without a wrong sample.
     """
     measures = {"ece": expected_calibration_error, "brier": brier}
     z, raw = _join(correct), _join(scores)
@@ -201,7 +201,7 @@ def bootstrap_ci(
     """Returns the percentile bootstrap interval of the mean, resampling problems; (nan, nan) without values.
 
     Args:
-      counts: parts per problem (tokens of a row); `values` are then sums, the interval that of sum(values) / sum(counts).
+      counts: parts per problem (tokens of a row); the interval is then that of sum(values) / sum(counts).
     """
     x = np.asarray(values, np.float64)
     if not len(x):
@@ -216,7 +216,7 @@ def bootstrap_ci(
 
 
 def summarise(prefix: str, values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
-    """Returns `prefix`, `prefix_low`, `prefix_high` (95% interval) over all problems, and each per group: `prefix/3`..."""
+    """Returns `prefix`, `prefix_low`, `prefix_high` (95% interval) over all problems, and per group: `prefix/3`..."""
     out: dict[str, float] = {}
     for group in ["", *sorted(set(groups), key=lambda g: (len(g), g))]:
         mine = [v for v, g in zip(values, groups) if g == group or not group]

@@ -25,8 +25,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
     Args:
       loss: `loss(params, batch, rng) -> ((sum, weight), metrics)`; params by role, metrics as (sum, weight), a count
         as (sum, 0).
-      tx: the optimiser's direction, over all of `state.params` (`state.optimizer_for` trains a part of them); the update
-        is minus `lr` (a scalar, dynamic) times it.
+      tx: the optimiser's direction, over all of `state.params` (`state.optimizer_for` trains a part of them); the
+        update is minus `lr` (a scalar, dynamic) times it.
       accumulate: micro-batches per update, split from the batch's leading axis; the update is the same for all values.
 
     Returns:
