@@ -13,7 +13,7 @@ from qstar.data.sources import BAD_ROWS, read_records
 from qstar.errors import require
 from qstar.text.tokenizer import Tokenizer
 
-HELD_OUT = 50  # one document in 50 is for testing, by a hash of its text
+HELD_OUT = 50  # one document in 50 is for testing
 
 
 class Rows(NamedTuple):
@@ -36,11 +36,9 @@ class Corpus:
 
     @property
     def base_length(self) -> int:
-        """Tokens per row of the base model's text."""
         return self.length
 
     def base_rows(self, step: int, size: int, seed: int) -> Rows:
-        """Rows of one step of the base model's training (the same text, unless a subclass overrides it)."""
         return self.rows(step, size, seed)
 
     def rows(self, step: int, size: int, seed: int) -> Rows:
@@ -65,6 +63,7 @@ def full_rows(
     """Rows of one document each, padded on the right. tokens: [B, T]; lengths: [B]."""
     columns = np.arange(tokens.shape[1], dtype=np.int32)
     valid = columns < lengths[:, None]
+    # broadcast_to gives a read-only view.
     positions = np.broadcast_to(columns, tokens.shape).copy()
     return Rows(tokens.astype(np.int32), valid.astype(np.float32), valid.astype(np.int32), positions, classes, expected)
 
@@ -99,6 +98,7 @@ class TextCorpus(Corpus):
         self.tokenizer, self.length, self.mode = tokenizer, length, mode
         # By a hash of the text, so that copies of a document fall on the same side of the split.
         held_out = [zlib.crc32(text.encode()) % HELD_OUT == HELD_OUT - 1 for text in texts]
+        # Of a few dozen documents none may fall into the bucket.
         if not any(held_out):
             held_out[-1] = True
         test = [t for t, h in zip(texts, held_out) if h]
@@ -106,22 +106,25 @@ class TextCorpus(Corpus):
         self._encoded = functools.lru_cache(maxsize=100_000)(self._encode)
 
     def rows(self, step: int, size: int, seed: int) -> Rows:
+        # One generator per step and no state: a resumed run reads the rows that it would have read.
         return self._rows("train", np.random.default_rng([seed, step]), size)
 
     def test_rows(self, size: int) -> Rows:
         return self._rows("test", np.random.default_rng(0), size)
 
     def hold_out_stopping(self) -> None:
-        """Takes every other held-out document (a single one serves for both, in other crops)."""
         test = self._texts["test"]
         if len(test) > 1:
             self._texts |= {"stopping": test[::2], "test": test[1::2]}
+            # Keyed by part and index, which now name other texts.
             self._encoded.cache_clear()
 
     def stopping_rows(self, size: int) -> Rows:
+        # Another stream than `test_rows`: a single held-out document serves both, in other crops.
         return self._rows("stopping", np.random.default_rng(1), size)
 
     def _encode(self, part: str, index: int) -> np.ndarray:
+        # The end of a document is a token to predict; without it no model learns to stop.
         eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         return np.asarray(self.tokenizer.encode(self._texts[part][index], bos=True) + eos, np.int32)
 

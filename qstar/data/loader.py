@@ -24,9 +24,7 @@ def batches(
     Args:
         arrays: equally long arrays [N, ...], such as `qstar.text.pack` makes.
         batch_size: rows of a batch, B. Every process of a run reads all of them.
-        seed: of both shuffles.
-        mix: (other arrays, share): the last round(share * B) rows of every batch come from there, shuffled and repeated
-            separately (hinted seed rows beside self-generated ones, for instance).
+        mix: (other arrays, share): the last round(share * B) rows of every batch come from there, shuffled on their own.
 
     Raises:
         UserError: no rows, keys or row shapes that differ, a share outside 0..1, B below 1.
@@ -36,6 +34,7 @@ def batches(
         raise UserError(f"mix share {share} is not between 0 and 1")
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} must be at least 1")
+    # A fixed number per batch: drawn row by row, the share would vary from step to step.
     mixed = round(share * batch_size)
     parts = [(arrays, batch_size - mixed, f"{seed}/main"), (other, mixed, f"{seed}/mix")]
     return _Batches([part for part in parts if part[1] > 0])
@@ -50,7 +49,8 @@ class _Batches(Sequence):
         self._parts: list[tuple[Arrays, Any]] = []
         for arrays, size, name in parts:
             numbers = MapDataset.range(len(next(iter(arrays.values()))))
-            seed = zlib.crc32(name.encode())  # grain takes 32 bits; the two parts must not share an order
+            # A hash, since grain takes 32 bits; of the name, since the two parts must not share an order.
+            seed = zlib.crc32(name.encode())
             self._parts.append((arrays, numbers.shuffle(seed=seed).repeat().batch(size)))
 
     def __len__(self) -> int:

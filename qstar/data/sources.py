@@ -1,7 +1,6 @@
 """Records (plain dicts) in and out: JSONL, JSON, parquet and CSV files, local or on gs://, and the hub.
 
-`datasets` reads the hub. JSON is parsed here: a user's own rows need errors that name file, line and field, which `datasets`
-does not give, and it refuses a file whose rows differ in type. Every error names the file and line (or record).
+JSON is parsed here, since `datasets` refuses rows that differ in type. Every error names the file and line (or record).
 """
 
 from __future__ import annotations
@@ -53,12 +52,10 @@ def read_records(
     """All records of a source, in file order.
 
     Args:
-        source: a path that ends in .jsonl, .json (an array of objects, or an object per line), .parquet or .csv, the first
-            two also with .gz, `~` and `gs://` included; a hub name "owner/name[:config]", or a file of the hub,
-            "hf://datasets/owner/name/file.parquet".
+        source: a path (.jsonl, .json, .parquet, .csv, .jsonl.gz, .json.gz; or gs://), a hub name "owner/name[:config]"
+            or "hf://datasets/owner/name/file.parquet".
         fields: keys that every record must have with a value other than null; other keys are kept too.
         split: the hub's split, "train" when None; files ignore it.
-        limit: stop after so many records.
         parse: converts a record; an error it raises becomes a UserError that names the record's place.
         bad_rows: share of the records that may be unusable. They are left out, with a warning that names them.
 
@@ -120,7 +117,6 @@ def _checked(place: str, record: dict, fields: Sequence[str], parse: Callable[[d
 
 
 def _not_utf8(value: Any) -> str | None:
-    """The first text in a JSON value that UTF-8 cannot encode."""
     if isinstance(value, str):
         try:
             return None if value.isascii() or value.encode() else None
@@ -136,10 +132,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict], *, checksum: bool = False) -> None:
-    """Writes one JSON object per line, atomically, with `checksum` also a checksum record (see `files.write`; not on gs://).
-
-    Keys keep their order, text has no \\u escapes, and numpy and jax arrays become numbers.
-    """
+    """Writes one JSON object per line, atomically (not on gs://); `checksum` adds a checksum record (`files.write`)."""
     target = epath.Path(os.fspath(path)).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(map(_line, rows))
@@ -151,14 +144,16 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict], *, checksum: bool
 
 def _line(row: dict) -> str:
     def plain(value: Any) -> Any:
-        if hasattr(value, "tolist"):  # also of jax arrays, without importing jax
+        # Arrays become numbers, those of jax too, without importing it.
+        if hasattr(value, "tolist"):
             return value.tolist()
         raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
 
     line = json.dumps(row, ensure_ascii=False, default=plain)
     try:
         line.encode()
-    except UnicodeEncodeError:  # half a surrogate pair is legal in JSON, but only when escaped
+    # Half a surrogate pair is legal in JSON, but only when escaped.
+    except UnicodeEncodeError:
         line = json.dumps(row, default=plain)
     return line + "\n"
 
@@ -167,7 +162,6 @@ def _line(row: dict) -> str:
 
 
 def _open(source: str, split: str | None) -> Iterator[Place]:
-    """Chooses the reader: an existing path or anything that looks like one is a file, the rest is the hub."""
     suffixes = pathlib.PurePosixPath(source.lower()).suffixes
     suffix = suffixes[-1] if suffixes else ""
     if source.startswith("hf://"):
@@ -196,6 +190,7 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
     for magic, what in _FOREIGN.items():
         if content.startswith(magic):
             raise UserError(f"{path}: is {what}")
+    # The content outweighs the name: a parquet file may be called anything.
     if content.startswith(b"PAR1") or kind in (".parquet", ".csv"):
         return _arrow(path, content, "csv" if kind == ".csv" else "parquet")
     return _json(path, content, lines=kind == ".jsonl")
@@ -207,7 +202,8 @@ def _existing(source: str) -> epath.Path:
     try:
         path = epath.Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
-    except Exception as error:  # unknown schemes, missing drivers, names the system refuses: each has its own class
+    # Unknown schemes, missing drivers and names that the system refuses raise classes of their own.
+    except Exception as error:
         raise UserError(f"{source}: cannot be opened ({_first_line(error)}); name a local file") from error
     if is_folder:
         raise UserError(f"{source}: is a folder; name the file inside it")
@@ -217,7 +213,6 @@ def _existing(source: str) -> epath.Path:
 
 
 def _content(path: epath.Path) -> bytes:
-    """The file's bytes, compared with its checksum if a run wrote it, decompressed if they are gzip, whatever its name."""
     try:
         content = path.read_bytes() if "://" in os.fspath(path) else files.read(pathlib.Path(path))
         return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
@@ -228,8 +223,8 @@ def _content(path: epath.Path) -> bytes:
 
 
 def _json(path: epath.Path, content: bytes, lines: bool) -> Iterator[Place]:
-    """An array of objects, one object (not with `lines`), or an object per line."""
     name = os.fspath(path)
+    # Spreadsheets and Windows editors put a byte-order mark in front.
     if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return _numbered(name, files.parse_json(content, name))
     if not lines and not isinstance(record := _parsed(content, name), UserError):
@@ -247,7 +242,7 @@ def _parsed(content: bytes, place: str) -> Any:
 
 
 def _arrow(path: epath.Path, content: bytes, kind: str) -> Iterator[Place]:
-    """Parquet or CSV by pyarrow, which `datasets` brings; `datasets` itself would copy the file into its cache."""
+    # pyarrow comes with `datasets`, which itself would copy the file into its cache.
     import pyarrow
     from pyarrow import csv, parquet
 
@@ -259,11 +254,13 @@ def _arrow(path: epath.Path, content: bytes, kind: str) -> Iterator[Place]:
 
 
 def _hub(what: str, name: str, *arguments: Any, **options: Any) -> Iterator[Place]:
-    import datasets  # takes seconds, and most runs read local files
+    # The import takes seconds, and most runs read local files.
+    import datasets
 
     try:
         rows = iter(datasets.load_dataset(*arguments, **options))
-    except Exception as error:  # network, permissions, names, splits: each has its own class, none shared
+    # Network, permissions, names, splits: the classes of their errors share no base.
+    except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         advice = "check the name and the network, or name a local file"
         raise UserError(f"{what}: the hub returned nothing ({text}); {advice}") from error
