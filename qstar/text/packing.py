@@ -30,14 +30,11 @@ def pack(
     the first row that has room. This is deterministic and uses at most 11/9 of the smallest possible number of rows.
     Otherwise each document gets its own row, in the order given.
 
-    Segment ids keep attention inside a document and positions restart in each, so a packed row trains like its documents
-    one by one. The STaR release packs without either, and documents attend to each other.
-
     Args:
         examples: the documents, each with at least one token.
         length: tokens per row, T.
         packed: several documents per row, or one.
-        loss_on_prompt: predict the prompt too (the release's behaviour: it never uses its loss mask).
+        loss_on_prompt: predict the prompt too, as the release, which never uses its loss mask.
 
     Returns:
         Arrays [B, T] in which segment 0 is padding (tokens 0, mask 0, positions 0): `tokens` int32; `mask` float32, 1 where
@@ -83,6 +80,7 @@ def pack_groups(
     shape = (len(rows), length)
     arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
     arrays |= {name: np.zeros(shape, np.float32) for name in ("mask", *extras)}
+    # -1, since 0 is the number of a group.
     members = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
     for row, indices in enumerate(rows):
         members[row, : len(indices)] = indices
@@ -92,8 +90,11 @@ def pack_groups(
                 segment += 1
                 span = np.s_[row, start : start + len(example)]
                 arrays["tokens"][span] = [*example.prompt, *example.completion]
+                # Attention stays inside a segment and positions restart, so a packed row trains like its documents one
+                # by one. The STaR release has neither: its documents attend to each other.
                 arrays["segment_ids"][span] = segment
                 arrays["positions"][span] = np.arange(len(example))
+                # The first token has no context, even where the prompt is empty.
                 first_predicted = 1 if loss_on_prompt else max(1, len(example.prompt))
                 arrays["mask"][row, start + first_predicted : start + len(example)] = 1
                 for name, values in extras.items():
@@ -103,7 +104,8 @@ def pack_groups(
 
 
 def _first_fit_decreasing(sizes: Sequence[int], length: int) -> list[list[int]]:
-    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])  # sorted() is stable: ties keep their order
+    # sorted() is stable: ties keep their order, and packing is the same in every run.
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     room = np.full(len(sizes), length)  # at most one row per document
     rows: list[list[int]] = []
     for index in order:

@@ -60,13 +60,15 @@ class Tokenizer:
         self.encoder_end: int | None = None
         self.limit: int | None = None
         self.files: dict[str, bytes] = {}
+        # Some families set an option, others have BOS in the template of the backend.
         self._adds_bos = self.bos_id is not None and (
             bool(hf.init_kwargs.get("add_bos_token")) or self.bos_id in self._backend.encode("a").ids
         )
 
     @property
     def _backend(self) -> Any:
-        return self.hf.backend_tokenizer  # not an attribute of ours: pickling keeps one copy
+        # Not stored: an attribute would be pickled as a second copy.
+        return self.hf.backend_tokenizer
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Ids of `text`, with `bos_id` in front when `bos` is set and the tokenizer puts one there.
@@ -74,17 +76,16 @@ class Tokenizer:
         A text that begins with the BOS token already (a rendered chat template) gets no second one.
 
         Raises:
-            UserError: a character has no id (only alphabets without an unknown token refuse one), or the id of a
-                token is beyond the model's vocabulary.
+            UserError: a character has no id (in an alphabet), or a token's id is beyond the model's vocabulary.
         """
         return self.encode_batch([text], bos=bos)[0]
 
     def encode_batch(self, texts: Iterable[str], *, bos: bool = False) -> list[list[int]]:
-        """`encode` of every text, in parallel threads."""
         texts = list(texts)
         try:
             encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # tokenizers raises bare Exception for a missing [UNK]
+        # tokenizers raises a bare Exception for a missing [UNK].
+        except Exception as error:
             raise self._unknown_character(texts) or error from error
         ids = [item.ids for item in encoded]
         if self.limit is not None and self.limit < self.vocab_size:
@@ -101,18 +102,21 @@ class Tokenizer:
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Ids of a prompt (BOS in front) and of the completion that follows it.
 
-        They are encoded together if that leaves the prompt's own ids unchanged. For an encoder-decoder they are two texts.
+        They are encoded together if that leaves the prompt's own ids unchanged.
         """
         if self.encoder_end is not None:
+            # An encoder-decoder has two texts, which never join.
             return self.encode_prompt(prompt), self.encode(completion)
         head, both_ids = self.encode_batch([prompt, prompt + completion], bos=True)
         if both_ids[: len(head)] == head:
             return head, both_ids[len(head) :]
+        # Behind special tokens alone a text begins the document, with SentencePiece's space in front.
         alone = self._special_ids.issuperset(head)
         return head, self.encode(completion) if alone else self.encode_continuation(completion)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows another: without the space that SentencePiece puts before a document."""
+        # The text may merge with an anchor, which changes the ids of both; then the next one is tried.
         for anchor in ("\n", "0", ":", "a") if self._adds_space else ():
             head, both_ids = self.encode_batch([anchor, anchor + text])
             if both_ids[: len(head)] == head:
@@ -121,8 +125,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _adds_space(self) -> bool:
-        """Whether encoding puts a space before every document and decoding removes it."""
         try:
+            # Decoding drops the first space only: the document twice shows the second one.
             return self._decode(self.encode("a") * 2) != "aa"
         except UserError:  # an alphabet without this letter
             return False
@@ -140,20 +144,21 @@ class Tokenizer:
         """
         ids = np.asarray(ids).astype(int).tolist()
         if self._adds_space and not self._special_ids.issuperset(map(int, after)):
-            return self._decode([*self.encode("a"), *ids])[1:]  # any text in front keeps the space; this one is short
+            # Any text in front keeps the space; this one is short.
+            return self._decode([*self.encode("a"), *ids])[1:]
         return self._decode(ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
 
     def decode_batch(self, ids: Iterable[Sequence[int]]) -> list[str]:
-        """`decode` of every row; rows may have different lengths."""
         rows = [np.asarray(row).astype(int).tolist() for row in ids]
         return self._backend.decode_batch(rows, skip_special_tokens=True)
 
     def count(self, ids: Sequence[int], text: str, *, after: Sequence[int] = ()) -> int:
         """The least number of `ids` whose text begins with `text`, a prefix of the text of all of them."""
         covers = lambda k: self.decode(ids[:k], after=after).startswith(text)  # noqa: E731
+        # Text only grows with further ids, so a few decodings find the place.
         return bisect.bisect_left(range(len(ids)), True, key=covers)
 
     def finish(
@@ -184,6 +189,7 @@ class Tokenizer:
         if self.decode(ids, after=after) == text:
             return list(ids)
         k = self.count(ids, text, after=after)
+        # The last token may reach beyond the text, and a part of a character decodes to U+FFFD.
         while k and not text.startswith(self.decode(ids[:k], after=after)):
             k -= 1
         rest = text[len(self.decode(ids[:k], after=after)) :]
@@ -192,7 +198,8 @@ class Tokenizer:
     def show(self, token: int) -> str:
         """The text of one token for display: with its leading space, special tokens by name."""
         piece = self.hf.convert_ids_to_tokens(token) or f"<{token}>"
-        if piece.startswith("\u2581"):  # SentencePiece's space, which decoding a lone token drops
+        # SentencePiece's space, which decoding a lone token drops.
+        if piece.startswith("\u2581"):
             return " " + piece[1:]
         return self.decode([token]) or piece
 
@@ -212,7 +219,6 @@ class Tokenizer:
             (folder / _CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def spells_as(self, other: Tokenizer) -> bool:
-        """Whether the other tokenizer's ids have the same meaning here."""
         return self is other or self.hf.get_vocab() == other.hf.get_vocab()
 
     def _check_limit(self, rows: Iterable[Sequence[int]], limit: int) -> None:
@@ -238,15 +244,17 @@ class Tokenizer:
 
 
 def _portable_settings(settings: dict[str, Any], special: dict[str, Any], hf: Any) -> dict[str, Any]:
-    """tokenizer_config.json without what transformers 5 alone understands."""
+    # The export must load in transformers 4 too, which does not understand all that version 5 writes.
     plain = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
     # A class like LlamaTokenizer has default special tokens; tokenizer.json alone, which is exported, has none.
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         if name not in plain and name not in special and getattr(hf, name) is not None:
             plain[name] = str(getattr(hf, name))
-    if plain.get("tokenizer_class") in (None, "TokenizersBackend"):  # version 4 has no class of this name
+    # Version 4 has no class of this name.
+    if plain.get("tokenizer_class") in (None, "TokenizersBackend"):
         plain["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(plain.get("extra_special_tokens"), list):  # version 4 expects a map there
+    # Version 4 expects a map there.
+    if isinstance(plain.get("extra_special_tokens"), list):
         plain["additional_special_tokens"] = plain.pop("extra_special_tokens")
     return plain
 
@@ -254,12 +262,8 @@ def _portable_settings(settings: dict[str, Any], special: dict[str, Any], hf: An
 def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
     """The tokenizer of a local checkpoint folder in the Hugging Face layout.
 
-    `tokenizer.json` is read as it stands. Without it the older files (SentencePiece `tokenizer.model` or
-    `spiece.model`, GPT-2's `vocab.json` and `merges.txt`) are converted by transformers, which then needs
-    `tokenizer_class` in tokenizer_config.json or `model_type` in config.json. Nothing is downloaded.
-
-    Returns:
-        The tokenizer, or None when the folder holds no tokenizer files (weights alone are allowed).
+    `tokenizer.json` is read as it stands. Older files (SentencePiece, GPT-2's) are converted by transformers,
+    which needs a `tokenizer_class` or `model_type`. None if there are no such files. Nothing is downloaded.
 
     Raises:
         UserError: the files exist and cannot be read, or there is no EOS token.
@@ -278,7 +282,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
         hf = reader.from_pretrained(str(folder), local_files_only=True)
         if found[0] == "tokenizer.model":
             _repair_sentencepiece(hf.backend_tokenizer, folder / "tokenizer.model")
-    except Exception as error:  # every reader of every family raises its own kind
+    # Every reader of every family raises its own kind.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = "copy them again from the model's source"
         raise UserError(f"{folder / found[0]}: the tokenizer files are broken ({reason}); {advice}") from error
@@ -302,13 +307,9 @@ def _refuse_byte_models(folder: pathlib.Path) -> None:
 def char_tokenizer(alphabet: str, *, pad: str, eos: str) -> Tokenizer:
     """A tokenizer with one id per character, in the order of `alphabet`.
 
-    It is an ordinary `tokenizers` model without an unknown token: it is saved and loaded in the Hugging Face layout like
-    any other, and a character outside of the alphabet is an error.
-
     Args:
-        alphabet: the characters, each once.
-        pad: the character of `alphabet` used for padding; `decode` skips it.
-        eos: the character of `alphabet` that ends a document; `decode` skips it too.
+        alphabet: the characters, each once; any other in a text is an error.
+        pad, eos: its characters for padding and for the end of a document; `decode` skips both.
 
     Raises:
         UserError: a character occurs twice, or `pad` or `eos` is not one character of the alphabet.
@@ -331,15 +332,12 @@ def char_tokenizer(alphabet: str, *, pad: str, eos: str) -> Tokenizer:
 
 
 def _repair_sentencepiece(backend: Any, path: pathlib.Path) -> None:
-    """Makes a tokenizer converted from SentencePiece BPE (Llama 2, Mistral) agree with its file.
-
-    transformers 5 ranks the merges by id instead of by score, so that runs of spaces join first, and omits the space that
-    SentencePiece puts before any text where there is one already (everywhere, when the folder names no tokenizer_class).
-    The ids would differ from those the model was trained on. Other formats (Llama 3's tokenizer.model is a tiktoken table)
-    are not changed.
-    """
+    # A tokenizer converted from SentencePiece BPE (Llama 2, Mistral) must give the ids that the model was trained on.
+    # transformers 5 ranks the merges by id instead of by score, so that runs of spaces join first, and omits the space
+    # that SentencePiece puts before any text where there is one already (everywhere, without a tokenizer_class).
     from tokenizers import decoders, models, normalizers
 
+    # Other formats stay as they are: Llama 3's tokenizer.model is a tiktoken table.
     if not getattr(backend.model, "byte_fallback", False):
         return
     import sentencepiece
