@@ -240,7 +240,7 @@ def _from_tpu(e: Mapping[str, str]) -> ProcessInfo | None:
     hosts, index = e.get("TPU_WORKER_HOSTNAMES", ""), e.get("TPU_WORKER_ID", "")
     slices = {k: e.get(f"MEGASCALE_{k}", "") for k in ("NUM_SLICES", "SLICE_ID", "COORDINATOR_ADDRESS")}
     if not (hosts and index):
-        # Without a device file there is no TPU, and a query of the metadata server would wait for its timeout.
+        # Without a device file there is no TPU, and a query of the metadata server may wait for its timeout.
         if e.get("TPU_SKIP_MDS_QUERY") or not glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
             return None
         # The new format is a list of hosts, the old one a list of name:id:address.

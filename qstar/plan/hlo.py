@@ -104,7 +104,7 @@ class Costs:
 
 def arrays(text: str) -> tuple[Array, ...]:
     """Returns the arrays of a type, e.g. `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`."""
-    # S(n) is the memory space: 0, which is not written, is main memory; the others are on the chip and cost no traffic.
+    # S(n) is the memory space: 0, which is not written, is main memory; only its traffic is counted.
     return tuple(
         Array(m[1], tuple(int(n) for n in m[2].split(",") if n), not re.search(r"S\([1-9]", m[3] or ""))
         for m in _ARRAY.finditer(text)

@@ -268,7 +268,7 @@ def _line(axes: _Axes, line: Line, turn: tuple[int, int], y_format: Callable, x_
 
 
 def _mark(number: int, x: float, y: float, size: float) -> str:
-    # A disc, square, triangle or diamond, with factors for about equal areas.
+    # A disc, square, triangle or diamond; the factors make them look about equally large.
     r = 4 * size
     shapes = (
         f"m{-r:.1f} 0a{r:.1f} {r:.1f} 0 1 0 {2 * r:.1f} 0a{r:.1f} {r:.1f} 0 1 0 {-2 * r:.1f} 0z",
