@@ -23,7 +23,7 @@ from qstar.types import Batch, Params, Segment
 
 
 def loss(params: dict[str, Params], batch: Batch, rng: jax.Array, *, config: ModelConfig) -> Any:
-    """The loss of `thoughts.objective.loss`, with thoughts sampled at all positions of the batch [B, N]."""
+    """The loss of `thoughts.loss.loss`, with thoughts sampled at all positions of the batch [B, N]."""
     policy, passes = params["policy"], config.thoughts.thoughts_per_position
     positions = layout.all_positions(batch)
     key, _ = jax.random.split(rng)  # as `objective.loss`: the same thoughts
