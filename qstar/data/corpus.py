@@ -87,7 +87,7 @@ class TextCorpus(Corpus):
         limit: int = 0,
         bad_rows: float = BAD_ROWS,
     ):
-        """Reads the first `limit` documents (0: all) of a `source` (see `read_records`), at least two, else a UserError."""
+        """Reads the first `limit` documents (0: all; at least 2, else a UserError) of a `source` of `read_records`."""
         require(
             (mode in ("crop", "pack"), f"data.mode={mode!r} is not one of crop, pack"),
             (length >= 2, f"data.length={length} must be at least 2"),

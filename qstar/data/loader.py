@@ -24,7 +24,7 @@ def batches(
     Args:
         arrays: equally long arrays [N, ...], such as `qstar.text.pack` makes.
         batch_size: rows of a batch, B. Every process of a run reads all of them.
-        mix: (other arrays, share): the last round(share * B) rows of every batch come from there, shuffled on their own.
+        mix: (other arrays, share): the last round(share * B) rows of a batch come from there, shuffled on their own.
 
     Raises:
         UserError: no rows, keys or row shapes that differ, a share outside 0..1, B below 1.

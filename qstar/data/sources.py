@@ -127,7 +127,7 @@ def _not_utf8(value: Any) -> str | None:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The rows of a JSONL file, none for an empty one. A missing or damaged file or line raises a UserError (file:line)."""
+    """The rows of a JSONL file, none for an empty one. A missing or damaged file or line is a UserError."""
     return [_object(place, row) for place, row in _open(os.fspath(path), None)]
 
 

@@ -178,7 +178,7 @@ _SAID_VERDICTS = tuple(
 
 
 def final_yes_no(text: str) -> str | None:
-    """The last statement of an answer that is yes, no, true or false ("not yes" is no), else the last sentence of one."""
+    """The last stated answer that is yes, no, true or false ("not yes" is no), else the last sentence that is one."""
 
     def read(part: str) -> str | None:
         stated = [_STATED_VERDICT.match(part, start) for _, start in reversed(answer_text.statements(part))]

@@ -54,8 +54,8 @@ _STATED = re.compile(
 )
 _TO_ANSWER = re.compile(r"[\s:=]*(?:(?<=\n)\s*[-\u2022]\s+)?")
 
-# Headings of a problem that the model invents. After an answer each of them ends it; before one, only the "strong" ones,
-# which no solution uses for its own parts.
+# Headings of a problem that the model invents. After an answer each of them ends it; before one, only the "strong"
+# ones, which no solution uses for its own parts.
 _NEXT = re.compile(
     r"^[^\w\n]*(?:[0-9]+[.)]\s*)?(?:(?:new|next|another|similar|sample|practice|bonus|additional)\s+)?"
     r"(?:(?P<strong>Q|Question|Problem|User|Human)|Example|Exercise|Task|Instructions?|Input|Student)"
@@ -160,7 +160,7 @@ def first_found(text: str, read: Callable[[str], T | None]) -> T | None:
 
 
 def statements(text: str) -> list[tuple[int, int]]:
-    """Places of "the answer is", "Answer:", boxes and such headings in a text without markup: (start, answer's start)."""
+    """Places of "the answer is", "Answer:", boxes and headings in a text without markup: (start, answer's start)."""
     return [(m.start(), _end(_TO_ANSWER, text, m.end())) for m in _STATED.finditer(text)]
 
 

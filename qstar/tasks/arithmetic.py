@@ -7,9 +7,9 @@ Three formats of one task:
 * ``release``: the text of the STaR release for pretrained models, with few-shot examples of the same length.
 * ``direct``: ``737+361=`` is followed by ``#1098``; the baseline without a rationale.
 
-The scratchpad restates the sum with carry 0; then one line for each digit pair but the units, right to left: the pair, the
-sum so far, the carry into the pair; then the last carry; then the sum with its carry digit (always n + 1 digits: this is
-the hint); then the answer.
+The scratchpad restates the sum with carry 0; then one line for each digit pair but the units, right to left: the pair,
+the sum so far, the carry into the pair; then the last carry; then the sum with its carry digit (always n + 1 digits:
+this is the hint); then the answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Eight aspects of a rationale's quality, each a number in [0, 1] that uses neither the gold answer nor a gold rationale.
+"""Eight aspects of a rationale's quality, each in [0, 1], measured without the gold answer or a gold rationale.
 
-LM-Guided CoT (2404.03414) names the aspects and does not define their measures; these are ours. Each has a version, which
-is recorded with every score: scores of different rules are not comparable.
+LM-Guided CoT (2404.03414) names the aspects and does not define their measures; these are ours. Each has a version,
+which is recorded with every score: scores of different rules are not comparable.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def relevance(v: View) -> float:
 
 
 def logicality(v: View) -> float:
-    """Share of neighbouring steps that share a content word, halved unless the last step adds a word to the question's."""
+    """Share of neighbouring steps with a common content word, halved if the last adds none to the question's."""
     steps = [set(content(s)) for s in v.sentences]
     # The middle of the scale: a single step can be neither linked nor unlinked.
     if len(steps) < 2:
@@ -111,7 +111,7 @@ def coherence(v: View) -> float:
 
 
 def fluency(v: View) -> float:
-    """exp(mean log-probability / 2) where a model has scored the rationale, else the share of sentences with a full stop."""
+    """exp(mean log-probability / 2) if a model has scored it, else the share of sentences with a full stop."""
     if v.mean_logprob is not None:
         # A mean per token, so that the length does not enter; the half keeps ordinary text off 0.
         return math.exp(0.5 * min(0.0, v.mean_logprob))

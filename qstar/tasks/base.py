@@ -1,7 +1,7 @@
 """Base classes of tasks: what a method needs to know about a data set.
 
-A new data set is a subclass of `DatasetTask`: its options are dataclass fields, `to_problem` reads a record, `prompt` writes
-the question and `parse` reads the answer (`answer_parsing` has parsers). A method never looks inside a problem.
+A new data set is a subclass of `DatasetTask`: its options are dataclass fields, `to_problem` reads a record, `prompt`
+writes the question and `parse` reads the answer (`answer_parsing` has parsers). A method never looks inside a problem.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Task:
         return completion[: min(ends, default=len(completion))]
 
     def answered_part(self, completion: str) -> str | None:
-        """The part up to the end of the answer of a completion that reached the token limit, None if it has no answer yet."""
+        """The part up to the end of the answer, for a completion at the token limit; None if it has no answer yet."""
         text = self.cut(completion)
         return text if len(text.rstrip()) < len(completion.rstrip()) else None
 
@@ -177,8 +177,8 @@ class DatasetTask(RecordTask):
     Options:
         train: file or hub name of the training records; the hub's own data set when None.
         test: the same for the test records.
-        prompts: folder with the few-shot files; "built-in" is the worked examples that come with qstar, in the form that
-            `parse` reads; None is zero-shot.
+        prompts: folder with the few-shot files; "built-in" is the worked examples that come with qstar, in the form
+            that `parse` reads; None is zero-shot.
     """
 
     train: str | None = None

@@ -13,8 +13,8 @@ from qstar.tasks.answer_text import without_thinking
 from qstar.tasks.base import Problem, RecordTask, check_split, text_field
 from qstar.tasks.program_parsing import as_body, as_module, blocks, is_body, normal_program, program_in, through_program
 
-# The prompt of the MBPP paper. V-STaR asks both data sets with "the MBPP template" and does not print it: that it is this
-# one is our assumption.
+# The prompt of the MBPP paper. V-STaR asks both data sets with "the MBPP template" and does not print it: that it is
+# this one is our assumption.
 TEMPLATE = (
     "You are an expert Python programmer, and here is your task: {task} Your code should pass these tests:\n\n"
     "{tests}\n[BEGIN]\n"
@@ -109,7 +109,7 @@ _RANGES = {"few_shot": range(1, 11), "test": range(11, 511), "val": range(511, 6
 
 @dataclass(kw_only=True, eq=False)
 class MBPP(CodeTask):
-    """MBPP (Austin et al., 2108.07732): 974 tasks, split by number: 1-10 few-shot, 11-510 test, 511-600 val, 601-974 train.
+    """MBPP (Austin et al., 2108.07732): 974 tasks, by number: 1-10 few-shot, 11-510 test, 511-600 val, 601-974 train.
 
     Prompt and test assertions are those of the paper (and of V-STaR). `data` may have the full or the sanitized layout.
 
@@ -190,9 +190,9 @@ class HumanEval(CodeTask):
     """HumanEval (Chen et al., 2107.03374): complete a Python function from its head and docstring. 164 test problems.
 
     Options:
-        template: "mbpp" is the frame of MBPP's prompt, as in V-STaR, whose models are trained on MBPP; the function's head
-            and docstring replace MBPP's sentence, and the model writes the whole function. "completion" is the head and
-            docstring alone, as in the data set's paper, and the model writes the body.
+        template: "mbpp" is the frame of MBPP's prompt, as in V-STaR, whose models are trained on MBPP; the function's
+            head and docstring replace MBPP's sentence, and the model writes the whole function. "completion" is the
+            head and docstring alone, as in the data set's paper, and the model writes the body.
     """
 
     template: str = bounded("mbpp", choices=("mbpp", "completion"))

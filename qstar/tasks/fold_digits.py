@@ -3,9 +3,9 @@
     e 6 4 5 3 9 = 7 ;          [6-k letters][k digits] = [answer] ;
 
 The answer folds k digits from the right through a fixed 10 x 10 Latin square: s_0 is the last digit, then
-s_i = d_(k-1-i) . s_(i-1). Each look-up needs the one before, so a shallow model cannot do k of them in one step; letters (a
-run of the alphabet) are easy, digits cannot be predicted. The base model's text also holds worked documents, which write
-the steps between two dashes, and chatter, which writes letters there:
+s_i = d_(k-1-i) . s_(i-1). Each look-up needs the one before, so a shallow model cannot do k of them in one step;
+letters (in alphabetical order) are easy, digits cannot be predicted. The base model's text also holds worked documents, which
+write the steps between two dashes, and chatter, which writes letters there:
 
     e 6 4 5 3 9 = - 9 2 0 8 1 - 7 ;          c 1 7 7 2 0 = - a d h j - 4 ;
 
@@ -41,7 +41,7 @@ class Folds(Corpus):
     classes = ("letter", "digit", "mark", "short answer", "hard")
 
     def __init__(self, *, documents: int = 1, worked: float = MIX["worked"], chatter: float = MIX["chatter"]):
-        """`documents` per row (each a problem of its own); shares of worked and chatter ones in the base model's text."""
+        """`documents` per row, each of its own problem; shares of worked and chatter ones in the base model's text."""
         shares = min(worked, chatter) >= 0 and worked + chatter <= 1
         require(
             (documents >= 1, f"documents={documents} must be at least 1"),
@@ -122,7 +122,7 @@ class Folds(Corpus):
 
 @functools.cache
 def table() -> np.ndarray:
-    """The Latin square [10, 10]: that of Z10 with rows, columns and symbols shuffled, neither commutative nor associative."""
+    """The Latin square [10, 10]: Z10 with rows, columns and symbols shuffled, neither commutative nor associative."""
     # Shuffled, since in plain Z10 a fold is the sum of its digits, in any order.
     rng = np.random.default_rng(0)
     rows, columns, symbols = (rng.permutation(10) for _ in range(3))

@@ -44,8 +44,8 @@ class MATH(DatasetTask):
 
     Options:
         subset: "all", or "v_star" for the rule of V-STaR (2402.06457, section 4.1): level 1 of algebra, counting and
-            probability, prealgebra and number theory, numeric answers, no LaTeX in the question. With "no LaTeX" read as
-            "no command", so that "$2x + 3$" is allowed, 155 of the 5,000 test problems remain; the paper has 150.
+            probability, prealgebra and number theory, numeric answers, no LaTeX in the question. With "no LaTeX" read
+            as "no command", so that "$2x + 3$" is allowed, 155 of the 5,000 test problems remain; the paper has 150.
         format: "boxed", or "gsm8k" to prompt and read answers as the GSM8K task does, for models trained on that.
         timeout_s: seconds per comparison.
         strict: read the last box and nothing else.
@@ -185,7 +185,7 @@ def in_v_star_subset(problem: Problem) -> bool:
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last ``\\boxed{..}`` (or ``\\fbox{..}``, ``\\boxed 5``), None if there is none that is closed."""
+    """The content of the last ``\\boxed{..}`` (or ``\\fbox{..}``, ``\\boxed 5``), None if none is closed."""
     # The last box, as in the scorer of the data set; earlier ones hold intermediate results.
     found = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|[^\s{}$]+)", text))
     if not found:
@@ -222,7 +222,7 @@ def _braced(match: re.Match) -> str:
 
 
 class Comparison(NamedTuple):
-    """`equal` is `reason == "equal"`; the other reasons are different, unparsed, timeout, error (mostly lack of memory)."""
+    """`equal` is `reason == "equal"`; other reasons: different, unparsed, timeout, error (mostly lack of memory)."""
 
     equal: bool
     reason: str

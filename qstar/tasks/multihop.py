@@ -1,4 +1,4 @@
-"""Questions over several paragraphs: HotpotQA (1809.09600) and 2WikiMultiHopQA (2011.01060), with LM-Guided CoT's prompts.
+"""Questions over several paragraphs: HotpotQA (1809.09600), 2WikiMultiHopQA (2011.01060), with LM-Guided CoT's prompts.
 
 Both published shapes are read, the original JSON and the hub's columns.
 """

@@ -1,7 +1,7 @@
 """Metrics of a multi-hop answer, as in the official scripts of HotpotQA and 2WikiMultiHopQA (v1.1).
 
-Both normalise alike: lower case, ASCII punctuation deleted (not replaced: "U.S." is "us", "co-op" is "coop"), the articles a,
-an, the replaced by a space, white space collapsed. Accents, long dashes and curly quotes stay.
+Both normalise alike: lower case, ASCII punctuation deleted (not replaced: "U.S." is "us", "co-op" is "coop"), the
+articles a, an, the replaced by a space, white space collapsed. Accents, long dashes and curly quotes stay.
 """
 
 from __future__ import annotations

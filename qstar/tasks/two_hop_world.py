@@ -4,9 +4,9 @@
     x r1 r2 ?                               the answer is z: x r1 y, y r2 z
     x r1 y y r2 z                           the rationale
 
-Beside the gold chain the facts hold a look-alike from the same subject (x r' y2, y2 r2 z2), one with the same relations from
-another subject (x3 r1 y3, y3 r2 z3) and a distractor (y r3 w): three facts have the question's second relation. One token per
-word. A row is 34 tokens: facts (21), TAG x r1 r2 (4), the slot of the rationale (7), the mark A, the answer.
+Beside the gold chain the facts hold a look-alike from the same subject (x r' y2, y2 r2 z2), one with the same relations
+from another subject (x3 r1 y3, y3 r2 z3) and a distractor (y r3 w): three facts have the question's second relation.
+One token per word. A row is 34 tokens: facts (21), TAG x r1 r2 (4), the rationale's slot (7), the mark A, the answer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FIRST = 8  # the first entity; relations follow the entities
 VOCAB = FIRST + ENTITIES + RELATIONS
 FACTS, SLOT, QUESTION = 21, 7, 25  # tokens of the facts, of the slot, and where the slot begins
 LENGTH = QUESTION + SLOT + 2
-# Rate of a wrong first hop in the teacher's training text, by the question's first relation. For two of six it is above 1/2:
-# there greedy rationales are wrong and filtered samples are not, which shows the effect of the filter.
+# Rate of a wrong first hop in the teacher's training text, by the question's first relation. For two of six it is above
+# 1/2: there greedy rationales are wrong and filtered samples are not, which shows the effect of the filter.
 NOISE = (0.05, 0.10, 0.15, 0.30, 0.65, 0.70)
 
 
@@ -165,8 +165,8 @@ def mixed_text(
 def aspects(worlds: Worlds, rationale: np.ndarray, *, weak: bool = False) -> dict[str, np.ndarray]:
     """Four measures [B] in [0, 1] of cleaned rationales [B, 7], which use the facts but not the answer.
 
-    factuality: share of the two triples that are facts (`weak`: that share subject and object with one). relevance: begins
-    with the question's entity. coherence: the second triple begins where the first ends. form: six words, then the end.
+    factuality: share of the two triples that are facts (`weak`: that share subject and object with one). relevance:
+    begins with the question's entity. coherence: the second triple begins where the first ends. form: six words, EOS.
     """
     r = rationale
     facts = rearrange(worlds.facts, "b (facts words) -> b facts 1 words", words=3)

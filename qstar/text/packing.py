@@ -26,9 +26,9 @@ def pack(
 ) -> dict[str, np.ndarray]:
     """Packs documents into rows of `length` tokens; no document is split or shortened.
 
-    With `packed`, rows are filled first-fit-decreasing: documents by falling length (ties in the order given), each into
-    the first row that has room. This is deterministic and uses at most 11/9 of the smallest possible number of rows.
-    Otherwise each document gets its own row, in the order given.
+    With `packed`, rows are filled first-fit-decreasing: documents by falling length (ties in the order given), each
+    into the first row that has room. This is deterministic and uses at most 11/9 of the smallest possible number of
+    rows. Otherwise each document gets its own row, in the order given.
 
     Args:
         examples: the documents, each with at least one token.
@@ -37,9 +37,9 @@ def pack(
         loss_on_prompt: predict the prompt too, as the release, which never uses its loss mask.
 
     Returns:
-        Arrays [B, T] in which segment 0 is padding (tokens 0, mask 0, positions 0): `tokens` int32; `mask` float32, 1 where
-        the token at that place is to be *predicted*; `segment_ids` int32, 1, 2, .. within a row; `positions` int32. The
-        first token of a document has no context and is never predicted, even when the prompt is empty.
+        Arrays [B, T] in which segment 0 is padding (tokens 0, mask 0, positions 0): `tokens` int32; `mask` float32, 1
+        where the token at that place is to be *predicted*; `segment_ids` int32, 1, 2, .. within a row; `positions`
+        int32. The first token of a document has no context and is never predicted, even when the prompt is empty.
 
     Raises:
         UserError: a document is empty or longer than `length`.

@@ -29,15 +29,15 @@ class Tokenizer:
     """A Hugging Face fast tokenizer, reduced to what the project uses.
 
     Encoding calls the Rust backend directly: no special token is added implicitly, nothing is truncated or padded, and
-    decoding never removes spaces before punctuation (which would break exact answers such as ``6 7 , 1``). Special tokens
-    *written out* in a text are still recognised.
+    decoding never removes spaces before punctuation (which would break exact answers such as ``6 7 , 1``). Special
+    tokens *written out* in a text are still recognised.
 
     Attributes:
         vocab_size: one more than the largest id, added tokens included.
         bos_id: id that begins a document, or None where the family has none (T5, character alphabets).
         eos_id: id that ends one; every tokenizer here has it.
-        pad_id: the tokenizer's own padding id, else 0. It fills arrays and is never used as a mask, so it may coincide with
-            a real token (a model with pad == eos must still learn to stop).
+        pad_id: the tokenizer's own padding id, else 0. It fills arrays and is never used as a mask, so it may coincide
+            with a real token (a model with pad == eos must still learn to stop).
         encoder_end: id that ends an encoder's input, for the tokenizer of an encoder-decoder; else None.
         limit: rows of the model's embedding, or None; `encode` refuses ids from there on.
         files: settings, special tokens and chat template of the source folder, copied by `save`.
@@ -167,8 +167,8 @@ class Tokenizer:
         """Decodes a sampled completion, up to the first stop string if there is one.
 
         Args:
-            after: the prompt's ids. stopped: whether the last id is a stop token; it is no part of the text, even where the
-                tokenizer does not list it as special.
+            after: the prompt's ids. stopped: whether the last id is a stop token; it is no part of the text, even where
+                the tokenizer does not list it as special.
 
         Returns:
             The text, how many ids belong to it (the token in which a stop string begins may reach into it), and whether

@@ -99,7 +99,7 @@ def run_python(
 
     Raises:
         ValueError: tests that do not parse or assert nothing, or limits that are not positive.
-        UserError: this machine cannot confine a program (Linux on x86-64 with seccomp is needed), or has no such package.
+        UserError: this machine cannot confine a program (it needs Linux on x86-64 with seccomp) or has no such package.
     """
     return pool(allow).run(Job(program, tests), timeout_s=timeout_s, memory_mb=memory_mb)
 

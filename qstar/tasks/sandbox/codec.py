@@ -1,7 +1,7 @@
 """Plain Python values as JSON and back, and the messages between the sandbox's processes.
 
-A value arrives in exact built-in types, or as a numbered handle. What its class overrides (an __eq__ that is always true,
-a str with a false length) stays in the program's process.
+A value arrives in exact built-in types, or as a numbered handle. What its class overrides (an __eq__ that is always
+true, a str with a false length) stays in the program's process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SMALL = 1 << 62
 
 
 def encode(value: Any, keep: Callable[[Any], int]) -> Any:
-    """A value as `json` can write it. `keep` returns the number of an object that is no plain value, or raises TypeError."""
+    """A value as `json` can write it. `keep` numbers an object that is no plain value, or raises TypeError."""
     if value is None or value is True or value is False:
         return value
     # Exact types: a subclass may override anything. JSON has no infinities and no nan.
@@ -194,7 +194,7 @@ def send(fd: int, message: Any) -> None:
 
 
 def receive(fd: int, deadline: float | None = None) -> Any:
-    """Reads one message. Raises Closed, TooLong, ValueError (not JSON), TimeoutError at `deadline` (of time.monotonic)."""
+    """Reads one message. Raises Closed, TooLong, ValueError (no JSON), TimeoutError at `deadline` (time.monotonic)."""
     (size,) = struct.unpack("<I", _read(fd, 4, deadline))
     # The length comes from an untrusted process: it is refused before memory is reserved.
     if size > MAX_BYTES:

@@ -1,10 +1,10 @@
 """Process isolation on Linux: namespaces, Landlock, seccomp, capabilities, resource limits. x86-64 only.
 
-"namespaces": a file system of its own with Python's library read-only and one small scratch folder, no network, no other
-process and no /proc. "landlock", where the system refuses namespaces to users (many containers): nothing can be written and
-only Python's library can be read. "seccomp", on kernels without Landlock: no file can be opened, so only modules imported
-before are available. In all three seccomp refuses new processes, programs, sockets, signals to others (also those that the
-kernel would send) and access to other processes.
+"namespaces": a file system of its own with Python's library read-only and one small scratch folder, no network, no
+other process and no /proc. "landlock", where the system refuses namespaces to users (many containers): nothing can be
+written and only Python's library can be read. "seccomp", on kernels without Landlock: no file can be opened, so only
+modules imported before are available. In all three seccomp refuses new processes, programs, sockets, signals to others
+(also those that the kernel would send) and access to other processes.
 """
 
 from __future__ import annotations
@@ -241,9 +241,9 @@ _DENIED = (
     *(259, 305, 313, 320),  # as the line before: sessions, device nodes, clocks, modules, accounting, reboot ...
     *(129, 297, 141, 142, 144, 203, 251, 256, 279, 314),  # queued signals, priorities, other processes' memory policy
 )
-# Allowed of fcntl and ioctl: descriptors, their flags (but O_ASYNC), locks, pipe sizes; a file's kind and size, blocking or
-# not. Others make the kernel send signals to any process: owners of descriptors (F_SETOWN, F_SETOWN_EX, F_SETSIG,
-# FIOSETOWN, SIOCSPGRP, FIOASYNC), leases and notices of files, terminals (TIOCSTI, TIOCSPGRP).
+# Allowed of fcntl and ioctl: descriptors, their flags (but O_ASYNC), locks, pipe sizes; a file's kind and size,
+# blocking or not. Others make the kernel send signals to any process: owners of descriptors (F_SETOWN, F_SETOWN_EX,
+# F_SETSIG, FIOSETOWN, SIOCSPGRP, FIOASYNC), leases and notices of files, terminals (TIOCSTI, TIOCSPGRP).
 _FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032)
 _IOCTL = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _SETFL = 4
@@ -254,8 +254,8 @@ _WRITES_AT = (258, 260, 261, 263, 264, 265, 266, 268, 280, 316, 452)
 def seccomp_filter(pid: int, isolation: str) -> bytes:
     """The filter program: the numbers above, and calls that are allowed with certain arguments only.
 
-    `pid` is the process itself, which it may signal. With "namespaces" the file system is its own; with the others it can
-    change no file, and with "seccomp" open none: pipes and memory of its user's other processes are files, too.
+    `pid` is the process itself, which it may signal. With "namespaces" the file system is its own; with the others it
+    can change no file, and with "seccomp" open none: pipes and memory of its user's other processes are files, too.
     """
     deny, allow, unknown = _op(_RET, _EPERM), _op(_RET, _ALLOW), _op(_RET, _ENOSYS)
 

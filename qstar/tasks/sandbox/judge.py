@@ -48,7 +48,7 @@ class Guest:
         self._exchange(order)
 
     def ask(self, what: str, *args: Any) -> Any:
-        """The program's answer. Raises its exception, marked by an attribute `of_program`, or Ended if there is no answer."""
+        """The program's answer, or its exception with an attribute `of_program`, or Ended if there is no answer."""
         return self._exchange([what, *(codec.encode(a, _number) for a in args)])
 
     def _exchange(self, message: Any) -> Any:
@@ -215,8 +215,8 @@ def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
 
 
 def _give_up_powers(isolation: str) -> None:
-    # Judge and program become the same user without rights. With Landlock alone root stays root: Python may be installed
-    # where only root can read.
+    # Judge and program become the same user without rights. With Landlock alone root stays root: Python may be
+    # installed where only root can read.
     if isolation != "landlock":
         isolate.drop_root()
     isolate.drop_capabilities()

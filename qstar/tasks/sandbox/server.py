@@ -1,4 +1,4 @@
-"""The server: a long-lived process that confines itself and then forks one judge per job. Started by `qstar.tasks.sandbox`.
+"""The server: a process started by `qstar.tasks.sandbox` that confines itself and then forks one judge per job.
 
     python -S -s -P server.py JOBS VERDICTS STRENGTH [FOLDER ...]
 
