@@ -94,7 +94,7 @@ class _LetterPatterns(NamedTuple):
 
 @functools.cache
 def _letter_patterns(last: str) -> _LetterPatterns:
-    # A lone "A" is mostly the article, so it needs a bracket or punctuation behind it; later letters do not.
+    # A lone "A" is mostly the article, so a bracket, punctuation or "because" must follow; later letters need none.
     big, small, no_article = f"[A-{last.upper()}]", f"[a-{last}]", f"[B-{last.upper()}]"
     return _LetterPatterns(
         # "not (b)" and "(a) or (b)" choose nothing.

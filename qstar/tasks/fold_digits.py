@@ -4,8 +4,8 @@
 
 The answer folds k digits from the right through a fixed 10 x 10 Latin square: s_0 is the last digit, then
 s_i = d_(k-1-i) . s_(i-1). Each look-up needs the one before, so a shallow model cannot do k of them in one step;
-letters (in alphabetical order) are easy, digits cannot be predicted. The base model's text also holds worked documents, which
-write the steps between two dashes, and chatter, which writes letters there:
+letters (in alphabetical order) are easy, digits cannot be predicted. The base model's text also holds worked documents,
+which write the steps between two dashes, and chatter, which writes letters there:
 
     e 6 4 5 3 9 = - 9 2 0 8 1 - 7 ;          c 1 7 7 2 0 = - a d h j - 4 ;
 
