@@ -39,8 +39,7 @@ setup(
         "safetensors>=0.5",  # weights
         "huggingface_hub>=0.30",  # cuts exports into shards; transformers brings it, too
         "etils[epath]>=1.10",  # gs:// paths like local ones
-        "scikit-learn>=1.5",  # AUC, Brier score and calibration of verifiers
-        "scipy>=1.13",  # bootstrap intervals and sign tests; jax brings it, too
+        "scipy>=1.13",  # sign tests and expit; jax brings it, too
         "rich>=13",  # terminal tables and progress bars
         "tensorboardX>=2.6",  # TensorBoard events without TensorFlow; part of every run folder
     ],
