@@ -70,12 +70,12 @@ class _Range:
         if self.choices:
             return "" if value in self.choices else f"is not one of {', '.join(filter(None, map(str, self.choices)))}"
         # bool is a subclass of int: without the second test, True would pass as 1.
-        whole = not kind.startswith("int") or (isinstance(value, int) and not isinstance(value, bool))
+        typed = not kind.startswith("int") or (isinstance(value, int) and not isinstance(value, bool))
         # Every comparison is False for NaN, so that NaN is refused; infinity only passes where `le` names it.
         holds = isinstance(value, (int, float)) and (value < math.inf or self.le == math.inf)
         holds = holds and (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)
         holds = holds and (self.le is None or value <= self.le) and (self.lt is None or value < self.lt)
-        if whole and holds:
+        if typed and holds:
             return ""
         low, high = self.gt if self.ge is None else self.ge, self.lt if self.le is None else self.le
         if low is not None and high is not None and high < math.inf:
@@ -85,7 +85,7 @@ class _Range:
         else:
             bounds = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
             text = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound not in (None, math.inf))
-        text = text if whole else f"a whole number {'of ' if self.ge is not None else ''}{text}"
+        text = text if typed else f"a whole number {'of ' if self.ge is not None else ''}{text}"
         return f"must be {text}{f' ({self.note})' if self.note else ''}{', or None' if 'None' in kind else ''}"
 
 

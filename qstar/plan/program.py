@@ -75,9 +75,9 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     """Compiles a program for a slice and reads the result; `keep` is called with the compiled text."""
     parts = {k: local_bytes(v) for k, v in program.parts.items()}
     resident = {k: local_bytes(v) for k, v in program.resident.items()}
-    arguments, beside, hbm = sum(parts.values()), sum(resident.values()), int(topology.chip.hbm)
+    arguments, kept_bytes, hbm = sum(parts.values()), sum(resident.values()), int(topology.chip.hbm)
     plan = Plan(
-        program.name, False, parts, resident, 0, arguments + beside, hbm, rule=program.rule, notes=program.notes
+        program.name, False, parts, resident, 0, arguments + kept_bytes, hbm, rule=program.rule, notes=program.notes
     )
     plan.needed = program.flops / len(topology.devices)
     # Compilation is slow, and activations could only add to the arguments.
@@ -96,14 +96,14 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     plan.compile_seconds, plan.compile_cpu_seconds = time.perf_counter() - began, time.process_time() - worked
     if compiled is None:
         plan.activations = max(_exhausted(message) - arguments, hbm - arguments)
-        plan.peak = arguments + beside + plan.activations
+        plan.peak = arguments + kept_bytes + plan.activations
         return plan
     plan.compiled = True
     memory = compiled.memory_analysis()
     # Donated arguments become results in place; what is left needs memory of its own.
     extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
     plan.activations = memory.temp_size_in_bytes + max(0, extra)
-    plan.peak = memory.argument_size_in_bytes + beside + plan.activations
+    plan.peak = memory.argument_size_in_bytes + kept_bytes + plan.activations
     plan.fits = plan.peak <= hbm
     text = compiled.as_text()
     if keep is not None:

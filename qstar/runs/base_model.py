@@ -80,10 +80,10 @@ def _check_trainable(ctx: RunContext, start: Model, loops: Collection[Any]) -> N
     except UserError as e:
         raise UserError(f"config.train.{e}") from None
     if isinstance(start.config, EncDecConfig):
-        ways = [way for x in loops for way in (*getattr(x, "verifiers", ()), getattr(x, "update", "sft"))]
-        way = next((way for way in ways if way != "sft"), "")
-        line = f"config.model.path={ctx.config.model.path}: an encoder-decoder (T5) cannot be trained by {way!r}"
-        require((not way, f"{line} (only by fine-tuning); leave that arm out, or take a decoder"))
+        updates = [update for x in loops for update in (*getattr(x, "verifiers", ()), getattr(x, "update", "sft"))]
+        update = next((update for update in updates if update != "sft"), "")
+        line = f"config.model.path={ctx.config.model.path}: an encoder-decoder (T5) cannot be trained by {update!r}"
+        require((not update, f"{line} (only by fine-tuning); leave that arm out, or take a decoder"))
 
 
 def _check_room(ctx: RunContext, start: Model, loops: Collection[Any]) -> None:

@@ -222,8 +222,8 @@ def encode_prompts(model: Model, prompts: Sequence, options: SamplingOptions) ->
     decoder, texts = not isinstance(model.config, EncDecConfig), isinstance(prefix, str)
     if texts and len(prompts) and all(isinstance(p, str) for p in prompts):
         # Text is encoded with its prefix in front, since a token may span the two.
-        whole = [prefix + p for p in prompts]
-        rows = tokenizer.encode_batch(whole, bos=True) if decoder else [encoder_ids(model, text) for text in whole]
+        joined = [prefix + p for p in prompts]
+        rows = tokenizer.encode_batch(joined, bos=True) if decoder else [encoder_ids(model, text) for text in joined]
     else:
         head = tokenizer.encode(prefix, bos=decoder) if texts and prefix else list(prefix)
 
