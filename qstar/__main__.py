@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import importlib
 import os
 import shlex
 import signal
@@ -69,9 +70,7 @@ def dispatch(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         raise unknown(f"command {argv[0]!r}", argv[0], COMMANDS)
     # Here, not at the top: --help and --version do not import argparse, ml_collections and the flags.
-    from qstar import cli
-
-    return getattr(cli, argv[0])(argv[1:])
+    return importlib.import_module(f"qstar.commands.{argv[0]}").main(argv[1:])
 
 
 def check_texts(argv: list[str]) -> None:

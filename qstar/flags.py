@@ -228,3 +228,11 @@ def _value(flag: str, text: str | None, old: Any) -> Any:
     if old is not None and not isinstance(value, type(old)):
         raise UserError(f"{flag}={text} must be of type {type(old).__name__}, as {old!r} is")
     return value
+
+
+def command_config(command: str, spec: str | None, rest: list[str], example: str) -> ConfigDict:
+    """Returns the config of a command's `--config` and the overrides in `rest`; raises UserError if it has none."""
+    overrides = parse_overrides(rest)
+    if spec is None:
+        raise UserError(f"{command}: --config=FILE is missing, e.g. --config={example}")
+    return read_config(spec, overrides)

@@ -412,6 +412,6 @@ def test_a_gpu_without_its_plugin(root):
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
     """Nothing but a UserError is caught: a bug must not pass for bad input."""
-    monkeypatch.setattr("qstar.cli.report", lambda argv: {}["bug"])
+    monkeypatch.setattr("qstar.commands.report.main", lambda argv: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
         main(["report", "x"])

@@ -18,8 +18,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MEET = """
 import sys
 from qstar.__main__ import main
-from qstar import cli, distributed
-cli.report = lambda argv: print(distributed.rendezvous(distributed.process_info(), float(argv[0]))) or 0
+from qstar import distributed
+from qstar.commands import report
+report.main = lambda argv: print(distributed.rendezvous(distributed.process_info(), float(argv[0]))) or 0
 sys.exit(main(["report", sys.argv[1]]))
 """
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import shared
 
-from qstar import cli
+from qstar.commands import evaluate as evaluate_command
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
 from qstar.methods import quiet_eval as q
@@ -232,11 +232,11 @@ def test_the_command_prints_both_numbers(sums, tmp_path, capsys):
     write_jsonl(path, [{"question": a, "answer": f"so\n#### {b}"} for a, b in QUESTIONS])
     options = json.dumps({"train": str(path), "test": str(path)})
     flags = [f"--model={tmp_path / 'model'}", "--task=gsm8k", f"--task-options={options}", "--json", "--device=cpu"]
-    cli.evaluate([*flags, "--metric=expected", "--thought-temperature=0"])
+    evaluate_command.main([*flags, "--metric=expected", "--thought-temperature=0"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found == pytest.approx(q.expected_accuracy(model, sums, temperature=0.0), rel=1e-5)
-    cli.evaluate([*flags, "--metric=cot", "--samples=2", "--max-new-tokens=4", "--limit=2", "--thoughts=on"])
+    evaluate_command.main([*flags, "--metric=cot", "--samples=2", "--max-new-tokens=4", "--limit=2", "--thoughts=on"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"majority@2", "majority@2_base", "pass@1", "pass@1_base"} <= found.keys()
     with pytest.raises(UserError, match="--out keeps the answers of --metric=answers"):
-        cli.evaluate([*flags, "--metric=expected", "--out=x"])
+        evaluate_command.main([*flags, "--metric=expected", "--out=x"])

@@ -97,7 +97,7 @@ def test_sign_test():
 
 
 def test_counting_needs_no_jax():
-    code = "import sys, qstar.report.compare, qstar.cli; sys.exit('jax' in sys.modules)"
+    code = "import sys, qstar.report.compare, qstar.commands.compare; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

@@ -1,0 +1,141 @@
+"""`qstar evaluate`: measures a model on a task."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from typing import Any
+
+from qstar import preemption
+from qstar.distributed import start_jax
+from qstar.errors import UserError, require
+from qstar.flags import COUNT, POSITIVE, SEED, TEMPERATURE, Parser, json_object, local_folder
+
+
+def _evaluate_parser() -> Parser:
+    p = Parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
+    p.flag("--model DIR", "model folder in the Hugging Face layout", required=True)
+    p.flag("--task NAME", "arithmetic, commonsense_qa, gsm8k, math, mbpp ...", required=True)
+    p.flag("--task-options JSON", 'e.g. {"test": "test.jsonl"}; "prompts": a folder of few-shot files, or null for none '
+           "(default: built-in examples)", json_object, {})  # fmt: skip
+    p.flag("--split", "part of the task's problems", default="test", choices=("train", "val", "test"))
+    p.flag("--limit N", "first N problems (0: all)", COUNT, 0)
+    p.flag("--max-new-tokens N", "of an answer", POSITIVE, 256)
+    p.flag("--samples N", "per problem, for pass@k and majority@k (0: none)", COUNT, 0)
+    p.flag("--temperature T", "of those samples", TEMPERATURE, 0.7)
+    p.flag("--verifier NAME=DIR[:SCORE]", "a model that scores the samples, for best-of-k: the folder of a `qstar export "
+           "--verifier`; SCORE is logp (without a head), mean_logp, orm, prm_min or prm_product; repeatable",
+           default=[], action="append")  # fmt: skip
+    p.flag("--seed N", "of the random draws", SEED, 0)
+    p.flag("--out DIR", "keeps the answers (JSONL), so that a second call only counts")
+    p.switch("--json", "one JSON object instead of a table")
+    p.flag("--too-long", "prompts beyond the context: stop, leave those problems out, or drop the first tokens of the prompt",
+           default="error", choices=("error", "skip", "truncate"))  # fmt: skip
+    p.flag("--metric", "answers: correctness of generated answers; expected: zero-shot probability of the right answer, and "
+           "exact match; cot: majority votes after zero-shot reasoning. The last two are those of Quiet-STaR, with and "
+           "without thoughts (default: answers)", default="answers", choices=("answers", "expected", "cot"))  # fmt: skip
+    p.flag("--thoughts", "for expected and cot: think before every token, too (default: if the model can)",
+           default="auto", choices=("auto", "on", "off"))  # fmt: skip
+    p.flag("--passes P", "thoughts per position, for expected", POSITIVE, 1)
+    p.flag("--thought-temperature T", "0: greedy (default: as trained)", TEMPERATURE)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """qstar evaluate --model=DIR --task=NAME"""
+    a = _evaluate_parser().parse_args(argv)
+    start_jax(a.device)
+    if a.metric != "answers":
+        return _evaluate_quiet(a)
+    from rich.console import Console
+
+    from qstar.methods.score_samples import by_scores
+    from qstar.models.model import load
+    from qstar.report.pages.v_star import curve_rows, write_evaluation
+    from qstar.runs.evaluate import evaluate_model, result_rows, unanswered
+    from qstar.tasks import has_examples, make_task
+    from qstar.train.metrics import show_table
+
+    a.task_options = ({"prompts": "built-in"} if has_examples(a.task) else {}) | a.task_options
+    task = make_task(a.task, **a.task_options)
+    task.problems(a.split)  # reports a fault in the data before the model is read
+    scorers = _scorers(a.verifier, task)
+    require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
+    # `made_with` identifies the kept answers: flags that change what is counted, but no answer, are not part of it.
+    unused = {"verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature"}
+    made_with = {k: v for k, v in vars(a).items() if k not in unused}
+    out = local_folder("--out", a.out) if a.out else None
+    flags = ("split", "limit", "samples", "max_new_tokens", "temperature", "seed", "too_long")
+    options = {name: getattr(a, name) for name in flags} | {"out": out, "made_with": made_with}
+    options["score"] = lambda rows, *where: by_scores(rows, a.samples, scorers, *where, task.ballots)
+    try:
+        result = evaluate_model(load(a.model), task, **options)
+    except preemption.Preempted:
+        raise preemption.Preempted(f"finished rounds of answers are kept in {out}" if out else "") from None
+    title = f"{a.task}, {a.split}"
+    page = write_evaluation(out, title, result, a.samples) if out and a.samples else None
+    if a.json:
+        print(json.dumps(result))
+        return 0
+    console = Console()
+    show_table(console, title, result_rows({k: v for k, v in result.items() if "@" not in k and ":" not in k}))
+    if warning := unanswered(result):
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+    if a.samples:
+        show_table(console, "probability to be right with k samples (95% interval over problems)", curve_rows(result))
+        gains = result_rows({k: v for k, v in result.items() if k.startswith("gain@")})
+        show_table(console, "differences on the same samples, paired over problems", gains)
+    if page:
+        console.print(f"curves: {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
+    from qstar.methods.verifier import SCORES, Verifier
+    from qstar.models.model import load
+
+    out: dict[str, Any] = {}
+    for flag in flags:
+        name, equals, folder = flag.partition("=")
+        # Only a known score after the last colon is a rule: paths may contain colons.
+        folder, _, rule = folder.rpartition(":") if folder.rpartition(":")[2] in SCORES else (folder, "", "")
+        if not equals or not re.fullmatch(r"\w+", name) or name in ("generator", *out):
+            raise UserError(f"evaluate: --verifier={flag} must be NAME=DIR, each NAME once and not 'generator'")
+        out[name] = Verifier(load(folder), rule, steps=task.steps)
+        _ = out[name].rule  # raises, before anything is sampled, if the score does not fit the model
+    return out
+
+
+def _evaluate_quiet(a: argparse.Namespace) -> int:
+    # Zero-shot expected accuracy and cot-majority of the Quiet-STaR paper. Neither keeps answers or shortens prompts.
+    only = f"--metric={a.metric}"
+    require(
+        (a.too_long == "error", f"evaluate: --too-long={a.too_long} is of --metric=answers; {only} knows only error"),
+        (not a.out, f"evaluate: --out keeps the answers of --metric=answers; {only} writes none"),
+    )
+    from rich.console import Console
+
+    from qstar.methods.quiet_eval import expected_accuracy, zero_shot_cot
+    from qstar.models.model import load
+    from qstar.runs.evaluate import result_rows
+    from qstar.tasks import make_task
+    from qstar.train.metrics import show_table
+
+    task = make_task(a.task, **a.task_options)
+    task.problems(a.split)  # reports a fault in the data before the model is read
+    model = load(a.model)
+    thoughts = a.thoughts == "on" or (a.thoughts == "auto" and model.config.thoughts is not None)
+    if thoughts and a.thought_temperature is not None and model.config.thoughts is not None:
+        thoughts = model.config.thoughts.replace(temperature=a.thought_temperature)
+    common = dict(split=a.split, limit=a.limit, thoughts=thoughts, seed=a.seed)
+    if a.metric == "expected":
+        result = expected_accuracy(model, task, passes=a.passes, **common)
+    else:
+        text = dict(samples=a.samples or 8, max_new_tokens=a.max_new_tokens, temperature=a.temperature)
+        result = zero_shot_cot(model, task, **text, **common)
+    if a.json:
+        print(json.dumps(result))
+    else:
+        show_table(Console(), f"{a.task}, {a.split}", result_rows(result))
+    return 0

@@ -1,0 +1,47 @@
+"""`qstar train`: runs the method of a config file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qstar.distributed import is_first, start_jax
+from qstar.errors import require
+from qstar.flags import Parser, command_config, local_folder
+
+
+def main(argv: list[str]) -> int:
+    """qstar train --config=FILE[:ARG] --workdir=DIR [--config.key=value ...]"""
+    p = Parser(
+        "train",
+        "Runs the method of a config file; called again after an interruption, goes on where it stopped.",
+        epilog="qstar train --config=configs/star_arithmetic.py:smoke --config.train.lr=1e-3 --workdir=runs/x",
+    )
+    p.config()
+    p.flag("--workdir DIR", "run folder (default: runs/<config.name>)")
+    p.flag("--profile FIRST:LAST", "traces these updates to WORKDIR/profile, e.g. 10:13")
+    a, rest = p.parse_known_args(argv)
+    config = command_config("train", a.config, rest, "configs/star_arithmetic.py")
+    workdir = local_folder("--workdir", a.workdir) if a.workdir else _default_workdir(config.get("name", "run"))
+    # After the flags and the config: a mistake in them ends before JAX starts and waits for other processes.
+    start_jax(a.device, several=True)
+    from rich.console import Console
+
+    from qstar import methods
+    from qstar.report.pages import write_report
+    from qstar.train import profile
+
+    console = Console(quiet=not is_first())
+    with profile.tracing(a.profile, workdir / "profile"):
+        methods.run(config, workdir, console)
+    if is_first():
+        console.print(f"report: {write_report(workdir)}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _default_workdir(name: Any) -> Path:
+    # The name comes from a config that may be somebody else's: it must not lead out of runs/.
+    parts = Path(name).parts if isinstance(name, str) and name.isprintable() else ()
+    inside = bool(parts) and not Path(name).is_absolute() and ".." not in parts
+    require((inside, f"config.name={name!r} must name a folder inside runs/; or give --workdir=DIR"))
+    return Path("runs", name)
