@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
 import math
 import re
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from qstar.data.user_code import load_file, user_errors
 from qstar.errors import SEEDS, UserError, unknown
 from qstar.files import parse_json
 
@@ -165,27 +163,12 @@ def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
 
 
 def _get_config(path: Path, argument: str | None) -> Any:
-    root = str(path.resolve().parent.parent)  # a config imports configs.common
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    spec = importlib.util.spec_from_file_location("qstar_config", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: not a Python file (its name must end in .py)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"--config={path}: defines no get_config(arg); see configs/star_arithmetic.py")
+    # A config imports configs.common, also when its get_config runs.
+    module = load_file(path, "--config", root=str(path.resolve().parent.parent))
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path}: defines no get_config(arg); see configs/star_arithmetic.py")
+    with user_errors(f"--config={path}", path.resolve()):
         return module.get_config(argument)
-    except UserError:
-        raise
-    except SyntaxError as e:
-        raise UserError(f"--config={e.filename}:{e.lineno}: {e.msg}; mend the file") from None
-    except Exception as e:  # noqa: BLE001  the user's own code raises anything
-        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename) == path]
-        place = f"{path}:{lines[-1]}" if lines else str(path)
-        text = " ".join(str(e).split())[:300]
-        raise UserError(f"--config={place}: {type(e).__name__}: {text}; mend the file") from None
 
 
 def _override(config: ConfigDict, flag: str, text: str | None) -> None:
