@@ -119,6 +119,8 @@ check_files() { # check_files here | shipped | image CONFIG: whether the config 
             [ "$where" != here ] || [ -n "$dry_run" ] || [ -d "${value/#\~/$HOME}" ] || fail "$part: no such folder"
             ;;
         *)
+            # One slash: a name on the hub, which every host downloads.
+            case $key:$value in data:* | prompts:* | *:*/*/*) ;; *:*/*) [ -d "$value" ] || continue ;; esac
             [ -d "$value" ] || fail "$part: no such folder in $PWD; name the full path of one that every machine sees"
             [ "$where" != shipped ] || [ -n "$(git ls-files --cached --others --exclude-standard -- "$value")" ] ||
                 fail "$part: git ignores that folder, so it is not shipped; name the full path of one that all workers see"

@@ -1,6 +1,6 @@
 """qstar: language models that learn to reason from their own rationales, in JAX.
 
-    model = qstar.load("path/to/a/hugging_face_folder")
+    model = qstar.load("owner/name")  # on the hub, or a local folder in the Hugging Face layout
     qstar.generate(model, ["Once upon a time"], max_new_tokens=64)
 
 The names below are imported when they are first used (PEP 562).

@@ -370,7 +370,7 @@ WRONG = {
     "a word": ([STAR, "smoke"], "'smoke' is no flag"),
     "a config that is not there": (["--config=configs/nope.py"], "--config=configs/nope.py: no such file"),
     "a model that is not there": ([STAR + ":smoke,model=nope"], "model=nope: no such folder"),
-    "a model of an override": ([STAR, "--config.model.path=nope/x"], "--config.model.path=nope/x: no such folder"),
+    "a model of an override": ([STAR, "--config.model.path=nope/x/y"], "--config.model.path=nope/x/y: no such folder"),
     "data that are not there": ([STAR + ":data=nope"], "data=nope: no such folder"),
 }
 

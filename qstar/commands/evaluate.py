@@ -15,7 +15,9 @@ from qstar.flags import COUNT, POSITIVE, SEED, TEMPERATURE, Parser, json_object,
 
 def _evaluate_parser() -> Parser:
     p = Parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
-    p.flag("--model DIR", "model folder in the Hugging Face layout", required=True)
+    p.flag(
+        "--model DIR", "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]", required=True
+    )
     p.flag("--task NAME", "arithmetic, commonsense_qa, gsm8k, math, mbpp ...", required=True)
     p.flag("--task-options JSON", 'e.g. {"test": "test.jsonl"}; "prompts": a folder of few-shot files, or null for none '
            "(default: built-in examples)", json_object, {})  # fmt: skip

@@ -11,7 +11,9 @@ from qstar.flags import COUNT, POSITIVE, SEED, SHARE, TEMPERATURE, Parser
 def main(argv: list[str]) -> int:
     """qstar sample --model=DIR --prompt=TEXT"""
     p = Parser("sample", "Writes continuations of a prompt.")
-    p.flag("--model DIR", "model folder in the Hugging Face layout", required=True)
+    p.flag(
+        "--model DIR", "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]", required=True
+    )
     p.flag("--prompt TEXT", "repeatable; '' starts from BOS", action="append", required=True)
     p.flag("--max-new-tokens N", "at most so many", POSITIVE, 128)
     p.flag("--temperature T", "0 = greedy", TEMPERATURE, 1.0)

@@ -33,6 +33,7 @@ from qstar.methods.guided_two_hop import TwoHop, TwoHopSettings
 from qstar.methods.quiet_star import in_order
 from qstar.methods.reinforce import ReinforceSettings, reinforce
 from qstar.models.hf import read_config
+from qstar.models.hub import resolve
 from qstar.models.model import Model
 from qstar.runs.base_model import check_gates
 from qstar.runs.context import RunContext
@@ -155,7 +156,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     if isinstance(ctx.task, MultiHop):
         settings = ctx.task.settings
         for folder in filter(None, (settings.small, settings.large.get("path"))):
-            read_config(folder)  # raises for a missing model before anything is written
+            read_config(resolve(folder))  # raises for a missing model before anything is written
     arms = {n: {"arm": arm, **dict(zip(("rl", "train"), ctx.rl_settings(n)))} for n, arm in ctx.arms.items()}
     ctx.start(arms=arms)
     large = ctx.workdir / "large"

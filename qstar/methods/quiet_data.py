@@ -17,6 +17,7 @@ from qstar.errors import Settings, UserError, bounded, require, unknown
 from qstar.mesh import put_global_batch, to_host
 from qstar.models import heads
 from qstar.models.hf import read_config
+from qstar.models.hub import resolve
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
 from qstar.runs import base_model
@@ -86,7 +87,7 @@ class QuietContext(RunContext):
     def __post_init__(self) -> None:
         options = dict(self.settings.thoughts)
         self.start_text, parity = options.pop("start_text", "---"), options.pop("parity", False)
-        path = self.settings.model.get("path", "")
+        path = base_model.model_folder(self.settings.model)
         why = "an encoder-decoder (T5) cannot think before each token of a text, as Quiet-STaR has it; take a decoder"
         require((not path or not base_model.is_encoder_decoder(path), f"config.model.path={path}: {why}"))
         self.corpus = make_corpus(self.settings.data, path)
@@ -149,9 +150,11 @@ def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
         (bool(source), "config.data.source is not set; name a jsonl or parquet file, or a hub data set"),
         (bool(folder), "config.data.tokenizer is not set; name a folder with tokenizer files, or set model.path"),
     )
+    where = f"config.data.tokenizer={folder}"
     if folder == model_path:
         read_config(folder)  # raises for a folder that is no model
-    where = f"config.data.tokenizer={folder}"
+    else:
+        folder = str(resolve(folder, weights=False))
     require((Path(folder).expanduser().is_dir(), f"{where}: no such folder; name one that holds tokenizer files"))
     tokenizer = load_tokenizer(folder)
     require((tokenizer is not None, f"{where}: this folder has no tokenizer files; name another one"))

@@ -63,7 +63,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(
             f"model folder {str(folder)!r} does not exist; give a local folder in the Hugging Face "
-            "layout (`hf download NAME --local-dir FOLDER` fetches one)"
+            "layout, or a name on the hub (owner/name)"
         )
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():

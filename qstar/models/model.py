@@ -1,6 +1,6 @@
 """`Model`, the config, parameters and tokenizer of a model, and how it is loaded and saved.
 
-model = load("stories260k")
+model = load("stories260k")  # or a name on the hub: load("Qwen/Qwen3-0.6B")
 save(model, "copy")
 """
 
@@ -22,6 +22,7 @@ from qstar.models import hf
 from qstar.models.config import DTYPES, RUN, ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.hf_config import from_hf, official_thoughts, to_hf
+from qstar.models.hub import resolve
 from qstar.models.thought_config import ThoughtConfig
 from qstar.text.tokenizer import Tokenizer, load_tokenizer
 from qstar.types import Params
@@ -57,22 +58,29 @@ class Model:
 
 
 def load(
-    path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None, thoughts: ThoughtConfig | None = None
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    thoughts: ThoughtConfig | None = None,
+    *,
+    revision: str | None = None,
 ) -> Model:
-    """Loads a model folder in the Hugging Face layout.
+    """Loads a model in the Hugging Face layout, from a local folder or from the hub.
 
     Args:
-      path: a local folder with config.json, safetensors and (not necessarily) tokenizer files.
+      path: a local folder with config.json, safetensors and (not necessarily) tokenizer files, or a name on the hub,
+        `owner/name[@revision]` (see `hub.resolve`).
       mesh: where to put the parameters, each created directly in its sharding (see `mesh.make_mesh`).
       dtype: of the computation: float32, bfloat16 or float16. None takes bfloat16 for models whose config.json says
         that they are kept in half precision, and float32 otherwise. Parameters keep their stored dtype.
       thoughts: the thought config, in place of that of config.json. Checkpoints of the official Quiet-STaR code have
         none there: without this they are read with the sizes of the release (n_ahead 8).
+      revision: branch, tag or commit of a hub model.
 
     Raises:
-      UserError: a missing, broken or unsupported file; the line names it.
+      UserError: a missing, broken or unsupported file, which the line names; a model that the hub does not give.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = resolve(path, revision)
     raw = hf.read_config(folder)
     config = from_hf(raw, where=str(folder / "config.json")).replace(dtype=_compute_dtype(raw, dtype))
     if isinstance(config, EncDecConfig):

@@ -20,6 +20,15 @@ _CONFIGS: dict[str, dict[str, Any]] = json.loads(
 NAMES = tuple(_CONFIGS)
 
 
+def _key(name: str) -> str:
+    return pathlib.PurePath(name).name.lower().removesuffix("-hf")
+
+
+def is_published(name: str) -> bool:
+    """Returns whether the table has a model of this name (see `published`)."""
+    return _key(name) in _CONFIGS
+
+
 def published(name: str) -> tuple[ModelConfig | EncDecConfig, str]:
     """Returns the config of a published model and the dtype of its files, by the name of its folder.
 
@@ -28,7 +37,7 @@ def published(name: str) -> tuple[ModelConfig | EncDecConfig, str]:
     Raises:
       UserError: a model that is not in the table.
     """
-    key = pathlib.PurePath(name).name.lower().removesuffix("-hf")
+    key = _key(name)
     if key not in _CONFIGS:
         raise unknown(f"model {name!r} is no folder here, and as a published model", key, NAMES)
     return from_hf(_CONFIGS[key], key), _CONFIGS[key]["torch_dtype"]

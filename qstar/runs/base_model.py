@@ -8,7 +8,7 @@ check, before any loop is paid for, that the base model is in the range where th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qstar.models.config import ModelConfig, preset
 from qstar.models.encdec import EncDecConfig
 from qstar.models.hf import read_config
 from qstar.models.hf_config import from_hf
+from qstar.models.hub import resolve
 from qstar.models.model import Model, load
 from qstar.runs.context import RunContext
 from qstar.runs.folder import check_run, once_json, stable_seed
@@ -112,12 +113,13 @@ def check_fits(examples: Sequence[Example], row_length: int, section: str) -> No
 
 
 def model_options(ctx: RunContext) -> tuple[str, str, dict[str, Any]]:
-    """Returns path, preset and the other entries of `config.model`; reads nothing large.
+    """Returns local folder, preset and the other entries of `config.model`; reads nothing large, but may download.
 
     Raises UserError for an entry that this kind of model does not have, or no such model folder.
     """
     options = dict(ctx.settings.model)
-    path, name = options.pop("path", ""), options.pop("preset", "")
+    path, name, _ = model_folder(options), options.pop("preset", ""), options.pop("revision", "")
+    options.pop("path", None)
     check_keys(ModelConfig, {k: v for k, v in options.items() if not (k == "dtype" and path)}, "model")
     if path:
         fixed = next(iter(sorted(options.keys() - RUN_OPTIONS)), "")
@@ -129,6 +131,15 @@ def model_options(ctx: RunContext) -> tuple[str, str, dict[str, Any]]:
         require((not ("attention" in options and encoder_decoder), why))
     require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
     return path, name, options
+
+
+def model_folder(section: Mapping[str, Any]) -> str:
+    """Returns the local folder of `path` and `revision` of a config's `model` section, fetched if it is a hub name; or ""."""
+    path, revision = section.get("path", ""), section.get("revision", "")
+    require(
+        (bool(path) or not revision, "config.model.revision belongs to a hub name in config.model.path; set that, too")
+    )
+    return str(resolve(path, revision)) if path else ""
 
 
 def is_encoder_decoder(path: str) -> bool:
