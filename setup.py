@@ -14,6 +14,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["reasoning", "language models", "JAX", "STaR", "Quiet-STaR", "V-STaR", "chain of thought"],
     packages=find_packages(include=["qstar", "qstar.*"]),
+    package_dir={"qstar.configs": "configs"},  # in a clone qstar/configs points there, too
     package_data={  # the annotations are for users' type checkers, too; worked examples stand in front of prompts
         "qstar": ["py.typed"],
         "qstar.models": ["presets.json"],
@@ -50,7 +51,7 @@ setup(
         "endpoint": ["openai>=1.60"],  # a frozen answerer behind an OpenAI-compatible server: retries, timeouts
         "log": ["wandb"],
         "eval": ["math-verify>=0.9"],  # equality of LaTeX answers (MATH); brings SymPy, so only who needs it
-        "notebooks": ["nbclient>=0.10", "ipykernel>=6", "nbformat>=5"],
+        "notebooks": ["nbclient>=0.10", "ipykernel>=6", "nbformat>=5", "pandas>=2"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.8",  # two workers, one core each; since 3.8 they can take the files in a given order

@@ -1,4 +1,4 @@
-"""What every config starts from. A config file's argument is a comma list: `smoke`, `seed=1`, `arms=star+star_norat`."""
+"""Starts of the configs, and the reader of their argument, a comma list: `smoke`, `seed=1`, `arms=star+star_norat`."""
 
 from __future__ import annotations
 

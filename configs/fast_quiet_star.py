@@ -1,15 +1,15 @@
 """Fast Quiet-STaR (arXiv 2505.17746): ever shorter thoughts, then a student that does not think.
 
-    qstar train --config=configs/fast_quiet_star.py:model=Mistral-7B-v0.1 --workdir=runs/fast_quiet_star
+    qstar train --config=fast_quiet_star:model=Mistral-7B-v0.1 --workdir=runs/fast_quiet_star
 
 The paper's curriculum of (n_ahead, talk tokens) is (16, 8) -> (12, 4) -> (8, 4), each from the weights before, at most
 150 steps at 2e-6, then 1e-6; its student trains for at most 300 steps. The student here learns the teacher's mixed
 prediction (`qstar/thoughts/distil.py` says what the paper does there). Not run here at that size. On generated documents,
-with a model of 0.1M parameters: `configs/quiet_star_tiny.py:fast`.
+with a model of 0.1M parameters: `quiet_star_tiny:fast`.
 """
 
-from configs.common import parse_arg
-from configs.quiet_star_mistral_7b import get_config as published
+from qstar.configs.common import parse_arg
+from qstar.configs.quiet_star_mistral_7b import get_config as published
 
 CURRICULUM = (
     ("ahead_16", "base", 13, 8, 2e-6),

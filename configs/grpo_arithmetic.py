@@ -1,6 +1,6 @@
 """GRPO, RLOO and PPO on sums: the base of the STaR job, then reinforcement from right and wrong answers.
 
-    qstar train --config=configs/grpo_arithmetic.py --workdir=runs/grpo_arithmetic
+    qstar train --config=grpo_arithmetic --workdir=runs/grpo_arithmetic
 
 The base is that of star_arithmetic.py: gold scratchpads of 1- and 2-digit sums, few of 3 digits. It solves part of the
 2-digit sums, so there is a reward to find; of the 3-digit sums it solves next to none.
@@ -9,12 +9,13 @@ Two CPU cores, about five minutes an arm (shared with other work when measured).
 sums of 1 and 2 digits: base .760; GRPO .748, .828, .927, .950 after 30, 60, 90, 120 updates; RLOO .714, .832, .943, .958;
 PPO (there with groups of 4 and 64 problems per update) .828, .912, .950, .966.
 
-    ...py:arms=grpo+rloo+ppo      the estimators side by side from one base
-    ...py:updates=200,seed=1
+    ...:arms=grpo+rloo+ppo      the estimators side by side from one base
+    ...:updates=200,seed=1
 """
 
-from configs.common import parse_arg, rl_config
-from configs.star_arithmetic import NEW, POOL, ROW, SEEDS
+from qstar.configs.common import parse_arg, rl_config
+from qstar.configs.star_arithmetic import NEW, POOL, ROW, SEEDS
+
 from qstar.errors import unknown
 
 ARMS = {

@@ -1,13 +1,13 @@
 """GRPO on GSM8K with a pretrained model: RL with verifiable rewards, on a v4-8 or 8 GPUs.
 
-    qstar train --config=configs/grpo_gsm8k.py:model=Qwen3-1.7B --workdir=runs/grpo_gsm8k
+    qstar train --config=grpo_gsm8k:model=Qwen3-1.7B --workdir=runs/grpo_gsm8k
 
 `model`, `data` and `prompts` as in star_gsm8k.py. Rates and sizes are those of TRL's and DeepSeekMath's defaults (learning
 rate 1e-6, groups of 8, clipping at 0.2, divergence in the loss); not run here at that size. What was run is `smoke`, on
 260K-parameter weights: a test of the machinery, in which no answer is right and no score differs.
 """
 
-from configs.common import parse_arg, rl_config
+from qstar.configs.common import parse_arg, rl_config
 
 
 def get_config(arg=None):

@@ -1,7 +1,7 @@
 """LM-Guided CoT on HotpotQA: FLAN-T5 small writes rationales, FLAN-T5 XXL answers; on a v6e-8 or 8 GPUs.
 
-    qstar train --config=configs/guided_cot_hotpotqa.py:small=flan-t5-small,large=flan-t5-xxl --workdir=runs/guided_hotpotqa
-    qstar train --config=configs/guided_cot_hotpotqa.py:small=flan-t5-small,url=http://host:8000/v1,name=NAME --workdir=runs/x
+    qstar train --config=guided_cot_hotpotqa:small=flan-t5-small,large=flan-t5-xxl --workdir=runs/guided_hotpotqa
+    qstar train --config=guided_cot_hotpotqa:small=flan-t5-small,url=http://host:8000/v1,name=NAME --workdir=runs/x
 
 `small` and `large` are folders in the Hugging Face layout; with `url` the large model is behind an endpoint that speaks the
 OpenAI completions format (vLLM, SGLang, TGI), where `name` is what it calls its model. `data` is a folder with train.json
@@ -10,7 +10,7 @@ not, so those here are ours. XXL answers `guided.large.slots` prompts side by si
 take 0.6 GB, over all chips. Not run here at that size; what was run is `smoke`, with a 260K-parameter student.
 """
 
-from configs.common import parse_arg, star_config
+from qstar.configs.common import parse_arg, star_config
 
 
 def get_config(arg=None):

@@ -1,7 +1,7 @@
 """LM-Guided CoT in a generated two-hop world: distil, refine, answer, with gates and controls, on a CPU.
 
-    qstar train --config=configs/guided_cot_synth.py --workdir=runs/guided_cot_synth
-    qstar train --config=configs/guided_cot_synth.py:students=3 --workdir=runs/guided_cot_synth_3
+    qstar train --config=guided_cot_synth --workdir=runs/guided_cot_synth
+    qstar train --config=guided_cot_synth:students=3 --workdir=runs/guided_cot_synth_3
 
 A frozen large model (0.45M parameters) reads facts, reasons imperfectly and answers; a small one (0.1M) learns to write its
 rationales. Every question has facts of its own, so nothing is learnt by heart (`qstar/tasks/two_hop_world.py`).
@@ -11,13 +11,14 @@ copied in 53%) and with seed 1 (61.0, 72.9, 89.5; 59%). Results of the arms stan
 questions of their own, arms on 2,000 test questions that are the same for all seeds. There is no third set: what the arms'
 rates, filters and lengths were chosen on was not kept apart from the test questions by the config.
 
-    ...py:arms=kd_filtered+rl_ppo     any arms of ARMS (those they start from come along)
-    ...py:arms=kd_filtered_flops+rl_both+kd_unfiltered_flops+rl_both_unfiltered   both at equal FLOPs; not run yet
-    ...py:seed=1                      another large model
-    ...py:reversed_chains             a teacher whose correct chains come in two orders, so that votes beat its greedy one
+    ...:arms=kd_filtered+rl_ppo     any arms of ARMS (those they start from come along)
+    ...:arms=kd_filtered_flops+rl_both+kd_unfiltered_flops+rl_both_unfiltered   both at equal FLOPs; not run yet
+    ...:seed=1                      another large model
+    ...:reversed_chains             a teacher whose correct chains come in two orders, so that votes beat its greedy one
 """
 
-from configs.common import parse_arg, star_config
+from qstar.configs.common import parse_arg, star_config
+
 from qstar.errors import unknown
 
 RLOO = {"estimator": "rloo"}

@@ -1,6 +1,6 @@
 """Quiet-STaR as published: Mistral-7B on web text, thoughts of 12 ahead and 4 talk tokens, two per position.
 
-    qstar train --config=configs/quiet_star_mistral_7b.py:model=Mistral-7B-v0.1 --workdir=runs/quiet_star
+    qstar train --config=quiet_star_mistral_7b:model=Mistral-7B-v0.1 --workdir=runs/quiet_star
 
 `model` is a local folder in the Hugging Face layout. The paper's text is OpenWebMath (official code: its first 1,000
 documents, one random crop of 256 tokens each); `data` names a jsonl or parquet file or another hub set. Eight rows times two
@@ -8,10 +8,10 @@ thoughts per update: made for a v5p-8, a v4-16 or 8 GPUs of 80 GB, fully sharded
 10.9 and CommonsenseQA 36.3 -> 47.2. Not run here at that size; the choices are those of `ThoughtConfig.parity`, whose
 values and gradients a recorded case of the official code checks.
 
-    ...py:smoke        the same choices on a model of 0.1M parameters and generated text: the machinery alone
+    ...:smoke        the same choices on a model of 0.1M parameters and generated text: the machinery alone
 """
 
-from configs.common import parse_arg, quiet_config
+from qstar.configs.common import parse_arg, quiet_config
 
 
 def get_config(arg=None):

@@ -1,6 +1,6 @@
 """Quiet-STaR on real text with a small model: where, if anywhere, does thinking lower the loss?
 
-    qstar train --config=configs/quiet_star_text.py:model=stories260k,data=tinystories.jsonl --workdir=runs/quiet_star_text
+    qstar train --config=quiet_star_text:model=stories260k,data=tinystories.jsonl --workdir=runs/quiet_star_text
 
 `model` is a folder in the Hugging Face layout, `data` a jsonl or parquet file. `scratch` trains a new model of 1.3M
 parameters on the text first, with the tokenizer of `model`. Controls: plain training on the same text, and for 16 times
@@ -9,7 +9,7 @@ the steps (`same_compute`; a thinking step needs 15 times the FLOPs of a plain o
 must not be reported on them.
 """
 
-from configs.common import parse_arg, quiet_config
+from qstar.configs.common import parse_arg, quiet_config
 
 
 def get_config(arg=None):

@@ -1,20 +1,21 @@
 """Quiet-STaR on generated documents: a model of 0.1M parameters teaches itself to think where thinking pays.
 
-    qstar train --config=configs/quiet_star_tiny.py --workdir=runs/quiet_star_tiny
-    qstar train --config=configs/quiet_star_tiny.py:seed=1 --workdir=runs/quiet_star_tiny_1
+    qstar train --config=quiet_star_tiny --workdir=runs/quiet_star_tiny
+    qstar train --config=quiet_star_tiny:seed=1 --workdir=runs/quiet_star_tiny_1
 
 One base model, then the method and its controls side by side, 250 steps each. Documents such as `e64539=7;` end in a fold of
 their digits that the model cannot compute in one step; its base text shows the steps in a fifth of the documents, the
 Quiet-STaR text never does (`qstar/tasks/fold_digits.py`).
 
-    ...py:arms=quiet_star+pause         any arms of ARMS
-    ...py:lengths                       thoughts of 1 to 8 tokens, one arm each
-    ...py:official                      the official code's choices, one by one and all at once
-    ...py:fast                          Fast Quiet-STaR: 6, 4, 2 tokens, then a student that does not think
-    ...py:documents=2                   two problems per row
+    ...:arms=quiet_star+pause         any arms of ARMS
+    ...:lengths                       thoughts of 1 to 8 tokens, one arm each
+    ...:official                      the official code's choices, one by one and all at once
+    ...:fast                          Fast Quiet-STaR: 6, 4, 2 tokens, then a student that does not think
+    ...:documents=2                   two problems per row
 """
 
-from configs.common import parse_arg, quiet_config
+from qstar.configs.common import parse_arg, quiet_config
+
 from qstar.errors import unknown
 
 FROZEN = "thoughts|mixing"

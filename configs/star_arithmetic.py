@@ -1,22 +1,23 @@
 """STaR on sums: a small transformer teaches itself 3-digit addition, with and without rationalisation.
 
     bash launch/local.sh                                       # this config, into runs/star_arithmetic
-    qstar train --config=configs/star_arithmetic.py --workdir=runs/star_arithmetic
-    qstar train --config=configs/star_arithmetic.py:seed=1 --workdir=runs/star_arithmetic_1
+    qstar train --config=star_arithmetic --workdir=runs/star_arithmetic
+    qstar train --config=star_arithmetic:seed=1 --workdir=runs/star_arithmetic_1
 
 Two CPU cores, about six minutes. Seen with seed 0: 3-digit sums .000 -> .432 -> .984 -> .988 with rationalisation over
 three loops, and .004, .000, .000 without (250 held-out sums); RESULTS.md has three seeds and what did not work.
 
-    ...py:digits=4                               sums of up to 4 digits (5 likewise)
-    ...py:arms=rationalisation+restart_base      any arms of ARMS, side by side from one base
-    ...py:direct,digits=5                        the baseline without scratchpad: answers only, no loops
+    ...:digits=4                               sums of up to 4 digits (5 likewise)
+    ...:arms=rationalisation+restart_base      any arms of ARMS, side by side from one base
+    ...:direct,digits=5                        the baseline without scratchpad: answers only, no loops
 
 It departs from the paper where a small model from scratch must: a base trained on seed rows stands in for a pretrained
 model and its few-shot prompt, hinted seed rows stay in every batch of both arms, and each loop goes on from the model of
 the loop before (arm `restart_base` is the paper's restart).
 """
 
-from configs.common import parse_arg, star_config
+from qstar.configs.common import parse_arg, star_config
+
 from qstar.errors import unknown
 
 ARMS = {

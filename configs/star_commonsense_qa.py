@@ -1,13 +1,13 @@
 """STaR on CommonsenseQA with GPT-J-6B: the paper's settings (2203.14465, section 4.3), on a v3-8, a v4-8 or 8 GPUs.
 
-    qstar train --config=configs/star_commonsense_qa.py:model=gpt-j-6b,prompts=prompts --workdir=runs/star_cqa
+    qstar train --config=star_commonsense_qa:model=gpt-j-6b,prompts=prompts --workdir=runs/star_cqa
 
 `model`, `data` and `prompts` as in star_gsm8k.py (here train_rand_split.jsonl and dev_rand_split.jsonl in `data`).
 The paper reports 72.5% on the 1,221 dev questions with rationalisation and 68.8% without, at its best loop on that very
 set; here loops are chosen on a validation part of train, and the dev set is read once. Not run here at that size.
 """
 
-from configs.common import parse_arg, star_config
+from qstar.configs.common import parse_arg, star_config
 
 
 def get_config(arg=None):

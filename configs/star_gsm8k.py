@@ -1,6 +1,6 @@
 """STaR on GSM8K with GPT-J-6B: the paper's settings (2203.14465, section 4.4), on a v3-8, a v4-8 or 8 GPUs.
 
-    qstar train --config=configs/star_gsm8k.py:model=gpt-j-6b --workdir=runs/star_gsm8k
+    qstar train --config=star_gsm8k:model=gpt-j-6b --workdir=runs/star_gsm8k
 
 `model` is a local folder in the Hugging Face layout (safetensors); data come from the hub, or from `data`, a folder
 with train.jsonl and test.jsonl; `prompts` is a folder with the release's gsm_prompts.txt and gsm_prompts_answer_key.txt.
@@ -9,10 +9,10 @@ The paper reports 10.7% on the test set with rationalisation and 10.1% without (
 that size. What was run: the `smoke` mode, on 260K-parameter weights and real GSM8K rows, which is a test of the
 machinery and not of the method (its accuracy is .000). `small` is the same at 256 problems per loop, not run yet:
 
-    qstar train --config=configs/star_gsm8k.py:small,model=stories260k,data=gsm8k --workdir=runs/star_gsm8k_small
+    qstar train --config=star_gsm8k:small,model=stories260k,data=gsm8k --workdir=runs/star_gsm8k_small
 """
 
-from configs.common import parse_arg, star_config
+from qstar.configs.common import parse_arg, star_config
 
 
 def get_config(arg=None):

@@ -1,6 +1,6 @@
 """V-STaR on GSM8K with Llama-2-7B and LoRA: the paper's settings where it prints them (2402.06457, section 4).
 
-    qstar train --config=configs/v_star_gsm8k.py:model=Llama-2-7b-hf --workdir=runs/v_star_gsm8k
+    qstar train --config=v_star_gsm8k:model=Llama-2-7b-hf --workdir=runs/v_star_gsm8k
 
 Printed: LoRA throughout, 2 epochs for G_SFT, 16 samples per query in each of three iterations (48 at once for the baselines),
 128 candidates at test. Ours, since the paper prints neither: LoRA rank 16, rates, beta 0.1, temperature 0.7, at most 16 pairs
@@ -9,10 +9,11 @@ per problem, one epoch of DPO. The paper's figures: about 63% best-of-64 at 7B, 
 `model` is a local folder in the Hugging Face layout; data come from the hub, or from `data`, a folder with train.jsonl and
 test.jsonl. Not run here at that size: only `smoke`, on 260K-parameter weights and real rows, a test of the machinery.
 
-    ...py:arms=v_star+verification      any rows of the paper's table of baselines
+    ...:arms=v_star+verification      any rows of the paper's table of baselines
 """
 
-from configs.common import parse_arg, v_star_config
+from qstar.configs.common import parse_arg, v_star_config
+
 from qstar.errors import unknown
 
 PRESETS = ("sft", "verification", "star", "rft", "star_dagger", "v_star_1iter", "v_star", "rpo")

@@ -1,6 +1,6 @@
 """V-STaR on MBPP with Code Llama and LoRA: solutions are labelled by running their tests (2402.06457, section 4).
 
-    qstar train --config=configs/v_star_mbpp.py:model=CodeLlama-7b-hf --workdir=runs/v_star_mbpp
+    qstar train --config=v_star_mbpp:model=CodeLlama-7b-hf --workdir=runs/v_star_mbpp
 
 Printed: LoRA throughout, 3 epochs for G_SFT, 16 samples per query in each of three iterations, the first of them from the
 pretrained model with three shots (here from G_SFT, as on GSM8K), 128 candidates at test. What it does not print stands as in
@@ -10,8 +10,8 @@ Not run here at that size: only `smoke`, on 260K-parameter weights that write no
 folder with all 974 tasks in mbpp.jsonl; without it they come from the hub.
 """
 
-from configs.common import parse_arg
-from configs.v_star_gsm8k import get_config as gsm8k
+from qstar.configs.common import parse_arg
+from qstar.configs.v_star_gsm8k import get_config as gsm8k
 
 
 def get_config(arg=None):

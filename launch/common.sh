@@ -107,7 +107,7 @@ check_files() { # check_files here | shipped | image CONFIG: whether the config 
     local where=$1 config=$2 file=${2%%:*} part key value parts=()
     case $file in
     /* | \~*) [ "$where" != here ] || [ -n "$dry_run" ] || [ -f "${file/#\~/$HOME}" ] || fail "--config=$file: no such file" ;;
-    *) [ -f "$file" ] || fail "--config=$file: no such file in $PWD" ;;
+    *) [ -f "$file" ] || [ -f "configs/$file.py" ] || fail "--config=$file: no such file in $PWD" ;;
     esac
     case $config in *:*) IFS=, read -ra parts <<<"${config#*:}" ;; esac
     for part in ${parts[@]+"${parts[@]}"} ${rest[@]+"${rest[@]}"}; do

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-device="" config=configs/star_arithmetic.py
+device="" config=star_arithmetic
 rest=()
 for argument in "$@"; do
     case $argument in

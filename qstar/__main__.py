@@ -20,7 +20,8 @@ from qstar.distributed import is_first, leave
 from qstar.errors import QstarWarning, UserError, machine_fault, unknown
 
 COMMANDS = {
-    "train": "runs a config: --config=configs/star_arithmetic.py --workdir=runs/x",
+    "train": "runs a config: --config=star_arithmetic --workdir=runs/x",
+    "configs": "lists, shows and copies the configs that ship with qstar",
     "sample": "writes continuations of a prompt",
     "evaluate": "accuracy, pass@k and majority@k of a model on a task",
     "export": "takes a model out of a run, in the Hugging Face layout",

@@ -15,7 +15,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qstar.data.user_code import load_file, user_errors
+import qstar.configs
+from qstar.data.user_code import importable, load_file, user_errors
 from qstar.errors import SEEDS, UserError, unknown
 from qstar.files import parse_json
 
@@ -45,8 +46,24 @@ class Parser(argparse.ArgumentParser):
 
     def config(self) -> None:
         """Adds --config and --config.KEY."""
-        self.flag("--config FILE[:ARG]", "config file, with its argument after a colon")
+        self.flag(
+            "--config FILE[:ARG]",
+            "config file, or a name of `qstar configs`; its argument after a colon",
+        )
         self.flag("--config.KEY VALUE", "replaces a value of the config; may be repeated", dest="_")
+
+    def parse_config(self, argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+        """Returns the flags, and the config that --config and --config.KEY make; raises UserError if there is none.
+
+        The namespace also holds the `overrides`, as `read_config` takes them.
+        """
+        a, rest = self.parse_known_args(argv)
+        command = self.prog.removeprefix("qstar ")
+        flags = [name for x in self._actions for name in x.option_strings]
+        a.overrides = parse_overrides(rest, command, flags)
+        if a.config is None:
+            raise UserError(f"{command}: --config=FILE is missing, e.g. --config=star_arithmetic (see qstar configs)")
+        return a, read_config(a.config, a.overrides)
 
     def parse_known_args(self, *args: Any, **options: Any) -> Any:
         """Also refuses empty names and paths, which an unset shell variable leaves (texts may be empty: --prompt='')."""
@@ -124,8 +141,11 @@ SHARE = number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 Override = tuple[str, str | None]  # ("--config.train.lr", "1e-3"); None: no value was given
 
 
-def parse_overrides(arguments: Sequence[str]) -> list[Override]:
-    """Splits `--config.a.b=1`, and `--config.a.b 1`. Raises UserError for an argument of another form."""
+def parse_overrides(arguments: Sequence[str], command: str = "train", flags: Sequence[str] = ()) -> list[Override]:
+    """Splits `--config.a.b=1`, and `--config.a.b 1`. Raises UserError for an argument of another form.
+
+    `command`, `flags`: the command and its flags, for the message.
+    """
     out: list[Override] = []
     for argument in arguments:
         flag, equals, text = argument.partition("=")
@@ -134,24 +154,35 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
         elif out and out[-1][1] is None and not argument.startswith("--"):
             out[-1] = (out[-1][0], argument)
         elif argument.startswith("-"):
-            raise unknown(f"train: flag {flag}", flag, ("--config", "--workdir", "--device", "--config.KEY"))
+            raise unknown(f"{command}: flag {flag}", flag, flags)
         else:
-            raise UserError(f"train: {argument!r} is no flag; flags are written --name=value")
+            raise UserError(f"{command}: {argument!r} is no flag; flags are written --name=value")
     return out
 
 
-def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
-    """Returns the config of `FILE[:ARGUMENT]`, locked, with the overrides of the command line.
+def shipped_configs() -> dict[str, Path]:
+    """Returns the files of `qstar.configs` that are configs, by name."""
+    found = sorted(Path(qstar.configs.__path__[0]).glob("*.py"))
+    return {path.stem: path for path in found if path.stem not in ("__init__", "common")}
 
-    An override takes the type of the value that it replaces.
+
+def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
+    """Returns the config of `FILE[:ARGUMENT]` or `NAME[:ARGUMENT]`, locked, with the overrides of the command line.
+
+    A file wins over a shipped config of that name. An override takes the type of the value that it replaces.
 
     Raises:
-      UserError: no such file, an error in it (with its line), an override that matches nothing.
+      UserError: no such file or name, an error in it (with its line), an override that matches nothing.
     """
     name, _, argument = spec.partition(":")
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"--config={name}: no such file; give a config file, e.g. configs/star_arithmetic.py")
+        shipped = shipped_configs()
+        if name not in shipped:
+            if path.suffix or len(path.parts) > 1:
+                raise UserError(f"--config={name}: no such file; name a config file, or one of `qstar configs`")
+            raise unknown(f"--config={name}", name, shipped)
+        path = shipped[name]
     config = _get_config(path, argument or None)
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
@@ -163,12 +194,14 @@ def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
 
 
 def _get_config(path: Path, argument: str | None) -> Any:
-    # A config imports configs.common, also when its get_config runs.
-    module = load_file(path, "--config", root=str(path.resolve().parent.parent))
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={path}: defines no get_config(arg); see configs/star_arithmetic.py")
-    with user_errors(f"--config={path}", path.resolve()):
-        return module.get_config(argument)
+    # A config may import its neighbours and, where it lies in a folder `configs`, as `configs.NAME`, also in get_config.
+    folder = path.resolve().parent
+    with importable([str(folder), str(folder.parent)]):
+        module = load_file(path, "--config")
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={path}: defines no get_config(arg); `qstar configs copy` makes a file that does")
+        with user_errors(f"--config={path}", path.resolve()):
+            return module.get_config(argument)
 
 
 def _override(config: ConfigDict, flag: str, text: str | None) -> None:
@@ -211,11 +244,3 @@ def _value(flag: str, text: str | None, old: Any) -> Any:
     if old is not None and not isinstance(value, type(old)):
         raise UserError(f"{flag}={text} must be of type {type(old).__name__}, as {old!r} is")
     return value
-
-
-def command_config(command: str, spec: str | None, rest: list[str], example: str) -> ConfigDict:
-    """Returns the config of a command's `--config` and the overrides in `rest`; raises UserError if it has none."""
-    overrides = parse_overrides(rest)
-    if spec is None:
-        raise UserError(f"{command}: --config=FILE is missing, e.g. --config={example}")
-    return read_config(spec, overrides)

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A module imports from its own package and from rows above its own. Packages of one floor that have an order stand in
 # rows of their own: `data` before `tasks`, `sample` before `train` before `thoughts`.
 FLOORS = (
-    {"errors", "types"},
+    {"errors", "types", "configs"},
     {"tree", "files"},
     {"preemption", "mesh", "distributed", "text"},
     {"models", "data"},

@@ -369,6 +369,7 @@ WRONG = {
     "a flag of another launcher": ([STAR, "--network=foo"], "--network is unknown"),
     "a word": ([STAR, "smoke"], "'smoke' is no flag"),
     "a config that is not there": (["--config=configs/nope.py"], "--config=configs/nope.py: no such file"),
+    "a name of no config": (["--config=star_gsm"], "--config=star_gsm: no such file"),
     "a model that is not there": ([STAR + ":smoke,model=nope"], "model=nope: no such folder"),
     "a model of an override": ([STAR, "--config.model.path=nope/x/y"], "--config.model.path=nope/x/y: no such folder"),
     "data that are not there": ([STAR + ":data=nope"], "data=nope: no such folder"),
@@ -383,6 +384,11 @@ def test_a_mistake_is_seen_before_anything_is_created(bench, copy, script, kind)
     said = bench(script, *SUBMIT[script], *flags, cwd=copy, code=2)
     assert len(said.splitlines()) == 1 and said.startswith(f"launch/{script}: ") and culprit in said
     assert not [c for c in bench.calls() if c[0] != "nvidia-smi"] and sorted(copy.rglob("*")) == before
+
+
+def test_a_shipped_config_is_named_without_a_path(bench, copy):
+    flags = ["--config=star_gsm8k:model=Qwen/Qwen3-1.7B", "--workdir=/mnt/x"]
+    assert f"{flags[0]} {flags[1]}" in bench("tpu_pod.sh", *POD, *flags, "--dry-run", cwd=copy)
 
 
 def test_a_model_that_git_ignores_is_not_shipped(bench, copy):

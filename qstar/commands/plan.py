@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qstar.distributed import start_plan
-from qstar.flags import COUNT, POSITIVE, Parser, command_config, number
+from qstar.flags import COUNT, POSITIVE, Parser, number
 
 
 def main(argv: list[str]) -> int:
@@ -11,7 +11,7 @@ def main(argv: list[str]) -> int:
     p = Parser(
         "plan",
         "Compiles what a config would run, for a slice that is not here: memory, collectives, time at best. Exit code 1: no.",
-        epilog="qstar plan --config=configs/star_gsm8k.py --topology=v6e:2x4 --config.train.batch_size=16",
+        epilog="qstar plan --config=star_gsm8k --topology=v6e:2x4 --config.train.batch_size=16",
         device=False,
     )
     p.config()
@@ -25,8 +25,7 @@ def main(argv: list[str]) -> int:
     p.flag("--prefix-tokens N", "of a few-shot prefix (0: none)", COUNT, 0)
     p.switch("--full-effort", "optimise as for a run: slower, temporaries a little smaller")
     p.switch("--json", "one JSON object (a list, of several slices)")
-    a, rest = p.parse_known_args(argv)
-    config = command_config("plan", a.config, rest, "configs/star_gsm8k.py")
+    a, config = p.parse_config(argv)
     # The simulated devices of the CPU backend are counted once, when JAX starts: all topologies are named before.
     names = [name for name in a.topology.split(",") if name]
     start_plan(names)

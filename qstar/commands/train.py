@@ -7,7 +7,7 @@ from typing import Any
 
 from qstar.distributed import is_first, start_jax
 from qstar.errors import require
-from qstar.flags import Parser, command_config, local_folder
+from qstar.flags import Parser, local_folder
 
 
 def main(argv: list[str]) -> int:
@@ -15,13 +15,12 @@ def main(argv: list[str]) -> int:
     p = Parser(
         "train",
         "Runs the method of a config file; called again after an interruption, goes on where it stopped.",
-        epilog="qstar train --config=configs/star_arithmetic.py:smoke --config.train.lr=1e-3 --workdir=runs/x",
+        epilog="qstar train --config=star_arithmetic:smoke --config.train.lr=1e-3 --workdir=runs/x",
     )
     p.config()
     p.flag("--workdir DIR", "run folder (default: runs/<config.name>)")
     p.flag("--profile FIRST:LAST", "traces these updates to WORKDIR/profile, e.g. 10:13")
-    a, rest = p.parse_known_args(argv)
-    config = command_config("train", a.config, rest, "configs/star_arithmetic.py")
+    a, config = p.parse_config(argv)
     workdir = local_folder("--workdir", a.workdir) if a.workdir else _default_workdir(config.get("name", "run"))
     # After the flags and the config: a mistake in them ends before JAX starts and waits for other processes.
     start_jax(a.device, several=True)

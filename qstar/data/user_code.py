@@ -53,12 +53,8 @@ def load_object(
     return found
 
 
-def load_file(file: str | os.PathLike, what: str, *, root: str | None = None) -> ModuleType:
-    """Executes a Python file as a module; raises UserError as `load_object` does.
-
-    Args:
-      root: a folder that stays importable afterwards; by default the file's own one is, while the file loads.
-    """
+def load_file(file: str | os.PathLike, what: str) -> ModuleType:
+    """Executes a Python file as a module, its folder importable meanwhile; raises UserError as `load_object` does."""
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{what}={file}: no such file (in {Path.cwd()})")
@@ -73,10 +69,8 @@ def load_file(file: str | os.PathLike, what: str, *, root: str | None = None) ->
     assert spec and spec.loader
     # Dataclasses look their module up while the file is executed.
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    if root and root not in sys.path:
-        sys.path.insert(0, root)
     try:
-        with _importable([] if root else [str(path.parent)]), user_errors(f"{what}={file}", path):
+        with importable([str(path.parent)]), user_errors(f"{what}={file}", path):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
@@ -107,7 +101,7 @@ def user_errors(what: str, path: str | os.PathLike | None) -> Iterator[None]:
 
 def _import(name: str, spec: str, what: str) -> ModuleType:
     # A command's script is no part of the current folder, as `python -m` would be.
-    with _importable([os.getcwd()]):
+    with importable([os.getcwd()]):
         try:
             found = importlib.util.find_spec(name)
         except ModuleNotFoundError as e:
@@ -125,7 +119,8 @@ def _import(name: str, spec: str, what: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _importable(folders: Sequence[str]) -> Iterator[None]:
+def importable(folders: Sequence[str]) -> Iterator[None]:
+    """Puts folders in front of `sys.path` for a while."""
     added = [folder for folder in folders if folder not in sys.path]
     sys.path[:0] = added
     importlib.invalidate_caches()
