@@ -21,6 +21,13 @@ class Example:
         return len(self.prompt) + len(self.completion)
 
 
+@dataclass(frozen=True)
+class MaskedExample(Example):
+    """A document of which not all of the completion is learnt: a conversation of several turns."""
+
+    loss: tuple[int, ...]  # per token of prompt and completion: 1 where it is to be predicted
+
+
 def pack(
     examples: Sequence[Example], length: int, *, packed: bool = True, loss_on_prompt: bool = False
 ) -> dict[str, np.ndarray]:
@@ -97,6 +104,8 @@ def pack_groups(
                 # The first token has no context, even where the prompt is empty.
                 first_predicted = 1 if loss_on_prompt else max(1, len(example.prompt))
                 arrays["mask"][row, start + first_predicted : start + len(example)] = 1
+                if isinstance(example, MaskedExample) and not loss_on_prompt:
+                    arrays["mask"][row, start + 1 : start + len(example)] = example.loss[1:]
                 for name, values in extras.items():
                     arrays[name][span] = values[index][member]
                 start += len(example)

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from qstar.errors import UserError
+from qstar.text.chat import ChatTemplate
 
 # transformers warns that PyTorch is missing, which reads like a failure: only its tokenizers are used here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 # Any of these makes a folder one with a tokenizer; merges.txt and the configs alone are not enough.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _CONFIG = "tokenizer_config.json"
+_NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 _EXPORTED = (
     *(_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -73,7 +75,7 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Ids of `text`, with `bos_id` in front when `bos` is set and the tokenizer puts one there.
 
-        A text that begins with the BOS token already (a rendered chat template) gets no second one.
+        A text that begins with the BOS token already gets no second one, and a rendered chat template only its own.
 
         Raises:
             UserError: a character has no id (in an alphabet), or a token's id is beyond the model's vocabulary.
@@ -93,7 +95,28 @@ class Tokenizer:
         if not bos or self.bos_id is None:
             return ids
         # GPT-2 names a BOS token but never puts one before a text: only an empty text starts from it.
-        return [[self.bos_id, *x] if not x or self._adds_bos and x[0] != self.bos_id else x for x in ids]
+        # A template that writes no BOS is for a model that was trained on conversations without it.
+        chat = self.chat if self._adds_bos and self.chat and not self.chat.has_bos else None
+        return [
+            [self.bos_id, *x]
+            if not x or self._adds_bos and x[0] != self.bos_id and not (chat and chat.rendered(text))
+            else x
+            for text, x in zip(texts, ids)
+        ]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Start and end in `text` of each of its ids."""
+        return self._backend.encode(text, add_special_tokens=False).offsets
+
+    @functools.cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The tokenizer's chat template, or None."""
+        return ChatTemplate(self) if self.hf.chat_template else None
+
+    def end_of(self, prompt: str) -> int:
+        """The id that ends a completion of `prompt`: of the assistant's turn in a rendered conversation, else EOS."""
+        end = self.chat.turn.end_id if self.chat and self.chat.rendered(prompt) else None
+        return self.eos_id if end is None else end
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt: with BOS in front, or for an encoder with `encoder_end` behind."""
@@ -212,6 +235,7 @@ class Tokenizer:
         else:
             self.hf.save_pretrained(str(folder))
         for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         written = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         settings = _portable_settings(written, json.loads(self.files.get("special_tokens_map.json", b"{}")), self.hf)
@@ -288,7 +312,9 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
         advice = "copy them again from the model's source"
         raise UserError(f"{folder / found[0]}: the tokenizer files are broken ({reason}); {advice}") from error
     tokenizer = Tokenizer(hf)
-    tokenizer.files = {name: (folder / name).read_bytes() for name in _EXPORTED if (folder / name).is_file()}
+    named = [path.relative_to(folder).as_posix() for path in sorted(folder.glob(_NAMED_TEMPLATES))]
+    exported = [name for name in (*_EXPORTED, *named) if (folder / name).is_file()]
+    tokenizer.files = {name: (folder / name).read_bytes() for name in exported}
     return tokenizer
 
 

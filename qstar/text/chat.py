@@ -1,0 +1,174 @@
+"""Conversations: chat messages as text by the tokenizer's own template, and as token ids with a loss mask.
+
+A message is {"role": "system" | "user" | "assistant", "content": text}. Templates are rendered by transformers in jinja2's
+sandbox; special tokens that they write are encoded as such, and no BOS is added to theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qstar.errors import UserError, require
+from qstar.text.packing import Example, MaskedExample
+
+if TYPE_CHECKING:
+    from qstar.text.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Words that no template changes.
+_USER, _ASSISTANT = "qstarUserText", "qstarAssistantText"
+
+
+class Turn(NamedTuple):
+    """The text that a template puts around one exchange."""
+
+    before: str = ""  # what precedes the first user message, a default system message included
+    after: str = ""  # between a user message and the reply
+    close: str = ""  # behind a reply, up to and with its end token; "" where there is none
+    end_id: int | None = None  # the end token of a reply
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, `Tokenizer.chat`."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def render(self, messages: Messages, *, reply: bool = True) -> str:
+        """The text of a conversation, up to where the reply begins (`reply`), or without that.
+
+        Raises:
+            UserError: something that is no message, or that the template refuses.
+        """
+        check_messages(messages)
+        try:
+            return self.tokenizer.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
+        # A template may raise anything: it is a program.
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            roles = ", ".join(str(m["role"]) for m in messages)
+            raise UserError(f"the tokenizer's chat template refuses messages of the roles {roles}: {reason}") from error
+
+    @functools.cached_property
+    def turn(self) -> Turn:
+        """The parts of one exchange; empty for a template that cannot write one."""
+        user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}
+        try:
+            before, _, after = self.render([user]).partition(_USER)
+            closing = self.render([user, assistant], reply=False).rpartition(_ASSISTANT)[2]
+        except UserError:
+            return Turn()
+        added = self.tokenizer.hf.added_tokens_decoder
+        end = next((i for i in self.tokenizer.encode(closing) if i in added), None)
+        if end is None:
+            return Turn(before, after)
+        token = str(added[end])
+        return Turn(before, after, closing[: closing.index(token) + len(token)], end)
+
+    @functools.cached_property
+    def has_bos(self) -> bool:
+        """Whether the template itself writes a BOS token in front."""
+        bos = self.tokenizer.hf.bos_token
+        return bool(bos) and self.turn.before.startswith(bos)
+
+    def rendered(self, text: str) -> bool:
+        """Whether a text was made by this template: it holds what stands between a question and its reply."""
+        after = self.turn.after
+        return bool(after.strip()) and after in text
+
+    def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """See `encode_chat`."""
+        text = self.render(messages, reply=False)
+        ids = self.tokenizer.encode(text)
+        if _GENERATION.search(self.tokenizer.hf.get_chat_template()):
+            how: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True}
+            mask = list(self.tokenizer.hf.apply_chat_template(list(messages), **how)["assistant_masks"])
+        else:
+            spans = [self._span(messages, i, text) for i, m in enumerate(messages) if m["role"] == "assistant"]
+            mask = [int(any(a <= start < b for a, b in spans)) for start, _ in self.tokenizer.offsets(text)]
+        require((any(mask), "the conversation has no assistant message with text: there is nothing to train on"))
+        return ids, mask
+
+    def _span(self, messages: Messages, i: int, text: str) -> tuple[int, int]:
+        # Where message i lies in the text of all, with the end of its turn. A template may write earlier turns otherwise
+        # once there are later ones (Mistral moves the system message): then no place is certain.
+        before, asked = (self.render(messages[:i], reply=reply) if i else "" for reply in (False, True))
+        # Some put an opening <think> behind the question that they leave out of finished turns.
+        start = len(os.path.commonprefix([asked, text]))
+        if close := self.turn.close:
+            at = text.find(close, start)
+            end = at + len(close) if at >= 0 else -1
+        else:
+            done = self.render(messages[: i + 1], reply=False)
+            end = len(done) if text.startswith(done) else -1
+        fault = "the tokenizer's chat template writes earlier turns otherwise when others follow"
+        advice = (
+            "so that the tokens of the replies cannot be told apart; give conversations of one question and one reply"
+        )
+        require((text.startswith(before) and end >= start, f"message {i}: {fault}, {advice}"))
+        return start, end
+
+
+def is_messages(prompt: Any) -> bool:
+    """Whether a prompt is a conversation, neither a text nor a list of token ids."""
+    return isinstance(prompt, list | tuple) and any(isinstance(m, Mapping) for m in prompt)
+
+
+def check_messages(messages: Any) -> None:
+    """Raises UserError unless `messages` is a list of {"role": text, "content": text}."""
+    listed = isinstance(messages, list | tuple) and len(messages) > 0
+    require((listed, 'messages must be a list of {"role": ..., "content": ...}, with at least one'))
+    for i, message in enumerate(messages):
+        fits = isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+        require((fits, f'message {i} must be {{"role": text, "content": text}}, not {str(message)[:80]}'))
+
+
+def template_of(tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template of a tokenizer; raises UserError if it has none."""
+    if tokenizer.chat is None:
+        raise UserError(
+            "this model's tokenizer has no chat template (no chat_template in tokenizer_config.json, no "
+            "chat_template.jinja): give the prompt as text, or take an instruction-tuned model"
+        )
+    return tokenizer.chat
+
+
+def as_text(tokenizer: Tokenizer | None, prompt: Any) -> Any:
+    """A conversation as the text up to its reply; any other prompt (text, token ids) as it is.
+
+    Raises:
+        UserError: no tokenizer, no chat template, or messages that are none.
+    """
+    if not is_messages(prompt):
+        return prompt
+    if tokenizer is None:
+        raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass token ids, not messages")
+    return template_of(tokenizer).render(prompt)
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[int]]:
+    """Ids of a whole conversation, and for each 1 where it is to be learnt: the assistant's texts and their end tokens.
+
+    Where the template marks them ({% generation %}) its marks count. Otherwise a reply begins where the text of the
+    messages before it ends, and ends with the end-of-turn token.
+
+    Raises:
+        UserError: no template, no assistant's text, or a template that writes earlier turns otherwise when others follow.
+    """
+    return template_of(tokenizer).encode(messages)
+
+
+def chat_example(tokenizer: Tokenizer, messages: Messages) -> Example:
+    """A conversation as a training document with loss on the assistant's tokens alone; the ids after these are left out."""
+    ids, mask = encode_chat(tokenizer, messages)
+    first, last = mask.index(1), len(mask) - mask[::-1].index(1)
+    prompt, completion = ids[:first], ids[first:last]
+    if all(mask[first:last]):
+        return Example(prompt, completion)
+    return MaskedExample(prompt, completion, tuple(mask[:last]))
