@@ -7,14 +7,30 @@ parameters on the text first, with the tokenizer of `model`. Controls: plain tra
 the steps (`same_compute`; a thinking step needs 15 times the FLOPs of a plain one, 20 with its rollout, by
 `train.flops`); NLL by how hard a token is for the base. The held-out rows are the only ones: a setting chosen on them
 must not be reported on them.
+
+`smollm2` is the run on a real language model, SmolLM2-135M-Instruct, on two CPU cores in float32:
+
+    qstar train --config=configs/quiet_star_text.py:smollm2,model=SmolLM2-135M-Instruct,data=openstax_algebra.jsonl \\
+        --workdir=runs/quiet_star_smollm2
+
+Plan, written before the run. Text: OpenStax algebra, rows of 128 tokens, documents held out by hash. Six arms of 300
+updates (`same_compute` 4,800) on the same text in the same order, seed 0, no setting tried on the held-out rows: the
+rate is a tenth of the config's for models from scratch, the start and end vectors move 10 times as fast.
+Measured: NLL with thoughts of `quiet_star` against the NLL of every other arm on 192 held-out rows (comparison.jsonl,
+95% over rows), of all tokens and by difficulty for the base; then GSM8K and CommonsenseQA, 200 test problems each, by
+`qstar evaluate --metric=expected`, before and after. A gain is an interval below 0 against `same_text` *and*
+`same_compute`; "thoughts matter" is an interval below 0 against `random`. Anything else counts as a failure and is
+reported as one. The paper's gains are of Mistral 7B after 100 updates of 8 texts of 256 tokens, with 8 to 12 tokens of
+thought; this is a model 50 times smaller with 4.
 """
 
 from qstar.configs.common import parse_arg, quiet_config
 
 
 def get_config(arg=None):
-    """Arguments: model=DIR, data=FILE, scratch, steps=N, smoke, seed=N."""
-    arg = parse_arg(arg, model="", data="", scratch=False, steps=200, smoke=False, seed=0)
+    """Arguments: model=DIR, data=FILE, scratch, smollm2, steps=N, smoke, seed=N."""
+    arg = parse_arg(arg, model="", data="", scratch=False, smollm2=False, steps=0, smoke=False, seed=0)
+    arg.steps = arg.steps or (300 if arg.smollm2 else 200)
     config = quiet_config()
     config.name = "quiet_star_text"
     config.seed = arg.seed
@@ -34,9 +50,20 @@ def get_config(arg=None):
         "same_text": {"steps": arg.steps, "thought_source": "none"},
         "same_compute": {"steps": 16 * arg.steps, "thought_source": "none"},
     }
+    if arg.smollm2:
+        smollm2(config)
     if arg.smoke:
         smoke(config)
     return config
+
+
+def smollm2(config):
+    """Two texts per update, half of whose positions think: the cost of one text with all."""
+    config.name = "quiet_star_smollm2"
+    config.model.scan_unroll = 1
+    config.thoughts.update(start_text="---", think_fraction=0.5, embedding_scale=10.0)
+    config.train.update(batch_size=2, lr=1e-5, warmup=20, save_every=25, log_every=10)
+    config.evaluate.update(rows=192, batch_size=4, every=0, viewer_texts=24)
 
 
 def smoke(config):

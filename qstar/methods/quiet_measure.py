@@ -147,7 +147,8 @@ def _measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, ste
         nll, hit, counted = _score_text(ctx, model, rows)
         values = {"nll_base": nll, "accuracy_base": hit}
         kinds = np.where(counted, kinds, -2)
-        return {"classes": names, **means_by_kind(names, kinds, values, intervals=("accuracy_base",))}
+        means = means_by_kind(names, kinds, values, intervals=("accuracy_base",))
+        return {"classes": names, **means, **_row_sums(ctx, names, kinds, {"nll": nll})}
     modes = {"": (thought_source, 1.0)}
     if thought_source == "sampled":
         # Random ids carry no content, so "_random" shows whether the trained model uses the content of its thoughts.
@@ -161,6 +162,7 @@ def _measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, ste
             values |= {"nll_base": s.base_nll, "accuracy_base": s.base_hit}
             values |= {"weight": s.weight.mean(1), "reward": s.reward.mean(1)}
             out |= _diagnostics(s)
+            out |= _row_sums(ctx, names, where, {"nll": s.nll.mean(1), "nll_base": s.base_nll})
             _write_thoughts(ctx, arm, step, rows, names, kinds, s)
         if rows.expected is not None:
             values[f"thought_accuracy{suffix}"] = holds_steps(s.thoughts, rows.expected[:, :-1]).mean(1)
@@ -187,6 +189,54 @@ def means_by_kind(
                 low, high = bootstrap_ci(sums[counts > 0], counts=counts[counts > 0])
                 out |= {f"{key}_low/{name}": low, f"{key}_high/{name}": high}
     return out
+
+
+def _row_sums(ctx: QuietContext, names: list[str], kinds: np.ndarray, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Returns sums of values [B, M] over each row's tokens of a kind, and their counts, for `compare_arms`."""
+    # Generated corpora have a kind that thoughts are for, and thousands of rows: their means say enough.
+    if ctx.corpus.classes:
+        return {}
+    out: dict[str, Any] = {}
+    for i, name in ((-1, "all"), *enumerate(names)):
+        mine = kinds >= -1 if name == "all" else kinds == i
+        sums = {key: np.where(mine, x, 0.0).sum(axis=1).round(4).tolist() for key, x in values.items()}
+        out[name] = {"count": mine.sum(axis=1).tolist(), **sums}
+    return {"rows": out}
+
+
+def compare_arms(ctx: QuietContext, found: dict[str, dict[str, Any]]) -> None:
+    """Writes WORKDIR/comparison.jsonl, once: differences of NLL in nats per token, first minus second, with intervals.
+
+    Pairs are the arms with sampled thoughts and every other arm, and each arm's NLL with and without thoughts. All
+    are measured on the same held-out tokens. Intervals (95%) resample rows; a difference below 0 favours the first.
+
+    Args:
+      found: the `measure` of every arm's kept model. Arms without "rows" (generated corpora) are left out.
+    """
+    rows = {name: x["rows"] for name, x in found.items() if "rows" in x}
+    thinking = [name for name in rows if "nll_greedy/all" in found[name]]
+    sides = [(a, b, "nll") for a in thinking for b in rows if b != a and (b not in thinking or a < b)]
+    sides += [(name, name, "nll_base") for name in rows if "nll_base" in rows[name]["all"]]
+
+    def make() -> list[dict[str, Any]]:
+        out = []
+        for a, b, key in sides:
+            for kind, first in rows[a].items():
+                counts = np.asarray(first["count"])
+                if not counts.any():
+                    continue
+                used = counts > 0
+                change = (np.asarray(first["nll"]) - np.asarray(rows[b][kind][key]))[used]
+                low, high = bootstrap_ci(change, counts=counts[used])
+                name = f"{b}, without thoughts" if key == "nll_base" else b
+                row = {"first": a, "second": name, "tokens": kind}
+                out.append(row | {"difference": float(change.sum() / counts.sum()), "low": low, "high": high})
+        return out
+
+    if sides:
+        table = cached_jsonl(ctx.workdir / "comparison.jsonl", make)
+        if distributed.is_first():
+            show_table(ctx.console, "differences of NLL, first minus second, 95% over rows", table)
 
 
 def _diagnostics(s: Scores) -> dict[str, Any]:

@@ -31,7 +31,7 @@ import numpy as np
 
 from qstar.errors import Settings, TrainingFailed, UserError, bounded, require
 from qstar.methods.quiet_data import QuietContext, prepare_base
-from qstar.methods.quiet_measure import EarlyStopping, control_thoughts, measure, measure_difficulty
+from qstar.methods.quiet_measure import EarlyStopping, compare_arms, control_thoughts, measure, measure_difficulty
 from qstar.models import heads
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model, check_vocabulary
@@ -101,11 +101,12 @@ def run(config: Any, workdir: Path, console: Any) -> None:
         ctx.corpus.hold_out_stopping()
     resolved = {name: {"arm": arm, "thoughts": ctx.thoughts.replace(**arm.thoughts)} for name, arm in arms.items()}
     ctx.start(model=start.config, thoughts=ctx.thoughts, arms=resolved)
-    models = {"base": prepare_base(ctx, start)}
+    models, found = {"base": prepare_base(ctx, start)}, {}
     measure_difficulty(ctx, models["base"])
     for name, arm in arms.items():
         ctx.say(f"\n[bold]{name}[/bold]: {arm.steps} steps")
-        models[name] = train_arm(ctx, name, arm, models)
+        models[name], found[name] = train_arm(ctx, name, arm, models)
+    compare_arms(ctx, found)
     ctx.close()
 
 
@@ -139,8 +140,8 @@ def in_order(arms: dict[str, Arm], parents: Callable[[Arm], Iterable[str]]) -> d
     return done
 
 
-def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, Model]) -> Model:
-    """Trains one arm from its start and evaluates it on held-out text; returns its model."""
+def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, Model]) -> tuple[Model, dict[str, Any]]:
+    """Trains one arm from its start; returns its model and its `measure` on held-out text."""
     # ---- the models, trained and frozen
     start = with_thoughts(ctx, arm, models[arm.start])
     teacher = models[arm.teacher] if arm.teacher else None
@@ -179,8 +180,7 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
     kept = done.get("best_step", done["steps"])
     if kept < arm.steps:
         ctx.say(f"  {name}: ended after {done['steps']} of {arm.steps} steps; the model of step {kept} is kept")
-    measure(ctx, name, model, arm.thought_source, kept)
-    return model
+    return model, measure(ctx, name, model, arm.thought_source, kept)
 
 
 def with_thoughts(ctx: QuietContext, arm: QuietConfig, model: Model) -> Model:

@@ -3,17 +3,20 @@
 import functools
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import shared
+from rich.console import Console
 
 from qstar.commands import evaluate as evaluate_command
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
 from qstar.methods import quiet_eval as q
+from qstar.methods.quiet_measure import compare_arms
 from qstar.models import decoder
 from qstar.models.model import Model, save
 from qstar.models.thought_config import ThoughtConfig
@@ -240,3 +243,24 @@ def test_the_command_prints_both_numbers(sums, tmp_path, capsys):
     assert {"majority@2", "majority@2_base", "pass@1", "pass@1_base"} <= found.keys()
     with pytest.raises(UserError, match="--out keeps the answers of --metric=answers"):
         evaluate_command.main([*flags, "--metric=expected", "--out=x"])
+
+
+def test_arms_are_compared_on_the_same_tokens_row_by_row(tmp_path):
+    rng, n = np.random.default_rng(0), 40
+    counts = rng.integers(0, 9, n)
+    counts[0] = 0  # a row without tokens of the kind is no observation
+    with_thoughts, without, plain = (np.where(counts > 0, rng.random(n) + x, 0.0) for x in (1.0, 1.4, 1.2))
+    rows = {"count": counts.tolist(), "nll": with_thoughts.tolist(), "nll_base": without.tolist()}
+    found = {
+        "quiet_star": {"nll_greedy/all": 1.0, "rows": {"all": rows}},
+        "same_text": {"rows": {"all": {"count": counts.tolist(), "nll": plain.tolist()}}},
+        "generated": {},
+    }
+    ctx = types.SimpleNamespace(workdir=tmp_path, console=Console(quiet=True))
+    compare_arms(ctx, found)
+    table = {row["second"]: row for row in read_jsonl(tmp_path / "comparison.jsonl")}
+    assert table.keys() == {"same_text", "quiet_star, without thoughts"}
+    for name, other in (("same_text", plain), ("quiet_star, without thoughts", without)):
+        row = table[name]
+        assert row["difference"] == pytest.approx((with_thoughts - other).sum() / counts.sum())
+        assert row["low"] < row["difference"] < row["high"] < 0  # drawn .2 and .4 apart, in some 200 tokens
