@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import importlib
 
+from qstar.errors import require
 from qstar.flags import Parser
 
 BENCHES = ("generate", "quiet_star", "rl", "train")  # modules of qstar.bench
 
 
 def main(argv: list[str]) -> int:
-    """qstar bench generate | quiet_star | rl | train [--json]"""
+    """qstar bench generate | quiet_star | rl | train [--model=DIR] [--json]"""
     p = Parser("bench", "Measures qstar beside what it could be replaced by, on this machine, in turn.")
     p.add_argument("what", choices=BENCHES)
+    p.flag("--model DIR", "for generate and train: this model instead of random ones of 20M parameters")
     p.switch("--json", "JSON instead of a table")
     p.switch("--quick", "one repetition of small sizes")
     a = p.parse_args(argv)
+    options = dict(as_json=a.json, quick=a.quick, device=a.device)
+    if a.model:
+        require((a.what in ("generate", "train"), f"bench: --model is for generate and train, not {a.what}"))
+        from qstar.bench import real
+        from qstar.models.hub import resolve
+
+        (real.sampling if a.what == "generate" else real.training)(str(resolve(a.model)), **options)
+        return 0
     # Both sides of a comparison run in processes of their own; this one does not start JAX.
-    importlib.import_module(f"qstar.bench.{a.what}").main(as_json=a.json, quick=a.quick, device=a.device)
+    importlib.import_module(f"qstar.bench.{a.what}").main(**options)
     return 0

@@ -1,0 +1,22 @@
+"""Both sides of the benchmarks on a pretrained model do the same work."""
+
+import pytest
+from conftest import shared
+
+from qstar.bench import real
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_both_sides_train_the_same_model_on_the_same_rows(adapters):
+    pytest.importorskip("peft")
+    folder = str(shared("weights/stories260k"))
+    options = dict(folder=folder, rows=2, length=16, adapters=adapters)
+    ours, theirs = real.ours_update(**options), real.theirs_update(**options)
+    # B starts at zero and A is drawn differently: the first update of adapters moves B alone, by a rate's sign.
+    assert ours() == pytest.approx(theirs(), rel=1e-5)
+    assert ours() == pytest.approx(theirs(), rel=1e-2)
+
+
+def test_both_sides_sample_as_many_tokens():
+    options = dict(folder=str(shared("weights/stories260k")), prompts=2, samples=2, new=4)
+    assert real.ours_sampling(**options)() == real.theirs_sampling(**options)() == 2 * 2 * 4
