@@ -18,6 +18,7 @@ setup(
     package_data={  # the annotations are for users' type checkers, too; worked examples stand in front of prompts
         "qstar": ["py.typed"],
         "qstar.models": ["presets.json"],
+        "qstar.data": ["rows/*.jsonl"],  # rows of smoke runs without data
         "qstar.tasks": ["examples/*.jsonl"],
         "qstar.report": ["templates/*.j2", "static/*.css", "static/*.js"],  # pages of reports
         "qstar.bench": ["*.json"],  # recorded figures of the official code

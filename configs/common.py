@@ -8,16 +8,20 @@ from ml_collections import ConfigDict
 
 from qstar.errors import UserError, unknown
 
+# Of models that a smoke run does not name: random weights over bytes.
+_SMOKE_MODEL = "random-tiny"
 _SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """Reads e.g. "smoke,seed=3" into typed values; a bare word means True.
 
+    With `smoke`, models that the argument does not name are a random tiny one.
+
     Raises:
       UserError: a key that has no default, or a value of another type.
     """
-    out = dict(defaults)
+    out, named = dict(defaults), set()
     for part in filter(None, (arg or "").split(",")):
         key, _, text = part.partition("=")
         if key not in defaults:
@@ -27,7 +31,17 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
             out[key] = _SWITCH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             raise UserError(f"config argument {key}={text!r} must be of type {kind.__name__}") from None
+        named.add(key)
+    if out.get("smoke"):
+        out.update({key: _SMOKE_MODEL for key in ("model", "small", "large") if key in defaults and key not in named})
     return ConfigDict(out)
+
+
+def task_files(arg: ConfigDict, name: str, train: str = "train.jsonl", test: str = "test.jsonl") -> dict[str, str]:
+    """Returns a task's files: those in the folder `data`, for smoke runs without one rows that ship; {}: the hub's."""
+    if arg.data:
+        return {"train": f"{arg.data}/{train}", "test": f"{arg.data}/{test}"}
+    return {part: f"built-in:{name}" for part in ("train", "test") if arg.smoke}
 
 
 def star_config() -> ConfigDict:
@@ -128,7 +142,9 @@ def rl_config() -> ConfigDict:
     config = star_config()
     for key in ("z_loss", "loss_on_prompt", "packed", "row_length"):
         del config.train[key]
-    config.update({"method": "rl", "name": "rl", "loop": {"rounds": 4}, "arms": {"grpo": {"estimator": "grpo"}}})
+    config.update({"method": "rl", "name": "rl", "loop": {"rounds": 4}})
+    # Not by `update`, which would keep the arm that is there.
+    config.arms = {"grpo": {"estimator": "grpo"}}
     config.rl = {"group": 8, "kl_weight": 0.05, "clip": 0.2, "temperature": 1.0}
     config.train.update(updates=100, prompts=64, epochs=1, max_new_tokens=96, save_every=20, log_every=1)
     return config

@@ -7,7 +7,7 @@ rate 1e-6, groups of 8, clipping at 0.2, divergence in the loss); not run here a
 260K-parameter weights: a test of the machinery, in which no answer is right and no score differs.
 """
 
-from qstar.configs.common import parse_arg, rl_config
+from qstar.configs.common import parse_arg, rl_config, task_files
 
 
 def get_config(arg=None):
@@ -18,8 +18,7 @@ def get_config(arg=None):
     config.seed = arg.seed
     config.mesh = "data=1,fsdp=-1"
     config.task = {"name": "gsm8k"}
-    if arg.data:
-        config.task.update(train=f"{arg.data}/train.jsonl", test=f"{arg.data}/test.jsonl")
+    config.task.update(task_files(arg, "gsm8k"))
     if arg.prompts:
         config.task.prompts = arg.prompts
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}

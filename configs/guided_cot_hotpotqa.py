@@ -10,7 +10,7 @@ not, so those here are ours. XXL answers `guided.large.slots` prompts side by si
 take 0.6 GB, over all chips. Not run here at that size; what was run is `smoke`, with a 260K-parameter student.
 """
 
-from qstar.configs.common import parse_arg, star_config
+from qstar.configs.common import parse_arg, star_config, task_files
 
 
 def get_config(arg=None):
@@ -23,8 +23,8 @@ def get_config(arg=None):
     config.update({"method": "guided_cot", "name": "guided_cot_hotpotqa", "seed": arg.seed, "students": 1})
     config.mesh = "data=1,fsdp=-1"
     config.task = {"name": arg.task, "context": "distractor"}
-    if arg.data or arg.train:
-        config.task.update(train=arg.train or f"{arg.data}/train.json", test=arg.test or f"{arg.data}/dev.json")
+    config.task.update(task_files(arg, "hotpotqa", "train.json", "dev.json"))
+    config.task.update({part: arg[part] for part in ("train", "test") if arg[part]})
     large = {"url": arg.url, "model": arg.name} if arg.url else {"path": arg.large, "dtype": "bfloat16", "slots": 128}
     questions = {"teacher_questions": 15_000, "rl_questions": 15_000, "test_questions": 2000}
     config.guided = {"small": arg.small, "large": large, "votes": 10, **questions}

@@ -7,7 +7,7 @@ The paper reports 72.5% on the 1,221 dev questions with rationalisation and 68.8
 set; here loops are chosen on a validation part of train, and the dev set is read once. Not run here at that size.
 """
 
-from qstar.configs.common import parse_arg, star_config
+from qstar.configs.common import parse_arg, star_config, task_files
 
 
 def get_config(arg=None):
@@ -18,8 +18,7 @@ def get_config(arg=None):
     config.seed = arg.seed
     config.mesh = "data=1,fsdp=-1"
     config.task = {"name": "commonsense_qa"}
-    if arg.data:
-        config.task.update(train=f"{arg.data}/train_rand_split.jsonl", test=f"{arg.data}/dev_rand_split.jsonl")
+    config.task.update(task_files(arg, "commonsense_qa", "train_rand_split.jsonl", "dev_rand_split.jsonl"))
     if arg.prompts:
         config.task.prompts = arg.prompts
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}

@@ -12,7 +12,7 @@ machinery and not of the method (its accuracy is .000). `small` is the same at 2
     qstar train --config=star_gsm8k:small,model=stories260k,data=gsm8k --workdir=runs/star_gsm8k_small
 """
 
-from qstar.configs.common import parse_arg, star_config
+from qstar.configs.common import parse_arg, star_config, task_files
 
 
 def get_config(arg=None):
@@ -23,8 +23,7 @@ def get_config(arg=None):
     config.seed = arg.seed
     config.mesh = "data=1,fsdp=-1"
     config.task = {"name": "gsm8k", "hint": "answer"}
-    if arg.data:
-        config.task.update(train=f"{arg.data}/train.jsonl", test=f"{arg.data}/test.jsonl")
+    config.task.update(task_files(arg, "gsm8k"))
     if arg.prompts:
         config.task.prompts = arg.prompts
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}

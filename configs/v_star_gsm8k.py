@@ -12,7 +12,7 @@ test.jsonl. Not run here at that size: only `smoke`, on 260K-parameter weights a
     ...:arms=v_star+verification      any rows of the paper's table of baselines
 """
 
-from qstar.configs.common import parse_arg, v_star_config
+from qstar.configs.common import parse_arg, task_files, v_star_config
 
 from qstar.errors import unknown
 
@@ -27,8 +27,7 @@ def get_config(arg=None):
     config.seed = arg.seed
     config.mesh = "data=1,fsdp=-1"
     config.task = {"name": "gsm8k", "hint": "answer"}
-    if arg.data:
-        config.task.update(train=f"{arg.data}/train.jsonl", test=f"{arg.data}/test.jsonl")
+    config.task.update(task_files(arg, "gsm8k"))
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
     config.arms = {name: arm_of(name, arg.orm) for name in arg.arms.split("+")}
     lora = {"lora_rank": 16, "lora_alpha": 32.0}

@@ -20,8 +20,8 @@ def get_config(arg=None):
     config = gsm8k(f"model={arg.model},seed={arg.seed},arms={arg.arms},smoke={int(arg.smoke)},orm={int(arg.orm)}")
     config.name = "v_star_mbpp"
     config.task = {"name": "mbpp", "shots": ()}  # G_SFT has learnt the format
-    if arg.data:
-        config.task.data = f"{arg.data}/mbpp.jsonl"
+    if arg.data or arg.smoke:
+        config.task.data = f"{arg.data}/mbpp.jsonl" if arg.data else "built-in:mbpp"
     if arg.smoke:  # the problems whose prompts fit into 512 tokens of a vocabulary of 512
         config.loop.problems_per_iter = 7
         config.evaluate.limit = 2

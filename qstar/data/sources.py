@@ -20,12 +20,13 @@ from typing import Any
 from etils import epath
 
 from qstar import files
-from qstar.errors import QstarWarning, UserError
+from qstar.errors import QstarWarning, UserError, unknown
 
 BAD_ROWS = 0.01  # default share of a task's or corpus' records that may be unusable before reading stops
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 # Endings of files only, so that data/train.txt is not taken for the hub's data set "train.txt".
 _FILE_ENDINGS = {".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".arrow"}
+_BUILT_IN = "built-in:"  # in front of the name of a file in `rows`: a few rows for smoke runs
 # First bytes of files whose content differs from their names, and what to do about each.
 _FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; fetch the file itself (git lfs pull)",
@@ -53,7 +54,7 @@ def read_records(
 
     Args:
         source: a path (.jsonl, .json, .parquet, .csv, .jsonl.gz, .json.gz; or gs://), a hub name "owner/name[:config]"
-            or "hf://datasets/owner/name/file.parquet".
+            or "hf://datasets/owner/name/file.parquet"; or "built-in:gsm8k", a few rows that come with qstar.
         fields: keys that every record must have with a value other than null; other keys are kept too.
         split: the hub's split, "train" when None; files ignore it.
         parse: converts a record; an error it raises becomes a UserError that names the record's place.
@@ -162,6 +163,12 @@ def _line(row: dict) -> str:
 
 
 def _open(source: str, split: str | None) -> Iterator[Place]:
+    if source.startswith(_BUILT_IN):
+        names = {path.stem: str(path) for path in sorted(pathlib.Path(__file__).with_name("rows").glob("*.jsonl"))}
+        name = source.removeprefix(_BUILT_IN)
+        if name not in names:
+            raise unknown(source, name, names)
+        source = names[name]
     suffixes = pathlib.PurePosixPath(source.lower()).suffixes
     suffix = suffixes[-1] if suffixes else ""
     if source.startswith("hf://"):

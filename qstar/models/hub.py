@@ -2,6 +2,7 @@
 
 resolve("runs/export")              the local folder, unchanged
 resolve("Qwen/Qwen3-0.6B@main")     a snapshot in the cache of huggingface_hub (HF_HOME moves it)
+resolve("random-tiny")              a random model that smoke runs take where no other is named (`random_tiny`)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 
 from qstar.errors import UserError, require
+from qstar.models import random_tiny
 from qstar.models.weight_files import INDEX, SINGLE, read_json
 
 _NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -65,6 +67,8 @@ def resolve(name: str | os.PathLike, revision: str | None = None, *, weights: bo
     if is_local(name):
         fault = f"model {text!r} is a local folder, which has no revision={revision!r}; leave the revision out"
         require((not revision, fault))
+        if text == random_tiny.NAME and not Path(text).exists():
+            return random_tiny.folder()
         return Path(os.path.expanduser(text))
     match = _NAME.fullmatch(text)
     assert match is not None

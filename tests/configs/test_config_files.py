@@ -23,21 +23,25 @@ FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.nam
 SMOKE = {
     "star_arithmetic.py": runs.arithmetic,
     "star_gsm8k.py": runs.gsm8k,
-    "star_commonsense_qa.py": runs.commonsense_qa,
+    "star_commonsense_qa.py": lambda: runs.finished("star_commonsense_qa.py:smoke"),
     "v_star_arithmetic.py": runs.v_star,
     "v_star_gsm8k.py": runs.v_star_gsm8k,
-    "v_star_mbpp.py": runs.v_star_mbpp,
+    "v_star_mbpp.py": lambda: runs.finished("v_star_mbpp.py:smoke"),
     "quiet_star_tiny.py": runs.quiet_star,
     "quiet_star_mistral_7b.py": lambda: runs.finished("quiet_star_mistral_7b.py:smoke"),
     "fast_quiet_star.py": lambda: runs.finished("fast_quiet_star.py:smoke"),
     "quiet_star_text.py": lambda: runs.finished("quiet_star_text.py:smoke"),
     "grpo_arithmetic.py": lambda: runs.finished("grpo_arithmetic.py:smoke"),
     "guided_cot_synth.py": lambda: runs.finished("guided_cot_synth.py:smoke"),
-    "guided_cot_hotpotqa.py": None,  # runs in tests/methods/test_guided_cot.py, its large model behind a local HTTP server
-    "grpo_gsm8k.py": lambda: runs.finished(runs.pretrained_config("grpo_gsm8k.py", "data/gsm8k")),
+    # With its large model behind a local HTTP server it runs in tests/methods/test_guided_cot.py.
+    "guided_cot_hotpotqa.py": lambda: runs.finished("guided_cot_hotpotqa.py:smoke"),
+    "grpo_gsm8k.py": lambda: runs.finished("grpo_gsm8k.py:smoke"),
 }
 # They run what others of the same method run, on other data: their settings are checked by every run of the tests.
-SECOND = ("v_star_mbpp.py", "star_commonsense_qa.py", "grpo_gsm8k.py", "quiet_star_text.py", "quiet_star_mistral_7b.py")
+SECOND = (
+    *("v_star_mbpp.py", "star_commonsense_qa.py", "quiet_star_text.py", "quiet_star_mistral_7b.py"),
+    "guided_cot_hotpotqa.py",
+)
 
 
 def smoke_of(name):
@@ -156,6 +160,26 @@ def test_a_guided_config_loads_and_all_its_settings_are_known(name, mode, tmp_pa
     assert all(study.rl_settings(arm) for arm in study.arms) and not (tmp_path / "run").exists()
     assert all(r.start == "base" or r.start in study.arms for r in study.arms.values())
     json.dumps(config.to_dict())
+
+
+def test_the_smoke_mode_of_guided_cot_runs_with_a_random_model_and_shipped_rows():
+    folder = smoke_of("guided_cot_hotpotqa.py")
+    arms = {row["arm"] for row in json.loads((folder / "results.json").read_text())["arms"]}
+    assert {"kd_unfiltered", "rl_both", "standard", "own CoT"} <= arms and (folder / "report.html").exists()
+
+
+@EVERY
+def test_smoke_takes_a_random_model_and_shipped_rows_where_none_are_named(name):
+    config = json.dumps(module(name).get_config("smoke").to_dict())
+    named = module(name).get_config.__doc__
+    assert ("random-tiny" in config) == (
+        "gsm8k" in name or name in ("star_commonsense_qa.py", "v_star_mbpp.py", "guided_cot_hotpotqa.py")
+    )
+    assert ("built-in:" in config) == ("random-tiny" in config)
+    if "data=DIR" in named and "model=DIR" in named:
+        config = json.dumps(module(name).get_config("smoke,data=D,model=M").to_dict())
+        assert "random-tiny" not in config and "built-in:" not in config and '"path": "M"' in config
+    assert "random-tiny" not in json.dumps(module(name).get_config().to_dict())
 
 
 def test_the_smoke_mode_of_guided_cot_runs_to_the_end():

@@ -169,11 +169,6 @@ def gsm8k():
     return finished(pretrained_config("star_gsm8k.py", "data/gsm8k"), *SMALLER)
 
 
-def commonsense_qa():
-    """The smoke run of configs/star_commonsense_qa.py."""
-    return finished(pretrained_config("star_commonsense_qa.py", "data/commonsenseqa"), *SMALLER)
-
-
 def quiet_star():
     """The smoke run of configs/quiet_star_tiny.py, two of its arms."""
     return finished(QUIET)
@@ -187,11 +182,6 @@ def v_star():
 def v_star_gsm8k():
     """The smoke run of configs/v_star_gsm8k.py."""
     return finished(f"v_star_gsm8k.py:smoke,model={shared('weights/stories260k')},data={short_rows('data/gsm8k')}")
-
-
-def v_star_mbpp():
-    """The smoke run of configs/v_star_mbpp.py."""
-    return finished(pretrained_config("v_star_mbpp.py", "data/mbpp"))
 
 
 V_STAR = "v_star_arithmetic.py:smoke,arms=v_star"
