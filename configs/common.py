@@ -145,6 +145,8 @@ def rl_config() -> ConfigDict:
     config.update({"method": "rl", "name": "rl", "loop": {"rounds": 4}})
     # Not by `update`, which would keep the arm that is there.
     config.arms = {"grpo": {"estimator": "grpo"}}
-    config.rl = {"group": 8, "kl_weight": 0.05, "clip": 0.2, "temperature": 1.0}
+    # `reward`: built-in names, functions of files and weights, see qstar/methods/rewards.py.
+    config.rl = {"group": 8, "kl_weight": 0.05, "clip": 0.2, "temperature": 1.0, "reward": "correct"}
     config.train.update(updates=100, prompts=64, epochs=1, max_new_tokens=96, save_every=20, log_every=1)
+    config.train.update(log_completions=32, lora_rank=0, lora_alpha=32.0)
     return config

@@ -48,7 +48,7 @@ class DistilTrain(UpdateSettings):
 def only_updates(train: UpdateSettings) -> UpdateSettings:
     """Returns the settings that a compiled step depends on."""
     # The settings are a cache key of `compiled`: runs that differ in rates and lengths alone share a compilation.
-    names = ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip")
+    names = ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip", "lora_rank", "lora_alpha", "lora_targets")
     return UpdateSettings(**{name: getattr(train, name) for name in names})
 
 

@@ -15,6 +15,8 @@ Deviations from the papers (PPO 1707.06347, RLOO 2402.14740, GRPO 2402.03300):
    sampler, so that probability ratios are 1 before the first gradient step (see `train.rl`).
 3. PPO's critic is a head on the policy's hidden states, not a second model.
 4. Two optional limits: `max_approx_kl` skips an update's remaining minibatches, `max_kl` ends the training.
+5. With LoRA the reference is the base without adapters, so that there is one copy of the base. Responses are sampled
+   from the merged weights, in the compute dtype.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import functools
 import operator
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -32,14 +35,24 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from qstar import distributed
+from qstar.data.sources import write_jsonl
 from qstar.errors import bounded, require
 from qstar.mesh import put_global_batch, to_host
 from qstar.methods.distillation import only_updates
-from qstar.models import heads, scoring
+from qstar.models import heads, lora, scoring
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, encoder_ids
 from qstar.runs.folder import data_hash, stable_seed
-from qstar.runs.stages import MACHINE, Stage, UpdateSettings, run_updates, train_once
+from qstar.runs.stages import (
+    MACHINE,
+    Stage,
+    UpdateSettings,
+    fresh_adapters,
+    merge_adapters,
+    run_updates,
+    train_once,
+)
 from qstar.sample.batching import padded_length, stream
 from qstar.train import rl
 from qstar.train.state import TrainState
@@ -61,10 +74,7 @@ class ReinforceSettings(UpdateSettings):
     max_approx_kl: float = bounded(0.0, ge=0, note="0: off")
     # Nats per response from the reference, above which training stops
     max_kl: float = bounded(0.0, ge=0, note="0: off")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require((not self.lora_rank, f"lora_rank={self.lora_rank}: RL trains all parameters; leave it at 0"))
+    log_completions: int = bounded(32, ge=0)  # responses of every logged update that are written to the run folder
 
 
 class RewardOutput(NamedTuple):
@@ -72,10 +82,15 @@ class RewardOutput(NamedTuple):
 
     scores: np.ndarray  # [N * group] float32
     parts: dict[str, np.ndarray]  # components of the scores, each [N * group]; their means are logged as reward/NAME
+    labels: Sequence[dict[str, Any]] = ()  # [N * group]: more columns for the log of completions
 
 
 class Environment(Protocol):
-    """Prompts and the rewards of responses. An attribute `stop`, if present, holds strings that end a response."""
+    """Prompts and the rewards of responses.
+
+    Optional attributes: `stop`, strings that end a response; `made_with`, a dict of what the rewards depend on (JSON), by
+    which a folder of other rewards is refused.
+    """
 
     def prompts(self, update: int) -> Sequence[Any]:
         """Returns the prompts of an update: texts, or lists of token ids. A pure function of the update."""
@@ -88,7 +103,7 @@ class Environment(Protocol):
 class Run:
     """The constants of one training run."""
 
-    start: Model  # float32 master weights; also the reference
+    start: Model  # float32 master weights, with LoRA the frozen base as it was loaded; also the reference
     environment: Environment
     rl: rl.RLSettings
     settings: ReinforceSettings
@@ -101,6 +116,11 @@ class Run:
         limit = scoring.text_limit(self.start.config, self.start.tokenizer)
         return {"config": self.start.config, "settings": self.rl, "limit": limit}
 
+    def policy(self, trained: Params) -> Params:
+        """Returns the policy's parameters: what is trained, or the base with the trained adapters attached."""
+        s = self.settings
+        return lora.attach(self.start.params, trained, s.lora.scale) if s.lora_rank else trained
+
 
 class Sampled(NamedTuple):
     """The rollouts of an update and the minibatches that they are trained on."""
@@ -108,6 +128,7 @@ class Sampled(NamedTuple):
     batch: rl.Experience  # host arrays
     minibatches: np.ndarray  # [gradient steps, batch_size] rows of `batch`
     metrics: dict[str, float]
+    completions: list[dict[str, Any]]  # rows of the log
 
 
 @functools.lru_cache(maxsize=16)
@@ -115,7 +136,7 @@ def compiled(config: Any, settings: rl.RLSettings, limit: int, update: UpdateSet
     """Returns (optimiser, jitted gradient step), one per configuration, so that arms share a compilation."""
     tx = update.optimiser()
     loss = functools.partial(rl.rl_loss, config=config, settings=settings, limit=limit)
-    return tx, make_step(loss, tx, update.accumulate)
+    return tx, make_step(update.through(loss), tx, update.accumulate)
 
 
 def reinforce(
@@ -124,12 +145,15 @@ def reinforce(
     rl_settings: rl.RLSettings,
     stage: Stage,
     watch: Callable[[int, Params], None] | None = None,
+    completions: Path | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a copy of `start` on the environment's scores; returns the new model with a summary.
 
     Args:
       stage: its settings are ReinforceSettings, its steps updates; its metrics rows have the stage "rl".
-      watch: called with (updates done, the policy's parameters) after every update; the next one donates them.
+      watch: called with (updates done, the policy's parameters) after every update; the next one donates them. With
+        LoRA these are the base's with adapters attached: they can be sampled from; `lora.plain` merges them.
+      completions: folder of the logged responses, update_NNNNNN.jsonl; default: `completions` in the stage's folder.
 
     Raises UserError if `batch_size` does not divide the responses, Diverged after updates that were not finite.
     """
@@ -140,16 +164,26 @@ def reinforce(
     # An environment has no data to hash; its first prompts stand for it.
     first = [list(map(str, environment.prompts(0)))] if stage.steps else []
     made_with = {"settings": settings, "rl": rl_settings, "seed": seed, "data_hash": data_hash(first)}
+    made_with |= getattr(environment, "made_with", {})
+    settings.check_targets(start.config)
+    log = completions or stage.folder / "completions"
 
     def train(start: Model) -> tuple[Params, dict[str, Any]]:
         run = Run(start, environment, rl_settings, settings, seed, functools.partial(_encode, start))
-        return _train(run, stage, watch)
+        trained, summary = _train(run, stage, watch, log)
+        if not settings.lora_rank:
+            return trained, summary
+        return merge_adapters(start, trained, settings.lora, stage.folder), summary
 
-    return train_once(start, stage.folder, made_with, train)
+    return train_once(start, stage.folder, made_with, train, cast=not settings.lora_rank)
 
 
-def _train(run: Run, stage: Stage, watch: Callable[[int, Params], None] | None) -> tuple[Params, dict[str, Any]]:
+def _train(
+    run: Run, stage: Stage, watch: Callable[[int, Params], None] | None, log: Path
+) -> tuple[Params, dict[str, Any]]:
     s, policy, last, stopped = run.settings, run.start.params, 0, ""
+    if s.lora_rank:
+        policy = fresh_adapters(run.start, s.lora, run.seed)
     tx, step = compiled(**run.static, update=only_updates(s))
     params = {"policy": policy}
     if run.rl.estimator == "ppo":
@@ -165,7 +199,15 @@ def _train(run: Run, stage: Stage, watch: Callable[[int, Params], None] | None) 
         return state, metrics
 
     def batch_at(n: int, state: TrainState) -> Sampled:
-        return sample(run, state.params, n, record["kl_weight"])
+        sampled = sample(run, state.params, n, record["kl_weight"])
+        # A file per update: a resumed run samples the updates since its checkpoint again, and writes the same bytes.
+        if sampled.completions and logs(n + 1) and distributed.is_first():
+            rows = [{**stage.label, **row} for row in sampled.completions]
+            write_jsonl(log / f"update_{n + 1:06d}.jsonl", rows, checksum=True)
+        return sampled
+
+    def logs(done: int) -> bool:
+        return done % s.log_every == 0 or done == stage.steps
 
     # An update is a whole round: its batch is sampled from the state, and `learn` places it minibatch by minibatch.
     how: dict[str, Any] = {"log_every": 1, "on_policy": True, "place": lambda arrays: arrays, "extra": record}
@@ -174,14 +216,14 @@ def _train(run: Run, stage: Stage, watch: Callable[[int, Params], None] | None) 
         for at, lr in updates:
             policy, last = at.state.params["policy"], at.step
             # Also where the run resumes: the row of its checkpoint may not have been written.
-            if last and (last % s.log_every == 0 or last == stage.steps):
+            if last and logs(last):
                 row = {**record["last"], **{k: v for k, v in at.metrics.items() if k.startswith(MACHINE)}}
                 stage.writer.write(stage="rl", step=last, lr=lr, **stage.label, **row)
             if at.metrics and stage.progress is not None:
                 stage.progress(last, {"loss": at.metrics["loss"]})
             if last and watch is not None:
                 with at.interruptible():
-                    watch(last, policy)
+                    watch(last, run.policy(policy))
             if s.max_kl and record["last"] and record["last"]["kl"] > s.max_kl:
                 stopped = f"{record['last']['kl']:.2f} nats per response from the reference (max_kl={s.max_kl})"
                 break
@@ -203,7 +245,7 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     clock = [time.perf_counter()]
 
     # ---- 1: responses
-    prompts = run.environment.prompts(update)
+    prompts, params = run.environment.prompts(update), {**params, "policy": run.policy(params["policy"])}
     responses = rollouts(run, params["policy"], prompts, update)
     flat = [done for row in responses for done in row]
     clock.append(time.perf_counter())
@@ -233,20 +275,47 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     batch = rl.Experience(prompt, prompt_mask, response, mask, old, ref, values, advantages, returns, weights)
     clock.append(time.perf_counter())
 
+    parts = dict(rewards.parts)
+    if run.rl.no_eos_penalty:
+        parts["no_eos_penalty"] = -run.rl.no_eos_penalty * (1.0 - ended)
+    grouped = rearrange(scores, "(prompt group) -> prompt group", group=G)
     # Seeded by the update and epoch, so that a resumed run shuffles alike.
     orders = [np.random.default_rng([run.seed, update, epoch]).permutation(len(flat)) for epoch in range(s.epochs)]
     metrics = {
         "score": float(scores.mean()),
-        "score_std": float(rearrange(scores, "(prompt group) -> prompt group", group=G).std(axis=1).mean()),
+        "score_std": float(grouped.std(axis=1).mean()),
+        # A group of equal scores has advantages of 0: its responses teach nothing but the divergence.
+        "groups_without_signal": float(np.mean(np.ptp(grouped, axis=1) == 0)),
         "kl": float(np.sum(old - ref, axis=1).mean()),  # the k1 estimate, nats per response
         "length": float(mask.sum(axis=1).mean()),
         "ended": float(ended.mean()),
         "response_tokens": float(mask.sum()),
-        **{f"reward/{k}": float(np.mean(v)) for k, v in rewards.parts.items()},
+        **{f"reward/{k}": float(np.mean(v)) for k, v in parts.items()},
         "kl_weight": kl_weight,
         **dict(zip(SECONDS, np.diff(clock).tolist())),
     }
-    return Sampled(batch, rearrange(np.stack(orders), "e (m b) -> (e m) b", b=s.batch_size), metrics)
+    numbers = {"score": scores, "advantage": _mean_of(advantages, mask), "kl": np.sum(old - ref, axis=1)}
+    rows = _completions(run, update, prompts, flat, numbers, parts, rewards.labels)
+    return Sampled(batch, rearrange(np.stack(orders), "e (m b) -> (e m) b", b=s.batch_size), metrics, rows)
+
+
+def _mean_of(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.sum(values * mask, axis=1) / np.maximum(mask.sum(axis=1), 1.0)
+
+
+def _completions(run, update, prompts, flat, numbers, parts, labels) -> list[dict[str, Any]]:
+    """Returns rows of the first `log_completions` responses. `advantage`: the mean over a response's tokens."""
+    rows, tokenizer = [], run.start.tokenizer
+    for at, done in enumerate(flat[: run.settings.log_completions]):
+        prompt = prompts[at // run.rl.group]
+        if tokenizer is not None and not isinstance(prompt, str):
+            prompt = tokenizer.decode(prompt)
+        row = {"update": update + 1, "group": at // run.rl.group, "sample": at % run.rl.group, "prompt": prompt}
+        row |= {"completion": done.tokens if done.text is None else done.text, **(labels[at] if len(labels) else {})}
+        row |= {name: round(float(values[at]), 6) for name, values in numbers.items()}
+        row["rewards"] = {name: round(float(values[at]), 6) for name, values in parts.items()}
+        rows.append(row | {"n_tokens": len(done.tokens), "truncated": not done.stopped})
+    return rows
 
 
 def learn(
@@ -255,9 +324,10 @@ def learn(
     """Runs step 5: gradient steps on minibatches, until `max_approx_kl` is exceeded."""
     began = time.perf_counter()
     found: list[dict[str, jax.Array]] = []
+    base = ({"base": run.start.params},) if run.settings.lora_rank else ()
     for chosen in sampled.minibatches:
         rows = jax.tree.map(operator.itemgetter(chosen), sampled.batch)
-        state, metrics = step(state, *put_global_batch((rows, lr), run.start.mesh))
+        state, metrics = step(state, *put_global_batch((rows, lr), run.start.mesh), *base)
         found.append(metrics)
         # Reading the metric waits for the device, so only where the limit is set.
         if run.settings.max_approx_kl and float(jax.device_get(metrics["approx_kl"])) > run.settings.max_approx_kl:

@@ -95,16 +95,21 @@ def attach(params: Params, adapters: Params, scale: float) -> Params:
 
 def merge(params: Params, adapters: Params, scale: float) -> Params:
     """Returns plain parameters, each in its own dtype: W + scale A B, added in float32."""
-    attached = attach(params, adapters, scale)
+    return plain(attach(params, adapters, scale))
+
+
+def plain(attached: Params) -> Params:
+    """Returns the result of `attach` as plain parameters; plain ones as they are."""
     return {**attached, "layers": with_adapters(attached["layers"])}
 
 
 def through(loss: Callable[..., Any], scale: float) -> Callable[..., Any]:
-    """Returns the loss as a function of {"policy": adapters, "base": frozen parameters}."""
+    """Returns the loss as a function of {"policy": adapters, "base": frozen parameters, other roles}."""
 
     def adapted(params: dict[str, Params], batch: Any, rng: jax.Array) -> Any:
+        rest = {role: found for role, found in params.items() if role != "base"}
         base = jax.lax.stop_gradient(params["base"])
-        return loss({"policy": attach(base, params["policy"], scale)}, batch, rng)
+        return loss({**rest, "policy": attach(base, params["policy"], scale)}, batch, rng)
 
     return adapted
 

@@ -20,6 +20,7 @@ from qstar.methods.guided_cot import GuidedConfig
 from qstar.methods.guided_hotpotqa import MultiHopSettings
 from qstar.methods.quiet_star import QuietConfig, update
 from qstar.methods.reinforce import ReinforceSettings
+from qstar.methods.rl import RewardedSettings
 from qstar.methods.v_star import PRESETS, VStarConfig
 from qstar.methods.verifier import VerifierSettings, dpo_step, value_step
 from qstar.models import heads, scoring
@@ -38,7 +39,7 @@ from qstar.plan.steps import (
     trained,
 )
 from qstar.runs.rollouts import SampleSettings
-from qstar.runs.settings import settings_from
+from qstar.runs.settings import narrowed, settings_from
 from qstar.runs.stages import TrainSettings, UpdateSettings, sft_step
 from qstar.sample.batching import default_slots, padded_length
 from qstar.thoughts import measure
@@ -244,14 +245,14 @@ def _rl(case: Case) -> Iterator[Program]:
     model, train = abstract_model(case, case.section("model")), case.settings(ReinforceSettings, "train")
     yield from _rl_updates(case, model, train, padded_length(case.assumed.prompt), {})
     sample = case.settings(SampleSettings, "sample", max_new_tokens=train.max_new_tokens)
-    group = case.settings(RLSettings, "rl").group
+    group = case.settings(RewardedSettings, "rl").group
     yield from sampling(case, trained(case, model, train), sample, group, train.prompts * group, 0)
 
 
 def _rl_updates(
     case: Case, model: Model, s: ReinforceSettings, prompt: int, resident: dict[str, Any]
 ) -> Iterator[Program]:
-    settings, R = case.settings(RLSettings, "rl"), s.max_new_tokens
+    settings, R = narrowed(RLSettings, case.settings(RewardedSettings, "rl")), s.max_new_tokens
     limit, static = scoring.text_limit(model.config), {"config": model.config, "settings": settings}
     roles = {}
     # PPO alone has a critic; GRPO and RLOO take their baseline from the group.
@@ -269,7 +270,8 @@ def _rl_updates(
         f"RL: measuring {count} responses",
         lambda: measure_jit.lower(params, *rows, **static, limit=limit),
         {"parameters": params, "batch": rows},
-        {"the reference": start.params, **resident},
+        # With LoRA the reference is the policy without its adapters.
+        {**({} if s.lora_rank else {"the reference": start.params}), **resident},
         *flops.respond(model.config, count, prompt, R),
         notes=case.notes(count),
     )

@@ -188,7 +188,7 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
         out += [what] if need > chips else []
     updates = bool(plan.parts.get("optimiser"))
     # The methods excluded here do not take adapters from `train.lora_rank`.
-    if updates and not train.get("lora_rank") and config.get("method") not in ("quiet_star", "guided_cot", "rl"):
+    if updates and not train.get("lora_rank") and config.get("method") not in ("quiet_star", "guided_cot"):
         out.append("train.lora_rank=16 would leave next to no optimiser state and float32 masters")
     if updates and plan.activations > plan.hbm // 4:
         if config.get("model", {}).get("remat", "none") != "block":

@@ -162,9 +162,11 @@ def train_program(
     tx, step = made
     # The model that the run started from stays: every iteration trains it anew (STaR, section 3.1).
     before = {"the base model": model.params}
+    frozen = {}
     if settings.lora_rank:
         fresh = lambda p: fresh_adapters(model.replace(params=p), settings.lora, 0)  # noqa: E731
-        policy, roles = case.like(fresh, model.params), {**(roles or {}), "base": model.params}
+        # The step reads the base in place: it is an argument, and no copy of it is part of the state.
+        policy, frozen, before = case.like(fresh, model.params), {"base": model.params}, {}
     else:
         policy = _float32(case, model.params)
         # The cast makes a copy, which is alive beside the state while the stage runs.
@@ -174,8 +176,12 @@ def train_program(
     rate = case.spec((), jnp.float32)
     return Program(
         name,
-        lambda: step.lower(state, batch, rate),
-        {"parameters": state.params, "optimiser": state.opt_state, "batch": (batch, state.step, state.rng)},
+        lambda: step.lower(state, batch, rate, frozen),
+        {
+            "parameters": {**state.params, **frozen},
+            "optimiser": state.opt_state,
+            "batch": (batch, state.step, state.rng),
+        },
         {**before, **(resident or {})},
         *needed,
         notes=case.notes(settings.batch_size, settings.accumulate),

@@ -115,9 +115,9 @@ class RunContext(Screen):
 class Arm:
     """One arm: WORKDIR/<name>/ and the numbers of its loops."""
 
-    def __init__(self, ctx: RunContext, name: str, few_shot: bool = True):
-        """`few_shot`: whether the arm samples, and hence is evaluated, with the few-shot prefix."""
-        self.ctx, self.name, self.few_shot = ctx, name, few_shot
+    def __init__(self, ctx: RunContext, name: str, few_shot: bool = True, unit: str = "loop"):
+        """`few_shot`: whether the arm samples, and hence is evaluated, with the few-shot prefix. `unit`: for messages."""
+        self.ctx, self.name, self.few_shot, self.unit = ctx, name, few_shot, unit
         self.folder = ctx.workdir / name
         self.seconds: dict[str, float] = {}
         self._scores: dict[int, float] = {}  # loop -> accuracy
@@ -222,13 +222,13 @@ class Arm:
 
     def stop(self, n: int, reason: str) -> None:
         """Ends the arm early, with the reason and the number of loops that made a model in status.json."""
-        self.ctx.say(f"[yellow]{self.name} stopped in loop {n}: {reason}")
+        self.ctx.say(f"[yellow]{self.name} stopped in {self.unit} {n}: {reason}")
         self._write_status("stopped", reason)
 
     def fail(self, n: int, why: TrainingFailed) -> None:
         """Ends the arm early. The run fails for it after the other arms are done (`RunContext.close`)."""
         self.stop(n, str(why))
-        self.ctx.failures.append(f"arm {self.name}, loop {n}: {why}")
+        self.ctx.failures.append(f"arm {self.name}, {self.unit} {n}: {why}")
 
     def _write_status(self, status: str, reason: str = "") -> None:
         # The score of loop 0 is that of the base, which no loop has made.
@@ -248,7 +248,7 @@ class Arm:
         result = summarise("accuracy", [float(r.correct) for r in rows], [r.group for r in rows])
         self.ctx.writer.write(stage="test", step=best, arm=self.name, iteration=best, **result)
         self.ctx.say(
-            f"{self.name}: best loop on validation {best}, test accuracy {result['accuracy']:.4f} "
+            f"{self.name}: best {self.unit} on validation {best}, test accuracy {result['accuracy']:.4f} "
             f"({result['accuracy_low']:.4f} to {result['accuracy_high']:.4f}; {len(rows)} problems)"
         )
 
@@ -263,9 +263,12 @@ def loop_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     used = {title: key for title, key in columns.items() if any(r.get(key) is not None for r in rows)}
     if not any(r.get("hinted_attempted") or r.get("rationalised") for r in rows):
         used.pop("rationalised", None)
-    return [
-        {"loop": r["iteration"], **{title: r.get(key) for title, key in used.items()}, "time": _clock(r)} for r in rows
-    ]
+    return [{**_axis(r), **{title: r.get(key) for title, key in used.items()}, "time": _clock(r)} for r in rows]
+
+
+def _axis(row: dict[str, Any]) -> dict[str, Any]:
+    # RL counts updates, of which a round has many.
+    return {"updates": row["updates"]} if "updates" in row else {"loop": row["iteration"]}
 
 
 def _clock(row: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Progress, fit
 from qstar.train.metrics import Writer
 from qstar.train.profile import GUARDS, Watch
-from qstar.train.state import create_state, optimizer_for
+from qstar.train.state import create_state
 from qstar.train.step import make_step
 from qstar.types import Batch, Params, Responses
 
@@ -87,8 +87,7 @@ class UpdateSettings(Settings):
 
     def optimiser(self) -> optax.GradientTransformation:
         """Returns AdamW's direction with these settings, over what trains."""
-        tx = optim.adamw(b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, clip=self.clip)
-        return optimizer_for(tx, "^policy/") if self.lora_rank else tx
+        return optim.adamw(b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, clip=self.clip)
 
     def through(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the loss of what trains: itself, or as a function of adapters."""
@@ -121,7 +120,7 @@ class Stage:
 
 
 # Settings that do not change the trained parameters, left out of made_with.json: a finished stage is valid for others.
-FREE = ("save_every", "log_every", "max_bad", "transfer_guard")
+FREE = ("save_every", "log_every", "log_completions", "max_bad", "transfer_guard")
 # Metrics of the machine, left out of summaries: a resumed stage writes the same bytes.
 MACHINE = ("seconds", "tokens_per_second", "mfu", "recompiles", "memory")
 
@@ -246,13 +245,17 @@ def run_updates(
             yield at, float(rates[at.step - 1]) if at.step else 0.0
 
 
-def _train(start, stage, tx, step_at, batch_at, roles, watch, how):
+def _train(start, stage, tx, step_at, batch_at, roles, watch, how, frozen=None):
     metrics: dict[str, float] = {}
     policy, last = start.params, 0
     # Batches of on-policy stages have no `segment_ids`, by which FLOPs are counted.
     counts = None if how else _flops_of(start, stage.settings)
     params = {"policy": start.params, **roles}
-    updates = run_updates(params, stage, tx, step_at, batch_at, mesh=start.mesh, flops_of=counts, **how)
+    # Cached: `train.profile.Watch` counts compilations by step object.
+    bound = functools.cache(lambda step: functools.partial(step, frozen=frozen) if frozen else step)
+    updates = run_updates(
+        params, stage, tx, lambda n: bound(step_at(n)), batch_at, mesh=start.mesh, flops_of=counts, **how
+    )
     # A generator that an exception leaves is closed by the garbage collector, its checkpoints too late.
     with contextlib.closing(updates):
         for at, lr in updates:
@@ -277,11 +280,18 @@ def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
     """Trains adapters beside frozen parameters; returns both merged, and writes FOLDER/adapter in PEFT's layout."""
     settings = stage.settings.lora
     adapted = start.replace(params=fresh_adapters(start, settings, stage.seed))
-    adapters, summary = _train(adapted, stage, tx, step_at, batch_at, {**roles, "base": start.params}, watch, how)
+    frozen = {"base": start.params}
+    adapters, summary = _train(adapted, stage, tx, step_at, batch_at, roles, watch, how, frozen)
+    return merge_adapters(start, adapters, settings, stage.folder), summary | {
+        "adapter_parameters": tree.size(adapters)
+    }
+
+
+def merge_adapters(start: Model, adapters: Params, settings: lora.Lora, folder: Path) -> Params:
+    """Returns the parameters with adapters merged, and writes FOLDER/adapter in PEFT's layout."""
     if distributed.is_first():
-        lora.save_adapters(start.config, adapters, settings, stage.folder / "adapter")
-    merged = jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
-    return merged, {**summary, "adapter_parameters": tree.size(adapters)}
+        lora.save_adapters(start.config, adapters, settings, folder / "adapter")
+    return jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
 
 
 def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:

@@ -14,19 +14,20 @@ from qstar import tree
 from qstar.mesh import mesh_jit
 from qstar.train.losses import SumWeight
 from qstar.train.state import TrainState
-from qstar.types import Metrics
+from qstar.types import Metrics, Params
 
 Loss = Callable[..., tuple[SumWeight, Metrics]]
 
 
 def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1) -> Callable[..., Any]:
-    """Returns the jitted update `step(state, batch, lr) -> (state, metrics)`; the state is donated.
+    """Returns the jitted update `step(state, batch, lr, frozen={}) -> (state, metrics)`; the state is donated.
 
     Args:
       loss: `loss(params, batch, rng) -> ((sum, weight), metrics)`; params by role, metrics as (sum, weight), a count
         as (sum, 0).
       tx: the optimiser's direction, over all of `state.params` (`state.optimizer_for` trains a part of them); the
         update is minus `lr` (a scalar, dynamic) times it.
+      frozen: roles that the loss reads beside `state.params`: no gradient, copy or checkpoint is made of them.
       accumulate: micro-batches per update, split from the batch's leading axis; the update is the same for all values.
 
     Returns:
@@ -34,29 +35,33 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
       gradient was not finite: parameters and moments are then unchanged).
     """
 
-    def sums(params: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
+    def sums(params: Any, frozen: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
         # The gradient is of the sum: its divisor is known only after the last micro-batch.
         def total(params: Any) -> tuple[jax.Array, Any]:
-            (value, weight), metrics = loss(params, batch, rng)
+            (value, weight), metrics = loss({**params, **frozen}, batch, rng)
             return value, (value, weight, metrics)
 
         grads, rest = jax.grad(total, has_aux=True)(params)
         return grads, rest
 
-    def step(state: TrainState, batch: Any, lr: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: Any, lr: jax.Array, frozen: dict[str, Params] | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        frozen = frozen or {}
         # The key depends on the seed and the step alone: a run that resumes draws the same numbers.
         rng = jax.random.fold_in(state.rng, state.step)
         if accumulate == 1:
-            grads, (value, weight, metrics) = sums(state.params, batch, rng)
+            grads, (value, weight, metrics) = sums(state.params, frozen, batch, rng)
         else:
             micro = jax.tree.map(lambda x: split_micro(x, accumulate), batch)
             first = jax.tree.map(lambda x: x[0], micro)
             # The shapes of the sums alone, for the scan's carry: the loss is not run for them.
-            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, state.params, first, rng))
+            shapes = jax.eval_shape(sums, state.params, frozen, first, rng)
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
             def body(carry: Any, xs: Any) -> tuple[Any, None]:
                 i, batch = xs
-                return tree.add(carry, sums(state.params, batch, jax.random.fold_in(rng, i))), None
+                return tree.add(carry, sums(state.params, frozen, batch, jax.random.fold_in(rng, i))), None
 
             (grads, (value, weight, metrics)), _ = jax.lax.scan(body, zero, (jnp.arange(accumulate), micro))
         # The only division, by the weight of the whole batch: a mean of the micro-batches' means would weigh tokens of

@@ -182,11 +182,6 @@ def test_a_folder_of_another_call_is_refused(tmp_path, change, key):
     same(loaded.params, model.params)
 
 
-def test_adapters_are_refused():
-    with pytest.raises(UserError, match="lora_rank=8: RL trains all parameters"):
-        R.ReinforceSettings(lora_rank=8)
-
-
 def test_minibatches_that_do_not_divide_are_named(tmp_path):
     with pytest.raises(UserError, match="batch_size=24"):
         train(tmp_path, RLSettings(**RL), dataclasses.replace(SETTINGS, batch_size=24))
