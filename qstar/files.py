@@ -139,3 +139,23 @@ def parse_json(content: bytes | str, place: str) -> Any:
         raise UserError(f"{place}: JSON nested too deeply to be read") from None
     except ValueError as e:  # Python refuses to convert integers of more than 4,300 digits
         raise UserError(f"{place}: JSON with a number that cannot be read ({e})") from None
+
+
+def read_json(path: Path, advice: str = "copy the file again") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: missing, unreadable, or no JSON object; the line gives the place, and `advice` for a broken file.
+    """
+    try:
+        content = read(path)
+        value = json.loads(content)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: broken JSON ({e.msg}); {advice}") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError):
+        value = parse_json(content, f"{path}")  # its message names these faults
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}; {advice}")
+    return value

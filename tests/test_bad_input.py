@@ -23,7 +23,8 @@ from qstar.models import hf
 from qstar.models.config import preset
 from qstar.models.hf_names import abstract_params
 from qstar.models.model import Model, save
-from qstar.runs.folder import open_run, unlock, write_json
+from qstar.runs.access import unlock
+from qstar.runs.folder import open_run, write_json
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.train.checkpoint import Checkpoints

@@ -13,8 +13,9 @@ from rich.console import Console
 from qstar.__main__ import main
 from qstar.flags import read_config
 from qstar.report.render import environment as templates
+from qstar.runs.access import unlock
 from qstar.runs.console import Screen
-from qstar.runs.folder import end_run, environment, open_run, unlock
+from qstar.runs.folder import end_run, environment, open_run
 from qstar.train.metrics import show_table
 from qstar.types import Rollout
 

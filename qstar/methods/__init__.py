@@ -14,7 +14,8 @@ def run(config: Any, workdir: Any, console: Any) -> None:
     """
     from qstar.errors import check_seed, unknown
     from qstar.methods import guided_cot, quiet_star, rl, star, v_star
-    from qstar.runs.folder import end_run, unlock
+    from qstar.runs.access import unlock
+    from qstar.runs.folder import end_run
 
     methods: dict[str, Callable[..., None]] = {
         "star": star.run,
@@ -27,8 +28,13 @@ def run(config: Any, workdir: Any, console: Any) -> None:
         raise unknown(f"config.method={config.get('method')!r}", str(config.get("method")), methods)
     if isinstance(config.get("seed"), int):  # other types are refused with the section that holds it
         check_seed("config.seed", config.seed)
+    outcome = "interrupted"  # by a signal, which is no Exception
     try:
         methods[config.method](config, workdir, console)
+        outcome = "done"
+    except Exception:
+        outcome = "failed"
+        raise
     finally:
-        end_run(workdir)
+        end_run(workdir, outcome)
         unlock(workdir)

@@ -19,8 +19,8 @@ from qstar.models.heads import add_value_head
 from qstar.models.hf import read_json, refuse_foreign
 from qstar.models.model import Model, save
 from qstar.runs import base_model
+from qstar.runs.access import read_run_config
 from qstar.runs.context import RunContext
-from qstar.runs.folder import read_run_config
 from qstar.runs.stages import restore
 
 CONTEXTS = {"star": RunContext, "rl": RLContext, "v_star": VStarContext, "quiet_star": QuietContext}

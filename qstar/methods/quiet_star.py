@@ -100,7 +100,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     if any(arm.patience for arm in arms.values()):
         ctx.corpus.hold_out_stopping()
     resolved = {name: {"arm": arm, "thoughts": ctx.thoughts.replace(**arm.thoughts)} for name, arm in arms.items()}
-    ctx.start(model=start.config, thoughts=ctx.thoughts, arms=resolved)
+    ctx.start(start, thoughts=ctx.thoughts, arms=resolved)
     models, found = {"base": prepare_base(ctx, start)}, {}
     measure_difficulty(ctx, models["base"])
     for name, arm in arms.items():

@@ -154,7 +154,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
         )
         for name, (rl, settings) in arms.items()
     }
-    ctx.start(model=start.config, arms={name: {"rl": rl, "train": settings} for name, (rl, settings) in arms.items()})
+    ctx.start(start, arms={name: {"rl": rl, "train": settings} for name, (rl, settings) in arms.items()})
     base = base_model.prepare(ctx, start)
     for name, (rl_settings, settings) in arms.items():
         rl_settings = narrowed(RLSettings, rl_settings)

@@ -128,7 +128,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx = RunContext.make(config, workdir, console)
     arms = {name: ctx.arm_settings(VariantConfig, PRESETS, name) for name in config.arms}
     start = base_model.checked(ctx, arms.values())
-    ctx.start(model=start.config, arms=arms)
+    ctx.start(start, arms=arms)
     base = base_model.prepare(ctx, start)
     for name, loop in arms.items():
         outer_loop(Arm(ctx, name, loop.few_shot_at_sample), loop, base)

@@ -135,7 +135,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     arms = {name: ctx.arm_settings(VStarConfig, PRESETS, name) for name in config.arms}
     start = base_model.checked(ctx, arms.values())
     d_sft = supervised_data(ctx)
-    ctx.start(model=start.config, arms=arms)
+    ctx.start(start, arms=arms)
     base_model.show_parameters(ctx, start)
     # Not `base_model.prepare`: here the gates bound G_SFT, which all arms start from.
     base = start if config.model.path else base_model.train_on_seeds(ctx, start)

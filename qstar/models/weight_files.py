@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qstar.errors import UserError
-from qstar.files import parse_json, read
+from qstar.files import read_json
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.hf_names import BUFFERS, Row, embedding_names, file_names, file_shape
@@ -36,26 +35,6 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_ch
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\..*|SCB|weight_scale(_inv)?|weight_packed)$"
 )
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
-
-    Raises:
-      UserError: the file is missing, unreadable or no JSON object; the line gives the place.
-    """
-    try:
-        content = read(path)
-        value = json.loads(content)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: broken JSON ({e.msg}); copy the file again") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError):
-        value = parse_json(content, f"{path}")  # its message names these faults
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def other_format(folder: pathlib.Path) -> str:

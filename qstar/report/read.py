@@ -1,18 +1,20 @@
-"""Readers of run folders, finished or not: config, environment, metrics and the files of every arm."""
+"""Readers of run folders, finished or not: config, environment, metrics, the files of every arm, lists of folders."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qstar.errors import UserError
-from qstar.files import parse_json, read
+from qstar.files import read_json
 from qstar.report.rationales import Answers, Attempts, Row, read_answers, read_attempts
+from qstar.runs.access import is_running, read_run_config
 from qstar.train import metrics
 
 MAIN = ("quiet_star", "full", "quiet", "thoughts")  # Quiet-STaR arms that are the method itself: first on the page
@@ -27,6 +29,7 @@ class Arm:
       rows: stage -> rows of the metrics, by iteration and step. Iteration 0 is the base model.
       attempts: iteration -> its rationales, counted and sampled.
       answers: iteration -> group -> greedy answers on held-out problems, counted.
+      answer_files: iteration -> the file of these answers.
       thoughts: step -> file of texts with their thoughts; see `thoughts.read_texts`.
       status: "finished", "stopped", "running" (also of an interrupted run), or "" where the method does not record it.
       reason: why the arm stopped, else "".
@@ -36,6 +39,7 @@ class Arm:
     rows: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     attempts: Mapping[int, Attempts] = field(default_factory=dict)
     answers: Mapping[int, Mapping[str, Answers]] = field(default_factory=dict)
+    answer_files: Mapping[int, Path] = field(default_factory=dict)
     thoughts: Mapping[int, Path] = field(default_factory=dict)
     status: str = "running"
     reason: str = ""
@@ -76,16 +80,26 @@ class Run:
     arms: Sequence[Arm] = ()
     base_train: Sequence[Row] = ()  # training of a from-scratch base
     rows: Sequence[Row] = ()  # all metrics
+    refresh: int = 0  # seconds after which its page reloads itself; 0: never
 
-    @property
+    @functools.cached_property
     def status(self) -> str:
-        """All arms together: "running" while one does, else "stopped" if one was, else "finished"."""
-        states = {arm.status for arm in self.arms} or {"running"}
-        return next((state for state in ("running", "stopped", "finished") if state in states), "")
+        """ "running" while a process holds the folder's lock, else "done", "interrupted" or "failed" as it noted."""
+        if is_running(self.folder):
+            return "running"
+        if outcome := self.environment.get("outcome"):
+            return str(outcome)
+        # Killed, or written before outcomes were noted.
+        killed = "started" in self.environment and not self.environment.get("ended")
+        return "interrupted" if killed or "running" in {arm.status for arm in self.arms} or not self.arms else "done"
 
 
-def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
-    """Reads a run's folder, which may still be written to, with at most `cap` rationales per arm and iteration.
+def read_run(folder: str | os.PathLike, *, cap: int = 600, rollouts: bool = True) -> Run:
+    """Reads a run's folder, which may still be written to.
+
+    Args:
+      cap: rationales per arm and iteration at most.
+      rollouts: whether to read rationales and answers, which takes most of the time.
 
     Raises:
       UserError: the folder is missing or not a run's, or one of its files is broken; each is named.
@@ -93,7 +107,7 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600) -> Run:
     folder, config = read_config(folder)
     rows, resolved, method = metrics.read(folder), read_dict(folder / "resolved.json"), str(config["method"])
     names = _arm_names(folder, config, rows)
-    arms = [_read_arm(folder, method, name, rows, resolved, cap) for name in names]
+    arms = [_read_arm(folder, method, name, rows, resolved, cap if rollouts else None) for name in names]
     gates = (read_dict(folder / where / "gates.json") for where in ("base", "g_sft", "large"))
     return Run(
         folder=folder,
@@ -115,13 +129,33 @@ def read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the --workdir of a `qstar train`")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or "method" not in config:
+    if "method" not in read_dict(folder / "config.json"):
         raise UserError(
             f'{folder}: not the folder of a run (no config.json with a "method" in it); '
             "give the --workdir of a `qstar train`"
         )
-    return folder, config
+    return folder, read_run_config(folder, "")
+
+
+def find_runs(root: Path) -> Iterator[Path]:
+    """The run folders among a folder, its folders, and theirs (those of a sweep), in the order of their names."""
+    level = [root]
+    for _ in range(3):
+        below = []
+        for folder in level:
+            # A config.json of a model has no method.
+            if b'"method"' in _content(folder / "config.json"):
+                yield folder
+            else:
+                below += [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        level = sorted(below)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
@@ -138,7 +172,9 @@ def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> 
     return [name for name in distinct if name not in bases]
 
 
-def _read_arm(folder: Path, method: str, name: str, rows: Sequence[Row], resolved: Mapping[str, Any], cap: int) -> Arm:
+def _read_arm(
+    folder: Path, method: str, name: str, rows: Sequence[Row], resolved: Mapping[str, Any], cap: int | None
+) -> Arm:
     home, mine = folder / name, [row for row in rows if row["arm"] == name]
     # RL evaluates by round, but trains by update: rounds are converted, so that both share the axis of updates.
     at = _rounds(mine, resolved, name) if method == "rl" else {}
@@ -150,10 +186,11 @@ def _read_arm(folder: Path, method: str, name: str, rows: Sequence[Row], resolve
     return Arm(
         name=name,
         rows={stage: _sorted(r for r in mine if r["stage"] == stage) for stage in {r["stage"] for r in mine}},
-        attempts={n: read_attempts(path, cap) for n, path in written.items()},
-        answers={n: read_answers(path) for n, path in answered.items()},
+        attempts={n: read_attempts(path, cap) for n, path in written.items()} if cap is not None else {},
+        answers={n: read_answers(path) for n, path in answered.items()} if cap is not None else {},
+        answer_files=answered,
         thoughts=dict(numbered(home / "thoughts", "step_*.jsonl")),
-        status=str(status.get("status") or ("" if method == "quiet_star" else "running")),
+        status=str(status.get("status") or ("" if method in ("quiet_star", "guided_cot") else "running")),
         reason=str(status.get("reason") or ""),
     )
 
@@ -183,17 +220,4 @@ def numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
 
 def read_dict(path: Path) -> dict[str, Any]:
     """The JSON object of a file, {} if there is none."""
-    value = read_json(path)
-    if value is not None and not isinstance(value, dict):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; delete the file or mend it")
-    return value or {}
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, None if there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return parse_json(read(path), f"{path}")
-    except UserError as error:
-        raise UserError(f"{error}; delete the file or mend it") from None
+    return read_json(path, "delete the file or mend it") if path.is_file() else {}

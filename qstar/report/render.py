@@ -35,7 +35,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     env.globals.update(stats=stats, charts=charts, static=static, links=links, flatten=flatten, headline=headline)
-    env.globals.update(guided=None, title="")  # of some pages only
+    env.globals.update(guided=None, title="", refresh=0)  # of some pages only
     env.filters.update(script_json=script_json, plain=stats.plain, percent=stats.percent, label=stats.label)
     return env
 

@@ -16,7 +16,19 @@ METHODS = {"star": "STaR", "v_star": "V-STaR", "rl": "reinforcement learning", "
 UNITS = {"v_star": "iteration", "rl": "update", "quiet_star": "step"}  # of the axis of a run; else "loop"
 WORDS = {"star": "STaR", "norat": "without rationalisation", "1iter": "one iteration", "dr": "Dr."}  # in names of arms
 WORDS |= {word: word.upper() for word in ("sft", "rft", "rpo", "grpo", "rloo", "ppo", "prm", "kd", "rl")}
+VERIFIERS = {"best/dpo": "DPO verifier", "best/prm_min": "PRM", "best/orm": "ORM"}  # rules of a selection
+Point = tuple[float, float | None, float | None]  # value, and its 95% interval where it is known
 _SMOOTHED = 60  # points of a smoothed training curve
+
+
+class Number(NamedTuple):
+    """A result of an arm, as a share; `low` and `high` are None where no interval is known."""
+
+    arm: str
+    measure: str  # in words
+    value: float
+    low: float | None
+    high: float | None
 
 
 class Curve(NamedTuple):
@@ -93,11 +105,71 @@ def with_interval(point: tuple[float, float | None, float | None]) -> str:
     return percent(value) + ("" if low is None or high is None else f" ({100 * low:.1f}–{100 * high:.1f}%)")
 
 
+def seconds_text(seconds: float | None) -> str:
+    """A duration: "12 s", "3:05 min", "1:01:40 h"; a dash for None."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
+
+
 def plain(value: Any, key: str = "") -> str:
     """A metric as table text: a dash for None, thousands with commas, seconds to a tenth."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if "seconds" in key else f"{value:.4g}"
+
+
+def size(parameters: int | None) -> str:
+    """A number of parameters as text: "334k", "1.5B"; a dash for None."""
+    if parameters is None:
+        return "–"
+    unit, name = next(((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if parameters >= u), (1, ""))
+    return f"{parameters / unit:.3g}{name}"
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def numbers(run: Run) -> list[Number]:
+    """The last results of every arm (never the best of several iterations), that of the headline first."""
+    if run.method == "guided_cot":
+        return _guided_numbers(run)
+    found = []
+    for arm in sorted(run.arms, key=lambda arm: arm is not main_arm(run)) if run.method == "quiet_star" else run.arms:
+        if run.method == "quiet_star":
+            named = [(f"accuracy on {class_label(focus(run))}", point(final(arm), "accuracy", focus(run)))]
+        else:
+            tested, group = arm.stage("test"), hardest(run)
+            row: Row = next((r for r in reversed([*arm.stage("iteration"), *tested]) if "accuracy" in r), {})
+            words = f"{group}-digit " if group else ""
+            measures = [(f"{'test ' if tested else ''}{words}accuracy", f"accuracy/{group}" if group else "accuracy")]
+            named = [*_selected(arm), *((words, row_point(row, key)) for words, key in measures)]
+        found += [Number(arm.name, words, *value) for words, value in named if value]
+    return found
+
+
+def _selected(arm: Arm) -> list[tuple[str, Point | None]]:
+    # The best of the most samples by a verifier, after the last iteration.
+    rows = arm.stage("selection")
+    row = max(rows, key=lambda row: (row["iteration"], row["step"]), default={})
+    rule = next((rule for rule in VERIFIERS if rule in row), "")
+    return [(f"best of {row['step']} by the {VERIFIERS[rule]}", row_point(row, rule))] if rule else []
+
+
+def _guided_numbers(run: Run) -> list[Number]:
+    rows: dict[str, list[float]] = defaultdict(list)
+    for row in run.rows:
+        if row["stage"] == "arm":
+            rows[row["arm"]].append(row["accuracy"] / 100)
+    arms = run.config.get("arms") or {}
+    # Of the config's arms, the last one that RL has refined, else the first: fixed arms are what they are compared with.
+    tuned = [name for name in arms if name in rows and (arms[name] or {}).get("rl")]
+    first = (tuned[-1:] or [name for name in arms if name in rows] or [""])[0]
+    order = sorted(rows, key=lambda name: name != first)
+    return [Number(n, "right answers of the large model", sum(rows[n]) / len(rows[n]), None, None) for n in order]
 
 
 # ---------------------------------------------------------------------------------------------- iterations of an arm
@@ -218,10 +290,15 @@ def measured(row: Row, name: str, group: str) -> float | None:
     return row.get(f"{name}_base/{group}") if value is None else value
 
 
-def point(row: Row, name: str, group: str) -> tuple[float, float | None, float | None] | None:
+def point(row: Row, name: str, group: str) -> Point | None:
     """(value, low, high) of what `measured` gives; None without a value."""
-    shown = name if row.get(f"{name}/{group}") is not None else f"{name}_base"
-    value, low, high = (row.get(f"{shown}{end}/{group}") for end in ("", "_low", "_high"))
+    return row_point(row, f"{name if row.get(f'{name}/{group}') is not None else f'{name}_base'}/{group}")
+
+
+def row_point(row: Row, key: str) -> Point | None:
+    """(value, low, high) of a metric of a row; None without a value. The ends of "a/b" are "a_low/b" and "a_high/b"."""
+    name, slash, group = key.partition("/") if f"{key}_low" not in row else (key, "", "")
+    value, low, high = (row.get(f"{name}{end}{slash}{group}") for end in ("", "_low", "_high"))
     return None if value is None else (value, low, high) if None not in (low, high) else (value, None, None)
 
 

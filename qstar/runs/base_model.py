@@ -185,7 +185,7 @@ def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer) -> Model:
 
 
 def show_parameters(ctx: RunContext, model: Model) -> None:
-    """Prints the parameter table: path, shape, sharding, bytes per device."""
+    """Prints the parameter table : path, shape, sharding, bytes per device."""
     if not distributed.is_first():
         return
     if ctx.mesh is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -29,10 +28,9 @@ import numpy as np
 from qstar import distributed, files, preemption
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
-from qstar.models.hf import read_json
+from qstar.files import read_json
+from qstar.runs.access import FORMAT_VERSION, is_locked, lock, read_run_config
 
-# Of keys and files in a run folder. 1 had no such number; 2 renamed keys of metrics and records (see CHANGELOG.md).
-FORMAT_VERSION = 2
 # Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
 FREE_KEYS = ("log",)
 _BEGAN = time.monotonic()  # about when this process started
@@ -104,15 +102,23 @@ def open_run(
         raise UserError(f"{flag}={workdir}: cannot be written ({e.strerror}); name another folder") from None
 
 
-def end_run(workdir: Path) -> None:
-    """Adds to environment.json when this process ended, and its seconds; does nothing if it opened no run here."""
+def end_run(workdir: Path, outcome: str = "done") -> None:
+    """Adds to environment.json when this process ended, its seconds and the outcome: "done", "interrupted" or "failed".
+
+    Does nothing if this process opened no run here.
+    """
+    # On a full disk the error that ended the run is the one to report.
+    with contextlib.suppress(OSError):
+        note(workdir, ended=_now(), outcome=outcome, more_seconds=time.monotonic() - _BEGAN)
+
+
+def note(workdir: Path, more_seconds: float = 0.0, **values: Any) -> None:
+    """Adds values to the environment.json of a run that this process has opened."""
     path = workdir / "environment.json"
-    if workdir.resolve() in _locks and files.intact(path):
+    if is_locked(workdir) and files.intact(path):
         there = read_json(path)
-        seconds = round(there.get("seconds", 0.0) + time.monotonic() - _BEGAN, 1)
-        # On a full disk the error that ended the run is the one to report.
-        with contextlib.suppress(OSError):
-            write_json(path, there | {"ended": _now(), "seconds": seconds})
+        seconds = round(there.get("seconds", 0.0) + more_seconds, 1)
+        write_json(path, there | values | {"seconds": seconds})
 
 
 def _as_json(value: Any) -> Any:
@@ -129,58 +135,6 @@ def _as_json(value: Any) -> Any:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-# Folder -> the open lock file: POSIX releases a lock when its file is closed, so a collected object would give it up.
-_locks: dict[Path, Any] = {}
-
-
-def lock(workdir: Path, flag: str = "--workdir") -> None:
-    """Locks a run folder for this process, making it if necessary.
-
-    The lock is POSIX's, on WORKDIR/.lock, and ends with the process. On file systems without locks (some mounted
-    buckets) the process that the file names holds it as long as it runs on this host; the lock of a process of another
-    host, which cannot be checked, is taken over with a warning. Raises UserError if another process has it.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    if workdir.resolve() in _locks:
-        return
-    # Not "w", which would erase the holder's line before the lock is acquired.
-    file = (workdir / ".lock").open("a+", encoding="utf-8", errors="replace")
-    file.seek(0)
-    pid, host, begun, *_ = [*file.read().split(), "", "", ""]
-    own = [str(os.getpid()), socket.gethostname(), _begun(os.getpid())]
-    taken = f"{flag}={workdir}: process {pid} on {host} is running in it; wait for it, end it, or name another folder"
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise UserError(taken) from None
-    except OSError:
-        if host == own[1] and begun and begun == _begun(pid) and [pid, host, begun] != own:
-            file.close()
-            raise UserError(taken) from None
-        if pid and host != own[1]:
-            files.warn(f"{flag}={workdir}: takes over the lock of process {pid} on {host}; make sure that it has ended")
-    file.truncate(0)
-    file.write(" ".join(own) + "\n")
-    file.flush()
-    _locks[workdir.resolve()] = file
-
-
-def unlock(workdir: Path) -> None:
-    """Releases a run folder, if this process has locked it."""
-    if file := _locks.pop(workdir.resolve(), None):
-        file.close()
-
-
-def _begun(pid: Any) -> str:
-    """The start of a process of this host in clock ticks; "" if there is none."""
-    # Ids are used again; id and start together are not. The name in parentheses may hold spaces: split behind it.
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") -> None:
@@ -208,16 +162,6 @@ def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") ->
         ) from None
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be read ({e.strerror}); name another folder") from None
-
-
-def read_run_config(workdir: Path, flag: str = "--workdir") -> dict[str, Any]:
-    """Returns the config of a run folder; raises UserError if it has the format of another version of qstar."""
-    config = read_json(workdir / "config.json")
-    found = config.pop("format_version", 1)
-    if found != FORMAT_VERSION:
-        version = f"format_version {found!r}, and this version of qstar reads {FORMAT_VERSION}"
-        raise UserError(f"{flag}={workdir}: the run folder has {version}; name another folder, or use that version")
-    return config
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], where: str, prefix: str = "", what: str = "config.") -> None:

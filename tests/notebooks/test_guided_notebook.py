@@ -1,5 +1,6 @@
 """The notebook and the page of LM-Guided CoT state the numbers of a smoke run."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -50,9 +51,8 @@ def test_the_page_shows_arms_filter_rl_study_costs_and_rationales_and_escapes_th
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
     assert headline(read, read_guided(read)).startswith("Guided by KD unfiltered, the frozen large model answers")
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")  # nothing is loaded
-    (run / "results.json").rename(run / "kept.json")
-    assert "not finished" in page(read_run(run))
-    (run / "kept.json").rename(run / "results.json")
+    assert read.status == "done" and "was interrupted" not in text
+    assert "was interrupted" in page(dataclasses.replace(read, environment={"outcome": "interrupted"}))
 
 
 def test_notebook_states_the_numbers_of_the_run(run, monkeypatch):

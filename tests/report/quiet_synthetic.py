@@ -26,6 +26,7 @@ def write_quiet_run(folder: Path, *, arms=tuple(ACCURACY), steps=STEPS, texts: i
     """Writes the run and returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
+        "format_version": 2,
         "method": "quiet_star",
         "name": "quiet_star_test",
         "seed": 0,

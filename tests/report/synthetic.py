@@ -46,6 +46,7 @@ def write_run(folder: Path, shape: Shape | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     train = {"steps": 400, "optim": {"lr": 0.0015, "b2": 0.98}}
     config = {
+        "format_version": 2,
         "method": "star",
         "name": "star_test",
         "seed": 0,

@@ -244,7 +244,7 @@ def test_a_report_is_the_same_bytes_every_time(folder, page):
 def test_run_that_has_only_its_base_says_so(tmp_path):
     page = report(tmp_path, Shape(loops=0, status=None))
     assert "Before the first loop, 3-digit accuracy is 0.4% (0.0–1.2%, 95% interval). No loop has finished" in page.text
-    assert "This run is not finished (rat, norat)" in page.text
+    assert "This run was interrupted (rat, norat)" in page.text
     assert "What was kept" not in page.text and "rationale-data" not in page.scripts
 
 
@@ -276,7 +276,7 @@ def test_arm_without_a_name_has_its_files_in_the_run_folder(tmp_path):
     for part in ("rationales", "evaluation", "status.json"):
         shutil.move(tmp_path / "rat" / part, tmp_path / part)
     (tmp_path / "rat").rmdir()
-    (tmp_path / "config.json").write_text('{"method": "star"}')
+    (tmp_path / "config.json").write_text('{"format_version": 2, "method": "star"}')
     rows = [{**row, "arm": row["arm"].replace("rat", "")} for row in read_jsonl(tmp_path / "metrics.jsonl")]
     write_jsonl(tmp_path / "metrics.jsonl", rows)
     run = read_run(tmp_path)
@@ -291,7 +291,7 @@ def test_arms_of_the_config_that_have_not_begun_are_shown(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "arms": {"rat": {}, "later": {}}}))
     page = Page(pages.write_report(tmp_path))
     assert [row[0] for row in page.table("arm", "3 digits: base")] == ["rat", "later"]
-    assert "This run is not finished (later)" in page.text and read_run(tmp_path).status == "running"
+    assert "This run was interrupted (later)" in page.text and read_run(tmp_path).status == "interrupted"
 
 
 def test_result_on_the_test_split_is_shown_with_its_interval(tmp_path):
@@ -380,7 +380,7 @@ def test_broken_file_is_named(tmp_path, name):
 def test_interrupted_writing_leaves_the_old_report(tmp_path, monkeypatch):
     write_run(tmp_path, Shape(arms=("rat",), loops=1))
     before = pages.write_report(tmp_path).read_bytes()
-    (tmp_path / "config.json").write_text('{"method": "star", "name": "other"}')
+    (tmp_path / "config.json").write_text('{"format_version": 2, "method": "star", "name": "other"}')
 
     def fail(*_):
         raise OSError("disk full")

@@ -16,7 +16,7 @@ def write_v_star_run(folder, arms=("v_star", "verification"), problems=30, sampl
     """Writes the run and returns its folder. "dpo" knows what is right but for every fifth problem; "generator" knows half."""
     folder.mkdir(parents=True)
     task = Arithmetic(pool={2: 5}, seeds={}, eval_per_length=problems)
-    config = {"method": "v_star", "name": "v_star_test", "seed": 0, "task": {"name": "arithmetic"}}
+    config = {"format_version": 2, "method": "v_star", "name": "v_star_test", "seed": 0, "task": {"name": "arithmetic"}}
     config |= {"arms": {arm: {} for arm in arms}, "train": {}, "loop": {}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "g_sft").mkdir()

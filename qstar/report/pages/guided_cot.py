@@ -60,7 +60,7 @@ def page(run: Run) -> str:
         "guided_cot.html.j2",
         run=run,
         guided=guided,
-        status="finished" if guided.results else "running",
+        status=run.status,
         kept=next((b[0] for b in guided.buffers.values() if b[0].get("filter") == "em"), None),
         accuracy_card=accuracy_card(guided),
         columns={

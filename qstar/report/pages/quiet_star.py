@@ -23,7 +23,7 @@ def page(run: Run) -> str:
     return render.page(
         "quiet_star.html.j2",
         run=run,
-        status=run.status if any(arm.status for arm in run.arms) else "",
+        status=run.status,
         sizes=next((place for place in places if isinstance(place, Mapping)), {}),
         alarms=[alarm for arm in run.arms for alarm in _alarms(arm)],
         arms=[(arm, stats.label(arm.name), stats.final(arm)) for arm in run.arms if arm.stage("evaluation")],

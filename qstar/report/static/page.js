@@ -16,7 +16,7 @@ const page = {
   keep(section, values) {
     const kept = new URLSearchParams(Object.entries(values).filter((pair) => pair[1]));
     try {
-      history.replaceState(null, "", "#" + section + (String(kept) && "?" + kept));
+      history.replaceState(history.state, "", "#" + section + (String(kept) && "?" + kept));
     } catch (error) { /* an embedded page has no address of its own */ }
   },
 
@@ -55,9 +55,45 @@ const page = {
 
 (function () {
   const anchor = location.hash.slice(1).split("?")[0];
-  if (location.hash.includes("?")) {
+  const before = history.state && history.state.reloaded ? history.state : null;
+  if (location.hash.includes("?") && !before) {
     const section = document.getElementById(anchor);
     if (section) section.scrollIntoView();
+  }
+
+  // ---------------------------------------------------------------------------------- page of a run that goes on
+  // It reloads itself; the history entry keeps the place and what is open, the address the filters.
+  const parts = () => [...document.querySelectorAll("main > section > details")];
+  if (before) {
+    history.replaceState(null, "");
+    history.scrollRestoration = "manual";
+    parts().forEach((part, i) => { part.open = before.open.includes(i); });
+    // Lists that scripts draw make the page longer for a moment.
+    let tries = 20;
+    (function back() {
+      const fits = document.documentElement.scrollHeight >= before.y + innerHeight;
+      if (fits || (tries -= 1) < 0) window.scrollTo({ top: before.y, behavior: "instant" });
+      else setTimeout(back, 50);
+    })();
+  }
+  const seconds = Number(document.body.dataset.refresh || 0);
+  if (seconds) {
+    let paused = false;
+    const pause = page.saver("", () => { paused = !paused; say(); });
+    const say = () => { pause.textContent = paused ? "Reloading paused" : "Reloads every " + seconds + " s"; };
+    say();
+    document.querySelector("h1").append(" ", pause);
+    setInterval(() => {
+      // Not under a reader's hands: in a field, with text selected, or with a line of a list open.
+      const busy = document.activeElement.matches("input, select") || String(getSelection()) ||
+        document.querySelector("details.row[open]") || document.hidden;
+      if (paused || busy) return;
+      const open = [...parts().keys()].filter((i) => parts()[i].open);
+      try {
+        history.replaceState({ reloaded: true, y: scrollY, open }, "");
+      } catch (error) { /* an embedded page reloads at its top */ }
+      location.reload();
+    }, seconds * 1000);
   }
 
   // ---------------------------------------------------------------------------------------------------- theme

@@ -1,0 +1,104 @@
+"""Access to run folders without JAX: the config with its format version, the lock, and the process that holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+from qstar import files
+from qstar.errors import UserError
+from qstar.files import read_json
+
+# Of keys and files in a run folder. 1 had no such number; 2 renamed keys of metrics and records (see CHANGELOG.md).
+FORMAT_VERSION = 2
+
+
+def read_run_config(workdir: Path, flag: str = "--workdir") -> dict[str, Any]:
+    """Returns the config of a run folder; raises UserError if it has the format of another version of qstar."""
+    config = read_json(workdir / "config.json")
+    found = config.pop("format_version", 1)
+    if found != FORMAT_VERSION:
+        version = f"format_version {found!r}, and this version of qstar reads {FORMAT_VERSION}"
+        where = f"{flag}={workdir}" if flag else workdir
+        raise UserError(f"{where}: the run folder has {version}; name another folder, or use that version")
+    return config
+
+
+# Folder -> the open lock file: POSIX releases a lock when its file is closed, so a collected object would give it up.
+_locks: dict[Path, Any] = {}
+
+
+def lock(workdir: Path, flag: str = "--workdir") -> None:
+    """Locks a run folder for this process, making it if necessary.
+
+    The lock is POSIX's, on WORKDIR/.lock, and ends with the process. On file systems without locks (some mounted
+    buckets) the process that the file names holds it as long as it runs on this host; the lock of a process of another
+    host, which cannot be checked, is taken over with a warning. Raises UserError if another process has it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if workdir.resolve() in _locks:
+        return
+    # Not "w", which would erase the holder's line before the lock is acquired.
+    file = (workdir / ".lock").open("a+", encoding="utf-8", errors="replace")
+    file.seek(0)
+    pid, host, begun, *_ = [*file.read().split(), "", "", ""]
+    own = [str(os.getpid()), socket.gethostname(), _begun(os.getpid())]
+    taken = f"{flag}={workdir}: process {pid} on {host} is running in it; wait for it, end it, or name another folder"
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(taken) from None
+    except OSError:
+        if host == own[1] and begun and begun == _begun(pid) and [pid, host, begun] != own:
+            file.close()
+            raise UserError(taken) from None
+        if pid and host != own[1]:
+            files.warn(f"{flag}={workdir}: takes over the lock of process {pid} on {host}; make sure that it has ended")
+    file.truncate(0)
+    file.write(" ".join(own) + "\n")
+    file.flush()
+    _locks[workdir.resolve()] = file
+
+
+def unlock(workdir: Path) -> None:
+    """Releases a run folder, if this process has locked it."""
+    if file := _locks.pop(workdir.resolve(), None):
+        file.close()
+
+
+def is_locked(workdir: Path) -> bool:
+    """Whether this process has locked a run folder."""
+    return workdir.resolve() in _locks
+
+
+def is_running(workdir: Path) -> bool:
+    """Whether a process of any host holds the lock of a run folder. Takes no lock and writes nothing."""
+    # Closing a file of the lock releases this process' own lock: it is not opened where this process has it.
+    if is_locked(workdir):
+        return True
+    try:
+        file = (workdir / ".lock").open("rb")
+    except OSError:
+        return False
+    with file:
+        try:
+            found = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_RDLCK, 0, 0, 0, 0))
+            return struct.unpack("hhqqi", found)[0] != fcntl.F_UNLCK
+        except OSError:
+            # A file system without locks: the process that the file names, if it is of this host.
+            pid, host, begun, *_ = [*file.read().decode("utf-8", "replace").split(), "", "", ""]
+            return host == socket.gethostname() and bool(begun) and begun == _begun(pid)
+
+
+def _begun(pid: Any) -> str:
+    """The start of a process of this host in clock ticks; "" if there is none."""
+    # Ids are used again; id and start together are not. The name in parentheses may hold spaces: split behind it.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
