@@ -27,6 +27,7 @@ from qstar.types import Completion, Params
 
 MAX_SLOTS = 256
 STOP_STRIDE = 16  # decode steps between two searches for stop strings, which need the host
+LEAST_SHARED = 64  # tokens that all prompts begin with, from which they are run once although no prefix is named
 FILL_SHARE = 4  # a refill fills a quarter of the slots: one compiled shape for the first fill and for all later ones
 
 Result = tuple[int, int, Completion]  # prompt index, sample index
@@ -235,8 +236,11 @@ def encode_prompts(model: Model, prompts: Sequence, options: SamplingOptions) ->
         rows = [head + ids(p) for p in prompts]
     # The response of an encoder-decoder takes no room from its prompt.
     _check_rows(model, rows, options.max_new_tokens if decoder else 0)
-    # Without a prefix nothing is shared: prompts of one task begin alike by chance. An encoder reads whole prompts.
-    shared = _common_length(rows) if len(prefix) and decoder else 0
+    # An encoder reads whole prompts. Without a prefix a few equal tokens are chance, and would compile one more program;
+    # many are examples or instructions that the caller put in front of every prompt.
+    shared = _common_length(rows) if decoder else 0
+    if not len(prefix) and (len(rows) < 2 or shared < LEAST_SHARED):
+        shared = 0
     return rows[0][:shared] if rows else [], [row[shared:] for row in rows]
 
 

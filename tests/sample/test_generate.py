@@ -136,6 +136,20 @@ def test_a_shared_prefix_is_the_same_as_prompts_that_begin_with_it(case):
     assert tokens_of(out) == [[row] for row in expected]
 
 
+def test_what_many_prompts_begin_with_is_run_once_although_no_prefix_is_named(monkeypatch):
+    model, _ = made("gqa")
+    prefix, run = PROMPTS[2][:11], []
+    monkeypatch.setattr(batching, "LEAST_SHARED", 11)
+    before = batching._prefill_prefix
+    monkeypatch.setattr(batching, "_prefill_prefix", lambda *args: run.append(args[-1]) or before(*args))
+    expected = slow_greedy(model, [prefix + p for p in PROMPTS], eos=model.config.eos_id)
+    out = qstar.generate(model, [prefix + p for p in PROMPTS], max_new_tokens=NEW, temperature=0, slots=4)
+    assert tokens_of(out) == [[row] for row in expected] and run == [prefix]
+    qstar.generate(model, [prefix + PROMPTS[0]], max_new_tokens=1, temperature=0, slots=4)  # nothing to share
+    qstar.generate(model, PROMPTS, max_new_tokens=1, temperature=0, slots=4)
+    assert run[1:] == [[], []]
+
+
 def test_buckets_of_lengths_do_not_change_the_answer(monkeypatch):
     model, expected = made("gqa")
     monkeypatch.setattr(batching, "MAX_SLOTS", 4)  # so that a few rows fill a bucket of their own
