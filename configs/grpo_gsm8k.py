@@ -17,7 +17,7 @@ def get_config(arg=None):
     config.name = "grpo_gsm8k"
     config.seed = arg.seed
     config.mesh = "data=1,fsdp=-1"
-    config.task = {"name": "gsm8k"}
+    config.task = {"name": "gsm8k", "format": "few_shot" if arg.prompts else "plain"}
     config.task.update(task_files(arg, "gsm8k"))
     if arg.prompts:
         config.task.prompts = arg.prompts

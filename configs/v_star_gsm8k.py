@@ -26,7 +26,7 @@ def get_config(arg=None):
     config.name = "v_star_gsm8k"
     config.seed = arg.seed
     config.mesh = "data=1,fsdp=-1"
-    config.task = {"name": "gsm8k", "hint": "answer"}
+    config.task = {"name": "gsm8k", "hint": "answer", "format": "plain"}  # G_SFT has learnt the form
     config.task.update(task_files(arg, "gsm8k"))
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
     config.arms = {name: arm_of(name, arg.orm) for name in arg.arms.split("+")}

@@ -19,7 +19,7 @@ def get_config(arg=None):
     arg = parse_arg(arg, model="CodeLlama-7b-hf", data="", smoke=False, seed=0, arms="v_star", orm=False)
     config = gsm8k(f"model={arg.model},seed={arg.seed},arms={arg.arms},smoke={int(arg.smoke)},orm={int(arg.orm)}")
     config.name = "v_star_mbpp"
-    config.task = {"name": "mbpp", "shots": ()}  # G_SFT has learnt the format
+    config.task = {"name": "mbpp", "shots": (), "format": "plain"}  # G_SFT has learnt the format
     if arg.data or arg.smoke:
         config.task.data = f"{arg.data}/mbpp.jsonl" if arg.data else "built-in:mbpp"
     if arg.smoke:  # the problems whose prompts fit into 512 tokens of a vocabulary of 512

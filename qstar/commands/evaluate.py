@@ -11,6 +11,7 @@ from qstar import preemption
 from qstar.distributed import start_jax
 from qstar.errors import UserError, require
 from qstar.flags import COUNT, POSITIVE, SEED, TEMPERATURE, Parser, json_object, local_folder
+from qstar.tasks.prompts import FORMATS
 
 
 def _evaluate_parser() -> Parser:
@@ -19,8 +20,10 @@ def _evaluate_parser() -> Parser:
         "--model DIR", "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]", required=True
     )
     p.flag("--task NAME", "arithmetic, commonsense_qa, gsm8k, math, mbpp ...", required=True)
-    p.flag("--task-options JSON", 'e.g. {"test": "test.jsonl"}; "prompts": a folder of few-shot files, or null for none '
-           "(default: built-in examples)", json_object, {})  # fmt: skip
+    p.flag("--task-options JSON", 'e.g. {"test": "test.jsonl"}; "prompts": a folder of few-shot files, or null for none; '
+           '"shots": worked examples of a chat', json_object, {})  # fmt: skip
+    p.flag("--format", "of prompts: chat messages, worked examples in front, or the problem alone (auto: chat if the model "
+           "has a template)", choices=FORMATS, default="auto")  # fmt: skip
     p.flag("--split", "part of the task's problems", default="test", choices=("train", "val", "test"))
     p.flag("--limit N", "first N problems (0: all)", COUNT, 0)
     p.flag("--max-new-tokens N", "of an answer", POSITIVE, 256)
@@ -56,11 +59,11 @@ def main(argv: list[str]) -> int:
     from qstar.models.model import load
     from qstar.report.pages.v_star import curve_rows, write_evaluation
     from qstar.runs.evaluate import evaluate_model, result_rows, unanswered
-    from qstar.tasks import has_examples, make_task
+    from qstar.tasks.prompts import make_prompted
     from qstar.train.metrics import show_table
 
-    a.task_options = ({"prompts": "built-in"} if has_examples(a.task) else {}) | a.task_options
-    task = make_task(a.task, **a.task_options)
+    asked = {} if a.format == "auto" else {"format": a.format}
+    task, prompt_format = make_prompted(a.task, {**a.task_options, **asked})
     task.problems(a.split)  # reports a fault in the data before the model is read
     scorers = _scorers(a.verifier, task)
     require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
@@ -70,6 +73,7 @@ def main(argv: list[str]) -> int:
     out = local_folder("--out", a.out) if a.out else None
     flags = ("split", "limit", "samples", "max_new_tokens", "temperature", "seed", "too_long")
     options = {name: getattr(a, name) for name in flags} | {"out": out, "made_with": made_with}
+    options["prompt_format"] = prompt_format
     options["score"] = lambda rows, *where: by_scores(rows, a.samples, scorers, *where, task.ballots)
     try:
         result = evaluate_model(load(a.model), task, **options)

@@ -249,7 +249,7 @@ class ContinuationTask(Task):
     """A task of continuing solutions: `meta` holds the original problem ("of") and the partial solution ("prefix")."""
 
     def __init__(self, task: Task):
-        self.task, self.name, self.stop = task, task.name, task.stop
+        self.task, self.name, self.stop, self.opening = task, task.name, task.stop, task.opening
 
     def prefix(self, hint: bool = False) -> str:
         return self.task.prefix(hint)

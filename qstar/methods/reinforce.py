@@ -54,6 +54,7 @@ from qstar.runs.stages import (
     train_once,
 )
 from qstar.sample.batching import padded_length, stream
+from qstar.text.chat import as_text
 from qstar.train import rl
 from qstar.train.state import TrainState
 from qstar.train.step import make_step
@@ -93,7 +94,8 @@ class Environment(Protocol):
     """
 
     def prompts(self, update: int) -> Sequence[Any]:
-        """Returns the prompts of an update: texts, or lists of token ids. A pure function of the update."""
+        """Returns the prompts of an update: texts, lists of chat messages, or lists of token ids. A pure function of the
+        update."""
 
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         """Scores the `group` responses to every prompt of the update."""
@@ -358,7 +360,8 @@ def rollouts(run: Run, params: Any, prompts: Sequence[Any], update: int) -> list
 
 
 def _encode(model: Model, prompt: Any) -> list[int]:
-    """Returns the ids of a prompt: texts are encoded as `generate` does, lists of ids stay."""
+    """Returns the ids of a prompt: texts and messages are encoded as `generate` does, lists of ids stay."""
+    prompt = as_text(model.tokenizer, prompt)
     if not isinstance(prompt, str):
         return list(prompt)
     if isinstance(model.config, EncDecConfig):

@@ -97,7 +97,7 @@ class TaskEnvironment:
         return self._problems(epoch)[at * self.count : (at + 1) * self.count]
 
     def prompts(self, update: int) -> list[str]:
-        return [self.prefix + self.task.prompt(p) for p in self.problems(update)]
+        return [self.task.behind(self.prefix, self.task.prompt(p)) for p in self.problems(update)]
 
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         problems, found = per_response(self.problems(update), responses)

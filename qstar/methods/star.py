@@ -229,10 +229,11 @@ def training_examples(arm: Arm, loop: VariantConfig, kept: list[Rollout], n: int
     rows = []
     for r in kept:
         prompt = ctx.task.prompt(problems[r.problem_id], hint=show_hint(r, loop.p_keep_hint))
-        rows.append(to_example(ctx.tokenizer, prefix + prompt, r.completion, r.tokens))
+        rows.append(to_example(ctx.tokenizer, ctx.task.behind(prefix, prompt), r.completion, r.tokens))
     if loop.include_sft_data:
         gold = [(p, ctx.task.solution(p)) for p in iteration_problems(ctx, loop, n)]
-        rows += [to_example(ctx.tokenizer, prefix + ctx.task.prompt(p), s) for p, s in gold if s is not None]
+        texts = [(ctx.task.behind(prefix, ctx.task.prompt(p)), s) for p, s in gold if s is not None]
+        rows += [to_example(ctx.tokenizer, *pair) for pair in texts]
     return ctx.fitting(rows)
 
 

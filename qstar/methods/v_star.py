@@ -109,10 +109,9 @@ class VStarContext(RunContext):
 
     SECTIONS: ClassVar = VStarSections
 
-    @property
-    def few_shot(self) -> str:
-        """The few-shot text in front of training rows, where the config's `loop` asks for it."""
-        return self.task.prefix() if self.settings.loop.get("few_shot_in_train") else ""
+    def training_prompt(self, prompt: str) -> str:
+        """A prompt with the few-shot text in front, where the config's `loop` asks for it."""
+        return self.task.behind(self.task.prefix(), prompt) if self.settings.loop.get("few_shot_in_train") else prompt
 
 
 _ONCE = {"n_iters": 1, "k": 48}  # as many samples as three iterations of 16
@@ -204,7 +203,7 @@ def supervised_data(ctx: VStarContext) -> list[data.Solution]:
 
 def supervised(ctx: VStarContext, base: Model, d_sft: list[data.Solution]) -> Model:
     """G_SFT <- SFT(G_base, D_SFT): one for all arms, in WORKDIR/g_sft."""
-    rows = ctx.fitting([to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion) for s in d_sft])
+    rows = ctx.fitting([to_example(ctx.tokenizer, ctx.training_prompt(s.prompt), s.completion) for s in d_sft])
     settings = ctx.settings.train
     packed = len(pack_rows(rows, settings, base.config)["mask"])
     steps = star.steps_for(ctx.settings.sft.steps, 1, packed, settings.batch_size)
@@ -232,7 +231,7 @@ def retrain(
     """G <- SFT(G_base, solutions); with too few rows the generator stays."""
     ctx = arm.ctx
     # Sampled token ids are trained on as they are; encoding the text anew may split it otherwise.
-    rows = [to_example(ctx.tokenizer, ctx.few_shot + s.prompt, s.completion, s.tokens) for s in solutions]
+    rows = [to_example(ctx.tokenizer, ctx.training_prompt(s.prompt), s.completion, s.tokens) for s in solutions]
     rows = ctx.fitting(rows)
     if len(rows) < max(1, loop.min_kept):
         return generator, _too_few(arm, loop, f"{len(rows)} rows")

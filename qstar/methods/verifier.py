@@ -31,6 +31,7 @@ from qstar.runs.folder import cached_jsonl, data_hash
 from qstar.runs.rollouts import to_example
 from qstar.runs.stages import Stage, UpdateSettings, train_stage
 from qstar.tasks.base import Problem, Task
+from qstar.text.chat import as_text
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
 from qstar.train.metrics import Writer
@@ -97,7 +98,7 @@ def score(
 
     Args:
       verifier: a Verifier, a model, or the folder of one (see `qstar export --verifier`).
-      prompts: N texts, or lists of token ids.
+      prompts: N texts, lists of chat messages, or lists of token ids.
       completions: N, or N lists of n each: texts, to which the model's EOS is appended, or lists of token ids, which
         are used unchanged (with their EOS, if they have one; without it a solution counts as truncated).
 
@@ -118,6 +119,7 @@ def score(
     nested = not isinstance(first, str) and len(first) > 0 and isinstance(first[0], (str, list, tuple, np.ndarray))
     if nested and len({len(c) for c in completions}) > 1:
         raise UserError("every prompt needs equally many completions: pad the lists, or score them one by one")
+    prompts = [as_text(verifier.model.tokenizer, p) for p in prompts]
     flat = [(p, c) for p, cs in zip(prompts, completions) for c in (cs if nested else [cs])]
     # Samples of an easy problem are often equal: each distinct one costs a single forward pass.
     rows: dict[tuple, int] = {}

@@ -45,9 +45,10 @@ class Model:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a text: the tokenizer's EOS, and those of config.json and generation_config.json."""
-        first = self.tokenizer.eos_id if self.tokenizer else None
-        ids = (first, self.config.eos_id, *self.config.also_eos)
+        """The ids that end a text: the tokenizer's EOS, those of config.json and generation_config.json, and the end of
+        a turn in the chat template."""
+        first, chat = (self.tokenizer.eos_id, self.tokenizer.chat) if self.tokenizer else (None, None)
+        ids = (first, self.config.eos_id, *self.config.also_eos, chat.turn.end_id if chat else None)
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     def __repr__(self) -> str:

@@ -24,6 +24,7 @@ from qstar.models.encdec import EncDecConfig
 from qstar.models.heads import value_logits
 from qstar.models.model import Model, encoder_ids
 from qstar.models.vocabulary import token_logprobs
+from qstar.text.chat import as_text
 from qstar.types import Params
 
 AnyConfig = ModelConfig | EncDecConfig
@@ -190,7 +191,8 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
     """Scores completions: the log-probability of each of their tokens, given the prompt and the tokens before it.
 
     Args:
-      prompts: texts (a BOS token is put in front where the tokenizer has one), or lists of token ids as they are.
+      prompts: texts (a BOS token is put in front where the tokenizer has one), lists of chat messages (see
+        `text.chat`), or lists of token ids as they are.
       completions: texts or lists of token ids, one per prompt. A text continues its prompt's text, so the two are
         encoded together, unless that changes the prompt's ids.
 
@@ -244,6 +246,7 @@ def _padded(rows: list[list[int]], count: int, length: int) -> np.ndarray:
 
 def _encode_pair(model: Model, i: int, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
     tokenizer, c = model.tokenizer, model.config
+    prompt = as_text(tokenizer, prompt)
     if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
         raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass token ids, not text")
     encoder = isinstance(c, EncDecConfig)

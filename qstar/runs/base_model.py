@@ -30,6 +30,7 @@ from qstar.runs.rollouts import check_lengths, sample_rollouts
 from qstar.runs.settings import Gate, check_keys, narrowed
 from qstar.runs.stages import Stage, TrainSettings, check_trainable, fine_tune
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
+from qstar.tasks.prompts import formatted
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer, char_tokenizer
 from qstar.train.loop import Diverged
@@ -159,7 +160,12 @@ def architecture(ctx: RunContext) -> Model:
     assert model.tokenizer is not None
     # Seed rows and row lengths are checked next, and both need the tokenizer.
     ctx.tokenizer = model.tokenizer
-    if not path:
+    if path:
+        ctx.task = formatted(ctx.task, ctx.tokenizer, ctx.prompt_format)
+    else:
+        # A model from scratch reads neither instructions nor examples: its prompts are those of its seed rows.
+        asked = ctx.prompt_format.format
+        require((asked in ("auto", "plain"), f"config.task.format={asked} is for pretrained models; leave it out"))
         seed_examples(ctx)
     return model
 

@@ -23,8 +23,8 @@ from qstar.runs.folder import FREE_KEYS, cached_jsonl, note, open_run, write_jso
 from qstar.runs.rollouts import sample_rollouts, to_example
 from qstar.runs.settings import Sections, TaskSections, settings_from
 from qstar.runs.stages import Stage, UpdateSettings, restore
-from qstar.tasks import make_task
 from qstar.tasks.base import Problem, Task
+from qstar.tasks.prompts import PromptFormat, make_prompted
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
 from qstar.train.metrics import Writer, read, show_table
@@ -42,7 +42,9 @@ class RunContext(Screen):
     console: Console
     settings: Any  # an object of SECTIONS
     mesh: Any
+    # A view in the prompt format, once the tokenizer is known.
     task: Task = dataclasses.field(init=False)
+    prompt_format: PromptFormat = dataclasses.field(init=False)
     # Set by `base_model.architecture`: a pretrained model brings its own.
     tokenizer: Tokenizer = dataclasses.field(init=False)
     # Set by `start`: it writes into the run folder, which is opened after all checks.
@@ -59,7 +61,7 @@ class RunContext(Screen):
 
     def __post_init__(self) -> None:
         options = dict(self.settings.task)
-        self.task = make_task(options.pop("name"), **options)
+        self.task, self.prompt_format = make_prompted(options.pop("name"), options)
 
     @property
     def seed(self) -> int:

@@ -18,6 +18,7 @@ from qstar.runs.folder import end_run, open_run
 from qstar.runs.rollouts import SampleSettings, check_lengths, sample_rollouts, tokenizer_of
 from qstar.sample.vote import voted_right_at_k
 from qstar.tasks.base import Problem, Task
+from qstar.tasks.prompts import PromptFormat, formatted
 from qstar.text.tokenizer import Tokenizer
 from qstar.train.stats import pass_at_k, summarise
 from qstar.types import Rollout
@@ -41,6 +42,7 @@ def evaluate_model(
     made_with: dict[str, Any] | None = None,
     score: Callable[[list[Rollout], Path, Tokenizer], dict[str, Any]] | None = None,
     too_long: str = "error",
+    prompt_format: PromptFormat | None = None,
 ) -> dict[str, Any]:
     """Returns greedy accuracy and, from `samples` completions per problem, pass@k and majority@k for k = 1, 2, 4, ...
 
@@ -52,6 +54,7 @@ def evaluate_model(
       made_with: what the answers depend on; kept in `out`, so that answers of another model are not counted.
       score: (samples, folder, tokenizer) -> further metrics; it keeps the scores of the samples in the folder.
       too_long: what to do with prompts beyond the model's context, see `fit_prompts`; "too_long" counts them.
+      prompt_format: see `tasks.prompts`; None: chat for a model with a chat template, else few-shot.
 
     Raises UserError for no tokenizer, no problems, too long a prompt, or an `out` of another evaluation.
     """
@@ -59,6 +62,7 @@ def evaluate_model(
     problems = task.problems(split)[: limit or None]
     if not problems:
         raise UserError(f"task {task.name} has no problems in split {split!r}")
+    task = formatted(task, tokenizer, prompt_format)
     fit_examples(model, task, max_new_tokens)
     task, problems, long = fit_prompts(model, task, problems, max_new_tokens, too_long)
     if out is not None:
@@ -103,8 +107,8 @@ def fit_prompts(
         except UserError as e:
             raise UserError(f"{e}; --too-long=skip or truncate goes on") from None
         return task, list(problems), 0
-    prefix, limit = task.prefix(), model.config.max_positions - max_new_tokens
-    texts = [task.prompt(p) for p in problems]
+    prefix, limit = task.prefix() or task.opening, model.config.max_positions - max_new_tokens
+    texts = [task.prompt(p).removeprefix(task.opening) for p in problems]
     encoded = tokenizer_of(model).encode_batch([prefix + text for text in texts], bos=True)
     long = {p.id: text for p, text, ids in zip(problems, texts, encoded) if len(ids) > limit}
     if not long:
@@ -116,7 +120,8 @@ def fit_prompts(
         require((len(long) < len(problems), nothing))
         warnings.warn(f"{what} and are left out: {names}", QstarWarning, stacklevel=2)
         return task, [p for p in problems if p.id not in long], len(long)
-    short = {name: _last_tokens(tokenizer_of(model), prefix, text, limit) for name, text in long.items()}
+    cut = functools.partial(_last_tokens, tokenizer_of(model), prefix)
+    short = {name: task.opening + cut(text, limit) for name, text in long.items()}
     warnings.warn(f"{what} and have lost their first tokens: {names}", QstarWarning, stacklevel=2)
     # A copy, so that the caller's task keeps its prompts.
     task = copy.copy(task)
@@ -144,10 +149,9 @@ def _last_tokens(tokenizer: Tokenizer, prefix: str, text: str, limit: int) -> st
 def fit_examples(model: Model, task: Task, max_new_tokens: int) -> None:
     """Leaves out built-in examples that would take more than half of the room that answers leave in a short context."""
     # Whole examples: one that is cut in its answer would teach a wrong form.
-    count, room = len(getattr(task, "examples", list)()), (model.config.max_positions - max_new_tokens) // 2
-    while count and len(tokenizer_of(model).encode(task.prefix(), bos=True)) > room:
-        count -= 1
-        task.keep_examples(count)  # type: ignore[attr-defined]
+    room = (model.config.max_positions - max_new_tokens) // 2
+    while len(tokenizer_of(model).encode(task.prefix(), bos=True)) > room and task.drop_example():
+        pass
 
 
 def unanswered(result: Mapping[str, Any]) -> str:

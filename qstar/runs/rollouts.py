@@ -6,17 +6,20 @@ import collections
 import dataclasses
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import Settings, UserError, bounded
+from qstar.errors import QstarWarning, Settings, UserError, bounded
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
 from qstar.runs.folder import cached_jsonl, stable_seed
 from qstar.sample import batching
 from qstar.sample.batching import default_slots, stream
+from qstar.tasks.answer_text import split_thinking
 from qstar.tasks.base import Problem, Task
+from qstar.text.chat import as_text
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
 from qstar.types import Completion, Rollout
@@ -87,10 +90,12 @@ def sample_rollouts(
 def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot, progress) -> list[Rollout]:
     prompts = [task.prompt(p, hint=hinted) for p in problems]
     prefix = task.prefix(hint=hinted) if few_shot else ""
+    # What all prompts begin with is computed once: the few-shot text, or the head of a chat template.
+    shared, rest = prefix or task.opening, [prompt.removeprefix(task.opening) for prompt in prompts]
     how = dataclasses.asdict(settings)
     how.pop("round_size")
     found: dict[tuple[int, int], Rollout] = {}
-    for i, j, done in stream(model, prompts, n=k, stop=task.stop, seed=seed, prefix=prefix, **how):
+    for i, j, done in stream(model, rest, n=k, stop=task.stop, seed=seed, prefix=shared, **how):
         text, answer, ended = read_answer(task, done)
         row = Rollout(
             problem_id=problems[i].id,
@@ -110,7 +115,7 @@ def _round(model, task, problems, settings, k, hinted, iteration, seed, few_shot
             valid=task.audit(problems[i], text),
             logprob=round(float(sum(done.logprobs)), 4),
             n_tokens=len(done.tokens),
-            tokens=kept_tokens(model, prefix + prompts[i], done, text),
+            tokens=kept_tokens(model, prompts[i], done, text),
         )
         found[i, j] = row
         if progress is not None:
@@ -136,7 +141,7 @@ def check_lengths(
     prefix, room = task.prefix(hint=hinted) if few_shot else "", model.config.max_positions
     # The longest texts stand for all: encoding every prompt of a large task would delay the start.
     for name in sorted(texts, key=lambda k: len(texts[k]), reverse=True)[:16]:
-        count = len(tokenizer_of(model).encode(prefix + texts[name], bos=True))
+        count = len(tokenizer_of(model).encode(task.behind(prefix, texts[name]), bos=True))
         if count + max_new_tokens > room:
             raise UserError(
                 f"problem {name}: {count} prompt tokens + max_new_tokens={max_new_tokens} exceed the model's context "
@@ -153,11 +158,13 @@ def tokenizer_of(model: Model) -> Tokenizer:
 
 def read_answer(task: Task, done: Completion) -> tuple[str, str | None, bool]:
     """Returns a completion up to the end of its answer, the answer, and whether it is complete: ended by a stop id or
-    stop string, or followed by more text."""
-    written = done.text or ""
+    stop string, or followed by more text. A <think> block stays in the text, but holds no answer."""
+    thinking, written = split_thinking(done.text or "", task.opens_thinking)
+    if written is None:
+        return thinking, None, done.stopped
     part = None if done.stopped else task.answered_part(written)
     text = task.cut(written) if part is None else part
-    return text, task.parse(text), done.stopped or part is not None
+    return thinking + text, task.parse(text), done.stopped or part is not None
 
 
 def judge(
@@ -225,7 +232,7 @@ def kept_tokens(model: Model, prompt: str, done: Completion, text: str) -> list[
     """Returns the token ids of `text`, the kept part of a completion, for training and scoring.
 
     They are the sampled ids with the stop token. Where a stop string or the task cut the text within a token, that
-    token is encoded anew. A completion without a stop token gets the tokenizer's EOS.
+    token is encoded anew. A completion without a stop token gets the one of `Tokenizer.end_of`.
     """
     tokenizer = tokenizer_of(model)
     # An encoder-decoder's output has no text before it. Otherwise 64 characters do: only whether there is any matters.
@@ -233,22 +240,24 @@ def kept_tokens(model: Model, prompt: str, done: Completion, text: str) -> list[
     before = [] if alone else tokenizer.encode(prompt[-64:], bos=True)
     drawn = bool(done.tokens) and done.tokens[-1] in model.stop_ids
     body = done.tokens[:-1] if drawn else done.tokens
-    end = done.tokens[-1] if drawn and text == done.text else tokenizer.eos_id
+    end = done.tokens[-1] if drawn and text == done.text else tokenizer.end_of(prompt)
     return [*tokenizer.keep(body, text, after=before), end]
 
 
-def to_example(tokenizer: Tokenizer, prompt: str, completion: str, tokens: Sequence[int] | None = None) -> Example:
+def to_example(tokenizer: Tokenizer, prompt: Any, completion: str, tokens: Sequence[int] | None = None) -> Example:
     """Returns a training example: BOS and prompt, then completion and EOS (so that the model learns to stop).
 
     Args:
+      prompt: a text or chat messages. A rendered conversation ends with its end of turn in place of EOS.
       tokens: the sampled ids of the completion (`Rollout.tokens`). They are kept when the hint is taken out of the
         prompt or few-shot text is put before it: the prompt is encoded by itself, as in sampling. None: the completion
         is encoded.
     """
+    prompt = as_text(tokenizer, prompt)
     if tokens is not None:
         return Example(tokenizer.encode_prompt(prompt), list(tokens))
     head, tail = tokenizer.encode_pair(prompt, completion)
-    return Example(head, [*tail, tokenizer.eos_id])
+    return Example(head, [*tail, tokenizer.end_of(prompt)])
 
 
 def show_hint(row: Rollout, share: float) -> bool:
@@ -298,15 +307,16 @@ def _mean(values: Sequence[Any]) -> float | None:
 
 def generate(
     model: Model,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[Any],
     *,
     thoughts: ThoughtConfig | bool | None = None,
     **sampling: Any,
 ) -> list[list[Completion]]:
-    """Samples n completions of every prompt.
+    """Samples n completions of every prompt. Warns where one is empty.
 
     Args:
-      prompts: texts, or lists of token ids taken as they are.
+      prompts: texts, lists of chat messages [{"role": "user", "content": text}], to which the tokenizer's chat template
+        is applied, or lists of token ids taken as they are.
       thoughts: True or a ThoughtConfig samples a thought before every token (Quiet-STaR); completions then hold them.
       sampling: max_new_tokens, temperature, top_k, top_p, n, stop, seed, prefix, slots, weights: see
         `sample.batching.SamplingOptions`, also for the errors.
@@ -314,9 +324,22 @@ def generate(
     Returns:
       Per prompt, a list of n `Completion(text, tokens, logprobs, sample_logprobs, stopped)`.
     """
-    if not thoughts:
-        return batching.generate(model, prompts, **sampling)
-    # Imported here: slow, and needed for thoughts alone.
-    from qstar.thoughts import decode
+    if thoughts:
+        # Imported here: slow, and needed for thoughts alone.
+        from qstar.thoughts import decode
 
-    return list(map(list, decode.generate(model, prompts, thoughts=thoughts, **sampling)))
+        found: list[list[Completion]] = list(map(list, decode.generate(model, prompts, thoughts=thoughts, **sampling)))
+    else:
+        found = batching.generate(model, prompts, **sampling)
+    texts = [p for p, some in zip(prompts, found) if any(done.text == "" and done.stopped for done in some)]
+    if texts:
+        warn_empty(model.tokenizer, texts[0])
+    return found
+
+
+def warn_empty(tokenizer: Tokenizer | None, prompt: Any) -> None:
+    """Warns that the completion of `prompt` is empty, with what helps."""
+    template = tokenizer.chat if tokenizer is not None else None
+    bare = template is not None and isinstance(prompt, str) and not template.rendered(prompt)
+    remedy = "this model has a chat template: give the prompt as messages (--chat)" if bare else "try another prompt"
+    warnings.warn(f"a completion is empty, the model ended it at once; {remedy}", QstarWarning, stacklevel=3)

@@ -23,6 +23,7 @@ from qstar.models.model import Model, encoder_ids
 from qstar.sample import sampler as S
 from qstar.sample import seq2seq
 from qstar.sample.logits import SamplingParams
+from qstar.text.chat import as_text, is_messages
 from qstar.types import Completion, Params
 
 MAX_SLOTS = 256
@@ -74,7 +75,8 @@ def generate(
 
     Args:
       model: from `qstar.load`. options: see `SamplingOptions`.
-      prompts: texts (a BOS token is put in front where the model has one), or lists of token ids taken as they are.
+      prompts: texts (a BOS token is put in front where the model has one), lists of chat messages (see `text.chat`), or
+        lists of token ids taken as they are.
 
     Raises:
       UserError: text for a model without tokenizer, an empty prompt, or a prompt that leaves no room in the context.
@@ -214,8 +216,14 @@ def encode_prompts(model: Model, prompts: Sequence, options: SamplingOptions) ->
     tokenizer, prefix = model.tokenizer, options.prefix
     no_tokenizer = "stop strings need a tokenizer, and this model has none; pass tokens and rely on the EOS id"
     require((not options.stop or tokenizer is not None, no_tokenizer))
-    if isinstance(prompts, str):
-        raise UserError("prompts is a list of texts, or of lists of token ids: put the text in [ ]")
+    if isinstance(prompts, str) or is_messages(prompts):
+        given = "text" if isinstance(prompts, str) else "list of messages"
+        raise UserError(
+            f"prompts is a list of texts, of lists of messages, or of lists of token ids: put the {given} in [ ]"
+        )
+    talks = any(map(is_messages, prompts)) and len(prefix)
+    require((not talks, "prefix stands in front of texts; with messages, put earlier turns into each prompt"))
+    prompts = [as_text(tokenizer, p) for p in prompts]
     if tokenizer is None and (isinstance(prefix, str) and prefix or any(isinstance(p, str) for p in prompts)):
         raise UserError(
             "this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text"

@@ -8,9 +8,9 @@ import typing
 from typing import Any
 
 from qstar.errors import check_type, unknown
-from qstar.tasks.base import DatasetTask, Problem, Task, has_examples
+from qstar.tasks.base import DatasetTask, Problem, Task
 
-__all__ = ["DatasetTask", "Problem", "Task", "has_examples", "make_task"]
+__all__ = ["DatasetTask", "Problem", "Task", "make_task"]
 
 # Configs name a task by text; its module is imported only when it is made.
 _TASKS = {

@@ -20,6 +20,7 @@ MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
 DIGITS = r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?"
 BOX = "\x02"  # replaces \boxed and <answer> in text without markup
 
+_THINKING_START, _THINKING_END = (re.compile(rf"<{slash}think(?:ing)?>", re.IGNORECASE) for slash in ("", "/"))
 _THINKING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _TURN = (
     r"<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_of_text|end|user|assistant)\|>|</s>"
@@ -112,6 +113,17 @@ class FoundNumber(NamedTuple):
 def without_thinking(text: str) -> str:
     """The text without its <think> blocks, closed or not."""
     return _THINKING.sub("", text)
+
+
+def split_thinking(text: str, opened: bool = False) -> tuple[str, str | None]:
+    """A text's <think> block with its tags, and what follows it; None if the block does not end.
+
+    Args:
+        opened: the prompt has opened the block already.
+    """
+    closed = max((m.end() for m in _THINKING_END.finditer(text)), default=0)
+    unfinished = _THINKING_START.search(text, closed) or (opened and not closed)
+    return (text, None) if unfinished else (text[:closed], text[closed:])
 
 
 def first_turn(text: str) -> str:

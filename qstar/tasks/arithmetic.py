@@ -83,6 +83,9 @@ class Arithmetic(Task):
         self.shots = shots if format == "release" else 0
         self.seed = seed
         self.stop = ("\n\n",) if format == "release" else ()
+        form = "#1098" if format != "release" else "</scratch> and, in a line below, the sum with spaces: 1 0 9 8"
+        work = "" if format == "direct" else "Add digit by digit from the right, with a line for each carry, then "
+        self.instruction = f"{work}end with the sum in this form: {form}"
 
     def problems(self, split: str) -> list[Problem]:
         """ "val" and "test" are fixed samples per length; "train" is the draw of loop 0."""
@@ -125,6 +128,9 @@ class Arithmetic(Task):
         if self.format != "release":
             return f"{problem.question}=" + (f"({_padded(problem)})" if hint else "")
         return f"Input:\n{_spaced(problem.question)}\nTarget:" + (f" {_spaced(_padded(problem))}\n" if hint else "\n")
+
+    def examples(self) -> list[Problem]:
+        return [self.problem(*pair) for n in self.eval_digits[:4] for pair in _shot_pairs(n, SHOT_POOL)[:2]]
 
     def cut(self, completion: str) -> str:
         # Only the release format may continue behind its answer, with a further example.

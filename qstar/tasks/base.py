@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 from etils import epath
 
 from qstar.data.sources import BAD_ROWS, read_records
-from qstar.errors import Settings, UserError, bounded
+from qstar.errors import Settings, UserError, bounded, require
 
 SPLITS = ("train", "val", "test")
 BUILT_IN = "built-in"  # value of `prompts`: the worked examples in the folder `examples`
@@ -38,6 +38,12 @@ class Problem:
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
+# What stands around the question in a text that a base model goes on with.
+_CUES = re.compile(
+    r"^(?:Q|Question|Problem):\s*|\n(?:A|Answer|Solution):\s*\Z| (?:Reasoning|Answer):\Z|\n\[BEGIN\]\s*\Z", re.MULTILINE
+)
+
+
 class ZeroShot(NamedTuple):
     """A question and its bare answer, without few-shot text: what zero-shot evaluations of Quiet-STaR score."""
 
@@ -55,6 +61,9 @@ class Task:
 
     name: str = ""
     stop: tuple[str, ...] = ()  # strings that end a completion
+    instruction: str = ""  # asks a chat model for the form that `parse` reads; `tasks.prompts` puts it into messages
+    opening: str = ""  # what all prompts begin with: the head of a chat template
+    opens_thinking: bool = False  # whether prompts end in an open <think> block
 
     def problems(self, split: str) -> list[Problem]:
         """The problems of "train", "val" or "test", in a fixed order, without few-shot items."""
@@ -74,6 +83,26 @@ class Task:
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         """The text that follows the prefix; with the answer as a hint when `hint` (rationalisation)."""
         raise NotImplementedError
+
+    def behind(self, prefix: str, prompt: str) -> str:
+        """A prompt with the few-shot text `prefix`, or "", in front of it."""
+        return prefix + prompt.removeprefix(self.opening) if prefix else prompt
+
+    def message(self, problem: Problem, hint: bool = False) -> str:
+        """The problem as a message to a chat model: the prompt without the cues of a text to go on with ("Q:", "A:")."""
+        return _CUES.sub("", self.prompt(problem, hint)).strip()
+
+    def examples(self) -> list[Problem]:
+        """Worked examples, with a solution each, that come with the task; [] if there are none."""
+        return []
+
+    def in_format(self, format: str) -> Task:
+        """The task with worked examples in `prefix` ("few_shot") or without ("plain")."""
+        return self
+
+    def drop_example(self) -> bool:
+        """Leaves out the last worked example of `prefix`, where the context is short; False if there is none."""
+        return False
 
     def solution(self, problem: Problem) -> str | None:
         """A gold completion in the model's format, or None where the data has no rationale."""
@@ -154,6 +183,7 @@ class RecordTask(Task, Settings):
     bad_rows: float = bounded(BAD_ROWS, ge=0, lt=1, note="a share of the records")
 
     fields: ClassVar[tuple[str, ...]] = ()  # keys that every record must have
+    _examples = None  # not read yet
 
     def __init_subclass__(cls) -> None:
         # `Settings` puts it in front of its errors, which then name the task.
@@ -165,6 +195,12 @@ class RecordTask(Task, Settings):
 
     def read(self, source: str, split: str | None = None) -> list[Problem]:
         return read_records(source, self.fields, split=split, parse=self.to_problem, bad_rows=self.bad_rows)
+
+    def examples(self) -> list[Problem]:
+        if self._examples is None:
+            path = pathlib.Path(__file__).with_name("examples") / f"{self.name}.jsonl"
+            self._examples = read_records(path, self.fields, parse=self.to_problem) if path.is_file() else []
+        return self._examples
 
 
 @dataclass(kw_only=True, eq=False)
@@ -192,14 +228,11 @@ class DatasetTask(RecordTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        built_in = self.prompts == BUILT_IN and has_examples(self.name)
-        files = self.few_shot_files() if self.prompts not in (None, BUILT_IN) else ()
-        if self.prompts is not None and not (files or built_in):
-            known = f"neither {BUILT_IN!r} nor None" if has_examples(self.name) else "not None"
-            raise UserError(f"{self.name}: prompts={self.prompts!r} is {known}; it has no few-shot files")
+        own = self.prompts not in (None, BUILT_IN)
+        files = self.few_shot_files() if own else ()
+        known = f"neither {BUILT_IN!r} nor None; it has no few-shot files"
+        require((not own or bool(files), f"{self.name}: prompts={self.prompts!r} is {known}"))
         self._prefix, self._hinted_prefix = [_read_prompts(str(self.prompts), name) for name in files] or ["", ""]
-        # None: not read yet. Constructing a task must not read data.
-        self._examples: list[Problem] | None = None if built_in else []
         self._problems: dict[str, list[Problem]] = {}
 
     def few_shot_files(self) -> tuple[str, ...]:
@@ -210,7 +243,7 @@ class DatasetTask(RecordTask):
         # A few-shot question is never a problem, whichever split it comes from: the shots of STaR's release are rows of
         # the training files, and a prompt that holds the question holds its answer.
         shots = {_key(question) for question in re.findall(r"^Q: (.*)$", self._prefix, re.MULTILINE)}
-        shots |= {_key(example.question) for example in self.examples()}
+        shots |= {_key(example.question) for example in (self.examples() if self.prompts == BUILT_IN else ())}
         problems = self._read("test" if split == "test" else "train")
         problems = [problem for problem in problems if _key(problem.question) not in shots]
         if split == "test":
@@ -223,13 +256,22 @@ class DatasetTask(RecordTask):
             return "".join(f"{self.prompt(e, hint)}{self.solution(e)}\n\n" for e in self.examples())
         return self._hinted_prefix if hint else self._prefix
 
-    def examples(self) -> list[Problem]:
-        if self._examples is None:
-            self._examples = read_records(_examples(self.name), self.fields, parse=self.to_problem)
-        return self._examples
+    def in_format(self, format: str) -> Task:
+        given = self.prompts or BUILT_IN
+        if format == "few_shot" and given == BUILT_IN and not self.examples():
+            raise UserError(f"{self.name}: has no worked examples; give a folder of few-shot files as `prompts`")
+        prompts = given if format == "few_shot" else None
+        if prompts == self.prompts:
+            return self
+        task = dataclasses.replace(self, prompts=prompts)
+        task._problems, task._examples = self._problems, self._examples
+        return task
 
-    def keep_examples(self, count: int) -> None:
-        self._examples = self.examples()[:count]
+    def drop_example(self) -> bool:
+        if self.prompts != BUILT_IN or not self.examples():
+            return False
+        self._examples = self.examples()[:-1]
+        return True
 
     def _read(self, part: str) -> list[Problem]:
         if part not in self._problems:
@@ -244,15 +286,6 @@ class DatasetTask(RecordTask):
                 for number, p in enumerate(problems)
             ]
         return self._problems[part]
-
-
-def has_examples(name: str) -> bool:
-    """Whether a task has worked examples of its own, `prompts="built-in"`."""
-    return _examples(name).is_file()
-
-
-def _examples(name: str) -> pathlib.Path:
-    return pathlib.Path(__file__).with_name("examples") / f"{name}.jsonl"
 
 
 def stable_rng(*parts: Any) -> random.Random:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from qstar.errors import UserError, bounded
 from qstar.tasks import sandbox
 from qstar.tasks.answer_text import without_thinking
-from qstar.tasks.base import Problem, RecordTask, check_split, text_field
+from qstar.tasks.base import Problem, RecordTask, Task, check_split, text_field
 from qstar.tasks.program_parsing import as_body, as_module, blocks, is_body, normal_program, program_in, through_program
 
 # The prompt of the MBPP paper. V-STaR asks both data sets with "the MBPP template" and does not print it: that it is
@@ -37,6 +38,11 @@ class CodeTask(RecordTask):
     timeout_s: float = bounded(10.0, gt=0)
     memory_mb: int = bounded(512, gt=0)
     allow: Sequence[str] = ()
+
+    instruction = (
+        "Write the whole function in Python, in one block of code that begins with ```python and ends with ```."
+    )
+    _few_shot = False  # whether the worked examples that come with qstar stand in front
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +91,23 @@ class CodeTask(RecordTask):
         """A program's text without comments, docstrings and layout: the tests do not influence votes."""
         return [a and normal_program(a) for a in answers]
 
+    def in_format(self, format: str) -> Task:
+        task = copy.copy(self)
+        task._few_shot = format == "few_shot"
+        return task
+
+    def drop_example(self) -> bool:
+        if not (self._few_shot and self.examples()):
+            return False
+        self._examples = self.examples()[:-1]
+        return True
+
+    def prefix(self, hint: bool = False) -> str:
+        self.refuse_hint(hint)
+        end = END if END in self.stop else "\n"
+        shown = self.examples() if self._few_shot else []
+        return "".join(f"{self.prompt(e)}{e.solution}{end}\n\n" for e in shown)
+
     def refuse_hint(self, hint: bool) -> None:
         """Raises UserError where a hinted prompt is asked for."""
         if hint:
@@ -125,6 +148,7 @@ class MBPP(CodeTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.shots = tuple(self.shots)
+        self._few_shot = bool(self.shots)
         for shot in self.shots:
             if shot not in _RANGES["few_shot"]:
                 raise UserError(f"mbpp: shots={self.shots}: {shot!r} is not a few-shot task, which are 1 to 10")
@@ -166,7 +190,9 @@ class MBPP(CodeTask):
     def prefix(self, hint: bool = False) -> str:
         self.refuse_hint(hint)
         # Zero-shot prompts must work with files that lack the few-shot tasks.
-        tasks = self._by_number() if self.shots else {}
+        if not self._few_shot or not self.shots:
+            return super().prefix(hint)
+        tasks = self._by_number()
         if missing := [shot for shot in self.shots if shot not in tasks]:
             raise UserError(f"mbpp: shots={self.shots}: {self.data or _MBPP} has no task {missing[0]}")
         return "".join(f"{self.prompt(tasks[shot])}{tasks[shot].solution}{END}\n\n" for shot in self.shots)

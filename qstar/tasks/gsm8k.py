@@ -37,6 +37,9 @@ class GSM8K(DatasetTask):
 
     name = "gsm8k"
     stop = ("\nQ:",)
+    instruction = (
+        "Solve the problem step by step. End with a line that holds #### and the number alone, like this: #### 42"
+    )
     fields = ("question", "answer")
     default_source = "openai/gsm8k:main"
     prompt_files = ("gsm_prompts.txt", "gsm_prompts_answer_key.txt")

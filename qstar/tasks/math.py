@@ -65,6 +65,9 @@ class MATH(DatasetTask):
         # Now, not after an hour of sampling.
         check_installed()
         self.stop = ("\nQ:",) if self.format == "gsm8k" else ("\nProblem:",)
+        form = "a line that holds #### and the answer alone, like this: #### 42"
+        end = form if self.format == "gsm8k" else "the final answer in \\boxed{}, like this: \\boxed{42}"
+        self.instruction = f"Solve the problem step by step. End with {end}"
 
     def to_problem(self, record: dict) -> Problem:
         """Reads the published columns (problem, solution, type) and those of its two common copies."""

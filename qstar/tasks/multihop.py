@@ -151,7 +151,10 @@ class MultiHop(DatasetTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         # A chain of thought may have paragraphs.
-        self.stop = ("\nQuestion:",) if self.style == "cot" and not self.strict else ("\n\n",)
+        cot = self.style == "cot"
+        self.stop = ("\nQuestion:", f"\n{ASK}") if cot and not self.strict else ("\n\n",)
+        steps = "Think step by step, and end with the answer alone in a sentence: So the answer is 1954."
+        self.instruction = steps if cot else "Give the answer alone, in as few words as possible, without a sentence."
         # Supporting facts that are not in the context: many in the full-wiki setting, so they are counted, not refused.
         self.out_of_range = 0
 
@@ -163,13 +166,17 @@ class MultiHop(DatasetTask):
         self.out_of_range += sum(at >= lengths.get(title, 0) for title, at in facts)
         if not isinstance(record["answer"], str) or not isinstance(record["question"], str):
             raise ValueError("question and answer must be text")
+        answer = record["answer"]
+        # The worked examples that come with qstar have a rationale, the data sets have none.
+        end = f"{record.get('rationale')} So the answer is {answer}." if self.style == "cot" else answer
         return Problem(
             id=str(record.get("_id") or record.get("id") or ""),
             question=" ".join(record["question"].split()),
-            gold=normalise(record["answer"]),
+            gold=normalise(answer),
+            solution=f" {end}" if "rationale" in record else None,
             group=str(record.get("type") or self.name).replace("-", "_"),
             meta={
-                "answer": record["answer"],
+                "answer": answer,
                 "paragraphs": tuple(Paragraph(t, tuple(s), t in titles) for t, s in parts),
                 "supporting_facts": facts,
                 "evidences": [tuple(e) for e in _from_json(record.get("evidences") or [])],

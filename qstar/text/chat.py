@@ -29,7 +29,8 @@ class Turn(NamedTuple):
     """The text that a template puts around one exchange."""
 
     before: str = ""  # what precedes the first user message, a default system message included
-    after: str = ""  # between a user message and the reply
+    after: str = ""  # between a user message and where the reply is generated
+    lead: str = ""  # between that place and the reply's text
     close: str = ""  # behind a reply, up to and with its end token; "" where there is none
     end_id: int | None = None  # the end token of a reply
 
@@ -61,15 +62,18 @@ class ChatTemplate:
         user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}
         try:
             before, _, after = self.render([user]).partition(_USER)
-            closing = self.render([user, assistant], reply=False).rpartition(_ASSISTANT)[2]
+            done, _, closing = self.render([user, assistant], reply=False).rpartition(_ASSISTANT)
+            ids = self.tokenizer.encode(closing)
         except UserError:
             return Turn()
+        # A reply without thinking, where the template opens a block for it.
+        lead = "</think>\n\n" if after.endswith(("<think>", "<think>\n")) else done.partition(_USER + after)[2]
         added = self.tokenizer.hf.added_tokens_decoder
-        end = next((i for i in self.tokenizer.encode(closing) if i in added), None)
+        end = next((i for i in ids if i in added), None)
         if end is None:
-            return Turn(before, after)
+            return Turn(before, after, lead)
         token = str(added[end])
-        return Turn(before, after, closing[: closing.index(token) + len(token)], end)
+        return Turn(before, after, lead, closing[: closing.index(token) + len(token)], end)
 
     @functools.cached_property
     def has_bos(self) -> bool:

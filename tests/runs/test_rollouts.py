@@ -6,9 +6,10 @@ import pytest
 
 from qstar.methods import star
 from qstar.runs import rollouts
-from qstar.runs.rollouts import Selection, select, summary
+from qstar.runs.rollouts import Selection, read_answer, select, summary
 from qstar.tasks import make_task
 from qstar.tasks.base import Problem, Task
+from qstar.types import Completion
 from tests.methods import stub
 
 
@@ -335,10 +336,29 @@ def test_few_shot_text_in_training_prompts_is_the_one_without_hints(shared, tmp_
 class CharTokenizer:
     """Characters as ids, for text that the alphabet of sums does not hold."""
 
-    eos_id = 0
+    def end_of(self, prompt):
+        return 0
 
     def encode_pair(self, prompt, completion):
         return list(map(ord, prompt)), list(map(ord, completion))
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i)
+
+
+@pytest.mark.parametrize(
+    ("written", "opened", "text", "answer"),
+    [
+        ("<think>#### 3</think>So\n#### 4", False, "<think>#### 3</think>So\n#### 4", "4"),
+        ("<think>Q: 1\n\nQ: 2\n#### 3", False, "<think>Q: 1\n\nQ: 2\n#### 3", None),  # not closed: no answer
+        ("2 + 2\n</think>\n\n#### 4", True, "2 + 2\n</think>\n\n#### 4", "4"),  # the prompt ends in <think>
+        ("2 + 2\n#### 4", True, "2 + 2\n#### 4", None),
+        ("<think>a</think>#### 4\nQ: more", False, "<think>a</think>#### 4", "4"),
+    ],
+)
+def test_think_blocks_stay_in_the_text_and_hold_no_answer(written, opened, text, answer):
+    for strict in (False, True):
+        task = make_task("gsm8k", strict=strict)
+        task.opens_thinking = opened
+        done = Completion(written, [], [], [], True)
+        assert read_answer(task, done) == (text, answer, True)

@@ -9,9 +9,12 @@ from qstar.__main__ import main
 from qstar.errors import QstarWarning, UserError
 from qstar.runs.evaluate import evaluate_model
 from qstar.tasks import make_task
+from qstar.tasks.prompts import PromptFormat
 
 SHORT = "Tom has 2 apples."
 LONG = "Tom has one apple and one pear. " * 80 + "How many?"
+
+PLAIN = PromptFormat("plain")
 
 
 @pytest.fixture
@@ -29,12 +32,14 @@ def model(shared):
 
 def test_an_error_names_the_first(task, model):
     with pytest.raises(UserError, match="problem gsm8k-test-00001: .* exceed the model's context of 512 tokens"):
-        evaluate_model(model, task, max_new_tokens=4)
+        evaluate_model(model, task, prompt_format=PLAIN, max_new_tokens=4)
 
 
 def test_skip_leaves_them_out_and_counts_them(task, model, tmp_path):
     with pytest.warns(QstarWarning, match="1 of 3 prompts exceed .* left out: gsm8k-test-00001"):
-        found = evaluate_model(model, task, max_new_tokens=4, too_long="skip", out=tmp_path / "out")
+        found = evaluate_model(
+            model, task, prompt_format=PLAIN, max_new_tokens=4, too_long="skip", out=tmp_path / "out"
+        )
     assert (found["problems"], found["too_long"]) == (2, 1)
     rows = [json.loads(line) for line in (tmp_path / "out/greedy_000.jsonl").read_text().splitlines()]
     assert [r["problem_id"] for r in rows] == ["gsm8k-test-00000", "gsm8k-test-00002"]
@@ -42,7 +47,9 @@ def test_skip_leaves_them_out_and_counts_them(task, model, tmp_path):
 
 def test_truncate_keeps_the_end_and_the_room(task, model, tmp_path):
     with pytest.warns(QstarWarning, match="lost their first tokens: gsm8k-test-00001"):
-        found = evaluate_model(model, task, max_new_tokens=4, too_long="truncate", out=tmp_path / "out")
+        found = evaluate_model(
+            model, task, prompt_format=PLAIN, max_new_tokens=4, too_long="truncate", out=tmp_path / "out"
+        )
     assert (found["problems"], found["too_long"]) == (3, 1)
     rows = [json.loads(line) for line in (tmp_path / "out/greedy_000.jsonl").read_text().splitlines()]
     prompt, whole = rows[1]["prompt"], task.prompt(task.problems("test")[1])
@@ -53,9 +60,9 @@ def test_truncate_keeps_the_end_and_the_room(task, model, tmp_path):
 
 def test_nothing_left_is_refused(task, model):
     with pytest.raises(UserError, match="3 of 3 prompts exceed"):
-        evaluate_model(model, task, max_new_tokens=511, too_long="skip")
+        evaluate_model(model, task, prompt_format=PLAIN, max_new_tokens=511, too_long="skip")
     with pytest.raises(UserError, match="lower max_new_tokens"):
-        evaluate_model(model, task, max_new_tokens=511, too_long="truncate")
+        evaluate_model(model, task, prompt_format=PLAIN, max_new_tokens=511, too_long="truncate")
 
 
 def test_the_command_line_knows_it(task, capfd, shared):
