@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qstar.models.model import Model, load, save
     from qstar.models.scoring import logits, logprobs
     from qstar.models.thought_config import ThoughtConfig
+    from qstar.report.frames import load_run, plot
     from qstar.runs.rollouts import generate
     from qstar.types import Completion
 
@@ -30,8 +31,10 @@ _HOME = {
     "ThoughtConfig": "qstar.models.thought_config",
     "generate": "qstar.runs.rollouts",
     "load": "qstar.models.model",
+    "load_run": "qstar.report.frames",
     "logits": "qstar.models.scoring",
     "logprobs": "qstar.models.scoring",
+    "plot": "qstar.report.frames",
     "save": "qstar.models.model",
     "score": "qstar.methods.verifier",
 }
@@ -45,8 +48,10 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "load_run",
     "logits",
     "logprobs",
+    "plot",
     "save",
     "score",
 ]

@@ -30,6 +30,7 @@ from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
 from qstar.files import read_json
 from qstar.runs.access import FORMAT_VERSION, is_locked, lock, read_run_config
+from qstar.runs.access import unlock as unlock
 
 # Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
 FREE_KEYS = ("log",)

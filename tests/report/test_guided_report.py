@@ -1,9 +1,8 @@
-"""The notebook and the page of LM-Guided CoT state the numbers of a smoke run."""
+"""The page of LM-Guided CoT states the numbers of a smoke run."""
 
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -12,11 +11,6 @@ from qstar.report.pages.guided_cot import headline, page, read_guided
 from qstar.report.read import read_run
 from qstar.train.metrics import Writer
 from tests.methods import runs
-from tests.notebooks.test_star_notebook import outputs, told
-
-NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_guided_cot.ipynb"
-
-nbformat = pytest.importorskip("nbformat", reason="needs nbformat (pip install -e .[notebooks])")
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +47,3 @@ def test_the_page_shows_arms_filter_rl_study_costs_and_rationales_and_escapes_th
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")  # nothing is loaded
     assert read.status == "done" and "was interrupted" not in text
     assert "was interrupted" in page(dataclasses.replace(read, environment={"outcome": "interrupted"}))
-
-
-def test_notebook_states_the_numbers_of_the_run(run, monkeypatch):
-    printed, figures = told(outputs(NOTEBOOK, run, monkeypatch))
-    read = read_run(run)
-    assert headline(read, read_guided(read)) in printed and figures == 2
-    assert "kd_unfiltered (none): 48 of 48" in printed and "choice/oracle" in printed
-    assert "[rl_both_unfiltered] " in printed and "-> rl_both_unfiltered" in printed
-
-
-def test_notebook_is_kept_without_outputs():
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
-        if cell.cell_type == "code":
-            assert not cell.outputs and cell.execution_count is None
