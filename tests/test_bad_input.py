@@ -210,7 +210,7 @@ CASES = {
     "broken line": (f"train --config={GSM},data={{root}}/data/broken --workdir={{root}}/new", "data/broken/train.jsonl:2: not JSON"),
     "missing field": (f"train --config={GSM},data={{root}}/data/field --workdir={{root}}/new", "train.jsonl:2: field 'answer' is missing"),
     "number for a text": (f"train --config={GSM},data={{root}}/data/number --workdir={{root}}/new", "train.jsonl:1: field 'answer' is of type int"),
-    "answer without a mark": (f"train --config={GSM},data={{root}}/data/mark --workdir={{root}}/new", "train.jsonl:1: field 'answer' has no '####'"),
+    "answer without a mark": (f"train --config={GSM},data={{root}}/data/mark --workdir={{root}}/new", "train.jsonl:1: field 'answer' has no '####"),
     "empty data set": (f"train --config={GSM},data={{root}}/data/empty --workdir={{root}}/new", "empty/train.jsonl: no records"),
     "no data file": (f"train --config={GSM},data={{root}}/none --workdir={{root}}/new", "{root}/none/train.jsonl: no such file"),
     "no prompts": (f"train --config={GSM},prompts={{root}}/none --workdir={{root}}/new", "{root}/none/gsm_prompts.txt: no such few-shot file"),

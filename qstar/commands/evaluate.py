@@ -11,6 +11,7 @@ from qstar import preemption
 from qstar.distributed import start_jax
 from qstar.errors import UserError, require
 from qstar.flags import COUNT, POSITIVE, SEED, TEMPERATURE, Parser, json_object, local_folder
+from qstar.tasks import task_names
 from qstar.tasks.prompts import FORMATS
 
 
@@ -19,9 +20,11 @@ def _evaluate_parser() -> Parser:
     p.flag(
         "--model DIR", "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]", required=True
     )
-    p.flag("--task NAME", "arithmetic, commonsense_qa, gsm8k, math, mbpp ...", required=True)
-    p.flag("--task-options JSON", 'e.g. {"test": "test.jsonl"}; "prompts": a folder of few-shot files, or null for none; '
-           '"shots": worked examples of a chat', json_object, {})  # fmt: skip
+    p.flag("--task NAME", f"{', '.join(task_names())}; or a class of your own: file.py:Class, package.module:Class",
+           required=True)  # fmt: skip
+    p.flag("--task-options JSON", 'e.g. {"test": "test.jsonl"}; of numeric, multiple_choice and exact the fields, too: '
+           '"question": "Body Question", "answer": "Answer" (qstar/tasks/generic.py); "prompts": a folder of few-shot files, '
+           'or null for none; "shots": worked examples of a chat', json_object, {})  # fmt: skip
     p.flag("--format", "of prompts: chat messages, worked examples in front, or the problem alone (auto: chat if the model "
            "has a template)", choices=FORMATS, default="auto")  # fmt: skip
     p.flag("--split", "part of the task's problems", default="test", choices=("train", "val", "test"))

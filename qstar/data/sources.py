@@ -56,7 +56,8 @@ def read_records(
         source: a path (.jsonl, .json, .parquet, .csv, .jsonl.gz, .json.gz; or gs://), a hub name "owner/name[:config]"
             or "hf://datasets/owner/name/file.parquet"; or "built-in:gsm8k", a few rows that come with qstar.
         fields: keys that every record must have with a value other than null; other keys are kept too.
-        split: the hub's split, "train" when None; files ignore it.
+        split: the hub's split ("train" when None) or a part of it, "train[:700]", "train[80%:]"; of a file only the
+            brackets count: its records of that range.
         parse: converts a record; an error it raises becomes a UserError that names the record's place.
         bad_rows: share of the records that may be unusable. They are left out, with a warning that names them.
 
@@ -68,7 +69,7 @@ def read_records(
     if not 0 <= bad_rows < 1:
         raise UserError(f"bad_rows={bad_rows} must be a share of the records, from 0 to below 1")
     records, faults = [], []
-    for place, record in itertools.islice(_open(os.fspath(source), split), limit):
+    for place, record in itertools.islice(_part(os.fspath(source), split), limit):
         try:
             records.append(_checked(place, _object(place, record), fields, parse))
         except UserError as fault:
@@ -78,6 +79,8 @@ def read_records(
     # A few bad records in a large file are usual; more mean that it is another file than the task expects.
     if faults:
         count = len(records) + len(faults)
+        if not records and count > 1:
+            raise UserError(f"{faults[0]} (and none of the {count} records of {source} can be used)")
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         if len(faults) > bad_rows * count:
             raise UserError(
@@ -88,6 +91,21 @@ def read_records(
     if not records:
         raise UserError(f"{source}: no records in it; at least one is needed")
     return records
+
+
+def _part(source: str, split: str | None) -> Iterable[Place]:
+    rows = _open(source, split)
+    range_ = re.search(r"\[(-?\d+%?)?:(-?\d+%?)?\]$", split or "")
+    if split and "[" in split and not range_:
+        raise UserError(f"{source}: split {split!r} is not of the form train[10:20] or train[:80%]")
+    # `datasets` takes the ranges of the hub's splits itself.
+    if not range_ or is_hub_name(source):
+        return rows
+    kept = list(rows)
+    start, end = (
+        None if not e else len(kept) * int(e[:-1]) // 100 if e.endswith("%") else int(e) for e in range_.groups()
+    )
+    return kept[start:end]
 
 
 def _object(place: str, record: Any) -> dict:
@@ -176,8 +194,7 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
         if suffix not in (".parquet", ".json", ".jsonl"):
             raise UserError(f"{source}: unknown ending; readable are .jsonl, .json, .parquet")
         return _hub(source, source, suffix[1:].replace("jsonl", "json"), data_files=source, split="train")
-    looks_local = source.startswith(("/", ".", "~")) or "://" in source or suffix in _FILE_ENDINGS
-    if not looks_local and not os.path.exists(source):
+    if is_hub_name(source):
         if match := _HUB_NAME.fullmatch(source):
             split = split or "train"
             return _hub(
@@ -201,6 +218,13 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
     if content.startswith(b"PAR1") or kind in (".parquet", ".csv"):
         return _arrow(path, content, "csv" if kind == ".csv" else "parquet")
     return _json(path, content, lines=kind == ".jsonl")
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a source is looked for on the hub: it is no path, and no file has that name."""
+    suffix = pathlib.PurePosixPath(source.lower()).suffix
+    looks_local = source.startswith(("/", ".", "~")) or "://" in source or suffix in _FILE_ENDINGS
+    return not looks_local and not os.path.exists(source)
 
 
 def _existing(source: str) -> epath.Path:

@@ -56,6 +56,13 @@ def checked(ctx: RunContext, loops: Collection[Any]) -> Model:
     model_options(ctx)
     _check_problems(ctx, loops)
     start = architecture(ctx)
+    if ctx.config.model.get("path"):
+        ctx.task = formatted(ctx.task, ctx.tokenizer, ctx.prompt_format)
+    else:
+        # A model from scratch reads neither instructions nor examples: its prompts are those of its seed rows.
+        asked = ctx.prompt_format.format
+        require((asked in ("auto", "plain"), f"config.task.format={asked} is for pretrained models; leave it out"))
+        seed_examples(ctx)
     _check_trainable(ctx, start, loops)
     _check_room(ctx, start, loops)
     return start
@@ -151,22 +158,14 @@ def is_encoder_decoder(path: str) -> bool:
 def architecture(ctx: RunContext) -> Model:
     """Returns the pretrained model, or the preset with random weights; sets the run's tokenizer. Writes nothing.
 
-    Raises UserError: see `model_options`; no weights, no tokenizer, no seed rows.
+    Raises UserError: see `model_options`; no weights, no tokenizer.
     """
     model = loaded_or_random(ctx, char_tokenizer(ALPHABET, pad=PAD, eos=EOS))
     path = ctx.config.model.get("path")
     if path and model.tokenizer is None:
         raise UserError(f"config.model.path={path}: STaR needs a tokenizer, and this folder has no tokenizer files")
     assert model.tokenizer is not None
-    # Seed rows and row lengths are checked next, and both need the tokenizer.
     ctx.tokenizer = model.tokenizer
-    if path:
-        ctx.task = formatted(ctx.task, ctx.tokenizer, ctx.prompt_format)
-    else:
-        # A model from scratch reads neither instructions nor examples: its prompts are those of its seed rows.
-        asked = ctx.prompt_format.format
-        require((asked in ("auto", "plain"), f"config.task.format={asked} is for pretrained models; leave it out"))
-        seed_examples(ctx)
     return model
 
 

@@ -42,9 +42,6 @@ class RunContext(Screen):
     console: Console
     settings: Any  # an object of SECTIONS
     mesh: Any
-    # A view in the prompt format, once the tokenizer is known.
-    task: Task = dataclasses.field(init=False)
-    prompt_format: PromptFormat = dataclasses.field(init=False)
     # Set by `base_model.architecture`: a pretrained model brings its own.
     tokenizer: Tokenizer = dataclasses.field(init=False)
     # Set by `start`: it writes into the run folder, which is opened after all checks.
@@ -59,9 +56,20 @@ class RunContext(Screen):
         several = jax.device_count() > 1 or settings.mesh != "data=-1"
         return cls(config, Path(workdir), console, settings, make_mesh(settings.mesh) if several else None)
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task of the config. It is made at first use: a run can be exported where its task's file has gone."""
+        return self._prompted[0]
+
+    @functools.cached_property
+    def prompt_format(self) -> PromptFormat:
+        """The prompt format of `task`, which becomes a view in it once the tokenizer is known."""
+        return self._prompted[1]
+
+    @functools.cached_property
+    def _prompted(self) -> tuple[Task, PromptFormat]:
         options = dict(self.settings.task)
-        self.task, self.prompt_format = make_prompted(options.pop("name"), options)
+        return make_prompted(options.pop("name"), options)
 
     @property
     def seed(self) -> int:

@@ -2,45 +2,98 @@
 
 from __future__ import annotations
 
+import copyreg
+import functools
 import importlib
 import inspect
 import typing
 from typing import Any
 
-from qstar.errors import check_type, unknown
+from qstar.data.user_code import is_spec, load_object, user_errors
+from qstar.errors import UserError, check_type, unknown
 from qstar.tasks.base import DatasetTask, Problem, Task
+from qstar.tasks.ready_made import READY_MADE
 
-__all__ = ["DatasetTask", "Problem", "Task", "make_task"]
+__all__ = ["DatasetTask", "Problem", "Task", "make_task", "task_names"]
 
 # Configs name a task by text; its module is imported only when it is made.
 _TASKS = {
-    "arithmetic": "arithmetic:Arithmetic",
-    "commonsense_qa": "commonsense_qa:CommonsenseQA",
-    "hotpotqa": "multihop:HotpotQA",
     "2wikimultihopqa": "multihop:TwoWikiMultiHopQA",
-    "strategy_qa": "strategy_qa:StrategyQA",
-    "gsm8k": "gsm8k:GSM8K",
+    "arithmetic": "arithmetic:Arithmetic",
+    "exact": "generic:Exact",
+    "hotpotqa": "multihop:HotpotQA",
     "humaneval": "code:HumanEval",
     "math": "math:MATH",
     "mbpp": "code:MBPP",
+    "multiple_choice": "generic:MultipleChoice",
+    "numeric": "generic:Numeric",
 }
 
 
-def make_task(name: str, **options: Any) -> Task:
-    """The task called `name`, with its options.
+def task_names() -> list[str]:
+    """The names that `make_task` takes, besides the user's own "file.py:Class"."""
+    return sorted({*_TASKS, *READY_MADE})
+
+
+def make_task(name: str, /, **options: Any) -> Task:
+    """The task called `name`, or the class "file.py:Class" or "package.module:Class", with its options.
 
     Raises:
-        UserError: unknown name or option (the known ones are listed), a value of another type or that the task refuses.
+        UserError: unknown name or option (the known ones are listed), a value of another type or that the task refuses;
+            a class that is not there, raises, or lacks a method of a task.
     """
-    if name not in _TASKS:
-        raise unknown(f"task {name!r}", name, sorted(_TASKS))
-    module, cls = _TASKS[name].split(":")
+    if is_spec(name):
+        return _own_task(name, options)
+    if name not in task_names():
+        raise unknown(f"task {name!r}", name, [*task_names(), "file.py:Class or package.module:Class"])
+    kind, preset = READY_MADE.get(name, (name, {}))
+    module, cls = _TASKS[kind].split(":")
     task = getattr(importlib.import_module(f"qstar.tasks.{module}"), cls)
+    _check_options(name, task, options)
+    return task(**{"name": name} | preset | options if name in READY_MADE else options)
+
+
+def _check_options(name: str, task: type, options: dict[str, Any]) -> None:
     known = inspect.signature(task).parameters
-    hints = typing.get_type_hints(task.__init__)
+    hints = typing.get_type_hints(vars(task).get("__init__", task.__init__))  # type: ignore[misc]
     # A constructor's own TypeError would not list the known options.
     for option, value in options.items():
-        if option not in known:
+        if option not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             raise unknown(f"task {name!r}: option {option!r}", option, known)
         check_type(f"task {name!r}: option {option}", value, hints.get(option, Any))
-    return task(**options)
+
+
+def _own_task(spec: str, options: dict[str, Any]) -> Task:
+    given = load_object(spec, "task", fits=inspect.isclass, form="a class")
+    place, path = spec.rpartition(":")[0], inspect.getsourcefile(given)
+    cls = _task_class(given)
+    reader = "to_problem" if issubclass(cls, DatasetTask) else "problems"
+    missing = [
+        m
+        for m in (reader, "parse")
+        if getattr(cls, m) is getattr(DatasetTask, m) or getattr(cls, m) is getattr(Task, m, None)
+    ]
+    if missing:
+        line = "a task has problems(split), or to_problem(record) of a DatasetTask, and parse(completion)"
+        raise UserError(
+            f"task {spec}: {given.__name__} has no {' and no '.join(missing)}; {line} (qstar/tasks/base.py)"
+        )
+    # A worker process may have another current folder; the class of a file is found by its path alone.
+    found = f"{path}:{given.__name__}" if place.endswith(".py") else spec
+    copyreg.pickle(cls, lambda task: (_empty, (found,), vars(task)))
+    with user_errors(f"task {place}", path):
+        _check_options(spec, cls, options)
+        task = cls(**options)
+    task.name = task.name or given.__name__
+    return task
+
+
+@functools.cache
+def _task_class(given: type) -> type[Task]:
+    """The class itself, or one that takes from `Task` what the class does not define."""
+    return given if issubclass(given, Task) else type(given.__name__, (given, Task), {})
+
+
+def _empty(spec: str) -> Task:
+    cls = _task_class(load_object(spec, "task"))
+    return cls.__new__(cls)

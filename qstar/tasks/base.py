@@ -7,6 +7,7 @@ writes the question and `parse` reads the answer (`answer_parsing` has parsers).
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pathlib
 import random
 import re
@@ -17,8 +18,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from etils import epath
 
-from qstar.data.sources import BAD_ROWS, read_records
+from qstar.data.sources import BAD_ROWS, is_hub_name, read_records
 from qstar.errors import Settings, UserError, bounded, require
+from qstar.files import warn
 
 SPLITS = ("train", "val", "test")
 BUILT_IN = "built-in"  # value of `prompts`: the worked examples in the folder `examples`
@@ -188,6 +190,12 @@ class RecordTask(Task, Settings):
     def __init_subclass__(cls) -> None:
         # `Settings` puts it in front of its errors, which then name the task.
         cls.WHERE = f"{cls.name}: "
+        # `prompts = None` in a subclass is another default of that option, though it has no annotation.
+        own, options = inspect.get_annotations(cls), {f.name: f.type for f in dataclasses.fields(cls)}
+        if changed := {name: options[name] for name in options.keys() & vars(cls).keys() - own.keys()}:
+            cls.__annotations__ = changed | own
+            if not own:  # a class with options of its own has the decorator
+                dataclass(kw_only=True, eq=False)(cls)
 
     def to_problem(self, record: dict) -> Problem:
         """One record as a problem; a ValueError says what is wrong with the record."""
@@ -215,15 +223,17 @@ class DatasetTask(RecordTask):
         test: the same for the test records.
         prompts: folder with the few-shot files; "built-in" is the worked examples that come with qstar, in the form
             that `parse` reads; None is zero-shot.
+        train_split, test_split: splits of the hub's data set, or parts of a source: "train[:700]", of files "[:80%]".
     """
 
     train: str | None = None
     test: str | None = None
     prompts: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
 
     default_source: ClassVar[str] = ""  # hub name; several, separated by spaces, are read one after the other
     default_test: ClassVar[str] = ""  # the same for the test records, where they have their own source
-    test_split: ClassVar[str] = "test"  # the hub's split with labels that is never trained on
     prompt_files: ClassVar[tuple[str, ...]] = ()  # without and with hints, in the folder `prompts`
 
     def __post_init__(self) -> None:
@@ -275,10 +285,21 @@ class DatasetTask(RecordTask):
 
     def _read(self, part: str) -> list[Problem]:
         if part not in self._problems:
-            own, default, split = self.train, self.default_source, "train"
+            own, default, split = self.train, self.default_source, self.train_split
             if part == "test":
                 # Validation is cut out of train: the test records never select anything.
                 own, default, split = self.test, self.default_test or self.default_source, self.test_split
+            if not own and not default:
+                advice = f"set its option {part!r} to a file or a hub name owner/name[:config]"
+                raise UserError(f"task {self.name} has no source of {part} records; {advice}")
+            if (
+                part == "train"
+                and own
+                and not own.startswith("built-in:")
+                and _place(own, split) == _place(self.test or "", self.test_split)
+            ):
+                advice = "name other files, or parts of it with train_split and test_split"
+                warn(f"task {self.name}: trains on its test records, {own}; {advice}")
             problems = [p for source in ([own] if own else default.split()) for p in self.read(source, split)]
             # The number makes ids that are the same in every run, since records keep the file's order.
             self._problems[part] = [
@@ -286,6 +307,10 @@ class DatasetTask(RecordTask):
                 for number, p in enumerate(problems)
             ]
         return self._problems[part]
+
+
+def _place(source: str, split: str) -> tuple[str, str]:
+    return source, split if is_hub_name(source) else split.partition("[")[2]
 
 
 def stable_rng(*parts: Any) -> random.Random:

@@ -271,6 +271,6 @@ def test_few_shot_text_is_the_file(real, shared):
 
 
 def test_bad_rows_are_named(make):
-    for answer, culprit in (("no mark", "has no '####'"), ("#### many", "'many', which is not a number")):
+    for answer, culprit in (("no mark", "has no '####"), ("#### many", "'many', which is not a number")):
         with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{culprit}"):
             make([("x", "#### 1"), ("y", answer)]).problems("train")
