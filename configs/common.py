@@ -33,7 +33,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
             raise UserError(f"config argument {key}={text!r} must be of type {kind.__name__}") from None
         named.add(key)
     if out.get("smoke"):
-        out.update({key: _SMOKE_MODEL for key in ("model", "small", "large") if key in defaults and key not in named})
+        models = {"model", "teacher", "small", "large"} & defaults.keys()
+        out.update(dict.fromkeys(models - named, _SMOKE_MODEL))
     return ConfigDict(out)
 
 
@@ -150,3 +151,35 @@ def rl_config() -> ConfigDict:
     config.train.update(updates=100, prompts=64, epochs=1, max_new_tokens=96, save_every=20, log_every=1)
     config.train.update(log_completions=32, lora_rank=0, lora_alpha=32.0)
     return config
+
+
+def pairs_config(method: str, arg: ConfigDict, rows: list[dict[str, str]], **train: Any) -> ConfigDict:
+    """Returns the config of `sft`, `dpo` or `distil`. `rows`: of the smoke run, where `arg.data` names none."""
+    config = ConfigDict(
+        {
+            "method": method,
+            "name": method,
+            "seed": arg.seed,
+            "mesh": "data=1,fsdp=-1",
+            "model": {"path": arg.model, "remat": "block"},
+            "data": {"source": arg.data, "validation": "", "held_out": 0.05},
+            "train": {"epochs": arg.epochs, "steps": arg.steps, "batch_size": 8, "save_every": 200, **train},
+            "evaluate": {"examples": 8, "max_new_tokens": 128},
+            "arms": {method: {}},
+            "log": {"wandb": {}},
+        }
+    )
+    if arg.smoke:
+        config.mesh = "data=-1"
+        config.model.pop("remat")
+        config.data.held_out = 0.25
+        if not arg.data:
+            config.data.rows = rows
+        config.train.update(steps=arg.steps or 6, lr=1e-3, save_every=4, log_every=2)
+        config.evaluate.update(examples=2, max_new_tokens=4)
+    return config
+
+
+def sums() -> list[tuple[int, int]]:
+    """Returns the numbers of the smoke runs' rows."""
+    return [(a, b) for a in range(4, 9) for b in range(1, 5)]

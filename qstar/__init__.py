@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qstar.errors import UserError
+    from qstar.methods.api import distil, evaluate, fine_tune, prefer
     from qstar.methods.verifier import Verifier, score
     from qstar.models.model import Model, load, save
     from qstar.models.scoring import logits, logprobs
@@ -29,6 +30,7 @@ _HOME = {
     "UserError": "qstar.errors",
     "Verifier": "qstar.methods.verifier",
     "ThoughtConfig": "qstar.models.thought_config",
+    **dict.fromkeys(("distil", "evaluate", "fine_tune", "prefer"), "qstar.methods.api"),
     "generate": "qstar.runs.rollouts",
     "load": "qstar.models.model",
     "load_run": "qstar.report.frames",
@@ -46,12 +48,16 @@ __all__ = [
     "UserError",
     "Verifier",
     "__version__",
+    "distil",
+    "evaluate",
+    "fine_tune",
     "generate",
     "load",
     "load_run",
     "logits",
     "logprobs",
     "plot",
+    "prefer",
     "save",
     "score",
 ]

@@ -6,23 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 
-def run(config: Any, workdir: Any, console: Any) -> None:
-    """Runs the method that `config.method` names.
+def run(config: Any, workdir: Any, console: Any, **given: Any) -> Any:
+    """Runs the method that `config.method` names, and returns what it returns. `given`: see `methods.pairs.run`.
 
     Raises:
       UserError: unknown method, or a seed of more than 64 bits.
     """
     from qstar.errors import check_seed, unknown
-    from qstar.methods import guided_cot, quiet_star, rl, star, v_star
+    from qstar.methods import guided_cot, pairs, quiet_star, rl, star, v_star
     from qstar.runs.access import unlock
     from qstar.runs.folder import end_run
 
-    methods: dict[str, Callable[..., None]] = {
+    methods: dict[str, Callable[..., Any]] = {
         "star": star.run,
         "quiet_star": quiet_star.run,
         "v_star": v_star.run,
         "rl": rl.run,
         "guided_cot": guided_cot.run,
+        **dict.fromkeys(pairs.CONTEXTS, pairs.run),
     }
     if config.get("method") not in methods:
         raise unknown(f"config.method={config.get('method')!r}", str(config.get("method")), methods)
@@ -30,8 +31,9 @@ def run(config: Any, workdir: Any, console: Any) -> None:
         check_seed("config.seed", config.seed)
     outcome = "interrupted"  # by a signal, which is no Exception
     try:
-        methods[config.method](config, workdir, console)
+        result = methods[config.method](config, workdir, console, **given)
         outcome = "done"
+        return result
     except Exception:
         outcome = "failed"
         raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from qstar.sample.batching import padded_length, stream
 from qstar.train import distil as losses
 from qstar.train.state import TrainState, optimizer_for
 from qstar.train.step import make_step
+from qstar.types import Params
 
 
 class Pair(NamedTuple):
@@ -61,12 +62,17 @@ def compiled(config: Any, teacher: Any, settings: Any, limit: int, update: Updat
 
 
 def distil(
-    start: Model, rows: Sequence[Pair], settings: losses.DistilSettings, stage: Stage, teacher: Model | None = None
+    start: Model,
+    rows: Sequence[Pair],
+    settings: losses.DistilSettings,
+    stage: Stage,
+    teacher: Model | None = None,
+    watch: Callable[[int, Params], None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a copy of `start` for `stage.steps` updates; returns the new model with a summary.
 
     `rows`: batches are drawn from them independently, each without replacement. `teacher`: needed by soft losses.
-    `stage`: with DistilTrain.
+    `stage`: with DistilTrain. `watch`: see `train_stage`.
     Raises UserError for no or too long rows, a soft loss without teacher or across vocabularies; Diverged.
     """
     train, R, soft = stage.settings, stage.settings.max_new_tokens, settings.kind != "hard"
@@ -99,7 +105,7 @@ def distil(
     stage = dataclasses.replace(stage, data=data_hash([settings, *rows]))
     # A hard loss reads no predictions: the train state then carries no teacher.
     roles = {"teacher": teacher.params} if soft else None
-    model, summary = train_stage(start, stage, tx, lambda s: step, batch_at, roles=roles, on_policy=True)
+    model, summary = train_stage(start, stage, tx, lambda s: step, batch_at, roles=roles, watch=watch, on_policy=True)
     return model, {**summary, "rows": len(rows)}
 
 

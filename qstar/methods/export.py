@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qstar import tree
 from qstar.errors import UserError, require, unknown
-from qstar.methods import quiet_star
+from qstar.methods import pairs, quiet_star
 from qstar.methods.quiet_data import QuietContext
 from qstar.methods.rl import RLContext
 from qstar.methods.v_star import VStarContext
@@ -23,7 +23,7 @@ from qstar.runs.access import read_run_config
 from qstar.runs.context import RunContext
 from qstar.runs.stages import restore
 
-CONTEXTS = {"star": RunContext, "rl": RLContext, "v_star": VStarContext, "quiet_star": QuietContext}
+CONTEXTS = {"star": RunContext, "rl": RLContext, "v_star": VStarContext, "quiet_star": QuietContext, **pairs.CONTEXTS}
 
 
 def export_model(run: Path, arm: str | None, iteration: int | None, out: Path, verifier: str = "") -> Path:
@@ -83,7 +83,7 @@ def _iteration_model(ctx: RunContext, arm: str, iteration: int | None, verifier:
     iteration = done[-1] if iteration is None else iteration
     line += f"{' of ' if what else ''}iteration {iteration}"
     require((iteration in done, f"{line}; there are {', '.join(map(str, done))} (0: {zero})"))
-    model = base_model.architecture(ctx)
+    model = ctx.load() if isinstance(ctx, pairs.PairContext) else base_model.architecture(ctx)
     if isinstance(ctx, VStarContext):
         model = model.replace(params=tree.cast(model.params, np.float32))
     if verifier in ("orm", "prm"):
@@ -91,7 +91,7 @@ def _iteration_model(ctx: RunContext, arm: str, iteration: int | None, verifier:
     if iteration or verifier:
         return restore(model, home / f"iter_{iteration:03d}")
     # A pretrained base is never written to the run folder; G_SFT and a base from scratch are.
-    if base == "base" and ctx.config.model.path:
+    if base == "base" and (ctx.config.model.path or isinstance(ctx, pairs.PairContext)):
         return model
     return _first(model, ctx.workdir, base, zero)
 

@@ -37,7 +37,7 @@ from qstar.text.tokenizer import Tokenizer
 from qstar.train.metrics import Writer
 from qstar.train.preference import dpo_loss, value_loss
 from qstar.train.step import make_step
-from qstar.types import Batch, Graded, Preference
+from qstar.types import Batch, Graded, Params, Preference
 
 KINDS = {"dpo": ("logp", "logratio", "mean_logp"), "orm": ("orm",), "prm": ("prm_min", "prm_product")}
 SCORES = ("logp", "mean_logp", "logratio", "orm", "prm_min", "prm_product")
@@ -182,6 +182,7 @@ class Job:
     label: dict[str, Any]
     # steps -> a context that yields the progress bar's update
     bar: Callable[[int], Any] = lambda steps: contextlib.nullcontext()
+    watch: Callable[[int, Params], None] | None = None  # see `runs.stages.train_stage`
 
 
 def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[str, Any]]:
@@ -286,4 +287,4 @@ def _train(start: Model, job: Job, kind: str, arrays: dict[str, np.ndarray], row
     name = "rpo" if kind == "dpo" and s.alpha else kind
     with job.bar(steps) as progress:
         stage = Stage(job.folder, s, steps, job.seed, job.writer, job.label, progress, name, data)
-        return train_stage(start, stage, tx, lambda n: step, batch_at)
+        return train_stage(start, stage, tx, lambda n: step, batch_at, watch=job.watch)

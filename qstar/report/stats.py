@@ -12,10 +12,10 @@ from qstar.report.read import MAIN, Arm, Run
 ALL = "all"  # Quiet-STaR: all classes of tokens
 STAGES = ("sample", "rationalise", "train", "evaluate")  # of one iteration, in their order
 METHODS = {"star": "STaR", "v_star": "V-STaR", "rl": "reinforcement learning", "quiet_star": "Quiet-STaR",
-           "guided_cot": "LM-Guided CoT"}  # fmt: skip
+           "guided_cot": "LM-Guided CoT", "sft": "fine-tuning", "dpo": "DPO", "distil": "distillation"}  # fmt: skip
 UNITS = {"v_star": "iteration", "rl": "update", "quiet_star": "step"}  # of the axis of a run; else "loop"
 WORDS = {"star": "STaR", "norat": "without rationalisation", "1iter": "one iteration", "dr": "Dr."}  # in names of arms
-WORDS |= {word: word.upper() for word in ("sft", "rft", "rpo", "grpo", "rloo", "ppo", "prm", "kd", "rl")}
+WORDS |= {word: word.upper() for word in ("sft", "rft", "rpo", "dpo", "grpo", "rloo", "ppo", "prm", "kd", "rl")}
 VERIFIERS = {"best/dpo": "DPO verifier", "best/prm_min": "PRM", "best/orm": "ORM"}  # rules of a selection
 Point = tuple[float, float | None, float | None]  # value, and its 95% interval where it is known
 _SMOOTHED = 60  # points of a smoothed training curve

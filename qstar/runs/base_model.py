@@ -169,12 +169,13 @@ def architecture(ctx: RunContext) -> Model:
     return model
 
 
-def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer) -> Model:
+def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer | None = None) -> Model:
     """Returns the model of `config.model`: its weights, or a preset with random ones for the text of `tokenizer`."""
     path, name, options = model_options(ctx)
     if path:
         model = load(path, mesh=ctx.mesh, dtype=options.pop("dtype", None) or None)
         return model.replace(config=model.config.replace(**options))
+    assert tokenizer is not None
     size, least = options.setdefault("vocab_size", tokenizer.vocab_size), tokenizer.vocab_size
     line = f"config.model.vocab_size={size} is less than the {least} tokens of the text; leave it out"
     require((size >= least, line))

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from qstar import distributed, files, preemption
 from qstar.data.sources import read_jsonl, write_jsonl
@@ -31,6 +32,7 @@ from qstar.errors import UserError
 from qstar.files import read_json
 from qstar.runs.access import FORMAT_VERSION, is_locked, lock, read_run_config
 from qstar.runs.access import unlock as unlock
+from qstar.types import Params
 
 # Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
 FREE_KEYS = ("log",)
@@ -192,6 +194,18 @@ def check_made_with(folder: Path, made_with: dict[str, Any]) -> None:
     if np.allclose(old.get(key, [0, 0]), made_with[key], rtol=1e-3, atol=near, equal_nan=True):
         old = {**old, key: made_with[key]}
     _check_same(old, made_with, str(folder), what="")
+
+
+def norm_and_sum(params: Params) -> list[float]:
+    """Returns norm and sum of all parameters: a fingerprint to compare with a tolerance."""
+    # A hash of bits would differ between machines and shardings.
+    return [float(x) for x in _moments(params)]
+
+
+@jax.jit
+def _moments(params: Params) -> tuple[jax.Array, jax.Array]:
+    leaves = [x.astype(np.float32) for x in jax.tree.leaves(params)]
+    return optax.global_norm(leaves), sum(x.sum() for x in leaves)
 
 
 def data_hash(parts: Iterable[Any]) -> str:

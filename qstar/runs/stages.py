@@ -27,7 +27,7 @@ from qstar.models.config import ModelConfig
 from qstar.models.decoder import PARAM_AXES
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
-from qstar.runs.folder import check_made_with, data_hash, intact, once_json
+from qstar.runs.folder import check_made_with, data_hash, intact, norm_and_sum, once_json
 from qstar.sample.batching import padded_length
 from qstar.text.packing import Example, pack
 from qstar.train import flops, losses, optim
@@ -182,7 +182,7 @@ def train_once(
         if dataclasses.is_dataclass(settings):
             lasting = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}  # type: ignore[arg-type]
             made_with = {**made_with, key: lasting}
-    check_made_with(folder, {**made_with, "start_norm_and_sum": [float(x) for x in _moments(start.params)]})
+    check_made_with(folder, {**made_with, "start_norm_and_sum": norm_and_sum(start.params)})
     done = folder / "summary.json"
     with contextlib.closing(Checkpoints(folder / "model")) as weights:
         if intact(done) and (kept := weights.resume(start.params)) is not None:
@@ -305,14 +305,6 @@ def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:
     return fresh
 
 
-@jax.jit
-def _moments(params: Params) -> tuple[jax.Array, jax.Array]:
-    """Norm and sum of all parameters."""
-    # A fingerprint to compare with a tolerance: a hash of bits would differ between machines and shardings.
-    leaves = [x.astype(np.float32) for x in jax.tree.leaves(params)]
-    return optax.global_norm(leaves), sum(x.sum() for x in leaves)
-
-
 def _flops_of(model: Model, settings: UpdateSettings) -> Callable[[Any], float] | None:
     if not isinstance(model.config, ModelConfig):
         return None
@@ -324,12 +316,17 @@ def _flops_of(model: Model, settings: UpdateSettings) -> Callable[[Any], float] 
 
 
 def fine_tune(
-    start: Model, examples: Sequence[Example], stage: Stage, *, mix: tuple[Sequence[Example], float] | None = None
+    start: Model,
+    examples: Sequence[Example],
+    stage: Stage,
+    *,
+    mix: tuple[Sequence[Example], float] | None = None,
+    watch: Callable[[int, Params], None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a copy of `start` on (prompt, completion) examples; returns the new model with a summary.
 
     `stage`: with `TrainSettings`; its `data` is set here. `mix`: (other examples, share of every batch), hinted seed
-    rows in from-scratch runs. Raises: see `train_stage`.
+    rows in from-scratch runs. `watch`, and the errors: see `train_stage`.
     """
     settings, mixed = stage.settings, mix[0] if mix else ()
 
@@ -346,7 +343,7 @@ def fine_tune(
     kind = Responses if isinstance(start.config, EncDecConfig) else Batch
     tx, step = sft_step(start.config, settings)
     stage = dataclasses.replace(stage, data=data_hash([*examples, *([mix[1], *mix[0]] if mix else ())]))
-    model, done = train_stage(start, stage, tx, lambda n: step, lambda n: kind(**rows()[n]))
+    model, done = train_stage(start, stage, tx, lambda n: step, lambda n: kind(**rows()[n]), watch=watch)
     return model, {**done, "rows": len(examples)}
 
 

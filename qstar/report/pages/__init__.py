@@ -11,13 +11,14 @@ from pathlib import Path
 from qstar.errors import UserError, require
 from qstar.files import Damaged, read, record_path
 from qstar.report import render
-from qstar.report.pages import comparison, guided_cot, quiet_star, star
+from qstar.report.pages import comparison, guided_cot, pairs, quiet_star, star
 from qstar.report.read import read_config, read_run
 from qstar.runs.access import is_running
 from qstar.train import metrics
 
 MARK = b'<meta name="generator" content="qstar">'  # by which a page of qstar is known
-_PAGES = {"quiet_star": quiet_star.page, "guided_cot": guided_cot.page}  # of other methods: star.page
+# Of other methods: star.page.
+_PAGES = {"quiet_star": quiet_star.page, "guided_cot": guided_cot.page, **dict.fromkeys(pairs.METHODS, pairs.page)}
 
 
 def write_report(run_folder: str | os.PathLike, refresh: int = 0) -> Path:
