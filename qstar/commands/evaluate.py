@@ -121,6 +121,7 @@ def _evaluate_quiet(a: argparse.Namespace) -> int:
     only = f"--metric={a.metric}"
     require(
         (a.too_long == "error", f"evaluate: --too-long={a.too_long} is of --metric=answers; {only} knows only error"),
+        (a.format == "auto", f"evaluate: --format={a.format} is of --metric=answers; {only} has prompts of its own"),
         (not a.out, f"evaluate: --out keeps the answers of --metric=answers; {only} writes none"),
     )
     from rich.console import Console

@@ -1,5 +1,6 @@
 """Chat messages as prompts: of `generate`, `logprobs`, training rows and `qstar sample --chat`."""
 
+import json
 import warnings
 
 import numpy as np
@@ -9,7 +10,9 @@ import qstar
 from qstar.__main__ import main
 from qstar.errors import QstarWarning, UserError
 from qstar.runs import rollouts
-from qstar.runs.rollouts import to_example
+from qstar.runs.rollouts import SampleSettings, sample_rollouts, to_example
+from qstar.tasks import make_task
+from qstar.tasks.prompts import formatted
 from qstar.types import Completion
 from tests.text.test_chat import INST, TALK, ZEPHYR
 
@@ -63,6 +66,24 @@ def test_messages_in_the_wrong_place_are_named(model, shared):
     for call in (lambda: qstar.generate(bare, [ASK], max_new_tokens=1), lambda: qstar.logprobs(bare, [ASK], ["a"])):
         with pytest.raises(UserError, match="has no chat template"):
             call()
+
+
+def test_rollouts_of_a_chat_are_replies_to_whole_conversations(model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"{n} and {n}?", "answer": f"#### {2 * n}"}) + "\n" for n in (1, 2))
+    )
+    task = formatted(make_task("gsm8k", test=str(rows)), model.tokenizer)
+    settings, problems = SampleSettings(max_new_tokens=6), task.problems("test")
+    for few_shot in (True, False):
+        found = sample_rollouts(
+            model, task, problems, settings, folder=tmp_path, stage=f"greedy{few_shot}", few_shot=few_shot
+        )
+        for row, problem in zip(found, problems):
+            ask = [{"role": "user", "content": f"{problem.question}\n\n{task.instruction}"}]
+            reply = qstar.generate(model, [ask], max_new_tokens=6, temperature=0.0)[0][0]
+            assert row.prompt == model.tokenizer.chat.render(ask) and row.completion == reply.text
+            assert row.tokens[: len(reply.tokens)] == reply.tokens
 
 
 def test_an_empty_completion_warns(model, monkeypatch):
