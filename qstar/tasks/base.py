@@ -206,9 +206,12 @@ class RecordTask(Task, Settings):
 
     def examples(self) -> list[Problem]:
         if self._examples is None:
-            path = pathlib.Path(__file__).with_name("examples") / f"{self.name}.jsonl"
-            self._examples = read_records(path, self.fields, parse=self.to_problem) if path.is_file() else []
+            self._examples = self._shipped(self.name)
         return self._examples
+
+    def _shipped(self, name: str) -> list[Problem]:
+        path = pathlib.Path(__file__).with_name("examples") / f"{name}.jsonl"
+        return read_records(path, self.fields, parse=self.to_problem) if path.is_file() else []
 
 
 @dataclass(kw_only=True, eq=False)

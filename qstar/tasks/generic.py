@@ -17,7 +17,6 @@ from qstar.tasks import answer_text, fields
 from qstar.tasks.answer_parsing import MARK, YES_NO, final_letter, final_number, final_phrases, final_yes_no, number
 from qstar.tasks.answer_text import DIGITS, LONGEST, MINUS
 from qstar.tasks.base import BUILT_IN, DatasetTask, Problem, ZeroShot, leak_marker, stable_rng
-from qstar.tasks.ready_made import READY_MADE
 
 _INTEGER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*")
 _NUMBER = re.compile(rf"(?<![0-9.,])-?{DIGITS}")
@@ -31,6 +30,12 @@ _ARTICLE = re.compile(r"^(?:the|an?) (?=\S)")
 _WORD = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 # Few-shot files of STaR's release, without and with hints; those of `direct` have no rationales.
 _RELEASE = {"gsm8k": "gsm_prompts", "commonsense_qa": "commonsenseqa_prompts"}
+# Options that read the worked examples that come with qstar.
+_SHIPPED: dict[str, Any] = {
+    "question": "question", "question_pattern": "", "answer": "answer", "answer_pattern": "", "rationale": "rationale",
+    "context": "context|", "context_limit": 0, "id": "", "group": "", "choices": "choices", "choices_pattern": "",
+    "answer_as": "label", "max_choices": 26, "shuffle": False, "fields": (),
+}  # fmt: skip
 
 
 @dataclass(kw_only=True, eq=False)
@@ -61,7 +66,7 @@ class FieldsTask(DatasetTask):
     name: str = ""
     strict: bool = False
 
-    _examples_of = ""  # the data set of this kind that has worked examples
+    _examples_of = ""  # the data set whose worked examples stand for those of the kind
 
     def __post_init__(self) -> None:
         self.WHERE = f"{self.name}: "  # type: ignore[misc]  # a class for many data sets
@@ -74,12 +79,14 @@ class FieldsTask(DatasetTask):
         self.stop = ("\nQ:",) if paragraphs or isinstance(self, Numeric) else ("\n\n", "\nQ:")
 
     def examples(self) -> list[Problem]:
-        found = super().examples()
-        if self._examples_of and not found:
-            # Those of another data set of this kind, whose answers have the same form.
-            task = type(self)(**READY_MADE[self._examples_of][1], name=self._examples_of)
-            self._examples = found = task.examples()
-        return found
+        """Those of the data set, else of its kind: records of one shape, whatever the fields of the data are."""
+        if self._examples is None:
+            names = {field.name for field in dataclasses.fields(self)}
+            reader = dataclasses.replace(self, prompts=None, **{k: v for k, v in _SHIPPED.items() if k in names})
+            # A user's own reader is for the records of his own data.
+            own = type(self).to_problem.__module__ != __name__
+            self._examples = [] if own else reader._shipped(self.name) or reader._shipped(self._examples_of)
+        return self._examples
 
     def few_shot_files(self) -> tuple[str, ...]:
         base = _RELEASE.get(self.name)
@@ -136,9 +143,7 @@ class Numeric(FieldsTask):
     hint: str = bounded("answer", choices=("answer", "solution"))
 
     name: str = "numeric"
-    instruction = (
-        "Solve the problem step by step. End with a line that holds #### and the number alone, like this: #### 42"
-    )
+    instruction = "Solve the problem step by step. Then write the final number in a last line, after the sign ####."
     _examples_of = "gsm8k"
 
     def read_answer(self, record: dict) -> tuple[str, str, dict[str, Any]]:
@@ -226,7 +231,7 @@ class MultipleChoice(FieldsTask):
     direct: bool = False
 
     name: str = "multiple_choice"
-    _examples_of = "commonsense_qa"
+    _examples_of = "arc_easy"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,7 +312,7 @@ class Exact(FieldsTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._examples_of = "strategy_qa" if self.yes_no else ""
+        self._examples_of = "strategy_qa" if self.yes_no else "exact"
         end = "So the answer is yes. (or no)" if self.yes_no else "So the answer is ... (in as few words as possible)"
         self.instruction = f"Think step by step, then end in this form: {end}"
 

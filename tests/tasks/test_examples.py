@@ -1,5 +1,6 @@
 """The built-in worked examples: in the form that the task reads, in no split, and the default of `qstar evaluate`."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,7 +9,7 @@ from conftest import real_model, shared
 
 import qstar.tasks
 from qstar.__main__ import main
-from qstar.tasks import make_task
+from qstar.tasks import make_task, task_names
 
 FILES = sorted((pathlib.Path(qstar.tasks.__file__).parent / "examples").glob("*.jsonl"))
 
@@ -20,6 +21,10 @@ def tasks_of(file):
     data = {"train": str(file), "test": str(file)}
     if file.stem in ("hotpotqa", "2wikimultihopqa"):
         return [make_task(file.stem, **data, style=s, strict=r) for s in ("standard", "cot") for r in (False, True)]
+    names = {f.name for f in dataclasses.fields(make_task(file.stem))}
+    fields = {"question": "question", "answer": "answer", "answer_pattern": "", "rationale": "rationale", "choices": "choices",
+              "context": "context|", "id": ""}  # fmt: skip
+    data |= {name: value for name, value in fields.items() if name in names}
     return [make_task(file.stem, **data, strict=strict) for strict in (False, True)]
 
 
@@ -48,6 +53,11 @@ def test_worked_examples_are_read_as_right_in_all_readings(file):
 def test_every_task_has_worked_examples_or_makes_its_own():
     made = make_task("arithmetic", format="release")
     assert all(made.correct(e, made.parse(made.solution(e))) for e in made.examples()) and made.examples()
+    for name in set(task_names()) - {"arithmetic"}:
+        assert make_task(name).examples(), name
+    # Fields of the data are not those of the examples.
+    task = make_task("numeric", test="x.json", question="Body Question", answer="Answer")
+    assert [e.gold for e in task.examples()] == [e.gold for e in make_task("gsm8k").examples()]
 
 
 def test_evaluate_shows_examples_by_default_prints_the_parse_rate_and_warns(tmp_path, capfd):
