@@ -193,6 +193,27 @@ def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
     return config.lock()
 
 
+def value_sources(spec: str, overrides: Sequence[Override]) -> dict[str, str]:
+    """Returns the source of each value of `read_config`: "config file", "argument" or "command line", by dotted key."""
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, ConfigDict) or not len(node):
+            return {prefix: node}
+        return {key: value for name in node for key, value in flat(node[name], f"{prefix}.{name}".strip(".")).items()}
+
+    name = spec.partition(":")[0]
+    try:
+        plain = flat(read_config(name))
+    # A config may need its argument: then the file and the argument cannot be told apart.
+    except UserError:
+        plain = flat(read_config(spec))
+    found = flat(read_config(spec, overrides))
+    replaced = {flag.removeprefix("--config.") for flag, _ in overrides}
+    missing = object()
+    kept = {key: plain.get(key, missing) == value for key, value in found.items()}
+    return {k: "command line" if k in replaced else "config file" if kept[k] else "argument" for k in found}
+
+
 def _get_config(path: Path, argument: str | None) -> Any:
     # A config may import its neighbours and, where it lies in a folder `configs`, as `configs.NAME`, also in get_config.
     folder = path.resolve().parent

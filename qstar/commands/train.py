@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from qstar.distributed import is_first, start_jax
 from qstar.errors import require
-from qstar.flags import Parser, local_folder
+from qstar.flags import Parser, local_folder, value_sources
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +21,13 @@ def main(argv: list[str]) -> int:
     p.config()
     p.flag("--workdir DIR", "run folder (default: runs/<config.name>)")
     p.flag("--profile FIRST:LAST", "traces these updates to WORKDIR/profile, e.g. 10:13")
+    p.switch("--print-config", "prints every value with its source, and ends")
+    p.switch("--json", "of --print-config and --dry-run: one JSON object")
     a, config = p.parse_config(argv)
+    require((not a.json or a.print_config, "train: --json belongs to --print-config or --dry-run"))
+    if a.print_config:
+        print(_values(config, value_sources(a.config, a.overrides), a.json))
+        return 0
     workdir = local_folder("--workdir", a.workdir) if a.workdir else _default_workdir(config.get("name", "run"))
     # After the flags and the config: a mistake in them ends before JAX starts and waits for other processes.
     start_jax(a.device, several=True)
@@ -36,6 +43,18 @@ def main(argv: list[str]) -> int:
     if is_first():
         console.print(f"report: {write_report(workdir)}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _values(config: Any, sources: dict[str, str], as_json: bool) -> str:
+    from qstar.methods.resolved import resolved
+
+    found = resolved(config, sources)
+    if as_json:
+        return json.dumps({key: v._asdict() for key, v in found.items()}, default=str)
+    rows = [(f"config.{key} = {v.value!r}", v.source) for key, v in found.items()]
+    # A long value does not push the sources of the others aside.
+    width = max(len(text) for text, _ in rows if len(text) <= 60)
+    return "\n".join(f"{text:<{width}}  # {source}" for text, source in rows)
 
 
 def _default_workdir(name: Any) -> Path:

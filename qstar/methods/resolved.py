@@ -1,0 +1,100 @@
+"""Every value of a config with the defaults and presets of its method, and where each comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from qstar.methods import guided_cot, quiet_star, rl, star, v_star
+from qstar.methods.quiet_data import QuietSections
+from qstar.runs.settings import TaskSections, settings_from
+from qstar.train.rl import RLSettings
+
+
+class Value(NamedTuple):
+    """A value and its source: default, preset NAME, config file, argument, or command line."""
+
+    value: Any
+    source: str
+
+
+class _Layout(NamedTuple):
+    sections: type
+    arm: type  # of the settings of an arm
+    below: str = ""  # the section that an arm's keys replace
+    presets: Mapping[str, Mapping[str, Any]] = {}
+
+
+_LAYOUTS = {
+    "star": _Layout(TaskSections, star.VariantConfig, "loop", star.PRESETS),
+    "v_star": _Layout(v_star.VStarSections, v_star.VStarConfig, "loop", v_star.PRESETS),
+    "rl": _Layout(rl.RLSections, RLSettings, "rl"),
+    "quiet_star": _Layout(QuietSections, quiet_star.QuietConfig),
+    "guided_cot": _Layout(guided_cot.GuidedSections, guided_cot.GuidedConfig),
+}
+
+
+def resolved(config: Any, sources: Mapping[str, str]) -> dict[str, Value]:
+    """Returns all values by dotted key, those of one section together.
+
+    Args:
+      config: a ConfigDict. sources: of each of its values, by dotted key (`flags.value_sources`).
+
+    Raises UserError for a key or value that the method's settings refuse. Of a method without settings of this kind only
+    the config's own values are returned.
+    """
+    given = {key: Value(value, sources[key]) for key, value in flatten(config.to_dict()).items()}
+    layout = _LAYOUTS.get(config.get("method"))
+    if layout is None:
+        return given
+    found = dict(given)
+    settings = settings_from(layout.sections, config.to_dict(), "")
+    hints = typing.get_type_hints(layout.sections)
+    for f in dataclasses.fields(layout.sections):
+        value = getattr(settings, f.name)
+        for key, part in _parts(f.name, value if dataclasses.is_dataclass(hints[f.name]) else {}):
+            found.setdefault(key, Value(part, "default"))
+        if not isinstance(value, dict) and not dataclasses.is_dataclass(value):
+            found.setdefault(f.name, Value(value, "default"))
+    for name in config.arms:
+        found |= _arm(config, name, layout, given)
+    order = {key.partition(".")[0]: i for i, key in enumerate([*config, *hints])}
+    names = {key: key.split(".") for key in found}
+    return {k: found[k] for k in sorted(found, key=lambda k: (order[names[k][0]], names[k][1:2] * (names[k][0] == "arms")))}
+
+
+def _arm(config: Any, name: str, layout: _Layout, given: Mapping[str, Value]) -> dict[str, Value]:
+    own = config.arms[name].to_dict()
+    preset = own.get("preset", "star") if layout.presets else ""
+    known = {f.name for f in dataclasses.fields(layout.arm)}
+    below = config[layout.below].to_dict() if layout.below and layout.below in config else {}
+    values = {**below, **layout.presets.get(preset, {}), **{k: v for k, v in own.items() if k in known}}
+    found = {}
+    for key, value in _parts("", settings_from(layout.arm, values, f"arms.{name}")):
+        full, last = f"arms.{name}.{key}", key.partition(".")[0]
+        if last in own:
+            continue
+        source = f"preset {preset}" if last in layout.presets.get(preset, {}) else "default"
+        if source == "default" and last in below:
+            source = given[f"{layout.below}.{key}"].source
+        found[full] = Value(value, source)
+    return found
+
+
+def _parts(name: str, settings: Any) -> list[tuple[str, Any]]:
+    """Returns (dotted key, value) of a settings object, whose empty dicts are left out."""
+    fields = dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ()
+    return [(f"{name}.{f.name}".strip("."), v) for f in fields if (v := getattr(settings, f.name)) != {}]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested dicts as one, with dotted keys; an empty dict stays a value."""
+    out = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
