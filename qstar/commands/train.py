@@ -22,9 +22,12 @@ def main(argv: list[str]) -> int:
     p.flag("--workdir DIR", "run folder (default: runs/<config.name>)")
     p.flag("--profile FIRST:LAST", "traces these updates to WORKDIR/profile, e.g. 10:13")
     p.switch("--print-config", "prints every value with its source, and ends")
+    p.switch("--dry-run", "checks model, data and settings, counts steps and tokens, estimates memory; writes nothing")
+    p.flag("--memory", "a run that by estimate exceeds this machine's memory: refuse it, or ignore that",
+           default="refuse", choices=("refuse", "ignore"))  # fmt: skip
     p.switch("--json", "of --print-config and --dry-run: one JSON object")
     a, config = p.parse_config(argv)
-    require((not a.json or a.print_config, "train: --json belongs to --print-config or --dry-run"))
+    require((not a.json or a.print_config or a.dry_run, "train: --json belongs to --print-config or --dry-run"))
     if a.print_config:
         print(_values(config, value_sources(a.config, a.overrides), a.json))
         return 0
@@ -34,14 +37,29 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from qstar import methods
+    from qstar.plan.host import check_memory
     from qstar.report.pages import write_report
     from qstar.train import profile
 
+    if a.memory == "refuse":
+        check_memory(config)
     console = Console(quiet=not is_first())
+    if a.dry_run:
+        return _dry_run(config, workdir, Console(quiet=True), a.json)
     with profile.tracing(a.profile, workdir / "profile"):
         methods.run(config, workdir, console)
     if is_first():
         console.print(f"report: {write_report(workdir)}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _dry_run(config: Any, workdir: Path, console: Any, as_json: bool) -> int:
+    from qstar.plan.dry_run import dry_run, lines
+
+    found = dry_run(config, workdir, console)
+    if is_first():
+        print(json.dumps(found) if as_json else "\n".join(lines(found)))
+    require(("refused" not in found, found.get("refused", "")))
     return 0
 
 

@@ -220,6 +220,12 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
     return _json(path, content, lines=kind == ".jsonl")
 
 
+def check_source(source: str) -> None:
+    """Raises UserError for a local file that is not there; reads nothing, and does not ask the hub."""
+    if not source.startswith((_BUILT_IN, "hf://")) and not is_hub_name(source):
+        _existing(source)
+
+
 def is_hub_name(source: str) -> bool:
     """Whether a source is looked for on the hub: it is no path, and no file has that name."""
     suffix = pathlib.PurePosixPath(source.lower()).suffix

@@ -10,12 +10,13 @@ def run(config: Any, workdir: Any, console: Any, **given: Any) -> Any:
     """Runs the method that `config.method` names, and returns what it returns. `given`: see `methods.pairs.run`.
 
     Raises:
-      UserError: unknown method, or a seed of more than 64 bits.
+      UserError: unknown method, a seed of more than 64 bits, or several things that are missing.
     """
     from qstar.errors import check_seed, unknown
     from qstar.methods import guided_cot, pairs, quiet_star, rl, star, v_star
     from qstar.runs.access import unlock
     from qstar.runs.folder import end_run
+    from qstar.runs.missing import check_present
 
     methods: dict[str, Callable[..., Any]] = {
         "star": star.run,
@@ -29,6 +30,7 @@ def run(config: Any, workdir: Any, console: Any, **given: Any) -> Any:
         raise unknown(f"config.method={config.get('method')!r}", str(config.get("method")), methods)
     if isinstance(config.get("seed"), int):  # other types are refused with the section that holds it
         check_seed("config.seed", config.seed)
+    check_present(config.to_dict())
     outcome = "interrupted"  # by a signal, which is no Exception
     try:
         result = methods[config.method](config, workdir, console, **given)
@@ -40,3 +42,20 @@ def run(config: Any, workdir: Any, console: Any, **given: Any) -> Any:
     finally:
         end_run(workdir, outcome)
         unlock(workdir)
+
+
+def check(config: Any, workdir: Any, console: Any) -> Any:
+    """Makes all checks that `run` makes before it writes; returns the `runs.folder.ChecksPassed`.
+
+    Model and data are read. Raises UserError: see the methods.
+    """
+    from qstar.runs.folder import ChecksPassed, checks_only
+
+    token = checks_only.set(True)
+    try:
+        run(config, workdir, console)
+    except ChecksPassed as passed:
+        return passed
+    finally:
+        checks_only.reset(token)
+    raise AssertionError("a method that does not open its run folder by `open_run`")

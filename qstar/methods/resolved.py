@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from qstar.methods import guided_cot, quiet_star, rl, star, v_star
 from qstar.methods.quiet_data import QuietSections
 from qstar.runs.settings import TaskSections, settings_from
-from qstar.train.rl import RLSettings
 
 
 class Value(NamedTuple):
@@ -30,7 +29,7 @@ class _Layout(NamedTuple):
 _LAYOUTS = {
     "star": _Layout(TaskSections, star.VariantConfig, "loop", star.PRESETS),
     "v_star": _Layout(v_star.VStarSections, v_star.VStarConfig, "loop", v_star.PRESETS),
-    "rl": _Layout(rl.RLSections, RLSettings, "rl"),
+    "rl": _Layout(rl.RLSections, rl.RewardedSettings, "rl"),
     "quiet_star": _Layout(QuietSections, quiet_star.QuietConfig),
     "guided_cot": _Layout(guided_cot.GuidedSections, guided_cot.GuidedConfig),
 }
@@ -62,7 +61,9 @@ def resolved(config: Any, sources: Mapping[str, str]) -> dict[str, Value]:
         found |= _arm(config, name, layout, given)
     order = {key.partition(".")[0]: i for i, key in enumerate([*config, *hints])}
     names = {key: key.split(".") for key in found}
-    return {k: found[k] for k in sorted(found, key=lambda k: (order[names[k][0]], names[k][1:2] * (names[k][0] == "arms")))}
+    return {
+        k: found[k] for k in sorted(found, key=lambda k: (order[names[k][0]], names[k][1:2] * (names[k][0] == "arms")))
+    }
 
 
 def _arm(config: Any, name: str, layout: _Layout, given: Mapping[str, Value]) -> dict[str, Value]:

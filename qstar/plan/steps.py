@@ -21,7 +21,7 @@ from qstar.models.decoder import PARAM_AXES
 from qstar.models.hf import read_config
 from qstar.models.hf_config import from_hf
 from qstar.models.hf_names import abstract_params
-from qstar.models.hub import is_local, resolve
+from qstar.models.hub import resolve
 from qstar.models.model import Model
 from qstar.models.presets import is_published, published
 from qstar.plan.program import Program, local_bytes
@@ -112,8 +112,10 @@ def abstract_model(case: Case, options: dict[str, Any], where: str = "model") ->
     require((bool(path or name), f"config.{where}: neither path (a model folder) nor preset is set; set one of them"))
     check_keys(ModelConfig, {k: v for k, v in options.items() if k != "dtype"}, where)
     # The shapes of known models are in a table: a plan of them needs no network.
-    if path and (Path(path).expanduser().is_dir() or not (is_local(path) or is_published(path))):
-        raw = read_config(resolve(path, revision, weights=False))
+    known = not path or is_published(path) and not Path(path).expanduser().is_dir()
+    folder = None if known else resolve(path, revision, weights=False)
+    if folder is not None and folder.is_dir():
+        raw = read_config(folder)
         config, stored = from_hf(raw, where=str(path)), raw.get("dtype", raw.get("torch_dtype")) or "float32"
     elif path:
         config, stored = published(path)

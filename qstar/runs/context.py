@@ -19,7 +19,7 @@ from qstar.errors import TrainingFailed, unknown
 from qstar.mesh import make_mesh
 from qstar.models.model import Model
 from qstar.runs.console import Screen, one_line
-from qstar.runs.folder import FREE_KEYS, cached_jsonl, note, open_run, write_json
+from qstar.runs.folder import FREE_KEYS, ChecksPassed, cached_jsonl, note, open_run, write_json
 from qstar.runs.rollouts import sample_rollouts, to_example
 from qstar.runs.settings import Sections, TaskSections, settings_from
 from qstar.runs.stages import Stage, UpdateSettings, restore
@@ -95,7 +95,11 @@ class RunContext(Screen):
         if model is not None:
             resolved["model"] = model.config
         read = {k: v for k, v in vars(self.settings).items() if dataclasses.is_dataclass(v) and k not in FREE_KEYS}
-        open_run(self.workdir, self.config.to_dict(), resolved={**read, **resolved})
+        try:
+            open_run(self.workdir, self.config.to_dict(), resolved={**read, **resolved})
+        except ChecksPassed as e:
+            e.context = self
+            raise
         if model is not None:
             note(self.workdir, parameters=sum(x.size for x in jax.tree.leaves(model.params)))
         self.writer = Writer.of_run(self.workdir, self.config.to_dict())

@@ -6,6 +6,7 @@ Stages pass their results on through files, each of which appears whole or not a
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import datetime
 import hashlib
@@ -79,6 +80,18 @@ def write_json(path: Path, value: Any) -> None:
         files.write(path, (json.dumps(value, indent=1) + "\n").encode(), checksum=True)
 
 
+class ChecksPassed(Exception):
+    """The end of a dry run, raised by `open_run` in place of writing: the run is faultless as far as is known before it."""
+
+    def __init__(self, resolved: dict[str, Any]):
+        super().__init__()
+        self.resolved = resolved  # the settings, as `open_run` gets them
+        self.context: Any = None  # the `RunContext`, where there is one
+
+
+checks_only = contextvars.ContextVar("checks_only", default=False)  # whether this is a dry run
+
+
 def open_run(
     workdir: Path, config: dict[str, Any], flag: str = "--workdir", resolved: dict[str, Any] | None = None
 ) -> None:
@@ -88,6 +101,8 @@ def open_run(
     the folder cannot be written.
     """
     check_run(workdir, config, flag)
+    if checks_only.get():
+        raise ChecksPassed(resolved or {})
     # A barrier: a folder that process 0 has begun to write would look like another run to a slower process.
     distributed.broadcast_bool(True)
     try:

@@ -1,0 +1,166 @@
+"""Dry runs: all checks of a run, its samples, updates and tokens per stage, and its peak memory; nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from qstar import methods
+from qstar.methods.star import steps_for
+from qstar.plan import host
+from qstar.plan.steps import Assumed
+from qstar.runs.folder import ChecksPassed
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a stage does at most."""
+
+    stage: str
+    samples: int = 0
+    sampled_tokens: int = 0
+    updates: int = 0
+    trained_tokens: int = 0  # places in the rows of all updates, padding included
+
+
+def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
+    """Checks a run and returns its model, prompt lengths, work and memory as plain values.
+
+    Raises UserError for whatever the run would refuse before it starts.
+    """
+    passed = methods.check(config, workdir, console)
+    ctx, found = passed.context, {"name": config.get("name"), "method": config.method, "workdir": str(workdir)}
+    if ctx is None:
+        return found
+    assumed = lengths(ctx)
+    found["prompt_tokens"], found["prefix_tokens"] = assumed.prompt, assumed.prefix
+    found["work"] = [dataclasses.asdict(w) for w in work(passed)]
+    smaller = config.copy_and_resolve_references()
+    if "sample" in config and "round_size" in config.sample:
+        # As many rows are decoded side by side as there are samples, up to `round_size`.
+        most = max([w["samples"] for w in found["work"] if not w["updates"]], default=0)
+        with smaller.unlocked():
+            smaller.sample.round_size = max(1, min(config.sample.round_size, most))
+    need = host.estimate(smaller, assumed)
+    found["memory"] = {
+        "peak": need.peak,
+        "process": need.process,
+        "machine": host.machine(),
+        "phases": {p.name: p.parts for p in need.phases},
+    }
+    if jax.default_backend() == "cpu" and need.peak > host.machine():
+        found["refused"] = host.refusal(smaller, assumed, need, need.peak - need.process, host.machine())
+    return found
+
+
+def lengths(ctx: Any) -> Assumed:
+    """Returns the tokens of the longest prompt and of the few-shot prefix of a run's task; the defaults without a task."""
+    task, tokenizer = getattr(ctx, "task", None), getattr(ctx, "tokenizer", None)
+    if tokenizer is None or not hasattr(task, "prefix"):
+        return Assumed()
+    problems = [*task.pool(1, ctx.seed, None), *task.problems(ctx.settings.evaluate.split)]
+    # The longest texts stand for all: encoding every prompt of a large task takes long.
+    texts = sorted({task.prompt(p) for p in problems}, key=len)[-16:]
+    prefix = task.prefix()
+    return Assumed(
+        max(len(tokenizer.encode(text, bos=not prefix)) for text in texts),
+        len(tokenizer.encode(prefix, bos=True)) if prefix else 0,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- work
+
+
+def work(passed: ChecksPassed) -> list[Work]:
+    """Returns what the stages of a run do at most: all samples are kept, no arm stops early."""
+    by = {"star": _star, "v_star": _star, "rl": _rl, "quiet_star": _quiet_star, "guided_cot": _guided_cot}
+    ctx = passed.context
+    base = getattr(ctx.settings, "base", None)
+    out = [_updates("base", base, base.steps, ctx)] if base is not None and base.steps else []
+    return out + list(by[ctx.settings.method](ctx, passed.resolved["arms"])) if ctx.settings.method in by else out
+
+
+def _updates(stage: str, s: Any, steps: int, ctx: Any, length: int = 0) -> Work:
+    length = length or getattr(s, "row_length", 0) or getattr(getattr(ctx, "corpus", None), "length", 0)
+    return Work(stage, updates=steps, trained_tokens=steps * s.batch_size * length)
+
+
+def _evaluation(ctx: Any, name: str, rounds: int) -> Work:
+    e, new = ctx.settings.evaluate, ctx.settings.sample.max_new_tokens
+    count = len(ctx.task.problems(e.split)[: e.limit or None]) * (2 if e.hinted else 1)
+    return Work(f"{name}: evaluation of {rounds} models", count * rounds, count * rounds * new)
+
+
+def _star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
+    train, new = ctx.settings.train, ctx.settings.sample.max_new_tokens
+    for name, loop in arms.items():
+        problems = len(ctx.task.pool(1, ctx.seed, loop.problems_per_iter))
+        each = problems * loop.k + (problems * loop.k if loop.rationalize else 0)
+        steps = 0
+        for n in range(1, loop.n_iters + 1):
+            rows = problems * loop.k * (n if loop.accumulate else 1)
+            most = math.inf if loop.max_epochs is None else max(1, loop.max_epochs * rows / train.batch_size)
+            steps += int(min(most, steps_for(loop.steps, n, rows, train.batch_size)))
+        yield Work(f"{name}: sampling of {loop.n_iters} loops", each * loop.n_iters, each * loop.n_iters * new)
+        yield _updates(f"{name}: fine-tuning", train, steps, ctx)
+        for kind in getattr(loop, "verifiers", ()):
+            s = getattr(ctx.settings, kind)
+            pairs = problems * ctx.settings.pairs.per_problem
+            yield _updates(f"{name}: verifier {kind}", s, s.steps or math.ceil(s.epochs * pairs / s.batch_size), ctx)
+        yield _evaluation(ctx, name, loop.n_iters + 1)
+
+
+def _rl(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
+    for name, arm in arms.items():
+        s, count = arm["train"], arm["train"].prompts * arm["rl"].group
+        yield Work(f"{name}: sampling", s.updates * count, s.updates * count * s.max_new_tokens)
+        steps = s.updates * s.epochs * (count // s.batch_size)
+        yield _updates(f"{name}: gradient steps", s, steps, ctx, s.max_new_tokens)
+        yield _evaluation(ctx, name, ctx.settings.loop.rounds + 1)
+
+
+def _quiet_star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
+    for name, arm in arms.items():
+        yield _updates(name, ctx.update_settings(arm["arm"].train), arm["arm"].steps, ctx)
+
+
+def _guided_cot(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
+    students, s = ctx.settings.students, ctx.settings.distil_train
+    for name, arm in arms.items():
+        if arm["arm"].start == "base":
+            yield _updates(f"{name}: distillation", s, students * arm["arm"].steps, ctx, s.max_new_tokens)
+            continue
+        train, count = arm["train"], students * arm["train"].updates * arm["train"].prompts * arm["rl"].group
+        yield Work(f"{name}: sampling", count, count * train.max_new_tokens)
+        steps = count * train.epochs // train.batch_size
+        yield _updates(f"{name}: gradient steps", train, steps, ctx, train.max_new_tokens)
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Returns a dry run as text."""
+    out = [f"{found['name']}: checked; nothing was written"]
+    rows = found.get("work", [])
+    if found.get("prompt_tokens"):
+        prefix = f", after a prefix of {found['prefix_tokens']:,}" if found["prefix_tokens"] else ""
+        out.append(f"  longest prompt: {found['prompt_tokens']:,} tokens{prefix}")
+    for w in rows:
+        samples = f"{w['samples']:,} samples, {w['sampled_tokens']:,} tokens" if w["samples"] else ""
+        updates = f"{w['updates']:,} updates, {w['trained_tokens']:,} tokens" if w["updates"] else ""
+        out.append(f"  {w['stage']}: at most {samples or updates or 'nothing'}")
+    if "memory" in found:
+        memory = found["memory"]
+        for name, parts in memory["phases"].items():
+            shown = " · ".join(f"{k} {n / 1e9:.2f} GB" for k, n in parts.items() if n >= 5e6)
+            out.append(f"  memory, {name}: {sum(parts.values()) / 1e9:.2f} GB" + (f" ({shown})" if shown else ""))
+        whole = f"{memory['peak'] / 1e9:.1f} GB of {memory['machine'] / 1e9:.1f} GB"
+        out.append(
+            f"  memory at its peak: about {whole} ({memory['process'] / 1e9:.1f} GB of it programs and libraries)"
+        )
+    return out
