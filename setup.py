@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 setup(
-    name="qstar",
+    name="qstar-jax",  # `qstar` on PyPI is another project; the import is qstar
     version="0.1.0",
     description="STaR, Quiet-STaR, V-STaR and LM-Guided Chain-of-Thought in JAX/Flax, TPU first",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),

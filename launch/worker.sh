@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu_pod.sh runs on every worker of a pod, in the shipped copy of the code.
 #
-#   bash launch/worker.sh install                  Python 3.11 or newer where there is none, then qstar[tpu] into .venv
+#   bash launch/worker.sh install                  Python 3.11 or newer where there is none, then qstar-jax[tpu] into .venv
 #   bash launch/worker.sh start NAME ARGUMENT ...  `qstar train ARGUMENT ...` in the background, started again if it fails
 #   bash launch/worker.sh wait NAME ARGUMENT ...   the same in the foreground, once; the exit code is the run's
 #   bash launch/worker.sh logs NAME | stop NAME | list

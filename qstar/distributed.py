@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import UserError
+from qstar.errors import UserError, pip_install
 
 JOIN_SECONDS = 300.0  # default of QSTAR_JOIN_SECONDS
 FIRST_NOTE, NEXT_NOTE = 5.0, 15.0  # seconds between messages about missing processes
@@ -100,8 +100,8 @@ def start_plan(topologies: Iterable[str]) -> None:
         start_jax("gpu")
     except UserError:
         raise UserError(
-            "--topology=gpu: JAX finds no GPU here; run it where there is one, with 'qstar[cuda]' installed, or give a number"
-            " (gpu:8) for simulated devices with a GPU's memory, which are a guide only"
+            f"--topology=gpu: JAX finds no GPU here; run it where there is one, after `{pip_install('cuda')}`, or give a"
+            " number (gpu:8) for simulated devices with a GPU's memory, which are a guide only"
         ) from None
 
 

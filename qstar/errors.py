@@ -13,6 +13,14 @@ import typing
 from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
+# What pip installs. On PyPI, `qstar` is another project.
+DISTRIBUTION = "qstar-jax"
+
+
+def pip_install(extra: str) -> str:
+    """Returns the command that installs an extra of setup.py, for messages."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
 
 class UserError(Exception):
     """A mistake in what the user gave: a file, a config value, a shape.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
+import re
 
 import pytest
 
+from qstar import errors
 from qstar.errors import Settings, UserError, bounded
 
 
@@ -56,3 +59,18 @@ def test_values_outside_of_their_range_are_refused(values, message):
 def test_values_of_their_range_pass():
     Some(count=1, rate=0, share=1, limit=None, epochs=math.inf, kind="", free=-2)
     assert Other().count == 5
+
+
+def test_messages_name_the_distribution_and_extras_of_setup():
+    root = pathlib.Path(__file__).resolve().parents[1]
+    setup = (root / "setup.py").read_text()
+    assert f'name="{errors.DISTRIBUTION}"' in setup
+    named = re.findall(r"pip_install\('(\w+)'\)", "".join(p.read_text() for p in (root / "qstar").rglob("*.py")))
+    assert named and all(f'"{extra}": [' in setup for extra in named)
+    texts = [
+        p
+        for folder in ("qstar", "launch", "configs")
+        for p in (root / folder).rglob("*.*")
+        if p.suffix in (".py", ".sh", ".md")
+    ]
+    assert not [p for p in (*texts, root / "README.md") if re.search(r"\bqstar\[\w", p.read_text())]

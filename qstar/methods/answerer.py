@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from qstar import distributed
-from qstar.errors import Settings, UserError, bounded, require
+from qstar.errors import Settings, UserError, bounded, pip_install, require
 from qstar.files import warn
 from qstar.models.model import Model
 from qstar.sample.batching import generate
@@ -163,7 +163,7 @@ def _openai_client(url: str, headers: dict[str, str], retries: int, timeout: flo
     try:
         import openai
     except ImportError:
-        raise UserError(f"url={url}: needs the openai client: `pip install 'qstar[endpoint]'`") from None
+        raise UserError(f"url={url}: needs the openai client: `{pip_install('endpoint')}`") from None
 
     class BoundedClient(openai.DefaultHttpxClient):
         # httpx bounds the wait for each chunk, not for the whole reply, and the openai client does not retry replies

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from qstar.errors import UserError, require
+from qstar.errors import UserError, pip_install, require
 from qstar.train.flops import PEAKS
 
 GIB = 2**30
@@ -85,7 +85,7 @@ def open_topology(name: str, hbm: float = 0.0) -> Topology:
 
 def _tpu_devices(name: str, count: int, shape: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={name}: needs the TPU compiler; pip install 'qstar[plan]'")
+        raise UserError(f"--topology={name}: needs the TPU compiler; {pip_install('plan')}")
     # There is no metadata server here; the other two only silence warnings.
     known = {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-4", "WORKER_HOSTNAMES": "localhost"}
     for key, value in known.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qstar.data.sources import read_jsonl
-from qstar.errors import UserError, unknown
+from qstar.errors import UserError, pip_install, unknown
 from qstar.report import charts, render, stats, thoughts
 from qstar.report.charts import Card
 from qstar.report.pages import guided_cot, quiet_star, rl, star, v_star
@@ -191,5 +191,5 @@ def _pandas() -> Any:
     try:
         import pandas
     except ImportError:
-        raise UserError("frames of runs need pandas: pip install pandas") from None
+        raise UserError(f"frames of runs need pandas: {pip_install('notebooks')}") from None
     return pandas

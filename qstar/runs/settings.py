@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from qstar.errors import Settings, UserError, bounded, check_type, require, unknown
+from qstar.errors import Settings, UserError, bounded, check_type, pip_install, require, unknown
 from qstar.runs.rollouts import SampleSettings
 from qstar.runs.stages import TrainSettings
 from qstar.tasks.base import SPLITS
@@ -62,7 +62,7 @@ class Log:
     def __post_init__(self) -> None:
         # Found before the run starts, not at its first metrics row. `find_spec` does not import it.
         usable = not self.wandb or importlib.util.find_spec("wandb") is not None
-        require((usable, "wandb is set, but wandb is not installed: `pip install 'qstar[log]'`, or leave it empty"))
+        require((usable, f"wandb is set, but wandb is not installed: `{pip_install('log')}`, or leave it empty"))
 
 
 # Keyword-only, because subclasses add fields without a default behind those that have one.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qstar.errors import UserError, bounded
+from qstar.errors import UserError, bounded, pip_install
 from qstar.tasks import answer_text
 from qstar.tasks.answer_parsing import MARK, number
 from qstar.tasks.base import DatasetTask, Problem
@@ -234,7 +234,7 @@ class Comparison(NamedTuple):
 def check_installed() -> None:
     """Raises UserError unless math-verify can be imported."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError("the math task compares answers with math-verify: pip install 'qstar[eval]'")
+        raise UserError(f"the math task compares answers with math-verify: {pip_install('eval')}")
 
 
 class Comparer(Helper):

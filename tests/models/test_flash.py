@@ -137,7 +137,7 @@ print(program.as_text().count("tpu_custom_call"), "kernels")
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'qstar[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'qstar-jax[tpu]'"
 )
 def test_splash_compiles_for_a_described_tpu_slice_on_a_mesh():
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}

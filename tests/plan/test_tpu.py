@@ -16,7 +16,7 @@ from qstar.plan.steps import Assumed
 from qstar.plan.topology import open_topology
 
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'qstar[plan]'"
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'qstar-jax[plan]'"
 )
 SMALL = [("--config.model.path", ""), ("--config.model.preset", "llama_20m"), ("--config.train.row_length", "128")]
 
