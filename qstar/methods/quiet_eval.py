@@ -99,7 +99,7 @@ def expected_accuracy(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     for number, begin in enumerate(range(0, len(order), batch_size)):
         batch = order[begin : begin + batch_size]
-        *inputs, correct, counts = _arrays([rows[i] for i in batch], batch_size)
+        *inputs, correct, counts = answer_arrays([rows[i] for i in batch], batch_size)
         found = answer_logits(
             model.params,
             config,
@@ -178,8 +178,8 @@ def tokenize(model: Model, problem: Problem, text: ZeroShot, allowed: dict[str, 
     return Row([*head, *tail], *map(list, zip(*places)))
 
 
-def _arrays(rows: Sequence[Row], size: int) -> tuple[np.ndarray, ...]:
-    """Tokens and mask [B, N], positions, correct ids and counts [B, M] of B = `size` rows."""
+def answer_arrays(rows: Sequence[Row], size: int) -> tuple[np.ndarray, ...]:
+    """Returns tokens and mask [B, N], positions, correct ids and counts [B, M], int32, of B = `size` rows."""
     # Lengths are rounded up and the last row fills the batch, so that few shapes compile.
     N = max(MIN_LENGTH, -(-max(len(row.tokens) for row in rows) // 32) * 32)
     M = -(-max(len(row.positions) for row in rows) // 4) * 4

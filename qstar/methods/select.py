@@ -104,15 +104,17 @@ def llm_judge(ask: Callable[[list[str]], list[str]], template: str = _JUDGE, bes
 
     Args:
       ask: texts -> the judge's replies. template: with {prompt} and {completion}; the last number is the grade.
-      best: the best grade; the worst is 0.
+      best: the best grade, which may stand behind it ("9/10", "9 out of 10"); the worst is 0.
 
     Returns:
       A scorer of probabilities: grade / best, clipped to [0, 1]; NaN, which ranks last, where a reply has no number.
     """
 
+    number = rf"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*{best:g}(?![\d.]*\d))?"
+
     def scorer(prompts: Sequence[str], completions: Sequence[Sequence[str]]) -> np.ndarray:
         texts = [template.format(prompt=p, completion=c) for p, cs in zip(prompts, completions) for c in cs]
-        grades = [re.findall(r"-?\d+(?:\.\d+)?", reply) for reply in ask(texts)]
+        grades = [re.findall(number, reply) for reply in ask(texts)]
         flat = [float(found[-1]) if found else math.nan for found in grades]
         return np.clip(np.array(flat, np.float32) / best, 0.0, 1.0).reshape(len(prompts), -1)
 
@@ -177,13 +179,6 @@ def _top_m_vote(p: Candidates, name: str, k: int, m: int) -> float:
     return vote.over_subsets(accuracy, len(p.answers), k, trials=SUBSETS)[0]
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """Returns [mean, low, high] of a - b over the same problems: a paired 95% bootstrap interval."""
-    # Paired: the difficulty of a problem, which both rules share, cancels.
-    d = np.asarray(a, float) - np.asarray(b, float)
-    return [float(d.mean()), *stats.bootstrap_ci(d)]
-
-
 # ------------------------------------------------------------------------------------------------ quality of scorers
 
 
@@ -201,7 +196,7 @@ def quality(problems: Sequence[Candidates], values: Mapping[str, Mapping[int, Se
         out["auc_pooled"][name] = _none_if_nan(stats.pooled_auc(scores, correct))
         out["calibration"][name] = stats.calibration(scores, correct)
         best = values[f"best/{name}"]
-        out["regret"][name] = {str(k): difference(values["pass"][k], best[k]) for k in best}
+        out["regret"][name] = {str(k): stats.paired_difference(values["pass"][k], best[k]) for k in best}
     return out
 
 

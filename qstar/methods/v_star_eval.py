@@ -22,7 +22,7 @@ from qstar.runs.rollouts import sample_rollouts
 from qstar.runs.settings import Gate
 from qstar.tasks.base import Problem, Task, stable_rng
 from qstar.train.metrics import show_table
-from qstar.train.stats import bootstrap_ci
+from qstar.train.stats import bootstrap_ci, paired_difference
 from qstar.types import Rollout
 
 
@@ -90,7 +90,8 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
 def _sample(
     ctx: RunContext, model: Model, problems: Sequence[Problem], *, iteration: int, folder: Path, **how: Any
 ) -> list[Rollout]:
-    # A temperature of its own: at that of greedy `sample` settings, all N samples would be equal.
+    # A temperature of its own: at that of greedy `sample` settings, all N samples would be equal. Seed 0 for every config:
+    # the recorded figures of all seeds (configs/RESULTS.md) are of these draws.
     settings = dataclasses.replace(ctx.settings.sample, temperature=ctx.settings.select.temperature)
     return sample_rollouts(
         model, ctx.task, problems, settings, hinted=False, iteration=iteration, seed=0, folder=folder, **how
@@ -181,7 +182,7 @@ def result(
         },
         **select.quality(problems, curves),
         f"gain@{at}": {
-            f"{rule} - {other}": select.difference(curves[rule][at], curves[other][at])
+            f"{rule} - {other}": paired_difference(curves[rule][at], curves[other][at])
             for rule in curves
             if rule.startswith("best/") and rule not in baselines
             for other in baselines

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -23,7 +24,7 @@ from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.heads import value_logits
 from qstar.models.model import Model, encoder_ids
-from qstar.models.vocabulary import token_logprobs
+from qstar.models.vocabulary import TokenScores, token_logprobs
 from qstar.text.chat import as_text
 from qstar.types import Params
 
@@ -115,6 +116,13 @@ def next_logprobs(params: Params, config: ModelConfig, tokens: Array, mask: Arra
 
 
 @functools.partial(mesh_jit, static_argnames="config")
+def next_scores(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> TokenScores:
+    """Returns [B, T - 1]: at t, the scores of token t + 1. Rows are padded on the right; their last token is not read."""
+    hidden = hidden_states(params, config, tokens[:, :-1], mask[:, 1:])
+    return token_logprobs(hidden, decoder.head(params, config), tokens[:, 1:])
+
+
+@functools.partial(mesh_jit, static_argnames="config")
 def _encdec_logits(params: Params, config: EncDecConfig, source: Array, source_mask: Array, tokens: Array) -> Array:
     def one(source: Array, real: Array, tokens: Array) -> Array:
         states = encdec.encode(params, config, source, real)
@@ -124,9 +132,13 @@ def _encdec_logits(params: Params, config: EncDecConfig, source: Array, source_m
 
 
 @functools.partial(mesh_jit, static_argnames="config")
-def _response_logprobs(params: Params, config: EncDecConfig, prompt: Array, mask: Array, response: Array) -> Array:
+def _response_scores(params: Params, config: EncDecConfig, prompt: Array, mask: Array, response: Array) -> TokenScores:
     states = response_states(params, config, prompt, mask, response)
-    return token_logprobs(states, decoder.head(params, config), response).logprobs
+    return token_logprobs(states, decoder.head(params, config), response)
+
+
+def _response_logprobs(*arguments: Any) -> Array:
+    return _response_scores(*arguments).logprobs
 
 
 def logits(
@@ -205,34 +217,51 @@ def logprobs(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -
     return score_tokens(model, prompts, completions, next_logprobs)
 
 
+def token_scores(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -> list[TokenScores]:
+    """Scores completions like `logprobs`, and says of each token whether no other is more probable (`hits`).
+
+    The last token is not read: a pair may have one token more than the model's context.
+    """
+    return score_tokens(model, prompts, completions, next_scores, _response_scores, unread=1)
+
+
 def score_tokens(
-    model: Model, prompts: Sequence[Any], completions: Sequence[Any], score: Callable[..., Array]
-) -> list[np.ndarray]:
+    model: Model,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    score: Callable[..., Any],
+    encdec_score: Callable[..., Any] = _response_logprobs,
+    unread: int = 0,
+) -> list[Any]:
     """Returns `score(params, config, tokens [B, T], mask [B, T]) -> [B, T]` on the tokens of each completion.
 
     The column of a token is the one before it, where `next_logprobs` keeps its log-probability.
+
+    Args:
+      score: may return a pytree of arrays; so is then each completion's result. encdec_score: that of encoder-decoders.
+      unread: tokens at the end of a row that `score` does not feed to the model.
     """
     if isinstance(prompts, str) or isinstance(completions, str):
         raise UserError("prompts and completions are lists, one completion per prompt: put the text in [ ]")
     if len(prompts) != len(completions):
         raise UserError(f"{len(prompts)} prompts but {len(completions)} completions; give one per prompt")
-    pairs = [_encode_pair(model, i, p, c) for i, (p, c) in enumerate(zip(prompts, completions))]
+    pairs = [_encode_pair(model, i, p, c, unread) for i, (p, c) in enumerate(zip(prompts, completions))]
     c, encdec_ = model.config, isinstance(model.config, EncDecConfig)
-    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(pairs)
-    for length, rows in _chunks([len(p) + len(q) for p, q in pairs]):
+    out: list[Any] = [np.zeros(0, np.float32)] * len(pairs)
+    for length, rows in _chunks([len(p) + len(q) - unread for p, q in pairs]):
         # Rows and lengths in powers of two: few shapes to compile.
         count = _power_of_two(len(rows))
         if encdec_:  # each half padded to its own bucket
             I, R = (max(MIN_LENGTH, _power_of_two(max(len(pairs[i][k]) for i in rows))) for k in (0, 1))
             arrays = *_padded([pairs[i][0] for i in rows], count, I), _padded([pairs[i][1] for i in rows], count, R)[0]
-            run = _response_logprobs
         else:
-            run, arrays = score, _padded([pairs[i][0] + pairs[i][1] for i in rows], count, length)
-        scores = run(model.params, c, *put_global_batch(tuple(arrays), model.mesh))
-        for row, i in zip(to_host(scores), rows):
+            arrays = _padded([pairs[i][0] + pairs[i][1] for i in rows], count, length + unread)
+        run = encdec_score if encdec_ else score
+        scores = to_host(run(model.params, c, *put_global_batch(tuple(arrays), model.mesh)))
+        for r, i in enumerate(rows):
             # Copied, because a view would keep the chunk's whole array alive.
             start = 0 if encdec_ else len(pairs[i][0]) - 1
-            out[i] = row[start : start + len(pairs[i][1])].copy()
+            out[i] = jax.tree.map(lambda x: x[r, start : start + len(pairs[i][1])].copy(), scores)  # noqa: B023
     return out
 
 
@@ -244,7 +273,7 @@ def _padded(rows: list[list[int]], count: int, length: int) -> np.ndarray:
     return out
 
 
-def _encode_pair(model: Model, i: int, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+def _encode_pair(model: Model, i: int, prompt: Any, completion: Any, unread: int) -> tuple[list[int], list[int]]:
     tokenizer, c = model.tokenizer, model.config
     prompt = as_text(tokenizer, prompt)
     if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
@@ -261,7 +290,7 @@ def _encode_pair(model: Model, i: int, prompt: Any, completion: Any) -> tuple[li
         tail = ids(completion, lambda x: tokenizer.encode(x))
     if not head:
         raise UserError(f"prompt {i} is empty: give it at least one token (there is no BOS token to start from)")
-    _check_length(i, len(head) + len(tail), c)
+    _check_length(i, len(head) + len(tail) - unread, c)
     _as_tokens(head + tail, c)
     return head, tail
 

@@ -241,7 +241,8 @@ class Program:
         given = self._tables[where].get(loop.operands[0]) if loop.operands else None
         first = self._tables[where].get(given.operands[index]) if given and given.op == "tuple" else None
         start = int(first.operands[0]) if first is not None and first.op == "constant" else 0
-        return int(known[0].operands[0]) if known else 1, start
+        sign = -1 if known and inner.op == "subtract" else 1
+        return sign * int(known[0].operands[0]) if known else 1, start
 
     # ------------------------------------------------------------------------------------------------- counting
 

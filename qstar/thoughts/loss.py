@@ -47,9 +47,10 @@ def loss_weights(config: ModelConfig, batch: Batch, positions: jax.Array, passes
     rewarded = positions < N - 1 - t.talk_tokens * (not t.reward_tail)
     if t.nll_mean == "nonzero":
         return Weights(base, talk, rewarded.astype(jnp.float32))
-    # In a row where all positions think this is 1 / P; where some do, each stands for several tokens. 1e-6: a
-    # row without a token to predict has the numerator 0, and its quotient stays finite.
-    stands = jnp.sum(base, axis=1) / jnp.maximum(jnp.sum(talk[..., 0], axis=1), 1e-6) / passes
+    # In a row where all positions think this is 1 / P; where some do, each stands for several tokens. 0 where no position
+    # predicts a counted token: behind a gap in the mask, later talk steps may count all the same.
+    count = jnp.sum(talk[..., 0], axis=1)
+    stands = jnp.where(count > 0, jnp.sum(base, axis=1) / jnp.maximum(count, 1e-6) / passes, 0.0)
     policy = rewarded & jnp.any(talk > 0, axis=-1)
     return Weights(base, talk * stands[:, None, None], policy * stands[:, None])
 

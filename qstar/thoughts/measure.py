@@ -45,16 +45,19 @@ def score(
     passes: int = 1,
     temperature: jax.Array | float = 1.0,
     thoughts: jax.Array | None = None,
+    positions: jax.Array | None = None,
 ) -> Scores:
-    """Thinks at all positions but the last of every row, and scores the token after each.
+    """Thinks at positions of every row, and scores the token after each.
 
     Args:
       params: a decoder's tree with `thoughts` and `mixing`; config: with `thoughts`. batch: rows [B, N].
       temperature: of the thoughts; 0 is greedy.
-      thoughts: [B, P, N-1, S] to score in place of sampled ones (controls).
+      thoughts: [B, P, M, S] to score in place of sampled ones (controls).
+      positions: [B, M] int32; None: all but the last, M = N - 1.
     """
-    positions = layout.all_positions(batch, predicting=True)  # [B, M]
     texts = forward.read(params, config, batch)
+    if positions is None:
+        positions = layout.all_positions(batch, predicting=True)
     if thoughts is None:
         drawn = rollout.sample(params, config, batch, texts, positions, key, passes, temperature)
         thoughts, thought_nll = rearrange(drawn[0], "s b p m -> b p m s"), -reduce(drawn[1], "s b p m -> b p m", "mean")
@@ -64,12 +67,15 @@ def score(
     states = replay_states(params, config, batch, texts, positions, thoughts)
     target_ids, weights = layout.talk_targets(batch, positions, config.thoughts.talk_tokens)  # [B, M, A]
     head = decoder.head(params, config)
-    base = token_logprobs(texts.hidden[:, :-1], head, target_ids[..., 0])
+    # Of all tokens: the reward of a thought is over the A tokens after it.
+    base = token_logprobs(texts.hidden[:, :-1], head, batch.tokens[:, 1:])
+    entropy = token_logprobs(texts.hidden[:, :-1], head, batch.tokens[:, 1:], entropy=True).entropy
+    here = partial(layout.take_rows, index=positions)
     mixed = token_logprobs(states.mixed, head, repeat(target_ids, "b m a -> b p m a", p=thoughts.shape[1]))
     return Scores(
-        base_nll=-base.logprobs,
-        base_hit=base.hits > 0,
-        entropy=token_logprobs(texts.hidden[:, :-1], head, target_ids[..., 0], entropy=True).entropy,
+        base_nll=-here(base.logprobs),
+        base_hit=here(base.hits) > 0,
+        entropy=here(entropy),
         nll=-mixed.logprobs[..., 0],
         hit=mixed.hits[..., 0] > 0,
         reward=rewards(-base.logprobs, -mixed.logprobs, weights > 0, positions),

@@ -15,7 +15,7 @@ from qstar.methods.v_star_eval import candidates
 from qstar.runs.evaluate import many
 from qstar.sample.vote import best_of, majority, top_m_vote, weighted_majority
 from qstar.tasks import make_task
-from qstar.train.stats import auc
+from qstar.train.stats import auc, paired_difference
 from qstar.types import Rollout
 
 NAN = math.nan
@@ -143,6 +143,21 @@ def test_a_judge_grades_one_solution_at_a_time_and_a_reply_without_number_comes_
     assert math.isnan(scores[1, 0]) and "p" in asked[1] and "b" in asked[1] and best_of(scores[1]) == 1
 
 
+@pytest.mark.parametrize(
+    "reply, grade",
+    [
+        ("9/10", 0.9),
+        ("Grade: 9 / 10.", 0.9),
+        ("7.5 out of 10", 0.75),
+        ("10", 1.0),
+        ("1/2 is right: 4", 0.4),
+        ("3/100 of it is shown: 5", 0.5),
+    ],
+)
+def test_a_grade_may_name_the_best_one_behind_it(reply, grade):
+    assert select.llm_judge(lambda texts: [reply])(["p"], [["a"]])[0, 0] == pytest.approx(grade)
+
+
 def test_weights_of_votes_are_of_one_kind_for_all_problems_of_a_scorer():
     """A judge's grades are chances; log-likelihoods that happen to lie in [0, 1] for one problem stay log-likelihoods."""
     grades = select.llm_judge(lambda texts: ["0", "1", "1"])(["p"], [["a", "b", "c"]])[0].tolist()
@@ -158,7 +173,7 @@ def test_weights_of_votes_are_of_one_kind_for_all_problems_of_a_scorer():
 def test_a_paired_difference_is_narrower_than_its_parts():
     rng = np.random.default_rng(0)
     hard = rng.random(200)
-    gain, low, high = select.difference(hard + 0.05, hard)
+    gain, low, high = paired_difference(hard + 0.05, hard)
     assert gain == pytest.approx(0.05) and low == pytest.approx(0.05) and high == pytest.approx(0.05)
 
 

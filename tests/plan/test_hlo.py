@@ -75,6 +75,35 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 """
 
 
+def test_a_loop_that_counts_down_runs_as_often_as_one_that_counts_up():
+    text = """HloModule down
+
+%cond (p: (s32[])) -> pred[] {
+  %n = s32[] constant(4)
+  %p = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %gt = pred[] compare(%i, %n), direction=GT
+}
+
+%body (p.1: (s32[])) -> (s32[]) {
+  %p.1 = (s32[]) parameter(0)
+  %q = s32[] get-tuple-element(%p.1), index=0
+  %one = s32[] constant(2)
+  %i.1 = s32[] subtract(%q, %one)
+  ROOT %t = (s32[]) tuple(%i.1)
+}
+
+ENTRY %main () -> (s32[]) {
+  %start = s32[] constant(20)
+  %first = (s32[]) tuple(%start)
+  ROOT %loop = (s32[]) while(%first), condition=%cond, body=%body
+}
+"""
+    program = hlo.Program(text)
+    loop = program.computations["main"][-1]
+    assert program.trips(loop, "main") == 8  # 20, 18, ... 6
+
+
 def test_a_tpus_text_is_read_alike():
     costs = hlo.Program(TPU).costs()
     assert costs.flops == 28 * 2 * 16 * 32 * 64 * 256  # 16 products of [32, 256] and [256, 64]

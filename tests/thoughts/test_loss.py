@@ -218,3 +218,13 @@ def test_gradients_of_the_texts_keys_are_added_up_in_float32(monkeypatch):
     saved = ({}, None, jnp.ones((), jnp.bfloat16), jnp.zeros((1, 512), jnp.int32), fed)
     d_pairs = chunked_replay._pull_back(LLAMA.replace(piece_tokens=1), saved, fed)[2]
     assert d_pairs.dtype == jnp.bfloat16 and d_pairs == 512
+
+
+def test_a_position_before_a_gap_in_the_mask_weighs_nothing_instead_of_a_million():
+    config = LLAMA.replace(thoughts=ThoughtConfig(talk_tokens=2, forbidden_ids=(0,)))
+    batch = text_batch(jnp.ones((2, 6), jnp.int32), jnp.ones((2, 6), jnp.int32))
+    # Row 0 thinks where the next token is not counted, but the one after it is; row 1 has no gap there.
+    batch = batch.replace(mask=batch.mask.at[0, 2].set(0))
+    weights = thought_loss.loss_weights(config, batch, jnp.asarray([[1], [2]]), passes=1)
+    assert weights.talk[0].max() == 0 and weights.policy[0].max() == 0
+    np.testing.assert_allclose(weights.talk[1, 0], [5, 5])  # one position stands for the row's 5 tokens
