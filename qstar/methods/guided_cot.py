@@ -45,7 +45,7 @@ from qstar.train.distil import DistilSettings
 from qstar.train.loop import Diverged
 from qstar.train.metrics import show_table
 from qstar.train.rl import RLSettings
-from qstar.train.stats import paired_difference
+from qstar.train.stats import paired
 
 FILTERS = ("em", "none", "parity", "f1", "includes")
 GuidedTask = TwoHop | MultiHop  # both have the methods that are called below
@@ -266,7 +266,7 @@ def write_results(ctx: GuidedContext, fixed: dict[str, list[int]], students: lis
     for a, b in comparisons(ctx.arms):
         if a in correct and b in correct:
             # All arms answer the same questions, so they are paired: the bootstrap resamples questions, not students.
-            middle, low, high = paired_difference(correct[b].mean(axis=0), correct[a].mean(axis=0), 2000)
+            low, middle, high = paired(correct[a].mean(axis=0), correct[b].mean(axis=0))
             differences.append({"from": a, "to": b, "difference": 100 * middle, "low": 100 * low, "high": 100 * high})
     analyses = {}
     for name in (name for name in ctx.arms if name in ctx.settings.analyzed_arms):

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qstar.methods.select import Scorer, curves, ks_for, quality
+from qstar.methods.select import Scorer, curves, gain, ks_for, quality
 from qstar.methods.v_star_eval import Ballots, by_problem, candidates
 from qstar.methods.verifier import Verifier, score
 from qstar.runs.folder import cached_jsonl
 from qstar.text.tokenizer import Tokenizer
-from qstar.train.stats import paired_difference, summarise
+from qstar.train.stats import summarise
 from qstar.types import Rollout
 
 
@@ -67,7 +67,7 @@ def by_scores(
     # At one k, as in `v_star_eval.result`, so that gains of several runs can be compared.
     k = max(k for k in ks_for(samples) if k <= 16)
     for a, b in itertools.combinations(scores, 2):
-        mean, low, high = paired_difference(values[f"best/{b}"][k], values[f"best/{a}"][k])
+        mean, low, high = gain(values[f"best/{b}"][k], values[f"best/{a}"][k])
         key = f"gain@{k}:{b} - {a}"
         out |= {key: mean, f"{key}_low": low, f"{key}_high": high}
     return out

@@ -22,7 +22,7 @@ from qstar.runs.rollouts import sample_rollouts
 from qstar.runs.settings import Gate
 from qstar.tasks.base import Problem, Task, stable_rng
 from qstar.train.metrics import show_table
-from qstar.train.stats import bootstrap_ci, paired_difference
+from qstar.train.stats import bootstrap_ci
 from qstar.types import Rollout
 
 
@@ -182,7 +182,7 @@ def result(
         },
         **select.quality(problems, curves),
         f"gain@{at}": {
-            f"{rule} - {other}": paired_difference(curves[rule][at], curves[other][at])
+            f"{rule} - {other}": select.gain(curves[rule][at], curves[other][at])
             for rule in curves
             if rule.startswith("best/") and rule not in baselines
             for other in baselines

@@ -227,11 +227,12 @@ def summarise(prefix: str, values: Sequence[float], groups: Sequence[str]) -> di
     return out
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], resamples: int = 1000) -> list[float]:
-    """Returns [mean, low, high] of a - b over the same problems, with the paired 95% bootstrap interval.
+def paired(before: Sequence[float], after: Sequence[float], resamples: int = 2000) -> tuple[float, float, float]:
+    """Returns (low, difference, high) of mean(after - before) over the same questions, with its 95% bootstrap interval.
 
-    The interval is over problems, not over trained models.
+    The interval is over questions, not over trained models.
     """
-    # Paired: the difficulty of a problem, which both share, cancels.
-    each = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    return [float(each.mean()), *bootstrap_ci(each, resamples=resamples)]
+    # Paired: the difficulty of a question, which both share, cancels.
+    each = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    low, high = bootstrap_ci(each, resamples=resamples)
+    return low, float(each.mean()), high

@@ -22,7 +22,7 @@ from qstar.models.encdec import EncDecConfig
 from qstar.tasks import make_task
 from qstar.text.tokenizer import load_tokenizer
 from qstar.train import metrics
-from qstar.train.stats import paired_difference
+from qstar.train.stats import paired
 from tests.methods.stub import Silent
 from tests.methods.test_answerer import Server
 
@@ -158,9 +158,9 @@ def test_paired_intervals_are_narrower_than_those_of_two_separate_arms():
     rng = np.random.default_rng(0)
     before = (rng.random(500) < 0.5).astype(float)
     after = np.where(rng.random(500) < 0.1, 1.0, before)
-    middle, low, high = paired_difference(after, before)
+    low, middle, high = paired(before, after)
     assert low < middle < high and middle == pytest.approx((after - before).mean()) and low > 0
-    assert high - low < 0.06 and paired_difference(before, before) == [0, 0, 0]
+    assert high - low < 0.06 and paired(before, before) == (0, 0, 0)
 
 
 def test_a_teachers_chain_of_several_lines_is_kept_whole(files, tmp_path):

@@ -15,7 +15,7 @@ from qstar.methods.v_star_eval import candidates
 from qstar.runs.evaluate import many
 from qstar.sample.vote import best_of, majority, top_m_vote, weighted_majority
 from qstar.tasks import make_task
-from qstar.train.stats import auc, paired_difference
+from qstar.train.stats import auc
 from qstar.types import Rollout
 
 NAN = math.nan
@@ -173,7 +173,7 @@ def test_weights_of_votes_are_of_one_kind_for_all_problems_of_a_scorer():
 def test_a_paired_difference_is_narrower_than_its_parts():
     rng = np.random.default_rng(0)
     hard = rng.random(200)
-    gain, low, high = paired_difference(hard + 0.05, hard)
+    gain, low, high = select.gain(hard + 0.05, hard)
     assert gain == pytest.approx(0.05) and low == pytest.approx(0.05) and high == pytest.approx(0.05)
 
 
