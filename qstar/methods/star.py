@@ -16,7 +16,7 @@ Deviations from the paper:
 4. A base model from scratch is trained on seed rows (`runs.base_model`), and `seed_share` can keep them in every batch.
 5. The loss is on the completion alone, as the paper says; its released code also trains on the prompt.
 
-STaR without rationalisation, STaR-dagger, RFT and ReST-EM are settings of this one loop: see `PRESETS`.
+STaR without rationalisation, SFT on gold solutions, STaR-dagger, RFT and ReST-EM are settings of this loop: see `PRESETS`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import UserError, bounded
+from qstar.errors import UserError, bounded, require
 from qstar.models.model import Model
 from qstar.runs import base_model
 from qstar.runs.context import Arm, RunContext
@@ -56,7 +56,7 @@ class VariantConfig(Selection):
     n_iters: int = bounded(16, ge=0)
     problems_per_iter: int | None = bounded(10_000, ge=1)
     fresh: bool = True  # new problems in every loop; False: the same ones
-    k: int = bounded(1, ge=1)  # samples per problem
+    k: int = bounded(1, ge=0)  # samples per problem; 0: gold solutions alone (`include_sft_data`)
     temperature: float | None = bounded(None, ge=0)  # None: as `sample` says
     rationalize: bool = True
     p_rationalize: float = bounded(1.0, ge=0, le=1)  # share of the failures that are rationalised
@@ -77,6 +77,8 @@ class VariantConfig(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         steps_for(self.steps, 1, 1, 1)
+        nothing = "k=0 samples nothing: set include_sft_data=True and rationalize=False, or k to 1 or more"
+        require((self.k > 0 or self.include_sft_data and not self.rationalize, nothing))
 
     def sampling(self, settings: SampleSettings) -> SampleSettings:
         """Returns the run's sampling settings with this loop's temperature."""
@@ -92,6 +94,7 @@ _MANY = {"rationalize": False, "temperature": 0.7}
 PRESETS: dict[str, dict[str, Any]] = {
     "star": {},
     "star_norat": {"rationalize": False},
+    "sft": {"rationalize": False, "k": 0, "n_iters": 1, "include_sft_data": True, "steps": "epochs:3:0"},
     # V-STaR's name for the loop that keeps gold data and accumulates (arXiv 2402.06457, table 1)
     "star_dagger": {**_MANY, "k": 16, "accumulate": True, "include_sft_data": True},
     # arXiv 2308.01825: one round of many samples; distinct solutions are kept beside the gold data
@@ -177,7 +180,7 @@ def rationalised_rollouts(arm: Arm, loop: VariantConfig, model: Model, n: int, *
     problems = iteration_problems(ctx, loop, n)
 
     def make() -> list[dict[str, Any]]:
-        rollouts = sample(arm, loop, model, problems, n, hinted=False, **shared)
+        rollouts = sample(arm, loop, model, problems, n, hinted=False, **shared) if loop.k else []
         if loop.rationalize:
             solved = {r.problem_id for r in rollouts if r.correct}
             # With k > 1 a problem has failed only if none of its samples is correct.

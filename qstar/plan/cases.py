@@ -95,7 +95,7 @@ def _star(case: Case) -> Iterator[Program]:
     variants = _variants(case, star.VariantConfig, star.PRESETS)
     # One set of programs for all arms, of the largest k and with a prefix if any arm has one: an upper bound.
     prefix = case.assumed.prefix if any(v.few_shot_at_sample for v in variants) else 0
-    yield from sampling(case, done, sample, max(v.k for v in variants), sample.round_size, prefix)
+    yield from sampling(case, done, sample, max(1, *(v.k for v in variants)), sample.round_size, prefix)
 
 
 def _v_star(case: Case) -> Iterator[Program]:

@@ -66,6 +66,7 @@ PRESETS = {
         "max_epochs": 10.0,
     },
     "star_norat": {"rationalize": False, "k": 1, "accumulate": False, "restart": "base"},
+    "sft": {"rationalize": False, "k": 0, "n_iters": 1, "include_sft_data": True},
     "star_dagger": {
         "rationalize": False,
         "k": 16,
@@ -305,6 +306,19 @@ def test_the_test_split_is_answered_by_the_chosen_model(tmp_path, monkeypatch):
     star.run(config, tmp_path / "run", stub.Silent())
     assert same(used["test"], saved(tmp_path / "run/star/checkpoints/iter_001"))
     assert same(used["iter_002"], saved(tmp_path / "run/star/checkpoints/iter_002"))
+
+
+def test_without_samples_the_gold_solutions_are_trained_on(tmp_path, monkeypatch):
+    def none(*_):
+        raise AssertionError("nothing is to be sampled")
+
+    arms = {"star": {"preset": "sft", "steps": "lin:2:0"}}
+    run, _, _ = play(tmp_path, monkeypatch, none, lambda p, hinted, n: p.solution, arms=arms, loop={})
+    (found,) = [r for r in metrics.read(run) if r["stage"] == "iteration" and r["iteration"] == 1]
+    assert (found["trained_rows"], found["attempted"], found["kept"]) == (14, 0, 0)
+    for wrong in ({"k": 0}, {"k": 0, "include_sft_data": True}):
+        with pytest.raises(UserError, match="k=0 samples nothing"):
+            VariantConfig(**wrong)
 
 
 @pytest.mark.parametrize(("cap", "steps"), [(None, 9), (10.0, 9), (2.0, 7), (0.01, 1)])
