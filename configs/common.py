@@ -171,7 +171,7 @@ def pairs_config(method: str, arg: ConfigDict, rows: list[dict[str, str]], **tra
     )
     if arg.smoke:
         config.mesh = "data=-1"
-        config.model.pop("remat")
+        del config.model.remat
         config.data.held_out = 0.25
         if not arg.data:
             config.data.rows = rows

@@ -4,7 +4,7 @@
 #   bash launch/gke_xpk.sh --name=x --cluster=C --zone=us-east5-b --project=P --type=v6e-16 --image=IMAGE --config=... --workdir=/runs/x
 #   bash launch/gke_xpk.sh --jobset --name=x --accelerator=tpu-v6e-slice --topology=4x4 --image=IMAGE --claim=CLAIM --config=... --workdir=/runs/x
 #
-#   --name=NAME --image=IMAGE     of the workload; the image holds qstar-jax[tpu] (its working folder: this repository)
+#   --name=NAME --image=IMAGE     of the workload; the image holds qstar-jax[tpu]: see launch/Dockerfile
 #   --slices=N --restarts=N       (default: 1 and 100)
 #   --grace=SECONDS               between SIGTERM and SIGKILL, for saving (default: 300)
 #   --spot                        on pre-emptible nodes

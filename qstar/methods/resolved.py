@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qstar.methods import guided_cot, quiet_star, rl, star, v_star
+from qstar.methods import guided_cot, pairs, quiet_star, rl, star, v_star
 from qstar.methods.quiet_data import QuietSections
 from qstar.runs.settings import TaskSections, settings_from
 
@@ -32,6 +32,7 @@ _LAYOUTS = {
     "rl": _Layout(rl.RLSections, rl.RewardedSettings, "rl"),
     "quiet_star": _Layout(QuietSections, quiet_star.QuietConfig),
     "guided_cot": _Layout(guided_cot.GuidedSections, guided_cot.GuidedConfig),
+    **{name: _Layout(cls.SECTIONS, cls.TRAIN, "train") for name, cls in pairs.CONTEXTS.items()},
 }
 
 

@@ -5,6 +5,7 @@ Only the config is read and, where the model is a folder, its config.json.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from qstar.errors import require, unknown
 from qstar.mesh import make_mesh
-from qstar.methods import distillation, reinforce, star
+from qstar.methods import distillation, pairs, reinforce, star
 from qstar.methods.distillation import DistilTrain, only_updates
 from qstar.methods.guided_cot import GuidedConfig
 from qstar.methods.guided_hotpotqa import MultiHopSettings
@@ -54,6 +55,7 @@ def programs(config: Any, devices: Any, assumed: Assumed) -> list[Program]:
     """Returns the programs of a config on devices, those of training first; raises UserError for an unknown method."""
     case = Case(config, make_mesh(config.mesh, list(devices)), assumed)
     known = {"star": _star, "v_star": _v_star, "quiet_star": _quiet_star, "guided_cot": _guided_cot, "rl": _rl}
+    known |= {"sft": _pairs, "dpo": _pairs}
     method = config.get("method")
     if method not in known:
         raise unknown(f"config.method={method!r}", str(method), known)
@@ -118,6 +120,27 @@ def _v_star(case: Case) -> Iterator[Program]:
         {},
         *flops.forward(done.config, rows, length, predicted=rows * length),
     )
+
+
+def _pairs(case: Case) -> Iterator[Program]:
+    """Yields the updates of `sft` or `dpo` on rows of one's own."""
+    model, method = decoder_model(case), case.config.method
+    kind = TrainSettings if method == "sft" else VerifierSettings
+    done = set()
+    for name in case.config.arms:
+        values = {**case.section("train"), **case.config.arms[name].to_dict()}
+        s = settings_from(pairs.CONTEXTS[method].TRAIN, values, f"arms.{name}")
+        s = narrowed(kind, dataclasses.replace(s, row_length=s.row_length or padded_length(case.assumed.row)))
+        if s in done:
+            continue
+        done.add(s)
+        if method == "dpo":
+            yield _verifier(case, "dpo", model, s, {})
+            continue
+        needed = flops.update(model.config, s.batch_size, s.row_length, lora=s.lora_rank > 0)
+        yield train_program(
+            case, name, model, s, sft_step(model.config, s), case.batch(s.batch_size, s.row_length), needed
+        )
 
 
 def _verifier(case: Case, kind: str, model: Model, s: VerifierSettings, resident: dict[str, Any]) -> Program:

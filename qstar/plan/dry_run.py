@@ -10,10 +10,16 @@ from typing import Any
 import jax
 
 from qstar import methods
+from qstar.errors import UserError
+from qstar.methods.pair_rows import fit
+from qstar.methods.pairs import CONTEXTS
 from qstar.methods.star import steps_for
+from qstar.models.hub import resolve
+from qstar.models.model import Model
 from qstar.plan import host
 from qstar.plan.steps import Assumed
 from qstar.runs.folder import ChecksPassed
+from qstar.text.tokenizer import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +42,9 @@ def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
     ctx, found = passed.context, {"name": config.get("name"), "method": config.method, "workdir": str(workdir)}
     if ctx is None:
         return found
-    assumed = lengths(ctx)
-    found["prompt_tokens"], found["prefix_tokens"] = assumed.prompt, assumed.prefix
+    assumed = lengths(ctx, passed.resolved)
+    if getattr(ctx, "task", None) is not None:
+        found["prompt_tokens"], found["prefix_tokens"] = assumed.prompt, assumed.prefix
     found["work"] = [dataclasses.asdict(w) for w in work(passed)]
     smaller = config.copy_and_resolve_references()
     if "sample" in config and "round_size" in config.sample:
@@ -45,7 +52,10 @@ def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
         most = max([w["samples"] for w in found["work"] if not w["updates"]], default=0)
         with smaller.unlocked():
             smaller.sample.round_size = max(1, min(config.sample.round_size, most))
-    need = host.estimate(smaller, assumed)
+    try:
+        need = host.estimate(smaller, assumed)
+    except UserError as e:  # a method or a kind of model that `qstar plan` does not take
+        return found | {"not_estimated": str(e)}
     found["memory"] = {
         "peak": need.peak,
         "process": need.process,
@@ -57,8 +67,14 @@ def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
     return found
 
 
-def lengths(ctx: Any) -> Assumed:
-    """Returns the tokens of the longest prompt and of the few-shot prefix of a run's task; the defaults without a task."""
+def lengths(ctx: Any, found: dict[str, Any]) -> Assumed:
+    """Returns the tokens of the longest prompt and the few-shot prefix of a run's task, or of the longest row of a run
+    on rows of one's own; the defaults for other runs. `found`: `ChecksPassed.resolved`."""
+    if ctx.settings.method in CONTEXTS:
+        options = ctx.settings.model
+        tokenizer = load_tokenizer(resolve(options["path"], options.get("revision"), weights=False))
+        rows = fit(ctx.say, Model(found["model"], {}, tokenizer), ctx.read(None)[0], 0)[1]
+        return Assumed(row=max(sum(map(len, some)) for some in rows))
     task, tokenizer = getattr(ctx, "task", None), getattr(ctx, "tokenizer", None)
     if tokenizer is None or not hasattr(task, "prefix"):
         return Assumed()
@@ -78,6 +94,7 @@ def lengths(ctx: Any) -> Assumed:
 def work(passed: ChecksPassed) -> list[Work]:
     """Returns what the stages of a run do at most: all samples are kept, no arm stops early."""
     by = {"star": _star, "v_star": _star, "rl": _rl, "quiet_star": _quiet_star, "guided_cot": _guided_cot}
+    by |= dict.fromkeys(CONTEXTS, _pairs)
     ctx = passed.context
     base = getattr(ctx.settings, "base", None)
     out = [_updates("base", base, base.steps, ctx)] if base is not None and base.steps else []
@@ -140,6 +157,12 @@ def _guided_cot(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
         yield _updates(f"{name}: gradient steps", train, steps, ctx, train.max_new_tokens)
 
 
+def _pairs(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
+    rows = len(ctx.read(None)[0])
+    for name, s in arms.items():
+        yield _updates(name, s, s.steps or max(1, round(s.epochs * rows / s.batch_size)), ctx)
+
+
 # ------------------------------------------------------------------------------------------------------------- text
 
 
@@ -152,8 +175,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(f"  longest prompt: {found['prompt_tokens']:,} tokens{prefix}")
     for w in rows:
         samples = f"{w['samples']:,} samples, {w['sampled_tokens']:,} tokens" if w["samples"] else ""
-        updates = f"{w['updates']:,} updates, {w['trained_tokens']:,} tokens" if w["updates"] else ""
+        tokens = f", {w['trained_tokens']:,} tokens" if w["trained_tokens"] else ""
+        updates = f"{w['updates']:,} updates{tokens}" if w["updates"] else ""
         out.append(f"  {w['stage']}: at most {samples or updates or 'nothing'}")
+    if "not_estimated" in found:
+        out.append(f"  memory: not estimated ({found['not_estimated']})")
     if "memory" in found:
         memory = found["memory"]
         for name, parts in memory["phases"].items():

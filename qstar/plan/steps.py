@@ -43,6 +43,7 @@ class Assumed:
 
     prompt: int = 256
     prefix: int = 0  # few-shot text that all prompts share
+    row: int = 512  # the longest row of `sft` and `dpo`, where the config has no row_length
 
 
 @dataclasses.dataclass(frozen=True)

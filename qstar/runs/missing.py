@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qstar.data.sources import check_source
-from qstar.errors import UserError
+from qstar.errors import UserError, pip_install
 from qstar.models.hf import read_config
 from qstar.models.hub import resolve
 from qstar.tasks import make_task
 
 # Keys that name a model, and keys that name records.
-_MODELS = ("model.path", "guided.small", "guided.large.path")
-_RECORDS = ("task.train", "task.test", "task.data", "data.source")
+_MODELS = ("model.path", "teacher.path", "guided.small", "guided.large.path")
+_RECORDS = ("task.train", "task.test", "task.data", "data.source", "data.validation")
 # Whether a config needs a package: its import, the extra that brings it. (A task names its own when it is made.)
 _PACKAGES: tuple[tuple[Callable[[dict[str, Any]], Any], str, str], ...] = (
     (lambda c: _at(c, "log.wandb"), "wandb", "log"),
@@ -46,7 +46,7 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
         yield from _said("task", name, lambda name: make_task(name, **options))
     for needs, module, extra in _PACKAGES:
         if needs(config) and importlib.util.find_spec(module) is None:
-            yield f"the package {module}: pip install 'qstar[{extra}]'"
+            yield f"the package {module}: {pip_install(extra)}"
 
 
 def _said(key: str, name: Any, look: Callable[[str], Any]) -> Iterator[str]:

@@ -83,7 +83,7 @@ def test_missing_packages_are_told_with_their_extra(capsys, monkeypatch):
 
     monkeypatch.setattr(missing.importlib.util, "find_spec", lambda name: None)
     config = {**read_config("star_gsm8k:smoke").to_dict(), "task": {"name": "math"}, "log": {"wandb": {"project": "x"}}}
-    with pytest.raises(missing.UserError, match=r"2 things.*qstar\[eval\].*qstar\[log\]"):
+    with pytest.raises(missing.UserError, match=r"2 things.*qstar-jax\[eval\].*qstar-jax\[log\]"):
         missing.check_present(config)
 
 
@@ -113,6 +113,15 @@ def test_the_work_of_other_methods(name, stage, tmp_path, monkeypatch):
     passed = methods.check(read_config(f"{name}:smoke"), tmp_path / "run", stub.Silent())
     rows = {w.stage: w for w in dry_run.work(passed)}
     assert stage in rows and all(w.samples + w.updates > 0 for w in rows.values()) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_training_on_rows_of_ones_own(name, capsys, tmp_path):
+    found = json.loads(call(capsys, "train", f"--config={name}:smoke,lora=4", "--dry-run", "--json"))
+    assert [w["updates"] for w in found["work"]] == [6] and len(found["memory"]["phases"]) == 1
+    said = json.loads(call(capsys, "train", f"--config={name}:smoke", "--print-config", "--json"))
+    assert said["train.lr"] == {"value": 1e-3, "source": "argument"} and said[f"arms.{name}.b1"]["source"] == "default"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_finds_what_the_run_would(capsys, tmp_path):

@@ -1,6 +1,10 @@
 """Configs by name: those that ship, `qstar configs`, and a user's own file that lies anywhere."""
 
+import os
 import pathlib
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -108,3 +112,28 @@ def test_a_config_without_get_config_is_named(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match="empty.py: defines no get_config"):
         read_config(f"{tmp_path}/empty.py")
+
+
+def test_a_wheel_of_what_the_image_copies_has_configs_and_rows_and_runs_elsewhere(tmp_path):
+    """Built from the files that launch/Dockerfile copies, installed into a folder, run from another one."""
+    source, target, away = (tmp_path / name for name in ("source", "target", "away"))
+    for folder in (source, away):
+        folder.mkdir()
+    for names in re.findall(r"^COPY (.*) \S+$", (ROOT / "launch/Dockerfile").read_text(), re.MULTILINE):
+        for name in names.split():
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    quiet = {"check": True, "capture_output": True, "text": True, "cwd": away}
+    made = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(source)]
+    subprocess.run([*pip, *made], **quiet)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], **quiet)
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    call = [sys.executable, "-m", "qstar"]
+    listed = subprocess.run([*call, "configs"], env=environment, **quiet).stdout
+    assert set(re.findall(r"^(\w+)$", listed, re.MULTILINE)) == set(shipped_configs())
+    assert not (target / "configs").exists() and len(list((target / "qstar/data/rows").glob("*.jsonl"))) == 4
+    (away / "own.py").write_text(OWN.replace("from neighbour import NAME", "NAME = 'mine'"))
+    shown = subprocess.run([*call, "train", "--config=own.py:smoke", "--print-config"], env=environment, **quiet).stdout
+    assert "config.name = 'mine'" in shown
