@@ -144,19 +144,27 @@ def numbers(run: Run) -> list[Number]:
         else:
             tested, group = arm.stage("test"), hardest(run)
             row: Row = next((r for r in reversed([*arm.stage("iteration"), *tested]) if "accuracy" in r), {})
-            words = f"{group}-digit " if group else ""
-            measures = [(f"{'test ' if tested else ''}{words}accuracy", f"accuracy/{group}" if group else "accuracy")]
-            named = [*_selected(arm), *((words, row_point(row, key)) for words, key in measures)]
+            words = f"{'test ' if tested else ''}{f'{group}-digit ' if group else ''}accuracy"
+            choice, rule = selected(arm)
+            best = [(f"best of {choice['step']} by the {VERIFIERS[rule]}", row_point(choice, rule))] if rule else []
+            named = [*best, (words, row_point(row, f"accuracy/{group}" if group else "accuracy"))]
         found += [Number(arm.name, words, *value) for words, value in named if value]
     return found
 
 
-def _selected(arm: Arm) -> list[tuple[str, Point | None]]:
-    # The best of the most samples by a verifier, after the last iteration.
-    rows = arm.stage("selection")
-    row = max(rows, key=lambda row: (row["iteration"], row["step"]), default={})
+def selected(arm: Arm) -> tuple[Row, str]:
+    """(row, rule) of a choice among the most samples by a verifier, after the last iteration; ({}, "") without one."""
+    row = max(arm.stage("selection"), key=lambda row: (row["iteration"], row["step"]), default={})
     rule = next((rule for rule in VERIFIERS if rule in row), "")
-    return [(f"best of {row['step']} by the {VERIFIERS[rule]}", row_point(row, rule))] if rule else []
+    return (row, rule) if rule else ({}, "")
+
+
+def single(arm: Arm) -> Point | None:
+    """The chance that one sample of the last selection is right, with its interval."""
+    last = selected(arm)[0].get("iteration")
+    return next(
+        (row_point(r, "pass") for r in arm.stage("selection") if (r["iteration"], r["step"]) == (last, 1)), None
+    )
 
 
 def _guided_numbers(run: Run) -> list[Number]:

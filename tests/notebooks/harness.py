@@ -47,4 +47,4 @@ def execute(name: str, monkeypatch: Any, **variables: str) -> tuple[str, list[An
 
 def figures(shown: list[Any]) -> int:
     """Charts among the values."""
-    return sum('class="charts"' in getattr(value, "_repr_html_", str)() for value in shown)
+    return sum('class="charts palette"' in getattr(value, "_repr_html_", str)() for value in shown)

@@ -59,7 +59,7 @@ def test_without_pandas_a_line_says_what_to_install(folder, monkeypatch):
         return usual(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match="pip install pandas"):
+    with pytest.raises(UserError, match="need pandas: pip install"):
         qstar.load_run(folder)
 
 

@@ -68,13 +68,13 @@ const page = {
     history.replaceState(null, "");
     history.scrollRestoration = "manual";
     parts().forEach((part, i) => { part.open = before.open.includes(i); });
-    // Lists that scripts draw make the page longer for a moment.
+    // Once scripts have drawn their lists, which change the height of what is above.
     let tries = 20;
-    (function back() {
-      const fits = document.documentElement.scrollHeight >= before.y + innerHeight;
-      if (fits || (tries -= 1) < 0) window.scrollTo({ top: before.y, behavior: "instant" });
-      else setTimeout(back, 50);
-    })();
+    setTimeout(function back() {
+      const same = document.documentElement.scrollHeight === before.height;
+      if (same || (tries -= 1) < 0) window.scrollTo({ top: before.y, behavior: "instant" });
+      else setTimeout(back, 20);
+    });
   }
   const seconds = Number(document.body.dataset.refresh || 0);
   if (seconds) {
@@ -90,7 +90,7 @@ const page = {
       if (paused || busy) return;
       const open = [...parts().keys()].filter((i) => parts()[i].open);
       try {
-        history.replaceState({ reloaded: true, y: scrollY, open }, "");
+        history.replaceState({ reloaded: true, y: scrollY, height: document.documentElement.scrollHeight, open }, "");
       } catch (error) { /* an embedded page reloads at its top */ }
       location.reload();
     }, seconds * 1000);
@@ -119,15 +119,29 @@ const page = {
   // --------------------------------------------------------------------------------------------------- tables
   for (const input of document.querySelectorAll("input[data-filters]")) {
     const rows = document.querySelectorAll("#" + input.dataset.filters + " tbody tr");
-    input.addEventListener("input", () => {
+    const section = input.closest("section").id;
+    const filter = () => {
       const wanted = input.value.toLowerCase();
       for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
-    });
+    };
+    input.value = page.read(section).get("search") || "";
+    if (input.value) {
+      input.closest("details").open = true;
+      filter();
+    }
+    input.addEventListener("input", () => { filter(); page.keep(section, { search: input.value }); });
   }
-  for (const box of document.querySelectorAll("details > .scroll")) {
-    const cells = (row) => [...row.cells].map((cell) => cell.textContent.trim());
-    const rows = () => [...box.querySelectorAll("tr")].map(cells);
-    const name = box.parentNode.querySelector("summary").textContent.trim().replace(/\W+/g, "_") + ".csv";
-    box.after(page.saver("Download CSV", () => page.save(name, "text/csv", page.csv(rows()))));
+  const wide = new ResizeObserver((seen) => seen.forEach(({ target }) =>
+    target.classList.toggle("wide", target.scrollWidth > target.clientWidth + 1)));
+  for (const box of document.querySelectorAll(".scroll")) {
+    const rows = () => [...box.querySelectorAll("tr")].map((row) => [...row.cells].map((cell) => cell.innerText.trim()));
+    // Named by what the table stands under.
+    const title = box.closest("details, section, header").querySelector("summary, h2");
+    const name = (title ? title.textContent : document.title).trim().replace(/[^\p{L}\p{N}]+/gu, "_") + ".csv";
+    const tools = page.make("p", null, "tools");
+    tools.append(page.make("span", "the table scrolls sideways →", "wide"),
+      page.saver("Download CSV", () => page.save(name, "text/csv", page.csv(rows()))));
+    box.after(tools);
+    wide.observe(box);
   }
 })();

@@ -5,7 +5,12 @@
   const box = document.getElementById("viewer");
   const PER_PAGE = 25;
   const loaded = new Map();
-  const state = { block: index.opens, query: "", group: null, order: "file", paint: "gain", page: 0 };
+  // As the address says, else the last step of the main arm.
+  const kept = page.read("thoughts");
+  const named = index.blocks.findIndex((b) => b.arm === kept.get("arm") && String(b.step) === kept.get("step"));
+  const state = { block: named < 0 ? index.opens : named, query: (kept.get("search") || "").toLowerCase(),
+    group: kept.get("class"), order: kept.get("order") || "file", paint: kept.get("colour") || "gain", page: 0 };
+  let began = false;
   let block = null, found = [], pinned = null;
 
   const make = page.make;
@@ -66,14 +71,15 @@
   bench.append(steprow);
   choose("colour", [["colour: gain", "gain"], ["colour: mixing weight", "weight"]], (value) => {
     state.paint = value;
-    draw();
-  });
+    refresh(true);
+  }).value = state.paint;
   choose("order", [["order: as written", "file"], ["order: most helped", "up"], ["order: most hurt", "down"]],
-    (value) => { state.order = value; refresh(); });
+    (value) => { state.order = value; refresh(); }).value = state.order;
   const search = make("input");
   search.type = "search";
   search.placeholder = "search texts and thoughts";
   search.setAttribute("aria-label", search.placeholder);
+  search.value = state.query;
   search.addEventListener("input", () => { state.query = search.value.toLowerCase(); refresh(); });
   bench.append(search);
   const key = make("div", null, "key"), tally = make("div", null, "tally"), list = make("div", null, "texts");
@@ -142,6 +148,12 @@
     }
     if (!stay) state.page = 0;
     draw();
+    const { arm, step } = index.blocks[state.block];
+    if (began) {
+      page.keep("thoughts", { arm, step: String(step), class: state.group, search: state.query,
+        order: state.order === "file" ? "" : state.order, colour: state.paint === "gain" ? "" : state.paint });
+    }
+    began = true;
   }
 
   function draw() {
