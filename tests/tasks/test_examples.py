@@ -79,6 +79,17 @@ def test_a_real_model_answers_in_the_form_that_is_read(tmp_path, capfd):
     model, data = real_model("smollm2-135m-instruct"), shared("data/gsm8k/test.jsonl")
     options = json.dumps({"test": str(data)})
     assert (
-        main(["evaluate", f"--model={model}", "--task=gsm8k", f"--task-options={options}", "--limit=8", "--json"]) == 0
+        main(
+            [
+                "evaluate",
+                f"--model={model}",
+                "--task=gsm8k",
+                f"--task-options={options}",
+                "--limit=8",
+                "--json",
+                "--format=few_shot",
+            ]
+        )
+        == 0
     )
     assert json.loads(capfd.readouterr().out)["answered"] > 0.8
