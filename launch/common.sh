@@ -90,7 +90,7 @@ need_number() { # need_number --flag VALUE
 
 train_argument() { # train_argument WORD: adds it to rest, if `qstar train` knows such a flag
     case $1 in
-    --config=* | --workdir=* | --device=* | --profile=* | --config.?*) ;;
+    --config=* | --workdir=* | --device=* | --profile=* | --memory=* | --config.?*) ;;
     -*) fail "${1%%=*} is unknown; --help lists the flags, and qstar train has --config.KEY=VALUE, --device and --profile" ;;
     *)
         case ${rest[*]: -1} in

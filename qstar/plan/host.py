@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from qstar.errors import UserError, require
+from qstar.mesh import make_mesh
 from qstar.models.hub import resolve
 from qstar.plan.cases import programs
 from qstar.plan.program import local_bytes
-from qstar.plan.steps import Assumed
+from qstar.plan.steps import Assumed, Case, abstract_model
 
 # Resident memory of a process, in bytes, before it compiles anything: Python, JAX, transformers, data.
 IMPORTS = 520 * 2**20
@@ -59,6 +60,11 @@ def estimate(config: Any, assumed: Assumed, *, compiled: bool = True) -> Estimat
     found = []
     for program in programs(config, device, assumed):
         parts = {k: local_bytes(v) for k, v in {**program.parts, **program.resident}.items()}
+        # Beside the model that samples there is the one that the run started from; V-STaR also keeps G_SFT.
+        if config.method in ("star", "v_star", "rl") and (
+            program.name.startswith("sampling") or config.method == "v_star"
+        ):
+            parts["the model before"] = _model_bytes(config, device)
         temporary = program.least
         if compiled:
             memory = program.lower().compile().memory_analysis()
@@ -67,6 +73,11 @@ def estimate(config: Any, assumed: Assumed, *, compiled: bool = True) -> Estimat
         found.append(Phase(program.name, {**parts, "activations": temporary}))
     # The compiler's own memory is not given back to the system: the run needs as much.
     return Estimate(tuple(found), IMPORTS + (max(0, resident() - before) if compiled else 0))
+
+
+def _model_bytes(config: Any, device: Any) -> int:
+    case = Case(config, make_mesh(config.mesh, list(device)), Assumed())
+    return local_bytes(abstract_model(case, case.section("model")).params)
 
 
 def resident() -> int:
@@ -122,10 +133,12 @@ def check_memory(config: Any, assumed: Assumed | None = None) -> None:
 def stored(config: Any) -> float:
     """Returns the bytes of the weights that a config names; infinity for a model whose weights are not here yet."""
     guided = config.get("guided", {})
-    names = (config.get("model", {}).get("path"), guided.get("small"), guided.get("large", {}).get("path"))
+    names = (config.get("model", {}).get("path"), guided.get("small"), (guided.get("large") or {}).get("path"))
     total = 0.0
-    for name in filter(None, names):
-        # A model that is missing is reported by the method.
+    for name in names:
+        # A model that is missing is reported by the method; the generated world's models are sections of sizes.
+        if not isinstance(name, str) or not name:
+            continue
         with contextlib.suppress(UserError):
             folder = resolve(name, weights=False)
             sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,16 +38,20 @@ def check_present(config: dict[str, Any]) -> None:
 def _faults(config: dict[str, Any]) -> Iterator[str]:
     for key in _MODELS:
         revision = _at(config, "model.revision") if key == "model.path" else None
-        yield from _said(key, _at(config, key), lambda name, of=revision: read_config(resolve(name, of, weights=False)))
+        yield from _said(key, _at(config, key), functools.partial(_check_model, revision=revision))
     for key in _RECORDS:
         yield from _said(key, _at(config, key), check_source)
     options = dict(config.get("task") or {})
     # The tasks of LM-Guided CoT are not all tasks of `make_task`.
     if config.get("method") != "guided_cot" and isinstance(name := options.pop("name", None), str):
-        yield from _said("task", name, lambda name: make_task(name, **options))
+        yield from _said("task", name, functools.partial(make_task, **options))
     for needs, module, extra in _PACKAGES:
         if needs(config) and importlib.util.find_spec(module) is None:
             yield f"the package {module}: {pip_install(extra)}"
+
+
+def _check_model(name: str, revision: str | None) -> None:
+    read_config(resolve(name, revision, weights=False))
 
 
 def _said(key: str, name: Any, look: Callable[[str], Any]) -> Iterator[str]:

@@ -36,11 +36,14 @@ SMOKE = {
     # With its large model behind a local HTTP server it runs in tests/methods/test_guided_cot.py.
     "guided_cot_hotpotqa.py": lambda: runs.finished("guided_cot_hotpotqa.py:smoke"),
     "grpo_gsm8k.py": lambda: runs.finished("grpo_gsm8k.py:smoke"),
+    "sft.py": lambda: runs.finished("sft.py:smoke"),
+    "dpo.py": lambda: runs.finished("dpo.py:smoke"),
+    "distil.py": lambda: runs.finished("distil.py:smoke"),
 }
 # They run what others of the same method run, on other data: their settings are checked by every run of the tests.
 SECOND = (
     *("v_star_mbpp.py", "star_commonsense_qa.py", "quiet_star_text.py", "quiet_star_mistral_7b.py"),
-    "guided_cot_hotpotqa.py",
+    *("guided_cot_hotpotqa.py", "dpo.py", "distil.py"),
 )
 
 
@@ -53,6 +56,7 @@ def smoke_of(name):
 
 QUIET = [name for name in FILES if "quiet" in name]
 GRPO = [name for name in FILES if name.startswith("grpo_")]
+PAIRS = ("sft.py", "dpo.py", "distil.py")
 GUIDED = [name for name in FILES if name.startswith("guided_")]
 EVERY = pytest.mark.parametrize("name", FILES)
 VERIFIED = [name for name in FILES if name.startswith("v_star")]
@@ -168,14 +172,19 @@ def test_the_smoke_mode_of_guided_cot_runs_with_a_random_model_and_shipped_rows(
     assert {"kd_unfiltered", "rl_both", "standard", "own CoT"} <= arms and (folder / "report.html").exists()
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_smoke_mode_of_training_on_rows_runs_to_the_end(name):
+    folder, arm = smoke_of(name), name.removesuffix(".py")
+    assert (folder / arm / "results.json").is_file() and (folder / "report.html").is_file()
+
+
 @EVERY
 def test_smoke_takes_a_random_model_and_shipped_rows_where_none_are_named(name):
     config = json.dumps(module(name).get_config("smoke").to_dict())
     named = module(name).get_config.__doc__
-    assert ("random-tiny" in config) == (
-        "gsm8k" in name or name in ("star_commonsense_qa.py", "v_star_mbpp.py", "guided_cot_hotpotqa.py")
-    )
-    assert ("built-in:" in config) == ("random-tiny" in config)
+    wanted = "gsm8k" in name or name in ("star_commonsense_qa.py", "v_star_mbpp.py", "guided_cot_hotpotqa.py", *PAIRS)
+    assert ("random-tiny" in config) == wanted
+    assert ("built-in:" in config) == (wanted and name not in PAIRS)
     if "data=DIR" in named and "model=DIR" in named:
         config = json.dumps(module(name).get_config("smoke,data=D,model=M").to_dict())
         assert "random-tiny" not in config and "built-in:" not in config and '"path": "M"' in config
