@@ -26,11 +26,11 @@ from qstar import tree
 from qstar.errors import UserError, require
 from qstar.mesh import put_global_batch, to_host
 from qstar.models import decoder
-from qstar.models.attention import precision
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
 from qstar.models.scoring import MIN_LENGTH
 from qstar.models.thought_config import ThoughtConfig
+from qstar.models.vocabulary import head_logits
 from qstar.runs.evaluate import votes
 from qstar.runs.rollouts import generate
 from qstar.tasks.base import Problem, Task, ZeroShot
@@ -215,14 +215,12 @@ def answer_logits(
     Args:
       tokens, mask: [B, N]. positions: [B, M]. allowed: [V] token ids. passes: thoughts per position; 0: none.
     """
-    kernel, bias = decoder.head(params, config)
+    head = decoder.head(params, config)
     # Only the allowed columns: full logits [B, N, V] would be the largest array by far.
-    kernel, bias = kernel[:, allowed], None if bias is None else bias[allowed]
+    head = head._replace(kernel=head.kernel[:, allowed], bias=None if head.bias is None else head.bias[allowed])
 
     def logits(hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V], as `decoder.unembed` of these columns
-        exact = precision(hidden.dtype)
-        out = jnp.matmul(hidden, kernel.astype(hidden.dtype), precision=exact, preferred_element_type=jnp.float32)
-        return out if bias is None else out + bias.astype(jnp.float32)
+        return head_logits(hidden, *head)
 
     batch = layout.text_batch(tokens, mask)
     texts = forward.read(params, config, batch)

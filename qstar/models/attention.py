@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,30 @@ from einops import rearrange
 from jax import Array
 
 from qstar.models import flash
-from qstar.models.prefix_attention import attend_shared
+from qstar.models.prefix_attention import attend_shared, soft_cap
 from qstar.types import Segment, Shared
 
 # Finite instead of -inf: a row without visible keys then gives numbers, not NaN from inf - inf.
 NEG = -1e30
+
+
+class LayerMasks(NamedTuple):
+    """A mask in two forms, of which each layer takes one, where only some layers have the sliding window."""
+
+    full: Array
+    near: Array  # within the window
+
+
+def within_window(config: Any, mask: Array, distance: Array) -> Array | LayerMasks:
+    """Returns the mask of queries and keys with a `ModelConfig`'s sliding window.
+
+    Args:
+      distance: int32, broadcastable to the mask: tokens from the key to the query.
+    """
+    if config is None or config.sliding_window is None:
+        return mask
+    near = mask & (distance < config.sliding_window)
+    return LayerMasks(mask, near) if config.windowed else near
 
 
 def precision(dtype: Any) -> str | None:
@@ -30,14 +49,14 @@ def precision(dtype: Any) -> str | None:
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float) -> Array:
+def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float, cap: float | None = None) -> Array:
     """Softmax attention of the queries of one sequence over the union of the segments.
 
     Args:
       q: [T, H, K]. Each of the G key/value heads serves Q = H / G neighbouring query heads.
       segments: keys and values [G, C, K] with masks broadcastable to [T, C], and biases [H, T, C] if any. A lone one
         whose mask is a `flash.KernelMask` goes to the kernel that it names.
-      scale: factor on the scores, 1 / sqrt(K) in every decoder here.
+      scale: factor on the scores, 1 / sqrt(K) in most decoders. cap: c, scores s become c tanh(s / c); no kernel has it.
 
     Returns:
       [T, H, K] in q's dtype; scores and softmax are float32.
@@ -51,11 +70,11 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float) -> A
     # Scores of the segments are joined, keys never: under `vmap` an unmapped segment (a shared prefix) is read in place
     # instead of being copied per row.
     plain = [s for s in segments if not isinstance(s, Shared)]
-    scores = [_scores(rows, s, scale, T) for s in plain]
+    scores = [_scores(rows, s, scale, cap, T) for s in plain]
     done = []  # results of shared segments, each normalised, with the log of its sum of exponentials
     for s in segments:
         if isinstance(s, Shared):
-            part, lse = attend_shared(q, s.keys, s.values, s.mask, scale=scale, exact=exact)
+            part, lse = attend_shared(q, s.keys, s.values, s.mask, scale=scale, cap=cap, exact=exact)
             done.append((rearrange(part, "t (g q) k -> g (q t) k", g=G), rearrange(lse, "t (g q) -> g (q t) 1", g=G)))
     # The maximum cancels out of the softmax, so no gradient needs to flow through it.
     top = [jnp.max(s, axis=-1, keepdims=True) for s in scores] + [lse for _, lse in done]
@@ -76,11 +95,11 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float) -> A
     return rearrange(out, "g (q t) k -> t (g q) k", t=T)
 
 
-def _scores(rows: Array, segment: Segment, scale: float, T: int) -> Array:
+def _scores(rows: Array, segment: Segment, scale: float, cap: float | None, T: int) -> Array:
     """Returns float32 scores [G, (Q T), C] of one segment, very negative where its mask hides a key."""
     exact, G = precision(rows.dtype), rows.shape[0]
     s = jnp.einsum("gnk,gck->gnc", rows, segment.keys, precision=exact, preferred_element_type=jnp.float32)
-    s = scale * s
+    s = soft_cap(scale * s, cap)
     if segment.bias is not None:
         s = s + rearrange(segment.bias, "(g q) t c -> g (q t) c", g=G)
     if segment.mask is None:
@@ -107,7 +126,7 @@ def _write_rows(axis_size: int, in_batched: list[bool], cache: Array, new: Array
 
 def causal_mask(
     config: Any, segment_ids: Array, *, one_text: bool = False, must: bool = False
-) -> Array | flash.KernelMask:
+) -> Array | LayerMasks | flash.KernelMask:
     """Returns the mask of a row over itself in the form that its attention takes: `text_mask` or a `flash.KernelMask`.
 
     Args:
@@ -118,17 +137,15 @@ def causal_mask(
     """
     impl = flash.choose(config, segment_ids, one_text=one_text, must=must)
     if impl == "xla":
-        return text_mask(segment_ids, segment_ids.shape[0], config.sliding_window)
+        return text_mask(segment_ids, segment_ids.shape[0], config)
     return flash.KernelMask(segment_ids, impl, config.sliding_window)
 
 
-def text_mask(segment_ids: Array | None, length: int, window: int | None = None) -> Array:
-    """Returns bool [T, T]: causal, within one document, and within the sliding window if there is one."""
+def text_mask(segment_ids: Array | None, length: int, config: Any = None) -> Array | LayerMasks:
+    """Returns bool [T, T]: causal, within one document, and within the sliding window of a config that has one."""
     # Indices stand for positions: documents are contiguous in a row, so their differences are equal.
     i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     mask = j <= i
-    if window is not None:
-        mask &= i - j < window
     if segment_ids is not None:
         mask &= segment_ids[:, None] == segment_ids[None, :]
-    return mask
+    return within_window(config, mask, i - j)

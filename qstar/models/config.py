@@ -16,8 +16,9 @@ SIZES = (
 
 RUN = ("dtype", "attention", "remat", "piece_tokens", "scan_unroll", "init_std")  # fields that no file of a model holds
 _NOT_IN_LLAMA = (
-    *("norm", "parallel_block", "head_bias", "qk_norm", "position", "rope_interleaved", "rope_scaling"),
-    *("sliding_window", "relative_bias"),
+    *("norm", "norm_offset", "norm_place", "parallel_block", "head_bias", "qk_norm", "qk_norm_wide", "position"),
+    *("rope_interleaved", "rope_scaling", "sliding_window", "windowed", "window_theta", "rotated", "relative_bias"),
+    *("query_scalar", "attn_softcap", "final_softcap"),
 )
 
 
@@ -40,6 +41,9 @@ class ModelConfig(Settings):
     norm: str = bounded("rms", choices=("rms", "layer"))
     # 0 and subnormal numbers make NaN of a zero vector.
     norm_eps: float = bounded(1e-5, ge=1e-38, le=1)
+    norm_offset: bool = False  # Gemma: a norm multiplies by 1 + its scale
+    # Of the norms of a block: before attention and MLP, after them (OLMo 2), or both (Gemma).
+    norm_place: str = bounded("pre", choices=("pre", "post", "both"))
     activation: str = bounded("silu", choices=("silu", "gelu", "gelu_tanh"))  # "gelu" is exact
     gated_mlp: bool = True
     parallel_block: bool = False  # GPT-J: attention and MLP read the same normed input
@@ -48,12 +52,19 @@ class ModelConfig(Settings):
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMS norm of each query and key head
+    qk_norm_wide: bool = False  # OLMo 2: RMS norm of all query heads together, and of all key heads
+    query_scalar: float | None = bounded(None, gt=0)  # scores are divided by its square root; None = head_dim
+    attn_softcap: float | None = bounded(None, gt=0)  # c: scores s become c tanh(s / c) (Gemma 2)
+    final_softcap: float | None = bounded(None, gt=0)  # likewise the logits
     position: str = bounded("rope", choices=("rope", "learned"))
     rope_theta: float = bounded(10000.0, ge=1, le=1e15)
     rotary_dim: int | None = None  # None = head_dim
     rope_interleaved: bool = False  # GPT-J rotates neighbours (2i, 2i + 1), the others (i, i + rotary_dim / 2)
     rope_scaling: tuple[tuple[str, Any], ...] | None = None  # sorted items of the Hugging Face dict
+    rotated: tuple[bool, ...] = ()  # the layers with rotary positions; () = all (SmolLM3: three of four)
     sliding_window: int | None = None  # a token attends to itself and the window-1 before it
+    windowed: tuple[bool, ...] = ()  # the layers with the window, if there is one; () = all
+    window_theta: float | None = bounded(None, ge=1, le=1e15)  # rotary base in layers with the window (Gemma 3)
     tie_embeddings: bool = True
     relative_bias: bool = False  # each head of each layer adds a learned number per distance to its scores
     local_init: float = 0.0  # of it, in layer 0: head h begins by attending h tokens back (all heads but the last)
@@ -77,6 +88,9 @@ class ModelConfig(Settings):
         heads, groups, rotated = self.num_heads, self.num_kv_heads, self.rotary_dim or self.head_dim
         fits = self.position != "rope" or rotated % 2 == 0 and rotated <= self.head_dim
         name = "rotary_dim" if self.rotary_dim else "head_dim"
+        listed = {"rotated": self.rotated, "windowed": self.windowed}
+        for key in (key for key, layers in listed.items() if len(layers) not in (0, self.num_layers)):
+            raise UserError(f"model config: {key} has {len(listed[key])} entries, and num_layers={self.num_layers}")
         require(
             (
                 self.thoughts is None or not self.relative_bias,
@@ -88,6 +102,21 @@ class ModelConfig(Settings):
 
     def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[bool, int], ...]:
+        """Of each layer, whether it has the window, and which of `rope.layer_tables`; () where all are alike."""
+        if not self.windowed and not self.rotated:
+            return ()
+        near = self.windowed or (self.sliding_window is not None,) * self.num_layers
+        local, none = int(self.window_theta is not None), 1 + (self.window_theta is not None)
+        turns = self.rotated or (True,) * self.num_layers
+        return tuple((n, local * n if turned else none) for n, turned in zip(near, turns))
+
+    @property
+    def windowed_share(self) -> float:
+        """Share of the layers that have the window."""
+        return sum(self.windowed) / self.num_layers if self.windowed else float(self.sliding_window is not None)
 
     @property
     def portable_family(self) -> str:

@@ -19,10 +19,11 @@ from jax import Array
 
 from qstar.mesh import all_gather_params, drop_constraints, replicate, use_fsdp_gather
 from qstar.models import heads
-from qstar.models.attention import precision
+from qstar.models.attention import LayerMasks
 from qstar.models.config import ModelConfig
 from qstar.models.layers import PARAM_AXES, Block, Embed, LMHead, Mask, Norm
-from qstar.models.rope import RopeTables, rope_tables
+from qstar.models.rope import RopeTables, layer_tables
+from qstar.models.vocabulary import Head, head_logits
 from qstar.types import Params
 
 
@@ -31,13 +32,13 @@ def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
     c = config
     keys = jax.random.split(key, 4)
     x, ids = jnp.zeros((1, c.hidden_size)), jnp.zeros((1,), jnp.int32)
-    turns = _turns(c, ids)
+    (turns, *_) = layer_tables(c, ids)
     params: Params = {
         "embed": Embed(c.vocab_size, c.hidden_size, c.init_std).init(keys[1], ids)["params"],
         "layers": jax.vmap(lambda k: Block(c).init(k, x, turns, None, (), ids)["params"])(
             jax.random.split(keys[0], c.num_layers)
         ),
-        "final_norm": Norm(c.norm, c.norm_eps).init(keys[0], x)["params"],
+        "final_norm": _norm(c).init(keys[0], x)["params"],
     }
     if c.position == "learned":
         params["positions"] = Embed(c.max_positions, c.hidden_size, c.init_std).init(keys[2], ids)["params"]
@@ -58,6 +59,10 @@ def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
 
 def _head(config: Any) -> LMHead:
     return LMHead(config.vocab_size, config.tie_embeddings, config.head_bias, config.init_std)
+
+
+def _norm(config: ModelConfig) -> Norm:
+    return Norm(config.norm, config.norm_eps, config.norm_offset)
 
 
 def embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
@@ -84,7 +89,8 @@ def run_layers(
 
     Args:
       layers: stacked parameters (leading axis L), or a list with one tree per layer (see `unstack`).
-      x: [T, D] inputs. positions: [T]. mask: bool [T, T] of the tokens among themselves.
+      x: [T, D] inputs. positions: [T]. mask: bool [T, T] of the tokens among themselves. This and the masks of `past`
+        are `LayerMasks` where only some layers have the sliding window.
       past: with stacked layers, Segments whose keys and values carry a leading axis L (masks do not); with listed
         layers, one list of Segments per layer, of which the last may be a `RingKVCache` to write into.
 
@@ -93,31 +99,34 @@ def run_layers(
     """
     # `lax.scan` over Linen's pure `apply` instead of `nn.scan`: a decode loop runs the same blocks unstacked, with one
     # cache per layer (1.3 to 2.3 times faster on a CPU), and past segments, mapped or not, are ordinary arguments.
-    block, turns = Block(config), _turns(config, positions)
+    block, tables = Block(config), layer_tables(config, positions)
     listed = isinstance(layers, (list, tuple))
     # For a lone token, moving the token may cost less than gathering the weights: that is left to the compiler.
     gather = use_fsdp_gather() and not listed and x.shape[0] > 1
 
-    def one(x: Array, layer: Params, segments: Sequence[Any]) -> tuple[Array, Any]:
+    def one(x: Array, layer: Params, segments: Sequence[Any], kind: Any) -> tuple[Array, Any]:
         layer = all_gather_params(layer, PARAM_AXES, config.dtype) if gather else layer
-        x, kv = block.apply({"params": layer}, x, turns, mask, segments, positions)
+        # Chosen here and not outside, so that remat keeps two numbers per layer instead of its masks and tables.
+        own = _of_layer(kind, tables, mask, segments) if kind else (tables[0], mask, segments)
+        x, kv = block.apply({"params": layer}, x, *own, positions)
         return replicate(x), kv
 
     one = checkpointed(one, config.remat, gather)
+    kinds = config.layer_kinds
     if listed:
         new = []
         for i, layer in enumerate(layers):
-            x, kv = one(x, layer, past[i] if past else ())
+            x, kv = one(x, layer, past[i] if past else (), kinds[i] if kinds else ())
             new.append(kv)
         return x, new
 
     def body(x: Array, xs: Any) -> tuple[Array, Any]:
-        layer, pairs = xs
-        return one(x, layer, [s._replace(keys=k, values=v) for (k, v), s in zip(pairs, past)])
+        layer, pairs, kind = xs
+        return one(x, layer, [s._replace(keys=k, values=v) for (k, v), s in zip(pairs, past)], kind)
 
-    # Only keys and values differ between layers: masks and positions are constants of the scan.
-    stacked_pairs = [(s.keys, s.values) for s in past]
-    return jax.lax.scan(body, x, (layers, stacked_pairs), unroll=min(config.scan_unroll, config.num_layers))
+    # Only these differ between layers: both forms of masks, all rotary tables and positions are constants of the scan.
+    xs = layers, [(s.keys, s.values) for s in past], tuple(jnp.asarray(x) for x in zip(*kinds))
+    return jax.lax.scan(body, x, xs, unroll=min(config.scan_unroll, config.num_layers))
 
 
 def checkpointed(layer: Callable[..., Any], remat: str, gather: bool) -> Callable[..., Any]:
@@ -129,8 +138,17 @@ def checkpointed(layer: Callable[..., Any], remat: str, gather: bool) -> Callabl
     return jax.checkpoint(layer, policy=drop_constraints, prevent_cse=False) if gather else layer
 
 
-def _turns(config: ModelConfig, positions: Array) -> RopeTables | None:
-    return rope_tables(config, positions) if config.position == "rope" else None
+def _of_layer(kind: Any, tables: Sequence[RopeTables], mask: Mask, segments: Sequence[Any]) -> tuple[Any, Mask, Any]:
+    """Returns a layer's rotary tables, mask and segments. kind: an entry of `config.layer_kinds`, of ints or arrays."""
+    near, table = kind
+
+    def pick(mask: Mask) -> Mask:
+        if not isinstance(mask, LayerMasks):
+            return mask
+        return jnp.where(near, mask.near, mask.full) if isinstance(near, Array) else mask[near]
+
+    turns = tables[table] if isinstance(table, int) else jax.tree.map(lambda *x: jnp.stack(x)[table], *tables)
+    return turns, pick(mask), [s._replace(mask=pick(s.mask)) for s in segments]
 
 
 def unstack(layers: Params, config: ModelConfig) -> list[Params]:
@@ -150,18 +168,15 @@ def run(
 ) -> tuple[Array, Any]:
     """Like `forward`, from input vectors x [T, D] instead of tokens."""
     x, kv = run_layers(params["layers"], config, x, positions, mask, past)
-    return Norm(config.norm, config.norm_eps).apply({"params": params["final_norm"]}, x), kv
+    return _norm(config).apply({"params": params["final_norm"]}, x), kv
 
 
-def head(params: Params, config: Any) -> tuple[Array, Array | None]:
-    """Returns the vocabulary projection [D, V] and its bias [V] or None, of a decoder or an encoder-decoder."""
-    return _head(config).apply({"params": params.get("head", {})}, params["embed"]["table"])
+def head(params: Params, config: Any) -> Head:
+    """Returns the vocabulary's product of a decoder or an encoder-decoder."""
+    kernel, bias = _head(config).apply({"params": params.get("head", {})}, params["embed"]["table"])
+    return Head(kernel, bias, config.final_softcap)
 
 
 def unembed(params: Params, config: Any, hidden: Array) -> Array:
     """Returns float32 logits [..., V] of hidden states [..., D]; products in the hidden dtype, sums in float32."""
-    kernel, bias = head(params, config)
-    logits = jnp.matmul(
-        hidden, kernel.astype(hidden.dtype), precision=precision(hidden.dtype), preferred_element_type=jnp.float32
-    )
-    return logits if bias is None else logits + bias.astype(jnp.float32)
+    return head_logits(hidden, *head(params, config))

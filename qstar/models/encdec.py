@@ -78,6 +78,7 @@ class EncDecConfig(Settings):
     value_head = ""
     sliding_window = None
     head_bias = False
+    final_softcap = None
 
     def __post_init__(self) -> None:
         half = "model config: dtype='float16': float16 overflows in T5's MLP (65,504); use bfloat16"

@@ -84,6 +84,10 @@ def _obstacle(kind: str, config: Any, platform: str, length: int, one_text: bool
     }[kind]
     if kind != "xla" and c.relative_bias:
         return "it has no relative bias, and relative_bias is set"
+    if kind != "xla" and c.attn_softcap:
+        return f"it has no soft cap on scores, and attn_softcap is {c.attn_softcap:g}"
+    if kind != "xla" and c.windowed:
+        return "it has one mask for all layers, and here only some have the sliding window"
     return next((why for fits, why in checks if not fits), "")
 
 

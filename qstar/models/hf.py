@@ -165,8 +165,7 @@ def read_part(
     stacked = "{i}" in row.name
     inner = [slice(*b) for b in (bounds[1:] if stacked else bounds)]
     if row.part is not None:
-        skip = row.part * shape[-1]
-        inner[-1] = slice(inner[-1].start + skip, inner[-1].stop + skip)
+        inner[-1] = slice(inner[-1].start + row.start, inner[-1].stop + row.start)
     index: tuple[Any, ...] = tuple(inner[::-1] if row.transpose else inner)
     index = (0, *index) if row.spare else index
     out = np.empty([stop - start for start, stop in bounds], dtype)
@@ -260,7 +259,7 @@ Piece = tuple[Row, int]  # one parameter's share of a tensor: its row, and the l
 
 
 def _tensors(config: ModelConfig) -> dict[str, list[Piece]]:
-    """Returns every tensor of the files with its pieces (three for a fused q | k | v), layer by layer."""
+    """Returns every tensor of the files with its pieces (several for a fused one), layer by layer."""
     out: dict[str, list[Piece]] = {}
     rows = name_map(config) + copies(config)
     for layer in range(-1, max(shape[0] for row, shape in rows if "{i}" in row.name)):
@@ -286,10 +285,10 @@ def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
         x = np.asarray(x)
         # In float32, so that the product is rounded once.
         x = x if row.factor == 1 else (x.astype(np.float32) * np.float32(row.factor)).astype(x.dtype)
-        x = np.stack([x, np.zeros_like(x)]) if row.spare else x
-        parts.append(x.T if row.transpose else x)
+        parts.append(np.stack([x, np.zeros_like(x)]) if row.spare else x)
+    x = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     # safetensors writes the buffer in memory order: a transposed view would be saved scrambled, without an error.
-    return np.ascontiguousarray(np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0])
+    return np.ascontiguousarray(x.T if row.transpose else x)
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

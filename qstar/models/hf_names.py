@@ -1,11 +1,12 @@
 """Names and layouts of a decoder's parameters in Hugging Face files: one table per family, read both ways.
 
 A row holds the name of a parameter in the files, and how its layout differs (PyTorch's Linear keeps [out, in]; GPT-2
-fuses q, k and v). Which rows apply to a config, and their shapes, follows from its `init`, traced without computing.
+and Phi-3 fuse q, k and v). Which rows apply to a config, and their shapes, follows from its `init`, traced without computing.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
 from typing import NamedTuple
@@ -26,9 +27,11 @@ class Row(NamedTuple):
     path: str  # in qstar's tree
     name: str  # of the tensor; {i} is the layer (qstar stacks the layers on a leading axis)
     transpose: bool = False  # the file keeps [out, in]
-    part: int | None = None  # which third of a fused q | k | v, along the last axis
+    part: int | None = None  # which part of a fused q | k | v or gate | up, along the last axis
     spare: bool = False  # the file keeps [2, ...], the second row unused (written as zeros)
     factor: float = 1.0  # of the values when they are written
+    start: int = 0  # `name_map` fills these in: where a part begins on the last axis, and the width of the whole tensor
+    whole: int = 0
 
 
 def _linear(path: str, name: str, transpose: bool = True, part: int | None = None) -> tuple[Row, Row]:
@@ -42,18 +45,34 @@ def _norm(path: str, name: str) -> tuple[Row, Row]:
 
 _conv1d = functools.partial(_linear, transpose=False)  # GPT-2's own layer keeps [in, out], as we do
 
-_LLAMA = (
-    Row("embed/table", "model.embed_tokens.weight"),
-    Row("positions/table", "model.embed_positions.weight"),  # only family `tiny` can have this and the next
-    Row("layers/relative/table", "model.layers.{i}.self_attn.relative_bias"),
-    *_norm("layers/attn_norm", "model.layers.{i}.input_layernorm"),
-    *(row for n in "qkvo" for row in _linear(f"layers/{n}", f"model.layers.{{i}}.self_attn.{n}_proj")),
-    *_norm("layers/q_norm", "model.layers.{i}.self_attn.q_norm"),
-    *_norm("layers/k_norm", "model.layers.{i}.self_attn.k_norm"),
-    *_norm("layers/mlp_norm", "model.layers.{i}.post_attention_layernorm"),
-    *(row for n in ("gate", "up", "down") for row in _linear(f"layers/{n}", f"model.layers.{{i}}.mlp.{n}_proj")),
-    *_norm("final_norm", "model.norm"),
-    *_linear("head", "lm_head"),
+
+def _llama(mlp_norm: str = "post_attention_layernorm", **norms: str) -> tuple[Row, ...]:
+    # `norms`: further ones of a block, and their names in the files.
+    norms = {"attn_norm": "input_layernorm", "mlp_norm": mlp_norm, **norms}
+    return (
+        Row("embed/table", "model.embed_tokens.weight"),
+        Row("positions/table", "model.embed_positions.weight"),  # only family `tiny` can have this and the next
+        Row("layers/relative/table", "model.layers.{i}.self_attn.relative_bias"),
+        *(row for ours, name in norms.items() for row in _norm(f"layers/{ours}", f"model.layers.{{i}}.{name}")),
+        *(row for n in "qkvo" for row in _linear(f"layers/{n}", f"model.layers.{{i}}.self_attn.{n}_proj")),
+        *(row for n in "qk" for row in _norm(f"layers/{n}_norm", f"model.layers.{{i}}.self_attn.{n}_norm")),
+        *(row for n in ("gate", "up", "down") for row in _linear(f"layers/{n}", f"model.layers.{{i}}.mlp.{n}_proj")),
+        *_norm("final_norm", "model.norm"),
+        *_linear("head", "lm_head"),
+    )
+
+
+_AFTER = {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
+_LLAMA = _llama()
+_FUSED = (("self_attn.qkv_proj", ("q", "k", "v")), ("mlp.gate_up_proj", ("gate", "up")))
+_PHI3 = (
+    *_LLAMA,
+    *(
+        row
+        for name, parts in _FUSED
+        for i, n in enumerate(parts)
+        for row in _linear(f"layers/{n}", f"model.layers.{{i}}.{name}", part=i)
+    ),
 )
 
 _GPT2 = (
@@ -118,19 +137,22 @@ _THOUGHTS = (
 _VALUE = _linear("value", "score")  # the name in transformers' classifiers of tokens
 THOUGHT_SIGN = "talk_head.0.4.weight"  # in the files of every model with thoughts
 
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "tiny")
-NAMES = {
-    **dict.fromkeys(_LIKE_LLAMA, _LLAMA),
+NAMES = {  # of two rows for one parameter, the last counts
+    **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), _LLAMA),
+    "tiny": _llama(attn_out_norm="attn_out_norm", mlp_out_norm="mlp_out_norm"),
+    "olmo2": _llama(**_AFTER),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _llama("pre_feedforward_layernorm", **_AFTER)),
+    "phi3": _PHI3,
     "gpt2": _GPT2,
     "gptj": _GPTJ,
     **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
 }
 
 # Tensors that are not read: causal masks and rotary tables, which old versions of transformers saved among the weights;
-# T5's copies of the embedding, and its unused table of positions for cross-attention.
+# T5's copies of the embedding, and its unused table of positions for cross-attention; Gemma 3's encoder of images.
 BUFFERS = re.compile(
     r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|^(en|de)coder\.embed_tokens\.weight$"
-    r"|EncDecAttention\.relative_attention_bias\.weight$"
+    r"|EncDecAttention\.relative_attention_bias\.weight$|^(model\.)?(vision_tower|multi_modal_projector)\."
 )
 
 
@@ -140,6 +162,7 @@ def abstract_params(config: ModelConfig | EncDecConfig) -> Params:
     return jax.eval_shape(functools.partial(family.init, config), jax.random.key(0))
 
 
+@functools.lru_cache(8)
 def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, ...]]]:
     """Returns the rows that apply to a config, with the shape of each parameter.
 
@@ -158,7 +181,11 @@ def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, .
         if path not in rows:
             place = f"weights of family {config.family!r} have no place for {path}"
             raise UserError(f"model config: {place}; use family 'tiny'")
-    return [(rows[path], leaf.shape) for path, leaf in leaves]
+    whole: collections.Counter[str] = collections.Counter()
+    for path, leaf in sorted(leaves, key=lambda named: rows[named[0]].part or 0):
+        rows[path] = rows[path]._replace(start=whole[rows[path].name])
+        whole[rows[path].name] += leaf.shape[-1]
+    return [(rows[path]._replace(whole=whole[rows[path].name]), leaf.shape) for path, leaf in leaves]
 
 
 def _scaled_for_others(config: ModelConfig | EncDecConfig) -> bool:
@@ -177,7 +204,7 @@ def file_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
     if "{i}" in row.name:
         shape = shape[1:]
     if row.part is not None:
-        shape = (*shape[:-1], 3 * shape[-1])
+        shape = (*shape[:-1], row.whole)
     if row.spare:
         shape = (2, *shape)
     return shape[::-1] if row.transpose else shape

@@ -6,6 +6,7 @@ Matrix products run in `config.dtype`, norms, rotations and softmax in float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,13 +19,13 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from qstar.models.attention import attend, precision, write_column
+from qstar.models.attention import LayerMasks, attend, precision, write_column
 from qstar.models.config import ModelConfig
 from qstar.models.flash import KernelMask
 from qstar.models.rope import RopeTables, apply_rope
 from qstar.types import Params, RingKVCache, Segment, Shared
 
-Mask = Array | KernelMask | None  # of tokens among themselves, bool [T, T]; None = all are visible
+Mask = Array | LayerMasks | KernelMask | None  # of tokens among themselves, bool [T, T]; None = all are visible
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "relu": nn.relu,
@@ -110,10 +111,14 @@ class Norm(nn.Module):
 
     kind: str
     eps: float
+    offset: bool = False  # the factor is 1 + scale
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],))
+        # The sum in float32: in half precision, 1 + scale would lose the digits of the scale.
+        scale = 1 + scale.astype(jnp.float32) if self.offset else scale
         # In float32, because a mean of squares over the width loses digits in half precision.
         y = x.astype(jnp.float32)
         if self.kind == "layer":
@@ -235,14 +240,16 @@ class Block(nn.Module):
         """
         c = self.config
         out_std = c.init_std / math.sqrt(2 * c.num_layers)  # GPT-2: the outputs of 2 L branches add up
-        h = Norm(c.norm, c.norm_eps, name="attn_norm")(x)
-        q, k, v = (
-            rearrange(Linear(n * c.head_dim, c.qkv_bias, c.init_std, name=name)(h), "t (h k) -> t h k", h=n)
-            for name, n in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads))
-        )
+        norm, rms = (functools.partial(Norm, kind, c.norm_eps, c.norm_offset) for kind in (c.norm, "rms"))
+        h = x if c.norm_place == "post" else norm(name="attn_norm")(x)
+        sizes = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+        q, k, v = (Linear(n * c.head_dim, c.qkv_bias, c.init_std, name=name)(h) for name, n in sizes.items())
+        if c.qk_norm_wide:
+            q, k = rms(name="q_norm")(q), rms(name="k_norm")(k)
+        q, k, v = (rearrange(y, "t (h k) -> t h k", h=n) for y, n in zip((q, k, v), sizes.values()))
         # Before the rotation, as in Qwen3.
         if c.qk_norm:
-            q, k = Norm("rms", c.norm_eps, name="q_norm")(q), Norm("rms", c.norm_eps, name="k_norm")(k)
+            q, k = rms(name="q_norm")(q), rms(name="k_norm")(k)
         if turns is not None:
             q, k = apply_rope(q, turns, c), apply_rope(k, turns, c)
         k, v = rearrange(k, "t g k -> g t k"), rearrange(v, "t g k -> g t k")
@@ -260,13 +267,17 @@ class Block(nn.Module):
             relative = RelativePositionBias(c.num_heads, c.max_positions, name="relative")
             segments = relative(positions, segments, [*(s.positions for s in past), key_positions])
         with jax.named_scope("attention"):
-            a = attend(q, segments, scale=c.head_dim**-0.5)
+            a = attend(q, segments, scale=(c.query_scalar or c.head_dim) ** -0.5, cap=c.attn_softcap)
         a = Linear(c.hidden_size, c.out_bias, out_std, name="o")(rearrange(a, "t h k -> t (h k)"))
+        if c.norm_place != "pre":
+            a = norm(name="attn_out_norm")(a)
         # GPT-J's MLP takes the same normed input as its attention; elsewhere it takes the sum after attention.
         if not c.parallel_block:
             x = x + a
-            h = Norm(c.norm, c.norm_eps, name="mlp_norm")(x)
+            h = x if c.norm_place == "post" else norm(name="mlp_norm")(x)
         y = mlp(h, c, bias=c.mlp_bias, std=c.init_std, out_std=out_std)
+        if c.norm_place != "pre":
+            y = norm(name="mlp_out_norm")(y)
         return (x + a + y if c.parallel_block else x + y), (k, v)
 
 

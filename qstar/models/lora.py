@@ -30,7 +30,7 @@ from qstar.models import fields
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.hf import write_json
-from qstar.models.hf_names import NAMES, Row, abstract_params
+from qstar.models.hf_names import Row, abstract_params, name_map
 from qstar.models.layers import with_adapters
 from qstar.models.weight_files import read_json
 from qstar.types import Params
@@ -130,13 +130,13 @@ _OTHER = (
 
 def module(config: ModelConfig, name: str) -> Row:
     """Returns the row of a kernel, its name that of the module that PEFT adapts ({i} for the layer)."""
-    row = next(r for r in NAMES[config.family] if r.path == f"layers/{name}/kernel")
+    row = next(r for r, _ in name_map(config) if r.path == f"layers/{name}/kernel")
     return row._replace(name=row.name.removesuffix(".weight"))
 
 
 def _suffix(config: ModelConfig, name: str) -> str:
     # The shortest unambiguous end of a module's name: both of GPT-2's output projections are c_proj.
-    ends = {r.name.rsplit(".", 1)[0] for r in NAMES[config.family] if r.path.endswith("/kernel")}
+    ends = {r.name.rsplit(".", 1)[0] for r, _ in name_map(config) if r.path.endswith("/kernel")}
     last = name.rpartition(".")[2]
     return last if sum(e.endswith(f".{last}") for e in ends) == 1 else ".".join(name.split(".")[-2:])
 
@@ -151,23 +151,22 @@ def save_adapters(
     """
     folder = pathlib.Path(folder).expanduser()
     tensors: dict[str, np.ndarray] = {}
-    modules: dict[str, list[tuple[int, str]]] = {}  # a fused module has up to three parts
+    modules: dict[str, list[tuple[Row, str]]] = {}  # a fused module has up to three parts
     for name in adapters["layers"]:
         row = module(config, name)
-        modules.setdefault(row.name, []).append((row.part or 0, name))
-    # Kernels that the files keep fused (GPT-2's q, k, v) become one module whose rank is the sum of theirs. Its alpha
-    # grows with the rank, so that alpha / r stays the same.
+        modules.setdefault(row.name, []).append((row, name))
+    # Kernels that the files keep fused (q, k, v of GPT-2 and Phi-3) become one module whose rank is the sum of theirs.
+    # Its alpha grows with the rank, so that alpha / r stays the same.
     ranks = {_suffix(config, stem): len(parts) for stem, parts in modules.items() if len(parts) > 1}
     for stem, parts in modules.items():
-        fused = module(config, parts[0][1]).part is not None
         for i in range(config.num_layers):
             leaves = [adapters["layers"][name] for _, name in parts]
             a = np.concatenate([np.asarray(x["lora_a"][i], np.float32) for x in leaves], axis=1)
-            width = leaves[0]["lora_b"].shape[-1]
             # The parts' B are the blocks of a matrix whose other entries are 0: rows by rank, columns by part.
-            b = np.zeros((lora.rank * len(parts), width * (3 if fused else 1)), np.float32)
-            for at, ((part, _), x) in enumerate(zip(parts, leaves)):
-                b[at * lora.rank : (at + 1) * lora.rank, part * width : (part + 1) * width] = x["lora_b"][i]
+            b = np.zeros((lora.rank * len(parts), parts[0][0].whole), np.float32)
+            for at, ((row, _), x) in enumerate(zip(parts, leaves)):
+                columns = slice(row.start, row.start + x["lora_b"].shape[-1])
+                b[at * lora.rank : (at + 1) * lora.rank, columns] = x["lora_b"][i]
             for letter, x in (("A", a), ("B", b)):
                 tensors[f"{_PREFIX}{stem.format(i=i)}.lora_{letter}.weight"] = np.ascontiguousarray(x.T)
     for path, leaf in tree.named_leaves(adapters.get("value", {})):
@@ -260,20 +259,19 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
         there = [f"{_PREFIX}{stem}.lora_A.weight" in tensors for stem in stems]
         if not any(there):
             continue
-        first, parts = (0, 1) if row.part is None else (row.part * columns, 3)
         a, b = np.zeros((L, rows, widest), np.float32), np.zeros((L, widest, columns), np.float32)
         for i, stem in enumerate(stems):
             rank, scale = _rank_and_scale(raw, stem)
             if not there[i] and some:
                 continue
             keys = [f"{_PREFIX}{stem}.lora_{x}.weight" for x in "AB"]
-            for key, shape in zip(keys, [(rank, rows), (columns * parts, rank)]):
+            for key, shape in zip(keys, [(rank, rows), (row.whole, rank)]):
                 fits = key in tensors and tensors[key].shape == shape
                 needs = f"{row.name} needs a tensor {shape} in each of {L} layers"
                 require((fits, f"{where}: {needs}; these are of another model"))
             used.update(keys)
             # Modules of a smaller rank are filled up with zeros: stacked layers have one shape.
-            part = tensors[keys[1]].astype(np.float32).T[:, first : first + columns]
+            part = tensors[keys[1]].astype(np.float32).T[:, row.start : row.start + columns]
             a[i, :, :rank] = tensors[keys[0]].astype(np.float32).T
             # One scale serves all modules of ours, so that a module's other scale goes into its B.
             b[i, :rank] = part if scale == common else scale / common * part

@@ -30,24 +30,36 @@ KEY_BLOCK = 32  # keys in a block, at least
 Pair = tuple[Array, Array]
 
 
-def attend_shared(q: Array, keys: Array, values: Array, mask: Array, *, scale: float, exact: str | None) -> Pair:
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """Returns cap * tanh(x / cap), or x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attend_shared(
+    q: Array, keys: Array, values: Array, mask: Array, *, scale: float, cap: float | None, exact: str | None
+) -> Pair:
     """Softmax attention of one thread to a text, with its normaliser, to join it with attention to other tokens.
 
     Args:
-      q: [T, H, K]. keys, values: [G, C, K]. mask: bool [T, C]. scale: on the scores. exact: precision of products.
+      q: [T, H, K]. keys, values: [G, C, K]. mask: bool [T, C]. scale, cap: see `attention.attend`. exact: precision of
+        products.
 
     Returns:
       [T, H, K] float32, and the log of the sum of exponentials [T, H] float32, very negative where no key is visible.
     """
     mask = jnp.broadcast_to(mask, (q.shape[0], keys.shape[1]))
-    out, lse = _shared.bind(q[None, None, None], keys[None], values[None], mask[None, None], scale=scale, exact=exact)
+    out, lse = _shared.bind(
+        q[None, None, None], keys[None], values[None], mask[None, None], scale=scale, cap=cap, exact=exact
+    )
     return out[0, 0, 0], lse[0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------- forward, backward
 
 
-def _forward(q: Array, keys: Array, values: Array, mask: Array, *, scale: float, exact: str | None) -> Pair:
+def _forward(
+    q: Array, keys: Array, values: Array, mask: Array, *, scale: float, cap: float | None, exact: str | None
+) -> Pair:
     """q [B, P, M, T, H, K]; keys, values [B, G, C, K]; mask [B, M, T, C]: out like q, lse [B, P, M, T, H]; float32."""
     dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     if q.shape[1] * q.shape[2] == 1:  # one thread per text, as in generation: the plain form
@@ -64,7 +76,7 @@ def _forward(q: Array, keys: Array, values: Array, mask: Array, *, scale: float,
 
     def tile(end: int, q_t: Array, mask_t: Array) -> Pair:
         # Keys are on the rows and threads on the columns of the scores: sums over keys are then sums of vectors.
-        s = scale * dot("bgck,bgkn->bgcn", keys[:, :, :end], q_t)
+        s = soft_cap(scale * dot("bgck,bgkn->bgcn", keys[:, :, :end], q_t), cap)
         s = jnp.where(mask_t[:, None, :end], s, NEG)
         top = jnp.max(s, axis=2, keepdims=True)
         w = jnp.exp(s - top)
@@ -95,6 +107,7 @@ def _backward(
     d_lse: Array,
     *,
     scale: float,
+    cap: float | None,
     exact: str | None,
 ) -> tuple[Array, Array, Array]:
     # Gradients of q, keys and values. The scores are computed again from the log-sum-exp instead of being stored
@@ -108,11 +121,13 @@ def _backward(
     less = jnp.einsum("...k,...k->...", out, d_out, precision="highest") - d_lse
 
     def tile(end: int, sums: Pair, q: Array, d: Array, less: Array, lse: Array, mask_t, fresh) -> Any:
-        s = scale * dot("bgck,bgkn->bgcn", keys[:, :, :end], q)
+        s = soft_cap(scale * dot("bgck,bgkn->bgcn", keys[:, :, :end], q), cap)
         # Masked after the subtraction: without visible keys lse is about NEG as well, and exp(NEG - lse) would be 1.
         p = jnp.exp(jnp.where(mask_t[:, None, :end], s - lse[:, :, None], NEG))
         low = d.astype(values.dtype)
         ds = scale * p * (dot("bgck,bgkn->bgcn", values[:, :, :end], low) - less[:, :, None])
+        # d c tanh(s / c) = (1 - tanh(s / c)^2) ds
+        ds = ds if cap is None else ds * (1 - jnp.square(s / cap))
         p, ds = p.astype(values.dtype), ds.astype(values.dtype)
         dq = dot("bgkc,bgcn->bgkn", keys_t[..., :end], ds)
         # The last tile may repeat rows of the one before, which count once.
@@ -192,20 +207,20 @@ class _Plan:
 # the mask alone.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(scale: float, exact: str | None, *args: Any) -> Any:
-    return _shared.bind(*args, scale=scale, exact=exact)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(scale: float, cap: float | None, exact: str | None, *args: Any) -> Any:
+    return _shared.bind(*args, scale=scale, cap=cap, exact=exact)
 
 
-def _pull(scale: float, exact: str | None, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+def _pull(scale: float, cap: float | None, exact: str | None, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     args, found = saved
-    slopes = _gradient.bind(*args, *found, *cotangents, scale=scale, exact=exact)
+    slopes = _gradient.bind(*args, *found, *cotangents, scale=scale, cap=cap, exact=exact)
     # The cotangent of a bool input (the mask) must have the dtype float0.
     return (*slopes, np.zeros(args[3].shape, jax.dtypes.float0))
 
 
-def _keep(scale: float, exact: str | None, *args: Any) -> tuple[Any, Any]:
-    found = _shared.bind(*args, scale=scale, exact=exact)
+def _keep(scale: float, cap: float | None, exact: str | None, *args: Any) -> tuple[Any, Any]:
+    found = _shared.bind(*args, scale=scale, cap=cap, exact=exact)
     return found, (args, found)
 
 
@@ -241,10 +256,12 @@ def _lift_gradient(args: Sequence[Array], axes: Sequence[int | None], **static: 
     return tuple(rearrange(x, "(n b) ... -> n b ...", n=size) for x in found), (0, 0, 0)
 
 
-def _slope(primals: Sequence[Any], tangents: Sequence[Any], *, scale: float, exact: str | None) -> tuple[Any, Any]:
+def _slope(
+    primals: Sequence[Any], tangents: Sequence[Any], *, scale: float, cap: float | None, exact: str | None
+) -> tuple[Any, Any]:
     *moved, mask = primals
     moving = [ad.instantiate_zeros(t) for t in tangents[:3]]
-    return jax.jvp(lambda *moved: _differentiable(scale, exact, *moved, mask), moved, moving)
+    return jax.jvp(lambda *moved: _differentiable(scale, cap, exact, *moved, mask), moved, moving)
 
 
 def _primitive(name: str, f: Callable[..., Any], shapes: Callable[..., Any], lift: Callable[..., Any]) -> Primitive:
@@ -253,7 +270,7 @@ def _primitive(name: str, f: Callable[..., Any], shapes: Callable[..., Any], lif
 
     p = Primitive(name)
     p.multiple_results = True
-    p.def_impl(jax.jit(f, static_argnames=("scale", "exact")))
+    p.def_impl(jax.jit(f, static_argnames=("scale", "cap", "exact")))
     p.def_abstract_eval(abstract)
     mlir.register_lowering(p, mlir.lower_fun(f, multiple_results=True))
     batching.primitive_batchers[p] = lift

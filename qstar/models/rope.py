@@ -36,8 +36,8 @@ KINDS: dict[str, tuple[dict[str, Field], dict[str, Field]]] = {
 }
 
 
-def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]:
-    """Returns `rope_theta`, `rope_scaling`, `max_positions` and `trained_positions` of a config.json.
+def read_scaling(c: dict[str, Any], where: str, head_dim: int, theta: float = 10000.0) -> dict[str, Any]:
+    """Returns `rope_theta` (default: theta) and the other fields of rotary positions of a config.json.
 
     Raises:
       UserError: an unknown kind, or an entry that is missing, of another type or out of range.
@@ -49,25 +49,29 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]
     raw = c.get("rope_scaling") or c.get("rope_parameters") or {}
     place = f"{where}: {'rope_scaling' if c.get('rope_scaling') else 'rope_parameters'}"
     kind = raw.get("rope_type") or raw.get("type") or "default"
+    phi3 = c.get("model_type") == "phi3"
+    # Older names of the same.
+    kind = "longrope" if phi3 and kind in ("su", "yarn") else kind
     known = isinstance(kind, str) and kind in KINDS
     require((known, f"{place}: rope_type {kind!r} is not one of {', '.join(KINDS)}"))
     required, optional = KINDS[kind]
     trained = c.get("max_position_embeddings") or 2048
-    raw = {k: v for k, v in {"rope_theta": c.get("rope_theta"), **raw}.items() if v is not None}
+    above = {key: c.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    raw = {k: v for k, v in {**above, **raw}.items() if v is not None}
     if _TRAINED in required:
         # At the top level in Phi-3's files; transformers prefers that place.
         raw[_TRAINED] = c.get(_TRAINED) or raw.get(_TRAINED, trained)
         if kind == "yarn" and type(raw[_TRAINED]) is int:
             raw.setdefault("factor", trained / max(1, raw[_TRAINED]))
-    others = {"rope_theta": number(1, 1e15), "partial_rotary_factor": number(1, 1)}
+    others = {"rope_theta": number(1, 1e15), "partial_rotary_factor": number(1e-3 if phi3 else 1, 1)}
     fields.check(raw, place, required, {**optional, **others})
-    theta = float(raw.get("rope_theta", 10000.0))
+    theta, rotated = float(raw.get("rope_theta", theta)), int(head_dim * raw.get("partial_rotary_factor", 1))
     kept = required.keys() | optional.keys()
     scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in kept}
-    half = head_dim // 2
+    half = rotated // 2
     for key in {"short_factor", "long_factor"} & scaling.keys():
         count = len(scaling[key])
-        require((count == half, f"{place}: {key} has {count} entries; half of head_dim is {half}"))
+        require((count == half, f"{place}: {key} has {count} entries; half of the rotated width is {half}"))
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     require(
         (kind != "dynamic" or head_dim > 2, f"{place}: dynamic scaling needs a head_dim above 2"),
@@ -82,6 +86,7 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]
     return {
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else tuple(sorted({**scaling, "rope_type": kind}.items())),
+        "rotary_dim": None if rotated == head_dim else rotated,
         "max_positions": min(reach, 2**31 - 1),
         "trained_positions": trained if reach > trained else None,
     }
@@ -161,6 +166,19 @@ def rope_tables(config: ModelConfig, positions: Array) -> RopeTables:
     if config.rope_interleaved:
         return jnp.repeat(cos, 2, axis=1), rearrange(jnp.stack([-sin, sin]), "two t f -> t (f two)")
     return jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
+
+
+def layer_tables(config: ModelConfig, positions: Array) -> list[RopeTables | None]:
+    """Returns the tables of `rope_tables` that the layers choose from (`ModelConfig.layer_kinds`)."""
+    if config.position != "rope":
+        return [None]
+    tables = [rope_tables(config, positions)]
+    if config.window_theta is not None:
+        tables.append(rope_tables(config.replace(rope_theta=config.window_theta, rope_scaling=None), positions))
+    if config.rotated:
+        # A turn by 0: layers without rotary positions run the same program.
+        tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][1])))
+    return tables
 
 
 def apply_rope(x: Array, tables: RopeTables, config: ModelConfig) -> Array:

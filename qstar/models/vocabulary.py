@@ -14,13 +14,20 @@ from einops import rearrange
 
 from qstar.mesh import constrain, count_batch_shards
 from qstar.models.attention import NEG, precision
+from qstar.models.prefix_attention import soft_cap
 
 # Bytes of float32 logits that exist at a time on a device: they fit in a CPU's cache; accelerators lose nothing by it.
 CHUNK_BYTES = 8 * 2**20
 # Tokens: with fewer, reading and writing the kernel and its gradient costs more than the products.
 MIN_CHUNK = 512
 
-Head = tuple[jax.Array, jax.Array | None]  # kernel [D, V] and bias [V] of the vocabulary's product
+
+class Head(NamedTuple):
+    """The vocabulary's product: logits of a state h are c tanh(h W / c) + b, or h W + b without a soft cap c."""
+
+    kernel: jax.Array  # W [D, V]
+    bias: jax.Array | None = None  # b [V]
+    cap: float | None = None
 
 
 class TokenScores(NamedTuple):
@@ -45,12 +52,12 @@ def token_logprobs(
     For scoring and for losses like DPO's; for a weighted sum of log-probabilities `train.losses.token_nll` is faster.
 
     Args:
-      head: kernel [D, V] and bias [V] or None (`decoder.head`).
+      head: see `decoder.head`.
       temperature, limit: see `log_distribution`.
     """
-    kernel, bias = head
+    kernel, *rest = head
     # Rounded as it is multiplied, but kept in its own dtype: the chunks' gradients add up in float32.
-    head = gathered_kernel(kernel, hidden.dtype).astype(kernel.dtype), bias
+    head = Head(gathered_kernel(kernel, hidden.dtype).astype(kernel.dtype), *rest)
 
     def score(hidden: jax.Array, targets: jax.Array) -> TokenScores:
         logits = _limited(head_logits(hidden, *head) / temperature, limit)
@@ -81,10 +88,13 @@ def _limited(logits: jax.Array, limit: int | None) -> jax.Array:
     return jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, NEG)
 
 
-def head_logits(hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+def head_logits(
+    hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, cap: float | None = None
+) -> jax.Array:
     """Returns logits float32 [..., V]: products in the dtype of the states, sums in float32."""
     exact = precision(hidden.dtype)
     logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), precision=exact, preferred_element_type=jnp.float32)
+    logits = soft_cap(logits, cap)
     return logits if bias is None else logits + bias.astype(jnp.float32)
 
 

@@ -20,7 +20,7 @@ from einops import repeat
 from qstar import tree
 from qstar.mesh import SAMPLING, constrain, constrain_tree, map_rows, mesh_jit
 from qstar.models import decoder
-from qstar.models.attention import text_mask
+from qstar.models.attention import text_mask, within_window
 from qstar.models.config import ModelConfig
 from qstar.models.layers import with_adapters
 from qstar.sample.logits import NEG, SamplingParams, sample_token
@@ -129,7 +129,7 @@ def prefill_prefix(params: Params, config: ModelConfig, tokens: jax.Array, lengt
     if not tokens.shape[0]:
         none = jnp.zeros((config.num_kv_heads, 0, config.head_dim), config.dtype)
         return Prefix([(none, none)] * config.num_layers, length)
-    mask = text_mask(None, tokens.shape[0], config.sliding_window)
+    mask = text_mask(None, tokens.shape[0], config)
     _, pairs = decoder.forward(params, config, tokens, jnp.arange(tokens.shape[0]), mask)
     return Prefix([tuple(constrain(x, ("heads", None, None), SAMPLING) for x in pair) for pair in pairs], length)
 
@@ -147,7 +147,7 @@ def insert_requests(
     """Prefills prompts (once for all samples of each), draws the first token of their rows, and fills slots."""
     config = sampler.config
     offsets = jnp.arange(sampler.prompt_length)
-    prompt_mask = text_mask(None, sampler.prompt_length, config.sliding_window)
+    prompt_mask = text_mask(None, sampler.prompt_length, config)
 
     def prefill(tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, KVCache]:
         positions = prefix.length + offsets
@@ -221,10 +221,8 @@ def _step(
         fed = state.step - start_step  # tokens of this row in the ring before this one
         position = prefix.length + prompt_len + fed
         # Older columns are of the row that had the slot before.
-        in_prompt, in_ring = index < prompt_len, age <= fed
-        if config.sliding_window is not None:
-            in_prompt &= prompt_len + fed - index < config.sliding_window
-            in_ring &= age < config.sliding_window
+        in_prompt = within_window(config, index < prompt_len, prompt_len + fed - index)
+        in_ring = within_window(config, age <= fed, age)
         past = [
             [
                 *_prefix_segments(prefix_pair, prefix, position[None], config),
@@ -265,9 +263,7 @@ def _prefix_segments(
     if not index.shape[0]:
         return []
     mask = repeat(index < prefix.length, "c -> t c", t=positions.shape[0])
-    if config.sliding_window is not None:
-        mask &= positions[:, None] - index < config.sliding_window
-    return [Segment(*pair, mask, positions=index)]
+    return [Segment(*pair, within_window(config, mask, positions[:, None] - index), positions=index)]
 
 
 def sample_tokens(

@@ -21,6 +21,7 @@ from qstar import tree
 from qstar.errors import require
 from qstar.mesh import map_rows, mesh_jit, put_global_batch, to_host
 from qstar.models import decoder
+from qstar.models.attention import within_window
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
 from qstar.models.scoring import text_limit
@@ -232,10 +233,8 @@ def _append(
 ) -> tuple[Batch, forward.PrefixCache]:
     # The cache is read below index `length` only: the new token attends to itself through the keys of this very call.
     position, index = row.positions[length], jnp.arange(row.tokens.shape[0])
-    visible = index < length
-    if config.sliding_window is not None:
-        visible &= length - index < config.sliding_window
-    past = forward.past_of(params, lambda pair: [Segment(*pair, visible[None])], text.pairs)
+    visible = within_window(config, (index < length)[None], length - index)
+    past = forward.past_of(params, lambda pair: [Segment(*pair, visible)], text.pairs)
     hidden, new = decoder.forward(params, config, token[None], position[None], None, past)
 
     def put(old: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:

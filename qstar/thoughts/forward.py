@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 
 from qstar.mesh import map_rows
 from qstar.models import decoder, heads
-from qstar.models.attention import text_mask
+from qstar.models.attention import text_mask, within_window
 from qstar.models.config import ModelConfig
 from qstar.thoughts import layout
 from qstar.types import Batch, Params, Segment, Shared
@@ -110,7 +110,7 @@ def run_thread(
       first: which token of the thread x[0] is, from 1.
       thought_kv: keys and values of the thread so far, at column i those of token i + 1; from `first` on unset.
     """
-    T, window = x.shape[0], config.sliding_window
+    T = x.shape[0]
     steps = first + jnp.arange(T)
     mask = layout.thought_mask(row, config, j, steps)
     if thought_kv is None:
@@ -118,12 +118,11 @@ def run_thread(
         past = past_of(params, lambda pair: [Shared(*pair, mask)], pairs)
     else:
         written = 1 + jnp.arange(jax.tree.leaves(thought_kv)[0].shape[-2])
-        visible = repeat(written < first, "s -> t s", t=T)
-        visible = visible if window is None else visible & (steps[:, None] - written < window)
+        visible = within_window(config, repeat(written < first, "s -> t s", t=T), steps[:, None] - written)
         past = past_of(params, lambda pair, mine: [Shared(*pair, mask), Segment(*mine, visible)], pairs, thought_kv)
     positions = layout.thread_positions(row, config, j, steps)
     x = decoder.embed_tokens(params, config, x, positions)
-    return decoder.run(params, config, x, positions, text_mask(None, T, window), past)
+    return decoder.run(params, config, x, positions, text_mask(None, T, config), past)
 
 
 def thread_inputs(

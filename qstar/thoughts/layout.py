@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from qstar.models import decoder
+from qstar.models.attention import LayerMasks, within_window
 from qstar.models.config import ModelConfig
 from qstar.models.vocabulary import token_logprobs
 from qstar.types import Batch, Params
@@ -33,17 +34,17 @@ def text_batch(tokens: Any, mask: Any) -> Batch:
     return Batch(tokens, real.astype(jnp.float32), real.astype(jnp.int32), positions.astype(jnp.int32))
 
 
-def causal_mask(row: Batch, config: ModelConfig) -> jax.Array:
+def causal_mask(row: Batch, config: ModelConfig) -> jax.Array | LayerMasks:
     """Returns bool [N, N], the mask of the base pass over one row."""
     i, segments = jnp.arange(row.tokens.shape[0]), row.segment_ids
     # Padding attends to the real tokens before it, unlike in `models.attention.text_mask`: so do the masks of
     # transformers, hence the official code, whose talk states just past the end of a text depend on it.
     alike = (segments[:, None] == segments) | (segments[:, None] == 0)
     visible = (i <= i[:, None]) & alike & (segments > 0)
-    return visible if config.sliding_window is None else visible & (i[:, None] - i < config.sliding_window)
+    return within_window(config, visible, i[:, None] - i)
 
 
-def thought_mask(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array:
+def thought_mask(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array | LayerMasks:
     """Returns bool [T, N]: the text that thread tokens `steps` [T] (1 = start) of position j attend to.
 
     The other half of a thought's mask, the thread tokens that they attend to, is in `forward.run_thread`.
@@ -51,7 +52,7 @@ def thought_mask(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array
     i, segments = jnp.arange(row.tokens.shape[0]), row.segment_ids
     visible = repeat((i <= j) & (segments == segments[j]), "n -> t n", t=steps.shape[0])
     # The window is measured from j + step, the position of the thread's token, not from j.
-    return visible if config.sliding_window is None else visible & ((j + steps)[:, None] - i < config.sliding_window)
+    return within_window(config, visible, (j + steps)[:, None] - i)
 
 
 def thread_positions(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array:

@@ -170,18 +170,16 @@ def compute_loss(
 ) -> tuple[SumWeight, Metrics]:
     """Returns the loss and metrics of the states of thoughts [B, P, M, S] at positions [B, M]."""
     t, (_, P, _, S), A = config.thoughts, thought_ids.shape, config.thoughts.talk_tokens
-    kernel, bias = decoder.head(params["policy"], config)
+    head = decoder.head(params["policy"], config)
     weights = loss_weights(config, batch, positions, P)
 
     # ---- likelihood, without and with thoughts
-    base_sum, _, base_nll = token_nll(states.base[:, :-1], (kernel, bias), batch.tokens[:, 1:], weights.base)
+    base_sum, _, base_nll = token_nll(states.base[:, :-1], head, batch.tokens[:, 1:], weights.base)
     target_ids, _ = layout.talk_targets(batch, positions, A)
     target_ids, talk_weights = (repeat(x, "b m a -> b p m a", p=P) for x in (target_ids, weights.talk))
     # One product over all talk steps; the official means have a count per step, so there each is on its own.
     steps = [slice(a, a + 1) for a in range(A)] if t.nll_mean == "nonzero" else [slice(0, A)]
-    parts = [
-        token_nll(states.mixed[:, :, :, a], (kernel, bias), target_ids[..., a], talk_weights[..., a]) for a in steps
-    ]
+    parts = [token_nll(states.mixed[:, :, :, a], head, target_ids[..., a], talk_weights[..., a]) for a in steps]
     talk_nll = jnp.concatenate([each for _, _, each in parts], axis=-1)
     normalizer = divisors(config, weights, base_nll, talk_nll)
     nll_base = base_sum / normalizer.base
@@ -195,12 +193,14 @@ def compute_loss(
     if t.clip_negative and t.baseline == "passes" and P > 1:
         think, thoughts, weight = _without_worst(advantage, think, thoughts, weight)
     logit_bias, temperature = forbidden_bias(config), t.policy_temperature
-    offset = bias if logit_bias is None else logit_bias if bias is None else bias + logit_bias
+    if logit_bias is not None:
+        head = head._replace(bias=logit_bias if head.bias is None else head.bias + logit_bias)
     if temperature != 1:
         # (h W + b) / T = (h / T) W + b / T: the states are divided, which are smaller than the logits.
-        think, offset = think / temperature, None if offset is None else offset / temperature
+        bias, cap = (None if x is None else x / temperature for x in head[1:])
+        think, head = think / temperature, head._replace(bias=bias, cap=cap)
     weight = repeat(weight, "b p m -> b p m s", s=S)
-    policy_sum, _, thought_nll = token_nll(think, (kernel, offset), thoughts, weight)
+    policy_sum, _, thought_nll = token_nll(think, head, thoughts, weight)
     policy = policy_sum / normalizer.policy
 
     total = t.base_weight * nll_base + (1 - t.base_weight) * nll_talk + t.policy_weight * policy

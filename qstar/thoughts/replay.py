@@ -105,6 +105,8 @@ def _compute(
     # gives the base's to the last bit.
     w = states.weight[..., None]
     mixed = (1 - w) * base_at_targets + w * talk_logits
+    if config.final_softcap is not None:  # then it is not linear
+        mixed = decoder.unembed(params, config, states.mixed)
     talk_nll = _nll(mixed, repeat(target_ids, "b m a -> b p m a", p=P))
 
     # ---- log-probabilities of the thoughts

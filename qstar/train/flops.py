@@ -50,7 +50,8 @@ def update_flops(config: ModelConfig, batch: Any, *, frozen: bool = False, think
     rows = getattr(batch, "rows", batch)
     real, before = np.asarray(rows.segment_ids) > 0, np.asarray(rows.positions) + 1
     if config.sliding_window is not None:
-        before = np.minimum(before, config.sliding_window)
+        near = config.windowed_share
+        before = near * np.minimum(before, config.sliding_window) + (1 - near) * before
     return count(config, float(real.sum()), float((before * real).sum()), frozen=frozen, thinks=thinks)
 
 
@@ -76,7 +77,7 @@ def count(config: ModelConfig, tokens: float, pairs: float, *, frozen: bool = Fa
 def forward(config: Any, rows: int, length: int, *, context: int = 0, predicted: int = 0) -> Needed:
     """A forward pass over full rows, after a context, with the vocabulary's product at `predicted` tokens in all."""
     core = config.matmul_params - config.vocab_size * config.hidden_size
-    pairs = _causal_pairs(length, config.sliding_window) + length * context
+    pairs = _causal_pairs(length, config) + length * context
     attention = 4.0 * config.num_layers * config.num_heads * config.head_dim * pairs
     vocabulary = 2.0 * config.vocab_size * config.hidden_size * predicted
     return 2.0 * core * rows * length + rows * attention + vocabulary, "2 N per token"
@@ -84,7 +85,7 @@ def forward(config: Any, rows: int, length: int, *, context: int = 0, predicted:
 
 def update(config: Any, rows: int, length: int, *, lora: bool = False, thinks: bool = False) -> Needed:
     """An update on full rows; with `thinks`, of a model that thinks, at `think_fraction` of the positions."""
-    pairs = rows * _causal_pairs(length, config.sliding_window)
+    pairs = rows * _causal_pairs(length, config)
     rule = "4 N per token (LoRA)" if lora else "6 N per token of text and threads" if thinks else "6 N per token"
     return count(config, rows * length, pairs, frozen=lora, thinks=thinks), rule
 
@@ -108,10 +109,11 @@ def respond(config: Any, rows: int, prompt: int, response: int, back: bool = Fal
     return (3.0 * once, "6 N per token") if back else (once, "2 N per token")
 
 
-def _causal_pairs(length: int, window: int | None = None) -> float:
-    # The first w tokens attend to 1 .. w tokens, themselves included; each later one to w.
-    w = min(length, window or length)
-    return w * (w + 1) / 2 + (length - w) * w
+def _causal_pairs(length: int, config: ModelConfig) -> float:
+    # The first w tokens attend to 1 .. w tokens, themselves included; each later one to w. A mean over the layers.
+    near = config.windowed_share
+    windows = (min(length, config.sliding_window or length), near), (length, 1 - near)
+    return sum(share * (w * (w + 1) / 2 + (length - w) * w) for w, share in windows)
 
 
 def _t5_matmul_params(c: EncDecConfig) -> tuple[float, float]:

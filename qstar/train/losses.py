@@ -81,7 +81,7 @@ def token_nll(
         return jnp.sum(-weights * scores.logprobs), jnp.sum(weights * scores.hits), -scores.logprobs
 
     Args:
-      hidden: [..., D]. head: kernel [D, V] and bias [V] or None. targets: [...] int32.
+      hidden: [..., D]. head: see `decoder.head`. targets: [...] int32.
       weights: [...] float32, constants. z_loss: weight of log(Z)^2, added to the first sum.
 
     Returns:
@@ -90,25 +90,27 @@ def token_nll(
     # The cotangents of a weighted sum are known in the forward pass, so it computes the gradient as well, while the
     # logits of a chunk exist: three products with the kernel, where recomputing the logits takes four (13% of a
     # Quiet-STaR step at 32,002 ids, 3% at 512, on a CPU).
-    kernel, bias = head
+    kernel, bias, cap = vocabulary.Head(*head)
     bias = jnp.zeros((kernel.shape[1],), jnp.float32) if bias is None else bias
     flat = rearrange(hidden, "... d -> (...) d"), targets.reshape(-1), jax.lax.stop_gradient(weights.reshape(-1))
-    nll, hits, each = _token_nll(flat[0], kernel, bias, *flat[1:], z_loss)
+    nll, hits, each = _token_nll(flat[0], kernel, bias, *flat[1:], z_loss, cap)
     return nll, hits, jax.lax.stop_gradient(each.reshape(targets.shape))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _token_nll(hidden, kernel, bias, targets, weights, z_loss):
-    return _forward(hidden, kernel, bias, targets, weights, z_loss)[0]  # XLA drops the gradient, which nothing reads
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _token_nll(hidden, kernel, bias, targets, weights, z_loss, cap):
+    return _forward(hidden, kernel, bias, targets, weights, z_loss, cap)[
+        0
+    ]  # XLA drops the gradient, which nothing reads
 
 
-def _forward(hidden, kernel, bias, targets, weights, z_loss):
+def _forward(hidden, kernel, bias, targets, weights, z_loss, cap):
     low, exact = vocabulary.gathered_kernel(kernel, hidden.dtype), precision(hidden.dtype)
 
     def body(carry, xs):
         nll_sum, hit_sum, d_kernel, d_bias = carry
         h, t, w = xs
-        logits = vocabulary.head_logits(h, low, bias)
+        logits = vocabulary.head_logits(h, low, bias, cap)
         top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
         logz = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
         picked = jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0]
@@ -118,13 +120,16 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss):
         d_logits = jnp.exp(logits - logz[:, None]) * (w * (1 + 2 * z_loss * logz))[:, None]
         # A comparison selects the target's logit: no one-hot array, and no scatter.
         d_logits = jnp.where(jnp.arange(logits.shape[1]) == t[:, None], d_logits - w[:, None], d_logits)
+        d_bias = d_bias + jnp.sum(d_logits, axis=0)
+        if cap is not None:  # d c tanh(x / c) = (1 - tanh(x / c)^2) dx; the bias is added after the cap
+            d_logits = d_logits * (1 - jnp.square((logits - bias) / cap))
         # Products in the compute dtype, but their sum over chunks in float32, where small terms are not lost.
         d_low = d_logits.astype(h.dtype)
         d_hidden = jnp.matmul(d_low, low.T, precision=exact)
         d_kernel += jnp.matmul(h.T, d_low, precision=exact, preferred_element_type=jnp.float32)
         # Sharded like the kernel: no device carries the whole float32 gradient through the scan.
         d_kernel = constrain(d_kernel, ("embed", "vocab"))
-        return (nll_sum, hit_sum, d_kernel, d_bias + jnp.sum(d_logits, axis=0)), (d_hidden, logz - picked)
+        return (nll_sum, hit_sum, d_kernel, d_bias), (d_hidden, logz - picked)
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
@@ -134,8 +139,8 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss):
     return (nll, hits, each), (d_hidden, d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype), targets, weights)
 
 
-def _backward(z_loss, saved, cotangents):
-    del z_loss
+def _backward(z_loss, cap, saved, cotangents):
+    del z_loss, cap
     d_hidden, d_kernel, d_bias, targets, weights = saved
     # Only the first sum has a gradient: it is linear in its cotangent, a factor. JAX wants float0 for integers.
     g = cotangents[0]

@@ -38,6 +38,14 @@ _LONG = dict(
     long_factor=[1.0, 2.0, 3.0, 5.0],
 )
 
+_LLAMA4 = dict(_LLAMA, num_hidden_layers=4)
+_MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+_GEMMA = dict(_LLAMA4, head_dim=8, sliding_window=4, query_pre_attn_scalar=12)
+_GEMMA3_ROPE = dict(
+    full_attention=dict(rope_type="linear", rope_theta=5e4, factor=4.0),
+    sliding_attention=dict(rope_type="default", rope_theta=500.0),
+)
+
 CASES = {
     "llama": ("Llama", dict(_LLAMA)),
     "llama biased tied": (
@@ -61,6 +69,34 @@ CASES = {
     "qwen2 window": ("Qwen2", dict(_LLAMA, use_sliding_window=True, sliding_window=4, max_window_layers=0)),
     "qwen3": ("Qwen3", dict(_LLAMA, head_dim=16, tie_word_embeddings=True, rms_norm_eps=1e-3)),
     "qwen3 biased": ("Qwen3", dict(_LLAMA, head_dim=8, attention_bias=True)),
+    "qwen3 mixed": ("Qwen3", dict(_LLAMA4, head_dim=8, use_sliding_window=True, sliding_window=4, layer_types=_MIXED)),
+    "ministral": ("Ministral", dict(_LLAMA4, head_dim=8, sliding_window=4, layer_types=_MIXED)),
+    "gemma2": ("Gemma2", dict(_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
+    "gemma3": ("Gemma3Text", dict(_GEMMA, num_hidden_layers=6, rope_parameters=_GEMMA3_ROPE)),
+    "gemma3 capped, untied": (
+        "Gemma3Text",
+        dict(_GEMMA, layer_types=_MIXED, final_logit_softcapping=3.0, attention_bias=True, tie_word_embeddings=False),
+    ),
+    "phi3": ("Phi3", dict(_LLAMA, sliding_window=5, pad_token_id=None)),
+    "phi3 longrope, partly rotated": (
+        "Phi3",
+        dict(
+            _LLAMA,
+            head_dim=16,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            original_max_position_embeddings=16,
+            rope_parameters=dict(_LONG, partial_rotary_factor=0.5),
+        ),
+    ),
+    "olmo2": ("Olmo2", dict(_LLAMA, pad_token_id=None)),
+    "olmo2 biased": ("Olmo2", dict(_LLAMA, attention_bias=True, num_key_value_heads=4, pad_token_id=None)),
+    "smollm3": ("SmolLM3", dict(_LLAMA4, pad_token_id=None)),
+    "smollm3 window": (
+        "SmolLM3",
+        dict(_LLAMA4, pad_token_id=None, use_sliding_window=True, sliding_window=4, no_rope_layers=[0, 1, 1, 0]),
+    ),
     "gpt2": ("GPT2LMHead", dict(_GPT)),
     "gpt2 untied": ("GPT2LMHead", dict(_GPT, tie_word_embeddings=False, n_inner=48, activation_function="gelu")),
     "gptj": ("GPTJ", dict(_GPT, rotary_dim=4)),
@@ -72,7 +108,7 @@ def torch_model(case: str) -> torch.nn.Module:
     """Returns a random model in which no bias is 0, no norm is 1, and logits are of the order of 1."""
     name, options = CASES[case]
     config = getattr(transformers, name.removesuffix("LMHead") + "Config")(**options)
-    for_lm = "GPT2LMHeadModel" if name == "GPT2LMHead" else name + "ForCausalLM"
+    for_lm = "GPT2LMHeadModel" if name == "GPT2LMHead" else name.removesuffix("Text") + "ForCausalLM"
     model = getattr(transformers, for_lm)(config).eval()
     generator = torch.Generator().manual_seed(sum(map(ord, case)))
     with torch.no_grad():

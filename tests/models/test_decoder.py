@@ -57,7 +57,7 @@ def params():
 
 def run(params, config, tokens, positions=None, mask=None):
     positions = jnp.arange(len(tokens)) if positions is None else positions
-    mask = text_mask(None, len(tokens), config.sliding_window) if mask is None else mask
+    mask = text_mask(None, len(tokens), config) if mask is None else mask
     return decoder.forward(params, config, tokens, positions, mask)[0]
 
 
@@ -210,7 +210,7 @@ def test_documents_of_a_row_are_as_good_as_alone(config):
     params = noisy(config)
     ids = jnp.array([1] * 5 + [2] * 4 + [0] * 3)
     positions = jnp.array([*range(5), *range(4), 0, 0, 0])
-    mask = text_mask(ids, T, config.sliding_window)
+    mask = text_mask(ids, T, config)
     row = hidden(params, config, TOKENS, positions, mask)
     np.testing.assert_allclose(row[:5], hidden(params, config, TOKENS[:5]), atol=1e-5)
     np.testing.assert_allclose(row[5:9], hidden(params, config, TOKENS[5:9]), atol=1e-5)

@@ -51,7 +51,7 @@ def test_splash_is_softmax_attention_in_packed_rows_with_its_gradients(monkeypat
     config = CONFIG.replace(attention="splash", sliding_window=window)
     assert causal_mask(config, PACKED[0]).impl == "splash"
     found = run(lambda ids: causal_mask(config, ids), PACKED, PACKED > 0)
-    same(found, run(lambda ids: text_mask(ids, T, window), PACKED, PACKED > 0))
+    same(found, run(lambda ids: text_mask(ids, T, config), PACKED, PACKED > 0))
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -60,7 +60,7 @@ def test_cudnn_is_told_of_causes_lengths_and_windows_alone(window, monkeypatch):
     ask = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **how: ask(*a, **how))
     found = run(lambda ids: flash.KernelMask(ids, "cudnn", window), ALONE, ALONE > 0)
-    same(found, run(lambda ids: text_mask(ids, T, window), ALONE, ALONE > 0))
+    same(found, run(lambda ids: text_mask(ids, T, CONFIG.replace(sliding_window=window)), ALONE, ALONE > 0))
 
 
 def test_cudnn_is_lowered_without_a_mask_of_text_by_text(monkeypatch):

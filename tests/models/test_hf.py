@@ -318,6 +318,64 @@ GPTJ = {
     "bos_token_id": 50256,
     "eos_token_id": 50256,
 }
+GEMMA2 = {
+    "model_type": "gemma2",
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 34,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+}
+PHI3 = {
+    "model_type": "phi3",
+    "vocab_size": 200064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+}
+SMOLLM3 = {
+    "model_type": "smollm3",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "no_rope_layer_interval": 4,
+    "rope_theta": 5000000.0,
+}
+OLMO2 = {
+    "model_type": "olmo2",
+    "vocab_size": 100352,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rope_theta": 500000,
+}
 OLD = {
     "llama 2": LLAMA_2,
     "llama 3.1": LLAMA_31,
@@ -329,9 +387,17 @@ OLD = {
     "qwen3": QWEN3,
     "qwen2, window asked for but in no layer": {**QWEN2, "use_sliding_window": True},
     "qwen2, window in all layers": {**QWEN2, "use_sliding_window": True, "max_window_layers": 0},
+    "qwen2, window in some layers": {**QWEN2, "use_sliding_window": True, "max_window_layers": 12},
     "gpt2": GPT2,
     "gptj": GPTJ,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "phi3": PHI3,
+    "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
 }
+WINDOWED = ("mistral", "mistral, window by default", "qwen2, window in all layers", "qwen2, window in some layers",
+            "gemma2", "gemma3_text", "phi3")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OLD)
@@ -343,9 +409,7 @@ def test_older_configs_read_like_the_same_config_rewritten_by_transformers_5(nam
     keep = {"bos_id": None, "eos_id": None, "max_positions": 1}  # their defaults fill what a short file leaves out
     assert ours.replace(**keep) == theirs.replace(**keep)
     assert from_hf(json.loads(json.dumps(to_hf(ours)))) == ours  # and what we write reads back
-    assert (ours.sliding_window is not None) == (
-        name in ("mistral", "mistral, window by default", "qwen2, window in all layers")
-    )
+    assert (ours.sliding_window is not None) == (name in WINDOWED)
 
 
 def test_numbers_of_known_models_are_read():
@@ -363,6 +427,14 @@ def test_numbers_of_known_models_are_read():
         3072,
         True,
     )
+    c = from_hf({"model_type": "gemma3", "text_config": GEMMA3, "vision_config": {}, "eos_token_id": [1, 106]})
+    assert (c.vocab_size, c.num_heads, c.num_kv_heads, c.head_dim, c.query_scalar) == (262208, 8, 4, 256, 256)
+    assert (c.rope_theta, c.window_theta, dict(c.rope_scaling)["factor"], c.max_positions) == (1e6, 1e4, 8.0, 131072)
+    assert c.windowed[:7] == (True,) * 5 + (False, True) and c.also_eos == (106,) and c.embed_scale
+    assert from_hf(GEMMA2).windowed[:3] == (True, False, True) and from_hf(GEMMA2).final_softcap == 30.0
+    assert from_hf({**GEMMA2, "final_logit_softcapping": None}).final_softcap is None
+    assert (from_hf(PHI3).rotary_dim, from_hf(PHI3).max_positions) == (96, 131072)
+    assert from_hf(SMOLLM3).rotated == (True, True, True, False) * 9
     assert from_hf(QWEN3).head_dim == 128 and from_hf(QWEN2).qkv_bias and not from_hf(QWEN2).out_bias
 
 
@@ -373,7 +445,17 @@ def test_numbers_of_known_models_are_read():
         ({"hidden_act": "relu6"}, "activation 'relu6'"),
         ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope_type 'su'"),
         ({"num_key_value_heads": 5}, "num_kv_heads=5"),
-        ({**QWEN2, "use_sliding_window": True, "max_window_layers": 12}, "full_attention and sliding_attention"),
+        ({**MISTRAL, "layer_types": ["full_attention", "sliding_attention"] * 16}, "layer_types mixes .* 'ministral'"),
+        ({**QWEN2, "use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types must have 24 entries"),
+        ({**QWEN2, "layer_types": ["chunked_attention"] * 24}, r"layer_types=.* must be a list of full_attention"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ({**GEMMA3, "attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1.0 must be a number"),
+        (
+            {**GEMMA3, "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "only the default is supported in layers with sliding_attention",
+        ),
+        ({**PHI3, "partial_rotary_factor": 7}, "partial_rotary_factor=7"),
+        ({"model_type": "gemma3n"}, "model_type 'gemma3n' is not one of .*gemma3"),
     ],
 )
 def test_configs_that_are_not_implemented_are_refused_by_name(change, says):

@@ -126,7 +126,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [
     ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2, "high_freq_factor": 2}, "high_freq_factor=2 must be above"),
     ({"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"}, "beta_fast='32'"),
     ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0.5}, "original_max_position_embeddings=0.5"),
-    ({**LONGROPE, "long_factor": [2.0] * 7}, "long_factor has 7 entries; half of head_dim is 8"),
+    ({**LONGROPE, "long_factor": [2.0] * 7}, "long_factor has 7 entries; half of the rotated width is 8"),
     ({**LONGROPE, "short_factor": [0.0] * 8}, "short_factor=.*must be a list, each entry a number"),
     ({**LONGROPE, "short_factor": 1.0}, "short_factor=1.0 must be a list"),
     ({"rope_type": ["linear"]}, "rope_type .'linear'. is not one of default, linear"),

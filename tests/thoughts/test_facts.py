@@ -27,7 +27,7 @@ def explicit(tree, config, text, thought, future):
     rows = jnp.concatenate([table[text], start, table[thought], end, table[future]])
     positions = jnp.minimum(jnp.arange(length), config.max_positions - 1)
     x = decoder.embed_tokens(tree, config, rows, positions)
-    hidden, _ = decoder.run(tree, config, x, positions, text_mask(None, length, config.sliding_window))
+    hidden, _ = decoder.run(tree, config, x, positions, text_mask(None, length, config))
     return hidden[len(text) : len(text) + S], hidden[len(text) + S + 1 :]
 
 
