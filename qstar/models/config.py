@@ -96,6 +96,10 @@ class ModelConfig(Settings):
                 self.thoughts is None or not self.relative_bias,
                 "model config: thoughts and relative_bias do not go together; leave one of them out",
             ),
+            (
+                self.final_softcap is None or not self.head_bias,
+                "model config: final_softcap and head_bias do not go together; leave one of them out",
+            ),
             (heads % groups == 0, f"model config: num_heads={heads} is not a multiple of num_kv_heads={groups}"),
             (fits, f"model config: {name}={rotated} must be even and at most head_dim: rotary positions rotate pairs"),
         )

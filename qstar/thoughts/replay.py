@@ -13,6 +13,8 @@ from einops import rearrange, repeat
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
+from qstar.models.prefix_attention import soft_cap
+from qstar.models.vocabulary import head_logits
 from qstar.thoughts import forward, layout
 from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.chunked_replay import replay_states
@@ -95,18 +97,18 @@ def _compute(
 
     # ---- likelihood, without and with thoughts
     targets, weights = layout.text_targets(batch)
-    base_logits = decoder.unembed(params, config, states.base)  # [B, N, V]
-    base_nll = _nll(base_logits[:, :-1], targets)  # [B, N-1]
+    kernel, bias, cap = decoder.head(params, config)
+    base_logits = head_logits(states.base, kernel, bias)  # [B, N, V]
+    base_nll = _nll(soft_cap(base_logits[:, :-1], cap), targets)  # [B, N-1]
     target_ids, target_weights = layout.talk_targets(batch, positions, A)  # [B, M, A]
-    talk_logits = decoder.unembed(params, config, states.talk)  # [B, P, M, A, V]
+    talk_logits = head_logits(states.talk, kernel, bias)  # [B, P, M, A, V]
     index = (positions[..., None] + jnp.arange(A)) % N
     base_at_targets = layout.take_rows(base_logits, index)[:, None]  # [B, 1, M, A, V]
     # The vocabulary product is linear, so states and logits mix alike (paper, section 4.3); with logits, a weight of 0
-    # gives the base's to the last bit.
+    # gives the base's to the last bit. A soft cap is not linear, and comes after.
     w = states.weight[..., None]
     mixed = (1 - w) * base_at_targets + w * talk_logits
-    if config.final_softcap is not None:  # then it is not linear
-        mixed = decoder.unembed(params, config, states.mixed)
+    base_logits, talk_logits, mixed = (soft_cap(x, cap) for x in (base_logits, talk_logits, mixed))
     talk_nll = _nll(mixed, repeat(target_ids, "b m a -> b p m a", p=P))
 
     # ---- log-probabilities of the thoughts

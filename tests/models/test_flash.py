@@ -99,6 +99,8 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_fits(changes, platform, 
     ({"attention": "splash"}, "cpu", 200, "rows of 200 tokens are no multiple of 128"),
     ({"attention": "splash"}, "tpu", 256, "dtype is float32"),
     ({"attention": "splash", "relative_bias": True}, "cpu", 256, "relative_bias is set"),
+    ({"attention": "splash", "attn_softcap": 50.0}, "cpu", 256, "it has no soft cap on scores, and attn_softcap is 50;"),
+    ({"attention": "splash", "windowed": (True, False), "sliding_window": 9}, "cpu", 256, "only some have the sliding win"),
     ({"attention": "cudnn"}, "tpu", 256, "runs on tpu"),
     ({"attention": "cudnn", "dtype": "bfloat16"}, "gpu", 256, "train.packed=False"),
 ])  # fmt: skip

@@ -177,6 +177,7 @@ def test_files_that_do_not_fit_are_named(params, adapters, tmp_path):
 FAMILIES = {
     "llama": ["q_proj", "v_proj", "down_proj"],
     "qwen2": ["k_proj", "o_proj", "gate_proj", "up_proj"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "gptj": ["q_proj", "out_proj", "fc_in", "fc_out"],
     "gpt2": ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"],
 }
@@ -251,7 +252,7 @@ def test_adapter_settings_out_of_range_are_named(change, says, params, adapters,
 
 @pytest.mark.parametrize("case, targets", [
     *((case, targets) for case in ("gpt2", "gptj") for targets in (lora.KERNELS, ("q", "v"), ("k",), ("o",))),
-    ("qwen2", lora.KERNELS),
+    ("qwen2", lora.KERNELS), ("phi3", lora.KERNELS), ("phi3", ("k", "up")), ("gemma3", lora.KERNELS),
 ])  # fmt: skip
 def test_adapters_of_every_family_are_saved_for_peft(case, targets, tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")

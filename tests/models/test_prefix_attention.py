@@ -16,7 +16,7 @@ from qstar.types import Segment, Shared
 B, P, M, T, H, K, S = 2, 2, 9, 3, 4, 8, 80  # S: three blocks of keys, the last not full
 
 
-def lifted(kind, positions, window, q, keys, values, own):
+def lifted(kind, positions, window, cap, q, keys, values, own):
     """[B, P, M, T, H, K]: threads that see the text up to their position (within a window), and themselves."""
 
     def one(q, keys, values, own, j):
@@ -24,7 +24,7 @@ def lifted(kind, positions, window, q, keys, values, own):
         if window:
             seen &= j + jnp.arange(T)[:, None] - jnp.arange(S) < window
         causal = Segment(*own, jnp.tril(jnp.ones((T, T), bool)))
-        return attend(q, [kind(keys, values, seen), causal], scale=K**-0.5)
+        return attend(q, [kind(keys, values, seen), causal], scale=K**-0.5, cap=cap)
 
     each = jax.vmap(one, (0, None, None, 0, 0))
     return jax.vmap(jax.vmap(each, (0, None, None, 0, None)))(q, keys, values, own, positions)
@@ -37,8 +37,11 @@ def several_tiles(monkeypatch):
     )  # 4 threads: of 9, the third tile repeats three
 
 
-@pytest.mark.parametrize("groups, window, chosen", [(4, None, False), (2, 7, False), (1, None, True), (2, 7, True)])
-def test_values_and_gradients_are_those_of_plain_attention(groups, window, chosen):
+@pytest.mark.parametrize(
+    "groups, window, chosen, cap",
+    [(4, None, False, None), (2, 7, False, 1.5), (1, None, True, None), (2, 7, True, None)],
+)
+def test_values_and_gradients_are_those_of_plain_attention(groups, window, chosen, cap):
     keys = jax.random.split(jax.random.key(0), 6)
     normal = jax.random.normal
     args = (
@@ -52,7 +55,7 @@ def test_values_and_gradients_are_those_of_plain_attention(groups, window, chose
 
     def run(kind, *args):
         def total(*args):
-            out = lifted(kind, positions, window, *args)
+            out = lifted(kind, positions, window, cap, *args)
             return jnp.sum(out * factor), out
 
         return jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True)(*args)

@@ -37,6 +37,17 @@ BASE = ModelConfig(
 CONFIGS = {
     "gqa": BASE,
     "window": BASE.replace(sliding_window=6, num_kv_heads=1, num_layers=1),
+    "mixed": BASE.replace(
+        num_layers=3,
+        sliding_window=6,
+        windowed=(True, False, True),
+        window_theta=100.0,
+        rotated=(True, True, False),
+        norm_place="post",
+        qk_norm_wide=True,
+        attn_softcap=5.0,
+        final_softcap=9.0,
+    ),
     "learned": BASE.replace(
         num_layers=1,
         position="learned",

@@ -34,6 +34,22 @@ FAMILIES = {
     "mistral": LLAMA.replace(family="mistral", sliding_window=4),
     "qwen2": LLAMA.replace(family="qwen2", qkv_bias=True, tie_embeddings=True, num_kv_heads=1),
     "qwen3": LLAMA.replace(family="qwen3", qk_norm=True, head_dim=4),
+    "gemma": LLAMA.replace(  # Gemma 2 and 3 at once, and a layer without rotary positions
+        num_layers=3,
+        windowed=(True, False, True),
+        sliding_window=3,
+        window_theta=50.0,
+        rotated=(True, True, False),
+        query_scalar=5.0,
+        attn_softcap=2.0,
+        final_softcap=3.0,
+        norm_place="both",
+        norm_offset=True,
+        qk_norm=True,
+        embed_scale=True,
+        tie_embeddings=True,
+        activation="gelu_tanh",
+    ),
     "gpt2": LLAMA.replace(family="gpt2", position="learned", qkv_bias=True, out_bias=True, tie_embeddings=True, **_GPT),
     "gptj": LLAMA.replace(
         family="gptj", parallel_block=True, head_bias=True, rotary_dim=4, rope_interleaved=True, **_GPT

@@ -54,7 +54,7 @@ def parallel(model: Model, rows: list[list[int]], thoughts=None):
     return out.talk_mixed_logits[0, each, last], thought_ids[:, each, last].T, out.talk_mix_weight[0, each, last]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gptj", "tiny"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma", "gpt2", "gptj", "tiny"])
 def test_cached_generation_equals_the_parallel_forward(family):
     model = model_of(family)
     t = model.config.thoughts.replace(temperature=0.0)

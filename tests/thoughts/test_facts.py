@@ -49,7 +49,7 @@ def test_prefix_and_thread_written_out_as_a_sequence_give_the_same_logits(family
                 np.testing.assert_allclose(ours[:, row, j, 1 : V - 1], theirs[:, 1 : V - 1], atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma", "gpt2"])
 def test_reinforce_gradients_are_those_of_the_written_out_sequences(family):
     config, tree, (tokens, mask), thought_ids = FAMILIES[family], params(family), texts(1, 5), thoughts(1, 5, 1)
     factor = np.random.default_rng(3).normal(size=5).astype(np.float32)

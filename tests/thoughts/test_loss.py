@@ -21,7 +21,7 @@ from qstar.train import optim
 from qstar.train.state import create_state
 from qstar.train.step import make_step
 from qstar.types import Batch
-from tests.thoughts.families import LLAMA, N, V, params, texts, thoughts
+from tests.thoughts.families import FAMILIES, LLAMA, N, V, params, texts, thoughts
 
 KEY = jax.random.key(0)
 
@@ -44,15 +44,21 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(
-    "choice,sizes",
-    [("default", (1, 1, 1)), ("default", (3, 1, 2)), ("official", (1, 3, 3)), ("sigmoid, base", (2, 2, 1))],
+    "choice,sizes,family",
+    [
+        ("default", (1, 1, 1), "llama"),
+        ("default", (3, 1, 2), "llama"),
+        ("official", (1, 3, 3), "llama"),
+        ("sigmoid, base", (2, 2, 1), "llama"),
+        ("sigmoid, base", (2, 2, 1), "gemma"),
+    ],
 )
-def test_chunked_loss_and_gradients_are_those_of_the_replay_in_full(choice, sizes, monkeypatch):
+def test_chunked_loss_and_gradients_are_those_of_the_replay_in_full(choice, sizes, family, monkeypatch):
     monkeypatch.setattr(vocabulary, "MIN_CHUNK", 5)
     monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 1)
     S, T, P = sizes
     t = ThoughtConfig(thought_tokens=S, talk_tokens=T, thoughts_per_position=P, forbidden_ids=(0,), **CHOICES[choice])
-    config, tree, (tokens, mask) = LLAMA.replace(thoughts=t), params("llama"), texts()
+    config, tree, (tokens, mask) = FAMILIES[family].replace(thoughts=t), params(family), texts()
     mask = mask.at[1, 5:].set(0)
     thought_ids = thoughts(passes=P, tokens=S)
 

@@ -36,28 +36,31 @@ def arrays():
     return *floats, rng.integers(0, V, N).astype(np.int32), weights
 
 
-def torch_nll(hidden, kernel, bias, targets, weights, z_loss):
-    logits = hidden @ kernel + (0 if bias is None else bias)
+def torch_nll(hidden, kernel, bias, targets, weights, z_loss, cap):
+    logits = hidden @ kernel
+    logits = (cap * torch.tanh(logits / cap) if cap else logits) + (0 if bias is None else bias)
     logz = torch.logsumexp(logits, -1)
     nll = torch.nn.functional.cross_entropy(logits, torch.tensor(targets, dtype=torch.long), reduction="none")
     hits = (logits.argmax(-1).numpy() == targets) * weights
     return (torch.tensor(weights) * (nll + z_loss * logz**2)).sum(), hits.sum()
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("z_loss, cap", [(0.0, None), (1e-2, None), (1e-2, 1.5)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_token_nll_and_its_gradients_are_those_of_torch(chunks, z_loss, biased):
+def test_token_nll_and_its_gradients_are_those_of_torch(chunks, z_loss, cap, biased):
     hidden, kernel, bias, targets, weights = arrays()
     inputs = (hidden, kernel, bias) if biased else (hidden, kernel)
 
     def loss(*xs):
-        nll, hits, _ = losses.token_nll(xs[0], (*xs[1:], None)[:2], targets, weights, z_loss)
+        nll, hits, _ = losses.token_nll(xs[0], (*(*xs[1:], None)[:2], cap), targets, weights, z_loss)
         return 1.7 * nll + 3.0, (nll, hits)  # a cotangent that is not 1
 
     grads, (nll, hits) = jax.jit(jax.grad(loss, argnums=tuple(range(len(inputs))), has_aux=True))(*inputs)
-    *plain, _ = losses.token_nll(inputs[0], (*inputs[1:], None)[:2], targets, weights, z_loss)  # without a gradient
+    *plain, _ = losses.token_nll(
+        inputs[0], (*(*inputs[1:], None)[:2], cap), targets, weights, z_loss
+    )  # without a gradient
     theirs_grad = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
-    expected, expected_hits = torch_nll(*theirs_grad, *([] if biased else [None]), targets, weights, z_loss)
+    expected, expected_hits = torch_nll(*theirs_grad, *([] if biased else [None]), targets, weights, z_loss, cap)
     (1.7 * expected).backward()
     for value, hit in ((nll, hits), plain):
         assert float(value) == pytest.approx(expected.item(), rel=1e-5)

@@ -33,15 +33,15 @@ def packed(*documents):
     return Batch(ids[None], np.ones((1, len(ids)), np.float32), ids[None], positions[None])
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_the_flops_of_an_update_are_three_times_those_of_its_products(window):
+@pytest.mark.parametrize("window, mixed", [(None, ()), (4, ()), (4, (False, True, False))])
+def test_the_flops_of_an_update_are_three_times_those_of_its_products(window, mixed):
     """Brute force: 2 per multiply-add of every product, forward; only pairs that see each other."""
-    c, total = CONFIG.replace(sliding_window=window), 0
+    c, total = CONFIG.replace(sliding_window=window, windowed=mixed), 0
     for n in (9, 2):
         for t in range(n):
             kernels = 12 * 24 + 2 * 12 * 12 + 24 * 12 + 3 * 12 * 7  # q, k and v, o, gated MLP
-            seen = min(t + 1, window or n)
-            total += 3 * (2 * kernels + 2 * 2 * 4 * 6 * seen) + 2 * 12 * 50
+            seen = sum(min(t + 1, window or n) if near else t + 1 for near in mixed or (True,) * 3)
+            total += 3 * 2 * kernels + 2 * 2 * 4 * 6 * seen + 2 * 12 * 50
     assert flops.update_flops(c, packed(9, 2)) == pytest.approx(3 * total)
     assert flops.update_flops(c, Preference(packed(9, 2), None, None)) == pytest.approx(3 * total)
     frozen = flops.update_flops(c, packed(9, 2), frozen=True)  # no gradient of the kernels
