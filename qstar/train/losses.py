@@ -99,9 +99,8 @@ def token_nll(
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _token_nll(hidden, kernel, bias, targets, weights, z_loss, cap):
-    return _forward(hidden, kernel, bias, targets, weights, z_loss, cap)[
-        0
-    ]  # XLA drops the gradient, which nothing reads
+    # XLA drops the gradient, which nothing reads.
+    return _forward(hidden, kernel, bias, targets, weights, z_loss, cap)[0]
 
 
 def _forward(hidden, kernel, bias, targets, weights, z_loss, cap):

@@ -179,13 +179,16 @@ def test_models_that_can_only_compute_nan_are_refused_by_key(key, value):
     {"model_type": "gpt2", "vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4},
     {"model_type": "gptj", "vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
     {"model_type": "t5", "vocab_size": 50, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 40},
+    {"model_type": "gemma3_text", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4},
+    {**RAW, "model_type": "smollm3", "use_sliding_window": True, "no_rope_layers": [1, 0]},
     RAW,
 ])  # fmt: skip
 def test_no_value_of_any_key_makes_a_traceback(raw):
     values = (None, True, -1, 0, 7, 10**30, 0.5, NAN, "", "x", [], [1], {}, {"a": 1})
     from_hf(raw)
     extra = ("rope_theta", "rope_scaling", "rope_parameters", "eos_token_id", "layer_norm_epsilon", "qstar_thoughts",
-             "qstar_value_head", "sliding_window", "tie_word_embeddings", "feed_forward_proj", "n_inner")  # fmt: skip
+             "qstar_value_head", "sliding_window", "tie_word_embeddings", "feed_forward_proj", "n_inner",
+             "layer_types", "no_rope_layer_interval", "rope_local_base_freq", "use_bidirectional_attention")  # fmt: skip
     for key in {*raw, *extra}:
         for value in values:
             try:

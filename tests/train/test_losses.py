@@ -56,9 +56,8 @@ def test_token_nll_and_its_gradients_are_those_of_torch(chunks, z_loss, cap, bia
         return 1.7 * nll + 3.0, (nll, hits)  # a cotangent that is not 1
 
     grads, (nll, hits) = jax.jit(jax.grad(loss, argnums=tuple(range(len(inputs))), has_aux=True))(*inputs)
-    *plain, _ = losses.token_nll(
-        inputs[0], (*(*inputs[1:], None)[:2], cap), targets, weights, z_loss
-    )  # without a gradient
+    # Without a gradient.
+    *plain, _ = losses.token_nll(inputs[0], (*(*inputs[1:], None)[:2], cap), targets, weights, z_loss)
     theirs_grad = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
     expected, expected_hits = torch_nll(*theirs_grad, *([] if biased else [None]), targets, weights, z_loss, cap)
     (1.7 * expected).backward()
@@ -86,7 +85,7 @@ def test_half_precision_keeps_a_float32_sum_and_the_dtypes_of_its_inputs():
     nll, grads = jax.value_and_grad(lambda h, k: losses.token_nll(h, (k, bias), targets, weights)[0], argnums=(0, 1))(
         low, jnp.asarray(kernel)
     )
-    expected, _ = torch_nll(*map(torch.tensor, (hidden, kernel, bias)), targets, weights, 0.0)
+    expected, _ = torch_nll(*map(torch.tensor, (hidden, kernel, bias)), targets, weights, 0.0, None)
     assert nll.dtype == jnp.float32 and [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
     assert float(nll) == pytest.approx(expected.item(), rel=0.01)
 
