@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import types
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from conftest import real_model
 
 import qstar
-from tests.models.oracle import random_tokens, torch_model
+from qstar.models import heads
+from qstar.runs.stages import Stage, TrainSettings, fine_tune
+from qstar.text.packing import Example
+from qstar.text.tokenizer import char_tokenizer
+from tests.models.oracle import random_tokens, torch_logits, torch_model
 
 NEW = 12
 PROMPTS = random_tokens(2, 9)  # longer than the windows, which are 4 or 5
@@ -31,6 +40,31 @@ def test_greedy_completions_are_those_of_transformers_past_the_window(case, tmp_
     found = qstar.generate(model, PROMPTS.tolist(), max_new_tokens=NEW, temperature=0)
     assert [c.tokens for (c,) in found] == expected[:, PROMPTS.shape[1] :].tolist()
     assert all(len(set(row.tokens)) > 2 for (row,) in found)
+
+
+def test_a_gemma_trains_adapters_scores_and_reloads_in_peft_and_transformers(tmp_path):
+    torch_model("gemma2").save_pretrained(tmp_path / "base")
+    start = qstar.load(tmp_path / "base").replace(tokenizer=char_tokenizer("_.abcdefghijklm", pad="_", eos="."))
+    losses = types.SimpleNamespace(all=[], write=lambda *, loss, **_: losses.all.append(loss))
+    settings = TrainSettings(batch_size=2, lr=1e-2, warmup=1, row_length=12, packed=False, log_every=5, lora_rank=3)
+    rows = [Example([3, 4], [5, 6, 7, 1]), Example([8], [9, 10, 1])]
+    tuned, _ = fine_tune(start, rows, Stage(tmp_path / "stage", settings, 30, 0, losses))
+    assert losses.all[-1] < 0.8 * losses.all[0]
+    ours = np.asarray(qstar.logits(tuned, PROMPTS))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "stage" / "adapter").eval()
+    np.testing.assert_allclose(torch_logits(adapted, PROMPTS), ours, atol=1e-4)
+    qstar.save(tuned, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    np.testing.assert_allclose(torch_logits(again, PROMPTS), ours, atol=1e-4)
+    verifier = heads.add_value_head(tuned, "orm")
+    kernel = jax.random.normal(jax.random.key(0), verifier.params["value"]["kernel"].shape)
+    verifier = verifier.replace(params={**verifier.params, "value": {"kernel": kernel, "bias": jnp.zeros(1)}})
+    qstar.save(verifier, tmp_path / "verifier")
+    options = [["a", "bc"]]
+    scores = [qstar.score(model, ["ab"], options) for model in (verifier, qstar.load(tmp_path / "verifier"))]
+    np.testing.assert_array_equal(*scores)
+    assert scores[0][0][0] != scores[0][0][1]
 
 
 def test_the_real_gemma_3_has_the_logits_and_the_completions_of_transformers():
