@@ -35,6 +35,7 @@ FAMILIES = {
     "qwen2": LLAMA.replace(family="qwen2", qkv_bias=True, tie_embeddings=True, num_kv_heads=1),
     "qwen3": LLAMA.replace(family="qwen3", qk_norm=True, head_dim=4),
     "gemma": LLAMA.replace(  # Gemma 2 and 3 at once, and a layer without rotary positions
+        family="tiny",
         num_layers=3,
         windowed=(True, False, True),
         sliding_window=3,
