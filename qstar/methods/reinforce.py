@@ -287,7 +287,7 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
         "score": float(scores.mean()),
         "score_std": float(grouped.std(axis=1).mean()),
         # A group of equal scores has advantages of 0: its responses teach nothing but the divergence.
-        "groups_without_signal": float(np.mean(np.ptp(grouped, axis=1) == 0)),
+        **({"groups_without_signal": float(np.mean(np.ptp(grouped, axis=1) == 0))} if G > 1 else {}),
         "kl": float(np.sum(old - ref, axis=1).mean()),  # the k1 estimate, nats per response
         "length": float(mask.sum(axis=1).mean()),
         "ended": float(ended.mean()),

@@ -31,6 +31,7 @@ class Arm:
       answers: iteration -> group -> greedy answers on held-out problems, counted.
       answer_files: iteration -> the file of these answers.
       thoughts: step -> file of texts with their thoughts; see `thoughts.read_texts`.
+      completions: update of RL -> file of its responses with rewards and advantages; see `pages.rl.embedded`.
       status: "finished", "stopped", "running" (also of an interrupted run), or "" where the method does not record it.
       reason: why the arm stopped, else "".
     """
@@ -41,6 +42,7 @@ class Arm:
     answers: Mapping[int, Mapping[str, Answers]] = field(default_factory=dict)
     answer_files: Mapping[int, Path] = field(default_factory=dict)
     thoughts: Mapping[int, Path] = field(default_factory=dict)
+    completions: Mapping[int, Path] = field(default_factory=dict)
     status: str = "running"
     reason: str = ""
 
@@ -180,7 +182,7 @@ def _read_arm(
     at = _rounds(mine, resolved, name) if method == "rl" else {}
     mine = [{**row, "iteration": at.get(row["iteration"], row["iteration"])} for row in mine]
     answered = {at.get(n, n): path for n, path in numbered(home / "evaluation", "iter_*.jsonl")}
-    # RL records no rollouts: what it wrote is in the answers of its evaluations.
+    # Responses of RL have rewards and no verdicts (`completions`): attempts are the answers of its evaluations.
     written = answered if method == "rl" else dict(numbered(home / "rationales", "iter_*.jsonl"))
     status = read_dict(home / "status.json")
     return Arm(
@@ -190,6 +192,7 @@ def _read_arm(
         answers={n: read_answers(path) for n, path in answered.items()} if cap is not None else {},
         answer_files=answered,
         thoughts=dict(numbered(home / "thoughts", "step_*.jsonl")),
+        completions=dict(numbered(home / "completions", "update_*.jsonl")),
         status=str(status.get("status") or ("" if method in ("quiet_star", "guided_cot") else "running")),
         reason=str(status.get("reason") or ""),
     )

@@ -1,24 +1,43 @@
-"""Curves of reinforcement learning: score, its parts, divergence from the reference and entropy by update."""
+"""Reinforcement learning on a page: curves by update, first and last numbers, and the logged completions."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from typing import Any
 
-from qstar.report import charts, stats
+import numpy as np
+
+from qstar.data.sources import read_jsonl
+from qstar.report import charts, render, stats
 from qstar.report.charts import Card
+from qstar.report.pages.browser import LONGEST_TEXT
 from qstar.report.rationales import Row
 from qstar.report.read import Run
 
+COMPLETION_BYTES = 1_500_000  # of JSON on a page, before it is packed
+UPDATES = 40  # of an arm whose completions a page holds, spaced evenly
+COLUMNS = ("arm", "update", "group", "sample", "prompt", "completion", "answer", "gold", "score", "advantage", "kl",
+           "rewards", "n_tokens", "truncated")  # fmt: skip
+NUMBERS = {  # of the first and the last logged update
+    "score": ("score", "{:.3f}"),
+    "kl": ("divergence, nats", "{:.2f}"),
+    "clip_fraction": ("clipped tokens", "{:.1%}"),
+    "length": ("tokens", "{:.0f}"),
+    "truncated": ("cut off", "{:.0%}"),
+    "groups_without_signal": ("groups without signal", "{:.0%}"),
+}
 CURVES = {
     "score": "Score of the responses",
     "kl": "Divergence from the reference, nats per response",
     "entropy": "Entropy of the policy, nats per token",
+    "groups_without_signal": "Share of groups without signal: all their scores are equal",
 }
 LATE = {  # shown where they ever leave their first value
     "clip_fraction": "Share of clipped tokens",
     "approx_kl": "Nats per token from the rollouts' policy",
     "value_loss": "Loss of the critic",
-    "ended": "Share that ended by themselves",
+    "truncated": "Share cut off at the length limit",
     "length": "Tokens per response",
 }
 Series = dict[str, list[tuple[float, float]]]
@@ -31,7 +50,7 @@ def cards(run: Run) -> list[Card]:
     for name, rows in arms.items():
         keys = [key for key in rows[-1] if key.startswith("reward/")]
         parts = {key.removeprefix("reward/"): _points(rows, key) for key in keys}
-        drawn.append(_card(f"What the score is made of · {name}", parts))
+        drawn.append(_card(f"Parts of the score, without weights, and correctness · {name}", parts))
     for key, title in LATE.items():
         if any(abs(r.get(key, 0) - rows[0].get(key, 0)) > 1e-6 for rows in arms.values() for r in rows):
             drawn.append(_card(title, series(arms, key)))
@@ -40,7 +59,7 @@ def cards(run: Run) -> list[Card]:
 
 def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The rows of stage "rl" by label of their arm (and student, where there are several), by update."""
-    mine = [r for r in rows if r.get("stage") == "rl"]
+    mine = [_with_truncated(r) for r in rows if r.get("stage") == "rl"]
     several = len({r.get("student", 0) for r in mine}) > 1
     found: dict[str, dict[int, Row]] = {}
     for r in mine:
@@ -48,6 +67,67 @@ def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
         # A resumed run repeats the updates since its last checkpoint: the later row replaces the earlier.
         found.setdefault(name, {})[r["step"]] = r
     return {name: [steps[s] for s in sorted(steps)] for name, steps in found.items()}
+
+
+def _with_truncated(row: Row) -> Row:
+    return row if row.get("ended") is None else {**row, "truncated": 1.0 - row["ended"]}
+
+
+def summary(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table: an arm's numbers at its first and last logged update, and its held-out accuracy."""
+    rows = []
+    for arm in run.arms:
+        logged = [_with_truncated(r) for r in arm.stage("rl")]
+        if not logged:
+            continue
+        accuracy = stats.curve(arm, "accuracy")
+        ends = [stats.percent(accuracy.values[i]) for i in (0, -1)] if accuracy.x else []
+        cells = [stats.arm_title(run, arm), f"{logged[0]['step']:,} → {logged[-1]['step']:,}", " → ".join(ends) or "–"]
+        for key, (_, form) in NUMBERS.items():
+            values = [r[key] for r in (logged[0], logged[-1]) if r.get(key) is not None]
+            cells.append(" → ".join(form.format(v) for v in values) or "–")
+        rows.append(cells)
+    return ["arm", "updates", "held-out accuracy", *(title for title, _ in NUMBERS.values())], rows
+
+
+def packed(run: Run) -> str:
+    """The logged completions as text for a page; "" if there are none."""
+    found = embedded(run)
+    return render.packed(found) if found["rows"] else ""
+
+
+def embedded(run: Run) -> dict[str, Any]:
+    """The completions of at most `UPDATES` updates of each arm, as far as there is room: what completions.js reads."""
+    files = []
+    for arm in run.arms:
+        updates = sorted(arm.completions)
+        places = np.unique(np.linspace(0, len(updates) - 1, min(UPDATES, len(updates))).round().astype(int))
+        files += [(arm, updates[i]) for i in places]
+    rows = []
+    for arm, update in files:
+        # An equal part for every update: the first ones would otherwise leave nothing for the last.
+        room = COMPLETION_BYTES / len(files)
+        for row in read_jsonl(arm.completions[update]):
+            values = [_shown(key, {**row, "arm": arm.name}) for key in COLUMNS]
+            room -= len(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
+            if room < 0:
+                break
+            rows.append(values)
+    titles = {arm.name: stats.arm_title(run, arm) for arm in run.arms}
+    logged = sum(len(arm.completions) for arm in run.arms)
+    return {"columns": COLUMNS, "arms": titles, "rows": rows, "files": len(files), "logged": logged}
+
+
+def _shown(key: str, row: Row) -> Any:
+    value = row.get(key)
+    if key not in ("prompt", "completion"):
+        return value
+    # Prompts and completions of models without a tokenizer are lists of ids.
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) <= LONGEST_TEXT:
+        return text
+    # Of a long prompt the end is kept, where the question is; of a completion the beginning.
+    return "…" + text[1 - LONGEST_TEXT :] if key == "prompt" else text[: LONGEST_TEXT - 1] + "…"
 
 
 def series(arms: dict[str, list[Row]], key: str) -> Series:

@@ -37,6 +37,8 @@ def page(run: Run) -> str:
         outcome_cards=[cards for cards in shown if cards],
         audit_cards=[card for arm in run.arms if (card := audit_card(run, arm))],
         reinforcement_cards=rl.cards(run),
+        reinforcement_summary=rl.summary(run),
+        completions=rl.packed(run),
         attempts=browser.packed(run) if rejected else "",
         training_cards=[*loss_cards(run, f"updates, all {stats.unit(run)}s one after the other"), *_seconds(run)],
     )
