@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qstar.errors import UserError
     from qstar.methods.api import distil, evaluate, fine_tune, prefer
+    from qstar.methods.prompt_rl import reinforce
     from qstar.methods.verifier import Verifier, score
     from qstar.models.model import Model, load, save
     from qstar.models.scoring import logits, logprobs
@@ -37,6 +38,7 @@ _HOME = {
     "logits": "qstar.models.scoring",
     "logprobs": "qstar.models.scoring",
     "plot": "qstar.report.frames",
+    "reinforce": "qstar.methods.prompt_rl",
     "save": "qstar.models.model",
     "score": "qstar.methods.verifier",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "logprobs",
     "plot",
     "prefer",
+    "reinforce",
     "save",
     "score",
 ]

@@ -62,10 +62,16 @@ class Reward:
         return getattr(sys.modules.get(getattr(self.function, "__module__", "")), "__file__", None)
 
     @property
+    def named_by_file(self) -> bool:
+        """Whether it was given as "file.py:name" or "package.module:name"."""
+        return is_spec(self.spec.partition("=")[2])
+
+    @property
     def fingerprint(self) -> str:
-        """A hash of the function's file, or of its source where it has no file; "" if neither can be read."""
+        """A hash of the file that names the function, or of its source if it was given itself; "" if unreadable."""
         try:
-            source = Path(self.path).read_bytes() if self.path else inspect.getsource(self.function).encode()
+            whole = self.path and self.named_by_file
+            source = Path(self.path).read_bytes() if whole else inspect.getsource(self.function).encode()
         except (OSError, TypeError):
             return ""
         return hashlib.sha256(source).hexdigest()[:16]
@@ -149,8 +155,9 @@ def score(rewards: Sequence[Reward], update: int, **given: Any) -> tuple[np.ndar
 
 def _columns(reward: Reward, update: int, given: dict[str, Any], count: int) -> dict[str, Column]:
     where = f"update {update + 1}: {reward.spec}"
-    place = f"{where.rpartition(':')[0]}" if reward.path and reward.path.endswith(".py") else where
-    with user_errors(place, reward.path):
+    # The line number follows the file, whose name a spec holds already.
+    file = where.rpartition(":")[0] if reward.named_by_file else f"{where}: {reward.path}"
+    with user_errors(file if reward.path else where, reward.path):
         returned = reward.function(**reward.arguments(given))
     named = returned if isinstance(returned, dict) else {reward.name: returned}
     require((bool(named), f"{where} returned an empty dict; it must name at least one part"))

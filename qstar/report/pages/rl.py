@@ -25,7 +25,7 @@ NUMBERS = {  # of the first and the last logged update
     "clip_fraction": ("clipped tokens", "{:.1%}"),
     "length": ("tokens", "{:.0f}"),
     "truncated": ("cut off", "{:.0%}"),
-    "groups_without_signal": ("groups without signal", "{:.0%}"),
+    "groups_without_signal": ("no signal", "{:.0%}"),
 }
 CURVES = {
     "score": "Score of the responses",
