@@ -1,6 +1,7 @@
 """What is kept for training, and what a training prompt shows (specification of STaR, edge cases)."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -9,8 +10,10 @@ from qstar.runs import rollouts
 from qstar.runs.rollouts import Selection, read_answer, select, summary
 from qstar.tasks import make_task
 from qstar.tasks.base import Problem, Task
+from qstar.tasks.prompts import PromptFormat, formatted
 from qstar.types import Completion
 from tests.methods import stub
+from tests.text.test_chat import ZEPHYR, with_template
 
 
 class Words(Task):
@@ -331,6 +334,29 @@ def test_few_shot_text_in_training_prompts_is_the_one_without_hints(shared, tmp_
     assert all("(CORRECT)" in r.prompt and r.verdict == "rationalised" for r in rows)
     got = [ctx.tokenizer.decode(e.prompt) for e in star.training_examples(arm, loop, rows, 1)]
     assert got == [task.prefix() + task.prompt(p) for p in pool] and not any("CORRECT" in text for text in got)
+
+
+@pytest.mark.parametrize("in_train", [False, True])
+def test_training_rows_of_a_chat_hold_its_shots_only_if_asked_and_never_the_hint(tmp_path, in_train):
+    tokenizer = with_template("mistral", ZEPHYR)
+    rows = [{"question": f"{n} and {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(2, 40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    raw = make_task("gsm8k", train=str(tmp_path / "rows.jsonl"))
+    task = formatted(raw, tokenizer, PromptFormat("chat", 1))
+    ctx = stub.context(
+        tmp_path, loop={"few_shot_in_train": in_train, "problems_per_iter": 2}, train={"row_length": 4096}
+    )
+    ctx.task, ctx.tokenizer = task, tokenizer
+    arm, loop = stub.arm_of(ctx)
+    pool = task.pool(1, ctx.seed, 2)
+    kept = [stub.rollout(task, p, f"So {p.gold}.\n#### {p.gold}", hinted=True) for p in pool]
+    shot = raw.examples()[0]
+    for example, p in zip(star.training_examples(arm, loop, kept, 1), pool, strict=True):
+        talk = [("user", shot), ("assistant", shot), ("user", p)][0 if in_train else 2 :]
+        text = {"user": lambda x: f"{x.question}\n\n{raw.instruction}", "assistant": lambda x: raw.solution(x).strip()}
+        messages = [{"role": role, "content": text[role](x)} for role, x in talk]
+        assert example.prompt == tokenizer.encode(tokenizer.chat.render(messages))
+        assert example.completion[-1] == tokenizer.chat.turn.end_id
 
 
 class CharTokenizer:
