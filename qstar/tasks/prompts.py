@@ -102,8 +102,6 @@ class ChatTask(_View):
         self.task, self.template, self.shots = task, template, shots
         found = len(task.examples()) if shots else 0
         require((shots <= found, f"{task.name}: shots={shots}, but the task has {found} worked examples"))
-        # Said again by the template itself, where it cannot write one.
-        template.render([{"role": "user", "content": _BODY}])
         self.opening, _, self._after = self._around([])
         self.opens_thinking = self._after.rstrip().endswith(_THINK)
 
