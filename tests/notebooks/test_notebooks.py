@@ -79,3 +79,10 @@ def test_notebooks_are_small_and_hold_the_outputs_of_a_run_without_errors():
         outputs = [o for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" for o in c.outputs]
         assert outputs and not [o for o in outputs if o.output_type == "error"], path.name
         assert "/work/" not in path.read_text() and "/root/" not in path.read_text(), path.name
+
+
+def test_the_quick_start_samples_trains_and_shows_a_run(monkeypatch):
+    variables = {"QSTAR_MODEL": "random-tiny", "QSTAR_PROBLEMS": "6", "QSTAR_STEPS": "2", "QSTAR_ARGUMENT": ":smoke"}
+    run = runs.finished("star_arithmetic.py:smoke")
+    printed, shown = execute("00_quick_start.ipynb", monkeypatch, QSTAR_RUN=str(run), **variables)
+    assert "of 8 attempts are right" in printed and load_run(run).headline in printed and figures(shown) == 2
