@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -86,3 +87,16 @@ def test_the_quick_start_samples_trains_and_shows_a_run(monkeypatch):
     run = runs.finished("star_arithmetic.py:smoke")
     printed, shown = execute("00_quick_start.ipynb", monkeypatch, QSTAR_RUN=str(run), **variables)
     assert "of 8 attempts are right" in printed and load_run(run).headline in printed and figures(shown) == 2
+
+
+def test_one_task_compares_the_methods_of_finished_runs(tmp_path, monkeypatch):
+    for method, config in (("star", "star"), ("v_star", "v_star"), ("grpo", "grpo")):
+        shutil.copytree(runs.finished(f"{config}_arithmetic.py:smoke"), tmp_path / method)
+    variables = {"QSTAR_RUNS": str(tmp_path), "QSTAR_ARGUMENT": ",smoke"}
+    printed, shown = execute("05_one_task_all_methods.ipynb", monkeypatch, **variables)
+    table = next(value for value in shown if "responses" in getattr(value, "columns", ()))
+    assert {"star: rationalisation", "v_star: v_star", "grpo: grpo"} <= set(table.method) and (
+        table.responses > 0
+    ).all()
+    assert table.method.str.endswith("by the verifier").any() and figures(shown) == 1
+    assert (tmp_path / "comparison.html").stat().st_size > 20_000
