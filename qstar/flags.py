@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ class Parser(argparse.ArgumentParser):
             "config file, or a name of `qstar configs`; its argument after a colon",
         )
         self.flag("--config.KEY VALUE", "replaces a value of the config; may be repeated", dest="_")
+        self.flag("--task NAME", "replaces the config's task: a name of `qstar evaluate`, or file.py:Class")
+        self.flag("--task-options JSON", "of that task", json_object, {})
 
     def parse_config(self, argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
         """Returns the flags, and the config that --config and --config.KEY make; raises UserError if there is none.
@@ -61,6 +64,10 @@ class Parser(argparse.ArgumentParser):
         command = self.prog.removeprefix("qstar ")
         flags = [name for x in self._actions for name in x.option_strings]
         a.overrides = parse_overrides(rest, command, flags)
+        if a.task_options and not a.task:
+            raise UserError(f"{command}: --task-options are of a --task; set one option as --config.task.KEY=VALUE")
+        if a.task:
+            a.overrides.insert(0, (_TASK, json.dumps({"name": a.task} | a.task_options)))
         if a.config is None:
             raise UserError(f"{command}: --config=FILE is missing, e.g. --config=star_arithmetic (see qstar configs)")
         return a, read_config(a.config, a.overrides)
@@ -138,6 +145,7 @@ SHARE = number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 
 # `ml_collections.config_flags` is not used: it cannot set a key that the file leaves at its default, it parses with
 # absl, beside the argparse of all other flags, and its errors name no similar key.
+_TASK = "--task"  # among overrides: replaces the section `task`
 Override = tuple[str, str | None]  # ("--config.train.lr", "1e-3"); None: no value was given
 
 
@@ -189,8 +197,19 @@ def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
         raise UserError(f"--config={name}: get_config returned a {kind}; it must return an ml_collections ConfigDict")
     config.unlock()
     for flag, text in overrides:
-        _override(config, flag, text)
+        if flag == _TASK:
+            _replace_task(config, text or "")
+        else:
+            _override(config, flag, text)
     return config.lock()
+
+
+def _replace_task(config: ConfigDict, text: str) -> None:
+    task = config.get("task")
+    if not isinstance(task, ConfigDict):
+        raise UserError(f"{_TASK}: a config of method {config.get('method')!r} has no task; leave it out")
+    # The form of prompts belongs to the recipe; all other options are those of the old task.
+    config.task = ConfigDict({k: v for k, v in task.items() if k in ("format", "shots")} | json.loads(text))
 
 
 def value_sources(spec: str, overrides: Sequence[Override]) -> dict[str, str]:
@@ -211,7 +230,8 @@ def value_sources(spec: str, overrides: Sequence[Override]) -> dict[str, str]:
     replaced = {flag.removeprefix("--config.") for flag, _ in overrides}
     missing = object()
     kept = {key: plain.get(key, missing) == value for key, value in found.items()}
-    return {k: "command line" if k in replaced else "config file" if kept[k] else "argument" for k in found}
+    given = {k for k in found if k in replaced or _TASK in replaced and k.startswith("task.") and not kept[k]}
+    return {k: "command line" if k in given else "config file" if kept[k] else "argument" for k in found}
 
 
 def _get_config(path: Path, argument: str | None) -> Any:

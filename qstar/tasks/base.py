@@ -1,7 +1,13 @@
-"""Base classes of tasks: what a method needs to know about a data set.
+"""The protocol of tasks, `Task`, and the base classes of data sets. A method never looks inside a problem.
 
-A new data set is a subclass of `DatasetTask`: its options are dataclass fields, `to_problem` reads a record, `prompt`
-writes the question and `parse` reads the answer (`answer_parsing` has parsers). A method never looks inside a problem.
+A class of one's own, named as "file.py:Class" or "package.module:Class", needs two methods (`Task` gives the others):
+
+    problems(split) -> list[Problem]       or, in a subclass of `DatasetTask`, to_problem(record) -> Problem
+    parse(completion) -> str | None        the answer as normalised text; `answer_parsing` has parsers
+
+Most also define `prompt(problem, hint)` ("Q: ...", "A:" by default), `instruction` (for chat models), `stop` and, where equal
+answers are not equal texts, `correct(problem, answer)`. Options are arguments of the constructor: fields of a dataclass.
+A data set whose answers are numbers, choices or words needs no class: see `generic`.
 """
 
 from __future__ import annotations
@@ -84,7 +90,7 @@ class Task:
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         """The text that follows the prefix; with the answer as a hint when `hint` (rationalisation)."""
-        raise NotImplementedError
+        return f"Q: {problem.question}{f' ({problem.gold})' if hint else ''}\nA:"
 
     def behind(self, prefix: str, prompt: str) -> str:
         """A prompt with the few-shot text `prefix`, or "", in front of it."""

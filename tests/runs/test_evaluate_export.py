@@ -9,7 +9,7 @@ import qstar
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods.export import export_model, trained_model
-from qstar.runs import rollouts
+from qstar.runs import context, rollouts
 from qstar.runs.evaluate import evaluate_model, many
 from qstar.tasks import make_task
 from tests.methods import runs, stub
@@ -173,6 +173,12 @@ def test_the_last_iteration_is_the_default(exported):
     rows = answered("rationalisation", 2)
     assert replies(trained_model(runs.arithmetic(), "rationalisation"), rows) == [r["completion"] for r in rows]
     assert replies(qstar.load(exported), rows) == [r["completion"] for r in rows]
+
+
+def test_an_export_needs_no_task(monkeypatch):
+    """The file of a task of one's own may be gone."""
+    monkeypatch.setattr(context, "make_prompted", lambda *a: pytest.fail("the task was made"))
+    assert trained_model(runs.arithmetic(), "rationalisation", None).params
 
 
 def test_the_base_of_a_pretrained_run_is_the_pretrained_model(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from qstar.data import write_jsonl
 from qstar.errors import UserError
+from qstar.flags import Parser
 from qstar.tasks import Task, make_task
 
 README = '''
@@ -112,3 +113,22 @@ def test_what_is_wrong_with_a_class_is_one_line(folder, code, message):
     with pytest.raises(UserError) as e:
         make_task("t.py:T")
     assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def parsed(*flags):
+    parser = Parser("train", "")
+    parser.config()
+    return parser.parse_config(list(flags))[1]
+
+
+def test_the_task_of_a_config_is_replaced_with_its_options(folder):
+    config = parsed(
+        *("--config=star_gsm8k:smoke", "--task=mine.py:Capitals", '--task-options={"test": "rows.jsonl"}'),
+        "--config.task.train=rows.jsonl",
+    )
+    task = {"name": "mine.py:Capitals", "test": "rows.jsonl", "train": "rows.jsonl", "format": "plain"}
+    assert config.task.to_dict() == task  # `hint` was an option of gsm8k; the form of prompts is the config's
+    with pytest.raises(UserError, match="--task-options are of a --task"):
+        parsed("--config=star_gsm8k:smoke", '--task-options={"test": "rows.jsonl"}')
+    with pytest.raises(UserError, match="--task: a config of method 'quiet_star' has no task"):
+        parsed("--config=quiet_star_tiny:smoke", "--task=gsm8k")
