@@ -110,7 +110,7 @@ SLOW = (
     "runs/test_damage.py", "runs/test_evaluate_export.py", "runs/test_preemption.py", "runs/test_resume.py",
     "runs/test_run_metrics.py", "runs/test_sampled_tokens.py", "runs/test_stage_folders.py", "runs/test_too_long.py",
     "runs/test_truncated_answers.py", "runs/test_two_processes.py",
-    "sample/test_generate.py", "tasks/test_code_tasks.py", "tasks/test_sandbox.py",
+    "sample/test_families.py", "sample/test_generate.py", "tasks/test_code_tasks.py", "tasks/test_sandbox.py",
     "train/test_distil.py", "train/test_loop.py", "train/test_profile.py", "train/test_rl.py", "train/test_step.py",
     "train/test_value.py",
     "test_cli.py", "test_distributed.py", "test_fuzz.py", "test_launch.py", "test_machine_faults.py", "test_preemption.py",

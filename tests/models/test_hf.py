@@ -153,6 +153,20 @@ def test_buffers_of_old_files_and_a_redundant_tied_head_are_ignored(folders, tmp
         assert equal_trees(qstar.load(folder).params, qstar.load(folders(case)).params)
 
 
+@pytest.mark.parametrize("place, images", [("language_model.model.", ""), ("model.language_model.", "model.")])
+def test_the_text_model_of_a_gemma_3_that_reads_images_is_read_alone(folders, tmp_path, place, images):
+    folder = copy(folders("gemma3"), tmp_path / "m")
+    extra = {
+        f"{images}{part}.x.weight": np.ones((2, 2), np.float32) for part in ("vision_tower", "multi_modal_projector")
+    }
+    rewrite(folder, lambda t: {**{place + k.removeprefix("model."): x for k, x in t.items()}, **extra})
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}}))
+    model = qstar.load(folder)
+    assert model.config == qstar.load(folders("gemma3")).config
+    assert equal_trees(model.params, qstar.load(folders("gemma3")).params)
+
+
 def test_a_bias_that_is_a_parameter_is_not_taken_for_a_buffer(folders):
     assert float(jnp.abs(qstar.load(folders("qwen3 biased")).params["layers"]["q"]["bias"]).min()) > 0
 
