@@ -2,7 +2,9 @@
 
     qstar train --config=grpo_gsm8k:model=Qwen3-1.7B --workdir=runs/grpo_gsm8k
 
-An instruction-tuned model answers better in its chat template: --config.task.format=chat.
+An instruction-tuned model answers better in its chat template: --config.task.format=chat. On little memory adapters alone
+are trained: --config.train.lora_rank=16 --config.train.lr=1e-5. Rewards of one's own: --config.rl.reward, see
+qstar/methods/README.md.
 `model`, `data` and `prompts` as in star_gsm8k.py. Rates and sizes are those of TRL's and DeepSeekMath's defaults (learning
 rate 1e-6, groups of 8, clipping at 0.2, divergence in the loss); not run here at that size. What was run is `smoke`, on
 260K-parameter weights: a test of the machinery, in which no answer is right and no score differs.
