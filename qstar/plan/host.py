@@ -23,6 +23,8 @@ from qstar.plan.steps import Assumed, Case, abstract_model
 # 0.97 GiB at the peak of star_gsm8k:smoke, of which 0.13 are arrays and 0.24 the compiler's.
 IMPORTS = 620 * 2**20
 
+KEPT_BELOW = 32 * 2**20  # bytes: glibc returns larger blocks to the system when they are freed
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -57,7 +59,7 @@ def estimate(config: Any, assumed: Assumed, *, compiled: bool = True) -> Estimat
 
     Raises UserError: see `cases.programs`.
     """
-    device, before = jax.devices()[:1], resident()
+    device, before, kept = jax.devices()[:1], resident(), 0
     found = []
     for program in programs(config, device, assumed):
         parts = {k: local_bytes(v) for k, v in {**program.parts, **program.resident}.items()}
@@ -65,21 +67,20 @@ def estimate(config: Any, assumed: Assumed, *, compiled: bool = True) -> Estimat
         loops = config.method == "v_star" or config.get("loop", {}).get("n_iters", 2) > 1
         if config.method in ("star", "v_star", "rl") and (loops or program.name.startswith("sampling")):
             parts["the model before"] = _model_bytes(config, device)
+        # Sampling unstacks the layers into arrays so small that the allocator keeps their memory while the run trains.
+        if program.name.startswith("sampling"):
+            arrays = jax.tree.leaves((program.parts["parameters"], program.parts.get("cache")))
+            kept = max(kept, sum(n for n in map(local_bytes, arrays) if n < KEPT_BELOW))
         temporary = program.least
         if compiled:
             memory = program.lower().compile().memory_analysis()
             # Donated arguments become results in place.
             temporary = memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
         found.append(Phase(program.name, {**parts, "activations": temporary}))
-    # Sampling unstacks the layers into many small arrays, whose memory the allocator keeps while the run trains.
-    kept = max((sum(p.parts.get(k, 0) for k in ("parameters", "cache")) for p in found if _samples(p)), default=0)
-    found = [p if _samples(p) else Phase(p.name, {**p.parts, "kept by the allocator": kept}) for p in found]
+    more = {"kept by the allocator": kept}
+    found = [p if p.name.startswith("sampling") else Phase(p.name, {**p.parts, **more}) for p in found]
     # The compiler's own memory is not given back to the system: the run needs as much.
     return Estimate(tuple(found), IMPORTS + (max(0, resident() - before) if compiled else 0))
-
-
-def _samples(phase: Phase) -> bool:
-    return phase.name.startswith("sampling")
 
 
 def _model_bytes(config: Any, device: Any) -> int:
@@ -108,7 +109,7 @@ def machine() -> int:
 # Changes that lower the need, as functions of the config; each is tried alone, then with those before it.
 _CHANGES: tuple[Callable[[Any], dict[str, Any]], ...] = (
     lambda c: {"model.dtype": "bfloat16"},
-    lambda c: {"train.accumulate": c.train.get("batch_size", 1)},
+    lambda c: {"train.accumulate": c.get("train", {}).get("batch_size", 1)},
     lambda c: {"train.lora_rank": 16},
     lambda c: {"sample.slots": 16},
     lambda c: {"train.batch_size": 1, "train.accumulate": 1},
@@ -176,7 +177,7 @@ def changes_that_fit(config: Any, assumed: Assumed, activations: int, limit: int
     fits: list[str] = []
     together: dict[str, Any] = {}
     for change in _CHANGES:
-        values = {k: v for k, v in change(config).items() if k.partition(".")[0] in config}
+        values = {k: v for k, v in change(config).items() if _of(config, k.partition(".")[0], k.partition(".")[2]) != v}
         for tried in (values, {**together, **values}):
             need = _with(config, assumed, tried, activations) if values else None
             if need is not None and need < limit:
@@ -187,8 +188,14 @@ def changes_that_fit(config: Any, assumed: Assumed, activations: int, limit: int
     return fits[:3]
 
 
+def _of(config: Any, section: str, key: str) -> Any:
+    return config[section].get(key) if section in config else None
+
+
 def _with(config: Any, assumed: Assumed, changes: dict[str, Any], activations: int) -> int | None:
     changed = config.copy_and_resolve_references().unlock()
+    if any(key.partition(".")[0] not in config for key in changes):
+        return None
     for key, value in changes.items():
         section, _, name = key.partition(".")
         with changed[section].ignore_type():

@@ -11,7 +11,7 @@ from qstar.data.sources import check_source
 from qstar.errors import UserError, pip_install
 from qstar.models.hf import read_config
 from qstar.models.hub import resolve
-from qstar.tasks import make_task
+from qstar.tasks.prompts import make_prompted
 
 # Keys that name a model, and keys that name records.
 _MODELS = ("model.path", "teacher.path", "guided.small", "guided.large.path")
@@ -42,9 +42,9 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
     for key in _RECORDS:
         yield from _said(key, _at(config, key), check_source)
     options = dict(config.get("task") or {})
-    # The tasks of LM-Guided CoT are not all tasks of `make_task`.
+    # The tasks of LM-Guided CoT are not all tasks of `make_prompted`.
     if config.get("method") != "guided_cot" and isinstance(name := options.pop("name", None), str):
-        yield from _said("task", name, functools.partial(make_task, **options))
+        yield from _said("task", name, functools.partial(make_prompted, options=options))
     for needs, module, extra in _PACKAGES:
         if needs(config) and importlib.util.find_spec(module) is None:
             yield f"the package {module}: {pip_install(extra)}"
