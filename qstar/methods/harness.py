@@ -31,7 +31,7 @@ import numpy as np
 
 from qstar import files, tree
 from qstar.data.sources import write_jsonl
-from qstar.errors import QstarWarning, UserError, require
+from qstar.errors import QstarWarning, UserError, pip_install, require
 from qstar.mesh import put_global_batch, to_host
 from qstar.methods.quiet_eval import Row, answer_arrays, thinking_config
 from qstar.models.encdec import EncDecConfig
@@ -48,7 +48,7 @@ try:
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as e:
-    install = "pip install 'lm_eval>=0.4.13', or qstar with the extra [harness]"
+    install = pip_install("harness")
     raise UserError(f"lm-evaluation-harness is not installed ({e}): {install}") from None
 
 THOUGHT_ROWS = 16  # texts per forward pass with thoughts

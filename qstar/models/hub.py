@@ -24,12 +24,12 @@ from qstar.models.weight_files import INDEX, SINGLE, read_json
 
 _NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# All but the weights. Patterns without a wildcard: copies of the model in subfolders (onnx/, original/) are not fetched.
+# All but the weights. Names from the top: copies of the model in subfolders (onnx/, original/) are not fetched.
 _SMALL = (
     *("config.json", "generation_config.json", INDEX, _ADAPTER[0]),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 _ACCESS = "set HF_TOKEN, or log in with `hf auth login`"
 _FAULTS: dict[type[Exception], str] = {  # subclasses stand before their base
