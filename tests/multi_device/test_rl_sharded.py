@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,9 @@ from qstar.train.distil import DistilSettings, Lesson
 from qstar.train.rl import Experience, RLSettings
 from qstar.train.state import create_state
 from qstar.train.step import make_step
+from tests.methods.test_reinforce import RL as RL_OF_NEXT
+from tests.methods.test_reinforce import start, train
+from tests.methods.test_reinforce_lora import SETTINGS
 
 V, B, P, R = 64, 8, 6, 5
 T5 = EncDecConfig(vocab_size=V, hidden_size=32, num_layers=1, num_decoder_layers=1, num_heads=4, head_dim=8,
@@ -100,3 +104,14 @@ def test_an_encoder_decoder_is_really_split():
     placed = jax.device_put(parameters(T5), shardings(parameters(T5), PARAM_AXES, make_mesh(CUBE)))
     kernels = {n: x for n, x in tree.named_leaves(placed) if n.endswith("kernel")}
     assert len(kernels) > 10 and all(x.size == 4 * x.addressable_shards[0].data.size for x in kernels.values())
+
+
+def test_an_update_of_adapters_is_that_of_one_device(tmp_path):
+    """Responses, rewards and the step: the base is an argument beside the state, and keeps its shards."""
+    settings = dataclasses.replace(SETTINGS, updates=1)
+    expected, _ = train(tmp_path / "one", RLSettings(estimator="grpo", **RL_OF_NEXT), settings)
+    mesh, model = make_mesh("data=2,fsdp=4"), start()
+    placed = jax.device_put(model.params, shardings(model.params, PARAM_AXES, mesh))
+    sharded = model.replace(mesh=mesh, params=placed)
+    found, _ = train(tmp_path / "eight", RLSettings(estimator="grpo", **RL_OF_NEXT), settings, sharded)
+    close(jax.device_get(found.params), jax.device_get(expected.params))
