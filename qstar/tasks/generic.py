@@ -236,9 +236,10 @@ class MultipleChoice(FieldsTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.last_letter = chr(ord("a") + self.max_choices - 1)
-        end = "in this form: Therefore, the answer is (b)."
-        reason = "Answer with the letter alone" if self.direct else "Explain which choice is right, then end"
-        self.instruction = f"{reason} {'in this form: (b).' if self.direct else end}"
+        # Without an example of an answer: small models copy its letter.
+        letter = "the letter of the right choice in brackets"
+        reason = 'Explain in one or two sentences. Then finish with the words "Therefore, the answer is" and'
+        self.instruction = f"Answer with {letter} alone." if self.direct else f"{reason} {letter}."
 
     def few_shot_files(self) -> tuple[str, ...]:
         files = super().few_shot_files()
@@ -313,8 +314,8 @@ class Exact(FieldsTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._examples_of = "strategy_qa" if self.yes_no else "exact"
-        end = "So the answer is yes. (or no)" if self.yes_no else "So the answer is ... (in as few words as possible)"
-        self.instruction = f"Think step by step, then end in this form: {end}"
+        end = "yes or no" if self.yes_no else "the answer in as few words as possible"
+        self.instruction = f'Think step by step. Then finish with the words "So the answer is" and {end}.'
 
     def read_answer(self, record: dict) -> tuple[str, str, dict[str, Any]]:
         whole = self.answer_pattern or "{" in self.answer
