@@ -289,6 +289,7 @@ def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
 
 def merge_adapters(start: Model, adapters: Params, settings: lora.Lora, folder: Path) -> Params:
     """Returns the parameters with adapters merged, and writes FOLDER/adapter in PEFT's layout."""
+    assert isinstance(start.config, ModelConfig)  # see `fresh_adapters`
     if distributed.is_first():
         lora.save_adapters(start.config, adapters, settings, folder / "adapter")
     return jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
