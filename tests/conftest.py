@@ -82,9 +82,16 @@ def _forget_programs():
 
 LONG = (  # the longest files begin, so that no worker is left alone with one of them at the end
     "configs/test_config_files.py",
-    "thoughts/test_loss.py",
+    "runs/test_preemption.py",
     "runs/test_resume.py",
+    "thoughts/test_loss.py",
     "test_distributed.py",
+    "runs/test_damage.py",
+    "tasks/test_examples.py",
+    "test_machine_faults.py",
+    "test_uneven_batches.py",
+    "methods/test_harness.py",
+    "test_terminal.py",
     "thoughts/test_facts.py",
     "test_cli.py",
     "methods/test_quiet_star.py",
@@ -102,7 +109,7 @@ LONG = (  # the longest files begin, so that no worker is left alone with one of
 SLOW = (
     "bench/", "configs/", "multi_device/", "notebooks/", "plan/test_tpu.py", "thoughts/",
     "methods/test_encoder_decoder.py", "methods/test_guided_cot.py",
-    "methods/test_answerer.py", "methods/test_api.py", "methods/test_quiet", "methods/test_reinforce.py", "methods/test_rl.py",
+    "methods/test_answerer.py", "methods/test_api.py", "methods/test_harness.py", "methods/test_quiet", "methods/test_reinforce.py", "methods/test_rl.py",
     "methods/test_star_loop.py", "methods/test_v_star",
     "models/test_decoder.py", "models/test_encdec.py", "models/test_export.py", "models/test_hf.py", "models/test_hub.py", "models/test_lora.py",
     "models/test_model.py", "models/test_prefix_attention.py", "models/test_reading.py", "models/test_relative.py",

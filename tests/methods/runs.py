@@ -42,14 +42,17 @@ def qstar(*arguments, timeout=900):
 
 @functools.cache
 def finished(config, *flags):
-    """The folder of an uninterrupted `qstar train --config=configs/CONFIG FLAGS`, made by the first worker that asks."""
+    """The folder of an uninterrupted `qstar train --config=configs/CONFIG FLAGS`, made by the first worker that asks.
+
+    The driver makes it, so that its `events` are there, too.
+    """
     folder = scratch() / ("whole-" + hashlib.sha256(repr((config, flags)).encode()).hexdigest()[:12])
     made = folder.with_suffix(".made")
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait
         if not made.exists():
-            done = qstar("train", f"--config={ROOT}/configs/{config}", f"--workdir={folder}", *flags)
-            assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
+            codes = drive([{"config": config, "flags": list(flags), "workdir": str(folder), "kill": None}])
+            assert codes == [0], folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
             made.touch()
     return folder
 

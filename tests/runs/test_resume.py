@@ -13,8 +13,6 @@ ARITHMETIC = [
     [
         "batch base 70",  # while the base trains, past its first checkpoint
         "saving base/training 120",  # while a checkpoint is being written
-    ],
-    [
         "done no_rationalisation/stages/iter_001/sample_000.jsonl",  # in the middle of sampling
         "batch no_rationalisation/checkpoints/iter_001 0",  # between selection and training
         "batch no_rationalisation/checkpoints/iter_001 12",  # while a loop trains, past its first checkpoint
@@ -126,13 +124,11 @@ def test_a_finished_run_is_left_as_it_is(arithmetic):
     assert written == {"replace environment.json", "replace report.html"}
 
 
-TOLD = [  # each list in one process
+TOLD = [  # one process, and another one that goes on from there
     [
         "term batch base 70",  # while the base trains: saved after that very update
         "term begin no_rationalisation/stages/iter_001/sample_000.jsonl",  # anywhere else nothing waits
         "term batch no_rationalisation/checkpoints/iter_001 12",
-    ],
-    [
         "term saving no_rationalisation/checkpoints/iter_001/training 16",  # a checkpoint is being written in the background
         "term batch rationalisation/checkpoints/iter_002 3",  # an update whose metrics are logged
     ],
