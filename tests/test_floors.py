@@ -33,7 +33,7 @@ FLOORS = (
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 WITHIN: set[tuple[str, str]] = set()
 BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10% above
-    "": 1470, "text": 465, "data": 390, "models": 3450, "tasks": 4939, "sample": 970, "thoughts": 1300, "train": 1820,
+    "": 1470, "text": 465, "data": 390, "models": 3450, "tasks": 3385, "sample": 970, "thoughts": 1300, "train": 1820,
     "runs": 1750, "methods": 3790, "report": 1435, "plan": 1010, "bench": 600, "commands": 0,
 }  # fmt: skip
 TODAY = {  # packages above their limit: a limit that only falls
