@@ -64,7 +64,7 @@ def _forward(
     dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     if q.shape[1] * q.shape[2] == 1:  # one thread per text, as in generation: the plain form
         rows = rearrange(q, "b 1 1 t (g q) k -> b t g q k", g=keys.shape[1])
-        s = scale * dot("btgqk,bgck->bgqtc", rows, keys)
+        s = soft_cap(scale * dot("btgqk,bgck->bgqtc", rows, keys), cap)
         s = jnp.where(mask[:, :, None], s, NEG)
         lse = jax.nn.logsumexp(s, axis=-1)
         out = dot("bgqtc,bgck->btgqk", jnp.exp(s - lse[..., None]).astype(values.dtype), values)
