@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from qstar.__main__ import main
-from qstar.flags import read_config
 from qstar.report.render import environment as templates
 from qstar.runs.access import unlock
 from qstar.runs.console import Screen
@@ -166,20 +165,3 @@ def test_transformers_does_not_say_that_pytorch_was_not_found():
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRANSFORMERS_")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_readme_says_what_each_smoke_run_needs():
-    rows = re.findall(
-        r"^\| \[`(\w+)\.py`\].*\| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    needs = {name: smoke for name, smoke in rows}
-    for name in (
-        "star_gsm8k",
-        "star_commonsense_qa",
-        "v_star_gsm8k",
-        "grpo_gsm8k",
-        "guided_cot_hotpotqa",
-    ):  # v_star_mbpp's row is v_star_gsm8k's
-        argument = re.search(r"`:(smoke\S*)`", needs[name])[1]
-        read_config(f"{ROOT}/configs/{name}.py:{argument}")
-        assert "model=" in argument or "small=" in argument

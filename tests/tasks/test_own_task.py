@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -14,24 +16,9 @@ from qstar.errors import UserError
 from qstar.flags import Parser
 from qstar.tasks import Task, make_task
 
-README = '''
-from qstar.tasks import DatasetTask, Problem
-
-
-class Capitals(DatasetTask):
-    """Options: train, test (files or hub names)."""
-
-    stop = ("\\n",)
-
-    def to_problem(self, record):
-        return Problem(id="", question=record["country"], gold=record["capital"].lower())
-
-    def prompt(self, problem, hint=False):
-        return f"The capital of {problem.question}{f' ({problem.gold})' if hint else ''} is"
-
-    def parse(self, completion):
-        return completion.strip(" .").lower() or None
-'''
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# The example of the README, as it stands there.
+README = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "class" in b)
 BARE = """
 from qstar.tasks import Problem
 
