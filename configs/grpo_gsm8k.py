@@ -65,7 +65,7 @@ def qwen05(config):
     config.loop.rounds = 2
     # No penalty for responses at the token limit: they are wrong already.
     config.rl.update(group=8, no_eos_penalty=0.0)
-    config.train.update(updates=40, prompts=8, batch_size=16, max_new_tokens=200, lr=2e-5, warmup=4, save_every=5)
+    config.train.update(updates=40, prompts=8, batch_size=16, max_new_tokens=320, lr=2e-5, warmup=4, save_every=5)
     config.train.update(lora_rank=16, lora_alpha=32.0)
-    config.sample.update(max_new_tokens=256, slots=64, round_size=128)
+    config.sample.update(max_new_tokens=400, slots=64, round_size=128)
     config.evaluate.update(split="val", limit=150)
