@@ -119,7 +119,7 @@ def command(line, **names):
 def fuzz_override(rng, world, home, monkeypatch):
     """A value of the config."""
 
-    def stop(self, **_):
+    def stop(self, *_, **__):
         raise Accepted
 
     monkeypatch.setattr(RunContext, "start", stop)

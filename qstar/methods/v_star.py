@@ -49,7 +49,7 @@ class VStarConfig(star.VariantConfig):
     n_iters: int = 3
     problems_per_iter: int | None = None  # D_query; None: all training problems
     fresh: bool = False  # the same queries in every iteration
-    k: int = 16
+    k: int = bounded(16, ge=1)
     temperature: float | None = 0.7
     rationalize: bool = False
     accumulate: bool = True

@@ -110,7 +110,7 @@ def test_failures_that_stay_are_one_clear_line(serve):
 
 def test_without_the_openai_client_a_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match=r"pip install 'qstar\[endpoint\]'"):
+    with pytest.raises(UserError, match=r"pip install 'qstar-jax\[endpoint\]'"):
         A.HttpAnswerer("http://localhost:8000/v1", "big")
 
 

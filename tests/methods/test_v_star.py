@@ -21,6 +21,7 @@ class Fake:
     """A model that is only a name."""
 
     config = None
+    params: dict = {}
 
     def __init__(self, name):
         self.name = name

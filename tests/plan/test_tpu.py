@@ -45,5 +45,5 @@ def test_under_fsdp_a_tpu_reduces_and_scatters_gradients_and_gathers_no_activati
 
 def test_without_the_compiler_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'qstar\[plan\]'"):
+    with pytest.raises(UserError, match=r"pip install 'qstar-jax\[plan\]'"):
         open_topology("v5e:2x4")
