@@ -82,12 +82,12 @@ def write_completions(
         done += cached_jsonl(folder / f"rows_{at // ROUND:03d}.jsonl", make)
     # One that was cut off would teach the student to stop in the middle of a sentence.
     texts = {id(row): new["completion"] if new["ended"] else "" for row, new in zip(blank, done)}
-    whole = [{**x, "completion": texts[id(x)]} if id(x) in texts else x for x in rows if texts.get(id(x), "whole")]
-    if lost := len(rows) - len(whole):
+    kept = [{**x, "completion": texts[id(x)]} if id(x) in texts else x for x in rows if texts.get(id(x), "as given")]
+    if lost := len(rows) - len(kept):
         say(f"[yellow]{lost} completions of the teacher were empty or cut off: left out")
     line = f"config.sample.max_new_tokens={sample.max_new_tokens}: no completion of the teacher ended; raise it"
-    require((bool(whole) or not rows, line))
-    return whole
+    require((bool(kept) or not rows, line))
+    return kept
 
 
 def complete(row: Row) -> bool:

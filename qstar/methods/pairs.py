@@ -328,8 +328,8 @@ def train_arm(
 
     def watch(step: int, params: Params) -> None:
         if unseen:
-            whole = lora.attach(start.params, params, settings.lora.scale) if settings.lora_rank else params
-            last.update(measure(start.replace(params=whole), step))
+            trained = lora.attach(start.params, params, settings.lora.scale) if settings.lora_rank else params
+            last.update(measure(start.replace(params=trained), step))
 
     before = once_json(folder / "before.json", lambda: measure(start, 0)) if unseen else {}
     ctx.say(f"\n[bold]{name}[/bold]: {settings.steps:,} updates")

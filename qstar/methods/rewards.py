@@ -70,8 +70,8 @@ class Reward:
     def fingerprint(self) -> str:
         """A hash of the file that names the function, or of its source if it was given itself; "" if unreadable."""
         try:
-            whole = self.path and self.named_by_file
-            source = Path(self.path).read_bytes() if whole else inspect.getsource(self.function).encode()
+            has_file = self.path and self.named_by_file
+            source = Path(self.path).read_bytes() if has_file else inspect.getsource(self.function).encode()
         except (OSError, TypeError):
             return ""
         return hashlib.sha256(source).hexdigest()[:16]

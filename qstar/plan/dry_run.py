@@ -185,8 +185,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         for name, parts in memory["phases"].items():
             shown = " · ".join(f"{k} {n / 1e9:.2f} GB" for k, n in parts.items() if n >= 5e6)
             out.append(f"  memory, {name}: {sum(parts.values()) / 1e9:.2f} GB" + (f" ({shown})" if shown else ""))
-        whole = f"{memory['peak'] / 1e9:.1f} GB of {memory['machine'] / 1e9:.1f} GB"
+        peak = f"{memory['peak'] / 1e9:.1f} GB of {memory['machine'] / 1e9:.1f} GB"
         out.append(
-            f"  memory at its peak: about {whole} ({memory['process'] / 1e9:.1f} GB of it programs and libraries)"
+            f"  memory at its peak: about {peak} ({memory['process'] / 1e9:.1f} GB of it programs and libraries)"
         )
     return out

@@ -91,7 +91,7 @@ def chosen(answer: Any, pairs: list[tuple[str, str]], answer_as: str, spec: str)
     labels, texts = [label.casefold() for label, _ in pairs], [choice.casefold() for _, choice in pairs]
     written = str(answer).strip().casefold()
     index = int(written) if re.fullmatch(r"-?[0-9]{1,3}", written) else None
-    ways = {
+    indices = {
         "label": labels.index(written) if written in labels else None,
         "text": texts.index(written) if written in texts else None,
         "index": index if index is not None and 0 <= index < len(pairs) else None,
@@ -100,7 +100,8 @@ def chosen(answer: Any, pairs: list[tuple[str, str]], answer_as: str, spec: str)
     order = (
         ("index", "text") if isinstance(answer, int) and not isinstance(answer, bool) else ("label", "text", "index")
     )
-    at = next((ways[way] for way in (order if answer_as == "auto" else (answer_as,)) if ways[way] is not None), None)
+    kinds = order if answer_as == "auto" else (answer_as,)
+    at = next((indices[kind] for kind in kinds if indices[kind] is not None), None)
     if at is None:
         shown = ", ".join(f"{label} {choice}"[:30] for label, choice in pairs)
         raise ValueError(f"field {spec!r} is {answer!r}, none of the choices {shown} (test rows may have no answers)")

@@ -318,8 +318,8 @@ class Exact(FieldsTask):
         self.instruction = f'Think step by step. Then finish with the words "So the answer is" and {end}.'
 
     def read_answer(self, record: dict) -> tuple[str, str, dict[str, Any]]:
-        whole = self.answer_pattern or "{" in self.answer
-        found = [] if whole else fields.value(record, self.answer)
+        is_text = self.answer_pattern or "{" in self.answer
+        found = [] if is_text else fields.value(record, self.answer)
         said = (
             [str(a) for a in found]
             if isinstance(found, list) and found
