@@ -30,6 +30,9 @@ MAX_SLOTS = 256
 STOP_STRIDE = 16  # decode steps between two searches for stop strings, which need the host
 LEAST_SHARED = 64  # tokens that all prompts begin with, from which they are run once although no prefix is named
 FILL_SHARE = 4  # a refill fills a quarter of the slots: one compiled shape for the first fill and for all later ones
+# Once no request waits and at most a quarter of the slots is active, decoding goes on with those slots alone, down to
+# this many: the last rows of a batch may take as many steps as all others, and a step costs what its slots cost.
+LEAST_SLOTS = 16
 
 Result = tuple[int, int, Completion]  # prompt index, sample index
 
@@ -130,22 +133,40 @@ class _Queue:
 
     def run(self, key: jax.Array, sampling_params: SamplingParams) -> Iterator[Result]:
         state = _placed(self.model, lambda: S.empty_state(self.sampler))
-        cancel = np.zeros(self.sampler.slots, bool)
         per_fill = self.prompts_per_fill * self.group
         while self.waiting or any(self.occupant):
             free = [i for i, r in enumerate(self.occupant) if r is None]
             # A prefill has a fixed shape: it waits until a whole one fits, or until no slot is left to decode.
             while self.waiting and (len(free) >= per_fill or len(free) == len(self.occupant)):
                 fill, free = self._next_fill(free)
-                cancel[fill.slot[fill.slot < len(cancel)]] = False  # it was set for the row before
                 state = S.insert_requests(self.params, self.sampler, self.prefix, state, fill, key, sampling_params)
-            # Decoding stops early once a whole refill fits.
-            least = np.int32(max(0, len(self.occupant) - per_fill) if self.waiting else 0)
+            if not self.waiting:
+                state = self._drop_free_slots(state)
+            # Decoding stops early once a whole refill fits, or once the active rows fit into fewer slots.
+            least = np.int32(max(0, len(self.occupant) - per_fill) if self.waiting else self._fewer_slots())
             # Without stop strings the host has nothing to check before rows end.
             steps = np.int32(STOP_STRIDE if self.stop else self.sampler.max_new)
+            # A row that a stop string has ended is still active on the device.
+            cancel = np.asarray([r is None for r in self.occupant])
             state = S.decode(self.params, self.sampler, self.prefix, state, sampling_params, cancel, least, steps)
-            cancel = np.zeros(self.sampler.slots, bool)
-            yield from self._harvest(state, cancel)
+            yield from self._harvest(state)
+
+    def _fewer_slots(self) -> int:
+        """Returns the number of slots to go on with when few rows are active; 0 if that would gain nothing."""
+        fewer = self.sampler.slots // FILL_SHARE
+        mesh = self.model.mesh
+        return fewer if fewer >= LEAST_SLOTS and (mesh is None or fewer % mesh.size == 0) else 0
+
+    def _drop_free_slots(self, state: S.SampleState) -> S.SampleState:
+        active = [i for i, r in enumerate(self.occupant) if r is not None]
+        while len(active) <= (fewer := self._fewer_slots()):
+            free = [i for i, r in enumerate(self.occupant) if r is None]
+            rows = (active + free)[:fewer]
+            state = S.keep_rows(state, np.asarray(rows, np.int32))
+            self.occupant = [self.occupant[i] for i in rows]
+            self.sampler = dataclasses.replace(self.sampler, slots=fewer)
+            active = list(range(len(active)))
+        return state
 
     def _next_fill(self, free: list[int]) -> tuple[S.PrefillBatch, list[int]]:
         # Samples of one prompt are adjacent in the queue, and share one row of the prefill.
@@ -173,8 +194,7 @@ class _Queue:
                 row += 1
         return fill, free
 
-    def _harvest(self, state: S.SampleState, cancel: np.ndarray) -> Iterator[Result]:
-        # A row that a stop string ends is still active on the device: `cancel` ends it there at the next decode.
+    def _harvest(self, state: S.SampleState) -> Iterator[Result]:
         names = ("tokens", "logprobs", "sample_logprobs", "count", "stopped", "active")
         host = to_host({name: getattr(state, name) for name in names})
         for i, request in enumerate(self.occupant):
@@ -184,7 +204,7 @@ class _Queue:
             found = completion(self.model, {k: v[i] for k, v in host.items()}, self.stop, self.context + request.tokens)
             if active and not found.stopped:
                 continue
-            cancel[i], self.occupant[i] = active, None
+            self.occupant[i] = None
             yield request.prompt, request.sample, found
 
 

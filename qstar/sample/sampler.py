@@ -209,6 +209,12 @@ def decode(
     return jax.lax.while_loop(going, lambda s: _step(params, sampler, prefix, s, sampling_params), state)
 
 
+@mesh_jit
+def keep_rows(state: SampleState, rows: jax.Array) -> SampleState:
+    """Returns the state of fewer slots: those at `rows` [b] int32."""
+    return jax.tree.map(lambda x: x[rows] if x.ndim else x, state)
+
+
 def _step(
     params: Params, sampler: Sampler, prefix: Prefix, state: SampleState, sampling_params: SamplingParams
 ) -> SampleState:

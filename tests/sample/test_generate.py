@@ -169,6 +169,19 @@ def test_buckets_of_lengths_do_not_change_the_answer(monkeypatch):
     assert tokens_of(out) == [[row] for row in expected]
 
 
+def test_the_last_rows_of_a_batch_are_decoded_in_fewer_slots(monkeypatch):
+    """16 slots, then 4, then 1: the tokens stay those of the slow loop."""
+    model, expected = made("gqa")
+    monkeypatch.setattr(batching, "LEAST_SLOTS", 1)
+    slots, decode = [], S.decode
+    monkeypatch.setattr(
+        S, "decode", lambda params, sampler, *args: slots.append(sampler.slots) or decode(params, sampler, *args)
+    )
+    out = qstar.generate(model, PROMPTS, max_new_tokens=NEW, temperature=0, slots=16)
+    assert tokens_of(out) == [[row] for row in expected]
+    assert slots == sorted(slots, reverse=True) and set(slots) >= {16, 4}
+
+
 def test_one_token():
     model, expected = made("gqa")
     out = qstar.generate(model, PROMPTS, max_new_tokens=1, temperature=0, slots=4)
@@ -305,7 +318,7 @@ def test_a_text_prefix_is_the_same_as_texts_that_begin_with_it(stories):
 
 
 @pytest.mark.parametrize("stop", [(".",), ("nd", " to", "zzz"), ("ed",)], ids=str)
-def test_stop_strings_cut_exactly_and_leave_the_other_rows_alone(stories, told, stop):
+def test_stop_strings_cut_exactly_and_leave_the_other_rows_alone(stories, told, stop, monkeypatch):
     """In two slots, so that a slot whose row a stop string ended is given to the next prompt."""
     out = qstar.generate(stories, STORIES, max_new_tokens=40, temperature=0, slots=2, stop=stop)
     decode, cuts = functools.partial(stories.tokenizer.decode, after=stories.tokenizer.encode("a")), 0
@@ -322,6 +335,9 @@ def test_stop_strings_cut_exactly_and_leave_the_other_rows_alone(stories, told, 
     assert cuts >= 3
     if len(stop) == 1:  # one string is one stop string, not its characters
         assert out == qstar.generate(stories, STORIES, max_new_tokens=40, temperature=0, slots=2, stop=stop[0])
+        monkeypatch.setattr(batching, "LEAST_SLOTS", 2)
+        fewer = qstar.generate(stories, STORIES, max_new_tokens=40, temperature=0, slots=8, stop=stop)
+        assert tokens_of(fewer) == tokens_of(out)
 
 
 def recital(stories, text: str, ids: list[int]) -> Model:
