@@ -30,7 +30,7 @@ TESTS = f"assert f(3) == {TOKEN!r}\nassert len(f(4)) == {len(TOKEN)}"
 LIMIT = 1.0
 
 
-ISOLATIONS = ("namespaces", "landlock", "seccomp")
+ISOLATIONS = ("landlock", "seccomp")
 
 
 @pytest.fixture(scope="module", params=[*ISOLATIONS, *(f"{name} numpy" for name in ISOLATIONS)])
@@ -230,19 +230,6 @@ def test_a_package_that_cannot_be_allowed_is_named(name):
         Sandbox(1, allow=(name,))
 
 
-def test_a_program_in_namespaces_sees_neither_the_hosts_name_nor_what_is_installed():
-    try:
-        pool = Sandbox(1, isolation="namespaces")
-    except UserError as error:
-        pytest.skip(str(error))
-    look = "import os, sysconfig\ndef f(name):\n    path = sysconfig.get_path('stdlib') + name\n    return os.path.isdir(path) and os.listdir(path)"
-    with pool:
-        for name in ("/site-packages", "/dist-packages"):
-            assert pool.run(Job(look, f"assert not f({name!r})")).passed
-        names = "import os, platform\ndef f(): return {os.uname().nodename, platform.node()}"
-        assert pool.run(Job(names, "assert f() == {'sandbox'}")).passed
-
-
 def test_run_python_is_the_pool_of_this_process():
     verdict = run_python("def f(x): return x", "assert f(1) == 1", timeout_s=20, memory_mb=64)
     assert isinstance(verdict, Verdict) and verdict.passed and 0 < verdict.seconds < 20
@@ -258,11 +245,10 @@ def test_verdicts_do_not_depend_on_the_hash_seed_or_the_clock(pool):
     assert len(details) == 1 and "program" in details.pop()
 
 
-def test_programs_leave_nothing_for_the_next_one(pool):
-    write = "import os\ntry:\n    open('left', 'w').write('x')\n    os.mkdir('d', 0)\nexcept OSError: pass\ndef f(): return 1"
-    assert all(v.passed for v in pool.run_many([Job(write, "assert f() == 1")] * 4))
-    read = "import os\ndef f(): return os.listdir('.') if os.access('.', os.W_OK) else []"
-    assert all(v.passed for v in pool.run_many([Job(read, "assert f() == []")] * 4))
+def test_a_program_has_no_folder_that_it_may_write_to(verifier):
+    write = "def f(path):\n    try: open(path, 'w')\n    except OSError: return 'refused'"
+    tests = "\n".join(f"assert f({path!r}) == 'refused'" for path in ("left", "/dev/shm/left"))
+    assert verifier.run(Job(write, tests), timeout_s=20).passed
 
 
 def test_a_pool_whose_processes_were_killed_goes_on():

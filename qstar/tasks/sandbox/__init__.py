@@ -11,16 +11,15 @@ Covered:
 * **Limits.** Wall clock, CPU time, address space, file size, threads and open files; seccomp refuses new processes. The
   program's process is killed after every verdict, the judge by a kernel timer if values make it hang.
 * **Isolation.** No sockets, capabilities, access to other processes or signals to them, also not by way of the kernel.
-  With "namespaces" (`Sandbox.isolation`) the file system is Python's library, read-only, and 16 MiB of scratch. Where
-  the system refuses user namespaces (many containers), nothing can be written and only the library read ("landlock");
-  on kernels without Landlock no file can be opened ("seccomp"). Without seccomp, or on another system or processor than
-  Linux on x86-64, no program is run.
+  No file can be written, and only Python's library be read (`Sandbox.isolation` "landlock"); on kernels without Landlock
+  no file can be opened ("seccomp"). Without seccomp, or on another system or processor than Linux on x86-64, no program
+  is run.
 * **Packages.** With `allow=("numpy",)` a package is imported before confinement, and its folder is readable. Numbers of
   numpy arrive as Python's, arrays as arrays.
 
-Not covered: kernel bugs; timing; expected values returned by heart; weak tests. With "landlock" and "seccomp" a program
-can read the host's name, processors and memory, with "landlock" also Python's own `site-packages`. Programs that start
-processes or read standard input fail. Values travel by copy: a test does not see changes of its own argument, functions
+Not covered: kernel bugs; timing; expected values returned by heart; weak tests. A program can read the host's name,
+processors and memory, with "landlock" also Python's own `site-packages`. Programs that start processes, write files or
+read standard input fail. Values travel by copy: a test does not see changes of its own argument, functions
 cannot be passed to the program, and objects of its classes can be created, called and read, but equal nothing.
 """
 
@@ -59,8 +58,8 @@ REASONS = {
     "output": "what came back is too large, or is no answer",
     "untested": "no assertion was reached, though none failed",
 }
-# Nothing of the user's environment, and a fixed hash seed: sets have the same order in every run. numpy's threads would
-# keep the server from entering namespaces.
+# Nothing of the user's environment, and a fixed hash seed: sets have the same order in every run. The server forks, which
+# numpy's threads would not survive.
 _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
@@ -148,8 +147,8 @@ class Sandbox:
 
     def __init__(self, workers: int | None = None, *, isolation: str = "auto", allow: Iterable[str] = ()):
         """Starts `workers` (None: one per CPU); UserError if this machine cannot confine programs in that way."""
-        if isolation not in ("auto", "namespaces", "landlock", "seccomp"):
-            raise UserError(f"isolation={isolation!r} is not one of auto, namespaces, landlock, seccomp")
+        if isolation not in ("auto", "landlock", "seccomp"):
+            raise UserError(f"isolation={isolation!r} is not one of auto, landlock, seccomp")
         folders = [_package_folder(name) for name in allow]
         # CPUs that this process may use: in a container fewer than the machine has.
         count = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1

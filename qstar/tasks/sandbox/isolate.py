@@ -1,10 +1,8 @@
-"""Process isolation on Linux: namespaces, Landlock, seccomp, capabilities, resource limits. x86-64 only.
+"""Process isolation on Linux: Landlock, seccomp, capabilities, resource limits. x86-64 only.
 
-"namespaces": a file system of its own with Python's library read-only and one small scratch folder, no network, no
-other process and no /proc. "landlock", where the system refuses namespaces to users (many containers): nothing can be
-written and only Python's library can be read. "seccomp", on kernels without Landlock: no file can be opened, so only
-modules imported before are available. In all three seccomp refuses new processes, programs, sockets, signals to others
-(also those that the kernel would send) and access to other processes.
+"landlock": nothing can be written and only Python's library can be read. "seccomp", on kernels without Landlock: no file
+can be opened, so only modules imported before are available. In both seccomp refuses new processes, programs, sockets,
+signals to others (also those that the kernel would send) and access to other processes.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import glob
 import os
 import resource
 import signal
@@ -23,12 +20,6 @@ from collections.abc import Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 NOBODY = 65534
-SCRATCH = "/scratch"
-SCRATCH_MB = 16
-
-_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
-_KEPT_FLAGS = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}  # statvfs -> mount; dropping one is refused
 packages: list[str] = []  # folders of the installed packages that programs may import; `server` fills it
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 
@@ -67,7 +58,7 @@ def hide_memory() -> None:
 
 
 def drop_capabilities() -> None:
-    """Gives up every capability for good (also those in a user namespace)."""
+    """Gives up every capability for good."""
     header, none = struct.pack("<Ii", 0x20080522, 0), bytes(24)
     _syscall("capset", 126, header, none)
     _prctl("PR_SET_NO_NEW_PRIVS", 38, 1)
@@ -79,7 +70,7 @@ def limits(memory_bytes: int, cpu_seconds: int) -> None:
         (resource.RLIMIT_AS, memory_bytes, memory_bytes),
         # A program can ignore SIGXCPU at the soft limit; at the hard one the kernel sends SIGKILL.
         (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
-        (resource.RLIMIT_FSIZE, SCRATCH_MB << 20, SCRATCH_MB << 20),
+        (resource.RLIMIT_FSIZE, 0, 0),
         (resource.RLIMIT_NOFILE, 64, 64),
         (resource.RLIMIT_NPROC, 128, 128),  # threads; new processes are refused anyway
         (resource.RLIMIT_STACK, 8 << 20, 8 << 20),
@@ -106,12 +97,6 @@ def library_folders() -> list[str]:
     return [name for name in dict.fromkeys(names) if os.path.isdir(name)]
 
 
-def _installed_folders() -> list[str]:
-    parents = [sysconfig.get_path("stdlib"), *glob.glob("/usr/lib/python3*")]
-    found = [f"{parent}/{name}" for parent in parents for name in ("site-packages", "dist-packages")]
-    return [path for path in dict.fromkeys(found) if os.path.isdir(path) and not os.path.islink(path)]
-
-
 def drop_root() -> None:
     """Makes root nobody; other users stay themselves."""
     if os.geteuid() == 0:
@@ -119,87 +104,6 @@ def drop_root() -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-
-
-# ------------------------------------------------------------------------------------------------------ namespaces
-
-
-def enter_namespaces() -> None:
-    """Moves this process onto a new root in namespaces of its own; after Refused it may be half-way in: end it."""
-    _new_user_namespace()
-    _call("sethostname", _libc.sethostname(b"sandbox", 7))
-    folders, covered = library_folders(), _installed_folders()
-    links = {path: os.readlink(path) for path in folders if os.path.islink(path)}  # /lib -> usr/lib
-    handles = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in folders if path not in links}
-    # First, so that no later mount propagates to the system outside.
-    _mount(None, "/", None, _REC | _PRIVATE)
-    root = "/usr"  # any folder that exists: it is covered, and the handles still reach what lies below it
-    _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
-    for path, target in links.items():
-        os.makedirs(os.path.dirname(root + path), exist_ok=True)
-        os.symlink(target, root + path)
-    for path in sorted({*handles, *covered}, key=len):  # a folder before what lies in it
-        place = root + path
-        if path in handles and not os.path.isdir(place):  # a folder of one that is bound already is there
-            os.makedirs(place)
-            _mount(f"/proc/self/fd/{handles[path]}", place, None, _BIND | _REC)
-            kept = sum(to for bit, to in _KEPT_FLAGS.items() if os.statvfs(place).f_flag & bit)
-            # Creating a bind mount ignores such flags; only a remount applies them.
-            _mount(None, place, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV | kept)
-        elif path in covered and os.path.isdir(place):
-            _mount("tmpfs", place, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
-    for path in covered:
-        if os.path.isdir(root + path):
-            _mount(None, root + path, None, _REMOUNT | _RDONLY | _NOSUID | _NODEV)
-    for fd in handles.values():
-        os.close(fd)
-    os.mkdir(root + SCRATCH)
-    size = f"size={SCRATCH_MB}m,nr_inodes=1024,mode=777"
-    _mount("tmpfs", root + SCRATCH, "tmpfs", _NOSUID | _NODEV | _NOEXEC, size)
-    _mount(None, root, None, _REMOUNT | _RDONLY | _NOSUID | _NODEV)
-    os.chdir(root)
-    # "." twice puts the old root over the new one, without a folder for it; umount2 with MNT_DETACH (2) removes it.
-    _syscall("pivot_root", 155, b".", b".")
-    _call("umount", _libc.umount2(b".", 2))
-    os.chdir(SCRATCH)
-
-
-def _new_user_namespace() -> None:
-    uid, gid = os.geteuid(), os.getegid()
-    nobody = f"\n{NOBODY} {NOBODY} 1" if uid == 0 else ""
-    maps = [("uid_map", f"{uid} {uid} 1{nobody}"), ("gid_map", f"{gid} {gid} 1{nobody}")]
-    ready, go = os.pipe()
-    # Only a process outside may map two users, so a child that stays there writes the maps.
-    helper = os.fork()
-    if helper == 0:
-        status = 1
-        try:
-            os.close(go)
-            os.read(ready, 1)
-            for name, text in maps if nobody else [("setgroups", "deny"), *maps]:
-                with open(f"/proc/{os.getppid()}/{name}", "w") as file:
-                    file.write(text)
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(ready)
-    result = _libc.unshare(_NEWUSER | _NEWNS | _NEWNET | _NEWIPC | _NEWUTS)
-    error = ctypes.get_errno()
-    os.close(go)
-    mapped = os.waitpid(helper, 0)[1] == 0
-    if result < 0 or not mapped:
-        raise Refused(f"user namespace: {os.strerror(error) if result < 0 else 'its users cannot be mapped'}")
-
-
-def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
-    texts = [None if t is None else t.encode() for t in (source, target, kind, options)]
-    result = _libc.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3])
-    _call(f"mount {target}", result)
-
-
-def new_process_namespace() -> None:
-    """Makes the next child process 1 of a new namespace: when it ends, the kernel ends all others in it."""
-    _call("unshare", _libc.unshare(_NEWPID))
 
 
 # -------------------------------------------------------------------------------------------------------- Landlock
@@ -254,8 +158,8 @@ _WRITES_AT = (258, 260, 261, 263, 264, 265, 266, 268, 280, 316, 452)
 def seccomp_filter(pid: int, isolation: str) -> bytes:
     """The filter program: the numbers above, and calls that are allowed with certain arguments only.
 
-    `pid` is the process itself, which it may signal. With "namespaces" the file system is its own; with the others it
-    can change no file, and with "seccomp" open none: pipes and memory of its user's other processes are files, too.
+    `pid` is the process itself, which it may signal. It can change no file, and with "seccomp" open none: pipes and
+    memory of its user's other processes are files, too.
     """
     deny, allow, unknown = _op(_RET, _EPERM), _op(_RET, _ALLOW), _op(_RET, _ENOSYS)
 
@@ -277,12 +181,11 @@ def seccomp_filter(pid: int, isolation: str) -> bytes:
         302: argument(0) + _op(_JEQ, 0, 0, 1) + allow + own,  # prlimit64: of itself
         **dict.fromkeys((62, 200, 234), argument(0) + own),  # kill, tkill, tgkill: itself
     }
-    if isolation != "namespaces":
-        writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | 0x400000  # __O_TMPFILE
-        reading = deny if isolation == "seccomp" else allow
-        blocks |= {nr: argument(i) + _op(_JSET, writing, 0, 1) + deny + reading for nr, i in ((2, 1), (257, 2))}
-        blocks[437] = unknown  # openat2 hides its flags behind a pointer
-        blocks |= dict.fromkeys((*_WRITES, *_WRITES_AT), deny)
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | 0x400000  # __O_TMPFILE
+    reading = deny if isolation == "seccomp" else allow
+    blocks |= {nr: argument(i) + _op(_JSET, writing, 0, 1) + deny + reading for nr, i in ((2, 1), (257, 2))}
+    blocks[437] = unknown  # openat2 hides its flags behind a pointer
+    blocks |= dict.fromkeys((*_WRITES, *_WRITES_AT), deny)
     # Calls through another architecture (32 bits) have other numbers, for which the list is wrong: kill.
     code = _op(_LOAD, 4) + _op(_JEQ, _X86_64, 1, 0) + _op(_RET, _KILL) + _op(_LOAD, 0)
     # Also the numbers of x32, which reach the same calls.

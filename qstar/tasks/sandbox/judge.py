@@ -185,8 +185,6 @@ def verdict(program: Guest, job: dict[str, Any]) -> tuple[str, str]:
 def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
     """Serves one job from the pipe `jobs` and writes its verdict to `verdicts`; returns the exit status."""
     ours, theirs = socket.socketpair()
-    if isolation == "namespaces":
-        isolate.new_process_namespace()
     # The program's process comes first: it must never have had the job in its memory.
     pid = os.fork()
     if pid == 0:

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import importlib
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -53,31 +52,19 @@ def _import_packages(folders: list[str]) -> None:
                 getattr(module, attribute)
         sys.path.remove(parent)
         isolate.packages += [folder, f"{folder}.libs"]  # wheels keep shared libraries beside the package
-    if "platform" in sys.modules:
-        importlib.reload(sys.modules["platform"])  # it caches the host's name
 
 
 def _confine(strength: str) -> str:
     if why := isolate.supported():
         raise isolate.Refused(why)
     isolate.adopt_orphans()
-    found = strength
-    # Each step is tried in a child first: a process that failed half-way could not go on.
-    if strength == "auto" and (found := "namespaces") and not _works(lambda: _namespaces(judge_too=True)):
-        found = "landlock" if _works(lambda: isolate.landlock([])) else "seccomp"
-    if found == "namespaces":
-        _namespaces()
-    if found == "landlock" and not _works(lambda: isolate.landlock([])):
+    # Tried in a child: the server itself has to stay unconfined, since it forks all others.
+    found = "seccomp" if strength == "seccomp" or not _works(lambda: isolate.landlock([])) else "landlock"
+    if strength not in ("auto", found):
         raise isolate.Refused("the kernel has no Landlock")
     if not _works(lambda: isolate.seccomp(isolate.seccomp_filter(os.getpid(), "seccomp"))):
         raise isolate.Refused("seccomp filters are not allowed here")
     return found
-
-
-def _namespaces(judge_too: bool = False) -> None:
-    isolate.enter_namespaces()
-    if judge_too:  # each judge does this later
-        isolate.new_process_namespace()
 
 
 def _works(step: Callable[[], None]) -> bool:
@@ -96,20 +83,13 @@ def _address_space() -> int:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _sweep(isolation: str) -> bool:
-    # The judge's orphans died with it, but not at once: the next program must find neither them nor their files.
+def _all_ended() -> bool:
+    # The judge's orphans died with it, but not at once: the next program must not find them.
     deadline = time.monotonic() + 5
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:
             time.sleep(0.001)
         return False
-    if isolation == "namespaces":
-        for entry in os.scandir(isolate.SCRATCH):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.unlink(entry.path)
-        return not os.listdir(isolate.SCRATCH)
     return True
 
 
@@ -149,8 +129,8 @@ def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
             finally:
                 os._exit(status)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        # A server with a process or file that cannot be removed ends; the parent starts a clean one.
-        if not _sweep(isolation) or code == judge.NO_JOB:
+        # A server with a process that cannot be ended ends itself; the parent starts a clean one.
+        if not _all_ended() or code == judge.NO_JOB:
             return code
         codec.send(verdicts, {"end": code})
 
