@@ -23,6 +23,7 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _SLICES = ("dynamic-slice", "slice", "gather")
+_PREFETCHES = ("copy-start", "slice-start", "dynamic-slice-start")
 # They move no data themselves: names for buffers, or loops and calls whose bodies are counted instead. Of asynchronous
 # pairs, the start counts.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -290,10 +291,9 @@ class Program:
         fused = [j for name in i.called("calls") for j in self.computations.get(name, ()) if j.op == "all-reduce"]
         n = group_size(i.attributes) or (group_size(fused[0].attributes) if fused else 0)
         share = (n - 1) / n if n else 1.0
-        made = i.bytes
         # The result of a start holds operands as well as results: their sum would count the data twice.
-        if i.op.endswith("-start") and len(i.arrays) > 1:
-            made = max(a.bytes for a in i.arrays)
+        started = i.op.endswith("-start") and len(i.arrays) > 1
+        made = max(a.bytes for a in i.arrays) if started else i.bytes
         if kind in ("all-gather", "reduce-scatter"):
             return share * max(made, given)
         return {"all-reduce": 2 * share, "all-to-all": share, "collective-permute": 1.0}[kind] * given
@@ -316,8 +316,7 @@ class Program:
         sizes = dict(zip(k, kernel.arrays[0].shape))
         shape_in, shape_out = dict(zip(a, left.arrays[0].shape)), dict(zip(o, i.arrays[0].shape))
         total = 2.0 * shape_out["b"] * shape_out["f"] * sizes["i"]
-        window = _window(i.attributes, sum(c.isdigit() for c in k))
-        for d, w in enumerate(window):
+        for d, w in enumerate(_window(i.attributes, sum(c.isdigit() for c in k))):
             total *= _meetings(shape_in[str(d)], sizes[str(d)], shape_out[str(d)], *w)
         if found := re.search(r"batch_group_count=(\d+)", i.attributes):
             total /= int(found[1])
@@ -327,11 +326,15 @@ class Program:
         """Returns the bytes that an instruction moves; a fusion (or instruction) that slices an operand reads the slice."""
         if i.op == "custom-call" and '"AllocateBuffer"' in i.attributes:
             return 0.0
-        if i.op == "dynamic-update-slice":
-            update = self._operand(i, 1, where)
-            return 2.0 * update.bytes if update is not None else 0.0
+        update = self._operand(i, 1, where) if i.op == "dynamic-update-slice" else None
+        if update is not None:
+            return 2.0 * update.bytes
         if i.op in _SLICES:
             return 2.0 * i.bytes
+        if i.op in _PREFETCHES and len(i.arrays) > 1:
+            # The result names source and destination, whose bytes move once per side in main memory; counted as other
+            # results are, every slice that a TPU compiler prefetches would be the whole matrix, and twice.
+            return float(sum(a.main for a in i.arrays[:2]) * min(a.bytes for a in i.arrays[:2]))
         total = float(sum(a.bytes for a in i.arrays if a.main))
         inside = self.computations.get(i.called("calls")[0], []) if i.op == "fusion" and i.called("calls") else None
         root = next((j for j in inside or () if j.root), None)

@@ -110,3 +110,18 @@ def test_a_tpus_text_is_read_alike():
     assert costs.collectives["all-gather"].bytes == pytest.approx(28 * 7 / 8 * 4096 * 128 * 2)
     assert costs.collectives["reduce-scatter"].bytes == pytest.approx(28 * 7 / 8 * 16 * 1024 * 4)
     assert {k: c.count for k, c in costs.collectives.items()} == {"all-gather": 28, "reduce-scatter": 28}
+
+
+def test_an_asynchronous_prefetch_moves_its_destination_and_not_the_array_that_it_slices():
+    text = """HloModule prefetch
+
+ENTRY %main (w: s8[1024,4096]) -> s8[4096] {
+  %w = s8[1024,4096]{1,0:T(8,128)(4,1)} parameter(0)
+  %s = (s8[1024,4096]{1,0:T(8,128)(4,1)}, s8[128,4096]{1,0:T(8,128)(4,1)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:128], [0:4096]}
+  %d = s8[128,4096]{1,0:T(8,128)(4,1)S(1)} slice-done(%s)
+  %c = (s8[1024,4096]{1,0:T(8,128)(4,1)}, s8[1024,4096]{1,0:T(8,128)(4,1)}, u32[]{:S(2)}) copy-start(%w)
+  ROOT %e = s8[1024,4096]{1,0:T(8,128)(4,1)} copy-done(%c)
+}
+"""
+    # The slice is read from main memory; the copy is read there and written there.
+    assert hlo.Program(text).costs().bytes == 128 * 4096 + 2 * 1024 * 4096
