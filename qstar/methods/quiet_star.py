@@ -40,6 +40,7 @@ from qstar.runs.folder import check_run, stable_seed
 from qstar.runs.stages import UpdateSettings, train_stage
 from qstar.thoughts import distil
 from qstar.thoughts import loss as thought_loss
+from qstar.thoughts.layout import thinking_count
 from qstar.train import losses
 from qstar.train.loop import Diverged
 from qstar.train.state import optimizer_for
@@ -226,7 +227,8 @@ def control_loss(params: Any, batch: Batch, rng: jax.Array, *, config: ModelConf
     """Returns the loss of the controls "random" and "pause": their thoughts are not sampled, so none is reinforced."""
     t = config.thoughts
     B, N = batch.tokens.shape
-    thoughts = control_thoughts(thought_source, config, rng, (t.thought_tokens, B * t.thoughts_per_position, N - 1))
+    shape = (t.thought_tokens, B * t.thoughts_per_position, thinking_count(t, N))
+    thoughts = control_thoughts(thought_source, config, rng, shape)
     # Given tokens have no distribution to reinforce or regularize, and a control has no reference model.
     unreinforced = config.replace(thoughts=t.replace(policy_weight=0.0, kl_weight=0.0, entropy_weight=0.0))
     return thought_loss.loss(params, batch, rng, config=unreinforced, thoughts=thoughts)

@@ -21,6 +21,7 @@ from einops import rearrange, repeat
 from qstar.models import decoder
 from qstar.models.attention import LayerMasks, within_window
 from qstar.models.config import ModelConfig
+from qstar.models.thought_config import ThoughtConfig
 from qstar.models.vocabulary import token_logprobs
 from qstar.types import Batch, Params
 
@@ -96,10 +97,15 @@ def all_positions(batch: Batch, predicting: bool = False) -> jax.Array:
     return repeat(jnp.arange(N - predicting, dtype=jnp.int32), "n -> b n", b=B)
 
 
+def thinking_count(t: ThoughtConfig, N: int) -> int:
+    """Returns M, how many positions of a row of N tokens think in training."""
+    return math.ceil(t.think_fraction * (N - 1))
+
+
 def choose_positions(params: Params, config: ModelConfig, batch: Batch, hidden: jax.Array, key: jax.Array) -> jax.Array:
     """Returns the positions [B, M] int32 that think in training, by the config's `think_fraction` and `think_where`.
 
-    M = ceil(fraction * (N - 1)). hidden: [B, N, D] final states of the text, for the entropy.
+    M: `thinking_count`. hidden: [B, N, D] final states of the text, for the entropy.
     """
     # M follows from N and not from the real tokens of a row: shapes are static, and the same for all rows.
     t = config.thoughts
@@ -112,7 +118,7 @@ def choose_positions(params: Params, config: ModelConfig, batch: Batch, hidden: 
         score = token_logprobs(*frozen, targets, entropy=True).entropy
     else:
         score = jax.random.uniform(key, weights.shape)
-    return positions_of_mask(weights > 0, math.ceil(t.think_fraction * weights.shape[1]), score)
+    return positions_of_mask(weights > 0, thinking_count(t, batch.tokens.shape[1]), score)
 
 
 def positions_of_mask(mask: jax.Array, count: int, score: jax.Array) -> jax.Array:

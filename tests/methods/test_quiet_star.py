@@ -99,6 +99,9 @@ def test_pause_and_random_thoughts_reinforce_nothing():
         again, _ = loss(params, batch, jax.random.key(0), config=silent, thought_source=source)
         first, _ = loss(params, batch, jax.random.key(0), config=CONFIG, thought_source=source)
         assert float(first[0]) == float(again[0])
+    half = CONFIG.replace(thoughts=CONFIG.thoughts.replace(think_fraction=0.5))
+    fewer, _ = loss(params, batch, jax.random.key(0), config=half, thought_source="random")
+    assert np.isfinite(fewer[0]) and float(fewer[0]) != float(first[0])  # fewer positions think
     own = measure.random_thoughts(jax.random.key(0), CONFIG, (1000,))
     assert set(np.unique(own)) == set(range(23))  # all but padding
 
