@@ -61,11 +61,13 @@ def qwen05(config):
     config.name = "grpo_gsm8k_qwen05"
     config.mesh = "data=-1"
     config.task.format = "chat"
-    config.model.update(dtype="float32", remat="block")
+    config.model.update(dtype="float32", remat="none")
     config.loop.rounds = 2
     # No penalty for responses at the token limit: they are wrong already.
     config.rl.update(group=8, no_eos_penalty=0.0)
-    config.train.update(updates=40, prompts=8, batch_size=16, max_new_tokens=320, lr=2e-5, warmup=4, save_every=5)
+    config.train.update(
+        updates=40, prompts=8, batch_size=16, accumulate=8, max_new_tokens=320, lr=2e-5, warmup=4, save_every=5
+    )
     config.train.update(lora_rank=16, lora_alpha=32.0)
-    config.sample.update(max_new_tokens=400, slots=64, round_size=128)
+    config.sample.update(max_new_tokens=400, slots=64, round_size=320)
     config.evaluate.update(split="val", limit=150)

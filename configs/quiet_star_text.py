@@ -58,12 +58,12 @@ def get_config(arg=None):
 
 
 def smollm2(config):
-    """Two texts per update, half of whose positions think: the cost of one text with all."""
+    """Two texts per update, one at a time, half of whose positions think: the cost of one text with all."""
     config.name = "quiet_star_smollm2"
     config.model.scan_unroll = 1
     # 16 is <empty_output>, which no text holds: `pause` learns it. 0 to 2 mark turns and the end of a text.
     config.thoughts.update(forbidden_ids=(16, 0, 1, 2), start_text="---", think_fraction=0.5, embedding_scale=10.0)
-    config.train.update(batch_size=2, lr=1e-5, warmup=20, save_every=25, log_every=10)
+    config.train.update(batch_size=2, accumulate=2, lr=1e-5, warmup=20, save_every=25, log_every=10)
     config.evaluate.update(rows=192, batch_size=4, every=0, viewer_texts=24)
 
 

@@ -50,7 +50,7 @@ def get_config(arg=None):
 
 
 def qwen05(config):
-    """LoRA on two CPU cores: rows of 512 tokens, pairs of 768, so that an update takes half a minute at most."""
+    """LoRA on two CPU cores: 4 rows of 512 tokens or pairs of 768, one at a time."""
     config.name = "v_star_mbpp_qwen05"
     config.mesh = "data=-1"
     config.task.format = "chat"
@@ -58,8 +58,8 @@ def qwen05(config):
     config.sft.steps = "epochs:1:0"
     config.loop.update(n_iters=2, k=4, steps="epochs:1:0")
     config.pairs.per_problem = 2
-    config.sample.update(max_new_tokens=200, slots=64, round_size=128)
-    often = {"warmup": 5, "save_every": 5, "log_every": 5}
+    config.sample.update(max_new_tokens=200, slots=64, round_size=320)
+    often = {"accumulate": 4, "warmup": 5, "save_every": 5, "log_every": 5}
     config.train.update(batch_size=4, row_length=512, **often)
     for kind, length in (("rpo", 768), ("dpo", 768), ("orm", 512), ("prm", 512)):
         config[kind].update(batch_size=4, row_length=length, **often)

@@ -19,6 +19,7 @@ from qstar.models.model import Model
 from qstar.plan import host
 from qstar.plan.steps import Assumed
 from qstar.runs.folder import ChecksPassed
+from qstar.sample.batching import MAX_SLOTS
 from qstar.text.tokenizer import load_tokenizer
 
 
@@ -42,9 +43,9 @@ def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
     ctx, found = passed.context, {"name": config.get("name"), "method": config.method, "workdir": str(workdir)}
     if ctx is None:
         return found
-    assumed = lengths(ctx, passed.resolved)
+    assumed, longest = lengths(ctx, passed.resolved)
     if getattr(ctx, "task", None) is not None:
-        found["prompt_tokens"], found["prefix_tokens"] = assumed.prompt, assumed.prefix
+        found["prompt_tokens"], found["prefix_tokens"] = longest, assumed.prefix
     found["work"] = [dataclasses.asdict(w) for w in work(passed)]
     smaller = config.copy_and_resolve_references()
     if "sample" in config and "round_size" in config.sample:
@@ -67,25 +68,34 @@ def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
     return found
 
 
-def lengths(ctx: Any, found: dict[str, Any]) -> Assumed:
-    """Returns the tokens of the longest prompt and the few-shot prefix of a run's task, or of the longest row of a run
-    on rows of one's own; the defaults for other runs. `found`: `ChecksPassed.resolved`."""
+def lengths(ctx: Any, found: dict[str, Any]) -> tuple[Assumed, int]:
+    """Returns the tokens of the prompts and the few-shot prefix of a run's task, or of the longest row of a run on rows
+    of one's own; the defaults for other runs; and the tokens of the longest prompt. `found`: `ChecksPassed.resolved`.
+
+    The prompt that counts for memory is not the longest: few long prompts do not fill the slots.
+    """
     if ctx.settings.method in CONTEXTS:
         options = ctx.settings.model
         tokenizer = load_tokenizer(resolve(options["path"], options.get("revision"), weights=False))
         rows = fit(ctx.say, Model(found["model"], {}, tokenizer), ctx.read(None)[0], 0)[1]
-        return Assumed(row=max(sum(map(len, some)) for some in rows))
+        return Assumed(row=max(sum(map(len, some)) for some in rows)), 0
     task, tokenizer = getattr(ctx, "task", None), getattr(ctx, "tokenizer", None)
     if tokenizer is None or not hasattr(task, "prefix"):
-        return Assumed()
+        return Assumed(), Assumed().prompt
     problems = [*task.pool(1, ctx.seed, None), *task.problems(ctx.settings.evaluate.split)]
-    # The longest texts stand for all: encoding every prompt of a large task takes long.
-    texts = sorted({task.prompt(p) for p in problems}, key=len)[-16:]
+    # Sorted by characters: encoding every prompt of a large task takes long.
+    texts = sorted({task.prompt(p) for p in problems}, key=len, reverse=True)
     prefix = task.prefix()
-    return Assumed(
-        max(len(tokenizer.encode(text, bos=not prefix)) for text in texts),
-        len(tokenizer.encode(prefix, bos=True)) if prefix else 0,
-    )
+
+    def tokens(some: list[str]) -> int:
+        return max(len(tokenizer.encode(text, bos=not prefix)) for text in some)
+
+    slots, samples = ctx.settings.sample.slots or MAX_SLOTS, getattr(getattr(ctx.settings, "loop", None), "k", 1)
+    shares = [min(1.0, (i + 1) * samples / slots) * len(text) for i, text in enumerate(texts)]
+    most = shares.index(max(shares))
+    share, longest = shares[most] / len(texts[most]), tokens(texts[:16])
+    prompt = longest if most < 16 and share == 1 else round(share * tokens(texts[most : most + 16]))
+    return Assumed(prompt, len(tokenizer.encode(prefix, bos=True)) if prefix else 0), longest
 
 
 # ------------------------------------------------------------------------------------------------------------- work

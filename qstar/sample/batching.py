@@ -30,6 +30,7 @@ MAX_SLOTS = 256
 STOP_STRIDE = 16  # decode steps between two searches for stop strings, which need the host
 LEAST_SHARED = 64  # tokens that all prompts begin with, from which they are run once although no prefix is named
 FILL_SHARE = 4  # a refill fills a quarter of the slots: one compiled shape for the first fill and for all later ones
+MOST_PADDING = 4  # a prompt is padded to this many times its own padded length at most, to fill the slots with others
 # Once no request waits and at most a quarter of the slots is active, decoding goes on with those slots alone, down to
 # this many: the last rows of a batch may take as many steps as all others, and a step costs what its slots cost.
 LEAST_SLOTS = 16
@@ -111,7 +112,10 @@ def stream(model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], **opt
     prefix = _prefill_prefix(model, params, context)
     for length, members in buckets:
         requests = [Request(i, j, tuple(rows[i])) for i in members for j in range(o.n)]
-        sampler = _sampler(model, o.slots or default_slots(len(requests)), length, o.max_new_tokens)
+        # At most as many as there are requests: a few long prompts would take a cache for all slots.
+        slots = default_slots(len(requests))
+        slots = min(o.slots, max(LEAST_SLOTS, slots)) if o.slots else slots
+        sampler = _sampler(model, slots, length, o.max_new_tokens)
         yield from _Queue(model, params, sampler, prefix, tuple(context), requests, o).run(key, sampling_params)
 
 
@@ -334,9 +338,12 @@ def _buckets(lengths: Sequence[int], n: int) -> list[tuple[int, list[int]]]:
         groups[padded_length(length)].append(i)
     out: list[tuple[int, list[int]]] = []
     carried: list[int] = []
-    for size in sorted(groups):
+    sizes = sorted(groups)
+    for size, longer in zip(sizes, [*sizes[1:], math.inf]):
         members = sorted(carried + groups[size])
-        if size != max(groups) and len(members) * n < MAX_SLOTS:
+        shortest = padded_length(min(lengths[i] for i in members))
+        # Prompts are prefilled at the length of their group: among long ones, short ones would cost many times their own.
+        if len(members) * n < MAX_SLOTS and longer <= MOST_PADDING * shortest:
             carried = members
             continue
         out.append((size, members))

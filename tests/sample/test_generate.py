@@ -169,6 +169,11 @@ def test_buckets_of_lengths_do_not_change_the_answer(monkeypatch):
     assert tokens_of(out) == [[row] for row in expected]
 
 
+def test_one_long_prompt_does_not_pad_the_short_ones():
+    assert batching._buckets([10, 3764, 12, 40], 4) == [(48, [0, 2, 3]), (4096, [1])]
+    assert batching._buckets([5, 7, 200, 210], 1) == [(8, [0, 1]), (256, [2, 3])]
+
+
 def test_the_last_rows_of_a_batch_are_decoded_in_fewer_slots(monkeypatch):
     """16 slots, then 4, then 1: the tokens stay those of the slow loop."""
     model, expected = made("gqa")
