@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qstar.data.sources import BAD_ROWS, read_records
+from qstar.data.sources import BAD_ROWS, read_records, text_field
 from qstar.errors import require
 from qstar.text.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ class TextCorpus(Corpus):
             (mode in ("crop", "pack"), f"data.mode={mode!r} is not one of crop, pack"),
             (length >= 2, f"data.length={length} must be at least 2"),
         )
-        parse = functools.partial(_text, field)
+        parse = functools.partial(text_field, name=field)
         texts = read_records(source, [field], split=split, limit=limit or None, parse=parse, bad_rows=bad_rows)
         require((len(texts) >= 2, f"{source}: {len(texts)} document; at least 2 are needed, one of them to test on"))
         self.tokenizer, self.length, self.mode = tokenizer, length, mode
@@ -125,8 +125,7 @@ class TextCorpus(Corpus):
 
     def _encode(self, part: str, index: int) -> np.ndarray:
         # The end of a document is a token to predict; without it no model learns to stop.
-        eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        return np.asarray(self.tokenizer.encode(self._texts[part][index], bos=True) + eos, np.int32)
+        return np.asarray([*self.tokenizer.encode(self._texts[part][index], bos=True), self.tokenizer.eos_id], np.int32)
 
     def _rows(self, part: str, rng: np.random.Generator, size: int) -> Rows:
         tokens, segments, positions = np.zeros((3, size, self.length), np.int32)
@@ -144,9 +143,3 @@ class TextCorpus(Corpus):
         # Neither padding nor a document's first token, in front of which stands another document.
         predicted = positions > 0
         return Rows(tokens, predicted.astype(np.float32), segments, positions)
-
-
-def _text(field: str, record: dict) -> str:
-    if not isinstance(record[field], str):
-        raise ValueError(f"field {field!r} is of type {type(record[field]).__name__}, not text")
-    return record[field]

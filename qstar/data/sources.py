@@ -135,6 +135,13 @@ def _checked(place: str, record: dict, fields: Sequence[str], parse: Callable[[d
         raise UserError(f"{place}: not of the expected form ({type(error).__name__}: {error})") from error
 
 
+def text_field(record: dict, name: str) -> str:
+    """A field of a record that has to be text; else a ValueError that names it."""
+    if not isinstance(record[name], str):
+        raise ValueError(f"field {name!r} is of type {type(record[name]).__name__}, not text")
+    return record[name]
+
+
 def _not_utf8(value: Any) -> str | None:
     if isinstance(value, str):
         try:

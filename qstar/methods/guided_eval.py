@@ -18,7 +18,7 @@ from qstar.errors import Settings, bounded, require
 from qstar.methods.answerer import Answer, Answerer
 from qstar.methods.reinforce import RewardOutput
 from qstar.sample.vote import majority
-from qstar.tasks.aspects import ASPECTS, View, bare_answer, chosen
+from qstar.tasks.aspects import ASPECTS, View, bare_answer
 from qstar.tasks.qa_metrics import answer_score, includes
 
 METRICS = ("em", "f1", "includes")
@@ -39,7 +39,7 @@ class RewardSettings(Settings):
         require(
             (self.accuracy + self.aspect > 0, "accuracy and aspect are both 0: there is nothing to reward"),
             (all(w >= 0 for w in self.aspects.values()), "aspects: a weight below 0; leave the aspect out, or use 0"),
-            (not self.aspect or any(chosen(self.aspects)), "aspects: all weights are 0, but aspect is above 0"),
+            (not self.aspect or any(self.aspects.values()), "aspects: all weights are 0, but aspect is above 0"),
         )
 
 
@@ -55,9 +55,9 @@ def rationale_scores(
     Args:
       views: inputs of the aspects. prompts: the answerer's, with the rationale in them. golds: correct answers.
     """
-    used = chosen(settings.aspects)
-    parts: dict[str, Any] = {f"aspect/{n}": np.asarray([a(v) for v in views], np.float32) for n, (a, _) in used.items()}
-    weights = np.asarray([w for _, w in used.values()], np.float32)
+    used = {name: weight for name, weight in settings.aspects.items() if weight}
+    parts: dict[str, Any] = {f"aspect/{n}": np.asarray([ASPECTS[n](v) for v in views], np.float32) for n in used}
+    weights = np.asarray([*used.values()], np.float32)
     # Zero weights may leave no aspect. The mean of the others is in [0, 1], as R_acc is, for any number of aspects.
     mean = np.zeros(len(views), np.float32)
     if used:

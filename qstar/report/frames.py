@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Method -> (folder of an arm, files) of what it sampled to train on; the number in a name is the iteration.
 _ROLLOUTS = {"rl": ("completions", "update_*.jsonl"), "quiet_star": ("thoughts", "step_*.jsonl")}
 _CHARTS: dict[str, Callable[[Run], Iterable[Card | None]]] = {
-    "accuracy": lambda run: [star.accuracy_card(run, arm) for arm in run.arms if stats.curve(arm, "accuracy").x],
+    "accuracy": lambda run: [star.accuracy_card(run, arm) for arm in run.arms if stats.metric(arm, "accuracy").x],
     "kept": lambda run: [star.outcome_card(run, a, g) for a in run.arms if stats.outcomes(a, g := stats.hardest(run))],
     "audit": lambda run: [star.audit_card(run, arm) for arm in run.arms],
     "selection": lambda run: [found["card"] for found in v_star.selections(run)],
@@ -53,8 +53,8 @@ class RunFrames:
     @functools.cached_property
     def headline(self) -> str:
         """The result in a sentence, with intervals."""
-        guided = self.method == "guided_cot"
-        return guided_cot.headline(self.run, guided_cot.read_guided(self.run)) if guided else render.headline(self.run)
+        guided = guided_cot.read_guided(self.run) if self.method == "guided_cot" else None
+        return render.headline(self.run, guided)
 
     @functools.cached_property
     def metrics(self) -> DataFrame:

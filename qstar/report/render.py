@@ -45,9 +45,9 @@ def page(template: str, **values: Any) -> str:
     return environment().get_template(template).render(**values)
 
 
-def headline(run: Run, **values: Any) -> str:
-    """The result of a run in one sentence, as plain text. LM-Guided CoT: see `pages.guided_cot.headline`."""
-    text = re.sub(r" ([,;.])", r"\1", " ".join(page("headline.j2", run=run, **values).split()))
+def headline(run: Run, guided: Any = None) -> str:
+    """The result of a run in a sentence or two, as plain text; `guided`: `pages.guided_cot.read_guided` of such a run."""
+    text = re.sub(r" ([,;.])", r"\1", " ".join(page("headline.j2", run=run, guided=guided).split()))
     # The first interval alone says what the numbers in brackets are.
     return (text[0].upper() + text[1:]).replace("%)", "%, 95% interval)", 1)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from qstar.report.rationales import Row
@@ -180,6 +181,17 @@ def _guided_numbers(run: Run) -> list[Number]:
     return [Number(n, "right answers of the large model", sum(rows[n]) / len(rows[n]), None, None) for n in order]
 
 
+def right(answers: Sequence[int]) -> float:
+    """Percent right of a LM-Guided CoT arm without a student."""
+    return 100.0 * sum(answers) / max(1, len(answers))
+
+
+def mean(each: Sequence[Mapping[str, Any]], key: str, digits: int = 1) -> str:
+    """The mean over students (or models) of what they have, as text."""
+    values = [found[key] for found in each if found.get(key) is not None]
+    return f"{fmean(values):.{digits}f}" if values else "–"
+
+
 # ---------------------------------------------------------------------------------------------- iterations of an arm
 
 
@@ -210,14 +222,18 @@ def group_label(run: Run, group: str) -> str:
     return (count(int(group), "digit") if digits else group) or "all problems"
 
 
-def curve(arm: Arm, name: str, group: str = "") -> Curve:
-    """A metric of the "iteration" rows, with its 95% interval where the rows have one."""
-    suffix = f"/{group}" if group else ""
-    rows = [row for row in arm.stage("iteration") if row.get(name + suffix) is not None]
-    bounds: list[list[Any]] = [[row.get(f"{name}_{end}{suffix}") for row in rows] for end in ("low", "high")]
+def curve(rows: Sequence[Row], at: str, read: Callable[[Row], Point | None]) -> Curve:
+    """What `read` finds in rows, by their "iteration" or "step", with its 95% interval where all rows have one."""
+    points = [(row[at] or 0, read(row)) for row in rows]
+    found = [(x, *p) for x, p in points if p]
+    x, values, low, high = map(list, zip(*found)) if found else ([], [], [], [])
     # Both ends in all rows or none: a band with holes would be drawn across them.
-    low, high = bounds if all(value is not None for side in bounds for value in side) else ([], [])
-    return Curve([row["iteration"] for row in rows], [row[name + suffix] for row in rows], low, high)
+    return Curve(x, values, *((low, high) if None not in (*low, *high) else ([], [])))
+
+
+def metric(arm: Arm, name: str, group: str = "") -> Curve:
+    """A metric of the "iteration" rows."""
+    return curve(arm.stage("iteration"), "iteration", lambda row: row_point(row, f"{name}/{group}" if group else name))
 
 
 def outcomes(arm: Arm, group: str = "") -> dict[int, dict[str, int]]:
@@ -311,11 +327,8 @@ def row_point(row: Row, key: str) -> Point | None:
 
 
 def quiet_curve(arm: Arm, name: str, group: str) -> Curve:
-    """A measure of the evaluations by step, with its 95% interval where all rows have one."""
-    points = [(row["step"] or 0, point(row, name, group)) for row in arm.stage("evaluation")]
-    found = [(step, *p) for step, p in points if p]
-    x, values, low, high = map(list, zip(*found)) if found else ([], [], [], [])
-    return Curve(x, values, *((low, high) if None not in (*low, *high) else ([], [])))
+    """A measure of the evaluations by step."""
+    return curve(arm.stage("evaluation"), "step", lambda row: point(row, name, group))
 
 
 def training(arm: Arm, name: str) -> tuple[list[float], list[float]]:

@@ -1,7 +1,6 @@
 """Eight aspects of a rationale's quality, each in [0, 1], measured without the gold answer or a gold rationale.
 
-LM-Guided CoT (2404.03414) names the aspects and does not define their measures; these are ours. Each has a version,
-which is recorded with every score: scores of different rules are not comparable.
+LM-Guided CoT (2404.03414) names the aspects and does not define their measures; these are ours.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from qstar.errors import unknown
 from qstar.tasks.qa_metrics import normalise
 
 # Function words: they do not tell what a text is about.
@@ -42,19 +40,6 @@ class View:
     @functools.cached_property
     def sentences(self) -> list[list[str]]:
         return [w for w in (normalise(s).split() for s in _SENTENCE.split(self.rationale.strip())) if w]
-
-
-@dataclasses.dataclass(frozen=True)
-class Aspect:
-    """A named, versioned measure."""
-
-    name: str
-    version: str
-    measure: Callable[[View], float]
-
-    def __call__(self, view: View) -> float:
-        # Some measures are 1 where nothing is said, such as consistency.
-        return min(1.0, max(0.0, self.measure(view))) if view.words else 0.0
 
 
 def content(words: Sequence[str]) -> list[str]:
@@ -134,18 +119,15 @@ def readability(v: View) -> float:
     return n / low if n < low else 1.0 if n <= high else 1.0 - (n - high) / (2 * high)
 
 
+def _aspect(measure: Callable[[View], float]) -> Callable[[View], float]:
+    # Some measures are 1 where nothing is said, such as consistency.
+    return lambda view: min(1.0, max(0.0, measure(view))) if view.words else 0.0
+
+
 ASPECTS = {
-    f.__name__: Aspect(f.__name__, "1", f)
+    f.__name__: _aspect(f)
     for f in (factuality, relevance, logicality, consistency, coherence, fluency, naturalness, readability)
 }
-
-
-def chosen(weights: Mapping[str, float], known: Mapping[str, Aspect] = ASPECTS) -> dict[str, tuple[Aspect, float]]:
-    """The aspects with a weight other than 0; a name that none has is a UserError."""
-    for name in weights:
-        if name not in known:
-            raise unknown(f"rewards.aspects.{name}", name, known)
-    return {n: (known[n], float(w)) for n, w in weights.items() if w}
 
 
 def bare_answer(rationale: str, answer: str, spare: int = 2) -> bool:

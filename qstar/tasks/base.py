@@ -191,6 +191,7 @@ class RecordTask(Task, Settings):
     bad_rows: float = bounded(BAD_ROWS, ge=0, lt=1, note="a share of the records")
 
     fields: ClassVar[tuple[str, ...]] = ()  # keys that every record must have
+    example_end = ""  # behind the solution of a worked example
     _examples = None  # not read yet
 
     def __init_subclass__(cls) -> None:
@@ -214,6 +215,19 @@ class RecordTask(Task, Settings):
         if self._examples is None:
             self._examples = self._shipped(self.name)
         return self._examples
+
+    def shown(self) -> list[Problem]:
+        """The worked examples in `prefix`."""
+        return []
+
+    def prefix(self, hint: bool = False) -> str:
+        return "".join(f"{self.prompt(e, hint)}{self.solution(e)}{self.example_end}\n\n" for e in self.shown())
+
+    def drop_example(self) -> bool:
+        if not self.shown():
+            return False
+        self._examples = self.examples()[:-1]
+        return True
 
     def _shipped(self, name: str) -> list[Problem]:
         path = pathlib.Path(__file__).with_name("examples") / f"{name}.jsonl"
@@ -262,7 +276,7 @@ class DatasetTask(RecordTask):
         # A few-shot question is never a problem, whichever split it comes from: the shots of STaR's release are rows of
         # the training files, and a prompt that holds the question holds its answer.
         shots = {_key(question) for question in re.findall(r"^Q: (.*)$", self._prefix, re.MULTILINE)}
-        shots |= {_key(example.question) for example in (self.examples() if self.prompts == BUILT_IN else ())}
+        shots |= {_key(example.question) for example in self.shown()}
         problems = self._read("test" if split == "test" else "train")
         problems = [problem for problem in problems if _key(problem.question) not in shots]
         if split == "test":
@@ -270,10 +284,11 @@ class DatasetTask(RecordTask):
         # By a hash of the question: another order or further rows leave the rest of the split unchanged.
         return [p for p in problems if (bucket(p.question, VAL_BUCKETS) == 0) == (split == "val")]
 
+    def shown(self) -> list[Problem]:
+        return self.examples() if self.prompts == BUILT_IN else []
+
     def prefix(self, hint: bool = False) -> str:
-        if self.prompts == BUILT_IN:
-            return "".join(f"{self.prompt(e, hint)}{self.solution(e)}\n\n" for e in self.examples())
-        return self._hinted_prefix if hint else self._prefix
+        return (self._hinted_prefix if hint else self._prefix) or super().prefix(hint)
 
     def in_format(self, format: str) -> Task:
         given = self.prompts or BUILT_IN
@@ -285,12 +300,6 @@ class DatasetTask(RecordTask):
         task = dataclasses.replace(self, prompts=prompts)
         task._problems, task._examples = self._problems, self._examples
         return task
-
-    def drop_example(self) -> bool:
-        if self.prompts != BUILT_IN or not self.examples():
-            return False
-        self._examples = self.examples()[:-1]
-        return True
 
     def _read(self, part: str) -> list[Problem]:
         if part not in self._problems:
@@ -340,13 +349,6 @@ def check_split(split: str, has: Sequence[str] = SPLITS, name: str = "") -> None
         raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     if split not in has:
         raise UserError(f"{name}: has no {split!r} problems, only {', '.join(has)}")
-
-
-def text_field(record: dict, name: str) -> str:
-    """A field of a record that has to be text; else a ValueError that names it."""
-    if not isinstance(record[name], str):
-        raise ValueError(f"field {name!r} is of type {type(record[name]).__name__}, not text")
-    return record[name]
 
 
 _MARKERS = re.compile(r"\(correct\)|\b(?:hints?|given answer|as stated)\b", re.IGNORECASE)

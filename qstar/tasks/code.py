@@ -8,10 +8,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qstar.data.sources import text_field
 from qstar.errors import UserError, bounded
 from qstar.tasks import sandbox
 from qstar.tasks.answer_text import without_thinking
-from qstar.tasks.base import Problem, RecordTask, Task, check_split, text_field
+from qstar.tasks.base import Problem, RecordTask, Task, check_split
 from qstar.tasks.program_parsing import as_body, as_module, blocks, is_body, normal_program, program_in, through_program
 
 # The prompt of the MBPP paper. V-STaR asks both data sets with "the MBPP template" and does not print it: that it is
@@ -42,6 +43,7 @@ class CodeTask(RecordTask):
     instruction = (
         "Write the whole function in Python, in one block of code that begins with ```python and ends with ```."
     )
+    example_end = END
     _few_shot = False  # whether the worked examples that come with qstar stand in front
 
     def __post_init__(self) -> None:
@@ -96,17 +98,12 @@ class CodeTask(RecordTask):
         task._few_shot = format == "few_shot"
         return task
 
-    def drop_example(self) -> bool:
-        if not (self._few_shot and self.examples()):
-            return False
-        self._examples = self.examples()[:-1]
-        return True
+    def shown(self) -> list[Problem]:
+        return self.examples() if self._few_shot else []
 
     def prefix(self, hint: bool = False) -> str:
         self.refuse_hint(hint)
-        end = END if END in self.stop else "\n"
-        shown = self.examples() if self._few_shot else []
-        return "".join(f"{self.prompt(e)}{e.solution}{end}\n\n" for e in shown)
+        return super().prefix()
 
     def refuse_hint(self, hint: bool) -> None:
         """Raises UserError where a hinted prompt is asked for."""
@@ -231,6 +228,7 @@ class HumanEval(CodeTask):
         if self.template == "completion":
             # The stop strings of the paper (class, def, #, if, print at the margin), and decorators and fences.
             self.stop = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
+            self.example_end = "\n"
 
     def problems(self, split: str) -> list[Problem]:
         check_split(split, has=("test",), name=self.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import importlib.util
 import os
@@ -17,7 +16,7 @@ from qstar.errors import UserError, bounded, pip_install
 from qstar.tasks import answer_text
 from qstar.tasks.answer_parsing import MARK, number
 from qstar.tasks.base import DatasetTask, Problem
-from qstar.tasks.sandbox import Helper, codec
+from qstar.tasks.sandbox import Helper, codec, of_this_process
 
 # The hub's copy has a configuration per subject and none of all.
 _HUB_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
@@ -287,12 +286,4 @@ class Comparer(Helper):
 
 def comparer(timeout_s: float = 5.0) -> Comparer:
     """This process's comparer, closed at exit."""
-    return _comparer_of(os.getpid(), timeout_s)
-
-
-@functools.cache
-def _comparer_of(pid: int, timeout_s: float) -> Comparer:
-    # By pid: a fork must not use its parent's pipes.
-    made = Comparer(timeout_s=timeout_s)
-    atexit.register(made.close)
-    return made
+    return of_this_process(Comparer, timeout_s=timeout_s)

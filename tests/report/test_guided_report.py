@@ -7,8 +7,9 @@ import shutil
 import pytest
 
 from qstar import files
-from qstar.report.pages.guided_cot import headline, page, read_guided
+from qstar.report.pages.guided_cot import page, read_guided
 from qstar.report.read import read_run
+from qstar.report.render import headline
 from qstar.train.metrics import Writer
 from tests.methods import runs
 

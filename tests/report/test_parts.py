@@ -84,7 +84,7 @@ def test_a_row_written_twice_counts_once(tmp_path):
     write_run(tmp_path, Shape(arms=("norat",), loops=1))
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     write_jsonl(tmp_path / "metrics.jsonl", [{**rows[-1], "accuracy": 0.1}, *rows])
-    assert stats.curve(read_run(tmp_path).arms[0], "accuracy").x == [0, 1]
+    assert stats.metric(read_run(tmp_path).arms[0], "accuracy").x == [0, 1]
 
 
 def test_labels_are_spread_without_leaving_the_chart():

@@ -8,7 +8,7 @@ import pytest
 
 from qstar.data.sources import write_jsonl
 from qstar.report import read
-from qstar.report.pages import rl, star
+from qstar.report.pages import browser, rl, star
 
 SCRIPT = "<script>document.title='owned'</script>"
 
@@ -49,6 +49,7 @@ def test_completions_of_evenly_spaced_updates_are_on_the_page(run):
     rows = [dict(zip(data["columns"], row)) for row in data["rows"]]
     assert SCRIPT not in page and {r["completion"] for r in rows} == {SCRIPT}
     updates = sorted({r["update"] for r in rows})
+    assert {r["arm"] for r in rows} == {"grpo", "rloo"}
     assert len(updates) == rl.UPDATES and updates[0] == 1 and updates[-1] == 60
     assert (data["files"], data["logged"], len(rows)) == (80, 120, 320)
     assert 'id="completions"' in page and "completion-list" in page
@@ -79,5 +80,7 @@ def test_the_first_and_the_last_numbers_stand_in_a_table(run):
 def test_long_texts_and_many_rows_are_cut(run, monkeypatch):
     monkeypatch.setattr(rl, "COMPLETION_BYTES", 80 * 400)
     assert len(rl.embedded(run)["rows"]) < 320
-    assert rl._shown("prompt", {"prompt": "a" * 9000 + "end"})[-3:] == "end"
-    assert len(rl._shown("completion", {"completion": "a" * 9000})) == rl.LONGEST_TEXT
+    prompt, completion = browser.shortened({"prompt": "a" * 9000 + "end", "completion": "a" * 9000})
+    assert (
+        len(prompt) == browser.LONGEST_TEXT and prompt[-3:] == "end" and completion.endswith("6,000 more characters)")
+    )

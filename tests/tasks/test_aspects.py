@@ -15,8 +15,8 @@ def measure(rationale, **more):
     return {n: a(View(QUESTION, CONTEXT, rationale, **more)) for n, a in ASPECTS.items()}
 
 
-def test_there_are_eight_aspects_all_versioned_and_in_range():
-    assert len(ASPECTS) == 8 and all(a.version and a.measure.__doc__ for a in ASPECTS.values())
+def test_there_are_eight_aspects_in_range():
+    assert len(ASPECTS) == 8
     for text in (
         GOOD,
         "",

@@ -142,11 +142,8 @@ def _points(side: Side, stage: str, key: str) -> Sequence[Sequence[float]]:
     rows = side.arm.stage(stage)
     if stage == "train":
         return stats.losses(rows)
-    at = "iteration" if stage == "iteration" else "step"
-    points = [(row[at] or 0, stats.row_point(row, key)) for row in rows if isinstance(row.get(key), (int, float))]
-    found = [(x, *point) for x, point in points if point]
-    x, values, low, high = map(list, zip(*found)) if found else ([], [], [], [])
-    return (x, values) if None in (*low, *high) else (x, values, low, high)
+    numbers = [row for row in rows if isinstance(row.get(key), (int, float))]
+    return stats.curve(numbers, "iteration" if stage == "iteration" else "step", lambda row: stats.row_point(row, key))
 
 
 def _card(run: Run, stage: str, key: str, named: Sequence[tuple[str, Sequence[Sequence[float]]]], axis: str) -> Card:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from qstar.report import charts, render, stats
@@ -68,38 +69,17 @@ def page(run: Run) -> str:
         },
         reinforcement_cards=rl.cards(run),
         analyses=_analyses(guided.results.get("analyses") or {}),
-        mean=mean,
-        accuracy=accuracy,
-        right=right,
         shown=SHOWN,
     )
 
 
-def headline(run: Run, guided: Guided) -> str:
-    """The result in a sentence or two: of distillation on what an exact filter keeps, and of RL from there."""
-    return render.headline(run, guided=guided, accuracy=accuracy, right=right)
-
-
-def accuracy(each: Sequence[Mapping[str, Any]]) -> float:
-    """Percent right, the mean over students."""
-    return sum(found["accuracy"] for found in each) / len(each)
-
-
-def right(answers: Sequence[int]) -> float:
-    """Percent right of an arm without a student."""
-    return 100.0 * sum(answers) / max(1, len(answers))
-
-
-def mean(each: Sequence[Mapping[str, Any]], key: str, digits: int = 1) -> str:
-    """The mean over students (or models) of what they have, as text."""
-    values = [found[key] for found in each if found.get(key) is not None]
-    return f"{sum(values) / len(values):.{digits}f}" if values else "–"
-
-
 def accuracy_card(guided: Guided) -> Card | None:
     """Percent right of all arms, the highest first; those without a student in grey."""
-    bars = [(name, right(found), "var(--rejected)") for name, found in guided.fixed.items()]
-    bars += [(stats.label(name), accuracy(each), charts.series(0)) for name, each in guided.arms.items()]
+    bars = [(name, stats.right(found), "var(--rejected)") for name, found in guided.fixed.items()]
+    bars += [
+        (stats.label(name), fmean(found["accuracy"] for found in each), charts.series(0))
+        for name, each in guided.arms.items()
+    ]
     if not bars:
         return None
     bars.sort(key=lambda bar: -bar[1])

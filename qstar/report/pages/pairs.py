@@ -31,7 +31,7 @@ def page(run: Run) -> str:
         examples=examples,
         held_out_cards=[card for key, title in HELD_OUT.items() if (card := _held_out(run, key, title))],
         training_cards=[card for card in [_training(run)] if card],
-        headline=lambda run: headline(run.method, results),
+        headline=lambda run, _: headline(run.method, results),
     )
 
 

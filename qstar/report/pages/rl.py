@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from qstar.data.sources import read_jsonl
-from qstar.report import charts, render, stats
+from qstar.report import charts, stats
 from qstar.report.charts import Card
-from qstar.report.pages.browser import LONGEST_TEXT
+from qstar.report.pages.browser import fitting, shortened
 from qstar.report.rationales import Row
 from qstar.report.read import Run
 
@@ -80,7 +79,7 @@ def summary(run: Run) -> tuple[list[str], list[list[str]]]:
         logged = [_with_truncated(r) for r in arm.stage("rl")]
         if not logged:
             continue
-        accuracy = stats.curve(arm, "accuracy")
+        accuracy = stats.metric(arm, "accuracy")
         ends = [stats.percent(accuracy.values[i]) for i in (0, -1)] if accuracy.x else []
         cells = [stats.arm_title(run, arm), f"{logged[0]['step']:,} → {logged[-1]['step']:,}", " → ".join(ends) or "–"]
         for key, (_, form) in NUMBERS.items():
@@ -90,44 +89,23 @@ def summary(run: Run) -> tuple[list[str], list[list[str]]]:
     return ["arm", "updates", "held-out accuracy", *(title for title, _ in NUMBERS.values())], rows
 
 
-def packed(run: Run) -> str:
-    """The logged completions as text for a page; "" if there are none."""
-    found = embedded(run)
-    return render.packed(found) if found["rows"] else ""
-
-
 def embedded(run: Run) -> dict[str, Any]:
-    """The completions of at most `UPDATES` updates of each arm, as far as there is room: what completions.js reads."""
+    """The completions of at most `UPDATES` updates of each arm, as far as there is room: what browser.js reads."""
     files = []
     for arm in run.arms:
         updates = sorted(arm.completions)
         places = np.unique(np.linspace(0, len(updates) - 1, min(UPDATES, len(updates))).round().astype(int))
-        files += [(arm, updates[i]) for i in places]
-    rows = []
-    for arm, update in files:
-        # An equal part for every update: the first ones would otherwise leave nothing for the last.
-        room = COMPLETION_BYTES / len(files)
-        for row in read_jsonl(arm.completions[update]):
-            values = [_shown(key, {**row, "arm": arm.name}) for key in COLUMNS]
-            room -= len(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
-            if room < 0:
-                break
-            rows.append(values)
+        files += [(arm, arm.completions[updates[i]]) for i in places]
+    parts = [[_values({**row, "arm": arm.name}) for row in read_jsonl(path)] for arm, path in files]
     titles = {arm.name: stats.arm_title(run, arm) for arm in run.arms}
     logged = sum(len(arm.completions) for arm in run.arms)
+    rows = fitting(parts, COMPLETION_BYTES)
     return {"columns": COLUMNS, "arms": titles, "rows": rows, "files": len(files), "logged": logged}
 
 
-def _shown(key: str, row: Row) -> Any:
-    value = row.get(key)
-    if key not in ("prompt", "completion"):
-        return value
-    # Prompts and completions of models without a tokenizer are lists of ids.
-    text = value if isinstance(value, str) else json.dumps(value)
-    if len(text) <= LONGEST_TEXT:
-        return text
-    # Of a long prompt the end is kept, where the question is; of a completion the beginning.
-    return "…" + text[1 - LONGEST_TEXT :] if key == "prompt" else text[: LONGEST_TEXT - 1] + "…"
+def _values(row: Row) -> list[Any]:
+    prompt, completion = shortened(row)
+    return [{**row, "prompt": prompt, "completion": completion}.get(key) for key in COLUMNS]
 
 
 def series(arms: dict[str, list[Row]], key: str) -> Series:

@@ -22,7 +22,8 @@ def page(run: Run) -> str:
     shown = [
         [outcome_card(run, arm, g) for arm in judged if stats.outcomes(arm, g)] for g in dict.fromkeys(["", group])
     ]
-    rejected = any(kind for arm in run.arms for attempts in arm.attempts.values() for kind in attempts.counts)
+    attempted = any(attempts.counts for arm in run.arms for attempts in arm.attempts.values())
+    logged = rl.embedded(run)
     return render.page(
         "star.html.j2",
         run=run,
@@ -32,14 +33,14 @@ def page(run: Run) -> str:
         without=without,
         v=v_star,
         selections=v_star.selections(run),
-        accuracy_cards=[accuracy_card(run, arm) for arm in run.arms if stats.curve(arm, "accuracy").x],
+        accuracy_cards=[accuracy_card(run, arm) for arm in run.arms if stats.metric(arm, "accuracy").x],
         verdicts=VERDICTS,
         outcome_cards=[cards for cards in shown if cards],
         audit_cards=[card for arm in run.arms if (card := audit_card(run, arm))],
         reinforcement_cards=rl.cards(run),
         reinforcement_summary=rl.summary(run),
-        completions=rl.packed(run),
-        attempts=browser.packed(run) if rejected else "",
+        completions=render.packed(logged) if logged["rows"] else "",
+        attempts=render.packed(browser.embedded(run)) if attempted else "",
         training_cards=[*loss_cards(run, f"updates, all {stats.unit(run)}s one after the other"), *_seconds(run)],
     )
 
@@ -63,7 +64,7 @@ def accuracy_card(run: Run, arm: Arm) -> Card:
     lines = []
     for number, group in enumerate(stats.groups(run) or [""]):
         colour, name = charts.series(number), stats.group_label(run, group)
-        plain, hinted = stats.curve(arm, "accuracy", group), stats.curve(arm, "hinted_accuracy", group)
+        plain, hinted = stats.metric(arm, "accuracy", group), stats.metric(arm, "hinted_accuracy", group)
         if plain.x:
             lines.append(Line(name, *plain[:2], colour, *plain[2:], shape=number))
         if hinted.x:
@@ -85,7 +86,7 @@ def audit_card(run: Run, arm: Arm) -> Card | None:
     """How often a right answer has right steps; None where the task cannot check them."""
     lines = []
     for number, name in enumerate(OUTCOMES[:2]):
-        line = stats.curve(arm, f"valid_{name}")
+        line = stats.metric(arm, f"valid_{name}")
         if line.x:
             lines.append(Line(name, *line[:2], f"var(--{name})", *line[2:], shape=number))
     return _by_iteration(run, stats.arm_title(run, arm), lines, "Share of exactly right rationales") if lines else None

@@ -105,13 +105,18 @@ def run_python(
 
 def pool(allow: Iterable[str] = ()) -> Sandbox:
     """This process's pool for these packages: one worker per CPU, started by the first call, closed at exit."""
-    return _pool_of(os.getpid(), tuple(sorted(allow)))
+    return of_this_process(Sandbox, allow=tuple(sorted(allow)))
+
+
+def of_this_process(cls: Any, **options: Any) -> Any:
+    """The object of this process with these options, closed at exit."""
+    return _made(os.getpid(), cls, **options)
 
 
 @functools.cache
-def _pool_of(pid: int, allow: tuple[str, ...]) -> Sandbox:
+def _made(pid: int, cls: Any, **options: Any) -> Any:
     # By pid: a fork must not use its parent's pipes.
-    made = Sandbox(allow=allow)
+    made = cls(**options)
     atexit.register(made.close)
     return made
 
