@@ -45,16 +45,11 @@ def as_table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
             "run": row["run"],
             "method": row["method"] or "-",
             "status": row["status"],
-            "result": result(row),
+            "result": f"{stats.with_interval((row['value'], row['low'], row['high']))} {row['measure']}"
+            if row["value"] is not None
+            else "-",
             "started": (row["started"] or "-")[:16].replace("T", " "),
             "size": stats.size(row["parameters"]),
         }
         for row in rows
     ]
-
-
-def result(row: dict[str, Any]) -> str:
-    """The headline number with its interval and what it measures."""
-    if row["value"] is None:
-        return "-"
-    return f"{stats.with_interval((row['value'], row['low'], row['high']))} {row['measure']}"

@@ -338,9 +338,3 @@ def training(arm: Arm, name: str) -> tuple[list[float], list[float]]:
     size = -(-len(pairs) // _SMOOTHED) or 1
     bins = [pairs[at : at + size] for at in range(0, len(pairs), size)]
     return [b[-1][0] for b in bins], [sum(v for _, v in b) / len(b) for b in bins]
-
-
-def weight_histogram(row: Row) -> tuple[list[float], list[float]] | None:
-    """(edges [n + 1], counts [n]) of the mixing weights of an evaluation, None without one."""
-    found = row.get("weight_histogram") or {}
-    return (found["edges"], found["counts"]) if sum(found.get("counts", ())) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,14 +66,10 @@ class CodeTask(RecordTask):
         return program and as_module(program)
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
-        return answer is not None and self.verdict(problem, answer).passed
-
-    def verdict(self, problem: Problem, answer: str) -> sandbox.Verdict:
-        """Why a program passes or fails (one of `sandbox.REASONS`)."""
-        return _verdict(self.job(problem, answer), self.timeout_s, self.memory_mb, tuple(self.allow))
+        return self.judged([problem], [answer])[0]
 
     def verdicts(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[sandbox.Verdict]:
-        """`verdict` of many, judged by all workers at once, in order; equal programs run once."""
+        """Why programs pass or fail (`sandbox.REASONS`), judged by all workers at once; equal programs run once."""
         jobs = [self.job(p, a) for p, a in zip(problems, answers, strict=True)]
         # Samples repeat, and a run costs a process.
         distinct = list(dict.fromkeys(jobs))
@@ -109,12 +104,6 @@ class CodeTask(RecordTask):
         """Raises UserError where a hinted prompt is asked for."""
         if hint:
             raise UserError(f"{self.name}: a program has no short answer to hint at; set rationalize=False")
-
-
-# Samples repeat: the same program is not run twice.
-@functools.lru_cache(maxsize=65536)
-def _verdict(job: sandbox.Job, timeout_s: float, memory_mb: int, allow: tuple[str, ...]) -> sandbox.Verdict:
-    return sandbox.pool(allow).run(job, timeout_s=timeout_s, memory_mb=memory_mb)
 
 
 def _code_field(record: dict, name: str) -> str:

@@ -73,7 +73,10 @@ class FieldsTask(DatasetTask):
         super().__post_init__()
         for option, pattern in vars(self).items():
             if option.endswith("_pattern"):
-                _check_pattern(self.WHERE, option, pattern)
+                try:
+                    re.compile(pattern)
+                except re.error as e:
+                    raise UserError(f"{self.WHERE}{option}={pattern!r} is no regular expression ({e})") from None
         # The built-in examples are for instruction-tuned models, whose answers may have paragraphs.
         paragraphs = self.prompts == BUILT_IN and not self.strict
         self.stop = ("\nQ:",) if paragraphs or isinstance(self, Numeric) else ("\n\n", "\nQ:")
@@ -375,10 +378,3 @@ def _normal_number(text: str) -> str | None:
 def _after_prompt(text: str) -> str:
     # Prompts end in "A:" without a space.
     return text if text[:1].isspace() else f" {text}"
-
-
-def _check_pattern(where: str, option: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as e:
-        raise UserError(f"{where}{option}={pattern!r} is no regular expression ({e})") from None

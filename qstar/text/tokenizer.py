@@ -174,10 +174,6 @@ class Tokenizer:
     def _decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
 
-    def decode_batch(self, ids: Iterable[Sequence[int]]) -> list[str]:
-        rows = [np.asarray(row).astype(int).tolist() for row in ids]
-        return self._backend.decode_batch(rows, skip_special_tokens=True)
-
     def count(self, ids: Sequence[int], text: str, *, after: Sequence[int] = ()) -> int:
         """The least number of `ids` whose text begins with `text`, a prefix of the text of all of them."""
         covers = lambda k: self.decode(ids[:k], after=after).startswith(text)  # noqa: E731

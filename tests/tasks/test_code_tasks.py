@@ -93,7 +93,6 @@ def test_verdicts_tell_wrong_from_broken_and_slow(mbpp):
     programs = ["def square(x): return x ** 2", "def square(x): return x", "def square(x): return y", "while 1: pass"]
     assert [v.reason for v in mbpp.verdicts([problem] * 4, programs)] == ["passed", "wrong", "error", "timeout"]
     assert [mbpp.correct(problem, p) for p in [*programs[:3], None]] == [True, False, False, False]
-    assert mbpp.verdict(problem, programs[0]) is mbpp.verdict(problem, programs[0])  # run once
     assert mbpp.judged([problem] * 4, [programs[0], None, programs[1], programs[2]]) == [True, False, False, False]
     found = mbpp.verdicts([problem] * 3, programs[:1] * 3)
     assert found[0] is found[2] and found[0].passed

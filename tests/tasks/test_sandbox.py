@@ -95,8 +95,8 @@ def test_no_hostile_program_passes_escapes_or_stays(verifier, open_folder):
     (open_folder / "kept").write_text(TOKEN)
     os.chmod(open_folder / "kept", 0o666)  # so it is not their user that keeps them from it
     wrong = {}
-    user = {"user": 65534} if os.geteuid() == 0 else {}  # a program's own user, whom it could signal
-    victim = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True, **user)
+    # Of a program's own user, so that it could signal it.
+    victim = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
         server.setblocking(False)
         port = server.getsockname()[1]

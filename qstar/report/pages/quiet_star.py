@@ -89,9 +89,11 @@ def weight_cards(run: Run) -> list[Card]:
     cards = []
     for number, arm in enumerate(run.arms):
         row, name = stats.final(arm), stats.label(arm.name)
-        if found := stats.weight_histogram(row):
-            title, x_label = f"Mixing weights, {name}, step {row['step']}", "weight of the thought"
-            chart = charts.histogram(*found, title=title, x_label=x_label, colour=charts.series(number))
+        found = row.get("weight_histogram") or {}
+        if any(found.get("counts", ())):
+            title = f"Mixing weights, {name}, step {row['step']}"
+            axis = {"title": title, "x_label": "weight of the thought", "colour": charts.series(number)}
+            chart = charts.histogram(found["edges"], found["counts"], **axis)
             cards.append(Card(f"{name} · step {row['step']}", chart))
     return cards
 

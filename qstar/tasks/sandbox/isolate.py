@@ -19,7 +19,6 @@ import sysconfig
 from collections.abc import Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True)
-NOBODY = 65534
 packages: list[str] = []  # folders of the installed packages that programs may import; `server` fills it
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 
@@ -95,15 +94,6 @@ def library_folders() -> list[str]:
     """Folders a program may read: Python's standard library, the shared libraries, and `packages`."""
     names = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *_LIBRARIES, *packages)
     return [name for name in dict.fromkeys(names) if os.path.isdir(name)]
-
-
-def drop_root() -> None:
-    """Makes root nobody; other users stay themselves."""
-    if os.geteuid() == 0:
-        # In this order: once the user is nobody, groups can no longer be changed.
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 # -------------------------------------------------------------------------------------------------------- Landlock

@@ -191,7 +191,7 @@ def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
         _become_guest(theirs.fileno(), baseline, isolation)
     theirs.close()
     program = Guest(ours.fileno(), pid)
-    _give_up_powers(isolation)
+    _give_up_powers()
     isolate.hide_memory()
     try:
         job = codec.receive(jobs)
@@ -212,13 +212,8 @@ def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
     return 0
 
 
-def _give_up_powers(isolation: str) -> None:
-    # Judge and program become the same user without rights. With Landlock alone root stays root: Python may be
-    # installed where only root can read.
-    if isolation != "landlock":
-        isolate.drop_root()
+def _give_up_powers() -> None:
     isolate.drop_capabilities()
-    # After the change of user, which would clear it.
     isolate.die_with_parent()
 
 
@@ -234,7 +229,7 @@ def _become_guest(fd: int, baseline: int, isolation: str) -> None:
         random.seed(0)
         if isolation == "landlock":
             isolate.landlock(isolate.library_folders())
-        _give_up_powers(isolation)
+        _give_up_powers()
         isolate.seccomp(isolate.seccomp_filter(os.getpid(), isolation))
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
         guest.live(3, baseline)
