@@ -129,6 +129,37 @@ check_files() { # check_files here | shipped | image CONFIG: whether the config 
     done
 }
 
+check_pod_run() { # check_pod_run CONFIG WORKDIR: of a run on machines that get the files which git knows
+    need_value --config "$1" "what to run"
+    need_value --workdir "$2" "a folder that all workers see"
+    case $2 in
+    *://*) fail "--workdir=$2 is no folder; name one on a disk that all workers mount (--setup=COMMAND mounts it)" ;;
+    /* | \~/*) ;;
+    *) fail "--workdir=$2 is a folder of each worker alone; name the full path of a disk that all of them see" ;;
+    esac
+    check_files shipped "$1"
+}
+
+pack_code() { # pack_code FILE: a tar of what git knows and what it does not ignore: code, and no keys, weights or runs
+    local file
+    git rev-parse --is-inside-work-tree >/dev/null 2>&1 || fail "$PWD is no git checkout: what is to be shipped is what git knows"
+    [ -z "$dry_run" ] || return 0
+    git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+        [ ! -e "$file" ] || printf '%s\0' "$file"
+    done | tar --null -czf "$1" -T -
+}
+
+unpack_command() { echo "mkdir -p ~/qstar && tar -xzf ~/qstar.tgz -C ~/qstar && bash ~/qstar/launch/worker.sh install"; }
+
+chips_of() { # chips_of TOPOLOGY: 4x4 -> 16
+    local all=1 side
+    case $1 in
+    "" | *[!0-9x]* | x* | *x | *xx*) fail "--topology=$1 must be like 4x4 or 2x2x4" ;;
+    esac
+    for side in ${1//x/ }; do all=$((all * side)); done
+    echo "$all"
+}
+
 # Jobs of this machine: a process group each, with a log and the id of its leader in one folder.
 
 jobs_folder=${QSTAR_JOBS:-$HOME/.qstar/jobs}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# One run on TPU slices of a GKE cluster: through XPK, or as a JobSet of its own through kubectl.
+# One run on TPU slices of a GKE cluster: through XPK, Cluster Toolkit's gcluster, or as a JobSet of its own through kubectl.
 #
 #   bash launch/gke_xpk.sh --name=x --cluster=C --zone=us-east5-b --project=P --type=v6e-16 --image=IMAGE --config=... --workdir=/runs/x
+#   bash launch/gke_xpk.sh --gcluster --name=x --cluster=C --zone=us-east5 --type=v6e-16 --image=IMAGE --claim=CLAIM --config=... --workdir=/runs/x
 #   bash launch/gke_xpk.sh --jobset --name=x --accelerator=tpu-v6e-slice --topology=4x4 --image=IMAGE --claim=CLAIM --config=... --workdir=/runs/x
 #
 #   --name=NAME --image=IMAGE     of the workload; the image holds qstar-jax[tpu]: see launch/Dockerfile
@@ -11,12 +12,18 @@
 #   --env=KEY=VALUE               repeatable. Keys and tokens: --secret
 # XPK:
 #   --cluster=C --zone=Z --project=P --type=TYPE     (zone, project: else the variables ZONE, PROJECT)
+# gcluster job submit: --cluster, --zone (or region), --project and --type as XPK, and --topology, --claim, --bucket, --queue
+#   and --service-account as a JobSet; --manifest writes the JobSet to NAME.yaml and submits nothing. --spot is a node label.
 # JobSet, in the namespace of your kubectl context:
 #   --accelerator=LABEL --topology=AxB[xC]           cloud.google.com/gke-tpu-accelerator and -topology
 #   --chips=N                     per host (default: 4)
 #   --claim=NAME                  PersistentVolumeClaim, mounted at /runs: all hosts see it
+#   --bucket=NAME                 instead of a claim: a bucket, mounted at /runs by the Cloud Storage FUSE driver of GKE
 #   --secret=NAME                 Kubernetes secret whose entries become environment variables
 #   --queue=NAME                  Kueue's LocalQueue
+#   --service-account=NAME        Kubernetes service account, which Workload Identity lets read and write the bucket
+#   --flex-start                  on nodes of that provisioning model
+#   --label=KEY=VALUE             of the JobSet; repeatable
 #   --manifest                    prints the JobSet and submits nothing
 #
 #   --list | --logs | --stop      the workloads | the log of the first host | ends it: SIGTERM saves; the same command goes on
@@ -27,7 +34,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-do=create via=xpk name="" image="" slices=1 restarts=100 grace=300 spot="" cluster="" zone=${ZONE:-} project=${PROJECT:-} type=""
+do=create via=xpk account="" labels=() selector=() bucket="" name="" image="" slices=1 restarts=100 grace=300 spot="" cluster="" zone=${ZONE:-} project=${PROJECT:-} type=""
 accelerator="" topology="" chips=4 claim="" secret="" queue="" config="" workdir="" rest=()
 # Told to end by the cluster and not by --stop, a run has to count as failed: that is what JobSet starts again.
 environment=(QSTAR_STOPPED_CODE=75)
@@ -35,13 +42,17 @@ for argument in "$@"; do
     value=${argument#*=}
     case $argument in
     --jobset) via=kubectl ;;
-    --manifest) via=kubectl do=manifest ;;
+    --gcluster) via=gcluster ;;
+    --manifest) do=manifest ;;
     --name=*) name=$value ;;
     --image=*) image=$value ;;
     --slices=*) slices=$value ;;
     --restarts=*) restarts=$value ;;
     --grace=*) grace=$value ;;
-    --spot) spot=yes ;;
+    --spot) selector+=(cloud.google.com/gke-spot) spot=yes ;;
+    --flex-start) selector+=(cloud.google.com/gke-flex-start) ;;
+    --service-account=*) account=$value ;;
+    --label=*) labels+=("$value") ;;
     --env=*) environment+=("$value") ;;
     --cluster=*) cluster=$value ;;
     --zone=*) zone=$value ;;
@@ -51,6 +62,7 @@ for argument in "$@"; do
     --topology=*) topology=$value ;;
     --chips=*) chips=$value ;;
     --claim=*) claim=$value ;;
+    --bucket=*) bucket=$value ;;
     --secret=*) secret=$value ;;
     --queue=*) queue=$value ;;
     --list | --logs | --stop) do=${argument#--} ;;
@@ -66,7 +78,9 @@ need_number --slices "$slices"
 need_number --restarts "$restarts"
 need_number --grace "$grace"
 need_number --chips "$chips"
-for pair in ${environment[@]+"${environment[@]}"}; do
+[ -z "$claim" ] || [ -z "$bucket" ] || fail "--claim and --bucket exclude each other: both are mounted at /runs"
+[ "$do$via" != manifestxpk ] || via=kubectl # XPK submits what it makes
+for pair in "${environment[@]}" ${labels[@]+"${labels[@]}"}; do
     case $pair in
     [A-Za-z_]*=*) ;;
     *) fail "--env=$pair is not KEY=VALUE" ;;
@@ -81,12 +95,16 @@ create | manifest)
     (cd "$(dirname "${BASH_SOURCE[0]}")/.." && check_files image "$config") || exit 2
     ;;
 esac
-if [ "$via" = xpk ]; then
-    need_value --cluster "$cluster" "the GKE cluster that XPK made; --jobset goes through kubectl"
+if [ "$via" != kubectl ]; then
+    need_value --cluster "$cluster" "the GKE cluster that XPK or gcluster made; --jobset goes through kubectl"
     need_value --zone "$zone" "of the cluster, or the variable ZONE"
-    need_program xpk "pip install xpk, or use --jobset"
     place=(--cluster="$cluster" --zone="$zone")
+    [ "$via" = xpk ] || place=(--cluster="$cluster" --location="$zone")
     [ -z "$project" ] || place+=(--project="$project")
+    case $via in
+    xpk) need_program xpk "pip install xpk, or use --jobset" ;;
+    gcluster) need_program gcluster "it comes with Google's Cluster Toolkit; or use --jobset" ;;
+    esac
 else
     [ "$do" = manifest ] || need_program kubectl "https://kubernetes.io/docs/tasks/tools says how"
 fi
@@ -103,11 +121,8 @@ json() { # json TEXT: as a string of JSON, which is one of YAML, too
 }
 
 hosts() { # of a slice: chips of the topology / chips per host
-    local all=1 side
-    case $topology in
-    "" | *[!0-9x]* | x* | *x | *xx*) fail "--topology=$topology must be like 4x4 or 2x2x4" ;;
-    esac
-    for side in ${topology//x/ }; do all=$((all * side)); done
+    local all
+    all=$(chips_of "$topology") || exit 2
     [ $((all % chips)) -eq 0 ] || fail "--topology=$topology has $all chips, which are no multiple of --chips=$chips"
     echo $((all / chips))
 }
@@ -122,7 +137,9 @@ kind: JobSet
 metadata:
   name: $name
 EOY
-    [ -z "$queue" ] || printf '  labels:\n    kueue.x-k8s.io/queue-name: %s\n' "$(json "$queue")"
+    [ -z "$queue" ] || labels+=("kueue.x-k8s.io/queue-name=$queue")
+    [ ${#labels[@]} -eq 0 ] || printf '  labels:\n'
+    for pair in ${labels[@]+"${labels[@]}"}; do printf '    %s: %s\n' "${pair%%=*}" "$(json "${pair#*=}")"; done
     cat <<EOY
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
@@ -138,6 +155,7 @@ spec:
         completions: $n
         backoffLimit: 0
         template:
+$([ -z "$bucket" ] || printf '          metadata:\n            annotations:\n              gke-gcsfuse/volumes: "true"')
           spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: $grace
@@ -147,9 +165,10 @@ spec:
               cloud.google.com/gke-tpu-accelerator: $(json "$accelerator")
               cloud.google.com/gke-tpu-topology: $(json "$topology")
 EOY
+    for word in ${selector[@]+"${selector[@]}"}; do printf '              %s: "true"\n' "$word"; done
+    [ -z "$account" ] || printf '            serviceAccountName: %s\n' "$(json "$account")"
     if [ -n "$spot" ]; then
         cat <<'EOY'
-              cloud.google.com/gke-spot: "true"
             tolerations:
             - key: cloud.google.com/gke-spot
               operator: Equal
@@ -158,6 +177,7 @@ EOY
 EOY
     fi
     [ -z "$claim" ] || printf '            volumes:\n            - name: runs\n              persistentVolumeClaim:\n                claimName: %s\n' "$(json "$claim")"
+    [ -z "$bucket" ] || printf '            volumes:\n            - name: runs\n              csi: {driver: gcsfuse.csi.storage.gke.io, volumeAttributes: {bucketName: %s, mountOptions: implicit-dirs}}\n' "$(json "$bucket")"
     printf '            containers:\n            - name: qstar\n              image: %s\n              command:\n' "$(json "$image")"
     for word in "${command[@]}"; do printf '              - %s\n' "$(json "$word")"; done
     if [ ${#environment[@]} -gt 0 ]; then
@@ -167,7 +187,7 @@ EOY
         done
     fi
     [ -z "$secret" ] || printf '              envFrom:\n              - secretRef:\n                  name: %s\n' "$(json "$secret")"
-    [ -z "$claim" ] || printf '              volumeMounts:\n              - name: runs\n                mountPath: /runs\n'
+    [ -z "$claim$bucket" ] || printf '              volumeMounts:\n              - name: runs\n                mountPath: /runs\n'
     cat <<EOY
               ports:
               - containerPort: 8471
@@ -186,14 +206,36 @@ create_workload() {
     # By itself XPK restarts after exit codes 42 and 127 to 255. 75: told to end by the cluster; 1: lost another process.
     call+=(--restart-on-exit-codes="75,1")
     [ -z "$spot" ] || call+=(--spot)
-    [ -z "$secret$claim$queue" ] || fail "--secret, --claim and --queue are of --jobset; XPK: xpk storage attach, --env"
+    [ -z "$secret$claim$bucket$queue$account${labels[*]-}" ] ||
+        fail "--secret, --claim, --bucket, --queue, --label and --service-account are of --jobset; XPK: xpk storage attach, --env"
     for pair in ${environment[@]+"${environment[@]}"}; do call+=(--env "$pair"); done
     run "${call[@]}" --command="$(quote "${command[@]}")" # one shell in the container splits it again
 }
 
+submit_gcluster() {
+    local call=(gcluster job submit "${place[@]}" --name="$name" --compute-type="$type" --num-slices="$slices" --image="$image")
+    local pair
+    need_value --type "$type" "e.g. v6e-16"
+    [ -z "$secret${labels[*]-}" ] || fail "--secret and --label are of --jobset"
+    # 75: told to end by the cluster; 1: lost another process.
+    call+=(--restarts="$restarts" --grace-period="${grace}s" --restart-on-exit-codes="75,1")
+    [ -z "$topology" ] || call+=(--topology="$topology")
+    [ -z "$queue" ] || call+=(--queue="$queue")
+    [ -z "$account" ] || call+=(--service-account="$account")
+    [ -z "$claim$bucket" ] || call+=(--mount="${claim:-gs://$bucket}:/runs:rw")
+    for pair in ${selector[@]+"${selector[@]}"}; do call+=(--node-constraint="$pair=true"); done
+    for pair in "${environment[@]}"; do call+=(--env="$pair"); done
+    [ "$do" != manifest ] || call+=(--dry-run-out="$name.yaml")
+    run "${call[@]}" --command="$(quote "${command[@]}")"
+}
+
 pods="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 case $via-$do in
-*-manifest) jobset ;;
+kubectl-manifest) jobset ;;
+gcluster-create | gcluster-manifest) submit_gcluster ;;
+gcluster-list) run gcluster job list "${place[@]}" ;;
+gcluster-logs) run gcluster job logs "$name" "${place[@]}" --follow ;;
+gcluster-stop) run gcluster job cancel "$name" "${place[@]}" ;;
 xpk-create) create_workload ;;
 xpk-list) run xpk workload list "${place[@]}" ;;
 xpk-stop) run xpk workload delete "${place[@]}" --workload="$name" --force ;;

@@ -7,7 +7,10 @@
 #   --name=NAME       of the job (default: qstar)
 #   --nodes=N         (default: 2)       --gpus=N   per node, with a process each (default: 8)
 #   --time=LIMIT      e.g. 24:00:00; it is queued again until the run has ended
-#   --sbatch=OPTION   any other option of sbatch, e.g. --sbatch=--partition=a100; repeatable
+#   --partition=P     --account=A
+#   --container=IMAGE image with qstar (launch/Dockerfile, EXTRAS=cuda), run by the pyxis plugin; else .venv of the shared disk
+#   --mounts=A:B,...  into the container, beside this folder (the workdir, weights)
+#   --sbatch=OPTION   any other option of sbatch, e.g. --sbatch=--exclusive; repeatable
 #   --list            your jobs
 #   --logs            follows the log of the job of that name
 #   --stop            SIGTERM to its processes: they save and end; the same command goes on later
@@ -19,7 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do=submit name=qstar nodes=2 gpus=8 time="" config="" workdir="" more=() rest=()
+do=submit name=qstar nodes=2 gpus=8 time="" container="" mounts="" config="" workdir="" more=() rest=()
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
@@ -27,6 +30,9 @@ for argument in "$@"; do
     --nodes=*) nodes=$value ;;
     --gpus=*) gpus=$value ;;
     --time=*) time=$value ;;
+    --partition=* | --account=*) more+=("$argument") ;;
+    --container=*) container=$value ;;
+    --mounts=*) mounts=$value ;;
     --sbatch=*) more+=("$value") ;;
     --install | --list | --logs | --stop) do=${argument#--} ;;
     --dry-run) dry_run=yes ;;
@@ -61,6 +67,8 @@ submit)
     check_files here "$config"
     command=(sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus")
     [ -z "$time" ] || command+=(--time="$time")
+    # The batch script reads them from its environment.
+    [ -z "$container" ] || command=(env QSTAR_CONTAINER="$container" QSTAR_MOUNTS="$mounts" "${command[@]}" --export=ALL)
     run "${command[@]}" ${more[@]+"${more[@]}"} launch/slurm.sbatch "${rest[@]}"
     ;;
 list) run squeue --user="$user" --format="%.12i %.24j %.4t %.12M %.5D %R" ;;

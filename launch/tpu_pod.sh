@@ -10,7 +10,8 @@
 #   --name=NAME --zone=ZONE --project=PROJECT    of the queued resource (zone and project: else ZONE and PROJECT, the variables)
 #   --type=TYPE          accelerator type: v4-8, v5litepod-16, v5p-32, v6e-16, ...
 #   --slices=N           more than one: multislice (default 1)
-#   --spot | --reserved  cheaper and pre-emptible | from your reservation
+#   --spot | --reserved | --flex-start=4h    cheaper and pre-emptible | from your reservation | queued for so long a run
+#   --network=N --subnetwork=N --internal-ips --service-account=EMAIL --labels=K=V,... --tags=T,...    of the machines
 #   --runtime=VERSION    image of the TPU VMs (default: by type)
 #   --setup=COMMAND      on every worker, before the start: mounts the disk that holds the workdir, exports keys, ...
 #   --create, --ship     only that: machines | code
@@ -21,13 +22,14 @@
 #   --delete             gives the machines back
 #   --dry-run            prints the commands
 #
-# The workdir is a folder that all workers see (a Filestore share that --setup mounts, say): stages meet on disk.
+# The workdir is a folder that all workers see (a Filestore share or a bucket that --setup mounts, say): stages meet on disk.
+# Google has ended the development of this API: for TPU7x, and by its advice for new work, see launch/tpu_compute.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do=all name="" zone=${ZONE:-} project=${PROJECT:-} type="" runtime="" capacity="" slices=1 setup="" wait="" worker=0
+do=all name="" zone=${ZONE:-} project=${PROJECT:-} type="" runtime="" capacity="" slices=1 setup="" wait="" worker=0 flex="" more=()
 config="" workdir="" rest=()
 for argument in "$@"; do
     value=${argument#*=}
@@ -40,6 +42,8 @@ for argument in "$@"; do
     --slices=*) slices=$value ;;
     --setup=*) setup=$value ;;
     --spot | --reserved) capacity=$argument ;;
+    --flex-start=*) flex=$value ;;
+    --network=* | --subnetwork=* | --internal-ips | --service-account=* | --labels=* | --tags=*) more+=("$argument") ;;
     --wait) wait=yes ;;
     --create | --ship | --list | --logs | --stop | --delete) do=${argument#--} ;;
     --logs=*) do=logs worker=$value ;;
@@ -54,21 +58,11 @@ need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
 [ "$do" = list ] || need_name "$name"
 need_number --slices "$slices"
 need_number --logs "$worker"
+[ -z "$flex" ] || [ -z "$capacity" ] || fail "--flex-start and $capacity exclude each other"
 need_program gcloud "https://cloud.google.com/sdk/docs/install says how"
 place=(--zone="$zone")
 [ -z "$project" ] || place+=(--project="$project")
 queued=(gcloud compute tpus queued-resources)
-
-check_run() {
-    need_value --config "$config" "what to run"
-    need_value --workdir "$workdir" "a folder that all workers see"
-    case $workdir in
-    *://*) fail "--workdir=$workdir is no folder; name one on a disk that all workers mount (--setup=COMMAND mounts it)" ;;
-    /* | \~/*) ;;
-    *) fail "--workdir=$workdir is a folder of each worker alone; name the full path of a disk that all of them see" ;;
-    esac
-    check_files shipped "$config"
-}
 
 check_type() {
     need_value --type "$type" "e.g. v6e-16"
@@ -93,13 +87,16 @@ delete() { run "${queued[@]}" delete "$name" "${place[@]}" --force --quiet; }
 
 create() {
     local now command left=${QSTAR_PATIENCE:-86400} pause=${QSTAR_POLL_SECONDS:-30}
-    command=("${queued[@]}" create "$name" "${place[@]}" --accelerator-type="$type" --runtime-version="$runtime")
+    # Flex-start is of the alpha command alone.
+    command=(gcloud ${flex:+alpha} "${queued[@]:1}" create "$name" "${place[@]}" --accelerator-type="$type" --runtime-version="$runtime")
     if [ "$slices" -gt 1 ]; then
         command+=(--node-count="$slices" --node-prefix="$name")
     else
         command+=(--node-id="$name")
     fi
     [ -z "$capacity" ] || command+=("$capacity")
+    [ -z "$flex" ] || command+=(--provisioning-model=flex-start --max-run-duration="$flex")
+    command+=(${more[@]+"${more[@]}"})
     if [ -n "$dry_run" ]; then
         quote "${command[@]}"
         return
@@ -125,17 +122,12 @@ create() {
 }
 
 ship() {
-    local code file
+    local code
     code=$(mktemp -d)/qstar.tgz
-    git rev-parse --is-inside-work-tree >/dev/null 2>&1 || fail "$PWD is no git checkout: what is to be shipped is what git knows"
-    if [ -z "$dry_run" ]; then # what git knows and what it does not ignore: code, and no keys, weights or runs
-        git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
-            [ ! -e "$file" ] || printf '%s\0' "$file"
-        done | tar --null -czf "$code" -T -
-    fi
+    pack_code "$code"
     run "${queued[@]}" scp "$code" "$name:qstar.tgz" "${place[@]}" --node=all --worker=all
     rm -rf "$(dirname "$code")"
-    on_workers "mkdir -p ~/qstar && tar -xzf ~/qstar.tgz -C ~/qstar && bash ~/qstar/launch/worker.sh install"
+    on_workers "$(unpack_command)"
 }
 
 start() { # the words pass two shells: that of each worker reads one line
@@ -146,7 +138,7 @@ start() { # the words pass two shells: that of each worker reads one line
 }
 
 case $do in
-all) check_run && check_type && create && ship && start ;;
+all) check_pod_run "$config" "$workdir" && check_type && create && ship && start ;;
 create) check_type && create ;;
 ship) ship ;;
 list) run "${queued[@]}" list "${place[@]}" ;;

@@ -22,9 +22,10 @@ RECORD = """#!/usr/bin/env bash
 """
 GCLOUD = """
 case "$*" in
+*list-instances*) cat "$VMS" ;;
 *describe*) head -n 1 "$STATES"; [ "$(wc -l <"$STATES")" -le 1 ] || sed -i 1d "$STATES" ;;
 *" ssh "*) for a; do case $a in --command=*) cd "$HOME"; exec bash -c "${a#--command=}" ;; esac; done ;;
-*" scp "*) cp "$5" "$HOME/qstar.tgz" ;;
+*" scp "*) for a; do [ ! -f "$a" ] || cp "$a" "$HOME/qstar.tgz"; done ;;
 esac
 """
 PYTHON = """
@@ -48,6 +49,7 @@ class Bench:
             "gcloud",
             "kubectl",
             "xpk",
+            "gcluster",
             "sbatch",
             "squeue",
             "scancel",
@@ -60,9 +62,11 @@ class Bench:
             (self.path / name).chmod(0o755)
         self.states = folder / "states"
         self.states.write_text("ACTIVE\n")
+        self.vms = folder / "vms"
+        self.vms.write_text("x-ab\tRUNNING\nx-cd\tRUNNING\n")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "QSTAR_"))}
         self.environment = {**kept, "PATH": f"{self.path}:{os.environ['PATH']}", "HOME": str(self.home),
-                            "CALLS": str(self.file), "STATES": str(self.states),
+                            "CALLS": str(self.file), "STATES": str(self.states), "VMS": str(self.vms),
                             "PYTHON": str(self.path / "python"), "USER": "me",
                             "QSTAR_POLL_SECONDS": "0"}  # fmt: skip
         for name in ("ZONE", "PROJECT"):
@@ -107,6 +111,8 @@ POD = ["--name=x", "--zone=us-east5-b", "--project=p", "--type=v6e-16"]
 PLACE = ["--zone=us-east5-b", "--project=p"]
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 ALL = ["--node=all", "--worker=all"]
+MIG = [*POD[:3], "--machine=ct6e-standard-4t", "--topology=2x4"]
+GROUP = ["gcloud", "compute", "instance-groups", "managed"]
 XPK = ["--name=x", "--cluster=c", "--zone=us-east5-b", "--project=p"]
 JOBSET = ["--jobset", "--name=x", "--accelerator=tpu-v6e-slice", "--topology=4x4", "--image=i:1"]
 
@@ -181,6 +187,96 @@ def test_pods_are_listed_followed_stopped_and_given_back(bench, flag, last):
     (call,) = words(bench("tpu_pod.sh", *POD, flag, "--dry-run"))
     assert bench.calls() == []
     assert call[:4] == QUEUED and call[-len(last) :] == last and PLACE[0] in call
+
+
+MACHINES = ["--network=n", "--internal-ips", "--service-account=a@p", "--labels=team=x"]
+
+
+def test_a_slice_through_compute_engine_has_a_policy_a_template_and_a_group(bench):
+    flags = [*MIG, "--flex-start=4h", *MACHINES, "--iap", *RUN[:1], "--workdir=/mnt/x", "--dry-run"]
+    policy, template, group, wait, scp, install, start = words(bench("tpu_compute.sh", *flags))
+    assert policy[:6] == ["gcloud", "compute", "resource-policies", "create", "workload-policy", "x"]
+    assert policy[6:] == ["--region=us-east5", "--project=p", "--type=HIGH_THROUGHPUT", "--accelerator-topology=2x4"]
+    for flag in ("--machine-type=ct6e-standard-4t", "--network-interface=network=n,no-address", "--labels=team=x",
+                 "--provisioning-model=FLEX_START", "--max-run-duration=4h", "--instance-termination-action=DELETE",
+                 "--service-account=a@p", "--maintenance-policy=TERMINATE", "--scopes=cloud-platform"):  # fmt: skip
+        assert flag in template
+    assert group[:8] == [*GROUP, "create", "x", *PLACE] and {"--template=x", "--size=2"} < set(group)
+    assert "--workload-policy=projects/p/regions/us-east5/resourcePolicies/x" in group
+    assert wait[4:5] == ["wait-until"] and "--stable" in wait
+    assert all("--tunnel-through-iap" in c for c in (scp, install, start)) and not bench.calls()
+    assert (
+        start[-1]
+        == "--command=bash ~/qstar/launch/worker.sh start x --config=configs/star_arithmetic.py:smoke --workdir=/mnt/x"
+    )
+
+
+def test_the_vms_of_a_slice_get_the_code_and_the_very_words(bench, copy):
+    bench("tpu_compute.sh", *MIG, *RUN, "--wait", cwd=copy)
+    calls = bench.calls("gcloud")
+    assert not [c for c in calls if "create" in c]  # its two VMs run
+    assert sorted(c[3] for c in calls if c[2] == "ssh") == 2 * ["x-ab"] + 2 * ["x-cd"]
+    runs = [c for c in bench.calls("python") if c[2] == "qstar"]
+    assert runs == 2 * [["python", "-m", "qstar", "train", *RUN]]
+    bench("tpu_compute.sh", *MIG, *RUN, "--wait", cwd=copy, code=75, QSTAR_EXITS="75")
+
+
+def test_a_slice_that_lost_a_vm_is_made_again(bench):
+    bench.vms.write_text("x-ab\tRUNNING\nx-cd\tSTOPPING\n")
+    bench("tpu_compute.sh", *MIG, "--spot", "--create")
+    assert [c[4] for c in bench.calls("gcloud") if c[1:4] == GROUP[1:]] == [
+        "list-instances",
+        "delete",
+        "describe",
+        "wait-until",
+    ]
+
+
+def test_flex_start_and_the_machines_flags_reach_queued_resources(bench):
+    (call,) = words(bench("tpu_pod.sh", *POD, "--flex-start=4h", *MACHINES, "--create", "--dry-run"))
+    assert call[:6] == ["gcloud", "alpha", *QUEUED[1:], "create"]
+    assert call[-6:] == ["--provisioning-model=flex-start", "--max-run-duration=4h", *MACHINES]
+
+
+def test_a_container_of_slurm_takes_the_place_of_the_environment(bench, copy):
+    flags = ["--partition=a100", "--account=me", "--container=docker://i:1", "--mounts=/a:/a", *RUN]
+    call = shlex.split(bench("slurm.sh", *flags, "--dry-run"))
+    assert call[:4] == ["env", "QSTAR_CONTAINER=docker://i:1", "QSTAR_MOUNTS=/a:/a", "sbatch"]
+    assert "--partition=a100" in call and "--account=me" in call and call[-len(RUN) :] == RUN
+    job = {"SLURM_SUBMIT_DIR": str(copy), "SLURM_JOB_ID": "77", "QSTAR_CONTAINER": "i:1", "QSTAR_MOUNTS": "/a:/a"}
+    bench("slurm.sbatch", *RUN, cwd=copy, **job)
+    (call,) = bench.calls("srun")
+    assert call[2:6] == [
+        "--container-image=i:1",
+        f"--container-mounts={copy}:{copy},/a:/a",
+        f"--container-workdir={copy}",
+        "python",
+    ]
+
+
+def test_skypilot_starts_a_process_per_node_with_the_very_words(bench, copy):
+    yaml = pytest.importorskip("yaml", reason="the task is read by PyYAML, which transformers brings")
+    task = yaml.safe_load((ROOT / "launch/sky.yaml").read_text())
+    assert set(task) == {"workdir", "resources", "file_mounts", "envs", "secrets", "setup", "run"}
+    (copy / ".venv/bin").mkdir(parents=True)
+    shutil.copy(bench.path / "python", copy / ".venv/bin/python")
+    python = copy / ".venv/bin/python"
+    python.write_text(python.read_text().replace("{ printf", 'env | grep ^QSTAR_ >"$HOME/variables"\n{ printf', 1))
+    given = {k: v for k, v in task["envs"].items() if v is not None}
+    variables = {**given, "CONFIG": RUN[0][9:], "WORKDIR": "/runs/my x", "ARGUMENTS": shlex.quote(ODD),
+                 "SKYPILOT_NODE_IPS": "10.0.0.2\n10.0.0.3", "SKYPILOT_NODE_RANK": "1"}  # fmt: skip
+    script = task["run"].replace("exec ", "")
+    subprocess.run(["bash", "-c", script], cwd=copy, env={**bench.environment, **variables}, check=True)
+    assert bench.calls() == [["python", "-m", "qstar", "train", RUN[0], "--workdir=/runs/my x", ODD]]
+    found = dict(line.split("=", 1) for line in (bench.home / "variables").read_text().splitlines())
+    assert found["QSTAR_COORDINATOR"] == "10.0.0.2:8476" and found["QSTAR_STOPPED_CODE"] == "75"
+    assert (found["QSTAR_NUM_PROCESSES"], found["QSTAR_PROCESS_ID"]) == ("2", "1")
+
+
+def test_the_image_copies_what_is_there_and_ships_the_configs():
+    lines = [line.split() for line in (ROOT / "launch/Dockerfile").read_text().splitlines()]
+    copied = [word for line in lines if line[:1] == ["COPY"] for word in line[1:-1]]
+    assert {"qstar", "configs", "setup.py"} <= set(copied) and all((ROOT / word).exists() for word in copied)
 
 
 def test_slurm_submits_the_very_words(bench):
@@ -265,7 +361,29 @@ def test_the_parser_of_xpk_accepts_the_call(bench, flags):
     assert call[2] != "create" or {"75", "1", "137", "143"} <= set(done.stdout.split())
 
 
+def test_gcluster_gets_a_command_that_one_shell_splits_into_the_very_words(bench):
+    flags = [
+        *XPK,
+        "--type=v6e-16",
+        "--image=i:1",
+        "--slices=2",
+        "--claim=disk",
+        "--service-account=me",
+        "--flex-start",
+        "--env=A=b c",
+    ]
+    bench("gke_xpk.sh", "--gcluster", *flags, *RUN)
+    (call,) = bench.calls()
+    assert call[:6] == ["gcluster", "job", "submit", "--cluster=c", "--location=us-east5-b", "--project=p"]
+    for flag in ("--name=x", "--compute-type=v6e-16", "--num-slices=2", "--image=i:1", "--restarts=100",
+                 "--grace-period=300s", "--mount=disk:/runs:rw", "--service-account=me", "--env=A=b c",
+                 "--node-constraint=cloud.google.com/gke-flex-start=true", "--env=QSTAR_STOPPED_CODE=75"):  # fmt: skip
+        assert flag in call
+    assert shlex.split(call[-1].removeprefix("--command="))[-3:] == RUN
+
+
 @pytest.mark.parametrize("flags, expected", [
+    (["--gcluster", *XPK, "--stop"], ["gcluster", "job", "cancel", "x", "--cluster=c", "--location=us-east5-b", "--project=p"]),
     ([*XPK, "--list"], ["xpk", "workload", "list", "--cluster=c", *PLACE]),
     ([*XPK, "--stop"], ["xpk", "workload", "delete", "--cluster=c", *PLACE, "--workload=x", "--force"]),
     (["--jobset", "--list"], ["kubectl", "get", "jobsets"]),
@@ -281,9 +399,10 @@ def test_workloads_are_listed_followed_and_stopped(bench, flags, expected):
 
 def test_a_jobset_holds_the_very_words(bench):
     yaml = pytest.importorskip("yaml", reason="the manifest is read by PyYAML, which transformers brings")
-    flags = ["--slices=2", "--spot", "--claim=disk", "--secret=keys", "--queue=q", "--env=A=$(B) \\"]
+    flags = ["--slices=2", "--spot", "--claim=disk", "--secret=keys", "--queue=q", "--env=A=$(B) \\", "--label=team=x",
+             "--service-account=me"]  # fmt: skip
     found = yaml.safe_load(bench("gke_xpk.sh", *JOBSET, *flags, *RUN, "--manifest"))
-    assert found["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
+    assert found["metadata"]["labels"] == {"team": "x", "kueue.x-k8s.io/queue-name": "q"}
     (group,) = found["spec"]["replicatedJobs"]
     job = group["template"]["spec"]
     assert group["replicas"] == 2 and job["parallelism"] == job["completions"] == 4 and job["backoffLimit"] == 0
@@ -291,11 +410,18 @@ def test_a_jobset_holds_the_very_words(bench):
     assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
                                    "cloud.google.com/gke-tpu-topology": "4x4",
                                    "cloud.google.com/gke-spot": "true"}  # fmt: skip
+    assert pod["serviceAccountName"] == "me" and pod["tolerations"][0]["key"] == "cloud.google.com/gke-spot"
     (box,) = pod["containers"]
     # Kubernetes reads $(NAME), and $$( is how to write a plain $(
     assert [w.replace("$$(", "$(") for w in box["command"]] == ["python", "-m", "qstar", "train", "--device=tpu", *RUN]
     assert box["env"][-1] == {"name": "A", "value": "$$(B) \\"} and box["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["volumes"][0]["name"] == box["volumeMounts"][0]["name"] and pod["restartPolicy"] == "Never"
+    found = yaml.safe_load(bench("gke_xpk.sh", *JOBSET, "--bucket=b", "--flex-start", *RUN, "--manifest"))
+    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
+    assert pod["spec"]["containers"][0]["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
+    assert pod["spec"]["nodeSelector"]["cloud.google.com/gke-flex-start"] == "true"
     bench("gke_xpk.sh", *JOBSET, *RUN)
     assert bench.calls() == [["kubectl", "apply", "-f", "-"]]
 
@@ -344,6 +470,10 @@ def test_babysit_passes_sigterm_on_and_does_not_start_again(bench, tmp_path):
     ("tpu_pod.sh", [*POD, "--config=c", "--workdir=runs/x"], "runs/x"),
     ("tpu_pod.sh", ["--name=X", *POD[1:]][:2], "--name=X"),
     ("tpu_pod.sh", [*POD[:2], "--type=v9-8", "--create"], "v9-8"), ("tpu_pod.sh", ["--name=x", "--config=c"], "--zone"),
+    ("tpu_pod.sh", [*POD, "--spot", "--flex-start=4h"], "--flex-start"), ("tpu_compute.sh", [*MIG, "--spot", "--flex-start=4h"], "only one"),
+    ("tpu_compute.sh", [*MIG, "--machine=n2", "--create"], "--machine=n2"),
+    ("tpu_compute.sh", [*MIG, "--topology=3x1", "--create"], "3 chips"),
+    ("gke_xpk.sh", ["--gcluster", *XPK, "--type=v6e-16", "--image=i", "--secret=s", *RUN], "--secret"),
     ("slurm.sh", ["--config=c"], "--workdir"), ("slurm.sh", ["--nodes=two", "--config=c"], "--nodes=two"),
     ("gke_xpk.sh", ["--name=x", "--list"], "--cluster"), ("gke_xpk.sh", [*JOBSET, *RUN, "--topology=4x"], "4x"),
     ("gke_xpk.sh", [*JOBSET, *RUN, "--env=A"], "--env=A"), ("gpu_local.sh", [], "--config"),
@@ -359,6 +489,7 @@ def test_a_mistake_is_one_line_with_its_culprit(bench, script, arguments, culpri
 SUBMIT = {
     "tpu_pod.sh": [*POD, "--workdir=/mnt/x"],
     "gke_xpk.sh": [*XPK, "--type=v6e-16", "--image=i:1", "--workdir=/runs/x"],
+    "tpu_compute.sh": [*MIG, "--workdir=/mnt/x"],
     "slurm.sh": ["--workdir=/shared/x"],
     "gpu_local.sh": [],
     "local.sh": [],
@@ -366,7 +497,7 @@ SUBMIT = {
 STAR = "--config=configs/star_gsm8k.py"
 WRONG = {
     "a flag with a typing error": ([STAR, "--spott"], "--spott is unknown"),
-    "a flag of another launcher": ([STAR, "--network=foo"], "--network is unknown"),
+    "a flag of another launcher": ([STAR, "--subnet=foo"], "--subnet is unknown"),
     "a word": ([STAR, "smoke"], "'smoke' is no flag"),
     "a config that is not there": (["--config=configs/nope.py"], "--config=configs/nope.py: no such file"),
     "a name of no config": (["--config=star_gsm"], "--config=star_gsm: no such file"),

@@ -1,0 +1,178 @@
+#!/usr/bin/env bash
+# From nothing to a run on every VM of a TPU slice, through Compute Engine: a workload policy, an instance template and a
+# managed instance group. Google's way for new work, and the only one beside GKE for TPU7x.
+#
+#   bash launch/tpu_compute.sh --name=x --machine=ct6e-standard-4t --topology=4x4 --zone=us-east5-b --project=P \
+#       --config=configs/star_gsm8k.py --workdir=/mnt/runs/x
+#
+# makes the slice, copies the files git knows, installs, and starts `qstar train` on all VMs with its flags (--config,
+# --workdir, --config.KEY, --device, --profile). Called again it goes on: a slice whose VMs all run is used, another made again.
+#
+#   --name=NAME --zone=ZONE --project=PROJECT    (zone and project: else ZONE and PROJECT, the variables)
+#   --machine=TYPE       ct5p-hightpu-4t (v5p), ct6e-standard-4t (v6e), tpu7x-standard-4t, ...
+#   --topology=AxB[xC]   chips of the slice; VMs are as many as chips / chips of the machine type
+#   --spot | --reserved=RESERVATION | --flex-start=4h    pre-emptible | from your reservation | for so long a run
+#   --network=N --subnetwork=N --internal-ips --service-account=EMAIL --labels=K=V,... --tags=T,...    of the VMs
+#   --image-family=F     of ubuntu-os-accelerator-images (default: by machine)
+#   --disk=GB            of each VM (default: 200)
+#   --iap                connects through Identity-Aware Proxy: VMs without external addresses
+#   --setup=COMMAND      on every VM, before the start: mounts the disk that holds the workdir, exports keys, ...
+#   --create, --ship     only that: machines | code
+#   --wait               stays until the run ends, with its exit code (under launch/babysit.sh: survives pre-emption)
+#   --list               the groups of the zone
+#   --logs[=VM]          follows the log of a VM (a number, default 0)
+#   --stop               SIGTERM to the run on all VMs: it saves; the VMs stay (and cost)
+#   --delete             gives the VMs back
+#   --dry-run            prints the commands
+#
+# The workdir is a folder that all VMs see (a Filestore share or a bucket that --setup mounts, say): stages meet on disk.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+. launch/common.sh
+
+do=all name="" zone=${ZONE:-} project=${PROJECT:-} machine="" topology="" family="" disk=200 setup="" wait="" worker=0
+capacity=() interface="" address="" more=() through=() config="" workdir="" rest=()
+for argument in "$@"; do
+    value=${argument#*=}
+    case $argument in
+    --name=*) name=$value ;;
+    --zone=*) zone=$value ;;
+    --project=*) project=$value ;;
+    --machine=*) machine=$value ;;
+    --topology=*) topology=$value ;;
+    --spot) capacity+=(--provisioning-model=SPOT --instance-termination-action=DELETE) ;;
+    --reserved=*) capacity+=(--provisioning-model=RESERVATION_BOUND --instance-termination-action=DELETE --reservation-affinity=specific --reservation="$value") ;;
+    --flex-start=*) capacity+=(--provisioning-model=FLEX_START --instance-termination-action=DELETE --max-run-duration="$value") ;;
+    --network=*) interface+=${interface:+,}network=$value ;;
+    --subnetwork=*) interface+=${interface:+,}subnet=$value ;;
+    --internal-ips) address=,no-address ;;
+    --service-account=* | --labels=* | --tags=*) more+=("$argument") ;;
+    --image-family=*) family=$value ;;
+    --disk=*) disk=$value ;;
+    --iap) through=(--tunnel-through-iap) ;;
+    --setup=*) setup=$value ;;
+    --wait) wait=yes ;;
+    --create | --ship | --list | --logs | --stop | --delete) do=${argument#--} ;;
+    --logs=*) do=logs worker=$value ;;
+    --dry-run) dry_run=yes ;;
+    -h | --help) show_help ;;
+    --config=*) config=$value rest+=("$argument") ;;
+    --workdir=*) workdir=$value rest+=("$argument") ;;
+    *) train_argument "$argument" ;;
+    esac
+done
+need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
+[ "$do" = list ] || need_name "$name"
+need_number --disk "$disk"
+need_number --logs "$worker"
+case ${capacity[*]-} in *-model=*-model=*) fail "only one of --spot, --reserved and --flex-start can be given" ;; esac
+need_program gcloud "https://cloud.google.com/sdk/docs/install says how"
+in_project=() place=(--zone="$zone")
+[ -z "$project" ] || in_project=(--project="$project") place+=(--project="$project")
+group=(gcloud compute instance-groups managed)
+
+check_machine() {
+    local chips each
+    need_value --machine "$machine" "e.g. ct6e-standard-4t"
+    need_value --topology "$topology" "e.g. 4x4"
+    each=${machine##*-} each=${each%t}
+    case $each in "" | *[!0-9]*) fail "--machine=$machine does not end with its number of chips, as ct6e-standard-4t does" ;; esac
+    chips=$(chips_of "$topology") || exit 2
+    [ $((chips % each)) -eq 0 ] || fail "--topology=$topology has $chips chips, which are no multiple of the $each of --machine=$machine"
+    hosts=$((chips / each))
+    [ -n "$family" ] || case $machine in
+    tpu7x-*) family=ubuntu-accel-2404-amd64-tpu-tpu7x ;;
+    *) family=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e ;;
+    esac
+}
+
+vms() { # names and states of the VMs of the slice; nothing if there is none
+    "${group[@]}" list-instances "$name" "${place[@]}" --format="value(NAME,STATUS)" 2>/dev/null || true
+}
+
+there() { # there COMMAND ...: whether it finds a resource; a dry run finds none
+    [ -z "$dry_run" ] && "$@" >/dev/null 2>&1
+}
+
+policy=(gcloud compute resource-policies)
+policy_place=(--region="${zone%-*}" ${in_project[@]+"${in_project[@]}"})
+template=(gcloud compute instance-templates)
+
+delete() {
+    run "${group[@]}" delete "$name" "${place[@]}" --quiet
+    run "${template[@]}" delete "$name" ${in_project[@]+"${in_project[@]}"} --quiet
+    # A slice of one VM has no policy.
+    if [ -n "$dry_run" ] || there "${policy[@]}" describe "$name" "${policy_place[@]}"; then
+        run "${policy[@]}" delete "$name" "${policy_place[@]}" --quiet
+    fi
+}
+
+create_template() {
+    local call=("${template[@]}" create "$name" ${in_project[@]+"${in_project[@]}"} --machine-type="$machine")
+    call+=(--image-family="$family" --image-project=ubuntu-os-accelerator-images --boot-disk-size="${disk}GB")
+    # TPU VMs cannot be moved while they run; the scope is for buckets that --setup mounts.
+    call+=(--maintenance-policy=TERMINATE --scopes=cloud-platform)
+    [ -z "$interface$address" ] || call+=(--network-interface="${interface:-network=default}$address")
+    run "${call[@]}" ${capacity[@]+"${capacity[@]}"} ${more[@]+"${more[@]}"}
+}
+
+create() {
+    local found="" slice=()
+    [ -n "$dry_run" ] || found=$(vms)
+    [ "$(grep -c RUNNING <<<"$found")" -ne "$hosts" ] || return 0
+    if [ -n "$found" ]; then # pre-empted: a slice is whole or useless
+        echo "$name has lost VMs: making the slice again"
+        delete
+    fi
+    if [ "$hosts" -gt 1 ]; then
+        slice=(--workload-policy="${project:+projects/$project/regions/${zone%-*}/resourcePolicies/}$name")
+        there "${policy[@]}" describe "$name" "${policy_place[@]}" ||
+            run "${policy[@]}" create workload-policy "$name" "${policy_place[@]}" --type=HIGH_THROUGHPUT --accelerator-topology="$topology"
+    fi
+    there "${template[@]}" describe "$name" ${in_project[@]+"${in_project[@]}"} || create_template
+    # A VM repaired alone would not be part of the slice's topology.
+    there "${group[@]}" describe "$name" "${place[@]}" ||
+        run "${group[@]}" create "$name" "${place[@]}" --template="$name" --size="$hosts" ${slice[@]+"${slice[@]}"} --default-action-on-vm-failure=do-nothing
+    run "${group[@]}" wait-until "$name" "${place[@]}" --stable --timeout="${QSTAR_PATIENCE:-86400}"
+}
+
+on_vms() { # on_vms COMMAND: in the shell of every VM at once; the exit code is the first that is not 0
+    local vm jobs=() code=0 job found
+    for vm in $(names); do
+        run gcloud compute ssh "$vm" "${place[@]}" ${through[@]+"${through[@]}"} --quiet --command="$1" &
+        jobs+=($!)
+    done
+    for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job" || { found=$?; [ "$code" -ne 0 ] || code=$found; }; done
+    return "$code"
+}
+
+names() { # of the VMs, in their order; a dry run does not know them
+    if [ -n "$dry_run" ]; then printf 'VM\n%.0s' $(seq 0 "$worker"); else vms | cut -f1; fi
+}
+
+ship() {
+    local code vm
+    code=$(mktemp -d)/qstar.tgz
+    pack_code "$code"
+    for vm in $(names); do run gcloud compute scp "$code" "$vm:qstar.tgz" "${place[@]}" ${through[@]+"${through[@]}"}; done
+    rm -rf "$(dirname "$code")"
+    on_vms "$(unpack_command)"
+}
+
+start() { # the words pass two shells: that of each VM reads one line
+    local how=start words
+    [ -z "$wait" ] || how="wait"
+    words=$(quote "$how" "$name" "${rest[@]}")
+    on_vms "${setup:+$setup && }bash ~/qstar/launch/worker.sh $words"
+}
+
+case $do in
+all) check_pod_run "$config" "$workdir" && check_machine && create && ship && start ;;
+create) check_machine && create ;;
+ship) ship ;;
+list) run "${group[@]}" list --zones="$zone" ${in_project[@]+"${in_project[@]}"} ;;
+logs) run gcloud compute ssh "$(names | sed -n "$((worker + 1))p")" "${place[@]}" ${through[@]+"${through[@]}"} --command="bash ~/qstar/launch/worker.sh logs $name" ;;
+stop) on_vms "bash ~/qstar/launch/worker.sh stop $name" ;;
+delete) delete ;;
+esac
