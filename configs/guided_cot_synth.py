@@ -14,7 +14,7 @@ rates, filters and lengths were chosen on was not kept apart from the test quest
     ...:arms=kd_filtered+rl_ppo     any arms of ARMS (those they start from come along)
     ...:arms=kd_filtered_flops+rl_both+kd_unfiltered_flops+rl_both_unfiltered   both at equal FLOPs; not run yet
     ...:seed=1                      another large model
-    ...:reversed_chains             a teacher whose correct chains come in two orders, so that votes beat its greedy one
+    ... --config.guided.votes=10    self-consistency over ten rationales, too
 """
 
 from qstar.configs.common import parse_arg, star_config
@@ -42,7 +42,6 @@ ARMS = {
     "rl_accuracy": {"start": "kd_filtered", "rl": RLOO, "aspect_weight": 0.0},
     "rl_both_unfiltered": {"start": "kd_unfiltered", "rl": RLOO},
     "rl_aspects_unfiltered": {"start": "kd_unfiltered", "rl": RLOO, "accuracy_weight": 0.0},
-    "rl_weak_unfiltered": {"start": "kd_unfiltered", "rl": RLOO, "accuracy_weight": 0.0, "weak_factuality": True},
     "rl_both_loose": {"start": "kd_loose", "rl": RLOO},
     "rl_both_short": {"start": "kd_short", "rl": RLOO},
     # Correct answers alone are rewarded, which leads to rationales that carry the answer without reasons.
@@ -51,7 +50,6 @@ ARMS = {
     "rl_grpo": {"start": "kd_unfiltered", "rl": {"estimator": "grpo"}},
     "rl_ppo": {"start": "kd_unfiltered", "rl": {"estimator": "ppo"}},
 }
-ANALYZED = ("kd_unfiltered", "kd_filtered", "rl_both")  # self-consistency, best of 16, ablated rationales
 DEFAULT = (
     "kd_unfiltered+kd_loose+kd_filtered+kd_filtered_long+rl_both+rl_both_unfiltered+rl_aspects_unfiltered+rl_both_loose"
     "+rl_grpo+rl_ppo"
@@ -59,14 +57,13 @@ DEFAULT = (
 
 
 def get_config(arg=None):
-    """Arguments: smoke, seed=N (of the large model), students=N, arms=A+B, reversed_chains."""
-    arg = parse_arg(arg, smoke=False, seed=0, students=1, arms=DEFAULT, reversed_chains=False)
+    """Arguments: smoke, seed=N (of the large model), students=N, arms=A+B."""
+    arg = parse_arg(arg, smoke=False, seed=0, students=1, arms=DEFAULT)
     config = star_config()
     for key in ("model", "base", "loop", "sample", "evaluate"):
         del config[key]
     config.update({"method": "guided_cot", "name": "guided_cot_synth", "seed": arg.seed, "students": arg.students})
     config.task = {"name": "two_hop"}
-    config.analyzed_arms = [n for n in ANALYZED if n in with_starts(arg.arms.split("+"))]
     config.arms = with_starts(arg.arms.split("+"))
     config.guided = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 2000}
     config.guided.update(teacher_questions=1000, teacher_samples=4, rl_questions=2000, test_questions=2000)
@@ -83,9 +80,6 @@ def get_config(arg=None):
     config.train = {"updates": 80, "prompts": 64, "batch_size": 256, "lr": 5e-4, "schedule": "linear", "end": 0.1,
                     "warmup": 0, "log_every": 5, "save_every": 40, "clip": 1.0, "b2": 0.95}  # fmt: skip
     config.gates = gates()
-    if arg.reversed_chains:  # its wrong chain is likelier than either right one for two relations of six
-        config.guided.update(reversed_chains=True, error_rates=(0.05, 0.10, 0.15, 0.20, 0.42, 0.44))
-        config.gates = {}  # their bounds are of the other teacher
     if arg.smoke:
         smoke(config)
     return config
@@ -122,13 +116,10 @@ def gates():
 def smoke(config):
     """Under a minute: every stage runs, nothing is learnt."""
     config.guided.update(copy_steps=10, mixed_steps=20, small_steps=10, direct_steps=10)
-    config.guided.update(
-        teacher_questions=24, teacher_samples=2, rl_questions=32, test_questions=40, votes=2, best_of=3
-    )
+    config.guided.update(teacher_questions=24, teacher_samples=2, rl_questions=32, test_questions=40, votes=2)
     config.guided.large = {"hidden_size": 32, "num_layers": 1}
     config.guided.small = {"hidden_size": 16, "num_layers": 1}
     config.gates = {}
     config.distil_train.batch_size = 16
     config.train.update(updates=3, prompts=8, batch_size=32, log_every=1, save_every=2)
     config.arms = {k: {**v, "steps": 10} for k, v in with_starts(["kd_unfiltered", "rl_both_unfiltered"]).items()}
-    config.analyzed_arms = ["kd_unfiltered"]

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qstar import distributed
-from qstar.errors import Settings, TrainingFailed, bounded, require, unknown
+from qstar.errors import Settings, TrainingFailed, bounded, require
 from qstar.methods.distillation import DistilTrain, distil
 from qstar.methods.guided_eval import percent
 from qstar.methods.guided_hotpotqa import MultiHop, MultiHopSettings
@@ -49,7 +49,7 @@ from qstar.train.stats import paired
 
 FILTERS = ("em", "none", "parity", "f1", "includes")
 GuidedTask = TwoHop | MultiHop  # both have the methods that are called below
-SHOWN = ("quality", "gold_chain", "first_hop", "answer_leak")  # metrics in the table of results
+SHOWN = ("quality", "gold_chain", "first_hop", "answer_leak", "self_consistency")  # metrics in the table of results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,6 @@ class GuidedConfig(Settings):
     train: dict = dataclasses.field(default_factory=dict)  # over the config's `train` (RL) or `distil_train`
     accuracy_weight: float = bounded(1.0, ge=0)  # of a correct answer in the reward
     aspect_weight: float = bounded(1.0, ge=0)  # of the aspects' mean
-    weak_factuality: bool = False  # a control: factuality that does not check relations
     reject_bare_answers: bool = True
 
     def __post_init__(self):
@@ -92,7 +91,6 @@ class GuidedSections(Sections):
     distil_train: DistilTrain = dataclasses.field(default_factory=DistilTrain)
     rl: dict = dataclasses.field(default_factory=dict)  # RLSettings of all arms
     students: int = bounded(1, ge=1)  # random seeds of the small model
-    analyzed_arms: list = dataclasses.field(default_factory=list)  # arms that `GuidedTask.analyze` measures, too
 
     def __post_init__(self) -> None:
         require((isinstance(self.task.get("name"), str), "task.name is missing; name a task, e.g. hotpotqa"))
@@ -114,9 +112,6 @@ class GuidedContext(RunContext):
         # Mistakes in an arm's settings are found here, before anything is written.
         for name in self.arms:
             self.rl_settings(name)
-        for name in self.settings.analyzed_arms:
-            if name not in self.arms:
-                raise unknown(f"config.analyzed_arms: {name!r}", name, self.arms)
 
     def rl_settings(self, name: str) -> tuple[RLSettings, ReinforceSettings]:
         """Returns an arm's RL settings: the config's, with the arm's changes."""
@@ -170,9 +165,6 @@ def run(config: Any, workdir: Path, console: Any) -> None:
         large / "fixed_arms.json", lambda: {n: x.astype(int).tolist() for n, x in ctx.task.fixed_arms().items()}
     )
     once_json(large / "costs.json", ctx.task.costs)
-    if ctx.settings.analyzed_arms:
-        ctx.say("  self-consistency of its own chains of thought")
-        once_json(large / "votes.json", ctx.task.vote_own_chains)
     students = [run_student(ctx, seed) for seed in range(ctx.settings.students)]
     write_results(ctx, fixed, students)
     ctx.close()
@@ -203,10 +195,6 @@ def run_student(ctx: GuidedContext, seed: int) -> dict[str, dict[str, Any]]:
             raise TrainingFailed(f"config.arms.{name}: {e}") from None
         # ---- 3: let the large model answer with its rationales
         out[name] = evaluate(ctx, folder, name, models[name], seed)
-        if name in ctx.settings.analyzed_arms:
-            ctx.say("    self-consistency, best-of-n selection, ablated rationales")
-            analyze = functools.partial(ctx.task.analyze, models[name])
-            out[name]["analysis"] = once_json(folder / name / "analysis.json", analyze)
     return out
 
 
@@ -268,17 +256,10 @@ def write_results(ctx: GuidedContext, fixed: dict[str, list[int]], students: lis
             # All arms answer the same questions, so they are paired: the bootstrap resamples questions, not students.
             low, middle, high = paired(correct[a].mean(axis=0), correct[b].mean(axis=0))
             differences.append({"from": a, "to": b, "difference": 100 * middle, "low": 100 * low, "high": 100 * high})
-    analyses = {}
-    for name in (name for name in ctx.arms if name in ctx.settings.analyzed_arms):
-        each = [found[name]["analysis"] for found in students]
-        analyses[name] = {k: float(np.mean([x[k] for x in each])) for k in each[0]}
-    write_json(ctx.workdir / "results.json", {"arms": rows, "differences": differences, "analyses": analyses})
+    write_json(ctx.workdir / "results.json", {"arms": rows, "differences": differences})
     if distributed.is_first():
         show_table(ctx.console, "accuracy, %", rows)
         show_table(ctx.console, "paired differences, 95% over questions", differences)
-        for name, found in analyses.items():
-            table = [{"metric": k, "value": v} for k, v in found.items()]
-            show_table(ctx.console, f"{name}: self-consistency, best-of-n selection, ablated rationales", table)
 
 
 def _mean_of(students: list[dict[str, dict[str, Any]]], name: str, key: str) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from qstar.errors import Settings, UserError, bounded, require, unknown
 from qstar.methods.answerer import Answer, Answerer, Cached, HttpAnswerer, ModelAnswerer
 from qstar.methods.distillation import Pair
-from qstar.methods.guided_eval import METRICS, RewardSettings, best_of_n, percent, rationale_scores, task_score
+from qstar.methods.guided_eval import METRICS, percent, reward, task_score
 from qstar.methods.reinforce import RewardOutput
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, encoder_ids, load
@@ -66,6 +66,10 @@ class MultiHopSettings(Settings):
         for name in self.aspects:
             if name not in ASPECTS:
                 raise unknown(f"aspects.{name}", name, ASPECTS)
+        require(
+            (all(w >= 0 for w in self.aspects.values()), "aspects: a weight below 0; leave the aspect out, or use 0"),
+            (any(self.aspects.values()), "aspects: all weights are 0; to reward none, set aspect_weight=0 in the arms"),
+        )
 
 
 @dataclasses.dataclass
@@ -220,14 +224,10 @@ class MultiHop:
         return out
 
     def environment(self, seed: int, group: int, prompts: int, arm: GuidedConfig) -> MultiHopEnvironment:
-        # These aspects have no weak form of factuality, so that the control leaves it out.
-        aspects = {k: v for k, v in self.settings.aspects.items() if not (arm.weak_factuality and k == "factuality")}
-        weights = (arm.accuracy_weight, arm.aspect_weight, aspects)
-        reward = RewardSettings(*weights, self.settings.metric, arm.reject_bare_answers)
         problems = self.rl_problems()
         line = f"config.train.prompts={prompts} is more than the {len(problems)} questions that RL has; lower it"
         require((prompts <= len(problems), line))
-        return MultiHopEnvironment(self, problems, seed, prompts, reward)
+        return MultiHopEnvironment(self, problems, seed, prompts, arm)
 
     def views(self, problems: Sequence[Problem], rationales: Sequence[str]) -> list[View]:
         """Returns the inputs of the aspects: the question, the whole context of the task's mode, the rationale."""
@@ -315,23 +315,6 @@ class MultiHop:
             out[arm] = {"answerer_prompt_tokens": read, "answerer_tokens": written}
         return out
 
-    def vote_own_chains(self) -> dict[str, float]:
-        """Returns no self-consistency of the large model: its chains of thought are greedy."""
-        return {}
-
-    def analyze(self, student: Model) -> dict[str, float]:
-        """Returns the accuracies of best-of-n selection, n = `votes`."""
-        n = self.settings.votes
-        if not n:
-            return {}
-        rows = self.rationales(student, n, 1.0)
-        texts = [[row[j].text for row in rows] for j in range(n)]
-        correct = np.stack([self._scores([a.text for a in self.answers_with(t)]) >= 0.5 for t in texts], axis=1)
-        views = [self.views(self.test, t) for t in texts]
-        ratings = {name: np.asarray([[aspect(v) for v in x] for x in views]).T for name, aspect in ASPECTS.items()}
-        ratings["mean of the aspects"] = np.mean(list(ratings.values()), axis=0)
-        return {f"choice/{k}": v for k, v in best_of_n(correct, ratings).items()}
-
     def _self_consistency(self, student: Model) -> float:
         n = self.settings.votes
         # The temperature of the self-consistency paper (arXiv 2203.11171).
@@ -350,7 +333,7 @@ class MultiHopEnvironment:
     problems: list[Problem]
     seed: int
     count: int  # prompts per update
-    reward: RewardSettings
+    arm: GuidedConfig
 
     def _sample(self, update: int) -> list[Problem]:
         # A function of the update: `prompts` and `score` call it apart, and a resumed run repeats it.
@@ -361,8 +344,15 @@ class MultiHopEnvironment:
         return [self.task.prompt(p, "student", training=True) for p in self._sample(update)]
 
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
-        pairs = [(p, c.text) for p, row in zip(self._sample(update), responses) for c in row]
-        asked = [self.task.prompt(p, "guided", t, training=True) for p, t in pairs]
-        views = self.task.views(*zip(*pairs))
-        golds = [p.meta["answer"] for p, _ in pairs]
-        return rationale_scores(self.reward, views, asked, golds, self.task.answerer)[0]
+        problems, texts = zip(*((p, c.text) for p, row in zip(self._sample(update), responses) for c in row))
+        settings, views = self.task.settings, self.task.views(problems, texts)
+        used = {name: weight for name, weight in settings.aspects.items() if weight}
+        aspects = {f"aspect/{n}": np.asarray([ASPECTS[n](v) for v in views], np.float32) for n in used}
+        correct, bare = np.zeros((2, len(views)), np.float32)
+        # Without R_acc there is no call of the answerer, the most expensive part of a reward.
+        if self.arm.accuracy_weight:
+            asked = [self.task.prompt(p, "guided", t, training=True) for p, t in zip(problems, texts)]
+            for i, (p, t, answer) in enumerate(zip(problems, texts, self.task.answerer.answer(asked))):
+                correct[i] = task_score(answer.text, p.meta["answer"], settings.metric)
+                bare[i] = bare_answer(t, answer.text)
+        return reward(self.arm, correct, bare, aspects, [*used.values()])

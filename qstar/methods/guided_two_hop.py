@@ -14,7 +14,7 @@ from einops import rearrange
 
 from qstar.errors import Settings, bounded, require
 from qstar.methods.distillation import Pair
-from qstar.methods.guided_eval import best_of_n, percent, vote_accuracy
+from qstar.methods.guided_eval import percent, reward
 from qstar.methods.reinforce import RewardOutput
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, preset
@@ -23,6 +23,7 @@ from qstar.models.scoring import logits
 from qstar.runs.folder import stable_seed
 from qstar.runs.stages import Stage, TrainSettings, sft_step, train_stage
 from qstar.sample.batching import generate
+from qstar.sample.vote import majority
 from qstar.tasks import two_hop_world
 from qstar.tasks.two_hop_world import ANS, COT, EOS, LENGTH, PAD, QUESTION, RAT, SLOT, STD, Worlds
 from qstar.types import Batch, Completion
@@ -54,9 +55,7 @@ class TwoHopSettings(Settings):
     rl_questions: int = bounded(2000, ge=1)
     test_questions: int = bounded(2000, ge=1)
     error_rates: tuple = two_hop_world.NOISE  # of the large model's training chains, by the question's first relation
-    reversed_chains: bool = False  # half of the correct training chains have the second hop first
-    votes: int = bounded(10, ge=1)  # rationales per question for self-consistency
-    best_of: int = bounded(16, ge=1)  # rationales per question for best-of-n selection
+    votes: int = bounded(0, ge=0, note="0: off")  # rationales per test question for self-consistency
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,7 +89,7 @@ class TwoHop:
             mix = (BATCH, 0, 0, 0) if step < s.copy_steps else MIX
             # A function of (seed, step), for resumption. The third number of other seeds keeps their streams apart.
             rng = np.random.default_rng([self.seed, step])
-            return two_hop_world.mixed_text(rng, mix, s.error_rates, two_ways=s.reversed_chains)
+            return two_hop_world.mixed_text(rng, mix, s.error_rates)
 
         start = _random_model(s.large, stable_seed(self.seed, "large"))
         make_stage = functools.partial(stage, "large", steps=s.copy_steps + s.mixed_steps, seed=self.seed)
@@ -231,18 +230,14 @@ class TwoHop:
         }
         return {name: answers == w.answer for name, answers in found.items()}
 
-    def vote_own_chains(self) -> dict[str, float]:
-        """Returns the accuracy of the large model's own sampled chains of thought, and of self-consistency."""
-        sampled, voted = self._vote(self.large, COT, COT)
-        return {"sampled": sampled, "self_consistency": voted}
-
-    def _vote(self, writer: Model, rationale_tag: int, answer_tag: int) -> tuple[float, float]:
+    def _self_consistency(self, student: Model) -> float:
         w, n = self.test, self.settings.votes
         # The temperature of the self-consistency paper (arXiv 2203.11171).
-        slots = self.rationales(writer, w, rationale_tag, n=n, temperature=0.7, seed=self.seed)
-        each = [self.answers(self.large, w, answer_tag, slots[:, j]) for j in range(n)]
-        answers, logp = (np.stack(x, axis=1) for x in zip(*each))
-        return percent(answers == rearrange(w.answer, "b -> b 1")), vote_accuracy(answers, logp, w.answer)
+        slots = self.rationales(student, w, RAT, n=n, temperature=0.7, seed=self.seed)
+        each = [self.answers(self.large, w, ANS, slots[:, j]) for j in range(n)]
+        answers, logp = (np.stack(x, axis=1).tolist() for x in zip(*each))
+        chosen = [majority(row, p) for row, p in zip(answers, logp)]
+        return percent(np.asarray(chosen) == w.answer)
 
     def costs(self) -> dict[str, dict[str, float]]:
         """Returns, per arm without a student, the large model's tokens per test question; padding is not counted."""
@@ -256,13 +251,12 @@ class TwoHop:
         w = self.test
         slot = self.rationales(student, w, RAT)[:, 0]
         answers = self.answers_with(w, slot)
-        strict, weak = (two_hop_world.aspects(w, slot, weak=x) for x in (False, True))
+        votes = {"self_consistency": self._self_consistency(student)} if self.settings.votes else {}
         is_gold = np.all(slot == w.gold, axis=1)
         has_answer = np.any(slot == rearrange(w.answer, "b -> b 1"), axis=1)
         length = float(np.mean(np.sum(slot != PAD, axis=1)))
         return answers == w.answer, {
-            "quality": percent([x.mean() for x in strict.values()]),
-            "quality_weak": percent([x.mean() for x in weak.values()]),
+            "quality": percent([x.mean() for x in two_hop_world.aspects(w, slot).values()]),
             "gold_chain": percent(is_gold),
             "first_hop": percent(slot[:, 2] == w.gold[:, 2]),
             # The answer without its chain: the reward hacking that R_acc alone invites.
@@ -273,6 +267,7 @@ class TwoHop:
             "answerer_prompt_tokens": QUESTION + 1 + length,
             "answerer_tokens": 1.0,
             "examples": [self._example(i, slot[i], answers[i]) for i in range(min(12, len(answers)))],
+            **votes,
         }
 
     def _example(self, i: int, slot: np.ndarray, answer: int) -> dict[str, Any]:
@@ -285,36 +280,6 @@ class TwoHop:
             "gold": words([w.answer[i]]),
             "correct": bool(answer == w.answer[i]),
             "notes": [] if np.array_equal(slot, w.gold[i]) else ["not the gold chain"],
-        }
-
-    def analyze(self, student: Model) -> dict[str, float]:
-        """Returns what takes longer to measure: self-consistency, best-of-n selection, ablated rationales."""
-        # A subset, because `best_of` rationales per question are sampled and answered.
-        few = self.test.take(np.arange(min(500, len(self.test.answer))))
-        slots = self.rationales(student, few, RAT, n=self.settings.best_of, temperature=1.0, seed=self.seed + 1)
-        columns = [slots[:, j] for j in range(self.settings.best_of)]
-        correct = np.stack([self.answers_with(few, slot) == few.answer for slot in columns], axis=1)
-
-        def rate(slot: np.ndarray, weak: bool) -> np.ndarray:
-            return np.mean(list(two_hop_world.aspects(few, slot, weak=weak).values()), axis=0)
-
-        ratings = {k: np.stack([rate(x, k == "weak") for x in columns], axis=1) for k in ("strict", "weak")}
-        choices = {f"choice/{k}": v for k, v in best_of_n(correct, ratings).items()}
-        sampled, voted = self._vote(student, RAT, ANS)
-        return {"self_consistency": voted, "sampled": sampled} | choices | self._ablate(student)
-
-    def _ablate(self, student: Model) -> dict[str, float]:
-        w = self.test
-        slot = self.rationales(student, w, RAT)[:, 0]
-        first, without, alone = slot.copy(), slot.copy(), np.full_like(slot, PAD)
-        first[:, 3:], without[:, 5:], alone[:, 5:] = PAD, PAD, slot[:, 5:]
-        # With other facts no hop has support: accuracy falls if the answerer checks rationales against the context.
-        other_facts = w._replace(facts=np.roll(w.facts, 1, axis=0))
-        return {
-            "leak/first hop only": self._accuracy(w, first),
-            "leak/without the answer": self._accuracy(w, without),
-            "leak/the answer alone": self._accuracy(w, alone),
-            "leak/in another context": self._accuracy(other_facts, slot),
         }
 
 
@@ -340,17 +305,12 @@ class TwoHopEnvironment:
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         w = self.sample(update).take(np.repeat(np.arange(self.count), self.group))
         slot = np.stack([_to_slot(c) for row in responses for c in row])
-        parts = two_hop_world.aspects(w, slot, weak=self.arm.weak_factuality)
-        aspect = np.mean(list(parts.values()), axis=0)
         correct = bare = np.zeros(len(slot), np.float32)
         if self.arm.accuracy_weight:
             answers = self.task.answers_with(w, slot)
             correct = (answers == w.answer).astype(np.float32)
             bare = two_hop_world.bare(w, slot, answers).astype(np.float32)
-            correct = correct * (1.0 - bare) if self.arm.reject_bare_answers else correct
-        scores = self.arm.accuracy_weight * correct + self.arm.aspect_weight * aspect
-        named = {"accuracy": correct, "aspect": aspect, "bare_answer": bare, **parts}
-        return RewardOutput(scores.astype(np.float32), named)
+        return reward(self.arm, correct, bare, two_hop_world.aspects(w, slot))
 
 
 def _draw(seed: Any, count: int) -> Worlds:

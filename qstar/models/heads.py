@@ -133,19 +133,15 @@ def init_thoughts(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> 
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def attach_thoughts(
-    params: Params, config: ModelConfig, key: Array, start_id: int, end_id: int | None = None
-) -> Params:
+def attach_thoughts(params: Params, config: ModelConfig, key: Array, start_id: int) -> Params:
     """Returns a trained decoder's parameters with fresh vectors and mixer, in the dtype of its embeddings.
 
-    Args:
-      start_id, end_id: tokens whose embeddings the vectors start from (the official code: both "---").
+    `start_id`: the token whose embedding both vectors start from (the official code: "---").
     """
     table = params["embed"]["table"]
     new = init_thoughts(config, key, table.dtype)
-    ids = {"start": start_id, "end": start_id if end_id is None else end_id}
-    new["thoughts"] = {k: table[i] / jnp.asarray(config.thoughts.embedding_scale, table.dtype) for k, i in ids.items()}
-    return {**params, **new}
+    vector = table[start_id] / jnp.asarray(config.thoughts.embedding_scale, table.dtype)
+    return {**params, **new, "thoughts": {"start": vector, "end": vector}}
 
 
 def thought_vector(params: Params, config: ModelConfig, name: str) -> Array:

@@ -7,12 +7,10 @@ resolve("random-tiny")              a random model that smoke runs take where no
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -51,8 +49,9 @@ def is_local(name: str | os.PathLike) -> bool:
 def resolve(name: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the local folder of a model, downloading a hub model that the cache does not hold yet.
 
-    Only files that are read here are fetched: configs, tokenizer, chat template, and the safetensors of the index. Of the
-    processes of a host one downloads, and the others wait for it. A token is read from HF_TOKEN or the library's login.
+    Only files that are read here are fetched: configs, tokenizer, chat template, and the safetensors of the index. The
+    library locks each file: of the processes of a host one downloads it, and the others wait. A token is read from
+    HF_TOKEN or the library's login.
 
     Args:
       name: a local folder (it wins if it exists; `./x`, `/x` and `~x` are always local), or `owner/name[@revision]`.
@@ -81,16 +80,15 @@ def resolve(name: str | os.PathLike, revision: str | None = None, *, weights: bo
 @functools.cache
 def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
     what = f"model {name!r}" + (f", revision {revision!r}," if revision else "")
-    with _one_per_host(name):
-        folder = _fetch(what, name, revision, _SMALL)
-        if not weights:
-            return folder
-        index = folder / INDEX
-        parts = read_json(index).get("weight_map") if index.is_file() else None
-        files = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else [SINGLE, _ADAPTER[1]]
-        # Of the commit that the index is of, in case the branch has moved meanwhile.
-        commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision
-        folder = _fetch(what, name, commit, files)
+    folder = _fetch(what, name, revision, _SMALL)
+    if not weights:
+        return folder
+    index = folder / INDEX
+    parts = read_json(index).get("weight_map") if index.is_file() else None
+    files = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else [SINGLE, _ADAPTER[1]]
+    # Of the commit that the index is of, in case the branch has moved meanwhile.
+    commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision
+    folder = _fetch(what, name, commit, files)
     found = [file for file in files if (folder / file).is_file()]
     if found and (len(found) == len(files) or parts is None):
         return folder
@@ -122,16 +120,3 @@ def _not_cached(what: str) -> str:
         f"{what} is no local folder and not (whole) in the cache {constants.HF_HUB_CACHE}, and {why}; fetch it where there "
         "is a network (`hf download NAME`) and copy the cache, or give a local folder"
     )
-
-
-@contextlib.contextmanager
-def _one_per_host(name: str) -> Iterator[None]:
-    """Holds a lock file in the hub's cache, so that the other processes of a host wait and then find the files."""
-    path = Path(constants.HF_HUB_CACHE) / ".locks" / f"qstar--{name.replace('/', '--')}.lock"
-    with contextlib.ExitStack() as stack:
-        # A cache that cannot be written, or a file system without locks: the library still locks each file that it fetches.
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -44,7 +44,6 @@ class Selection(Settings):
 
     dedupe: bool = True
     cap_per_problem: int | None = bounded(None, ge=1)
-    min_rationale_tokens: int = bounded(0, ge=0)
     exact_filter: bool = False  # an oracle: only solutions that pass the task's check of every step
 
 
@@ -217,9 +216,6 @@ def why_rejected(row: Rollout, problem: Problem, task: Task, rules: Selection) -
         return "no answer"
     if not row.correct:
         return "wrong answer"
-    # A bare answer is right in an evaluation, but as a training row it would teach to skip the rationale.
-    if row.n_tokens < rules.min_rationale_tokens:
-        return "rationale too short"
     if rules.exact_filter and row.valid is False:
         return "wrong step"
     # The hint leaves the prompt before training: a rationale that mentions it would refer to nothing.

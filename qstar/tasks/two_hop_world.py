@@ -108,28 +108,16 @@ def clean(rationale: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- training text
 
 
-def backwards(chain: np.ndarray) -> np.ndarray:
-    """Chains [B, 7] with the second hop first: y r2 z x r1 y EOS."""
-    return chain[:, [3, 4, 5, 0, 1, 2, 6]]
-
-
 def mixed_text(
     rng: np.random.Generator,
     shares: tuple[int, int, int, int],
     noise: Sequence[float] = NOISE,
-    *,
-    two_ways: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows and loss masks of the large model's training text; `shares` counts the rows of each kind.
 
     Copying, standard prompts, chains of thought (with the look-alike first hop at the rates of `noise`, by the first
-    relation), answering beside a rationale. With `two_ways` right chains are written backwards half the time.
+    relation), answering beside a rationale.
     """
-
-    def stated(gold: np.ndarray) -> np.ndarray:
-        # Wrong chains never: where one is likelier than either form of the right chain, greedy decoding is wrong and a
-        # majority of samples is right (the case for self-consistency).
-        return np.where((rng.random(len(gold)) < 0.5)[:, None], backwards(gold), gold) if two_ways else gold
 
     copy, std, cot, ans = shares
     parts = [copies(rng, draw(rng, copy))] if copy else []
@@ -141,7 +129,7 @@ def mixed_text(
     if cot:
         w = draw(rng, cot)
         wrong = rng.random(cot) < np.asarray(noise)[w.question[:, 1] - FIRST - ENTITIES]
-        slot = np.where(wrong[:, None], w.alike, stated(w.gold))
+        slot = np.where(wrong[:, None], w.alike, w.gold)
         tokens = rows(w, COT, slot, np.where(wrong, w.alike[:, 5], w.answer))
         # Without the mark, which is the same in every row.
         mask = np.broadcast_to((np.arange(LENGTH) >= QUESTION) & (np.arange(LENGTH) != QUESTION + SLOT), tokens.shape)
@@ -152,7 +140,7 @@ def mixed_text(
         # 55% gold, 25% a wrong chain, 10% of another question, 10% none, always with the true answer: the model learns
         # neither to ignore rationales nor to copy them.
         upto = [kind[:, None] < share for share in (0.55, 0.8, 0.9)]
-        slot = np.select(upto, [stated(w.gold), wrong, np.roll(w.gold, 1, axis=0)], PAD)
+        slot = np.select(upto, [w.gold, wrong, np.roll(w.gold, 1, axis=0)], PAD)
         tokens = rows(w, ANS, slot)
         parts.append((tokens, np.broadcast_to(last, tokens.shape)))
     tokens, masks = zip(*parts)
@@ -162,17 +150,16 @@ def mixed_text(
 # ------------------------------------------------------------------------------------------------------- aspects
 
 
-def aspects(worlds: Worlds, rationale: np.ndarray, *, weak: bool = False) -> dict[str, np.ndarray]:
+def aspects(worlds: Worlds, rationale: np.ndarray) -> dict[str, np.ndarray]:
     """Four measures [B] in [0, 1] of cleaned rationales [B, 7], which use the facts but not the answer.
 
-    factuality: share of the two triples that are facts (`weak`: that share subject and object with one). relevance:
-    begins with the question's entity. coherence: the second triple begins where the first ends. form: six words, EOS.
+    factuality: share of the two triples that are facts. relevance: begins with the question's entity. coherence: the
+    second triple begins where the first ends. form: six words, EOS.
     """
     r = rationale
     facts = rearrange(worlds.facts, "b (facts words) -> b facts 1 words", words=3)
     stated = rearrange(r[:, :6], "b (triples words) -> b 1 triples words", words=3)
-    keep = [0, 2] if weak else [0, 1, 2]
-    known = np.all(facts[..., keep] == stated[..., keep], axis=-1).any(axis=1)  # [B, 2]
+    known = np.all(facts == stated, axis=-1).any(axis=1)  # [B, 2]
     form = (r[:, 6] == EOS) & np.all(r[:, :6] >= FIRST, axis=1)
     found = (known.mean(axis=1), r[:, 0] == worlds.question[:, 0], (r[:, 3] == r[:, 2]) & (r[:, 3] >= FIRST), form)
     return {n: x.astype(np.float32) for n, x in zip(("factuality", "relevance", "coherence", "form"), found)}

@@ -162,25 +162,6 @@ def test_two_revisions_are_refused(remote):
         hub.resolve("owner/tiny@a", "b")
 
 
-HOLD = """
-import os, sys, time
-from qstar.models import hub
-with hub._one_per_host("owner/tiny"), open("log", "a", buffering=1) as log:
-    print("in", os.getpid(), file=log)
-    time.sleep(0.3)
-    print("out", os.getpid(), file=log)
-"""
-
-
-def test_processes_of_a_host_download_one_after_the_other(tmp_path):
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(pathlib.Path(qstar.__file__).parents[1])}
-    workers = [subprocess.Popen([sys.executable, "-c", HOLD], cwd=tmp_path, env=environment) for _ in range(3)]
-    assert [w.wait(timeout=60) for w in workers] == [0, 0, 0]
-    seen = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert [what for what, _ in seen] == ["in", "out"] * 3
-    assert all(a[1] == b[1] for a, b in zip(seen[::2], seen[1::2]))
-
-
 def test_off_line_the_command_ends_in_one_line(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     environment |= {"PYTHONPATH": str(pathlib.Path(qstar.__file__).parents[1])}

@@ -66,15 +66,6 @@ def test_an_answer_that_is_none_is_not_right_where_the_gold_is_none():
     assert not TASK.correct(Problem(id="x", question="", gold=None), None)
 
 
-def test_short_rationales_are_rejected_below_the_configured_length_only():
-    rows = [row("7", n_tokens=4), row("so 7", n_tokens=5)]
-    assert verdicts(rows, Selection(min_rationale_tokens=5)) == [
-        ("rejected", "rationale too short"),
-        ("kept", "right answer"),
-    ]
-    assert [v for v, _ in verdicts(rows)] == ["kept", "kept"]
-
-
 def test_a_leak_of_the_hint_is_rejected_with_its_words_but_only_in_hinted_rows():
     found = verdicts([row("as stated 7", hinted=True), row("as stated 7")])
     assert found[0] == ("rejected", "hint leak: hint marker 'as stated'")

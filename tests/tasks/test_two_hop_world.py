@@ -68,15 +68,9 @@ def test_a_cleaned_rationale_holds_no_mark_no_tag_and_nothing_after_its_end():
     assert (H.clean(W.gold) == W.gold).all()
 
 
-def test_aspects_are_full_for_gold_and_only_the_weak_one_is_for_a_look_alike():
-    for slot, weak, expected in (
-        (W.gold, False, 1.0),
-        (W.gold, True, 1.0),
-        (W.alike, False, 0.5),
-        (W.alike, True, 1.0),
-    ):
-        found = H.aspects(W, slot, weak=weak)
-        means = {k: float(v.mean()) for k, v in found.items()}
+def test_aspects_are_full_for_gold_and_factuality_is_half_for_a_look_alike():
+    for slot, expected in ((W.gold, 1.0), (W.alike, 0.5)):
+        means = {k: float(v.mean()) for k, v in H.aspects(W, slot).items()}
         assert means == {"factuality": expected, "relevance": 1, "coherence": 1, "form": 1}
     other = H.aspects(W, W.other)
     assert not other["relevance"].any() and (other["factuality"] == 1).all()

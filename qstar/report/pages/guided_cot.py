@@ -1,4 +1,4 @@
-"""The page of a LM-Guided CoT run: accuracy per arm, filters, RL, analyses, costs and rationales."""
+"""The page of a LM-Guided CoT run: accuracy per arm, filters, RL, costs and rationales."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qstar.report.read import Run, read_dict
 
 SHOWN = 12  # rationales per arm
 COLUMNS = {"quality": "aspects", "gold_chain": "gold chain", "first_hop": "first hop", "em": "EM", "f1": "F1",
-           "includes": "inclusion", "coverage": "coverage"}  # fmt: skip
+           "includes": "inclusion", "coverage": "coverage", "self_consistency": "self-consistency"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Guided:
     buffers: Mapping[str, list[Mapping[str, Any]]]  # arm -> what its filter kept, per student
     results: Mapping[str, Any]
     costs: Mapping[str, Mapping[str, float]]
-    votes: Mapping[str, float]
 
 
 def read_guided(run: Run) -> Guided:
@@ -43,7 +42,6 @@ def read_guided(run: Run) -> Guided:
         buffers={name: kept[name] for name in names if name in kept},
         results=read_dict(run.folder / "results.json"),
         costs=read_dict(large / "costs.json"),
-        votes=read_dict(large / "votes.json"),
     )
 
 
@@ -68,7 +66,6 @@ def page(run: Run) -> str:
             key: title for key, title in COLUMNS.items() if any(key in e for es in guided.arms.values() for e in es)
         },
         reinforcement_cards=rl.cards(run),
-        analyses=_analyses(guided.results.get("analyses") or {}),
         shown=SHOWN,
     )
 
@@ -86,21 +83,3 @@ def accuracy_card(guided: Guided) -> Card | None:
     chart = charts.horizontal_bars(bars, title="Right answers per arm", x_max=100.0, x_format=lambda v: f"{v:.1f}%")
     colours = [("guided by a student", charts.series(0)), ("without a student", "var(--rejected)")]
     return Card("Right answers of the large model", chart, "", colours)
-
-
-def _analyses(found: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, arms, rows) of votes, of choosing among several rationales, and of leaks."""
-    keys = list(dict.fromkeys(key for values in found.values() for key in values))
-    tables = {"Self-consistency": "", "Choosing one of several rationales": "choice",
-              "What the answerer takes from a rationale": "leak"}  # fmt: skip
-    out = []
-    for title, prefix in tables.items():
-        chosen = [key for key in keys if key.rpartition("/")[0].partition("/")[0] == prefix]
-        rows = [[key.removeprefix(f"{prefix}/").replace("_", " "), *(_told(v.get(key), key) for v in found.values())]
-                for key in chosen]  # fmt: skip
-        out.append((title, [stats.label(name) for name in found], rows))
-    return out
-
-
-def _told(value: float | None, key: str) -> str:
-    return "–" if value is None else f"{value:.2f}" if "correlation" in key else f"{value:.1f}"
