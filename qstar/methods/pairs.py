@@ -37,7 +37,7 @@ from qstar.runs.rollouts import SampleSettings, tokenizer_of
 from qstar.runs.settings import Sections, settings_from
 from qstar.runs.stages import Stage, TrainSettings, UpdateSettings, check_trainable, fine_tune
 from qstar.sample import batching
-from qstar.text import Example, MaskedExample
+from qstar.text import Example
 from qstar.text.chat import as_text
 from qstar.text.packing import pack_groups
 from qstar.train.distil import DistilSettings
@@ -231,7 +231,7 @@ def held_out_loss(model: Model, examples: Sequence[Sequence[Example]]) -> dict[s
     """Returns the mean negative log-likelihood per token of the completions, in nats."""
     flat = [x for (x,) in examples]
     found = logprobs(model, [x.prompt for x in flat], [x.completion for x in flat])
-    masks = [x.loss[len(x.prompt) :] if isinstance(x, MaskedExample) else np.ones(len(x.completion)) for x in flat]
+    masks = [x.loss[len(x.prompt) :] if x.loss is not None else np.ones(len(x.completion)) for x in flat]
     return {"loss": -float(sum(np.dot(x, m) for x, m in zip(found, masks)) / sum(map(np.sum, masks)))}
 
 

@@ -1,12 +1,11 @@
 """Tokenizers, chat templates, and packing of token ids into training rows. No jax here."""
 
 from qstar.text.chat import chat_example, encode_chat
-from qstar.text.packing import Example, MaskedExample, pack
+from qstar.text.packing import Example, pack
 from qstar.text.tokenizer import Tokenizer, char_tokenizer, load_tokenizer
 
 __all__ = [
     "Example",
-    "MaskedExample",
     "Tokenizer",
     "char_tokenizer",
     "chat_example",

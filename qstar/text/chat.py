@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qstar.errors import UserError, require
-from qstar.text.packing import Example, MaskedExample
+from qstar.text.packing import Example
 
 if TYPE_CHECKING:
     from qstar.text.tokenizer import Tokenizer
@@ -172,7 +172,4 @@ def chat_example(tokenizer: Tokenizer, messages: Messages) -> Example:
     """A conversation as a training document with loss on the assistant's tokens alone; the ids after these are left out."""
     ids, mask = encode_chat(tokenizer, messages)
     first, last = mask.index(1), len(mask) - mask[::-1].index(1)
-    prompt, completion = ids[:first], ids[first:last]
-    if all(mask[first:last]):
-        return Example(prompt, completion)
-    return MaskedExample(prompt, completion, tuple(mask[:last]))
+    return Example(ids[:first], ids[first:last], None if all(mask[first:last]) else tuple(mask[:last]))

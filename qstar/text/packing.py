@@ -16,16 +16,11 @@ class Example:
 
     prompt: list[int]
     completion: list[int]
+    # Per token of both, 1 where it is to be predicted: a conversation is learnt in parts. None: the whole completion.
+    loss: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
-
-
-@dataclass(frozen=True)
-class MaskedExample(Example):
-    """A document of which not all of the completion is learnt: a conversation of several turns."""
-
-    loss: tuple[int, ...]  # per token of prompt and completion: 1 where it is to be predicted
 
 
 def pack(
@@ -104,7 +99,7 @@ def pack_groups(
                 # The first token has no context, even where the prompt is empty.
                 first_predicted = 1 if loss_on_prompt else max(1, len(example.prompt))
                 arrays["mask"][row, start + first_predicted : start + len(example)] = 1
-                if isinstance(example, MaskedExample) and not loss_on_prompt:
+                if example.loss is not None and not loss_on_prompt:
                     arrays["mask"][row, start + 1 : start + len(example)] = example.loss[1:]
                 for name, values in extras.items():
                     arrays[name][span] = values[index][member]

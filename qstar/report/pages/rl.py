@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,20 +40,19 @@ LATE = {  # shown where they ever leave their first value
     "truncated": "Share cut off at the length limit",
     "length": "Tokens per response",
 }
-Series = dict[str, list[tuple[float, float]]]
 
 
 def cards(run: Run) -> list[Card]:
     """A line per arm in every chart, and per arm one chart of what its score is made of."""
     arms = by_arm(run.rows)
-    drawn = [_card(title, series(arms, key)) for key, title in CURVES.items()]
+    drawn = [_card(title, arms, key) for key, title in CURVES.items()]
     for name, rows in arms.items():
         keys = [key for key in rows[-1] if key.startswith("reward/")]
-        parts = {key.removeprefix("reward/"): _points(rows, key) for key in keys}
-        drawn.append(_card(f"Parts of the score, without weights, and correctness · {name}", parts))
+        title = f"Parts of the score, without weights, and correctness · {name}"
+        drawn.append(_card(title, dict.fromkeys(keys, rows)))
     for key, title in LATE.items():
         if any(abs(r.get(key, 0) - rows[0].get(key, 0)) > 1e-6 for rows in arms.values() for r in rows):
-            drawn.append(_card(title, series(arms, key)))
+            drawn.append(_card(title, arms, key))
     return [card for card in drawn if card]
 
 
@@ -108,18 +108,13 @@ def _values(row: Row) -> list[Any]:
     return [{**row, "prompt": prompt, "completion": completion}.get(key) for key in COLUMNS]
 
 
-def series(arms: dict[str, list[Row]], key: str) -> Series:
-    """Arm -> (update, value) of a metric."""
-    return {name: _points(rows, key) for name, rows in arms.items()}
-
-
-def _points(rows: list[Row], key: str) -> list[tuple[float, float]]:
-    return [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-
-
-def _card(title: str, found: Series) -> Card | None:
-    named = [(name, list(zip(*points)) if any(y for _, y in points) else [(), ()]) for name, points in found.items()]
-    ys = [y for _, (_, values) in named for y in values]
+def _card(title: str, arms: Mapping[str, Sequence[Row]], key: str = "") -> Card | None:
+    # Without `key` the names are keys: of the parts of a score.
+    named: list[tuple[str, Sequence[Sequence[float]]]] = []
+    for name, rows in arms.items():
+        curve = stats.curve(rows, "step", functools.partial(stats.row_point, key=key or name))
+        named.append((name.removeprefix("reward/"), curve if any(curve.values) else ((), ())))
+    ys = [y for _, (_, values, *_) in named for y in values]
     low, high = min(ys, default=0.0), max(ys, default=0.0)
     # From 0, unless the curve moves only in the upper half, where its changes would be too small.
     low = low if low < 0 or low > 0.5 * high else 0.0
