@@ -83,13 +83,13 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
 
 
 def start_plan(topologies: Iterable[str]) -> None:
-    """Starts JAX for `qstar plan`: on the CPU with the simulated devices of `cpu:N` and `gpu:N`, or on this machine's GPUs.
+    """Starts JAX for `qstar plan`: on the CPU with the simulated devices of `cpu:N` or `h100:N`, or on this machine's GPUs.
 
     Raises:
       UserError: the topology is `gpu`, and there is none.
     """
     named = [t.partition(":") for t in topologies]
-    counts = [int(n or 8) for kind, _, n in named if kind in ("cpu", "gpu") and (n or "8").isdecimal()]
+    counts = [int(n or 8) for kind, _, n in named if kind in ("cpu", "gpu", "h100", "h200") and (n or "8").isdecimal()]
     if counts and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         flag = f"--xla_force_host_platform_device_count={max(counts)}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
@@ -101,7 +101,7 @@ def start_plan(topologies: Iterable[str]) -> None:
     except UserError:
         raise UserError(
             f"--topology=gpu: JAX finds no GPU here; run it where there is one, after `{pip_install('cuda')}`, or give a"
-            " number (gpu:8) for simulated devices with a GPU's memory, which are a guide only"
+            " number (h100:8) for simulated devices with a GPU's memory, which are a guide only"
         ) from None
 
 

@@ -15,7 +15,9 @@ def main(argv: list[str]) -> int:
         device=False,
     )
     p.config()
-    p.flag("--topology NAME", "v5e:4x4, v5p:2x2x1, v6e:2x4, gpu:8, cpu:8; or several", required=True)
+    p.flag(
+        "--topology NAME", "v5e:4x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1, h100:8, h200:8, cpu:8; or several", required=True
+    )
     p.switch("--search", "finds the cheapest layout that fits (mesh, remat, accumulate)")
     p.flag("--only TEXT", "programs whose names hold this text", default="")
     p.flag("--rows-per-chip N", "instead of the config's batch size (0: that)", COUNT, 0)
@@ -23,6 +25,7 @@ def main(argv: list[str]) -> int:
     p.flag("--hbm GIB", "per chip (default: the chip's)", number(lambda x: x > 0, "above 0"), 0.0)
     p.flag("--prompt-tokens N", "of a prompt", POSITIVE, 256)
     p.flag("--prefix-tokens N", "of a few-shot prefix (0: none)", COUNT, 0)
+    p.flag("--problems N", "of the training split, for the cost of the whole config", POSITIVE, 7473)
     p.switch("--full-effort", "optimise as for a run: slower, temporaries a little smaller")
     p.switch("--json", "one JSON object (a list, of several slices)")
     a, config = p.parse_config(argv)
@@ -33,7 +36,7 @@ def main(argv: list[str]) -> int:
     from qstar.plan.steps import Assumed
 
     assumed, options = (
-        Assumed(a.prompt_tokens, a.prefix_tokens),
+        Assumed(a.prompt_tokens, a.prefix_tokens, a.problems),
         run.Options(
             only=a.only, hbm=a.hbm, as_json=a.json, quick=not a.full_effort, rows_per_chip=a.rows_per_chip, keep=a.hlo
         ),

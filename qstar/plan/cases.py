@@ -81,7 +81,8 @@ def _fine_tuning(case: Case) -> tuple[Model, Model, SampleSettings, Program]:
     return model, trained(case, model, s), case.settings(SampleSettings, "sample"), program
 
 
-def _variants(case: Case, cls: type, presets: dict[str, Any]) -> list[Any]:
+def star_variants(case: Case, cls: type, presets: dict[str, Any]) -> list[Any]:
+    """Returns the arms of STaR or V-STaR as settings of their class."""
     # The later wins: the section `loop`, the arm's preset, the arm itself.
     out = []
     for name in case.config.arms:
@@ -94,7 +95,7 @@ def _variants(case: Case, cls: type, presets: dict[str, Any]) -> list[Any]:
 def _star(case: Case) -> Iterator[Program]:
     _, done, sample, program = _fine_tuning(case)
     yield program
-    variants = _variants(case, star.VariantConfig, star.PRESETS)
+    variants = star_variants(case, star.VariantConfig, star.PRESETS)
     # One set of programs for all arms, of the largest k and with a prefix if any arm has one: an upper bound.
     prefix = case.assumed.prefix if any(v.few_shot_at_sample for v in variants) else 0
     yield from sampling(case, done, sample, max(1, *(v.k for v in variants)), sample.round_size, prefix)
@@ -103,7 +104,7 @@ def _star(case: Case) -> Iterator[Program]:
 def _v_star(case: Case) -> Iterator[Program]:
     model, done, sample, program = _fine_tuning(case)
     yield program
-    variants = _variants(case, VStarConfig, PRESETS)
+    variants = star_variants(case, VStarConfig, PRESETS)
     # Each kind once: arms share the settings of a verifier's section, so they would compile the same program.
     for kind in sorted({kind for v in variants for kind in v.verifiers}):
         s = case.settings(VerifierSettings, kind)

@@ -127,11 +127,7 @@ def _star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
     for name, loop in arms.items():
         problems = len(ctx.task.pool(1, ctx.seed, loop.problems_per_iter))
         each = problems * loop.k + (problems * loop.k if loop.rationalize else 0)
-        steps = 0
-        for n in range(1, loop.n_iters + 1):
-            rows = problems * loop.k * (n if loop.accumulate else 1)
-            most = math.inf if loop.max_epochs is None else max(1, loop.max_epochs * rows / train.batch_size)
-            steps += int(min(most, steps_for(loop.steps, n, rows, train.batch_size)))
+        steps = star_updates(loop, problems, train.batch_size)
         yield Work(f"{name}: sampling of {loop.n_iters} loops", each * loop.n_iters, each * loop.n_iters * new)
         yield _updates(f"{name}: fine-tuning", train, steps, ctx)
         for kind in getattr(loop, "verifiers", ()):
@@ -139,6 +135,16 @@ def _star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
             pairs = problems * ctx.settings.pairs.per_problem
             yield _updates(f"{name}: verifier {kind}", s, s.steps or math.ceil(s.epochs * pairs / s.batch_size), ctx)
         yield _evaluation(ctx, name, loop.n_iters + 1)
+
+
+def star_updates(loop: Any, problems: int, batch_size: int) -> int:
+    """Returns the updates of all loops of an arm of STaR if every sample of every problem is kept."""
+    steps = 0
+    for n in range(1, loop.n_iters + 1):
+        rows = problems * loop.k * (n if loop.accumulate else 1)
+        most = math.inf if loop.max_epochs is None else max(1, loop.max_epochs * rows / batch_size)
+        steps += int(min(most, steps_for(loop.steps, n, rows, batch_size)))
+    return steps
 
 
 def _rl(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:

@@ -28,6 +28,8 @@ class Program:
     rule: str  # how they were counted
     steps: int = 1  # of a loop that ends on data
     notes: tuple[str, ...] = ()
+    tokens: int = 0  # in the rows that one run trains on, or that it samples; on all chips
+    rollouts: int = 0  # that one run starts or samples
     least: int = 0  # lower bound of its temporaries, bytes per chip: for a search, before anything is compiled
 
 
@@ -44,6 +46,8 @@ class Plan:
     hbm: int
     flops: float = 0.0  # executed
     needed: float = 0.0  # that the mathematics needs
+    tokens: int = 0  # these two: see `Program`
+    rollouts: int = 0
     traffic: float = 0.0
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     times: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -80,6 +84,7 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
         program.name, False, parts, resident, 0, arguments + kept_bytes, hbm, rule=program.rule, notes=program.notes
     )
     plan.needed = program.flops / len(topology.devices)
+    plan.tokens, plan.rollouts = program.tokens, program.rollouts
     # Compilation is slow, and activations could only add to the arguments.
     if plan.peak > hbm:
         return plan

@@ -16,10 +16,11 @@ import jax
 from jax.sharding import Mesh
 
 from qstar.mesh import AXES, make_mesh
+from qstar.plan import totals
 from qstar.plan.cases import named, programs
 from qstar.plan.program import Plan, compile_program
 from qstar.plan.steps import Assumed
-from qstar.plan.topology import Topology, open_topology
+from qstar.plan.topology import CHIPS, Topology, open_topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +56,20 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) 
             config.train.batch_size = rows * config.train.get("accumulate", 1)
         say(f"{config.get('name', 'run')} on {name}: {len(topology.devices)} x {topology.chip.name}, mesh {text}")
         if not topology.real:
-            say("    compiled for a CPU: memory and collectives are those of another compiler, a guide only")
+            what = "no compiler for it is here, so programs are" if topology.chip != CHIPS["cpu"] else "programs are"
+            say(f"    {what} compiled for a CPU: memory and collectives are those of another compiler, a guide only")
         plans = []
         with compile_settings(options.quick):
             for i, program in enumerate(named(programs(config, topology.devices, assumed), options.only)):
                 keep = functools.partial(_write, Path(options.keep).expanduser(), i) if options.keep else None
                 plans.append(compile_program(program, topology, keep))
                 say("\n".join(lines(plans[-1])))
+        cost = totals.lines(plans, config, assumed, topology)
+        say("\n".join(cost))
         help_ = [line for p in plans if not p.fits for line in advice(p, mesh, config)]
         fits = all(p.fits for p in plans)
         say("\n".join([*help_, f"{'fits' if fits else 'does not fit'}; {time.perf_counter() - began:.0f} s in all\n"]))
-        found.append(as_json(plans, topology, text, help_))
+        found.append(as_json(plans, topology, text, help_) | {"cost": cost})
     if len(names) > 1:
         say(comparison(found))
     if options.as_json:
@@ -121,12 +125,13 @@ def lines(plan: Plan) -> list[str]:
         out.append(f"    kept beside it: {_sizes(plan.resident)}")
     if plan.compiled:
         sent = [f"{k} {size(c['bytes'])} in {c['count']:.0f}" for k, c in plan.collectives.items() if c["bytes"]]
+        rate = f" · at most {plan.tokens / plan.seconds:,.0f} tokens per second" if plan.tokens and plan.seconds else ""
         which = max(plan.times, key=lambda k: plan.times[k])
         each = ", ".join(f"{k} {seconds(t)}" for k, t in plan.times.items())
         out += [
             f"    collectives: {' · '.join(sent) or 'none'}",
             f"    {plan.flops:.3g} FLOPs, {plan.needed:.3g} needed ({plan.rule}) · memory traffic {size(plan.traffic)}",
-            f"    at best {seconds(plan.seconds)} ({which}; {each}) · MFU at most {100 * plan.mfu:.0f}%",
+            f"    at best {seconds(plan.seconds)} ({which}; {each}) · MFU at most {100 * plan.mfu:.0f}%{rate}",
             f"    compiled in {plan.compile_seconds:.0f} s, {plan.compile_cpu_seconds:.0f} of a CPU",
         ]
     return out + [f"    note: {note}" for note in plan.notes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Assumed:
 
     prompt: int = 256
     prefix: int = 0  # few-shot text that all prompts share
+    problems: int = 7473  # of the training split (GSM8K's), or rows of one's own
     row: int = 512  # the longest row of `sft` and `dpo`, where the config has no row_length
 
 
@@ -188,6 +190,7 @@ def train_program(
         {**before, **(resident or {})},
         *needed,
         notes=case.notes(settings.batch_size, settings.accumulate),
+        tokens=max(math.prod(x.shape) for x in jax.tree.leaves(batch) if x.ndim == 2),
         least=_kept_activations(case, model.config, settings, batch) + local_bytes(policy),
     )
 
@@ -242,6 +245,7 @@ def sampling(
         parts,
         resident,
         *flops.forward(c, N, P, context=L, predicted=N),
+        rollouts=N * group,
     )
     count, flag = case.spec((), jnp.int32), case.spec((slots,), jnp.bool_)
     yield Program(
@@ -252,6 +256,8 @@ def sampling(
         # On average half of the new tokens are in the cache.
         *flops.forward(c, slots * new, 1, context=L + P + new // 2, predicted=slots * new),
         steps=new,
+        tokens=slots * new,
+        rollouts=slots,
     )
 
 
@@ -272,5 +278,7 @@ def seq2seq_sampling(
         {"the model as it is": model.params, **resident},
         *flops.respond(c, slots, prompt, new),
         steps=new,
+        tokens=slots * new,
+        rollouts=slots,
         notes=case.notes(slots),
     )

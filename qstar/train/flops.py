@@ -28,6 +28,7 @@ PEAKS = {
     "TPU v5e": 197e12,
     "TPU v5": 459e12,  # v5p
     "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,  # a device of JAX is one of the chip's two chiplets
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
