@@ -16,7 +16,7 @@ from qstar.methods.distillation import Pair
 from qstar.methods.guided_eval import METRICS, percent, reward, task_score
 from qstar.methods.reinforce import RewardOutput
 from qstar.models.encdec import EncDecConfig
-from qstar.models.model import Model, encoder_ids, load
+from qstar.models.model import Model, load
 from qstar.runs.settings import settings_from
 from qstar.sample.batching import generate
 from qstar.sample.vote import majority
@@ -215,11 +215,8 @@ class MultiHop:
         tokenizer, out = self.small.tokenizer, []
         for r in rows:
             text = multihop.clean_rationale(r["rationale"])
-            if isinstance(self.small.config, EncDecConfig):
-                head, tail = encoder_ids(self.small, r["prompt"]), tokenizer.encode(text)
-            else:
-                # Encoded together, because tokens may span the boundary.
-                head, tail = tokenizer.encode_pair(r["prompt"], " " + text)
+            text = text if isinstance(self.small.config, EncDecConfig) else f" {text}"
+            head, tail = tokenizer.encode_pair(r["prompt"], text)
             out.append(Pair(tuple(head), tuple([*tail, tokenizer.eos_id][: self.max_new_tokens])))
         return out
 

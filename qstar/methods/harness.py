@@ -133,8 +133,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Returns ids with BOS in front where the tokenizer puts one, unless the text begins with it already."""
         if self.backend == "seq2seq":
-            ids = self.model.tokenizer.encode(string)
-            return ids if add_special_tokens is False else [*ids, self.model.config.eos_id]
+            return getattr(self.model.tokenizer, "encode" if add_special_tokens is False else "encode_prompt")(string)
         # As the `hf` class: of an empty text there is BOS alone only if the tokenizer always puts it in front.
         return (
             self.model.tokenizer.encode(string, bos=add_special_tokens is not False)

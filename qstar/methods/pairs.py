@@ -303,9 +303,7 @@ def run(
 
 def _check(start: Model, settings: Any, arm: str) -> None:
     try:
-        if isinstance(settings, TrainSettings):
-            check_trainable(start.config, settings)
-        settings.check_targets(start.config)
+        check_trainable(start.config, settings)
     except UserError as e:
         raise UserError(f"config.arms.{arm}: {e}") from None
 

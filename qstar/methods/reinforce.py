@@ -41,8 +41,7 @@ from qstar.errors import bounded, require
 from qstar.mesh import put_global_batch, to_host
 from qstar.methods.distillation import only_updates
 from qstar.models import heads, lora, scoring
-from qstar.models.encdec import EncDecConfig
-from qstar.models.model import Model, encoder_ids
+from qstar.models.model import Model
 from qstar.runs.folder import data_hash, stable_seed
 from qstar.runs.stages import (
     MACHINE,
@@ -362,8 +361,4 @@ def rollouts(run: Run, params: Any, prompts: Sequence[Any], update: int) -> list
 def _encode(model: Model, prompt: Any) -> list[int]:
     """Returns the ids of a prompt: texts and messages are encoded as `generate` does, lists of ids stay."""
     prompt = as_text(model.tokenizer, prompt)
-    if not isinstance(prompt, str):
-        return list(prompt)
-    if isinstance(model.config, EncDecConfig):
-        return encoder_ids(model, prompt)
-    return model.tokenizer.encode(prompt, bos=True)
+    return model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)

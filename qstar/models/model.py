@@ -6,6 +6,7 @@ save(model, "copy")
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -39,6 +40,12 @@ class Model:
     params: Params
     tokenizer: Tokenizer | None = None
     mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None and isinstance(self.config, EncDecConfig):
+            # A copy: a decoder may have the same tokenizer.
+            object.__setattr__(self, "tokenizer", copy.copy(self.tokenizer))
+            self.tokenizer.encoder_end = self.config.eos_id
 
     def replace(self, **changes: Any) -> Model:
         return dataclasses.replace(self, **changes)
@@ -90,8 +97,6 @@ def load(
         config = config.replace(thoughts=thoughts or official_thoughts(raw))
     config = hf.settle_head(folder, config)
     tokenizer = load_tokenizer(folder)
-    if tokenizer is not None and isinstance(config, EncDecConfig):
-        tokenizer.encoder_end = config.eos_id
     if tokenizer is not None:
         check_vocabulary(config, tokenizer, str(folder))
     return Model(config, hf.read_params(folder, config, mesh), tokenizer, mesh)
@@ -165,8 +170,3 @@ def check_vocabulary(config: ModelConfig | EncDecConfig, tokenizer: Any, where: 
     require((not bad, f"{fault}; resize the embedding to the tokenizer, or use the tokenizer of these weights"))
     # Other tokens may be beyond, where larger models share the tokenizer: `encode` refuses text that needs them.
     tokenizer.limit = size
-
-
-def encoder_ids(model: Model, text: str) -> list[int]:
-    """Returns the ids of an encoder's input: T5 was trained with an end-of-text token after every input."""
-    return [*model.tokenizer.encode(text), model.config.eos_id]

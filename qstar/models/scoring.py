@@ -23,7 +23,7 @@ from qstar.models.attention import causal_mask
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.heads import value_logits
-from qstar.models.model import Model, encoder_ids
+from qstar.models.model import Model
 from qstar.models.vocabulary import TokenScores, token_logprobs
 from qstar.text.chat import as_text
 from qstar.types import Params
@@ -278,16 +278,11 @@ def _encode_pair(model: Model, i: int, prompt: Any, completion: Any, unread: int
     prompt = as_text(tokenizer, prompt)
     if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
         raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass token ids, not text")
-    encoder = isinstance(c, EncDecConfig)
-    if isinstance(prompt, str) and isinstance(completion, str) and not encoder:
+    if isinstance(prompt, str) and isinstance(completion, str):
         head, tail = tokenizer.encode_pair(prompt, completion)
     else:
-
-        def ids(x: Any, encode: Callable[[str], list[int]]) -> list[int]:
-            return encode(x) if isinstance(x, str) else [int(t) for t in x]
-
-        head = ids(prompt, lambda x: encoder_ids(model, x) if encoder else tokenizer.encode(x, bos=True))
-        tail = ids(completion, lambda x: tokenizer.encode(x))
+        head = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        tail = tokenizer.encode(completion) if isinstance(completion, str) else [int(t) for t in completion]
     if not head:
         raise UserError(f"prompt {i} is empty: give it at least one token (there is no BOS token to start from)")
     _check_length(i, len(head) + len(tail) - unread, c)

@@ -80,12 +80,8 @@ def _check_problems(ctx: RunContext, loops: Collection[Any]) -> None:
 
 
 def _check_trainable(ctx: RunContext, start: Model, loops: Collection[Any]) -> None:
-    settings = ctx.settings.train
     try:
-        # `check_trainable` reads fields that the settings of RL do not have.
-        if isinstance(settings, TrainSettings):
-            check_trainable(start.config, settings)
-        settings.check_targets(start.config)
+        check_trainable(start.config, ctx.settings.train)
     except UserError as e:
         raise UserError(f"config.train.{e}") from None
     if isinstance(start.config, EncDecConfig):

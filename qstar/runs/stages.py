@@ -361,14 +361,17 @@ def sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
     return tx, make_step(settings.through(loss), tx, settings.accumulate)
 
 
-def check_trainable(config: Any, settings: TrainSettings) -> None:
-    """Raises UserError for settings that a model of this kind cannot be fine-tuned with."""
+def check_trainable(config: Any, settings: UpdateSettings) -> None:
+    """Raises UserError for settings that a model of this kind cannot be trained with."""
     if not isinstance(config, EncDecConfig):
         return settings.check_targets(config)
-    why = "is for decoders, and this model is an encoder-decoder (T5)"
+    why, on_prompt = (
+        "is for decoders, and this model is an encoder-decoder (T5)",
+        getattr(settings, "loss_on_prompt", False),
+    )
     require(
         (not settings.lora_rank, f"lora_rank={settings.lora_rank} {why}, of which all parameters train; set it to 0"),
-        (not settings.loss_on_prompt, f"loss_on_prompt=True {why}, which predicts no prompt; set it to False"),
+        (not on_prompt, f"loss_on_prompt=True {why}, which predicts no prompt; set it to False"),
     )
 
 

@@ -19,7 +19,7 @@ from qstar.mesh import SAMPLING, Rules, put_global_batch, to_host
 from qstar.models import scoring
 from qstar.models.encdec import EncDecConfig
 from qstar.models.int8 import KINDS, quantise_jit
-from qstar.models.model import Model, encoder_ids
+from qstar.models.model import Model
 from qstar.sample import sampler as S
 from qstar.sample import seq2seq
 from qstar.sample.logits import SamplingParams
@@ -256,14 +256,14 @@ def encode_prompts(model: Model, prompts: Sequence, options: SamplingOptions) ->
     if texts and len(prompts) and all(isinstance(p, str) for p in prompts):
         # Text is encoded with its prefix in front, since a token may span the two.
         joined = [prefix + p for p in prompts]
-        rows = tokenizer.encode_batch(joined, bos=True) if decoder else [encoder_ids(model, text) for text in joined]
+        rows = tokenizer.encode_batch(joined, bos=True) if decoder else list(map(tokenizer.encode_prompt, joined))
     else:
         head = tokenizer.encode(prefix, bos=decoder) if texts and prefix else list(prefix)
 
         def ids(p: Any) -> list[int]:
             if not isinstance(p, str):
                 return [int(t) for t in p]
-            return tokenizer.encode(p, bos=not head) if decoder else encoder_ids(model, p)
+            return tokenizer.encode(p, bos=not head) if decoder else tokenizer.encode_prompt(p)
 
         rows = [head + ids(p) for p in prompts]
     # The response of an encoder-decoder takes no room from its prompt.

@@ -18,7 +18,6 @@ from qstar.errors import UserError
 from qstar.methods import quiet_star, star, v_star
 from qstar.models import scoring
 from qstar.models.encdec import EncDecConfig
-from qstar.models.model import encoder_ids
 from qstar.plan.cases import programs
 from qstar.plan.steps import Assumed
 from qstar.runs.rollouts import to_example
@@ -117,7 +116,7 @@ def test_a_plan_of_fine_tuning_a_t5_is_refused(t5, data, module):
 def test_a_t5_is_trained_on_what_its_encoder_read_and_its_decoder_wrote(t5):
     model = qstar.load(t5)
     example = to_example(model.tokenizer, "Q: one?\nA:", " two")
-    assert example.prompt == encoder_ids(model, "Q: one?\nA:")
+    assert example.prompt == model.tokenizer.encode_prompt("Q: one?\nA:")
     assert example.completion == [*model.tokenizer.encode(" two"), 2]
 
 
