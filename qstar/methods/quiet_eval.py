@@ -31,8 +31,8 @@ from qstar.models.model import Model
 from qstar.models.scoring import MIN_LENGTH
 from qstar.models.thought_config import ThoughtConfig
 from qstar.models.vocabulary import head_logits
-from qstar.runs.evaluate import votes
-from qstar.runs.rollouts import generate
+from qstar.runs.evaluate import problems_of, votes
+from qstar.runs.rollouts import generate, tokenizer_of
 from qstar.tasks.base import Problem, Task, ZeroShot
 from qstar.text.tokenizer import Tokenizer
 from qstar.thoughts import forward, layout
@@ -85,7 +85,8 @@ def expected_accuracy(
         does not write them symbol by symbol; a text that is longer than the model's context.
     """
     config = thinking_config(model, thoughts)
-    problems = _problems(model, task, split, limit)
+    tokenizer_of(model)  # raises
+    problems = problems_of(task, split, limit)
     texts = [task.zero_shot(p) for p in problems]
     require((None not in texts, f"task {task.name} has no zero-shot text to score; metric 'expected' needs one"))
     allowed = symbol_ids(model.tokenizer, texts[0].symbols)
@@ -129,14 +130,6 @@ def thinking_config(model: Model, thoughts: ThoughtConfig | bool) -> ModelConfig
     require((able, why))
     # One talk token, as in the official evaluation: each answer token is scored by the thought right before it.
     return model.config.replace(thoughts=chosen.replace(talk_tokens=1))
-
-
-def _problems(model: Model, task: Task, split: str, limit: int) -> list[Problem]:
-    no_text = "evaluation needs a tokenizer, and this model has none (no tokenizer files in its folder)"
-    require((model.tokenizer is not None, no_text))
-    problems = task.problems(split)[: limit or None]
-    require((bool(problems), f"task {task.name} has no problems in split {split!r}"))
-    return problems
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
@@ -287,7 +280,8 @@ def zero_shot_cot(
       UserError: see `expected_accuracy`; a task without such prompts, or prompts with no room for `max_new_tokens`.
     """
     config = thinking_config(model, thoughts)
-    problems = _problems(model, task, split, limit)
+    tokenizer_of(model)  # raises
+    problems = problems_of(task, split, limit)
     asked = [task.step_by_step(p) for p in problems]
     require((None not in asked, f"task {task.name} has no step-by-step prompt; metric 'cot' needs one"))
     prompts = [prompt for prompt, _ in asked]

@@ -250,9 +250,9 @@ def score_tokens(
     out: list[Any] = [np.zeros(0, np.float32)] * len(pairs)
     for length, rows in _chunks([len(p) + len(q) - unread for p, q in pairs]):
         # Rows and lengths in powers of two: few shapes to compile.
-        count = _power_of_two(len(rows))
+        count = power_of_two(len(rows))
         if encdec_:  # each half padded to its own bucket
-            I, R = (max(MIN_LENGTH, _power_of_two(max(len(pairs[i][k]) for i in rows))) for k in (0, 1))
+            I, R = (max(MIN_LENGTH, power_of_two(max(len(pairs[i][k]) for i in rows))) for k in (0, 1))
             arrays = *_padded([pairs[i][0] for i in rows], count, I), _padded([pairs[i][1] for i in rows], count, R)[0]
         else:
             arrays = _padded([pairs[i][0] + pairs[i][1] for i in rows], count, length + unread)
@@ -290,15 +290,16 @@ def _encode_pair(model: Model, i: int, prompt: Any, completion: Any, unread: int
     return head, tail
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def power_of_two(n: int) -> int:
+    """Returns the next power of two, at least 1."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     # Rows of similar length together, so that little is padding; at most CHUNK_TOKENS tokens bound the memory.
     buckets: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
-        buckets.setdefault(max(MIN_LENGTH, _power_of_two(n)), []).append(i)
+        buckets.setdefault(max(MIN_LENGTH, power_of_two(n)), []).append(i)
     for length, members in sorted(buckets.items()):
         rows = max(1, CHUNK_TOKENS // length)
         yield from ((length, members[k : k + rows]) for k in range(0, len(members), rows))

@@ -59,9 +59,7 @@ def evaluate_model(
     Raises UserError for no tokenizer, no problems, too long a prompt, or an `out` of another evaluation.
     """
     tokenizer = tokenizer_of(model)
-    problems = task.problems(split)[: limit or None]
-    if not problems:
-        raise UserError(f"task {task.name} has no problems in split {split!r}")
+    problems = problems_of(task, split, limit)
     task = formatted(task, tokenizer, prompt_format)
     fit_examples(model, task, max_new_tokens)
     task, problems, long = fit_prompts(model, task, problems, max_new_tokens, too_long)
@@ -85,6 +83,13 @@ def evaluate_model(
     if out is not None:
         end_run(out)
     return result
+
+
+def problems_of(task: Task, split: str, limit: int) -> list[Problem]:
+    """Returns the first `limit` problems of a split (0: all); raises UserError if it has none."""
+    problems = task.problems(split)[: limit or None]
+    require((bool(problems), f"task {task.name} has no problems in split {split!r}"))
+    return problems
 
 
 def fit_prompts(

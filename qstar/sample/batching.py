@@ -317,17 +317,12 @@ def _prefill_prefix(model: Model, params: Params, prefix_ids: list[int]) -> S.Pr
 
 def default_slots(requests: int) -> int:
     """Returns the number of rows to decode side by side: the next power of two, up to 256."""
-    return min(MAX_SLOTS, power_of_two(requests))
-
-
-def power_of_two(n: int) -> int:
-    """Returns the next power of two, at least 1."""
-    return 1 << max(0, n - 1).bit_length()
+    return min(MAX_SLOTS, scoring.power_of_two(requests))
 
 
 def padded_length(n: int) -> int:
     """Padded length: the next of 8, 12, 16, 24, 32, 48, 64, 96, ... (at most a third of it padding, from 8 up)."""
-    size = max(8, power_of_two(n))
+    size = max(8, scoring.power_of_two(n))
     return size * 3 // 4 if size >= 16 and n <= size * 3 // 4 else size
 
 

@@ -24,7 +24,7 @@ from qstar.models import decoder
 from qstar.models.attention import within_window
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
-from qstar.models.scoring import text_limit
+from qstar.models.scoring import power_of_two, text_limit
 from qstar.models.thought_config import ThoughtConfig
 from qstar.sample import batching
 from qstar.sample.logits import NEG, SamplingParams, sample_token
@@ -117,7 +117,7 @@ def generate(
     out: list[list[Any]] = [[None] * o.n for _ in rows]
     # By length: the rows of a chunk are padded to its longest prompt.
     requests = sorted(((i, k) for i in range(len(rows)) for k in range(o.n)), key=lambda r: len(rows[r[0]]))
-    size = min(o.slots or ROWS, batching.power_of_two(len(requests)))
+    size = min(o.slots or ROWS, power_of_two(len(requests)))
     for begin in range(0, len(requests), size):
         some = requests[begin : begin + size]
         # The last chunk repeats a request: all chunks have one number of rows, so no other batch size is compiled.
