@@ -65,10 +65,10 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) 
                 plans.append(compile_program(program, topology, keep))
                 say("\n".join(lines(plans[-1])))
         cost = totals.lines(plans, config, assumed, topology)
-        say("\n".join(cost))
         help_ = [line for p in plans if not p.fits for line in advice(p, mesh, config)]
         fits = all(p.fits for p in plans)
-        say("\n".join([*help_, f"{'fits' if fits else 'does not fit'}; {time.perf_counter() - began:.0f} s in all\n"]))
+        verdict = f"{'fits' if fits else 'does not fit'}; {time.perf_counter() - began:.0f} s in all\n"
+        say("\n".join([*cost, *help_, verdict]))
         found.append(as_json(plans, topology, text, help_) | {"cost": cost})
     if len(names) > 1:
         say(comparison(found))
