@@ -30,7 +30,7 @@ install_qstar() { # install_qstar EXTRAS [PACKAGE ...]: into .venv, skipped when
         return
     fi
     echo "installing qstar${extras:+[$extras]} into .venv ..."
-    [ -d .venv ] || "$python" -m venv .venv
+    [ -x .venv/bin/python ] || "$python" -m venv .venv # a folder may be of an installation that was cut off
     # shellcheck disable=SC2086
     .venv/bin/python -m pip install -q --disable-pip-version-check "$@" -e ".${extras:+[$extras]}"
     echo "$stamp" >.venv/.qstar-installed

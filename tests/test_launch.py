@@ -29,7 +29,8 @@ case "$*" in
 esac
 """
 PYTHON = """
-if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi
+# Moved into place: in a test two VMs, which share a home, install at the same time.
+if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python.$$"; mv "$3/bin/python.$$" "$3/bin/python"; fi
 if [ "$2" = qstar ]; then exit "${QSTAR_EXITS:-0}"; fi
 """
 SQUEUE = """
