@@ -50,7 +50,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"{what} is unknown{meant}; there are {', '.join(known) or 'none'}")
 
 
-def require(*checks: tuple[bool, str]) -> None:
+def require(*checks: tuple[object, str]) -> None:
     """Raises a UserError with the message of the first check that does not hold.
 
     A settings class writes its messages as "lr=-1 must be 0 or more"; who read the value puts its place first.

@@ -36,7 +36,8 @@ class Segment(NamedTuple):
     # unmapped under `vmap`.
     keys: jax.Array  # [G, C, K]
     values: jax.Array  # [G, C, K]
-    mask: jax.Array | None  # bool, broadcastable to [T, C]; None = all keys are visible
+    # Bool, broadcastable to [T, C], or `models.layers.Mask`; None = all keys are visible.
+    mask: Any
     bias: jax.Array | None = None  # float32 [H, T, C] added to the scores (relative positions)
     positions: jax.Array | None = None  # [C] int32, of the keys; only decoders with relative positions need them
 
@@ -56,13 +57,12 @@ class RingKVCache(NamedTuple):
     # returns the new token separately costs a copy of the whole cache at every step.
     keys: jax.Array  # [G, R, K]
     values: jax.Array  # [G, R, K]
-    mask: jax.Array  # bool [R]: columns that the token attends to, its own included
+    mask: Any  # bool [R] or `models.layers.Mask`: columns that the token attends to, its own included
     column: jax.Array  # [] int32: column of the token, the same for all rows that are decoded together
     positions: jax.Array | None = None  # [R] int32, as in `Segment`
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
     """Training rows. `mask` is 1 where the token itself is to be predicted (from the tokens before it)."""
 
     tokens: jax.Array  # [B, T] int32
@@ -71,8 +71,7 @@ class Batch:
     positions: jax.Array  # [B, T] int32; from 0 in every document
 
 
-@flax.struct.dataclass
-class Responses:
+class Responses(flax.struct.PyTreeNode):
     """Training rows with prompt and response in separate arrays: encoder-decoders, RL, distillation."""
 
     prompt: jax.Array  # [B, I] int32
@@ -81,8 +80,7 @@ class Responses:
     mask: jax.Array  # [B, R] float32: 1 for the response's tokens, EOS among them
 
 
-@flax.struct.dataclass
-class Preference:
+class Preference(flax.struct.PyTreeNode):
     """Pairs of a chosen and a rejected completion, each pair within one row, so that any split of the rows keeps it whole.
 
     In a row, segment 2x + 1 is the chosen and segment 2x + 2 the rejected completion of pair x, each after its prompt.
@@ -93,8 +91,7 @@ class Preference:
     weight: jax.Array  # [B, X] float32: 1 where there is a pair
 
 
-@flax.struct.dataclass
-class Graded:
+class Graded(flax.struct.PyTreeNode):
     """Completions with labels of correctness at some of their tokens: training rows of a value head."""
 
     rows: Batch  # [B, T]; the mask is on the tokens of the language-model loss (see `train.preference.value_loss`)

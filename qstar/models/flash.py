@@ -32,8 +32,7 @@ LANES = 128  # splash needs rows of a multiple of it
 BLOCK = 512  # tokens in a tile of splash, where they divide the text
 
 
-@flax.struct.dataclass
-class KernelMask:
+class KernelMask(flax.struct.PyTreeNode):
     """The mask of a row over itself, for a kernel: causal, within a document, within the window."""
 
     segment_ids: Array  # [T] int32; 1.. per document, 0 = padding

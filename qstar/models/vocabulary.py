@@ -35,7 +35,7 @@ class TokenScores(NamedTuple):
 
     logprobs: jax.Array
     hits: jax.Array  # 1 where no id is more probable than the target
-    entropy: jax.Array | None  # of the distribution that the token is scored under, in nats; on demand
+    entropy: Any  # of the distribution that the token is scored under, in nats; None if not asked for
 
 
 def token_logprobs(

@@ -252,16 +252,18 @@ def encode_prompts(model: Model, prompts: Sequence, options: SamplingOptions) ->
         raise UserError(
             "this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text"
         )
-    decoder, texts = not isinstance(model.config, EncDecConfig), isinstance(prefix, str)
-    if texts and len(prompts) and all(isinstance(p, str) for p in prompts):
+    decoder = not isinstance(model.config, EncDecConfig)
+    if tokenizer and isinstance(prefix, str) and len(prompts) and all(isinstance(p, str) for p in prompts):
         # Text is encoded with its prefix in front, since a token may span the two.
         joined = [prefix + p for p in prompts]
         rows = tokenizer.encode_batch(joined, bos=True) if decoder else list(map(tokenizer.encode_prompt, joined))
     else:
-        head = tokenizer.encode(prefix, bos=decoder) if texts and prefix else list(prefix)
+        head = [] if isinstance(prefix, str) else list(prefix)
+        if tokenizer and isinstance(prefix, str) and prefix:
+            head = tokenizer.encode(prefix, bos=decoder)
 
         def ids(p: Any) -> list[int]:
-            if not isinstance(p, str):
+            if tokenizer is None or not isinstance(p, str):
                 return [int(t) for t in p]
             return tokenizer.encode(p, bos=not head) if decoder else tokenizer.encode_prompt(p)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import repeat
 
 from qstar import tree
@@ -33,7 +34,7 @@ KVCache = list[tuple[jax.Array, jax.Array]]  # (keys, values) per layer
 class Sampler:
     """The static arguments: hashable, so each set of shapes compiles once."""
 
-    config: ModelConfig
+    config: Any  # ModelConfig; EncDecConfig in `sample.seq2seq`
     stop_ids: tuple[int, ...]
     slots: int  # B
     prompt_length: int  # I, padded
@@ -41,8 +42,7 @@ class Sampler:
     vocab_limit: int  # ids from here on have no text (a padded vocabulary): never drawn
 
 
-@flax.struct.dataclass
-class SampleState:
+class SampleState(flax.struct.PyTreeNode):
     """The dynamic arguments. B slots; caches hold one (keys, values) pair per layer."""
 
     prompt: Any  # per layer [B, G, I, K]
@@ -71,12 +71,12 @@ class Prefix(NamedTuple):
 class PrefillBatch(NamedTuple):
     """Prompts to prefill, and the rows (requests) that they are for."""
 
-    tokens: jax.Array  # [prompts, I] int32, right padded
-    lengths: jax.Array  # [prompts] int32
-    slot: jax.Array  # [rows] int32; B or more: the row is dropped
-    source: jax.Array  # [rows] int32: which of the prompts
-    limit: jax.Array  # [rows] int32
-    request: jax.Array  # [rows, 2] int32: index of the prompt, and which of its samples; folded into the seed
+    tokens: np.ndarray  # [prompts, I] int32, right padded
+    lengths: np.ndarray  # [prompts] int32
+    slot: np.ndarray  # [rows] int32; B or more: the row is dropped
+    source: np.ndarray  # [rows] int32: which of the prompts
+    limit: np.ndarray  # [rows] int32
+    request: np.ndarray  # [rows, 2] int32: index of the prompt, and which of its samples; folded into the seed
 
 
 @partial(mesh_jit, static_argnames="config")
@@ -131,7 +131,8 @@ def prefill_prefix(params: Params, config: ModelConfig, tokens: jax.Array, lengt
         return Prefix([(none, none)] * config.num_layers, length)
     mask = text_mask(None, tokens.shape[0], config)
     _, pairs = decoder.forward(params, config, tokens, jnp.arange(tokens.shape[0]), mask)
-    return Prefix([tuple(constrain(x, ("heads", None, None), SAMPLING) for x in pair) for pair in pairs], length)
+    split = partial(constrain, axes=("heads", None, None), rules=SAMPLING)
+    return Prefix([(split(keys), split(values)) for keys, values in pairs], length)
 
 
 @partial(mesh_jit, static_argnames="sampler", donate_argnames="state")
@@ -223,7 +224,7 @@ def _step(
     age = jnp.mod(state.step - jnp.arange(R), R)  # steps since each column was written; 0 is this step's own
     index = jnp.arange(sampler.prompt_length)
 
-    def row(token, prompt_len, start_step, prompt, ring):
+    def row(token: jax.Array, prompt_len: jax.Array, start_step: jax.Array, prompt: KVCache, ring: KVCache) -> Any:
         fed = state.step - start_step  # tokens of this row in the ring before this one
         position = prefix.length + prompt_len + fed
         # Older columns are of the row that had the slot before.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -44,7 +43,6 @@ class DistilSettings(Settings):
         require((soft, f"on_policy={self.on_policy} needs a soft loss: a student's own text is no target to imitate"))
 
 
-@flax.struct.dataclass
 class Lesson(Responses):
     """Responses to learn from, and the teacher's own prompts (which may show the answer, or ask for more)."""
 

@@ -33,7 +33,8 @@ class Writer:
         Args: wandb: keyword arguments of `wandb.init`, to log there, too, with the run's `config`.
         """
         self.folder = Path(folder)
-        self._file = self._wandb = None
+        self._file: Any = None
+        self._wandb: Any = None
         self._boards: dict[str, Any] = {}
         self._axes: set[str] = set()
         if not is_first():
@@ -168,7 +169,8 @@ def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None
         if len(rows) == 1:
             return show_table(console, title, [{"": name, "value": _cell(value)} for name, value in rows[0].items()])
         first, *others = rows[0]
-        fits, used = [], widths[first]
+        fits: list[str] = []
+        used = widths[first]
         for name in others:
             used += widths[name]
             if fits and used > console.width + 2:
@@ -177,7 +179,7 @@ def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None
         if fits != others:
             show_table(console, title, [{k: row[k] for k in (first, *fits)} for row in rows])
             return show_table(console, "", [{k: v for k, v in row.items() if k not in fits} for row in rows])
-    plain = dict(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    plain: dict[str, Any] = dict(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", **plain)
     for name in rows[0]:
         text = isinstance(rows[0][name], str) and not rows[0][name][:1].isdigit()

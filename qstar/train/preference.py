@@ -79,7 +79,11 @@ def pair_logprobs(params: Params, config: ModelConfig, rows: Batch, pairs: int) 
     add = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=2 * pairs + 1))
     # Segment 0 is padding; 2x + 1 and 2x + 2 are the completions of pair x.
     sums, lengths = add(jnp.where(mask > 0, logprobs, 0.0), ids), add(mask, ids)
-    return tuple(rearrange(x[:, 1:], "b (x pair) -> b x pair", pair=2) for x in (sums, lengths))
+
+    def by_pair(x: jax.Array) -> jax.Array:
+        return rearrange(x[:, 1:], "b (x pair) -> b x pair", pair=2)
+
+    return by_pair(sums), by_pair(lengths)
 
 
 def value_loss(

@@ -20,13 +20,13 @@ GUARDS = ("allow", "log", "disallow")
 class Compiles:
     """A counter of XLA compilations."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         """Registers a listener, which JAX cannot remove: make one per process."""
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, name: str, seconds: float, **_: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
 
 
@@ -88,28 +88,28 @@ class Watch:
 
     def __init__(self, flops_of: Callable[[Any], float] | None = None, transfer_guard: str = "allow"):
         """Args: flops_of: host batch -> FLOPs of its update. transfer_guard: of `GUARDS`, for implicit transfers."""
-        self._guard, self._warm, self._flops, self._of = transfer_guard, set(), 0.0, flops_of
+        self._guard, self._flops, self._of = transfer_guard, 0.0, flops_of
+        self._warm: set[int] = set()
         self.recompiles = 0
         self._peak = flops.peak(jax.devices()[0].device_kind) if flops_of is not None else None
-        if _Process.compiles is None:
-            _Process.compiles = Compiles()
+        _Process.compiles = self._compiles = _Process.compiles or Compiles()
 
     @contextlib.contextmanager
     def update(self, step: Any) -> Iterator[None]:
         """Around one update by `step`. Its first call is the warm-up; compilations of later ones are recompiles."""
         if _Process.trace is not None:
             _Process.trace.begin()
-        before = _Process.compiles.count
+        before = self._compiles.count
         # Only implicit transfers are guarded: placing the batch is explicit, and passes.
         with jax.transfer_guard(self._guard):
             yield
         if id(step) in self._warm:
-            self.recompiles += _Process.compiles.count - before
+            self.recompiles += self._compiles.count - before
         self._warm.add(id(step))
 
     def after(self, batch: Any, result: Any) -> None:
         """After an update: batch of host arrays, result of the update."""
-        if self._peak is not None:
+        if self._of is not None and self._peak is not None:
             self._flops += self._of(batch)
         if _Process.trace is not None:
             _Process.trace.end(result)
@@ -117,7 +117,7 @@ class Watch:
     def report(self, seconds: float) -> dict[str, float]:
         """Returns `recompiles` of the stage so far, `mfu` over the seconds since the last report, and `memory`."""
         found: dict[str, float] = {"recompiles": self.recompiles}
-        if self._flops:  # only where the device's peak is known
+        if self._flops and self._peak:  # only where the device's peak is known
             found["mfu"] = self._flops / (seconds * jax.device_count() * self._peak)
             self._flops = 0.0
         return found | memory()

@@ -73,8 +73,7 @@ class RLSettings(Settings):
         return self.kl_in or DEFAULT_PLACE[self.estimator]
 
 
-@flax.struct.dataclass
-class Experience:
+class Experience(flax.struct.PyTreeNode):
     """Scored responses to prompts; those to one prompt are `group` adjacent rows. [B, R] is float32 but for ids."""
 
     prompt: jax.Array  # [B, I] int32

@@ -17,8 +17,7 @@ from qstar.mesh import AxisTable, Rules, shardings
 from qstar.types import Params
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that a resumed run needs; the data position is `step`."""
 
     params: dict[str, Params]  # role (policy, reference, verifier, value, mixing) -> parameters

@@ -191,7 +191,7 @@ def calibration(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> di
 
 
 def bootstrap_ci(
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     *,
     counts: Sequence[float] | None = None,
     level: float = 0.95,
