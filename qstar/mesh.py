@@ -10,6 +10,7 @@ these to mesh axes. The optimiser's moments carry the parameter's path as a suff
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
@@ -36,6 +37,7 @@ class Rules:
     """Logical axis -> mesh axes. Each field is a logical axis; its value the mesh axes that split it."""
 
     batch: tuple[str, ...] = ("data", "fsdp")
+    tokens: tuple[str, ...] = ("data", "fsdp")  # or thoughts: where the batch does not divide over the same axes
     embed: tuple[str, ...] = ("fsdp",)
     heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
@@ -70,7 +72,9 @@ class Rules:
 
 # Sampling reads every parameter for every token: gathered each time, they would cost more than all else. So heads, MLP and
 # vocabulary are split over all but the data axis, and what is exchanged is the width of a token.
-SAMPLING = Rules(batch=("data",), embed=(), heads=("fsdp", "tensor"), mlp=("fsdp", "tensor"), vocab=("fsdp", "tensor"))
+SAMPLING = Rules(
+    batch=("data",), tokens=(), embed=(), heads=("fsdp", "tensor"), mlp=("fsdp", "tensor"), vocab=("fsdp", "tensor")
+)
 
 
 def make_mesh(spec: str = "data=-1", devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -155,25 +159,62 @@ def count_batch_shards(rows: int = 0) -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in batch_axes(rows))
 
 
+def spare_axes(rows: int, rules: Rules = Rules()) -> tuple[str, ...]:
+    """Returns the axes of the current mesh for tokens or thoughts: () where so many rows divide over the batch axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or batch_axes(rows, rules):
+        return ()
+    return tuple(a for a in rules.tokens if mesh.shape[a] > 1)
+
+
+def count_spare_shards(rows: int) -> int:
+    """Returns into how many parts `spare_axes` splits the tokens or thoughts of so many rows."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in spare_axes(rows))
+
+
+# The mesh axes that split the tokens of the row that is being traced: set by `map_rows`, read by `replicate`.
+_token_axes: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("token_axes", default=())
+
+
 def map_rows(
     f: Callable[..., Any], in_axes: Any = 0, rules: Rules = Rules(), *, out_axes: Any = 0
 ) -> Callable[..., Any]:
-    """Returns `jax.vmap(f)` over rows that are split over the batch axes of the mesh; the first argument is mapped, at 0."""
+    """Returns `jax.vmap(f)` over rows that are split over the batch axes of the mesh; the first argument is mapped, at 0.
+
+    Where the rows do not divide, the tokens of each row are split instead (see `replicate`).
+    """
 
     def mapped(*args: Any) -> Any:
-        axes = batch_axes(jax.tree.leaves(args[0])[0].shape[0], rules)
-        return jax.vmap(f, in_axes, out_axes, spmd_axis_name=axes or None)(*args)
+        rows = jax.tree.leaves(args[0])[0].shape[0]
+        before = _token_axes.set(spare_axes(rows, rules))
+        try:
+            return jax.vmap(f, in_axes, out_axes, spmd_axis_name=batch_axes(rows, rules) or None)(*args)
+        finally:
+            _token_axes.reset(before)
 
     return mapped
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """Keeps an array of one row, say [T, D], whole on every device. Outside of a mesh it does nothing."""
+    """Keeps an array of one row, say [T, D], whole along its width on every device. Outside of a mesh it does nothing."""
     # With `map_rows` around it, rows then stay where they are. Without it the compiler may split activations over
     # their width, as the parameters are under `fsdp`: it gathers rows and reduces activations, not parameters.
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes = _token_axes.get()
+    # The compiler pads tokens that do not divide. Fewer tokens than devices stay whole.
+    split = axes if axes and x.shape[0] >= math.prod(mesh.shape[a] for a in axes) else None
+    return jax.lax.with_sharding_constraint(x, P(split, *(None,) * (x.ndim - 1)))
+
+
+def split_axis(x: jax.Array, axis: int, axes: tuple[str, ...]) -> jax.Array:
+    """Splits one axis of an array over mesh axes, or gathers it (`axes` is ()); the other axes stay as they are."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*(None,) * x.ndim))
+    spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
+    spec[axis] = axes or None
+    return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
 def constrain(x: jax.Array, axes: Axes, rules: Rules = Rules()) -> jax.Array:
@@ -247,6 +288,11 @@ def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
     return NamedSharding(mesh, P(tuple(a for a in rules.batch if mesh.shape[a] > 1)))
 
 
+def count_shards(mesh: Mesh | None) -> int:
+    """Returns into how many parts a mesh splits rows that divide."""
+    return 1 if mesh is None else math.prod(mesh.shape[a] for a in Rules().batch)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, P())
@@ -262,7 +308,7 @@ def put_global_batch(batch: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return jax.device_put(batch)
     full, split = replicated(mesh), batch_sharding(mesh)
-    num_shards = math.prod(mesh.shape[a] for a in Rules().batch)
+    num_shards = count_shards(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
         x = np.asarray(x)

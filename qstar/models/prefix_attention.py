@@ -5,7 +5,8 @@ computes the same (tests compare values and gradients). Only its rule under `vma
 become rows of queries over the one set of keys, computed a tile of rows at a time, instead of a batched product.
 
 Axes of the lifted form: B texts, P passes with the same mask, M threads, T tokens each, H = G Q query heads; C keys.
-N = Q m T are the columns of a tile of m threads.
+D devices with M / D threads each, where texts leave mesh axes free (else D = 1). N = D Q m T are the columns of a tile
+of m threads per device.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from einops import rearrange, repeat
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from qstar.mesh import count_spare_shards, spare_axes, split_axis
 
 NEG = -1e30  # as in `attention`
 TILE_BYTES = 2 * 2**20  # of float32 scores alive at once: fits in a CPU's cache
@@ -72,7 +75,7 @@ def _forward(
     plan = _Plan(q, keys, mask)
     # Transposed once, outside the loop, so that the tiles' products have their operands in memory order.
     values_t = rearrange(values, "b g c k -> b g k c")
-    q = rearrange(q, "b p m t h k -> b p (m t) h k")
+    q = plan.rows(q)
 
     def tile(end: int, q_t: Array, mask_t: Array) -> Pair:
         # Keys are on the rows and threads on the columns of the scores: sums over keys are then sums of vectors.
@@ -91,9 +94,8 @@ def _forward(
         return plan.put(done[0], out, i), plan.put(done[1][..., None], lse[:, :, None], i)[..., 0]
 
     zeros = (jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32))
-    out, lse = jax.lax.fori_loop(0, plan.tiles, body, zeros)
-    m = mask.shape[1]
-    return rearrange(out, "b p (m t) h k -> b p m t h k", m=m), rearrange(lse, "b p (m t) h -> b p m t h", m=m)
+    out, lse = jax.lax.fori_loop(0, plan.tiles, body, jax.tree.map(plan.split, zeros))
+    return plan.threads_of(out), plan.threads_of(lse)
 
 
 def _backward(
@@ -115,8 +117,7 @@ def _backward(
     plan = _Plan(q, keys, mask)
     dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     keys_t = rearrange(keys, "b g c k -> b g k c")
-    q_rows, out, d_out = (rearrange(x, "b p m t h k -> b p (m t) h k") for x in (q, out, d_out))
-    lse, d_lse = (rearrange(x, "b p m t h -> b p (m t) h") for x in (lse, d_lse))
+    q_rows, out, d_out, lse, d_lse = map(plan.rows, (q, out, d_out, lse, d_lse))
     # sum_c p_c dp_c of the softmax's gradient is an inner product of results (algorithm 4, line 4).
     less = jnp.einsum("...k,...k->...", out, d_out, precision="highest") - d_lse
 
@@ -145,17 +146,21 @@ def _backward(
 
     # All tiles add to the gradients of the keys: in float32, since small terms vanish in a bfloat16 sum.
     sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
-    d_q, (d_keys, d_values) = jax.lax.fori_loop(0, plan.tiles, body, (jnp.zeros(q_rows.shape, q.dtype), sums))
-    d_q = rearrange(d_q, "b p (m t) h k -> b p m t h k", m=mask.shape[1])
-    return d_q, d_keys.astype(keys.dtype), d_values.astype(values.dtype)
+    zeros = plan.split(jnp.zeros(q_rows.shape, q.dtype))
+    d_q, (d_keys, d_values) = jax.lax.fori_loop(0, plan.tiles, body, (zeros, sums))
+    return plan.threads_of(d_q), d_keys.astype(keys.dtype), d_values.astype(values.dtype)
 
 
 class _Plan:
     """The tiles: which threads tile i has, and how many blocks of keys it attends to."""
 
     def __init__(self, q: Array, keys: Array, mask: Array):
-        B, P, self.M, self.T, self.H, _ = q.shape
+        B, P, M, self.T, self.H, _ = q.shape
         self.G, C = keys.shape[1:3]
+        # A tile has threads of every device: each device computes on its own.
+        self.shards = count_spare_shards(B) if M % count_spare_shards(B) == 0 else 1
+        self.axes = spare_axes(B) if self.shards > 1 else ()
+        self.M = M // self.shards
         threads = TILE_BYTES // (4 * B * self.T * self.H * C)
         self.count = -(-self.M // max(1, threads))  # tiles of a pass
         # Spread evenly over the tiles, so that the last one repeats few threads of the one before.
@@ -163,10 +168,28 @@ class _Plan:
         self.tiles = P * self.count
         block = max(KEY_BLOCK, -(-C // KEY_BLOCKS))
         self.ends = [min(end, C) for end in range(block, C + block, block)]
-        self.mask = rearrange(mask, "b m t c -> b c (m t)")
+        self.mask = self.split(self.rearrange(mask, "b (d m) t c -> b c d (m t)"))
         # A tile stops at the last block of keys that any of its rows attends to: threads in text order cost half.
         last = jnp.max(jnp.where(jnp.any(mask, axis=(0, 2)), jnp.arange(C), 0), axis=1)  # [M] last visible key
-        self.last = last // block
+        self.last = jnp.max(rearrange(last // block, "(d m) -> d m", d=self.shards), axis=0)
+
+    def rearrange(self, x: Array, pattern: str, **sizes: int) -> Array:
+        """`einops.rearrange`, without the axis d where D = 1: an axis of size 1 changes the last bits on a CPU."""
+        if self.shards == 1:
+            return rearrange(x, pattern.replace("d ", ""), **sizes)
+        return rearrange(x, pattern, d=self.shards, **sizes)
+
+    def split(self, x: Array) -> Array:
+        """Splits axis 2, of D, over the devices."""
+        return split_axis(x, 2, self.axes) if self.axes else x
+
+    def rows(self, x: Array) -> Array:
+        """[B, P, D, (m T), H, ...] from [B, P, M, T, H, ...]."""
+        return self.split(self.rearrange(x, "b p (d m) t ... -> b p d (m t) ..."))
+
+    def threads_of(self, x: Array) -> Array:
+        """Undoes `rows`."""
+        return self.rearrange(x, "b p d (m t) ... -> b p (d m) t ...", t=self.T)
 
     def _at(self, i: Array) -> tuple[Array, Array]:
         # The pass and the first thread of tile i. The last tile is moved back to be full: all tiles have one shape.
@@ -178,26 +201,29 @@ class _Plan:
 
     def mask_t(self, i: Array) -> Array:
         """bool [B, C, N]: the mask of tile i, a column for each of its N rows."""
-        x = jax.lax.dynamic_slice_in_dim(self.mask, self._at(i)[1] * self.T, self.threads * self.T, axis=2)
-        return jnp.tile(x, (1, 1, self.H // self.G))
+        x = jax.lax.dynamic_slice_in_dim(self.mask, self._at(i)[1] * self.T, self.threads * self.T, axis=-1)
+        x = x.reshape(*x.shape[:2], self.shards, -1)
+        return repeat(x, "b c d n -> b c (d q n)", q=self.H // self.G)
 
     def fresh(self, i: Array) -> Array:
         """bool [N]: the rows of tile i that no tile before it had."""
         thread = self._at(i)[1] + jnp.arange(self.threads * self.T) // self.T
-        return jnp.tile(thread >= i % self.count * self.threads, self.H // self.G)
+        return jnp.tile(thread >= i % self.count * self.threads, self.shards * (self.H // self.G))
 
     def columns(self, x: Array, i: Array) -> Array:
-        """Tile i of x [B, P, (M T), H, K] as [B, G, K, N], rows ordered by query head of the group, then token."""
-        p, m = self._at(i)
-        n = self.threads * self.T
-        x = jax.lax.dynamic_slice(x, (0, p, m * self.T, 0, 0), (x.shape[0], 1, n, self.H, x.shape[-1]))
-        return rearrange(x, "b 1 n (g q) k -> b g k (q n)", g=self.G)
+        """Tile i of x [B, P, D, (m T), H, K] as [B, G, K, N], rows by device, query head of the group, then token."""
+        size = (x.shape[0], 1, *x.shape[2:-3], self.threads * self.T, *x.shape[-2:])
+        x = jax.lax.dynamic_slice(x, self._start(i, x), size)
+        return self.rearrange(x, "b 1 d n (g q) k -> b g k (d q n)", g=self.G)
 
     def put(self, all_rows: Array, x: Array, i: Array) -> Array:
-        """Writes x [B, G, K, N] to its place in [B, P, (M T), H, K]."""
+        """Writes x [B, G, K, N] to its place in [B, P, D, (m T), H, K]."""
+        x = self.rearrange(x, "b g k (d q n) -> b 1 d n (g q) k", n=self.threads * self.T)
+        return jax.lax.dynamic_update_slice(all_rows, x, self._start(i, all_rows))
+
+    def _start(self, i: Array, all_rows: Array) -> tuple[Any, ...]:
         p, m = self._at(i)
-        x = rearrange(x, "b g k (q n) -> b 1 n (g q) k", n=self.threads * self.T)
-        return jax.lax.dynamic_update_slice(all_rows, x, (0, p, m * self.T, 0, 0))
+        return (0, p, *[0] * (all_rows.ndim - 5), m * self.T, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------- the primitives

@@ -130,13 +130,15 @@ def chunks(arrays: Any, vocab_size: int) -> Any:
     """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on must weigh nothing."""
     # A chunk takes every C-th token of each device: tokens that are split over devices stay split within each chunk.
     N = arrays[0].shape[0]
-    shards = count_batch_shards(N)
-    per_shard = N // shards
+    shards = count_batch_shards()
+    per_shard = -(-N // shards)
     n = min(per_shard, max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab_size)))
     count = -(-per_shard // n)
     n = -(-per_shard // count)
 
     def cut(x: jax.Array) -> jax.Array:
+        if N < per_shard * shards:
+            x = jnp.pad(x, [(0, per_shard * shards - N)] + [(0, 0)] * (x.ndim - 1))
         x = rearrange(x, "(shard token) ... -> shard token ...", shard=shards)
         x = jnp.pad(x, [(0, 0), (0, count * n - per_shard)] + [(0, 0)] * (x.ndim - 2))
         x = rearrange(x, "shard (token chunk) ... -> chunk (shard token) ...", chunk=count)
@@ -147,6 +149,6 @@ def chunks(arrays: Any, vocab_size: int) -> Any:
 
 def unchunk(x: jax.Array, count: int) -> jax.Array:
     """Returns [count, ...] from chunks [C, n, ...] of `chunks`."""
-    shards = count_batch_shards(count)
+    shards = count_batch_shards()
     x = rearrange(x, "chunk (shard token) ... -> shard (token chunk) ...", shard=shards)
-    return rearrange(x[:, : count // shards], "shard token ... -> (shard token) ...")
+    return rearrange(x[:, : -(-count // shards)], "shard token ... -> (shard token) ...")[:count]

@@ -206,7 +206,6 @@ def _thinking(
         {"parameters": params, "batch": text},
         {"the base model": model.params},
         *flops.thoughts(config, rows, length),
-        notes=case.notes(rows),
     )
 
 
@@ -297,5 +296,4 @@ def _rl_updates(
         # With LoRA the reference is the policy without its adapters.
         {**({} if s.lora_rank else {"the reference": start.params}), **resident},
         *flops.respond(model.config, count, prompt, R),
-        notes=case.notes(count),
     )

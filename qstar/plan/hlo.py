@@ -8,12 +8,11 @@ follows from the constant in its condition. A loop that ends on data (decoding) 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator
 
-import numpy as np
+from qstar.plan.hlo_attributes import group_size, meetings, source_name, window
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # In bits, since int4 takes half a byte; float8 types (f8e4m3fn ...) are many and are taken for the default of 8.
@@ -85,13 +84,19 @@ class Costs:
     bytes: float = 0.0  # read and written in main memory, by the instructions that the compiler left unfused
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0  # loops that ran `assumed` times
+    products: dict[str, float] = dataclasses.field(default_factory=dict)  # FLOPs by the operation's name in the source
 
     def add(self, other: Costs, times: float) -> None:
-        self.flops += times * other.flops
+        for name, flops in other.products.items():
+            self.multiply(name, times * flops)
         self.bytes += times * other.bytes
         self.unknown_loops += other.unknown_loops
         for kind, c in other.collectives.items():
             self.send(kind, times * c.count, times * c.bytes)
+
+    def multiply(self, name: str, flops: float) -> None:
+        self.flops += flops
+        self.products[name] = self.products.get(name, 0.0) + flops
 
     def send(self, kind: str, count: float, bytes_: float) -> None:
         mine = self.collectives.setdefault(kind, Collective())
@@ -128,7 +133,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     out: dict[str, list[Instruction]] = {}
     entry, lines = "", []
     for line in text.splitlines():
-        if line and not line[0].isspace() and line.rstrip().endswith("{") and " -> " in line:
+        if line and not line[0].isspace() and line.rstrip().endswith("{"):
             name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
             entry = name if line.startswith("ENTRY") else entry
             lines = out.setdefault(name, [])
@@ -274,10 +279,10 @@ class Program:
             for other in i.called("calls", "to_apply"):
                 total.add(self._of(other, outer, traffic and i.op != "fusion"), 1)
         elif i.op == "convolution":
-            total.flops += self._convolution(i, where)
+            total.multiply(source_name(i.attributes), self._convolution(i, where))
         # XLA's CPU compiler replaces matrix products by custom calls of oneDNN.
         elif i.op == "dot" or (i.op == "custom-call" and "matmul" in i.attributes):
-            total.flops += self._dot(i, where)
+            total.multiply(source_name(i.attributes), self._dot(i, where))
         if traffic and i.op not in _FREE and not i.op.endswith("-done"):
             total.bytes += self._traffic(i, where)
 
@@ -316,8 +321,8 @@ class Program:
         sizes = dict(zip(k, kernel.arrays[0].shape))
         shape_in, shape_out = dict(zip(a, left.arrays[0].shape)), dict(zip(o, i.arrays[0].shape))
         total = 2.0 * shape_out["b"] * shape_out["f"] * sizes["i"]
-        for d, w in enumerate(_window(i.attributes, sum(c.isdigit() for c in k))):
-            total *= _meetings(shape_in[str(d)], sizes[str(d)], shape_out[str(d)], *w)
+        for d, w in enumerate(window(i.attributes, sum(c.isdigit() for c in k))):
+            total *= meetings(shape_in[str(d)], sizes[str(d)], shape_out[str(d)], *w)
         if found := re.search(r"batch_group_count=(\d+)", i.attributes):
             total /= int(found[1])
         return total
@@ -362,39 +367,3 @@ def _read(inside: list[Instruction], n: int, full_size: int) -> float:
             return full_size
         total += j.bytes if j.op in _SLICES else 0.0
     return total if users else full_size
-
-
-def group_size(attributes: str) -> int:
-    """Returns the number of devices in each group of a collective, 0 if the text does not say."""
-    # Three notations: lists of devices, [groups, devices in each] over an iota, and axes of a named mesh.
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
-        return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[a]) for a in re.findall(r"'(\w+)'", found[2]))
-    return 0
-
-
-def _window(attributes: str, dims: int) -> list[tuple[int, int, int, int]]:
-    """Returns (stride, low padding, input dilation, kernel dilation) per spatial axis."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    fields = dict(part.split("=", 1) for part in found[1].split()) if found else {}
-
-    def numbers(key: str, default: int) -> list[int]:
-        if key not in fields:
-            return [default] * dims
-        return [int(x.split("_")[0]) for x in fields[key].split("x")]
-
-    return list(zip(numbers("stride", 1), numbers("pad", 0), numbers("lhs_dilate", 1), numbers("rhs_dilate", 1)))
-
-
-@functools.cache
-def _meetings(size: int, kernel: int, out: int, stride: int, low: int, dilate: int, spread: int) -> int:
-    # Pairs (output place, kernel tap) of one spatial axis that meet an element of the input; padding and the zeros of
-    # a dilation need no multiplication.
-    if dilate == stride == spread == 1 and low == 0 and kernel == 1:
-        return out
-    at = np.arange(kernel)[:, None] * spread - low + np.arange(out)[None, :] * stride
-    return int(np.sum((at >= 0) & (at <= (size - 1) * dilate) & (at % dilate == 0)))

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from qstar.plan import hlo
+from qstar.plan.repeated import repeated
 from qstar.plan.topology import GIB, Topology
 
 
@@ -27,7 +28,6 @@ class Program:
     flops: float  # that the mathematics needs, on all chips together
     rule: str  # how they were counted
     steps: int = 1  # of a loop that ends on data
-    notes: tuple[str, ...] = ()
     tokens: int = 0  # in the rows that one run trains on, or that it samples; on all chips
     rollouts: int = 0  # that one run starts or samples
     least: int = 0  # lower bound of its temporaries, bytes per chip: for a search, before anything is compiled
@@ -56,7 +56,7 @@ class Plan:
     compile_cpu_seconds: float = 0.0  # of all threads
     compiled: bool = False
     rule: str = ""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # of products that chips compute more than once
 
     @property
     def seconds(self) -> float:
@@ -80,9 +80,7 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     parts = {k: local_bytes(v) for k, v in program.parts.items()}
     resident = {k: local_bytes(v) for k, v in program.resident.items()}
     arguments, kept_bytes, hbm = sum(parts.values()), sum(resident.values()), int(topology.chip.hbm)
-    plan = Plan(
-        program.name, False, parts, resident, 0, arguments + kept_bytes, hbm, rule=program.rule, notes=program.notes
-    )
+    plan = Plan(program.name, False, parts, resident, 0, arguments + kept_bytes, hbm, rule=program.rule)
     plan.needed = program.flops / len(topology.devices)
     plan.tokens, plan.rollouts = program.tokens, program.rollouts
     # Compilation is slow, and activations could only add to the arguments.
@@ -92,7 +90,8 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     began, worked = time.perf_counter(), time.process_time()
     compiled, message = None, ""
     try:
-        compiled = program.lower().compile()
+        lowered = program.lower()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         # A TPU compiler refuses a program that needs more than the memory; that is an answer, not an error.
         message = str(e)
@@ -114,6 +113,8 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     if keep is not None:
         keep(text)
     costs, chip = hlo.Program(text, program.steps).costs(), topology.chip
+    source = lowered.as_text(dialect="hlo", debug_info=True)
+    plan.notes += repeated(source, costs, len(topology.devices), program.steps)
     plan.flops, plan.traffic = costs.flops, costs.bytes
     plan.collectives = {k: {"count": c.count, "bytes": c.bytes} for k, c in sorted(costs.collectives.items())}
     flops, traffic, links = costs.flops / chip.flops, costs.bytes / chip.bandwidth, costs.wire / chip.links

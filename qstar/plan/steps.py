@@ -96,14 +96,6 @@ class Case:
     def arms(self, cls: Any) -> dict[str, Any]:
         return {n: settings_from(cls, self.config.arms[n].to_dict(), f"arms.{n}") for n in self.config.arms}
 
-    def notes(self, rows: int, accumulate: int = 1) -> tuple[str, ...]:
-        """Returns a note if rows do not divide over the chips, so that all of them compute the same."""
-        each = rows // accumulate
-        if each % self.shards == 0:
-            return ()
-        what = f"{each} rows" + (f" of a micro-batch (accumulate={accumulate})" if accumulate > 1 else "")
-        return (f"{what} do not divide over data x fsdp = {self.shards}: every chip computes all of them",)
-
 
 # ---------------------------------------------------------------------------------------------------------- models
 
@@ -189,7 +181,6 @@ def train_program(
         },
         {**before, **(resident or {})},
         *needed,
-        notes=case.notes(settings.batch_size, settings.accumulate),
         tokens=max(math.prod(x.shape) for x in jax.tree.leaves(batch) if x.ndim == 2),
         least=_kept_activations(case, model.config, settings, batch) + local_bytes(policy),
     )
@@ -208,8 +199,8 @@ def _kept_activations(case: Case, c: Any, settings: UpdateSettings, batch: Any) 
     heads_ = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     mlp = (3 if c.gated_mlp else 2) * c.intermediate_size
     inner = 0 if c.remat == "block" else c.hidden_size + (heads_ + mlp) // case.mesh.shape["tensor"]
-    split = case.shards if rows % case.shards == 0 else 1
-    return rows // split * length * c.num_layers * (c.hidden_size + inner) * jnp.dtype(c.dtype).itemsize
+    # Rows or, where they do not divide, tokens are split.
+    return -(-rows * length // case.shards) * c.num_layers * (c.hidden_size + inner) * jnp.dtype(c.dtype).itemsize
 
 
 def sampling(
@@ -280,5 +271,4 @@ def seq2seq_sampling(
         steps=new,
         tokens=slots * new,
         rollouts=slots,
-        notes=case.notes(slots),
     )

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from qstar.mesh import count_batch_shards
+from qstar.mesh import count_batch_shards, count_spare_shards, split_axis
 from qstar.models.config import ModelConfig
-from qstar.thoughts import forward
+from qstar.thoughts import forward, layout
 from qstar.types import Batch, Params
 
 # Running a thread does not read these. They stay out of the custom VJP, which sums gradients in float32.
@@ -55,23 +55,32 @@ def _run(
 def _split(config: ModelConfig, positions: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Splits [B, M] and [B, P, M, ...] into pieces [piece, B, m] and [piece, B, P, m, ...], padded with zeros."""
     B, P, M, U, _ = arrays[0].shape
-    # The limit is per batch shard: rows are split over devices, and a piece has positions of every row.
-    m = min(M, max(1, config.piece_tokens * count_batch_shards(B) // (B * P * U)))
-    count = -(-M // m)
+    axes, shards = layout.position_axes(B, M), _position_shards(B, M)
+    per_shard = M // shards
+    # The limit is per device: rows or positions are split, and a piece has positions of every row and of every shard.
+    m = min(per_shard, max(1, config.piece_tokens * count_batch_shards(B) // (B * P * U)))
+    count = -(-per_shard // m)
     # Pieces of equal size: the padding is then less than one position per piece and row.
-    m = -(-M // count)
-    padding = (0, count * m - M)
-    positions = rearrange(jnp.pad(positions, [(0, 0), padding]), "b (piece m) -> piece b m", m=m)
+    m = -(-per_shard // count)
+    padding = (0, count * m - per_shard)
 
     def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, 0), padding, (0, 0), (0, 0)])
-        return rearrange(x, "b p (piece m) u d -> piece b p m u d", m=m)
+        x = rearrange(x, "b p (shard m) ... -> b p shard m ...", shard=shards)
+        x = jnp.pad(x, [(0, 0)] * 3 + [padding] + [(0, 0)] * (x.ndim - 4))
+        x = rearrange(x, "b p shard (piece m) ... -> piece b p (shard m) ...", piece=count)
+        return split_axis(x, 3, axes) if axes else x
 
-    return positions, *map(split, arrays)
+    return split(positions[:, None])[:, :, 0], *map(split, arrays)
+
+
+def _position_shards(B: int, M: int) -> int:
+    return count_spare_shards(B) if layout.position_axes(B, M) else 1
 
 
 def _join(x: jax.Array, M: int) -> jax.Array:
-    return rearrange(x, "piece b p m u d -> b p (piece m) u d")[:, :, :M]
+    shards = _position_shards(x.shape[1], M)
+    x = rearrange(x, "piece b p (shard m) u d -> b p shard (piece m) u d", shard=shards)
+    return rearrange(x[:, :, :, : M // shards], "b p shard m u d -> b p (shard m) u d")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,7 +19,7 @@ from einops import rearrange
 
 from qstar import tree
 from qstar.errors import require
-from qstar.mesh import map_rows, mesh_jit, put_global_batch, to_host
+from qstar.mesh import count_shards, map_rows, mesh_jit, put_global_batch, to_host
 from qstar.models import decoder
 from qstar.models.attention import within_window
 from qstar.models.config import ModelConfig
@@ -117,7 +117,9 @@ def generate(
     out: list[list[Any]] = [[None] * o.n for _ in rows]
     # By length: the rows of a chunk are padded to its longest prompt.
     requests = sorted(((i, k) for i in range(len(rows)) for k in range(o.n)), key=lambda r: len(rows[r[0]]))
-    size = min(o.slots or ROWS, power_of_two(len(requests)))
+    # Rows that do not divide over the mesh would be computed by every device.
+    shards = count_shards(model.mesh)
+    size = -(-min(o.slots or ROWS, power_of_two(len(requests))) // shards) * shards
     for begin in range(0, len(requests), size):
         some = requests[begin : begin + size]
         # The last chunk repeats a request: all chunks have one number of rows, so no other batch size is compiled.

@@ -29,9 +29,11 @@ def student_loss(
     """
     frozen = jax.lax.stop_gradient(params["teacher"])
     positions = layout.all_positions(batch, predicting=True)
+    positions, _, back = layout.spread(positions, batch.tokens.shape[1])
     texts = forward.read(frozen, teacher, batch)
     thoughts = rearrange(rollout.sample(frozen, teacher, batch, texts, positions, rng)[0], "s b p m -> b p m s")
-    mixed = replay_states(frozen, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]  # [B, P, N-1, D]
+    mixed = replay_states(frozen, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]
+    mixed = mixed[:, :, back]  # [B, P, N-1, D]
     _, weights = layout.text_targets(batch)
     # Both terms are over the same tokens, so they share one weight.
     text = batch.replace(mask=jnp.pad(weights, ((0, 0), (1, 0))))

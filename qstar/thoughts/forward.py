@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from qstar.mesh import map_rows
+from qstar.mesh import map_rows, spare_axes, split_axis
 from qstar.models import decoder, heads
 from qstar.models.attention import text_mask, within_window
 from qstar.models.config import ModelConfig
@@ -67,9 +67,17 @@ def vmap_thoughts(
     def lifted(batch: Batch, texts: PrefixCache, positions: jax.Array, *per_thought: Any) -> Any:
         axes = (0,) * len(per_thought) if per_thought_axes is None else tuple(per_thought_axes)
         # The text is unmapped over positions and passes: its keys and values are read in place.
-        per_position = jax.vmap(f, (None, None, 0, *axes), out_axes)
-        per_pass = jax.vmap(per_position, (None, None, None, *axes), out_axes)
-        return map_rows(per_pass, (0, 0, 0, *axes), out_axes=out_axes)(batch, texts, positions, *per_thought)
+        if split := layout.position_axes(*positions.shape):
+            # Positions outermost: where axes are merged to rows of one product, the devices' parts stay contiguous.
+            per_pass = jax.vmap(f, (None, None, None, *axes), out_axes)
+            per_row = jax.vmap(per_pass, (0, 0, 0, *axes), out_axes)
+            per_position, outer = (None, None, 1, *(a + 2 for a in axes)), jax.tree.map(lambda a: a + 2, out_axes)
+            over_all = jax.vmap(per_row, per_position, outer, spmd_axis_name=split)
+        else:
+            over_positions = jax.vmap(f, (None, None, 0, *axes), out_axes)
+            per_pass = jax.vmap(over_positions, (None, None, None, *axes), out_axes)
+            over_all = map_rows(per_pass, (0, 0, 0, *axes), out_axes=out_axes)
+        return over_all(batch, texts, positions, *per_thought)
 
     return lifted
 
@@ -90,7 +98,12 @@ def read(params: Params, config: ModelConfig, batch: Batch) -> PrefixCache:
     def one(row: Batch) -> PrefixCache:
         return PrefixCache(*decoder.forward(params, config, row.tokens, row.positions, layout.causal_mask(row, config)))
 
-    return map_rows(one)(batch)
+    texts = map_rows(one)(batch)
+    if not spare_axes(batch.tokens.shape[0]):
+        return texts
+    # Computed a part of the tokens per device, and gathered here once: every thought reads all of them.
+    pairs = jax.tree.map(lambda x: split_axis(x, x.ndim - 2, ()), texts.pairs)
+    return PrefixCache(split_axis(texts.hidden, 1, ()), pairs)
 
 
 def run_thread(

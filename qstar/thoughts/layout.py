@@ -12,12 +12,15 @@ thread were written out as a sequence. The official code takes the window at j: 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 
+from qstar.mesh import count_spare_shards, spare_axes
 from qstar.models import decoder
 from qstar.models.attention import LayerMasks, within_window
 from qstar.models.config import ModelConfig
@@ -126,6 +129,46 @@ def positions_of_mask(mask: jax.Array, count: int, score: jax.Array) -> jax.Arra
     # A row whose mask has fewer is filled with positions outside it: `count` is static.
     ranked = jnp.where(mask, score, -jnp.inf)
     return jnp.sort(jax.lax.top_k(ranked, count)[1], axis=1).astype(jnp.int32)
+
+
+def position_axes(rows: int, positions: int) -> tuple[str, ...]:
+    """Returns the mesh axes that split the positions: those that the rows leave free, if the positions divide."""
+    return spare_axes(rows) if positions % count_spare_shards(rows) == 0 else ()
+
+
+def spread(positions: jax.Array, length: int) -> tuple[jax.Array, Any, Any]:
+    """Returns positions that divide over the mesh axes that the rows leave free, for texts of `length` tokens.
+
+    Args:
+      positions: [B, M] int32.
+
+    Returns:
+      Positions [B, M'], M' >= M, padded with the last one, which predicts nothing; the index in 0 .. M - 1 that gives
+      an array of theirs the same order; and the index in 0 .. M' - 1 that undoes it. Both are a slice of everything
+      where nothing is to be split.
+    """
+    rows, count = positions.shape
+    shards = count_spare_shards(rows)
+    if shards == 1:
+        return positions, slice(None), slice(None)
+    full = -(-count // shards) * shards
+    # Device d has the positions d, d + D, ...: in text order, the last device's thoughts would have the most to read.
+    order = rearrange(np.arange(full), "(m shard) -> (shard m)", shard=shards)
+    padded = jnp.pad(positions, [(0, 0), (0, full - count)], constant_values=length - 1)
+    return padded[:, order], np.minimum(order, count - 1), np.argsort(order)[:count]
+
+
+def by_position(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Lifts f, whose arrays and results lead with tokens in any order, to arrays and results [B, P, M, ...]."""
+
+    def lifted(*arrays: jax.Array) -> Any:
+        if not position_axes(arrays[0].shape[0], arrays[0].shape[2]):
+            return f(*arrays)
+        # Positions first: the tokens are then still split over the devices when `f` makes one axis of [M, B, P, ...].
+        found = f(*(jnp.moveaxis(x, 2, 0) for x in arrays))
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2) if x.ndim else x, found)
+
+    return lifted
 
 
 def to_rows(x: jax.Array) -> jax.Array:

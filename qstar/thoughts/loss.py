@@ -14,6 +14,7 @@ upstream does.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -128,10 +129,11 @@ def loss(
     texts = forward.read(policy, config, batch)
     if positions is None:
         positions = layout.choose_positions(policy, config, batch, texts.hidden, position_key)
+    positions, order, _ = layout.spread(positions, batch.tokens.shape[1])
     thought_ids = known = None
     passes = t.thoughts_per_position
     if thoughts is not None:
-        thought_ids = layout.from_rows(thoughts, B)
+        thought_ids = layout.from_rows(thoughts, B)[:, :, order]
         passes = thought_ids.shape[1]
         draw = given_thoughts(thought_ids)
     else:
@@ -179,7 +181,7 @@ def compute_loss(
     target_ids, talk_weights = (repeat(x, "b m a -> b p m a", p=P) for x in (target_ids, weights.talk))
     # One product over all talk steps; the official means have a count per step, so there each is on its own.
     steps = [slice(a, a + 1) for a in range(A)] if t.nll_mean == "nonzero" else [slice(0, A)]
-    parts = [token_nll(states.mixed[:, :, :, a], head, target_ids[..., a], talk_weights[..., a]) for a in steps]
+    parts = [_token_nll(states.mixed[:, :, :, a], head, target_ids[..., a], talk_weights[..., a]) for a in steps]
     talk_nll = jnp.concatenate([each for _, _, each in parts], axis=-1)
     normalizer = divisors(config, weights, base_nll, talk_nll)
     nll_base = base_sum / normalizer.base
@@ -200,7 +202,7 @@ def compute_loss(
         bias, cap = (None if x is None else x / temperature for x in head[1:])
         think, head = think / temperature, head._replace(bias=bias, cap=cap)
     weight = repeat(weight, "b p m -> b p m s", s=S)
-    policy_sum, _, thought_nll = token_nll(think, head, thoughts, weight)
+    policy_sum, _, thought_nll = _token_nll(think, head, thoughts, weight)
     policy = policy_sum / normalizer.policy
 
     total = t.base_weight * nll_base + (1 - t.base_weight) * nll_talk + t.policy_weight * policy
@@ -217,6 +219,11 @@ def compute_loss(
         **_metrics(weights, states.weight, reward, advantage, thought_nll),
     }
     return (total * weight, weight), metrics
+
+
+def _token_nll(hidden: jax.Array, head: vocabulary.Head, targets: jax.Array, weights: jax.Array) -> Any:
+    """Returns `train.losses.token_nll` of states [B, P, M, ..., D]."""
+    return layout.by_position(lambda h, t, w: token_nll(h, head, t, w))(hidden, targets, weights)
 
 
 def _without_worst(advantage: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
@@ -277,7 +284,7 @@ def penalty(
         return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
     if t.entropy_weight:
-        each = vocabulary.map_chunks(entropy, think, vocab_size=config.vocab_size)
+        each = layout.by_position(partial(vocabulary.map_chunks, entropy, vocab_size=config.vocab_size))(think)
         value -= t.entropy_weight * jnp.sum(weights * each)
     if t.kl_weight:
         # The reference has its own text states: its thoughts attend to its own keys and values.
@@ -290,6 +297,7 @@ def penalty(
             logp = logprobs(hidden, head)
             return jnp.sum(jnp.exp(logp) * (logp - logprobs(reference_hidden, reference_head)), axis=-1)
 
-        each = vocabulary.map_chunks(divergence, think, reference_states, vocab_size=config.vocab_size)
+        over_chunks = layout.by_position(partial(vocabulary.map_chunks, divergence, vocab_size=config.vocab_size))
+        each = over_chunks(think, reference_states)
         value += t.kl_weight * jnp.sum(weights * each)
     return value

@@ -58,10 +58,12 @@ def score(
     texts = forward.read(params, config, batch)
     if positions is None:
         positions = layout.all_positions(batch, predicting=True)
+    positions, order, back = layout.spread(positions, batch.tokens.shape[1])
     if thoughts is None:
         drawn = rollout.sample(params, config, batch, texts, positions, key, passes, temperature)
         thoughts, thought_nll = rearrange(drawn[0], "s b p m -> b p m s"), -reduce(drawn[1], "s b p m -> b p m", "mean")
     else:
+        thoughts = thoughts[:, :, order]
         # Given thoughts were not drawn here and have no recorded log-probability: NaN, because 0 would mean certainty.
         thought_nll = jnp.full(thoughts.shape[:3], jnp.nan)
     states = replay_states(params, config, batch, texts, positions, thoughts)
@@ -71,8 +73,9 @@ def score(
     base = token_logprobs(texts.hidden[:, :-1], head, batch.tokens[:, 1:])
     entropy = token_logprobs(texts.hidden[:, :-1], head, batch.tokens[:, 1:], entropy=True).entropy
     here = partial(layout.take_rows, index=positions)
-    mixed = token_logprobs(states.mixed, head, repeat(target_ids, "b m a -> b p m a", p=thoughts.shape[1]))
-    return Scores(
+    score_mixed = layout.by_position(lambda hidden, ids: token_logprobs(hidden, head, ids))
+    mixed = score_mixed(states.mixed, repeat(target_ids, "b m a -> b p m a", p=thoughts.shape[1]))
+    found = Scores(
         base_nll=-here(base.logprobs),
         base_hit=here(base.hits) > 0,
         entropy=here(entropy),
@@ -84,6 +87,7 @@ def score(
         thought_nll=thought_nll,
         counted=weights[..., 0] > 0,
     )
+    return Scores(*(x[:, back] if x.ndim == 2 else x[:, :, back] for x in found))
 
 
 @partial(mesh_jit, static_argnames="config")

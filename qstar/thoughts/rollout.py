@@ -52,8 +52,9 @@ def think(
         positions = layout.all_positions(batch)
     positions = jnp.asarray(positions, jnp.int32)
     positions = jnp.broadcast_to(positions, (batch.tokens.shape[0], positions.shape[-1]))
+    positions, _, back = layout.spread(positions, batch.tokens.shape[1])
     records = sample(params, config, batch, forward.read(params, config, batch), positions, key, passes, temperature)
-    return Thoughts(*(rearrange(x, "s b p m -> s (b p) m") for x in records))
+    return Thoughts(*(rearrange(x, "s b p m -> s (b p) m")[..., back] for x in records))
 
 
 def sample(
@@ -101,10 +102,10 @@ def sampler(
 def draw_tokens(
     params: Params, config: ModelConfig, hidden: jax.Array, u: jax.Array, sampling_params: SamplingParams
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws a token from each of the states [..., D], at uniform numbers u [...]; never a forbidden id.
+    """Draws a token from each of the states [B, P, M, D], at uniform numbers u [B, P, M]; never a forbidden id.
 
     Returns:
-      token int32 [...], its log-probability under the model, and under the distribution drawn from.
+      token int32 [B, P, M], its log-probability under the model, and under the distribution drawn from.
     """
     logit_bias = forbidden_bias(config)
 
@@ -114,7 +115,9 @@ def draw_tokens(
         logits = logits if logit_bias is None else logits + logit_bias
         return jax.vmap(partial(sample_token, sampling_params=sampling_params))(logits, u)
 
-    return map_chunks(sample, jax.lax.stop_gradient(hidden), u, vocab_size=config.vocab_size)
+    return layout.by_position(partial(map_chunks, sample, vocab_size=config.vocab_size))(
+        jax.lax.stop_gradient(hidden), u
+    )
 
 
 def forbidden_bias(config: ModelConfig) -> jax.Array | None:
