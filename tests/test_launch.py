@@ -17,20 +17,24 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
 ODD = '--config.note=it\'s "$HOME" & a;b\\ `x` $(x) *\n é'  # a config string that every shell on the way would like to read
 RUN = ["--config=configs/star_arithmetic.py:smoke", "--workdir=/runs/x", ODD]
 
+# One stub writes at a time: bash writes line by line, and words hold line ends.
 RECORD = """#!/usr/bin/env bash
-{ printf '%s\\037' "${0##*/}" "$@"; printf '\\036'; } >>"$CALLS"
+{ flock 9; printf '%s\\037' "${0##*/}" "$@" >&9; printf '\\036' >&9; } 9>>"$CALLS"
 """
+# A VM of Compute Engine has a home of its own; the workers of a queued resource are one.
 GCLOUD = """
+home=$HOME
+for a; do case $2:$a in ssh:x-??) home=$HOME/$a ;; scp:x-??:*) home=$HOME/${a%%:*} ;; esac; done
+mkdir -p "$home"
 case "$*" in
 *list-instances*) cat "$VMS" ;;
 *describe*) head -n 1 "$STATES"; [ "$(wc -l <"$STATES")" -le 1 ] || sed -i 1d "$STATES" ;;
-*" ssh "*) for a; do case $a in --command=*) cd "$HOME"; exec bash -c "${a#--command=}" ;; esac; done ;;
-*" scp "*) for a; do [ ! -f "$a" ] || cp "$a" "$HOME/qstar.tgz"; done ;;
+*" ssh "*) for a; do case $a in --command=*) cd "$home"; HOME=$home exec bash -c "${a#--command=}" ;; esac; done ;;
+*" scp "*) for a; do [ ! -f "$a" ] || cp "$a" "$home/qstar.tgz"; done ;;
 esac
 """
 PYTHON = """
-# Moved into place: in a test two VMs, which share a home, install at the same time.
-if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python.$$"; mv "$3/bin/python.$$" "$3/bin/python"; fi
+if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi
 if [ "$2" = qstar ]; then exit "${QSTAR_EXITS:-0}"; fi
 """
 SQUEUE = """
@@ -262,7 +266,7 @@ def test_skypilot_starts_a_process_per_node_with_the_very_words(bench, copy):
     (copy / ".venv/bin").mkdir(parents=True)
     shutil.copy(bench.path / "python", copy / ".venv/bin/python")
     python = copy / ".venv/bin/python"
-    python.write_text(python.read_text().replace("{ printf", 'env | grep ^QSTAR_ >"$HOME/variables"\n{ printf', 1))
+    python.write_text(python.read_text().replace("{ flock", 'env | grep ^QSTAR_ >"$HOME/variables"\n{ flock', 1))
     given = {k: v for k, v in task["envs"].items() if v is not None}
     variables = {**given, "CONFIG": RUN[0][9:], "WORKDIR": "/runs/my x", "ARGUMENTS": shlex.quote(ODD),
                  "SKYPILOT_NODE_IPS": "10.0.0.2\n10.0.0.3", "SKYPILOT_NODE_RANK": "1"}  # fmt: skip
