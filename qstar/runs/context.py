@@ -48,6 +48,8 @@ class RunContext(Screen):
     writer: Writer = dataclasses.field(init=False)
     # Collected by `Arm.fail`: an arm that diverges does not end the others, and the run fails when all are done.
     failures: list[str] = dataclasses.field(default_factory=list)
+    # (stage, few-shot or not) -> the base and its greedy answers, which the arms have in common.
+    base_answers: dict[tuple[str, bool], tuple[Model, list[Rollout]]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def make(cls, config: Any, workdir: Path, console: Console) -> Self:
@@ -199,13 +201,22 @@ class Arm:
         answer = functools.partial(sample_rollouts, model, ctx.task, problems, greedy, few_shot=self.few_shot)
         folder = self.folder / "stages" / "evaluation"
 
+        # All arms start from one base, whose greedy answers do not depend on the arm: the first one samples them.
+        known = ctx.base_answers.get((stage, self.few_shot)) if n == 0 else None
+
         def make() -> list[dict[str, Any]]:
+            if known is not None and known[0] is model:
+                return [r.to_json() for r in known[1]]
             with ctx.bar("evaluate", len(problems)) as progress:
                 rows = answer(folder=folder, stage=stage, hinted=hinted, iteration=n, progress=progress)
             return [r.to_json() for r in rows]
 
         with self.timed("evaluate"):
-            return [Rollout(**row) for row in cached_jsonl(self.folder / "evaluation" / f"{stage}.jsonl", make)]
+            rows = cached_jsonl(self.folder / "evaluation" / f"{stage}.jsonl", make)
+        found = [Rollout(**row) for row in rows]
+        if n == 0:
+            ctx.base_answers.setdefault((stage, self.few_shot), (model, found))
+        return found
 
     def report(self, n: int, metrics: dict[str, Any], more: dict[str, Any]) -> None:
         """Writes the loop's metrics row, and prints the table of the arm so far."""
