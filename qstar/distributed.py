@@ -22,6 +22,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from qstar import files
 from qstar.errors import UserError, pip_install
 
 JOIN_SECONDS = 300.0  # default of QSTAR_JOIN_SECONDS
@@ -175,7 +178,10 @@ def remove(folder: Path) -> None:
     # A barrier: no process still reads the folder.
     broadcast_bool(True)
     if is_first():
-        shutil.rmtree(folder, ignore_errors=True)
+        if files.is_remote(folder):
+            epath.Path(folder).rmtree(missing_ok=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def exists(path: Path) -> bool:

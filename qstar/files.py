@@ -1,4 +1,4 @@
-"""Atomic, checksummed files and JSON parsing with errors that name the place.
+"""Atomic, checksummed files, on disks and in buckets (gs://), and JSON parsing with errors that name the place.
 
 A file written here appears whole or not at all. With `checksum=True`, a file of its name in the folder `.checksums` beside
 it records its size, number of lines and BLAKE2b hash, which `read` compares. A file without a record (written by an
@@ -12,10 +12,14 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from qstar.errors import QstarWarning, UserError
+import fsspec
+from etils import epath
+
+from qstar.errors import QstarWarning, UserError, require
 
 UNVERIFIED = (
     "some files or checkpoints of this run have no checksums (an earlier version wrote them): they are used unverified"
@@ -31,6 +35,53 @@ def warn(text: str) -> None:
     warnings.warn(text, QstarWarning, stacklevel=2)
 
 
+def as_path(text: str | os.PathLike) -> Path:
+    """The path that a user names: a local one, with `~` expanded, or one in a bucket (gs://bucket/name).
+
+    A path in a bucket has the methods of `pathlib.Path`, but for `glob` with `**`, `rglob` and appending. Raises
+    UserError if the library that reaches the bucket is not installed, or the scheme is another.
+    """
+    name = os.fspath(text)
+    if "://" not in name:
+        return Path(name).expanduser()
+    fault = f"{name}: is no folder; name one on a disk, or in a bucket of Google Cloud Storage (gs://bucket/name)"
+    require((name.startswith("gs://") and len(name) > len("gs://"), fault))
+    # Another process may write into a folder that this one has listed.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    try:
+        fsspec.filesystem("gcs").exists(name)
+    except ImportError as e:
+        raise UserError(f"{name}: gs:// needs gcsfs (pip install 'qstar[gcs]'): {e}") from None
+    except Exception as e:  # noqa: BLE001  no credentials, no such bucket, no network: each has its own class
+        raise UserError(f"{name}: cannot be reached ({' '.join(str(e).split())[:200] or type(e).__name__})") from None
+    return cast(Path, epath.Path(name))
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is one in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """All files of a folder and of the folders in it, in the order of their names."""
+    if is_remote(folder):
+        # One listing for all: asking for each path whether it is a folder would take minutes.
+        yield from (
+            cast(Path, epath.Path(f"gs://{name}")) for name in sorted(fsspec.filesystem("gcs").find(str(folder)))
+        )
+    else:
+        yield from sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def append(path: Path, content: bytes) -> None:
+    """Adds bytes to the end of a file. In a bucket, where objects do not grow, the file is written again."""
+    if is_remote(path):
+        path.write_bytes((path.read_bytes() if path.exists() else b"") + content)
+    else:
+        with path.open("ab", buffering=0) as file:
+            file.write(content)
+
+
 def record_path(path: Path) -> Path:
     """The path of a file's checksum record."""
     return path.parent / ".checksums" / path.name
@@ -42,8 +93,11 @@ def record_of(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "rows": content.count(b"\n"), "blake2b": digest}
 
 
-def write(path: Path, content: bytes, *, checksum: bool = False) -> None:
-    """Writes a file atomically: to a temporary name, flushed to the disk, renamed."""
+def write(path: Path, content: bytes, *, checksum: bool = False, durable: bool = True) -> None:
+    """Writes a file atomically: to a temporary name, flushed to the disk, renamed. An object of a bucket is atomic.
+
+    Args: checksum: writes a checksum record, too. durable: whether the disk is asked to write at once.
+    """
     if checksum:
         # The record comes first. A process killed between the two leaves a record without a file (which counts as missing)
         # or, where a file is replaced, a record that lists the old content as well as the new.
@@ -52,13 +106,17 @@ def write(path: Path, content: bytes, *, checksum: bool = False) -> None:
             records.append(old)
         record_path(path).parent.mkdir(exist_ok=True)
         write(record_path(path), (json.dumps(records) + "\n").encode())
+    if is_remote(path):
+        path.write_bytes(content)
+        return
     # Beside the file: `os.replace` is atomic within one file system only. The process id keeps two writers apart.
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:  # also on Ctrl-C: leave no partial file behind
         with contextlib.suppress(OSError):
@@ -101,7 +159,7 @@ def intact(path: Path) -> bool:
         read(path)
     except Damaged as e:
         warn(f"{e}; set aside as {path.name}.damaged and made again")
-        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        path.replace(path.with_name(f"{path.name}.damaged"))
         record_path(path).unlink(missing_ok=True)
         return False
     if not record_path(path).exists():
@@ -111,9 +169,10 @@ def intact(path: Path) -> bool:
 
 def verify(folder: Path) -> None:
     """Checks every file below a folder that has a record with `intact`, and reports missing ones."""
-    for record in sorted(folder.rglob(".checksums/*")):
+    for record in list(below(folder)):
         path = record.parent.parent / record.name
-        if path.name == "metrics.jsonl" or ".tmp-" in path.name:  # train.metrics verifies its own file
+        # train.metrics verifies its own file
+        if record.parent.name != ".checksums" or path.name == "metrics.jsonl" or ".tmp-" in path.name:
             continue
         if path.exists():
             intact(path)

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 import qstar.configs
 from qstar.data.user_code import importable, load_file, user_errors
-from qstar.errors import SEEDS, UserError, unknown
-from qstar.files import parse_json
+from qstar.errors import SEEDS, UserError, require, unknown
+from qstar.files import as_path, parse_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,14 +126,17 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def folder(flag: str, text: str) -> Path:
+    """Returns a folder on a disk or in a bucket (gs://) that a command reads or writes; raises UserError for other URLs."""
+    try:
+        return as_path(text)
+    except UserError as e:
+        raise UserError(f"{flag}={e}") from None
+
+
 def local_folder(flag: str, text: str) -> Path:
-    """Returns a folder that a command writes; raises UserError for a URL."""
-    # Runs need atomic renaming, locking and appending, which object stores do not offer.
-    if "://" in text:
-        raise UserError(
-            f"{flag}={text}: is no folder; name one on a disk that all processes see (a bucket can be mounted with gcsfuse), "
-            "and copy it when the run has ended"
-        )
+    """Returns a folder on a disk; raises UserError for a URL."""
+    require(("://" not in text, f"{flag}={text}: is no folder; name one on a disk, and copy it to a bucket afterwards"))
     return Path(text).expanduser()
 
 

@@ -471,7 +471,7 @@ def test_babysit_passes_sigterm_on_and_does_not_start_again(bench, tmp_path):
 
 
 @pytest.mark.parametrize("script, arguments, culprit", [
-    ("tpu_pod.sh", POD, "--config"), ("tpu_pod.sh", [*POD, "--config=c", "--workdir=gs://b/x"], "gs://b/x"),
+    ("tpu_pod.sh", POD, "--config"), ("tpu_pod.sh", [*POD, "--config=c", "--workdir=s3://b/x"], "s3://b/x"),
     ("tpu_pod.sh", [*POD, "--config=c", "--workdir=runs/x"], "runs/x"),
     ("tpu_pod.sh", ["--name=X", *POD[1:]][:2], "--name=X"),
     ("tpu_pod.sh", [*POD[:2], "--type=v9-8", "--create"], "v9-8"), ("tpu_pod.sh", ["--name=x", "--config=c"], "--zone"),

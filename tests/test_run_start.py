@@ -58,8 +58,8 @@ SUMS = f"train --config={ROOT}/configs/star_arithmetic.py:smoke"
 
 
 @pytest.mark.parametrize("command", [
-    f"{SUMS} --workdir=gs://bucket/x", f"{SUMS} --workdir=s3://bucket/x", f"{SUMS} --workdir=gs://",
-    "evaluate --model=m --task=arithmetic --out=gs://b/x", "export --run=gs://b/x --out=x", "export --run=x --out=gs://b/x",
+    f"{SUMS} --workdir=s3://bucket/x", f"{SUMS} --workdir=gs://",
+    "evaluate --model=m --task=arithmetic --out=s3://b/x", "export --run=s3://b/x --out=x", "export --run=x --out=gs://b/x",
     "compare --a=x=a.jsonl --b=y=b.jsonl --out=gs://b/x",
 ])  # fmt: skip
 def test_a_folder_in_a_bucket_is_refused_before_anything_is_written(command, tmp_path, monkeypatch, capfd):

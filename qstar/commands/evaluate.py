@@ -10,7 +10,7 @@ from typing import Any
 from qstar import preemption
 from qstar.distributed import start_jax
 from qstar.errors import UserError, require
-from qstar.flags import COUNT, POSITIVE, SEED, TEMPERATURE, Parser, json_object, local_folder
+from qstar.flags import COUNT, POSITIVE, SEED, TEMPERATURE, Parser, folder, json_object
 from qstar.tasks import task_names
 from qstar.tasks.prompts import FORMATS
 
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     # `made_with` identifies the kept answers: flags that change what is counted, but no answer, are not part of it.
     unused = {"verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature", *HARNESS}
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
-    out = local_folder("--out", a.out) if a.out else None
+    out = folder("--out", a.out) if a.out else None
     flags = ("split", "limit", "samples", "max_new_tokens", "temperature", "seed", "too_long")
     options = {name: getattr(a, name) for name in flags} | {"out": out, "made_with": made_with}
     options["prompt_format"] = prompt_format
@@ -134,7 +134,7 @@ def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
 
 
 def _evaluate_harness(a: argparse.Namespace) -> int:
-    out = local_folder("--out", a.out) if a.out else None
+    out = folder("--out", a.out) if a.out else None
     from qstar.methods.harness import evaluate_harness, tables, write_results
 
     where = {name: getattr(a, name) for name in ("limit", "num_fewshot", "include_path", "chat")}

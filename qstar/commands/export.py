@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qstar.distributed import start_jax
-from qstar.flags import COUNT, Parser, local_folder
+from qstar.flags import COUNT, Parser, folder, local_folder
 
 
 def main(argv: list[str]) -> int:
@@ -18,5 +18,5 @@ def main(argv: list[str]) -> int:
     start_jax(a.device)
     from qstar.methods.export import export_model
 
-    print(export_model(local_folder("--run", a.run), a.arm, a.iteration, local_folder("--out", a.out), a.verifier))
+    print(export_model(folder("--run", a.run), a.arm, a.iteration, local_folder("--out", a.out), a.verifier))
     return 0

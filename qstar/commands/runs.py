@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
+from qstar.files import as_path
 from qstar.flags import Parser
 
 
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     from qstar.report.listing import as_table, list_runs
     from qstar.train.metrics import show_table
 
-    rows = list_runs(Path(a.dir).expanduser())
+    rows = list_runs(as_path(a.dir))
     if a.json:
         for row in rows:
             print(json.dumps(row))

@@ -8,7 +8,7 @@ from typing import Any
 
 from qstar.distributed import is_first, start_jax
 from qstar.errors import require
-from qstar.flags import Parser, local_folder, value_sources
+from qstar.flags import Parser, folder, value_sources
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
         epilog="qstar train --config=star_arithmetic:smoke --config.train.lr=1e-3 --workdir=runs/x",
     )
     p.config()
-    p.flag("--workdir DIR", "run folder (default: runs/<config.name>)")
+    p.flag("--workdir DIR", "run folder, on a disk or gs:// (default: runs/<config.name>)")
     p.flag("--profile FIRST:LAST", "traces these updates to WORKDIR/profile, e.g. 10:13")
     p.switch("--print-config", "prints every value with its source, and ends")
     p.switch("--dry-run", "checks model, data and settings, counts steps and tokens, estimates memory; writes nothing")
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     if a.print_config:
         print(_values(config, value_sources(a.config, a.overrides), a.json))
         return 0
-    workdir = local_folder("--workdir", a.workdir) if a.workdir else _default_workdir(config.get("name", "run"))
+    workdir = folder("--workdir", a.workdir) if a.workdir else _default_workdir(config.get("name", "run"))
     # After the flags and the config: a mistake in them ends before JAX starts and waits for other processes.
     start_jax(a.device, several=True)
     from rich.console import Console

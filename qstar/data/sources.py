@@ -158,14 +158,10 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict], *, checksum: bool = False) -> None:
-    """Writes one JSON object per line, atomically (not on gs://); `checksum` adds a checksum record (`files.write`)."""
-    target = epath.Path(os.fspath(path)).expanduser()
+    """Writes one JSON object per line, atomically; `checksum` adds a checksum record (`files.write`)."""
+    target = files.as_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(map(_line, rows))
-    if "://" in os.fspath(path):
-        target.write_text(text)
-    else:
-        files.write(pathlib.Path(target), text.encode(), checksum=checksum)
+    files.write(target, "".join(map(_line, rows)).encode(), checksum=checksum)
 
 
 def _line(row: dict) -> str:
@@ -258,7 +254,7 @@ def _existing(source: str) -> epath.Path:
 
 def _content(path: epath.Path) -> bytes:
     try:
-        content = path.read_bytes() if "://" in os.fspath(path) else files.read(pathlib.Path(path))
+        content = files.read(path)
         return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 from qstar import distributed
 from qstar.errors import Settings, UserError, bounded, pip_install, require
-from qstar.files import warn
+from qstar.files import append, warn
 from qstar.models.model import Model
 from qstar.sample.batching import generate
 
@@ -277,8 +277,7 @@ class Cached:
                 is_torn = self.file.exists() and self.file.read_bytes()[-1:] not in (b"", b"\n")
                 # Refused prompts are not stored, so that a later run asks them again, perhaps with a longer context.
                 rows = [{"key": k, **a._asdict(), "crc": _crc(k, a)} for k, a in found.items() if a != UNANSWERED]
-                with self.file.open("a", encoding="utf-8") as out:
-                    out.write("\n" * is_torn + "".join(json.dumps(row) + "\n" for row in rows))
+                append(self.file, ("\n" * is_torn + "".join(json.dumps(row) + "\n" for row in rows)).encode())
         return [self._known[k] for k in keys]
 
 

@@ -13,7 +13,6 @@ import inspect
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,6 +21,7 @@ from rich.console import Console
 from qstar import methods
 from qstar.distributed import is_first
 from qstar.errors import unknown
+from qstar.files import as_path
 from qstar.methods.pairs import CONTEXTS
 from qstar.models.model import Model, load
 from qstar.runs.access import unlock
@@ -116,7 +116,7 @@ def evaluate(
     options["prompt_format"] = prompt_format
     if workdir is None:
         return evaluate_model(_loaded(model), task, **options)
-    out = Path(workdir).expanduser()
+    out = as_path(workdir)
     made_with = {"model": _rounded(model) if isinstance(model, Model) else os.fspath(model), **what}
     try:
         return evaluate_model(_loaded(model), task, out=out, made_with=made_with, **options)
@@ -180,7 +180,7 @@ def _train(
         config["data"]["source"] = f"{len(given['rows'])} rows, {data_hash(given['rows'])}"
     with tempfile.TemporaryDirectory() if workdir is None else contextlib.nullcontext(workdir) as folder:
         console = Console(quiet=quiet or not is_first())
-        return methods.run(ConfigDict({**config, "train": train}), Path(folder).expanduser(), console, **given)
+        return methods.run(ConfigDict({**config, "train": train}), as_path(folder), console, **given)
 
 
 def _rounded(model: Model) -> list[float]:

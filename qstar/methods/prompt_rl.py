@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from qstar.errors import UserError, require, unknown
+from qstar.files import as_path
 from qstar.methods import reinforce as engine
 from qstar.methods import rewards
 from qstar.methods.reinforce import ReinforceSettings, RewardOutput
@@ -126,7 +127,7 @@ def reinforce(
     environment = PromptEnvironment(model, prompts, terms, records, count, seed, stop)
     train = functools.partial(_train, model, environment, rl, settings, seed)
     if workdir is not None:
-        return train(Path(workdir).expanduser())
+        return train(as_path(workdir))
     with tempfile.TemporaryDirectory(prefix="qstar-rl-") as folder:
         return train(Path(folder))
 

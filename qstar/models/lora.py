@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
-from qstar import tree
+from qstar import files, tree
 from qstar.errors import UserError, require
 from qstar.models import fields
 from qstar.models.config import ModelConfig
@@ -149,7 +149,7 @@ def save_adapters(
     Args:
       base: name or folder of the base model, for the config. A trained value head goes into the file as `score`.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = files.as_path(folder)
     tensors: dict[str, np.ndarray] = {}
     modules: dict[str, list[tuple[Row, str]]] = {}  # a fused module has up to three parts
     for name in adapters["layers"]:
@@ -173,7 +173,7 @@ def save_adapters(
         part = {"kernel": "weight", "bias": "bias"}[path]
         tensors[f"{_PREFIX}score.{part}"] = np.ascontiguousarray(np.asarray(leaf, np.float32).T)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    files.write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     written = {
         "peft_type": "LORA",
         "task_type": "TOKEN_CLS" if config.value_head else "CAUSAL_LM",
@@ -235,12 +235,12 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
     Raises:
       UserError: names a missing or broken file, an option beyond plain LoRA, or a tensor that does not fit the model.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = files.as_path(folder)
     raw = read_json(folder / CONFIG)
     _check_settings(raw, str(folder / CONFIG))
     where = folder / WEIGHTS
     try:
-        tensors = load_file(where)
+        tensors = load(where.read_bytes())
     except (OSError, SafetensorError) as e:
         raise UserError(f"{where}: cannot be read ({e}); copy it again") from None
     # PEFT puts the adapter's name between lora_A and weight in memory, and some programs save it so.

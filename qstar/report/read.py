@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar.errors import UserError
-from qstar.files import read_json
+from qstar.files import as_path, read_json
 from qstar.report.rationales import Answers, Attempts, Row, read_answers, read_attempts
 from qstar.runs.access import is_running, read_run_config
 from qstar.train import metrics
@@ -128,7 +128,7 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600, rollouts: bool = True
 
 def read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     """A run's folder and its config. Raises UserError if the folder is missing or not a run's."""
-    folder = Path(folder).expanduser()
+    folder = as_path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the --workdir of a `qstar train`")
     if "method" not in read_dict(folder / "config.json"):

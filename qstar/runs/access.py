@@ -28,47 +28,60 @@ def read_run_config(workdir: Path, flag: str = "--workdir") -> dict[str, Any]:
     return config
 
 
-# Folder -> the open lock file: POSIX releases a lock when its file is closed, so a collected object would give it up.
+# Folder -> the open lock file (None in a bucket): POSIX releases a lock when its file is closed, so a collected object
+# would give it up.
 _locks: dict[Path, Any] = {}
 
 
 def lock(workdir: Path, flag: str = "--workdir") -> None:
     """Locks a run folder for this process, making it if necessary.
 
-    The lock is POSIX's, on WORKDIR/.lock, and ends with the process. On file systems without locks (some mounted
-    buckets) the process that the file names holds it as long as it runs on this host; the lock of a process of another
-    host, which cannot be checked, is taken over with a warning. Raises UserError if another process has it.
+    The lock is POSIX's, on WORKDIR/.lock, and ends with the process. In buckets and on file systems without locks the
+    process that the file names holds it as long as it runs on this host; the lock of a process of another host, which
+    cannot be checked, is taken over with a warning. Raises UserError if another process has it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if workdir.resolve() in _locks:
         return
+    path = workdir / ".lock"
     # Not "w", which would erase the holder's line before the lock is acquired.
-    file = (workdir / ".lock").open("a+", encoding="utf-8", errors="replace")
-    file.seek(0)
-    pid, host, begun, *_ = [*file.read().split(), "", "", ""]
+    file = None if files.is_remote(path) else path.open("a+b", buffering=0)
+    holder = (path.read_bytes() if path.exists() else b"").decode("utf-8", "replace")
+    pid, host, begun, *_ = [*holder.split(), "", "", ""]
     own = [str(os.getpid()), socket.gethostname(), _begun(os.getpid())]
     taken = f"{flag}={workdir}: process {pid} on {host} is running in it; wait for it, end it, or name another folder"
     try:
+        if file is None:
+            raise OSError("a bucket has no locks")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.close()
+        if file is not None:
+            file.close()
         raise UserError(taken) from None
     except OSError:
         if host == own[1] and begun and begun == _begun(pid) and [pid, host, begun] != own:
-            file.close()
+            if file is not None:
+                file.close()
             raise UserError(taken) from None
         if pid and host != own[1]:
             files.warn(f"{flag}={workdir}: takes over the lock of process {pid} on {host}; make sure that it has ended")
-    file.truncate(0)
-    file.write(" ".join(own) + "\n")
-    file.flush()
+    line = " ".join(own).encode() + b"\n"
+    if file is None:
+        path.write_bytes(line)
+    else:
+        file.truncate(0)
+        file.write(line)
     _locks[workdir.resolve()] = file
 
 
 def unlock(workdir: Path) -> None:
     """Releases a run folder, if this process has locked it."""
-    if file := _locks.pop(workdir.resolve(), None):
-        file.close()
+    if workdir.resolve() in _locks:
+        file = _locks.pop(workdir.resolve())
+        if file is None:
+            (workdir / ".lock").unlink(missing_ok=True)
+        else:
+            file.close()
 
 
 def is_locked(workdir: Path) -> bool:
@@ -77,7 +90,10 @@ def is_locked(workdir: Path) -> bool:
 
 
 def is_running(workdir: Path) -> bool:
-    """Whether a process of any host holds the lock of a run folder. Takes no lock and writes nothing."""
+    """Whether a process holds the lock of a run folder (on file systems without locks, and in buckets: one of this host).
+
+    Takes no lock and writes nothing.
+    """
     # Closing a file of the lock releases this process' own lock: it is not opened where this process has it.
     if is_locked(workdir):
         return True
@@ -87,6 +103,7 @@ def is_running(workdir: Path) -> bool:
         return False
     with file:
         try:
+            # An object of a bucket has no descriptor, which is an OSError, too.
             found = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_RDLCK, 0, 0, 0, 0))
             return struct.unpack("hhqqi", found)[0] != fcntl.F_UNLCK
         except OSError:

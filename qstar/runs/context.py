@@ -16,6 +16,7 @@ from rich.console import Console
 from qstar import distributed
 from qstar.data.sources import read_jsonl
 from qstar.errors import TrainingFailed, unknown
+from qstar.files import as_path
 from qstar.mesh import make_mesh
 from qstar.models.model import Model
 from qstar.runs.console import Screen, one_line
@@ -56,7 +57,7 @@ class RunContext(Screen):
         """Reads a config; raises UserError for a mistake in it, before anything is written."""
         settings = settings_from(cls.SECTIONS, config.to_dict(), "")
         several = jax.device_count() > 1 or settings.mesh != "data=-1"
-        return cls(config, Path(workdir), console, settings, make_mesh(settings.mesh) if several else None)
+        return cls(config, as_path(workdir), console, settings, make_mesh(settings.mesh) if several else None)
 
     @functools.cached_property
     def task(self) -> Task:

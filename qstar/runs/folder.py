@@ -163,8 +163,10 @@ def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") ->
     """
     there = workdir / "config.json"
     try:
-        nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-        if not nearest.is_dir():
+        # In a bucket a folder is there once it has a file, and nothing above it can be one.
+        above = () if files.is_remote(workdir) else workdir.absolute().parents
+        nearest = next((p for p in (workdir, *above) if p.exists()), None)
+        if nearest is not None and not nearest.is_dir():
             raise UserError(f"{flag}={workdir}: {nearest} is a file; name another folder")
         names = sorted(p.name for p in workdir.iterdir()) if nearest == workdir else []
         # The lock, and a config that a killed process was writing, are no run yet.

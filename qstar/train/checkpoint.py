@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,12 +43,15 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one training run: `folder/<step>/`."""
 
-    def __init__(self, folder: Any, *, keep: int = 2):
+    def __init__(self, folder: Any, *, keep: int = 2, before: Callable[[], None] = lambda: None):
         """Opens (and creates) the folder, where the newest `keep` checkpoints stay (two: one may be damaged).
+
+        `before` is called before each is saved: what it writes is there when a run resumes from that checkpoint.
 
         Raises:
           UserError: the folder cannot be written.
         """
+        self._before = before
         self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
@@ -64,6 +68,7 @@ class Checkpoints:
         # `Progress.save` may follow the loop's own save of a step, and orbax raises on a step that exists.
         if step in self._manager.all_steps():
             return
+        self._before()
         # The record as it is read back (tuples become lists): its checksum must be of that value.
         record = json.loads(json.dumps(record or {}))
         arrays = checksums(state)

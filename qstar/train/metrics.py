@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from rich.table import Table
 
 from qstar.distributed import is_first
 from qstar.errors import UserError
-from qstar.files import record_of, record_path, warn
+from qstar.files import append, as_path, is_remote, record_of, record_path, warn, write
 
+UPLOAD_SECONDS = 10.0  # between two writes of metrics.jsonl into a bucket
 KEYS = ("arm", "student", "part", "iteration", "stage", "step")  # identify a row
 
 
@@ -32,8 +33,9 @@ class Writer:
 
         Args: wandb: keyword arguments of `wandb.init`, to log there, too, with the run's `config`.
         """
-        self.folder = Path(folder)
-        self._file: Any = None
+        self.folder = as_path(folder)
+        self._is_open = False
+        self._waiting, self._flushed = b"", 0.0
         self._wandb: Any = None
         self._boards: dict[str, Any] = {}
         self._axes: set[str] = set()
@@ -43,10 +45,10 @@ class Writer:
         content, self._damaged = read_content(self.folder)
         self._hash = hashlib.blake2b(content, digest_size=16)
         self._bytes, self._rows = len(content), content.count(b"\n")
-        # Unbuffered: a row is in the file before its checksum is in the record, and a killed process loses none.
-        self._file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+        self._is_open = True
         if content[-1:] not in (b"", b"\n"):  # the partial line of a killed process ends here
-            self._append(b"\n")
+            self._waiting = b"\n"
+            self.flush()
         if wandb is not None:
             self._wandb = _wandb_run(self.folder, {"config": config, **wandb})
 
@@ -57,11 +59,15 @@ class Writer:
 
     def write(self, *, stage: str, step: int, arm: str = "", iteration: int = 0, **values: Any) -> None:
         """Writes one row. Numbers that are not finite become null (JSON has no NaN)."""
-        if self._file is None:
+        if not self._is_open:
             return
         row = {"arm": arm, "iteration": iteration, "stage": stage, "step": step, **values}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._append((json.dumps(clean) + "\n").encode())
+        self._waiting += (json.dumps(clean) + "\n").encode()
+        # A bucket writes the whole file again, and takes one write a second.
+        frequent = is_remote(self.folder) and stage in ("train", "rl")
+        if not frequent or time.monotonic() - self._flushed > UPLOAD_SECONDS:
+            self.flush()
         source = "_".join([arm, *(f"{k}_{values[k]}" for k in ("student", "part") if k in values)])
         board = self._board(source)
         for name, value in values.items():
@@ -76,17 +82,20 @@ class Writer:
             at = {"step": iteration if stage == "iteration" else step, "iteration": iteration}
             self._wandb.log({f"{prefix}/{k}": v for k, v in {**values, **at}.items()})
 
-    def _append(self, line: bytes) -> None:
-        self._file.write(line)
-        self._hash.update(line)
-        self._bytes, self._rows = self._bytes + len(line), self._rows + line.count(b"\n")
+    def flush(self) -> None:
+        """Writes the rows that wait (in a bucket), then the checksum record."""
+        lines, self._waiting = self._waiting, b""
+        if not lines:
+            return
+        # A row is in the file before its checksum is in the record, so that a killed process loses none.
+        append(self.folder / "metrics.jsonl", lines)
+        self._flushed = time.monotonic()
+        self._hash.update(lines)
+        self._bytes, self._rows = self._bytes + len(lines), self._rows + lines.count(b"\n")
         record = {"bytes": self._bytes, "rows": self._rows, "blake2b": self._hash.hexdigest(), "damaged": self._damaged}
         path = record_path(self.folder / "metrics.jsonl")
         path.parent.mkdir(exist_ok=True)
-        # Renamed into place, so that no kill leaves half a record. No fsync: there are many rows.
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write(path, (json.dumps(record) + "\n").encode(), durable=False)  # there are many rows
 
     def _board(self, arm: str) -> Any:
         if arm not in self._boards:
@@ -97,8 +106,8 @@ class Writer:
 
     def close(self) -> None:
         """Flushes everything."""
-        if self._file is not None:
-            self._file.close()
+        if self._is_open:
+            self.flush()
         for board in self._boards.values():
             board.close()
         if self._wandb is not None:
@@ -126,7 +135,7 @@ def _wandb_run(folder: Path, options: dict[str, Any]) -> Any:
 def read(folder: Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's metrics.jsonl that can be parsed, the last of each `KEYS`; warns of damage."""
     rows: dict[tuple, dict[str, Any]] = {}
-    for line in read_content(Path(folder))[0].splitlines():
+    for line in read_content(as_path(folder))[0].splitlines():
         try:
             row = json.loads(line)
             known = [type(row[k]) for k in ("arm", "iteration", "stage", "step")]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qstar.errors import UserError, require
-from qstar.files import Damaged, read, record_path
+from qstar.files import Damaged, as_path, below, read, record_path
 from qstar.report import render
 from qstar.report.pages import comparison, guided_cot, pairs, quiet_star, star
 from qstar.report.read import read_config, read_run
@@ -48,7 +48,7 @@ def compare_runs(folders: Sequence[str | os.PathLike], out: Path, refresh: int =
     Raises:
       UserError: as `write_report`; a run is named twice; or `out` is a file that is no page of qstar.
     """
-    paths = [Path(folder).expanduser().resolve() for folder in folders]
+    paths = [as_path(folder).resolve() for folder in folders]
     twice = next((folder for folder, path in zip(folders, paths) if paths.count(path) > 1), None)
     require((twice is None, f"report: {twice} is named twice; name different runs"))
     ours = not out.exists() or (out.is_file() and MARK in out.read_bytes()[:1000])
@@ -82,7 +82,7 @@ def _write(path: Path, text: str) -> Path:
 
 def _unverified(folder: Path) -> Path | None:
     # A file without a checksum record, or that differs from it, may have been edited: the likely cause of the error.
-    for path in sorted(p for p in folder.rglob("*.json*") if ".checksums" not in p.parts and p.is_file()):
+    for path in (p for p in below(folder) if ".json" in p.name and ".checksums" not in p.parts):
         try:
             damaged = metrics.read_content(folder)[1] if path.name == "metrics.jsonl" else read(path) is None
         except Damaged:
