@@ -105,7 +105,7 @@ def evaluate(
     """
     what = {"task": str(getattr(task, "name", task)), **options}
     task_options = dict(options.pop("task_options", {}))
-    how = {key: options.pop(key) for key in ("format", "shots") if key in options}
+    how: dict[str, Any] = {key: options.pop(key) for key in ("format", "shots") if key in options}
     if isinstance(task, str):
         task, prompt_format = make_prompted(task, {**task_options, **how})
     else:
@@ -153,12 +153,10 @@ def _train(
     elsewhere = _ELSEWHERE | (_OF_DISTIL if method == "distil" else {})
     fields = set(CONTEXTS[method].TRAIN.__dataclass_fields__)
     config: dict[str, Any] = {"method": method, "name": method, "arms": {method: {}}, "data": {"held_out": 0.0}}
-    config |= {
-        "seed": options.pop("seed", 0),
-        "mesh": options.pop("mesh", "data=1,fsdp=-1"),
-        "evaluate": {"examples": 0},
-    }
-    quiet, train = options.pop("quiet", False), {}
+    config |= {"seed": options.pop("seed", 0), "mesh": options.pop("mesh", "data=1,fsdp=-1")}
+    config["evaluate"] = {"examples": 0}
+    quiet = options.pop("quiet", False)
+    train: dict[str, Any] = {}
     for name, value in options.items():
         if name not in fields | elsewhere.keys():
             raise unknown(f"{_NAMES[method]}: option {name!r}", name, sorted(fields | elsewhere.keys()))

@@ -82,12 +82,12 @@ def distil(
         (longest <= R, f"max_new_tokens={R} is too short for distillation: the longest response has {longest} tokens"),
         (not soft or teacher is not None, f"kind={settings.kind!r} needs the predictions of a teacher model"),
     )
+    other = (teacher or start).config
     if soft:
-        sizes = (teacher.config.vocab_size, start.config.vocab_size)
+        sizes = (other.vocab_size, start.config.vocab_size)
         fault = f"teacher and student have vocabularies of {sizes[0]} and {sizes[1]}: use 'hard'"
         require((sizes[0] == sizes[1], fault))
     limit = scoring.text_limit(start.config, start.tokenizer)
-    other = (teacher or start).config
     tx, step = compiled(start.config, other, settings, limit, only_updates(train))
     # Padded to the longest row of all, so that every batch has the same shapes and the step is compiled once.
     lengths = [padded_length(max(len(getattr(r, k)) for r in rows)) for k in ("prompt", "teacher_prompt")]
@@ -104,7 +104,7 @@ def distil(
 
     stage = dataclasses.replace(stage, data=data_hash([settings, *rows]))
     # A hard loss reads no predictions: the train state then carries no teacher.
-    roles = {"teacher": teacher.params} if soft else None
+    roles = {"teacher": teacher.params} if soft and teacher else None
     model, summary = train_stage(start, stage, tx, lambda s: step, batch_at, roles=roles, watch=watch, on_policy=True)
     return model, {**summary, "rows": len(rows)}
 
@@ -118,7 +118,8 @@ def make_batch(
     length = lengths[1] if any(r.teacher_prompt for r in rows) else lengths[0]
     teacher_prompts = scoring.pad_prompts(teacher, [list(r.teacher_prompt or r.prompt) for r in rows], length)
     responses = scoring.pad_responses([r.response for r in rows], response_length)
-    return losses.Lesson(*prompt, *responses, *teacher_prompts)
+    host: list[Any] = [*prompt, *responses, *teacher_prompts]
+    return losses.Lesson(*host)
 
 
 def sample_on_policy(model: Model, params: Any, rows: Sequence[Pair], max_new_tokens: int, seed: int) -> list[Pair]:

@@ -23,7 +23,8 @@ from qstar.runs.access import read_run_config
 from qstar.runs.context import RunContext
 from qstar.runs.stages import restore
 
-CONTEXTS = {"star": RunContext, "rl": RLContext, "v_star": VStarContext, "quiet_star": QuietContext, **pairs.CONTEXTS}
+CONTEXTS: dict[str, type[RunContext]] = {"star": RunContext, "rl": RLContext, "v_star": VStarContext}
+CONTEXTS |= {"quiet_star": QuietContext, **pairs.CONTEXTS}
 
 
 def export_model(run: Path, arm: str | None, iteration: int | None, out: Path, verifier: str = "") -> Path:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qstar import distributed
-from qstar.errors import Settings, TrainingFailed, bounded, require
+from qstar.errors import Settings, TrainingFailed, UserError, bounded, require
 from qstar.methods.distillation import DistilTrain, distil
 from qstar.methods.guided_eval import percent
 from qstar.methods.guided_hotpotqa import MultiHop, MultiHopSettings
@@ -85,7 +85,7 @@ class GuidedSections(Sections):
 
     task: dict
     train: dict  # ReinforceSettings of all arms
-    gates: dict[str, GuidedGate] = dataclasses.field(default_factory=dict)
+    gates: dict[str, GuidedGate] = dataclasses.field(default_factory=dict)  # type: ignore[assignment]  # narrower, frozen
     guided: dict = dataclasses.field(default_factory=dict)  # TwoHopSettings or MultiHopSettings
     distil: DistilSettings = dataclasses.field(default_factory=DistilSettings)
     distil_train: DistilTrain = dataclasses.field(default_factory=DistilTrain)
@@ -102,7 +102,7 @@ class GuidedContext(RunContext):
     """One run of LM-Guided CoT."""
 
     SECTIONS: ClassVar = GuidedSections
-    task: GuidedTask = dataclasses.field(init=False)
+    task: GuidedTask = dataclasses.field(init=False)  # type: ignore[assignment]  # in place of a Task
     arms: dict[str, GuidedConfig] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +140,8 @@ def make_guided_task(sections: GuidedSections, workdir: Path, mesh: Any) -> Guid
         return TwoHop(settings_from(TwoHopSettings, sections.guided, "guided"), seed)
     settings, task = settings_from(MultiHopSettings, sections.guided, "guided"), make_task(name, **options)
     line = f"config.task.name={name!r} has no paragraphs to reason over; use hotpotqa"
-    require((isinstance(task, multihop.MultiHop), line))
+    if not isinstance(task, multihop.MultiHop):
+        raise UserError(line)
     return MultiHop(settings, task, seed, workdir, mesh)
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qstar.errors import Settings, UserError, bounded, require, unknown
-from qstar.methods.answerer import Answer, Answerer, Cached, HttpAnswerer, ModelAnswerer
+from qstar.methods.answerer import Answer, Cached, HttpAnswerer, ModelAnswerer
 from qstar.methods.distillation import Pair
 from qstar.methods.guided_eval import METRICS, percent, reward, task_score
 from qstar.methods.reinforce import RewardOutput
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, load
+from qstar.runs.rollouts import tokenizer_of
 from qstar.runs.settings import settings_from
 from qstar.sample.batching import generate
 from qstar.sample.vote import majority
@@ -100,7 +101,7 @@ class MultiHop:
         return model
 
     @functools.cached_property
-    def _large(self) -> Callable[..., Answerer]:
+    def _large(self) -> functools.partial[Any]:  # makes an Answerer
         s = self._large_settings
         if isinstance(s, HttpAnswerer):
             return functools.partial(dataclasses.replace, s)
@@ -164,10 +165,8 @@ class MultiHop:
     def prompt(self, problem: Problem, style: str, rationale: str = "", *, training: bool = False) -> str:
         """Returns a prompt within its model's limit, and counts the prompts whose context was truncated."""
         limit = self.settings.small_limit if style == "student" else self.settings.large_limit
-        frame, count = (
-            multihop.frame_for(style, problem.question, rationale),
-            functools.partial(self.length, style=style),
-        )
+        frame = multihop.frame_for(style, problem.question, rationale)
+        count = functools.partial(self.length, style=style)
         parts = multihop.paragraphs(problem, self.task.context)
         # In training, paragraphs without supporting facts are dropped first; at evaluation these labels are unknown.
         text, is_truncated = multihop.fit(parts, frame, limit, count, keep_gold=training)
@@ -179,7 +178,7 @@ class MultiHop:
         if style != "student" and isinstance(self._large_settings, HttpAnswerer):
             return len(text.split())
         model = self.small if style == "student" else self._large.args[0]
-        return len(model.tokenizer.encode(text)) + 1
+        return len(tokenizer_of(model).encode(text)) + 1
 
     # ----------------------------------------------------------------------------------- distillation and RL
 
@@ -191,9 +190,9 @@ class MultiHop:
         # The student is trained on the rationale alone: the answer remains the large model's part.
         for p, reply in zip(problems, replies):
             rationale, answer = multihop.split_reasoning(reply.text)
-            row = {"question": p.id, "prompt": self.prompt(p, "student", training=True), "rationale": rationale}
-            row |= {"answer": answer, "gold": p.meta["answer"], "type": p.group, "teacher": self.explainer.name}
-            rows.append(row)
+            prompt = self.prompt(p, "student", training=True)
+            row: dict[str, Any] = {"question": p.id, "prompt": prompt, "rationale": rationale, "answer": answer}
+            rows.append(row | {"gold": p.meta["answer"], "type": p.group, "teacher": self.explainer.name})
         return rows
 
     def keep(self, rows: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
@@ -212,7 +211,7 @@ class MultiHop:
     def to_pairs(self, rows: list[dict[str, Any]]) -> list[Pair]:
         """Returns rows as token ids; a rationale beyond `max_new_tokens` is cut, without EOS."""
         # The cut comes after EOS is appended: a cut rationale must not teach the student to stop there.
-        tokenizer, out = self.small.tokenizer, []
+        tokenizer, out = tokenizer_of(self.small), []
         for r in rows:
             text = multihop.clean_rationale(r["rationale"])
             text = text if isinstance(self.small.config, EncDecConfig) else f" {text}"
@@ -254,8 +253,8 @@ class MultiHop:
     def rationales(self, student: Model, n: int = 1, temperature: float = 0.0) -> list[list[Completion]]:
         """Returns n rationales of the student per test question."""
         prompts = [self.prompt(p, "student") for p in self.test]
-        options = {"max_new_tokens": self.max_new_tokens, "temperature": temperature, "n": n, "seed": self.seed}
-        return generate(student, prompts, **options)
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": temperature, "seed": self.seed}
+        return generate(student, prompts, n=n, **options)
 
     def answers_with(self, rationales: Sequence[str]) -> list[Answer]:
         """Returns the large model's answers to the test questions with these rationales."""
@@ -265,15 +264,15 @@ class MultiHop:
         """Returns whether each test question is answered correctly with a greedy rationale, and metrics in percent."""
         self.prompts_built = self.prompts_truncated = 0  # the rate is of this evaluation's prompts
         done = [row[0] for row in self.rationales(student)]
-        texts = [c.text for c in done]
+        texts = [c.text or "" for c in done]
         asked = [self.prompt(p, "guided", r) for p, r in zip(self.test, texts)]
         answers = self.answerer.answer(asked)
         read = [self.prompt(p, "student") for p in self.test]
         each = {m: self._scores([a.text for a in answers], m) for m in METRICS}
         quality = {n: [a(v) for v in self.views(self.test, texts)] for n, a in ASPECTS.items()}
         correct = each[self.settings.metric] >= 0.5
-        found = {m: percent(x) for m, x in each.items()} | {f"aspect/{n}": percent(x) for n, x in quality.items()}
-        found |= {
+        found: dict[str, Any] = {m: percent(x) for m, x in each.items()}
+        found |= {f"aspect/{n}": percent(x) for n, x in quality.items()} | {
             "quality": percent(list(quality.values())),
             "coverage": percent([multihop.coverage(p, t) for p, t in zip(self.test, texts)]),
             "bare_answer": percent([bare_answer(t, a.text) for t, a in zip(texts, answers)]),
@@ -316,7 +315,7 @@ class MultiHop:
         n = self.settings.votes
         # The temperature of the self-consistency paper (arXiv 2203.11171).
         rows = self.rationales(student, n, 0.7)
-        replies = zip(*(self.answers_with([row[j].text for row in rows]) for j in range(n)))
+        replies = zip(*(self.answers_with([row[j].text or "" for row in rows]) for j in range(n)))
         # Normalized as for EM: spellings that score alike are one candidate of the vote.
         chosen = [majority([normalise(a.text) for a in each], [a.logprob for a in each]) for each in replies]
         return percent(self._scores([c or "" for c in chosen]) >= 0.5)

@@ -275,7 +275,7 @@ class TwoHop:
         facts = [words(f) for f in rearrange(w.facts[i], "(fact part) -> fact part", part=3)]
         return {
             "question": f"{words(w.question[i])} ? ({', '.join(facts)})",
-            "rationale": words(slot),
+            "rationale": words(slot.tolist()),
             "answer": words([answer]),
             "gold": words([w.answer[i]]),
             "correct": bool(answer == w.answer[i]),
@@ -334,8 +334,8 @@ def _random_model(shape: dict[str, int], seed: int) -> Model:
 def _train(start: Model, text: Text, make_stage: Callable[..., Stage], lr: float = 3e-3, end: float = 0.05) -> Model:
     update: dict[str, Any] = {
         "lr": lr,
-        "schedule": "cosine",
         "end": end,
+        "schedule": "cosine",
         "warmup": 50,
         "b2": 0.98,
         "weight_decay": 0.01,
@@ -348,7 +348,8 @@ def _train(start: Model, text: Text, make_stage: Callable[..., Stage], lr: float
         tokens, mask = text(s)
         positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
         # One segment: padding in the slot is part of the layout, attended to here as in the answerer's prompts.
-        return Batch(tokens, mask, np.ones_like(tokens), positions)
+        columns: list[Any] = [tokens, mask, np.ones_like(tokens), positions]
+        return Batch(*columns)
 
     return train_stage(start, make_stage(settings=settings), tx, lambda s: step, batch_at)[0]
 

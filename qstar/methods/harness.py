@@ -38,7 +38,7 @@ from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, load
 from qstar.models.scoring import token_scores
 from qstar.models.thought_config import ThoughtConfig
-from qstar.runs.rollouts import generate
+from qstar.runs.rollouts import generate, tokenizer_of
 from qstar.sample.batching import default_slots
 from qstar.thoughts import layout, measure
 
@@ -53,12 +53,7 @@ except ImportError as e:
 
 THOUGHT_ROWS = 16  # texts per forward pass with thoughts
 ROUND = 512  # generations between two reports to lm_eval's cache
-USED = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "do_sample",
-)  # options of a task's generations, besides `until`, `max_gen_toks`
+USED = ("temperature", "top_k", "top_p", "do_sample")  # options of generations, besides `until`, `max_gen_toks`
 
 
 @register_model("qstar")
@@ -95,16 +90,15 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model = pretrained if isinstance(pretrained, Model) else load(pretrained, dtype=dtype)
         where = "this model" if isinstance(pretrained, Model) else pretrained
-        require(
-            (self.model.tokenizer is not None, f"{where}: the harness needs a tokenizer; put its files in the folder")
-        )
-        self.tokenizer = self.model.tokenizer.hf
+        fault = f"{where}: the harness needs a tokenizer; put its files in the folder"
+        require((self.model.tokenizer is not None, fault))
+        self.tokenizer = tokenizer_of(self.model).hf
         self.backend = "seq2seq" if isinstance(self.model.config, EncDecConfig) else "causal"
         self.config, self.thoughts = self.model.config, None
         if self.backend == "causal" and (thoughts or thoughts is None and self.config.thoughts is not None):
             self.config = thinking_config(self.model, thoughts or True)
             self.thoughts = self.config.thoughts
-            if thought_temperature is not None:
+            if self.thoughts and thought_temperature is not None:
                 self.thoughts = self.thoughts.replace(temperature=thought_temperature)
         # With thoughts the last token of a text is read, too.
         self.max_length = max_length or self.model.config.max_positions - (self.thoughts is not None)
@@ -113,11 +107,11 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.model.tokenizer.eos_id
+        return tokenizer_of(self.model).eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.model.tokenizer.bos_id
+        bos = tokenizer_of(self.model).bos_id
         return self.eot_token_id if bos is None else bos
 
     @property
@@ -135,11 +129,9 @@ class HarnessModel(TemplateLM):
         if self.backend == "seq2seq":
             return getattr(self.model.tokenizer, "encode" if add_special_tokens is False else "encode_prompt")(string)
         # As the `hf` class: of an empty text there is BOS alone only if the tokenizer always puts it in front.
-        return (
-            self.model.tokenizer.encode(string, bos=add_special_tokens is not False)
-            if string
-            else self.tokenizer.encode("")
-        )
+        if not string:
+            return self.tokenizer.encode("")
+        return tokenizer_of(self.model).encode(string, bos=add_special_tokens is not False)
 
     # -------------------------------------------------------------------------------------------- log-likelihoods
 
@@ -150,7 +142,7 @@ class HarnessModel(TemplateLM):
             room = self.max_length if self.backend == "seq2seq" else self.max_length + 1 - len(continuation)
             rows.append((list(context or [self.prefix_token_id])[-room:], list(continuation)))
         if self.thoughts:
-            found = self._score_with_thoughts(rows)
+            found = self._score_with_thoughts(rows, self.thoughts.temperature)
         else:
             scores = token_scores(self.model, *map(list, zip(*rows))) if rows else []
             found = [(float(s.logprobs.sum(dtype=np.float64)), bool(s.hits.all())) for s in scores]
@@ -159,7 +151,9 @@ class HarnessModel(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", text, result)
         return found
 
-    def _score_with_thoughts(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    def _score_with_thoughts(
+        self, pairs: list[tuple[list[int], list[int]]], temperature: float
+    ) -> list[tuple[float, bool]]:
         places = [list(range(len(p) - 1, len(p) + len(q) - 1)) for p, q in pairs]
         rows = [Row([*p, *q], at, [0] * len(at)) for (p, q), at in zip(pairs, places)]
         out: list[Any] = [None] * len(rows)
@@ -169,7 +163,7 @@ class HarnessModel(TemplateLM):
             tokens, mask, positions, _, counts = answer_arrays([rows[i] for i in members], THOUGHT_ROWS)
             tokens, mask, positions = put_global_batch((tokens, mask, positions), self.model.mesh)
             key = jax.random.fold_in(tree.random_key(self.seed), number)
-            how = {"temperature": jnp.float32(self.thoughts.temperature), "positions": positions}
+            how = {"temperature": jnp.float32(temperature), "positions": positions}
             batch = layout.text_batch(tokens, mask)
             found = to_host(measure.score(self.model.params, self.config, batch, key, **how))
             for r, i in enumerate(members):
@@ -179,7 +173,8 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Returns the log-likelihood of whole texts, read in windows of the model's context."""
-        windows, owner = [], []
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owner: list[int] = []
         for i, (text,) in enumerate(r.args for r in requests):
             found = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -223,9 +218,8 @@ class HarnessModel(TemplateLM):
             text = f"generation options {', '.join(ignored)} of the task are not supported and left out"
             warnings.warn(text, QstarWarning, stacklevel=2)
         room = self.max_length - (0 if self.backend == "seq2seq" else new)
-        require(
-            (room > 0, f"max_gen_toks={new} leaves no room in the context of {self.max_length}; lower max_gen_toks")
-        )
+        fault = f"max_gen_toks={new} leaves no room in the context of {self.max_length}; lower max_gen_toks"
+        require((room > 0, fault))
         prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
         drawn = {k: options[k] for k in ("top_k", "top_p") if options.get(k) is not None}
         sampling = {"temperature": options.get("temperature", 0.0) if options["do_sample"] else 0.0, **drawn}
@@ -234,7 +228,7 @@ class HarnessModel(TemplateLM):
         config = self.model.config
         model = self.model.replace(config=config.replace(also_eos=(*config.also_eos, *sorted(set(special)))))
         stop = [text for text in until if text]
-        more = {"thoughts": self.thoughts, "seed": self.seed, "slots": slots}
+        more: dict[str, Any] = {"thoughts": self.thoughts, "seed": self.seed, "slots": slots}
         found = generate(model, prompts, max_new_tokens=new, stop=stop, **sampling, **more)
         return [postprocess_generated_text(row[0].text, stop, None) for row in found]
 

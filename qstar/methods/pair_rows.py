@@ -49,10 +49,8 @@ def fit(
     room = model.config.max_positions
     both = [(row, encode(model, row)) for row in rows]
     kept = [(row, x) for row, x in both if max(map(len, x)) <= room and (not limit or sum(map(len, x)) <= limit)]
-    lost, line = (
-        len(rows) - len(kept),
-        f"the model's context of {room} tokens" + (f" or row_length={limit}" if limit else ""),
-    )
+    lost = len(rows) - len(kept)
+    line = f"the model's context of {room} tokens" + (f" or row_length={limit}" if limit else "")
     require((not rows or bool(kept), f"config.data: all {lost} rows are longer than {line}"))
     if lost:
         say(f"[yellow]{lost} of {len(rows)} rows are longer than {line}: left out")

@@ -143,7 +143,7 @@ class PairContext(RunContext):
 
     SECTIONS: ClassVar = PairSections
     FORM: ClassVar[str] = "pairs"
-    TRAIN: ClassVar[type] = SFTTrain
+    TRAIN: ClassVar[type[UpdateSettings]] = SFTTrain
 
     def __post_init__(self) -> None:
         """There is no task."""
@@ -284,8 +284,9 @@ def run(
         if teacher is not None and blank:
             # The first rows that it writes are the first thing in the run folder.
             ctx.start(start, arms=arms)
-            names, how = ("teacher", "teacher_held_out"), (ctx.settings.sample, ctx.seed)
-            sets = tuple(write_completions(ctx.say, teacher, x, *how, ctx.workdir / n) for n, x in zip(names, sets))
+            write = functools.partial(write_completions, ctx.say, teacher, sample=ctx.settings.sample, seed=ctx.seed)
+            names = ("teacher", "teacher_held_out")
+            sets = write(sets[0], folder=ctx.workdir / names[0]), write(sets[1], folder=ctx.workdir / names[1])
     limit = max(getattr(s, "row_length", 0) for s in arms.values())
     train, held_out = (fit(ctx.say, start, some, limit) for some in sets)
     ctx.start(start, arms=arms)
@@ -331,10 +332,9 @@ def train_arm(
 
     before = once_json(folder / "before.json", lambda: measure(start, 0)) if unseen else {}
     ctx.say(f"\n[bold]{name}[/bold]: {settings.steps:,} updates")
-    where, label = folder / "checkpoints" / "iter_001", {"arm": name, "iteration": 1}
+    where, seed = folder / "checkpoints" / "iter_001", stable_seed(ctx.seed, name, "train")
     try:
-        how: dict[str, Any] = {"steps": settings.steps, "seed": stable_seed(ctx.seed, name, "train")}
-        with ctx.stage(where, settings, **how, **label) as stage:
+        with ctx.stage(where, settings, steps=settings.steps, seed=seed, arm=name, iteration=1) as stage:
             model, done = TRAIN[ctx.settings.method](ctx, start, rows, examples, stage, watch, teacher)
     except Diverged as e:
         raise TrainingFailed(f"config.train.lr={settings.lr}: {e}") from None

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from qstar.data.corpus import Corpus, Rows, TextCorpus
 from qstar.errors import Settings, UserError, bounded, require, unknown
 from qstar.mesh import put_global_batch, to_host
 from qstar.models import heads
+from qstar.models.config import ModelConfig
 from qstar.models.hf import read_config
 from qstar.models.hub import resolve
 from qstar.models.model import Model
@@ -30,6 +31,7 @@ from qstar.text.tokenizer import load_tokenizer
 from qstar.thoughts import measure
 from qstar.types import Batch
 
+AnyArray = jax.Array | np.ndarray  # on the devices or, as in `Scores` that were fetched, on the host
 FOLD_METRICS = ("direct_nll", "worked_nll", "worked_accuracy", "step_nll")
 
 
@@ -65,7 +67,7 @@ class QuietSections(Sections):
     model: dict
     train: UpdateSettings
     evaluate: EvalConfig
-    gates: dict[str, BaseGate] = dataclasses.field(default_factory=dict)
+    gates: dict[str, BaseGate] = dataclasses.field(default_factory=dict)  # type: ignore[assignment]  # narrower, frozen
     base: QuietBase = dataclasses.field(default_factory=QuietBase)
     data: dict = dataclasses.field(default_factory=dict)
     thoughts: dict = dataclasses.field(default_factory=dict)  # a ThoughtConfig's fields, `parity` and `start_text`
@@ -121,7 +123,8 @@ class QuietContext(RunContext):
 
     def batch(self, rows: Rows) -> Batch:
         """Returns rows as host arrays; `fit` places them on the devices."""
-        return Batch(*(np.asarray(x) for x in rows[:4]))
+        columns: list[Any] = [np.asarray(x) for x in rows[:4]]
+        return Batch(*columns)
 
     def whole_batch(self, rows: Rows) -> Batch:
         """Returns rows, which every process has read whole, on the devices."""
@@ -207,8 +210,9 @@ def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[
     hold all steps, with the dash as start and end, before any training.
     """
     # One document per row, whatever the run's rows hold, so that every answer is at index -2.
-    corpus, config = Folds(), model.config.replace(thoughts=ctx.thoughts)
-    rows, hard = corpus.test_rows(size), len(corpus.classes) - 1
+    corpus, config = Folds(), cast(ModelConfig, model.config.replace(thoughts=ctx.thoughts))
+    rows, worked, hard = corpus.test_rows(size), corpus.worked_rows(size), len(corpus.classes) - 1
+    assert rows.classes is not None and rows.expected is not None and worked.classes is not None
     batch, dashed = ctx.whole_batch(rows), rows.tokens.copy()
     dashed[:, -2] = ctx.start_id
 
@@ -220,7 +224,6 @@ def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[
     # Given that no dash follows: the base expects one (worked documents have it), until it trains on direct text.
     # The replaced token is a target only; as an input it affects later scores, which are not used.
     direct = nll + np.log1p(-np.minimum(np.exp(-dash_nll), 1 - 1e-6))
-    worked = corpus.worked_rows(size)
     w_nll, w_hit, _ = score_text(ctx.whole_batch(worked))
     answer, step = worked.classes[:, 1:] == hard, worked.classes[:, 1:] == 2
     values = (direct[at], w_nll[answer], w_hit[answer], w_nll[step])
@@ -234,7 +237,7 @@ def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[
     return out
 
 
-def holds_steps(thoughts: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def holds_steps(thoughts: AnyArray, expected: np.ndarray) -> np.ndarray:
     """Returns whether thoughts begin with the expected tokens, as far as both reach, bool [B, P, M].
 
     Args:

@@ -85,11 +85,12 @@ def expected_accuracy(
         does not write them symbol by symbol; a text that is longer than the model's context.
     """
     config = thinking_config(model, thoughts)
-    tokenizer_of(model)  # raises
+    tokenizer = tokenizer_of(model)
     problems = problems_of(task, split, limit)
-    texts = [task.zero_shot(p) for p in problems]
-    require((None not in texts, f"task {task.name} has no zero-shot text to score; metric 'expected' needs one"))
-    allowed = symbol_ids(model.tokenizer, texts[0].symbols)
+    texts = [text for p in problems if (text := task.zero_shot(p)) is not None]
+    fault = f"task {task.name} has no zero-shot text to score; metric 'expected' needs one"
+    require((len(texts) == len(problems), fault))
+    allowed = symbol_ids(tokenizer, texts[0].symbols)
     rows = [tokenize(model, p, text, allowed) for p, text in zip(problems, texts)]
     ids, key = jnp.asarray(list(allowed.values()), jnp.int32), tree.random_key(seed)
     if temperature is None:
@@ -122,14 +123,17 @@ def expected_accuracy(
 
 def thinking_config(model: Model, thoughts: ThoughtConfig | bool) -> ModelConfig:
     """Returns the model's config with the thoughts to evaluate, or with none; UserError if the model cannot think."""
+    config = model.config
+    if not isinstance(config, ModelConfig):
+        raise UserError("the metrics 'expected' and 'cot' are for decoders, not for an encoder-decoder (T5)")
     if not thoughts:
-        return model.config.replace(thoughts=None)
-    chosen = model.config.thoughts if thoughts is True else thoughts
-    able = isinstance(chosen, ThoughtConfig) and {"thoughts", "mixing"} <= model.params.keys()
-    why = "this model cannot think: it has no start and end vectors and no mixing head; evaluate without thoughts"
-    require((able, why))
+        return config.replace(thoughts=None)
+    chosen = config.thoughts if thoughts is True else thoughts
+    if chosen is None or not {"thoughts", "mixing"} <= model.params.keys():
+        why = "it has no start and end vectors and no mixing head; evaluate without thoughts"
+        raise UserError(f"this model cannot think: {why}")
     # One talk token, as in the official evaluation: each answer token is scored by the thought right before it.
-    return model.config.replace(thoughts=chosen.replace(talk_tokens=1))
+    return config.replace(thoughts=chosen.replace(talk_tokens=1))
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
@@ -155,14 +159,15 @@ def _symbol(tokenizer: Tokenizer, token: int) -> str:
 
 def tokenize(model: Model, problem: Problem, text: ZeroShot, allowed: dict[str, int]) -> Row:
     """Returns a problem's `Row`; UserError if it is too long, or if its answer is not written symbol by symbol."""
-    head, tail = model.tokenizer.encode_pair(text.prompt, text.answer)
+    tokenizer = tokenizer_of(model)
+    head, tail = tokenizer.encode_pair(text.prompt, text.answer)
     length, room = len(head) + len(tail), model.config.max_positions
     if length > room:
         raise UserError(f"problem {problem.id}: its {length} tokens exceed the model's context of {room}")
     order = list(allowed.values())
     places = [(len(head) + k - 1, order.index(i)) for k, i in enumerate(tail) if i in order]
     # A token of two digits is no allowed id and would be left out of the product, which would then be too large.
-    written = "".join(_symbol(model.tokenizer, order[correct]) for _, correct in places)
+    written = "".join(_symbol(tokenizer, order[correct]) for _, correct in places)
     if written != "".join(c for c in text.answer if c in allowed):
         line = (
             f"problem {problem.id}: this tokenizer does not write the answer {text.answer.strip()!r} symbol by symbol"
@@ -282,8 +287,8 @@ def zero_shot_cot(
     config = thinking_config(model, thoughts)
     tokenizer_of(model)  # raises
     problems = problems_of(task, split, limit)
-    asked = [task.step_by_step(p) for p in problems]
-    require((None not in asked, f"task {task.name} has no step-by-step prompt; metric 'cot' needs one"))
+    asked = [words for p in problems if (words := task.step_by_step(p)) is not None]
+    require((len(asked) == len(problems), f"task {task.name} has no step-by-step prompt; metric 'cot' needs one"))
     prompts = [prompt for prompt, _ in asked]
     result: dict[str, Any] = {"problems": len(problems)}
     for suffix, t in (("_base", None), ("", config.thoughts)):
@@ -292,8 +297,8 @@ def zero_shot_cot(
         options: dict[str, Any] = {"thoughts": t, "temperature": temperature, "seed": seed}
         # The official code stops where the model begins another question.
         chains = generate(model, prompts, max_new_tokens=max_new_tokens, n=samples, stop=("Q:",), **options)
-        closing = [prompt + chain.text + words for (prompt, words), row in zip(asked, chains) for chain in row]
-        texts = [c[0].text for c in generate(model, closing, max_new_tokens=answer_tokens, **options)]
+        closing = [prompt + (chain.text or "") + words for (prompt, words), row in zip(asked, chains) for chain in row]
+        texts = [c[0].text or "" for c in generate(model, closing, max_new_tokens=answer_tokens, **options)]
         answers = [[task.parse_closing(x) for x in texts[i : i + samples]] for i in range(0, len(texts), samples)]
         correct = [[task.correct(p, a) for a in row] for p, row in zip(problems, answers)]
         counted = votes([task.ballots(a) for a in answers], correct, [""] * len(problems), samples)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from qstar import distributed
 from qstar.data.corpus import Rows
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.mesh import to_host
-from qstar.methods.quiet_data import QuietContext, holds_steps
+from qstar.methods.quiet_data import AnyArray, QuietContext, holds_steps
 from qstar.models.config import ModelConfig
 from qstar.models.hf import read_json
 from qstar.models.model import Model
@@ -145,7 +145,7 @@ def _measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, ste
     names, kinds = _kinds(ctx, rows)
     if thought_source == "none":
         nll, hit, counted = _score_text(ctx, model, rows)
-        values = {"nll_base": nll, "accuracy_base": hit}
+        values: dict[str, AnyArray] = {"nll_base": nll, "accuracy_base": hit}
         kinds = np.where(counted, kinds, -2)
         means = means_by_kind(names, kinds, values, intervals=("accuracy_base",))
         return {"classes": names, **means, **_row_sums(ctx, names, kinds, {"nll": nll})}
@@ -171,7 +171,7 @@ def _measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, ste
 
 
 def means_by_kind(
-    names: list[str], kinds: np.ndarray, values: dict[str, np.ndarray], intervals: tuple[str, ...] = ()
+    names: list[str], kinds: np.ndarray, values: dict[str, AnyArray], intervals: tuple[str, ...] = ()
 ) -> dict[str, float | None]:
     """Returns the means of values [B, M] over the tokens of each kind.
 
@@ -191,7 +191,7 @@ def means_by_kind(
     return out
 
 
-def _row_sums(ctx: QuietContext, names: list[str], kinds: np.ndarray, values: dict[str, np.ndarray]) -> dict[str, Any]:
+def _row_sums(ctx: QuietContext, names: list[str], kinds: np.ndarray, values: dict[str, AnyArray]) -> dict[str, Any]:
     """Returns sums of values [B, M] over each row's tokens of a kind, and their counts, for `compare_arms`."""
     # Generated corpora have a kind that thoughts are for, and thousands of rows: their means say enough.
     if ctx.corpus.classes:
@@ -261,6 +261,7 @@ def control_thoughts(
     thought_source: str, config: ModelConfig, key: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array | None:
     """Returns the thoughts of a control, int32 token ids of the given shape; None for sampled thoughts."""
+    assert config.thoughts is not None
     # A pause (Goyal et al. 2023) is the first forbidden id: no text holds it, so its embedding is free to be learned.
     if thought_source == "random":
         return thought_measure.random_thoughts(key, config, shape)
@@ -268,13 +269,15 @@ def control_thoughts(
 
 
 def _score_thoughts(ctx: QuietContext, model: Model, rows: Rows, thought_source: str, temperature: float) -> Scores:
-    config, P = model.config, ctx.settings.evaluate.thoughts_per_position
+    config, P = cast(ModelConfig, model.config), ctx.settings.evaluate.thoughts_per_position
+    assert config.thoughts is not None
+    S = config.thoughts.thought_tokens
 
     def score(i: int, batch: Batch) -> Scores:
         # The same keys at every evaluation, so that differences between steps and arms are less noisy.
         key = jax.random.key(stable_seed("evaluate", i))
         B, N = batch.tokens.shape
-        given = control_thoughts(thought_source, config, key, (B, P, N - 1, config.thoughts.thought_tokens))
+        given = control_thoughts(thought_source, config, key, (B, P, N - 1, S))
         options = {"passes": P, "temperature": temperature, "thoughts": given}
         return thought_measure.score(model.params, config, batch, key, **options)
 
@@ -345,5 +348,5 @@ def _write_thoughts(
     write_jsonl(ctx.workdir / arm / "thoughts" / f"step_{step:06d}.jsonl", out, checksum=True)
 
 
-def _rounded(x: np.ndarray, counted: np.ndarray) -> list[float | None]:
+def _rounded(x: AnyArray, counted: AnyArray) -> list[float | None]:
     return [round(float(v), 4) if c else None for v, c in zip(x, counted)]

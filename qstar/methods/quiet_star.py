@@ -24,7 +24,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -144,11 +144,11 @@ def in_order(arms: dict[str, Arm], parents: Callable[[Arm], Iterable[str]]) -> d
 def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, Model]) -> tuple[Model, dict[str, Any]]:
     """Trains one arm from its start; returns its model and its `measure` on held-out text."""
     # ---- the models, trained and frozen
-    start = with_thoughts(ctx, arm, models[arm.start])
+    start, thoughts = with_thoughts(ctx, arm, models[arm.start]), ctx.thoughts.replace(**arm.thoughts)
     teacher = models[arm.teacher] if arm.teacher else None
     # Teacher and reference are roles of the same state; the optimiser's pattern ^policy/ excludes them.
     roles = {"teacher": teacher.params} if teacher else {}
-    if arm.thought_source == "sampled" and start.config.thoughts.kl_weight:
+    if arm.thought_source == "sampled" and thoughts.kl_weight:
         roles["reference"] = start.params
 
     # ---- the update, for the thought length of its step
@@ -157,7 +157,7 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
     seed = stable_seed(ctx.seed, name)
 
     def step_at(step: int) -> Callable[..., Any]:
-        length = start.config.thoughts.thought_tokens
+        length = thoughts.thought_tokens
         if arm.thought_lengths:
             # A function of (seed, step), so that a resumed run draws the same lengths.
             rng = np.random.default_rng([seed, step])
@@ -186,7 +186,7 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
 
 def with_thoughts(ctx: QuietContext, arm: QuietConfig, model: Model) -> Model:
     """Returns the model with start and end vectors and a mixing head, unless it has them; without, for "none"."""
-    config = model.config.replace(thoughts=ctx.thoughts.replace(**arm.thoughts))
+    config = cast(ModelConfig, model.config.replace(thoughts=ctx.thoughts.replace(**arm.thoughts)))
     if arm.thought_source == "none":
         params = {k: v for k, v in model.params.items() if k not in ("thoughts", "mixing")}
     elif "mixing" in model.params:
@@ -211,6 +211,7 @@ def update(
     teacher_weight: float,
 ) -> Callable[..., Any]:
     """Returns the jitted update of an arm, for thoughts of `length` tokens; arms with equal arguments share it."""
+    assert config.thoughts is not None  # see `with_thoughts`
     config = config.replace(thoughts=config.thoughts.replace(thought_tokens=length))
     if thought_source == "sampled":
         loss = functools.partial(thought_loss.loss, config=config)
@@ -226,6 +227,7 @@ def update(
 def control_loss(params: Any, batch: Batch, rng: jax.Array, *, config: ModelConfig, thought_source: str) -> Any:
     """Returns the loss of the controls "random" and "pause": their thoughts are not sampled, so none is reinforced."""
     t = config.thoughts
+    assert t is not None
     B, N = batch.tokens.shape
     shape = (t.thought_tokens, B * t.thoughts_per_position, thinking_count(t, N))
     thoughts = control_thoughts(thought_source, config, rng, shape)

@@ -43,15 +43,8 @@ from qstar.methods.distillation import only_updates
 from qstar.models import heads, lora, scoring
 from qstar.models.model import Model
 from qstar.runs.folder import data_hash, stable_seed
-from qstar.runs.stages import (
-    MACHINE,
-    Stage,
-    UpdateSettings,
-    fresh_adapters,
-    merge_adapters,
-    run_updates,
-    train_once,
-)
+from qstar.runs.rollouts import tokenizer_of
+from qstar.runs.stages import MACHINE, Stage, UpdateSettings, fresh_adapters, merge_adapters, run_updates, train_once
 from qstar.sample.batching import padded_length, stream
 from qstar.text.chat import as_text
 from qstar.train import rl
@@ -273,7 +266,8 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     )
     # An array, not a static argument: an adapted weight does not compile the step anew.
     weights = np.full(len(flat), kl_weight, np.float32)
-    batch = rl.Experience(prompt, prompt_mask, response, mask, old, ref, values, advantages, returns, weights)
+    columns: list[Any] = [prompt, prompt_mask, response, mask, old, ref, values, advantages, returns, weights]
+    batch = rl.Experience(*columns)
     clock.append(time.perf_counter())
 
     parts = dict(rewards.parts)
@@ -361,4 +355,4 @@ def rollouts(run: Run, params: Any, prompts: Sequence[Any], update: int) -> list
 def _encode(model: Model, prompt: Any) -> list[int]:
     """Returns the ids of a prompt: texts and messages are encoded as `generate` does, lists of ids stay."""
     prompt = as_text(model.tokenizer, prompt)
-    return model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+    return tokenizer_of(model).encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)

@@ -93,7 +93,7 @@ def _parts(name: str, settings: Any) -> list[tuple[str, Any]]:
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested dicts as one, with dotted keys; an empty dict stays a value."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
             out |= flatten(value, f"{prefix}{key}.")

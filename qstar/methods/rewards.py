@@ -70,8 +70,8 @@ class Reward:
     def fingerprint(self) -> str:
         """A hash of the file that names the function, or of its source if it was given itself; "" if unreadable."""
         try:
-            has_file = self.path and self.named_by_file
-            source = Path(self.path).read_bytes() if has_file else inspect.getsource(self.function).encode()
+            file = self.path if self.named_by_file else None
+            source = Path(file).read_bytes() if file else inspect.getsource(self.function).encode()
         except (OSError, TypeError):
             return ""
         return hashlib.sha256(source).hexdigest()[:16]

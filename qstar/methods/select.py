@@ -142,7 +142,7 @@ def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> 
         out["pass"][k] = [stats.pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
         out["majority"][k] = [vote.voted_right_at_k(p.answers, p.correct, k) for p in problems]
         for name in scorers:
-            out[f"best/{name}"][k] = [stats.best_of_k(p.scores[name], p.correct, k) for p in problems]
+            out[f"best/{name}"][k] = [float(stats.best_of_k(p.scores[name], p.correct, k)) for p in problems]
             out[f"weighted/{name}"][k] = [_weighted_vote(p, name, k, probabilities[name]) for p in problems]
             out[f"top{m}/{name}"][k] = [_top_m_vote(p, name, k, m) for p in problems]
     return dict(out)

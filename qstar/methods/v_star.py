@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from qstar.errors import Settings, bounded, require
 from qstar.methods import preference_data as data
@@ -229,7 +229,7 @@ def retrain(
     arm: Arm, loop: VStarConfig, base: Model, generator: Model, solutions: list[data.Solution], n: int
 ) -> tuple[Model, dict[str, Any]]:
     """G <- SFT(G_base, solutions); with too few rows the generator stays."""
-    ctx = arm.ctx
+    ctx = cast(VStarContext, arm.ctx)
     # Sampled token ids are trained on as they are; encoding the text anew may split it otherwise.
     rows = [to_example(ctx.tokenizer, ctx.training_prompt(s.prompt), s.completion, s.tokens) for s in solutions]
     rows = ctx.fitting(rows)

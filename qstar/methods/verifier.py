@@ -28,7 +28,7 @@ from qstar.models.heads import add_value_head
 from qstar.models.model import Model, load
 from qstar.models.scoring import logprobs, values
 from qstar.runs.folder import cached_jsonl, data_hash
-from qstar.runs.rollouts import to_example
+from qstar.runs.rollouts import to_example, tokenizer_of
 from qstar.runs.stages import Stage, UpdateSettings, train_stage
 from qstar.tasks.base import Problem, Task
 from qstar.text.chat import as_text
@@ -138,7 +138,9 @@ def _scores(v: Verifier, rule: str, pairs: Sequence[tuple[Any, Any]]) -> np.ndar
         sums = np.array([x.sum() for x in each], np.float32)
         if rule == "mean_logp":
             return sums / np.array([max(1, len(x)) for x in each], np.float32)
-        return sums - _scores(Verifier(v.reference), "logp", pairs) if rule == "logratio" else sums
+        if v.reference is None or rule != "logratio":
+            return sums
+        return sums - _scores(Verifier(v.reference), "logp", pairs)
     # float64, so that a product over many steps does not underflow in between
     chances = [expit(np.asarray(x, np.float64)) for x in values(v.model, prompts, completions)]
     if rule == "orm":
@@ -158,7 +160,9 @@ def _scores(v: Verifier, rule: str, pairs: Sequence[tuple[Any, Any]]) -> np.ndar
 
 def _to_ids(model: Model, prompt: Any, completion: Any) -> Example:
     tokenizer = model.tokenizer
-    if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
+    if not isinstance(prompt, str) and not isinstance(completion, str):
+        return Example(list(prompt), list(completion))
+    if tokenizer is None:
         raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids")
     if isinstance(prompt, str) and isinstance(completion, str):
         return to_example(tokenizer, prompt, completion)
@@ -195,7 +199,7 @@ def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[
 
     def encode(p: Pair) -> tuple[Example, Example]:
         sides = ((p.chosen, p.chosen_tokens), (p.rejected, p.rejected_tokens))
-        chosen, rejected = (to_example(sft.tokenizer, p.prompt, text, ids) for text, ids in sides)
+        chosen, rejected = (to_example(tokenizer_of(sft), p.prompt, text, ids) for text, ids in sides)
         return chosen, rejected
 
     def with_reference() -> list[dict[str, Any]]:
@@ -233,16 +237,15 @@ def train_head(
     `labels`: for a PRM, by key of a solution the labels of its `task.steps`; None: `Task.step_labels`. Raises UserError
     if no solution fits into a row, or for a PRM on a task that has no labels of steps.
     """
-    s, tokenizer = job.settings, sft.tokenizer
+    s, tokenizer = job.settings, tokenizer_of(sft)
     examples = [to_example(tokenizer, x.prompt, x.completion, x.tokens) for x in solutions]
     fits = [i for i, e in enumerate(examples) if len(e) <= s.row_length]
     steps = None
     if kind == "prm":
-        step_labels = [
-            labels[x.key] if labels else task.step_labels(problems[x.problem_id], x.completion) for x in solutions
-        ]
+        known = [labels[x.key] if labels else task.step_labels(problems[x.problem_id], x.completion) for x in solutions]
+        step_labels = [some for some in known if some is not None]
         fault = f"config.loop.verifiers: task {task.name} has no labels of steps for a prm; set config.prm.rollouts"
-        require((all(some is not None for some in step_labels), fault))
+        require((len(step_labels) == len(known), fault))
         ends = [step_ends(task.steps, tokenizer, examples[i], solutions[i].completion) for i in fits]
         steps = [step_targets(e, step_labels[i]) for e, i in zip(ends, fits)]
     fault = f"config.{kind}.row_length={s.row_length}: none of {len(solutions)} solutions fits into a row"
@@ -280,7 +283,7 @@ def _train(start: Model, job: Job, kind: str, arrays: dict[str, np.ndarray], row
     tx, step = (dpo_step if kind == "dpo" else value_step)(start.config, s)
 
     def batch_at(n: int) -> Any:
-        rest = dict(stream()[n])
+        rest: dict[str, Any] = dict(stream()[n])
         return rows_type(Batch(**{f.name: rest.pop(f.name) for f in dataclasses.fields(Batch)}), **rest)
 
     data = data_hash(part for key in sorted(arrays) for part in (key, arrays[key]))

@@ -193,7 +193,7 @@ def calibration(scores: Sequence[ArrayLike], correct: Sequence[ArrayLike]) -> di
 def bootstrap_ci(
     values: Sequence[float] | np.ndarray,
     *,
-    counts: Sequence[float] | None = None,
+    counts: Sequence[float] | np.ndarray | None = None,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,

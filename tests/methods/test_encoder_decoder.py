@@ -15,9 +15,10 @@ import qstar
 from configs import quiet_star_text, star_gsm8k, v_star_gsm8k
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
-from qstar.methods import quiet_star, star, v_star
+from qstar.methods import quiet_eval, quiet_star, star, v_star
 from qstar.models import scoring
 from qstar.models.encdec import EncDecConfig
+from qstar.models.model import Model
 from qstar.plan.cases import programs
 from qstar.plan.steps import Assumed
 from qstar.runs.rollouts import to_example
@@ -105,6 +106,12 @@ def test_quiet_star_refuses_a_t5_at_once(t5, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="config.model.path=.*encoder-decoder .T5. cannot think") as e:
         quiet_star.run(config, tmp_path / "run", Silent())
     assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("thoughts", [False, True])
+def test_metrics_of_quiet_star_refuse_a_t5(thoughts):
+    with pytest.raises(UserError, match="for decoders, not for an encoder-decoder .T5."):
+        quiet_eval.thinking_config(Model(EncDecConfig(), {}), thoughts)
 
 
 @pytest.mark.parametrize("module", [star_gsm8k, v_star_gsm8k])
