@@ -17,6 +17,8 @@ rates, filters and lengths were chosen on was not kept apart from the test quest
     ... --config.guided.votes=10    self-consistency over ten rationales, too
 """
 
+from typing import Any
+
 from qstar.configs.common import parse_arg, star_config
 
 from qstar.errors import unknown
@@ -24,7 +26,7 @@ from qstar.errors import unknown
 RLOO = {"estimator": "rloo"}
 # No KL penalty, and an undistilled student.
 UNREGULARIZED = {"start": "kd_none", "rl": {**RLOO, "kl_weight": 0.0}, "aspect_weight": 0.0, "train": {"updates": 150}}
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "kd_unfiltered": {"filter": "none"},
     "kd_loose": {"filter": "parity"},
     "kd_filtered": {"filter": "em"},
@@ -87,7 +89,7 @@ def get_config(arg=None):
 
 def with_starts(names):
     """The arms, and those they start from."""
-    out = {}
+    out: dict[str, dict[str, Any]] = {}
     for name in names:
         if name not in ARMS:
             raise unknown(f"config argument arms: {name!r}", name, ARMS)

@@ -14,13 +14,15 @@ Quiet-STaR text never does (`qstar/tasks/fold_digits.py`).
     ...:documents=2                   two problems per row
 """
 
+from typing import Any
+
 from qstar.configs.common import parse_arg, quiet_config
 
 from qstar.errors import unknown
 
 FROZEN = "thoughts|mixing"
 TRANSFORMER = "layers|embed|head|norm|positions"
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "quiet_star": {},
     "no_policy": {"thoughts": {"policy_weight": 0.0}},
     "no_policy_frozen": {"thoughts": {"policy_weight": 0.0}, "trainable": FROZEN},
@@ -34,7 +36,7 @@ ARMS = {
     "pause_long": {"steps": 12, "thought_source": "pause"},
 }
 DEFAULT = "quiet_star+no_policy+no_policy_frozen+pause+random+same_text+same_compute"
-OFFICIAL = {  # one of the official code's choices each, see ThoughtConfig
+OFFICIAL: dict[str, dict[str, Any]] = {  # one of the official code's choices each, see ThoughtConfig
     "clip": {"clip_negative": True},
     "temperature_3": {"policy_temperature": 3.0},
     "mean": {"policy_reduce": "mean"},
@@ -90,7 +92,7 @@ def get_config(arg=None):
     config.evaluate.update(rows=1200, batch_size=200, viewer_texts=40)
     config.gates = gates()
     if arg.lengths:
-        arms = {f"length_{n}": {"thoughts": {"thought_tokens": n}} for n in range(1, 9)}
+        arms: dict[str, dict[str, Any]] = {f"length_{n}": {"thoughts": {"thought_tokens": n}} for n in range(1, 9)}
     elif arg.official:
         arms = {name: {"thoughts": changes} for name, changes in OFFICIAL.items()}
         # The start and end vectors where they were: is it their movement that loses the thoughts?
@@ -117,7 +119,7 @@ def arm_of(name):
 
 def fast():
     """A curriculum from six tokens to two, beside training at two from the start; then students of either teacher."""
-    out = {"six": {}}
+    out: dict[str, dict[str, Any]] = {"six": {}}
     for before, name, n in (("six", "six_to_four", 4), ("six_to_four", "four_to_two", 2)):
         out[name] = {"start": before, "thoughts": {"thought_tokens": n}}
     out["two"] = {"thoughts": {"thought_tokens": 2}, "steps": 3}

@@ -156,7 +156,7 @@ def _end(code: int) -> None:
     if jax is not None:
         from jax._src import api
 
-        atexit.unregister(getattr(api, "clean_up", None))
+        atexit.unregister(getattr(api, "clean_up", _end))  # `_end`: registered nowhere
         if jax.distributed.is_initialized():
             # Without it, the coordination service of the other processes reports a crash.
             jax.distributed.shutdown()

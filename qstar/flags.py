@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
             values = getattr(found, action.dest, None)
             empty = "" in (values if isinstance(values, list) else [values])
             if empty and action.default != "" and action.metavar not in (None, "TEXT", "VALUE"):
-                self.error(f"{(action.option_strings or [action.metavar])[0]} is empty; give a value, or leave it out")
+                name = action.option_strings[0] if action.option_strings else action.metavar
+                self.error(f"{name} is empty; give a value, or leave it out")
         return found, rest
 
     def error(self, message: str) -> Any:

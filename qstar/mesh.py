@@ -16,12 +16,12 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qstar import tree
@@ -30,6 +30,7 @@ from qstar.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 Axes = tuple[str | None, ...]
 AxisTable = Sequence[tuple[str, Axes]]
+AnyMesh = Mesh | AbstractMesh  # within a program the mesh has no devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Rules:
     layers: tuple[str, ...] = ()
     rows: tuple[str, ...] = AXES  # of something small that every device would do alike
 
-    def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
+    def spec(self, axes: Axes, shape: tuple[int, ...], mesh: AnyMesh) -> P:
         """Returns the PartitionSpec of an array with these logical axes.
 
         An axis that its mesh axes do not divide stays whole (and shows as such in the table).
@@ -88,9 +89,8 @@ def make_mesh(spec: str = "data=-1", devices: Sequence[jax.Device] | None = None
     for part in filter(None, (p.strip() for p in spec.split(","))):
         name, _, value = part.partition("=")
         if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", value):
-            raise UserError(
-                f"mesh {spec!r}: {part!r} is not one of {', '.join(a + '=N' for a in AXES)} (N >= 1, or -1 for the rest)"
-            )
+            known_axes = ", ".join(a + "=N" for a in AXES)
+            raise UserError(f"mesh {spec!r}: {part!r} is not one of {known_axes} (N >= 1, or -1 for the rest)")
         sizes[name] = int(value)
     free = [a for a in AXES if sizes[a] == -1]
     known = math.prod(v for v in sizes.values() if v > 0)
@@ -105,7 +105,7 @@ def make_mesh(spec: str = "data=-1", devices: Sequence[jax.Device] | None = None
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def shardings(state: Any, table: AxisTable, mesh: Mesh, rules: Rules = Rules()) -> Any:
+def shardings(state: Any, table: AxisTable, mesh: AnyMesh, rules: Rules = Rules()) -> Any:
     """Returns a tree of NamedSharding for `state` (arrays or abstract arrays), by the first pattern that matches a path.
 
     A leaf that no pattern matches (step, rng, counters) is replicated.
@@ -126,9 +126,8 @@ def shardings(state: Any, table: AxisTable, mesh: Mesh, rules: Rules = Rules()) 
 def mesh_jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Returns `jax.jit(f)`, called and lowered in the mesh of its first argument's sharding, if it has one."""
     # The mesh is a context, not an argument: `replicate`, `map_rows` and `batch_axes` read it deep inside the model.
-    jitted = jax.jit(f, **options)
+    jitted: Any = jax.jit(f, **options)
 
-    @functools.wraps(f)
     def call(*args: Any, **kwargs: Any) -> Any:
         with _entered(args[0]):
             return jitted(*args, **kwargs)
@@ -137,14 +136,15 @@ def mesh_jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         with _entered(args[0]):
             return jitted.lower(*args, **kwargs)
 
-    call.lower, call._cache_size, call.clear_cache = lower, jitted._cache_size, jitted.clear_cache
-    return call
+    out: Any = functools.wraps(f)(call)
+    out.lower, out._cache_size, out.clear_cache = lower, jitted._cache_size, jitted.clear_cache
+    return out
 
 
 def _entered(tree_: Any) -> Any:
     first = next(iter(jax.tree.leaves(tree_)), None)
     where = None if isinstance(first, jax.core.Tracer) else getattr(first, "sharding", None)
-    return jax.set_mesh(where.mesh) if isinstance(where, NamedSharding) else contextlib.nullcontext()
+    return jax.set_mesh(cast(Mesh, where.mesh)) if isinstance(where, NamedSharding) else contextlib.nullcontext()
 
 
 def batch_axes(rows: int = 0, rules: Rules = Rules()) -> tuple[str, ...]:

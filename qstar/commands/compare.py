@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
             missing = f"compare: --{flag}=NAME=FILE is missing or incomplete (see qstar compare --help)"
             require((bool(name and file), missing))
             sides.append(Side(name, file))
-        print(write_comparison(*sides, folder, count=a.count, seed=a.seed, right=a.right))
+        print(write_comparison(sides[0], sides[1], folder, count=a.count, seed=a.seed, right=a.right))
         return 0
     found = count_votes(folder, a.votes)
     if a.json:

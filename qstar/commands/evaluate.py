@@ -91,10 +91,10 @@ def main(argv: list[str]) -> int:
     unused = {"verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature", *HARNESS}
     made_with = {k: v for k, v in vars(a).items() if k not in unused}
     out = folder("--out", a.out) if a.out else None
-    flags = ("split", "limit", "samples", "max_new_tokens", "temperature", "seed", "too_long")
-    options = {name: getattr(a, name) for name in flags} | {"out": out, "made_with": made_with}
+    same = ("split", "limit", "samples", "max_new_tokens", "temperature", "seed", "too_long")
+    options = {name: getattr(a, name) for name in same} | {"out": out, "made_with": made_with}
     options["prompt_format"] = prompt_format
-    options["score"] = lambda rows, *where: by_scores(rows, a.samples, scorers, *where, task.ballots)
+    options["score"] = lambda rows, folder, own: by_scores(rows, a.samples, scorers, folder, own, task.ballots)
     try:
         result = evaluate_model(load(a.model), task, **options)
     except preemption.Preempted:
