@@ -61,9 +61,9 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float, cap:
     Returns:
       [T, H, K] in q's dtype; scores and softmax are float32.
     """
-    if isinstance(segments[0].mask, flash.KernelMask):
+    if isinstance(mask := segments[0].mask, flash.KernelMask):
         (text,) = segments
-        return flash.attend_text(q, text.keys, text.values, text.mask, scale=scale)
+        return flash.attend_text(q, text.keys, text.values, mask, scale=scale)
     T, G, exact = q.shape[0], segments[0].keys.shape[0], precision(q.dtype)
     # Query heads and tokens of a group are the rows of one product, so that grouped queries need no copies of the keys.
     rows = rearrange(q, "t (g q) k -> g (q t) k", g=G)
@@ -77,9 +77,10 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float, cap:
             part, lse = attend_shared(q, s.keys, s.values, s.mask, scale=scale, cap=cap, exact=exact)
             done.append((rearrange(part, "t (g q) k -> g (q t) k", g=G), rearrange(lse, "t (g q) -> g (q t) 1", g=G)))
     # The maximum cancels out of the softmax, so no gradient needs to flow through it.
-    top = [jnp.max(s, axis=-1, keepdims=True) for s in scores] + [lse for _, lse in done]
-    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, top))
-    out, total = 0.0, 0.0
+    tops = [jnp.max(s, axis=-1, keepdims=True) for s in scores] + [lse for _, lse in done]
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
+    out: Any = 0.0
+    total: Any = 0.0
     # A part that is normalised already enters with weight exp(lse), its own sum of exponentials.
     for part, lse in done:
         share = jnp.exp(lse - top)
@@ -120,8 +121,8 @@ def _write_rows(axis_size: int, in_batched: list[bool], cache: Array, new: Array
         axes = [0 if b else None for b in in_batched]
         return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1), axes)(cache, new, column), True
     # Rows that share the column, as in decoding: one contiguous update, where `vmap` alone would make a scatter.
-    rows = [x if b else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, b in zip((cache, new), in_batched)]
-    return jax.lax.dynamic_update_slice_in_dim(*rows, column, axis=rows[0].ndim - 2), True
+    cache, new = (x if b else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, b in zip((cache, new), in_batched))
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis=cache.ndim - 2), True
 
 
 def causal_mask(

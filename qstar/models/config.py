@@ -91,21 +91,22 @@ class ModelConfig(Settings):
         listed = {"rotated": self.rotated, "windowed": self.windowed}
         for key in (key for key, layers in listed.items() if len(layers) not in (0, self.num_layers)):
             raise UserError(f"model config: {key} has {len(listed[key])} entries, and num_layers={self.num_layers}")
+        fault = "model config: {} do not go together; leave one of them out"
         require(
-            (
-                self.thoughts is None or not self.relative_bias,
-                "model config: thoughts and relative_bias do not go together; leave one of them out",
-            ),
-            (
-                self.final_softcap is None or not self.head_bias,
-                "model config: final_softcap and head_bias do not go together; leave one of them out",
-            ),
+            (self.thoughts is None or not self.relative_bias, fault.format("thoughts and relative_bias")),
+            (self.final_softcap is None or not self.head_bias, fault.format("final_softcap and head_bias")),
             (heads % groups == 0, f"model config: num_heads={heads} is not a multiple of num_kv_heads={groups}"),
             (fits, f"model config: {name}={rotated} must be even and at most head_dim: rotary positions rotate pairs"),
         )
 
     def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)
+
+    @property
+    def required_thoughts(self) -> ThoughtConfig:
+        """`thoughts`, for what only a model that has them calls."""
+        assert self.thoughts is not None, "a model without thoughts"
+        return self.thoughts
 
     @property
     def layer_kinds(self) -> tuple[tuple[bool, int], ...]:
@@ -181,6 +182,6 @@ def _tiny(hidden_size: int = 96, num_layers: int = 3, num_heads: int = 4, **chan
 
 
 def _llama_20m(**changes: Any) -> ModelConfig:
-    heads = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+    heads: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
     base = ModelConfig(hidden_size=512, num_layers=6, **heads, intermediate_size=1376, tie_embeddings=False)
     return base.replace(**{"scan_unroll": 6, **changes})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def checkpointed(layer: Callable[..., Any], remat: str, gather: bool) -> Callabl
     return jax.checkpoint(layer, policy=drop_constraints, prevent_cse=False) if gather else layer
 
 
-def _of_layer(kind: Any, tables: Sequence[RopeTables], mask: Mask, segments: Sequence[Any]) -> tuple[Any, Mask, Any]:
+def _of_layer(kind: Any, tables: Sequence[RopeTables | None], mask: Mask, segments: Sequence[Any]) -> tuple[Any, ...]:
     """Returns a layer's rotary tables, mask and segments. kind: an entry of `config.layer_kinds`, of ints or arrays."""
     near, table = kind
 
@@ -168,13 +168,13 @@ def run(
 ) -> tuple[Array, Any]:
     """Like `forward`, from input vectors x [T, D] instead of tokens."""
     x, kv = run_layers(params["layers"], config, x, positions, mask, past)
-    return _norm(config).apply({"params": params["final_norm"]}, x), kv
+    return cast(Array, _norm(config).apply({"params": params["final_norm"]}, x)), kv
 
 
 def head(params: Params, config: Any) -> Head:
     """Returns the vocabulary's product of a decoder or an encoder-decoder."""
-    kernel, bias = _head(config).apply({"params": params.get("head", {})}, params["embed"]["table"])
-    return Head(kernel, bias, config.final_softcap)
+    found = _head(config).apply({"params": params.get("head", {})}, params["embed"]["table"])
+    return Head(*cast(tuple[Array, Array | None], found), config.final_softcap)
 
 
 def unembed(params: Params, config: Any, hidden: Array) -> Array:

@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -112,18 +112,17 @@ class Block(nn.Module):
     """One layer of either stack: self-attention, attention over the encoder's states (in the decoder), the MLP."""
 
     config: EncDecConfig
-    cross: bool
 
     @nn.compact
     def __call__(
-        self, x: Array, bias: Array, mask: Array | None, source: Segment | None = None, ring: RingKVCache | None = None
+        self, x: Array, bias: Array, mask: Array | None, source: Any = None, ring: RingKVCache | None = None
     ) -> tuple[Array, Pair]:
         """Runs the layer.
 
         Args:
           x: [T, D]. bias: float32 [H, T, C] of relative positions. mask: bool [T, C], None = everything is visible.
-          source: what the decoder attends to. With `values` None its keys are the encoder's states [C, D], which are
-            projected here; else keys and values [H, C, K] of this layer.
+          source: what the decoder attends to: a Segment of keys and values [H, C, K] of this layer; or the encoder's
+            states [C, D], which are projected here, with their mask.
           ring: cached keys and values of this row, its own token's column included (then T = 1; `mask` is the ring's).
 
         Returns:
@@ -138,12 +137,13 @@ class Block(nn.Module):
         # T5 does not scale scores: its queries have small initial weights instead (`_heads`).
         with jax.named_scope("attention"):
             x = x + self._out(attend(q, [Segment(k, v, mask, bias)], scale=1.0), "o")
-        if self.cross:
+        if source is not None:
             h = Norm("rms", c.norm_eps, name="cross_norm")(x)
             # A whole sequence projects the states here; decoding does it once for all steps (`cross_sources`).
-            if source.values is None:
-                cross = (self._heads(source.keys, name, "h t k") for name in ("cross_k", "cross_v"))
-                source = Segment(*cross, source.mask)
+            if not isinstance(source, Segment):
+                states, visible = source
+                keys, values = (self._heads(states, name, "h t k") for name in ("cross_k", "cross_v"))
+                source = Segment(keys, values, visible)
             with jax.named_scope("cross_attention"):
                 x = x + self._out(attend(self._heads(h, "cross_q", "t h k"), [source], scale=1.0), "cross_o")
         h = Norm("rms", c.norm_eps, name="mlp_norm")(x)
@@ -183,8 +183,8 @@ def init(config: EncDecConfig, key: Array, dtype: Any = jnp.float32) -> Params:
 def _init_stack(c: EncDecConfig, key: Array, layers: int, *, cross: bool) -> Params:
     keys = jax.random.split(key, 3)
     x, bias = jnp.zeros((1, c.hidden_size)), jnp.zeros((c.num_heads, 1, 1))
-    source = Segment(x, None, None) if cross else None
-    block = Block(c, cross)
+    source = (x, None) if cross else None
+    block = Block(c)
     own = c.family == "umt5"
     table = c.hidden_size**-0.5 * jax.random.normal(keys[1], ((layers,) if own else ()) + (c.buckets, c.num_heads))
     blocks = jax.vmap(lambda k: block.init(k, x, bias, None, source)["params"])(jax.random.split(keys[0], layers))
@@ -244,7 +244,7 @@ def decode(params: Params, config: EncDecConfig, tokens: Array, states: Array, m
     """
     stack, index = params["decoder"], jnp.arange(tokens.shape[0])
     bias = functools.partial(relative_bias, config, index, index, False)
-    source = Segment(states, None, None if mask is None else mask.astype(bool)[None])
+    source = (states, None if mask is None else mask.astype(bool)[None])
     x, _ = _run(stack, config, params["embed"]["table"][tokens], bias, index[None] <= index[:, None], source)
     return _scaled(config, x)
 
@@ -264,8 +264,8 @@ def decode_step(
     columns = jnp.arange(rings[0][0].shape[1])
     bias = functools.partial(relative_bias, config, step[None], columns, False)
     past = [RingKVCache(k, v, columns <= step, step) for k, v in rings]
-    x, rings = _run(stack, config, params["embed"]["table"][token[None]], bias, None, sources, past)
-    return _scaled(config, x)[0], rings
+    x, new = _run(stack, config, params["embed"]["table"][token[None]], bias, None, sources, past)
+    return _scaled(config, x)[0], new
 
 
 def cross_sources(params: Params, config: EncDecConfig, states: Array, mask: Array) -> list[Segment]:
@@ -273,7 +273,8 @@ def cross_sources(params: Params, config: EncDecConfig, states: Array, mask: Arr
     project = Linear(config.num_heads * config.head_dim, False, 1.0)
 
     def heads(kernel: Params) -> Array:
-        return rearrange(project.apply({"params": kernel}, states), "c (h k) -> h c k", h=config.num_heads)
+        found = cast(Array, project.apply({"params": kernel}, states))
+        return rearrange(found, "c (h k) -> h c k", h=config.num_heads)
 
     layers = params["decoder"]["layers"]
     return [Segment(heads(layer["cross_k"]), heads(layer["cross_v"]), mask.astype(bool)[None]) for layer in layers]
@@ -301,7 +302,7 @@ def _run(
     rings: Sequence[RingKVCache] = (),
 ) -> tuple[Array, Any]:
     """Runs a stack and its last norm; `bias` maps a table of relative positions to the bias of the scores."""
-    block, layers, x = Block(config, source is not None), stack["layers"], replicate(x.astype(config.dtype))
+    block, layers, x = Block(config), stack["layers"], replicate(x.astype(config.dtype))
     # Computed once where all layers share a table, and in every layer of umT5.
     common = bias(stack["relative"]["table"]) if "relative" in stack else None
 
@@ -325,4 +326,4 @@ def _run(
         count = jax.tree.leaves(layers)[0].shape[0]
         step = checkpointed(step, config.remat, gather)
         x, _ = jax.lax.scan(step, x, layers, unroll=min(config.scan_unroll, count))
-    return Norm("rms", config.norm_eps).apply({"params": stack["final_norm"]}, x), new
+    return cast(Array, Norm("rms", config.norm_eps).apply({"params": stack["final_norm"]}, x)), new

@@ -138,9 +138,10 @@ def _splash(
     # There is one: `_obstacle` refuses rows that LANES does not divide.
     block = next(b for b in (BLOCK, BLOCK // 2, LANES) if T % b == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([one] * H),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=splash.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -187,7 +188,7 @@ def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> t
 def _slope(primals: Sequence[Any], tangents: Sequence[Any], **static: Any) -> tuple[Array, Array]:
     # Segment ids are integers and have no tangent.
     *moved, ids = primals
-    return jax.jvp(lambda *x: _rows(*x, ids, **static), moved, [ad.instantiate_zeros(t) for t in tangents[:3]])
+    return jax.jvp(partial(_rows, ids=ids, **static), moved, [ad.instantiate_zeros(t) for t in tangents[:3]])
 
 
 _flash = Primitive("flash")

@@ -9,7 +9,7 @@ All but the critic are in the decoder's own tree, whose functions ignore them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import flax.linen as nn
 import jax
@@ -53,7 +53,7 @@ def add_value_head(model: Model, kind: str) -> Model:
 
 def value_logits(params: Params, hidden: Array) -> Array:
     """Returns the value head's float32 logits [...] of hidden states [..., D]."""
-    return ValueHead().apply({"params": params["value"]}, hidden)
+    return cast(Array, ValueHead().apply({"params": params["value"]}, hidden))
 
 
 class Critic(nn.Module):
@@ -84,7 +84,7 @@ def init_critic(width: int, key: Array) -> Params:
 
 def critic(params: Params, states: Array) -> Array:
     """Returns values [...] float32 of states [..., D]."""
-    return Critic().apply({"params": params}, states)
+    return cast(Array, Critic().apply({"params": params}, states))
 
 
 # ------------------------------------------------------------------------------------------- thoughts (Quiet-STaR)
@@ -102,7 +102,7 @@ class ThoughtMixer(nn.Module):
         Args:
           base: [T, D] final states of the text alone. thought: [T, D] those after a thought. In the compute dtype.
         """
-        t, D = self.config.thoughts, self.config.hidden_size
+        t, D = self.config.required_thoughts, self.config.hidden_size
 
         def std(inputs: int) -> float:
             return inputs**-0.5 if t.mixing_init_std is None else t.mixing_init_std
@@ -126,7 +126,7 @@ class ThoughtMixer(nn.Module):
 def init_thoughts(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
     """Returns {"thoughts", "mixing"} of a `config.thoughts`: random vectors and a fresh mixer."""
     x = jnp.zeros((1, config.hidden_size))
-    std = config.init_std / config.thoughts.embedding_scale
+    std = config.init_std / config.required_thoughts.embedding_scale
     keys = zip(("start", "end"), jax.random.split(key, 4))  # the other two are the mixer's
     vectors = {name: std * jax.random.normal(k, (config.hidden_size,)) for name, k in keys}
     params = {"thoughts": vectors, "mixing": ThoughtMixer(config).init(key, x, x)["params"]}
@@ -140,15 +140,16 @@ def attach_thoughts(params: Params, config: ModelConfig, key: Array, start_id: i
     """
     table = params["embed"]["table"]
     new = init_thoughts(config, key, table.dtype)
-    vector = table[start_id] / jnp.asarray(config.thoughts.embedding_scale, table.dtype)
+    vector = table[start_id] / jnp.asarray(config.required_thoughts.embedding_scale, table.dtype)
     return {**params, **new, "thoughts": {"start": vector, "end": vector}}
 
 
 def thought_vector(params: Params, config: ModelConfig, name: str) -> Array:
     """Returns the start or end vector [D] as it is fed: the parameter times `embedding_scale`."""
-    return params["thoughts"][name] * jnp.asarray(config.thoughts.embedding_scale, params["thoughts"][name].dtype)
+    vector = params["thoughts"][name]
+    return vector * jnp.asarray(config.required_thoughts.embedding_scale, vector.dtype)
 
 
 def mix(params: Params, config: ModelConfig, base: Array, thought: Array) -> tuple[Array, Array]:
     """Returns the mixed states [T, D] and the weights [T] of `ThoughtMixer`."""
-    return ThoughtMixer(config).apply({"params": params["mixing"]}, base, thought)
+    return cast(tuple[Array, Array], ThoughtMixer(config).apply({"params": params["mixing"]}, base, thought))

@@ -61,17 +61,13 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         what = next((say for end, say in FORMATS.items() if folder.name.endswith(end)), "it is one file of a model")
         raise UserError(f"{folder}: {what}; give the folder of the model in the Hugging Face layout (safetensors)")
     if not folder.is_dir():
-        raise UserError(
-            f"model folder {str(folder)!r} does not exist; give a local folder in the Hugging Face "
-            "layout, or a name on the hub (owner/name)"
-        )
+        advice = "give a local folder in the Hugging Face layout, or a name on the hub (owner/name)"
+        raise UserError(f"model folder {str(folder)!r} does not exist; {advice}")
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-            raise UserError(
-                f"{folder}: a PEFT adapter (of {base}) and no whole model; merge it into its base model first "
-                "(PEFT: `merge_and_unload`, then `save_pretrained`) and give that folder"
-            )
+            merge = "merge it into its base model first (PEFT: `merge_and_unload`, then `save_pretrained`)"
+            raise UserError(f"{folder}: a PEFT adapter (of {base}) and no whole model; {merge} and give that folder")
         raise UserError(f"{folder}: config.json is missing; {other_format(folder)}")
     config = read_json(folder / "config.json")
     ids: dict[int, None] = {}
@@ -110,14 +106,13 @@ def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -
     if head().get_shape() == embedding().get_shape() and all(np.array_equal(head()[p], embedding()[p]) for p in parts):
         return config
     if not encdec:
-        fault = (
-            f"config.json says tie_word_embeddings, but {HEAD} differs from {table}; the model is read with this head"
-        )
-        warnings.warn(f"{folder}: {fault} (set tie_word_embeddings to false to silence this)", QstarWarning, 3)
+        fault = f"config.json says tie_word_embeddings, but {HEAD} differs from {table}"
+        advice = "the model is read with this head (set tie_word_embeddings to false to silence this)"
+        warnings.warn(f"{folder}: {fault}; {advice}", QstarWarning, 3)
     return config.replace(tie_embeddings=False)
 
 
-def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None) -> Params:
+def read_params(folder: str | os.PathLike, config: ModelConfig | EncDecConfig, mesh: Mesh | None = None) -> Params:
     """Reads parameters from `model.safetensors`, or from the shards listed in `model.safetensors.index.json`.
 
     Args:
@@ -147,7 +142,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | Non
         def part(*bounds: tuple[int, int]) -> np.ndarray:
             return read_part(weights, by_path[path], leaf.shape, bounds, kind)
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             return part(*(s.indices(n)[:2] for s, n in zip(index, leaf.shape)))
 
         if mesh is None:
@@ -183,7 +178,7 @@ def read_part(
 
 def write_params(
     folder: str | os.PathLike,
-    config: ModelConfig,
+    config: ModelConfig | EncDecConfig,
     params: Params,
     max_shard_bytes: int = 5 * 2**30,
     extras: Callable[[pathlib.Path], None] = lambda folder: None,
@@ -240,7 +235,7 @@ def write_params(
         multihost_utils.sync_global_devices(f"export {target}")
 
 
-def _checked_leaves(config: ModelConfig, params: Params) -> dict[str, Any]:
+def _checked_leaves(config: ModelConfig | EncDecConfig, params: Params) -> dict[str, Any]:
     leaves = dict(tree.named_leaves(params))
     wanted = {row.path: shape for row, shape in name_map(config)}
     for path in sorted(leaves.keys() ^ wanted.keys()):
@@ -258,7 +253,7 @@ def _checked_leaves(config: ModelConfig, params: Params) -> dict[str, Any]:
 Piece = tuple[Row, int]  # one parameter's share of a tensor: its row, and the layer (-1: it has none)
 
 
-def _tensors(config: ModelConfig) -> dict[str, list[Piece]]:
+def _tensors(config: ModelConfig | EncDecConfig) -> dict[str, list[Piece]]:
     """Returns every tensor of the files with its pieces (several for a fused one), layer by layer."""
     out: dict[str, list[Piece]] = {}
     rows = name_map(config) + copies(config)

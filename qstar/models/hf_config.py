@@ -39,10 +39,8 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig |
     for key in ("quantization_config", "compression_config"):
         if found := config.get(key):
             method = found.get("quant_method", "") if isinstance(found, dict) else found
-            fault = (
-                "the weights are quantised, which are not read here; give the folder of the model before quantisation"
-            )
-            raise UserError(f"{where}: {key} ({method}): {fault}")
+            fault = "the weights are quantised, which are not read here"
+            raise UserError(f"{where}: {key} ({method}): {fault}; give the folder of the model before quantisation")
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), dict):
         # The text model of one that reads images, too, whose other weights are left out.
         ids = {k: v for k, v in config.items() if k in TOKENS}
@@ -126,13 +124,9 @@ def _layers(c: dict[str, Any], where: str, layers: int) -> dict[str, Any]:
     if name not in WINDOWS or width is None or name in SWITCHED and not c.get("use_sliding_window"):
         return rotated
     one = name not in ONE_KIND or kinds is None or len(set(kinds)) == 1
-    require(
-        (
-            one,
-            f"{where}: layer_types mixes {' and '.join(KINDS)}, which a {name!r} cannot; 'ministral' is one that can",
-        ),
-        (kinds is None or len(kinds) == layers, f"{where}: layer_types must have {layers} entries, one per layer"),
-    )
+    mixes = f"{where}: layer_types mixes {' and '.join(KINDS)}, which a {name!r} cannot; 'ministral' is one that can"
+    count = f"{where}: layer_types must have {layers} entries, one per layer"
+    require((one, mixes), (kinds is None or len(kinds) == layers, count))
     if kinds is not None and name not in ONE_KIND:
         near = tuple(kind == "sliding_attention" for kind in kinds)
     elif name.startswith("qwen"):  # older files: full attention in the first max_window_layers layers
@@ -152,7 +146,7 @@ def _rotary(c: dict[str, Any], where: str, found: dict[str, Any]) -> dict[str, A
     """Returns the fields of rotary positions; those of Gemma 3 have a base for each kind of layers."""
     family = TABLE[c["model_type"]]
     c = {"max_position_embeddings": family.positions, **c}
-    head_dim, both = found["head_dim"], c.get("rope_parameters")
+    head_dim, both = found["head_dim"], c.get("rope_parameters") or {}
     if c["model_type"] != "gemma3_text":
         return rope.read_scaling(c, where, head_dim, family.theta)
     nested = isinstance(both, dict) and any(isinstance(v, dict) for v in both.values())
@@ -174,7 +168,7 @@ def _rotary(c: dict[str, Any], where: str, found: dict[str, Any]) -> dict[str, A
 def _from_tiny(c: dict[str, Any]) -> ModelConfig:
     names = {f.name for f in dataclasses.fields(ModelConfig)} - {"thoughts", "value_head"}
     scaling = c.get("rope_scaling")  # tuples that JSON turned into lists, which do not hash
-    tuples = {key: tuple(c.get(key, ())) for key in ("also_eos", "rotated", "windowed")}
+    tuples: dict[str, Any] = {key: tuple(c.get(key, ())) for key in ("also_eos", "rotated", "windowed")}
     tuples["rope_scaling"] = scaling and tuple(map(tuple, scaling))
     return ModelConfig(**{k: v for k, v in c.items() if k in names} | tuples)
 

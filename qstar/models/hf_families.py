@@ -54,6 +54,7 @@ def _llama_keys(act: str = "hidden_act", **defaults: Any) -> tuple[Key, ...]:
 _LLAMA_KEYS = _llama_keys()
 _ATTENTION_BIAS = Key("attention_bias", "qkv_bias", FLAG, False)
 _BIASES = (_ATTENTION_BIAS, Key("mlp_bias", "mlp_bias", FLAG, False))
+KINDS = ("full_attention", "sliding_attention")
 _LLAMA_CHECKED = {
     **TOKENS,
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), LENGTH),
@@ -65,7 +66,6 @@ _LLAMA_CHECKED = {
         "a list of full_attention and sliding_attention, one per layer",
     ),
 }
-KINDS = ("full_attention", "sliding_attention")
 _PHI3_CHECKED = {
     **_LLAMA_CHECKED,
     "original_max_position_embeddings": LENGTH,

@@ -63,7 +63,7 @@ def from_init_key(module: nn.Module, draw: Callable[..., Any], part: int = 0, pa
     # change with the name of a module.
 
     def initializer(key: Array, *args: Any) -> Any:
-        if module.scope.has_rng("params"):  # under `apply` Linen calls it for the shapes alone
+        if module.scope is not None and module.scope.has_rng("params"):  # `apply` calls it for the shapes alone
             key = module.scope.rngs["params"].rng
         return draw(key if parts == 1 else jax.random.split(key, parts)[part], *args)
 
@@ -145,7 +145,7 @@ def _matmul(x: Array, kernel: Array) -> Array:
 
 def _project_rows(args: Sequence[Array], axes: Sequence[int | None]) -> tuple[Array, int]:
     x, kernel = args
-    if axes[1] is not None:  # one kernel per row (adapters, ensembles): a batched product
+    if axes[0] is None or axes[1] is not None:  # one kernel per row (adapters, ensembles): a batched product
         return jax.vmap(_matmul, axes)(x, kernel), 0
     x = jnp.moveaxis(x, axes[0], 0)
     y = project(rearrange(x, "b t i -> (b t) i"), kernel)
@@ -179,8 +179,8 @@ class Linear(nn.Module):
             y = project(x, kernel.astype(x.dtype))
         if self.has_variable("params", "lora_a"):
             # Added to the product and not to the kernel, in whose dtype a small change would vanish.
-            a, b = (self.get_variable("params", name).astype(x.dtype) for name in ("lora_a", "lora_b"))
-            y = y + project(project(x, a), b)
+            pair: list[Array] = [self.get_variable("params", name).astype(x.dtype) for name in ("lora_a", "lora_b")]
+            y = y + project(project(x, pair[0]), pair[1])
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
@@ -253,19 +253,20 @@ class Block(nn.Module):
         if turns is not None:
             q, k = apply_rope(q, turns, c), apply_rope(k, turns, c)
         k, v = rearrange(k, "t g k -> g t k"), rearrange(v, "t g k -> g t k")
-        key_positions = positions
-        if past and isinstance(past[-1], RingKVCache):
-            *past, ring = past
-            key_positions, mask = ring.positions, ring.mask
+        key_positions: Any = positions
+        ring = past[-1] if past else None
+        if isinstance(ring, RingKVCache):
+            past, key_positions, mask = past[:-1], ring.positions, ring.mask
             # Written before it is read: XLA then updates the cache in place, instead of copying it at every step.
             k, v = write_column(ring.keys, k, ring.column), write_column(ring.values, v, ring.column)  # [G, R, K]
-        segments = [*past, Segment(k, v, mask)]
+        segments: list[Any] = [*past, Segment(k, v, mask)]
         if c.relative_bias:
             if not past and key_positions is positions:
                 # Differences of indices are those of positions (see `attention.text_mask`), and the same for all rows.
                 key_positions = positions = jnp.arange(x.shape[0])
+            assert positions is not None
             relative = RelativePositionBias(c.num_heads, c.max_positions, name="relative")
-            segments = relative(positions, segments, [*(s.positions for s in past), key_positions])
+            segments = relative(positions, segments, [*(s.positions for s in segments[:-1]), key_positions])
         with jax.named_scope("attention"):
             a = attend(q, segments, scale=(c.query_scalar or c.head_dim) ** -0.5, cap=c.attn_softcap)
         a = Linear(c.hidden_size, c.out_bias, out_std, name="o")(rearrange(a, "t h k -> t (h k)"))

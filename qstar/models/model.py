@@ -12,7 +12,7 @@ import functools
 import os
 import pathlib
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -123,11 +123,12 @@ def save(model: Model, path: str | os.PathLike) -> None:
       UserError: the folder holds something else than an earlier export, the config has options that its family's
         config.json cannot express, or the disk refuses.
     """
-    _check_expressible(model.config)
-    if model.config.family == "tiny" and not model.config.portable_family:
+    config = model.config
+    _check_expressible(config)
+    if isinstance(config, ModelConfig) and config.family == "tiny" and not config.portable_family:
         fault = "no other program can load this model: no family of transformers is like it"
         warnings.warn(f"{path}: {fault}", QstarWarning, 2)
-    hf.write_params(path, model.config, model.params, extras=functools.partial(_write_extras, model))
+    hf.write_params(path, config, model.params, extras=functools.partial(_write_extras, model))
 
 
 def _write_extras(model: Model, folder: pathlib.Path) -> None:
@@ -142,15 +143,15 @@ def _write_extras(model: Model, folder: pathlib.Path) -> None:
     hf.write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
 
 
-def _check_expressible(config: ModelConfig) -> None:
+def _check_expressible(config: ModelConfig | EncDecConfig) -> None:
     """Raises UserError where config.json would read back as another graph (say, a Llama with scaled embeddings)."""
     if isinstance(config, EncDecConfig):
         to_hf(config)  # raises
         return
-    names = [f.name for f in dataclasses.fields(config) if f.name not in RUN]
     # None and head_dim mean the same rotation.
-    there, back = (c.replace(rotary_dim=c.rotary_dim or c.head_dim) for c in (config, from_hf(to_hf(config))))
-    for name in names:
+    both = (config, cast(ModelConfig, from_hf(to_hf(config))))
+    there, back = (c.replace(rotary_dim=c.rotary_dim or c.head_dim) for c in both)
+    for name in (f.name for f in dataclasses.fields(config) if f.name not in RUN):
         a, b = getattr(there, name), getattr(back, name)
         written = f"{name}={a!r} cannot be written as a {config.family!r} model (it would read back as {b!r})"
         require((a == b, f"model config: {written}; use family 'tiny'"))

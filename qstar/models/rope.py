@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int, theta: float = 10
     fields.check(raw, place, required, {**optional, **others})
     theta, rotated = float(raw.get("rope_theta", theta)), int(head_dim * raw.get("partial_rotary_factor", 1))
     kept = required.keys() | optional.keys()
-    scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in kept}
+    scaling: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in kept}
     half = rotated // 2
     for key in {"short_factor", "long_factor"} & scaling.keys():
         count = len(scaling[key])
@@ -168,7 +169,7 @@ def rope_tables(config: ModelConfig, positions: Array) -> RopeTables:
     return jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
 
 
-def layer_tables(config: ModelConfig, positions: Array) -> list[RopeTables | None]:
+def layer_tables(config: ModelConfig, positions: Array) -> Sequence[RopeTables | None]:
     """Returns the tables of `rope_tables` that the layers choose from (`ModelConfig.layer_kinds`)."""
     if config.position != "rope":
         return [None]

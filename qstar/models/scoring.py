@@ -48,11 +48,15 @@ def response_states(params: Params, config: AnyConfig, prompt: Array, prompt_mas
     """
     I, R = prompt.shape[1], response.shape[1]
 
-    def encdec_row(tokens: Array, real: Array, response: Array) -> Array:
-        states = encdec.encode(params, config, tokens, real)
-        # y[t-1] is fed at t, so state t predicts y[t].
-        fed = jnp.concatenate([jnp.full((1,), config.start_id, response.dtype), response[:-1]])
-        return encdec.decode(params, config, fed, states, real)
+    if isinstance(config, EncDecConfig):
+
+        def encdec_row(tokens: Array, real: Array, response: Array) -> Array:
+            states = encdec.encode(params, config, tokens, real)
+            # y[t-1] is fed at t, so state t predicts y[t].
+            fed = jnp.concatenate([jnp.full((1,), config.start_id, response.dtype), response[:-1]])
+            return encdec.decode(params, config, fed, states, real)
+
+        return map_rows(encdec_row)(prompt, prompt_mask, response)
 
     def decoder_row(tokens: Array, real: Array, response: Array) -> Array:
         tokens = jnp.concatenate([tokens, response[:-1]])  # the last token predicts nothing
@@ -60,7 +64,7 @@ def response_states(params: Params, config: AnyConfig, prompt: Array, prompt_mas
         real = jnp.concatenate([real.astype(jnp.int32), jnp.ones_like(response[:-1])])
         return _row_states(params, config, tokens, real)[I - 1 : I - 1 + R]
 
-    return map_rows(encdec_row if isinstance(config, EncDecConfig) else decoder_row)(prompt, prompt_mask, response)
+    return map_rows(decoder_row)(prompt, prompt_mask, response)
 
 
 def hidden_states(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
@@ -171,9 +175,8 @@ def logits(
         shapes = f"encoder_tokens {source.shape}, encoder_mask {real.shape} and tokens {tokens.shape}"
         require((fits, f"{shapes} must have shapes [B, C], [B, C] and [B, T]"))
         longest = max(source.shape[1], tokens.shape[1])
-        require(
-            (longest <= c.max_positions, f"{longest} tokens exceed max_positions={c.max_positions}; shorten the text")
-        )
+        fault = f"{longest} tokens exceed max_positions={c.max_positions}; shorten the text"
+        require((longest <= c.max_positions, fault))
         return _encdec_logits(model.params, c, *put_global_batch((source, real, np.asarray(tokens)), model.mesh))
     if encoder_tokens is not None:
         raise UserError("encoder_tokens are for encoder-decoders, and this model is a decoder; leave them out")
@@ -183,7 +186,7 @@ def logits(
     return _logits(model.params, c, *put_global_batch((tokens, mask), model.mesh))
 
 
-def _as_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
+def _as_tokens(tokens: Any, config: AnyConfig) -> np.ndarray:
     try:
         tokens = np.asarray(tokens, np.int32)
     except (TypeError, ValueError) as e:
@@ -255,9 +258,9 @@ def score_tokens(
             I, R = (max(MIN_LENGTH, power_of_two(max(len(pairs[i][k]) for i in rows))) for k in (0, 1))
             arrays = *_padded([pairs[i][0] for i in rows], count, I), _padded([pairs[i][1] for i in rows], count, R)[0]
         else:
-            arrays = _padded([pairs[i][0] + pairs[i][1] for i in rows], count, length + unread)
+            arrays = tuple(_padded([pairs[i][0] + pairs[i][1] for i in rows], count, length + unread))
         run = encdec_score if encdec_ else score
-        scores = to_host(run(model.params, c, *put_global_batch(tuple(arrays), model.mesh)))
+        scores = to_host(run(model.params, c, *put_global_batch(arrays, model.mesh)))
         for r, i in enumerate(rows):
             # Copied, because a view would keep the chunk's whole array alive.
             start = 0 if encdec_ else len(pairs[i][0]) - 1
@@ -276,9 +279,11 @@ def _padded(rows: list[list[int]], count: int, length: int) -> np.ndarray:
 def _encode_pair(model: Model, i: int, prompt: Any, completion: Any, unread: int) -> tuple[list[int], list[int]]:
     tokenizer, c = model.tokenizer, model.config
     prompt = as_text(tokenizer, prompt)
-    if tokenizer is None and (isinstance(prompt, str) or isinstance(completion, str)):
-        raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass token ids, not text")
-    if isinstance(prompt, str) and isinstance(completion, str):
+    if tokenizer is None:
+        if isinstance(prompt, str) or isinstance(completion, str):
+            raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass token ids, not text")
+        head, tail = [int(t) for t in prompt], [int(t) for t in completion]
+    elif isinstance(prompt, str) and isinstance(completion, str):
         head, tail = tokenizer.encode_pair(prompt, completion)
     else:
         head = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]

@@ -55,9 +55,9 @@ def token_logprobs(
       head: see `decoder.head`.
       temperature, limit: see `log_distribution`.
     """
-    kernel, *rest = head
+    kernel = head[0]
     # Rounded as it is multiplied, but kept in its own dtype: the chunks' gradients add up in float32.
-    head = Head(gathered_kernel(kernel, hidden.dtype).astype(kernel.dtype), *rest)
+    head = Head(gathered_kernel(kernel, hidden.dtype).astype(kernel.dtype), *head[1:])
 
     def score(hidden: jax.Array, targets: jax.Array) -> TokenScores:
         logits = _limited(head_logits(hidden, *head) / temperature, limit)

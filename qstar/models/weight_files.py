@@ -133,10 +133,9 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         if pickles := sorted(p.name for p in folder.glob("pytorch_model*.bin")):
-            raise UserError(
-                f"{folder}: the weights are a pickle ({pickles[0]}), which can run code and is not read "
-                "here; convert them to safetensors (save_pretrained of a current transformers)"
-            )
+            fault = f"the weights are a pickle ({pickles[0]}), which can run code and is not read here"
+            advice = "convert them to safetensors (save_pretrained of a current transformers)"
+            raise UserError(f"{folder}: {fault}; {advice}")
         raise UserError(f"{folder}: no weights found (neither {SINGLE} nor {INDEX}); {other_format(folder)}")
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
