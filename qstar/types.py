@@ -47,7 +47,7 @@ class Shared(NamedTuple):
 
     keys: jax.Array  # [G, C, K]
     values: jax.Array  # [G, C, K]
-    mask: jax.Array  # bool [T, C]
+    mask: Any  # bool [T, C] or `models.attention.LayerMasks`
 
 
 class RingKVCache(NamedTuple):

@@ -300,7 +300,7 @@ def _common_length(rows: list[list[int]]) -> int:
     return next((i for i in range(most) if low[i] != high[i]), most)
 
 
-def completion(model: Model, row: dict[str, Any], stop: tuple[str, ...], prompt: Sequence[int] = ()) -> Completion:
+def completion(model: Model, row: dict[str, Any], stop: Sequence[str], prompt: Sequence[int] = ()) -> Completion:
     """Returns a sampled row (tokens, logprobs, sample_logprobs, count, stopped) up to its end or first stop string."""
     count, ended, text = int(row["count"]), bool(row["stopped"]), None
     ids = row["tokens"][:count].tolist()

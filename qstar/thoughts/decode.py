@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 
 from qstar import tree
-from qstar.errors import require
+from qstar.errors import UserError, require
 from qstar.mesh import count_shards, map_rows, mesh_jit, put_global_batch, to_host
 from qstar.models import decoder
 from qstar.models.attention import within_window
@@ -62,7 +62,7 @@ class SamplerOutput(NamedTuple):
     sample_logprobs: jax.Array  # [B, R] float32, under the distribution drawn from
     weights: jax.Array  # [B, R] float32, mixing weight of the thought before each token
     thoughts: jax.Array  # [B, R, S] int32
-    count: jax.Array  # [B] int32
+    count: jax.Array  # type: ignore[assignment]  # [B] int32; hides `tuple.count`, which nothing calls
     stopped: jax.Array  # [B] bool: the last token is a stop id
 
 
@@ -96,9 +96,8 @@ def generate(
       UserError: a model that cannot think, or see `sample.batching.generate`.
     """
     t = model.config.thoughts if thoughts is True else thoughts
-    require(
-        (isinstance(t, ThoughtConfig), "thoughts=True needs a model whose config has thoughts; pass a ThoughtConfig")
-    )
+    if not isinstance(t, ThoughtConfig):
+        raise UserError("thoughts=True needs a model whose config has thoughts; pass a ThoughtConfig")
     missing = " and ".join(sorted({"thoughts", "mixing"} - model.params.keys()))
     o = batching.SamplingOptions(**options)
     require(
@@ -108,6 +107,7 @@ def generate(
     shared, rows = batching.encode_prompts(model, prompts, o)
     # No shared prefix cache here: thoughts read one cache per row, which therefore holds the prefix as well.
     rows = [[*shared, *row] for row in rows]
+    assert isinstance(model.config, ModelConfig), "an encoder-decoder has no parameters of thoughts"
     # Only the next token is predicted, so no true tokens follow the end vector.
     config = model.config.replace(thoughts=t.replace(talk_tokens=1))
     limit = text_limit(config, model.tokenizer)
@@ -173,9 +173,9 @@ def _first(params: Params, sampler: ThoughtSamplerConfig, tokens: jax.Array, len
     pairs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, R), (0, 0)]), texts.pairs)
     texts = forward.PrefixCache(jnp.pad(texts.hidden, [(0, 0), (0, R), (0, 0)]), pairs)
     batch = layout.text_batch(jnp.pad(tokens, [(0, 0), (0, R)]), jnp.arange(N + R) < lengths[:, None])
-    numbers = [jnp.zeros((B, R), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.float32)]
-    thoughts = jnp.zeros((B, R, c.thoughts.thought_tokens), jnp.int32)
-    out = SamplerOutput(*numbers, thoughts, jnp.zeros((B,), jnp.int32), jnp.zeros((B,), bool))
+    ids, numbers = (jnp.zeros((B, R), dtype) for dtype in (jnp.int32, jnp.float32))
+    thoughts = jnp.zeros((B, R, c.required_thoughts.thought_tokens), jnp.int32)
+    out = SamplerOutput(ids, numbers, numbers, numbers, thoughts, jnp.zeros((B,), jnp.int32), jnp.zeros((B,), bool))
     return _State(jnp.int32(0), batch, texts, lengths, jnp.ones((B,), bool), out)
 
 
@@ -199,11 +199,11 @@ def _next(
         return token, token
 
     last = state.length[:, None] - 1
-    states, thoughts = forward.rollout_and_talk(params, config, state.batch, state.texts, last, 1, draw)
-    states = forward.thought_states(params, config, state.batch, state.texts, last, states)
+    threads, thoughts = forward.rollout_and_talk(params, config, state.batch, state.texts, last, 1, draw)
+    states = forward.thought_states(params, config, state.batch, state.texts, last, threads)
     thought, weight = rearrange(thoughts, "s b 1 1 -> b s"), states.weight[:, 0, 0, 0]
     logits = jnp.where(_writable(sampler), decoder.unembed(params, config, states.mixed[:, 0, 0, 0]), NEG)
-    u = uniform(config.thoughts.thought_tokens)
+    u = uniform(config.required_thoughts.thought_tokens)
     token, logprob, sample_logprob = jax.vmap(sample_token, (0, 0, None))(logits, u, sampling_params)
     stop = jnp.isin(token, jnp.asarray(sampler.stop_ids)) if sampler.stop_ids else jnp.zeros_like(state.active)
     active, out = state.active, state.out
@@ -213,7 +213,7 @@ def _next(
         return old.at[:, state.step].set(new)
 
     written = [put(old, new) for old, new in zip(out, (token, logprob, sample_logprob, weight, thought))]
-    out = SamplerOutput(*written, count=out.count + active, stopped=out.stopped | (active & stop))
+    out = SamplerOutput(*[*written, out.count + active, out.stopped | (active & stop)])
     batch, texts = map_rows(partial(_append, params, config))(state.batch, state.texts, state.length, token)
     return _State(state.step + 1, batch, texts, state.length + 1, active & ~stop, out)
 
@@ -221,7 +221,7 @@ def _next(
 def _writable(sampler: ThoughtSamplerConfig) -> jax.Array:
     # A stop id may be forbidden in thoughts, but the text needs it to end.
     ids = jnp.arange(sampler.config.vocab_size)
-    hidden = [i for i in sampler.config.thoughts.forbidden_ids if i not in sampler.stop_ids]
+    hidden = [i for i in sampler.config.required_thoughts.forbidden_ids if i not in sampler.stop_ids]
     return (ids < sampler.vocab_limit) & ~jnp.isin(ids, jnp.asarray(hidden, jnp.int32))
 
 
@@ -236,7 +236,7 @@ def _append(
     # The cache is read below index `length` only: the new token attends to itself through the keys of this very call.
     position, index = row.positions[length], jnp.arange(row.tokens.shape[0])
     visible = within_window(config, (index < length)[None], length - index)
-    past = forward.past_of(params, lambda pair: [Segment(*pair, visible)], text.pairs)
+    past = forward.past_of(params, lambda pair: [Segment(pair[0], pair[1], visible)], text.pairs)
     hidden, new = decoder.forward(params, config, token[None], position[None], None, past)
 
     def put(old: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:

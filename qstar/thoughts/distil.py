@@ -43,8 +43,8 @@ def student_loss(
     def divergence(hidden: jax.Array, mixed: jax.Array) -> jax.Array:
         log_q = vocabulary.log_distribution(hidden, student_head)
         # The teacher's prediction is the mean of the distributions, not of the logits, over its P thoughts.
-        p = sum(jax.nn.softmax(vocabulary.head_logits(mixed[:, i], *teacher_head)) for i in range(mixed.shape[1]))
-        p = p / mixed.shape[1]
+        total = sum(jax.nn.softmax(vocabulary.head_logits(mixed[:, i], *teacher_head)) for i in range(mixed.shape[1]))
+        p = total / mixed.shape[1]
         # A probability that underflowed to 0 adds 0 * log(1e-30) = 0, where 0 * log(0) is NaN.
         return jnp.sum(p * (jnp.log(jnp.maximum(p, 1e-30)) - log_q), axis=-1)
 

@@ -128,11 +128,11 @@ def run_thread(
     mask = layout.thought_mask(row, config, j, steps)
     if thought_kv is None:
         # The whole thread is in x: the causal mask below covers it, and there is no cache of it.
-        past = past_of(params, lambda pair: [Shared(*pair, mask)], pairs)
+        past = past_of(params, lambda pair: [Shared(pair[0], pair[1], mask)], pairs)
     else:
         written = 1 + jnp.arange(jax.tree.leaves(thought_kv)[0].shape[-2])
         visible = within_window(config, repeat(written < first, "s -> t s", t=T), steps[:, None] - written)
-        past = past_of(params, lambda pair, mine: [Shared(*pair, mask), Segment(*mine, visible)], pairs, thought_kv)
+        past = past_of(params, lambda t, s: [Shared(t[0], t[1], mask), Segment(s[0], s[1], visible)], pairs, thought_kv)
     positions = layout.thread_positions(row, config, j, steps)
     x = decoder.embed_tokens(params, config, x, positions)
     return decoder.run(params, config, x, positions, text_mask(None, T, config), past)
@@ -142,7 +142,7 @@ def thread_inputs(
     params: Params, config: ModelConfig, row: Batch, text: PrefixCache, j: jax.Array, thought: jax.Array
 ) -> jax.Array:
     """Returns the inputs of a whole thread, [start, c_1 .. c_S, end, x[j+1] .. x[j+A-1]], rows [U, D], given c [S]."""
-    S, A = config.thoughts.thought_tokens, config.thoughts.talk_tokens
+    S, A = config.required_thoughts.thought_tokens, config.required_thoughts.talk_tokens
     # Only A - 1 true tokens are fed: the last one, x[j+A], is a target alone.
     start, end = (heads.thought_vector(params, config, name)[None] for name in ("start", "end"))
     rows = params["embed"]["table"][jnp.concatenate([thought, layout.future(row, config, j, A - 1)])]
@@ -163,7 +163,7 @@ def rollout(
     Args:
       draw: (i, states [B, P, M, D]) -> the i-th tokens [B, P, M] int32, and what to record of them.
     """
-    c, (B, M), S, axis = config, positions.shape, config.thoughts.thought_tokens, kv_axis(params)
+    c, (B, M), S, axis = config, positions.shape, config.required_thoughts.thought_tokens, kv_axis(params)
     table, start = params["embed"]["table"], heads.thought_vector(params, config, "start")
     # All S columns from the start, because a scan's carry has fixed shapes; `run_thread` masks those not yet written.
     empty = jnp.zeros((B, passes, M, c.num_kv_heads, S, c.head_dim), c.dtype)
@@ -202,7 +202,7 @@ def rollout_and_talk(
     draw: SampleFn,
 ) -> tuple[jax.Array, Any]:
     """The joint schedule, differentiable: states [B, P, M, U, D] of whole threads, and the draws' records [S, ...]."""
-    S, A = config.thoughts.thought_tokens, config.thoughts.talk_tokens
+    S, A = config.required_thoughts.thought_tokens, config.required_thoughts.talk_tokens
     table, end = params["embed"]["table"], heads.thought_vector(params, config, "end")
 
     def talk(row: Batch, text: PrefixCache, j: jax.Array, token: jax.Array, thought_kv: KVCache) -> jax.Array:
@@ -221,7 +221,7 @@ def thought_states(
     params: Params, config: ModelConfig, batch: Batch, texts: PrefixCache, positions: jax.Array, states: jax.Array
 ) -> ThoughtStates:
     """Splits the states [B, P, M, U, D] of whole threads, and mixes those after the thoughts with the text's."""
-    S = config.thoughts.thought_tokens
+    S = config.required_thoughts.thought_tokens
     # State 0 is the start vector's, from which c_1 is drawn; state S, of c_S, predicts nothing.
     think, after = states[..., :S, :], states[..., S + 1 :, :]
     mixed, weight = vmap_thoughts(partial(mix, params, config))(batch, texts, positions, after)

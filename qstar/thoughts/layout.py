@@ -111,7 +111,7 @@ def choose_positions(params: Params, config: ModelConfig, batch: Batch, hidden: 
     M: `thinking_count`. hidden: [B, N, D] final states of the text, for the entropy.
     """
     # M follows from N and not from the real tokens of a row: shapes are static, and the same for all rows.
-    t = config.thoughts
+    t = config.required_thoughts
     if t.think_fraction == 1.0:
         return all_positions(batch, predicting=True)
     targets, weights = text_targets(batch)

@@ -41,7 +41,7 @@ class Weights(NamedTuple):
 
 def loss_weights(config: ModelConfig, batch: Batch, positions: jax.Array, passes: int) -> Weights:
     """Returns the weights of all terms, for thoughts at positions [B, M]."""
-    t, N = config.thoughts, batch.tokens.shape[1]
+    t, N = config.required_thoughts, batch.tokens.shape[1]
     _, base = layout.text_targets(batch)
     _, talk = layout.talk_targets(batch, positions, t.talk_tokens)
     # Official code: the last A + 1 positions of a text get no reward.
@@ -59,7 +59,7 @@ def loss_weights(config: ModelConfig, batch: Batch, positions: jax.Array, passes
 def divisors(config: ModelConfig, weights: Weights, base_nll: jax.Array, talk_nll: jax.Array) -> Weights:
     """Returns the divisors: base [], talk steps [A], policy []. base_nll: [B, N-1]. talk_nll: [B, P, M, A]."""
     P, A = talk_nll.shape[1], talk_nll.shape[3]
-    if config.thoughts.nll_mean == "tokens":
+    if config.required_thoughts.nll_mean == "tokens":
         total = _nonzero(jnp.sum(weights.base))
         return Weights(total, repeat(total, "-> a", a=A), total)
 
@@ -89,14 +89,14 @@ def rewards(base_nll: jax.Array, talk_nll: jax.Array, counted: jax.Array, positi
 
 def advantages(config: ModelConfig, reward: jax.Array) -> jax.Array:
     """Returns [B, P, M]: rewards minus their mean over the passes (if there are several, and the config says so)."""
-    passes = config.thoughts.baseline == "passes" and reward.shape[1] > 1
+    passes = config.required_thoughts.baseline == "passes" and reward.shape[1] > 1
     # The base NLL cancels in this difference, which leaves the paper's baseline: the mean over a position's rationales.
     return reward - reduce(reward, "b p m -> b 1 m", "mean") if passes else reward
 
 
 def reinforce_weight(config: ModelConfig, advantage: jax.Array) -> jax.Array:
     """Returns the factor on the log-probability of each of a thought's tokens (paper, section 4.4.3)."""
-    t = config.thoughts
+    t = config.required_thoughts
     # Negative advantages are dropped, which the authors found more stable, though biased.
     kept = jax.nn.relu(advantage) if t.clip_negative else advantage
     # The paper's log p(thought) is a sum over its tokens; the official code takes the mean.
@@ -124,7 +124,7 @@ def loss(
       thoughts: [S, B*P, M] to replay instead of sampled ones; for controls.
       positions: [B, M] that think; default by `think_fraction` and `think_where`.
     """
-    policy, t, B = params["policy"], config.thoughts, batch.tokens.shape[0]
+    policy, t, B = params["policy"], config.required_thoughts, batch.tokens.shape[0]
     thought_key, position_key = jax.random.split(rng)
     texts = forward.read(policy, config, batch)
     if positions is None:
@@ -171,8 +171,8 @@ def compute_loss(
     thought_ids: jax.Array,
 ) -> tuple[SumWeight, Metrics]:
     """Returns the loss and metrics of the states of thoughts [B, P, M, S] at positions [B, M]."""
-    t, (_, P, _, S), A = config.thoughts, thought_ids.shape, config.thoughts.talk_tokens
-    head = decoder.head(params["policy"], config)
+    t, (_, P, _, S) = config.required_thoughts, thought_ids.shape
+    A, head = t.talk_tokens, decoder.head(params["policy"], config)
     weights = loss_weights(config, batch, positions, P)
 
     # ---- likelihood, without and with thoughts
@@ -199,8 +199,8 @@ def compute_loss(
         head = head._replace(bias=logit_bias if head.bias is None else head.bias + logit_bias)
     if temperature != 1:
         # (h W + b) / T = (h / T) W + b / T: the states are divided, which are smaller than the logits.
-        bias, cap = (None if x is None else x / temperature for x in head[1:])
-        think, head = think / temperature, head._replace(bias=bias, cap=cap)
+        scaled: list[Any] = [None if x is None else x / temperature for x in head[1:]]
+        think, head = think / temperature, vocabulary.Head(head.kernel, *scaled)
     weight = repeat(weight, "b p m -> b p m s", s=S)
     policy_sum, _, thought_nll = _token_nll(think, head, thoughts, weight)
     policy = policy_sum / normalizer.policy
@@ -271,7 +271,7 @@ def penalty(
         `thought_ids` [B, P, M, S] were drawn from. weights: [B, P, M, S].
     """
     # Exact sums over the vocabulary at the thoughts' states: estimates from the drawn tokens would add variance.
-    t, logit_bias, value = config.thoughts, forbidden_bias(config), jnp.float32(0)
+    t, logit_bias, value = config.required_thoughts, forbidden_bias(config), jnp.float32(0)
     head = decoder.head(params["policy"], config)
 
     def logprobs(hidden: jax.Array, head: vocabulary.Head) -> jax.Array:

@@ -67,7 +67,7 @@ def score(
         # Given thoughts were not drawn here and have no recorded log-probability: NaN, because 0 would mean certainty.
         thought_nll = jnp.full(thoughts.shape[:3], jnp.nan)
     states = replay_states(params, config, batch, texts, positions, thoughts)
-    target_ids, weights = layout.talk_targets(batch, positions, config.thoughts.talk_tokens)  # [B, M, A]
+    target_ids, weights = layout.talk_targets(batch, positions, config.required_thoughts.talk_tokens)  # [B, M, A]
     head = decoder.head(params, config)
     # Of all tokens: the reward of a thought is over the A tokens after it.
     base = token_logprobs(texts.hidden[:, :-1], head, batch.tokens[:, 1:])
@@ -101,5 +101,5 @@ def score_text(params: Params, config: ModelConfig, batch: Batch) -> tuple[jax.A
 
 def random_thoughts(key: jax.Array, config: ModelConfig, shape: tuple[int, ...]) -> jax.Array:
     """Returns int32 ids of the given shape, uniform over those a thought may hold: a control."""
-    allowed = np.setdiff1d(np.arange(config.vocab_size), np.asarray(config.thoughts.forbidden_ids, np.int64))
+    allowed = np.setdiff1d(np.arange(config.vocab_size), np.asarray(config.required_thoughts.forbidden_ids, np.int64))
     return jnp.asarray(allowed, jnp.int32)[jax.random.randint(key, shape, 0, len(allowed))]

@@ -69,7 +69,7 @@ def replay(
     thought_ids = layout.from_rows(jnp.asarray(thoughts, jnp.int32), batch.tokens.shape[0])
     B, P, M, S = thought_ids.shape
     # Recorded thoughts may be of another length than the config's.
-    config = config.replace(thoughts=config.thoughts.replace(thought_tokens=S))
+    config = config.replace(thoughts=config.required_thoughts.replace(thought_tokens=S))
     everywhere = positions is None
     positions = layout.all_positions(batch) if everywhere else jnp.asarray(positions, jnp.int32)
     positions = jnp.broadcast_to(positions, (B, M))
@@ -92,8 +92,8 @@ def _compute(
     thought_ids: jax.Array,
     everywhere: bool,
 ) -> Replay:
-    t, P, N, A = config.thoughts, thought_ids.shape[1], batch.tokens.shape[1], config.thoughts.talk_tokens
-    logit_bias, temperature = forbidden_bias(config), t.policy_temperature
+    t, P, N = config.required_thoughts, thought_ids.shape[1], batch.tokens.shape[1]
+    A, logit_bias, temperature = t.talk_tokens, forbidden_bias(config), t.policy_temperature
 
     # ---- likelihood, without and with thoughts
     targets, weights = layout.text_targets(batch)

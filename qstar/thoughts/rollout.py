@@ -68,7 +68,7 @@ def sample(
     temperature: float | jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`think` after a base pass: tokens, logprobs and sample logprobs, each [S, B, P, M]."""
-    passes = passes or config.thoughts.thoughts_per_position
+    passes = passes or config.required_thoughts.thoughts_per_position
     # REINFORCE needs no gradient through the draws, and none of the rollout's activations are then kept.
     params, texts = jax.lax.stop_gradient((params, texts))
     draw = sampler(params, config, batch, positions, key, passes, temperature)
@@ -86,7 +86,7 @@ def sampler(
 ) -> forward.SampleFn:
     """Returns the `draw` of `forward.rollout` that samples, with one uniform number per thread and step."""
     B, N = batch.tokens.shape
-    temperature = config.thoughts.temperature if temperature is None else temperature
+    temperature = config.required_thoughts.temperature if temperature is None else temperature
     sampling_params = SamplingParams.make(1.0)._replace(temperature=jnp.asarray(temperature, jnp.float32))
     index = repeat(positions, "b m -> b p m", p=passes)
 
@@ -122,5 +122,5 @@ def draw_tokens(
 
 def forbidden_bias(config: ModelConfig) -> jax.Array | None:
     """Returns what is added to the logits of a thought's tokens, [V] float32: very negative for forbidden ids."""
-    ids = config.thoughts.forbidden_ids
+    ids = config.required_thoughts.forbidden_ids
     return jnp.zeros((config.vocab_size,), jnp.float32).at[jnp.asarray(ids)].set(NEG) if ids else None
