@@ -55,7 +55,7 @@ def ten_updates(mesh, rows, folder):
     loss = lambda p, batch: sft_loss({"policy": p}, batch, None, config=config)[0][0]  # noqa: E731
     found = {f"gradient {name}": x for name, x in tree.named_leaves(to_host(mesh_jit(jax.grad(loss))(params, first)))}
     lines = []
-    writer = types.SimpleNamespace(write=lambda **row: lines.append(row))
+    writer = types.SimpleNamespace(write=lambda **row: lines.append(row), flush=lambda: None)
     model, _ = fine_tune(start, examples, Stage(folder, settings, UPDATES, 1, writer))
     found |= {key: np.asarray([line[key] for line in lines]) for key in ("loss", "grad_norm", "tokens")}
     return found | {f"parameter {name}": x for name, x in tree.named_leaves(to_host(model.params))}

@@ -130,6 +130,9 @@ def test_training_through_adapters_moves_them_alone_and_leaves_them_for_peft(par
         def write(self, *, loss, **_):
             told.append(loss)
 
+        def flush(self):
+            pass
+
     start = Model(CONFIG, params, char_tokenizer(ALPHABET, pad=PAD, eos=EOS))
     adapted = dict(lora_rank=3, lora_alpha=6.0, lora_targets=("q", "v", "down"))
     settings = TrainSettings(batch_size=2, lr=1e-2, warmup=1, row_length=12, packed=False, log_every=5, **adapted)

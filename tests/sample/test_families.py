@@ -45,7 +45,7 @@ def test_greedy_completions_are_those_of_transformers_past_the_window(case, tmp_
 def test_a_gemma_trains_adapters_scores_and_reloads_in_peft_and_transformers(tmp_path):
     torch_model("gemma2").save_pretrained(tmp_path / "base")
     start = qstar.load(tmp_path / "base").replace(tokenizer=char_tokenizer("_.abcdefghijklm", pad="_", eos="."))
-    losses = types.SimpleNamespace(all=[], write=lambda *, loss, **_: losses.all.append(loss))
+    losses = types.SimpleNamespace(all=[], write=lambda *, loss, **_: losses.all.append(loss), flush=lambda: None)
     settings = TrainSettings(batch_size=2, lr=1e-2, warmup=1, row_length=12, packed=False, log_every=5, lora_rank=3)
     rows = [Example([3, 4], [5, 6, 7, 1]), Example([8], [9, 10, 1])]
     tuned, _ = fine_tune(start, rows, Stage(tmp_path / "stage", settings, 30, 0, losses))
