@@ -19,7 +19,7 @@ from typing import Any, cast
 import fsspec
 from etils import epath
 
-from qstar.errors import QstarWarning, UserError, require
+from qstar.errors import QstarWarning, UserError, pip_install, require
 
 UNVERIFIED = (
     "some files or checkpoints of this run have no checksums (an earlier version wrote them): they are used unverified"
@@ -51,7 +51,7 @@ def as_path(text: str | os.PathLike) -> Path:
     try:
         fsspec.filesystem("gcs").exists(name)
     except ImportError as e:
-        raise UserError(f"{name}: gs:// needs gcsfs (pip install 'qstar[gcs]'): {e}") from None
+        raise UserError(f"{name}: gs:// needs gcsfs ({pip_install('gcs')}): {e}") from None
     except Exception as e:  # noqa: BLE001  no credentials, no such bucket, no network: each has its own class
         raise UserError(f"{name}: cannot be reached ({' '.join(str(e).split())[:200] or type(e).__name__})") from None
     return cast(Path, epath.Path(name))
