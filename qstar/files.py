@@ -42,6 +42,8 @@ def as_path(text: str | os.PathLike) -> Path:
     UserError if the library that reaches the bucket is not installed, or the scheme is another.
     """
     name = os.fspath(text)
+    if isinstance(text, epath.Path) and is_remote(text):
+        return cast(Path, text)  # it was reached before: no question to the server
     if "://" not in name:
         return Path(name).expanduser()
     fault = f"{name}: is no folder; name one on a disk, or in a bucket of Google Cloud Storage (gs://bucket/name)"
@@ -66,9 +68,8 @@ def below(folder: Path) -> Iterator[Path]:
     """All files of a folder and of the folders in it, in the order of their names."""
     if is_remote(folder):
         # One listing for all: asking for each path whether it is a folder would take minutes.
-        yield from (
-            cast(Path, epath.Path(f"gs://{name}")) for name in sorted(fsspec.filesystem("gcs").find(str(folder)))
-        )
+        names = sorted(fsspec.filesystem("gcs").find(str(folder)))
+        yield from (cast(Path, epath.Path(f"gs://{name}")) for name in names)
     else:
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import email
-import gc
 import http.server
 import json
 import re
@@ -17,6 +16,7 @@ import urllib.parse
 from pathlib import Path
 
 import fsspec
+from tensorboardX import record_writer
 
 _TIME = "2026-01-01T00:00:00.000Z"
 _lock = threading.Lock()  # uploads that compare generations
@@ -180,8 +180,9 @@ def buckets(root: Path, monkeypatch):
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # tensorstore
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask the bucket's kind over gRPC
     monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon", "use_listings_cache": False})
+    # Collected when Python ends, a writer of events would upload once more, and wait two minutes for this server.
+    record_writer.GCSRecordWriter.__del__ = lambda self: None
     try:
         yield
     finally:
-        gc.collect()  # tensorboardX uploads once more where its writer is collected, and would wait for the server
         server.shutdown()

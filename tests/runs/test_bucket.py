@@ -74,6 +74,25 @@ def test_runs_of_a_bucket_are_listed(resumed, capsys):
     assert '"run": "sft", "method": "sft", "status": "done"' in capsys.readouterr().out
 
 
+def test_a_run_in_a_bucket_is_exported_to_a_disk(resumed, tmp_path):
+    assert main(["export", "--run=gs://bucket/runs/sft", "--arm=sft", f"--out={tmp_path / 'model'}"]) == 0
+    folder, _ = resumed
+    assert main(["export", f"--run={folder}", "--arm=sft", f"--out={tmp_path / 'local'}"]) == 0
+    remote, local = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "local"))
+    assert remote == local
+
+
+def test_an_evaluation_keeps_its_answers_in_a_bucket(bucket, capsys):
+    flags = ["--model=random-tiny", "--task=gsm8k", '--task-options={"test": "built-in:gsm8k"}', "--limit=2"]
+    command = ["evaluate", *flags, "--format=plain", "--max-new-tokens=4", "--out=gs://bucket/answers", "--json"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    kept = {p.name: p.read_bytes() for p in (bucket / "answers").glob("greedy_*.jsonl")}
+    assert kept and main(command) == 0  # reads them back
+    assert capsys.readouterr().out == first
+    assert {p.name: p.read_bytes() for p in (bucket / "answers").glob("greedy_*.jsonl")} == kept
+
+
 def test_the_lock_of_a_killed_process_of_this_host_is_free_and_that_of_a_living_one_is_not(bucket):
     run = files.as_path("gs://bucket/lock")
     access.lock(run)
