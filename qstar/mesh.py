@@ -123,7 +123,7 @@ def shardings(state: Any, table: AxisTable, mesh: AnyMesh, rules: Rules = Rules(
 # ------------------------------------------------------------------------------------------- inside of a program
 
 
-def mesh_jit(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def mesh_jit(f: Callable[..., Any], **options: Any) -> Any:
     """Returns `jax.jit(f)`, called and lowered in the mesh of its first argument's sharding, if it has one."""
     # The mesh is a context, not an argument: `replicate`, `map_rows` and `batch_axes` read it deep inside the model.
     jitted: Any = jax.jit(f, **options)

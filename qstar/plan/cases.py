@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from qstar.methods.rl import RewardedSettings
 from qstar.methods.v_star import PRESETS, VStarConfig
 from qstar.methods.verifier import VerifierSettings, dpo_step, value_step
 from qstar.models import heads, scoring
+from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
@@ -186,12 +187,12 @@ def _quiet_star(case: Case) -> Iterator[Program]:
 def _thinking(
     case: Case, name: str, model: Model, arm: QuietConfig, s: UpdateSettings, length: int
 ) -> Iterator[Program]:
-    config, with_thoughts, key = model.config, arm.thought_source != "none", jax.random.key(0)
+    config, with_thoughts, key = cast(ModelConfig, model.config), arm.thought_source != "none", jax.random.key(0)
     attach = lambda p, k: heads.attach_thoughts(p, config, k, 0)  # noqa: E731
     start = model.replace(params=case.like(attach, model.params, key)) if with_thoughts else model
     tx = optimizer_for(s.optimiser(), f"^policy/.*({arm.trainable})")
-    teacher = config if arm.teacher else None
-    step = update(config, arm.thought_source, config.thoughts.thought_tokens, tx, s, teacher, arm.teacher_weight)
+    S, teacher = config.required_thoughts.thought_tokens, config if arm.teacher else None
+    step = update(config, arm.thought_source, S, tx, s, teacher, arm.teacher_weight)
     roles = {"teacher": case.like(attach, trained(case, model, s).params, key)} if teacher else None
     needed = flops.update(config, s.batch_size, length, thinks=with_thoughts)
     batch = case.batch(s.batch_size, length)
@@ -221,11 +222,8 @@ def _guided_cot(case: Case) -> Iterator[Program]:
     # A large model behind a URL takes no memory here.
     large = None if "url" in options else abstract_model(case, options, "guided.large")
     resident = {} if large is None else {"the large model": large.params}
-    prompt, R, starts = (
-        padded_length(world.small_limit),
-        world.max_new_tokens,
-        [a.start for a in case.arms(GuidedConfig).values()],
-    )
+    prompt, R = padded_length(world.small_limit), world.max_new_tokens
+    starts = [a.start for a in case.arms(GuidedConfig).values()]
     train, kind = case.settings(DistilTrain, "distil_train"), case.settings(DistilSettings, "distil")
     if "base" in starts:
         # Hard distillation trains on the teacher's text alone; the other kinds need its logits, so it is in memory.
@@ -282,7 +280,7 @@ def _rl_updates(
     if settings.estimator == "ppo":
         roles["value"] = case.like(functools.partial(heads.init_critic, model.config.hidden_size), jax.random.key(0))
     each, one = (case.spec(shape, jnp.float32, split=True) for shape in ((s.batch_size, R), (s.batch_size,)))
-    batch = Experience(*case.responses(s.batch_size, prompt, R), *[each] * 6, one)
+    batch = Experience(*case.responses(s.batch_size, prompt, R), each, each, each, each, each, each, one)
     made = reinforce.compiled(**static, limit=limit, update=only_updates(s))
     needed = flops.respond(model.config, s.batch_size, prompt, R, back=True)
     yield train_program(case, "RL: gradient step", model, s, made, batch, needed, roles, resident)

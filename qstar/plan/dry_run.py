@@ -80,7 +80,7 @@ def lengths(ctx: Any, found: dict[str, Any]) -> tuple[Assumed, int]:
         rows = fit(ctx.say, Model(found["model"], {}, tokenizer), ctx.read(None)[0], 0)[1]
         return Assumed(row=max(sum(map(len, some)) for some in rows)), 0
     task, tokenizer = getattr(ctx, "task", None), getattr(ctx, "tokenizer", None)
-    if tokenizer is None or not hasattr(task, "prefix"):
+    if task is None or tokenizer is None or not hasattr(task, "prefix"):
         return Assumed(), Assumed().prompt
     problems = [*task.pool(1, ctx.seed, None), *task.problems(ctx.settings.evaluate.split)]
     # Sorted by characters: encoding every prompt of a large task takes long.

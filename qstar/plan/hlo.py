@@ -216,9 +216,9 @@ class Program:
         inside = [self._tables[name].get(n) for name in root.called("calls") for n in compare.operands]
         bound = next((x for x in (*outside, *inside) if x is not None and x.op == "constant"), None)
         counter = next((x for x in outside if x is not None and x.op == "get-tuple-element"), None)
-        direction = re.search(r"direction=(\w+)", compare.attributes)[1]
-        integral = bound is not None and bound.arrays[0].dtype in ("s32", "u32", "s64")
-        if not integral or direction not in ("LT", "LE", "GT", "GE", "NE"):
+        direction = next(iter(re.findall(r"direction=(\w+)", compare.attributes)), "")
+        integral = ("s32", "u32", "s64")
+        if bound is None or bound.arrays[0].dtype not in integral or direction not in ("LT", "LE", "GT", "GE", "NE"):
             return None
         step, start = self._counter(counter, loop, where)
         last = int(float(bound.operands[0])) + (direction == "LE") - (direction == "GE")
@@ -240,14 +240,14 @@ class Program:
         change = self._tables[body].get(end.operands[index]) if end and index < len(end.operands) else None
         inner = self._inner_root(change) if change else None
         known = []
-        if inner is not None and inner.op in ("add", "subtract"):
+        if change and inner and inner.op in ("add", "subtract"):
             tables = [self._tables[body], *(self._tables[n] for n in change.called("calls"))]
             names = (*change.operands, *inner.operands)
             known = [t[n] for t in tables for n in names if n in t and t[n].op == "constant"]
         given = self._tables[where].get(loop.operands[0]) if loop.operands else None
         first = self._tables[where].get(given.operands[index]) if given and given.op == "tuple" else None
         start = int(first.operands[0]) if first is not None and first.op == "constant" else 0
-        sign = -1 if known and inner.op == "subtract" else 1
+        sign = -1 if known and inner and inner.op == "subtract" else 1
         return sign * int(known[0].operands[0]) if known else 1, start
 
     # ------------------------------------------------------------------------------------------------- counting

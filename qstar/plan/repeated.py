@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 from qstar.plan import hlo
 
@@ -33,9 +33,9 @@ def repeated(source: str, compiled: hlo.Costs, chips: int, assumed: int = 1) -> 
     )
 
 
-def _by_name(costs: hlo.Costs, chips: int) -> Counter[str]:
+def _by_name(costs: hlo.Costs, chips: int) -> defaultdict[str, float]:
     # Of `jit(f)/while/body/transpose(jvp(vmap()))/Block/up/dot_general` the source's text has `Block/up/dot_general`.
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for name, flops in costs.products.items():
         parts = [p for p in name.split("/") if "(" not in p and p not in _TRACING]
         found["/".join(parts[-3:-1]) or name] += chips * flops

@@ -56,7 +56,7 @@ class Case:
     mesh: Mesh
     assumed: Assumed
 
-    def spec(self, shape: tuple[int, ...], dtype: Any, *, split: bool = False) -> jax.ShapeDtypeStruct:
+    def spec(self, shape: tuple[int, ...], dtype: Any, *, split: bool = False) -> Any:
         """Returns an abstract array: a copy on every chip, or rows split as `mesh.put_global_batch` does."""
         # Rows that do not divide are replicated there, too: the plan must compile the same program as the run.
         split = split and shape[0] % self.shards == 0
@@ -76,9 +76,10 @@ class Case:
         ids = self.spec((rows, length), jnp.int32, split=True)
         return Batch(ids, self.spec((rows, length), jnp.float32, split=True), ids, ids)
 
-    def responses(self, rows: int, prompt: int, response: int) -> tuple[Any, ...]:
+    def responses(self, rows: int, prompt: int, response: int) -> tuple[Any, Any, Any]:
         """Returns abstract prompts, their masks, and responses."""
-        return tuple(self.spec((rows, n), jnp.int32, split=True) for n in (prompt, prompt, response))
+        ids, answers = (self.spec((rows, n), jnp.int32, split=True) for n in (prompt, response))
+        return ids, ids, answers
 
     def like(self, f: Callable[..., Any], *args: Any) -> Any:
         """Returns shapes and shardings of the parameters that f makes of abstract arguments."""
@@ -257,7 +258,7 @@ def seq2seq_sampling(
 ) -> Program:
     """Returns the sampling of an encoder-decoder."""
     c = model.config
-    sampler = S.Sampler(c, (c.eos_id,), slots, prompt, new, scoring.text_limit(c))
+    sampler = S.Sampler(c, (c.eos_id or 0,), slots, prompt, new, scoring.text_limit(c))
     ready = jax.eval_shape(lambda p: seq2seq.prepare(p, c), model.params)
     params = {k: abstract({k: v}, case.mesh, PARAM_AXES, seq2seq.rules_of(k))[k] for k, v in ready.items()}
     tokens, lengths, asked = (case.spec(s, jnp.int32, split=True) for s in ((slots, prompt), (slots,), (slots, 1, 2)))
