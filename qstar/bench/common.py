@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ def child(name: str, settings: str) -> None:
     with contextlib.suppress(OSError):
         # proc(5): resets the peak, so that loading the program is not in it.
         Path("/proc/self/clear_refs").write_text("5")
-    before, found = _resident(), {"seconds": [], "cpu": [], "results": []}
+    found: dict[str, list[Any]] = {"seconds": [], "cpu": [], "results": []}
+    before = _resident()
     run()
     warm = compiles.count if compiles else 0
     for _ in range(repeats):
@@ -104,7 +105,7 @@ def in_turn(makers: dict[str, Callable[..., Any]], rounds: int, repeats: int, de
     return found
 
 
-def median(values: list[float]) -> float:
+def median(values: Sequence[float]) -> float:
     """Returns the median."""
     return statistics.median(values)
 

@@ -97,7 +97,7 @@ def ours_star(folder: str, problems: int) -> Callable[[], int]:
     model = stopping_model(mean_length=40)
     save(model, folder)
     prefix, prompts = star_prompts(problems)
-    options = dict(max_new_tokens=LONGEST, temperature=1.0, n=SAMPLES, prefix=prefix)
+    options: dict[str, Any] = dict(max_new_tokens=LONGEST, temperature=1.0, n=SAMPLES, prefix=prefix)
     return lambda: sum(len(c.tokens) for row in generate(model, prompts, **options) for c in row)
 
 
@@ -130,9 +130,8 @@ def stopping_model(mean_length: float) -> Model:
     # Bisection: the probability rises with the column's scale.
     for _ in range(12):
         a = (low + high) / 2
-        trial = model.replace(
-            params={**params, "head": {"kernel": params["head"]["kernel"].at[:, EOS].set(a * shared)}}
-        )
+        head = {"kernel": params["head"]["kernel"].at[:, EOS].set(a * shared)}
+        trial = model.replace(params={**params, "head": head})
         share = float(jnp.mean(jax.nn.softmax(logits(trial, probe))[..., EOS]))
         low, high = (a, high) if share < 1 / mean_length else (low, a)
     return trial

@@ -85,10 +85,10 @@ def dense_mib(N: int, A: int, T: int = 4, P: int = 2) -> float:
 
 def bench_config(V: int, A: int, T: int = 4, P: int = 2) -> ModelConfig:
     """Returns the model of all rows: hidden 128, 4 layers and heads, intermediate 448, the official code's choices."""
-    sizes = dict(hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, intermediate_size=448)
+    sizes: dict[str, Any] = dict(hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, intermediate_size=448)
     thoughts = dict(thought_tokens=A - 3, talk_tokens=T, thoughts_per_position=P, forbidden_ids=(V - 2, V - 1))
-    more = dict(max_positions=1024, tie_embeddings=False, eos_id=2, dtype="float32", scan_unroll=4)
-    return ModelConfig(vocab_size=V, thoughts=ThoughtConfig.parity(**thoughts), **sizes, **more)
+    more: dict[str, Any] = dict(max_positions=1024, tie_embeddings=False, eos_id=2, dtype="float32", scan_unroll=4)
+    return ModelConfig(vocab_size=V, head_dim=32, thoughts=ThoughtConfig.parity(**thoughts), **sizes, **more)
 
 
 def step(form: str, V: int, N: int, A: int) -> Callable[[], float]:
@@ -101,7 +101,8 @@ def step(form: str, V: int, N: int, A: int) -> Callable[[], float]:
     tokens = np.random.default_rng(0).integers(4, V - 2, (1, N))
     batch = jax.device_put(layout.text_batch(tokens, np.ones_like(tokens)))
     # Compiled here, not by the first call: the compiler's memory is then in the baseline.
-    program = make_step(partial(loss, config=config), tx).lower(state, batch, np.float32(1e-6)).compile()
+    update: Any = make_step(partial(loss, config=config), tx)
+    program = update.lower(state, batch, np.float32(1e-6)).compile()
 
     def run() -> float:
         nonlocal state

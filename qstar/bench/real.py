@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from qstar.bench.common import in_turn, matmul_rate, median, paired_ratio, show,
 from qstar.bench.generate import torch_generate
 from qstar.bench.train import LR, random_rows, whole_rows
 from qstar.models import lora
+from qstar.models.config import ModelConfig
 from qstar.models.model import Model, load
 from qstar.sample.batching import generate
 from qstar.train import losses, optim
@@ -46,7 +47,7 @@ def training(folder: str, *, as_json: bool, quick: bool, device: str) -> None:
     """Measures an update of all parameters, where memory allows, and one of LoRA adapters; prints the table."""
     B, T, rounds, repeats = (2, 64, 1, 2) if quick else (4, 256, 3, 2)
     rate, model = matmul_rate(repeats=5 if quick else 9), load(folder, dtype="float32")
-    flops = update_flops(model.config, whole_rows(random_rows(model.config.vocab_size, B, T)))
+    flops = update_flops(cast(ModelConfig, model.config), whole_rows(random_rows(model.config.vocab_size, B, T)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     full = FULL_STEP * tree.size(model.params) < memory / 2
     del model
@@ -88,7 +89,7 @@ def ours_sampling(folder: str, prompts: int, samples: int, new: int) -> Callable
     """Returns a function that samples and returns the number of tokens."""
     model = _endless(folder)
     ids = _prompts(model.config.vocab_size, prompts)
-    options = dict(max_new_tokens=new, n=samples, temperature=1.0)
+    options: dict[str, Any] = dict(max_new_tokens=new, n=samples, temperature=1.0)
     return lambda: sum(len(c.tokens) for row in generate(model, ids, **options) for c in row)
 
 
@@ -103,10 +104,11 @@ def ours_update(folder: str, rows: int, length: int, adapters: bool) -> Callable
     """Returns a function that runs one update of all parameters or of LoRA adapters, and returns its loss."""
     model, tx = load(folder, dtype="float32"), optim.adamw(b2=0.999)
     params = tree.cast(model.params, np.float32)
-    loss, roles = partial(losses.sft_loss, config=model.config), {"policy": params}
+    config, roles = cast(ModelConfig, model.config), {"policy": params}
+    loss: Any = partial(losses.sft_loss, config=config)
     if adapters:
         loss, tx = lora.through(loss, LORA.scale), optimizer_for(tx, "^policy/")
-        roles = {"policy": lora.init(model.config, LORA, jax.random.key(0)), "base": params}
+        roles = {"policy": lora.init(config, LORA, jax.random.key(0)), "base": params}
     step, state = make_step(loss, tx), create_state(roles, tx, seed=0)
     del model, params, roles  # the state is donated to the step: a second reference would keep a copy
     batch = jax.device_put(whole_rows(random_rows(_vocab(folder), rows, length)))
@@ -128,7 +130,7 @@ def theirs_update(folder: str, rows: int, length: int, adapters: bool) -> Callab
         import peft
 
         names = [f"{n}_proj" for n in LORA.targets]
-        options = dict(r=LORA.rank, lora_alpha=LORA.alpha, lora_dropout=0.0, target_modules=names)
+        options: dict[str, Any] = dict(r=LORA.rank, lora_alpha=LORA.alpha, lora_dropout=0.0, target_modules=names)
         twin = peft.get_peft_model(twin, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     trained = [p for p in twin.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.999), weight_decay=0.0)

@@ -100,8 +100,8 @@ def config(name: str, vocab: int, quick: bool) -> AnyConfig:
         tiny = dict(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=64)
         return preset("llama_20m", **(tiny if quick else {}), vocab_size=vocab, eos_id=None)
     width, depth = (32, 1) if quick else (256, 6)
-    sizes = dict(num_layers=depth, num_decoder_layers=depth, num_heads=width // 32, intermediate_size=2 * width)
-    return EncDecConfig(vocab_size=vocab, hidden_size=width, head_dim=32, eos_id=None, **sizes)
+    base = EncDecConfig(vocab_size=vocab, hidden_size=width, head_dim=32, eos_id=None)
+    return base.replace(num_layers=depth, num_decoder_layers=depth, num_heads=width // 32, intermediate_size=2 * width)
 
 
 def same_text(load: Load) -> tuple[np.ndarray, ...]:
@@ -120,7 +120,7 @@ def ours_step(
         reader = random_model(config(answerer, size.vocab, quick), f"{folder}/answerer")
         answer = lambda rows: generate(reader, rows, max_new_tokens=ANSWER, temperature=0)  # noqa: E731
     settings = RLSettings(estimator=estimator, group=size.group, clip=EPS, kl_weight=BETA, no_eos_penalty=0.0)
-    sizes = dict(prompts=size.prompts, batch_size=size.prompts * size.group, max_new_tokens=size.new)
+    sizes: dict[str, Any] = dict(prompts=size.prompts, batch_size=size.prompts * size.group, max_new_tokens=size.new)
     train = reinforce.ReinforceSettings(lr=LR, b2=0.999, clip=CLIP, **sizes)
     env = reinforce.Run(model, World(size, answer), settings, train, 0, list)
     tx, step = reinforce.compiled(**env.static, update=train)

@@ -52,7 +52,8 @@ def random_rows(vocab: int, rows: int, length: int) -> np.ndarray:
 def whole_rows(tokens: np.ndarray) -> Batch:
     """Returns rows [B, T] of one text each, with every token as a target."""
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return Batch(tokens, np.ones(tokens.shape, np.float32), np.ones(tokens.shape, np.int32), positions)
+    rows: list[Any] = [tokens, np.ones(tokens.shape, np.float32), np.ones(tokens.shape, np.int32), positions]
+    return Batch(*rows)
 
 
 def ours_step(folder: str, changes: dict[str, Any], rows: int, length: int) -> Callable[[], float]:
