@@ -14,8 +14,8 @@ from qstar.flags import COUNT, POSITIVE, SEED, TEMPERATURE, Parser, folder, json
 from qstar.tasks import task_names
 from qstar.tasks.prompts import FORMATS
 
-HARNESS = {"harness", "num_fewshot", "include_path", "chat", "dtype"}
-BOTH = {"model", "limit", "max_new_tokens", "seed", "out", "json", "device", "thoughts", "thought_temperature"}
+HARNESS = {"harness", "num_fewshot", "include_path", "chat"}
+BOTH = {"model", "limit", "max_new_tokens", "seed", "out", "json", "device", "dtype", "thoughts", "thought_temperature"}
 
 
 def _evaluate_parser() -> Parser:
@@ -52,7 +52,7 @@ def _evaluate_parser() -> Parser:
     p.flag("--thought-temperature T", "0: greedy (default: as trained)", TEMPERATURE)
     p.flag("--num-fewshot N", "examples of a harness task (default: as the task says)", COUNT)
     p.flag("--include-path DIR", "folder of further task files (yaml) of the harness")
-    p.flag("--dtype", "to compute in, for the harness (default: as stored)", choices=("float32", "bfloat16", "float16"))
+    p.flag("--dtype", "to compute in (default: as stored)", choices=("float32", "bfloat16", "float16"))
     p.switch("--chat", "apply the tokenizer's chat template to the harness's texts")
     return p
 
@@ -85,18 +85,18 @@ def main(argv: list[str]) -> int:
     asked = {} if a.format == "auto" else {"format": a.format}
     task, prompt_format = make_prompted(a.task, {**a.task_options, **asked})
     task.problems(a.split)  # reports a fault in the data before the model is read
-    scorers = _scorers(a.verifier, task)
+    scorers = _scorers(a.verifier, task, a.dtype)
     require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
     # `made_with` identifies the kept answers: flags that change what is counted, but no answer, are not part of it.
     unused = {"verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature", *HARNESS}
-    made_with = {k: v for k, v in vars(a).items() if k not in unused}
+    made_with = {k: v for k, v in vars(a).items() if k not in unused and not (k == "dtype" and v is None)}
     out = folder("--out", a.out) if a.out else None
     same = ("split", "limit", "samples", "max_new_tokens", "temperature", "seed", "too_long")
     options = {name: getattr(a, name) for name in same} | {"out": out, "made_with": made_with}
     options["prompt_format"] = prompt_format
     options["score"] = lambda rows, folder, own: by_scores(rows, a.samples, scorers, folder, own, task.ballots)
     try:
-        result = evaluate_model(load(a.model), task, **options)
+        result = evaluate_model(load(a.model, dtype=a.dtype), task, **options)
     except preemption.Preempted:
         raise preemption.Preempted(f"finished rounds of answers are kept in {out}" if out else "") from None
     title = f"{a.task}, {a.split}"
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
+def _scorers(flags: list[str], task: Any, dtype: str | None) -> dict[str, Any]:
     from qstar.methods.verifier import SCORES, Verifier
     from qstar.models.model import load
 
@@ -128,7 +128,7 @@ def _scorers(flags: list[str], task: Any) -> dict[str, Any]:
         folder, _, rule = folder.rpartition(":") if folder.rpartition(":")[2] in SCORES else (folder, "", "")
         if not equals or not re.fullmatch(r"\w+", name) or name in ("generator", *out):
             raise UserError(f"evaluate: --verifier={flag} must be NAME=DIR, each NAME once and not 'generator'")
-        out[name] = Verifier(load(folder), rule, steps=task.steps)
+        out[name] = Verifier(load(folder, dtype=dtype), rule, steps=task.steps)
         _ = out[name].rule  # raises, before anything is sampled, if the score does not fit the model
     return out
 
@@ -166,7 +166,7 @@ def _evaluate_quiet(a: argparse.Namespace) -> int:
 
     task = make_task(a.task, **a.task_options)
     task.problems(a.split)  # reports a fault in the data before the model is read
-    model = load(a.model)
+    model = load(a.model, dtype=a.dtype)
     thoughts = a.thoughts == "on" or (a.thoughts == "auto" and model.config.thoughts is not None)
     if thoughts and a.thought_temperature is not None and model.config.thoughts is not None:
         thoughts = model.config.thoughts.replace(temperature=a.thought_temperature)
