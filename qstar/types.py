@@ -43,11 +43,11 @@ class Segment(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """A `Segment` of one text that many threads attend to, lifted by `vmap`: see `models.prefix_attention`."""
+    """A `Segment` whose mask is a range of keys per query, computed in tiles: see `models.prefix_attention`."""
 
     keys: jax.Array  # [G, C, K]
     values: jax.Array  # [G, C, K]
-    mask: Any  # bool [T, C] or `models.attention.LayerMasks`
+    mask: Any  # int32 [T, 2]: query t attends to keys mask[t, 0] <= c < mask[t, 1]; or `models.attention.LayerMasks`
 
 
 class RingKVCache(NamedTuple):

@@ -42,7 +42,7 @@ def paths(
     table = params["embed"]["table"]
     start, end = (heads.thought_vector(params, config, name) for name in ("start", "end"))
     ahead = jax.vmap(lambda row: jax.vmap(lambda j: layout.future(row, config, j, T - 1))(jnp.arange(N)))(rows)
-    seen: Any = jax.vmap(partial(layout.causal_mask, config=config))(rows)  # [R, N, N]
+    seen: Any = jax.vmap(partial(layout.causal_mask, config=config.replace(attention="xla")))(rows)  # [R, N, N]
     pairs: Any = None
     x, states, thoughts = table[rows.tokens], [], []
     for i in range(S + T + 2):  # the text, the start, S draws, the end, T - 1 true tokens

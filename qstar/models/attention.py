@@ -17,7 +17,7 @@ from einops import rearrange
 from jax import Array
 
 from qstar.models import flash
-from qstar.models.prefix_attention import attend_shared, soft_cap
+from qstar.models.prefix_attention import attend_shared, in_range, soft_cap
 from qstar.types import Segment, Shared
 
 # Finite instead of -inf: a row without visible keys then gives numbers, not NaN from inf - inf.
@@ -25,7 +25,7 @@ NEG = -1e30
 
 
 class LayerMasks(NamedTuple):
-    """A mask in two forms, of which each layer takes one, where only some layers have the sliding window."""
+    """A mask (or ranges) in two forms, of which each layer takes one, where only some layers have the sliding window."""
 
     full: Array
     near: Array  # within the window
@@ -128,7 +128,7 @@ def _write_rows(axis_size: int, in_batched: list[bool], cache: Array, new: Array
 def causal_mask(
     config: Any, segment_ids: Array, *, one_text: bool = False, must: bool = False
 ) -> Array | LayerMasks | flash.KernelMask:
-    """Returns the mask of a row over itself in the form that its attention takes: `text_mask` or a `flash.KernelMask`.
+    """Returns the mask of a row over itself in the form that its attention takes, see `text_segment`.
 
     Args:
       config: a `ModelConfig`. segment_ids: [T] int32; 1.. per document, 0 = padding. one_text, must: `flash.choose`.
@@ -137,16 +137,50 @@ def causal_mask(
       UserError: with `must`, a kernel that `config.attention` names and that cannot take the row.
     """
     impl = flash.choose(config, segment_ids, one_text=one_text, must=must)
-    if impl == "xla":
-        return text_mask(segment_ids, segment_ids.shape[0], config)
-    return flash.KernelMask(segment_ids, impl, config.sliding_window)
+    if impl in ("splash", "cudnn"):
+        return flash.KernelMask(segment_ids, impl, config.sliding_window)
+    found = text_ranges(segment_ids, segment_ids.shape[0], config)
+    return found if impl == "tiles" else as_mask(found, segment_ids.shape[0])
 
 
 def text_mask(segment_ids: Array | None, length: int, config: Any = None) -> Array | LayerMasks:
     """Returns bool [T, T]: causal, within one document, and within the sliding window of a config that has one."""
+    return as_mask(text_ranges(segment_ids, length, config), length)
+
+
+def text_ranges(segment_ids: Array | None, length: int, config: Any = None) -> Array | LayerMasks:
+    """Returns int32 [T, 2], the keys of each token: those of `text_mask`."""
+    i = jnp.arange(length)
+    starts = jnp.zeros_like(i) if segment_ids is None else document_starts(segment_ids)
     # Indices stand for positions: documents are contiguous in a row, so their differences are equal.
-    i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
-    mask = j <= i
-    if segment_ids is not None:
-        mask &= segment_ids[:, None] == segment_ids[None, :]
-    return within_window(config, mask, i - j)
+    return key_ranges(config, starts, i + 1, i)
+
+
+def document_starts(segment_ids: Array) -> Array:
+    """Returns [T], the first token of each token's document. segment_ids: [T], those of a document contiguous."""
+    i = jnp.arange(segment_ids.shape[0])
+    return jax.lax.cummax(jnp.where(segment_ids == jnp.roll(segment_ids, 1), 0, i))
+
+
+def key_ranges(config: Any, starts: Array, ends: Array, queries: Array) -> Array | LayerMasks:
+    """Returns int32 [T, 2]: the keys starts <= c < ends, cut to a `ModelConfig`'s sliding window.
+
+    Args:
+      starts, ends: [T]. queries: [T], where the queries stand in the row of keys.
+    """
+    full = jnp.stack([starts, ends], axis=-1)
+    if config is None or config.sliding_window is None:
+        return full
+    near = jnp.stack([jnp.maximum(starts, queries - config.sliding_window + 1), ends], axis=-1)
+    return LayerMasks(full, near) if config.windowed else near
+
+
+def as_mask(ranges: Array | LayerMasks, count: int) -> Array | LayerMasks:
+    """Returns bool [T, count] of ranges int32 [T, 2]."""
+    return jax.tree.map(lambda x: in_range(x, count), ranges)
+
+
+def text_segment(keys: Array, values: Array, mask: Any) -> Segment | Shared:
+    """Returns a text's keys and values as `attend` takes them with a mask [T, T], a `KernelMask`, or ranges [T, 2]."""
+    ranges = isinstance(mask, Array) and jnp.issubdtype(mask.dtype, jnp.integer)
+    return Shared(keys, values, mask) if ranges else Segment(keys, values, mask)

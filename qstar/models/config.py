@@ -76,7 +76,9 @@ class ModelConfig(Settings):
     value_head: str = bounded("", choices=("", "orm", "prm"))  # a verifier of outcomes or of steps: one more tree
 
     dtype: str = bounded("float32", choices=DTYPES)  # of the computation; parameters keep their own dtype
-    attention: str = bounded("auto", choices=("auto", "xla", "splash", "cudnn"))  # within a text: `models.flash`
+    attention: str = bounded(
+        "auto", choices=("auto", "xla", "tiles", "splash", "cudnn")
+    )  # within a text: `models.flash`
     remat: str = bounded("none", choices=("none", "block", "dots"))  # keep all, block inputs, or matrix products
     # Tokens of threads whose activations are alive at once in the gradient of thoughts: it bounds their memory.
     piece_tokens: int = bounded(2048, ge=1)

@@ -2,10 +2,12 @@
 
     splash   Pallas on a TPU (`jax.experimental.pallas.ops.tpu.splash_attention`); packed rows; windows
     cudnn    cuDNN's fused attention on a GPU (`jax.nn.dot_product_attention`); one text a row, right padding; windows
+    tiles    XLA's products, a tile of queries at a time (`prefix_attention`), on any device; slower than a kernel
 
-`ModelConfig.attention` chooses: "auto" takes the kernel of the platform where its conditions hold and the text is long
-enough to gain, and XLA's products elsewhere. Attention with a past (a prefix, a cache, a thought's text) or a relative
-bias always runs on XLA, because the kernels cannot join their scores with those of other segments.
+`ModelConfig.attention` chooses: "auto" takes, where the text is long enough to gain, the kernel of the platform if its
+conditions hold, on a CPU tiles; and XLA's products elsewhere. Attention with a past (a prefix, a cache) or a relative
+bias always runs on XLA, because the kernels cannot join their scores with those of other segments; a thought attends
+to its text in tiles.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from qstar.errors import UserError
 from qstar.mesh import Rules
 
-AUTO_LENGTH = 1024  # tokens from which "auto" takes a kernel
+AUTO_LENGTH = {"splash": 1024, "cudnn": 1024, "tiles": 512}  # tokens from which "auto" takes a form
 LANES = 128  # splash needs rows of a multiple of it
 BLOCK = 512  # tokens in a tile of splash, where they divide the text
 
@@ -41,7 +43,7 @@ class KernelMask(flax.struct.PyTreeNode):
 
 
 def choose(config: Any, segment_ids: Array, *, one_text: bool, must: bool) -> str:
-    """Returns the implementation of a row's attention to itself: "xla", "splash" or "cudnn".
+    """Returns the implementation of a row's attention to itself: "xla", "tiles", "splash" or "cudnn".
 
     Args:
       config: a `ModelConfig`. segment_ids: [T] int32 (its sharding gives the platform).
@@ -51,10 +53,10 @@ def choose(config: Any, segment_ids: Array, *, one_text: bool, must: bool) -> st
     Raises:
       UserError: says why the kernel that `config.attention` names cannot take this row.
     """
-    platform, length = _platform(segment_ids), segment_ids.shape[0]
+    platform, length = platform_of(segment_ids), segment_ids.shape[0]
     if config.attention == "auto":
-        kind = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-        return "xla" if length < AUTO_LENGTH or _obstacle(kind, config, platform, length, one_text) else kind
+        kind = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "tiles")
+        return "xla" if length < AUTO_LENGTH[kind] or _obstacle(kind, config, platform, length, one_text) else kind
     # Training must not run silently at another speed and memory than was asked for; scoring may.
     why = _obstacle(config.attention, config, platform, length, one_text)
     if why and must:
@@ -67,6 +69,7 @@ def _obstacle(kind: str, config: Any, platform: str, length: int, one_text: bool
     c, cpu = config, platform == "cpu"
     checks = {
         "xla": (),
+        "tiles": (),
         "splash": (
             (platform in ("tpu", "cpu"), f"it is a kernel for TPUs (a CPU interprets it), and this runs on {platform}"),
             (length % LANES == 0, f"rows of {length} tokens are no multiple of {LANES}"),
@@ -83,14 +86,17 @@ def _obstacle(kind: str, config: Any, platform: str, length: int, one_text: bool
     }[kind]
     if kind != "xla" and c.relative_bias:
         return "it has no relative bias, and relative_bias is set"
-    if kind != "xla" and c.attn_softcap:
+    if kind in ("xla", "tiles"):
+        return ""
+    if c.attn_softcap:
         return f"it has no soft cap on scores, and attn_softcap is {c.attn_softcap:g}"
-    if kind != "xla" and c.windowed:
+    if c.windowed:
         return "it has one mask for all layers, and here only some have the sliding window"
     return next((why for fits, why in checks if not fits), "")
 
 
-def _platform(x: Array) -> str:
+def platform_of(x: Array) -> str:
+    """Returns the platform that computes x: "cpu", "gpu" or "tpu"."""
     # In a compilation for a described topology, the mesh of the array alone names the platform.
     device = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
     name = getattr(device, "platform", None) or jax.default_backend()
@@ -111,7 +117,7 @@ def _rows(q: Array, keys: Array, values: Array, ids: Array, *, scale: float, imp
     if impl == "cudnn":
         return _cudnn(q, keys, values, ids, scale=scale, window=window)
     mesh = jax.typeof(q).sharding.mesh
-    run = partial(_splash, scale=scale, window=window, interpret=_platform(q) == "cpu")
+    run = partial(_splash, scale=scale, window=window, interpret=platform_of(q) == "cpu")
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return run(q, keys, values, ids)
     # XLA cannot partition a Pallas kernel (it can partition cuDNN's), so each device runs it on its rows and heads.

@@ -19,13 +19,14 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from qstar.models.attention import LayerMasks, attend, precision, write_column
+from qstar.models.attention import LayerMasks, attend, precision, text_segment, write_column
 from qstar.models.config import ModelConfig
 from qstar.models.flash import KernelMask
 from qstar.models.rope import RopeTables, apply_rope
 from qstar.types import Params, RingKVCache, Segment, Shared
 
-Mask = Array | LayerMasks | KernelMask | None  # of tokens among themselves, bool [T, T]; None = all are visible
+# Of tokens among themselves: bool [T, T], or int32 [T, 2], a range of keys for each; None = all are visible.
+Mask = Array | LayerMasks | KernelMask | None
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "relu": nn.relu,
@@ -273,7 +274,7 @@ class Block(nn.Module):
             past, key_positions, mask = past[:-1], ring.positions, ring.mask
             # Written before it is read: XLA then updates the cache in place, instead of copying it at every step.
             k, v = write_column(ring.keys, k, ring.column), write_column(ring.values, v, ring.column)  # [G, R, K]
-        segments: list[Any] = [*past, Segment(k, v, mask)]
+        segments: list[Any] = [*past, text_segment(k, v, mask)]
         if c.relative_bias:
             if not past and key_positions is positions:
                 # Differences of indices are those of positions (see `attention.text_mask`), and the same for all rows.

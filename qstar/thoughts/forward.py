@@ -125,7 +125,7 @@ def run_thread(
     """
     T = x.shape[0]
     steps = first + jnp.arange(T)
-    mask = layout.thought_mask(row, config, j, steps)
+    mask = layout.thought_ranges(row, config, j, steps)
     if thought_kv is None:
         # The whole thread is in x: the causal mask below covers it, and there is no cache of it.
         past = past_of(params, lambda pair: [Shared(pair[0], pair[1], mask)], pairs)

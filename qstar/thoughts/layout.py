@@ -22,8 +22,9 @@ from einops import rearrange, repeat
 
 from qstar.mesh import count_spare_shards, spare_axes
 from qstar.models import decoder
-from qstar.models.attention import LayerMasks, within_window
+from qstar.models.attention import LayerMasks, as_mask, document_starts, key_ranges
 from qstar.models.config import ModelConfig
+from qstar.models.flash import AUTO_LENGTH
 from qstar.models.thought_config import ThoughtConfig
 from qstar.models.vocabulary import token_logprobs
 from qstar.types import Batch, Params
@@ -38,25 +39,31 @@ def text_batch(tokens: Any, mask: Any) -> Batch:
     return Batch(tokens, real.astype(jnp.float32), real.astype(jnp.int32), positions.astype(jnp.int32))
 
 
-def causal_mask(row: Batch, config: ModelConfig) -> jax.Array | LayerMasks:
-    """Returns bool [N, N], the mask of the base pass over one row."""
-    i, segments = jnp.arange(row.tokens.shape[0]), row.segment_ids
-    # Padding attends to the real tokens before it, unlike in `models.attention.text_mask`: so do the masks of
+def causal_ranges(row: Batch, config: ModelConfig) -> jax.Array | LayerMasks:
+    """Returns int32 [N, 2], the range of tokens that each token attends to in the base pass over one row."""
+    i, real = jnp.arange(row.tokens.shape[0]), row.segment_ids > 0
+    # Padding attends to all real tokens before it, unlike in `models.attention.text_mask`: so do the masks of
     # transformers, hence the official code, whose talk states just past the end of a text depend on it.
-    alike = (segments[:, None] == segments) | (segments[:, None] == 0)
-    visible = (i <= i[:, None]) & alike & (segments > 0)
-    return within_window(config, visible, i[:, None] - i)
+    first = jnp.argmax(real)
+    starts = jnp.where(real, document_starts(row.segment_ids), first)
+    return key_ranges(config, starts, jnp.minimum(i + 1, first + jnp.sum(real)), i)
 
 
-def thought_mask(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array | LayerMasks:
-    """Returns bool [T, N]: the text that thread tokens `steps` [T] (1 = start) of position j attend to.
+def causal_mask(row: Batch, config: ModelConfig) -> jax.Array | LayerMasks:
+    """Returns the mask of the base pass: bool [N, N], or `causal_ranges` where a text is long enough to gain by tiles."""
+    ranges, length = causal_ranges(row, config), row.tokens.shape[0]
+    long = length >= AUTO_LENGTH["tiles"] and config.attention != "xla" and not config.relative_bias
+    return ranges if long else as_mask(ranges, length)
+
+
+def thought_ranges(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array | LayerMasks:
+    """Returns int32 [T, 2]: the text that thread tokens `steps` [T] (1 = start) of position j attend to.
 
     The other half of a thought's mask, the thread tokens that they attend to, is in `forward.run_thread`.
     """
-    i, segments = jnp.arange(row.tokens.shape[0]), row.segment_ids
-    visible = repeat((i <= j) & (segments == segments[j]), "n -> t n", t=steps.shape[0])
+    starts = jnp.full_like(steps, document_starts(row.segment_ids)[j])
     # The window is measured from j + step, the position of the thread's token, not from j.
-    return within_window(config, visible, (j + steps)[:, None] - i)
+    return key_ranges(config, starts, jnp.full_like(steps, j + 1), j + steps)
 
 
 def thread_positions(row: Batch, config: ModelConfig, j: jax.Array, steps: jax.Array) -> jax.Array:

@@ -262,6 +262,23 @@ def test_the_projection_is_a_matrix_product_in_every_order_of_vmap_and_grad(batc
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), how(project), how(jnp.matmul))
 
 
+def test_half_precision_products_and_their_gradients_have_float32_results_on_a_cpu():
+    rng = np.random.default_rng(0)
+    x, w, g = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((5, 40), (40, 6), (5, 6)))
+
+    def run(x, w, g):
+        y, pull = jax.vjp(project, x, w)
+        return y, *pull(g)
+
+    wide = [np.asarray(v, np.float32) for v in (x, w, g)]
+    expected = wide[0] @ wide[1], wide[2] @ wide[1].T, wide[0].T @ wide[2]
+    for found, value in zip(jax.jit(run)(x, w, g), expected):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found, value, rtol=2**-7, atol=1e-3)  # rounded once, to 8 bits
+    products = [line for line in jax.jit(run).lower(x, w, g).as_text().splitlines() if "dot_general" in line]
+    assert len(products) == 3 and all(line.rstrip().endswith("xf32>") for line in products)
+
+
 def test_half_precision_computes_close_to_float32_and_returns_float32_logits(params):
     config = GQA.replace(dtype="bfloat16")
     h = hidden(params, config, TOKENS)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from qstar.errors import UserError
-from qstar.models import flash
-from qstar.models.attention import attend, causal_mask, text_mask
+from qstar.models import flash, prefix_attention
+from qstar.models.attention import attend, causal_mask, text_mask, text_segment
 from qstar.models.config import ModelConfig
 from qstar.types import Segment
 
@@ -35,14 +35,37 @@ def run(sight, ids, real):
     *moved, weights = arrays()
 
     def total(q, k, v):
-        one = lambda q, k, v, ids: attend(q, [Segment(k, v, sight(ids))], scale=0.4)  # noqa: E731
+        one = lambda q, k, v, ids: attend(q, [text_segment(k, v, sight(ids))], scale=0.4)  # noqa: E731
         return jnp.sum(jnp.where(real[..., None, None], weights * jax.vmap(one)(q, k, v, ids), 0))
 
     return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*moved)
 
 
+def plain(ids, window):
+    """The mask of `text_mask`, by its definition."""
+    i = np.arange(T)
+    seen = (i <= i[:, None]) & (ids[:, None] == ids)
+    return seen if window is None else seen & (i[:, None] - i < window)
+
+
 def same(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max())), found, expected)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_tiles_are_softmax_attention_in_packed_rows_with_its_gradients(monkeypatch, window):
+    monkeypatch.setattr(prefix_attention, "PLAIN_SCORES", 0)
+    monkeypatch.setattr(prefix_attention, "TILE_BYTES", 4 * 2 * 50 * H * T)  # 6 tiles, the last repeats some rows
+    config = CONFIG.replace(sliding_window=window, attention="tiles")
+    found = run(lambda ids: causal_mask(config, ids), PACKED, PACKED > 0)
+    same(found, run(lambda ids: plain(ids, window), PACKED, PACKED > 0))
+
+
+def test_a_long_text_takes_tiles_on_a_cpu_and_a_short_one_plain_products():
+    ids = jnp.ones(flash.AUTO_LENGTH["tiles"], jnp.int32)
+    assert causal_mask(CONFIG, ids).shape == (len(ids), 2)
+    assert causal_mask(CONFIG, ids[:-1]).dtype == bool
+    assert causal_mask(CONFIG.replace(relative_bias=True), ids).dtype == bool
 
 
 def test_splash_is_softmax_attention_in_packed_rows_with_its_gradients(monkeypatch, window=40):
@@ -77,7 +100,8 @@ def test_cudnn_is_lowered_without_a_mask_of_text_by_text(monkeypatch):
 
 
 @pytest.mark.parametrize("changes, platform, length, one_text, runs", [
-    ({}, "cpu", 4096, True, "xla"),
+    ({}, "cpu", 4096, True, "tiles"),
+    ({"attn_softcap": 50.0, "windowed": (True, False), "sliding_window": 9}, "cpu", 4096, True, "tiles"),
     ({"dtype": "bfloat16", "head_dim": 128}, "tpu", 2048, False, "splash"),
     ({"dtype": "bfloat16", "head_dim": 128}, "tpu", 512, False, "xla"),  # too short to gain
     ({"dtype": "bfloat16", "head_dim": 128}, "tpu", 2000, False, "xla"),
@@ -89,7 +113,7 @@ def test_cudnn_is_lowered_without_a_mask_of_text_by_text(monkeypatch):
     ({"dtype": "bfloat16", "head_dim": 128, "attention": "xla"}, "tpu", 2048, False, "xla"),
 ])  # fmt: skip
 def test_auto_takes_the_kernel_of_the_platform_where_it_fits(changes, platform, length, one_text, runs, monkeypatch):
-    monkeypatch.setattr(flash, "_platform", lambda x: platform)
+    monkeypatch.setattr(flash, "platform_of", lambda x: platform)
     config = CONFIG.replace(**changes)
     assert flash.choose(config, np.ones(length, np.int32), one_text=one_text, must=True) == runs
 
@@ -105,7 +129,7 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_fits(changes, platform, 
     ({"attention": "cudnn", "dtype": "bfloat16"}, "gpu", 256, "train.packed=False"),
 ])  # fmt: skip
 def test_a_kernel_that_cannot_take_the_shape_says_why(changes, platform, length, culprit, monkeypatch):
-    monkeypatch.setattr(flash, "_platform", lambda x: platform)
+    monkeypatch.setattr(flash, "platform_of", lambda x: platform)
     config, ids = CONFIG.replace(**changes), np.ones(length, np.int32)
     with pytest.raises(UserError, match=culprit):
         flash.choose(config, ids, one_text=False, must=True)
@@ -113,7 +137,7 @@ def test_a_kernel_that_cannot_take_the_shape_says_why(changes, platform, length,
 
 
 def test_an_unknown_kind_of_attention_is_named():
-    with pytest.raises(UserError, match="attention='flash' is not one of auto, xla, splash, cudnn"):
+    with pytest.raises(UserError, match="attention='flash' is not one of auto, xla, tiles, splash, cudnn"):
         ModelConfig(attention="flash")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qstar.models import prefix_attention
-from qstar.models.attention import attend
+from qstar.models.attention import as_mask, attend
 from qstar.types import Segment, Shared
 
 B, P, M, T, H, K, S = 2, 2, 9, 3, 4, 8, 80  # S: three blocks of keys, the last not full
@@ -20,9 +20,9 @@ def lifted(kind, positions, window, cap, q, keys, values, own):
     """[B, P, M, T, H, K]: threads that see the text up to their position (within a window), and themselves."""
 
     def one(q, keys, values, own, j):
-        seen = jnp.broadcast_to(jnp.arange(S) <= j, (T, S))
-        if window:
-            seen &= j + jnp.arange(T)[:, None] - jnp.arange(S) < window
+        starts = j + jnp.arange(T) - window + 1 if window else jnp.zeros(T, int)
+        ranges = jnp.stack([starts, jnp.full(T, j + 1)], axis=1)
+        seen = ranges if kind is Shared else as_mask(ranges, S)
         causal = Segment(*own, jnp.tril(jnp.ones((T, T), bool)))
         return attend(q, [kind(keys, values, seen), causal], scale=K**-0.5, cap=cap)
 
@@ -33,8 +33,9 @@ def lifted(kind, positions, window, cap, q, keys, values, own):
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch):
     monkeypatch.setattr(
-        prefix_attention, "TILE_BYTES", 4 * B * T * H * S * 4
-    )  # 4 threads: of 9, the third tile repeats three
+        prefix_attention, "TILE_BYTES", 4 * B * 10 * H * S
+    )  # 10 rows of queries: of 27, the third tile repeats three
+    monkeypatch.setattr(prefix_attention, "MIN_ROWS", 1)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,8 @@ def test_a_gradient_taken_of_each_thread_apart_is_the_same():
 
     def slopes(kind):
         def one(q, k, v, j):
-            seen = jnp.broadcast_to(jnp.arange(S) <= j, (T, S))
+            ranges = jnp.stack([jnp.zeros(T, int), jnp.full(T, j + 1)], axis=1)
+            seen = ranges if kind is Shared else as_mask(ranges, S)
             return jnp.sum(jnp.sin(attend(q, [kind(k, v, seen)], scale=1.0)))
 
         return jax.vmap(jax.grad(one, (0, 1, 2)), (0, None, None, 0))(q, k, v, jnp.arange(M))
