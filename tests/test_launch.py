@@ -443,6 +443,16 @@ def test_gpus_of_this_machine(bench, copy):
     assert "does not run" in bench("gpu_local.sh", "--name=x", "--stop", cwd=copy)
 
 
+def test_a_gpu_is_measured_in_the_environment_or_by_an_interpreter_of_ones_own(bench, copy):
+    measure = ["-m", "qstar", "bench", "accelerator", "--device=gpu"]
+    bench("gpu_check.sh", cwd=copy)
+    assert bench.calls("python")[-1] == ["python", *measure]
+    said = shlex.split(bench("gpu_check.sh", "--python=python3", "--quick", "--dry-run"))
+    assert said[-7:] == ["python3", *measure, "--quick"] and "install_qstar" not in said
+    (bench.path / "nvidia-smi").write_text("#!/bin/sh\n")
+    assert "no GPU is here" in bench("gpu_check.sh", cwd=copy, code=2)
+
+
 WORKER = """import pathlib, signal, sys, time
 count = pathlib.Path(sys.argv[1]); n = len(count.read_text()) if count.exists() else 0; count.write_text("x" * (n + 1))
 if sys.argv[2] == "stay":
@@ -484,7 +494,7 @@ def test_babysit_passes_sigterm_on_and_does_not_start_again(bench, tmp_path):
     ("gke_xpk.sh", [*JOBSET, *RUN, "--env=A"], "--env=A"), ("gpu_local.sh", [], "--config"),
     ("gpu_local.sh", ["--gpus=all", "--config=c"], "--gpus=all"), ("gpu_local.sh", ["--logs", "--name=none"], "none"),
     ("babysit.sh", ["--dry-run"], "no command"), ("babysit.sh", ["--pause=x", "--", "true"], "--pause=x"),
-    ("worker.sh", ["dance"], "dance"),
+    ("worker.sh", ["dance"], "dance"), ("gpu_check.sh", ["--fast"], "--fast"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_with_its_culprit(bench, script, arguments, culprit):
     said = bench(script, *arguments, code=2)

@@ -7,11 +7,11 @@ import importlib
 from qstar.errors import require
 from qstar.flags import Parser
 
-BENCHES = ("generate", "quiet_star", "rl", "train")  # modules of qstar.bench
+BENCHES = ("accelerator", "generate", "quiet_star", "rl", "train")  # modules of qstar.bench
 
 
 def main(argv: list[str]) -> int:
-    """qstar bench generate | quiet_star | rl | train [--model=DIR] [--json]"""
+    """qstar bench accelerator | generate | quiet_star | rl | train [--model=DIR] [--json]"""
     p = Parser("bench", "Measures qstar beside what it could be replaced by, on this machine, in turn.")
     p.add_argument("what", choices=BENCHES)
     p.flag("--model DIR", "for generate and train: this model instead of random ones of 20M parameters")
