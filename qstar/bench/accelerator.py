@@ -56,7 +56,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
         B, T = (2, 128) if quick else (8, 2048)
         config = preset("llama_20m", **LLAMA_1B | small)
         needed = update_flops(config, whole_rows(random_rows(config.vocab_size, B, T)))
-        options = dict(folder=folder, changes=small)
+        options: dict[str, Any] = dict(folder=folder, changes=small)
         found = call(update, rows=B, length=T, **options)
         theirs = _torch(found["device"], torch_update, repeats, rows=B, length=T, **options)
         rows.append(_row(f"SFT, {config.matmul_params / 1e9:.2f}B, {B} x {T}", found, needed, rate, theirs))
@@ -116,8 +116,8 @@ def copying(megabytes: int) -> dict[str, Callable[[], Any]]:
     return _made(lambda: jax.block_until_ready(copy(x)))
 
 
-def _model(folder: str, changes: dict[str, Any]) -> Model:
-    model = random_model(preset("llama_20m", **LLAMA_1B | changes), folder)
+def _model(folder: str, changes: dict[str, Any]) -> Any:
+    model: Model = random_model(preset("llama_20m", **LLAMA_1B | changes), folder)
     return model.replace(config=model.config.replace(eos_id=None, also_eos=()))
 
 
@@ -199,7 +199,8 @@ def _twin(folder: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
+    auto: Any = AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
 
 
 def torch_update(folder: str, changes: dict[str, Any], rows: int, length: int) -> Callable[[], float]:
