@@ -149,7 +149,20 @@ pack_code() { # pack_code FILE: a tar of what git knows and what it does not ign
     done | tar --null -czf "$1" -T -
 }
 
-unpack_command() { echo "mkdir -p ~/qstar && tar -xzf ~/qstar.tgz -C ~/qstar && bash ~/qstar/launch/worker.sh install"; }
+# Through copy_code FILE and on_workers COMMAND of the launcher, which reach every worker:
+
+ship() {
+    local code
+    code=$(mktemp -d)/qstar.tgz
+    pack_code "$code"
+    copy_code "$code"
+    rm -rf "$(dirname "$code")"
+    on_workers "mkdir -p ~/qstar && tar -xzf ~/qstar.tgz -C ~/qstar && bash ~/qstar/launch/worker.sh install"
+}
+
+start() { # the words pass two shells: that of each worker reads one line
+    on_workers "${setup:+$setup && }bash ~/qstar/launch/worker.sh $(quote "${wait:-start}" "$name" "${rest[@]}")"
+}
 
 chips_of() { # chips_of TOPOLOGY: 4x4 -> 16
     local all=1 side

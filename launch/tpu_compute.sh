@@ -52,7 +52,7 @@ for argument in "$@"; do
     --disk=*) disk=$value ;;
     --iap) through=(--tunnel-through-iap) ;;
     --setup=*) setup=$value ;;
-    --wait) wait=yes ;;
+    --wait) wait="wait" ;;
     --create | --ship | --list | --logs | --stop | --delete) do=${argument#--} ;;
     --logs=*) do=logs worker=$value ;;
     --dry-run) dry_run=yes ;;
@@ -137,7 +137,7 @@ create() {
     run "${group[@]}" wait-until "$name" "${place[@]}" --stable --timeout="${QSTAR_PATIENCE:-86400}"
 }
 
-on_vms() { # on_vms COMMAND: in the shell of every VM at once; the exit code is the first that is not 0
+on_workers() { # on_workers COMMAND: in the shell of every VM at once; the exit code is the first that is not 0
     local vm jobs=() code=0 job found
     for vm in $(names); do
         run gcloud compute ssh "$vm" "${place[@]}" ${through[@]+"${through[@]}"} --quiet --command="$1" &
@@ -151,20 +151,9 @@ names() { # of the VMs, in their order; a dry run does not know them
     if [ -n "$dry_run" ]; then printf 'VM\n%.0s' $(seq 0 "$worker"); else vms | cut -f1; fi
 }
 
-ship() {
-    local code vm
-    code=$(mktemp -d)/qstar.tgz
-    pack_code "$code"
-    for vm in $(names); do run gcloud compute scp "$code" "$vm:qstar.tgz" "${place[@]}" ${through[@]+"${through[@]}"}; done
-    rm -rf "$(dirname "$code")"
-    on_vms "$(unpack_command)"
-}
-
-start() { # the words pass two shells: that of each VM reads one line
-    local how=start words
-    [ -z "$wait" ] || how="wait"
-    words=$(quote "$how" "$name" "${rest[@]}")
-    on_vms "${setup:+$setup && }bash ~/qstar/launch/worker.sh $words"
+copy_code() {
+    local vm
+    for vm in $(names); do run gcloud compute scp "$1" "$vm:qstar.tgz" "${place[@]}" ${through[@]+"${through[@]}"}; done
 }
 
 case $do in
@@ -173,6 +162,6 @@ create) check_machine && create ;;
 ship) ship ;;
 list) run "${group[@]}" list --zones="$zone" ${in_project[@]+"${in_project[@]}"} ;;
 logs) run gcloud compute ssh "$(names | sed -n "$((worker + 1))p")" "${place[@]}" ${through[@]+"${through[@]}"} --command="bash ~/qstar/launch/worker.sh logs $name" ;;
-stop) on_vms "bash ~/qstar/launch/worker.sh stop $name" ;;
+stop) on_workers "bash ~/qstar/launch/worker.sh stop $name" ;;
 delete) delete ;;
 esac

@@ -44,7 +44,7 @@ for argument in "$@"; do
     --spot | --reserved) capacity=$argument ;;
     --flex-start=*) flex=$value ;;
     --network=* | --subnetwork=* | --internal-ips | --service-account=* | --labels=* | --tags=*) more+=("$argument") ;;
-    --wait) wait=yes ;;
+    --wait) wait="wait" ;;
     --create | --ship | --list | --logs | --stop | --delete) do=${argument#--} ;;
     --logs=*) do=logs worker=$value ;;
     --dry-run) dry_run=yes ;;
@@ -121,21 +121,7 @@ create() {
     done
 }
 
-ship() {
-    local code
-    code=$(mktemp -d)/qstar.tgz
-    pack_code "$code"
-    run "${queued[@]}" scp "$code" "$name:qstar.tgz" "${place[@]}" --node=all --worker=all
-    rm -rf "$(dirname "$code")"
-    on_workers "$(unpack_command)"
-}
-
-start() { # the words pass two shells: that of each worker reads one line
-    local how=start words
-    [ -z "$wait" ] || how="wait"
-    words=$(quote "$how" "$name" "${rest[@]}")
-    on_workers "${setup:+$setup && }bash ~/qstar/launch/worker.sh $words"
-}
+copy_code() { run "${queued[@]}" scp "$1" "$name:qstar.tgz" "${place[@]}" --node=all --worker=all; }
 
 case $do in
 all) check_pod_run "$config" "$workdir" && check_type && create && ship && start ;;
