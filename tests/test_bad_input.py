@@ -163,7 +163,7 @@ CASES = {
     "negative save_every": (TRAIN + " --config.train.save_every=-1", "config.train.save_every=-1"),
     "a profile that ends before it begins": (TRAIN + " --profile=13:10", "--profile=13:10 must be FIRST:LAST"),
     "unknown transfer guard": (TRAIN + " --config.train.transfer_guard=no", "transfer_guard='no' is not one of allow, log"),
-    "unknown attention": (TRAIN + " --config.model.attention=flash", "attention='flash' is not one of auto, xla, splash"),
+    "unknown attention": (TRAIN + " --config.model.attention=flash", "attention='flash' is not one of auto, xla, tiles, splash"),
     "log_every 0": (TRAIN + " --config.train.log_every=0", "config.train.log_every=0"),
     "learning rate nan": (TRAIN + " --config.train.lr=nan", "config.train.lr=nan"),
     "negative temperature": (TRAIN + " --config.sample.temperature=-1", "config.sample.temperature=-1.0"),
