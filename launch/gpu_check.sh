@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures this machine's GPU in under ten minutes, and prints one table: MFU of a 1B update at 2,048 tokens, decoding at
+# Measures this machine's GPU and prints one table (sized for ten minutes, never timed on one): MFU of a 1B update at 2,048 tokens, decoding at
 # batches of 128 and 256 as a share of the bandwidth, a Quiet-STaR update as a share of its needed FLOPs, and how far
 # attention by cuDNN and by tiles is from XLA's. Beside transformers, where PyTorch finds the GPU.
 #

@@ -2,7 +2,7 @@
 
     splash   Pallas on a TPU (`jax.experimental.pallas.ops.tpu.splash_attention`); packed rows; windows
     cudnn    cuDNN's fused attention on a GPU (`jax.nn.dot_product_attention`); one text a row, right padding; windows
-    tiles    XLA's products, a tile of queries at a time (`prefix_attention`), on any device; slower than a kernel
+    tiles    XLA's products, a tile of queries at a time (`prefix_attention`), on any device
 
 `ModelConfig.attention` chooses: "auto" takes, where the text is long enough to gain, the kernel of the platform if its
 conditions hold, on a CPU tiles; and XLA's products elsewhere. Attention with a past (a prefix, a cache) or a relative
