@@ -68,13 +68,18 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
     accelerators = [
         f for kind in ("accel[0-9]*", "vfio/[0-9]*", "nvidia*", "dxg", "kfd") for f in glob.glob(f"/dev/{kind}")
     ]
+    here = process_info(os.environ, device) if several else None
+    alone = here is None or here.count == 1
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators:
         keep_freed_memory()
-    here = process_info(os.environ, device) if several else None
-    if here is not None and here.count > 1:
+    if here is not None and not alone:
         join(here)
     import jax
 
+    # A program that is dispatched asynchronously frees its temporaries some time after its results are there, and the
+    # next step allocates its own before that: up to three steps' at once. Collectives need the devices' own threads.
+    if alone and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         found = jax.devices()[0].platform
     except (RuntimeError, AssertionError) as e:  # AssertionError, without text, if JAX has no plugin for the platform

@@ -33,6 +33,26 @@ def faults(how):
     return int(done.stdout.split()[-1])
 
 
+DISPATCH = """
+import sys
+from qstar.distributed import start_jax
+start_jax("cpu")
+import jax, jax.numpy as jnp
+f = jax.jit(lambda x: x @ x)
+x = jnp.ones((2000, 2000))
+f(x).block_until_ready()
+print(f(x).is_ready(), jax.device_count())
+"""
+
+
+@pytest.mark.parametrize("flags,expected", [("", "True 1"), ("--xla_force_host_platform_device_count=2", "False 2")])
+def test_a_program_on_one_cpu_device_has_freed_its_temporaries_when_its_call_returns(flags, expected):
+    """It runs in the calling thread; with simulated devices it does not, which collectives between them need."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", DISPATCH], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is set up")
 def test_calls_of_a_compiled_function_do_not_fault_their_memory_in_again():
     assert faults("keep") * 4 < faults("leave")

@@ -8,12 +8,14 @@ top-k, top-p, greedy = 0). Confusing the two biases every importance ratio by th
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 BLOCK = 256  # ids per block of the two-level searches
+LEAST_BLOCK = 64
 # Finite: differences of two infinities would be NaN.
 NEG = -1e30
 
@@ -69,7 +71,7 @@ def first_max(x: jax.Array) -> jax.Array:
     blocks = _blocks(x, NEG)
     best = jnp.max(blocks, axis=1)
     b = jnp.argmax(best)
-    return (b * BLOCK + jnp.argmax(blocks[b])).astype(jnp.int32)
+    return (b * blocks.shape[1] + jnp.argmax(blocks[b])).astype(jnp.int32)
 
 
 def filter_top_k_top_p(logits: jax.Array, sampling_params: SamplingParams) -> jax.Array:
@@ -122,11 +124,14 @@ def invert_cdf(log_weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Arr
     b = _first_above(sums, target, masses)
     rest = target - jnp.where(b > 0, sums[b - 1], 0.0)
     inner = jnp.exp(blocks[b])
-    return (b * BLOCK + _first_above(jnp.cumsum(inner), rest, inner)).astype(jnp.int32), sums[-1]
+    return (b * blocks.shape[1] + _first_above(jnp.cumsum(inner), rest, inner)).astype(jnp.int32), sums[-1]
 
 
 def _blocks(x: jax.Array, fill: float) -> jax.Array:
-    return jnp.pad(x, (0, -x.shape[0] % BLOCK), constant_values=fill).reshape(-1, BLOCK)
+    # A shorter block that divides the vocabulary (128 for Qwen's 151,936) saves the padded copy of all logits.
+    size = math.gcd(x.shape[0], BLOCK)
+    size = size if size >= LEAST_BLOCK else BLOCK
+    return jnp.pad(x, (0, -x.shape[0] % size), constant_values=fill).reshape(-1, size)
 
 
 def _first_above(sums: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:

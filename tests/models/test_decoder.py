@@ -9,7 +9,7 @@ import pytest
 
 from qstar import tree
 from qstar.models import decoder
-from qstar.models.attention import attend, text_mask
+from qstar.models.attention import attend, text_mask, write_column
 from qstar.models.config import ModelConfig, preset
 from qstar.models.layers import project
 from qstar.models.presets import published
@@ -309,3 +309,12 @@ def test_matmul_params_counts_what_is_multiplied_per_token():
         kernels = sum(x.size for n, x in shapes if n.endswith("kernel"))
         tied = config.vocab_size * config.hidden_size if config.tie_embeddings else 0
         assert config.matmul_params == kernels + tied
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_column_of_the_cache_is_written_without_widening_the_cache(dtype):
+    cache, new = jnp.ones((4, 2, 16, 8), dtype), 2 * jnp.ones((4, 2, 1, 8), dtype)
+    write = jax.jit(jax.vmap(write_column, (0, 0, None)))
+    np.testing.assert_array_equal(write(cache, new, 5), cache.at[:, :, 5].set(2))
+    if dtype == "bfloat16":
+        assert "f32[4,2,16,8]" not in write.lower(cache, new, 5).compile().as_text()

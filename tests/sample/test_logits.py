@@ -37,7 +37,7 @@ def warped(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> 
     return torch.softmax(out, -1).numpy()
 
 
-@pytest.fixture(scope="module", params=[10, 256, 700])
+@pytest.fixture(scope="module", params=[10, 256, 640, 700])
 def logits(request):
     return np.random.default_rng(request.param).normal(0, 3, request.param).astype(np.float32)
 
@@ -80,7 +80,7 @@ def test_top_p_of_one_keeps_what_top_k_keeps_however_improbable():
     ).all()
 
 
-@pytest.mark.parametrize("V", [1, 5, 256, 300, 1000, 20_000])
+@pytest.mark.parametrize("V", [1, 5, 256, 300, 640, 1000, 20_000])
 def test_a_token_without_weight_is_never_returned(V):
     """Not at 0, nor just below 1, nor on any seam between two tokens, where running sums may be off by a bit."""
     rng = np.random.default_rng(V)
