@@ -69,16 +69,15 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
         f for kind in ("accel[0-9]*", "vfio/[0-9]*", "nvidia*", "dxg", "kfd") for f in glob.glob(f"/dev/{kind}")
     ]
     here = process_info(os.environ, device) if several else None
-    alone = here is None or here.count == 1
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators:
         keep_freed_memory()
-    if here is not None and not alone:
-        join(here)
     import jax
 
-    # A program that is dispatched asynchronously frees its temporaries some time after its results are there, and the
-    # next step allocates its own before that: up to three steps' at once. Collectives need the devices' own threads.
-    if alone and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if here is not None and here.count > 1:
+        join(here)
+    elif "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # A CPU program that is dispatched asynchronously frees its temporaries some time after its results are there, and
+        # the next step allocates its own before that: up to three steps' at once. (Collectives need it asynchronous.)
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         found = jax.devices()[0].platform

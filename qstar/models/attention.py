@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -112,22 +111,20 @@ def _scores(rows: Array, segment: Segment, scale: float, cap: float | None, T: i
 @jax.custom_batching.custom_vmap
 def write_column(cache: Array, new: Array, column: Array) -> Array:
     """Returns the cache [G, R, K] with new [G, 1, K] at `column`."""
-    return _update(cache, new, column, axis=1)
+    return _update(cache, new, column)
 
 
-def _update(cache: Array, new: Array, column: Array, axis: int) -> Array:
+def _update(cache: Array, new: Array, column: Array, axis: int = 1) -> Array:
     # As integers: XLA's CPU backend widens an update of bfloat16 to float32, hence the whole cache at every token.
-    if cache.dtype != jnp.bfloat16:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis)
-    words, more = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
+    kind = jnp.uint16 if cache.dtype == jnp.bfloat16 else cache.dtype
+    words, more = (jax.lax.bitcast_convert_type(x, kind) for x in (cache, new))
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice_in_dim(words, more, column, axis), cache.dtype)
 
 
 @write_column.def_vmap
 def _write_rows(axis_size: int, in_batched: list[bool], cache: Array, new: Array, column: Array) -> Any:
     if in_batched[2]:  # each row at a column of its own
-        axes = [0 if b else None for b in in_batched]
-        return jax.vmap(partial(_update, axis=1), axes)(cache, new, column), True
+        return jax.vmap(_update, [0 if b else None for b in in_batched])(cache, new, column), True
     # Rows that share the column, as in decoding: one contiguous update, where `vmap` alone would make a scatter.
     cache, new = (x if b else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, b in zip((cache, new), in_batched))
     return _update(cache, new, column, axis=cache.ndim - 2), True

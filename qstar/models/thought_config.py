@@ -59,11 +59,6 @@ class ThoughtConfig(Settings):
         # JSON has lists only, which do not hash.
         object.__setattr__(self, "forbidden_ids", tuple(int(i) for i in self.forbidden_ids))
 
-    @property
-    def thread_tokens(self) -> int:
-        """Tokens fed after a position: start, S content tokens, end, and all but the last of the A true ones."""
-        return self.thought_tokens + self.talk_tokens + 1
-
     def replace(self, **changes: Any) -> ThoughtConfig:
         return dataclasses.replace(self, **changes)
 

@@ -66,7 +66,7 @@ def test_thinking_parts_are_added_to_a_trained_model():
 
 def test_lengths_of_the_official_code_and_mistakes_are_named():
     t = ThoughtConfig.parity()  # n_ahead 12, n_ahead_talk 4
-    assert (t.thought_tokens, t.talk_tokens, t.thread_tokens) == (9, 4, 14)
+    assert (t.thought_tokens, t.talk_tokens) == (9, 4)
     for wrong, word in (
         (dict(thought_tokens=0), "thought_tokens"),
         (dict(mixing="soft"), "mixing"),
