@@ -61,7 +61,7 @@ def qwen05(config):
     config.name = "grpo_gsm8k_qwen05"
     config.mesh = "data=-1"
     config.task.format = "chat"
-    config.model.update(dtype="float32", remat="none")
+    config.model.update(dtype="float32", remat="none", scan_unroll=24)
     config.loop.rounds = 2
     # No penalty for responses at the token limit: they are wrong already.
     config.rl.update(group=8, no_eos_penalty=0.0)

@@ -94,7 +94,7 @@ def qwen05(config):
     config.name = "star_gsm8k_qwen05"
     config.mesh = "data=-1"
     config.task.format = "chat"
-    config.model.update(dtype="float32", remat="none")
+    config.model.update(dtype="float32", remat="none", scan_unroll=24)
     config.loop = {"n_iters": 2, "problems_per_iter": 300, "restart": "base", "steps": "epochs:2:0"}
     config.arms = {
         "star": {"preset": "star"},

@@ -54,7 +54,7 @@ def qwen05(config):
     config.name = "v_star_mbpp_qwen05"
     config.mesh = "data=-1"
     config.task.format = "chat"
-    config.model.update(dtype="float32", remat="none")
+    config.model.update(dtype="float32", remat="none", scan_unroll=24)
     config.sft.steps = "epochs:1:0"
     config.loop.update(n_iters=2, k=4, steps="epochs:1:0")
     config.pairs.per_problem = 2

@@ -126,6 +126,16 @@ def keep_freed_memory() -> None:
         mallopt(name, value)
 
 
+def return_freed_memory() -> None:
+    """Makes glibc's allocator return what it kept of freed memory; without glibc nothing changes.
+
+    For the moment before another program than the last: its temporaries, one block, may not fit where those of the last
+    one were (another size, or a small array that stayed there), and gigabytes would be held twice.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # ----------------------------------------------------------------------------------- collectives of host values
 
 

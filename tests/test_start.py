@@ -45,6 +45,26 @@ print(f(x).is_ready(), jax.device_count())
 """
 
 
+HOLES = """
+from qstar.distributed import return_freed_memory, start_jax
+start_jax("cpu")
+import numpy as np
+from qstar.plan.host import resident
+freed, kept = np.ones(50_000_000), np.ones(1_000_000)
+del freed
+before = resident()
+return_freed_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is set up")
+def test_memory_that_was_freed_below_what_is_in_use_goes_back_to_the_system():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", HOLES], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 350_000_000
+
+
 @pytest.mark.parametrize("flags,expected", [("", "True 1"), ("--xla_force_host_platform_device_count=2", "False 2")])
 def test_a_program_on_one_cpu_device_has_freed_its_temporaries_when_its_call_returns(flags, expected):
     """It runs in the calling thread; with simulated devices it does not, which collectives between them need."""

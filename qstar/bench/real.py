@@ -20,7 +20,7 @@ from qstar.models.model import Model, load
 from qstar.sample.batching import generate
 from qstar.train import losses, optim
 from qstar.train.flops import update_flops
-from qstar.train.state import create_state, optimizer_for
+from qstar.train.state import create_state
 from qstar.train.step import make_step
 
 PROMPT = 48  # tokens
@@ -104,18 +104,18 @@ def ours_update(folder: str, rows: int, length: int, adapters: bool) -> Callable
     """Returns a function that runs one update of all parameters or of LoRA adapters, and returns its loss."""
     model, tx = load(folder, dtype="float32"), optim.adamw(b2=0.999)
     params = tree.cast(model.params, np.float32)
-    config, roles = cast(ModelConfig, model.config), {"policy": params}
+    config, roles, frozen = cast(ModelConfig, model.config), {"policy": params}, {}
     loss: Any = partial(losses.sft_loss, config=config)
     if adapters:
-        loss, tx = lora.through(loss, LORA.scale), optimizer_for(tx, "^policy/")
-        roles = {"policy": lora.init(config, LORA, jax.random.key(0)), "base": params}
+        loss, frozen = lora.through(loss, LORA.scale), {"base": params}
+        roles = {"policy": lora.init(config, LORA, jax.random.key(0))}
     step, state = make_step(loss, tx), create_state(roles, tx, seed=0)
     del model, params, roles  # the state is donated to the step: a second reference would keep a copy
     batch = jax.device_put(whole_rows(random_rows(_vocab(folder), rows, length)))
 
     def run() -> float:
         nonlocal state
-        state, metrics = step(state, batch, np.float32(LR))
+        state, metrics = step(state, batch, np.float32(LR), frozen)
         return float(metrics["loss"])
 
     return run

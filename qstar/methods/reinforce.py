@@ -256,6 +256,7 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     prompt, prompt_mask = scoring.pad_prompts(run.start.config, ids, padded_length(max(map(len, ids))))
     response, mask = scoring.pad_responses([done.tokens for done in flat], s.max_new_tokens)  # [B, R]
     placed = put_global_batch((prompt, prompt_mask, response), run.start.mesh)
+    distributed.return_freed_memory()
     old, _, values = rl.measure_jit(params, *placed, **run.static)
     ref = rl.measure_jit({"policy": run.start.params}, *placed, **run.static)[0]
     old, ref, values = (x * mask for x in to_host((old, ref, values)))

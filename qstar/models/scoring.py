@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qstar import distributed
 from qstar.errors import UserError, require
 from qstar.mesh import map_rows, mesh_jit, put_global_batch, to_host
 from qstar.models import decoder, encdec
@@ -252,6 +253,7 @@ def score_tokens(
     c, encdec_ = model.config, isinstance(model.config, EncDecConfig)
     out: list[Any] = [np.zeros(0, np.float32)] * len(pairs)
     for length, rows in _chunks([len(p) + len(q) - unread for p, q in pairs]):
+        distributed.return_freed_memory()
         # Rows and lengths in powers of two: few shapes to compile.
         count = power_of_two(len(rows))
         if encdec_:  # each half padded to its own bucket

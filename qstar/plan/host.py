@@ -23,8 +23,6 @@ from qstar.plan.steps import Assumed, Case, abstract_model
 # 0.97 GiB at the peak of star_gsm8k:smoke, of which 0.13 are arrays and 0.24 the compiler's.
 IMPORTS = 620 * 2**20
 
-KEPT_BELOW = 32 * 2**20  # bytes: glibc returns larger blocks to the system when they are freed
-
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -59,7 +57,7 @@ def estimate(config: Any, assumed: Assumed, *, compiled: bool = True) -> Estimat
 
     Raises UserError: see `cases.programs`.
     """
-    device, before, kept = jax.devices()[:1], resident(), 0
+    device, before = jax.devices()[:1], resident()
     found = []
     for program in programs(config, device, assumed):
         parts = {k: local_bytes(v) for k, v in {**program.parts, **program.resident}.items()}
@@ -67,19 +65,12 @@ def estimate(config: Any, assumed: Assumed, *, compiled: bool = True) -> Estimat
         loops = config.method == "v_star" or config.get("loop", {}).get("n_iters", 2) > 1
         if config.method in ("star", "v_star", "rl") and (loops or program.name.startswith("sampling")):
             parts["the model before"] = _model_bytes(config, device)
-        # Sampling unstacks the layers into arrays so small that the allocator keeps their memory while the run trains.
-        if program.name.startswith("sampling"):
-            arrays = jax.tree.leaves((program.parts["parameters"], program.parts.get("cache")))
-            kept = max(kept, sum(n for n in map(local_bytes, arrays) if n < KEPT_BELOW))
         temporary = program.least
         if compiled:
             memory = program.lower().compile().memory_analysis()
             # Donated arguments become results in place.
             temporary = memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
         found.append(Phase(program.name, {**parts, "activations": temporary}))
-    # Those of two samplings: the second finds the memory of the first in pieces.
-    more = {"kept by the allocator": 2 * kept}
-    found = [p if p.name.startswith("sampling") else Phase(p.name, {**p.parts, **more}) for p in found]
     # The compiler's own memory is not given back to the system: the run needs as much.
     return Estimate(tuple(found), IMPORTS + (max(0, resident() - before) if compiled else 0))
 

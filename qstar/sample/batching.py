@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from qstar import tree
+from qstar import distributed, tree
 from qstar.errors import Settings, UserError, bounded, require
 from qstar.mesh import SAMPLING, Rules, put_global_batch, to_host
 from qstar.models import scoring
@@ -108,6 +108,7 @@ def stream(model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], **opt
         return
     if o.weights:
         model = model.replace(params=quantise_jit(model.params))
+    distributed.return_freed_memory()
     params = S.prepare(model.params, model.config)
     prefix = _prefill_prefix(model, params, context)
     for length, members in buckets:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qstar import preemption
+from qstar import distributed, preemption
 from qstar.errors import TrainingFailed
 from qstar.mesh import put_global_batch
 from qstar.train.checkpoint import Checkpoints
@@ -84,11 +84,10 @@ def fit(
     """
     run = _Fit(state, steps, checkpoints, save_every, log_every, max_bad, {} if extra is None else extra)
     place = place or functools.partial(put_global_batch, mesh=mesh)
-    batch_of = batch_at if on_policy else lambda step, state: batch_at(step)
     # SIGTERM waits for the end of an update, when the state can be saved.
     with preemption.defer():
         yield from run.resume()
-        yield from run.updates(step_at, batch_of, lr_at, place, watch or Watch())
+        yield from run.updates(step_at, batch_at, lr_at, place, watch or Watch(), on_policy)
 
 
 class _Fit:
@@ -119,11 +118,17 @@ class _Fit:
         elif self.first:
             yield Progress(self.first, self.state, {})
 
-    def updates(self, step_at, batch_of, lr_at, place, watch) -> Iterator[Progress]:
-        counted = len(self.window)  # of these, how many `count` has read
+    def updates(self, step_at, batch_at, lr_at, place, watch, on_policy) -> Iterator[Progress]:
+        counted, others = (
+            len(self.window),
+            True,
+        )  # read by `count` before; whether other programs ran since the last update
         for step in range(self.first, self.steps):
-            rows, update = batch_of(step, self.state), step_at(step)
+            rows = batch_at(step, self.state) if on_policy else batch_at(step)
+            update = step_at(step)
             arrays = rows, np.float32(lr_at(step))
+            if others:
+                distributed.return_freed_memory()
             with watch.update(update):  # nothing in here waits for the device
                 self.state, metrics = update(self.state, *place(arrays))
             watch.after(rows, metrics)
@@ -132,6 +137,7 @@ class _Fit:
             stopping = preemption.should_stop()
             ends, logs = done == self.steps, done % self.log_every == 0
             saves = ends or stopping or (self.save_every and done % self.save_every == 0)
+            others = on_policy or logs or saves
             if logs or saves:
                 # The only wait for the device, which has run behind the host until here.
                 self.window = _to_floats(self.window)

@@ -17,6 +17,7 @@ from qstar.models import decoder, scoring, vocabulary
 from qstar.models.attention import causal_mask, precision
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
+from qstar.models.layers import project
 from qstar.types import Batch, Metrics, Params, Responses
 
 SumWeight = tuple[jax.Array, jax.Array]
@@ -124,7 +125,7 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss, cap):
             d_logits = d_logits * (1 - jnp.square((logits - bias) / cap))
         # Products in the compute dtype, but their sum over chunks in float32, where small terms are not lost.
         d_low = d_logits.astype(h.dtype)
-        d_hidden = jnp.matmul(d_low, low.T, precision=exact)
+        d_hidden = project(d_low, low, transposed=True)
         d_kernel += jnp.matmul(h.T, d_low, precision=exact, preferred_element_type=jnp.float32)
         # Sharded like the kernel: no device carries the whole float32 gradient through the scan.
         d_kernel = constrain(d_kernel, ("embed", "vocab"))

@@ -111,6 +111,12 @@ def test_nothing_is_overwritten(finished, tmp_path):
     assert {f: f.read_bytes() for f in files} == files
 
 
+def test_on_a_cpu_a_checkpoint_is_on_disk_when_its_call_returns(tmp_path):
+    """Its copies would stand beside the temporaries of the next update."""
+    Checkpoints(tmp_path).save(7, {"x": jnp.ones(100_000)})
+    assert (tmp_path / "7" / "state").is_dir()
+
+
 def test_the_newest_checkpoints_stay_with_their_records(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 5, 9):
