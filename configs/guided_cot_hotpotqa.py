@@ -10,19 +10,20 @@ not, so those here are ours. XXL answers `guided.large.slots` prompts side by si
 take 0.6 GB, over all chips. Not run here at that size; what was run is `smoke`, with a 260K-parameter student.
 
 `qwen05` is the run on real language models that fits two CPU cores: SmolLM2-135M-Instruct writes for the frozen
-Qwen2.5-Coder-0.5B-Instruct, both in float32, on the paragraphs that hold the supporting facts:
+Qwen2.5-Coder-0.5B-Instruct (in bfloat16), on the paragraphs that hold the supporting facts:
 
     qstar train --config=guided_cot_hotpotqa:qwen05,small=SMOLLM2,large=QWEN,train=train.jsonl,test=test.jsonl \\
         --workdir=runs/guided_qwen05
 
-Plan, written before the run. Data: 500 questions of HotpotQA's development set, the first 300 for the test, the other 200
-and 100 training questions for distillation and RL (2WikiMultiHopQA: `task=2wikimultihopqa`, the same split of 500).
-Teacher: the large model's own rationales for all of them. Arms: `kd_unfiltered` and `kd_filtered` (by exact match), 60
-updates of 8 rows each; `rl_both` refines `kd_filtered` by 20 updates of 8 questions x 4 rationales with RLOO.
-Reported on the 300 test questions: EM and F1 of standard prompting, own CoT, guided by every arm, gold facts as ceiling;
-differences paired over questions with 95% intervals. Success: guided (any arm that was named here) above standard *and*
-own CoT with intervals above 0; the paper's claim of RL needs `rl_both` above `kd_filtered`. No arm is chosen on the test
-questions; all are reported. Otherwise it is reported as failed, and up to two more settings are tried, each named.
+Plan, written before the run (the reader in float32 at first; nothing had run). Data: 500 questions of HotpotQA's
+development set, the first 300 for the test, the other 200 and 100 training questions for distillation and RL
+(2WikiMultiHopQA: `task=2wikimultihopqa`, the same split of 500). Teacher: the large model's own rationales for all of
+them. Arms: `kd_unfiltered` and `kd_filtered` (by exact match), 60 updates of 8 rows each; `rl_both` refines
+`kd_filtered` by 20 updates of 8 questions x 4 rationales with RLOO. Reported on the 300 test questions: EM and F1 of
+standard prompting, own CoT, guided by every arm, gold facts as ceiling; differences paired over questions with 95%
+intervals. Success: guided (any arm that was named here) above standard *and* own CoT with intervals above 0; the
+paper's claim of RL needs `rl_both` above `kd_filtered`. No arm is chosen on the test questions; all are reported.
+Otherwise it is reported as failed, and up to two more settings are tried, each named.
 """
 
 from qstar.configs.common import parse_arg, star_config, task_files
@@ -77,7 +78,7 @@ def qwen05(config):
     config.name = f"guided_cot_{config.task.name}_qwen05"
     config.mesh = "data=-1"
     config.task.context = "supporting_only"
-    config.guided.large.update(dtype="float32", slots=32)
+    config.guided.large.update(dtype="bfloat16", slots=32)
     config.guided.update(teacher_questions=300, rl_questions=300, test_questions=300, votes=5)
     config.guided.update(small_limit=640, large_limit=768, cot_tokens=128)
     config.distil_train.update(batch_size=8, accumulate=8, lr=5e-5, warmup=5, save_every=10, log_every=5)

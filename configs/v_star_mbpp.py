@@ -9,18 +9,19 @@ v_star_gsm8k.py. The paper's figures at 7B: about 53% best-of-64 and 46% pass@1 
 Not run here at that size: only `smoke`, on 260K-parameter weights that write no Python, a test of the machinery. `data` is a
 folder with all 974 tasks in mbpp.jsonl; without it they come from the hub.
 
-`qwen05` is the run on a real language model that fits two CPU cores, Qwen2.5-Coder-0.5B-Instruct in float32 with LoRA
+`qwen05` is the run on a real language model that fits two CPU cores, Qwen2.5-Coder-0.5B-Instruct in bfloat16 with LoRA
 of rank 16, prompts in its chat template without examples:
 
     qstar train --config=v_star_mbpp:qwen05,model=Qwen2.5-Coder-0.5B-Instruct,data=mbpp --workdir=runs/v_star_qwen05
 
-Plan, written before the run. G_SFT: one pass over the 374 training solutions; two iterations of 4 samples per problem;
-then a DPO verifier and an ORM on the same labelled samples (`pairs.per_problem` 2). Test: 16 candidates for each of the
-first 150 test problems, the same ones for every rule. Reported: pass@1, pass@k, majority of 16 (equal programs),
-best of 16 by DPO verifier, ORM and the generator's own log-probability, with 95% intervals over problems; HumanEval with
-the same models by `qstar evaluate --verifier`. Success: best of 16 by a verifier above pass@1 with a paired interval
-above 0; the method's claim needs it above majority, too. Nothing is chosen on the test problems. A failed arm is
-reported, and up to two more settings are tried (samples per problem, passes of the verifier), each named.
+Plan, written before the run (bfloat16 instead of float32 since, for speed; nothing had run). G_SFT: one pass over the
+374 training solutions; two iterations of 4 samples per problem; then a DPO verifier and an ORM on the same labelled
+samples (`pairs.per_problem` 2). Test: 16 candidates for each of the first 150 test problems, the same ones for every
+rule. Reported: pass@1, pass@k, majority of 16 (equal programs), best of 16 by DPO verifier, ORM and the generator's own
+log-probability, with 95% intervals over problems; HumanEval with the same models by `qstar evaluate --verifier`.
+Success: best of 16 by a verifier above pass@1 with a paired interval above 0; the method's claim needs it above
+majority, too. Nothing is chosen on the test problems. A failed arm is reported, and up to two more settings are tried
+(samples per problem, passes of the verifier), each named.
 """
 
 from qstar.configs.common import parse_arg
@@ -54,7 +55,7 @@ def qwen05(config):
     config.name = "v_star_mbpp_qwen05"
     config.mesh = "data=-1"
     config.task.format = "chat"
-    config.model.update(dtype="float32", remat="none", scan_unroll=24)
+    config.model.update(dtype="bfloat16", remat="none", scan_unroll=24)
     config.sft.steps = "epochs:1:0"
     config.loop.update(n_iters=2, k=4, steps="epochs:1:0")
     config.pairs.per_problem = 2
