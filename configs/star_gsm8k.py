@@ -33,7 +33,8 @@ the test set (variants of one problem stand side by side there) and the other 70
     qstar train --config=star_gsm8k:svamp,model=Qwen2.5-Coder-0.5B-Instruct,data=SVAMP.json --workdir=runs/svamp_qwen05
 
 Arms: `rft` (600 problems, one sample each at temperature .7, one pass over what is kept) and `star` (two loops of 300
-problems, one greedy sample each and a hinted one where it is wrong, one pass). Reported and judged as above.
+problems, one greedy sample each and a hinted one where it is wrong, one pass). Reported and judged as above. `rft` ran:
+.483 against the base's .393, a gain of .090 (.040 to .140); 1.3 hours, 6.8 GB. `star` has not.
 """
 
 from qstar.configs.common import parse_arg, star_config, task_files
