@@ -64,7 +64,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, record: dict[str, Any] | None = None) -> None:
-        """Starts saving; returns once the arrays are copied, on a CPU once all is on disk. A step that exists is left."""
+        """Starts saving; returns once the arrays are copied (a step that exists already is left as it is)."""
         # `Progress.save` may follow the loop's own save of a step, and orbax raises on a step that exists.
         if step in self._manager.all_steps():
             return
@@ -75,9 +75,6 @@ class Checkpoints:
         record[CHECKSUMS] = {"arrays": arrays, "record": _crc(record, arrays)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         self._manager.save(step, args=args)
-        # On a CPU the copies would stand beside the temporaries of the next update, and the writing would take its cores.
-        if jax.default_backend() == "cpu":
-            self.wait()
 
     def resume(self, like: Any) -> Restored | None:
         """Restores the newest intact checkpoint, None if there is none. Damaged ones are named and moved aside.

@@ -128,6 +128,9 @@ class _Fit:
             update = step_at(step)
             arrays = rows, np.float32(lr_at(step))
             if others:
+                # On a CPU the copies of a checkpoint would stand beside the temporaries of the update.
+                if jax.default_backend() == "cpu":
+                    self.wait()
                 distributed.return_freed_memory()
             with watch.update(update):  # nothing in here waits for the device
                 self.state, metrics = update(self.state, *place(arrays))

@@ -111,10 +111,20 @@ def test_nothing_is_overwritten(finished, tmp_path):
     assert {f: f.read_bytes() for f in files} == files
 
 
-def test_on_a_cpu_a_checkpoint_is_on_disk_when_its_call_returns(tmp_path):
-    """Its copies would stand beside the temporaries of the next update."""
-    Checkpoints(tmp_path).save(7, {"x": jnp.ones(100_000)})
-    assert (tmp_path / "7" / "state").is_dir()
+def test_on_a_cpu_a_checkpoint_is_on_disk_before_the_next_update(tmp_path):
+    """Its copies would stand beside the temporaries of the update."""
+    seen = []
+
+    def step_at(n):
+        def step(*arguments):
+            seen.append(sorted(p.name for p in tmp_path.iterdir()))
+            return STEP(*arguments)
+
+        return step
+
+    state = create_state(params(), TX, seed=0)
+    list(fit(state, step_at, batch, lr_at, steps=3, checkpoints=Checkpoints(tmp_path), save_every=1, log_every=1))
+    assert seen == [[], ["1"], ["1", "2"]]
 
 
 def test_the_newest_checkpoints_stay_with_their_records(tmp_path):
