@@ -27,5 +27,5 @@ code=0
 .venv/bin/python -m pytest --ignore=tests/multi_device -n 2 --dist loadfile --no-loadscope-reorder "$@" || code=$?  # two workers, file by file
 [ -z "$fast" ] || exit $code
 # Sums over devices are compared to 1e-5, so these programs are compiled with optimisation (tests/conftest.py turns it off elsewhere).
-XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1" .venv/bin/python -m pytest tests/multi_device || code=$?
+XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1" .venv/bin/python -m pytest tests/multi_device -n 2 --dist loadfile || code=$?
 exit $code
