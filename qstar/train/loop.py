@@ -119,10 +119,8 @@ class _Fit:
             yield Progress(self.first, self.state, {})
 
     def updates(self, step_at, batch_at, lr_at, place, watch, on_policy) -> Iterator[Progress]:
-        counted, others = (
-            len(self.window),
-            True,
-        )  # read by `count` before; whether other programs ran since the last update
+        counted = len(self.window)  # of these, how many `count` has read
+        others = True  # whether other programs ran since the last update
         for step in range(self.first, self.steps):
             rows = batch_at(step, self.state) if on_policy else batch_at(step)
             update = step_at(step)
