@@ -95,7 +95,7 @@ def qwen05(config):
     config.name = "star_gsm8k_qwen05"
     config.mesh = "data=-1"
     config.task.format = "chat"
-    config.model.update(dtype="float32", remat="none", scan_unroll=24)
+    config.model.update(dtype="float32", remat="none")
     config.loop = {"n_iters": 2, "problems_per_iter": 300, "restart": "base", "steps": "epochs:2:0"}
     config.arms = {
         "star": {"preset": "star"},
@@ -118,7 +118,7 @@ def svamp(config, data):
     config.task = {"name": "svamp", "format": "chat"}
     if data:
         config.task.update(train=data, train_split="[300:]", test=data, test_split="[:300]")
-    config.model.dtype = "bfloat16"
+    config.model.update(dtype="bfloat16", scan_unroll=24)
     config.arms = {
         "rft": {"preset": "rft", "k": 1, "problems_per_iter": 600, "include_sft_data": False, "steps": "epochs:1:0"},
         "star": {"preset": "star", "steps": "epochs:1:0"},

@@ -1,8 +1,8 @@
 """Ended at many random places, by SIGTERM and SIGKILL, a run comes to the same end, bit for bit.
 
-SIGTERM is honoured by every loop: ten moments in each with QSTAR_LONG_TESTS=1, by default two in those of STaR and RL.
-The chains of SIGTERM and SIGKILL through whole runs are opt-in, for they take many minutes; another QSTAR_LONG_SEED
-draws other places. (A few chosen places of each kind are in every run of the tests: see test_resume.py.)
+SIGTERM is honoured by every loop: a few moments in each by default, ten with QSTAR_LONG_TESTS=1. The chains of SIGTERM and
+SIGKILL through whole runs are opt-in, for they take many minutes; another QSTAR_LONG_SEED draws other places. (A few chosen
+places of each kind are in every run of the tests: see test_resume.py.)
 """
 
 import collections
@@ -56,9 +56,7 @@ def undisturbed(name):
     return runs.killed(command(name), [None]) if name in ("evaluate", "quiet_star") else runs.finished(command(name))
 
 
-@pytest.mark.parametrize(
-    "name", ["star", "quiet_star", "v_star", "guided_cot", "rl", "evaluate"] if LONG else ["star", "rl"]
-)
+@pytest.mark.parametrize("name", ["star", "quiet_star", "v_star", "guided_cot", "rl", "evaluate"])
 def test_sigterm_at_random_moments_saves_exits_0_and_goes_on(name):
     """The signal comes up to half a second after random events of each loop of a run; no update is made twice."""
     whole = undisturbed(name)
