@@ -35,7 +35,7 @@ CASES = {
         "quiet_star_text:smollm2,model={smol},data={data}/text/openstax_algebra.jsonl,steps=3",
         {"evaluate.rows": 4, "evaluate.viewer_texts": 1, "train.save_every": 1, "train.log_every": 1,
          "arms.same_compute.steps": 3},
-        ("no_policy/training/1", "random/training/2"),
+        ("pause/training/1", "random/training/2"),
     ),
     "guided_cot": (
         "guided_cot_hotpotqa:qwen05,small={smol},large={qwen},train={data}/hotpotqa/train_100.json"
