@@ -8,6 +8,7 @@ score lists of texts in buckets of similar length.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from qstar import distributed
 from qstar.errors import UserError, require
 from qstar.mesh import map_rows, mesh_jit, put_global_batch, to_host
 from qstar.models import decoder, encdec
-from qstar.models.attention import causal_mask
+from qstar.models.attention import causal_mask, document_starts, within_window
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.heads import value_logits
@@ -32,6 +33,7 @@ from qstar.types import Params
 AnyConfig = ModelConfig | EncDecConfig
 CHUNK_TOKENS = 16_384  # tokens per forward pass of `logprobs`
 MIN_LENGTH = 16  # the shortest length bucket; the others are powers of two
+SHARED_TOKENS = 1024  # at most, of a row whose completions share their prompt: its mask has the square of this
 
 
 def init(config: AnyConfig, key: Array, dtype: Any = jnp.float32) -> Params:
@@ -68,18 +70,33 @@ def response_states(params: Params, config: AnyConfig, prompt: Array, prompt_mas
     return map_rows(decoder_row)(prompt, prompt_mask, response)
 
 
-def hidden_states(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
+def hidden_states(params: Params, config: ModelConfig, tokens: Array, mask: Array, shared: bool = False) -> Array:
     """Returns final hidden states [B, T, D] of tokens [B, T]; mask [B, T] is 1 for real tokens, 0 for padding.
 
     Padding may be on either side: real tokens neither attend to it nor count it in their positions.
+
+    With `shared`, a row holds a text (1 in the mask) and continuations of it (2, 3, ...) one behind the other, then
+    padding: each continuation attends to the text and to itself, at the positions that follow the text.
     """
-    return map_rows(functools.partial(_row_states, params, config))(tokens, mask.astype(jnp.int32))
+    row = _shared_states if shared else _row_states
+    return map_rows(functools.partial(row, params, config))(tokens, mask.astype(jnp.int32))
 
 
 def _row_states(params: Params, config: ModelConfig, tokens: Array, real: Array) -> Array:
     # Without `one_text`, which promises padding on the right: here it may be on the left.
     positions = jnp.maximum(jnp.cumsum(real) - 1, 0)
     return decoder.forward(params, config, tokens, positions, causal_mask(config, real))[0]
+
+
+def _shared_states(params: Params, config: ModelConfig, tokens: Array, part: Array) -> Array:
+    column = jnp.arange(tokens.shape[0])
+    behind = jnp.sum(part == 1) + column - document_starts(part)
+    positions = jnp.where(part > 1, behind, jnp.where(part == 1, column, 0))
+    # A token that is predicted and not read may lie one position behind the context, which learned positions lack.
+    positions = jnp.minimum(positions, config.max_positions - 1)
+    visible = (column <= column[:, None]) & ((part == part[:, None]) | (part == 1))
+    mask = within_window(config, visible, positions[:, None] - positions)
+    return decoder.forward(params, config, tokens, positions, mask)[0]
 
 
 def text_limit(config: AnyConfig, tokenizer: Any = None) -> int:
@@ -113,17 +130,17 @@ def _logits(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> 
     return decoder.unembed(params, config, hidden_states(params, config, tokens, mask))
 
 
-@functools.partial(mesh_jit, static_argnames="config")
-def next_logprobs(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
+@functools.partial(mesh_jit, static_argnames=("config", "shared"))
+def next_logprobs(params: Params, config: ModelConfig, tokens: Array, mask: Array, shared: bool = False) -> Array:
     """Returns [B, T]: at t, the log-probability of token t + 1 (the last column has no meaning)."""
-    hidden = hidden_states(params, config, tokens, mask)
+    hidden = hidden_states(params, config, tokens, mask, shared)
     return token_logprobs(hidden, decoder.head(params, config), jnp.roll(tokens, -1, axis=1)).logprobs
 
 
-@functools.partial(mesh_jit, static_argnames="config")
-def next_scores(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> TokenScores:
+@functools.partial(mesh_jit, static_argnames=("config", "shared"))
+def next_scores(params: Params, config: ModelConfig, tokens: Array, mask: Array, shared: bool = False) -> TokenScores:
     """Returns [B, T - 1]: at t, the scores of token t + 1. Rows are padded on the right; their last token is not read."""
-    hidden = hidden_states(params, config, tokens[:, :-1], mask[:, 1:])
+    hidden = hidden_states(params, config, tokens[:, :-1], mask[:, :-1] if shared else mask[:, 1:], shared)
     return token_logprobs(hidden, decoder.head(params, config), tokens[:, 1:])
 
 
@@ -237,9 +254,10 @@ def score_tokens(
     encdec_score: Callable[..., Any] = _response_logprobs,
     unread: int = 0,
 ) -> list[Any]:
-    """Returns `score(params, config, tokens [B, T], mask [B, T]) -> [B, T]` on the tokens of each completion.
+    """Returns `score(params, config, tokens [B, T], mask [B, T], shared) -> [B, T]` on the tokens of each completion.
 
-    The column of a token is the one before it, where `next_logprobs` keeps its log-probability.
+    The column of a token is the one before it, where `next_logprobs` keeps its log-probability. A decoder reads a prompt
+    of several completions once for as many of them as a row holds (see `hidden_states`).
 
     Args:
       score: may return a pytree of arrays; so is then each completion's result. encdec_score: that of encoder-decoders.
@@ -252,29 +270,77 @@ def score_tokens(
     pairs = [_encode_pair(model, i, p, c, unread) for i, (p, c) in enumerate(zip(prompts, completions))]
     c, encdec_ = model.config, isinstance(model.config, EncDecConfig)
     out: list[Any] = [np.zeros(0, np.float32)] * len(pairs)
-    for length, rows in _chunks([len(p) + len(q) - unread for p, q in pairs]):
-        distributed.return_freed_memory()
-        # Rows and lengths in powers of two: few shapes to compile.
-        count = power_of_two(len(rows))
-        if encdec_:  # each half padded to its own bucket
-            I, R = (max(MIN_LENGTH, power_of_two(max(len(pairs[i][k]) for i in rows))) for k in (0, 1))
-            arrays = *_padded([pairs[i][0] for i in rows], count, I), _padded([pairs[i][1] for i in rows], count, R)[0]
-        else:
-            arrays = tuple(_padded([pairs[i][0] + pairs[i][1] for i in rows], count, length + unread))
-        run = encdec_score if encdec_ else score
-        scores = to_host(run(model.params, c, *put_global_batch(arrays, model.mesh)))
-        for r, i in enumerate(rows):
-            # Copied, because a view would keep the chunk's whole array alive.
-            start = 0 if encdec_ else len(pairs[i][0]) - 1
-            out[i] = jax.tree.map(lambda x: x[r, start : start + len(pairs[i][1])].copy(), scores)  # noqa: B023
+    rows = [[i] for i in range(len(pairs))] if encdec_ else _rows(pairs)
+    sizes = [len(pairs[row[0]][0]) - 1 + sum(1 + len(pairs[i][1]) for i in row) - unread for row in rows]
+    # Lone pairs apart, since kernels of attention take them.
+    for shared in (False, True):
+        some = [k for k, row in enumerate(rows) if (len(row) > 1) == shared]
+        for length, chunk in _chunks([sizes[k] for k in some]):
+            distributed.return_freed_memory()
+            members = [rows[some[k]] for k in chunk]
+            if encdec_:  # each half padded to its own bucket
+                arrays = _encdec_arrays([pairs[i] for (i,) in members])
+                scores = to_host(encdec_score(model.params, c, *put_global_batch(arrays, model.mesh)))
+            else:
+                arrays = _padded([_parts(pairs, row) for row in members], length + unread)
+                scores = to_host(score(model.params, c, *put_global_batch(tuple(arrays), model.mesh), shared))
+            for r, row in enumerate(members):
+                start = 0 if encdec_ else len(pairs[row[0]][0]) - 1
+                for i in row:
+                    # Copied, because a view would keep the chunk's whole array alive.
+                    end = start + len(pairs[i][1])
+                    out[i] = jax.tree.map(lambda x: x[r, start:end].copy(), scores)  # noqa: B023
+                    start = end + 1
     return out
 
 
-def _padded(rows: list[list[int]], count: int, length: int) -> np.ndarray:
-    """Returns tokens and mask [2, count, length] of rows, padded on the right."""
-    out = np.zeros((2, count, length), np.int32)
-    for r, ids in enumerate(rows):
-        out[0, r, : len(ids)], out[1, r, : len(ids)] = ids, 1
+def _rows(pairs: list[tuple[list[int], list[int]]]) -> list[list[int]]:
+    """Returns the pairs of each row: as many of one prompt as fit into `shared_length`, else a pair alone."""
+    groups, rows = defaultdict(list), []
+    for i, (prompt, _) in enumerate(pairs):
+        groups[tuple(prompt)].append(i)
+    for prompt, members in groups.items():
+        room = shared_length(len(prompt) + max(len(pairs[i][1]) for i in members))
+        size = room
+        for i in members:
+            more = 1 + len(pairs[i][1])
+            if size + more > room:
+                rows.append([])
+                size = len(prompt) - 1
+            rows[-1].append(i)
+            size += more
+    return rows
+
+
+def shared_length(longest: int) -> int:
+    """Returns how many tokens a row of several completions may have, whose longest pair has so many."""
+    # Attention grows with the square of a row, so that rows of more than a few texts would cost small models time.
+    return min(SHARED_TOKENS, power_of_two(4 * longest))
+
+
+def _parts(pairs: list[tuple[list[int], list[int]]], row: list[int]) -> list[list[int]]:
+    """Returns the texts of a row: of several completions each begins with the prompt's last token, which predicts it."""
+    prompt = pairs[row[0]][0]
+    if len(row) == 1:
+        return [prompt + pairs[row[0]][1]]
+    return [prompt[:-1], *([prompt[-1], *pairs[i][1]] for i in row)]
+
+
+def _encdec_arrays(pairs: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, ...]:
+    """Returns prompts, their mask and responses, the first two [B, I] and the last [B, R]."""
+    prompts, responses = zip(*pairs)
+    I, R = (max(MIN_LENGTH, power_of_two(max(map(len, half)))) for half in (prompts, responses))
+    return *_padded([[ids] for ids in prompts], I), _padded([[ids] for ids in responses], R)[0]
+
+
+def _padded(rows: list[list[list[int]]], length: int) -> np.ndarray:
+    """Returns tokens and mask [2, B, length] of rows, padded on the right; the mask numbers a row's parts from 1."""
+    # As many rows as a power of two: few shapes to compile.
+    out = np.zeros((2, power_of_two(len(rows)), length), np.int32)
+    for r, parts in enumerate(rows):
+        ids = [token for part in parts for token in part]
+        out[0, r, : len(ids)] = ids
+        out[1, r, : len(ids)] = np.repeat(np.arange(len(parts)) + 1, [len(part) for part in parts])
     return out
 
 
@@ -312,10 +378,10 @@ def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
         yield from ((length, members[k : k + rows]) for k in range(0, len(members), rows))
 
 
-@functools.partial(mesh_jit, static_argnames="config")
-def _values(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> Array:
+@functools.partial(mesh_jit, static_argnames=("config", "shared"))
+def _values(params: Params, config: ModelConfig, tokens: Array, mask: Array, shared: bool = False) -> Array:
     # Rolled, so that a token's value is in the column of its log-probability, where `score_tokens` reads.
-    return jnp.roll(value_logits(params, hidden_states(params, config, tokens, mask)), -1, axis=1)
+    return jnp.roll(value_logits(params, hidden_states(params, config, tokens, mask, shared)), -1, axis=1)
 
 
 def values(model: Model, prompts: Sequence[Any], completions: Sequence[Any]) -> list[np.ndarray]:

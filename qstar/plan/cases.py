@@ -112,12 +112,13 @@ def _v_star(case: Case) -> Iterator[Program]:
         yield _verifier(case, kind, done, s, {"the model before fine-tuning": model.params})
     yield from sampling(case, done, sample, max(v.k for v in variants), sample.round_size, 0)
     # Log-probabilities of completions, as `model.logprobs` computes them: reference values of DPO, selection.
-    length = padded_length(case.assumed.prompt + sample.max_new_tokens)
-    rows = max(1, scoring.CHUNK_TOKENS // length)
+    longest = padded_length(case.assumed.prompt + sample.max_new_tokens)
+    length = max(longest, scoring.shared_length(longest))
+    rows, shared = max(1, scoring.CHUNK_TOKENS // length), longest <= scoring.SHARED_TOKENS
     ids = case.spec((rows, length), jnp.int32, split=True)
     yield Program(
         f"scoring: {rows} rows of {length} tokens",
-        lambda: scoring.next_logprobs.lower(done.params, done.config, ids, ids),
+        lambda: scoring.next_logprobs.lower(done.params, done.config, ids, ids, shared),
         {"parameters": done.params},
         {},
         *flops.forward(done.config, rows, length, predicted=rows * length),
