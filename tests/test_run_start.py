@@ -6,12 +6,14 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 from rich.console import Console
 
 from qstar.__main__ import main
 from qstar.report.render import environment as templates
+from qstar.runs import folder
 from qstar.runs.access import unlock
 from qstar.runs.console import Screen
 from qstar.runs.folder import end_run, environment, open_run
@@ -71,7 +73,10 @@ def test_a_folder_in_a_bucket_is_refused_before_anything_is_written(command, tmp
 
 
 def test_a_run_notes_when_where_how_long_and_by_which_command(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(folder, "time", clock)
     monkeypatch.setattr(sys, "argv", ["/x/qstar/__main__.py", "train", "--config.name=a b"])
+    now = 100.0
     open_run(tmp_path, {"method": "star"}, resolved={"arms": {"star": {"k": 1, "cap": float("inf"), "steps": (1, 2)}}})
     first = json.loads((tmp_path / "environment.json").read_text())
     assert first["command"] == "qstar train '--config.name=a b'"
@@ -80,9 +85,10 @@ def test_a_run_notes_when_where_how_long_and_by_which_command(tmp_path, monkeypa
         and first["host"]
         and first["ended"] is None
     )
+    now = 107.0
     end_run(tmp_path)
     ended = json.loads((tmp_path / "environment.json").read_text())
-    assert ended["ended"] >= first["started"] and ended["seconds"] > 0 and ended["starts"] == 1
+    assert ended["ended"] >= first["started"] and ended["seconds"] == 7.0 and ended["starts"] == 1
     unlock(tmp_path)
     end_run(tmp_path)  # not this process' run any more
     assert json.loads((tmp_path / "environment.json").read_text()) == ended

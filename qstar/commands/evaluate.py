@@ -136,15 +136,22 @@ def _scorers(flags: list[str], task: Any, dtype: str | None) -> dict[str, Any]:
 def _evaluate_harness(a: argparse.Namespace) -> int:
     out = folder("--out", a.out) if a.out else None
     from qstar.methods.harness import evaluate_harness, tables, write_results
+    from qstar.runs.folder import end_run, open_run
 
     where = {name: getattr(a, name) for name in ("limit", "num_fewshot", "include_path", "chat")}
     thoughts = {"auto": None, "on": True, "off": False}[a.thoughts]
     how = {"thoughts": thoughts, "thought_temperature": a.thought_temperature, "seed": a.seed, "dtype": a.dtype}
+    if out is not None:
+        # Before the work: a folder of other results is refused, and one that cannot be written.
+        open_run(
+            out, {"model": a.model, "harness": a.harness, **where, **how, "max_gen_toks": a.max_new_tokens}, "--out"
+        )
     found = evaluate_harness(a.model, a.harness.split(","), **where, **how, max_gen_toks=a.max_new_tokens)
+    names = ("results", "groups", "n-shot", "n-samples", "versions")
+    print(json.dumps({k: found[k] for k in names if k in found}) if a.json else tables(found), flush=True)
     if out is not None:
         write_results(found, out)
-    names = ("results", "groups", "n-shot", "n-samples", "versions")
-    print(json.dumps({k: found[k] for k in names if k in found}) if a.json else tables(found))
+        end_run(out)
     return 0
 
 

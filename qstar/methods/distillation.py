@@ -90,7 +90,8 @@ def distil(
     limit = scoring.text_limit(start.config, start.tokenizer)
     tx, step = compiled(start.config, other, settings, limit, only_updates(train))
     # Padded to the longest row of all, so that every batch has the same shapes and the step is compiled once.
-    lengths = [padded_length(max(len(getattr(r, k)) for r in rows)) for k in ("prompt", "teacher_prompt")]
+    longest = max(len(r.teacher_prompt or r.prompt) for r in rows)
+    lengths = [padded_length(n) for n in (max(len(r.prompt) for r in rows), longest)]
 
     def batch_at(s: int, state: TrainState) -> losses.Lesson:
         # A pure function of the step, so that a resumed run draws the same batches.
@@ -114,9 +115,7 @@ def make_batch(
 ) -> losses.Lesson:
     """Returns rows as host arrays; prompts are padded to `lengths`, the student's and the teacher's."""
     prompt = scoring.pad_prompts(config, [list(r.prompt) for r in rows], lengths[0])
-    # Where no row has a teacher's prompt of its own, both read the same one, at the student's length.
-    length = lengths[1] if any(r.teacher_prompt for r in rows) else lengths[0]
-    teacher_prompts = scoring.pad_prompts(teacher, [list(r.teacher_prompt or r.prompt) for r in rows], length)
+    teacher_prompts = scoring.pad_prompts(teacher, [list(r.teacher_prompt or r.prompt) for r in rows], lengths[1])
     responses = scoring.pad_responses([r.response for r in rows], response_length)
     host: list[Any] = [*prompt, *responses, *teacher_prompts]
     return losses.Lesson(*host)

@@ -112,6 +112,13 @@ class GuidedContext(RunContext):
         # Mistakes in an arm's settings are found here, before anything is written.
         for name in self.arms:
             self.rl_settings(name)
+            self.distil_settings(name)
+
+    def distil_settings(self, name: str) -> DistilTrain:
+        """Returns an arm's settings of distillation: the config's, with the arm's changes if it is distilled."""
+        arm = self.arms[name]
+        changes = arm.train if arm.start == "base" else {}
+        return settings_from(DistilTrain, {**vars(self.settings.distil_train), **changes}, f"arms.{name}.train")
 
     def rl_settings(self, name: str) -> tuple[RLSettings, ReinforceSettings]:
         """Returns an arm's RL settings: the config's, with the arm's changes."""
@@ -210,7 +217,7 @@ def distil_rationales(
     counts = {kind: sum(r["type"] == kind for r in rows) for kind in sorted({r["type"] for r in rows})}
     record |= {f"keep_rate/{kind}": sum(r["type"] == kind for r in kept) / n for kind, n in counts.items()}
     once_json(folder / "buffer.json", lambda: record)
-    train = dataclasses.replace(ctx.settings.distil_train, **arm.train)
+    train = ctx.distil_settings(name)
     # Soft losses need logits of a model with the student's vocabulary, as the two-hop task's `large` has.
     teacher = getattr(ctx.task, "large", None)
     with ctx.stage(folder / "distil", train, steps=arm.steps, seed=seed, bar=name, **label) as stage:

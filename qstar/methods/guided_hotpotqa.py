@@ -316,8 +316,8 @@ class MultiHop:
         # The temperature of the self-consistency paper (arXiv 2203.11171).
         rows = self.rationales(student, n, 0.7)
         replies = zip(*(self.answers_with([row[j].text or "" for row in rows]) for j in range(n)))
-        # Normalized as for EM: spellings that score alike are one candidate of the vote.
-        chosen = [majority([normalise(a.text) for a in each], [a.logprob for a in each]) for each in replies]
+        # Normalized as for EM: spellings that score alike are one candidate of the vote, and empty ones none.
+        chosen = [majority([normalise(a.text) or None for a in each], [a.logprob for a in each]) for each in replies]
         return percent(self._scores([c or "" for c in chosen]) >= 0.5)
 
 

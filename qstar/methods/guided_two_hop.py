@@ -182,7 +182,12 @@ class TwoHop:
         return [r for r in ended if r["answer"] == r["gold"]]
 
     def to_pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
-        return [Pair(tuple(r["prompt"]), tuple(t for t in r["rationale"] if t != PAD)) for r in rows]
+        pairs = []
+        for r in rows:
+            # The large model has learnt to reason after its own tag; soft losses read its predictions there.
+            asked = tuple(COT if t == RAT else t for t in r["prompt"])
+            pairs.append(Pair(tuple(r["prompt"]), tuple(t for t in r["rationale"] if t != PAD), asked))
+        return pairs
 
     def environment(self, seed: int, group: int, prompts: int, arm: GuidedConfig) -> TwoHopEnvironment:
         questions = _draw(stable_seed(seed, "hops rl"), self.settings.rl_questions)

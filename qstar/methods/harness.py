@@ -38,6 +38,7 @@ from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, load
 from qstar.models.scoring import token_scores
 from qstar.models.thought_config import ThoughtConfig
+from qstar.runs.folder import stable_seed
 from qstar.runs.rollouts import generate, tokenizer_of
 from qstar.sample.batching import default_slots
 from qstar.thoughts import layout, measure
@@ -205,13 +206,15 @@ class HarnessModel(TemplateLM):
             slots = self.slots or default_slots(min(ROUND, len(members)))
             for begin in range(0, len(members), ROUND):
                 some = members[begin : begin + ROUND]
-                texts = self._generate([requests[i].args[0] for i in some], requests[some[0]].args[1], slots)
+                # A seed per round: draws depend on it and on the index in the call.
+                seed = stable_seed(self.seed, *members[:1], begin)
+                texts = self._generate([requests[i].args[0] for i in some], requests[some[0]].args[1], slots, seed)
                 for i, text in zip(some, texts):
                     out[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return out
 
-    def _generate(self, contexts: list[str], options: Mapping[str, Any], slots: int) -> list[str]:
+    def _generate(self, contexts: list[str], options: Mapping[str, Any], slots: int, seed: int) -> list[str]:
         options = dict(normalize_gen_kwargs(dict(options), self.max_gen_toks))
         until, new = handle_stop_sequences(options.pop("until"), eos=None), options.pop("max_gen_toks")
         if ignored := sorted(options.keys() - set(USED)):
@@ -228,7 +231,7 @@ class HarnessModel(TemplateLM):
         config = self.model.config
         model = self.model.replace(config=config.replace(also_eos=(*config.also_eos, *sorted(set(special)))))
         stop = [text for text in until if text]
-        more: dict[str, Any] = {"thoughts": self.thoughts, "seed": self.seed, "slots": slots}
+        more: dict[str, Any] = {"thoughts": self.thoughts, "seed": seed, "slots": slots}
         found = generate(model, prompts, max_new_tokens=new, stop=stop, **sampling, **more)
         return [postprocess_generated_text(row[0].text, stop, None) for row in found]
 

@@ -150,8 +150,8 @@ class PairContext(RunContext):
 
     def train_settings(self, arm: str) -> Any:
         """Returns `train` with the keys of an arm."""
-        settings_from(self.TRAIN, _tuples(self.settings.train), "train")
-        return settings_from(self.TRAIN, _tuples(self.settings.train | self.settings.arms[arm]), f"arms.{arm}")
+        settings_from(self.TRAIN, self.settings.train, "train")
+        return settings_from(self.TRAIN, self.settings.train | self.settings.arms[arm], f"arms.{arm}")
 
     def load(self, section: str = "model") -> Model:
         """Returns the model of a section; raises UserError if there is none, or it has no tokenizer."""
@@ -186,11 +186,6 @@ class DistilContext(PairContext):
     """One run of `distil`."""
 
     SECTIONS, FORM, TRAIN = DistilSections, "prompts", DistilTrain
-
-
-def _tuples(section: dict[str, Any]) -> dict[str, Any]:
-    # config.json has made lists of them.
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
 
 
 CONTEXTS: dict[str, type[PairContext]] = {"sft": PairContext, "dpo": DPOContext, "distil": DistilContext}
@@ -274,7 +269,7 @@ def run(
     check_run(ctx.workdir, config.to_dict())
     arms = {name: ctx.train_settings(name) for name in ctx.settings.arms}
     sets = ctx.read(rows)
-    start = ctx.load() if start is None else start
+    start, started = ctx.load() if start is None else start, False
     for name, settings in arms.items():
         _check(start, settings, name)
     if isinstance(ctx, DistilContext):
@@ -284,12 +279,14 @@ def run(
         if teacher is not None and blank:
             # The first rows that it writes are the first thing in the run folder.
             ctx.start(start, arms=arms)
+            started = True
             write = functools.partial(write_completions, ctx.say, teacher, sample=ctx.settings.sample, seed=ctx.seed)
             names = ("teacher", "teacher_held_out")
             sets = write(sets[0], folder=ctx.workdir / names[0]), write(sets[1], folder=ctx.workdir / names[1])
     limit = max(getattr(s, "row_length", 0) for s in arms.values())
     train, held_out = (fit(ctx.say, start, some, limit) for some in sets)
-    ctx.start(start, arms=arms)
+    if not started:
+        ctx.start(start, arms=arms)
     if rows is None:
         base_model.show_parameters(ctx, start)
     ctx.say(f"\n{len(train[0]):,} rows to train on, {len(held_out[0]):,} held out")

@@ -4,8 +4,8 @@
     D_VER   correct and incorrect solutions, on which verifiers are trained
     D_pref  pairs of a correct and an incorrect solution of one problem, drawn from D_VER, for DPO
 
-D_GEN and D_VER are keyed by (problem, completion up to white space); a repeated solution only raises a `count`. The
-counts matter: of a problem's correct solutions the valid ones are sampled most often, while most of the distinct ones
+D_GEN and D_VER are keyed by (problem, completion up to white space, label); a repeated solution only raises a `count`.
+The counts matter: of a problem's correct solutions the valid ones are sampled most often, while most of the distinct ones
 reach the answer over a wrong step.
 
 Deviations from the papers:
@@ -67,9 +67,10 @@ class Solution:
     tokens: list[int] | None = None  # as first sampled, see `Rollout`; None for human solutions
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> tuple[str, str, bool]:
         """Solutions of equal key are duplicates."""
-        return text_key(self)
+        # White space can decide: the indentation of a program, line ends up to the token limit.
+        return *text_key(self), self.correct
 
 
 def human_solutions(task: Task, problems: Iterable[Problem]) -> list[Solution]:
@@ -91,15 +92,20 @@ def sampled_solutions(rollouts: Iterable[Rollout]) -> list[Solution]:
 
 def add_to_buffer(folder: Path, n: int, solutions: Iterable[Solution]) -> list[Solution]:
     """Writes iteration n's solutions to FOLDER/iter_NNN.jsonl, unless it exists; returns those of 0 .. n in order."""
-    files = [folder / f"iter_{m:03d}.jsonl" for m in range(n + 1)]
-    cached_jsonl(files[n], lambda: [dataclasses.asdict(s) for s in merge_duplicates(solutions)])
-    return merge_duplicates(Solution(**row) for file in files if file.exists() for row in read_jsonl(file))
+    cached_jsonl(folder / f"iter_{n:03d}.jsonl", lambda: [dataclasses.asdict(s) for s in merge_duplicates(solutions)])
+    return merge_duplicates(read_buffer(folder, range(n + 1)))
+
+
+def read_buffer(folder: Path, iterations: Iterable[int]) -> list[Solution]:
+    """Returns the solutions of some iterations in order, repeated ones as often as they were found."""
+    files = [folder / f"iter_{m:03d}.jsonl" for m in iterations]
+    return [Solution(**row) for file in files if file.exists() for row in read_jsonl(file)]
 
 
 def merge_duplicates(solutions: Iterable[Solution]) -> list[Solution]:
     """Returns the first record of each distinct solution, with the sum of the counts."""
-    first: dict[tuple[str, str], Solution] = {}
-    total: dict[tuple[str, str], int] = collections.Counter()
+    first: dict[tuple[str, str, bool], Solution] = {}
+    total: dict[tuple[str, str, bool], int] = collections.Counter()
     for s in solutions:
         first.setdefault(s.key, s)
         total[s.key] += s.count
@@ -250,12 +256,16 @@ class ContinuationTask(Task):
 
     def __init__(self, task: Task):
         self.task, self.name, self.stop, self.opening = task, task.name, task.stop, task.opening
+        self.opens_thinking = task.opens_thinking
 
     def prefix(self, hint: bool = False) -> str:
         return self.task.prefix(hint)
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         return self.task.prompt(problem.meta["of"], hint) + problem.meta["prefix"]
+
+    def answered_part(self, completion: str) -> str | None:
+        return self.task.answered_part(completion)
 
     def parse(self, completion: str) -> str | None:
         return completion  # the answer is read in `judged`, from the partial solution and its continuation together
@@ -277,7 +287,7 @@ def rollout_labels(
     seed: int,
     folder: Path,
     few_shot: bool = True,
-) -> dict[tuple[str, str], list[float]]:
+) -> dict[tuple[str, str, bool], list[float]]:
     """Returns by key of each solution the labels of its `task.steps`: shares of n continuations that are correct."""
     # Nothing follows the last step: its label is the correctness of the solution, without continuations.
     ends = [task.steps(s.completion)[:-1] for s in solutions]

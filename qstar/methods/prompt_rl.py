@@ -140,11 +140,16 @@ def _train(
     open_run(folder, config, "workdir")
     arm, writer = folder / rl.estimator, Writer(folder)
     stage = Stage(arm / "checkpoints" / "iter_001", settings, settings.updates, seed, writer, {"arm": rl.estimator})
+    outcome = "failed"
     try:
         trained, _ = engine.reinforce(model, environment, rl, stage, completions=arm / "completions")
         write_json(arm / "status.json", {"status": "finished", "reason": "", "iterations": 1})
+        outcome = "done"
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        raise
     finally:
         writer.close()
-        end_run(folder)
+        end_run(folder, outcome)
         unlock(folder)
     return trained, [row for row in read(folder) if row["stage"] == "rl"]

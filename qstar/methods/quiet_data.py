@@ -93,7 +93,7 @@ class QuietContext(RunContext):
         why = "an encoder-decoder (T5) cannot think before each token of a text, as Quiet-STaR has it; take a decoder"
         require((not path or not base_model.is_encoder_decoder(path), f"config.model.path={path}: {why}"))
         self.corpus = make_corpus(self.settings.data, path)
-        check_keys(ThoughtConfig, options, "thoughts")
+        options = check_keys(ThoughtConfig, options, "thoughts")
         self.thoughts = thought_config(options, parity, self.corpus)
         # Evaluated for its check, before anything is written: `start_text` may have no token.
         _ = self.start_id
@@ -111,7 +111,7 @@ class QuietContext(RunContext):
     def arm_config(self, cls: type, name: str) -> Any:
         """Returns an arm's settings, after a check of its thoughts and train settings."""
         arm = settings_from(cls, self.settings.arms[name], f"arms.{name}")
-        check_keys(ThoughtConfig, arm.thoughts, f"arms.{name}.thoughts")
+        arm = dataclasses.replace(arm, thoughts=check_keys(ThoughtConfig, arm.thoughts, f"arms.{name}.thoughts"))
         # Built for their checks alone: a value out of range fails before the first arm trains.
         self.thoughts.replace(**arm.thoughts)
         self.update_settings(arm.train, f"arms.{name}.train")

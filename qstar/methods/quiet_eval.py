@@ -32,6 +32,7 @@ from qstar.models.scoring import MIN_LENGTH
 from qstar.models.thought_config import ThoughtConfig
 from qstar.models.vocabulary import head_logits
 from qstar.runs.evaluate import problems_of, votes
+from qstar.runs.folder import stable_seed
 from qstar.runs.rollouts import generate, tokenizer_of
 from qstar.tasks.base import Problem, Task, ZeroShot
 from qstar.text.tokenizer import Tokenizer
@@ -298,6 +299,8 @@ def zero_shot_cot(
         # The official code stops where the model begins another question.
         chains = generate(model, prompts, max_new_tokens=max_new_tokens, n=samples, stop=("Q:",), **options)
         closing = [prompt + (chain.text or "") + words for (prompt, words), row in zip(asked, chains) for chain in row]
+        # Another seed: closing i would be drawn with the random numbers of question i's first chain.
+        options["seed"] = stable_seed(seed, "closing")
         texts = [c[0].text or "" for c in generate(model, closing, max_new_tokens=answer_tokens, **options)]
         answers = [[task.parse_closing(x) for x in texts[i : i + samples]] for i in range(0, len(texts), samples)]
         correct = [[task.correct(p, a) for a in row] for p, row in zip(problems, answers)]

@@ -127,12 +127,16 @@ def measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, step
     steps.
     """
     path = ctx.workdir / arm / "evaluation" / f"step_{step:06d}.json"
-    # Returns early, so that a resumed run does not write the metrics row again.
-    if intact(path):
-        return once_json(path, dict)
-    found = once_json(path, lambda: _measure(ctx, arm, model, thought_source, step))
-    ctx.writer.write(stage="evaluation", arm=arm, step=step, **found)
-    if distributed.is_first():
+    known = intact(path)
+
+    def make() -> dict[str, Any]:
+        found = _measure(ctx, arm, model, thought_source, step)
+        # Before the file, with which a killed run goes on: the metrics row would be lost. Sums per row stay out of it.
+        ctx.writer.write(stage="evaluation", arm=arm, step=step, **{k: v for k, v in found.items() if k != "rows"})
+        return found
+
+    found = once_json(path, make)
+    if distributed.is_first() and not known:
         used = {title: key for title, key in zip(TITLES, KEYS) if f"{key}/all" in found}
         kinds = ("all", *found["classes"])
         table = [{"tokens": kind, **{t: found.get(f"{key}/{kind}") for t, key in used.items()}} for kind in kinds]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -120,6 +121,11 @@ def check_room(ctx: QuietContext, model: Model, name: str, arm: QuietConfig) -> 
     need = max(ctx.corpus.length + thread, ctx.corpus.base_length if ctx.settings.base.steps else 0)
     line = f"config.arms.{name}: texts and thoughts take up to {need} positions and the model has {room}"
     require((need <= room, f"{line}; shorten data.length or the thoughts, or set model.max_positions"))
+    every = arm.evaluate_every or ctx.settings.evaluate.every
+    line = (
+        f"config.arms.{name}.patience={arm.patience} counts evaluations, and there are none; set config.evaluate.every"
+    )
+    require((every > 0 or not arm.patience, line))
     # Where the padding token is the end of text, documents hold it: it would not be the pauses' own.
     unused = {*t.forbidden_ids[:1]} - {ctx.corpus.tokenizer.eos_id}
     line = f"config.arms.{name}.thought_source='pause' needs an id that no text holds, and the tokenizer has no padding"
@@ -171,6 +177,9 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
 
     # ---- training and evaluation
     every = arm.evaluate_every or ctx.settings.evaluate.every
+    if every:
+        # Evaluations follow a log: it has to fall on their steps.
+        settings = dataclasses.replace(settings, log_every=math.gcd(settings.log_every, every))
     stopping = EarlyStopping(ctx, name, start, arm.thought_source, every, arm.patience)
     how: dict[str, Any] = {"roles": roles, "watch": stopping, "choose": stopping.choose}
     try:

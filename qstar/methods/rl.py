@@ -197,7 +197,10 @@ def train_arm(
         # The best round's model is kept for the test in `Arm.finish`.
         if (n := round_at.get(update)) is None:
             return
-        rows = arm.answers(base.replace(params=params), split, f"iter_{n:03d}", n, hinted=False)
+        model = base.replace(params=params)
+        rows = arm.answers(model, split, f"iter_{n:03d}", n, hinted=False)
+        if ctx.settings.evaluate.hinted:
+            arm.answers(model, split, f"iter_{n:03d}_hinted", n, hinted=True)  # `arm.evaluate` reads them below
         ctx.say(f"  update {update}: accuracy {np.mean([r.correct for r in rows]):.4f}")
         # Without validation no round is chosen, and the last model is kept in any case.
         if split != "val" or n == loop.rounds:

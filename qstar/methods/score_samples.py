@@ -10,7 +10,7 @@ from typing import Any
 from qstar.methods.select import Scorer, curves, gain, ks_for, quality
 from qstar.methods.v_star_eval import Ballots, by_problem, candidates
 from qstar.methods.verifier import Verifier, score
-from qstar.runs.folder import cached_jsonl
+from qstar.runs.folder import cached_jsonl, fingerprint
 from qstar.text.tokenizer import Tokenizer
 from qstar.train.stats import summarise
 from qstar.types import Rollout
@@ -31,8 +31,9 @@ def by_scores(
     `gain@k:B - A`: the difference in accuracy of best-of-k, paired over problems, at k = 16 (or all samples).
 
     The scorer "generator" is always present: the log-probability under the model that wrote the samples. Scores are
-    kept in FOLDER/scores_NAME.jsonl, so that a second call does not score again. A `Verifier` with the `tokenizer` that
-    the samples were written with scores the sampled ids; every other scorer, f(prompts, completions), gets texts.
+    kept in FOLDER/scores_NAME_RULE_NORM.jsonl (of a function: scores_NAME.jsonl), so that a second call does not score
+    again. A `Verifier` with the `tokenizer` that the samples were written with scores the sampled ids; every other
+    scorer, f(prompts, completions), gets texts.
     """
     groups = by_problem(rollouts)
     scores: dict[str, list[list[float]]] = {"generator": [[r.logprob for r in rows] for rows in groups]}
@@ -50,7 +51,10 @@ def by_scores(
                 found = score(scorer, prompts, texts)
             return [{"problem_id": rows[0].problem_id, "scores": row.tolist()} for rows, row in zip(groups, found)]
 
-        scores[name] = [row["scores"] for row in cached_jsonl(folder / f"scores_{name}.jsonl", make)]
+        # Scores of another verifier under the same name are not read back.
+        own = [scorer.rule, fingerprint(scorer.model.params)] if isinstance(scorer, Verifier) else []
+        file = folder / "_".join(["scores", name, *own, ".jsonl"]).replace("_.", ".")
+        scores[name] = [row["scores"] for row in cached_jsonl(file, make)]
     some = [candidates(rows, {name: scores[name][i] for name in scores}, ballots) for i, rows in enumerate(groups)]
     out: dict[str, Any] = {}
     values = curves(some, ks_for(samples))

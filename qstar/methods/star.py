@@ -130,6 +130,10 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a STaR config in `workdir`, continuing an earlier run of the same config."""
     ctx = RunContext.make(config, workdir, console)
     arms = {name: ctx.arm_settings(VariantConfig, PRESETS, name) for name in config.arms}
+    for name, loop in arms.items():
+        chosen = not loop.patience or ctx.settings.evaluate.split != "test"
+        fault = f"config.arms.{name}: patience={loop.patience} would choose a loop by test problems"
+        require((chosen, f"{fault}; set config.evaluate.split='val'"))
     start = base_model.checked(ctx, arms.values())
     ctx.start(start, arms=arms)
     base = base_model.prepare(ctx, start)

@@ -64,10 +64,13 @@ class VStarConfig(star.VariantConfig):
         unknown = [v for v in self.verifiers if v not in KINDS]
         restart = f"restart={self.restart!r}: update='rpo' trains the previous generator; set restart='previous'"
         hints = "rationalize=True: V-STaR has no hints (hinted solutions would be labelled correct)"
+        examples = "few_shot_in_train=True: pairs and verifiers are trained without examples; set it to False"
         require(
             (not unknown, f"verifiers: {unknown and unknown[0]!r} is not one of {', '.join(KINDS)}"),
             (self.update == "sft" or self.restart == "previous", restart),
             (not self.rationalize, hints),
+            (not self.few_shot_in_train or (self.update == "sft" and not self.verifiers), examples),
+            (not self.patience, f"patience={self.patience}: V-STaR runs all n_iters iterations; set it to 0"),
             (not self.retrain or not self.verifiers or self.accumulate, "accumulate=False: a verifier needs D_VER"),
         )
 
@@ -132,6 +135,11 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a V-STaR config in `workdir`, resuming an earlier run of the same config."""
     ctx = VStarContext.make(config, workdir, console)
     arms = {name: ctx.arm_settings(VStarConfig, PRESETS, name) for name in config.arms}
+    for name, loop in arms.items():
+        fault = (
+            f"config.arms.{name}.few_shot_in_train: all arms start from one G_SFT; set config.loop.few_shot_in_train"
+        )
+        require((loop.few_shot_in_train == bool(ctx.settings.loop.get("few_shot_in_train")), fault))
     start = base_model.checked(ctx, arms.values())
     d_sft = supervised_data(ctx)
     ctx.start(start, arms=arms)
@@ -172,9 +180,12 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
             elif loop.retrain:
                 # Human solutions stand outside the cap: with a count of 1 they would be the first to be dropped.
                 human = [s for s in d_gen if s.source == "human"] if loop.include_sft_data else []
-                found = d_gen if loop.accumulate else data.merge_duplicates(data.sampled_solutions(correct))
-                sampled = data.most_sampled([s for s in found if s.source == "model"], loop.cap_per_problem)
-                generator, trained = retrain(arm, loop, base, generator, [*human, *sampled], n)
+                # The model's own counts: a sample that equals a human solution is merged into that one in D_GEN.
+                found = data.read_buffer(arm.folder / "d_gen", range(1 if loop.accumulate else n, n + 1))
+                sampled = data.most_sampled(data.merge_duplicates(found), loop.cap_per_problem)
+                known = {s.key for s in human}
+                rows = [*human, *(s for s in sampled if s.key not in known)]
+                generator, trained = retrain(arm, loop, base, generator, rows, n)
             metrics |= trained
             # ---- V <- DPO(G_SFT, D_pref)
             if loop.verifiers and (loop.verifier_every_iter or n == loop.n_iters):
@@ -264,9 +275,9 @@ def train_verifiers(
     """V <- DPO(init = reference = G_SFT, D_pref), and the arm's other verifiers, from the same D_VER."""
     ctx, models = arm.ctx, {}
     metrics: dict[str, Any] = {}
-    # D_VER also holds human solutions, whose problems need not be among the queries.
-    queries = [*star.iteration_problems(ctx, loop, n), *ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems)]
-    problems = {p.id: p for p in queries}
+    # D_VER holds solutions of all iterations, and human ones, whose problems need not be among the queries.
+    queries = [p for m in range(1, n + 1) for p in star.iteration_problems(ctx, loop, m)]
+    problems = {p.id: p for p in [*queries, *ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems)]}
     for kind in loop.verifiers:
         job = stage_job(arm, kind, n, arm.verifier(kind, n))
         with arm.timed(kind):

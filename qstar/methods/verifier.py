@@ -151,6 +151,8 @@ def _scores(v: Verifier, rule: str, pairs: Sequence[tuple[Any, Any]]) -> np.ndar
         raise UserError(f"score {rule!r} needs texts, and this model has no tokenizer to read where steps end")
     out = np.zeros(len(pairs), np.float32)
     for i, ((_, text), row, x) in enumerate(zip(pairs, rows, chances)):
+        if not len(x):
+            continue  # an empty completion has no step: 0, as for an ORM
         text = text if isinstance(text, str) else tokenizer.decode(row.completion, after=row.prompt)
         # Steps that a tokenizer merges into one token count once in the product.
         ends = dict.fromkeys(step_ends(v.steps or Task().steps, tokenizer, row, text))
@@ -230,7 +232,7 @@ def train_head(
     task: Task,
     problems: dict[str, Problem],
     job: Job,
-    labels: Mapping[tuple[str, str], Sequence[float]] | None = None,
+    labels: Mapping[tuple[str, str, bool], Sequence[float]] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains an ORM or a PRM on the solutions of D_VER, from G_SFT with a fresh value head.
 

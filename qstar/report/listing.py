@@ -29,7 +29,7 @@ def _row(folder: Path, root: Path) -> dict[str, Any]:
     row |= dict.fromkeys(("value", "low", "high", "started", "seconds", "parameters"))
     try:
         run = read_run(folder, rollouts=False)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return row | {"status": "unreadable", "reason": str(error)}
     row |= {"method": run.method, "status": run.status}
     row |= {key: run.environment.get(key) for key in ("started", "seconds", "parameters")}

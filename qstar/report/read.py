@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -149,7 +150,9 @@ def find_runs(root: Path) -> Iterator[Path]:
             if b'"method"' in _content(folder / "config.json"):
                 yield folder
             else:
-                below += [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+                # A folder of somebody else's may be unreadable: the others are listed.
+                with contextlib.suppress(OSError):
+                    below += [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
         level = sorted(below)
 
 

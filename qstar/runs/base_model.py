@@ -278,6 +278,8 @@ def check_gates(ctx: RunContext, folder: Path, measure: Callable[[], dict[str, f
 def _compare(gates: dict[str, Gate], values: dict[str, float]) -> dict[str, Any]:
     out = {}
     for name, gate in gates.items():
+        known = f"there are {', '.join(sorted(values)) or 'none'}"
+        require((gate.metric in values, f"config.gates.{name}.metric={gate.metric!r} was not measured; {known}"))
         value = values[gate.metric]
         bounds = {"at least": gate.min, "at most": gate.max}
         limit = ", ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)

@@ -49,6 +49,8 @@ class RunContext(Screen):
     writer: Writer = dataclasses.field(init=False)
     # Collected by `Arm.fail`: an arm that diverges does not end the others, and the run fails when all are done.
     failures: list[str] = dataclasses.field(default_factory=list)
+    # Collected by `Arm.stop`: arms that ended before their first model, with the reason.
+    idle: dict[str, str] = dataclasses.field(default_factory=dict)
     # (stage, few-shot or not) -> the base and its greedy answers, which the arms have in common.
     base_answers: dict[tuple[str, bool], tuple[Model, list[Rollout]]] = dataclasses.field(default_factory=dict)
 
@@ -108,10 +110,13 @@ class RunContext(Screen):
         self.writer = Writer.of_run(self.workdir, self.config.to_dict())
 
     def close(self) -> None:
-        """Flushes the metrics files; raises TrainingFailed if the training of an arm failed."""
+        """Flushes the metrics files; raises TrainingFailed if the training of an arm failed, or no arm trained."""
         self.writer.close()
         if self.failures:
             raise TrainingFailed("; ".join(self.failures))
+        if self.idle and self.idle.keys() == set(self.settings.arms):
+            line = "; ".join(f"arm {name}: {reason}" for name, reason in self.idle.items())
+            raise TrainingFailed(f"no arm has trained a model: {line}")
 
     @contextlib.contextmanager
     def stage(
@@ -258,6 +263,8 @@ class Arm:
     def stop(self, n: int, reason: str) -> None:
         """Ends the arm early, with the reason and the number of loops that made a model in status.json."""
         self.ctx.say(f"[yellow]{self.name} stopped in {self.unit} {n}: {reason}")
+        if not any(self._scores):  # 0 is the base
+            self.ctx.idle[self.name] = reason
         self._write_status("stopped", reason)
 
     def fail(self, n: int, why: TrainingFailed) -> None:

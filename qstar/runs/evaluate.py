@@ -14,7 +14,7 @@ from typing import Any
 
 from qstar.errors import QstarWarning, UserError, require
 from qstar.models.model import Model
-from qstar.runs.folder import end_run, open_run
+from qstar.runs.folder import end_run, fingerprint, open_run
 from qstar.runs.rollouts import SampleSettings, check_lengths, sample_rollouts, tokenizer_of
 from qstar.sample.vote import voted_right_at_k
 from qstar.tasks.base import Problem, Task
@@ -64,7 +64,8 @@ def evaluate_model(
     fit_examples(model, task, max_new_tokens)
     task, problems, long = fit_prompts(model, task, problems, max_new_tokens, too_long)
     if out is not None:
-        open_run(out, made_with or {}, "--out")
+        # Answers of other weights of the same name are not read back.
+        open_run(out, {**(made_with or {}), "parameters": fingerprint(model.params)}, "--out")
     # Rounds of samples are files; without `out` they are thrown away.
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)

@@ -37,7 +37,7 @@ from qstar.types import Params
 
 # Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
 FREE_KEYS = ("log",)
-_BEGAN = time.monotonic()  # about when this process started
+_BEGAN: dict[str, float] = {}  # run folder -> when this process opened it
 
 
 def cached_jsonl(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -105,6 +105,7 @@ def open_run(
         raise ChecksPassed(resolved or {})
     # A barrier: a folder that process 0 has begun to write would look like another run to a slower process.
     distributed.broadcast_bool(True)
+    _BEGAN.setdefault(str(workdir), time.monotonic())
     try:
         distributed.broadcast_from_host0(lambda: lock(workdir, flag))
         distributed.broadcast_from_host0(lambda: files.verify(workdir))
@@ -126,8 +127,9 @@ def end_run(workdir: Path, outcome: str = "done") -> None:
     Does nothing if this process opened no run here.
     """
     # On a full disk the error that ended the run is the one to report.
+    now = time.monotonic()
     with contextlib.suppress(OSError):
-        note(workdir, ended=_now(), outcome=outcome, more_seconds=time.monotonic() - _BEGAN)
+        note(workdir, ended=_now(), outcome=outcome, more_seconds=now - _BEGAN.pop(str(workdir), now))
 
 
 def note(workdir: Path, more_seconds: float = 0.0, **values: Any) -> None:
@@ -217,6 +219,11 @@ def norm_and_sum(params: Params) -> list[float]:
     """Returns norm and sum of all parameters: a fingerprint to compare with a tolerance."""
     # A hash of bits would differ between machines and shardings.
     return [float(x) for x in _moments(params)]
+
+
+def fingerprint(params: Params) -> str:
+    """Returns the norm of all parameters in four digits, by which models of one name are told apart."""
+    return f"{norm_and_sum(params)[0]:.4g}"
 
 
 @jax.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -112,7 +113,7 @@ def settings_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
     `where`: the section's path in the config ("" for the config itself), for the messages. Raises UserError for a key
     that the dataclass does not have or misses, a value of another type, or one that it refuses.
     """
-    check_keys(cls, values, where)
+    values = check_keys(cls, values, where)
     # Not `field.type`, which is text under postponed annotations.
     prefix, kinds = _prefix(where), typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
@@ -134,16 +135,24 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for a key that a dataclass does not have (naming the closest), or a value of another type."""
+def check_keys(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the values, lists as tuples where a field is a tuple: config.json has made lists of them.
+
+    Raises UserError for a key that a dataclass does not have (naming the closest), or a value of another type.
+    """
     hints = typing.get_type_hints(cls)
     kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    out = {}
     for key, value in values.items():
         # Not left to the dataclass, whose TypeError names neither the config's path nor the closest key.
         if key not in kinds:
             raise unknown(f"{_prefix(where)}{key}", key, sorted(kinds))
         kind = dict if dataclasses.is_dataclass(kinds[key]) else kinds[key]
-        check_type(f"{_prefix(where)}{key}", value, kind)
+        options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        listed = isinstance(value, list) and any((typing.get_origin(o) or o) is tuple for o in options)
+        out[key] = tuple(value) if listed else value
+        check_type(f"{_prefix(where)}{key}", out[key], kind)
+    return out
 
 
 def narrowed(cls: type, settings: Any) -> Any:

@@ -126,6 +126,13 @@ def test_a_buffer_is_a_set_that_remembers_who_found_a_solution_first(tmp_path):
     assert one == add(1, []) and add(2, []) == two and [s.count for s in one] == [2, 2]
 
 
+def test_texts_that_differ_in_white_space_and_label_are_two_solutions():
+    both = [solution("a", "if x:\n    return 1", True), solution("a", "if x:\n  return 1", False)]
+    found = merge_duplicates([*both, *both])
+    assert [(s.correct, s.count) for s in found] == [(True, 2), (False, 2)]
+    assert len(build_pairs(found, PairSettings(), seed=0)) == 1
+
+
 def test_of_a_problem_the_most_sampled_solutions_are_kept_in_order():
     rows = merge_duplicates(
         [*many("a", 3, 0), solution("a", "r2", True), solution("b", "x", True), solution("a", "r1 ", True)]
@@ -242,3 +249,15 @@ def test_a_continuation_is_judged_with_what_it_continues():
     begun = dataclasses.replace(PROBLEM, id="x", meta={"of": PROBLEM, "prefix": "17+25,C0|1+2,2C1|,42C0|042|#4"})
     assert task.prompt(begun) == "17+25=17+25,C0|1+2,2C1|,42C0|042|#4"
     assert task.judged([begun] * 3, ["2", "3", None]) == [True, False, False]
+
+
+def test_a_continuation_that_ran_to_the_limit_ends_where_the_task_says():
+    class Boxed(Task):
+        name, opens_thinking = "boxed", True
+
+        def answered_part(self, completion):
+            return completion[: completion.index("]") + 1] if "]" in completion else None
+
+    task = ContinuationTask(Boxed())
+    assert task.answered_part("so [4] and so on and") == "so [4]" and task.answered_part("so") is None
+    assert task.opens_thinking

@@ -234,12 +234,22 @@ def test_a_loop_that_keeps_nothing_ends_the_arm_and_the_model_before_stays(tmp_p
 
 
 def test_a_first_loop_that_keeps_nothing_leaves_the_base(tmp_path, monkeypatch, starts):
-    run, models, _ = play(tmp_path, monkeypatch, lambda *_: None, arms={"one": {}, "two": {"preset": "star_norat"}})
+    arms = {"one": {}, "two": {"preset": "star_norat"}}
+    fails = "no arm has trained a model: arm one: 0 rows kept of 28 attempts"
+    run, models, _ = play(tmp_path, monkeypatch, lambda *_: None, fails=fails, arms=arms)
     assert len(starts) == 1  # the base's training is the only one
     for arm, attempts in (("one", 28), ("two", 14)):
         assert status(run, arm)["iterations"] == 0
         assert status(run, arm)["reason"].startswith(f"0 rows kept of {attempts} attempts")
         assert same(models[arm].params, saved(run / "base"))
+
+
+def test_patience_may_not_choose_by_test_problems(tmp_path):
+    with pytest.raises(
+        UserError, match="patience=2 would choose a loop by test problems; set config.evaluate.split='val'"
+    ):
+        star.run(stub.config(loop={"patience": 2}, evaluate={"split": "test"}), tmp_path / "run", stub.Silent())
+    assert not (tmp_path / "run").exists()
 
 
 def test_fewer_rows_than_asked_for_end_the_arm(tmp_path, monkeypatch):
@@ -248,7 +258,8 @@ def test_fewer_rows_than_asked_for_end_the_arm(tmp_path, monkeypatch):
 
     run, _, _ = play(tmp_path, monkeypatch, write, loop={"min_kept": 4, "n_iters": 1, "steps": "lin:2:0"})
     assert status(run) == {"status": "finished", "reason": "", "iterations": 1}
-    run, _, _ = play(tmp_path / "b", monkeypatch, write, loop={"min_kept": 5, "n_iters": 1})
+    fails = "no arm has trained a model: arm star: 4 rows kept"
+    run, _, _ = play(tmp_path / "b", monkeypatch, write, fails=fails, loop={"min_kept": 5, "n_iters": 1})
     assert (
         status(run)["status"] == "stopped"
         and "4 rows kept" in status(run)["reason"]

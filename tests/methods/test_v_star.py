@@ -243,12 +243,47 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, call
 
 
 @pytest.mark.parametrize(
-    "own", [{"verifiers": ("dop",)}, {"rationalize": True}, {"accumulate": False}, {"update": "dpo"}]
+    "own",
+    [
+        {"verifiers": ("dop",)},
+        {"rationalize": True},
+        {"accumulate": False},
+        {"update": "dpo"},
+        {"few_shot_in_train": True},
+        {"patience": 2},
+    ],
 )
 def test_switches_that_make_no_sense_are_named(own, tmp_path):
     ctx = context_of(tmp_path, "v_star", **own)
     with pytest.raises(UserError, match=next(iter(own))):
         ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, "arm")
+
+
+@pytest.mark.parametrize("human", [False, True])
+def test_a_sample_that_equals_the_human_solution_counts_as_the_models(tmp_path, calls, monkeypatch, human):
+    """It is sampled most often, so that the cap of 1 keeps it and not another right one; once where both are trained on."""
+    own = {"n_iters": 1, "k": 1, "cap_per_problem": 1, "include_sft_data": human, "verifiers": ()}
+    ctx = context_of(tmp_path, "v_star", **own)
+    monkeypatch.setattr("tests.methods.test_v_star.right", lambda p, n: ctx.task.solution(p))
+    go(ctx)
+    (rows,) = (rows for kind, _, rows in calls if kind == "sft")
+    odd = [p for p in ctx.task.pool(1, ctx.seed, None) if int(p.id[0]) % 2]
+    gold = [s.prompt + s.completion for s in v_star.supervised_data(ctx)] if human else []
+    sampled = [ctx.task.prompt(p) + ctx.task.solution(p) for p in odd]
+    assert rows == sorted({*gold, *sampled}) and sampled
+
+
+def test_verifiers_know_the_problems_of_all_iterations(tmp_path, calls):
+    """`calls` compares the solutions with the problems that the head is given."""
+    go(context_of(tmp_path, "v_star", fresh=True, problems_per_iter=2, verifiers=("orm",)))
+    (solutions,) = (rows for kind, _, rows in calls if kind == "orm")
+    assert len({s.problem_id for s in solutions}) > 2
+
+
+def test_arms_share_the_prompts_that_g_sft_is_trained_with(tmp_path):
+    ctx = context_of(tmp_path, "star_dagger", few_shot_in_train=True)
+    with pytest.raises(UserError, match="config.arms.arm.few_shot_in_train: all arms start from one G_SFT"):
+        v_star.run(ctx.config, tmp_path / "run", stub.Silent())
 
 
 def test_data_without_solutions_is_refused(tmp_path, monkeypatch):

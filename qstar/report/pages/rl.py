@@ -51,7 +51,7 @@ def cards(run: Run) -> list[Card]:
         title = f"Parts of the score, without weights, and correctness · {name}"
         drawn.append(_card(title, dict.fromkeys(keys, rows)))
     for key, title in LATE.items():
-        if any(abs(r.get(key, 0) - rows[0].get(key, 0)) > 1e-6 for rows in arms.values() for r in rows):
+        if any(abs((r.get(key) or 0) - (rows[0].get(key) or 0)) > 1e-6 for rows in arms.values() for r in rows):
             drawn.append(_card(title, arms, key))
     return [card for card in drawn if card]
 

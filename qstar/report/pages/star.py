@@ -95,7 +95,9 @@ def audit_card(run: Run, arm: Arm) -> Card | None:
 def loss_cards(run: Run, x_label: str) -> list[Card]:
     """Training loss by update: of the base, and of every arm."""
     arms = [(stats.arm_label(run, arm), stats.losses(arm.stage("train"))) for arm in run.arms]
-    base = [("base", stats.losses(run.base_train))]
+    # V-STaR trains G_SFT, too, which all arms start from.
+    names = dict.fromkeys(row["arm"] for row in run.base_train)
+    base = [(stats.label(n), stats.losses([r for r in run.base_train if r["arm"] == n])) for n in names]
     axes: dict[str, Any] = {"y_format": "{:g}".format, "x_name": "{:,.0f}".format}
     cards = [
         charts.series_card("Training loss · the base", base, x_label="updates", **axes),
