@@ -107,13 +107,13 @@ def main(argv: list[str]) -> int:
     console = Console()
     show_table(console, title, result_rows({k: v for k, v in result.items() if "@" not in k and ":" not in k}))
     if warning := unanswered(result):
-        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+        console.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if a.samples:
         show_table(console, "probability to be right with k samples (95% interval over problems)", curve_rows(result))
         gains = result_rows({k: v for k, v in result.items() if k.startswith("gain@")})
         show_table(console, "differences on the same samples, paired over problems", gains)
     if page:
-        console.print(f"curves: {page}", highlight=False, soft_wrap=True)
+        console.print(f"curves: {page}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     with profile.tracing(a.profile, workdir / "profile"):
         methods.run(config, workdir, console)
     if is_first():
-        console.print(f"report: {write_report(workdir)}", highlight=False, soft_wrap=True)
+        console.print(f"report: {write_report(workdir)}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -30,7 +30,7 @@ from qstar.models.model import Model
 from qstar.runs import base_model
 from qstar.runs.context import Arm, RunContext
 from qstar.runs.folder import stable_seed
-from qstar.runs.rollouts import judge, read_answer
+from qstar.runs.rollouts import SampleSettings, judge, read_answer
 from qstar.runs.settings import TaskSections, narrowed, settings_from
 from qstar.tasks.base import Problem, Task
 from qstar.train.checkpoint import Checkpoints
@@ -138,7 +138,12 @@ def per_response(prompts: Sequence[Any], responses: Sequence[Sequence[Completion
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of an RL config in `workdir`, resuming an earlier run of the same config."""
     ctx = RLContext.make(config, workdir, console)
-    loop = ctx.settings.loop
+    loop, drawn = ctx.settings.loop, ctx.settings.sample
+    unread = next(
+        (k for k in ("temperature", "top_k", "top_p") if getattr(drawn, k) != getattr(SampleSettings(), k)), ""
+    )
+    fault = f"config.sample.{unread}: evaluations of RL are greedy, and rollouts take config.rl.temperature; set that"
+    require((not unread, fault))
     arms = {name: arm_settings(ctx, name) for name in config.arms}
     start = base_model.checked(ctx, [loop])
     # Made before the folder is opened: a pool with fewer problems than an update needs is an error of the config.

@@ -228,7 +228,10 @@ def run_updates(
     lr_at = optim.schedule(s.schedule, s.lr, warmup=s.warmup, steps=stage.steps, end=s.end)
     # One call for all steps: a call of the schedule per update would wait for the device every time.
     rates = np.asarray(jax.vmap(lr_at)(np.arange(stage.steps))) if stage.steps else np.zeros(0)
-    with contextlib.closing(Checkpoints(stage.folder / "training", before=stage.writer.flush)) as checkpoints:
+    opened = Checkpoints(stage.folder / "training", before=stage.writer.flush)
+    with contextlib.ExitStack() as ends, contextlib.closing(opened) as checkpoints:
+        # In a bucket rows wait: that of the last checkpoint, too, when SIGTERM ends the run.
+        ends.callback(stage.writer.flush)
         for at in fit(
             state,
             step_at,

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qstar.distributed import is_first
@@ -189,12 +190,13 @@ def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None
             show_table(console, title, [{k: row[k] for k in (first, *fits)} for row in rows])
             return show_table(console, "", [{k: v for k, v in row.items() if k not in fits} for row in rows])
     plain: dict[str, Any] = dict(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", **plain)
+    # Names and values are text: a "[" in them is no markup.
+    table = Table(title=escape(title) or None, title_justify="left", title_style="bold", header_style="bold", **plain)
     for name in rows[0]:
         text = isinstance(rows[0][name], str) and not rows[0][name][:1].isdigit()
-        table.add_column(name, justify="left" if text else "right", no_wrap=True)
+        table.add_column(escape(name), justify="left" if text else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(v) for v in row.values()))
+        table.add_row(*(escape(_cell(v)) for v in row.values()))
     console.print(table)
 
 

@@ -187,7 +187,7 @@ def test_text_is_bucketed_by_how_hard_it_is_for_the_base(tmp_path):
     config.data.length, config.base.steps = 24, 0
     config.model.update(hidden_size=16, num_layers=1, num_heads=2)
     config.evaluate.update(rows=16, batch_size=16, every=20)
-    config.train.update(batch_size=16, lr=1e-2, warmup=0)
+    config.train.update(batch_size=16, lr=1e-2, warmup=0, log_every=15)  # evaluations do not fall on these logs
     config.arms = {"plain": {"steps": 40, "thought_source": "none"}}
     quiet_star.run(config, tmp_path / "run", Console(quiet=True))
     nll = np.array([json.loads(x)["nll"] for x in (tmp_path / "run/base/difficulty.jsonl").read_text().splitlines()])
@@ -198,8 +198,16 @@ def test_text_is_bucketed_by_how_hard_it_is_for_the_base(tmp_path):
     assert nll.min() > 2.0
     rows = [r for r in read(tmp_path / "run") if r["stage"] == "evaluation"]
     assert [r["step"] for r in rows] == [20, 40]
+    assert all(
+        "rows" not in r for r in rows
+    )  # sums of every row, which comparisons of arms need, are in the file alone
     for r in rows:  # all are hard for the base, however much the arm has learnt
         assert r["nll_base/hard (> 2 nats)"] == r["nll_base/all"] < 2.0
+
+
+def test_patience_without_evaluations_is_refused(tmp_path):
+    with pytest.raises(UserError, match="config.arms.a.patience=3 counts evaluations, and there are none"):
+        small_run(tmp_path, {"a": {"patience": 3, "evaluate_every": 0}})
 
 
 def test_rows_are_padded_on_the_right():

@@ -1,6 +1,7 @@
 """The page of an RL run: updates, the logged completions, first and last numbers."""
 
 import base64
+import dataclasses
 import gzip
 import json
 
@@ -60,6 +61,11 @@ def test_updates_and_not_loops_are_counted(run):
     words = page.partition("<main")[2].partition('id="config"')[0].lower()
     assert "in 60 updates" in page and "loop" not in words and "groups_without_signal" not in words
     assert "groups without signal" in words
+
+
+def test_metrics_that_were_not_finite_leave_gaps(run):
+    rows = [{**row, "approx_kl": None if row["step"] % 2 else 0.5} for row in run.rows]
+    assert any("rollouts' policy" in str(card.title) for card in rl.cards(dataclasses.replace(run, rows=rows)))
 
 
 def test_the_first_and_the_last_numbers_stand_in_a_table(run):

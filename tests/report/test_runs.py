@@ -1,6 +1,7 @@
 """Lists of run folders, their status, pages that compare runs, and pages of runs that go on."""
 
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -54,6 +55,18 @@ def test_a_list_holds_every_run_folder_with_its_last_result(runs):
     assert rows["quiet"]["measure"] == "accuracy on hard tokens"
     verified = [rows["verified"][key] for key in ("measure", "value", "low", "high")]
     assert verified == ["best of 8 by the DPO verifier", 0.8, 0.0, 1.0]
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(runs, monkeypatch):
+    iterdir = pathlib.Path.iterdir
+
+    def refused(path):
+        if path.name == "sweep":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", refused)
+    assert {row["run"] for row in list_runs(runs)} == {"a", "quiet", "verified", "old", "bad"}
 
 
 def test_folders_of_another_format_or_with_a_broken_file_are_named(runs, capsys):

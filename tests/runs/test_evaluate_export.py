@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax
 import pytest
 
 import qstar
@@ -116,6 +117,15 @@ def test_answers_that_are_there_are_not_sampled_again(evaluation, exported, monk
     assert again == result
     with pytest.raises(AssertionError, match="sampled"):
         evaluate_model(model, TASK, split="train", max_new_tokens=34)
+
+
+def test_answers_of_other_weights_are_not_counted(evaluation, exported):
+    model = qstar.load(exported)
+    other = model.replace(params=jax.tree.map(lambda x: 1.1 * x, model.params))
+    with pytest.raises(UserError, match="was made with config.parameters="):
+        evaluate_model(
+            other, TASK, split="train", samples=K, max_new_tokens=34, temperature=1.0, seed=3, out=evaluation[1]
+        )
 
 
 def test_answers_of_another_question_are_not_counted(tmp_path, exported):

@@ -5,9 +5,13 @@ import zlib
 
 import pytest
 
-from qstar.errors import QstarWarning, UserError
+from qstar.errors import QstarWarning, TrainingFailed, UserError
+from qstar.methods.pairs import PairData
+from qstar.methods.quiet_star import QuietConfig
+from qstar.models.thought_config import ThoughtConfig
 from qstar.runs import folder as run_folder
 from qstar.runs.folder import cached_jsonl, once_json, open_run, stable_seed, write_json
+from qstar.runs.settings import check_keys, settings_from
 from tests.methods import stub
 
 CONFIG = {"name": "a", "seed": 0, "task": {"pool": {"1": 40}, "seeds": {"1": (3, 4)}}, "log": {"wandb": {}}}
@@ -67,7 +71,8 @@ def test_a_whole_run_of_another_config_is_refused(tmp_path, monkeypatch):
     from qstar.methods import star
 
     stub.script(monkeypatch, lambda *_: None)
-    star.run(stub.config(), tmp_path / "a", stub.Silent())
+    with pytest.raises(TrainingFailed, match="0 rows kept"):
+        star.run(stub.config(), tmp_path / "a", stub.Silent())
     before = tree(tmp_path)
     with pytest.raises(UserError, match=r"config\.train\.lr=0\.01, now it is 0\.02"):
         star.run(stub.config(train={"lr": 0.02}), tmp_path / "a", stub.Silent())
@@ -170,3 +175,12 @@ def test_damage_is_named_when_a_run_is_opened_also_where_no_stage_reads_the_file
     ]
     assert (tmp_path / "arm/changed.jsonl.damaged").exists()
     assert cached_jsonl(tmp_path / "arm/changed.jsonl", lambda: [{"x": 1}]) == [{"x": 1}]
+
+
+def test_lists_of_config_json_are_the_tuples_that_they_were():
+    found = settings_from(QuietConfig, {"thought_lengths": [2, 4], "steps": 3}, "arms.x")
+    assert found.thought_lengths == (2, 4)
+    assert check_keys(ThoughtConfig, {"forbidden_ids": [16, 0]}, "thoughts") == {"forbidden_ids": (16, 0)}
+    assert check_keys(PairData, {"rows": [{"prompt": "a"}]}, "data") == {"rows": [{"prompt": "a"}]}
+    with pytest.raises(UserError, match="config.thoughts.forbidden_ids=3 must be of type tuple"):
+        check_keys(ThoughtConfig, {"forbidden_ids": 3}, "thoughts")

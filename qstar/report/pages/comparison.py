@@ -139,7 +139,8 @@ def _metrics(stage: str, sides: Iterable[Side]) -> list[str]:
 
 
 def _points(side: Side, stage: str, key: str) -> Sequence[Sequence[float]]:
-    rows = side.arm.stage(stage)
+    # Of several students the first: their steps count from 0 each.
+    rows = [row for row in side.arm.stage(stage) if not row.get("student")]
     if stage == "train":
         return stats.losses(rows)
     numbers = [row for row in rows if isinstance(row.get(key), (int, float))]
