@@ -240,7 +240,7 @@ def small_run(tmp_path, arms, **changes):
     config.base.steps = 0
     config.model.update(hidden_size=16, num_layers=1)
     config.train.update(batch_size=4, log_every=1)
-    config.evaluate.update(rows=8, batch_size=8)
+    config.evaluate.update(rows=8, batch_size=8, every=0)
     config.thoughts.update(changes)
     config.arms = {name: {"steps": 2, "evaluate_every": 2, **arm} for name, arm in arms.items()}
     quiet_star.run(config, tmp_path, Console(quiet=True))
