@@ -631,6 +631,10 @@ def test_exported_files_can_be_read_by_others(folders, tmp_path):
     [
         ({"config.json": '{"seed": 1}', "metrics.jsonl": ""}, "holds 'metrics.jsonl', which is no part"),
         ({"config.json": '{"model_type": "llama"}', "checkpoints/1": "x"}, "holds 'checkpoints'"),
+        (
+            {"config.json": '{"model_type": "llama"}', "additional_chat_templates/my.md": "x"},
+            "'additional_chat_templates/my.md'",
+        ),
         ({"config.json": '{"seed": 1}'}, "not empty and no model export"),
         ({"vocab.txt": "my words"}, "not empty and no model export"),
     ],

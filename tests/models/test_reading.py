@@ -238,6 +238,11 @@ def emptied(folder, *files):
         (folder / name).write_text("{}")
 
 
+def adapter_alone(folder):
+    (folder / weight_files.SINGLE).rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
+
+
 ADAPTER = {"base_model_name_or_path": "some/llama", "peft_type": "LORA"}
 KINDS = {
     "bitsandbytes": (lambda f: add(f, "model.layers.0.self_attn.q_proj.weight.absmax"), "'model.*absmax': .*quantised"),
@@ -247,6 +252,8 @@ KINDS = {
     "other names": (lambda f: rename(f, lambda n: n.replace(".", "/")), "asks for is missing; there are others, such as"),
     "adapter folder": (lambda f: (emptied(f), (f / "adapter_config.json").write_text(json.dumps(ADAPTER))),
                        "PEFT adapter .of some/llama.*merge"),
+    "adapter beside a config": (lambda f: (adapter_alone(f), (f / "training_args.bin").write_text("")),
+                                "PEFT adapter .of some/llama.*merge"),
     "gguf folder": (lambda f: emptied(f, "m-Q4_K_M.gguf"), "m-Q4_K_M.gguf: GGUF is the format of llama.cpp"),
     "gguf beside a config": (lambda f: emptied(f, "config.json", "m.gguf"), "model_type None|GGUF"),
     "flax": (lambda f: ((f / weight_files.SINGLE).unlink(), (f / "flax_model.msgpack").write_text("")), "flax_model.msgpack: Flax"),
