@@ -94,8 +94,8 @@ def _from_decoder(c: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _end_ids(eos: int | list[int] | None) -> dict[str, Any]:
-    first, *rest = (eos or [None]) if isinstance(eos, list) else [eos]
-    return {"eos_id": first, "also_eos": tuple(rest)}
+    ids: list[Any] = eos if isinstance(eos, list) else [eos]
+    return {"eos_id": ids[0] if ids else None, "also_eos": tuple(ids[1:])}
 
 
 def _layers(c: dict[str, Any], where: str, layers: int) -> dict[str, Any]:

@@ -293,8 +293,8 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
             b[i, :rank] = part if scale == common else scale / common * part
         out["layers"][name] = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
     if f"{_PREFIX}score.weight" in tensors:
-        head = {k: tensors.pop(f"{_PREFIX}score.{n}", None) for k, n in (("kernel", "weight"), ("bias", "bias"))}
-        fits = [x is not None and x.shape for x in head.values()] == [(1, config.hidden_size), (1,)]
+        head = {k: tensors.pop(f"{_PREFIX}score.{n}", np.zeros(0)) for k, n in (("kernel", "weight"), ("bias", "bias"))}
+        fits = [x.shape for x in head.values()] == [(1, config.hidden_size), (1,)]
         require((fits, f"{where}: score must be one output with a bias: tensors (1, {config.hidden_size}) and (1,)"))
         out["value"] = {k: jnp.asarray(v.T) for k, v in head.items()}
     rest = sorted(tensors.keys() - used)
