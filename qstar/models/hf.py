@@ -25,26 +25,17 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qstar import tree
+from qstar import distributed, tree
 from qstar.errors import QstarWarning, UserError
-from qstar.mesh import shardings
+from qstar.files import read_json
+from qstar.mesh import shardings, to_host
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.fields import IDS
 from qstar.models.hf_config import to_hf
 from qstar.models.hf_names import THOUGHT_SIGN, Row, abstract_params, copies, embedding_names, file_names, name_map
 from qstar.models.layers import PARAM_AXES
-from qstar.models.weight_files import (
-    DTYPES,
-    FORMATS,
-    HEAD,
-    INDEX,
-    WeightFiles,
-    all_finite,
-    other_format,
-    others,
-    read_json,
-)
+from qstar.models.weight_files import DTYPES, FORMATS, HEAD, INDEX, WeightFiles, all_finite, other_format, others
 from qstar.types import Params
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -64,10 +55,6 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         advice = "give a local folder in the Hugging Face layout, or a name on the hub (owner/name)"
         raise UserError(f"model folder {str(folder)!r} does not exist; {advice}")
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-            merge = "merge it into its base model first (PEFT: `merge_and_unload`, then `save_pretrained`)"
-            raise UserError(f"{folder}: a PEFT adapter (of {base}) and no whole model; {merge} and give that folder")
         raise UserError(f"{folder}: config.json is missing; {other_format(folder)}")
     config = read_json(folder / "config.json")
     ids: dict[int, None] = {}
@@ -99,11 +86,7 @@ def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -
         return config.replace(tie_embeddings=True) if encdec else config
     if not encdec and not config.tie_embeddings or table not in weights.slices:
         return config
-    head, embedding = weights.slices[HEAD], weights.slices[table]
-    # Compared in slices, so that a large vocabulary is never whole in memory.
-    rows, step = head().get_shape()[0], 4096
-    parts = [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
-    if head().get_shape() == embedding().get_shape() and all(np.array_equal(head()[p], embedding()[p]) for p in parts):
+    if weights.equal(HEAD, table):
         return config
     if not encdec:
         fault = f"config.json says tie_word_embeddings, but {HEAD} differs from {table}"
@@ -228,11 +211,8 @@ def write_params(
     finally:
         if writer:
             shutil.rmtree(new, ignore_errors=True)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        # No process may read the folder before it is complete.
-        multihost_utils.sync_global_devices(f"export {target}")
+    # A barrier: no process may read the folder before it is complete.
+    distributed.broadcast_bool(True)
 
 
 def _checked_leaves(config: ModelConfig | EncDecConfig, params: Params) -> dict[str, Any]:
@@ -272,12 +252,7 @@ def _piece_bytes(leaves: dict[str, Any], piece: Piece) -> int:
 def _gather(leaves: dict[str, Any], pieces: list[Piece]) -> np.ndarray:
     parts = []
     for row, layer in pieces:
-        x = leaves[row.path][layer] if layer >= 0 else leaves[row.path]
-        if not getattr(x, "is_fully_addressable", True):
-            from jax.experimental import multihost_utils
-
-            x = multihost_utils.process_allgather(x, tiled=True)
-        x = np.asarray(x)
+        x = np.asarray(to_host(leaves[row.path][layer] if layer >= 0 else leaves[row.path]))
         # In float32, so that the product is rounded once.
         x = x if row.factor == 1 else (x.astype(np.float32) * np.float32(row.factor)).astype(x.dtype)
         parts.append(np.stack([x, np.zeros_like(x)]) if row.spare else x)
@@ -296,6 +271,7 @@ _OWN_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
     r"|chat_template\.(json|jinja)|tokenizer(_config)?\.json|(tokenizer|spiece)\.model"
     r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|additional_chat_templates(/[^/]+\.jinja)?"
 )
 
 
@@ -305,7 +281,8 @@ def refuse_foreign(target: pathlib.Path) -> None:
         return
     if not target.is_dir():
         raise UserError(f"{target} is a file; give the name of a folder to export to")
-    names = sorted(p.name for p in target.iterdir())
+    inside = (*target.iterdir(), *target.glob("additional_chat_templates/*"))
+    names = sorted(p.relative_to(target).as_posix() for p in inside)
     if foreign := [n for n in names if not _OWN_FILES.fullmatch(n)]:
         named = f"{foreign[0]!r}{others(foreign)}"
         raise UserError(f"{target} holds {named}, which is no part of a model export; choose another folder")
@@ -316,7 +293,7 @@ def refuse_foreign(target: pathlib.Path) -> None:
 def _publish(new: pathlib.Path, target: pathlib.Path) -> None:
     # An earlier export is moved aside and deleted only when the new one has its name; on a failure it is moved back.
     mode = (new / "config.json").stat().st_mode
-    for file in new.iterdir():
+    for file in filter(pathlib.Path.is_file, new.rglob("*")):
         # safetensors creates files readable by their owner only; config.json has the mode of the umask.
         file.chmod(mode)
         # On disk before the rename, or a crash could leave the target's name on incomplete files.

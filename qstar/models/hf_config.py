@@ -11,21 +11,10 @@ from qstar.models import fields, rope
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.fields import Field
-from qstar.models.hf_families import (
-    ACTIVATIONS,
-    FAMILIES,
-    KINDS,
-    ONE_KIND,
-    SWITCHED,
-    T5_ACTIVATIONS,
-    T5_CHECKED,
-    T5_KEYS,
-    TABLE,
-    TOKENS,
-    WINDOWS,
-    Key,
-)
+from qstar.models.hf_families import ACTIVATIONS, KINDS, ONE_KIND, SWITCHED, T5_ACTIVATIONS, TABLE, TOKENS, WINDOWS, Key
 from qstar.models.thought_config import ThoughtConfig
+
+FAMILIES = tuple(name for name in TABLE if name != "arcee")  # that are read
 
 # ---------------------------------------------------------------------------------------------------- reading
 
@@ -105,8 +94,8 @@ def _from_decoder(c: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _end_ids(eos: int | list[int] | None) -> dict[str, Any]:
-    first, *rest = eos if isinstance(eos, list) and eos else [eos]
-    return {"eos_id": first, "also_eos": tuple(rest)}
+    ids: list[Any] = eos if isinstance(eos, list) else [eos]
+    return {"eos_id": ids[0] if ids else None, "also_eos": tuple(ids[1:])}
 
 
 def _layers(c: dict[str, Any], where: str, layers: int) -> dict[str, Any]:
@@ -152,7 +141,10 @@ def _rotary(c: dict[str, Any], where: str, found: dict[str, Any]) -> dict[str, A
     nested = isinstance(both, dict) and any(isinstance(v, dict) for v in both.values())
     c |= {} if nested else {"rope_parameters": None}
     full, near = (both.get(kind) if nested else None for kind in KINDS)
-    full = c.get("rope_scaling") or full
+    # As in transformers, the older entry updates the newer one. Its legacy `type` scales, as it did in transformers 4; 5
+    # keeps rope_type "default" there and leaves the factor unused.
+    older = c.get("rope_scaling") or {}
+    full = {**(full or {}), **({"rope_type": older["type"]} if "type" in older else {}), **older}
     full = rope.read_scaling({**c, "rope_scaling": None, "rope_parameters": full}, where, head_dim, family.theta)
     c |= {"rope_theta": c.get("rope_local_base_freq"), "rope_scaling": None, "rope_parameters": near}
     near = rope.read_scaling(c, where, head_dim, 10000.0)
@@ -175,7 +167,7 @@ def _from_tiny(c: dict[str, Any]) -> ModelConfig:
 
 def _from_t5(c: dict[str, Any], where: str) -> EncDecConfig:
     family = c["model_type"]
-    found = _read(c, where, T5_KEYS, T5_CHECKED)
+    found = _read(c, where, TABLE[family].keys, TABLE[family].checked)
     kind = c.get("feed_forward_proj") or ("relu" if family == "t5" else "gated-gelu")
     gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
     name = "gelu_new" if kind == "gated-gelu" else name  # as transformers does: the tanh approximation

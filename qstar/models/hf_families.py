@@ -32,7 +32,7 @@ class Family(NamedTuple):
     positions: int = 2048  # the context where config.json has none
 
 
-TOKENS = {"eos_token_id": IDS, "bos_token_id": IDS}
+TOKENS = {"eos_token_id": IDS, "bos_token_id": ID}
 
 
 def _llama_keys(act: str = "hidden_act", **defaults: Any) -> tuple[Key, ...]:
@@ -93,6 +93,8 @@ def _gemma(architecture: str, attn_cap: float | None, final_cap: float | None, *
 _NO_PADDING = {"pad_token_id": None}
 _OLMO2_FIXED = {"norm_place": "post", "qk_norm_wide": True}
 _GEMMA3 = _gemma("Gemma3ForCausalLM", None, None, vocab_size=262_208, num_heads=8)
+# No class of transformers applies a cap to the attention of Gemma 3, though its config has the entry.
+_GEMMA3 = _GEMMA3._replace(needs={**_GEMMA3.needs, "attn_logit_softcapping": False})
 _GPT_KEYS = (
     Key("vocab_size", "vocab_size", WIDTH),
     Key("n_embd", "hidden_size", WIDTH),
@@ -105,6 +107,7 @@ _GPT_KEYS = (
 _GPT_FIXED = {"norm": "layer", "gated_mlp": False, "mlp_bias": True}
 _GPT2_FIXED = {**_GPT_FIXED, "qkv_bias": True, "out_bias": True, "position": "learned"}
 _GPTJ_FIXED = {**_GPT_FIXED, "parallel_block": True, "head_bias": True, "rope_interleaved": True}
+_GPT2_NEEDS = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
 _GPT2_KEYS = (
     *_GPT_KEYS,
     Key("n_positions", "max_positions", WIDTH, 1024),
@@ -113,7 +116,7 @@ _GPT2_KEYS = (
 _GPTJ_KEYS = (
     *_GPT_KEYS,
     Key("n_positions", "max_positions", WIDTH, 2048),
-    Key("rotary_dim", "rotary_dim", WIDTH, None),  # None: the whole head
+    Key("rotary_dim", "rotary_dim", WIDTH, 64, null=True),  # null: the whole head
     Key("tie_word_embeddings", "tie_embeddings", FLAG, False),
 )
 T5_KEYS = (
@@ -165,19 +168,12 @@ TABLE = {
         theta=2e6,
         positions=32_768,
     ),
-    "gpt2": Family(
-        "GPT2LMHeadModel",
-        _GPT2_KEYS,
-        _GPT2_FIXED,
-        TOKENS,
-        {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True},
-    ),
+    "gpt2": Family("GPT2LMHeadModel", _GPT2_KEYS, _GPT2_FIXED, TOKENS, _GPT2_NEEDS),
     "gptj": Family("GPTJForCausalLM", _GPTJ_KEYS, _GPTJ_FIXED, TOKENS),
     "t5": Family("T5ForConditionalGeneration", T5_KEYS, {}, T5_CHECKED),
     "mt5": Family("MT5ForConditionalGeneration", T5_KEYS, {}, T5_CHECKED),
     "umt5": Family("UMT5ForConditionalGeneration", T5_KEYS, {}, T5_CHECKED),
 }
-FAMILIES = tuple(name for name in TABLE if name != "arcee")
 # Families whose layers may have a sliding window, and its width where config.json does not say. (null: no window)
 WINDOWS = {
     **dict.fromkeys(("mistral", "ministral", "qwen2", "qwen3", "gemma2", "gemma3_text"), 4096),

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 from qstar import files, tree
 from qstar.errors import UserError, require
@@ -32,7 +32,7 @@ from qstar.models.encdec import EncDecConfig
 from qstar.models.hf import write_json
 from qstar.models.hf_names import Row, abstract_params, name_map
 from qstar.models.layers import with_adapters
-from qstar.models.weight_files import read_json
+from qstar.models.weight_files import DTYPES, read_json
 from qstar.types import Params
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -119,6 +119,9 @@ def through(loss: Callable[..., Any], scale: float) -> Callable[..., Any]:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _RANK, _ALPHA = fields.WIDTH, fields.number(1e-6, 1e6)
+_MODULES = fields.Field(
+    lambda v: all(isinstance(x, str) for x in (v if isinstance(v, list) else [v])), "text, or a list"
+)
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights
 # Options of PEFT with which a module computes something else, or another module changes.
 _OTHER = (
@@ -206,7 +209,9 @@ def _check_settings(raw: dict[str, Any], where: str) -> None:
         (start in _PLAIN_STARTS, f"{where}: init_lora_weights={start!r} changes the base weights, too; {merge}"),
         (raw.get("bias", "none") == "none", f"{where}: bias={raw.get('bias')!r} trains biases, too; {merge}"),
     )
-    fields.check(raw, where, {"r": _RANK, "lora_alpha": _ALPHA}, {"use_rslora": fields.FLAG})
+    fields.check(
+        raw, where, {"r": _RANK, "lora_alpha": _ALPHA}, {"use_rslora": fields.FLAG, "target_modules": _MODULES}
+    )
     for key, field in (("rank_pattern", _RANK), ("alpha_pattern", _ALPHA)):
         pattern = raw.get(key) or {}
         require((isinstance(pattern, dict), f"{where}: {key} must be an object"))
@@ -219,14 +224,29 @@ def _check_settings(raw: dict[str, Any], where: str) -> None:
 
 
 def _rank_and_scale(raw: dict[str, Any], name: str) -> tuple[int, float]:
-    # As in PEFT, the first key of a pattern that matches the end of the module's name decides.
-
     def own(key: str, default: Any) -> Any:
-        found = (v for k, v in (raw.get(key) or {}).items() if re.match(rf"(.*\.)?({k})$", name))
-        return next(found, default)
+        # As in PEFT, the first key of a pattern that matches the end of the module's name decides.
+        return next((v for k, v in (raw.get(key) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), default)
 
     rank, alpha = own("rank_pattern", raw["r"]), own("alpha_pattern", raw["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+
+
+def _read_tensors(where: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of an adapter's file (on a disk or in a bucket) in float32, under PEFT's names on disk."""
+    try:
+        views = deserialize(where.read_bytes())
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{where}: cannot be read ({e}); copy it again") from None
+    tensors: dict[str, np.ndarray] = {}
+    for name, view in views:
+        kind, place = view["dtype"], f"{where}: tensor {name!r}"
+        require((kind in DTYPES, f"{place} has dtype {kind}; only {', '.join(DTYPES)} are supported"))
+        x = np.frombuffer(view["data"], DTYPES[kind]).reshape(view["shape"]).astype(np.float32)
+        require((bool(np.isfinite(x).all()), f"{place} holds NaN or infinity; copy the file again"))
+        # PEFT puts the adapter's name between lora_A and weight in memory, and some programs save it so.
+        tensors[re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name)] = x
+    return tensors
 
 
 def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Params, Lora]:
@@ -237,17 +257,13 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
     """
     folder = files.as_path(folder)
     raw = read_json(folder / CONFIG)
-    _check_settings(raw, str(folder / CONFIG))
     where = folder / WEIGHTS
-    try:
-        tensors = load(where.read_bytes())
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{where}: cannot be read ({e}); copy it again") from None
-    # PEFT puts the adapter's name between lora_A and weight in memory, and some programs save it so.
-    tensors = {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): x for name, x in tensors.items()}
-    # With these options not every layer need have adapters.
-    some = raw.get("layers_to_transform") or raw.get("exclude_modules") or isinstance(raw.get("target_modules"), str)
-    some = some or any("." in str(t) for t in raw.get("target_modules") or ())
+    _check_settings(raw, str(folder / CONFIG))
+    require((not isinstance(config, EncDecConfig), f"{where}: adapters are for decoders, and this model is a T5"))
+    tensors = _read_tensors(where)
+    # With these options not every layer need have adapters. (PEFT takes one layer as a number, which may be 0.)
+    some = raw.get("layers_to_transform") not in (None, []) or raw.get("exclude_modules")
+    some = some or isinstance(raw.get("target_modules"), str) or any("." in t for t in raw.get("target_modules") or ())
     layers = abstract_params(config)["layers"]
     _, common = _rank_and_scale({**raw, "rank_pattern": None, "alpha_pattern": None}, "")
     widest = max(raw["r"], *(raw.get("rank_pattern") or {"": 1}).values())
@@ -271,13 +287,15 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
                 require((fits, f"{where}: {needs}; these are of another model"))
             used.update(keys)
             # Modules of a smaller rank are filled up with zeros: stacked layers have one shape.
-            part = tensors[keys[1]].astype(np.float32).T[:, row.start : row.start + columns]
-            a[i, :, :rank] = tensors[keys[0]].astype(np.float32).T
+            part = tensors[keys[1]].T[:, row.start : row.start + columns]
+            a[i, :, :rank] = tensors[keys[0]].T
             # One scale serves all modules of ours, so that a module's other scale goes into its B.
             b[i, :rank] = part if scale == common else scale / common * part
         out["layers"][name] = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
     if f"{_PREFIX}score.weight" in tensors:
-        head = {k: tensors.pop(f"{_PREFIX}score.{n}") for k, n in (("kernel", "weight"), ("bias", "bias"))}
+        head = {k: tensors.pop(f"{_PREFIX}score.{n}", np.zeros(0)) for k, n in (("kernel", "weight"), ("bias", "bias"))}
+        fits = [x.shape for x in head.values()] == [(1, config.hidden_size), (1,)]
+        require((fits, f"{where}: score must be one output with a bias: tensors (1, {config.hidden_size}) and (1,)"))
         out["value"] = {k: jnp.asarray(v.T) for k, v in head.items()}
     rest = sorted(tensors.keys() - used)
     require((not rest, f"{where}: {rest and rest[0]} adapts nothing that this model has"))

@@ -60,8 +60,8 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int, theta: float = 10
     above = {key: c.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     raw = {k: v for k, v in {**above, **raw}.items() if v is not None}
     if _TRAINED in required:
-        # At the top level in Phi-3's files; transformers prefers that place.
-        raw[_TRAINED] = c.get(_TRAINED) or raw.get(_TRAINED, trained)
+        # At the top level in Phi-3's files; transformers prefers that place, where its Phi-3 has 4096 by default.
+        raw[_TRAINED] = c.get(_TRAINED) or (4096 if phi3 else raw.get(_TRAINED, trained))
         if kind == "yarn" and type(raw[_TRAINED]) is int:
             raw.setdefault("factor", trained / max(1, raw[_TRAINED]))
     others = {"rope_theta": number(1, 1e15), "partial_rotary_factor": number(1e-3 if phi3 else 1, 1)}

@@ -20,6 +20,7 @@ from qstar.models.hf_names import BUFFERS, Row, embedding_names, file_names, fil
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
+T5_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the embedding, "shared.weight"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 # Ending of a file -> what it is, for messages about models in other formats.
 FORMATS = {
@@ -40,6 +41,10 @@ _QUANTISED = re.compile(
 def other_format(folder: pathlib.Path) -> str:
     """Returns which other format a folder without config.json or safetensors holds, and what to do."""
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if "adapter_config.json" in there:  # first, because trainers put pickles and a config.json beside it
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        merge = "merge it into its base model first (PEFT: `merge_and_unload`, then `save_pretrained`)"
+        return f"this is a PEFT adapter (of {base}) and no whole model; {merge} and give that folder"
     for name in there:
         if what := next((what for end, what in FORMATS.items() if name.endswith(end)), ""):
             return f"{name}: {what}; give the model's safetensors (save_pretrained of a current transformers)"
@@ -79,8 +84,7 @@ class WeightFiles:
             if goal in self.slices:
                 self.drop = prefix if goal != table else ""
                 return
-        kept_as = [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]  # of T5
-        kept_as += [HEAD, "model.embed_tokens.weight"] if config.tie_embeddings else []
+        kept_as = [*T5_COPIES, *((HEAD, "model.embed_tokens.weight") if config.tie_embeddings else ())]
         if found := next((name for name in kept_as if name in self.slices), ""):
             self.slices[table] = self.slices[found]
 
@@ -91,11 +95,19 @@ class WeightFiles:
     def __getitem__(self, name: str) -> Any:
         return self.slices[self.key(name)]()
 
+    def equal(self, a: str, b: str) -> bool:
+        """Returns whether two tensors are the same, compared in slices: a large one is never whole in memory."""
+        x, y = self.slices[a], self.slices[b]
+        rows, step = x().get_shape()[0], 4096
+        parts = [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+        return x().get_shape() == y().get_shape() and all(np.array_equal(x()[p], y()[p]) for p in parts)
+
     def check(self, rows: Iterable[tuple[Row, tuple[int, ...]]], tied: bool) -> None:
         """Compares names, shapes and dtypes with the table, before anything is read.
 
         Raises:
-          UserError: a tensor is missing, left over, quantised, an adapter, or of another shape or dtype.
+          UserError: a tensor is missing, left over, quantised, an adapter, or of another shape or dtype; an embedding
+            of one stack of a T5 differs from the shared one (transformers keeps both then, qstar has one for both).
         """
         for name in self.slices:
             if _QUANTISED.search(name):
@@ -121,6 +133,10 @@ class WeightFiles:
                 raise UserError(f"{place} has shape {tuple(view.get_shape())}, but config.json asks for {shape}")
             if view.get_dtype() not in DTYPES:
                 raise UserError(f"{place} has dtype {view.get_dtype()}; only {', '.join(DTYPES)} are supported")
+        for copy in T5_COPIES if "shared.weight" in wanted else ():
+            if copy in self.slices and not self.equal(copy, "shared.weight"):
+                fault = f"tensor {copy!r} differs from 'shared.weight'; separate embeddings are not supported"
+                raise UserError(f"{self.folder}: {fault}")
 
 
 def others(names: list[str]) -> str:

@@ -22,6 +22,7 @@ import optax
 from qstar import distributed, tree
 from qstar.data.loader import batches
 from qstar.errors import Settings, UserError, bounded, require
+from qstar.mesh import to_host
 from qstar.models import lora, scoring
 from qstar.models.config import ModelConfig
 from qstar.models.decoder import PARAM_AXES
@@ -285,16 +286,17 @@ def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
     adapted = start.replace(params=fresh_adapters(start, settings, stage.seed))
     frozen = {"base": start.params}
     adapters, summary = _train(adapted, stage, tx, step_at, batch_at, roles, watch, how, frozen)
-    return merge_adapters(start, adapters, settings, stage.folder), summary | {
-        "adapter_parameters": tree.size(adapters)
-    }
+    summary |= {"adapter_parameters": tree.size(adapters)}
+    return merge_adapters(start, adapters, settings, stage.folder), summary
 
 
 def merge_adapters(start: Model, adapters: Params, settings: lora.Lora, folder: Path) -> Params:
     """Returns the parameters with adapters merged, and writes FOLDER/adapter in PEFT's layout."""
     assert isinstance(start.config, ModelConfig)  # see `fresh_adapters`
+    # A collective: all processes take part, though one writes.
+    whole = to_host(adapters)
     if distributed.is_first():
-        lora.save_adapters(start.config, adapters, settings, folder / "adapter")
+        lora.save_adapters(start.config, whole, settings, folder / "adapter")
     return jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
 
 
@@ -368,10 +370,8 @@ def check_trainable(config: Any, settings: UpdateSettings) -> None:
     """Raises UserError for settings that a model of this kind cannot be trained with."""
     if not isinstance(config, EncDecConfig):
         return settings.check_targets(config)
-    why, on_prompt = (
-        "is for decoders, and this model is an encoder-decoder (T5)",
-        getattr(settings, "loss_on_prompt", False),
-    )
+    why = "is for decoders, and this model is an encoder-decoder (T5)"
+    on_prompt = getattr(settings, "loss_on_prompt", False)
     require(
         (not settings.lora_rank, f"lora_rank={settings.lora_rank} {why}, of which all parameters train; set it to 0"),
         (not on_prompt, f"loss_on_prompt=True {why}, which predicts no prompt; set it to False"),

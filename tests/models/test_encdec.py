@@ -205,6 +205,20 @@ def test_the_embedding_may_be_kept_under_the_name_of_one_of_the_stacks(pair, kep
     assert jax.tree.all(jax.tree.map(np.array_equal, model.params, pair.model.params))
 
 
+@pytest.mark.parametrize("changed, gone", [("encoder", ""), ("decoder", ""), ("decoder", "shared.weight")])
+def test_separate_embeddings_of_the_stacks_are_refused(changed, gone, pair, tmp_path):
+    """transformers computes with the table of the stack: qstar, which has one table, would compute other numbers."""
+    shutil.copytree(pair.folder, tmp_path / "m")
+    tensors = load_file(pair.folder / SINGLE)
+    for stack in ("encoder", "decoder"):
+        tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"] + (stack == changed)
+    save_file({k: x for k, x in tensors.items() if k != gone}, tmp_path / "m" / SINGLE, metadata={"format": "pt"})
+    again = type(pair.torch).from_pretrained(tmp_path / "m").eval()
+    assert np.abs(torch_logits(again) - torch_logits(pair.torch)).max() > 0.1
+    with pytest.raises(UserError, match=f"'{changed}.embed_tokens.weight' differs from 'shared.weight'"):
+        qstar.load(tmp_path / "m")
+
+
 def test_flan_shapes_have_the_published_numbers_of_parameters():
     for size, millions in {"small": 76.96, "base": 247.58, "large": 783.15, "xl": 2849.8, "xxl": 11135.3}.items():
         config = published(f"flan-t5-{size}")[0]

@@ -40,20 +40,24 @@ def arithmetic(**changes):
 def source(shared, folder, settings, **files):
     shutil.copytree(shared("weights/stories260k"), folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "additional_chat_templates").mkdir()
     for name, text in files.items():
-        (folder / name.replace("_jinja", ".jinja").replace("_json", ".json")).write_text(text)
+        (folder / name).write_text(text)
     return qstar.load(folder)
 
 
 def test_settings_of_the_source_tokenizer_are_kept(shared, tmp_path):
     special = json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
-    model = source(shared, tmp_path / "m", SETTINGS, chat_template_jinja="{{ 1 }}", special_tokens_map_json=special)
+    named = "additional_chat_templates/tool_use.jinja"
+    files = {"chat_template.jinja": "{{ 1 }}", "special_tokens_map.json": special, named: "{{ 2 }}"}
+    model = source(shared, tmp_path / "m", SETTINGS, **files)
     qstar.save(model, tmp_path / "out")
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == SETTINGS
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ 1 }}"
     assert (tmp_path / "out/special_tokens_map.json").read_text() == special
     qstar.save(qstar.load(tmp_path / "out"), tmp_path / "out")  # in place
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == SETTINGS
+    assert (tmp_path / "out" / named).read_text() == "{{ 2 }}"
     text = "Once upon a time"
     assert qstar.load(tmp_path / "out").tokenizer.encode(text) == model.tokenizer.encode(text)
 

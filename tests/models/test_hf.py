@@ -390,6 +390,7 @@ OLMO2 = {
     "num_attention_heads": 32,
     "rope_theta": 500000,
 }
+TRAINED = "original_max_position_embeddings"
 OLD = {
     "llama 2": LLAMA_2,
     "llama 3.1": LLAMA_31,
@@ -407,11 +408,18 @@ OLD = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
+    "phi3, trained length by default": {k: v for k, v in PHI3.items() if k != TRAINED},
+    "phi3, trained length inside": {**{k: v for k, v in PHI3.items() if k != TRAINED},
+                                    "rope_scaling": {**PHI3["rope_scaling"], TRAINED: 8192}},
+    "gptj, rotary width by default": {k: v for k, v in GPTJ.items() if k != "rotary_dim"},
+    "gemma3_text, two layouts": {**GEMMA3, "rope_parameters": {"full_attention": {"rope_theta": 3e6},
+                                                               "sliding_attention": {"rope_theta": 2e4}}},
     "smollm3": SMOLLM3,
     "olmo2": OLMO2,
-}
+}  # fmt: skip
 WINDOWED = ("mistral", "mistral, window by default", "qwen2, window in all layers", "qwen2, window in some layers",
-            "gemma2", "gemma3_text", "phi3")  # fmt: skip
+            "gemma2", "gemma3_text", "gemma3_text, two layouts", "phi3", "phi3, trained length by default",
+            "phi3, trained length inside")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OLD)
@@ -445,6 +453,7 @@ def test_numbers_of_known_models_are_read():
     assert (c.vocab_size, c.num_heads, c.num_kv_heads, c.head_dim, c.query_scalar) == (262208, 8, 4, 256, 256)
     assert (c.rope_theta, c.window_theta, dict(c.rope_scaling)["factor"], c.max_positions) == (1e6, 1e4, 8.0, 131072)
     assert c.windowed[:7] == (True,) * 5 + (False, True) and c.also_eos == (106,) and c.embed_scale
+    assert from_hf({**GEMMA3, "rope_scaling": {"factor": 8.0, "type": "linear"}}) == from_hf(GEMMA3)  # a legacy name
     assert from_hf(GEMMA2).windowed[:3] == (True, False, True) and from_hf(GEMMA2).final_softcap == 30.0
     assert from_hf({**GEMMA2, "final_logit_softcapping": None}).final_softcap is None
     assert (from_hf(PHI3).rotary_dim, from_hf(PHI3).max_positions) == (96, 131072)
@@ -463,6 +472,7 @@ def test_numbers_of_known_models_are_read():
         ({**QWEN2, "use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types must have 24 entries"),
         ({**QWEN2, "layer_types": ["chunked_attention"] * 24}, r"layer_types=.* must be a list of full_attention"),
         ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ({**GEMMA3, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
         ({**GEMMA3, "attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1.0 must be a number"),
         (
             {**GEMMA3, "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
@@ -631,6 +641,10 @@ def test_exported_files_can_be_read_by_others(folders, tmp_path):
     [
         ({"config.json": '{"seed": 1}', "metrics.jsonl": ""}, "holds 'metrics.jsonl', which is no part"),
         ({"config.json": '{"model_type": "llama"}', "checkpoints/1": "x"}, "holds 'checkpoints'"),
+        (
+            {"config.json": '{"model_type": "llama"}', "additional_chat_templates/my.md": "x"},
+            "'additional_chat_templates/my.md'",
+        ),
         ({"config.json": '{"seed": 1}'}, "not empty and no model export"),
         ({"vocab.txt": "my words"}, "not empty and no model export"),
     ],

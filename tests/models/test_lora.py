@@ -173,6 +173,25 @@ def test_files_that_do_not_fit_are_named(params, adapters, tmp_path):
               tmp_path / "adapter_model.safetensors")  # fmt: skip
     with pytest.raises(UserError, match="lm_head"):
         lora.load_adapters(CONFIG, tmp_path)
+    with pytest.raises(UserError, match="adapters are for decoders, and this model is a T5"):
+        lora.load_adapters(EncDecConfig(), tmp_path)
+
+
+SCORE, Q = "base_model.model.score", "base_model.model.model.layers.1.self_attn.q_proj.lora_B"
+
+
+@pytest.mark.parametrize("change, says", [
+    ({f"{SCORE}.weight": np.zeros((1, 16), np.float32)}, "score must be one output with a bias"),
+    ({f"{SCORE}.weight": np.zeros((2, 16), np.float32), f"{SCORE}.bias": np.zeros(2, np.float32)}, r"\(1, 16\) and \(1,\)"),
+    ({f"{Q}.weight": np.full((16, 3), np.nan, np.float32)}, f"tensor '{Q}.weight' holds NaN or infinity; copy"),
+    ({f"{Q}.weight": np.zeros((16, 3), np.int8)}, f"tensor '{Q}.weight' has dtype I8; only F32, F16, BF16"),
+])  # fmt: skip
+def test_adapter_tensors_that_cannot_be_used_are_named(change, says, adapters, tmp_path):
+    lora.save_adapters(CONFIG, adapters, SETTINGS, tmp_path)
+    save_file({**load_file(tmp_path / lora.WEIGHTS), **change}, tmp_path / lora.WEIGHTS)
+    with pytest.raises(UserError, match=says) as e:
+        lora.load_adapters(CONFIG, tmp_path)
+    assert "\n" not in str(e.value) and str(tmp_path / lora.WEIGHTS) in str(e.value)
 
 
 # -------------------------------------------------------------------------------- PEFT as the reference, per family
@@ -191,6 +210,7 @@ OPTIONS = {
     "rank pattern": {"rank_pattern": {"v_proj": 7, r"(layers|h)\.1\..*(down_proj|o_proj|c_fc|fc_out)": 2}},
     "both, rslora": {"rank_pattern": {"down_proj": 8}, "alpha_pattern": {"1.self_attn.q_proj": 5}, "use_rslora": True},
     "gaussian start, one layer": {"init_lora_weights": "gaussian", "layers_to_transform": [1]},
+    "one layer as a number": {"layers_to_transform": 0},
 }
 
 
@@ -225,6 +245,24 @@ def test_adapters_of_peft_compute_the_same_logits(case, options, tmp_path):
         np.testing.assert_allclose(ours, expected, atol=2e-5 * max(10, np.abs(expected).max()))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_adapters_kept_in_half_precision_compute_the_same_logits(dtype, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    import transformers
+    from safetensors import torch as files
+
+    wide, file = peft_model("llama", {}, tmp_path), tmp_path / "adapter" / lora.WEIGHTS
+    files.save_file({k: x.to(getattr(torch, dtype)) for k, x in files.load_file(file).items()}, file)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(torch.tensor(TOKENS)).logits.numpy()
+    model = qstar.load(tmp_path / "base")
+    adapters, read = lora.load_adapters(model.config, tmp_path / "adapter")
+    ours = np.asarray(qstar.logits(model.replace(params=lora.merge(model.params, adapters, read.scale)), TOKENS))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(10, np.abs(theirs).max()))
+    assert np.abs(ours - wide).max() > 2e-4  # rounding is above the tolerance
+
+
 @pytest.mark.parametrize("options, says", [
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
     ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights"), ({"init_lora_weights": "olora"}, "init_lora_weights"),
@@ -243,6 +281,8 @@ def test_adapters_that_are_more_than_plain_lora_are_refused_in_one_line(options,
     ({"r": None}, "'r' is missing"), ({"use_rslora": "yes"}, "use_rslora"), ({"rank_pattern": [4]}, "rank_pattern must be"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj=0"), ({"alpha_pattern": {"(": 4}}, "no regular expression"),
     ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern: q_proj=nan"),
+    ({"target_modules": 3}, "target_modules=3 must be"), ({"target_modules": True}, "target_modules=True must be"),
+    ({"target_modules": ["q_proj", 3]}, "target_modules=.* must be"),
     ({"rank_pattern": {"q_proj": 9}}, "another model"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
 ])  # fmt: skip
 def test_adapter_settings_out_of_range_are_named(change, says, params, adapters, tmp_path):

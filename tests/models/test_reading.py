@@ -159,7 +159,7 @@ BAD_VALUES = [
     ),
     *(("max_position_embeddings", v) for v in (0, "4096", 10**30)),
     *(("eos_token_id", v) for v in (-1, "2", [2, -1], 1.0, True, {})),
-    *(("bos_token_id", v) for v in (-1, "<s>")),
+    *(("bos_token_id", v) for v in (-1, "<s>", [1], [])),
     *(("tie_word_embeddings", v) for v in ("maybe", 1, [])),
     *(("attention_bias", v) for v in ("no", 0)),
     *(("hidden_act", v) for v in (5, "relu6", ["silu"])),
@@ -186,13 +186,13 @@ def test_models_that_can_only_compute_nan_are_refused_by_key(key, value):
 def test_no_value_of_any_key_makes_a_traceback(raw):
     values = (None, True, -1, 0, 7, 10**30, 0.5, NAN, "", "x", [], [1], {}, {"a": 1})
     from_hf(raw)
-    extra = ("rope_theta", "rope_scaling", "rope_parameters", "eos_token_id", "layer_norm_epsilon", "qstar_thoughts",
+    extra = ("rope_theta", "rope_scaling", "rope_parameters", "eos_token_id", "bos_token_id", "layer_norm_epsilon", "qstar_thoughts",
              "qstar_value_head", "sliding_window", "tie_word_embeddings", "feed_forward_proj", "n_inner",
              "layer_types", "no_rope_layer_interval", "rope_local_base_freq", "use_bidirectional_attention")  # fmt: skip
     for key in {*raw, *extra}:
         for value in values:
             try:
-                from_hf({**raw, key: value}, "m/config.json")
+                hash(from_hf({**raw, key: value}, "m/config.json"))  # configs are static arguments
             except UserError as e:
                 assert str(e).startswith("m/config.json") and "\n" not in str(e)
 
@@ -238,6 +238,11 @@ def emptied(folder, *files):
         (folder / name).write_text("{}")
 
 
+def adapter_alone(folder):
+    (folder / weight_files.SINGLE).rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
+
+
 ADAPTER = {"base_model_name_or_path": "some/llama", "peft_type": "LORA"}
 KINDS = {
     "bitsandbytes": (lambda f: add(f, "model.layers.0.self_attn.q_proj.weight.absmax"), "'model.*absmax': .*quantised"),
@@ -247,6 +252,8 @@ KINDS = {
     "other names": (lambda f: rename(f, lambda n: n.replace(".", "/")), "asks for is missing; there are others, such as"),
     "adapter folder": (lambda f: (emptied(f), (f / "adapter_config.json").write_text(json.dumps(ADAPTER))),
                        "PEFT adapter .of some/llama.*merge"),
+    "adapter beside a config": (lambda f: (adapter_alone(f), (f / "training_args.bin").write_text("")),
+                                "PEFT adapter .of some/llama.*merge"),
     "gguf folder": (lambda f: emptied(f, "m-Q4_K_M.gguf"), "m-Q4_K_M.gguf: GGUF is the format of llama.cpp"),
     "gguf beside a config": (lambda f: emptied(f, "config.json", "m.gguf"), "model_type None|GGUF"),
     "flax": (lambda f: ((f / weight_files.SINGLE).unlink(), (f / "flax_model.msgpack").write_text("")), "flax_model.msgpack: Flax"),
