@@ -21,7 +21,7 @@ import optax
 
 from qstar import distributed, tree
 from qstar.data.loader import batches
-from qstar.errors import Settings, UserError, bounded, require
+from qstar.errors import Settings, UserError, bounded, require, within
 from qstar.models import lora, scoring
 from qstar.models.config import ModelConfig
 from qstar.models.decoder import PARAM_AXES
@@ -72,18 +72,15 @@ class UpdateSettings(Settings):
     @property
     def lora(self) -> lora.Lora:
         """The adapters' settings."""
-        try:
-            return lora.Lora(self.lora_rank, self.lora_alpha, tuple(self.lora_targets))
-        except UserError as e:
-            raise UserError(f"lora_{e}") from None
+        with within("lora_"):
+            found = lora.Lora(self.lora_rank, self.lora_alpha, tuple(self.lora_targets))
+        return found
 
     def check_targets(self, config: Any) -> None:
         """Raises UserError where a model of this kind has no kernels that the adapters' targets name."""
-        try:
-            if self.lora_rank:
+        if self.lora_rank:
+            with within("lora_"):
                 lora.check_targets(config, self.lora)
-        except UserError as e:
-            raise e if str(e).startswith("lora_") else UserError(f"lora_{e}") from None
 
     def optimiser(self) -> optax.GradientTransformation:
         """Returns AdamW's direction with these settings, over what trains."""
@@ -282,9 +279,8 @@ def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
     adapted = start.replace(params=fresh_adapters(start, settings, stage.seed))
     frozen = {"base": start.params}
     adapters, summary = _train(adapted, stage, tx, step_at, batch_at, roles, watch, how, frozen)
-    return merge_adapters(start, adapters, settings, stage.folder), summary | {
-        "adapter_parameters": tree.size(adapters)
-    }
+    summary["adapter_parameters"] = tree.size(adapters)
+    return merge_adapters(start, adapters, settings, stage.folder), summary
 
 
 def merge_adapters(start: Model, adapters: Params, settings: lora.Lora, folder: Path) -> Params:
@@ -365,10 +361,8 @@ def check_trainable(config: Any, settings: UpdateSettings) -> None:
     """Raises UserError for settings that a model of this kind cannot be trained with."""
     if not isinstance(config, EncDecConfig):
         return settings.check_targets(config)
-    why, on_prompt = (
-        "is for decoders, and this model is an encoder-decoder (T5)",
-        getattr(settings, "loss_on_prompt", False),
-    )
+    why = "is for decoders, and this model is an encoder-decoder (T5)"
+    on_prompt = getattr(settings, "loss_on_prompt", False)
     require(
         (not settings.lora_rank, f"lora_rank={settings.lora_rank} {why}, of which all parameters train; set it to 0"),
         (not on_prompt, f"loss_on_prompt=True {why}, which predicts no prompt; set it to False"),
