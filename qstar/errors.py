@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -10,7 +11,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, ClassVar
 
 # What pip installs. On PyPI, `qstar` is another project.
@@ -58,6 +59,15 @@ def require(*checks: tuple[object, str]) -> None:
     for holds, message in checks:
         if not holds:
             raise UserError(message)
+
+
+@contextlib.contextmanager
+def within(place: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Puts `place`, a key of a config, in front of the message of a UserError that is raised in the `with` block."""
+    try:
+        yield
+    except kind as e:
+        raise (TrainingFailed if isinstance(e, TrainingFailed) else UserError)(f"{place}{e}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +125,7 @@ def bounded(
     Args:
       note: ends the message, in parentheses: what a special value means, or the unit.
     """
-    metadata = {"range": _Range(ge, gt, le, lt, choices, note)}
-    if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"range": _Range(ge, gt, le, lt, choices, note)})
 
 
 class Settings:
@@ -170,16 +177,7 @@ def check_type(what: str, value: Any, kind: Any) -> None:
 
 
 _FREE = "free some space, or mend the disk or the limit that it names"
-_FAULTS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENAMETOOLONG,
-)
+_FAULTS: list[int] = [getattr(errno, n) for n in "ENOSPC EDQUOT EFBIG EROFS EIO EMFILE ENFILE ENAMETOOLONG".split()]
 
 
 def machine_fault(error: BaseException | None) -> str | None:

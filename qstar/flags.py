@@ -144,6 +144,7 @@ def local_folder(flag: str, text: str) -> Path:
 COUNT, POSITIVE, SEED = whole_number(0), whole_number(1), whole_number(0, SEEDS - 1)
 TEMPERATURE = number(lambda x: x >= 0, "a number of 0 (greedy) or more")
 SHARE = number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
+MODEL = "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]"  # help of --model
 
 # ---------------------------------------------------------------------------------------------------- config files
 

@@ -10,7 +10,7 @@ from typing import Any
 from qstar import preemption
 from qstar.distributed import start_jax
 from qstar.errors import UserError, require
-from qstar.flags import COUNT, POSITIVE, SEED, TEMPERATURE, Parser, folder, json_object
+from qstar.flags import COUNT, MODEL, POSITIVE, SEED, TEMPERATURE, Parser, folder, json_object
 from qstar.tasks import task_names
 from qstar.tasks.prompts import FORMATS
 
@@ -20,9 +20,7 @@ BOTH = {"model", "limit", "max_new_tokens", "seed", "out", "json", "device", "dt
 
 def _evaluate_parser() -> Parser:
     p = Parser("evaluate", "Greedy accuracy, pass@k and majority@k of a model on a task, with 95% intervals.")
-    p.flag(
-        "--model DIR", "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]", required=True
-    )
+    p.flag("--model DIR", MODEL, required=True)
     p.flag("--task NAME", f"{', '.join(task_names())}; or a class of your own: file.py:Class, package.module:Class")
     p.flag("--harness NAMES", "tasks of lm-evaluation-harness in place of --task: arc_easy,gsm8k or yaml files")
     p.flag("--task-options JSON", 'e.g. {"test": "test.jsonl"}; of numeric, multiple_choice and exact the fields, too: '
@@ -61,9 +59,8 @@ def main(argv: list[str]) -> int:
     """qstar evaluate --model=DIR --task=NAME"""
     p = _evaluate_parser()
     a = p.parse_args(argv)
-    require(
-        (bool(a.task) != bool(a.harness), "evaluate: give --task=NAME or --harness=NAMES (see qstar evaluate --help)")
-    )
+    one = "evaluate: give --task=NAME or --harness=NAMES (see qstar evaluate --help)"
+    require((bool(a.task) != bool(a.harness), one))
     changed = {name for name in vars(a) if getattr(a, name) != p.get_default(name)}
     wrong = sorted(changed - BOTH - HARNESS if a.harness else changed & HARNESS)
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
@@ -141,12 +138,11 @@ def _evaluate_harness(a: argparse.Namespace) -> int:
     where = {name: getattr(a, name) for name in ("limit", "num_fewshot", "include_path", "chat")}
     thoughts = {"auto": None, "on": True, "off": False}[a.thoughts]
     how = {"thoughts": thoughts, "thought_temperature": a.thought_temperature, "seed": a.seed, "dtype": a.dtype}
+    how["max_gen_toks"] = a.max_new_tokens
     if out is not None:
         # Before the work: a folder of other results is refused, and one that cannot be written.
-        open_run(
-            out, {"model": a.model, "harness": a.harness, **where, **how, "max_gen_toks": a.max_new_tokens}, "--out"
-        )
-    found = evaluate_harness(a.model, a.harness.split(","), **where, **how, max_gen_toks=a.max_new_tokens)
+        open_run(out, {"model": a.model, "harness": a.harness, **where, **how}, "--out")
+    found = evaluate_harness(a.model, a.harness.split(","), **where, **how)
     names = ("results", "groups", "n-shot", "n-samples", "versions")
     print(json.dumps({k: found[k] for k in names if k in found}) if a.json else tables(found), flush=True)
     if out is not None:

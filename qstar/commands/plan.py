@@ -35,10 +35,8 @@ def main(argv: list[str]) -> int:
     from qstar.plan import run, search
     from qstar.plan.steps import Assumed
 
-    assumed, options = (
-        Assumed(a.prompt_tokens, a.prefix_tokens, a.problems),
-        run.Options(
-            only=a.only, hbm=a.hbm, as_json=a.json, quick=not a.full_effort, rows_per_chip=a.rows_per_chip, keep=a.hlo
-        ),
+    assumed = Assumed(a.prompt_tokens, a.prefix_tokens, a.problems)
+    options = run.Options(
+        only=a.only, hbm=a.hbm, as_json=a.json, quick=not a.full_effort, rows_per_chip=a.rows_per_chip, keep=a.hlo
     )
     return (search if a.search else run).main(config, names, assumed, options)

@@ -6,15 +6,13 @@ import json
 
 from qstar.distributed import start_jax
 from qstar.errors import require
-from qstar.flags import COUNT, POSITIVE, SEED, SHARE, TEMPERATURE, Parser
+from qstar.flags import COUNT, MODEL, POSITIVE, SEED, SHARE, TEMPERATURE, Parser
 
 
 def main(argv: list[str]) -> int:
     """qstar sample --model=DIR --prompt=TEXT"""
     p = Parser("sample", "Writes continuations of a prompt.")
-    p.flag(
-        "--model DIR", "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]", required=True
-    )
+    p.flag("--model DIR", MODEL, required=True)
     p.flag("--prompt TEXT", "repeatable; '' starts from BOS", action="append", required=True)
     p.switch("--chat", "each prompt is a user's message, in the model's chat template; prints the replies")
     p.flag("--system TEXT", "the system message of --chat (default: the template's)")

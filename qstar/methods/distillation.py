@@ -20,7 +20,7 @@ from qstar.models import scoring
 from qstar.models.model import Model
 from qstar.runs.folder import data_hash, stable_seed
 from qstar.runs.stages import Stage, UpdateSettings, train_stage
-from qstar.sample.batching import padded_length, stream
+from qstar.sample.batching import generate, padded_length
 from qstar.train import distil as losses
 from qstar.train.state import TrainState, optimizer_for
 from qstar.train.step import make_step
@@ -123,8 +123,6 @@ def make_batch(
 
 def sample_on_policy(model: Model, params: Any, rows: Sequence[Pair], max_new_tokens: int, seed: int) -> list[Pair]:
     """Returns the rows with responses that the student samples at temperature 1."""
-    found = list(rows)
     prompts = [list(r.prompt) for r in rows]
-    for i, _, done in stream(model.replace(params=params), prompts, max_new_tokens=max_new_tokens, seed=seed):
-        found[i] = rows[i]._replace(response=tuple(done.tokens))
-    return found
+    found = generate(model.replace(params=params), prompts, max_new_tokens=max_new_tokens, seed=seed)
+    return [row._replace(response=tuple(done.tokens)) for row, (done,) in zip(rows, found)]

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qstar import distributed
-from qstar.errors import Settings, TrainingFailed, UserError, bounded, require
+from qstar.errors import Settings, UserError, bounded, require, within
 from qstar.methods.distillation import DistilTrain, distil
 from qstar.methods.guided_eval import percent
 from qstar.methods.guided_hotpotqa import MultiHop, MultiHopSettings
@@ -146,9 +146,8 @@ def make_guided_task(sections: GuidedSections, workdir: Path, mesh: Any) -> Guid
     if name == "two_hop":
         return TwoHop(settings_from(TwoHopSettings, sections.guided, "guided"), seed)
     settings, task = settings_from(MultiHopSettings, sections.guided, "guided"), make_task(name, **options)
-    line = f"config.task.name={name!r} has no paragraphs to reason over; use hotpotqa"
     if not isinstance(task, multihop.MultiHop):
-        raise UserError(line)
+        raise UserError(f"config.task.name={name!r} has no paragraphs to reason over; use hotpotqa")
     return MultiHop(settings, task, seed, workdir, mesh)
 
 
@@ -192,15 +191,13 @@ def run_student(ctx: GuidedContext, seed: int) -> dict[str, dict[str, Any]]:
     for name, arm in ctx.arms.items():
         ctx.say(f"  {name}")
         shared: dict[str, Any] = {"folder": folder / name, "label": {"arm": name, "student": seed}}
-        try:
+        with within(f"config.arms.{name}: ", Diverged):
             if arm.start == "base":
                 # ---- 1: distil the teacher's rationales
                 models[name] = distil_rationales(ctx, name, models["base"], rows, student_seed, **shared)
             else:
                 # ---- 2: refine an arm's student by RL
                 models[name] = refine(ctx, name, models[arm.start], student_seed, **shared)
-        except Diverged as e:
-            raise TrainingFailed(f"config.arms.{name}: {e}") from None
         # ---- 3: let the large model answer with its rationales
         out[name] = evaluate(ctx, folder, name, models[name], seed)
     return out
@@ -257,7 +254,7 @@ def write_results(ctx: GuidedContext, fixed: dict[str, list[int]], students: lis
         each = [percent(row) for row in x]
         row = {"arm": name, "mean": float(np.mean(each)), "students": " / ".join(f"{x:.1f}" for x in each)}
         has = students[0].get(name, {})
-        rows.append(row | {k: _mean_of(students, name, k) if k in has else None for k in SHOWN})
+        rows.append(row | {k: float(np.mean([s[name][k] for s in students])) if k in has else None for k in SHOWN})
     differences = []
     for a, b in comparisons(ctx.arms):
         if a in correct and b in correct:
@@ -268,10 +265,6 @@ def write_results(ctx: GuidedContext, fixed: dict[str, list[int]], students: lis
     if distributed.is_first():
         show_table(ctx.console, "accuracy, %", rows)
         show_table(ctx.console, "paired differences, 95% over questions", differences)
-
-
-def _mean_of(students: list[dict[str, dict[str, Any]]], name: str, key: str) -> float:
-    return float(np.mean([found[name][key] for found in students]))
 
 
 def comparisons(arms: dict[str, GuidedConfig]) -> list[tuple[str, str]]:

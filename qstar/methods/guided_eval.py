@@ -54,6 +54,12 @@ def task_score(answer: str, gold: str, metric: str) -> float:
     return score.em if metric == "em" else score.f1
 
 
+def example(question: str, rationale: str, answer: str, gold: str, correct: Any, notes: list[str]) -> dict[str, Any]:
+    """Returns a test question with its answer as evaluation.json keeps it for the report."""
+    texts = {"question": question, "rationale": rationale, "answer": answer, "gold": gold}
+    return {**texts, "correct": bool(correct), "notes": notes}
+
+
 def percent(values: Any) -> float:
     """Returns the mean of values in [0, 1] as a percentage."""
     return 100.0 * float(np.mean(values))

@@ -13,7 +13,7 @@ import numpy as np
 from qstar.errors import Settings, UserError, bounded, require, unknown
 from qstar.methods.answerer import Answer, Cached, HttpAnswerer, ModelAnswerer
 from qstar.methods.distillation import Pair
-from qstar.methods.guided_eval import METRICS, percent, reward, task_score
+from qstar.methods.guided_eval import METRICS, example, percent, reward, task_score
 from qstar.methods.reinforce import RewardOutput
 from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model, load
@@ -285,17 +285,8 @@ class MultiHop:
         }
         for kind in sorted({p.group for p in self.test}):
             found[f"accuracy/{kind}"] = percent([x for x, p in zip(correct, self.test) if p.group == kind])
-        found["examples"] = [
-            {
-                "question": p.question,
-                "rationale": t,
-                "answer": a.text,
-                "gold": g,
-                "correct": bool(x),
-                "notes": [p.group],
-            }
-            for p, t, a, g, x in list(zip(self.test, texts, answers, self._golds, correct))[:12]
-        ]
+        shown = list(zip(self.test, texts, answers, self._golds, correct))[:12]
+        found["examples"] = [example(p.question, t, a.text, g, x, [p.group]) for p, t, a, g, x in shown]
         if self.settings.votes:
             found["self_consistency"] = self._self_consistency(student)
         return correct, found

@@ -14,7 +14,7 @@ from einops import rearrange
 
 from qstar.errors import Settings, bounded, require
 from qstar.methods.distillation import Pair
-from qstar.methods.guided_eval import percent, reward
+from qstar.methods.guided_eval import example, percent, reward
 from qstar.methods.reinforce import RewardOutput
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, preset
@@ -278,14 +278,9 @@ class TwoHop:
     def _example(self, i: int, slot: np.ndarray, answer: int) -> dict[str, Any]:
         w, words = self.test, two_hop_world.words
         facts = [words(f) for f in rearrange(w.facts[i], "(fact part) -> fact part", part=3)]
-        return {
-            "question": f"{words(w.question[i])} ? ({', '.join(facts)})",
-            "rationale": words(slot.tolist()),
-            "answer": words([answer]),
-            "gold": words([w.answer[i]]),
-            "correct": bool(answer == w.answer[i]),
-            "notes": [] if np.array_equal(slot, w.gold[i]) else ["not the gold chain"],
-        }
+        question, gold = f"{words(w.question[i])} ? ({', '.join(facts)})", w.answer[i]
+        notes = [] if np.array_equal(slot, w.gold[i]) else ["not the gold chain"]
+        return example(question, words(slot.tolist()), words([answer]), words([gold]), answer == gold, notes)
 
 
 @dataclasses.dataclass
@@ -337,16 +332,9 @@ def _random_model(shape: dict[str, int], seed: int) -> Model:
 
 
 def _train(start: Model, text: Text, make_stage: Callable[..., Stage], lr: float = 3e-3, end: float = 0.05) -> Model:
-    update: dict[str, Any] = {
-        "lr": lr,
-        "end": end,
-        "schedule": "cosine",
-        "warmup": 50,
-        "b2": 0.98,
-        "weight_decay": 0.01,
-    }
+    update: dict[str, Any] = {"lr": lr, "end": end, "schedule": "cosine", "warmup": 50, "b2": 0.98}
     rows: dict[str, Any] = {"batch_size": BATCH, "packed": False, "row_length": LENGTH}
-    settings = TrainSettings(**update, **rows, log_every=100, save_every=500)
+    settings = TrainSettings(**update, **rows, weight_decay=0.01, log_every=100, save_every=500)
     tx, step = sft_step(start.config, settings)
 
     def batch_at(s: int) -> Batch:

@@ -143,7 +143,7 @@ class HarnessModel(TemplateLM):
             room = self.max_length if self.backend == "seq2seq" else self.max_length + 1 - len(continuation)
             rows.append((list(context or [self.prefix_token_id])[-room:], list(continuation)))
         if self.thoughts:
-            found = self._score_with_thoughts(rows, self.thoughts.temperature)
+            found = self._score_with_thoughts(rows, self.thoughts)
         else:
             scores = token_scores(self.model, *map(list, zip(*rows))) if rows else []
             found = [(float(s.logprobs.sum(dtype=np.float64)), bool(s.hits.all())) for s in scores]
@@ -152,9 +152,7 @@ class HarnessModel(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", text, result)
         return found
 
-    def _score_with_thoughts(
-        self, pairs: list[tuple[list[int], list[int]]], temperature: float
-    ) -> list[tuple[float, bool]]:
+    def _score_with_thoughts(self, pairs: list[tuple[list, list]], thoughts: ThoughtConfig) -> list[tuple[float, bool]]:
         places = [list(range(len(p) - 1, len(p) + len(q) - 1)) for p, q in pairs]
         rows = [Row([*p, *q], at, [0] * len(at)) for (p, q), at in zip(pairs, places)]
         out: list[Any] = [None] * len(rows)
@@ -164,7 +162,7 @@ class HarnessModel(TemplateLM):
             tokens, mask, positions, _, counts = answer_arrays([rows[i] for i in members], THOUGHT_ROWS)
             tokens, mask, positions = put_global_batch((tokens, mask, positions), self.model.mesh)
             key = jax.random.fold_in(tree.random_key(self.seed), number)
-            how = {"temperature": jnp.float32(temperature), "positions": positions}
+            how = {"temperature": jnp.float32(thoughts.temperature), "positions": positions}
             batch = layout.text_batch(tokens, mask)
             found = to_host(measure.score(self.model.params, self.config, batch, key, **how))
             for r, i in enumerate(members):
@@ -178,10 +176,7 @@ class HarnessModel(TemplateLM):
         owner: list[int] = []
         for i, (text,) in enumerate(r.args for r in requests):
             found = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
             )
             windows += [(None, *make_disjoint_window(w)) for w in found]
             owner += [i] * (len(windows) - len(owner))

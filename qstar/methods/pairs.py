@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qstar.data.pairs import Row, read_rows, split_rows
-from qstar.errors import Settings, TrainingFailed, UserError, bounded, require
+from qstar.errors import Settings, bounded, require, within
 from qstar.methods import distillation
 from qstar.methods.pair_rows import complete, fit, parts, write_completions
 from qstar.methods.preference_data import Pair
@@ -271,7 +271,8 @@ def run(
     sets = ctx.read(rows)
     start, started = ctx.load() if start is None else start, False
     for name, settings in arms.items():
-        _check(start, settings, name)
+        with within(f"config.arms.{name}: "):
+            check_trainable(start.config, settings)
     if isinstance(ctx, DistilContext):
         blank = not all(complete(row) for some in sets for row in some)
         if teacher is None and (blank or ctx.settings.distil.kind != "hard"):
@@ -281,8 +282,8 @@ def run(
             ctx.start(start, arms=arms)
             started = True
             write = functools.partial(write_completions, ctx.say, teacher, sample=ctx.settings.sample, seed=ctx.seed)
-            names = ("teacher", "teacher_held_out")
-            sets = write(sets[0], folder=ctx.workdir / names[0]), write(sets[1], folder=ctx.workdir / names[1])
+            folders = (ctx.workdir / "teacher", ctx.workdir / "teacher_held_out")
+            sets = write(sets[0], folder=folders[0]), write(sets[1], folder=folders[1])
     limit = max(getattr(s, "row_length", 0) for s in arms.values())
     train, held_out = (fit(ctx.say, start, some, limit) for some in sets)
     if not started:
@@ -297,13 +298,6 @@ def run(
     show_table(ctx.console, "", results)
     ctx.close()
     return model, done
-
-
-def _check(start: Model, settings: Any, arm: str) -> None:
-    try:
-        check_trainable(start.config, settings)
-    except UserError as e:
-        raise UserError(f"config.arms.{arm}: {e}") from None
 
 
 def train_arm(
@@ -330,18 +324,15 @@ def train_arm(
     before = once_json(folder / "before.json", lambda: measure(start, 0)) if unseen else {}
     ctx.say(f"\n[bold]{name}[/bold]: {settings.steps:,} updates")
     where, seed = folder / "checkpoints" / "iter_001", stable_seed(ctx.seed, name, "train")
-    try:
-        with ctx.stage(where, settings, steps=settings.steps, seed=seed, arm=name, iteration=1) as stage:
-            model, done = TRAIN[ctx.settings.method](ctx, start, rows, examples, stage, watch, teacher)
-    except Diverged as e:
-        raise TrainingFailed(f"config.train.lr={settings.lr}: {e}") from None
+    opened = ctx.stage(where, settings, steps=settings.steps, seed=seed, arm=name, iteration=1)
+    with within(f"config.train.lr={settings.lr}: ", Diverged), opened as stage:
+        model, done = TRAIN[ctx.settings.method](ctx, start, rows, examples, stage, watch, teacher)
     results = {"rows": len(rows), "steps": done["steps"], "loss": done["loss"]}
     if unseen:
         after = once_json(folder / "after.json", lambda: last or measure(model, done["steps"]))
-        results |= {"held_out_rows": len(unseen)}
-        results |= {
-            f"held_out_{key}_{when}": x[key] for key in before for when, x in (("before", before), ("after", after))
-        }
+        results["held_out_rows"] = len(unseen)
+        for key in before:
+            results |= {f"held_out_{key}_before": before[key], f"held_out_{key}_after": after[key]}
     write_examples(ctx, folder, start, model, held_out[0] or rows)
     write_json(folder / "results.json", results)
     write_json(folder / "status.json", {"status": "finished", "reason": "", "iterations": 1})

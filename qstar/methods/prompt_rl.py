@@ -8,10 +8,10 @@ It is the training of `methods.rl` without a task: no answers are read and no mo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,8 @@ def reinforce(
     settings = ReinforceSettings(**rest)
     model = model if isinstance(model, Model) else load(model)
     environment = PromptEnvironment(model, prompts, terms, records, count, seed, stop)
-    train = functools.partial(_train, model, environment, rl, settings, seed)
-    if workdir is not None:
-        return train(as_path(workdir))
-    with tempfile.TemporaryDirectory(prefix="qstar-rl-") as folder:
-        return train(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="qstar-rl-") if workdir is None else nullcontext(workdir) as folder:
+        return _train(model, environment, rl, settings, seed, as_path(folder))
 
 
 def _train(

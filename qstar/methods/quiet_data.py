@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 
 from qstar.data.corpus import Corpus, Rows, TextCorpus
-from qstar.errors import Settings, UserError, bounded, require, unknown
+from qstar.errors import Settings, bounded, require, unknown, within
 from qstar.mesh import put_global_batch, to_host
 from qstar.models import heads
 from qstar.models.config import ModelConfig
@@ -101,10 +101,8 @@ class QuietContext(RunContext):
     @property
     def start_id(self) -> int:
         """The token whose embedding initializes the start and end vectors (in the official code the first of "---")."""
-        try:
+        with within("config.thoughts.start_text: "):
             ids = self.corpus.tokenizer.encode(self.start_text)
-        except UserError as e:
-            raise UserError(f"config.thoughts.start_text: {e}") from None
         require((len(ids) > 0, f"config.thoughts.start_text={self.start_text!r} has no token"))
         return ids[0]
 
@@ -170,10 +168,8 @@ def _make(cls: type, options: dict[str, Any], *args: Any) -> Any:
     for option in options:
         if option not in known:
             raise unknown(f"config.data.{option}", option, known)
-    try:
+    with within("config.data: "):
         return cls(*args, **options)
-    except UserError as e:
-        raise UserError(f"config.data: {e}") from None
 
 
 # ------------------------------------------------------------------------------------------------------- base model

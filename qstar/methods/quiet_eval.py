@@ -103,16 +103,10 @@ def expected_accuracy(
     for number, begin in enumerate(range(0, len(order), batch_size)):
         batch = order[begin : begin + batch_size]
         *inputs, correct, counts = answer_arrays([rows[i] for i in batch], batch_size)
-        found = answer_logits(
-            model.params,
-            config,
-            *put_global_batch(inputs, model.mesh),
-            ids,
-            jax.random.fold_in(key, number),
-            # Traced, not static: greedy and sampled thoughts share one compilation.
-            jnp.float32(temperature),
-            passes if config.thoughts else 0,
-        )
+        placed = put_global_batch(inputs, model.mesh)
+        # The temperature is traced, not static: greedy and sampled thoughts share one compilation.
+        draw = jax.random.fold_in(key, number), jnp.float32(temperature)
+        found = answer_logits(model.params, config, *placed, ids, *draw, passes if config.thoughts else 0)
         for name, values in score_answers(to_host(found), correct, counts).items():
             scores[name][batch] = values[: len(batch)]
     groups = [p.group for p in problems] if len({p.group for p in problems}) > 1 else [""] * len(problems)
@@ -170,10 +164,8 @@ def tokenize(model: Model, problem: Problem, text: ZeroShot, allowed: dict[str, 
     # A token of two digits is no allowed id and would be left out of the product, which would then be too large.
     written = "".join(_symbol(tokenizer, order[correct]) for _, correct in places)
     if written != "".join(c for c in text.answer if c in allowed):
-        line = (
-            f"problem {problem.id}: this tokenizer does not write the answer {text.answer.strip()!r} symbol by symbol"
-        )
-        raise UserError(f"{line}; the metric 'expected' needs one that does")
+        line = f"problem {problem.id}: this tokenizer does not write the answer {text.answer.strip()!r}"
+        raise UserError(f"{line} symbol by symbol; the metric 'expected' needs one that does")
     return Row([*head, *tail], *map(list, zip(*places)))
 
 

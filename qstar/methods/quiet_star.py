@@ -30,7 +30,7 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 
-from qstar.errors import Settings, TrainingFailed, UserError, bounded, require
+from qstar.errors import Settings, UserError, bounded, require, within
 from qstar.methods.quiet_data import QuietContext, prepare_base
 from qstar.methods.quiet_measure import EarlyStopping, compare_arms, control_thoughts, measure, measure_difficulty
 from qstar.models import heads
@@ -70,21 +70,15 @@ class QuietConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        lengths, trainable = self.thought_lengths, self.trainable
-        without = self.thought_source == "none"
+        lengths, without = self.thought_lengths, self.thought_source == "none"
         require(
             (all(isinstance(n, int) and n >= 1 for n in lengths), f"thought_lengths={lengths} must be whole numbers"),
-            (_is_pattern(trainable), f"trainable={trainable!r} is no regular expression; see Python's re"),
             (not self.teacher or without, "a teacher is for students without thoughts (thought_source='none')"),
         )
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
+        try:
+            re.compile(self.trainable)
+        except re.error:
+            raise UserError(f"trainable={self.trainable!r} is no regular expression; see Python's re") from None
 
 
 def run(config: Any, workdir: Path, console: Any) -> None:
@@ -122,10 +116,8 @@ def check_room(ctx: QuietContext, model: Model, name: str, arm: QuietConfig) -> 
     line = f"config.arms.{name}: texts and thoughts take up to {need} positions and the model has {room}"
     require((need <= room, f"{line}; shorten data.length or the thoughts, or set model.max_positions"))
     every = arm.evaluate_every or ctx.settings.evaluate.every
-    line = (
-        f"config.arms.{name}.patience={arm.patience} counts evaluations, and there are none; set config.evaluate.every"
-    )
-    require((every > 0 or not arm.patience, line))
+    line = f"config.arms.{name}.patience={arm.patience} counts evaluations, and there are none"
+    require((every > 0 or not arm.patience, f"{line}; set config.evaluate.every"))
     # Where the padding token is the end of text, documents hold it: it would not be the pauses' own.
     unused = {*t.forbidden_ids[:1]} - {ctx.corpus.tokenizer.eos_id}
     line = f"config.arms.{name}.thought_source='pause' needs an id that no text holds, and the tokenizer has no padding"
@@ -182,11 +174,9 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
         settings = dataclasses.replace(settings, log_every=math.gcd(settings.log_every, every))
     stopping = EarlyStopping(ctx, name, start, arm.thought_source, every, arm.patience)
     how: dict[str, Any] = {"roles": roles, "watch": stopping, "choose": stopping.choose}
-    try:
-        with ctx.stage(ctx.workdir / name, settings, steps=arm.steps, seed=seed, bar=name, arm=name) as stage:
-            model, done = train_stage(start, stage, tx, step_at, batch_at, **how)
-    except Diverged as e:
-        raise TrainingFailed(f"config.arms.{name}.train.lr={settings.lr}: {e}") from None
+    opened = ctx.stage(ctx.workdir / name, settings, steps=arm.steps, seed=seed, bar=name, arm=name)
+    with within(f"config.arms.{name}.train.lr={settings.lr}: ", Diverged), opened as stage:
+        model, done = train_stage(start, stage, tx, step_at, batch_at, **how)
     kept = done.get("best_step", done["steps"])
     if kept < arm.steps:
         ctx.say(f"  {name}: ended after {done['steps']} of {arm.steps} steps; the model of step {kept} is kept")

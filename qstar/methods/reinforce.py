@@ -290,13 +290,10 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
         "kl_weight": kl_weight,
         **dict(zip(SECONDS, np.diff(clock).tolist())),
     }
-    numbers = {"score": scores, "advantage": _mean_of(advantages, mask), "kl": np.sum(old - ref, axis=1)}
+    advantage = np.sum(advantages * mask, axis=1) / np.maximum(mask.sum(axis=1), 1.0)
+    numbers = {"score": scores, "advantage": advantage, "kl": np.sum(old - ref, axis=1)}
     rows = _completions(run, update, prompts, flat, numbers, parts, rewards.labels)
     return Sampled(batch, rearrange(np.stack(orders), "e (m b) -> (e m) b", b=s.batch_size), metrics, rows)
-
-
-def _mean_of(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.sum(values * mask, axis=1) / np.maximum(mask.sum(axis=1), 1.0)
 
 
 def _completions(run, update, prompts, flat, numbers, parts, labels) -> list[dict[str, Any]]:
@@ -339,16 +336,11 @@ def learn(
 def rollouts(run: Run, params: Any, prompts: Sequence[Any], update: int) -> list[list[Completion]]:
     """Samples `group` responses to every prompt from the policy."""
     out: list[list[Any]] = [[None] * run.rl.group for _ in prompts]
-    for i, j, done in stream(
-        run.start.replace(params=params),
-        [run.encode(p) for p in prompts],
-        max_new_tokens=run.settings.max_new_tokens,
-        temperature=run.rl.temperature,
-        n=run.rl.group,
-        stop=getattr(run.environment, "stop", ()),
-        # A function of seed and update: a run that was killed samples the same responses and ends with the same bits.
-        seed=stable_seed(run.seed, "rollout", update),
-    ):
+    ids, stop = [run.encode(p) for p in prompts], getattr(run.environment, "stop", ())
+    how = {"max_new_tokens": run.settings.max_new_tokens, "temperature": run.rl.temperature, "n": run.rl.group}
+    # A function of seed and update: a run that was killed samples the same responses and ends with the same bits.
+    seed = stable_seed(run.seed, "rollout", update)
+    for i, j, done in stream(run.start.replace(params=params), ids, stop=stop, seed=seed, **how):
         out[i][j] = done
     return out
 

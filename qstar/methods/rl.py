@@ -162,10 +162,8 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx.start(start, arms={name: {"rl": rl, "train": settings} for name, (rl, settings) in arms.items()})
     base = base_model.prepare(ctx, start)
     for name, (rl_settings, settings) in arms.items():
-        rl_settings = narrowed(RLSettings, rl_settings)
-        train_arm(
-            Arm(ctx, name, loop.few_shot_at_sample, unit="round"), loop, rl_settings, settings, environments[name], base
-        )
+        arm = Arm(ctx, name, loop.few_shot_at_sample, unit="round")
+        train_arm(arm, narrowed(RLSettings, rl_settings), settings, environments[name], base)
     ctx.close()
 
 
@@ -183,15 +181,10 @@ def arm_settings(ctx: RunContext, name: str) -> tuple[RewardedSettings, Reinforc
 
 
 def train_arm(
-    arm: Arm,
-    loop: RLConfig,
-    rl_settings: RLSettings,
-    settings: ReinforceSettings,
-    environment: TaskEnvironment,
-    base: Model,
+    arm: Arm, rl_settings: RLSettings, settings: ReinforceSettings, environment: TaskEnvironment, base: Model
 ) -> None:
     """Trains one arm from the base, evaluating it `loop.rounds` times."""
-    ctx, split = arm.ctx, arm.ctx.settings.evaluate.split
+    ctx, loop, split = arm.ctx, arm.ctx.settings.loop, arm.ctx.settings.evaluate.split
     arm.report(0, arm.evaluate(base, 0), {"updates": 0})
     ctx.say(f"\n[bold]{arm.name}[/bold]: {rl_settings.estimator}, {settings.updates} updates")
     # With fewer updates than rounds, several rounds fall on one update, and the last one counts.

@@ -64,14 +64,8 @@ def write_comparison(a: Side, b: Side, folder: Path, *, count: int = 50, seed: i
         key[name] = {"problem_id": problem, "left": pair[0]["who"]}
     # An identity of the questions: votes are counted only with the key of the page that they were given on.
     page = f"{zlib.crc32(json.dumps(items).encode()):08x}"
-    key_file = {
-        "page": page,
-        "a": a.name,
-        "b": b.name,
-        "seed": seed,
-        "same_text": len(common) - len(differ),
-        "items": key,
-    }
+    equal = len(common) - len(differ)
+    key_file = {"page": page, "a": a.name, "b": b.name, "seed": seed, "same_text": equal, "items": key}
     try:
         _refuse_foreign(folder, key_file)
         folder.mkdir(parents=True, exist_ok=True)

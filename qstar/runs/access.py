@@ -50,21 +50,21 @@ def lock(workdir: Path, flag: str = "--workdir") -> None:
     pid, host, begun, *_ = [*holder.split(), "", "", ""]
     own = [str(os.getpid()), socket.gethostname(), _begun(os.getpid())]
     taken = f"{flag}={workdir}: process {pid} on {host} is running in it; wait for it, end it, or name another folder"
+    is_free = True
     try:
         if file is None:
             raise OSError("a bucket has no locks")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        if file is not None:
-            file.close()
-        raise UserError(taken) from None
+        is_free = False
     except OSError:
-        if host == own[1] and begun and begun == _begun(pid) and [pid, host, begun] != own:
-            if file is not None:
-                file.close()
-            raise UserError(taken) from None
+        is_free = not begun or [pid, host, begun] == own or host != own[1] or begun != _begun(pid)
         if pid and host != own[1]:
             files.warn(f"{flag}={workdir}: takes over the lock of process {pid} on {host}; make sure that it has ended")
+    if not is_free:
+        if file is not None:
+            file.close()
+        raise UserError(taken)
     line = " ".join(own).encode() + b"\n"
     if file is None:
         path.write_bytes(line)

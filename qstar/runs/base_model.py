@@ -7,6 +7,7 @@ check, before any loop is paid for, that the base model is in the range where th
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 
 from qstar import distributed
-from qstar.errors import TrainingFailed, UserError, require
+from qstar.errors import UserError, require, within
 from qstar.mesh import parameter_table, shardings
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, preset
@@ -80,10 +81,8 @@ def _check_problems(ctx: RunContext, loops: Collection[Any]) -> None:
 
 
 def _check_trainable(ctx: RunContext, start: Model, loops: Collection[Any]) -> None:
-    try:
+    with within("config.train."):
         check_trainable(start.config, ctx.settings.train)
-    except UserError as e:
-        raise UserError(f"config.train.{e}") from None
     if isinstance(start.config, EncDecConfig):
         updates = [update for x in loops for update in (*getattr(x, "verifiers", ()), getattr(x, "update", "sft"))]
         update = next((update for update in updates if update != "sft"), "")
@@ -176,13 +175,9 @@ def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer | None = None) -> Mod
     line = f"config.model.vocab_size={size} is less than the {least} tokens of the text; leave it out"
     require((size >= least, line))
     config = preset(name, eos_id=tokenizer.eos_id, **options)
-    params = init_params(
-        # Under jit, sharded by the table: on a mesh, no device ever holds the whole model.
-        lambda key: decoder.init(config, key),
-        seed=stable_seed(ctx.seed, "init"),
-        mesh=ctx.mesh,
-        table=decoder.PARAM_AXES,
-    )
+    # Under jit, sharded by the table: on a mesh, no device ever holds the whole model.
+    init = functools.partial(decoder.init, config)
+    params = init_params(init, seed=stable_seed(ctx.seed, "init"), mesh=ctx.mesh, table=decoder.PARAM_AXES)
     return Model(config, params, tokenizer, ctx.mesh)
 
 
@@ -225,9 +220,8 @@ def seed_examples(ctx: RunContext) -> list[Example]:
 def train_on_seeds(ctx: RunContext, model: Model) -> Model:
     """Trains on all seed rows, plain and hinted, uniformly."""
     examples = seed_examples(ctx)
-    return train_base(
-        ctx, lambda stage: fine_tune(model, examples, stage), TrainSettings, f"{len(examples)} seed rows, "
-    )
+    train = functools.partial(fine_tune, model, examples)
+    return train_base(ctx, train, TrainSettings, f"{len(examples)} seed rows, ")
 
 
 def train_base(
@@ -241,11 +235,9 @@ def train_base(
     ctx.say(f"\n[bold]base[/bold]: {data}{base.steps} steps")
     began, seed = time.perf_counter(), stable_seed(ctx.seed, "base")
     folder, update = ctx.workdir / "base", narrowed(settings, base)
-    try:
-        with ctx.stage(folder, update, steps=base.steps, seed=seed, bar="base", arm="base") as stage:
-            model, done = train(stage)
-    except Diverged as e:
-        raise TrainingFailed(f"config.base.lr={base.lr}: {e}") from None
+    opened = ctx.stage(folder, update, steps=base.steps, seed=seed, bar="base", arm="base")
+    with within(f"config.base.lr={base.lr}: ", Diverged), opened as stage:
+        model, done = train(stage)
     ctx.say(f"  loss {done['loss'] or 0:.4f}, {time.perf_counter() - began:.0f} s")
     return model
 
@@ -292,11 +284,8 @@ def measure_gates(ctx: RunContext, model: Model) -> dict[str, float]:
     """Returns the metrics that the gates name."""
     # On validation problems: the test problems must not decide whether a run goes on.
     problems, folder = ctx.task.problems("val"), ctx.workdir / "base" / "gates"
-    rows: dict[bool, list[Rollout]] = {}
-    for hinted, stage in ((False, "plain"), (True, "hinted")):
-        rows[hinted] = sample_rollouts(
-            model, ctx.task, problems, ctx.settings.sample, hinted=hinted, folder=folder, stage=stage
-        )
+    sample = functools.partial(sample_rollouts, model, ctx.task, problems, ctx.settings.sample, folder=folder)
+    rows = {hinted: sample(hinted=hinted, stage="hinted" if hinted else "plain") for hinted in (False, True)}
     return {gate.metric: _gate_value(rows, gate.metric) for gate in ctx.settings.gates.values()}
 
 

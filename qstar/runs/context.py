@@ -305,12 +305,10 @@ def loop_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     used = {title: key for title, key in columns.items() if any(r.get(key) is not None for r in rows)}
     if not any(r.get("hinted_attempted") or r.get("rationalised") for r in rows):
         used.pop("rationalised", None)
-    return [{**_axis(r), **{title: r.get(key) for title, key in used.items()}, "time": _clock(r)} for r in rows]
-
-
-def _axis(row: dict[str, Any]) -> dict[str, Any]:
     # RL counts updates, of which a round has many.
-    return {"updates": row["updates"]} if "updates" in row else {"loop": row["iteration"]}
+    axes = [{"updates": r["updates"]} if "updates" in r else {"loop": r["iteration"]} for r in rows]
+    cells = [{title: r.get(key) for title, key in used.items()} | {"time": _clock(r)} for r in rows]
+    return [axis | row for axis, row in zip(axes, cells)]
 
 
 def _clock(row: dict[str, Any]) -> str:

@@ -206,12 +206,10 @@ def votes(
     Equal strings vote together (`Task.ballots`); None does not vote, but passes if it is right.
     """
     out: dict[str, Any] = {}
-    k = 1
-    while k <= samples:
+    for k in (2**i for i in range(samples.bit_length())):
         passed = [pass_at_k(len(some), sum(some), k) for some in right]
         # Both are expectations over all subsets of k: one set of samples serves every k.
         voted = [voted_right_at_k(*pair, k) for pair in zip(answers, right)]
         out.update(summarise(f"pass@{k}", passed, groups))
         out.update(summarise(f"majority@{k}", voted, groups))
-        k *= 2
     return out

@@ -249,7 +249,6 @@ def environment(before: dict[str, Any] | None = None) -> dict[str, Any]:
     """
     import flax
     import jaxlib
-    import optax
 
     from qstar import __version__
 

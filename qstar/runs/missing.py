@@ -30,9 +30,8 @@ def check_present(config: dict[str, Any]) -> None:
     """
     faults = list(dict.fromkeys(_faults(config)))
     if len(faults) > 1:
-        raise UserError(
-            f"{len(faults)} things are missing: " + "; ".join(f"({i}) {f}" for i, f in enumerate(faults, 1))
-        )
+        listed = "; ".join(f"({i}) {f}" for i, f in enumerate(faults, 1))
+        raise UserError(f"{len(faults)} things are missing: {listed}")
 
 
 def _faults(config: dict[str, Any]) -> Iterator[str]:

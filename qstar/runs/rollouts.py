@@ -302,11 +302,7 @@ def _mean(values: Sequence[Any]) -> float | None:
 
 
 def generate(
-    model: Model,
-    prompts: Sequence[Any],
-    *,
-    thoughts: ThoughtConfig | bool | None = None,
-    **sampling: Any,
+    model: Model, prompts: Sequence[Any], *, thoughts: ThoughtConfig | bool | None = None, **sampling: Any
 ) -> list[list[Completion]]:
     """Samples n completions of every prompt. Warns where one is empty.
 

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from qstar.errors import Settings, UserError, bounded, check_type, pip_install, require, unknown
+from qstar.errors import Settings, bounded, check_type, pip_install, require, unknown, within
 from qstar.runs.rollouts import SampleSettings
 from qstar.runs.stages import TrainSettings
 from qstar.tasks.base import SPLITS
@@ -120,10 +120,8 @@ def settings_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         require((not needed or f.name in values, f"{prefix}{f.name} is missing; set it in the config file"))
     read = {k: _read(kinds[k], v, f"{where}.{k}".strip(".")) for k, v in values.items()}
-    try:
+    with within(prefix):
         return cls(**read)
-    except UserError as e:
-        raise UserError(f"{prefix}{e}") from None
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:

@@ -21,7 +21,7 @@ import optax
 
 from qstar import distributed, tree
 from qstar.data.loader import batches
-from qstar.errors import Settings, UserError, bounded, require
+from qstar.errors import Settings, UserError, bounded, require, within
 from qstar.mesh import to_host
 from qstar.models import lora, scoring
 from qstar.models.config import ModelConfig
@@ -73,18 +73,15 @@ class UpdateSettings(Settings):
     @property
     def lora(self) -> lora.Lora:
         """The adapters' settings."""
-        try:
-            return lora.Lora(self.lora_rank, self.lora_alpha, tuple(self.lora_targets))
-        except UserError as e:
-            raise UserError(f"lora_{e}") from None
+        with within("lora_"):
+            found = lora.Lora(self.lora_rank, self.lora_alpha, tuple(self.lora_targets))
+        return found
 
     def check_targets(self, config: Any) -> None:
         """Raises UserError where a model of this kind has no kernels that the adapters' targets name."""
-        try:
-            if self.lora_rank:
+        if self.lora_rank:
+            with within("lora_"):
                 lora.check_targets(config, self.lora)
-        except UserError as e:
-            raise e if str(e).startswith("lora_") else UserError(f"lora_{e}") from None
 
     def optimiser(self) -> optax.GradientTransformation:
         """Returns AdamW's direction with these settings, over what trains."""
@@ -286,7 +283,7 @@ def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
     adapted = start.replace(params=fresh_adapters(start, settings, stage.seed))
     frozen = {"base": start.params}
     adapters, summary = _train(adapted, stage, tx, step_at, batch_at, roles, watch, how, frozen)
-    summary |= {"adapter_parameters": tree.size(adapters)}
+    summary["adapter_parameters"] = tree.size(adapters)
     return merge_adapters(start, adapters, settings, stage.folder), summary
 
 

@@ -10,10 +10,7 @@ from qstar.report.charts import Card
 from qstar.report.read import Run, read_dict
 
 METHODS = ("sft", "dpo", "distil")
-HELD_OUT = {
-    "loss": "Held-out loss",
-    "accuracy": "Held-out preferences of which the chosen completion gained more",
-}
+HELD_OUT = {"loss": "Held-out loss", "accuracy": "Held-out preferences of which the chosen completion gained more"}
 
 
 def page(run: Run) -> str:
