@@ -282,8 +282,8 @@ def score_tokens(
                 arrays = _encdec_arrays([pairs[i] for (i,) in members])
                 scores = to_host(encdec_score(model.params, c, *put_global_batch(arrays, model.mesh)))
             else:
-                arrays = _padded([_parts(pairs, row) for row in members], length + unread)
-                scores = to_host(score(model.params, c, *put_global_batch(tuple(arrays), model.mesh), shared))
+                arrays = tuple(_padded([_parts(pairs, row) for row in members], length + unread))
+                scores = to_host(score(model.params, c, *put_global_batch(arrays, model.mesh), shared))
             for r, row in enumerate(members):
                 start = 0 if encdec_ else len(pairs[row[0]][0]) - 1
                 for i in row:
@@ -296,17 +296,17 @@ def score_tokens(
 
 def _rows(pairs: list[tuple[list[int], list[int]]]) -> list[list[int]]:
     """Returns the pairs of each row: as many of one prompt as fit into `shared_length`, else a pair alone."""
-    groups, rows = defaultdict(list), []
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, (prompt, _) in enumerate(pairs):
         groups[tuple(prompt)].append(i)
-    for prompt, members in groups.items():
-        room = shared_length(len(prompt) + max(len(pairs[i][1]) for i in members))
-        size = room
+    rows: list[list[int]] = []
+    for key, members in groups.items():
+        size = room = shared_length(len(key) + max(len(pairs[i][1]) for i in members))
         for i in members:
             more = 1 + len(pairs[i][1])
             if size + more > room:
                 rows.append([])
-                size = len(prompt) - 1
+                size = len(key) - 1
             rows[-1].append(i)
             size += more
     return rows

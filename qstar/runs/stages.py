@@ -230,19 +230,9 @@ def run_updates(
     with contextlib.ExitStack() as ends, contextlib.closing(opened) as checkpoints:
         # In a bucket rows wait: that of the last checkpoint, too, when SIGTERM ends the run.
         ends.callback(stage.writer.flush)
-        for at in fit(
-            state,
-            step_at,
-            batch_at,
-            lambda step: rates[step],
-            steps=stage.steps,
-            mesh=mesh,
-            checkpoints=checkpoints,
-            save_every=s.save_every,
-            max_bad=s.max_bad,
-            watch=Watch(flops_of, s.transfer_guard),
-            **{"log_every": s.log_every, **how},
-        ):
+        how = {"log_every": s.log_every, "save_every": s.save_every, "max_bad": s.max_bad, **how}
+        how |= {"steps": stage.steps, "checkpoints": checkpoints, "watch": Watch(flops_of, s.transfer_guard)}
+        for at in fit(state, step_at, batch_at, lambda step: rates[step], mesh=mesh, **how):
             yield at, float(rates[at.step - 1]) if at.step else 0.0
 
 

@@ -173,8 +173,7 @@ def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None
     """Prints rows of equal keys as a table; a table wider than the terminal is split, or printed as a column."""
     if not rows:
         return
-    cells = {name: [name, *(_cell(row[name]) for row in rows)] for name in rows[0]}
-    widths = {name: max(map(len, column)) + 2 for name, column in cells.items()}
+    widths = {name: max(len(name), *(len(_cell(row[name])) for row in rows)) + 2 for name in rows[0]}
     if sum(widths.values()) > console.width + 2:
         if len(rows) == 1:
             return show_table(console, title, [{"": name, "value": _cell(value)} for name, value in rows[0].items()])
@@ -190,7 +189,6 @@ def show_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None
             show_table(console, title, [{k: row[k] for k in (first, *fits)} for row in rows])
             return show_table(console, "", [{k: v for k, v in row.items() if k not in fits} for row in rows])
     plain: dict[str, Any] = dict(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    # Names and values are text: a "[" in them is no markup.
     table = Table(title=escape(title) or None, title_justify="left", title_style="bold", header_style="bold", **plain)
     for name in rows[0]:
         text = isinstance(rows[0][name], str) and not rows[0][name][:1].isdigit()
