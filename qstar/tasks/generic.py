@@ -23,7 +23,7 @@ _NUMBER = re.compile(rf"(?<![0-9.,])-?{DIGITS}")
 # A number or unknown joined by an operator to another or to a bracket: what a rationale must contain before
 # it may state its result. A hyphen before a word ("a 120-page book") is not one.
 _STEP = re.compile(
-    rf"(?:{DIGITS}|\.[0-9]+|\b[A-Za-z])[%)]*(?:\s+[A-Za-z]+){{0,3}}\s*"
+    rf"(?:{DIGITS}|\b[A-Za-z])[%)]*(?:\s+[A-Za-z]+){{0,3}}\s*"
     r"(?:[-+*/x×÷]\s*[($]*(?:-?\.?[0-9]|[A-Za-z]\b)|\()"
 )
 _ARTICLE = re.compile(r"^(?:the|an?) (?=\S)")
@@ -365,7 +365,7 @@ class Exact(FieldsTask):
         return answer is not None and answer in problem.meta["golds"]
 
     def _normal(self, text: str) -> str | None:
-        plain = " ".join(text.casefold().split()).strip(" .,;:!?\"'`\u201c\u201d\u2018\u2019")
+        plain = " ".join(text.translate(MINUS).casefold().split()).strip(" .,;:!?\"'`\u201c\u201d\u2018\u2019")
         return YES_NO.get(plain) if self.yes_no else _ARTICLE.sub("", plain) or None
 
 

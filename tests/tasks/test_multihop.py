@@ -126,6 +126,18 @@ def test_contexts_hold_what_they_say_and_the_answer_is_judged_as_the_metric_does
         assert M.coverage(p, facts) == 1.0
 
 
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("said", ["{}", "Answer: {}", "The answer is {}."])
+def test_every_gold_answer_is_read_as_it_is_written(name, said):
+    for style, text in (("standard", said), ("cot", f"So it is. {said}")):
+        task = make_task(name, test=str(shared(FILES[name][1])), style=style)
+        # The metric deletes all of the band's name "!!!".
+        problems = [p for p in task.problems("test") if p.gold and (said != "{}" or style == "standard")]
+        assert not [
+            p.meta["answer"] for p in problems if not task.correct(p, task.parse(text.format(p.meta["answer"])))
+        ]
+
+
 def problem(n=4):
     parts = tuple(M.Paragraph(f"T{i}", (f"first {i}.", f" second {i}."), i in (1, 3)) for i in range(n))
     return M.Problem("x", "who is it ?", "a", meta={"paragraphs": parts, "supporting_facts": [("T1", 0), ("T3", 1)]})
