@@ -160,6 +160,20 @@ def test_truncation_drops_paragraphs_and_never_cuts_question_or_rationale():
         M.fit(M.paragraphs(p, "gold"), frame, 5, words)
 
 
+@pytest.mark.parametrize("context, text", [
+    ([["T", ["It is.", "He was."]]], "T: It is. He was."),  # as 2WikiMultiHopQA
+    ([["T", ['It is "Go', '" and', " so on."]]], 'T: It is "Go" and so on.'),  # as HotpotQA
+    ([["T", "The Elbe"]], "T: The Elbe"),
+    ([{"title": "T", "sentences": ["x", "y"]}], "T: x y"),
+    ({"title": ["T"], "sentences": ["The Elbe"]}, "T: The Elbe"),
+])  # fmt: skip
+def test_paragraphs_are_the_sentences_with_one_space_between_them(context, text, tmp_path):
+    row = {"question": "q", "answer": "a", "context": context, "supporting_facts": [["T", 0]]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    (problem,) = make_task("2wikimultihopqa", test=str(tmp_path / "x.jsonl")).problems("test")
+    assert [p.text() for p in M.paragraphs(problem, "gold")] == [text]
+
+
 def test_supporting_only_keeps_the_sentences_that_are_named():
     assert [x.text() for x in M.paragraphs(problem(), "supporting_only")] == ["T1: first 1.", "T3: second 3."]
 
