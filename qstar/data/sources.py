@@ -284,13 +284,34 @@ def _parsed(content: bytes, place: str) -> Any:
 def _arrow(path: epath.Path, content: bytes, kind: str) -> Iterator[Place]:
     # pyarrow comes with `datasets`, which itself would copy the file into its cache.
     import pyarrow
-    from pyarrow import csv, parquet
+    from pyarrow import parquet
 
     try:
-        rows = (csv.read_csv if kind == "csv" else parquet.read_table)(io.BytesIO(content)).to_pylist()
+        rows = (_csv_table if kind == "csv" else parquet.read_table)(io.BytesIO(content)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable {kind} file ({_first_line(error)})") from error
     return _numbered(os.fspath(path), rows)
+
+
+def _csv_table(file: io.BytesIO) -> Any:
+    import pyarrow
+    from pyarrow import compute, csv
+
+    options = {"parse_options": csv.ParseOptions(newlines_in_values=True)}
+    typed = csv.read_csv(file, **options)
+    kinds = dict.fromkeys(typed.column_names, pyarrow.string())
+    as_text = csv.ConvertOptions(column_types=kinds, strings_can_be_null=True, null_values=[""])
+    file.seek(0)
+    texts = csv.read_csv(file, **options, convert_options=as_text).columns
+
+    def lossy(column: Any, text: Any) -> bool:
+        if pyarrow.types.is_integer(column.type):
+            return compute.all(compute.equal(column.cast("string"), text)).as_py() is False
+        return pyarrow.types.is_temporal(column.type)
+
+    # No task reads a date that is no text, and 007 is not 7.
+    columns = [text if lossy(column, text) else column for column, text in zip(typed.columns, texts)]
+    return pyarrow.table(columns, names=typed.column_names)
 
 
 def _hub(what: str, name: str, *arguments: Any, **options: Any) -> Iterator[Place]:

@@ -12,16 +12,13 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from qstar.tasks import answer_text
-from qstar.tasks.answer_text import BOX, DIGITS, MINUS, FoundNumber
+from qstar.tasks.answer_text import BOX, MINUS, NUMBER, SIGN, VULGAR, FoundNumber
 
 # ---------------------------------------------------------------------------------------------------------- numbers
 
 MARK = "####"  # of GSM8K's answer line
-_NUMBER = re.compile(
-    r"\s*[$€£]?\s*(?P<sign>[-+]?)\s*[$€£]?\s*"
-    rf"(?P<number>{DIGITS}(?:\s*/\s*{DIGITS})?)"
-    r"[^0-9]*"  # units, %, a full stop: anything without another digit, so neither 1e3 nor "5 or 6" passes
-)
+# Units, %, a full stop may follow: anything without another digit, so neither 1e3 nor "5 or 6" passes.
+_NUMBER = re.compile(rf"\s*{SIGN}?\s*{NUMBER}[^0-9√π{VULGAR}]*")
 _MARK = re.compile(r"#{4,}[\s:]*(?:[A-Za-z]{2}[A-Za-z ]{0,40}[:=](?=[^A-Za-z\n]*[0-9]))?\s*")  # "#### Total: 72"
 _ENUMERATION = re.compile(r"1?[0-9][.)]\s+[A-Za-z]")  # "#### 2. Add up" is a heading
 
@@ -56,15 +53,16 @@ def final_number(text: str) -> FoundNumber | None:
 
 
 def _marked(text: str, marks: list[int]) -> tuple[FoundNumber | None, bool]:
-    # GSM8K's form puts the answer line last; an earlier mark may open a section.
+    stated = answer_text.statements(text) if marks else []
+    # GSM8K's form puts the answer line last; an earlier mark may open a section, a later one may be empty.
     for at in reversed(marks):
         line, found = answer_text.line_at(text, at), answer_text.number_at(text, at)
         if found and not _ENUMERATION.match(line):
             return found, False
         # "#### 5 or 6" is an answer that cannot be read: no number from elsewhere may stand in for it.
-        if not found and not line[:1].isalpha():
+        if not found and not line[:1].isalpha() and re.search("[0-9]", line):
             return None, True
-        for start, tail in answer_text.statements(text):  # "#### Final answer: 72"
+        for start, tail in stated:  # "#### Final answer: 72"
             if at <= start <= at + len(line) and (found := answer_text.number_at(text, tail, words=True)):
                 return found, False
     return None, False
@@ -81,7 +79,8 @@ def _implied(part: str, original: str) -> Fraction | None:
 
 # ---------------------------------------------------------------------------------------------------------- letters
 
-_ENDS = r"(?=\s*(?:[.,;:!\"')\n]|$|(?i:because|since|as|is|-)\b))"  # behind a letter that is no article
+# Behind a letter that is no article. "A (big) dog" is one, "A (sand)." is not.
+_ENDS = r"(?=\s*(?:[.,;:!\"')\n\u2014-]|$|\([^()\n]{1,80}\)\s*(?:[.,;:!\n]|$)|(?i:because|since|as|is)\b))"
 
 
 class _LetterPatterns(NamedTuple):
@@ -158,7 +157,7 @@ YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 # "no" before a noun ("no proof") is no answer, nor is "yes and no".
 _VERDICT = (
     r"(?:(?P<not>not)\s+)?\b(?P<verdict>yes|true|false|no)\b(?!\s+(?:and|or)\s+(?:yes|no|true|false)\b)"
-    r"(?:(?<!no)|(?=\W*$|\s*[.,;:!)\"'\n-]|\s+(?:because|since|as|for|it|they|he|she|this|that|these|those|there|you|we|the|but"
+    r"(?:(?<!no)|(?=\W*$|\s*[.,;:!()\"'\n\u2014-]|\s+(?:because|since|as|for|it|they|he|she|this|that|these|those|there|you|we|the|but"
     r"|so|if|in|unless|while|although|not|thus|therefore)\b))"
 )
 _STATED_VERDICT = re.compile(
@@ -170,7 +169,7 @@ _STATED_VERDICT = re.compile(
 _SAID_VERDICTS = tuple(
     re.compile(before + _VERDICT, re.IGNORECASE | re.MULTILINE)
     for before in (
-        r"(?:^|[.!?]\s)[\s\"'(]*(?=(?:yes|no)\b|(?:true|false)\s*(?:[.,;:!]|$))",
+        r"(?:^|[.!?]\s)(?:[^\S\n]|[\"'(])*(?=(?:yes|no)\b|(?:true|false)\s*(?:[.,;:!]|$))",
         r"\b(?:so|thus|therefore|hence|in conclusion|overall)\b[\s,:]*",
         r"\b(?:statement|claim|that|this|it)\s+is\s+(?:(?:definitely|clearly)\s+)?(?=(?:not\s+)?(?:true|false)\b)",
     )
@@ -195,9 +194,14 @@ def final_yes_no(text: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- phrases
 
 _NEXT_SLOT = re.compile(r"(?<=\S)\s+(?:Question|Context)\s*:")
-_BARE_VERDICT = re.compile(r"\W*((?i:yes|no))\b(?=\s*(?:[.;:!]|$|[,-]\s+[a-z]|because\b|since\b))")
+_BARE_VERDICT = re.compile(
+    r"\W*((?i:yes|no))\b(?=\s*(?:\.(?!\s*[0-9])|[;:!\u2014]|$|[,\u2013-]\s+[a-z]|(?:because|since)\b))"
+)
 _REASON = re.compile(r",?\s+(?:because|since)\b")
-_ABBREVIATIONS = {"mrs", "prof", "inc", "ltd", "gen", "col", "rev", "hon", "capt", "sgt", "etc", "vol"}
+_SENTENCE_END = re.compile(r"[.!?]\s+(?=(?P<opener>(?:The|This|That|These|It|He|She|They|We|I)\b)|[A-Z])")
+_ABBREVIATIONS = set("mrs prof inc ltd gen col rev hon capt sgt etc vol bros sen rep gov maj adm univ corp".split())
+# Initials, too, of which the last point is cut: "J.R" of "J.R. Smith".
+_INITIALS = re.compile(r"(?:[A-Za-z]\.)*[A-Za-z]")
 _SHORT = 8  # words of a first line that is an answer although another statement follows
 
 
@@ -216,10 +220,11 @@ def _phrase(line: str) -> str:
     line = line.replace(BOX, " ").strip()
     if verdict := _BARE_VERDICT.match(line):
         return verdict[1]
-    for stop in re.finditer(r"[.!?]\s+(?=[A-Z])", line):
+    for stop in _SENTENCE_END.finditer(line):
         word = line[: stop.start()].split()[-1:]
-        # Initials and abbreviations ("J. R. Smith", "St. Louis") do not end an answer.
-        if word and len(word[0]) > 2 and word[0].lower() not in _ABBREVIATIONS:
+        # Titles ("Mamma Mia! Here We Go Again"), initials and abbreviations ("U.S. Army", "St. Louis") go on.
+        goes_on = stop[0][0] != "." or not word or len(word[0]) < 3 or word[0].lower() in _ABBREVIATIONS
+        if stop["opener"] or not (goes_on or _INITIALS.fullmatch(word[0])):
             line = line[: stop.start()]
             break
     return _REASON.split(line, maxsplit=1)[0]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import NamedTuple, TypeVar
 
@@ -16,8 +17,8 @@ _SENTENCE, _HEADINGS = 500, 20
 # Characters of a number. Python refuses to convert very long ones, and no answer is one.
 LONGEST = 100
 MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
-# Begins and ends on a digit: the common class [0-9,]+ takes a lone comma for a number.
-DIGITS = r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?"
+# Ends on a digit: the common class [0-9,]+ takes a lone comma for a number.
+DIGITS = r"(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)"
 BOX = "\x02"  # replaces \boxed and <answer> in text without markup
 
 _THINKING_START, _THINKING_END = (re.compile(rf"<{slash}think(?:ing)?>", re.IGNORECASE) for slash in ("", "/"))
@@ -32,10 +33,13 @@ _MARKUP = tuple(
     for pattern, new in (
         (rf"\A\s*(?:{_TURN})(?:assistant|model)?\s*", ""),
         (r"\\(?:boxed|fbox)\s*\{?|<(?:final_?)?answer>", BOX),
-        (r"\\[dt]?frac\s*([0-9])([0-9])", r"\1/\2"),
+        (r"(?<=[0-9])\s*(?=\\[cdt]?frac)", " "),  # of a mixed number
+        (r"\\[cdt]?frac\s*([0-9])([0-9])", r"\1/\2"),
         (r"\}\s*\{", "/"),  # \frac{1}{2}
         (r"\\([$%#&_])", r"\1"),
-        (r"\\[A-Za-z]+\s*\{|\\[()\[\],;:!]|[{}]|\$\$", ""),
+        *((rf"\\{name}(?![A-Za-z])\s*", sign) for name, sign in (("sqrt", "√"), ("pi", "π"), ("(?:times|cdot)", "×"))),
+        (r"\\(?:text|math|mbox|emph|[cdt]?frac)[A-Za-z]*\s*\{|\\[()\[\],;:!]|[{}]|\$\$", ""),
+        (r"\\[A-Za-z]+\s*\{", " "),  # a space, lest 2\phantom{3} become 23
         (r"</?[a-z][a-z_]*(?: [^<>\n]*)?/?>", ""),
         (r"\*{2,}|__|(?<!\S)\*(?=\S)|(?<=\S)\*(?!\w)|(?<!\w)_(?=\w)|(?<=\w)_(?!\w)|`+", ""),
         (r"[\u00a0\u2007\u2009\u202f~]|\\ ", " "),
@@ -63,29 +67,35 @@ _NEXT = re.compile(
     r"[*_\s]*(?:#?\s*[0-9]+)?[*_]*\s*(?:[:.)]|-\s|$)"
     r"|(?<=\n\n)A:"
     r"|^.*\b(?:another|next|new|similar)\s+(?:problem|question|exercise|example)\b"
-    r"|(?<=\n)\s*\n(?=[^\n]*\b(?:how|what|which|who|when|where|find|calculate)\b[^\n]*\?\s*$)",
+    r"|(?<=\n)[^\S\n]*\n(?=[^\n]*\b(?:how|what|which|who|when|where|find|calculate)\b[^\n]*\?\s*$)",
     re.IGNORECASE | re.MULTILINE,
 )
-_OPENER = re.compile(
-    r"\W*(?:sure|certainly|of course|ok|okay|let'?s|let us|let me|here|to solve|first)\b", re.IGNORECASE
-)
+_OPENER = re.compile(r"(?i)\W*(?:sure|certainly|of course|ok|okay|let'?s|let us|let me|here|to solve|first)\b")
 _END_OF_TURN = re.compile(rf"(?<=\S)\s*(?:{_TURN})", re.IGNORECASE)
 
-_SIGN = r"[$€£¥₹₽₩₪₫฿]"
+SIGN = r"[$€£¥₹₽₩₪₫฿]"
 _GROUPED = r"[0-9]{1,3}(?:[ '\u2019][0-9]{3})+(?:\.[0-9]+)?(?![0-9])"  # 1 000, 1'000
+VULGAR = "½⅓⅔¼¾⅛⅜⅝⅞"
+_PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4)}
+_PARTS |= {sign: Fraction(unicodedata.numeric(sign)).limit_denominator(8) for sign in VULGAR}
+# The groups that `number_of` takes: 1 000, 3/4, 1 3/4, 1¾, 1 and a half, ½.
+NUMBER = (
+    rf"(?P<sign>[-+]?|(?i:negative|minus)\s+)\s*{SIGN}?\s*(?P<number>(?:{_GROUPED}|{DIGITS})(?:\s*/\s*{DIGITS}"
+    rf"|\s*(?P<part>(?<=\s)[0-9]+/[1-9][0-9]*|(?<=\s)and\s+an?\s+(?:half|third|quarter)|[{VULGAR}]))?|(?P<alone>[{VULGAR}]))"
+)
 _LEADING = re.compile(
-    r"[\s\"'([]*(?:(?:about|approximately|around|roughly|exactly|only|(?:a\s+)?total\s+of|\u2248|=)\s*)?"
-    rf"(?:(?:US|AU|CA|R|Rs\.?|USD|EUR|GBP|INR)\s?(?={_SIGN}|[0-9]))?{_SIGN}?\s*(?P<sign>[-+]?)\s*{_SIGN}?\s*"
-    rf"(?P<number>(?:{_GROUPED}|{DIGITS})(?:\s*/\s*{DIGITS})?)"
-    # Not a part of a longer number, a time, a range, a computation or a choice of two.
-    rf"(?![0-9]|[.,]+[0-9]|\s*[:/^]\s*[0-9]|[eE][-+]?[0-9]|\s+[0-9]|\s*[-+*x×÷=]\s*{_SIGN}?[(]?[0-9]"
-    rf"|\s+(?:or|to|and)\s+{_SIGN}?[0-9]|\s+(?!(?:in|of|per|for|at|by|with|after|from|out|than|on|over|every)\b)[A-Za-z]+\s+[0-9])"
+    # No coordinates, which a comma without a space would make a decimal number.
+    r"[\s\"'([]*(?!(?<=[(\[])-?[0-9.]+,(?:[\s√]|[0-9]{1,2}(?![0-9])))"
+    r"(?:(?:about|approximately|around|roughly|exactly|only|(?:a\s+)?total\s+of|\u2248|=)\s*)?"
+    rf"(?:(?:US|AU|CA|R|Rs\.?|USD|EUR|GBP|INR)\s?(?={SIGN}|[0-9]))?{SIGN}?\s*{NUMBER}"
+    # Not a part of a longer number, a product, a time, a range, a computation or a choice of two.
+    rf"(?![0-9]|[.,]+[0-9]|\s*[:/^]\s*[0-9√]|\s*[√π{VULGAR}]|[eE][-+]?[0-9]|\s+[0-9]|\s*[-+*x×÷=]\s*{SIGN}?[(]?\.?[0-9√]"
+    rf"|\s+(?:or|to|and)\s+(?:{SIGN}?\.?[0-9]|(?:an?|one|two|three)\s+(?:half|third|quarter))"
+    r"|\s+(?!(?:in|of|per|for|at|by|with|after|from|out|than|on|over|every)\b)[A-Za-z]+\s+[0-9])"
 )
-_COMPUTATION = re.compile(r"[^A-Za-z=]*=\s*")
+_COMPUTATION = re.compile(r"(?:[^A-Za-z=]|(?<=[0-9] )x(?= [$0-9])|(?<=[0-9])x(?=[$0-9]))*=\s*")
 _IN_SENTENCE = re.compile(r"(?:[^.!?\n]|[.!?](?=[^\s\"')]))*")
-_CONCLUSION = re.compile(
-    r"(?:so|thus|therefore|hence|in total|in all|altogether|in conclusion|overall)\b,?", re.IGNORECASE
-)
+_CONCLUSION = re.compile(r"(?i)(?:so|thus|therefore|hence|in total|in all|altogether|in conclusion|overall)\b,?")
 
 T = TypeVar("T")
 
@@ -132,8 +142,8 @@ def first_turn(text: str) -> str:
     return text[: turn.start()] if turn else text
 
 
-def strip_markup(text: str) -> PlainText:
-    """The text without thinking, Markdown, LaTeX and HTML: `**$\\boxed{72}$**` is `$\\x0272$`."""
+def strip_markup(text: str, dashes: Mapping[int, str] = MINUS) -> PlainText:
+    """The text without thinking, Markdown, LaTeX and HTML: `**$\\boxed{72}$**` is `$\\x0272$`. `dashes`: {} keeps them."""
     # Places are kept through every replacement, so that an answer found in plain text can be cut in the original.
     at = list(range(len(text) + 1))
     for pattern, new in ((_THINKING, ""), *_MARKUP):
@@ -148,7 +158,7 @@ def strip_markup(text: str) -> PlainText:
         if pieces:
             text, at = "".join([*pieces, text[last:]]), kept + at[last:]
     # Last, and one character for one, so that the places need no update.
-    return PlainText(text.translate(MINUS), at)
+    return PlainText(text.translate(dashes), at)
 
 
 def solution_ends(text: str) -> Iterator[int]:
@@ -192,17 +202,19 @@ def _end(pattern: re.Pattern[str], text: str, start: int) -> int:
 
 
 def number_of(match: re.Match[str]) -> Fraction | None:
-    """The value of a match with the groups `sign` and `number`, thousands separators allowed."""
+    """The value of a match of `NUMBER`, thousands separators allowed."""
     if len(match["number"]) > LONGEST:
         return None
+    part = match["part"] or match["alone"] or ""
     # One or two digits behind a comma are decimals, as in much of Europe: 3,50.
-    written = re.sub(r"^([0-9]+),([0-9]{1,2})$", r"\1.\2", match["number"])
-    parts = [Fraction(re.sub(r"[^0-9.]", "", part)) for part in written.split("/")]
-    # Fraction raises for a model's 5/0.
-    if parts[1:] == [0]:
+    written = re.sub(r"^([0-9]+),([0-9]{1,2})$", r"\1.\2", match["number"].removesuffix(part).strip() or "0")
+    above, _, below = (re.sub(r"[^0-9./]", "", text) for text in written.partition("/"))
+    more = (_PARTS.get(part.split()[-1]) or Fraction(part)) if part else Fraction(0)
+    # Fraction raises for a model's 5/0, and 5 12/11 is no mixed number.
+    if (below and not Fraction(below)) or more >= 1:
         return None
-    value = parts[0] / parts[1] if len(parts) == 2 else parts[0]
-    return -value if match["sign"] == "-" else value
+    value = Fraction(above) / Fraction(below or 1) + more
+    return -value if match["sign"] not in ("", "+") else value
 
 
 def number_at(text: str, start: int, *, words: bool = False) -> FoundNumber | None:
@@ -214,8 +226,8 @@ def number_at(text: str, start: int, *, words: bool = False) -> FoundNumber | No
     if not (begin and (words or _COMPUTATION.fullmatch(sentence, 0, begin))):
         begin = 0
     match = _LEADING.match(text, begin)
-    if match is None and words and "=" not in sentence:
-        first = re.search(rf"{_SIGN}?(?<![\w.,])-?[0-9]", sentence)
+    if match is None and words and not re.search("[=√π]", sentence):
+        first = re.search(rf"{SIGN}?(?<![\w.,/])(?:-|\b(?i:minus|negative)\s+)?(?:\.?[0-9]|[{VULGAR}])", sentence)
         match = first and _LEADING.match(text, first.start())
         # Of two numbers in a sentence of words neither is certain to be the answer.
         if match and re.search("[0-9]", sentence[match.end() :]):

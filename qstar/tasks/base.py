@@ -12,6 +12,7 @@ A data set whose answers are numbers, choices or words needs no class: see `gene
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import inspect
 import pathlib
@@ -319,9 +320,13 @@ class DatasetTask(RecordTask):
                 advice = "name other files, or parts of it with train_split and test_split"
                 warn(f"task {self.name}: trains on its test records, {own}; {advice}")
             problems = [p for source in ([own] if own else default.split()) for p in self.read(source, split)]
+            ids = collections.Counter(p.id for p in problems if p.id)
+            if repeated := [name for name, count in ids.items() if count > 1]:
+                what = f"{len(repeated)} ids of {part} records are not unique ({repeated[0]!r})"
+                warn(f"task {self.name}: {what}; record numbers are appended to them")
             # The number makes ids that are the same in every run, since records keep the file's order.
             self._problems[part] = [
-                p if p.id else dataclasses.replace(p, id=f"{self.name}-{part}-{number:05d}")
+                p if ids[p.id] == 1 else dataclasses.replace(p, id=f"{p.id or f'{self.name}-{part}'}-{number:05d}")
                 for number, p in enumerate(problems)
             ]
         return self._problems[part]
@@ -368,7 +373,7 @@ def _read_prompts(folder: str, name: str) -> str:
         raise UserError(f"{path}: no such few-shot file; `prompts` names a folder that holds it, or is None")
     try:
         # Exactly one blank line in front of the question, however the file ends.
-        return path.read_text(encoding="utf-8").rstrip("\n") + "\n\n"
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff").rstrip("\n") + "\n\n"
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 

@@ -70,6 +70,8 @@ def choices(record: dict, spec: str, pattern: str = "") -> list[tuple[str, str]]
             pairs = list(zip(found["label"], found["text"], strict=True)) if "text" in found else list(found.items())
         else:
             pairs = [(c["label"], c["text"]) if isinstance(c, dict) else c for c in found]
+        if any(pair is None or pair[1:] == (None,) for pair in pairs if not isinstance(pair, (str, int, float))):
+            raise ValueError("a choice is null")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"field {spec!r} is no list of choices ({type(error).__name__}: {error})") from None
     if all(isinstance(pair, (str, int, float)) for pair in pairs):
@@ -97,9 +99,7 @@ def chosen(answer: Any, pairs: list[tuple[str, str]], answer_as: str, spec: str)
         "index": index if index is not None and 0 <= index < len(pairs) else None,
     }
     # A number in the data is an index; a digit written as text may be a label ("1" to "4" in ARC) or a choice.
-    order = (
-        ("index", "text") if isinstance(answer, int) and not isinstance(answer, bool) else ("label", "text", "index")
-    )
+    order = ("index", "text") if type(answer) is int else ("label", "text", "index")
     kinds = order if answer_as == "auto" else (answer_as,)
     at = next((indices[kind] for kind in kinds if indices[kind] is not None), None)
     if at is None:

@@ -23,7 +23,7 @@ _NUMBER = re.compile(rf"(?<![0-9.,])-?{DIGITS}")
 # A number or unknown joined by an operator to another or to a bracket: what a rationale must contain before
 # it may state its result. A hyphen before a word ("a 120-page book") is not one.
 _STEP = re.compile(
-    rf"(?:{DIGITS}|\.[0-9]+|\b[A-Za-z])[%)]*(?:\s+[A-Za-z]+){{0,3}}\s*"
+    rf"(?:{DIGITS}|\b[A-Za-z])[%)]*(?:\s+[A-Za-z]+){{0,3}}\s*"
     r"(?:[-+*/x×÷]\s*[($]*(?:-?\.?[0-9]|[A-Za-z]\b)|\()"
 )
 _ARTICLE = re.compile(r"^(?:the|an?) (?=\S)")
@@ -97,12 +97,14 @@ class FieldsTask(DatasetTask):
 
     def to_problem(self, record: dict) -> Problem:
         gold, written, meta = self.read_answer(record)
-        rationale = fields.text(record, self.rationale, fields.ANY) if self.rationale else ""
+        rationale = fields.text(record, self.rationale, fields.ANY).rstrip() if self.rationale else ""
+        if not (question := self._field(record, self.question, self.question_pattern)):
+            raise ValueError(f"field {self.question!r} is blank")
         context = fields.value(record, self.context) if self.context else None
         lines = [" ".join(str(c).split()) for c in (context if isinstance(context, list) else [context]) if c]
         return Problem(
             id=fields.text(record, self.id, fields.ANY) if self.id else "",
-            question=self._field(record, self.question, self.question_pattern),
+            question=question,
             gold=gold,
             solution=self.gold_solution(rationale, gold, written),
             group=fields.text(record, self.group, fields.ANY) if self.group else self.name,
@@ -322,16 +324,14 @@ class Exact(FieldsTask):
 
     def read_answer(self, record: dict) -> tuple[str, str, dict[str, Any]]:
         is_text = self.answer_pattern or "{" in self.answer
-        found = [] if is_text else fields.value(record, self.answer)
-        said = (
-            [str(a) for a in found]
-            if isinstance(found, list) and found
-            else [self._field(record, self.answer, self.answer_pattern, fields.ANY)]
-        )
+        found = None if is_text else fields.value(record, self.answer)
+        if not isinstance(found, list):
+            found = [self._field(record, self.answer, self.answer_pattern, fields.ANY)]
+        said = [str(answer) for answer in found if answer is not None]
         golds = [gold for gold in map(self._normal, said) if gold]
         if not golds:
             kind = "neither yes nor no" if self.yes_no else "no text"
-            raise ValueError(f"field {self.answer!r} is {said[0][-60:]!r}, {kind}")
+            raise ValueError(f"field {self.answer!r} is {' '.join(said)[-60:]!r}, {kind}")
         return golds[0], golds[0] if self.yes_no else said[0], {"golds": golds}
 
     def to_problem(self, record: dict) -> Problem:
@@ -365,7 +365,7 @@ class Exact(FieldsTask):
         return answer is not None and answer in problem.meta["golds"]
 
     def _normal(self, text: str) -> str | None:
-        plain = " ".join(text.casefold().split()).strip(" .,;:!?\"'`\u201c\u201d\u2018\u2019")
+        plain = " ".join(text.translate(MINUS).casefold().split()).strip(" .,;:!?\"'`\u201c\u201d\u2018\u2019")
         return YES_NO.get(plain) if self.yes_no else _ARTICLE.sub("", plain) or None
 
 

@@ -73,7 +73,7 @@ class MATH(DatasetTask):
         question = record.get("problem", record.get("question"))
         solution = record.get("solution", record.get("answer"))
         subject = record.get("subject", record.get("type"))
-        if not isinstance(question, str):
+        if not isinstance(question, str) or not question.strip():
             raise ValueError("field 'problem' is missing or not text")
         if not isinstance(solution, str):
             raise ValueError("field 'solution' is missing or not text")
@@ -117,7 +117,7 @@ class MATH(DatasetTask):
         if self.strict:
             marked = text.rpartition(MARK)[2].partition("\n")[0] if MARK in text else ""
             return normal((marked if self.format == "gsm8k" else boxed(text)) or "") or None
-        find = _marked if self.format == "gsm8k" else _written
+        find = (lambda part: _marked(part) or _written(part)) if self.format == "gsm8k" else _written
         text = answer_text.without_thinking(text)
         return answer_text.first_found(text, lambda part: normal(find(part) or "") or None)
 
@@ -158,7 +158,7 @@ def _equal(one: str, other: str, timeout_s: float) -> bool:
 
 def _marked(text: str) -> str | None:
     lines = [line.strip() for line in re.findall(rf"{MARK}+[ \t]*(.*)", text)]
-    lines = [line for line in lines if not _EXPLANATION.match(line)]
+    lines = [line for line in lines if line and not _EXPLANATION.match(line)]
     return (boxed(lines[-1]) or lines[-1].strip("*`_ ")) if lines else None
 
 

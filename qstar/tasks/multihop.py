@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qstar.data.sources import text_field
 from qstar.errors import UserError, bounded
 from qstar.tasks import answer_text
 from qstar.tasks.answer_parsing import final_phrases
@@ -40,7 +41,9 @@ class Paragraph:
 
     def text(self) -> str:
         """ "title: sentences" on one line."""
-        return " ".join(f"{self.title}: {''.join(self.sentences)}".split())
+        # HotpotQA's sentences bring their spaces along, those of 2WikiMultiHopQA have none.
+        space = "" if any(sentence[:1].isspace() for sentence in self.sentences[1:]) else " "
+        return " ".join(f"{self.title}: {space.join(self.sentences)}".split())
 
 
 def paragraphs(problem: Problem, mode: str) -> list[Paragraph]:
@@ -161,14 +164,14 @@ class MultiHop(DatasetTask):
         # Some may lie outside the context: many in the full-wiki setting.
         facts = _facts(record["supporting_facts"])
         titles = {title for title, _ in facts}
-        if not isinstance(record["answer"], str) or not isinstance(record["question"], str):
-            raise ValueError("question and answer must be text")
-        answer = record["answer"]
+        question, answer = text_field(record, "question"), text_field(record, "answer")
+        if not question.strip() or not answer.strip():
+            raise ValueError("field 'question' or 'answer' is blank")
         # The worked examples that come with qstar have a rationale, the data sets have none.
         end = f"{record.get('rationale')} So the answer is {answer}." if self.style == "cot" else answer
         return Problem(
             id=str(record.get("_id") or record.get("id") or ""),
-            question=" ".join(record["question"].split()),
+            question=" ".join(question.split()),
             gold=normalise(answer),
             solution=f" {end}" if "rationale" in record else None,
             group=str(record.get("type") or self.name).replace("-", "_"),
@@ -193,7 +196,8 @@ class MultiHop(DatasetTask):
         def read(part: str) -> str | None:
             return next(filter(None, map(normalise, final_phrases(part, reasoning=self.style == "cot"))), None)
 
-        return answer_text.first_found(answer_text.strip_markup(completion).text, read)
+        # Dashes stay, since the official metric tells them from hyphens.
+        return answer_text.first_found(answer_text.strip_markup(completion, {}).text, read)
 
 
 class HotpotQA(MultiHop):
@@ -222,7 +226,9 @@ def _context(value: Any) -> list[tuple[str, list[str]]]:
     try:
         if isinstance(value, dict):
             value = zip(value["title"], value.get("sentences") or value["content"], strict=True)
-        pairs = [(str(title), list(map(str, sentences))) for title, sentences in value]
+        # Unpacked, an object with two keys would give the keys.
+        rows = [(row["title"], row["sentences"]) if isinstance(row, dict) else row for row in value]
+        pairs = [(str(title), [s] if isinstance(s, str) else list(map(str, s))) for title, s in rows]
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"field 'context' is neither [[title, [sentences]]] nor titles and sentences: {e!r}") from e
     if not pairs:

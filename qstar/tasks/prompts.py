@@ -8,6 +8,7 @@ and the reply is the completion. The view is a task like any other: methods, pac
 
 from __future__ import annotations
 
+import copy
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ class ChatTask(_View):
 
     def __init__(self, task: Task, template: ChatTemplate, shots: int):
         """`shots`: worked examples in `prefix`. Raises UserError if the template cannot write a user's message."""
-        self.task, self.template, self.shots = task, template, shots
+        self.task, self.template, self.shots = copy.copy(task), template, shots
+        # A reply may have paragraphs, and a blank line often follows </think>; an invented "\nQ:" still ends the text kept.
+        self.task.stop = tuple(text for text in task.stop if text.strip())
         found = len(task.examples()) if shots else 0
         require((shots <= found, f"{task.name}: shots={shots}, but the task has {found} worked examples"))
         self.opening, _, self._after = self._around([])

@@ -109,9 +109,7 @@ def clean(rationale: np.ndarray) -> np.ndarray:
 
 
 def mixed_text(
-    rng: np.random.Generator,
-    shares: tuple[int, int, int, int],
-    noise: Sequence[float] = NOISE,
+    rng: np.random.Generator, shares: tuple[int, int, int, int], noise: Sequence[float] = NOISE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows and loss masks of the large model's training text; `shares` counts the rows of each kind.
 

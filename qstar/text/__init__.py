@@ -4,12 +4,4 @@ from qstar.text.chat import chat_example, encode_chat
 from qstar.text.packing import Example, pack
 from qstar.text.tokenizer import Tokenizer, char_tokenizer, load_tokenizer
 
-__all__ = [
-    "Example",
-    "Tokenizer",
-    "char_tokenizer",
-    "chat_example",
-    "encode_chat",
-    "load_tokenizer",
-    "pack",
-]
+__all__ = ["Example", "Tokenizer", "char_tokenizer", "chat_example", "encode_chat", "load_tokenizer", "pack"]

@@ -149,8 +149,9 @@ class Tokenizer:
     @functools.cached_property
     def _adds_space(self) -> bool:
         try:
-            # Decoding drops the first space only: the document twice shows the second one.
-            return self._decode(self.encode("a") * 2) != "aa"
+            # Decoding drops the first space only: the document twice shows the second one. Text of unknown tokens is "".
+            once, twice = (self._decode(self.encode("a") * count) for count in (1, 2))
+            return once != "" and twice != "aa"
         except UserError:  # an alphabet without this letter
             return False
 
@@ -167,8 +168,9 @@ class Tokenizer:
         """
         ids = np.asarray(ids).astype(int).tolist()
         if self._adds_space and not self._special_ids.issuperset(map(int, after)):
-            # Any text in front keeps the space; this one is short.
-            return self._decode([*self.encode("a"), *ids])[1:]
+            # Any text in front keeps the space; this one is short, and may have a space in front itself.
+            head = self.encode("a")
+            return self._decode([*head, *ids])[len(self._decode(head)) :]
         return self._decode(ids)
 
     def _decode(self, ids: Sequence[int]) -> str:

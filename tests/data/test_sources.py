@@ -45,6 +45,20 @@ def test_the_formats_hold_the_same_records(tmp_path, file):
         assert read_records(str(tmp_path / name), FIELDS, limit=1) == ROWS[:1]
 
 
+@pytest.mark.parametrize("cells, values", [
+    ("007 012", ["007", "012"]), ("7 -12", [7, -12]), ("2.50 1", [2.5, 1.0]), ("true false", [True, False]), ("- 5", [None, 5]),
+    ("2020-01-02 2021-01-02", ["2020-01-02", "2021-01-02"]), ("12:30 13:00", ["12:30", "13:00"]), ("x 5", ["x", "5"]),
+])  # fmt: skip
+def test_csv_columns_are_numbers_where_nothing_is_lost(file, cells, values):
+    path = file("a.csv", "q,a\n" + "".join(f"q,{'' if cell == '-' else cell}\n" for cell in cells.split()))
+    assert [row["a"] for row in read_records(path, ["q"])] == values
+
+
+def test_csv_fields_have_line_breaks_in_long_files_too(file):
+    rows = "".join(f'"line {i}\nline two",{i}\n' for i in range(60_000))  # above a block of 1 MiB
+    assert read_records(file("a.csv", "q,a\n" + rows), ["q"])[-1] == {"q": "line 59999\nline two", "a": 59_999}
+
+
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 PACKED = gzip.compress(LINES, mtime=0)
 

@@ -1,10 +1,12 @@
 """The forms in which instruction-tuned models write answers, and the right value of each, in both readings of each task."""
 
 import json
+import time
 
 import pytest
 
 from qstar.tasks import make_task
+from qstar.tasks.answer_parsing import final_letter, final_number, final_phrases, final_yes_no
 
 GSM8K = [  # completion, lenient reading, strict reading
     ("48+24 = 72\n#### 72", "72", "72"),
@@ -59,7 +61,31 @@ GSM8K = [  # completion, lenient reading, strict reading
     ("#### 35\\%", "35", "35\\%"),
     ("#### 5 or 6", None, "5 or 6"),
     ("#### 5:30", None, "5:30"),
-    ("#### 72\n#### ", None, "72"),
+    ("#### 72\n#### ", "72", "72"),
+    ("#### 72\n\n#### (checked)", "72", "72"),
+    ("#### 72\n#### 5 or 6", None, "72"),
+    ("#### $24 x 3 = $72", "72", "$24 x 3 = $72"),
+    ("#### 24 \\times 3 = 72", "72", "24 \\times 3 = 72"),
+    ("#### $.50", "1/2", "$.50"),
+    ("The answer is -.5.", "-1/2", None),
+    ("The answer is ...5", None, None),
+    ("The answer is 1\\frac{1}{2}.", "3/2", None),
+    ("\\boxed{137 \\cfrac{1}{2}}", "275/2", None),
+    ("#### -1½ cups", "-3/2", "-1½ cups"),
+    ("Ann has 3 and a half apples, so the answer is 3 and a half.", "7/2", None),
+    ("#### 1 3/2", None, "1 3/2"),
+    ("#### 1 1/2 or 2 1/2", None, "1 1/2 or 2 1/2"),
+    ("\\boxed{2\\sqrt{3}}", None, None),
+    ("\\boxed{\\frac{\\sqrt{3}}{3}}", None, None),
+    ("\\boxed{\\sqrt{3} - 1}", None, None),
+    ("\\boxed{\\frac{1}{\\sqrt{3}}}", None, None),
+    ("\\boxed{12\\pi}", None, None),
+    ("\\boxed{12\\text{cm}}", "12", None),
+    ("\\boxed{(5,6)}", None, None),
+    ("\\boxed{(-5, 6)}", None, None),
+    ("\\boxed{(1,000)}", "1000", None),
+    ("The answer is negative 5.", "-5", None),
+    ("The temperature at the end is the answer: it is minus 5 degrees.", "-5", None),
     ("The answer is either 5 or 6.", None, None),
     ("To convert the answer to weeks: 28 days", None, None),
     ("I cannot say.\n\nQuestion: Ann has 9?\nAnswer: 9", None, None),
@@ -111,6 +137,10 @@ COMMONSENSE_QA = [  # completion, lenient reading, strict reading
     ("A blotter absorbs ink.", None, None),
     ("Answer: A", "a", None),
     ("A) shirt pocket", "a", None),
+    ("A - pocket", "a", None),
+    ("Answer: A — pocket", "a", None),
+    ("The answer is A (pocket).", "a", None),
+    ("A (big) pocket holds no ink.", None, None),
     ("Ink is absorbed by blotters.", None, None),
     ("<think>The answer is E", None, None),
 ]
@@ -125,6 +155,9 @@ STRATEGY_QA = [
     ("Yes.", "yes", "yes"),
     ("No, since dogs bark.", "no", "no"),
     ("No one knows.", None, "no"),
+    ("No — dogs bark.", "no", "no"),
+    ("No—dogs bark.", "no", "no"),
+    ("The answer is **No** (dogs bark).", "no", "no"),
     ("**No.** Dogs bark.", "no", None),
     ("True", "yes", "yes"),
     ("The statement is false.", "no", None),
@@ -209,6 +242,15 @@ HOTPOTQA = [  # after "Answer:"
     ("Cork. It is a city in Ireland.", "cork", "cork it is city in ireland"),
     ("St. Louis", "st louis", "st louis"),
     ("J. K. Rowling", "j k rowling", "j k rowling"),
+    ("J.K. Rowling", "jk rowling", "jk rowling"),
+    ("The answer is George R.R. Martin.", "george rr martin", "answer is george rr martin"),
+    ("U.S. Route 66. It is a road.", "us route 66", "us route 66 it is road"),
+    ("Warner Bros. Records", "warner bros records", "warner bros records"),
+    ("Mamma Mia! Here We Go Again", "mamma mia here we go again", "mamma mia here we go again"),
+    ("Cork! The city is in Ireland.", "cork", "cork city is in ireland"),
+    ("No. 9 Squadron", "no 9 squadron", "no 9 squadron"),
+    ("No — Ann is not.", "no", "no — ann is not"),
+    ("the Cold War (1947–91)", "cold war 1947–91", "cold war 1947–91"),
     ("yes", "yes", "yes"),
     ("Yes, both are cities.", "yes", "yes both are cities"),
     ("No. Ann is not.", "no", "no ann is not"),
@@ -291,3 +333,14 @@ def test_answers_to_math_problems_that_are_equal_vote_together(rows):
     task = make_task("math", **files)
     said = ["0.5", None, "\\frac{1}{2}", "2\\sqrt{3}", "\\sqrt{12}", "0.50", "7"]
     assert task.ballots(said) == ["0.5", None, "0.5", "2\\sqrt{3}", "2\\sqrt{3}", "0.5", "7"]
+
+
+@pytest.mark.parametrize(
+    "piece", ["\n", " ", "1,", "1 1/", "\\frac{1}", "(", "J. ", "A - ", "no — ", "#### ", "5 x 3 "]
+)
+def test_the_time_of_parsing_is_bounded(piece):
+    text = "x\n" + piece * (20_000 // len(piece))
+    start = time.process_time()
+    for read in (final_number, final_letter, final_yes_no, lambda part: final_phrases(part, reasoning=False)):
+        read(text)
+    assert time.process_time() - start < 2

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from qstar.data import write_jsonl
-from qstar.errors import UserError
+from qstar.errors import QstarWarning, UserError
 from qstar.tasks import Problem, Task, make_task
 from qstar.tasks.base import bucket, leak_marker, stable_rng
 
@@ -95,6 +95,24 @@ def test_few_shot_questions_are_excluded_from_every_split(tmp_path):
     task = make_task("gsm8k", train=path, test=path, prompts=str(tmp_path))
     assert {p.gold for s in ("train", "val") for p in task.problems(s)} == {str(i) for i in range(40, 200)}
     assert {p.gold for p in task.problems("test")} == {str(i) for i in range(40, 200)}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_few_shot_text(tmp_path):
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{"question": "1+1?", "answer": "#### 2"}, {"question": "2+2?", "answer": "#### 4"}]
+    )
+    for name in ("gsm_prompts.txt", "gsm_prompts_answer_key.txt"):
+        (tmp_path / name).write_text("\ufeffQ: 1+1?\nA: 2\n")
+    task = make_task("gsm8k", test=str(tmp_path / "rows.jsonl"), prompts=str(tmp_path))
+    assert task.prefix().startswith("Q: ") and [p.question for p in task.problems("test")] == ["2+2?"]
+
+
+def test_repeated_ids_get_the_number_of_their_record(tmp_path):
+    rows = [{"ID": name, "question": f"{i}?", "answer": i} for i, name in enumerate(["1", "2", "1", ""])]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    task = make_task("numeric", test=str(tmp_path / "rows.jsonl"), id="ID")
+    with pytest.warns(QstarWarning, match=r"1 ids of test records are not unique \('1'\)"):
+        assert [p.id for p in task.problems("test")] == ["1-00000", "2", "1-00002", "numeric-test-00003"]
 
 
 def test_unknown_split_is_refused():

@@ -66,6 +66,7 @@ def test_questions_are_fields_templates_and_nested_fields(make, spec, question):
         (1e16, {}, "10000000000000000", None),
         ("1,080 apples", {}, "1080", None),
         ("So 3.\n#### 72", {"answer_pattern": "#### (.*)", "rationale": "answer"}, "72", " So 3.\n#### 72"),
+        ("So 3.\n#### 72\r\n", {"answer_pattern": "#### (.*)", "rationale": "answer"}, "72", " So 3.\n#### 72"),
         ("9 (apples)", {"rationale": "why"}, "9", " Since 4 + 5 = 9.\n#### 9 (apples)"),
     ],
 )
@@ -199,7 +200,7 @@ def test_exact_answers_are_normalised(make, said, read):
 
 
 def test_each_of_several_answers_is_right(make):
-    task = make("exact", {"question": "q", "answer": {"aliases": ["New York", "NYC"]}}, answer="answer.aliases")
+    task = make("exact", {"question": "q", "answer": {"aliases": [None, "New York", "NYC"]}}, answer="answer.aliases")
     assert [task.correct(only(task), task.parse(f" {a}.")) for a in ("nyc", "The New York", "York")] == [
         True,
         True,

@@ -166,7 +166,8 @@ def test_the_format_of_gsm8k_for_models_that_were_trained_on_it(make):
     assert task.prompt(problem) == "Q: What is $1 + 1$?\nA:"
     assert task.prompt(problem, hint=True) == "Q: What is $1 + 1$? (2)\nA:"
     assert task.parse(task.solution(problem)) == "2"
-    assert task.correct(problem, task.parse(" one and one\n#### 2.00 apples\n")) and task.parse("\\boxed{2}") is None
+    assert task.correct(problem, task.parse(" one and one\n#### 2.00 apples\n")) and task.parse("\\boxed{2}") == "2"
+    assert task.parse("The answer is 2.") == task.parse("#### 2\n#### ") == task.parse("\\boxed{3}\n#### 2") == "2"
     assert not task.correct(problem, task.parse("#### 3")) and not task.correct(problem, None)
     assert task.cut(" so\n#### 2\nand on") == " so\n#### 2"
 

@@ -126,6 +126,18 @@ def test_contexts_hold_what_they_say_and_the_answer_is_judged_as_the_metric_does
         assert M.coverage(p, facts) == 1.0
 
 
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("said", ["{}", "Answer: {}", "The answer is {}."])
+def test_every_gold_answer_is_read_as_it_is_written(name, said):
+    for style, text in (("standard", said), ("cot", f"So it is. {said}")):
+        task = make_task(name, test=str(shared(FILES[name][1])), style=style)
+        # The metric deletes all of the band's name "!!!".
+        problems = [p for p in task.problems("test") if p.gold and (said != "{}" or style == "standard")]
+        assert not [
+            p.meta["answer"] for p in problems if not task.correct(p, task.parse(text.format(p.meta["answer"])))
+        ]
+
+
 def problem(n=4):
     parts = tuple(M.Paragraph(f"T{i}", (f"first {i}.", f" second {i}."), i in (1, 3)) for i in range(n))
     return M.Problem("x", "who is it ?", "a", meta={"paragraphs": parts, "supporting_facts": [("T1", 0), ("T3", 1)]})
@@ -146,6 +158,20 @@ def test_truncation_drops_paragraphs_and_never_cuts_question_or_rationale():
         assert text.endswith("Question: who is it ? Reasoning: T1 is b. b is a. Answer:")
     with pytest.raises(UserError, match="limit of 5"):
         M.fit(M.paragraphs(p, "gold"), frame, 5, words)
+
+
+@pytest.mark.parametrize("context, text", [
+    ([["T", ["It is.", "He was."]]], "T: It is. He was."),  # as 2WikiMultiHopQA
+    ([["T", ['It is "Go', '" and', " so on."]]], 'T: It is "Go" and so on.'),  # as HotpotQA
+    ([["T", "The Elbe"]], "T: The Elbe"),
+    ([{"title": "T", "sentences": ["x", "y"]}], "T: x y"),
+    ({"title": ["T"], "sentences": ["The Elbe"]}, "T: The Elbe"),
+])  # fmt: skip
+def test_paragraphs_are_the_sentences_with_one_space_between_them(context, text, tmp_path):
+    row = {"question": "q", "answer": "a", "context": context, "supporting_facts": [["T", 0]]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    (problem,) = make_task("2wikimultihopqa", test=str(tmp_path / "x.jsonl")).problems("test")
+    assert [p.text() for p in M.paragraphs(problem, "gold")] == [text]
 
 
 def test_supporting_only_keeps_the_sentences_that_are_named():

@@ -10,6 +10,7 @@ from qstar.errors import UserError
 from qstar.tasks import make_task
 from qstar.tasks.prompts import ChatTask, PromptFormat, formatted, make_prompted
 from qstar.text import encode_chat
+from qstar.types import Completion
 from tests.text.kinds import tokenizer
 from tests.text.test_chat import INST, PLAIN, REAL, ZEPHYR, with_template
 
@@ -54,6 +55,23 @@ def test_training_rows_are_the_conversation_with_its_end_of_turn(data):
     assert row.prompt + row.completion == ids and row.completion[-1] == tok.chat.turn.end_id
     # The space in front of the reply is the template's; here it is learnt, too.
     assert [0] * len(row.prompt) + [1] * len(row.completion) == mask
+
+
+@pytest.mark.parametrize("name, reply, answer", [
+    ("commonsense_qa", "Ink is for writing.\n\nTherefore, the answer is w (b).", "b"),
+    ("commonsense_qa", "<think>\nhm\n</think>\n\nTherefore, the answer is w (b).", "b"),
+    ("strategy_qa", "Water is a liquid.\n\nSo the answer is yes.", "yes"),
+    ("exact", "It flows.\n\nSo the answer is Elbe.\nQ: And Rhine?\nA: It is Rhine.", "elbe"),
+    ("hotpotqa", "<think>\nhm\n</think>\n\nElbe", "elbe"),
+    ("2wikimultihopqa", "\n\nThe answer is Elbe.\n\nIt is a river.", "elbe"),
+])  # fmt: skip
+def test_replies_have_paragraphs(name, reply, answer):
+    from qstar.runs.rollouts import read_answer
+
+    raw = make_task(name)
+    task = formatted(raw, with_template("mistral", ZEPHYR))
+    text, found, _ = read_answer(task, Completion(reply, [], [], [], True))
+    assert found == answer and "Rhine" not in text and "\n\n" in raw.stop
 
 
 def test_hints_stand_in_the_message_and_leave_the_prompt_for_training(data):

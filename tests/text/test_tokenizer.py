@@ -5,6 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qstar.errors import UserError
 from qstar.text import Tokenizer, char_tokenizer, load_tokenizer
@@ -202,6 +205,27 @@ def test_kept_ids_spell_the_text_that_is_kept(kind):
         assert text.decode(kept, after=head) == written[:at]
         whole = sum(len(text.decode(ids[:k], after=head)) <= at for k in range(1, len(ids) + 1))
         assert kept[:whole] == ids[:whole]
+
+
+@pytest.mark.parametrize("space", [False, True])
+def test_byte_level_tokenizers_with_and_without_a_space_in_front(space):
+    alphabet = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"])}
+    backend = Backend(models.BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    text = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    head = text.encode("Q: Who?\nA:")
+    for said in (" a time", "é\n\n b"):
+        ids = text.encode_continuation(said)
+        assert text.decode(ids, after=head) == said and text.finish(ids, ["\n", "me"], after=head)[0] in (" a ti", "é")
+        assert text.decode(text.keep(ids, said[:2], after=head), after=head) == said[:2]
+
+
+def test_words_without_the_letter_a_are_decoded_whole():
+    backend = Backend(models.WordLevel({"the": 0, "cat": 1, "<unk>": 2, "</s>": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    text = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"))
+    assert text.decode([0, 1], after=[1]) == "the cat"
 
 
 @pytest.mark.parametrize("kind", ["stories260k", "gemma-3-270m"])
