@@ -1,6 +1,7 @@
 """A V-STaR run's models taken out of it, and used from the command line: generators, verifiers, evaluation by scores."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -82,10 +83,14 @@ def test_evaluate_scores_cached_samples_with_verifiers(run, exported, tmp_path, 
     assert names <= set(found) and {"best@4:dpo_low", "auc:dpo", "pass@4", "majority@4"} <= set(found)
     assert found["best@1:dpo"] == pytest.approx(found["pass@1"]) and found["best@4:dpo"] <= found["pass@4"] + 1e-9
     files = {p: p.read_bytes() for p in (tmp_path / "out").glob("*.jsonl")}
-    assert {"scores_dpo.jsonl", "scores_least.jsonl"} <= {p.name for p in files}
+    kept = sorted(re.sub(r"[\d.]+(?=\.jsonl)", "NORM", p.name) for p in files if p.name.startswith("scores"))
+    assert kept == ["scores_dpo_logp_NORM.jsonl", "scores_least_prm_min_NORM.jsonl"]
     assert main([*command, verifiers[0]]) == 0  # another set of verifiers counts the same samples
     assert json.loads(capsys.readouterr().out)["best@4:dpo"] == found["best@4:dpo"]
     assert {p: p.read_bytes() for p in files} == files
+    # Another verifier under the same name: its own scores, not those that are there.
+    assert main([*command, f"--verifier=dpo={exported / 'prm'}:prm_min"]) == 0
+    assert json.loads(capsys.readouterr().out)["best@4:dpo"] == found["best@4:least"]
 
 
 @pytest.mark.parametrize("flag", ["generator={}", "dpo", "a b={}", "dpo={}:orm"])
