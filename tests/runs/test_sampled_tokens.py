@@ -98,14 +98,13 @@ def test_sampled_ids_are_trained_and_scored(model, attempts, monkeypatch):
 
 def test_ids_go_through_buffers_and_pairs(attempts):
     rows = attempts[1]
-    ids = {
-        " ".join(r.completion.split()): r.tokens for r in reversed(rows) if r.problem_id == "0"
-    }  # the first of equals
-    half = [dataclasses.replace(r, hinted=False, correct=i % 2 == 0) for i, r in enumerate(rows)]
-    solutions = merge_duplicates(sampled_solutions(r for r in half if r.problem_id == "0"))
-    assert {s.key[1]: s.tokens for s in solutions} == ids
+    half = [dataclasses.replace(r, hinted=False, correct=i % 2 == 0) for i, r in enumerate(rows) if r.problem_id == "0"]
+    # Reversed: the first of equal texts with equal labels.
+    ids = {(" ".join(r.completion.split()), r.correct): r.tokens for r in reversed(half)}
+    solutions = merge_duplicates(sampled_solutions(half))
+    assert {s.key[1:]: s.tokens for s in solutions} == ids
     pairs = build_pairs(solutions, PairSettings(), 0)
-    assert pairs and all(ids[" ".join(p.chosen.split())] == p.chosen_tokens for p in pairs)
+    assert pairs and all(ids[" ".join(p.chosen.split()), True] == p.chosen_tokens for p in pairs)
     assert all(ids[" ".join(p.rejected.split())] == p.rejected_tokens for p in pairs)
 
 
