@@ -105,7 +105,7 @@ def test_ids_go_through_buffers_and_pairs(attempts):
     assert {s.key[1:]: s.tokens for s in solutions} == ids
     pairs = build_pairs(solutions, PairSettings(), 0)
     assert pairs and all(ids[" ".join(p.chosen.split()), True] == p.chosen_tokens for p in pairs)
-    assert all(ids[" ".join(p.rejected.split())] == p.rejected_tokens for p in pairs)
+    assert all(ids[" ".join(p.rejected.split()), False] == p.rejected_tokens for p in pairs)
 
 
 def test_records_without_ids_are_encoded(model):
