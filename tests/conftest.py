@@ -113,7 +113,7 @@ SLOW = (
     "methods/test_star_loop.py", "methods/test_v_star",
     "models/test_decoder.py", "models/test_encdec.py", "models/test_export.py", "models/test_hf.py", "models/test_hub.py", "models/test_lora.py",
     "models/test_model.py", "models/test_prefix_attention.py", "models/test_reading.py", "models/test_relative.py",
-    "models/test_stopping.py",
+    "models/test_shared_prompts.py", "models/test_stopping.py",
     "runs/test_bucket.py", "runs/test_damage.py", "runs/test_evaluate_export.py", "runs/test_preemption.py", "runs/test_resume.py",
     "runs/test_run_metrics.py", "runs/test_sampled_tokens.py", "runs/test_stage_folders.py", "runs/test_too_long.py",
     "runs/test_truncated_answers.py", "runs/test_two_processes.py",
