@@ -31,7 +31,7 @@ def by_scores(
     `gain@k:B - A`: the difference in accuracy of best-of-k, paired over problems, at k = 16 (or all samples).
 
     The scorer "generator" is always present: the log-probability under the model that wrote the samples. Scores are
-    kept in FOLDER/scores_NAME_RULE_NORM.jsonl (of a function: scores_NAME.jsonl), so that a second call does not score
+    kept in FOLDER/scores_NAME_RULE_HASH.jsonl (of a function: scores_NAME.jsonl), so that a second call does not score
     again. A `Verifier` with the `tokenizer` that the samples were written with scores the sampled ids; every other
     scorer, f(prompts, completions), gets texts.
     """
@@ -53,8 +53,8 @@ def by_scores(
 
         # Scores of another verifier under the same name are not read back.
         own = [scorer.rule, fingerprint(scorer.model.params)] if isinstance(scorer, Verifier) else []
-        file = folder / "_".join(["scores", name, *own, ".jsonl"]).replace("_.", ".")
-        scores[name] = [row["scores"] for row in cached_jsonl(file, make)]
+        file = "_".join(["scores", name, *own]) + ".jsonl"
+        scores[name] = [row["scores"] for row in cached_jsonl(folder / file, make)]
     some = [candidates(rows, {name: scores[name][i] for name in scores}, ballots) for i, rows in enumerate(groups)]
     out: dict[str, Any] = {}
     values = curves(some, ks_for(samples))

@@ -281,9 +281,9 @@ def merge_adapters(start: Model, adapters: Params, settings: lora.Lora, folder: 
     """Returns the parameters with adapters merged, and writes FOLDER/adapter in PEFT's layout."""
     assert isinstance(start.config, ModelConfig)  # see `fresh_adapters`
     # A collective: all processes take part, though one writes.
-    whole = to_host(adapters)
+    on_host = to_host(adapters)
     if distributed.is_first():
-        lora.save_adapters(start.config, whole, settings, folder / "adapter")
+        lora.save_adapters(start.config, on_host, settings, folder / "adapter")
     return jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
 
 

@@ -83,8 +83,8 @@ def test_evaluate_scores_cached_samples_with_verifiers(run, exported, tmp_path, 
     assert names <= set(found) and {"best@4:dpo_low", "auc:dpo", "pass@4", "majority@4"} <= set(found)
     assert found["best@1:dpo"] == pytest.approx(found["pass@1"]) and found["best@4:dpo"] <= found["pass@4"] + 1e-9
     files = {p: p.read_bytes() for p in (tmp_path / "out").glob("*.jsonl")}
-    kept = sorted(re.sub(r"[\d.]+(?=\.jsonl)", "NORM", p.name) for p in files if p.name.startswith("scores"))
-    assert kept == ["scores_dpo_logp_NORM.jsonl", "scores_least_prm_min_NORM.jsonl"]
+    kept = sorted(re.sub("[0-9a-f]{16}", "HASH", p.name) for p in files if p.name.startswith("scores"))
+    assert kept == ["scores_dpo_logp_HASH.jsonl", "scores_least_prm_min_HASH.jsonl"]
     assert main([*command, verifiers[0]]) == 0  # another set of verifiers counts the same samples
     assert json.loads(capsys.readouterr().out)["best@4:dpo"] == found["best@4:dpo"]
     assert {p: p.read_bytes() for p in files} == files

@@ -121,7 +121,7 @@ def test_answers_that_are_there_are_not_sampled_again(evaluation, exported, monk
 
 def test_answers_of_other_weights_are_not_counted(evaluation, exported):
     model = qstar.load(exported)
-    other = model.replace(params=jax.tree.map(lambda x: 1.1 * x, model.params))
+    other = model.replace(params=jax.tree.map(lambda x: 1.00001 * x, model.params))
     with pytest.raises(UserError, match="was made with config.parameters="):
         evaluate_model(
             other, TASK, split="train", samples=K, max_new_tokens=34, temperature=1.0, seed=3, out=evaluation[1]
