@@ -13,13 +13,14 @@ must not be reported on them.
     qstar train --config=configs/quiet_star_text.py:smollm2,model=SmolLM2-135M-Instruct,data=openstax_algebra.jsonl \\
         --workdir=runs/quiet_star_smollm2
 
-Plan, written before the run (amended since, before anything had run: one text per update instead of two, a quarter of
-its positions instead of a half, no arm `no_policy`; an update took 20 seconds). Text: OpenStax algebra, rows of 128
-tokens, documents held out by hash. Five arms of 300 updates on the same text in the same order (`same_compute`: 6 texts
+Plan, written before the run (amended since, before any arm with thoughts had ended: one text per update instead of two,
+a quarter of its positions instead of a half, no arm `no_policy`; an update took 20 seconds; then every eighth document
+held out instead of every fiftieth, which were 5, and intervals over documents instead of rows). Text: OpenStax algebra,
+rows of 128 tokens, 233 documents. Five arms of 300 updates on the same text in the same order (`same_compute`: 6 texts
 per update, the FLOPs of one with thoughts and their rollout), seed 0, no setting tried on the held-out rows: the rate
 is a tenth of the config's for models from scratch, the start and end vectors move 10 times as fast.
 Measured: NLL with thoughts of `quiet_star` against the NLL of every other arm on 192 held-out rows (comparison.jsonl,
-95% over rows), of all tokens and by difficulty for the base; then GSM8K and CommonsenseQA, 200 test problems each, by
+95% over documents), of all tokens and by difficulty for the base; then GSM8K and CommonsenseQA, 200 test problems each, by
 `qstar evaluate --metric=expected`, before and after. A gain is an interval below 0 against `same_text` *and*
 `same_compute`; "thoughts matter" is an interval below 0 against `random`. Anything else counts as a failure and is
 reported as one. The paper's gains are of Mistral 7B after 100 updates of 8 texts of 256 tokens, with 8 to 12 tokens of
@@ -62,6 +63,7 @@ def get_config(arg=None):
 def smollm2(config, steps):
     """One text of 128 tokens per update, a quarter of whose positions think."""
     config.name = "quiet_star_smollm2"
+    config.data.held_out = 8
     config.model.scan_unroll = 30  # a quarter less time on a CPU than the layers in a scan
     # 16 is <empty_output>, which no text holds: `pause` learns it. 0 to 2 mark turns and the end of a text.
     config.thoughts.update(forbidden_ids=(16, 0, 1, 2), start_text="---", think_fraction=0.25, embedding_scale=10.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +13,6 @@ import numpy as np
 from qstar.data.sources import BAD_ROWS, read_records, text_field
 from qstar.errors import require
 from qstar.text.tokenizer import Tokenizer
-
-HELD_OUT = 50  # one document in 50 is for testing
 
 
 class Rows(NamedTuple):
@@ -25,6 +24,7 @@ class Rows(NamedTuple):
     positions: np.ndarray  # [B, T] int32: from 0 in every document
     classes: np.ndarray | None = None  # [B, T] int32 into `Corpus.classes`: the kind of token; -1 = none
     expected: np.ndarray | None = None  # [B, T, S] int32: the thought that would help after a token, padded with -1
+    documents: np.ndarray | None = None  # [B] int32: the document of a row; rows of one are not independent
 
 
 class Corpus:
@@ -72,7 +72,7 @@ class TextCorpus(Corpus):
     """Documents of a file or of the hub.
 
     `mode="crop"` follows the official code: a row is one random crop of one document, padded on the right. In
-    `mode="pack"` a row holds consecutive documents, and attention stays within each.
+    `mode="pack"` a row is filled with such crops of further documents, and attention stays within each.
     """
 
     def __init__(
@@ -85,24 +85,36 @@ class TextCorpus(Corpus):
         mode: str = "crop",
         split: str | None = None,
         limit: int = 0,
+        held_out: int = 50,
         bad_rows: float = BAD_ROWS,
     ):
-        """Reads the first `limit` documents (0: all; at least 2, else a UserError) of a `source` of `read_records`."""
+        """Reads the first `limit` documents (0: all) of a `source` of `read_records`; blank ones are left out.
+
+        Args:
+          held_out: one document in so many is for testing, chosen by a hash of its text.
+
+        Raises UserError unless there are documents to train on and others to test on.
+        """
         require(
             (mode in ("crop", "pack"), f"data.mode={mode!r} is not one of crop, pack"),
             (length >= 2, f"data.length={length} must be at least 2"),
+            (held_out >= 2, f"data.held_out={held_out} must be at least 2: one document in so many is held out"),
         )
         parse = functools.partial(text_field, name=field)
         texts = read_records(source, [field], split=split, limit=limit or None, parse=parse, bad_rows=bad_rows)
-        require((len(texts) >= 2, f"{source}: {len(texts)} document; at least 2 are needed, one of them to test on"))
+        texts = [text for text in texts if text.strip()]
+        different = len(set(texts))
+        few = f"{source}: {different} different documents with text; at least 2 are needed, one of them to test on"
+        require((different >= 2, few))
         self.tokenizer, self.length, self.mode = tokenizer, length, mode
-        # By a hash of the text, so that copies of a document fall on the same side of the split.
-        held_out = [zlib.crc32(text.encode()) % HELD_OUT == HELD_OUT - 1 for text in texts]
-        # Of a few dozen documents none may fall into the bucket.
-        if not any(held_out):
-            held_out[-1] = True
-        test = [t for t, h in zip(texts, held_out) if h]
-        self._texts = {"train": [t for t, h in zip(texts, held_out) if not h], "test": test, "stopping": test}
+        # By the text, so that copies of a document fall on the same side of the split.
+        chosen = {text for text in texts if zlib.crc32(text.encode()) % held_out == held_out - 1}
+        # Of a few documents none, or all, may fall into the bucket.
+        if not 0 < len(chosen) < different:
+            chosen = {texts[-1]}
+        test = [text for text in texts if text in chosen]
+        train = [text for text in texts if text not in chosen]
+        self._texts = {"train": train, "test": test, "stopping": test}
         self._encoded = functools.lru_cache(maxsize=100_000)(self._encode)
 
     def rows(self, step: int, size: int, seed: int) -> Rows:
@@ -113,9 +125,11 @@ class TextCorpus(Corpus):
         return self._rows("test", np.random.default_rng(0), size)
 
     def hold_out_stopping(self) -> None:
-        test = self._texts["test"]
-        if len(test) > 1:
-            self._texts |= {"stopping": test[::2], "test": test[1::2]}
+        # By the text again: copies of one that training stops by are not reported on.
+        stopping = set(list(dict.fromkeys(self._texts["test"]))[::2])
+        rest = [text for text in self._texts["test"] if text not in stopping]
+        if rest:
+            self._texts |= {"stopping": [text for text in self._texts["test"] if text in stopping], "test": rest}
             # Keyed by part and index, which now name other texts.
             self._encoded.cache_clear()
 
@@ -127,14 +141,23 @@ class TextCorpus(Corpus):
         # The end of a document is a token to predict; without it no model learns to stop.
         return np.asarray([*self.tokenizer.encode(self._texts[part][index], bos=True), self.tokenizer.eos_id], np.int32)
 
+    def _draw(self, part: str, rng: np.random.Generator) -> Iterator[int]:
+        while True:
+            # Of held-out documents none is drawn again before all have been: the more of them, the closer the interval.
+            count = len(self._texts[part])
+            yield from (rng.integers(count, size=1) if part == "train" else rng.permutation(count)).tolist()
+
     def _rows(self, part: str, rng: np.random.Generator, size: int) -> Rows:
         tokens, segments, positions = np.zeros((3, size, self.length), np.int32)
+        documents, draw = np.zeros(size, np.int32), self._draw(part, rng)
         for b in range(size):
             at = document = 0
             while at < self.length and (self.mode == "pack" or document == 0):
-                ids = self._encoded(part, int(rng.integers(len(self._texts[part]))))
+                documents[b] = next(draw)
+                ids = self._encoded(part, int(documents[b]))
                 room = self.length - at
-                begin = int(rng.integers(max(1, len(ids) - room + 1))) if self.mode == "crop" else 0
+                # Anywhere in a document that does not fit, its end included: else no EOS would be learnt from long ones.
+                begin = int(rng.integers(max(1, len(ids) - room + 1)))
                 piece = ids[begin : begin + room]
                 document += 1
                 span = np.s_[b, at : at + len(piece)]
@@ -142,4 +165,6 @@ class TextCorpus(Corpus):
                 at += len(piece)
         # Neither padding nor a document's first token, in front of which stands another document.
         predicted = positions > 0
-        return Rows(tokens, predicted.astype(np.float32), segments, positions)
+        # A packed row has several documents.
+        of_one = documents if self.mode == "crop" else None
+        return Rows(tokens, predicted.astype(np.float32), segments, positions, documents=of_one)

@@ -122,7 +122,7 @@ def measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, step
     """Returns (and writes once) the metrics of a model on the held-out text: WORKDIR/<arm>/evaluation/step_N.json.
 
     Keys are `<metric>/<kind of token>`: nll_base and accuracy_base without thoughts; nll, accuracy and weight with
-    sampled thoughts (accuracy_low and _high: 95% over rows); nll_greedy and accuracy_greedy with greedy ones;
+    sampled thoughts (accuracy_low and _high: 95% over documents); nll_greedy and accuracy_greedy with greedy ones;
     nll_random and accuracy_random with random token ids; thought_accuracy, the share of thoughts that hold the true
     steps.
     """
@@ -132,7 +132,9 @@ def measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, step
     def make() -> dict[str, Any]:
         found = _measure(ctx, arm, model, thought_source, step)
         # Before the file, with which a killed run goes on: the metrics row would be lost. Sums per row stay out of it.
-        ctx.writer.write(stage="evaluation", arm=arm, step=step, **{k: v for k, v in found.items() if k != "rows"})
+        ctx.writer.write(
+            stage="evaluation", arm=arm, step=step, **{k: v for k, v in found.items() if k not in ("rows", "documents")}
+        )
         return found
 
     found = once_json(path, make)
@@ -151,8 +153,8 @@ def _measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, ste
         nll, hit, counted = _score_text(ctx, model, rows)
         values: dict[str, AnyArray] = {"nll_base": nll, "accuracy_base": hit}
         kinds = np.where(counted, kinds, -2)
-        means = means_by_kind(names, kinds, values, intervals=("accuracy_base",))
-        return {"classes": names, **means, **_row_sums(ctx, names, kinds, {"nll": nll})}
+        means = means_by_kind(names, kinds, values, ("accuracy_base",), rows.documents)
+        return {"classes": names, **means, **_row_sums(ctx, names, kinds, {"nll": nll}, rows.documents)}
     modes = {"": (thought_source, 1.0)}
     if thought_source == "sampled":
         # Random ids carry no content, so "_random" shows whether the trained model uses the content of its thoughts.
@@ -166,21 +168,26 @@ def _measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, ste
             values |= {"nll_base": s.base_nll, "accuracy_base": s.base_hit}
             values |= {"weight": s.weight.mean(1), "reward": s.reward.mean(1)}
             out |= _diagnostics(s)
-            out |= _row_sums(ctx, names, where, {"nll": s.nll.mean(1), "nll_base": s.base_nll})
+            out |= _row_sums(ctx, names, where, {"nll": s.nll.mean(1), "nll_base": s.base_nll}, rows.documents)
             _write_thoughts(ctx, arm, step, rows, names, kinds, s)
         if rows.expected is not None:
             values[f"thought_accuracy{suffix}"] = holds_steps(s.thoughts, rows.expected[:, :-1]).mean(1)
-        out |= means_by_kind(names, where, values, intervals=() if suffix else ("accuracy",))
+        out |= means_by_kind(names, where, values, () if suffix else ("accuracy",), rows.documents)
     return out
 
 
 def means_by_kind(
-    names: list[str], kinds: np.ndarray, values: dict[str, AnyArray], intervals: tuple[str, ...] = ()
+    names: list[str],
+    kinds: np.ndarray,
+    values: dict[str, AnyArray],
+    intervals: tuple[str, ...] = (),
+    documents: np.ndarray | None = None,
 ) -> dict[str, float | None]:
     """Returns the means of values [B, M] over the tokens of each kind.
 
     Args:
       kinds: [B, M] index into `names`; -1: of no kind, -2: not counted. intervals: values that get a 95% interval.
+      documents: [B] the document of each row, None where every row is one of its own.
     """
     out: dict[str, float | None] = {}
     for i, name in ((-1, "all"), *enumerate(names)):
@@ -188,14 +195,25 @@ def means_by_kind(
         for key, x in values.items():
             out[f"{key}/{name}"] = float(x[mine].mean()) if mine.any() else None
             if key in intervals and mine.any():
-                # Rows are resampled, not tokens: the tokens of a row are not independent.
-                counts, sums = mine.sum(axis=1), np.where(mine, x, 0.0).sum(axis=1)
-                low, high = bootstrap_ci(sums[counts > 0], counts=counts[counts > 0])
+                _, low, high = _over_documents(np.where(mine, x, 0.0).sum(axis=1), mine.sum(axis=1), documents)
                 out |= {f"{key}_low/{name}": low, f"{key}_high/{name}": high}
     return out
 
 
-def _row_sums(ctx: QuietContext, names: list[str], kinds: np.ndarray, values: dict[str, AnyArray]) -> dict[str, Any]:
+def _over_documents(sums: AnyArray, counts: AnyArray, documents: AnyArray | None) -> tuple[float, float, float]:
+    # Returns the mean per token and its 95% interval. Documents are resampled, not their rows or tokens, which are not
+    # independent. sums, counts: [B] per row.
+    sums, counts = np.asarray(sums), np.asarray(counts)
+    if documents is not None:
+        _, place = np.unique(documents, return_inverse=True)
+        sums, counts = (np.bincount(place, weights=x) for x in (sums, counts))
+    low, high = bootstrap_ci(sums[counts > 0], counts=counts[counts > 0])
+    return float(sums.sum() / counts.sum()), low, high
+
+
+def _row_sums(
+    ctx: QuietContext, names: list[str], kinds: np.ndarray, values: dict[str, AnyArray], documents: np.ndarray | None
+) -> dict[str, Any]:
     """Returns sums of values [B, M] over each row's tokens of a kind, and their counts, for `compare_arms`."""
     # Generated corpora have a kind that thoughts are for, and thousands of rows: their means say enough.
     if ctx.corpus.classes:
@@ -205,14 +223,14 @@ def _row_sums(ctx: QuietContext, names: list[str], kinds: np.ndarray, values: di
         mine = kinds >= -1 if name == "all" else kinds == i
         sums = {key: np.where(mine, x, 0.0).sum(axis=1).round(4).tolist() for key, x in values.items()}
         out[name] = {"count": mine.sum(axis=1).tolist(), **sums}
-    return {"rows": out}
+    return {"rows": out} | ({} if documents is None else {"documents": documents.tolist()})
 
 
 def compare_arms(ctx: QuietContext, found: dict[str, dict[str, Any]]) -> None:
     """Writes WORKDIR/comparison.jsonl, once: differences of NLL in nats per token, first minus second, with intervals.
 
     Pairs are the arms with sampled thoughts and every other arm, and each arm's NLL with and without thoughts. All
-    are measured on the same held-out tokens. Intervals (95%) resample rows; a difference below 0 favours the first.
+    are measured on the same held-out tokens. Intervals (95%) resample documents; a difference below 0 favours the first.
 
     Args:
       found: the `measure` of every arm's kept model. Arms without "rows" (generated corpora) are left out.
@@ -226,21 +244,19 @@ def compare_arms(ctx: QuietContext, found: dict[str, dict[str, Any]]) -> None:
         out = []
         for a, b, key in sides:
             for kind, first in rows[a].items():
-                counts = np.asarray(first["count"])
-                if not counts.any():
+                if not any(first["count"]):
                     continue
-                used = counts > 0
-                change = (np.asarray(first["nll"]) - np.asarray(rows[b][kind][key]))[used]
-                low, high = bootstrap_ci(change, counts=counts[used])
+                change = np.asarray(first["nll"]) - np.asarray(rows[b][kind][key])
+                difference, low, high = _over_documents(change, first["count"], found[a].get("documents"))
                 name = f"{b}, without thoughts" if key == "nll_base" else b
                 row = {"first": a, "second": name, "tokens": kind}
-                out.append(row | {"difference": float(change.sum() / counts.sum()), "low": low, "high": high})
+                out.append(row | {"difference": difference, "low": low, "high": high})
         return out
 
     if sides:
         table = cached_jsonl(ctx.workdir / "comparison.jsonl", make)
         if distributed.is_first():
-            show_table(ctx.console, "differences of NLL, first minus second, 95% over rows", table)
+            show_table(ctx.console, "differences of NLL, first minus second, 95% over documents", table)
 
 
 def _diagnostics(s: Scores) -> dict[str, Any]:

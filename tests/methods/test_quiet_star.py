@@ -161,6 +161,19 @@ def test_an_interval_of_tokens_in_rows_of_unequal_length_holds_its_point():
         assert found[f"accuracy_low/{kind}"] < found[f"accuracy/{kind}"] < found[f"accuracy_high/{kind}"]
 
 
+def test_intervals_resample_documents():
+    """Rows repeated within their documents add nothing: the interval is that of one row per document, not narrower."""
+    x = np.random.default_rng(0).random((12, 5))
+    where = np.zeros((12, 5), int)
+    once = quiet_measure.means_by_kind(["a"], where, {"x": x}, ("x",))
+    many = [np.repeat(a, 20, axis=0) for a in (where, x)]
+    documents = np.repeat(np.arange(12), 20)
+    found = quiet_measure.means_by_kind(["a"], many[0], {"x": many[1]}, ("x",), documents)
+    assert found == pytest.approx(once)
+    by_row = quiet_measure.means_by_kind(["a"], many[0], {"x": many[1]}, ("x",))
+    assert by_row["x_high/a"] - by_row["x_low/a"] < 0.4 * (once["x_high/a"] - once["x_low/a"])
+
+
 def test_metrics_of_the_smoke_run_have_every_control():
     rows = [r for r in read(runs.quiet_star()) if r["stage"] == "evaluation" and r["arm"] == "quiet_star"]
     assert [r["step"] for r in rows] == [6, 12]
