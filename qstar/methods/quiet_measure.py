@@ -132,9 +132,8 @@ def measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, step
     def make() -> dict[str, Any]:
         found = _measure(ctx, arm, model, thought_source, step)
         # Before the file, with which a killed run goes on: the metrics row would be lost. Sums per row stay out of it.
-        ctx.writer.write(
-            stage="evaluation", arm=arm, step=step, **{k: v for k, v in found.items() if k not in ("rows", "documents")}
-        )
+        numbers = {key: value for key, value in found.items() if key not in ("rows", "documents")}
+        ctx.writer.write(stage="evaluation", arm=arm, step=step, **numbers)
         return found
 
     found = once_json(path, make)
