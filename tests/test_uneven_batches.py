@@ -15,13 +15,11 @@ from qstar import distributed
 from qstar.distributed import start_jax
 
 # Mesh and rows per update. 4 rows do not divide over 8 shards, a tensor axis over both processes gives them one batch
-# shard together, and 3 rows do not divide over the processes. The last two divide.
+# shard together, and 3 rows do not divide over the processes. (Rows that divide: test_distributed.py.)
 CASES = {
     "rows that do not divide over fsdp": ("fsdp=8", 4),
-    "rows that do not divide over data": ("data=8", 4),
     "a batch shard that spans processes": ("tensor=8", 8),
     "rows that do not divide over the processes": ("data=2,tensor=4", 3),
-    "rows that divide": ("fsdp=8", 8),
 }
 UPDATES = 10
 

@@ -68,7 +68,8 @@ def test_an_encoder_decoder_has_several_ends_too(tmp_path):
     assert qstar.load(tmp_path / "again").config == model.config
 
 
-@pytest.mark.parametrize("name", REAL)
+# Gemma's completion is compared in tests/sample/test_families.py.
+@pytest.mark.parametrize("name", [name for name in REAL if not name.startswith("gemma")])
 def test_real_models_end_where_transformers_ends_them(name):
     folder = real_model(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

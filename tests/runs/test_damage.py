@@ -1,6 +1,6 @@
 """Damaged run folders: whatever file is hit, and however, a run ends with the same results or names the damage.
 
-A dozen random damages by default; QSTAR_LONG_TESTS=1 makes it 200, over three methods.
+Eight random damages by default; QSTAR_LONG_TESTS=1 makes it 200, over three methods.
 """
 
 import os
@@ -27,7 +27,7 @@ FOLDERS = {
 if LONG:
     FOLDERS["v_star"] = (f"{runs.ROOT}/configs/{runs.V_STAR}", None)
     FOLDERS["quiet_star"] = (f"{runs.ROOT}/configs/{runs.QUIET}", None)
-COUNT = 200 if LONG else 12
+COUNT = 200 if LONG else 8
 
 
 @pytest.fixture(scope="module")
