@@ -46,6 +46,11 @@ fail() { # one line, exit code 2: something the user can mend
     exit 2
 }
 
+give_up() { # one line, exit code 1: something that another try may find mended
+    echo "$me: $*" >&2
+    exit 1
+}
+
 show_help() { # the comment at the head of the script
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
     exit 0
@@ -152,16 +157,18 @@ pack_code() { # pack_code FILE: a tar of what git knows and what it does not ign
 # Through copy_code FILE and on_workers COMMAND of the launcher, which reach every worker:
 
 ship() {
-    local code
-    code=$(mktemp -d)/qstar.tgz
-    pack_code "$code"
-    copy_code "$code"
-    rm -rf "$(dirname "$code")"
+    packed=$(mktemp -d)
+    trap 'rm -rf "$packed"' EXIT
+    pack_code "$packed/qstar.tgz"
+    copy_code "$packed/qstar.tgz"
     on_workers "mkdir -p ~/qstar && tar -xzf ~/qstar.tgz -C ~/qstar && bash ~/qstar/launch/worker.sh install"
 }
 
 start() { # the words pass two shells: that of each worker reads one line
-    on_workers "${setup:+$setup && }bash ~/qstar/launch/worker.sh $(quote "${wait:-start}" "$name" "${rest[@]}")"
+    local before=""
+    # In lines of its own, --setup may end in a comment or a semicolon.
+    [ -z "$setup" ] || before="{ $setup"$'\n'"} && "
+    on_workers "${before}bash ~/qstar/launch/worker.sh $(quote "${wait:-start}" "$name" "${rest[@]}")"
 }
 
 chips_of() { # chips_of TOPOLOGY: 4x4 -> 16

@@ -249,5 +249,8 @@ kubectl-create)
     ;;
 kubectl-list) run kubectl get jobsets ;;
 kubectl-stop) run kubectl delete jobset "$name" ;;
-*-logs) need_program kubectl "https://kubernetes.io/docs/tasks/tools says how" && run kubectl logs --follow --tail=200 --selector="$pods" ;;
+*-logs)
+    need_program kubectl "https://kubernetes.io/docs/tasks/tools says how"
+    run kubectl logs --follow --tail=200 --selector="$pods"
+    ;;
 esac

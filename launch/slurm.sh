@@ -53,7 +53,7 @@ job() { # id of the newest job of that name
     if [ -n "$dry_run" ]; then
         id=JOB
     else
-        id=$(squeue --noheader --user="$user" --name="$name" --format=%i --sort=-i | head -n 1)
+        id=$(squeue --noheader --user="$user" --name="$name" --format=%i --sort=-i | sed -n 1p) || exit 1 # $(job) goes on by itself
         [ -n "$id" ] || fail "no job of the name $name is queued or runs; --list shows your jobs"
     fi
     echo "$id"
@@ -72,6 +72,12 @@ submit)
     run "${command[@]}" ${more[@]+"${more[@]}"} launch/slurm.sbatch "${rest[@]}"
     ;;
 list) run squeue --user="$user" --format="%.12i %.24j %.4t %.12M %.5D %R" ;;
-logs) id=$(job) && run tail -n 200 -F "$name-$id.log" ;;
-stop) id=$(job) && run scancel --signal=TERM "$id" ;;
+logs)
+    id=$(job)
+    run tail -n 200 -F "$name-$id.log"
+    ;;
+stop)
+    id=$(job)
+    run scancel --signal=TERM "$id"
+    ;;
 esac

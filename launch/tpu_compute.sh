@@ -87,12 +87,17 @@ check_machine() {
     esac
 }
 
-vms() { # names and states of the VMs of the slice; nothing if there is none
-    "${group[@]}" list-instances "$name" "${place[@]}" --format="value(NAME,STATUS)" 2>/dev/null || true
+vms() { # names and states of the VMs of the slice
+    "${group[@]}" list-instances "$name" "${place[@]}" --format="value(NAME,STATUS)"
 }
 
 there() { # there COMMAND ...: whether it finds a resource; a dry run finds none
-    [ -z "$dry_run" ] && "$@" >/dev/null 2>&1
+    local said
+    [ -z "$dry_run" ] || return 1
+    said=$("$@" 2>&1 >/dev/null) && return
+    # An expired login must not be taken for a resource that is not there.
+    case $said in *"not found"* | *NOT_FOUND*) return 1 ;; esac
+    give_up "$said"
 }
 
 policy=(gcloud compute resource-policies)
@@ -101,8 +106,13 @@ template=(gcloud compute instance-templates)
 
 delete() {
     run "${group[@]}" delete "$name" "${place[@]}" --quiet
-    run "${template[@]}" delete "$name" ${in_project[@]+"${in_project[@]}"} --quiet
-    # A slice of one VM has no policy.
+    delete_rest
+}
+
+delete_rest() { # what may be there without a group; a slice of one VM has no policy
+    if [ -n "$dry_run" ] || there "${template[@]}" describe "$name" ${in_project[@]+"${in_project[@]}"}; then
+        run "${template[@]}" delete "$name" ${in_project[@]+"${in_project[@]}"} --quiet
+    fi
     if [ -n "$dry_run" ] || there "${policy[@]}" describe "$name" "${policy_place[@]}"; then
         run "${policy[@]}" delete "$name" "${policy_place[@]}" --quiet
     fi
@@ -118,28 +128,34 @@ create_template() {
 }
 
 create() {
-    local found="" slice=()
-    [ -n "$dry_run" ] || found=$(vms)
-    [ "$(grep -c RUNNING <<<"$found")" -ne "$hosts" ] || return 0
-    if [ -n "$found" ]; then # pre-empted: a slice is whole or useless
-        echo "$name has lost VMs: making the slice again"
-        delete
+    local made="" found slice=()
+    if there "${group[@]}" describe "$name" "${place[@]}"; then
+        made=yes found=$(vms)
+        [ "$(grep -c RUNNING <<<"$found")" -ne "$hosts" ] || return 0
+        if [ -n "$found" ]; then # pre-empted: a slice is whole or useless
+            echo "$name has lost VMs: making the slice again"
+            "${group[@]}" delete "$name" "${place[@]}" --quiet
+            made=""
+        fi
     fi
-    if [ "$hosts" -gt 1 ]; then
-        slice=(--workload-policy="${project:+projects/$project/regions/${zone%-*}/resourcePolicies/}$name")
-        there "${policy[@]}" describe "$name" "${policy_place[@]}" ||
+    if [ -z "$made" ]; then
+        # Left by a try that failed, they may be of other flags.
+        [ -n "$dry_run" ] || delete_rest
+        if [ "$hosts" -gt 1 ]; then
+            slice=(--workload-policy="${project:+projects/$project/regions/${zone%-*}/resourcePolicies/}$name")
             run "${policy[@]}" create workload-policy "$name" "${policy_place[@]}" --type=HIGH_THROUGHPUT --accelerator-topology="$topology"
-    fi
-    there "${template[@]}" describe "$name" ${in_project[@]+"${in_project[@]}"} || create_template
-    # A VM repaired alone would not be part of the slice's topology.
-    there "${group[@]}" describe "$name" "${place[@]}" ||
+        fi
+        create_template
+        # A VM repaired alone would not be part of the slice's topology.
         run "${group[@]}" create "$name" "${place[@]}" --template="$name" --size="$hosts" ${slice[@]+"${slice[@]}"} --default-action-on-vm-failure=do-nothing
+    fi
     run "${group[@]}" wait-until "$name" "${place[@]}" --stable --timeout="${QSTAR_PATIENCE:-86400}"
 }
 
 on_workers() { # on_workers COMMAND: in the shell of every VM at once; the exit code is the first that is not 0
-    local vm jobs=() code=0 job found
-    for vm in $(names); do
+    local vm all jobs=() code=0 job found
+    all=$(names)
+    for vm in $all; do
         run gcloud compute ssh "$vm" "${place[@]}" ${through[@]+"${through[@]}"} --quiet --command="$1" &
         jobs+=($!)
     done
@@ -148,20 +164,42 @@ on_workers() { # on_workers COMMAND: in the shell of every VM at once; the exit 
 }
 
 names() { # of the VMs, in their order; a dry run does not know them
-    if [ -n "$dry_run" ]; then printf 'VM\n%.0s' $(seq 0 "$worker"); else vms | cut -f1; fi
+    local found
+    if [ -n "$dry_run" ]; then
+        printf 'VM\n%.0s' $(seq 0 "$worker")
+        return
+    fi
+    found=$(vms) || exit 1 # $(names) does not end at an error by itself
+    [ -n "$found" ] || give_up "$name has no VMs; --list shows the groups"
+    cut -f1 <<<"$found"
 }
 
 copy_code() {
-    local vm
-    for vm in $(names); do run gcloud compute scp "$1" "$vm:qstar.tgz" "${place[@]}" ${through[@]+"${through[@]}"}; done
+    local vm all
+    all=$(names)
+    for vm in $all; do run gcloud compute scp "$1" "$vm:qstar.tgz" "${place[@]}" ${through[@]+"${through[@]}"}; done
 }
 
 case $do in
-all) check_pod_run "$config" "$workdir" && check_machine && create && ship && start ;;
-create) check_machine && create ;;
+all) # a line each: bash would not end at an error inside A && B
+    check_pod_run "$config" "$workdir"
+    check_machine
+    create
+    ship
+    start
+    ;;
+create)
+    check_machine
+    create
+    ;;
 ship) ship ;;
 list) run "${group[@]}" list --zones="$zone" ${in_project[@]+"${in_project[@]}"} ;;
-logs) run gcloud compute ssh "$(names | sed -n "$((worker + 1))p")" "${place[@]}" ${through[@]+"${through[@]}"} --command="bash ~/qstar/launch/worker.sh logs $name" ;;
+logs)
+    found=$(names)
+    vm=$(sed -n "$((worker + 1))p" <<<"$found")
+    [ -n "$vm" ] || fail "--logs=$worker: the last VM of $name is $(($(wc -l <<<"$found") - 1))"
+    run gcloud compute ssh "$vm" "${place[@]}" ${through[@]+"${through[@]}"} --command="bash ~/qstar/launch/worker.sh logs $name"
+    ;;
 stop) on_workers "bash ~/qstar/launch/worker.sh stop $name" ;;
 delete) delete ;;
 esac

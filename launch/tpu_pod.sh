@@ -124,8 +124,17 @@ create() {
 copy_code() { run "${queued[@]}" scp "$1" "$name:qstar.tgz" "${place[@]}" --node=all --worker=all; }
 
 case $do in
-all) check_pod_run "$config" "$workdir" && check_type && create && ship && start ;;
-create) check_type && create ;;
+all) # a line each: bash would not end at an error inside A && B
+    check_pod_run "$config" "$workdir"
+    check_type
+    create
+    ship
+    start
+    ;;
+create)
+    check_type
+    create
+    ;;
 ship) ship ;;
 list) run "${queued[@]}" list "${place[@]}" ;;
 logs) run "${queued[@]}" ssh "$name" "${place[@]}" --node=0 --worker="$worker" --command="bash ~/qstar/launch/worker.sh logs $name" ;;

@@ -26,6 +26,7 @@ GCLOUD = """
 home=$HOME
 for a; do case $2:$a in ssh:x-??) home=$HOME/$a ;; scp:x-??:*) home=$HOME/${a%%:*} ;; esac; done
 mkdir -p "$home"
+case "$*" in ${FAILS:-none}) echo "${SAYS:-login expired}" >&2; exit 1 ;; esac
 case "$*" in
 *list-instances*) cat "$VMS" ;;
 *describe*) head -n 1 "$STATES"; [ "$(wc -l <"$STATES")" -le 1 ] || sed -i 1d "$STATES" ;;
@@ -146,7 +147,7 @@ def split(printed):
 
 
 def test_a_pod_gets_the_code_installs_it_and_runs_the_very_words(bench, copy):
-    bench("tpu_pod.sh", *POD, *RUN, "--wait", "--setup=touch ~/was_set_up", cwd=copy)
+    bench("tpu_pod.sh", *POD, *RUN, "--wait", "--setup=touch ~/was_set_up; # a note", cwd=copy)
     names = [c[4] for c in bench.calls("gcloud")]
     assert names == ["describe", "describe", "scp", "ssh", "ssh"]  # it was ACTIVE: nothing is created
     with tarfile.open(bench.home / "qstar.tgz") as tar:
@@ -226,15 +227,42 @@ def test_the_vms_of_a_slice_get_the_code_and_the_very_words(bench, copy):
     bench("tpu_compute.sh", *MIG, *RUN, "--wait", cwd=copy, code=75, QSTAR_EXITS="75")
 
 
+CREATED = {"tpu_pod.sh": POD, "tpu_compute.sh": MIG}
+
+
+@pytest.mark.parametrize("script", CREATED)
+@pytest.mark.parametrize("step", ["create", "scp"])
+def test_nothing_runs_after_a_step_that_failed(bench, copy, script, step):
+    """Machines are not waited for that were refused, and the code of yesterday is not installed."""
+    bench.states.write_text("\nACTIVE\n")
+    bench.vms.write_text("x-ab\tSTOPPING\nx-cd\tRUNNING\n")
+    failing = {"create": "* create x*", "scp": "* scp *"}[step]
+    bench(script, *CREATED[script], *RUN, cwd=copy, code=1, FAILS=failing)
+    words = {w for c in bench.calls("gcloud") for w in c}
+    assert step in words and not {"create": {"wait-until", "scp"}, "scp": {"ssh"}}[step] & words
+
+
+@pytest.mark.parametrize("flag", ["--stop", "--ship", "--logs", "--create"])
+def test_an_expired_login_is_not_taken_for_a_slice_that_is_not_there(bench, copy, flag):
+    said = bench("tpu_compute.sh", *MIG, flag, cwd=copy, code=1, FAILS="*managed *")
+    assert "login expired" in said and not [c for c in bench.calls("gcloud") if c[2] == "ssh" or "create" in c]
+    if flag != "--create":
+        bench.vms.write_text("")
+        assert "x has no VMs" in bench("tpu_compute.sh", *MIG, flag, cwd=copy, code=1)
+
+
 def test_a_slice_that_lost_a_vm_is_made_again(bench):
     bench.vms.write_text("x-ab\tRUNNING\nx-cd\tSTOPPING\n")
     bench("tpu_compute.sh", *MIG, "--spot", "--create")
-    assert [c[4] for c in bench.calls("gcloud") if c[1:4] == GROUP[1:]] == [
-        "list-instances",
-        "delete",
-        "describe",
-        "wait-until",
-    ]
+    verbs = [c[4] for c in bench.calls("gcloud") if c[1:4] == GROUP[1:]]
+    assert verbs == ["describe", "list-instances", "delete", "create", "wait-until"]
+
+
+def test_what_a_failed_creation_left_is_made_again_with_the_flags_of_today(bench):
+    bench(
+        "tpu_compute.sh", *MIG, "--spot", "--create", FAILS="*managed describe*", SAYS="The resource 'x' was not found"
+    )
+    assert [c[3] for c in bench.calls("gcloud") if c[2] == "instance-templates"] == ["describe", "delete", "create"]
 
 
 def test_flex_start_and_the_machines_flags_reach_queued_resources(bench):
@@ -487,7 +515,7 @@ def test_babysit_passes_sigterm_on_and_does_not_start_again(bench, tmp_path):
     ("tpu_pod.sh", [*POD[:2], "--type=v9-8", "--create"], "v9-8"), ("tpu_pod.sh", ["--name=x", "--config=c"], "--zone"),
     ("tpu_pod.sh", [*POD, "--spot", "--flex-start=4h"], "--flex-start"), ("tpu_compute.sh", [*MIG, "--spot", "--flex-start=4h"], "only one"),
     ("tpu_compute.sh", [*MIG, "--machine=n2", "--create"], "--machine=n2"),
-    ("tpu_compute.sh", [*MIG, "--topology=3x1", "--create"], "3 chips"),
+    ("tpu_compute.sh", [*MIG, "--topology=3x1", "--create"], "3 chips"), ("tpu_compute.sh", [*MIG, "--logs=2"], "--logs=2"),
     ("gke_xpk.sh", ["--gcluster", *XPK, "--type=v6e-16", "--image=i", "--secret=s", *RUN], "--secret"),
     ("slurm.sh", ["--config=c"], "--workdir"), ("slurm.sh", ["--nodes=two", "--config=c"], "--nodes=two"),
     ("gke_xpk.sh", ["--name=x", "--list"], "--cluster"), ("gke_xpk.sh", [*JOBSET, *RUN, "--topology=4x"], "4x"),
