@@ -14,7 +14,7 @@ find_python() {
 detect_device() { # cpu, gpu or tpu, by what is there
     if [ -e /dev/accel0 ] || [ -n "${TPU_NAME:-}" ]; then
         echo tpu
-    elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    elif [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then # not through grep -q, which ends a long list by SIGPIPE
         echo gpu
     else
         echo cpu
@@ -40,6 +40,7 @@ install_qstar() { # install_qstar EXTRAS [PACKAGE ...]: into .venv, skipped when
 
 me="launch/$(basename "$0")"
 dry_run=${dry_run:-}
+HOME=${HOME:-~} # some containers and services have none
 
 fail() { # one line, exit code 2: something the user can mend
     echo "$me: $*" >&2
@@ -52,7 +53,7 @@ give_up() { # one line, exit code 1: something that another try may find mended
 }
 
 show_help() { # the comment at the head of the script
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$(dirname "${BASH_SOURCE[0]}")/$(basename "$0")"
     exit 0
 }
 
@@ -184,32 +185,53 @@ chips_of() { # chips_of TOPOLOGY: 4x4 -> 16
 
 jobs_folder=${QSTAR_JOBS:-$HOME/.qstar/jobs}
 
-job_runs() { # job_runs NAME
-    local id
-    id=$(cat "$jobs_folder/$1.pid" 2>/dev/null) && [ -n "$id" ] && kill -0 "$id" 2>/dev/null
+began() { # began PID: when that process began; nothing if it has ended
+    local line fields
+    if [ ! -e /proc/self/stat ]; then
+        ps -o lstart= -p "$1" || true
+    elif line=$(cat "/proc/$1/stat" 2>/dev/null); then
+        read -ra fields <<<"${line##*) }" # the name before may hold spaces and brackets
+        [ "${fields[0]}" = Z ] || echo "${fields[19]}"
+    fi
+}
+
+note_job() { # note_job NAME PID
+    echo "$2 $(began "$2")" >"$jobs_folder/$1.pid"
+}
+
+job_id() { # job_id NAME: of its process, if that runs
+    local id since
+    { read -r id since <"$jobs_folder/$1.pid"; } 2>/dev/null || return 1
+    # Numbers of processes that ended are given to others.
+    if [ -n "$since" ] && [ "$(began "$id")" = "$since" ]; then
+        echo "$id"
+    else
+        rm -f "$jobs_folder/$1.pid"
+        return 1
+    fi
 }
 
 start_job() { # start_job NAME COMMAND ...: in the background; it outlives the terminal
     local name=$1
     shift
-    ! job_runs "$name" || fail "job $name runs already (log: $jobs_folder/$name.log); --stop it first"
+    ! job_id "$name" >/dev/null || fail "job $name runs already (log: $jobs_folder/$name.log); --stop it first"
     mkdir -p "$jobs_folder"
     nohup "$@" >>"$jobs_folder/$name.log" 2>&1 </dev/null &
-    echo $! >"$jobs_folder/$name.pid"
+    note_job "$name" $!
     echo "job $name runs, log: $jobs_folder/$name.log"
 }
 
 stop_job() { # stop_job NAME: SIGTERM, which saves; waits for the end
-    local id left=$((${QSTAR_STOP_SECONDS:-240} + 30))
-    job_runs "$1" || { echo "job $1 does not run"; return; }
-    id=$(cat "$jobs_folder/$1.pid")
-    kill -TERM "$id"
-    while kill -0 "$id" 2>/dev/null; do
+    local id left=${QSTAR_STOP_SECONDS:-240}
+    need_number QSTAR_STOP_SECONDS "$left"
+    left=$((left + 30))
+    id=$(job_id "$1") || { echo "job $1 does not run"; return; }
+    kill -TERM "$id" 2>/dev/null || true # it may end this very moment
+    while job_id "$1" >/dev/null; do
         [ "$left" -gt 0 ] || fail "job $1 (process $id) has not ended; kill -9 $id ends it without saving"
         left=$((left - 1))
         sleep 1
     done
-    rm -f "$jobs_folder/$1.pid"
     echo "job $1 stopped"
 }
 
@@ -218,7 +240,7 @@ list_jobs() {
     for file in "$jobs_folder"/*.log; do
         [ -e "$file" ] || continue
         name=$(basename "$file" .log)
-        if job_runs "$name"; then state=running; else state=ended; fi
+        if job_id "$name" >/dev/null; then state=running; else state=ended; fi
         printf '%-8s %s %s\n' "$state" "$name" "$file"
     done
 }

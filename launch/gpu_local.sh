@@ -53,5 +53,5 @@ run)
     ;;
 list) if [ -n "$dry_run" ]; then quote ls "$jobs_folder"; else list_jobs; fi ;;
 logs) if [ -n "$dry_run" ]; then quote tail -n 200 -F "$jobs_folder/$name.log"; else follow_log "$name"; fi ;;
-stop) if [ -n "$dry_run" ]; then quote kill -TERM "$(cat "$jobs_folder/$name.pid" 2>/dev/null || echo "$name")"; else stop_job "$name"; fi ;;
+stop) if [ -n "$dry_run" ]; then quote kill -TERM "$(job_id "$name" || echo "$name")"; else stop_job "$name"; fi ;;
 esac

@@ -36,11 +36,11 @@ install) install ;;
 start) start_job "$name" bash launch/babysit.sh -- .venv/bin/python -m qstar train "$@" ;;
 wait)
     mkdir -p "$jobs_folder"
-    ! job_runs "$name" || stop_job "$name" # left behind by a connection that broke
+    ! job_id "$name" >/dev/null || stop_job "$name" # left behind by a connection that broke
     rm -f "$jobs_folder/$name.stopped"
     # Told to end because the machine goes, the run is not done (75); told by --stop, it is. What looks on has to know.
     QSTAR_STOPPED_CODE=75 .venv/bin/python -m qstar train "$@" > >(tee -a "$jobs_folder/$name.log") 2>&1 &
-    echo $! >"$jobs_folder/$name.pid"
+    note_job "$name" $!
     code=0
     wait $! || code=$?
     [ "$code" -ne 75 ] || [ ! -e "$jobs_folder/$name.stopped" ] || code=0

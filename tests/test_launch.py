@@ -50,7 +50,12 @@ class Bench:
         self.home, self.path, self.file = folder / "home", folder / "bin", folder / "calls"
         self.home.mkdir()
         self.path.mkdir()
-        bodies = {"gcloud": GCLOUD, "python": PYTHON, "squeue": SQUEUE, "nvidia-smi": "\necho GPU 0\n"}
+        bodies = {
+            "gcloud": GCLOUD,
+            "python": PYTHON,
+            "squeue": SQUEUE,
+            "nvidia-smi": "\nprintf 'GPU %s\\n' {0..20000}\n",
+        }
         for name in (
             "gcloud",
             "kubectl",
@@ -471,6 +476,21 @@ def test_gpus_of_this_machine(bench, copy):
     assert "does not run" in bench("gpu_local.sh", "--name=x", "--stop", cwd=copy)
 
 
+def test_a_job_that_runs_is_stopped_and_a_program_that_got_its_number_is_not(bench, copy):
+    python = bench.path / "python"
+    python.write_text(python.read_text().replace('exit "${', 'touch "$HOME/up"; exec sleep 30; exit "${'))
+    bench("gpu_local.sh", "--name=x", *RUN, cwd=copy)
+    wait_for((bench.home / "up").exists)
+    jobs = bench.home / ".qstar/jobs"
+    noted = (jobs / "x.pid").read_text().split()
+    assert "job x stopped" in bench("gpu_local.sh", "--name=x", "--stop", cwd=copy)
+    other = subprocess.Popen(["sleep", "30"])
+    (jobs / "x.pid").write_text(" ".join([str(other.pid), *noted[1:]]) + "\n")
+    assert "does not run" in bench("gpu_local.sh", "--name=x", "--stop", cwd=copy)
+    assert other.poll() is None and not (jobs / "x.pid").exists()
+    other.kill()
+
+
 def test_a_gpu_is_measured_in_the_environment_or_by_an_interpreter_of_ones_own(bench, copy):
     measure = ["-m", "qstar", "bench", "accelerator", "--device=gpu"]
     bench("gpu_check.sh", cwd=copy)
@@ -608,8 +628,12 @@ OTHERS = ("common.sh", "slurm.sbatch")
 
 @pytest.mark.parametrize("script", [s.name for s in SCRIPTS if s.name not in OTHERS])
 def test_help_is_the_head_of_the_script(bench, script):
-    said = bench(script, "--help")
-    assert f"launch/{script}" in said and "set -euo" not in said and not bench.calls()
+    environment = {k: v for k, v in bench.environment.items() if k != "HOME"}
+    done = subprocess.run(
+        ["bash", script, "--help"], cwd=ROOT / "launch", env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and f"launch/{script}" in done.stdout and "set -euo" not in done.stdout, done.stderr
+    assert not bench.calls()
 
 
 def test_shellcheck_finds_nothing():
