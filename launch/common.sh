@@ -86,22 +86,39 @@ need_name() { # names of jobs become names of files and of cloud resources
     esac
 }
 
-need_number() { # need_number --flag VALUE
+need_number() { # need_number --flag VALUE [LEAST]
     case $2 in
-    "" | *[!0-9]*) fail "$1=$2 is not a whole number" ;;
+    # Bash reads 08 as octal, and more than 18 digits as anything.
+    "" | *[!0-9]* | 0?* | ??????????*) fail "$1=$2 is not a whole number below 10^9 (without zeros in front)" ;;
     esac
+    [ "$2" -ge "${3:-0}" ] || fail "$1=$2 must be at least $3"
+}
+
+check_values() { # check_values ARGUMENT ...: an unset variable leaves a flag without a value; texts of a config may be empty
+    local argument
+    for argument in "$@"; do
+        case $argument in
+        --config.* | [!-]*) ;;
+        "${argument%%=*}=") fail "$argument has no value; give one, or leave the flag out" ;;
+        esac
+    done
+}
+
+choose() { # choose --ACTION: sets do, what is done instead of the whole
+    [ -z "$do" ] || [ "--$do" = "$1" ] || fail "--$do and $1 exclude each other"
+    do=${1#--}
 }
 
 # What goes on to `qstar train` is looked at here, before anything is created, shipped or installed.
 
 train_argument() { # train_argument WORD: adds it to rest, if `qstar train` knows such a flag
     case $1 in
-    --config=* | --workdir=* | --device=* | --profile=* | --memory=* | --config.?*) ;;
-    -*) fail "${1%%=*} is unknown; --help lists the flags, and qstar train has --config.KEY=VALUE, --device and --profile" ;;
+    --config=* | --workdir=* | --device=* | --profile=* | --memory=* | --task=* | --task-options=* | --config.?*) ;;
+    --*) fail "${1%%=*} is unknown; --help lists the flags, and qstar train has --config.KEY=VALUE, --task, --device and --profile" ;;
     *)
         case ${rest[*]: -1} in
-        --config.*=* | [!-]* | "") fail "'$1' is no flag; flags are written --name=value" ;;
-        --config.*) ;; # --config.KEY VALUE
+        --config.*=*) fail "'$1' is no flag; flags are written --name=value" ;;
+        --config.*) ;; # --config.KEY VALUE, which may be negative
         *) fail "'$1' is no flag; flags are written --name=value" ;;
         esac
         ;;
@@ -109,40 +126,68 @@ train_argument() { # train_argument WORD: adds it to rest, if `qstar train` know
     rest+=("$1")
 }
 
-check_files() { # check_files here | shipped | image CONFIG: whether the config and the folders that it names are there
-    local where=$1 config=$2 file=${2%%:*} part key value parts=()
-    case $file in
-    /* | \~*) [ "$where" != here ] || [ -n "$dry_run" ] || [ -f "${file/#\~/$HOME}" ] || fail "--config=$file: no such file" ;;
-    *) [ -f "$file" ] || [ -f "configs/$file.py" ] || fail "--config=$file: no such file in $PWD" ;;
+check_path() { # check_path here | shipped | image ARGUMENT PATH folder | file ...: whether what an argument names is there
+    local where=$1 path=$3 full=${3/#\~/$HOME} found=""
+    case $4 in
+    folder) [ ! -d "$full" ] || found=yes ;;
+    file) [ ! -f "$full" ] || found=yes ;;
+    *) [ ! -e "$full" ] || found=yes ;;
     esac
+    case $path in
+    /* | \~*) # a disk of the machines that run it; here it can be looked for only where they share it
+        [ "$where" != here ] || [ -n "$dry_run$found" ] || fail "$2: no such $4"
+        ;;
+    *)
+        [ -n "$found" ] || fail "$2: no such $4 in $PWD; name the full path of one that every machine sees"
+        [ "$where" != shipped ] || [ -n "$(git --literal-pathspecs ls-files --cached --others --exclude-standard -- "$path" 2>/dev/null)" ] ||
+            fail "$2: git ignores that $4, so it is not shipped; name the full path of one that all workers see"
+        ;;
+    esac
+}
+
+on_hub() { # on_hub NAME: owner/name[:config] or owner/name[@revision], which every host downloads
+    local name='[A-Za-z0-9_-][A-Za-z0-9_.-]*'
+    case $1 in *.jsonl | *.json | *.parquet | *.csv | *.tsv | *.txt | *.gz | *.zst | *.zip | *.arrow) return 1 ;; esac
+    [ ! -e "$1" ] && [[ $1 =~ ^$name/$name([:@].+)?$ ]]
+}
+
+check_files() { # check_files here | shipped | image CONFIG: whether the config and the files that it names are there
+    local where=$1 config=$2 file=${2%%:*} part last="" value kind parts=()
+    [ -f "configs/$file.py" ] || check_path "$where" "--config=$file" "$file" file
     case $config in *:*) IFS=, read -ra parts <<<"${config#*:}" ;; esac
     for part in ${parts[@]+"${parts[@]}"} ${rest[@]+"${rest[@]}"}; do
-        key=${part%%=*} value=${part#*=}
-        case $key in model | small | large | data | prompts | --config.model.path) ;; *) continue ;; esac
-        case $value in
-        "" | *://*) ;;
-        /* | \~*) # a disk of the machines that run it; here it can be looked for only where they share it
-            [ "$where" != here ] || [ -n "$dry_run" ] || [ -d "${value/#\~/$HOME}" ] || fail "$part: no such folder"
+        [ "$last" != --config.model.path ] || part=$last=$part
+        last=$part value=${part#*=}
+        case $part in
+        *= | *=*://*) continue ;;
+        model=* | small=* | large=* | teacher=* | --config.model.path=*)
+            if [ "$value" = random-tiny ] || on_hub "$value"; then continue; fi
+            kind=folder
             ;;
-        *)
-            # One slash: a name on the hub, which every host downloads.
-            case $key:$value in data:* | prompts:* | *:*/*/*) ;; *:*/*) [ -d "$value" ] || continue ;; esac
-            [ -d "$value" ] || fail "$part: no such folder in $PWD; name the full path of one that every machine sees"
-            [ "$where" != shipped ] || [ -n "$(git ls-files --cached --others --exclude-standard -- "$value")" ] ||
-                fail "$part: git ignores that folder, so it is not shipped; name the full path of one that all workers see"
+        prompts=*) kind=folder ;;
+        data=* | train=* | test=*)
+            if [[ $value == built-in:* ]] || on_hub "$value"; then continue; fi
+            kind="file or folder"
             ;;
+        --task=*.py:*) value=${value%%:*} kind="file" ;;
+        *) continue ;;
         esac
+        check_path "$where" "$part" "$value" "$kind"
     done
+}
+
+check_workdir() { # check_workdir WORKDIR HOW_IT_IS_MOUNTED: of machines that have no disk in common by themselves
+    need_value --workdir "$1" "a folder that all workers see"
+    case $1 in
+    gs://?* | /* | \~/*) ;;
+    *://*) fail "--workdir=$1 is no folder; name one in a bucket (gs://...) or on a disk that all workers mount ($2)" ;;
+    *) fail "--workdir=$1 is a folder of each worker alone; name the full path of a disk that all of them see ($2)" ;;
+    esac
 }
 
 check_pod_run() { # check_pod_run CONFIG WORKDIR: of a run on machines that get the files which git knows
     need_value --config "$1" "what to run"
-    need_value --workdir "$2" "a folder that all workers see"
-    case $2 in
-    gs://?* | /* | \~/*) ;;
-    *://*) fail "--workdir=$2 is no folder; name one in a bucket (gs://...) or on a disk that all workers mount (--setup=COMMAND mounts it)" ;;
-    *) fail "--workdir=$2 is a folder of each worker alone; name the full path of a disk that all of them see" ;;
-    esac
+    check_workdir "$2" "--setup=COMMAND mounts it"
     check_files shipped "$1"
 }
 
@@ -175,7 +220,7 @@ start() { # the words pass two shells: that of each worker reads one line
 chips_of() { # chips_of TOPOLOGY: 4x4 -> 16
     local all=1 side
     case $1 in
-    "" | *[!0-9x]* | x* | *x | *xx*) fail "--topology=$1 must be like 4x4 or 2x2x4" ;;
+    "" | *[!0-9x]* | x* | *x | *xx* | 0* | *x0* | *x*x*x* | *[0-9][0-9][0-9][0-9][0-9]*) fail "--topology=$1 must be like 4x4 or 2x2x4" ;;
     esac
     for side in ${1//x/ }; do all=$((all * side)); done
     echo "$all"

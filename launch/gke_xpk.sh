@@ -11,7 +11,7 @@
 #   --spot                        on pre-emptible nodes
 #   --env=KEY=VALUE               repeatable. Keys and tokens: --secret
 # XPK:
-#   --cluster=C --zone=Z --project=P --type=TYPE     (zone, project: else the variables ZONE, PROJECT)
+#   --cluster=C --zone=Z --project=P --type=TYPE     (zone, project: else the variables ZONE, PROJECT). Disks: xpk storage attach
 # gcluster job submit: --cluster, --zone (or region), --project and --type as XPK, and --topology, --claim, --bucket, --queue
 #   and --service-account as a JobSet; --manifest writes the JobSet to NAME.yaml and submits nothing. --spot is a node label.
 # JobSet, in the namespace of your kubectl context:
@@ -29,21 +29,22 @@
 #   --list | --logs | --stop      the workloads | the log of the first host | ends it: SIGTERM saves; the same command goes on
 #   --dry-run                     prints the commands
 #
-# --config, --workdir, --config.KEY, --device and --profile go to `qstar train`.
+# --config, --workdir, --config.KEY, --task, --device and --profile go to `qstar train`.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-do=create via=xpk account="" labels=() selector=() bucket="" name="" image="" slices=1 restarts=100 grace=300 spot="" cluster="" zone=${ZONE:-} project=${PROJECT:-} type=""
+do="" via=xpk given="" account="" labels=() selector=() bucket="" name="" image="" slices=1 restarts=100 grace=300 spot="" cluster="" zone=${ZONE:-} project=${PROJECT:-} type=""
 accelerator="" topology="" chips=4 claim="" secret="" queue="" config="" workdir="" rest=()
 # Told to end by the cluster and not by --stop, a run has to count as failed: that is what JobSet starts again.
 environment=(QSTAR_STOPPED_CODE=75)
+check_values "$@"
 for argument in "$@"; do
-    value=${argument#*=}
+    value=${argument#*=} given+=" ${argument%%=*} "
     case $argument in
     --jobset) via=kubectl ;;
     --gcluster) via=gcluster ;;
-    --manifest) do=manifest ;;
+    --manifest) choose "$argument" ;;
     --name=*) name=$value ;;
     --image=*) image=$value ;;
     --slices=*) slices=$value ;;
@@ -65,7 +66,7 @@ for argument in "$@"; do
     --bucket=*) bucket=$value ;;
     --secret=*) secret=$value ;;
     --queue=*) queue=$value ;;
-    --list | --logs | --stop) do=${argument#--} ;;
+    --list | --logs | --stop) choose "$argument" ;;
     --dry-run) dry_run=yes ;;
     -h | --help) show_help ;;
     --config=*) config=$value rest+=("$argument") ;;
@@ -73,25 +74,33 @@ for argument in "$@"; do
     *) train_argument "$argument" ;;
     esac
 done
+do=${do:-create}
 [ "$do" = list ] || need_name "$name"
-need_number --slices "$slices"
+need_number --slices "$slices" 1
 need_number --restarts "$restarts"
 need_number --grace "$grace"
-need_number --chips "$chips"
+need_number --chips "$chips" 1
 [ -z "$claim" ] || [ -z "$bucket" ] || fail "--claim and --bucket exclude each other: both are mounted at /runs"
+[ ${#selector[@]} -le 1 ] || fail "--spot and --flex-start exclude each other"
 [ "$do$via" != manifestxpk ] || via=kubectl # XPK submits what it makes
-for pair in "${environment[@]}" ${labels[@]+"${labels[@]}"}; do
-    case $pair in
-    [A-Za-z_]*=*) ;;
-    *) fail "--env=$pair is not KEY=VALUE" ;;
-    esac
+for pair in "${environment[@]/#/--env=}" ${labels[@]+"${labels[@]/#/--label=}"}; do
+    [[ $pair =~ ^--[a-z]+=[A-Za-z_][A-Za-z0-9_./-]*= ]] || fail "$pair is not of the form ${pair%%=*}=KEY=VALUE"
+done
+case $via in
+xpk) foreign="--accelerator --topology --chips --claim --bucket --secret --queue --service-account --flex-start --label" ;;
+gcluster) foreign="--accelerator --chips --secret --label" ;;
+kubectl) foreign="--cluster --zone --project --type" ;;
+esac
+for flag in $foreign; do
+    case $given in *" $flag "*) fail "$flag has no effect through $via; --help says which flags are whose" ;; esac
 done
 command=(python -m qstar train --device=tpu ${rest[@]+"${rest[@]}"})
 case $do in
 create | manifest)
     need_value --image "$image" "a container image that holds qstar"
     need_value --config "$config" "what to run"
-    need_value --workdir "$workdir" "a folder that all hosts see"
+    [[ $workdir != \~* ]] || fail "--workdir=$workdir is in the home of each pod alone; name a folder of a disk that all of them see"
+    check_workdir "$workdir" "/runs of a --claim or a --bucket, or what XPK attaches"
     (cd "$(dirname "${BASH_SOURCE[0]}")/.." && check_files image "$config") || exit 2
     ;;
 esac
@@ -135,11 +144,11 @@ jobset() {
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $name
+  name: $(json "$name")
 EOY
     [ -z "$queue" ] || labels+=("kueue.x-k8s.io/queue-name=$queue")
     [ ${#labels[@]} -eq 0 ] || printf '  labels:\n'
-    for pair in ${labels[@]+"${labels[@]}"}; do printf '    %s: %s\n' "${pair%%=*}" "$(json "${pair#*=}")"; done
+    for pair in ${labels[@]+"${labels[@]}"}; do printf '    %s: %s\n' "$(json "${pair%%=*}")" "$(json "${pair#*=}")"; done
     cat <<EOY
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
@@ -206,8 +215,6 @@ create_workload() {
     # By itself XPK restarts after exit codes 42 and 127 to 255. 75: told to end by the cluster; 1: lost another process.
     call+=(--restart-on-exit-codes="75,1")
     [ -z "$spot" ] || call+=(--spot)
-    [ -z "$secret$claim$bucket$queue$account${labels[*]-}" ] ||
-        fail "--secret, --claim, --bucket, --queue, --label and --service-account are of --jobset; XPK: xpk storage attach, --env"
     for pair in ${environment[@]+"${environment[@]}"}; do call+=(--env "$pair"); done
     run "${call[@]}" --command="$(quote "${command[@]}")" # one shell in the container splits it again
 }
@@ -216,7 +223,6 @@ submit_gcluster() {
     local call=(gcluster job submit "${place[@]}" --name="$name" --compute-type="$type" --num-slices="$slices" --image="$image")
     local pair
     need_value --type "$type" "e.g. v6e-16"
-    [ -z "$secret${labels[*]-}" ] || fail "--secret and --label are of --jobset"
     # 75: told to end by the cluster; 1: lost another process.
     call+=(--restarts="$restarts" --grace-period="${grace}s" --restart-on-exit-codes="75,1")
     [ -z "$topology" ] || call+=(--topology="$topology")

@@ -14,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
 
 python="" quick=()
+check_values "$@"
 for argument in "$@"; do
     case $argument in
     --quick) quick=(--quick) ;;

@@ -11,29 +11,31 @@
 #   --stop           SIGTERM: it saves, and the same command goes on later
 #   --dry-run        prints the commands
 #
-# --config, --workdir, --config.KEY, --device and --profile go to `qstar train`.
+# --config, --workdir, --config.KEY, --task, --device and --profile go to `qstar train`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do=run name=gpu gpus="" foreground="" config="" rest=()
+do="" name=gpu gpus="" foreground="" config="" rest=()
+check_values "$@"
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
     --name=*) name=$value ;;
     --gpus=*) gpus=$value ;;
     --foreground) foreground=yes ;;
-    --list | --logs | --stop) do=${argument#--} ;;
+    --list | --logs | --stop) choose "$argument" ;;
     --dry-run) dry_run=yes ;;
     -h | --help) show_help ;;
     --config=*) config=$value rest+=("$argument") ;;
     *) train_argument "$argument" ;;
     esac
 done
+do=${do:-run}
 need_name "$name"
 case $gpus in
-*[!0-9,]*) fail "--gpus=$gpus must be numbers with commas between them, e.g. 0,1" ;;
+*[!0-9,]* | ,* | *, | *,,*) fail "--gpus=$gpus must be numbers with commas between them, e.g. 0,1" ;;
 esac
 
 case $do in

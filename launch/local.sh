@@ -5,7 +5,7 @@
 #   bash launch/local.sh --config=configs/star_gsm8k.py --workdir=runs/gsm8k   any other
 #   bash launch/local.sh --device=cpu                                          cpu, gpu or tpu (default: what is there)
 #
-# --workdir, --config.KEY and --profile go to `qstar train` (its help: qstar train --help). Run again after an interruption, it goes on where it stopped.
+# --workdir, --config.KEY, --task and --profile go to `qstar train` (its help: qstar train --help). Run again after an interruption, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
@@ -13,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 device="" config=star_arithmetic
 rest=()
+check_values "$@"
 for argument in "$@"; do
     case $argument in
     --config=*) config=${argument#--config=} ;;

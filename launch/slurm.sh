@@ -16,13 +16,14 @@
 #   --stop            SIGTERM to its processes: they save and end; the same command goes on later
 #   --dry-run         prints the commands
 #
-# --config, --workdir, --config.KEY, --device and --profile go to `qstar train`.
+# --config, --workdir, --config.KEY, --task, --device and --profile go to `qstar train`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do=submit name=qstar nodes=2 gpus=8 time="" container="" mounts="" config="" workdir="" more=() rest=()
+do="" name=qstar nodes=2 gpus=8 time="" container="" mounts="" config="" workdir="" more=() rest=()
+check_values "$@"
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
@@ -34,7 +35,7 @@ for argument in "$@"; do
     --container=*) container=$value ;;
     --mounts=*) mounts=$value ;;
     --sbatch=*) more+=("$value") ;;
-    --install | --list | --logs | --stop) do=${argument#--} ;;
+    --install | --list | --logs | --stop) choose "$argument" ;;
     --dry-run) dry_run=yes ;;
     -h | --help) show_help ;;
     --config=*) config=$value rest+=("$argument") ;;
@@ -42,9 +43,11 @@ for argument in "$@"; do
     *) train_argument "$argument" ;;
     esac
 done
+do=${do:-submit}
 need_name "$name"
-need_number --nodes "$nodes"
-need_number --gpus "$gpus"
+need_number --nodes "$nodes" 1
+need_number --gpus "$gpus" 1
+[ -z "$mounts" ] || [ -n "$container" ] || fail "--mounts=$mounts is of a --container; without one the nodes' own folders are seen"
 [ "$do" = install ] || need_program sbatch "call this where jobs are submitted"
 user=${USER:-$(id -un)}
 

@@ -6,7 +6,7 @@
 #       --config=configs/star_gsm8k.py --workdir=/mnt/runs/x
 #
 # makes the slice, copies the files git knows, installs, and starts `qstar train` on all VMs with its flags (--config,
-# --workdir, --config.KEY, --device, --profile). Called again it goes on: a slice whose VMs all run is used, another made again.
+# --workdir, --config.KEY, --task, --device, --profile). Called again it goes on: a slice whose VMs all run is used, another made again.
 #
 #   --name=NAME --zone=ZONE --project=PROJECT    (zone and project: else ZONE and PROJECT, the variables)
 #   --machine=TYPE       ct5p-hightpu-4t (v5p), ct6e-standard-4t (v6e), tpu7x-standard-4t, ...
@@ -31,8 +31,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do=all name="" zone=${ZONE:-} project=${PROJECT:-} machine="" topology="" family="" disk=200 setup="" wait="" worker=0
+do="" name="" zone=${ZONE:-} project=${PROJECT:-} machine="" topology="" family="" disk=200 setup="" wait="" worker=0
 capacity=() interface="" address="" more=() through=() config="" workdir="" rest=()
+check_values "$@"
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
@@ -53,8 +54,11 @@ for argument in "$@"; do
     --iap) through=(--tunnel-through-iap) ;;
     --setup=*) setup=$value ;;
     --wait) wait="wait" ;;
-    --create | --ship | --list | --logs | --stop | --delete) do=${argument#--} ;;
-    --logs=*) do=logs worker=$value ;;
+    --create | --ship | --list | --logs | --stop | --delete) choose "$argument" ;;
+    --logs=*)
+        choose --logs
+        worker=$value
+        ;;
     --dry-run) dry_run=yes ;;
     -h | --help) show_help ;;
     --config=*) config=$value rest+=("$argument") ;;
@@ -62,9 +66,10 @@ for argument in "$@"; do
     *) train_argument "$argument" ;;
     esac
 done
+do=${do:-all}
 need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
 [ "$do" = list ] || need_name "$name"
-need_number --disk "$disk"
+need_number --disk "$disk" 1
 need_number --logs "$worker"
 case ${capacity[*]-} in *-model=*-model=*) fail "only one of --spot, --reserved and --flex-start can be given" ;; esac
 need_program gcloud "https://cloud.google.com/sdk/docs/install says how"
@@ -77,7 +82,7 @@ check_machine() {
     need_value --machine "$machine" "e.g. ct6e-standard-4t"
     need_value --topology "$topology" "e.g. 4x4"
     each=${machine##*-} each=${each%t}
-    case $each in "" | *[!0-9]*) fail "--machine=$machine does not end with its number of chips, as ct6e-standard-4t does" ;; esac
+    case $each in "" | 0* | *[!0-9]* | ?????*) fail "--machine=$machine does not end with its number of chips, as ct6e-standard-4t does" ;; esac
     chips=$(chips_of "$topology") || exit 2
     [ $((chips % each)) -eq 0 ] || fail "--topology=$topology has $chips chips, which are no multiple of the $each of --machine=$machine"
     hosts=$((chips / each))

@@ -4,7 +4,7 @@
 #   bash launch/tpu_pod.sh --name=x --type=v6e-16 --zone=us-east5-b --project=P --config=configs/star_gsm8k.py --workdir=/mnt/runs/x
 #
 # asks for the machines and waits for them, copies the files git knows, installs, and starts `qstar train` on all workers with
-# its flags (--config, --workdir, --config.KEY, --device, --profile). Called again it goes on: machines that are there are
+# its flags (--config, --workdir, --config.KEY, --task, --device, --profile). Called again it goes on: machines that are there are
 # used, those that were pre-empted made again.
 #
 #   --name=NAME --zone=ZONE --project=PROJECT    of the queued resource (zone and project: else ZONE and PROJECT, the variables)
@@ -29,8 +29,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do=all name="" zone=${ZONE:-} project=${PROJECT:-} type="" runtime="" capacity="" slices=1 setup="" wait="" worker=0 flex="" more=()
+do="" name="" zone=${ZONE:-} project=${PROJECT:-} type="" runtime="" capacity=() slices=1 setup="" wait="" worker=0 flex="" more=()
 config="" workdir="" rest=()
+check_values "$@"
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
@@ -41,12 +42,15 @@ for argument in "$@"; do
     --runtime=*) runtime=$value ;;
     --slices=*) slices=$value ;;
     --setup=*) setup=$value ;;
-    --spot | --reserved) capacity=$argument ;;
-    --flex-start=*) flex=$value ;;
+    --spot | --reserved) capacity+=("$argument") ;;
+    --flex-start=*) flex=$value capacity+=("$argument") ;;
     --network=* | --subnetwork=* | --internal-ips | --service-account=* | --labels=* | --tags=*) more+=("$argument") ;;
     --wait) wait="wait" ;;
-    --create | --ship | --list | --logs | --stop | --delete) do=${argument#--} ;;
-    --logs=*) do=logs worker=$value ;;
+    --create | --ship | --list | --logs | --stop | --delete) choose "$argument" ;;
+    --logs=*)
+        choose --logs
+        worker=$value
+        ;;
     --dry-run) dry_run=yes ;;
     -h | --help) show_help ;;
     --config=*) config=$value rest+=("$argument") ;;
@@ -54,11 +58,12 @@ for argument in "$@"; do
     *) train_argument "$argument" ;;
     esac
 done
+do=${do:-all}
 need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
 [ "$do" = list ] || need_name "$name"
-need_number --slices "$slices"
+need_number --slices "$slices" 1
 need_number --logs "$worker"
-[ -z "$flex" ] || [ -z "$capacity" ] || fail "--flex-start and $capacity exclude each other"
+[ ${#capacity[@]} -le 1 ] || fail "only one of --spot, --reserved and --flex-start can be given"
 need_program gcloud "https://cloud.google.com/sdk/docs/install says how"
 place=(--zone="$zone")
 [ -z "$project" ] || place+=(--project="$project")
@@ -87,6 +92,8 @@ delete() { run "${queued[@]}" delete "$name" "${place[@]}" --force --quiet; }
 
 create() {
     local now command left=${QSTAR_PATIENCE:-86400} pause=${QSTAR_POLL_SECONDS:-30}
+    need_number QSTAR_PATIENCE "$left"
+    need_number QSTAR_POLL_SECONDS "$pause"
     # Flex-start is of the alpha command alone.
     command=(gcloud ${flex:+alpha} "${queued[@]:1}" create "$name" "${place[@]}" --accelerator-type="$type" --runtime-version="$runtime")
     if [ "$slices" -gt 1 ]; then
@@ -94,9 +101,8 @@ create() {
     else
         command+=(--node-id="$name")
     fi
-    [ -z "$capacity" ] || command+=("$capacity")
-    [ -z "$flex" ] || command+=(--provisioning-model=flex-start --max-run-duration="$flex")
-    command+=(${more[@]+"${more[@]}"})
+    [ -z "$flex" ] || capacity=(--provisioning-model=flex-start --max-run-duration="$flex")
+    command+=(${capacity[@]+"${capacity[@]}"} ${more[@]+"${more[@]}"})
     if [ -n "$dry_run" ]; then
         quote "${command[@]}"
         return

@@ -543,6 +543,21 @@ def test_babysit_passes_sigterm_on_and_does_not_start_again(bench, tmp_path):
     ("gpu_local.sh", ["--gpus=all", "--config=c"], "--gpus=all"), ("gpu_local.sh", ["--logs", "--name=none"], "none"),
     ("babysit.sh", ["--dry-run"], "no command"), ("babysit.sh", ["--pause=x", "--", "true"], "--pause=x"),
     ("worker.sh", ["dance"], "dance"), ("gpu_check.sh", ["--fast"], "--fast"),
+    # Numbers that bash reads otherwise, or divides by
+    ("gke_xpk.sh", [*JOBSET, *RUN, "--chips=0"], "--chips=0"), ("tpu_compute.sh", [*MIG, "--machine=ct6e-standard-0t", "--create"], "-0t"),
+    ("tpu_compute.sh", [*MIG, "--topology=08x4", "--create"], "--topology=08x4"), ("babysit.sh", ["--pause=08", "--", "true"], "--pause=08"),
+    ("gke_xpk.sh", [*JOBSET, *RUN, "--topology=0x4"], "--topology=0x4"), ("gke_xpk.sh", [*JOBSET, *RUN, "--slices=0"], "--slices=0"),
+    ("tpu_pod.sh", [*POD, "--slices=0", "--create"], "--slices=0"), ("slurm.sh", ["--nodes=0", *RUN], "--nodes=0"),
+    ("tpu_pod.sh", [*POD, "--slices=99999999999999999999", "--create"], "--slices=9"),
+    ("gpu_local.sh", ["--gpus=0,,1", *RUN], "--gpus=0,,1"), ("gke_xpk.sh", [*JOBSET, *RUN, "--label=team"], "--label=team"),
+    # Flags that would have no effect
+    ("tpu_pod.sh", [*POD, "--spot", "--reserved"], "only one"), ("tpu_pod.sh", [*POD, "--create", "--stop"], "--create and --stop"),
+    ("gke_xpk.sh", [*XPK, "--type=v6e-16", "--image=i", "--flex-start", *RUN], "--flex-start"),
+    ("gke_xpk.sh", [*JOBSET, *RUN, "--cluster=c"], "--cluster"), ("slurm.sh", ["--mounts=/a:/a", *RUN], "--mounts"),
+    ("gke_xpk.sh", [*JOBSET, RUN[0], "--workdir=runs/x"], "runs/x"), ("gke_xpk.sh", [*JOBSET, RUN[0], "--workdir=~/x"], "~/x"),
+    ("gke_xpk.sh", [*JOBSET, *RUN, "--spot", "--flex-start"], "--spot and"), ("gke_xpk.sh", [*JOBSET, *RUN, "--claim="], "--claim= has no value"),
+    # Files
+    ("slurm.sh", [*RUN, "--config.model.path", "nope"], "--config.model.path=nope"), ("slurm.sh", [*RUN, "--task=nope.py:T"], "nope.py"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_with_its_culprit(bench, script, arguments, culprit):
     said = bench(script, *arguments, code=2)
@@ -560,13 +575,12 @@ SUBMIT = {
 STAR = "--config=configs/star_gsm8k.py"
 WRONG = {
     "a flag with a typing error": ([STAR, "--spott"], "--spott is unknown"),
-    "a flag of another launcher": ([STAR, "--subnet=foo"], "--subnet is unknown"),
     "a word": ([STAR, "smoke"], "'smoke' is no flag"),
     "a config that is not there": (["--config=configs/nope.py"], "--config=configs/nope.py: no such file"),
     "a name of no config": (["--config=star_gsm"], "--config=star_gsm: no such file"),
     "a model that is not there": ([STAR + ":smoke,model=nope"], "model=nope: no such folder"),
     "a model of an override": ([STAR, "--config.model.path=nope/x/y"], "--config.model.path=nope/x/y: no such folder"),
-    "data that are not there": ([STAR + ":data=nope"], "data=nope: no such folder"),
+    "data that are not there": ([STAR + ":data=nope"], "data=nope: no such file or folder"),
 }
 
 
@@ -595,16 +609,28 @@ def test_a_model_that_git_ignores_is_not_shipped(bench, copy):
     assert "model=weights: git ignores that folder" in said and not bench.calls()
 
 
+def test_data_and_models_may_be_files_names_of_the_hub_and_the_random_one(bench, copy):
+    (copy / "pairs 1.jsonl").write_text("{}")
+    for names in (["sft:data=pairs 1.jsonl,model=random-tiny"], ["quiet_star_mistral_7b:data=open-web-math/open-web-math"],
+                  ["star_gsm8k:data=configs,model=Qwen/Qwen3-0.6B@refs/pr/3"], ["dpo:data=owner/rows:part", "--config.note", "a="],
+                  ["star_arithmetic", "--config.model.path", "random-tiny", "--task=configs/sft.py:Task"]):  # fmt: skip
+        bench("tpu_pod.sh", *POD, f"--config={names[0]}", *names[1:], "--workdir=/mnt/x", "--dry-run", cwd=copy)
+
+
 def test_values_of_the_config_go_on_in_both_ways_of_writing(bench):
     more = [
         "--config.train.lr",
         "1e-3",
+        "--config.seed",
+        "-1",
+        "--task=numeric",
+        '--task-options={"test": "rows.jsonl"}',
         "--config.evaluate.hinted",
         "--profile=1:2",
         "--config.loop.k=4",
         "--device=gpu",
     ]
-    assert shlex.split(bench("slurm.sh", *SUBMIT["slurm.sh"], STAR, *more, "--dry-run"))[-7:] == [STAR, *more]
+    assert shlex.split(bench("slurm.sh", *SUBMIT["slurm.sh"], STAR, *more, "--dry-run"))[-11:] == [STAR, *more]
 
 
 def test_the_commands_of_the_readmes_are_accepted(bench):
