@@ -144,10 +144,8 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
     # ---- the models, trained and frozen
     start, thoughts = with_thoughts(ctx, arm, models[arm.start]), ctx.thoughts.replace(**arm.thoughts)
     teacher = models[arm.teacher] if arm.teacher else None
-    # Teacher and reference are roles of the same state; the optimiser's pattern ^policy/ excludes them.
+    # The teacher is a role of the same state; the optimiser's pattern ^policy/ excludes it.
     roles = {"teacher": teacher.params} if teacher else {}
-    if arm.thought_source == "sampled" and thoughts.kl_weight:
-        roles["reference"] = start.params
 
     # ---- the update, for the thought length of its step
     settings = ctx.update_settings(arm.train)
@@ -230,6 +228,6 @@ def control_loss(params: Any, batch: Batch, rng: jax.Array, *, config: ModelConf
     B, N = batch.tokens.shape
     shape = (t.thought_tokens, B * t.thoughts_per_position, thinking_count(t, N))
     thoughts = control_thoughts(thought_source, config, rng, shape)
-    # Given tokens have no distribution to reinforce or regularize, and a control has no reference model.
-    unreinforced = config.replace(thoughts=t.replace(policy_weight=0.0, kl_weight=0.0, entropy_weight=0.0))
+    # Given tokens have no distribution to reinforce.
+    unreinforced = config.replace(thoughts=t.replace(policy_weight=0.0))
     return thought_loss.loss(params, batch, rng, config=unreinforced, thoughts=thoughts)

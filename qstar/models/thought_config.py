@@ -41,8 +41,6 @@ class ThoughtConfig(Settings):
     # Reward minus the mean over passes (if P > 1), or "base": the gain over no thought.
     baseline: str = bounded("passes", choices=("passes", "base"))
     reward_tail: bool = True  # thoughts near the row's end are rewarded, too, by as many true tokens as there are
-    entropy_weight: float = 0.0  # nats of thought entropy per token that count as one of loss; 0 = off
-    kl_weight: float = 0.0  # of KL(thoughts' policy, reference); needs the role `reference` in the parameters; 0 = off
 
     base_weight: float = bounded(0.5, ge=0, le=1)  # of the loss without thoughts; the loss with thoughts has the rest
     # Over predicted tokens, or (official code) over entries that are not 0.0.
@@ -87,6 +85,8 @@ class ThoughtConfig(Settings):
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ThoughtConfig:
         """Returns the config of a dict that `dataclasses.asdict` (and JSON) made; an unknown key is an error."""
+        # Models of earlier versions hold weights of two terms of the training loss, which are gone.
+        fields = {k: v for k, v in fields.items() if k not in ("entropy_weight", "kl_weight")}
         known = {f.name for f in dataclasses.fields(cls)}
         strange = sorted(fields.keys() - known)
         require((not strange, f"thoughts: {', '.join(strange)} is no field of ThoughtConfig"))

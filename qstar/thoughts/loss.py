@@ -14,7 +14,6 @@ upstream does.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -116,7 +115,7 @@ def loss(
     """The loss of `train.step.make_step`: samples thoughts, replays and rewards them. Logits exist a chunk at a time.
 
     Args:
-      params: {"policy": a decoder's tree with `thoughts` and `mixing`}; for `kl_weight`, `reference` like it.
+      params: {"policy": a decoder's tree with `thoughts` and `mixing`}.
       batch: rows [B, N], packed or not; `mask` marks the tokens to be predicted. rng: of thoughts and positions.
       config: with `thoughts`.
       schedule: "replay" (a rollout without gradient, then one pass over whole threads; `config.remat` applies) or
@@ -206,9 +205,6 @@ def compute_loss(
     policy = policy_sum / normalizer.policy
 
     total = t.base_weight * nll_base + (1 - t.base_weight) * nll_talk + t.policy_weight * policy
-    if t.entropy_weight or t.kl_weight:
-        each = repeat((weights.policy / normalizer.policy) / S, "b m -> b p m s", p=P, s=S)
-        total += penalty(params, config, batch, positions, states.think, thought_ids, each)
     weight = jnp.sum(weights.base) if t.nll_mean == "tokens" else jnp.float32(1)
     metrics = {
         "loss": (total * weight, weight),
@@ -253,51 +249,3 @@ def _metrics(
         return jax.lax.stop_gradient(jnp.sum(x * counted)), jnp.sum(counted)
 
     return {k: mean(x) for k, x in means.items()}
-
-
-def penalty(
-    params: dict[str, Params],
-    config: ModelConfig,
-    batch: Batch,
-    positions: jax.Array,
-    think: jax.Array,
-    thought_ids: jax.Array,
-    weights: jax.Array,
-) -> jax.Array:
-    """Returns kl_weight * KL(policy, reference) - entropy_weight * H(policy), weighted sums over the thoughts' tokens.
-
-    Args:
-      params: {"policy", and "reference" if `kl_weight` is not 0}. think: [B, P, M, S, D] states of the policy that
-        `thought_ids` [B, P, M, S] were drawn from. weights: [B, P, M, S].
-    """
-    # Exact sums over the vocabulary at the thoughts' states: estimates from the drawn tokens would add variance.
-    t, logit_bias, value = config.required_thoughts, forbidden_bias(config), jnp.float32(0)
-    head = decoder.head(params["policy"], config)
-
-    def logprobs(hidden: jax.Array, head: vocabulary.Head) -> jax.Array:
-        logits = vocabulary.head_logits(hidden, *head)
-        # Forbidden ids get one finite log-probability in both models, so that 0 times it is 0.
-        return jax.nn.log_softmax(logits if logit_bias is None else jnp.where(logit_bias < 0, -1e4, logits))
-
-    def entropy(hidden: jax.Array) -> jax.Array:
-        logp = logprobs(hidden, head)
-        return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-
-    if t.entropy_weight:
-        each = layout.by_position(partial(vocabulary.map_chunks, entropy, vocab_size=config.vocab_size))(think)
-        value -= t.entropy_weight * jnp.sum(weights * each)
-    if t.kl_weight:
-        # The reference has its own text states: its thoughts attend to its own keys and values.
-        reference = jax.lax.stop_gradient(params["reference"])
-        texts = forward.read(reference, config, batch)
-        reference_states = replay_states(reference, config, batch, texts, positions, thought_ids).think
-        reference_head = decoder.head(reference, config)
-
-        def divergence(hidden: jax.Array, reference_hidden: jax.Array) -> jax.Array:
-            logp = logprobs(hidden, head)
-            return jnp.sum(jnp.exp(logp) * (logp - logprobs(reference_hidden, reference_head)), axis=-1)
-
-        over_chunks = layout.by_position(partial(vocabulary.map_chunks, divergence, vocab_size=config.vocab_size))
-        each = over_chunks(think, reference_states)
-        value += t.kl_weight * jnp.sum(weights * each)
-    return value

@@ -260,19 +260,6 @@ def small_run(tmp_path, arms, **changes):
     return read(tmp_path)
 
 
-def test_a_config_can_keep_thoughts_near_the_model_they_start_from(tmp_path):
-    """kl_weight: nothing at the first step, where the two are one, then a pull; controls reinforce nothing and know none."""
-    arms = {
-        "free": {},
-        "near": {"thoughts": {"kl_weight": 5.0}},
-        "pause": {"thought_source": "pause", "thoughts": {"kl_weight": 5.0}},
-    }
-    losses = {
-        (r["arm"], r["step"]): r["loss"] for r in small_run(tmp_path, arms, policy_weight=0.0) if r["stage"] == "train"
-    }
-    assert len(losses) == 6 and np.isfinite(list(losses.values())).all()
-
-
 @pytest.mark.parametrize("ids", [(), (21,)])
 def test_pause_tokens_need_an_id_that_no_text_holds(tmp_path, ids):
     """No padding token (GPT-2), or one that ends documents: refused before anything is written."""

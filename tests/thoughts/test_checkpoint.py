@@ -77,3 +77,5 @@ def test_lengths_of_the_official_code_and_mistakes_are_named():
             ThoughtConfig(**wrong)
     with pytest.raises(UserError, match="surprise"):
         ThoughtConfig.from_dict({"surprise": 1})
+    # Models of versions whose loss had these two terms.
+    assert ThoughtConfig.from_dict({"entropy_weight": 0.1, "kl_weight": 5.0}) == ThoughtConfig()

@@ -159,27 +159,6 @@ def test_packed_documents_do_not_see_each_other():
         np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(np.abs(y).max())))
 
 
-def test_entropy_and_kl_terms_are_their_formulas():
-    tree, batch, thought_ids = params("llama"), text_batch(*texts()), thoughts()
-    other = jax.tree.map(lambda x: x * 1.1, tree)
-    everywhere = jnp.broadcast_to(jnp.arange(N), (2, N))
-
-    def value(**changes):
-        config = LLAMA.replace(thoughts=LLAMA.thoughts.replace(**changes))
-        f = functools.partial(thought_loss.loss, config=config)
-        (total, weight), _ = jax.jit(f)(
-            {"policy": tree, "reference": other}, batch, KEY, thoughts=thought_ids, positions=everywhere
-        )
-        return total / weight
-
-    run = jax.jit(lambda p: replay(p, LLAMA, *texts(), thought_ids).thought_logits[:, :, :-1, 1:29])
-    logp, reference_logp = (jax.nn.log_softmax(run(p)) for p in (tree, other))
-    H, KL = -jnp.sum(jnp.exp(logp) * logp, -1).mean(), jnp.sum(jnp.exp(logp) * (logp - reference_logp), -1).mean()
-    plain = value()
-    np.testing.assert_allclose(value(entropy_weight=0.5) - plain, -0.5 * H, rtol=1e-4)
-    np.testing.assert_allclose(value(kl_weight=2.0) - plain, 2 * KL, rtol=1e-3)
-
-
 def test_the_text_is_read_once_for_all_passes():
     """The base pass has no axis of passes, and no array of the step is as large as a dense mask would be."""
     batch = text_batch(*texts())
