@@ -6,7 +6,7 @@
     best_of_k          the solution with the best score                              V-STaR, arXiv 2402.06457
     top_m_vote         the majority among the m best-scored solutions       Cobbe et al., arXiv 2110.14168, section 4.3
 
-A scorer is any `f(prompts, completions of each) -> [N, n]`, such as `verifier.score` with a verifier, or `llm_judge`.
+A scorer is any `f(prompts, completions of each) -> [N, n]`, such as `verifier.score` with a verifier.
 
 Deviation from V-STaR: expectations over subsets of k are exact where a closed form exists; weighted and top-m votes are
 means over 200 random subsets (the paper: 256).
@@ -17,18 +17,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from qstar.errors import unknown
 from qstar.sample import vote
 from qstar.train import stats
 
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
-RULES = ("greedy", "majority", "weighted_majority", "best_of_k", "top_m_vote")
 # Of random subsets, for rules without a closed form: all C(n, k) of them are too many.
 SUBSETS = 200
 
@@ -41,34 +38,6 @@ class Candidates:
     correct: Sequence[bool]
     scores: Mapping[str, Sequence[float]]  # scorer -> one per solution
     group: str = ""
-
-
-# ------------------------------------------------------------------------------------------- one set of k solutions
-
-
-def choose(
-    rule: str, answers: Sequence[str | None], scores: Sequence[float] | None = None, *, m: int = 4
-) -> int | None:
-    """Returns the index of the solution that a rule selects; None if no solution has an answer (or there is none).
-
-    Args:
-      rule: one of RULES (else UserError); "greedy" selects the first.
-      scores: larger is better; None: all equal. Votes select the best-scored solution with the winning answer.
-    """
-    if rule not in RULES:
-        raise unknown(f"selection rule {rule!r}", rule, RULES)
-    if rule == "greedy":
-        return 0 if answers else None
-    scores = [0.0] * len(answers) if scores is None else scores
-    if rule == "best_of_k":
-        return vote.best_of(scores)
-    if rule == "majority":
-        won = vote.majority(answers, [0.0 if math.isnan(s) else s for s in scores])
-    elif rule == "weighted_majority":
-        won = vote.weighted_majority(answers, weights(scores))
-    else:
-        won = vote.top_m_vote(answers, scores, m)
-    return next((i for i in vote.ranking(scores) if answers[i] == won), None) if won is not None else None
 
 
 def are_probabilities(scores: Sequence[float]) -> bool:
@@ -89,36 +58,6 @@ def weights(scores: Sequence[float], probabilities: bool | None = None) -> list[
     # Only ratios of weights matter, and without the shift exp underflows for solutions of a few hundred tokens.
     top = max(finite)
     return [math.exp(s - top) if math.isfinite(s) else 0.0 for s in scores]
-
-
-# One solution per prompt: no position bias, which pairwise grading has. Biases towards length and own style remain.
-_JUDGE = (
-    "Judge the solution of the problem below. Look for the first mistake, if there is one, and then grade how "
-    "likely the solution is right with a number from 0 to 10 on the last line.\n\n"
-    "Problem:\n{prompt}\n\nSolution:\n{completion}\n\nGrade:"
-)
-
-
-def llm_judge(ask: Callable[[list[str]], list[str]], template: str = _JUDGE, best: float = 10.0) -> Scorer:
-    """Returns a scorer that asks a model for a grade: LLM as a judge (arXiv 2306.05685), single-answer grading.
-
-    Args:
-      ask: texts -> the judge's replies. template: with {prompt} and {completion}; the last number is the grade.
-      best: the best grade, which may stand behind it ("9/10", "9 out of 10"); the worst is 0.
-
-    Returns:
-      A scorer of probabilities: grade / best, clipped to [0, 1]; NaN, which ranks last, where a reply has no number.
-    """
-
-    number = rf"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*{best:g}(?![\d.]*\d))?"
-
-    def scorer(prompts: Sequence[str], completions: Sequence[Sequence[str]]) -> np.ndarray:
-        texts = [template.format(prompt=p, completion=c) for p, cs in zip(prompts, completions) for c in cs]
-        grades = [re.findall(number, reply) for reply in ask(texts)]
-        flat = [float(found[-1]) if found else math.nan for found in grades]
-        return np.clip(np.array(flat, np.float32) / best, 0.0, 1.0).reshape(len(prompts), -1)
-
-    return scorer
 
 
 # ------------------------------------------------------------------------------------------ accuracy as a function of k
@@ -159,7 +98,7 @@ def _weighted_vote(p: Candidates, name: str, k: int, probabilities: bool) -> flo
 
 def _top_m_vote(p: Candidates, name: str, k: int, m: int) -> float:
     shares = vote.right_shares(p.answers, p.correct)
-    # A sample without a score ranks last, as in `vote.ranking`.
+    # A sample without a score ranks last.
     scores = np.nan_to_num(np.asarray(p.scores[name], float), nan=-np.inf)
     names = sorted({a for a in p.answers if a is not None})
     right = np.array([shares.get(answer, 0.0) for answer in names])

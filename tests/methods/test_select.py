@@ -8,59 +8,15 @@ import math
 import numpy as np
 import pytest
 
-from qstar.errors import UserError
 from qstar.methods import select
-from qstar.methods.select import Candidates, choose, curves
+from qstar.methods.select import Candidates, curves
 from qstar.methods.v_star_eval import candidates
 from qstar.runs.evaluate import many
-from qstar.sample.vote import best_of, majority, top_m_vote, weighted_majority
 from qstar.tasks import make_task
 from qstar.train.stats import auc
 from qstar.types import Rollout
 
 NAN = math.nan
-
-
-def test_best_of_takes_the_first_of_the_best_and_no_number_last():
-    assert best_of([1.0, 3.0, 3.0]) == 1 and best_of([NAN, -math.inf, NAN]) == 1
-    assert best_of([NAN, NAN]) == 0 and best_of([]) is None
-
-
-def test_weighted_votes():
-    assert weighted_majority(["a", "b", "b"], [0.9, 0.4, 0.4]) == "a"
-    assert weighted_majority(["a", "b", "b"], [0.9, 0.5, 0.5]) == "b"
-    assert weighted_majority([None, "b"], [9.0, 0.1]) == "b" and weighted_majority([None], [1.0]) is None
-    assert weighted_majority(["a", "b"], [NAN, 0.1]) == "b"
-
-
-def test_equal_weights_make_the_plain_majority():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        answers = [[None, "a", "b", "c"][i] for i in rng.integers(0, 4, 7)]
-        votes = {a: answers.count(a) for a in answers if a is not None}
-        won = weighted_majority(answers, [1.0] * 7)
-        assert won is None if not votes else votes[won] == max(votes.values()) == votes[majority(answers)]
-
-
-def test_top_m_votes_among_the_best_alone():
-    answers, scores = ["a", "b", "b", "c", "c"], [5.0, 1.0, 0.0, 4.0, 3.0]
-    assert top_m_vote(answers, scores, 1) == "a" and top_m_vote(answers, scores, 3) == "c"
-    assert top_m_vote(answers, scores, 2) == "a"  # a tie goes to the better score
-    assert top_m_vote(answers, scores, 99) == "c"
-    with pytest.raises(ValueError, match="m=0"):
-        top_m_vote(answers, scores, 0)
-
-
-def test_a_rule_takes_the_best_scored_solution_of_the_winning_answer():
-    answers, scores = ["a", "b", "b", None], [-1.0, -3.0, -2.0, 0.0]
-    assert choose("greedy", answers) == 0
-    assert choose("majority", answers, scores) == 2 and choose("majority", answers) == 1
-    assert choose("best_of_k", answers, scores) == 3  # a verifier may prefer what cannot be read: so be it
-    assert choose("weighted_majority", answers, scores) == 0  # e^-1 against e^-3 + e^-2
-    assert choose("top_m_vote", answers, scores, m=2) == 0
-    assert choose("majority", [None, None]) is None and choose("greedy", []) is None
-    with pytest.raises(UserError, match="majority"):
-        choose("majorty", answers)
 
 
 def test_chances_weigh_as_they_are_and_likelihoods_by_their_exponential():
@@ -131,37 +87,9 @@ def test_votes_by_score_are_near_the_mean_over_all_subsets(problems):
         )
 
 
-def test_a_judge_grades_one_solution_at_a_time_and_a_reply_without_number_comes_last():
-    asked = []
-
-    def ask(texts):
-        asked.extend(texts)
-        return ["Step 2 is wrong.\n3", "fine: 9.5", "no idea", "-1"]
-
-    scores = select.llm_judge(ask)(["p", "q"], [["a", "b"], ["c", "d"]])
-    assert scores.shape == (2, 2) and scores[0].tolist() == pytest.approx([0.3, 0.95]) and scores[1, 1] == 0
-    assert math.isnan(scores[1, 0]) and "p" in asked[1] and "b" in asked[1] and best_of(scores[1]) == 1
-
-
-@pytest.mark.parametrize(
-    "reply, grade",
-    [
-        ("9/10", 0.9),
-        ("Grade: 9 / 10.", 0.9),
-        ("7.5 out of 10", 0.75),
-        ("10", 1.0),
-        ("1/2 is right: 4", 0.4),
-        ("3/100 of it is shown: 5", 0.5),
-    ],
-)
-def test_a_grade_may_name_the_best_one_behind_it(reply, grade):
-    assert select.llm_judge(lambda texts: [reply])(["p"], [["a"]])[0, 0] == pytest.approx(grade)
-
-
 def test_weights_of_votes_are_of_one_kind_for_all_problems_of_a_scorer():
     """A judge's grades are chances; log-likelihoods that happen to lie in [0, 1] for one problem stay log-likelihoods."""
-    grades = select.llm_judge(lambda texts: ["0", "1", "1"])(["p"], [["a", "b", "c"]])[0].tolist()
-    assert select.weights(grades) == pytest.approx([0, 0.1, 0.1])
+    assert select.weights([0, 0.1, 0.1]) == [0, 0.1, 0.1]
     answers, correct = ["1", "2", "2", "2"], [True, False, False, False]
     ratio = [1.0, 0.0, 0.0, 0.0]  # as chances 1 against 0; as log-likelihoods e against 3
     odd = select.Candidates(answers, correct, {"logratio": ratio})
@@ -239,3 +167,8 @@ def test_programs_vote_by_their_text_and_not_by_the_hidden_tests(mbpp):
 def test_an_answer_that_is_right_in_part_counts_in_part():
     found = curves([Candidates(["a", "a", "a", "b"], [True, True, False, False], {})], [4])
     assert found["majority"][4] == pytest.approx([2 / 3])
+
+
+def test_a_solution_without_a_score_comes_last_and_weighs_nothing():
+    found = curves([Candidates(["b", "a"], [False, True], {"v": [NAN, 0.5]})], [2], m=1)
+    assert [found[rule][2] for rule in ("best/v", "top1/v", "weighted/v")] == [[1.0]] * 3
