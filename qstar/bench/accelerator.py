@@ -9,15 +9,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar.bench.common import measure, median, random_model, show
+from qstar.bench.common import measure, random_model, show
 from qstar.bench.generate import torch_generate
-from qstar.bench.train import LR, random_rows, whole_rows
+from qstar.bench.train import random_rows, stepper, torch_stepper, whole_rows
 from qstar.models import decoder
 from qstar.models.attention import attend, causal_mask, text_segment
 from qstar.models.config import ModelConfig, preset
@@ -27,10 +28,8 @@ from qstar.models.thought_config import ThoughtConfig
 from qstar.sample.batching import generate
 from qstar.thoughts import layout
 from qstar.thoughts import loss as thought_loss
-from qstar.train import losses, optim
+from qstar.train import losses
 from qstar.train.flops import peak, update_flops
-from qstar.train.state import create_state
-from qstar.train.step import make_step
 
 # Llama-3.2-1B's blocks (1.1B parameters here) and SmolLM2-135M's, with random weights.
 LLAMA_1B: dict[str, Any] = dict(
@@ -121,23 +120,11 @@ def _model(folder: str, changes: dict[str, Any]) -> Any:
     return model.replace(config=model.config.replace(eos_id=None, also_eos=()))
 
 
-def _stepper(loss: Any, params: Any, batch: Any) -> dict[str, Callable[[], Any]]:
-    tx = optim.adamw(b2=0.999)
-    step, state, batch = make_step(loss, tx), create_state({"policy": params}, tx, seed=0), jax.device_put(batch)
-
-    def run() -> float:
-        nonlocal state
-        state, metrics = step(state, batch, np.float32(LR))
-        return float(metrics["loss"])
-
-    return _made(run)
-
-
 def update(folder: str, changes: dict[str, Any], rows: int, length: int) -> dict[str, Callable[[], Any]]:
     """Saves the model; returns a function that makes an update of all parameters and returns its loss."""
     model = _model(folder, changes)
     batch = whole_rows(random_rows(model.config.vocab_size, rows, length))
-    return _stepper(partial(losses.sft_loss, config=model.config), model.params, batch)
+    return _made(stepper(partial(losses.sft_loss, config=model.config), model.params, batch, {}))
 
 
 def decoding(folder: str, changes: dict[str, Any], batch: int, new: int) -> dict[str, Callable[[], Any]]:
@@ -165,7 +152,8 @@ def thinking(changes: dict[str, Any], length: int) -> dict[str, Callable[[], Any
     config = _thinker(changes)
     params = jax.jit(lambda key: decoder.init(config, key))(jax.random.key(0))
     tokens = random_rows(config.vocab_size, 1, length)
-    return _stepper(partial(thought_loss.loss, config=config), params, layout.text_batch(tokens, np.ones_like(tokens)))
+    batch = layout.text_batch(tokens, np.ones_like(tokens))
+    return _made(stepper(partial(thought_loss.loss, config=config), params, batch, {}))
 
 
 def attention(kind: str, length: int) -> dict[str, Callable[[], Any]]:
@@ -205,21 +193,9 @@ def _twin(folder: str) -> Any:
 
 def torch_update(folder: str, changes: dict[str, Any], rows: int, length: int) -> Callable[[], float]:
     """Returns an update with transformers, in bfloat16 with checkpointing, on the same GPU."""
-    import torch
-
     twin = _twin(folder).train()
     twin.gradient_checkpointing_enable()
-    optimiser = torch.optim.AdamW(twin.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    tokens = torch.from_numpy(random_rows(twin.config.vocab_size, rows, length)).long().cuda()
-
-    def run() -> float:
-        loss = twin(tokens, labels=tokens).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        return loss.item()
-
-    return run
+    return torch_stepper(twin, random_rows(twin.config.vocab_size, rows, length), fused=True)
 
 
 def torch_decoding(folder: str, changes: dict[str, Any], batch: int, new: int) -> Callable[[], int]:

@@ -8,15 +8,15 @@ import json
 import logging
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from qstar.errors import UserError
+from qstar.errors import UserError, require
 
 # Changes to the preset llama_20m: 512 ids put the work into the blocks, 32,000 into the vocabulary.
 SMALL_BLOCKS = dict(hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4, intermediate_size=688, scan_unroll=4)
@@ -105,11 +105,6 @@ def in_turn(makers: dict[str, Callable[..., Any]], rounds: int, repeats: int, de
     return found
 
 
-def median(values: Sequence[float]) -> float:
-    """Returns the median."""
-    return statistics.median(values)
-
-
 def paired_ratio(ours: list[float], theirs: list[float]) -> float:
     """Returns the median over pairs of theirs / ours: above 1, qstar is faster."""
     # Of pairs measured one after the other, in which drift cancels, rather than a ratio of two medians.
@@ -167,6 +162,29 @@ def random_model(config: Any, folder: str = "", seed: int = 0) -> Any:
     if folder:
         save(model, folder)
     return model
+
+
+def our_model(folder: str, changes: dict[str, Any] | None = None) -> Any:
+    """Returns a saved model, float32; or a random one, of the preset with changes, which is saved for the other side."""
+    # The sides start from the same weights: the difference of their results checks the comparison.
+    from qstar.models.config import preset
+    from qstar.models.model import load
+
+    if changes is None:
+        return load(folder, dtype="float32")
+    return random_model(preset("llama_20m", **changes), folder)
+
+
+def read_config(folder: str) -> Any:
+    """Returns the config of a saved decoder, without its weights."""
+    from qstar.models import hf, hf_config
+    from qstar.models.config import ModelConfig
+
+    config = hf_config.from_hf(hf.read_config(folder))
+    require(
+        (isinstance(config, ModelConfig), f"bench: {folder} is no decoder; give --model a model of a decoder alone")
+    )
+    return config
 
 
 def torch_twin(folder: str | Path) -> Any:

@@ -1,9 +1,11 @@
-"""Benchmark of sampling beside transformers' `generate`: plain batches, and the load of a STaR iteration."""
+"""Benchmark of sampling beside transformers' `generate`: plain batches and a STaR iteration's load, or a pretrained model."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import jax
@@ -15,9 +17,10 @@ from qstar.bench.common import (
     SMALL_BLOCKS,
     in_turn,
     matmul_rate,
-    median,
+    our_model,
     paired_ratio,
     random_model,
+    read_config,
     show,
     torch_twin,
 )
@@ -26,33 +29,44 @@ from qstar.models.model import Model, save
 from qstar.models.scoring import logits
 from qstar.sample.batching import generate
 
-PROMPT, NEW = 16, 64
 SHOTS, LONGEST, SAMPLES = 1000, 256, 4  # of the STaR load
 EOS = 1
 
 
-def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") -> None:
-    """Measures plain batches and the STaR load and prints one table."""
-    rows: list[dict[str, Any]] = []
-    rate = matmul_rate(repeats=5 if quick else 9)
-    makers = {"qstar": ours_plain, "torch": theirs_plain}
-    for name, changes in LLAMAS[: 1 if quick else 2]:
-        for batch in (64,) if quick else (64, 256):
-            # 64 new tokens each at temperature 1, none of which ends a text: the same number of tokens on both sides.
-            with tempfile.TemporaryDirectory() as folder:
-                options = dict(folder=folder, changes=changes, batch=batch)
-                found = in_turn(makers, 1 if quick else 3, 1, device, **options)
-            flops = 2 * preset("llama_20m", **changes).matmul_params * batch * (PROMPT + NEW)
-            rows.append(_row(f"{name}, {batch} rows", found, flops / rate))
-    problems = 16 if quick else 256
-    with tempfile.TemporaryDirectory() as folder:
-        found = in_turn({"qstar": ours_star, "torch": theirs_star}, 1, 1, device, folder=folder, problems=problems)
-    tokens = SHOTS + sum(map(len, star_prompts(problems)[1])) + found["qstar"]["results"][-1]
-    flops = 2 * preset("llama_20m", **SMALL_BLOCKS).matmul_params * tokens
-    rows.append(_row(f"STaR load, {problems} x {SAMPLES}", found, flops / rate))
+def main(*, as_json: bool = False, quick: bool = False, device: str = "auto", model: str = "") -> None:
+    """Measures sampling at temperature 1 and prints one table."""
+    rows, rate, rounds = [], matmul_rate(repeats=5 if quick else 9), 1 if quick else 3
+    for name, config, case in _cases(model, quick):
+        with tempfile.TemporaryDirectory() as folder:
+            options: dict[str, Any] = dict(folder=model or folder) | case
+            found = in_turn({"qstar": ours_plain, "torch": theirs_plain}, rounds, 1, device, **options)
+        flops = 2 * config.matmul_params * case["prompts"] * (case["length"] + case["samples"] * case["new"])
+        rows.append(_row(name, found, flops / rate))
+    if not model:
+        problems = 16 if quick else 256
+        with tempfile.TemporaryDirectory() as folder:
+            found = in_turn({"qstar": ours_star, "torch": theirs_star}, 1, 1, device, folder=folder, problems=problems)
+        tokens = SHOTS + sum(map(len, star_prompts(problems)[1])) + found["qstar"]["results"][-1]
+        flops = 2 * preset("llama_20m", **SMALL_BLOCKS).matmul_params * tokens
+        rows.append(_row(f"STaR load, {problems} x {SAMPLES}", found, flops / rate))
     rule = "2 per matmul parameter and token, prompt once per prompt"
     notes = {"matmul GFLOP/s": round(rate / 1e9), "flop rule": rule}
     show("sampling, float32", rows, notes, as_json)
+
+
+def _cases(model: str, quick: bool) -> list[tuple[str, Any, dict[str, Any]]]:
+    # No text ends early: the same number of tokens on both sides.
+    if model:
+        case = (
+            dict(prompts=4, samples=2, length=48, new=32) if quick else dict(prompts=32, samples=4, length=48, new=128)
+        )
+        load = f"{case['prompts']} prompts of 48 x {case['samples']} samples of {case['new']} tokens"
+        return [(f"{os.path.basename(os.path.normpath(model))}, {load}", read_config(model), case)]
+    sizes = [(*llama, rows) for llama in LLAMAS[: 1 if quick else 2] for rows in ((64,) if quick else (64, 256))]
+    case = dict(samples=1, length=16, new=64)
+    return [
+        (f"{name}, {n} rows", preset("llama_20m", **c), case | {"prompts": n, "changes": c}) for name, c, n in sizes
+    ]
 
 
 def _row(load: str, found: dict[str, Any], needed: float) -> dict[str, Any]:
@@ -60,29 +74,35 @@ def _row(load: str, found: dict[str, Any], needed: float) -> dict[str, Any]:
     row: dict[str, Any] = {"load": load} | {f"{side} tokens/s": round(median(each)) for side, each in rates.items()}
     row |= {"qstar/torch": paired_ratio(rates["torch"], rates["qstar"])}
     row |= {f"{side} s": median(f["seconds"]) for side, f in found.items()}
+    row |= {f"{side} MiB": round(f["mib"]) for side, f in found.items()}
     return row | {"share of matmul rate": needed / row["qstar s"], "recompiles": found["qstar"]["recompiles"]}
 
 
 # ------------------------------------------------------------------------------------------------------- the sides
 
 
-def _plain_prompts(changes: dict[str, Any], batch: int) -> list[list[int]]:
-    vocab = preset("llama_20m", **changes).vocab_size
-    return np.random.default_rng(0).integers(2, vocab, (batch, PROMPT)).tolist()
+def _prompts(vocab: int, prompts: int, length: int) -> list[list[int]]:
+    return np.random.default_rng(0).integers(10, vocab - 10, (prompts, length)).tolist()
 
 
-def ours_plain(folder: str, changes: dict[str, Any], batch: int) -> Callable[[], int]:
-    """Saves the model; returns a function that samples and returns the number of tokens."""
-    model, prompts = random_model(preset("llama_20m", **changes), folder), _plain_prompts(changes, batch)
-    return lambda: sum(
-        len(c.tokens) for row in generate(model, prompts, max_new_tokens=NEW, temperature=1.0) for c in row
-    )
+def ours_plain(
+    folder: str, prompts: int, samples: int, length: int, new: int, changes: dict[str, Any] | None = None
+) -> Callable[[], int]:
+    """Returns a function that samples and returns the number of tokens."""
+    model = our_model(folder, changes)
+    model = model.replace(config=model.config.replace(eos_id=None, also_eos=()), tokenizer=None)
+    ids = _prompts(model.config.vocab_size, prompts, length)
+    options: dict[str, Any] = dict(max_new_tokens=new, n=samples, temperature=1.0)
+    return lambda: sum(len(c.tokens) for row in generate(model, ids, **options) for c in row)
 
 
-def theirs_plain(folder: str, changes: dict[str, Any], batch: int) -> Callable[[], int]:
+def theirs_plain(
+    folder: str, prompts: int, samples: int, length: int, new: int, changes: dict[str, Any] | None = None
+) -> Callable[[], int]:
     """Returns the same with transformers."""
-    twin, prompts = torch_twin(folder), _plain_prompts(changes, batch)
-    return lambda: torch_generate(twin, prompts, NEW, eos=None).numel() - len(prompts) * PROMPT
+    twin = torch_twin(folder).eval()
+    ids = _prompts(twin.config.vocab_size, prompts, length)
+    return lambda: torch_generate(twin, ids, new, eos=None, samples=samples).numel() - prompts * samples * length
 
 
 def star_prompts(problems: int) -> tuple[list[int], list[list[int]]]:
@@ -137,7 +157,9 @@ def stopping_model(mean_length: float) -> Model:
     return trial
 
 
-def torch_generate(twin: Any, rows: list[list[int]], new: int, *, eos: int | None, samples: int = 1) -> Any:
+def torch_generate(
+    twin: Any, rows: list[list[int]], new: int, *, eos: int | None, samples: int = 1, greedy: bool = False
+) -> Any:
     """Runs transformers' `generate` on left-padded rows."""
     # Left-padded: decoders continue from the last column of the prompt.
     import torch
@@ -145,7 +167,8 @@ def torch_generate(twin: Any, rows: list[list[int]], new: int, *, eos: int | Non
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    options = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=samples, pad_token_id=0)
+    options: dict[str, Any] = dict(do_sample=not greedy, num_return_sequences=samples, pad_token_id=0)
+    options |= {} if greedy else dict(temperature=1.0, top_k=0, top_p=1.0)
     options |= {"min_new_tokens": new} if eos is None else {}
     with torch.no_grad():
         return twin.generate(ids, attention_mask=mask, max_new_tokens=new, eos_token_id=eos, **options)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qstar.bench import dense
-from qstar.bench.common import matmul_rate, measure, median, show
+from qstar.bench.common import matmul_rate, measure, show
 from qstar.bench.train import whole_rows
 from qstar.models import decoder
 from qstar.models.config import ModelConfig

@@ -10,11 +10,13 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from qstar.bench.common import in_turn, matmul_rate, median, paired_ratio, random_model, show, torch_twin
+from qstar.bench.common import in_turn, matmul_rate, paired_ratio, random_model, show, torch_twin
+from qstar.bench.generate import torch_generate
 from qstar.methods import reinforce
 from qstar.models.config import preset
 from qstar.models.encdec import EncDecConfig
@@ -171,10 +173,13 @@ def torch_step(
         clock = [time.perf_counter()]
         tick = lambda: clock.append(time.perf_counter())  # noqa: E731
         prompts = torch.tensor(world.prompts(next(count))).repeat_interleave(size.group, dim=0)
-        responses = _torch_generate(twin.eval(), prompts, size.new)[:, 1 if seq2seq else size.prompt :]
+        responses = torch_generate(twin.eval(), prompts.tolist(), size.new, eos=None)[
+            :, 1 if seq2seq else size.prompt :
+        ]
         tick()
         if reader is not None:
-            _torch_generate(reader, torch.cat([prompts, responses], dim=1), ANSWER, do_sample=False)
+            texts = torch.cat([prompts, responses], dim=1).tolist()
+            torch_generate(reader, texts, ANSWER, eos=None, greedy=True)
         scores = torch.from_numpy(worth(responses.tolist()))
         tick()
         with torch.no_grad():
@@ -203,12 +208,3 @@ def torch_step(
             return logprobs(frozen, *(torch.from_numpy(x).long() for x in same_text(size))).tolist()
 
     return {"run": run, "logprobs": same}
-
-
-def _torch_generate(net: Any, prompts: Any, new: int, **options: Any) -> Any:
-    import torch
-
-    options = options or dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    options |= dict(attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
-    with torch.no_grad():
-        return net.generate(prompts, eos_token_id=None, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from qstar.errors import require
 from qstar.flags import Parser
@@ -18,14 +19,12 @@ def main(argv: list[str]) -> int:
     p.switch("--json", "JSON instead of a table")
     p.switch("--quick", "one repetition of small sizes")
     a = p.parse_args(argv)
-    options = dict(as_json=a.json, quick=a.quick, device=a.device)
+    options: dict[str, Any] = dict(as_json=a.json, quick=a.quick, device=a.device)
     if a.model:
         require((a.what in ("generate", "train"), f"bench: --model is for generate and train, not {a.what}"))
-        from qstar.bench import real
         from qstar.models.hub import resolve
 
-        (real.sampling if a.what == "generate" else real.training)(str(resolve(a.model)), **options)
-        return 0
+        options |= {"model": str(resolve(a.model))}
     # Both sides of a comparison run in processes of their own; this one does not start JAX.
     importlib.import_module(f"qstar.bench.{a.what}").main(**options)
     return 0
