@@ -16,19 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar.bench.common import measure, random_model, show
+from qstar.bench.common import measure, our_model, show
 from qstar.bench.generate import torch_generate
-from qstar.bench.train import random_rows, stepper, torch_stepper, whole_rows
+from qstar.bench.train import ours_update, random_rows, stepper, torch_stepper, whole_rows
 from qstar.models import decoder
 from qstar.models.attention import attend, causal_mask, text_segment
 from qstar.models.config import ModelConfig, preset
 from qstar.models.flash import platform_of
-from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
 from qstar.sample.batching import generate
 from qstar.thoughts import layout
 from qstar.thoughts import loss as thought_loss
-from qstar.train import losses
 from qstar.train.flops import peak, update_flops
 
 # Llama-3.2-1B's blocks (1.1B parameters here) and SmolLM2-135M's, with random weights.
@@ -55,23 +53,23 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
         B, T = (2, 128) if quick else (8, 2048)
         config = preset("llama_20m", **LLAMA_1B | small)
         needed = update_flops(config, whole_rows(random_rows(config.vocab_size, B, T)))
-        options: dict[str, Any] = dict(folder=folder, changes=small)
-        found = call(update, rows=B, length=T, **options)
-        theirs = _torch(found["device"], torch_update, repeats, rows=B, length=T, **options)
+        options: dict[str, Any] = dict(folder=folder, changes=LLAMA_1B | small)
+        found = call(ours_update, rows=B, length=T, **options)
+        theirs = _torch(product["device"], torch_update, repeats, rows=B, length=T, **options)
         rows.append(_row(f"SFT, {config.matmul_params / 1e9:.2f}B, {B} x {T}", found, needed, rate, theirs))
         new = 16 if quick else 128
         for batch in (8,) if quick else (128, 256):
             found = call(decoding, batch=batch, new=new, **options)
             bytes_read = new * found["results"][-1]
-            theirs = _torch(found["device"], torch_decoding, repeats, batch=batch, new=new, **options)
+            theirs = _torch(product["device"], torch_decoding, repeats, batch=batch, new=new, **options)
             rows.append(_row(f"decoding, {batch} x {new} tokens", found, bytes_read, bandwidth, theirs))
     N = 64 if quick else 256
     found = call(thinking, length=N, changes=small)
     config = _thinker(small)
     needed = update_flops(config, whole_rows(np.zeros((1, N), np.int32)), thinks=True)
     rows.append(_row(f"Quiet-STaR, {config.matmul_params / 1e6:.0f}M, N {N}, n_ahead 8", found, needed, rate, None))
-    vendor = peak(found["device"])
-    notes = {"device": found["device"], "matmul TFLOP/s": round(rate / 1e12, 2), "copy GB/s": round(bandwidth / 1e9)}
+    vendor = peak(product["device"])
+    notes = {"device": product["device"], "matmul TFLOP/s": round(rate / 1e12, 2), "copy GB/s": round(bandwidth / 1e9)}
     notes |= {"peak TFLOP/s": vendor and vendor / 1e12, "at limit s": "needed FLOPs or bytes at the measured rate"}
     for kind in ("cudnn", "splash", "tiles"):
         (*_, difference) = call(attention, kind=kind, length=128 if quick else 2048)["results"]
@@ -97,39 +95,23 @@ def _torch(device: str, maker: Callable[..., Any], repeats: int, **options: Any)
 # ------------------------------------------------------------------------------------------------------- the sides
 
 
-def _made(run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
-    return {"run": run, "device": lambda: jax.devices()[0].device_kind}
-
-
 def matmul(size: int) -> dict[str, Callable[[], Any]]:
-    """Returns a product of size x size in bfloat16."""
+    """Returns a product of size x size in bfloat16, and the kind of device."""
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(lambda a: a @ a)
-    return _made(lambda: jax.block_until_ready(product(x)))
+    return {"run": lambda: jax.block_until_ready(product(x)), "device": lambda: jax.devices()[0].device_kind}
 
 
-def copying(megabytes: int) -> dict[str, Callable[[], Any]]:
+def copying(megabytes: int) -> Callable[[], Any]:
     """Returns a function that reads and writes an array of so many MB."""
     x = jnp.zeros(megabytes * 10**6 // 2, jnp.bfloat16)
     copy = jax.jit(lambda a: -a)
-    return _made(lambda: jax.block_until_ready(copy(x)))
+    return lambda: jax.block_until_ready(copy(x))
 
 
-def _model(folder: str, changes: dict[str, Any]) -> Any:
-    model: Model = random_model(preset("llama_20m", **LLAMA_1B | changes), folder)
-    return model.replace(config=model.config.replace(eos_id=None, also_eos=()))
-
-
-def update(folder: str, changes: dict[str, Any], rows: int, length: int) -> dict[str, Callable[[], Any]]:
-    """Saves the model; returns a function that makes an update of all parameters and returns its loss."""
-    model = _model(folder, changes)
-    batch = whole_rows(random_rows(model.config.vocab_size, rows, length))
-    return _made(stepper(partial(losses.sft_loss, config=model.config), model.params, batch, {}))
-
-
-def decoding(folder: str, changes: dict[str, Any], batch: int, new: int) -> dict[str, Callable[[], Any]]:
+def decoding(folder: str, changes: dict[str, Any], batch: int, new: int) -> Callable[[], Any]:
     """Returns a function that samples `new` tokens of each row, and returns the bytes that a step must read."""
-    model = _model("", changes)
+    model = our_model("", changes)
     model = model.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
     c = model.config
     prompts = random_rows(c.vocab_size, batch, new).tolist()
@@ -139,7 +121,7 @@ def decoding(folder: str, changes: dict[str, Any], batch: int, new: int) -> dict
         generate(model, prompts, max_new_tokens=new, temperature=1.0)
         return 2.0 * (c.matmul_params + pairs)
 
-    return _made(run)
+    return run
 
 
 def _thinker(changes: dict[str, Any]) -> ModelConfig:
@@ -147,22 +129,22 @@ def _thinker(changes: dict[str, Any]) -> ModelConfig:
     return preset("llama_20m", **SMOL_135M | changes).replace(thoughts=thoughts)
 
 
-def thinking(changes: dict[str, Any], length: int) -> dict[str, Callable[[], Any]]:
+def thinking(changes: dict[str, Any], length: int) -> Callable[[], Any]:
     """Returns a function that makes a Quiet-STaR update on one text and returns its loss."""
     config = _thinker(changes)
     params = jax.jit(lambda key: decoder.init(config, key))(jax.random.key(0))
     tokens = random_rows(config.vocab_size, 1, length)
     batch = layout.text_batch(tokens, np.ones_like(tokens))
-    return _made(stepper(partial(thought_loss.loss, config=config), params, batch, {}))
+    return stepper(partial(thought_loss.loss, config=config), params, batch, {})
 
 
-def attention(kind: str, length: int) -> dict[str, Callable[[], Any]]:
+def attention(kind: str, length: int) -> Callable[[], Any]:
     """Returns a function that gives the largest difference to XLA's products, relative; None where it cannot run."""
     config = ModelConfig(num_heads=32, num_kv_heads=8, head_dim=64, dtype="bfloat16", attention=kind)
     ids = jnp.ones(length, jnp.int32)
     has = {"cudnn": ("gpu",), "splash": ("tpu",), "tiles": ("cpu", "gpu", "tpu")}[kind]
     if platform_of(ids) not in has:
-        return _made(lambda: None)
+        return lambda: None
     shapes = ((length, 32, 64), (8, length, 64), (8, length, 64), (length, 32, 64))
     *arrays, weight = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes))
 
@@ -180,7 +162,7 @@ def attention(kind: str, length: int) -> dict[str, Callable[[], Any]]:
         pairs = zip(jax.block_until_ready(ours(*arrays)), exact)
         return max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
 
-    return _made(run)
+    return run
 
 
 def _twin(folder: str) -> Any:
@@ -200,13 +182,6 @@ def torch_update(folder: str, changes: dict[str, Any], rows: int, length: int) -
 
 def torch_decoding(folder: str, changes: dict[str, Any], batch: int, new: int) -> Callable[[], int]:
     """Returns the same sampling with transformers."""
-    import torch
-
     twin = _twin(folder).eval()
     prompts = random_rows(twin.config.vocab_size, batch, new).tolist()
-
-    def run() -> int:
-        with torch.device("cuda"):
-            return torch_generate(twin, prompts, new, eos=None).numel()
-
-    return run
+    return lambda: torch_generate(twin, prompts, new, eos=None).numel()

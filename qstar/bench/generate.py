@@ -165,8 +165,8 @@ def torch_generate(
     import torch
 
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows])
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows], device=twin.device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=twin.device)
     options: dict[str, Any] = dict(do_sample=not greedy, num_return_sequences=samples, pad_token_id=0)
     options |= {} if greedy else dict(temperature=1.0, top_k=0, top_p=1.0)
     options |= {"min_new_tokens": new} if eos is None else {}

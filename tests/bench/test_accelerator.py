@@ -5,10 +5,12 @@ import json
 import numpy as np
 
 from qstar.bench import accelerator
+from qstar.bench.common import our_model
 
 
 def in_process(side, maker, repeats, device="auto", **settings):
     made = maker(**settings)
+    made = made if isinstance(made, dict) else {"run": made}
     results = [made.pop("run")() for _ in range(repeats)]
     return {"seconds": [2.0] * repeats, "results": results, "recompiles": 0, **{k: f() for k, f in made.items()}}
 
@@ -25,11 +27,12 @@ def test_each_row_is_a_share_of_what_the_device_does(monkeypatch, capsys):
 
 
 def test_a_step_of_decoding_reads_the_weights_and_the_cache_once():
-    model = accelerator._model("", accelerator.SMALL)
+    changes = accelerator.LLAMA_1B | accelerator.SMALL
+    model = our_model("", changes)
     c, (batch, new) = model.config, (3, 4)
     tokens = batch * (new + new / 2)  # the prompt's, and half of the new ones on average
     cache = 2 * tokens * c.num_layers * c.num_kv_heads * c.head_dim
     weights = sum(x.size for k, x in model.params.items() if k == "head" for x in x.values())
     weights += sum(x["kernel"].size for x in model.params["layers"].values() if "kernel" in x)
-    found = accelerator.decoding("", accelerator.SMALL, batch, new)["run"]()
+    found = accelerator.decoding("", changes, batch, new)()
     np.testing.assert_allclose(found, 2 * (weights + cache))
