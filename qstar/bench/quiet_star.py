@@ -20,7 +20,7 @@ from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.thought_config import ThoughtConfig
 from qstar.sample.logits import SamplingParams
-from qstar.sample.sampler import prepare
+from qstar.sample.sampler import Sampler, prepare
 from qstar.thoughts import decode, layout
 from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.rollout import sampler
@@ -129,7 +129,7 @@ def token(form: str, V: int, N: int, A: int) -> Callable[[], Any]:
 
         batch = jax.device_put(layout.text_batch(tokens, np.ones_like(tokens)))
         return lambda: int(last(params, batch))
-    params, settings = prepare(params, config), decode.ThoughtSamplerConfig(config, (), NEW, V)
+    params, settings = prepare(params, config), Sampler(config, (), 1, N, NEW, V)
     keys, lengths = jax.random.split(jax.random.key(0), 1), np.asarray([N], np.int32)
     options = (tokens, lengths, keys, SamplingParams.make(1.0), jnp.float32(1))
     return lambda: jax.block_until_ready(decode.generate_rows(params, settings, *options))

@@ -28,7 +28,7 @@ from qstar.models.scoring import power_of_two, text_limit
 from qstar.models.thought_config import ThoughtConfig
 from qstar.sample import batching
 from qstar.sample.logits import NEG, SamplingParams, sample_token
-from qstar.sample.sampler import prepare
+from qstar.sample.sampler import Sampler, prepare
 from qstar.thoughts import forward, layout
 from qstar.thoughts.rollout import draw_tokens
 from qstar.types import Batch, Completion, Params, Segment
@@ -42,16 +42,6 @@ class ThoughtfulCompletion(Completion):
 
     thoughts: list[list[int]]  # S tokens each
     mix_weights: list[float]  # of the thought, each
-
-
-@dataclasses.dataclass(frozen=True)
-class ThoughtSamplerConfig:
-    """The static arguments of generation with thoughts: each set of shapes compiles once."""
-
-    config: ModelConfig  # with thoughts, A = 1
-    stop_ids: tuple[int, ...]
-    max_new: int
-    vocab_limit: int  # ids from here on are never written
 
 
 class SamplerOutput(NamedTuple):
@@ -111,7 +101,6 @@ def generate(
     # Only the next token is predicted, so no true tokens follow the end vector.
     config = model.config.replace(thoughts=t.replace(talk_tokens=1))
     limit = text_limit(config, model.tokenizer)
-    sampler = ThoughtSamplerConfig(config, model.stop_ids, o.max_new_tokens, limit)
     settings = o.sampling_params(), jnp.float32(t.temperature)
     params, key = prepare(model.params, model.config), tree.random_key(o.seed)
     out: list[list[Any]] = [[None] * o.n for _ in rows]
@@ -127,6 +116,7 @@ def generate(
         tokens = np.zeros((size, batching.padded_length(max(len(rows[i]) for i, _ in some))), np.int32)
         for r, (i, _) in enumerate(padded):
             tokens[r, : len(rows[i])] = rows[i]
+        sampler = Sampler(config, model.stop_ids, *tokens.shape, o.max_new_tokens, limit)
         lengths = np.asarray([len(rows[i]) for i, _ in padded], np.int32)
         # Keys by (prompt, sample): draws do not depend on the chunk that a request is in.
         keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, r[0]), r[1]))(jnp.asarray(padded))
@@ -143,7 +133,7 @@ def generate(
 @partial(mesh_jit, static_argnames="sampler")
 def generate_rows(
     params: Params,
-    sampler: ThoughtSamplerConfig,
+    sampler: Sampler,
     tokens: jax.Array,
     lengths: jax.Array,
     keys: jax.Array,
@@ -154,6 +144,7 @@ def generate_rows(
 
     Args:
       params: a decoder's tree with `thoughts` and `mixing`, its layers a list (`sampler.prepare`) or stacked.
+      sampler: its config with thoughts, of one talk token.
       tokens: [B, N] int32, padded on the right. lengths: [B]. keys: [B] random keys, one per row: a row's draws depend
         on its own key and the count of its tokens, not on other rows.
       sampling_params: of the text. temperature: [] temperature of the thoughts, 0 = greedy.
@@ -166,7 +157,7 @@ def generate_rows(
     return jax.lax.while_loop(going, partial(_next, params, sampler, keys, sampling_params, temperature), state).out
 
 
-def _first(params: Params, sampler: ThoughtSamplerConfig, tokens: jax.Array, lengths: jax.Array) -> _State:
+def _first(params: Params, sampler: Sampler, tokens: jax.Array, lengths: jax.Array) -> _State:
     (B, N), R, c = tokens.shape, sampler.max_new, sampler.config
     # Caches have their final length from the start, because the carry of `while_loop` has fixed shapes.
     texts = forward.read(params, c, layout.text_batch(tokens, jnp.arange(N) < lengths[:, None]))
@@ -181,7 +172,7 @@ def _first(params: Params, sampler: ThoughtSamplerConfig, tokens: jax.Array, len
 
 def _next(
     params: Params,
-    sampler: ThoughtSamplerConfig,
+    sampler: Sampler,
     keys: jax.Array,
     sampling_params: SamplingParams,
     temperature: jax.Array,
@@ -218,7 +209,7 @@ def _next(
     return _State(state.step + 1, batch, texts, state.length + 1, active & ~stop, out)
 
 
-def _writable(sampler: ThoughtSamplerConfig) -> jax.Array:
+def _writable(sampler: Sampler) -> jax.Array:
     # A stop id may be forbidden in thoughts, but the text needs it to end.
     ids = jnp.arange(sampler.config.vocab_size)
     hidden = [i for i in sampler.config.required_thoughts.forbidden_ids if i not in sampler.stop_ids]

@@ -178,11 +178,6 @@ def by_position(f: Callable[..., Any]) -> Callable[..., Any]:
     return lifted
 
 
-def to_rows(x: jax.Array) -> jax.Array:
-    """Returns [S, B*P, M, ...] from [B, P, M, S, ...]: the layout of the public functions, and of the recorded case."""
-    return rearrange(x, "b p m s ... -> s (b p) m ...")
-
-
 def from_rows(x: jax.Array, sequences: int) -> jax.Array:
     """Returns [B, P, M, S] from [S, B*P, M]; row r belongs to sequence r // P.
 

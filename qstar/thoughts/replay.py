@@ -5,6 +5,7 @@ The training loss is `loss.loss`, which never holds these logits; a test compare
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -128,16 +129,17 @@ def _compute(
     loss_policy = -jnp.sum(factor * jnp.sum(logp, axis=-1)) / normalizer.policy
 
     # ---- as rows, cut where the official code has no entry
+    to_rows = partial(rearrange, pattern="b p m s ... -> s (b p) m ...")
     length = N - 1 - A * (not t.reward_tail) if everywhere else positions.shape[1]
-    shown = layout.to_rows(talk_nll * (target_weights[:, None] > 0))  # [A, R, M]
+    shown = to_rows(talk_nll * (target_weights[:, None] > 0))  # [A, R, M]
     reward, advantage = (rearrange(x, "b p m -> (b p) m")[:, :length] for x in (reward, advantage))
     return Replay(
         base_logits=repeat(base_logits, "b n v -> (b p) n v", p=P),
-        thought_logits=layout.to_rows(thought_logits),
-        thought_logp=layout.to_rows(logp),
-        talk_thought_logits=layout.to_rows(talk_logits),
-        talk_mixed_logits=layout.to_rows(mixed),
-        talk_mix_weight=layout.to_rows(states.weight),
+        thought_logits=to_rows(thought_logits),
+        thought_logp=to_rows(logp),
+        talk_thought_logits=to_rows(talk_logits),
+        talk_mixed_logits=to_rows(mixed),
+        talk_mix_weight=to_rows(states.weight),
         base_nll=repeat(base_nll * (weights > 0), "b n -> (b p) n", p=P),
         talk_nll_s=tuple(shown[a, :, : N - 1 - a if everywhere else None] for a in range(A)),
         reward=reward,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import repeat
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
@@ -15,46 +15,6 @@ from qstar.models.vocabulary import map_chunks
 from qstar.sample.logits import NEG, SamplingParams, sample_token
 from qstar.thoughts import forward, layout
 from qstar.types import Batch, Params
-
-
-class Thoughts(NamedTuple):
-    """Sampled thoughts; row r of the R = B * P rows belongs to sequence r // P."""
-
-    tokens: jax.Array  # [S, R, M] int32
-    logprobs: jax.Array  # [S, R, M] float32, under the model without the forbidden ids, temperature 1
-    sample_logprobs: jax.Array  # [S, R, M] float32, under the distribution drawn from
-
-
-def think(
-    params: Params,
-    config: ModelConfig,
-    tokens: jax.Array,
-    mask: jax.Array,
-    key: jax.Array,
-    *,
-    passes: int | None = None,
-    positions: jax.Array | None = None,
-    temperature: float | jax.Array | None = None,
-) -> Thoughts:
-    """Samples thoughts, without forbidden ids (paper, algorithm 1, "think"; official code: iterations 1 .. A-2).
-
-    Args:
-      params: a decoder's tree with `thoughts`. config: with `thoughts`; static under `jit`.
-      tokens, mask: [B, N] ids, and 1 for real tokens; padding on either side.
-      key: draws depend on it and on (step, sequence, pass, position) alone: thoughts at chosen positions are those of
-        the full run.
-      passes: P, default `thoughts_per_position`.
-      positions: [M] or [B, M] int32, where to think; default everywhere, M = N. The cost is in proportion.
-      temperature: default `config.thoughts.temperature`; 0 is greedy.
-    """
-    batch = layout.text_batch(tokens, mask)
-    if positions is None:
-        positions = layout.all_positions(batch)
-    positions = jnp.asarray(positions, jnp.int32)
-    positions = jnp.broadcast_to(positions, (batch.tokens.shape[0], positions.shape[-1]))
-    positions, _, back = layout.spread(positions, batch.tokens.shape[1])
-    records = sample(params, config, batch, forward.read(params, config, batch), positions, key, passes, temperature)
-    return Thoughts(*(rearrange(x, "s b p m -> s (b p) m")[..., back] for x in records))
 
 
 def sample(
@@ -67,7 +27,19 @@ def sample(
     passes: int | None = None,
     temperature: float | jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`think` after a base pass: tokens, logprobs and sample logprobs, each [S, B, P, M]."""
+    """Samples thoughts after a base pass, without forbidden ids (paper, algorithm 1; official code: iterations 1 .. A-2).
+
+    Args:
+      params: a decoder's tree with `thoughts`. config: with `thoughts`. batch: rows [B, N]; texts: `forward.read` of it.
+      positions: [B, M] int32, where to think. The cost is in proportion.
+      key: draws depend on it and on (step, sequence, pass, position) alone: thoughts at chosen positions are those of
+        the full run.
+      passes: P, default `thoughts_per_position`. temperature: default `config.thoughts.temperature`; 0 is greedy.
+
+    Returns:
+      Each [S, B, P, M]: tokens int32; their log-probabilities under the model without the forbidden ids, temperature 1;
+      and under the distribution drawn from.
+    """
     passes = passes or config.required_thoughts.thoughts_per_position
     # REINFORCE needs no gradient through the draws, and none of the rollout's activations are then kept.
     params, texts = jax.lax.stop_gradient((params, texts))

@@ -22,11 +22,10 @@ from qstar.models.model import Model, save
 from qstar.models.thought_config import ThoughtConfig
 from qstar.tasks import make_task
 from qstar.text.tokenizer import char_tokenizer, load_tokenizer
-from qstar.thoughts import rollout
 from qstar.thoughts.replay import replay
 from qstar.train.stats import bootstrap_ci
 from qstar.types import Completion
-from tests.thoughts.families import LLAMA
+from tests.thoughts.families import LLAMA, think
 
 ALPHABET = "~^" + "".join(map(chr, range(32, 94))) + "_`abcdefghijklmnopqrstuvwxyz\n"
 QUESTIONS = [  # texts of two lengths, so that little compiles
@@ -71,7 +70,7 @@ def quiz(tmp_path_factory):
 @functools.partial(jax.jit, static_argnums=1)
 def everywhere(params, config, tokens, mask):
     """All logits [N, V] of one text, without thoughts and after greedy ones at every position."""
-    thoughts = rollout.think(params, config, tokens, mask, jax.random.key(9), passes=1, temperature=0.0).tokens
+    thoughts = think(params, config, tokens, mask, jax.random.key(9), passes=1, temperature=0.0).tokens
     full = replay(params, config, tokens, mask, thoughts)
     return full.base_logits[0], full.talk_mixed_logits[0, 0]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig, preset
 from qstar.models.thought_config import ThoughtConfig
+from qstar.thoughts import forward, layout, rollout
 
 V, B, N, S, T, P = 30, 2, 7, 2, 2, 2
 THOUGHTS = ThoughtConfig(thought_tokens=S, talk_tokens=T, thoughts_per_position=P, forbidden_ids=(0, 29))
@@ -77,3 +80,20 @@ def texts(rows: int = B, length: int = N, seed: int = 0):
 def thoughts(rows: int = B, length: int = N, passes: int = P, tokens: int = S, seed: int = 1):
     """Random thoughts [tokens, rows * passes, length]."""
     return jnp.asarray(np.random.default_rng(seed).integers(1, V - 1, (tokens, rows * passes, length)), jnp.int32)
+
+
+class Thoughts(NamedTuple):
+    tokens: jax.Array
+    logprobs: jax.Array
+    sample_logprobs: jax.Array
+
+
+def think(params, config, tokens, mask, key, *, passes=None, positions=None, temperature=None):
+    """`rollout.sample` of texts [B, N] at positions [M] (default all): its tokens and log-probabilities, [S, B*P, M]."""
+    batch = layout.text_batch(tokens, mask)
+    positions = layout.all_positions(batch) if positions is None else jnp.asarray(positions, jnp.int32)
+    positions = jnp.broadcast_to(positions, (len(batch.tokens), positions.shape[-1]))
+    positions, _, back = layout.spread(positions, batch.tokens.shape[1])
+    texts = forward.read(params, config, batch)
+    records = rollout.sample(params, config, batch, texts, positions, key, passes, temperature)
+    return Thoughts(*(rearrange(x, "s b p m -> s (b p) m")[..., back] for x in records))

@@ -12,8 +12,8 @@ import pytest
 import qstar
 from qstar import UserError
 from qstar.models.model import Model
-from qstar.thoughts import rollout
 from qstar.thoughts.replay import replay
+from tests.thoughts import families
 from tests.thoughts.families import FAMILIES, S, params
 
 NEW = 4
@@ -35,7 +35,7 @@ def tree_of(family: str):
 
 @functools.cache
 def programs():
-    think = jax.jit(functools.partial(rollout.think, passes=1), static_argnums=1)
+    think = jax.jit(functools.partial(families.think, passes=1), static_argnums=1)
     return think, jax.jit(replay, static_argnums=1)
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from qstar.models import decoder
 from qstar.models.attention import text_mask
-from qstar.thoughts import forward, layout, rollout
+from qstar.thoughts import forward, layout
 from qstar.thoughts.layout import text_batch
 from qstar.thoughts.replay import replay
-from tests.thoughts.families import FAMILIES, LLAMA, N, P, S, T, V, params, texts, thoughts
+from tests.thoughts.families import FAMILIES, LLAMA, N, P, S, T, V, params, texts, think, thoughts
 
 run = jax.jit(replay, static_argnums=1, static_argnames="schedule")
 families = pytest.mark.parametrize("family", list(FAMILIES))
@@ -152,16 +152,16 @@ def test_chosen_positions_are_those_of_the_full_run():
         expected = jnp.take_along_axis(getattr(whole, name), rows[None], axis=2)
         np.testing.assert_allclose(getattr(some, name), expected, atol=1e-5)
     np.testing.assert_allclose(some.reward, jnp.take_along_axis(whole.reward, rows, axis=1), atol=1e-5)
-    think = jax.jit(rollout.think, static_argnums=1)
+    sampled = jax.jit(think, static_argnums=1)
     key = jax.random.key(5)
-    drawn = think(tree, config, tokens, mask, key)
-    few = think(tree, config, tokens, mask, key, positions=chosen)
+    drawn = sampled(tree, config, tokens, mask, key)
+    few = sampled(tree, config, tokens, mask, key, positions=chosen)
     np.testing.assert_array_equal(few.tokens, jnp.take_along_axis(drawn.tokens, rows[None], axis=2))
 
 
 def test_log_probabilities_of_thinking_are_those_of_the_replay_and_forbidden_ids_never_come():
     tree, (tokens, mask) = params("llama"), texts(4)
-    drawn = jax.jit(rollout.think, static_argnums=1)(tree, LLAMA, tokens, mask, jax.random.key(0))
+    drawn = jax.jit(think, static_argnums=1)(tree, LLAMA, tokens, mask, jax.random.key(0))
     out = run(tree, LLAMA, tokens, mask, drawn.tokens)
     np.testing.assert_allclose(drawn.logprobs, out.thought_logp, atol=1e-5)
     np.testing.assert_allclose(drawn.sample_logprobs, drawn.logprobs, atol=1e-5)
@@ -171,7 +171,7 @@ def test_log_probabilities_of_thinking_are_those_of_the_replay_and_forbidden_ids
 
 def test_a_thought_is_drawn_from_its_distribution():
     tree, (tokens, mask) = params("llama"), texts(1, 2)
-    many = jax.jit(functools.partial(rollout.think, passes=4000), static_argnums=1)
+    many = jax.jit(functools.partial(think, passes=4000), static_argnums=1)
     drawn = many(tree, LLAMA, tokens, mask, jax.random.key(0)).tokens[0, :, 1]
     logits = run(tree, LLAMA, tokens, mask, jnp.ones((S, 1, 2), jnp.int32)).thought_logits[0, 0, 1]
     share = np.bincount(drawn, minlength=V) / 4000

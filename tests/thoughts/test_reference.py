@@ -8,9 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from qstar.thoughts import rollout
 from qstar.thoughts.replay import replay
-from tests.thoughts import official, reference
+from tests.thoughts import families, official, reference
 
 CASES = {  # the second row is padded, the first is whole; without padding, the recorded case is its own (test_parity.py)
     "padded row": dict(passes=2, padded=True),
@@ -96,7 +95,7 @@ def test_values_and_gradients_are_those_of_the_dense_reference(case, schedule):
 def test_greedy_thinking_is_the_reference_s():
     tokens, mask, _ = inputs(passes=1, padded=True)
     model, expected_side = official.model(), expected("greedy, one pass, padded")[0]
-    think = jax.jit(functools.partial(rollout.think, passes=1, temperature=0.0), static_argnums=1)
+    think = jax.jit(functools.partial(families.think, passes=1, temperature=0.0), static_argnums=1)
     thoughts = think(model.params, model.config, tokens, mask, jax.random.key(0))
     real = mask > 0
     np.testing.assert_array_equal(thoughts.tokens[:, real], expected_side["thoughts"][:, real])
