@@ -52,21 +52,6 @@ def size(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def add(a: Any, b: Any) -> Any:
-    """Returns the leafwise sum of two trees of one structure."""
-    return jax.tree.map(jnp.add, a, b)
-
-
-def scale(tree: Any, factor: jax.Array | float) -> Any:
-    """Returns every leaf times `factor`."""
-    return jax.tree.map(lambda x: x * factor, tree)
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Returns a bool scalar: no leaf holds a NaN or an infinity."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
-
-
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns sum(x * mask) / sum(mask), 0 where the mask is empty (never NaN)."""
     total = jnp.sum(mask)

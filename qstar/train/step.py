@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from qstar import tree
 from qstar.mesh import mesh_jit
 from qstar.train.losses import SumWeight
 from qstar.train.state import TrainState
@@ -61,16 +60,16 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
 
             def body(carry: Any, xs: Any) -> tuple[Any, None]:
                 i, batch = xs
-                return tree.add(carry, sums(state.params, frozen, batch, jax.random.fold_in(rng, i))), None
+                return optax.tree.add(carry, sums(state.params, frozen, batch, jax.random.fold_in(rng, i))), None
 
             (grads, (value, weight, metrics)), _ = jax.lax.scan(body, zero, (jnp.arange(accumulate), micro))
         # The only division, by the weight of the whole batch: a mean of the micro-batches' means would weigh tokens of
         # short micro-batches more.
-        grads = tree.scale(grads, 1.0 / _nonzero(weight))
+        grads = optax.tree.scale(1.0 / _nonzero(weight), grads)
         norm = optax.global_norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, tree.scale(updates, -lr))
+        params = optax.apply_updates(state.params, optax.tree.scale(-lr, updates))
 
         # Selected on the device: a decision of the host would wait for every update.
         def keep(new: Any, old: Any) -> Any:
