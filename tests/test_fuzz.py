@@ -23,7 +23,7 @@ from qstar.__main__ import main
 from qstar.data.sources import read_records
 from qstar.errors import UserError
 from qstar.flags import read_config
-from qstar.methods.answerer import Answer, Cached, FunctionAnswerer, HttpAnswerer
+from qstar.methods.answerer import Answer, Cached, HttpAnswerer
 from qstar.models.config import preset
 from qstar.models.hf_names import abstract_params
 from qstar.models.model import Model, save
@@ -32,6 +32,7 @@ from qstar.runs.folder import open_run, write_json
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.train.metrics import Writer
+from tests.methods.stub import FunctionAnswerer
 from tests.test_bad_input import ROOT
 
 COUNT = 300 if os.environ.get("QSTAR_LONG_TESTS") else 45

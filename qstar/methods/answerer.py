@@ -18,7 +18,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -68,20 +68,6 @@ class ModelAnswerer:
         # Greedy, so that an answer is a function of its prompt and can be cached.
         found = generate(self.model, prompts, temperature=0.0, **options)
         return [Answer((c.text or "").strip(), float(sum(c.logprobs)), len(c.tokens)) for (c,) in found]
-
-
-@dataclasses.dataclass
-class FunctionAnswerer:
-    """Any function from prompts to texts."""
-
-    function: Callable[[Sequence[str]], Sequence[str]]
-    name: str = "function"
-
-    def answer(self, prompts: Sequence[str]) -> list[Answer]:
-        texts = distributed.broadcast_from_host0(lambda: [str(t).strip() for t in self.function(prompts)])
-        fault = f"answerer {self.name}: {len(texts)} answers to {len(prompts)} prompts; return one for each"
-        require((len(texts) == len(prompts), fault))
-        return [Answer(text, 0.0, 0) for text in texts]
 
 
 @dataclasses.dataclass

@@ -14,6 +14,7 @@ from conftest import shared
 import qstar
 from qstar.errors import QstarWarning, UserError
 from qstar.methods import answerer as A
+from tests.methods.stub import FunctionAnswerer
 
 
 def echo(prompts):
@@ -251,7 +252,7 @@ def test_replies_that_are_no_completions_are_one_line(reply, body):
 
 def test_damaged_lines_of_a_cache_are_named_and_asked_again(tmp_path):
     file, asked = tmp_path / "a.jsonl", []
-    ask = A.FunctionAnswerer(lambda ps: asked.extend(ps) or [f"to {p}" for p in ps])
+    ask = FunctionAnswerer(lambda ps: asked.extend(ps) or [f"to {p}" for p in ps])
     first = A.Cached(ask, file).answer(["1", "2", "3"])
     lines = file.read_text().splitlines()
     lines[1] = lines[1].replace("to 2", "to 9")  # one character, still JSON
@@ -263,9 +264,9 @@ def test_damaged_lines_of_a_cache_are_named_and_asked_again(tmp_path):
 
 def test_a_cache_of_an_earlier_version_is_read(tmp_path):
     file = tmp_path / "a.jsonl"
-    ask = A.FunctionAnswerer(lambda ps: [f"to {p}" for p in ps])
+    ask = FunctionAnswerer(lambda ps: [f"to {p}" for p in ps])
     first = A.Cached(ask, file).answer(["1"])
     row = json.loads(file.read_text())
     del row["crc"]
     file.write_text(json.dumps(row) + "\n")
-    assert A.Cached(A.FunctionAnswerer(lambda ps: ["new"]), file).answer(["1"]) == first
+    assert A.Cached(FunctionAnswerer(lambda ps: ["new"]), file).answer(["1"]) == first

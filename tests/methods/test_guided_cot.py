@@ -15,7 +15,6 @@ from configs.guided_cot_hotpotqa import get_config
 from qstar.data.sources import read_jsonl
 from qstar.errors import UserError
 from qstar.methods import guided_cot as G
-from qstar.methods.answerer import FunctionAnswerer
 from qstar.methods.guided_hotpotqa import MultiHop, MultiHopSettings
 from qstar.models import scoring
 from qstar.models.encdec import EncDecConfig
@@ -23,7 +22,7 @@ from qstar.tasks import make_task
 from qstar.text.tokenizer import load_tokenizer
 from qstar.train import metrics
 from qstar.train.stats import paired
-from tests.methods.stub import Silent
+from tests.methods.stub import FunctionAnswerer, Silent
 from tests.methods.test_answerer import Server
 
 LARGE = {"url": "http://y", "model": "m"}

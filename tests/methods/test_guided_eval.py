@@ -7,12 +7,12 @@ import pytest
 
 from qstar.errors import UserError
 from qstar.methods import guided_eval
-from qstar.methods.answerer import FunctionAnswerer
 from qstar.methods.guided_cot import GuidedConfig
 from qstar.methods.guided_hotpotqa import MultiHopEnvironment, MultiHopSettings
 from qstar.tasks.aspects import View
 from qstar.tasks.base import Problem
 from qstar.types import Completion
+from tests.methods.stub import FunctionAnswerer
 from tests.tasks.test_aspects import CONTEXT, GOOD, QUESTION
 
 
