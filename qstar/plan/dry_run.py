@@ -149,11 +149,14 @@ def star_updates(loop: Any, problems: int, batch_size: int) -> int:
 
 def _rl(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
     for name, arm in arms.items():
-        s, count = arm["train"], arm["train"].prompts * arm["rl"].group
-        yield Work(f"{name}: sampling", s.updates * count, s.updates * count * s.max_new_tokens)
-        steps = s.updates * s.epochs * (count // s.batch_size)
-        yield _updates(f"{name}: gradient steps", s, steps, ctx, s.max_new_tokens)
+        yield from _reinforced(ctx, name, arm)
         yield _evaluation(ctx, name, ctx.settings.loop.rounds + 1)
+
+
+def _reinforced(ctx: Any, name: str, arm: dict[str, Any], models: int = 1) -> Iterator[Work]:
+    s, count = arm["train"], models * arm["train"].updates * arm["train"].prompts * arm["rl"].group
+    yield Work(f"{name}: sampling", count, count * s.max_new_tokens)
+    yield _updates(f"{name}: gradient steps", s, count * s.epochs // s.batch_size, ctx, s.max_new_tokens)
 
 
 def _quiet_star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
@@ -166,11 +169,8 @@ def _guided_cot(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
     for name, arm in arms.items():
         if arm["arm"].start == "base":
             yield _updates(f"{name}: distillation", s, students * arm["arm"].steps, ctx, s.max_new_tokens)
-            continue
-        train, count = arm["train"], students * arm["train"].updates * arm["train"].prompts * arm["rl"].group
-        yield Work(f"{name}: sampling", count, count * train.max_new_tokens)
-        steps = count * train.epochs // train.batch_size
-        yield _updates(f"{name}: gradient steps", train, steps, ctx, train.max_new_tokens)
+        else:
+            yield from _reinforced(ctx, name, arm, students)
 
 
 def _pairs(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:

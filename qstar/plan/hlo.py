@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
 from qstar.plan.hlo_attributes import group_size, meetings, source_name, window
 
@@ -83,14 +82,12 @@ class Costs:
     flops: float = 0.0  # of matrix products and convolutions
     bytes: float = 0.0  # read and written in main memory, by the instructions that the compiler left unfused
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
-    unknown_loops: int = 0  # loops that ran `assumed` times
     products: dict[str, float] = dataclasses.field(default_factory=dict)  # FLOPs by the operation's name in the source
 
     def add(self, other: Costs, times: float) -> None:
         for name, flops in other.products.items():
             self.multiply(name, times * flops)
         self.bytes += times * other.bytes
-        self.unknown_loops += other.unknown_loops
         for kind, c in other.collectives.items():
             self.send(kind, times * c.count, times * c.bytes)
 
@@ -101,11 +98,6 @@ class Costs:
     def send(self, kind: str, count: float, bytes_: float) -> None:
         mine = self.collectives.setdefault(kind, Collective())
         mine.count, mine.bytes = mine.count + count, mine.bytes + bytes_
-
-    @property
-    def wire(self) -> float:
-        """Bytes that all collectives send."""
-        return sum(c.bytes for c in self.collectives.values())
 
 
 def arrays(text: str) -> tuple[Array, ...]:
@@ -168,21 +160,6 @@ class Program:
 
     def costs(self) -> Costs:
         return self._of(self.entry, True, True)
-
-    def collectives(self) -> Iterator[tuple[Instruction, float, str]]:
-        """Yields (instruction, how often it runs, kind) of all collectives."""
-        yield from self._collectives(self.entry, 1.0, True)
-
-    def _collectives(self, name: str, times: float, outer: bool) -> Iterator[tuple[Instruction, float, str]]:
-        for i in self.computations.get(name, ()):
-            if kind := self._kind(i):
-                yield i, times, kind
-            elif i.op == "while":
-                runs, inner = self._runs(i, name, outer)
-                yield from self._collectives(i.called("body")[0], times * runs, inner)
-            else:
-                for other in i.called("calls", "to_apply", *_BRANCHES):
-                    yield from self._collectives(other, times, outer)
 
     def _kind(self, i: Instruction) -> str:
         # A TPU compiler fuses an all-reduce with a slice of its result, which makes it a reduce-scatter.
@@ -268,7 +245,6 @@ class Program:
             if i.op == "fusion":
                 return
         elif i.op == "while":
-            total.unknown_loops += self.trips(i, where) is None
             runs, inner = self._runs(i, where, outer)
             total.add(self._of(i.called("body")[0], inner, traffic), runs)
         elif i.op == "conditional":

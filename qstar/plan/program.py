@@ -117,7 +117,8 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
     plan.notes += repeated(source, costs, len(topology.devices), program.steps)
     plan.flops, plan.traffic = costs.flops, costs.bytes
     plan.collectives = {k: {"count": c.count, "bytes": c.bytes} for k, c in sorted(costs.collectives.items())}
-    flops, traffic, links = costs.flops / chip.flops, costs.bytes / chip.bandwidth, costs.wire / chip.links
+    sent = sum(c.bytes for c in costs.collectives.values())
+    flops, traffic, links = costs.flops / chip.flops, costs.bytes / chip.bandwidth, sent / chip.links
     # The largest of the three is a lower bound of the time: it holds if the other two overlap with it entirely.
     plan.times = {"compute": flops, "memory": traffic, "links": links}
     plan.mfu = plan.needed / chip.flops / plan.seconds if plan.seconds else 0.0

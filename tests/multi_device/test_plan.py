@@ -18,6 +18,7 @@ from qstar.plan.cases import programs
 from qstar.plan.program import compile_program, local_bytes
 from qstar.plan.steps import Assumed
 from qstar.plan.topology import open_topology
+from tests.plan.collectives import collectives
 
 V, E, ROWS, T = 512, 64, 16, 24
 MODEL = dict(preset="tiny", hidden_size=E, num_layers=2, num_heads=8, scan_unroll=1, vocab_size=V)
@@ -75,7 +76,7 @@ def test_under_fsdp_rows_stay_where_they_are_and_parameters_are_gathered():
     shapes = {x.shape[-2:] for x in jax.tree.leaves(program.parts["parameters"]) if x.ndim >= 2}
     shapes |= {s[::-1] for s in shapes}
     moved = [
-        (kind, a) for i, _, kind in text.collectives() for a in i.arrays if len(a.shape) > 1 and a.bytes > 4 * ROWS * T
+        (kind, a) for i, _, kind in collectives(text) for a in i.arrays if len(a.shape) > 1 and a.bytes > 4 * ROWS * T
     ]
     assert moved
     for kind, a in moved:
@@ -95,7 +96,7 @@ def test_sampling_gathers_neither_logits_nor_cache():
     state, _ = program.parts["cache"]
     slots, (_, heads, new, width) = state.active.shape[0], state.ring[0][0].shape
     assert local_bytes(state.ring) * 8 == sum(x.size * 4 for x in jax.tree.leaves(state.ring))
-    for i, times, kind in text.collectives():
+    for i, times, kind in collectives(text):
         if kind == "all-gather":
             assert max(a.bytes for a in i.arrays) < 4 * min(slots * V, slots * heads * new * width) / 4, i
             assert times == 1 or max(a.bytes for a in i.arrays) <= 4 * slots * E * 2, i

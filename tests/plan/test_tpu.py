@@ -14,6 +14,7 @@ from qstar.plan.program import compile_program
 from qstar.plan.run import compile_settings
 from qstar.plan.steps import Assumed
 from qstar.plan.topology import open_topology
+from tests.plan.collectives import collectives
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'qstar-jax[plan]'"
@@ -36,7 +37,7 @@ def test_under_fsdp_a_tpu_reduces_and_scatters_gradients_and_gathers_no_activati
     assert plan.fits
     sent = {kind: c["bytes"] for kind, c in plan.collectives.items()}
     assert sent["all-reduce"] < 0.01 * sent["reduce-scatter"]  # norms and scalars: no matrix's gradient
-    for i, _, kind in hlo.Program(kept[0]).collectives():
+    for i, _, kind in collectives(hlo.Program(kept[0])):
         if kind == "all-gather":
             assert all(a.shape[:2] != (8, 128) for a in i.arrays), i  # rows and tokens of all chips
     whole = 8 * plan.parts["parameters"]  # gathered in float32 at most thrice: forward, computed again, backward
