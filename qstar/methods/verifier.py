@@ -261,17 +261,11 @@ def train_head(
 
 
 @functools.cache
-def dpo_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
-    """Returns (optimiser, jitted step) of DPO, one per configuration, so that all calls share a compilation."""
-    loss = functools.partial(dpo_loss, config=config, beta=s.beta, alpha=s.alpha)
-    tx = s.optimiser()
-    return tx, make_step(s.through(loss), tx, s.accumulate)
-
-
-@functools.cache
-def value_step(config: Any, s: VerifierSettings) -> tuple[Any, Any]:
-    """Returns (optimiser, jitted step) of an ORM or PRM, one per configuration."""
-    loss = functools.partial(value_loss, config=config, lm_weight=s.lm_weight, dropout=s.dropout)
+def update_step(config: Any, s: VerifierSettings, kind: str) -> tuple[Any, Any]:
+    """Returns (optimiser, jitted step) of a verifier, one per configuration, so that all calls share a compilation."""
+    loss: Any = functools.partial(value_loss, config=config, lm_weight=s.lm_weight, dropout=s.dropout)
+    if kind == "dpo":
+        loss = functools.partial(dpo_loss, config=config, beta=s.beta, alpha=s.alpha)
     tx = s.optimiser()
     return tx, make_step(s.through(loss), tx, s.accumulate)
 
@@ -282,7 +276,7 @@ def _train(start: Model, job: Job, kind: str, arrays: dict[str, np.ndarray], row
     steps = s.steps or max(1, round(s.epochs * len(arrays["tokens"]) / s.batch_size))
     # Made when the first batch is drawn: a finished stage, which is only loaded, draws none.
     stream = functools.cache(lambda: batches(arrays, s.batch_size, seed=job.seed))
-    tx, step = (dpo_step if kind == "dpo" else value_step)(start.config, s)
+    tx, step = update_step(start.config, s, kind)
 
     def batch_at(n: int) -> Any:
         rest: dict[str, Any] = dict(stream()[n])

@@ -23,7 +23,7 @@ from qstar.methods.quiet_star import QuietConfig, update
 from qstar.methods.reinforce import ReinforceSettings
 from qstar.methods.rl import RewardedSettings
 from qstar.methods.v_star import PRESETS, VStarConfig
-from qstar.methods.verifier import VerifierSettings, dpo_step, value_step
+from qstar.methods.verifier import VerifierSettings, update_step
 from qstar.models import heads, scoring
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
@@ -85,12 +85,9 @@ def _fine_tuning(case: Case) -> tuple[Model, Model, SampleSettings, Program]:
 def star_variants(case: Case, cls: type, presets: dict[str, Any]) -> list[Any]:
     """Returns the arms of STaR or V-STaR as settings of their class."""
     # The later wins: the section `loop`, the arm's preset, the arm itself.
-    out = []
-    for name in case.config.arms:
-        arm = case.config.arms[name].to_dict()
-        loop = {**case.section("loop"), **presets[arm.pop("preset", "star")], **arm}
-        out.append(settings_from(cls, loop, f"arms.{name}"))
-    return out
+    loop, arms = case.section("loop"), case.config.arms.to_dict()
+    values = {name: {**loop, **presets[arm.pop("preset", "star")], **arm} for name, arm in arms.items()}
+    return [settings_from(cls, of_arm, f"arms.{name}") for name, of_arm in values.items()]
 
 
 def _star(case: Case) -> Iterator[Program]:
@@ -153,15 +150,16 @@ def _verifier(case: Case, kind: str, model: Model, s: VerifierSettings, resident
         # A pair repeats its prompt before both completions: a row holds at most so many.
         pairs = max(1, length // (2 * case.assumed.prompt))
         two, one = (case.spec(shape, jnp.float32, split=True) for shape in ((rows, pairs, 2), (rows, pairs)))
-        step = dpo_step(model.config, s)
+        step = update_step(model.config, s, kind)
         return train_program(case, "DPO", model, s, step, Preference(batch, two, one), needed, resident=resident)
-    # Attached here: the model of the config has none, and `value_step` expects it among the parameters.
+    # Attached here: the model of the config has none, and `update_step` expects it among the parameters.
     head = {"kernel": jnp.zeros((model.config.hidden_size, 1)), "bias": jnp.zeros((1,))}
     params = case.like(lambda p: {**p, "value": head}, model.params)
     grader = Model(model.config.replace(value_head=kind), params, None, case.mesh)
     each = case.spec((rows, length), jnp.float32, split=True)
     graded = Graded(batch, each, each)
-    return train_program(case, kind.upper(), grader, s, value_step(grader.config, s), graded, needed, resident=resident)
+    step = update_step(grader.config, s, kind)
+    return train_program(case, kind.upper(), grader, s, step, graded, needed, resident=resident)
 
 
 # ------------------------------------------------------------------------------------------------------ Quiet-STaR
