@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from qstar.errors import UserError, bounded, pip_install
 from qstar.tasks import answer_text
@@ -132,18 +131,17 @@ class MATH(DatasetTask):
         return votes
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
-        return answer is not None and self.compare(problem, answer).equal
+        return answer is not None and self.compare(problem, answer) == "equal"
 
-    def compare(self, problem: Problem, answer: str) -> Comparison:
-        """The comparison with the right answer; time-outs and errors are distinguished from answers that differ."""
+    def compare(self, problem: Problem, answer: str) -> str:
+        """See `Comparer.compare`, with the right answer; time-outs and errors are distinguished from answers that differ."""
         # Most answers end here; a question to the helper process costs milliseconds.
         if normal(answer) == problem.gold:
-            return Comparison(True, "equal")
+            return "equal"
         # Units behind a number, $ and commas are usual in this form.
         if _NUMERIC.fullmatch(problem.gold) and self.format == "gsm8k":
             if number(answer) is not None:
-                same = number(answer) == number(problem.gold)
-                return Comparison(same, "equal" if same else "different")
+                return "equal" if number(answer) == number(problem.gold) else "different"
         return comparer(self.timeout_s).compare(problem.meta["written"], answer)
 
 
@@ -153,7 +151,7 @@ def _equal(one: str, other: str, timeout_s: float) -> bool:
     # Numbers need no helper process.
     if _NUMERIC.fullmatch(one) and _NUMERIC.fullmatch(other):
         return number(one) == number(other)
-    return comparer(timeout_s).compare(one, other).equal
+    return comparer(timeout_s).compare(one, other) == "equal"
 
 
 def _marked(text: str) -> str | None:
@@ -223,13 +221,6 @@ def _braced(match: re.Match) -> str:
 # --------------------------------------------------------------------------------------------------------- equality
 
 
-class Comparison(NamedTuple):
-    """`equal` is `reason == "equal"`; other reasons: different, unparsed, timeout, error (mostly lack of memory)."""
-
-    equal: bool
-    reason: str
-
-
 def check_installed() -> None:
     """Raises UserError unless math-verify can be imported."""
     if importlib.util.find_spec("math_verify") is None:
@@ -237,7 +228,7 @@ def check_installed() -> None:
 
 
 class Comparer(Helper):
-    """One process with math-verify, started by the first comparison. A context manager; threads take turns."""
+    """One process with math-verify, started by the first comparison; threads take turns."""
 
     # math-verify passes a model's text to SymPy, which may take for ever (`9**9**9`) or all memory. Its own time-outs
     # are alarms of the main thread, which neither stop C code nor work in other threads; a process can be killed.
@@ -254,8 +245,11 @@ class Comparer(Helper):
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
-    def compare(self, gold: str, answer: str) -> Comparison:
-        """Compares two answers, each LaTeX without dollar signs or plain text."""
+    def compare(self, gold: str, answer: str) -> str:
+        """Compares two answers, each LaTeX without dollar signs or plain text.
+
+        Returns equal, different, unparsed, timeout or error (mostly lack of memory).
+        """
         with self._lock:
             if not self.running() and self.start() is None:
                 raise UserError("math-verify does not start: try `python -c 'import math_verify'`")
@@ -269,19 +263,13 @@ class Comparer(Helper):
             # A late answer would be read as that of the next pair.
             if reason in ("timeout", "error"):
                 self.stop()
-        return Comparison(reason == "equal", reason)
+        return reason
 
     def close(self) -> None:
         # In a fork the process belongs to the parent.
         if self._owner == os.getpid():
             with self._lock:
                 self.stop()
-
-    def __enter__(self) -> Comparer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def comparer(timeout_s: float = 5.0) -> Comparer:

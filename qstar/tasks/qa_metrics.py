@@ -18,12 +18,10 @@ _SPECIAL = ("yes", "no", "noanswer")
 
 
 class Score(NamedTuple):
-    """Exact match, and F1 with its parts, each in [0, 1]."""
+    """Exact match and F1, each in [0, 1]."""
 
     em: float
     f1: float
-    precision: float
-    recall: float
 
 
 def normalise(text: str) -> str:
@@ -35,14 +33,14 @@ def answer_score(prediction: str, gold: str) -> Score:
     """EM and F1 of an answer; F1 is 0 where one side is yes, no or noanswer and the other differs."""
     a, b = normalise(prediction), normalise(gold)
     if a != b and (a in _SPECIAL or b in _SPECIAL):
-        return Score(0.0, 0.0, 0.0, 0.0)
+        return Score(0.0, 0.0)
     words, wanted = a.split(), b.split()
     common = (collections.Counter(words) & collections.Counter(wanted)).total()
     # Also where both sides are empty: the official scripts then give EM 1 and F1 0.
     if not common:
-        return Score(float(a == b), 0.0, 0.0, 0.0)
+        return Score(float(a == b), 0.0)
     precision, recall = common / len(words), common / len(wanted)
-    return Score(float(a == b), 2 * precision * recall / (precision + recall), precision, recall)
+    return Score(float(a == b), 2 * precision * recall / (precision + recall))
 
 
 def includes(output: str, gold: str) -> bool:
