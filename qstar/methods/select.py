@@ -45,15 +45,12 @@ def are_probabilities(scores: Sequence[float]) -> bool:
     return all(0 <= s <= 1 for s in scores if math.isfinite(s))
 
 
-def weights(scores: Sequence[float], probabilities: bool | None = None) -> list[float]:
-    """Returns the weights of votes: probabilities unchanged, log-likelihoods as exp(s - max).
-
-    `probabilities`: the kind of the scores; None: see `are_probabilities`.
-    """
+def weights(scores: Sequence[float], probabilities: bool) -> list[float]:
+    """Returns the weights of votes: probabilities unchanged, log-likelihoods as exp(s - max)."""
     finite = [s for s in scores if math.isfinite(s)]
     if not finite:
         return [1.0] * len(scores)
-    if are_probabilities(finite) if probabilities is None else probabilities:
+    if probabilities:
         return [s if math.isfinite(s) else 0.0 for s in scores]
     # Only ratios of weights matter, and without the shift exp underflows for solutions of a few hundred tokens.
     top = max(finite)
