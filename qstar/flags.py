@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import qstar.configs
 from qstar.data.user_code import importable, load_file, user_errors
 from qstar.errors import SEEDS, UserError, require, unknown
-from qstar.files import as_path, parse_json
+from qstar.files import as_path, flatten, parse_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -220,18 +220,13 @@ def _replace_task(config: ConfigDict, text: str) -> None:
 def value_sources(spec: str, overrides: Sequence[Override]) -> dict[str, str]:
     """Returns the source of each value of `read_config`: "config file", "argument" or "command line", by dotted key."""
 
-    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(node, ConfigDict) or not len(node):
-            return {prefix: node}
-        return {key: value for name in node for key, value in flat(node[name], f"{prefix}.{name}".strip(".")).items()}
-
     name = spec.partition(":")[0]
     try:
-        plain = flat(read_config(name))
+        plain = flatten(read_config(name).to_dict())
     # A config may need its argument: then the file and the argument cannot be told apart.
     except UserError:
-        plain = flat(read_config(spec))
-    found = flat(read_config(spec, overrides))
+        plain = flatten(read_config(spec).to_dict())
+    found = flatten(read_config(spec, overrides).to_dict())
     replaced = {flag.removeprefix("--config.") for flag, _ in overrides}
     missing = object()
     kept = {key: plain.get(key, missing) == value for key, value in found.items()}

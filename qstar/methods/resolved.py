@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from qstar.files import flatten
 from qstar.methods import guided_cot, pairs, quiet_star, rl, star, v_star
 from qstar.methods.quiet_data import QuietSections
 from qstar.runs.settings import TaskSections, settings_from
@@ -89,14 +90,3 @@ def _parts(name: str, settings: Any) -> list[tuple[str, Any]]:
     """Returns (dotted key, value) of a settings object, whose empty dicts are left out."""
     fields = dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ()
     return [(f"{name}.{f.name}".strip("."), v) for f in fields if (v := getattr(settings, f.name)) != {}]
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested dicts as one, with dotted keys; an empty dict stays a value."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out

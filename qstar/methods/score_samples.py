@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qstar.methods.select import Scorer, curves, gain, ks_for, quality
-from qstar.methods.v_star_eval import Ballots, by_problem, candidates
+from qstar.methods.v_star_eval import Ballots, candidates
 from qstar.methods.verifier import Verifier, score
+from qstar.runs.evaluate import by_problem
 from qstar.runs.folder import cached_jsonl, fingerprint
 from qstar.text.tokenizer import Tokenizer
 from qstar.train.stats import summarise

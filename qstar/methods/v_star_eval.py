@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from qstar.methods.select import Candidates
 from qstar.methods.verifier import KINDS, Verifier, score
 from qstar.models.model import Model
 from qstar.runs.context import Arm, RunContext
+from qstar.runs.evaluate import by_problem
 from qstar.runs.folder import cached_jsonl, once_json
 from qstar.runs.rollouts import sample_rollouts
 from qstar.runs.settings import Gate
@@ -121,14 +121,6 @@ def score_rows(task: Task, rollouts: list[Rollout], sft: Model, verifiers: dict[
         {"problem_id": r.problem_id, "sample": r.sample, **{name: float(values[i]) for name, values in columns.items()}}
         for i, r in enumerate(rollouts)
     ]
-
-
-def by_problem(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-    """Returns the samples of each problem."""
-    groups: dict[str, list[Rollout]] = collections.defaultdict(list)
-    for r in rollouts:
-        groups[r.problem_id].append(r)
-    return list(groups.values())
 
 
 def candidates(rows: Sequence[Rollout], scores: dict[str, list[float]], ballots: Ballots = list) -> Candidates:

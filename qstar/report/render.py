@@ -93,12 +93,7 @@ def links(main: str) -> list[tuple[str, Markup]]:
     return [(anchor, Markup(title)) for anchor, title in re.findall(r'<section id="([a-z]+)">\s*<h2>([^<]+)', main)]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flatten(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A nested dict as ("outer.inner", value as text) pairs."""
-    pairs: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            pairs += flatten(value, f"{prefix}{key}.")
-        else:
-            pairs.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    return pairs
+    flat = files.flatten(tree)
+    return [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in flat.items()]

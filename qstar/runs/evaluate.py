@@ -185,14 +185,19 @@ def result_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def by_problem(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """Returns the samples of each problem."""
+    groups: dict[str, list[Rollout]] = collections.defaultdict(list)
+    for r in rollouts:
+        groups[r.problem_id].append(r)
+    return list(groups.values())
+
+
 def many(
     rollouts: list[Rollout], samples: int, ballots: Callable[[Sequence[str | None]], Sequence[str | None]] = list
 ) -> dict[str, Any]:
     """Returns pass@k and majority@k for k = 1, 2, 4, ... up to `samples`. `ballots`: see `Task.ballots`."""
-    groups: dict[str, list[Rollout]] = collections.defaultdict(list)
-    for r in rollouts:
-        groups[r.problem_id].append(r)
-    rows = list(groups.values())
+    rows = by_problem(rollouts)
     # Truncated completions do not vote: their answer may be the first digits of a longer one.
     answers = [ballots([None if r.truncated else r.answer for r in some]) for some in rows]
     return votes(answers, [[r.correct for r in some] for some in rows], [some[0].group for some in rows], samples)
@@ -207,9 +212,8 @@ def votes(
     """
     out: dict[str, Any] = {}
     for k in (2**i for i in range(samples.bit_length())):
-        passed = [pass_at_k(len(some), sum(some), k) for some in right]
         # Both are expectations over all subsets of k: one set of samples serves every k.
         voted = [voted_right_at_k(*pair, k) for pair in zip(answers, right)]
-        out.update(summarise(f"pass@{k}", passed, groups))
+        out.update(summarise(f"pass@{k}", [pass_at_k(len(some), sum(some), k) for some in right], groups))
         out.update(summarise(f"majority@{k}", voted, groups))
     return out
