@@ -1,9 +1,14 @@
 """Both sides of the benchmarks do the same work, on a pretrained model and on a random one."""
 
+import json
+
 import pytest
 from conftest import shared
 
-from qstar.bench import generate, train
+from qstar.bench import common, generate, train
+from qstar.errors import UserError
+from qstar.models.encdec import EncDecConfig
+from qstar.models.hf_config import to_hf
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -20,3 +25,9 @@ def test_both_sides_train_the_same_model_on_the_same_rows(adapters):
 def test_both_sides_sample_as_many_tokens():
     options = dict(folder=str(shared("weights/stories260k")), prompts=2, samples=2, length=3, new=4)
     assert generate.ours_plain(**options)() == generate.theirs_plain(**options)() == 2 * 2 * 4
+
+
+def test_a_model_that_is_no_decoder_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(EncDecConfig())))
+    with pytest.raises(UserError, match=f"^bench: {tmp_path} is no decoder"):
+        common.read_config(str(tmp_path))
