@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +89,18 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
         raise UserError(f"--device={device}: JAX has started on {found} already; name the device first")
 
 
-def start_plan(topologies: Iterable[str]) -> None:
-    """Starts JAX for `qstar plan`: on the CPU with the simulated devices of `cpu:N` or `h100:N`, or on this machine's GPUs.
+def start_plan(simulated: int, gpu: bool = False) -> None:
+    """Starts JAX for `qstar plan`: on the CPU with so many `simulated` devices (0: as it is), or on this machine's GPUs.
 
     Raises:
-      UserError: the topology is `gpu`, and there is none.
+      UserError: `gpu`, and there is none.
     """
-    named = [t.partition(":") for t in topologies]
-    counts = [int(n or 8) for kind, _, n in named if kind in ("cpu", "gpu", "h100", "h200") and (n or "8").isdecimal()]
-    if counts and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        flag = f"--xla_force_host_platform_device_count={max(counts)}"
+    # They are counted once, when JAX starts, so it has to be the largest number of all slices.
+    if simulated and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        flag = f"--xla_force_host_platform_device_count={simulated}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
         os.environ.setdefault("PJRT_NPROC", "16")
-    if ("gpu", "", "") not in named:
+    if not gpu:
         return start_jax("cpu")
     try:
         start_jax("gpu")

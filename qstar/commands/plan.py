@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from qstar.distributed import start_plan
-from qstar.flags import COUNT, POSITIVE, Parser, number
+from qstar.errors import require
+from qstar.flags import COUNT, POSITIVE, Parser, local_folder, number
+from qstar.plan.slices import read_slices
 
 
 def main(argv: list[str]) -> int:
@@ -29,14 +31,14 @@ def main(argv: list[str]) -> int:
     p.switch("--full-effort", "optimise as for a run: slower, temporaries a little smaller")
     p.switch("--json", "one JSON object (a list, of several slices)")
     a, config = p.parse_config(argv)
-    # The simulated devices of the CPU backend are counted once, when JAX starts: all topologies are named before.
-    names = [name for name in a.topology.split(",") if name]
-    start_plan(names)
+    slices = read_slices(a.topology)
+    other = "--rows-per-chip" if a.rows_per_chip else "--hlo" if a.hlo else ""
+    require((not (a.search and other), f"plan: --search does not go with {other}; leave one of them out"))
+    keep = local_folder("--hlo", a.hlo) if a.hlo else None
+    start_plan(max(s.simulated for s in slices), gpu=any(s.name == "gpu" for s in slices))
     from qstar.plan import run, search
     from qstar.plan.steps import Assumed
 
-    assumed = Assumed(a.prompt_tokens, a.prefix_tokens, a.problems)
-    options = run.Options(
-        only=a.only, hbm=a.hbm, as_json=a.json, quick=not a.full_effort, rows_per_chip=a.rows_per_chip, keep=a.hlo
-    )
+    assumed, names = Assumed(a.prompt_tokens, a.prefix_tokens, a.problems), [s.name for s in slices]
+    options = run.Options(a.only, a.hbm, a.json, not a.full_effort, a.rows_per_chip, keep)
     return (search if a.search else run).main(config, names, assumed, options)

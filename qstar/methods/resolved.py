@@ -27,7 +27,7 @@ class _Layout(NamedTuple):
     presets: Mapping[str, Mapping[str, Any]] = {}
 
 
-_LAYOUTS = {
+LAYOUTS = {
     "star": _Layout(TaskSections, star.VariantConfig, "loop", star.PRESETS),
     "v_star": _Layout(v_star.VStarSections, v_star.VStarConfig, "loop", v_star.PRESETS),
     "rl": _Layout(rl.RLSections, rl.RewardedSettings, "rl"),
@@ -47,7 +47,7 @@ def resolved(config: Any, sources: Mapping[str, str]) -> dict[str, Value]:
     the config's own values are returned.
     """
     given = {key: Value(value, sources[key]) for key, value in flatten(config.to_dict()).items()}
-    layout = _LAYOUTS.get(config.get("method"))
+    layout = LAYOUTS.get(config.get("method"))
     if layout is None:
         return given
     found = dict(given)

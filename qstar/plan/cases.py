@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from qstar.errors import require, unknown
+from qstar.data.corpus import TextCorpus
+from qstar.errors import require, unknown, within
 from qstar.mesh import make_mesh
 from qstar.methods import distillation, pairs, reinforce, star
 from qstar.methods.distillation import DistilTrain, only_updates
 from qstar.methods.guided_cot import GuidedConfig
 from qstar.methods.guided_hotpotqa import MultiHopSettings
+from qstar.methods.quiet_data import QuietBase, make_corpus
 from qstar.methods.quiet_star import QuietConfig, update
 from qstar.methods.reinforce import ReinforceSettings
+from qstar.methods.resolved import LAYOUTS
 from qstar.methods.rl import RewardedSettings
 from qstar.methods.v_star import PRESETS, VStarConfig
 from qstar.methods.verifier import VerifierSettings, update_step
@@ -41,8 +45,8 @@ from qstar.plan.steps import (
     trained,
 )
 from qstar.runs.rollouts import SampleSettings
-from qstar.runs.settings import narrowed, settings_from
-from qstar.runs.stages import TrainSettings, UpdateSettings, sft_step
+from qstar.runs.settings import BaseSettings, check_keys, narrowed, settings_from
+from qstar.runs.stages import TrainSettings, UpdateSettings, check_trainable, sft_step
 from qstar.sample.batching import default_slots, padded_length
 from qstar.thoughts import measure
 from qstar.train import flops
@@ -53,14 +57,19 @@ from qstar.types import Graded, Preference
 
 
 def programs(config: Any, devices: Any, assumed: Assumed) -> list[Program]:
-    """Returns the programs of a config on devices, those of training first; raises UserError for an unknown method."""
-    case = Case(config, make_mesh(config.mesh, list(devices)), assumed)
+    """Returns the programs of a config on devices, those of training first.
+
+    Raises UserError for a method that is unknown or not planned, and for what the method's settings refuse.
+    """
     known = {"star": _star, "v_star": _v_star, "quiet_star": _quiet_star, "guided_cot": _guided_cot, "rl": _rl}
     known |= {"sft": _pairs, "dpo": _pairs}
     method = config.get("method")
-    if method not in known:
-        raise unknown(f"config.method={method!r}", str(method), known)
-    return list(known[method](case))
+    if method not in LAYOUTS:
+        raise unknown(f"config.method={method!r}", str(method), LAYOUTS)
+    require((method in known, f"config.method={method!r}: plan does not take it; it takes {', '.join(known)}"))
+    settings_from(LAYOUTS[method].sections, config.to_dict(), "")
+    case = Case(config, make_mesh(config.mesh, list(devices)), assumed)
+    return [*known[method](case), *_base(case)]
 
 
 def named(found: list[Program], only: str) -> list[Program]:
@@ -71,11 +80,53 @@ def named(found: list[Program], only: str) -> list[Program]:
     return out
 
 
+# ---------------------------------------------------------------------------------------------------- the base
+
+BASE = "base"  # its program
+
+
+def base_stage(case: Case) -> tuple[str, TrainSettings, int] | None:
+    """Returns the program, settings and updates of a base that is trained from scratch, None where there is none."""
+    options, quiet = case.section("base"), case.config.method == "quiet_star"
+    if not options.get("steps") or case.section("model").get("path") and not quiet:
+        return None
+    if quiet:
+        s = narrowed(UpdateSettings, case.settings(QuietBase, "base"))
+        length = text_lengths(case.section("data"))[1]
+        return BASE, TrainSettings(**vars(s), row_length=length), options["steps"]
+    s, train = narrowed(TrainSettings, case.settings(BaseSettings, "base")), case.section("train")
+    # Fine-tuning on rows of the same shape is the same program.
+    same = all(train.get(k) == getattr(s, k) for k in ("batch_size", "accumulate", "row_length"))
+    same = same and case.config.method != "rl" and not train.get("lora_rank")
+    return "fine-tuning" if same else BASE, s, options["steps"]
+
+
+def _base(case: Case) -> Iterator[Program]:
+    name, s, _ = base_stage(case) or ("", None, 0)
+    if name == BASE and s is not None:
+        model = decoder_model(case)
+        needed = flops.update(model.config, s.batch_size, s.row_length)
+        yield train_program(
+            case, name, model, s, sft_step(model.config, s), case.batch(s.batch_size, s.row_length), needed
+        )
+
+
+def text_lengths(options: dict[str, Any]) -> tuple[int, int]:
+    """Returns the tokens of a row, and of the base's, of a config's `data` section, whose text is not read."""
+    if options.get("name") == "fold_digits":
+        corpus = make_corpus(options, "")
+        return corpus.length, corpus.base_length
+    length = options.get("length", inspect.signature(TextCorpus).parameters["length"].default)
+    return length, length
+
+
 # --------------------------------------------------------------------------------------------------- STaR, V-STaR
 
 
 def _fine_tuning(case: Case) -> tuple[Model, Model, SampleSettings, Program]:
     model, s = decoder_model(case), case.settings(TrainSettings, "train")
+    with within("config.train."):
+        check_trainable(model.config, s)
     needed = flops.update(model.config, s.batch_size, s.row_length, lora=s.lora_rank > 0)
     step, batch = sft_step(model.config, s), case.batch(s.batch_size, s.row_length)
     program = train_program(case, "fine-tuning", model, s, step, batch, needed)
@@ -85,9 +136,16 @@ def _fine_tuning(case: Case) -> tuple[Model, Model, SampleSettings, Program]:
 def star_variants(case: Case, cls: type, presets: dict[str, Any]) -> list[Any]:
     """Returns the arms of STaR or V-STaR as settings of their class."""
     # The later wins: the section `loop`, the arm's preset, the arm itself.
-    loop, arms = case.section("loop"), case.config.arms.to_dict()
-    values = {name: {**loop, **presets[arm.pop("preset", "star")], **arm} for name, arm in arms.items()}
-    return [settings_from(cls, of_arm, f"arms.{name}") for name, of_arm in values.items()]
+    out = []
+    for name in case.config.arms:
+        arm = case.config.arms[name].to_dict()
+        preset = arm.pop("preset", "star")
+        if preset not in presets:
+            raise unknown(f"config.arms.{name}.preset={preset!r}", str(preset), presets)
+        settings_from(cls, case.section("loop"), "loop")
+        loop = {**case.section("loop"), **presets[preset], **arm}
+        out.append(settings_from(cls, loop, f"arms.{name}"))
+    return out
 
 
 def _star(case: Case) -> Iterator[Program]:
@@ -104,7 +162,8 @@ def _v_star(case: Case) -> Iterator[Program]:
     yield program
     variants = star_variants(case, VStarConfig, PRESETS)
     # Each kind once: arms share the settings of a verifier's section, so they would compile the same program.
-    for kind in sorted({kind for v in variants for kind in v.verifiers}):
+    trained_on_pairs = {"rpo"} if any(v.update == "rpo" for v in variants) else set()
+    for kind in sorted(trained_on_pairs | {kind for v in variants for kind in v.verifiers}):
         s = case.settings(VerifierSettings, kind)
         yield _verifier(case, kind, done, s, {"the model before fine-tuning": model.params})
     yield from sampling(case, done, sample, max(v.k for v in variants), sample.round_size, 0)
@@ -146,12 +205,12 @@ def _pairs(case: Case) -> Iterator[Program]:
 def _verifier(case: Case, kind: str, model: Model, s: VerifierSettings, resident: dict[str, Any]) -> Program:
     rows, length = s.batch_size, s.row_length
     batch, needed = case.batch(rows, length), flops.update(model.config, rows, length, lora=s.lora_rank > 0)
-    if kind == "dpo":
+    if kind in ("dpo", "rpo"):
         # A pair repeats its prompt before both completions: a row holds at most so many.
         pairs = max(1, length // (2 * case.assumed.prompt))
         two, one = (case.spec(shape, jnp.float32, split=True) for shape in ((rows, pairs, 2), (rows, pairs)))
         step = update_step(model.config, s, kind)
-        return train_program(case, "DPO", model, s, step, Preference(batch, two, one), needed, resident=resident)
+        return train_program(case, kind.upper(), model, s, step, Preference(batch, two, one), needed, resident=resident)
     # Attached here: the model of the config has none, and `update_step` expects it among the parameters.
     head = {"kernel": jnp.zeros((model.config.hidden_size, 1)), "bias": jnp.zeros((1,))}
     params = case.like(lambda p: {**p, "value": head}, model.params)
@@ -169,12 +228,13 @@ def _quiet_star(case: Case) -> Iterator[Program]:
     options = case.section("thoughts")
     # The text is tokenized by the run; a plan loads no tokenizer, and no shape depends on it.
     options.pop("start_text", None)
-    options.setdefault("forbidden_ids", ())
-    thoughts = (ThoughtConfig.parity if options.pop("parity", False) else ThoughtConfig)(**options)
-    model, length = decoder_model(case), case.section("data").get("length", 256)
+    parity = options.pop("parity", False)
+    options = check_keys(ThoughtConfig, {"forbidden_ids": (), **options}, "thoughts")
+    thoughts = (ThoughtConfig.parity if parity else ThoughtConfig)(**options)
+    model, length = decoder_model(case), text_lengths(case.section("data"))[0]
     done = set()
     for name, arm in case.arms(QuietConfig).items():
-        t = thoughts.replace(**arm.thoughts)
+        t = thoughts.replace(**check_keys(ThoughtConfig, arm.thoughts, f"arms.{name}.thoughts"))
         s = settings_from(UpdateSettings, {**case.section("train"), **arm.train}, f"arms.{name}.train")
         # Arms that differ in nothing that is compiled have the same programs.
         key = (arm.thought_source, t, s.batch_size, s.accumulate, arm.trainable, arm.teacher)
@@ -214,6 +274,9 @@ def _thinking(
 
 def _guided_cot(case: Case) -> Iterator[Program]:
     """Yields distillation and RL of the small model, and both models' sampling, on questions such as hotpotqa."""
+    task = case.section("task").get("name")
+    line = "plan does not take questions and models that are generated; it takes hotpotqa and 2wikimultihopqa"
+    require((task != "two_hop", f"config.task.name={task!r}: {line}"))
     world = case.settings(MultiHopSettings, "guided")
     small = abstract_model(case, {"path": world.small}, "guided.small")
     options = dict(world.large)
@@ -238,40 +301,48 @@ def _guided_cot(case: Case) -> Iterator[Program]:
         s = case.settings(ReinforceSettings, "train", max_new_tokens=R)
         yield from _rl_updates(case, small, s, prompt, resident)
     done = trained(case, small, train)
-    yield from _answers(case, done, world.test_questions * max(1, world.votes), prompt, R, "rationales", resident)
+    sample, count = SampleSettings(max_new_tokens=R), world.test_questions * max(1, world.votes)
+    yield from _answers(case, done, sample, 1, count, prompt, "rationales", resident)
     if large is not None:
         limit, chains = padded_length(world.large_limit), "the large model's chains"
         kept = {"the small model": done.params}
-        yield from _answers(case, large, world.teacher_questions, limit, world.cot_tokens, chains, kept, side_by_side)
+        sample = SampleSettings(max_new_tokens=world.cot_tokens, slots=side_by_side)
+        yield from _answers(case, large, sample, 1, world.teacher_questions, limit, chains, kept)
 
 
 def _answers(
     case: Case,
     model: Model,
+    sample: SampleSettings,
+    k: int,
     requests: int,
     prompt: int,
-    new: int,
     what: str,
     resident: dict[str, Any],
-    slots: int | None = None,
 ) -> Iterator[Program]:
     if isinstance(model.config, EncDecConfig):
-        yield seq2seq_sampling(case, model, what, slots or default_slots(requests), prompt, new, resident)
+        slots, new = sample.slots or default_slots(requests), sample.max_new_tokens
+        yield seq2seq_sampling(case, model, what, slots, prompt, new, resident)
     else:
-        yield from sampling(case, model, SampleSettings(max_new_tokens=new, slots=slots), 1, requests, 0)
+        yield from sampling(case, model, sample, k, requests, 0)
 
 
 def _rl(case: Case) -> Iterator[Program]:
     model, train = abstract_model(case, case.section("model")), case.settings(ReinforceSettings, "train")
-    yield from _rl_updates(case, model, train, padded_length(case.assumed.prompt), {})
+    prompt = padded_length(case.assumed.prompt)
+    yield from _rl_updates(case, model, train, prompt, {})
     sample = case.settings(SampleSettings, "sample", max_new_tokens=train.max_new_tokens)
     group = case.settings(RewardedSettings, "rl").group
-    yield from sampling(case, trained(case, model, train), sample, group, train.prompts * group, 0)
+    yield from _answers(
+        case, trained(case, model, train), sample, group, train.prompts * group, prompt, "responses", {}
+    )
 
 
 def _rl_updates(
     case: Case, model: Model, s: ReinforceSettings, prompt: int, resident: dict[str, Any]
 ) -> Iterator[Program]:
+    with within("config.train."):
+        check_trainable(model.config, s)
     settings, R = narrowed(RLSettings, case.settings(RewardedSettings, "rl")), s.max_new_tokens
     limit, static = scoring.text_limit(model.config), {"config": model.config, "settings": settings}
     roles = {}
@@ -281,7 +352,7 @@ def _rl_updates(
     each, one = (case.spec(shape, jnp.float32, split=True) for shape in ((s.batch_size, R), (s.batch_size,)))
     batch = Experience(*case.responses(s.batch_size, prompt, R), each, each, each, each, each, each, one)
     made = reinforce.compiled(**static, limit=limit, update=only_updates(s))
-    needed = flops.respond(model.config, s.batch_size, prompt, R, back=True)
+    needed = flops.respond(model.config, s.batch_size, prompt, R, back=True, lora=s.lora_rank > 0)
     yield train_program(case, "RL: gradient step", model, s, made, batch, needed, roles, resident)
     # All responses of an update are scored at once, unlike the gradient steps on minibatches of them.
     start, count = trained(case, model, s), s.prompts * settings.group

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -106,8 +107,11 @@ def work(passed: ChecksPassed) -> list[Work]:
     by = {"star": _star, "v_star": _star, "rl": _rl, "quiet_star": _quiet_star, "guided_cot": _guided_cot}
     by |= dict.fromkeys(CONTEXTS, _pairs)
     ctx = passed.context
-    base = getattr(ctx.settings, "base", None)
-    out = [_updates("base", base, base.steps, ctx)] if base is not None and base.steps else []
+    base, corpus = getattr(ctx.settings, "base", None), getattr(ctx, "corpus", None)
+    # A pretrained model is taken as it is, but on text: there the base's text may be another.
+    out = []
+    if base is not None and base.steps and (corpus is not None or not ctx.settings.model.get("path")):
+        out.append(_updates("base", base, base.steps, ctx, getattr(corpus, "base_length", 0)))
     return out + list(by[ctx.settings.method](ctx, passed.resolved["arms"])) if ctx.settings.method in by else out
 
 
@@ -124,27 +128,43 @@ def _evaluation(ctx: Any, name: str, rounds: int) -> Work:
 
 def _star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
     train, new = ctx.settings.train, ctx.settings.sample.max_new_tokens
+    supervision = getattr(ctx.settings, "sft", None)
+    if supervision is not None:
+        rows = len(ctx.task.pool(0, ctx.seed, supervision.problems))
+        yield _updates("G_SFT", train, steps_for(supervision.steps, 1, rows, train.batch_size), ctx)
     for name, loop in arms.items():
         problems = len(ctx.task.pool(1, ctx.seed, loop.problems_per_iter))
         each = problems * loop.k + (problems * loop.k if loop.rationalize else 0)
         steps = star_updates(loop, problems, train.batch_size)
         yield Work(f"{name}: sampling of {loop.n_iters} loops", each * loop.n_iters, each * loop.n_iters * new)
         yield _updates(f"{name}: fine-tuning", train, steps, ctx)
-        for kind in getattr(loop, "verifiers", ()):
-            s = getattr(ctx.settings, kind)
+        if supervision is not None:
             pairs = problems * ctx.settings.pairs.per_problem
-            yield _updates(f"{name}: verifier {kind}", s, s.steps or math.ceil(s.epochs * pairs / s.batch_size), ctx)
+            for kind, steps in pair_updates(loop, functools.partial(getattr, ctx.settings), pairs).items():
+                what = kind if kind == "rpo" else f"verifier {kind}"
+                yield _updates(f"{name}: {what}", getattr(ctx.settings, kind), steps, ctx)
         yield _evaluation(ctx, name, loop.n_iters + 1)
 
 
 def star_updates(loop: Any, problems: int, batch_size: int) -> int:
     """Returns the updates of all loops of an arm of STaR if every sample of every problem is kept."""
     steps = 0
-    for n in range(1, loop.n_iters + 1):
-        rows = problems * loop.k * (n if loop.accumulate else 1)
+    # V-STaR's generators may stay G_SFT, or be trained on pairs (`pair_updates`).
+    loops = loop.n_iters if getattr(loop, "retrain", True) and getattr(loop, "update", "sft") == "sft" else 0
+    for n in range(1, loops + 1):
+        rows = problems * (loop.k * (n if loop.accumulate else 1) + loop.include_sft_data)
         most = math.inf if loop.max_epochs is None else max(1, loop.max_epochs * rows / batch_size)
         steps += int(min(most, steps_for(loop.steps, n, rows, batch_size)))
     return steps
+
+
+def pair_updates(loop: Any, settings: Callable[[str], Any], rows: int) -> dict[str, int]:
+    """Returns the updates of an arm of V-STaR on pairs and for verifiers, by config section; `rows` each time."""
+    once = min(1, loop.n_iters)
+    times = dict.fromkeys(loop.verifiers, loop.n_iters if loop.verifier_every_iter else once)
+    times |= {"rpo": loop.n_iters} if loop.update == "rpo" else {}
+    each = {kind: settings(kind) for kind in times}
+    return {k: times[k] * (s.steps or math.ceil(s.epochs * rows / s.batch_size)) for k, s in each.items()}
 
 
 def _rl(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:

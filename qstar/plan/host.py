@@ -15,9 +15,9 @@ import jax
 from qstar.errors import UserError, require
 from qstar.mesh import make_mesh
 from qstar.models.hub import resolve
-from qstar.plan.cases import programs
+from qstar.plan.cases import BASE, programs
 from qstar.plan.program import local_bytes
-from qstar.plan.steps import Assumed, Case, abstract_model
+from qstar.plan.steps import NO_ADAPTERS, Assumed, Case, abstract_model
 
 # Resident memory of a process, in bytes: Python, JAX, transformers, orbax, data, and programs that are not planned. Seen:
 # 0.97 GiB at the peak of star_gsm8k:smoke, of which 0.13 are arrays and 0.24 the compiler's.
@@ -63,7 +63,8 @@ def estimate(config: Any, assumed: Assumed, *, compiled: bool = True) -> Estimat
         parts = {k: local_bytes(v) for k, v in {**program.parts, **program.resident}.items()}
         # Beside the model that samples or trains there is the one of the loop before; V-STaR also keeps G_SFT.
         loops = config.method == "v_star" or config.get("loop", {}).get("n_iters", 2) > 1
-        if config.method in ("star", "v_star", "rl") and (loops or program.name.startswith("sampling")):
+        later = loops or program.name.startswith("sampling")
+        if config.method in ("star", "v_star", "rl") and later and program.name != BASE:
             parts["the model before"] = _model_bytes(config, device)
         temporary = program.least
         if compiled:
@@ -102,7 +103,7 @@ def machine() -> int:
 _CHANGES: tuple[Callable[[Any], dict[str, Any]], ...] = (
     lambda c: {"model.dtype": "bfloat16"},
     lambda c: {"train.accumulate": c.get("train", {}).get("batch_size", 1)},
-    lambda c: {"train.lora_rank": 16},
+    lambda c: {} if c.method in NO_ADAPTERS else {"train.lora_rank": 16},
     lambda c: {"sample.slots": 16},
     lambda c: {"train.batch_size": 1, "train.accumulate": 1},
 )

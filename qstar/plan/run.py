@@ -15,11 +15,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from qstar.errors import UserError
 from qstar.mesh import AXES, make_mesh
 from qstar.plan import totals
 from qstar.plan.cases import named, programs
 from qstar.plan.program import Plan, compile_program
-from qstar.plan.steps import Assumed
+from qstar.plan.steps import NO_ADAPTERS, Assumed
 from qstar.plan.topology import CHIPS, Topology, open_topology
 
 
@@ -32,7 +33,7 @@ class Options:
     as_json: bool = False
     quick: bool = True  # compile with little optimisation
     rows_per_chip: int = 0  # of a (micro-)batch, instead of the config's batch size: weak scaling over several slices
-    keep: str = ""  # folder for the compiled texts
+    keep: Path | None = None  # folder for the compiled texts
 
     def say(self, text: str) -> None:
         """Prints a line, unless the output is JSON."""
@@ -43,8 +44,11 @@ class Options:
 def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) -> int:
     """Plans a config on every slice named. Returns the exit code: 1 if a program does not fit."""
     found, say = [], options.say
-    for name in names:
-        topology = open_topology(name, options.hbm)
+    if options.keep is not None:
+        make_folder(options.keep)
+    # All are opened first: what is wrong with the last is found before the first is compiled for.
+    for topology in [open_topology(name, options.hbm) for name in names]:
+        name = topology.name
         mesh = make_mesh(config.mesh, list(topology.devices))
         text, began = (
             ",".join(f"{a}={mesh.shape[a]}" for a in AXES if mesh.shape[a] > 1) or "data=1",
@@ -61,7 +65,8 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) 
         plans = []
         with compile_settings(options.quick):
             for i, program in enumerate(named(programs(config, topology.devices, assumed), options.only)):
-                keep = functools.partial(_write, Path(options.keep).expanduser(), i) if options.keep else None
+                file = f"{name.replace(':', '_')}_program_{i}.txt"
+                keep = functools.partial(_write, options.keep / file) if options.keep is not None else None
                 plans.append(compile_program(program, topology, keep))
                 say("\n".join(lines(plans[-1])))
         cost = totals.lines(plans, config, assumed, topology)
@@ -95,9 +100,16 @@ def compile_settings(quick: bool = True) -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def _write(folder: Path, number: int, text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"program_{number}.txt").write_text(text, encoding="utf-8")
+def make_folder(folder: Path) -> None:
+    """Makes the folder of the compiled texts; raises UserError, before a compilation is paid for."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--hlo={folder}: cannot be made ({e.strerror}); name another folder") from None
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------- output
@@ -192,8 +204,7 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
         what = f"{need} of these chips with fsdp={need} would hold parameters and optimiser beside what else there is"
         out += [what] if need > chips else []
     updates = bool(plan.parts.get("optimiser"))
-    # The methods excluded here do not take adapters from `train.lora_rank`.
-    if updates and not train.get("lora_rank") and config.get("method") not in ("quiet_star", "guided_cot"):
+    if updates and not train.get("lora_rank") and config.get("method") not in NO_ADAPTERS:
         out.append("train.lora_rank=16 would leave next to no optimiser state and float32 masters")
     if updates and plan.activations > plan.hbm // 4:
         if config.get("model", {}).get("remat", "none") != "block":

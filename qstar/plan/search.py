@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from qstar.plan.cases import named, programs
 from qstar.plan.program import Plan, compile_program, local_bytes
 from qstar.plan.run import Options, as_json, compile_settings, lines, seconds, size
-from qstar.plan.steps import Assumed
+from qstar.plan.steps import NO_ADAPTERS, Assumed
 from qstar.plan.topology import Topology, open_topology
 
 
@@ -97,8 +97,8 @@ def same_but_larger(layout: Layout, other: Layout) -> bool:
 def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) -> int:
     """Searches on every slice named. Returns the exit code: 1 where nothing fits."""
     say, out = options.say, []
-    for name in names:
-        topology, began = open_topology(name, options.hbm), time.perf_counter()
+    for topology in [open_topology(name, options.hbm) for name in names]:
+        name, began = topology.name, time.perf_counter()
         best: tuple[Layout, list[Plan]] | None = None
         ruled_out = 0
         with compile_settings(options.quick):
@@ -116,11 +116,14 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) 
                 say(f"{layout.flags}: {verdict}, {size(worst.peak)} of {size(worst.hbm)} per chip")
         say(f"{ruled_out} layouts were ruled out by arithmetic; {time.perf_counter() - began:.0f} s in all")
         if best is None:
-            say(f"{name}: no layout fits; take a larger slice, or LoRA (train.lora_rank=16)\n")
+            lora = "" if config.method in NO_ADAPTERS else ", or LoRA (train.lora_rank=16)"
+            advice = [f"no layout fits; take a larger slice{lora}"]
+            say(f"{name}: {advice[0]}\n")
+            out.append(as_json([], topology, "", advice) | {"fits": False})
             continue
         say("\n".join(line for p in best[1] for line in lines(p)))
         say(f"{name}: {best[0].flags}\n")
         out.append(as_json(best[1], topology, best[0].mesh, [best[0].flags]))
     if options.as_json:
-        print(json.dumps(out))
-    return 0 if len(out) == len(names) else 1
+        print(json.dumps(out[0] if len(out) == 1 else out))
+    return 0 if all(found["fits"] for found in out) else 1

@@ -37,6 +37,8 @@ from qstar.train import flops
 from qstar.train.state import abstract, abstract_state
 from qstar.types import Batch
 
+NO_ADAPTERS = ("quiet_star", "guided_cot")  # methods that are not advised to take train.lora_rank
+
 
 @dataclasses.dataclass(frozen=True)
 class Assumed:
@@ -84,6 +86,13 @@ class Case:
     def like(self, f: Callable[..., Any], *args: Any) -> Any:
         """Returns shapes and shardings of the parameters that f makes of abstract arguments."""
         return abstract(jax.eval_shape(f, *args), self.mesh, PARAM_AXES)
+
+    @property
+    def problems(self) -> int:
+        """The problems of the training split; no more than the config's own pool, where it draws them from one."""
+        pool = self.section("task").get("pool")
+        drawn = sum(n for n in pool.values() if isinstance(n, int)) if isinstance(pool, dict) else 0
+        return min(self.assumed.problems, drawn or self.assumed.problems)
 
     def section(self, name: str) -> dict[str, Any]:
         """Returns a section of the config, {} if it is missing."""

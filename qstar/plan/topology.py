@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import os
-import re
 from typing import Any
 
 import jax
 
 from qstar.errors import UserError, pip_install, require
-from qstar.train.flops import PEAKS
+from qstar.plan.slices import SHAPES, Slice, read_slice
+from qstar.train.flops import PEAKS, peak
 
 GIB = 2**30
 
@@ -36,19 +35,17 @@ class Chip:
 
 # hbm is what a program can use, not what is sold: a v5e has 16 GiB, of which the TPU compiler grants 15.75.
 CHIPS = {
-    "v4": Chip("TPU v4", 32 * GIB, PEAKS["TPU v4"], 1.228e12, 2.7e11),
+    "v4": Chip("TPU v4", 30.75 * GIB, PEAKS["TPU v4"], 1.228e12, 2.7e11),
     "v5e": Chip("TPU v5e", 15.75 * GIB, PEAKS["TPU v5e"], 0.819e12, 1.8e11),
-    "v5p": Chip("TPU v5p", 95.0 * GIB, PEAKS["TPU v5"], 2.765e12, 5.4e11),
+    "v5p": Chip("TPU v5p", 95.74 * GIB, PEAKS["TPU v5"], 2.765e12, 5.4e11),
     "v6e": Chip("TPU v6e", 31.25 * GIB, PEAKS["TPU v6"], 1.640e12, 3.6e11),
-    # Two chiplets, each a device: 192 GB, 7.37 TB/s and 2.307e15 FLOP/s a chip. The compiler's grant is not known.
-    "tpu7x": Chip("half a TPU7x", 89.0 * GIB, PEAKS["TPU7x"], 3.685e12, 2.7e11, devices=2),
+    # Two chiplets, each a device: 192 GiB, 7.37 TB/s and 2.307e15 FLOP/s a chip.
+    "tpu7x": Chip("half a TPU7x", 94.75 * GIB, PEAKS["TPU7x"], 3.685e12, 2.7e11, devices=2),
     "h100": Chip("H100 80GB", 79.0 * GIB, PEAKS["H100"], 3.35e12, 4.5e11),
     "h200": Chip("H200 141GB", 139.0 * GIB, PEAKS["H200"], 4.8e12, 4.5e11),
     "cpu": Chip("simulated device", 4.0 * GIB, 1e11, 2e10, 1e10),
 }
 CHIPS["gpu"] = CHIPS["h100"]
-SIMULATED = ("gpu", "h100", "h200", "cpu")  # NAME:COUNT
-_SHAPES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of a slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,35 +58,39 @@ class Topology:
     real: bool  # whether the compiler is that of the chip
 
 
-def _read(name: str) -> tuple[str, int, str]:
-    kind, _, shape = name.partition(":")
-    if kind in SIMULATED and re.fullmatch(r"[1-9]\d{0,3}|", shape):
-        return kind, int(shape or 8), shape
-    if kind in _SHAPES and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) and shape.count("x") == _SHAPES[kind] - 1:
-        return kind, math.prod(map(int, shape.split("x"))), shape
-    forms = "v5e:4x4, v6e:2x4, v5p:2x2x2, v4:2x2x1, tpu7x:2x2x1, h100:8, h200:8 or cpu:8"
-    raise UserError(f"--topology={name}: not a slice that is known here; give one like {forms}")
-
-
 def open_topology(name: str, hbm: float = 0.0) -> Topology:
     """Returns a slice to compile for, with `hbm` GiB per chip instead of the table's.
 
     Raises:
       UserError: an unknown slice, one that the compiler does not know, or no compiler for it.
     """
-    kind, count, shape = _read(name)
-    chip = dataclasses.replace(CHIPS[kind], hbm=hbm * GIB) if hbm else CHIPS[kind]
-    if kind in _SHAPES:
-        return Topology(name, chip, _tpu_devices(name, count * chip.devices, shape), True)
+    asked = read_slice(name)
     if name == "gpu":
-        return Topology(name, chip, tuple(jax.devices("gpu")), True)
-    found = jax.devices("cpu")
-    more = f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
-    require((len(found) >= count, f"--topology={name}: {len(found)} devices are there; {more}"))
-    return Topology(name, chip, tuple(found[:count]), False)
+        found = jax.devices("gpu")
+        chip, count = _chip_of(found[0]), len(found)
+    else:
+        chip = CHIPS[asked.kind]
+        found = _tpu_devices(asked) if asked.kind in SHAPES else jax.devices("cpu")
+        count = asked.chips * chip.devices
+    if asked.simulated:
+        more = f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        require((len(found) >= count, f"--topology={name}: {len(found)} devices are there; {more}"))
+    chip = dataclasses.replace(chip, hbm=hbm * GIB) if hbm else chip
+    return Topology(name, chip, tuple(found[:count]), not asked.simulated)
 
 
-def _tpu_devices(name: str, count: int, shape: str) -> tuple[Any, ...]:
+def _chip_of(device: Any) -> Chip:
+    """Returns the chip of a GPU of this machine; one whose rates are not in the table gets an H100's, and says so."""
+    kind, stats = device.device_kind, device.memory_stats() or {}
+    table = next((CHIPS[name] for name in ("h200", "h100") if name.upper() in kind), None)
+    rates, name = table or CHIPS["h100"], kind if table else f"{kind} (at an H100's rates)"
+    # The allocator's limit: by default three quarters of the memory are JAX's.
+    hbm, flops = stats.get("bytes_limit", rates.hbm), peak(kind) or rates.flops
+    return dataclasses.replace(rates, name=name, hbm=hbm, flops=flops)
+
+
+def _tpu_devices(asked: Slice) -> Any:
+    name = asked.name
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={name}: needs the TPU compiler; {pip_install('plan')}")
     # There is no metadata server here; the other two only silence warnings.
@@ -99,12 +100,14 @@ def _tpu_devices(name: str, count: int, shape: str) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
     # By default a topology consists of whole hosts, which have several chips.
-    options = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if asked.chips == 1 else {}
+    if asked.kind == "v4":
+        # As JAX sees it on a v4: one device per chip. Without it libtpu describes the chip's two cores, half of it each.
+        options["chip_config_name"] = "megacore"
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as e:  # noqa: BLE001  libtpu raises anything, also for a lock that another process holds
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         if "lockfile" in reason:
             raise UserError(f"--topology={name}: another process holds the TPU compiler; wait until it ends") from None
         raise UserError(f"--topology={name}: the TPU compiler does not take it ({reason})") from None
-    return tuple(found[:count])

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from qstar.methods import pairs, star
 from qstar.methods.guided_cot import GuidedConfig
+from qstar.methods.preference_data import PairSettings
 from qstar.methods.quiet_star import QuietConfig
 from qstar.methods.reinforce import ReinforceSettings
 from qstar.methods.rl import RewardedSettings
-from qstar.methods.v_star import PRESETS, VStarConfig
+from qstar.methods.v_star import PRESETS, Supervision, VStarConfig
 from qstar.methods.verifier import VerifierSettings
-from qstar.plan.cases import star_variants
-from qstar.plan.dry_run import star_updates
+from qstar.plan.cases import base_stage, star_variants
+from qstar.plan.dry_run import pair_updates, star_updates
 from qstar.plan.program import Plan
 from qstar.plan.steps import Assumed, Case
 from qstar.plan.topology import Topology
@@ -29,22 +31,30 @@ def runs(config: Any, assumed: Assumed) -> tuple[dict[str, int], int]:
     """
     case = Case(config, None, assumed)  # type: ignore[arg-type]  # settings alone are read
     counts = {"star": _star, "v_star": _star, "quiet_star": _quiet_star, "guided_cot": _guided_cot, "rl": _rl}
-    return counts.get(config.method, _pairs)(case)
+    steps, rollouts = counts.get(config.method, _pairs)(case)
+    if base := base_stage(case):
+        name, _, count = base
+        steps[name] = steps.get(name, 0) + count
+    return steps, rollouts
 
 
 def _star(case: Case) -> tuple[dict[str, int], int]:
     verifiers = case.config.method == "v_star"
     arms = star_variants(case, *((VStarConfig, PRESETS) if verifiers else (star.VariantConfig, star.PRESETS)))
-    batch = case.settings(TrainSettings, "train").batch_size
+    batch, found = case.settings(TrainSettings, "train").batch_size, case.problems
     out, rollouts = {"fine-tuning": 0}, 0
+    if verifiers:
+        # G_SFT, by the program of all fine-tuning.
+        s = case.settings(Supervision, "sft")
+        out["fine-tuning"] += star.steps_for(s.steps, 1, min(s.problems or found, found), batch)
     for loop in arms:
-        problems = loop.problems_per_iter or case.assumed.problems
+        problems = min(loop.problems_per_iter or found, found)
         out["fine-tuning"] += star_updates(loop, problems, batch)
         rollouts += loop.n_iters * problems * loop.k * (2 if loop.rationalize else 1)
-        for kind in getattr(loop, "verifiers", ()):
-            s = case.settings(VerifierSettings, kind)
-            rows = problems * case.section("pairs").get("per_problem", 16)
-            out[kind.upper()] = out.get(kind.upper(), 0) + (s.steps or math.ceil(s.epochs * rows / s.batch_size))
+        if verifiers:
+            rows = problems * case.settings(PairSettings, "pairs").per_problem
+            steps = pair_updates(loop, functools.partial(case.settings, VerifierSettings), rows)
+            out |= {kind.upper(): out.get(kind.upper(), 0) + n for kind, n in steps.items()}
     return out, rollouts
 
 
@@ -87,7 +97,8 @@ def lines(plans: Sequence[Plan], config: Any, assumed: Assumed, topology: Topolo
     out, total, left = ["bounds of the whole config: links at full speed, everything overlapped"], 0.0, dict(steps)
     # Arms whose programs are equal share one, under the name of the first.
     for plan in plans:
-        key = next((k for k in left if plan.name.startswith(k)), None)
+        # The longest, as a name may be the beginning of another arm's.
+        key = max((k for k in left if plan.name.startswith(k)), key=len, default=None)
         if key is not None:
             count = left.pop(key)
             total += count * plan.seconds

@@ -104,7 +104,7 @@ def test_a_dry_run_checks_counts_and_writes_nothing(capsys, tmp_path):
     assert found["prompt_tokens"] == len("99+99=") and found["memory"]["peak"] > 3e8
 
 
-@pytest.mark.parametrize("name, stage", [("grpo_gsm8k", "grpo: sampling"), ("quiet_star_tiny", "quiet_star"),
+@pytest.mark.parametrize("name, stage", [("grpo_gsm8k", "grpo: sampling"), ("quiet_star_tiny", "quiet_star"), ("v_star_gsm8k", "G_SFT"),
                                          ("guided_cot_hotpotqa", "kd_unfiltered: distillation")])  # fmt: skip
 def test_the_work_of_other_methods(name, stage, tmp_path, monkeypatch):
     from qstar import methods
@@ -114,6 +114,7 @@ def test_the_work_of_other_methods(name, stage, tmp_path, monkeypatch):
     passed = methods.check(read_config(f"{name}:smoke"), tmp_path / "run", stub.Silent())
     rows = {w.stage: w for w in dry_run.work(passed)}
     assert stage in rows and all(w.samples + w.updates > 0 for w in rows.values()) and not (tmp_path / "run").exists()
+    assert name != "quiet_star_tiny" or rows["base"].trained_tokens == 60 * 128 * 19  # the longest document of its text
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from ml_collections import ConfigDict
 from configs.star_arithmetic import get_config
 from qstar.__main__ import main
 from qstar.mesh import make_mesh
-from qstar.plan import hlo
+from qstar.plan import hlo, run, search
 from qstar.plan.cases import programs
-from qstar.plan.program import compile_program, local_bytes
+from qstar.plan.program import Plan, compile_program, local_bytes
 from qstar.plan.steps import Assumed
 from qstar.plan.topology import open_topology
 from tests.plan.collectives import collectives
@@ -111,11 +112,45 @@ def test_what_is_too_large_is_refused_with_its_culprit_and_what_would_help(capsy
     assert "lora_rank" in out and "compiled in" not in out  # what cannot fit is not compiled
 
 
-@pytest.mark.parametrize("name", ["v9:4x4", "v5e:4x4x4", "v5p:4x4", "cpu:x", "gpu:0", "gpu"])
+@pytest.mark.parametrize("name", ["v9:4x4", "v5e:4x4x4", "v5p:4x4", "cpu:x", "gpu:0", "gpu", "cpu:0", "cpu:", "cpu:99999",
+                                  "cpu:1,cpu:x", "cpu:1,cpu:9", ","])  # fmt: skip
 def test_a_slice_that_is_unknown_or_not_here_is_a_users_mistake(name, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # put back afterwards
+    monkeypatch.setattr(run, "compile_program", lambda *a: pytest.fail("compiled before all slices were read"))
     assert main(["plan", "--config=configs/star_gsm8k.py", f"--topology={name}"]) == 2
-    assert f"--topology={name}" in capsys.readouterr().err
+    out = capsys.readouterr()
+    assert f"--topology={name.rpartition('1,')[2]}" in out.err and not out.out
+    assert name in ("cpu:1,cpu:9", "gpu") or "give one like" in out.err
+
+
+def test_texts_of_several_slices_stand_side_by_side(tmp_path, capsys, monkeypatch):
+    def compiled(program, topology, keep):
+        keep(topology.name)
+        return Plan(program.name, True, {}, {}, 0, 0, 1)
+
+    monkeypatch.setattr(run, "compile_program", compiled)
+    command = ["plan", "--config=star_arithmetic:smoke", "--topology=cpu:1,cpu:2", "--only=fine"]
+    assert main([*command, f"--hlo={tmp_path}/a/b"]) == 0
+    assert {p.name: p.read_text() for p in (tmp_path / "a" / "b").iterdir()} == {
+        "cpu_1_program_0.txt": "cpu:1", "cpu_2_program_0.txt": "cpu:2"
+    }  # fmt: skip
+    assert main([*command, f"--hlo={tmp_path}/a/b/cpu_1_program_0.txt"]) == 2
+    assert "--hlo=" in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("slices", ["cpu:1", "cpu:1,cpu:2"])
+def test_a_search_without_a_result_has_an_entry_for_each_slice(slices, capsys, monkeypatch):
+    monkeypatch.setattr(search, "tried", lambda *a: iter(()))
+    assert main(["plan", "--config=star_arithmetic:smoke", f"--topology={slices}", "--search", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    found = found if "," in slices else [found]
+    assert [(x["topology"], x["fits"]) for x in found] == [(name, False) for name in slices.split(",")]
+
+
+@pytest.mark.parametrize("flag", ["--hlo=texts", "--rows-per-chip=1"])
+def test_a_search_refuses_flags_that_it_does_not_read(flag, capsys):
+    assert main(["plan", "--config=star_arithmetic:smoke", "--topology=cpu:1", "--search", flag]) == 2
+    assert flag.partition("=")[0] in capsys.readouterr().err
 
 
 def test_a_program_that_is_not_there_is_a_users_mistake(capsys):

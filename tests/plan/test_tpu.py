@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import jax
 import pytest
 
 from qstar.errors import UserError
@@ -42,6 +43,23 @@ def test_under_fsdp_a_tpu_reduces_and_scatters_gradients_and_gathers_no_activati
             assert all(a.shape[:2] != (8, 128) for a in i.arrays), i  # rows and tokens of all chips
     whole = 8 * plan.parts["parameters"]  # gathered in float32 at most thrice: forward, computed again, backward
     assert sent["all-gather"] < 3 * whole
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, devices, places, gib", [("v4:2x2x1", 4, 4, 30.75), ("tpu7x:1x1x1", 2, 1, 94.75)])
+def test_a_device_is_what_jax_has_on_the_chip(name, devices, places, gib):
+    try:
+        topology = open_topology(name)
+    except UserError as e:
+        if "another process" not in str(e):
+            raise
+        pytest.skip(str(e))
+    assert len(topology.devices) == devices and len({tuple(d.coords) for d in topology.devices}) == places
+    # The compiler refuses this sum, and says how much memory it grants.
+    x = jax.ShapeDtypeStruct((2**36,), "float32", sharding=jax.sharding.SingleDeviceSharding(topology.devices[0]))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"available HBM .{gib}G"):
+        jax.jit(lambda x: x + 1).lower(x).compile()
+    assert topology.chip.hbm == gib * 2**30
 
 
 def test_without_the_compiler_one_line_says_what_to_install(monkeypatch):
