@@ -9,32 +9,41 @@ from ml_collections import ConfigDict
 from qstar.errors import UserError, unknown
 
 # Of models that a smoke run does not name: random weights over bytes.
-_SMOKE_MODEL = "random-tiny"
+SMOKE_MODEL = "random-tiny"
 _SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
 
 
-def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+def parse_arg(arg: str | None, *excluded: str, **defaults: Any) -> ConfigDict:
     """Reads e.g. "smoke,seed=3" into typed values; a bare word means True.
 
     With `smoke`, models that the argument does not name are a random tiny one.
 
+    Args:
+      excluded: "smoke arms steps": with the first key, the others would have no effect.
+
     Raises:
-      UserError: a key that has no default, or a value of another type.
+      UserError: a key that has no default, an empty value or one of another type, keys that exclude each other.
     """
     out, named = dict(defaults), set()
     for part in filter(None, (arg or "").split(",")):
-        key, _, text = part.partition("=")
+        key, equals, text = part.partition("=")
         if key not in defaults:
             raise unknown(f"config argument {key!r}", key, defaults)
+        # An unset variable of the shell leaves `data=`: the rows that ship would be taken in its place.
+        if equals and not text:
+            raise UserError(f"config argument {key}= is empty; give a value, or leave it out")
         kind = type(defaults[key])
         try:
             out[key] = _SWITCH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             raise UserError(f"config argument {key}={text!r} must be of type {kind.__name__}") from None
-        named.add(key)
+        named.discard(key) if out[key] is False else named.add(key)
+    for first, *others in map(str.split, excluded):
+        if (other := next((key for key in others if key in named), "")) and first in named:
+            raise UserError(f"config argument {other} has no effect with {first}; leave one of them out")
     if out.get("smoke"):
         models = {"model", "teacher", "small", "large"} & defaults.keys()
-        out.update(dict.fromkeys(models - named, _SMOKE_MODEL))
+        out.update(dict.fromkeys(models - named, SMOKE_MODEL))
     return ConfigDict(out)
 
 

@@ -13,7 +13,10 @@ from qstar.configs.common import pairs_config, parse_arg, sums
 
 def get_config(arg=None):
     """Arguments: data=FILE, model=DIR or NAME, teacher=DIR or NAME, kind=KIND, epochs=X, steps=N, smoke, seed=N."""
-    arg = parse_arg(arg, data="", model="", teacher="", kind="forward_kl", epochs=1.0, steps=0, smoke=False, seed=0)
+    apart = ("smoke epochs", "steps epochs")
+    arg = parse_arg(
+        arg, *apart, data="", model="", teacher="", kind="forward_kl", epochs=1.0, steps=0, smoke=False, seed=0
+    )
     config = pairs_config(
         "distil", arg, [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in sums()], lr=1e-5
     )

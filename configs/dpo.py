@@ -11,6 +11,7 @@ from qstar.configs.common import pairs_config, parse_arg, sums
 
 def get_config(arg=None):
     """Arguments: data=FILE, model=DIR or NAME, lora=RANK, beta=X, epochs=X, steps=N, smoke, seed=N."""
-    arg = parse_arg(arg, data="", model="", lora=0, beta=0.1, epochs=1.0, steps=0, smoke=False, seed=0)
+    apart = ("smoke epochs", "steps epochs")
+    arg = parse_arg(arg, *apart, data="", model="", lora=0, beta=0.1, epochs=1.0, steps=0, smoke=False, seed=0)
     rows = [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a - b)} for a, b in sums()]
     return pairs_config("dpo", arg, rows, lr=2e-5 if arg.lora else 1e-6, lora_rank=arg.lora, beta=arg.beta)

@@ -20,7 +20,9 @@ CURRICULUM = (
 
 def get_config(arg=None):
     """Arguments: model=DIR, data=FILE_OR_HUB_NAME, smoke, seed=N."""
-    own = parse_arg(arg, model="Mistral-7B-v0.1", data="open-web-math/open-web-math", smoke=False, seed=0)
+    own = parse_arg(
+        arg, "smoke model data", model="Mistral-7B-v0.1", data="open-web-math/open-web-math", smoke=False, seed=0
+    )
     config = published(arg)
     config.name = "fast_quiet_star"
     steps, last = (4, 4) if own.smoke else (150, 300)

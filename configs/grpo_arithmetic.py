@@ -28,7 +28,7 @@ ARMS = {
 
 def get_config(arg=None):
     """Arguments: smoke, seed=N, updates=N, arms=A+B, digits=N (2 or more)."""
-    arg = parse_arg(arg, smoke=False, seed=0, updates=120, arms="grpo", digits=2)
+    arg = parse_arg(arg, "smoke digits updates", smoke=False, seed=0, updates=120, arms="grpo", digits=2)
     n = arg.digits
     if n not in ROW:
         raise unknown(f"config argument digits={n}", str(n), [str(d) for d in ROW])

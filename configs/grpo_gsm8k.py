@@ -27,7 +27,7 @@ from qstar.configs.common import parse_arg, rl_config, task_files
 
 def get_config(arg=None):
     """Arguments: model=DIR, data=DIR, prompts=DIR, qwen05 (0.5B parameters on two cores), smoke, seed=N."""
-    arg = parse_arg(arg, model="Qwen3-1.7B", data="", prompts="", qwen05=False, smoke=False, seed=0)
+    arg = parse_arg(arg, "smoke qwen05", model="Qwen3-1.7B", data="", prompts="", qwen05=False, smoke=False, seed=0)
     config = rl_config()
     config.name = "grpo_gsm8k"
     config.seed = arg.seed

@@ -28,12 +28,16 @@ Otherwise it is reported as failed, and up to two more settings are tried, each 
 
 from qstar.configs.common import parse_arg, star_config, task_files
 
+from qstar.errors import require
+
 
 def get_config(arg=None):
     """Arguments: small=DIR, large=DIR, url=URL, name=MODEL, data=DIR, train=FILE, test=FILE, task=NAME,
     qwen05 (small models on two cores), smoke, seed=N."""
-    arg = parse_arg(arg, small="flan-t5-small", large="flan-t5-xxl", url="", name="", data="", train="", test="",
-                    task="hotpotqa", qwen05=False, smoke=False, seed=0)  # fmt: skip
+    models = {"small": "flan-t5-small", "large": "flan-t5-xxl", "url": "", "name": ""}
+    arg = parse_arg(arg, "smoke qwen05", "url large", **models, data="", train="", test="", task="hotpotqa",
+                    qwen05=False, smoke=False, seed=0)  # fmt: skip
+    require((bool(arg.url) or not arg.name, "config argument name is that of a model behind url=URL; give that, too"))
     config = star_config()
     for key in ("model", "base", "loop", "sample", "evaluate"):
         del config[key]
@@ -78,7 +82,8 @@ def qwen05(config):
     config.name = f"guided_cot_{config.task.name}_qwen05"
     config.mesh = "data=-1"
     config.task.context = "supporting_only"
-    config.guided.large.update(dtype="bfloat16", slots=32)
+    if "path" in config.guided.large:
+        config.guided.large.update(dtype="bfloat16", slots=32)
     config.guided.update(teacher_questions=300, rl_questions=300, test_questions=300, votes=5)
     config.guided.update(small_limit=640, large_limit=768, cot_tokens=128)
     config.distil_train.update(batch_size=8, accumulate=8, lr=5e-5, warmup=5, save_every=10, log_every=5)

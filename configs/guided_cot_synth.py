@@ -60,7 +60,7 @@ DEFAULT = (
 
 def get_config(arg=None):
     """Arguments: smoke, seed=N (of the large model), students=N, arms=A+B."""
-    arg = parse_arg(arg, smoke=False, seed=0, students=1, arms=DEFAULT)
+    arg = parse_arg(arg, "smoke arms", smoke=False, seed=0, students=1, arms=DEFAULT)
     config = star_config()
     for key in ("model", "base", "loop", "sample", "evaluate"):
         del config[key]

@@ -16,7 +16,9 @@ from qstar.configs.common import parse_arg, quiet_config
 
 def get_config(arg=None):
     """Arguments: model=DIR, data=FILE_OR_HUB_NAME, smoke, seed=N."""
-    arg = parse_arg(arg, model="Mistral-7B-v0.1", data="open-web-math/open-web-math", smoke=False, seed=0)
+    arg = parse_arg(
+        arg, "smoke model data", model="Mistral-7B-v0.1", data="open-web-math/open-web-math", smoke=False, seed=0
+    )
     config = quiet_config()
     config.name = "quiet_star_mistral_7b"
     config.seed = arg.seed

@@ -27,12 +27,17 @@ reported as one. The paper's gains are of Mistral 7B after 100 updates of 8 text
 thought; this is a model 50 times smaller with 4.
 """
 
-from qstar.configs.common import parse_arg, quiet_config
+from qstar.configs.common import SMOKE_MODEL, parse_arg, quiet_config
+
+from qstar.errors import require
 
 
 def get_config(arg=None):
     """Arguments: model=DIR, data=FILE, scratch, smollm2, steps=N, smoke, seed=N."""
-    arg = parse_arg(arg, model="", data="", scratch=False, smollm2=False, steps=0, smoke=False, seed=0)
+    arg = parse_arg(arg, "smoke steps", model="", data="", scratch=False, smollm2=False, steps=0, smoke=False, seed=0)
+    given = next((key for key in ("model", "scratch", "smollm2") if arg[key] not in (False, "", SMOKE_MODEL)), "")
+    line = f"config argument {given} has no effect with smoke on generated text; give data=FILE, too"
+    require((not (arg.smoke and given) or bool(arg.data), line))
     arg.steps = arg.steps or (300 if arg.smollm2 else 200)
     config = quiet_config()
     config.name = "quiet_star_text"

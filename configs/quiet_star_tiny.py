@@ -60,6 +60,7 @@ def get_config(arg=None):
     """Arguments: smoke, seed=N, steps=N, arms=A+B, lengths, official, fast, documents=N, worked=SHARE."""
     arg = parse_arg(
         arg,
+        *("smoke steps", "lengths official fast arms", "official fast arms", "fast arms"),
         smoke=False,
         seed=0,
         steps=250,

@@ -15,6 +15,8 @@ from qstar.configs.common import pairs_config, parse_arg, sums
 
 def get_config(arg=None):
     """Arguments: data=FILE, model=DIR or NAME, lora=RANK, epochs=X, steps=N, smoke, seed=N."""
-    arg = parse_arg(arg, data="", model="", lora=0, epochs=1.0, steps=0, smoke=False, seed=0)
+    arg = parse_arg(
+        arg, "smoke epochs", "steps epochs", data="", model="", lora=0, epochs=1.0, steps=0, smoke=False, seed=0
+    )
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in sums()]
     return pairs_config("sft", arg, rows, lr=2e-4 if arg.lora else 1e-5, lora_rank=arg.lora)

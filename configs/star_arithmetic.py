@@ -39,9 +39,8 @@ NEW = {2: 38, 3: 52, 4: 68, 5: 84}  # tokens of the longest completion
 
 def get_config(arg=None):
     """Arguments: smoke, seed=N, digits=N, steps=N (of the base), loops=N, arms=A+B, direct."""
-    arg = parse_arg(
-        arg, smoke=False, seed=0, digits=3, steps=0, loops=0, arms="rationalisation+no_rationalisation", direct=False
-    )
+    arms, fixed = "rationalisation+no_rationalisation", ("smoke digits steps loops direct", "direct loops arms")
+    arg = parse_arg(arg, *fixed, smoke=False, seed=0, digits=3, steps=0, loops=0, arms=arms, direct=False)
     n = arg.digits
     if n not in ROW:
         raise unknown(f"config argument digits={n}", str(n), [str(d) for d in ROW])

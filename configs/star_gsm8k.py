@@ -44,7 +44,8 @@ def get_config(arg=None):
     """Arguments: model=DIR, data=DIR, prompts=DIR, qwen05 (0.5B parameters on two cores), svamp (the same on SVAMP), small
     (a model of a few hundred tokens of context), smoke, seed=N."""
     modes = {"qwen05": False, "svamp": False, "small": False, "smoke": False}
-    arg = parse_arg(arg, model="gpt-j-6b", data="", prompts="", **modes, seed=0)
+    apart = ("smoke qwen05 svamp small", "small qwen05 svamp", "svamp prompts")
+    arg = parse_arg(arg, *apart, model="gpt-j-6b", data="", prompts="", **modes, seed=0)
     config = star_config()
     config.name = "star_gsm8k"
     config.seed = arg.seed

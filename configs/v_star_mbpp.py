@@ -30,7 +30,8 @@ from qstar.configs.v_star_gsm8k import get_config as gsm8k
 
 def get_config(arg=None):
     """Arguments: model=DIR, data=DIR, qwen05 (0.5B parameters on two cores), smoke, seed=N, arms=A+B, orm."""
-    arg = parse_arg(arg, model="CodeLlama-7b-hf", data="", qwen05=False, smoke=False, seed=0, arms="v_star", orm=False)
+    modes = {"qwen05": False, "smoke": False, "orm": False}
+    arg = parse_arg(arg, "smoke qwen05", model="CodeLlama-7b-hf", data="", **modes, seed=0, arms="v_star")
     orm = int(arg.orm or arg.qwen05)
     config = gsm8k(f"model={arg.model},seed={arg.seed},arms={arg.arms},smoke={int(arg.smoke)},orm={orm}")
     config.name = "v_star_mbpp"

@@ -242,6 +242,51 @@ def test_an_argument_it_does_not_know_is_named(name, argument):
         module(name).get_config(argument)
 
 
+@pytest.mark.parametrize(
+    "name, argument, first, other",
+    [
+        ("star_gsm8k.py", "svamp,prompts=/p", "svamp", "prompts"),
+        ("star_gsm8k.py", "smoke,svamp", "smoke", "svamp"),
+        ("star_gsm8k.py", "small,qwen05", "small", "qwen05"),
+        ("v_star_mbpp.py", "smoke,qwen05", "smoke", "qwen05"),
+        ("grpo_gsm8k.py", "smoke,qwen05", "smoke", "qwen05"),
+        ("guided_cot_hotpotqa.py", "smoke,qwen05", "smoke", "qwen05"),
+        ("guided_cot_hotpotqa.py", "url=http://x,large=L", "url", "large"),
+        ("guided_cot_hotpotqa.py", "name=big", "url", "name"),
+        ("guided_cot_synth.py", "smoke,arms=kd_loose", "smoke", "arms"),
+        ("quiet_star_text.py", "smoke,model=/m", "smoke", "model"),
+        ("quiet_star_text.py", "smoke,scratch", "smoke", "scratch"),
+        ("quiet_star_text.py", "smoke,data=x,model=m,steps=2", "smoke", "steps"),
+        ("quiet_star_mistral_7b.py", "smoke,data=x", "smoke", "data"),
+        ("fast_quiet_star.py", "smoke,model=m", "smoke", "model"),
+        ("quiet_star_tiny.py", "fast,arms=pause", "fast", "arms"),
+        ("quiet_star_tiny.py", "lengths,official", "lengths", "official"),
+        ("quiet_star_tiny.py", "smoke,steps=3", "smoke", "steps"),
+        ("star_arithmetic.py", "direct,arms=accumulate", "direct", "arms"),
+        ("star_arithmetic.py", "loops=2,smoke", "smoke", "loops"),
+        ("grpo_arithmetic.py", "smoke,updates=2", "smoke", "updates"),
+        ("sft.py", "smoke,epochs=2", "smoke", "epochs"),
+        ("dpo.py", "steps=5,epochs=2", "steps", "epochs"),
+    ],
+)
+def test_arguments_of_which_one_would_have_no_effect_are_refused(name, argument, first, other):
+    with pytest.raises(UserError, match=rf"config argument {other} .*\b{first}\b") as said:
+        module(name).get_config(argument)
+    assert "\n" not in str(said.value)
+
+
+def test_an_empty_value_is_refused_and_a_mode_that_is_off_excludes_nothing():
+    with pytest.raises(UserError, match="config argument data= is empty"):
+        module("star_gsm8k.py").get_config("smoke,data=")
+    config = module("star_gsm8k.py").get_config("qwen05,svamp=0,smoke=0,prompts=/p,data=d")
+    assert config.name == "star_gsm8k_qwen05"
+
+
+def test_a_large_model_behind_an_endpoint_has_no_settings_of_a_folder():
+    config = module("guided_cot_hotpotqa.py").get_config("qwen05,url=http://x,name=big")
+    assert config.guided.large.to_dict() == {"url": "http://x", "model": "big"}
+
+
 @EVERY
 @pytest.mark.parametrize(
     "flag",
