@@ -276,9 +276,11 @@ def _value(flag: str, text: str | None, old: Any) -> Any:
         raise UserError(f"{flag} has no value; write {flag}=VALUE")
     if isinstance(old, str):
         return text
+    if type(old) in (int, float) and text == "None":
+        return None  # which some numbers may be; the settings refuse it for the others
     try:
         value = type(old)(text) if type(old) in (int, float) else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last three: {[]: 1}, many brackets
         if old is None:
             return text
         value = None

@@ -175,10 +175,12 @@ def test_the_table_of_loops_leaves_out_what_is_not_measured():
 
 def test_overrides_take_the_type_of_what_they_replace():
     flags = ["--config.train.lr=1", "--config.train.batch_size", "4", "--config.train.packed=yes", "--config.name=3",
-             "--config.evaluate.hinted", "--config.loop.k=4", "--config.task.pool.1=5", "--config.mesh=data=-1,fsdp=1"]  # fmt: skip
+             "--config.evaluate.hinted", "--config.loop.k=4", "--config.task.pool.1=5", "--config.mesh=data=-1,fsdp=1",
+             "--config.loop.max_epochs=None", "--config.sample.x={[]:1}", f"--config.sample.y={'-' * 9999}1"]  # fmt: skip
     config = read_config(SUMS, parse_overrides(flags))
     assert (config.train.lr, type(config.train.lr)) == (1.0, float)
     assert (config.train.batch_size, config.train.packed, config.name) == (4, True, "3")
     assert (config.evaluate.hinted, config.loop.k, config.task.pool["1"]) == (True, 4, 5)
-    assert config.mesh == "data=-1,fsdp=1"
+    assert config.mesh == "data=-1,fsdp=1" and config.loop.max_epochs is None
+    assert (config.sample.x, len(config.sample.y)) == ("{[]:1}", 10_000)  # no literals: texts
     assert config.is_locked

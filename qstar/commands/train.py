@@ -44,9 +44,9 @@ def main(argv: list[str]) -> int:
     if a.memory == "refuse":
         check_memory(config)
     console = Console(quiet=not is_first())
-    if a.dry_run:
-        return _dry_run(config, workdir, Console(quiet=True), a.json)
     with profile.tracing(a.profile, workdir / "profile"):
+        if a.dry_run:
+            return _dry_run(config, workdir, Console(quiet=True), a.json)
         methods.run(config, workdir, console)
     if is_first():
         console.print(f"report: {write_report(workdir)}", highlight=False, markup=False, soft_wrap=True)

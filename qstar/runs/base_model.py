@@ -132,7 +132,11 @@ def model_options(ctx: RunContext) -> tuple[str, str, dict[str, Any]]:
         encoder_decoder = is_encoder_decoder(path)
         why = "config.model.attention: a T5 has relative biases, which only XLA's attention supports; leave it out"
         require((not ("attention" in options and encoder_decoder), why))
-    require((bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"))
+    ends = "config.model.eos_id: a model from scratch ends its texts as its tokenizer does; leave it out"
+    require(
+        (bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"),
+        (bool(path) or "eos_id" not in options, ends),
+    )
     return path, name, options
 
 
