@@ -6,23 +6,28 @@ sandbox; special tokens that they write are encoded as such, and no BOS is added
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import operator
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qstar.errors import UserError, require
+from qstar.files import warn
 from qstar.text.packing import Example
 
 if TYPE_CHECKING:
     from qstar.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
+PROMPTS = "must be text, messages or a list of token ids"  # of errors, behind the number of a prompt
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Words that no template changes.
-_USER, _ASSISTANT = "qstarUserText", "qstarAssistantText"
+_SYSTEM, _USER, _ASSISTANT, _OTHER = "qstarSystemText", "qstarUserText", "qstarAssistantText", "OtherText"
 
 
 class Turn(NamedTuple):
@@ -41,15 +46,34 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
-    def render(self, messages: Messages, *, reply: bool = True) -> str:
+    def render(self, messages: Messages, *, reply: bool = True, goes_on: bool = False) -> str:
         """The text of a conversation, up to where the reply begins (`reply`), or without that.
 
+        Args:
+            goes_on: the last message is not ended: a completion continues it.
+
         Raises:
-            UserError: something that is no message, or that the template refuses.
+            UserError: something that is no message, or that the template refuses or leaves out (a system message that
+                it leaves out is a warning).
         """
         check_messages(messages)
+        text = self._render(messages, reply, goes_on)
+        for i, message in enumerate(messages):
+            role, content = message["role"], message["content"].strip()
+            # A template may change what it writes: left out is a message whose content makes no difference.
+            if role == "assistant" or content in text:
+                continue
+            if text != self._render(_replaced(messages, i, _OTHER), reply, goes_on):
+                continue
+            fault = f"the tokenizer's chat template leaves out messages of the role {role!r}"
+            require((role == "system", f"message {i}: {fault}; the roles are system, user and assistant"))
+            warn(f"{fault}: the model does not see them; put their text into the user's message")
+        return text
+
+    def _render(self, messages: Messages, reply: bool, goes_on: bool = False) -> str:
+        how = {"add_generation_prompt": reply, "continue_final_message": goes_on}
         try:
-            return self.tokenizer.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
+            return self.tokenizer.hf.apply_chat_template(list(messages), tokenize=False, **how)
         # A template may raise anything: it is a program.
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -60,11 +84,14 @@ class ChatTemplate:
     def turn(self) -> Turn:
         """The parts of one exchange; empty for a template that cannot write one."""
         user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}
-        try:
-            before, _, after = self.render([user]).partition(_USER)
-            done, _, closing = self.render([user, assistant], reply=False).rpartition(_ASSISTANT)
-            ids = self.tokenizer.encode(closing)
-        except UserError:
+        # Some templates demand a system message.
+        for head in ([], [{"role": "system", "content": _SYSTEM}]):
+            with contextlib.suppress(UserError):
+                before, _, after = self._render([*head, user], True).partition(_USER)
+                done, _, closing = self._render([*head, user, assistant], False).rpartition(_ASSISTANT)
+                ids = self.tokenizer.encode(closing)
+                break
+        else:
             return Turn()
         # A reply without thinking, where the template opens a block for it.
         lead = "</think>\n\n" if after.endswith(("<think>", "<think>\n")) else done.partition(_USER + after)[2]
@@ -95,21 +122,26 @@ class ChatTemplate:
             mask = list(self.tokenizer.hf.apply_chat_template(list(messages), **how)["assistant_masks"])
         else:
             spans = [self._span(messages, i, text) for i, m in enumerate(messages) if m["role"] == "assistant"]
-            mask = [int(any(a <= start < b for a, b in spans)) for start, _ in self.tokenizer.offsets(text)]
+            offsets = self.tokenizer.offsets(text)
+            # A token may begin with the space in front of a reply.
+            mask = [int(any(a <= start < b or start < a < end for a, b in spans)) for start, end in offsets]
         require((any(mask), "the conversation has no assistant message with text: there is nothing to train on"))
         return ids, mask
 
     def _span(self, messages: Messages, i: int, text: str) -> tuple[int, int]:
         # Where message i lies in the text of all, with the end of its turn. A template may write earlier turns otherwise
         # once there are later ones (Mistral moves the system message): then no place is certain.
-        before, asked = (self.render(messages[:i], reply=reply) if i else "" for reply in (False, True))
+        before, asked = (self._render(messages[:i], reply) if i else "" for reply in (False, True))
+        # Where another reply would make a difference; its first letter may be that of this one by chance.
+        others = [self._render(_replaced(messages, i, word), False) for word in (_ASSISTANT, _OTHER)]
+        start = min(len(os.path.commonprefix([other, text])) for other in others)
         # Some put an opening <think> behind the question that they leave out of finished turns.
-        start = len(os.path.commonprefix([asked, text]))
+        start = min(start, len(os.path.commonprefix([asked, text]))) if i else start
         if close := self.turn.close:
             at = text.find(close, start)
             end = at + len(close) if at >= 0 else -1
         else:
-            done = self.render(messages[: i + 1], reply=False)
+            done = self._render(messages[: i + 1], False)
             end = len(done) if text.startswith(done) else -1
         fault = "the tokenizer's chat template writes earlier turns otherwise when others follow"
         advice = (
@@ -117,6 +149,10 @@ class ChatTemplate:
         )
         require((text.startswith(before) and end >= start, f"message {i}: {fault}, {advice}"))
         return start, end
+
+
+def _replaced(messages: Messages, i: int, content: str) -> Messages:
+    return [*messages[:i], {**messages[i], "content": content}, *messages[i + 1 :]]
 
 
 def is_messages(prompt: Any) -> bool:
@@ -154,6 +190,26 @@ def as_text(tokenizer: Tokenizer | None, prompt: Any) -> Any:
     if tokenizer is None:
         raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass token ids, not messages")
     return template_of(tokenizer).render(prompt)
+
+
+def text_or_ids(tokenizer: Tokenizer | None, given: Any, must: str) -> str | list[int]:
+    """What a caller gave as text or as token ids (a list, an array).
+
+    Raises:
+        UserError: `must` ("prompt 3 must be ...") for anything else; text for a model without tokenizer.
+    """
+    if isinstance(given, str):
+        fault = "this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text"
+        require((tokenizer is not None, fault))
+        return given
+    try:
+        # `int` would cut 1.7 to 1; bytes are no ids, although they hold whole numbers.
+        ids = None if isinstance(given, bytes) else list(map(operator.index, getattr(given, "tolist", lambda: given)()))
+    except TypeError:
+        ids = None
+    if ids is None:
+        raise UserError(f"{must}, not {textwrap.shorten(repr(given), 60)}")
+    return ids
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[int]]:

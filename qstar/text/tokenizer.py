@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qstar.errors import UserError
+from qstar.files import read_json
 from qstar.text.chat import ChatTemplate
 
 # transformers warns that PyTorch is missing, which reads like a failure: only its tokenizers are used here.
@@ -47,7 +48,8 @@ class Tokenizer:
 
     def __init__(self, hf: Any):
         """Wraps a `transformers.PreTrainedTokenizerFast`; raises UserError if it has no EOS token."""
-        if hf.eos_token_id is None:
+        # transformers gives a token that is in no vocabulary, such as "", the id of the unknown one.
+        if not hf.eos_token or hf.eos_token_id == hf.unk_token_id and hf.eos_token != hf.unk_token:
             raise UserError(
                 f"tokenizer {hf.name_or_path or type(hf).__name__!r} has no eos_token: without one no "
                 f"completion can end; set eos_token in its {_CONFIG}"
@@ -64,7 +66,7 @@ class Tokenizer:
         self.files: dict[str, bytes] = {}
         # Some families set an option, others have BOS in the template of the backend.
         self._adds_bos = self.bos_id is not None and (
-            bool(hf.init_kwargs.get("add_bos_token")) or self.bos_id in self._backend.encode("a").ids
+            bool(hf.init_kwargs.get("add_bos_token")) or self.bos_id in self._backend.encode("").ids
         )
 
     @property
@@ -133,9 +135,13 @@ class Tokenizer:
         head, both_ids = self.encode_batch([prompt, prompt + completion], bos=True)
         if both_ids[: len(head)] == head:
             return head, both_ids[len(head) :]
+        return head, self.encode_behind(head, completion)
+
+    def encode_behind(self, ids: Sequence[int], text: str) -> list[int]:
+        """Ids of a text that follows `ids`."""
         # Behind special tokens alone a text begins the document, with SentencePiece's space in front.
-        alone = self._special_ids.issuperset(head)
-        return head, self.encode(completion) if alone else self.encode_continuation(completion)
+        alone = self.encoder_end is not None or self._special_ids.issuperset(ids)
+        return self.encode(text) if alone else self.encode_continuation(text)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows another: without the space that SentencePiece puts before a document."""
@@ -158,6 +164,10 @@ class Tokenizer:
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a text that is a special token, which decoded texts never hold; else None."""
+        return found if (found := self._backend.token_to_id(text)) in self._special_ids else None
 
     def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
         """Text of `ids` (list or integer array [T]); special tokens are skipped, spaces kept.
@@ -295,6 +305,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
     if not found:
         _refuse_byte_models(folder)
         return None
+    if (folder / _CONFIG).is_file():
+        read_json(folder / _CONFIG, "copy it again from the model's source")  # transformers would not name the file
     # Half a second: a run that reads packed rows, or a test of packing, never needs it.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from qstar.errors import UserError
+from qstar.errors import QstarWarning, UserError
 from qstar.text import chat_example, encode_chat, load_tokenizer, pack
 from tests.text.kinds import tokenizer
 
@@ -68,6 +68,40 @@ def test_loss_is_on_the_replies_and_their_end_tokens_alone(kind, template):
 
 def test_marks_of_a_template_give_the_same_mask_as_prefix_differences():
     assert encode_chat(with_template("mistral", MARKED), TALK) == encode_chat(with_template("mistral", ZEPHYR), TALK)
+
+
+@pytest.mark.parametrize(
+    "template", [INST, ZEPHYR, PLAIN, ZEPHYR.replace("<|assistant|>\n{% end", "<|assistant|>\n<think>\n{% end")]
+)
+def test_all_of_a_reply_is_learnt_and_nothing_in_front_of_it(template):
+    tok = with_template("stories260k", template)
+    # The conversation begins with the assistant; the second reply with the letter of <think>, which prompts alone have.
+    talk = [{"role": "assistant", "content": "Hi."}, *TALK[2:3], {"role": "assistant", "content": "<answer>49"}]
+    ids, mask = encode_chat(tok, talk)
+    close = "" if template is PLAIN else tok.hf.eos_token
+    learnt = tok._backend.decode([i for i, m in zip(ids, mask) if m], skip_special_tokens=False)
+    assert "".join(learnt.split()) == f"Hi.{close}<answer>49{close}"
+
+
+def test_what_a_template_leaves_out_is_named():
+    tok = with_template("stories260k", INST.replace("{% else %}", "{% elif m.role == 'assistant' %}"))
+    with pytest.raises(
+        UserError, match="message 0: .* leaves out messages of the role 'User'; the roles are system, user"
+    ):
+        tok.chat.render([{"role": "User", "content": "And 7 more?"}])
+    with pytest.warns(QstarWarning, match="leaves out messages of the role 'system': the model does not see them"):
+        tok.chat.render([{"role": "system", "content": "Be brief."}, *TALK])
+    shouting = with_template("stories260k", INST.replace("m.content", "m.content | upper"))
+    assert "MORE" in shouting.chat.render(TALK[:3])
+
+
+def test_a_template_that_demands_a_system_message_has_turns():
+    tok = with_template("mistral", ZEPHYR)
+    demanding = with_template(
+        "mistral", "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + ZEPHYR
+    )
+    assert demanding.chat.turn[1:] == tok.chat.turn[1:]
+    assert demanding.encode_prompt(demanding.chat.render([{"role": "system", "content": "a"}, *TALK]))[0] != tok.bos_id
 
 
 def test_end_of_turn_is_read_from_the_template():

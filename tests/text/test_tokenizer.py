@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qstar.errors import UserError
@@ -161,12 +161,28 @@ def test_broken_tokenizer_names_the_file(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_tokenizer_without_eos_is_refused(stories, tmp_path):
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_broken_settings_are_not_blamed_on_the_vocabulary(text, stories, tmp_path):
+    stories.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(UserError, match="tokenizer_config.json: not "):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("eos", [None, ""])
+def test_tokenizer_without_eos_is_refused(eos, stories, tmp_path):
     stories.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": eos}))
     with pytest.raises(UserError, match="no eos_token"):
         load_tokenizer(tmp_path)
+
+
+def test_words_with_bos_and_without_an_unknown_word():
+    backend = Backend(models.WordLevel({"<s>": 0, "</s>": 1, "the": 2}, unk_token="<none>"))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    text = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+    assert text.encode("the", bos=True) == [0, 2]
 
 
 def by_transformers(text, ids):
