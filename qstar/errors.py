@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import errno
 import math
+import numbers
 import os
 import re
 import types
@@ -147,12 +148,13 @@ class Settings:
                 raise UserError(f"{self.WHERE}{f.name}={value!r} {fault}")
 
 
+MAX_TEMPERATURE = 1e6  # all tokens are equally likely long before; float32 would end at 3e38
 SEEDS = 2**64  # a seed is one of so many
 
 
 def check_seed(what: str, seed: int) -> None:
     """Raises a UserError unless a seed is a whole number of 64 bits."""
-    if not 0 <= seed < SEEDS:
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
         raise UserError(f"{what}={seed} must be a whole number from 0 to {SEEDS - 1} (64 bits)")
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 import qstar.configs
 from qstar.data.user_code import importable, load_file, user_errors
-from qstar.errors import SEEDS, UserError, require, unknown
+from qstar.errors import MAX_TEMPERATURE, SEEDS, UserError, require, unknown
 from qstar.files import as_path, flatten, parse_json
 
 
@@ -142,7 +142,7 @@ def local_folder(flag: str, text: str) -> Path:
 
 
 COUNT, POSITIVE, SEED = whole_number(0), whole_number(1), whole_number(0, SEEDS - 1)
-TEMPERATURE = number(lambda x: x >= 0, "a number of 0 (greedy) or more")
+TEMPERATURE = number(lambda x: 0 <= x <= MAX_TEMPERATURE, f"a number from 0 (greedy) to {MAX_TEMPERATURE:.0f}")
 SHARE = number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 MODEL = "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]"  # help of --model
 

@@ -121,9 +121,10 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns messages as text, by the tokenizer's template; without a generation prompt the last one goes on."""
-        require((bool(self.tokenizer.chat_template), "this model's tokenizer has no chat template; leave --chat out"))
-        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how)
+        chat = tokenizer_of(self.model).chat
+        if chat is None:
+            raise UserError("this model's tokenizer has no chat template; leave --chat out")
+        return chat.render(chat_history, reply=add_generation_prompt, goes_on=not add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Returns ids with BOS in front where the tokenizer puts one, unless the text begins with it already."""
@@ -221,13 +222,9 @@ class HarnessModel(TemplateLM):
         prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
         drawn = {k: options[k] for k in ("top_k", "top_p") if options.get(k) is not None}
         sampling = {"temperature": options.get("temperature", 0.0) if options["do_sample"] else 0.0, **drawn}
-        # Stop strings are searched in text without special tokens: one that is a special token stops by its id.
-        special = [i for i in map(self.tokenizer.convert_tokens_to_ids, until) if i in self.tokenizer.all_special_ids]
-        config = self.model.config
-        model = self.model.replace(config=config.replace(also_eos=(*config.also_eos, *sorted(set(special)))))
         stop = [text for text in until if text]
         more: dict[str, Any] = {"thoughts": self.thoughts, "seed": seed, "slots": slots}
-        found = generate(model, prompts, max_new_tokens=new, stop=stop, **sampling, **more)
+        found = generate(self.model, prompts, max_new_tokens=new, stop=stop, **sampling, **more)
         return [postprocess_generated_text(row[0].text, stop, None) for row in found]
 
 

@@ -27,7 +27,7 @@ from qstar.models.encdec import EncDecConfig
 from qstar.models.heads import value_logits
 from qstar.models.model import Model
 from qstar.models.vocabulary import TokenScores, token_logprobs
-from qstar.text.chat import as_text
+from qstar.text.chat import PROMPTS, as_text, text_or_ids
 from qstar.types import Params
 
 AnyConfig = ModelConfig | EncDecConfig
@@ -265,6 +265,7 @@ def score_tokens(
     """
     if isinstance(prompts, str) or isinstance(completions, str):
         raise UserError("prompts and completions are lists, one completion per prompt: put the text in [ ]")
+    prompts, completions = list(prompts), list(completions)
     if len(prompts) != len(completions):
         raise UserError(f"{len(prompts)} prompts but {len(completions)} completions; give one per prompt")
     pairs = [_encode_pair(model, i, p, c, unread) for i, (p, c) in enumerate(zip(prompts, completions))]
@@ -346,18 +347,16 @@ def _padded(rows: list[list[list[int]]], length: int) -> np.ndarray:
 
 def _encode_pair(model: Model, i: int, prompt: Any, completion: Any, unread: int) -> tuple[list[int], list[int]]:
     tokenizer, c = model.tokenizer, model.config
-    prompt = as_text(tokenizer, prompt)
-    if tokenizer is None:
-        if isinstance(prompt, str) or isinstance(completion, str):
-            raise UserError("this model has no tokenizer (no tokenizer files in its folder): pass token ids, not text")
-        head, tail = [int(t) for t in prompt], [int(t) for t in completion]
-    elif isinstance(prompt, str) and isinstance(completion, str):
-        head, tail = tokenizer.encode_pair(prompt, completion)
-    else:
-        head = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-        tail = tokenizer.encode(completion) if isinstance(completion, str) else [int(t) for t in completion]
-    if not head:
-        raise UserError(f"prompt {i} is empty: give it at least one token (there is no BOS token to start from)")
+    head = text_or_ids(tokenizer, as_text(tokenizer, prompt), f"prompt {i} {PROMPTS}")
+    tail = text_or_ids(tokenizer, completion, f"completion {i} must be text or a list of token ids")
+    if tokenizer is not None and isinstance(head, str) and isinstance(tail, str):
+        head, tail = tokenizer.encode_pair(head, tail)
+    elif tokenizer is not None:
+        head = tokenizer.encode_prompt(head) if isinstance(head, str) else head
+        tail = tokenizer.encode_behind(head, tail) if isinstance(tail, str) else tail
+    assert isinstance(head, list) and isinstance(tail, list)  # without a tokenizer there is no text
+    why = " (there is no BOS token to start from)" if isinstance(prompt, str) else ""
+    require((bool(head), f"prompt {i} is empty: give it at least one token{why}"))
     _check_length(i, len(head) + len(tail) - unread, c)
     _as_tokens(head + tail, c)
     return head, tail

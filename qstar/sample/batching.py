@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,21 +15,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from qstar import distributed, tree
-from qstar.errors import Settings, UserError, bounded, require
+from qstar.errors import require
 from qstar.mesh import SAMPLING, Rules, put_global_batch, to_host
 from qstar.models import scoring
 from qstar.models.encdec import EncDecConfig
-from qstar.models.int8 import KINDS, quantise_jit
+from qstar.models.int8 import quantise_jit
 from qstar.models.model import Model
 from qstar.sample import sampler as S
 from qstar.sample import seq2seq
 from qstar.sample.logits import SamplingParams
-from qstar.text.chat import as_text, is_messages
+from qstar.sample.prompts import SamplingOptions, encode_prompts, listed
 from qstar.types import Completion, Params
 
 MAX_SLOTS = 256
 STOP_STRIDE = 16  # decode steps between two searches for stop strings, which need the host
-LEAST_SHARED = 64  # tokens that all prompts begin with, from which they are run once although no prefix is named
 FILL_SHARE = 4  # a refill fills a quarter of the slots: one compiled shape for the first fill and for all later ones
 MOST_PADDING = 4  # a prompt is padded to this many times its own padded length at most, to fill the slots with others
 # Once no request waits and at most a quarter of the slots is active, decoding goes on with those slots alone, down to
@@ -47,31 +47,6 @@ class Request:
     tokens: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions(Settings):
-    """Keyword arguments of `generate` and `stream`. None of `temperature`, `top_k`, `top_p`, `seed` recompiles."""
-
-    max_new_tokens: int = bounded(ge=1)  # most tokens of a completion
-    temperature: float = bounded(1.0, ge=0, note="0 is greedy")
-    top_k: int = bounded(0, ge=0, note="0 is off")  # filters, applied in this order
-    top_p: float = bounded(1.0, gt=0, le=1)
-    n: int = bounded(1, ge=1)  # completions per prompt
-    stop: Sequence[str] = ()  # strings that end a completion (they are cut off); the EOS token always does
-    seed: int = 0  # draws depend on (seed, prompt index, sample index) alone, not on batching
-    prefix: str | Sequence[int] = ""  # text or ids in front of every prompt, run once and shared (few-shot examples)
-    slots: int | None = None  # rows decoded side by side; default: as many as there are requests, up to 256
-    weights: str = bounded("", choices=KINDS)  # "int8": the blocks' weights of a decoder in 8 bits (`models.int8`)
-
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        empty = f"stop={self.stop} holds an empty string, which every text contains; leave it out"
-        require(("" not in self.stop, empty))
-
-    def sampling_params(self) -> SamplingParams:
-        return SamplingParams.make(self.temperature, self.top_k, self.top_p)
-
-
 def generate(
     model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], *, n: int = 1, **options: Any
 ) -> list[list[Completion]]:
@@ -85,7 +60,8 @@ def generate(
     Raises:
       UserError: text for a model without tokenizer, an empty prompt, or a prompt that leaves no room in the context.
     """
-    out: list[list[Any]] = [[None] * n for _ in prompts]
+    prompts, count = listed(prompts), SamplingOptions(n=n, **options).n
+    out: list[list[Any]] = [[None] * count for _ in prompts]
     for prompt, sample, completion in stream(model, prompts, n=n, **options):
         out[prompt][sample] = completion
     return out
@@ -98,12 +74,15 @@ def stream(model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], **opt
     int8_decoder = "weights='int8' is for decoders, and this model is an encoder-decoder; leave it out"
     require((decoder or not o.weights, int8_decoder))
     context, rows = encode_prompts(model, prompts, o)
+    stop_ids, texts = split_stops(model, o.stop)
+    o = dataclasses.replace(o, stop=texts)
     sampling_params, key = o.sampling_params(), tree.random_key(o.seed)
     buckets = _buckets([len(r) for r in rows], o.n)
     if not decoder:
         params = seq2seq.prepare(model.params, model.config)
         for length, members in buckets:
-            sampler = _sampler(model, o.slots or default_slots(len(rows) * o.n), length, o.max_new_tokens)
+            slots = o.slots or default_slots(len(rows) * o.n)
+            sampler = _sampler(model, stop_ids, slots, length, o.max_new_tokens)
             yield from _respond(model, params, sampler, rows, members, o, key, sampling_params)
         return
     if o.weights:
@@ -116,13 +95,23 @@ def stream(model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], **opt
         # At most as many as there are requests: a few long prompts would take a cache for all slots.
         slots = default_slots(len(requests))
         slots = min(o.slots, max(LEAST_SLOTS, slots)) if o.slots else slots
-        sampler = _sampler(model, slots, length, o.max_new_tokens)
+        sampler = _sampler(model, stop_ids, slots, length, o.max_new_tokens)
         yield from _Queue(model, params, sampler, prefix, tuple(context), requests, o).run(key, sampling_params)
 
 
-def _sampler(model: Model, slots: int, length: int, max_new: int) -> S.Sampler:
+def split_stops(model: Model, stop: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Returns the ids that end a completion, and the stop strings to search for in its text.
+
+    A stop string that is a special token is an id: decoded text does not hold it.
+    """
+    special = {text: model.tokenizer.special_id(text) if model.tokenizer else None for text in stop}
+    ids = [i for i in special.values() if i is not None and i not in model.stop_ids]
+    return (*model.stop_ids, *ids), tuple(text for text in stop if special[text] is None)
+
+
+def _sampler(model: Model, stop_ids: tuple[int, ...], slots: int, length: int, max_new: int) -> S.Sampler:
     limit = scoring.text_limit(model.config, model.tokenizer)
-    return S.Sampler(model.config, model.stop_ids, slots, prompt_length=length, max_new=max_new, vocab_limit=limit)
+    return S.Sampler(model.config, stop_ids, slots, prompt_length=length, max_new=max_new, vocab_limit=limit)
 
 
 class _Queue:
@@ -215,100 +204,38 @@ class _Queue:
 
 def _respond(model, params, sampler, rows, members, options, key, sampling_params) -> Iterator[Result]:
     # Every call has the same shape: rows without a prompt have length 0, and are never active.
-    n = options.n
-    group = max(1, sampler.slots // n)
+    calls = -(-options.n // sampler.slots)  # per prompt, whose samples may be more than the slots
+    n = -(-options.n // calls)
+    group = sampler.slots // n
     sampler = dataclasses.replace(sampler, slots=group * n)
-    for at in range(0, len(members), group):
+    for at, first in itertools.product(range(0, len(members), group), range(0, options.n, n)):
         chosen = members[at : at + group]
         tokens, lengths = np.zeros((group, sampler.prompt_length), np.int32), np.zeros(group, np.int32)
         requests = np.zeros((group, n, 2), np.int32)
-        requests[..., 1] = np.arange(n)
+        requests[..., 1] = np.arange(first, first + n)
         for r, i in enumerate(chosen):
             tokens[r, : len(rows[i])], lengths[r], requests[r, :, 0] = rows[i], len(rows[i]), i
         arrays = put_global_batch((tokens, lengths, requests), model.mesh)
         host = to_host(seq2seq.sample_rows(params, sampler, *arrays, key, sampling_params))
         for r, i in enumerate(chosen):
-            for j in range(n):
-                yield i, j, completion(model, {k: v[r, j] for k, v in host.items()}, options.stop)
-
-
-def encode_prompts(model: Model, prompts: Sequence, options: SamplingOptions) -> tuple[list[int], list[list[int]]]:
-    """Returns the ids that all rows begin with (if there is a prefix), and what follows them in each row.
-
-    Raises:
-      UserError: text for a model without tokenizer, an empty or too long prompt, or an id outside the vocabulary.
-    """
-    tokenizer, prefix = model.tokenizer, options.prefix
-    no_tokenizer = "stop strings need a tokenizer, and this model has none; pass tokens and rely on the EOS id"
-    require((not options.stop or tokenizer is not None, no_tokenizer))
-    if isinstance(prompts, str) or is_messages(prompts):
-        given = "text" if isinstance(prompts, str) else "list of messages"
-        raise UserError(
-            f"prompts is a list of texts, of lists of messages, or of lists of token ids: put the {given} in [ ]"
-        )
-    talks = any(map(is_messages, prompts)) and len(prefix)
-    require((not talks, "prefix stands in front of texts; with messages, put earlier turns into each prompt"))
-    prompts = [as_text(tokenizer, p) for p in prompts]
-    if tokenizer is None and (isinstance(prefix, str) and prefix or any(isinstance(p, str) for p in prompts)):
-        raise UserError(
-            "this model has no tokenizer (no tokenizer files in its folder): pass lists of token ids, not text"
-        )
-    decoder = not isinstance(model.config, EncDecConfig)
-    if tokenizer and isinstance(prefix, str) and len(prompts) and all(isinstance(p, str) for p in prompts):
-        # Text is encoded with its prefix in front, since a token may span the two.
-        joined = [prefix + p for p in prompts]
-        rows = tokenizer.encode_batch(joined, bos=True) if decoder else list(map(tokenizer.encode_prompt, joined))
-    else:
-        head = [] if isinstance(prefix, str) else list(prefix)
-        if tokenizer and isinstance(prefix, str) and prefix:
-            head = tokenizer.encode(prefix, bos=decoder)
-
-        def ids(p: Any) -> list[int]:
-            if tokenizer is None or not isinstance(p, str):
-                return [int(t) for t in p]
-            return tokenizer.encode(p, bos=not head) if decoder else tokenizer.encode_prompt(p)
-
-        rows = [head + ids(p) for p in prompts]
-    # The response of an encoder-decoder takes no room from its prompt.
-    _check_rows(model, rows, options.max_new_tokens if decoder else 0)
-    # An encoder reads whole prompts. Without a prefix a few equal tokens are chance, and would compile one more program;
-    # many are examples or instructions that the caller put in front of every prompt.
-    shared = _common_length(rows) if decoder else 0
-    if not len(prefix) and (len(rows) < 2 or shared < LEAST_SHARED):
-        shared = 0
-    return rows[0][:shared] if rows else [], [row[shared:] for row in rows]
-
-
-def _check_rows(model: Model, rows: list[list[int]], new: int) -> None:
-    room, vocab = model.config.max_positions, model.config.vocab_size
-    for i, row in enumerate(rows):
-        bad = next((t for t in row if not 0 <= t < vocab), None)
-        need = f"{len(row)} prompt tokens" + (f" + max_new_tokens={new} = {len(row) + new}" if new else "")
-        advice = "shorten the prompt" + (" or lower max_new_tokens" if new else "")
-        require(
-            (row, f"prompt {i} is empty: give it at least one token (the model has no BOS token to start from)"),
-            (len(row) + new <= room, f"prompt {i}: {need} exceed the model's context of {room} tokens; {advice}"),
-            (bad is None, f"prompt {i}: token id {bad} is outside the model's vocabulary of {vocab}"),
-        )
-
-
-def _common_length(rows: list[list[int]]) -> int:
-    # At least one token of each row is its own: its first draw needs a state from its own prefill.
-    if not rows:
-        return 0
-    low, high = min(rows), max(rows)  # the two that differ earliest, in lexicographic order
-    most = min(len(row) for row in rows) - 1
-    return next((i for i in range(most) if low[i] != high[i]), most)
+            for j in range(min(n, options.n - first)):
+                yield i, first + j, completion(model, {k: v[r, j] for k, v in host.items()}, options.stop)
 
 
 def completion(model: Model, row: dict[str, Any], stop: Sequence[str], prompt: Sequence[int] = ()) -> Completion:
     """Returns a sampled row (tokens, logprobs, sample_logprobs, count, stopped) up to its end or first stop string."""
     count, ended, text = int(row["count"]), bool(row["stopped"]), None
+    # A draw from NaN is an arbitrary token.
+    nan = "the model's logits are NaN (does float16 overflow?); use --dtype=float32 or bfloat16, or other weights"
+    require((not np.isnan(row["logprobs"][:count]).any(), nan))
     ids = row["tokens"][:count].tolist()
+    # A special token that is a stop string is cut off, as all stop strings.
+    cut = ended and ids[-1] not in model.stop_ids
+    ids = ids[: count - cut]
     if model.tokenizer is not None:
-        text, count, ended = model.tokenizer.finish(ids, stop, after=prompt, stopped=ended)
+        text, count, ended = model.tokenizer.finish(ids, stop, after=prompt, stopped=ended and not cut)
     logprobs, sample_logprobs = (row[k][:count].tolist() for k in ("logprobs", "sample_logprobs"))
-    return Completion(text, ids[:count], logprobs, sample_logprobs, ended)
+    return Completion(text, ids[:count], logprobs, sample_logprobs, ended or cut)
 
 
 def _prefill_prefix(model: Model, params: Params, prefix_ids: list[int]) -> S.Prefix:

@@ -28,7 +28,7 @@ class SamplingParams(NamedTuple):
 
     @classmethod
     def make(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> SamplingParams:
-        return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+        return cls(jnp.float32(temperature), jnp.int32(min(top_k, 2**31 - 1)), jnp.float32(top_p))
 
 
 def sample_token(

@@ -95,6 +95,7 @@ def generate(
         (not o.weights, "weights='int8' samples without thoughts; leave it out"),
     )
     shared, rows = batching.encode_prompts(model, prompts, o)
+    stop_ids, texts = batching.split_stops(model, o.stop)
     # No shared prefix cache here: thoughts read one cache per row, which therefore holds the prefix as well.
     rows = [[*shared, *row] for row in rows]
     assert isinstance(model.config, ModelConfig), "an encoder-decoder has no parameters of thoughts"
@@ -116,7 +117,7 @@ def generate(
         tokens = np.zeros((size, batching.padded_length(max(len(rows[i]) for i, _ in some))), np.int32)
         for r, (i, _) in enumerate(padded):
             tokens[r, : len(rows[i])] = rows[i]
-        sampler = Sampler(config, model.stop_ids, *tokens.shape, o.max_new_tokens, limit)
+        sampler = Sampler(config, stop_ids, *tokens.shape, o.max_new_tokens, limit)
         lengths = np.asarray([len(rows[i]) for i, _ in padded], np.int32)
         # Keys by (prompt, sample): draws do not depend on the chunk that a request is in.
         keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, r[0]), r[1]))(jnp.asarray(padded))
@@ -124,7 +125,7 @@ def generate(
         output = to_host(generate_rows(params, sampler, tokens, lengths, keys, *settings))
         for r, (i, k) in enumerate(some):
             row = {name: x[r] for name, x in output._asdict().items()}
-            plain = batching.completion(model, row, o.stop, rows[i])
+            plain = batching.completion(model, row, texts, rows[i])
             own_thoughts, mix_weights = (row[k][: len(plain.tokens)].tolist() for k in ("thoughts", "weights"))
             out[i][k] = ThoughtfulCompletion(**vars(plain), thoughts=own_thoughts, mix_weights=mix_weights)
     return out

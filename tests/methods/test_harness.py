@@ -102,22 +102,12 @@ def test_generations_are_those_of_the_hf_class(pair):
         assert pair.ours.generate_until(requests) == pair.hf.generate_until(requests, disable_tqdm=True), until
 
 
-def test_a_stop_string_that_is_a_special_token_ends_a_generation(one, monkeypatch):
-    seen = {}
-
-    def generate(model, prompts, **options):
-        seen.update(stop_ids=model.stop_ids, stop=options["stop"])
-        return [[types.SimpleNamespace(text="x")] for _ in prompts]
-
-    monkeypatch.setattr(harness, "generate", generate)
-    one.ours.generate_until(asked(("a", {"until": ["<|end|>", "Q:"], "max_gen_toks": 4})))
-    assert 2 in seen["stop_ids"] and "Q:" in seen["stop"]
-
-
 def test_chat_templates_are_applied_as_by_the_hf_class(pair):
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well"}]
     for more in (True, False):
         assert pair.ours.apply_chat_template(chat, more) == pair.hf.apply_chat_template(chat, more)
+    with pytest.raises(UserError, match="message 0 must be"):
+        pair.ours.apply_chat_template([{"role": "user"}])
     assert pair.ours.chat_template(True) == TEMPLATE
     assert pair.ours.tokenizer_name == pair.hf.tokenizer_name
 
@@ -210,7 +200,7 @@ def test_the_command_prints_what_lm_eval_finds_with_its_hf_class(one, tasks, cap
     [
         (["--harness=tiny_chioce"], "harness task 'tiny_chioce' is unknown; did you mean tiny_choice"),
         (["--harness=tiny_choice", "--samples=4"], "--samples does not go with --harness"),
-        (["--task=gsm8k", "--chat"], "--chat goes only with --harness"),
+        (["--task=gsm8k", "--chat"], "--chat does not go with --metric=answers, only with --harness"),
         (["--task=gsm8k", "--harness=tiny_choice"], "give --task=NAME or --harness=NAMES"),
         (["--harness=gsm8k"], "harness task gsm8k: cannot be loaded"),
     ],

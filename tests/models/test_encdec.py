@@ -23,6 +23,7 @@ from qstar.models.encdec import EncDecConfig
 from qstar.models.hf_config import from_hf, to_hf
 from qstar.models.presets import published
 from qstar.models.weight_files import SINGLE
+from qstar.sample import seq2seq
 
 V = 50
 SIZES = dict(
@@ -254,7 +255,7 @@ def test_greedy_generation_equals_that_of_transformers(pair):
         np.testing.assert_allclose(ours.logprobs, score, atol=1e-4)
 
 
-def test_samples_do_not_depend_on_batching_and_never_hold_an_id_without_text():
+def test_samples_do_not_depend_on_batching_and_never_hold_an_id_without_text(monkeypatch):
     config = EncDecConfig(
         vocab_size=32128,
         hidden_size=8,
@@ -270,7 +271,10 @@ def test_samples_do_not_depend_on_batching_and_never_hold_an_id_without_text():
     model = qstar.Model(config, params)
     rows = [[5, 6, 7], [8] * 11, [9]]
     together = qstar.generate(model, rows, max_new_tokens=6, n=4, seed=3)
-    apart = qstar.generate(model, rows, max_new_tokens=6, n=4, seed=3, slots=4)
+    slots, sample = [], seq2seq.sample_rows
+    monkeypatch.setattr(seq2seq, "sample_rows", lambda p, s, *a: slots.append(s.slots) or sample(p, s, *a))
+    apart = qstar.generate(model, rows, max_new_tokens=6, n=4, seed=3, slots=3)
+    assert max(slots) <= 3
     assert [[c.tokens for c in row] for row in together] == [[c.tokens for c in row] for row in apart]
     drawn = [t for row in together for c in row for t in c.tokens]
     assert len(set(drawn)) > 20 and max(drawn) < 32100
@@ -288,5 +292,7 @@ def test_mistakes_are_named(pair):
         qstar.generate(pair.model, [[3], []], max_new_tokens=2)
     with pytest.raises(UserError, match="token id 50"):
         qstar.generate(pair.model, [[50]], max_new_tokens=2)
+    with pytest.raises(UserError, match="max_new_tokens=1000000000000 exceeds"):
+        qstar.generate(pair.model, [[5]], max_new_tokens=10**12)
     with pytest.raises(UserError, match="tokenizer"):
         qstar.generate(pair.model, ["text"], max_new_tokens=2)

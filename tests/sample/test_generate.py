@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,12 +12,14 @@ import pytest
 
 import qstar
 from qstar import UserError
-from qstar.models import decoder
+from qstar.models import decoder, scoring
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
 from qstar.sample import batching
+from qstar.sample import prompts as prompt_module
 from qstar.sample import sampler as S
 from qstar.sample.logits import SamplingParams
+from qstar.sample.prompts import SamplingOptions, encode_prompts
 from tests.sample.test_logits import warped
 
 NEW = 24  # longer than one look for stop strings, and than the window below
@@ -150,7 +153,7 @@ def test_a_shared_prefix_is_the_same_as_prompts_that_begin_with_it(case):
 def test_what_many_prompts_begin_with_is_run_once_although_no_prefix_is_named(monkeypatch):
     model, _ = made("gqa")
     prefix, run = PROMPTS[2][:11], []
-    monkeypatch.setattr(batching, "LEAST_SHARED", 11)
+    monkeypatch.setattr(prompt_module, "LEAST_SHARED", 11)
     before = batching._prefill_prefix
     monkeypatch.setattr(batching, "_prefill_prefix", lambda *args: run.append(args[-1]) or before(*args))
     expected = slow_greedy(model, [prefix + p for p in PROMPTS], eos=model.config.eos_id)
@@ -189,9 +192,16 @@ def test_the_last_rows_of_a_batch_are_decoded_in_fewer_slots(monkeypatch):
 
 def test_one_token():
     model, expected = made("gqa")
-    out = qstar.generate(model, PROMPTS, max_new_tokens=1, temperature=0, slots=4)
+    out = qstar.generate(model, iter(PROMPTS), max_new_tokens=1, temperature=0, slots=4)
     assert tokens_of(out) == [[row[:1]] for row in expected]
     assert [c.stopped for (c,) in out] == [row[0] == model.config.eos_id for row in expected]
+
+
+def test_nan_is_no_distribution():
+    model, _ = made("gqa")
+    broken = model.replace(params=jax.tree.map(lambda p: p * np.nan, model.params))
+    with pytest.raises(UserError, match="logits are NaN .* --dtype=float32"):
+        qstar.generate(broken, PROMPTS, max_new_tokens=1, temperature=0, slots=4)
 
 
 def test_no_prompts_no_completions():
@@ -381,6 +391,37 @@ def test_a_character_of_several_tokens_in_front_of_a_stop_string_stays_whole(sto
     assert (c.text, c.tokens, c.stopped) == ("", [], True)
 
 
+@pytest.mark.parametrize("stop", [["</s>"], ["<s>", "cd"]], ids=str)
+def test_a_stop_string_that_is_a_special_token_stops_by_its_id(stories, stop):
+    ids = stories.tokenizer.encode_continuation("ab")
+    model = recital(stories, "ab", [*ids, stories.tokenizer.special_id(stop[0]), *ids, *ids])
+    ((c,),) = qstar.generate(model, [[5]], max_new_tokens=40, temperature=0, stop=stop)
+    end = [] if stop[0] == "<s>" else [stories.tokenizer.eos_id]  # EOS stays, as without stop strings
+    assert (c.text, c.stopped, c.tokens, len(c.logprobs)) == ("ab", True, ids + end, len(ids + end))
+
+
+def test_text_behind_ids_goes_on_with_their_text(stories):
+    tok, ask = stories.tokenizer, SamplingOptions(max_new_tokens=1)
+    head, tail = tok.encode_pair("Once upon", " a time")
+
+    def rows(prompts, prefix):
+        shared, rest = encode_prompts(stories, prompts, dataclasses.replace(ask, prefix=prefix))
+        return [shared + row for row in rest]
+
+    assert rows([" a time", tail], head) == rows([" a time", tail], "Once upon") == [head + tail] * 2
+    # A token may span a prefix and a text, whatever the other prompts are.
+    assert rows(["ce upon", tail], "On")[0] == tok.encode("Once upon", bos=True) != [*tok.encode("On", bos=True), *tail]
+    assert scoring._encode_pair(stories, 0, head, " a time", 0) == (head, tail)
+    assert rows(["Once"], [tok.bos_id]) == [tok.encode("Once", bos=True)]
+    with pytest.raises(UserError, match="completion 0 must be text or a list of token ids, not None"):
+        qstar.logprobs(stories, ["a"], [None])
+
+
+def test_options_that_are_none_or_large_are_the_default():
+    none = SamplingOptions(max_new_tokens=1, stop=None, prefix=None, slots=None, top_k=3_000_000_000)
+    assert (none.stop, none.prefix) == ((), "") and none.sampling_params().top_k == 2**31 - 1
+
+
 def test_ids_beyond_the_tokenizer_are_never_drawn(stories):
     """A vocabulary padded to a round number: the padding has no text."""
     config = BASE.replace(vocab_size=stories.tokenizer.vocab_size + 64, num_layers=1)
@@ -421,6 +462,22 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(stories):
         ([[1]], dict(top_p=1.1), "top_p=1.1"),
         ([[1]], dict(n=0), "n=0"),
         ([[1]], dict(stop=[""]), "empty string"),
+        ([[1]], dict(stop=(5,)), r"stop=\(5,\) must be a text or a list of texts"),
+        ([[1]], dict(stop=5), "stop=5 must be a text"),
+        ([[1]], dict(prefix=[1.5]), r"prefix must be text or a list of token ids, not \[1.5\]"),
+        ([[1]], dict(slots=-1), "slots=-1 must be"),
+        ([[1]], dict(slots="4"), "slots='4' must be"),
+        ([[1]], dict(seed=None), "seed=None must be"),
+        ([[1]], dict(seed=1.5), "seed=1.5 must be"),
+        ([[1]], dict(n=1.5), "n=1.5 must be"),
+        ([[1]], dict(n=10**18), "n=1000000000000000000 must be"),
+        ([[1]], dict(temperature=1e39), r"temperature=1e\+39 must be"),
+        ([1, 403], {}, "prompt 0 must be text, messages or a list of token ids, not 1"),
+        ([[1], None], {}, "prompt 1 must be .*, not None"),
+        ([["a", "b"]], {}, "prompt 0 must be"),
+        ([b"abc"], {}, "prompt 0 must be .*, not b'abc'"),
+        ([[1.7, 3.2]], {}, r"prompt 0 must be .*, not \[1.7, 3.2\]"),
+        (None, {}, "prompts is a list of texts"),
     ],
 )
 def test_mistakes_are_named_on_one_line(prompts, settings, message):
