@@ -242,6 +242,8 @@ CASES = {
     "solution without an answer": (
         EVALUATE + """ --task=math --task-options='{{"test":"{root}/data/code/math.jsonl"}}'""", "math.jsonl:1: the solution holds no \\boxed"),
     "evaluate a negative number of problems": (EVALUATE + " --task=arithmetic --limit=-1", "--limit: '-1'"),
+    "evaluate answers with thoughts": (EVALUATE + " --task=gsm8k --thoughts=on", "--thoughts does not go with --metric=answers, only with --harness or --metric=expected or --metric=cot"),
+    "evaluate probabilities of samples": (EVALUATE.split(" --out")[0] + " --task=gsm8k --metric=expected --samples=3", "--samples does not go with --metric=expected, only with --metric=answers or --metric=cot"),
     "evaluate an unknown split": (EVALUATE + " --task=arithmetic --split=dev", "'dev'"),
     "evaluate beyond the context": (EVALUATE + " --task=arithmetic --max-new-tokens=99", "model's context of 40 tokens"),
     "evaluate without a tokenizer": (EVALUATE.replace("good", "mute") + " --task=arithmetic", "needs a tokenizer"),

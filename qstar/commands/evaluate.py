@@ -14,8 +14,15 @@ from qstar.flags import COUNT, MODEL, POSITIVE, SEED, TEMPERATURE, Parser, folde
 from qstar.tasks import task_names
 from qstar.tasks.prompts import FORMATS
 
-HARNESS = {"harness", "num_fewshot", "include_path", "chat"}
-BOTH = {"model", "limit", "max_new_tokens", "seed", "out", "json", "device", "dtype", "thoughts", "thought_temperature"}
+EVERY = {"model", "task", "harness", "limit", "json", "device", "dtype", "seed"}
+TASK, SAMPLES = {"task_options", "split", "metric"}, {"samples", "temperature", "max_new_tokens"}
+THOUGHTS = {"thoughts", "thought_temperature"}
+FLAGS = {  # of each kind of evaluation, besides EVERY
+    "--harness": {"num_fewshot", "include_path", "chat", "max_new_tokens", "out", *THOUGHTS},
+    "--metric=answers": {"verifier", "out", "too_long", "format", *TASK, *SAMPLES},
+    "--metric=expected": {"passes", *TASK, *THOUGHTS},
+    "--metric=cot": {*TASK, *SAMPLES, *THOUGHTS},
+}
 
 
 def _evaluate_parser() -> Parser:
@@ -62,9 +69,12 @@ def main(argv: list[str]) -> int:
     one = "evaluate: give --task=NAME or --harness=NAMES (see qstar evaluate --help)"
     require((bool(a.task) != bool(a.harness), one))
     changed = {name for name in vars(a) if getattr(a, name) != p.get_default(name)}
-    wrong = sorted(changed - BOTH - HARNESS if a.harness else changed & HARNESS)
+    kind = "--harness" if a.harness else f"--metric={a.metric}"
+    wrong = sorted(changed - EVERY - FLAGS[kind])
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-    require((not wrong, f"evaluate: {flags} {'does not go' if a.harness else 'goes only'} with --harness"))
+    kinds = " or ".join(other for other, names in FLAGS.items() if names.issuperset(wrong))
+    only = f", only with {kinds}" if kinds else ""
+    require((not wrong, f"evaluate: {flags} {'do' if len(wrong) > 1 else 'does'} not go with {kind}{only}"))
     start_jax(a.device)
     if a.harness:
         return _evaluate_harness(a)
@@ -85,8 +95,8 @@ def main(argv: list[str]) -> int:
     scorers = _scorers(a.verifier, task, a.dtype)
     require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
     # `made_with` identifies the kept answers: flags that change what is counted, but no answer, are not part of it.
-    unused = {"verifier", "out", "json", "device", "metric", "thoughts", "passes", "thought_temperature", *HARNESS}
-    made_with = {k: v for k, v in vars(a).items() if k not in unused and not (k == "dtype" and v is None)}
+    used = {"model", "task", "limit", "seed", "dtype"} | FLAGS["--metric=answers"] - {"verifier", "out", "metric"}
+    made_with = {k: v for k, v in vars(a).items() if k in used and not (k == "dtype" and v is None)}
     out = folder("--out", a.out) if a.out else None
     same = ("split", "limit", "samples", "max_new_tokens", "temperature", "seed", "too_long")
     options = {name: getattr(a, name) for name in same} | {"out": out, "made_with": made_with}
@@ -153,12 +163,6 @@ def _evaluate_harness(a: argparse.Namespace) -> int:
 
 def _evaluate_quiet(a: argparse.Namespace) -> int:
     # Zero-shot expected accuracy and cot-majority of the Quiet-STaR paper. Neither keeps answers or shortens prompts.
-    only = f"--metric={a.metric}"
-    require(
-        (a.too_long == "error", f"evaluate: --too-long={a.too_long} is of --metric=answers; {only} knows only error"),
-        (a.format == "auto", f"evaluate: --format={a.format} is of --metric=answers; {only} has prompts of its own"),
-        (not a.out, f"evaluate: --out keeps the answers of --metric=answers; {only} writes none"),
-    )
     from rich.console import Console
 
     from qstar.methods.quiet_eval import expected_accuracy, zero_shot_cot

@@ -61,7 +61,7 @@ def evaluate_model(
     tokenizer = tokenizer_of(model)
     problems = problems_of(task, split, limit)
     task = formatted(task, tokenizer, prompt_format)
-    fit_examples(model, task, max_new_tokens)
+    task = fit_examples(model, task, max_new_tokens)
     task, problems, long = fit_prompts(model, task, problems, max_new_tokens, too_long)
     if out is not None:
         # Answers of other weights of the same name are not read back.
@@ -114,6 +114,8 @@ def fit_prompts(
             raise UserError(f"{e}; --too-long=skip or truncate goes on") from None
         return task, list(problems), 0
     prefix, limit = task.prefix() or task.opening, model.config.max_positions - max_new_tokens
+    room = f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the context of {model.config.max_positions}"
+    require((limit > 0, f"{room} tokens; lower it"))
     texts = [task.prompt(p).removeprefix(task.opening) for p in problems]
     encoded = tokenizer_of(model).encode_batch([prefix + text for text in texts], bos=True)
     long = {p.id: text for p, text, ids in zip(problems, texts, encoded) if len(ids) > limit}
@@ -140,24 +142,28 @@ def _shortened(prompt: Any, short: Mapping[str, str], problem: Problem, hint: bo
 
 
 def _last_tokens(tokenizer: Tokenizer, prefix: str, text: str, limit: int) -> str:
-    ids = tokenizer.encode(text)
-    for keep in range(len(ids) - 1, 0, -1):
-        end = tokenizer.decode(ids[-keep:])
+    # Not by decoding the last ids: that would drop special tokens, which a chat template writes behind a message.
+    for start, _ in tokenizer.offsets(text)[1:]:
+        end = text[start:]
         # Encoded anew: cut text behind the prefix may split into more tokens than it had.
         over = len(tokenizer.encode(prefix + end, bos=True)) - limit
         if over <= 0:
             return end
-    raise UserError(
-        f"the few-shot prefix leaves no room for a prompt in {limit} tokens; lower max_new_tokens, or take fewer examples"
-    )
+    advice = "lower max_new_tokens, or take fewer examples" if prefix else "lower max_new_tokens"
+    raise UserError(f"no part of a prompt fits into {limit} tokens{' behind the prefix' if prefix else ''}; {advice}")
 
 
-def fit_examples(model: Model, task: Task, max_new_tokens: int) -> None:
-    """Leaves out built-in examples that would take more than half of the room that answers leave in a short context."""
-    # Whole examples: one that is cut in its answer would teach a wrong form.
-    room = (model.config.max_positions - max_new_tokens) // 2
+def fit_examples(model: Model, task: Task, max_new_tokens: int) -> Task:
+    """Returns the task without built-in examples that would take more than half of the room that answers leave in a short
+    context. A warning has their number."""
+    # Whole examples: one that is cut in its answer would teach a wrong form. A copy: the caller's task keeps them all.
+    room, task, dropped = (model.config.max_positions - max_new_tokens) // 2, copy.copy(task), 0
     while len(tokenizer_of(model).encode(task.prefix(), bos=True)) > room and task.drop_example():
-        pass
+        dropped += 1
+    if dropped:
+        text = f"{dropped} worked examples are left out: they would fill more than half of the model's context"
+        warnings.warn(text, QstarWarning, stacklevel=3)
+    return task
 
 
 def unanswered(result: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qstar.errors import QstarWarning, Settings, UserError, bounded
+from qstar.errors import MAX_TEMPERATURE, QstarWarning, Settings, UserError, bounded
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
 from qstar.runs.folder import cached_jsonl, stable_seed
@@ -30,7 +30,9 @@ class SampleSettings(Settings):
     """How completions are sampled. A config's `sample` section."""
 
     max_new_tokens: int = bounded(96, ge=1)
-    temperature: float = bounded(0.0, ge=0, note="0: greedy")  # the release: top_p .9 at temperature .01, near greedy
+    temperature: float = bounded(
+        0.0, ge=0, le=MAX_TEMPERATURE, note="0: greedy"
+    )  # the release: top_p .9 at temperature .01, near greedy
     top_k: int = bounded(0, ge=0, note="0: off")
     top_p: float = bounded(1.0, gt=0, le=1)
     slots: int | None = bounded(None, ge=1)
@@ -138,9 +140,13 @@ def check_lengths(
     """Raises UserError, naming the problem, unless prompts leave room for `max_new_tokens` in the model's context."""
     texts = {p.id: task.prompt(p, hint=hinted) for p in problems}
     prefix, room = task.prefix(hint=hinted) if few_shot else "", model.config.max_positions
-    # The longest texts stand for all: encoding every prompt of a large task would delay the start.
-    for name in sorted(texts, key=lambda k: len(texts[k]), reverse=True)[:16]:
-        count = len(tokenizer_of(model).encode(task.behind(prefix, texts[name]), bos=True))
+    tokenizer = tokenizer_of(model)
+    # The longest texts stand for all, with those that could exceed the context if each of their bytes were a token:
+    # encoding every prompt of a large task would delay the start.
+    free = room - max_new_tokens - len(tokenizer.encode(prefix, bos=True))
+    names = sorted(texts, key=lambda k: len(texts[k]), reverse=True)
+    for name in (k for i, k in enumerate(names) if i < 16 or len(texts[k].encode()) > free):
+        count = len(tokenizer.encode(task.behind(prefix, texts[name]), bos=True))
         if count + max_new_tokens > room:
             raise UserError(
                 f"problem {name}: {count} prompt tokens + max_new_tokens={max_new_tokens} exceed the model's context "
@@ -316,6 +322,7 @@ def generate(
     Returns:
       Per prompt, a list of n `Completion(text, tokens, logprobs, sample_logprobs, stopped)`.
     """
+    prompts = batching.listed(prompts)
     if thoughts:
         # Imported here: slow, and needed for thoughts alone.
         from qstar.thoughts import decode
@@ -323,14 +330,20 @@ def generate(
         found: list[list[Completion]] = list(map(list, decode.generate(model, prompts, thoughts=thoughts, **sampling)))
     else:
         found = batching.generate(model, prompts, **sampling)
-    texts = [p for p, some in zip(prompts, found) if any(done.text == "" and done.stopped for done in some)]
-    if texts:
-        warn_empty(model.tokenizer, texts[0])
+    empty = [(p, d) for p, some in zip(prompts, found) for d in some if d.text == "" and d.stopped]
+    if ended := [prompt for prompt, done in empty if done.tokens]:
+        warn_empty(model.tokenizer, ended[0])
+    elif empty:
+        # The tokens of a stop string are cut off, the EOS is not.
+        text = (
+            "a completion is empty: it begins with a stop string; leave that out of `stop`, or end the prompt with it"
+        )
+        warnings.warn(text, QstarWarning, stacklevel=2)
     return found
 
 
 def warn_empty(tokenizer: Tokenizer | None, prompt: Any) -> None:
-    """Warns that the completion of `prompt` is empty, with what helps."""
+    """Warns that the model ended its completion of `prompt` at once, with what helps."""
     template = tokenizer.chat if tokenizer is not None else None
     bare = template is not None and isinstance(prompt, str) and not template.rendered(prompt)
     remedy = "this model has a chat template: give the prompt as messages (--chat)" if bare else "try another prompt"

@@ -240,7 +240,9 @@ def test_the_command_prints_both_numbers(sums, tmp_path, capsys):
     evaluate_command.main([*flags, "--metric=cot", "--samples=2", "--max-new-tokens=4", "--limit=2", "--thoughts=on"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"majority@2", "majority@2_base", "pass@1", "pass@1_base"} <= found.keys()
-    with pytest.raises(UserError, match="--out keeps the answers of --metric=answers"):
+    with pytest.raises(
+        UserError, match="--out does not go with --metric=expected, only with --harness or --metric=answers"
+    ):
         evaluate_command.main([*flags, "--metric=expected", "--out=x"])
 
 

@@ -7,9 +7,11 @@ import pytest
 import qstar
 from qstar.__main__ import main
 from qstar.errors import QstarWarning, UserError
-from qstar.runs.evaluate import evaluate_model
+from qstar.runs.evaluate import evaluate_model, fit_examples, fit_prompts
+from qstar.runs.rollouts import check_lengths
 from qstar.tasks import make_task
-from qstar.tasks.prompts import PromptFormat
+from qstar.tasks.prompts import PromptFormat, formatted
+from tests.text.test_chat import ZEPHYR, with_template
 
 SHORT = "Tom has 2 apples."
 LONG = "Tom has one apple and one pear. " * 80 + "How many?"
@@ -58,11 +60,40 @@ def test_truncate_keeps_the_end_and_the_room(task, model, tmp_path):
     assert rows[0]["prompt"] == task.prompt(task.problems("test")[0])
 
 
+def test_a_chat_keeps_the_end_of_its_message(task, model):
+    chat = with_template("stories260k", ZEPHYR)
+    long, problems = formatted(task, chat), task.problems("test")
+    with pytest.warns(QstarWarning, match="lost their first tokens"):
+        short, *_ = fit_prompts(model.replace(tokenizer=chat), long, problems, 4, "truncate")
+    (_, prompt, _), (_, whole, _) = (list(map(t.prompt, problems)) for t in (short, long))
+    assert prompt.startswith(long.opening) and prompt.endswith(whole[-60:]) and len(prompt) < len(whole)
+    assert whole[-60:].count("</s>") == 1
+
+
+def test_examples_that_do_not_fit_are_left_out_of_a_copy(model):
+    task = make_task("gsm8k", prompts="built-in")
+    examples = len(task.examples())
+    with pytest.warns(QstarWarning, match=f"{examples} worked examples are left out"):
+        assert fit_examples(model, task, 500).prefix() == ""
+    assert len(task.examples()) == examples
+
+
+def test_a_prompt_of_few_characters_may_be_the_longest(model, tmp_path):
+    rows = [{"question": q, "answer": "#### 2"} for q in ["a" * 200] * 16 + ["\U0001f600" * 150]]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = make_task("gsm8k", test=str(path))
+    with pytest.raises(UserError, match="problem gsm8k-test-00016: "):
+        check_lengths(model, task, task.problems("test"), 4)
+
+
 def test_nothing_left_is_refused(task, model):
     with pytest.raises(UserError, match="3 of 3 prompts exceed"):
         evaluate_model(model, task, prompt_format=PLAIN, max_new_tokens=511, too_long="skip")
     with pytest.raises(UserError, match="lower max_new_tokens"):
         evaluate_model(model, task, prompt_format=PLAIN, max_new_tokens=511, too_long="truncate")
+    with pytest.raises(UserError, match="max_new_tokens=600 leaves no room for a prompt in the context of 512"):
+        fit_prompts(model, task, task.problems("test"), 600, "truncate")
 
 
 def test_the_command_line_knows_it(task, capfd, shared):
@@ -80,6 +111,7 @@ def test_the_command_line_knows_it(task, capfd, shared):
     assert main([*flags, "--too-long=skip", "--json"]) == 0
     out = capfd.readouterr()
     assert json.loads(out.out)["too_long"] == 1
-    assert out.err.startswith("qstar: warning: 1 of 3 prompts") and len(out.err.splitlines()) == 1
+    examples, long = out.err.splitlines()
+    assert "3 worked examples are left out" in examples and long.startswith("qstar: warning: 1 of 3 prompts")
     assert main([*flags, "--too-long=skip", "--metric=expected"]) == 2
     assert "--too-long" in capfd.readouterr().err

@@ -92,6 +92,9 @@ def test_an_empty_completion_warns(model, monkeypatch):
     for prompt, remedy in (("What?", r"give the prompt as messages \(--chat\)"), (ASK, "try another prompt")):
         with pytest.warns(QstarWarning, match=f"a completion is empty.*{remedy}"):
             qstar.generate(model, [prompt], max_new_tokens=1)
+    empty[0][0] = Completion("", [], [], [], True)
+    with pytest.warns(QstarWarning, match="a completion is empty: it begins with a stop string"):
+        qstar.generate(model, [ASK], max_new_tokens=1)
     empty[0][0] = Completion("a", [5, 2], [0.0] * 2, [0.0] * 2, True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
