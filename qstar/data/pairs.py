@@ -10,9 +10,10 @@ assistant. A list of several messages is the whole conversation, the earlier one
 
 from __future__ import annotations
 
+import functools
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qstar.data.sources import read_records
@@ -38,8 +39,14 @@ def read_rows(source: Any, form: str, *, split: str = "train", limit: int = 0, b
       UserError: names the file and line (or the number of the row in the list) and what is wrong with it.
     """
     parse = {"pairs": _pair, "preferences": _preference, "prompts": _prompt}[form]
+    require((limit >= 0, f"{form}: limit={limit} must be 0 or more (0: all rows)"))
     if isinstance(source, str | os.PathLike):
+        # A CSV file holds texts alone; `sources` makes whole numbers of the cells that are written as such.
+        if os.fspath(source).lower().endswith(".csv"):
+            parse = functools.partial(_of_texts, parse)
         return read_records(source, (), split=split, limit=limit or None, parse=parse, bad_rows=bad_rows)
+    advice = f"give a path, the name of a hub data set, or a list of dicts of {FORMS[form]}"
+    require((isinstance(source, Iterable), f"{form}: {source!r} holds no rows; {advice}"))
     rows = list(source)
     require((bool(rows), f"{form}: the list is empty; give at least one dict of {FORMS[form]}"))
     for i, row in enumerate(rows[: limit or None]):
@@ -58,13 +65,26 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
     """
     count = round(share * len(rows)) or int(share > 0)
     fault = f"held_out={share} of {len(rows)} rows leaves none to train on; lower it, or give more rows"
-    require((count < len(rows), fault))
-    order = sorted(range(len(rows)), key=lambda i: zlib.crc32(f"{seed} {rows[i]!r}".encode("utf-8", "replace")))
-    held_out = set(order[:count])
+    # Copies of a row fall on one side: a held-out row that was trained on measures nothing.
+    copies: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        copies.setdefault(repr(row), []).append(i)
+    order = sorted(copies, key=lambda text: zlib.crc32(f"{seed} {text}".encode("utf-8", "replace")))
+    held_out: set[int] = set()
+    for text in order:
+        if len(held_out) + len(copies[text]) <= count:
+            held_out.update(copies[text])
+    if count and not held_out:
+        held_out.update(copies[min(order, key=lambda text: len(copies[text]))])
+    require((len(held_out) < len(rows), fault))
     return [x for i, x in enumerate(rows) if i not in held_out], [x for i, x in enumerate(rows) if i in held_out]
 
 
 # ------------------------------------------------------------------------------------- checks; all raise ValueError
+
+
+def _of_texts(parse: Callable[[Row], Row], row: Row) -> Row:
+    return parse({key: str(value) if type(value) is int else value for key, value in row.items()})
 
 
 def _pair(row: Row) -> Row:
@@ -87,7 +107,8 @@ def _preference(row: Row) -> Row:
 
 
 def _prompt(row: Row) -> Row:
-    if row.get("completion") is not None:
+    # A table has a blank cell where a row has no completion.
+    if row.get("completion") not in (None, ""):
         return _pair(row)
     if row.get("messages") is not None:
         return {"prompt": _messages(row["messages"], "messages")}
@@ -113,6 +134,8 @@ def _text_or_messages(row: Row, key: str, form: str) -> Any:
     value = row.get(key)
     if value is None:
         raise ValueError(f"field {key!r} is missing (a row has {FORMS[form]}); the row has {', '.join(row) or 'none'}")
+    if not isinstance(value, str | Sequence):
+        raise ValueError(f"{key} is of type {type(value).__name__}, not text or a list of messages")
     return value if isinstance(value, str) else _messages(value, key)
 
 

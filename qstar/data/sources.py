@@ -129,9 +129,12 @@ def _checked(place: str, record: dict, fields: Sequence[str], parse: Callable[[d
             raise UserError(f"{place}: field {field!r} has {what}")
     try:
         return record if parse is None else parse(record)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{place}: {error}") from error
-    except (AttributeError, IndexError, KeyError, TypeError) as error:  # a value of another type or shape
+    # A value of another type or shape raises anything, above all in a parser of the user's own.
+    except Exception as error:
         raise UserError(f"{place}: not of the expected form ({type(error).__name__}: {error})") from error
 
 
@@ -143,13 +146,17 @@ def text_field(record: dict, name: str) -> str:
 
 
 def _not_utf8(value: Any) -> str | None:
-    if isinstance(value, str):
-        try:
-            return None if value.isascii() or value.encode() else None
-        except UnicodeEncodeError:
-            return value
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((text for part in parts if (text := _not_utf8(part)) is not None), None)
+    # A list that grows instead of a recursion: JSON may be nested deeper than Python calls.
+    waiting = [value]
+    for part in waiting:
+        if isinstance(part, str):
+            try:
+                part.isascii() or part.encode()
+            except UnicodeEncodeError:
+                return part
+        elif isinstance(part, dict | list):
+            waiting.extend(part.values() if isinstance(part, dict) else part)
+    return None
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
@@ -287,30 +294,35 @@ def _arrow(path: epath.Path, content: bytes, kind: str) -> Iterator[Place]:
     from pyarrow import parquet
 
     try:
-        rows = (_csv_table if kind == "csv" else parquet.read_table)(io.BytesIO(content)).to_pylist()
+        table = (_csv_table if kind == "csv" else parquet.read_table)(io.BytesIO(content))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable {kind} file ({_first_line(error)})") from error
-    return _numbered(os.fspath(path), rows)
+    # In a record the last one would win. Spreadsheets leave several heads blank; those columns have no use.
+    if twice := [name for name in table.column_names if name and table.column_names.count(name) > 1]:
+        raise UserError(f"{path}: several columns are named {twice[0]!r}; give each another name")
+    return _numbered(os.fspath(path), table.to_pylist())
 
 
 def _csv_table(file: io.BytesIO) -> Any:
     import pyarrow
     from pyarrow import compute, csv
 
-    options = {"parse_options": csv.ParseOptions(newlines_in_values=True)}
-    typed = csv.read_csv(file, **options)
+    # Only a blank cell may be null: NA and nan are words.
+    options: dict[str, Any] = {"parse_options": csv.ParseOptions(newlines_in_values=True)}
+    typed = csv.read_csv(file, **options, convert_options=csv.ConvertOptions(null_values=[""]))
     kinds = dict.fromkeys(typed.column_names, pyarrow.string())
     as_text = csv.ConvertOptions(column_types=kinds, strings_can_be_null=True, null_values=[""])
     file.seek(0)
     texts = csv.read_csv(file, **options, convert_options=as_text).columns
 
-    def lossy(column: Any, text: Any) -> bool:
-        if pyarrow.types.is_integer(column.type):
-            return compute.all(compute.equal(column.cast("string"), text)).as_py() is False
-        return pyarrow.types.is_temporal(column.type)
+    def kept(column: Any, text: Any) -> bool:
+        kind = column.type
+        if pyarrow.types.is_integer(kind):
+            return compute.all(compute.equal(column.cast("string"), text)).as_py() is not False
+        return pyarrow.types.is_string(kind) or pyarrow.types.is_null(kind)
 
-    # No task reads a date that is no text, and 007 is not 7.
-    columns = [text if lossy(column, text) else column for column, text in zip(typed.columns, texts)]
+    # Every cell stays as it was written: 007 is not 7, 2.50 not 2.5, true not yes. Tasks read numbers from text.
+    columns = [column if kept(column, text) else text for column, text in zip(typed.columns, texts)]
     return pyarrow.table(columns, names=typed.column_names)
 
 

@@ -22,13 +22,15 @@ READ = {
         {"prompt": [ASK], "chosen": "2", "rejected": "3"},
     ),
     "prompt alone": ("prompts", {"prompt": "1+1="}, {"prompt": "1+1="}),
+    "prompt with a blank completion": ("prompts", {"prompt": "1+1=", "completion": ""}, {"prompt": "1+1="}),
     "prompt with a completion": ("prompts", {"prompt": "1+1=", "completion": "2"}, {"prompt": "1+1=", "completion": "2"}),
 }  # fmt: skip
 BAD = {
     "no completion": ("pairs", {"prompt": "x"}, "field 'completion' is missing .*the row has prompt"),
     "no prompt": ("pairs", {"completion": "x", "instruction": "y"}, "field 'prompt' is missing"),
     "empty": ("pairs", {"prompt": "x", "completion": ""}, "completion is empty"),
-    "number": ("pairs", {"prompt": 3, "completion": "x"}, "prompt: must be a list of"),
+    "number": ("pairs", {"prompt": 3, "completion": "x"}, "prompt is of type int, not text"),
+    "number as a completion": ("pairs", {"prompt": "x", "completion": 5}, "completion is of type int, not text"),
     "no assistant": ("pairs", {"messages": [ASK]}, "none is of the assistant"),
     "no role": ("pairs", {"messages": [{"content": "x"}]}, "messages: message 0 must be"),
     "ends with the user": (
@@ -59,10 +61,27 @@ def test_a_mistake_is_named_with_its_place(case, tmp_path):
         read_rows([good, row], form)
 
 
-def test_lists_that_hold_no_rows():
-    for rows, says in (([], "the list is empty"), (["text"], r"pairs\[0\]: is a str, not a dict")):
-        with pytest.raises(UserError, match=says):
-            read_rows(rows, "pairs")
+@pytest.mark.parametrize("form", ["pairs", "prompts"])
+def test_numbers_in_a_table_are_texts_as_they_were_written(form, tmp_path):
+    for cells in (["5", "7"], ["2.50", "3"], ["true", "false"], ["007", "1"]):
+        (tmp_path / "rows.csv").write_text("prompt,completion\n" + "".join(f"1,{cell}\n" for cell in cells))
+        rows = [{"prompt": "1", "completion": cell} for cell in cells]
+        assert read_rows(tmp_path / "rows.csv", form) == rows
+
+
+def test_a_blank_cell_is_no_completion(tmp_path):
+    for cell in ("5", "text"):
+        (tmp_path / "rows.csv").write_text(f"prompt,completion\na,{cell}\nb,\n")
+        assert read_rows(tmp_path / "rows.csv", "prompts") == [{"prompt": "a", "completion": cell}, {"prompt": "b"}]
+
+
+@pytest.mark.parametrize("rows, limit, says", [
+    ([], 0, "the list is empty"), (["text"], 0, r"pairs\[0\]: is a str, not a dict"), (None, 0, "pairs: None holds no rows; give"),
+    ([{"prompt": "x", "completion": "y"}] * 2, -1, "limit=-1 must be 0 or more"),
+])  # fmt: skip
+def test_lists_that_hold_no_rows(rows, limit, says):
+    with pytest.raises(UserError, match=says):
+        read_rows(rows, "pairs", limit=limit)
 
 
 def test_held_out_rows_do_not_depend_on_the_order():
@@ -72,5 +91,13 @@ def test_held_out_rows_do_not_depend_on_the_order():
     again = split_rows(rows[::-1], 0.1, seed=0)[1]
     assert sorted(map(repr, held)) == sorted(map(repr, again))
     assert split_rows(rows, 0.0, seed=0) == (rows, []) and len(split_rows(rows[:5], 0.01, seed=0)[1]) == 1
-    with pytest.raises(UserError, match="leaves none to train on"):
-        split_rows(rows[:1], 0.5, seed=0)
+    for few in (rows[:1], rows[:1] * 9):
+        with pytest.raises(UserError, match="leaves none to train on"):
+            split_rows(few, 0.5, seed=0)
+
+
+@pytest.mark.parametrize("copies", [[2] * 40, [9, 2], [1, 30, 1, 1]])
+def test_copies_of_a_row_fall_on_one_side(copies):
+    rows = [{"prompt": str(i)} for i, count in enumerate(copies) for _ in range(count)]
+    train, held = (sorted(row["prompt"] for row in part) for part in split_rows(rows, 0.1, seed=0))
+    assert held and not set(train) & set(held) and len(held) <= max(2, len(rows) // 10)

@@ -46,12 +46,20 @@ def test_the_formats_hold_the_same_records(tmp_path, file):
 
 
 @pytest.mark.parametrize("cells, values", [
-    ("007 012", ["007", "012"]), ("7 -12", [7, -12]), ("2.50 1", [2.5, 1.0]), ("true false", [True, False]), ("- 5", [None, 5]),
-    ("2020-01-02 2021-01-02", ["2020-01-02", "2021-01-02"]), ("12:30 13:00", ["12:30", "13:00"]), ("x 5", ["x", "5"]),
+    ("7 -12", [7, -12]), ("- 5", [None, 5]), ("- x", ["", "x"]),
+    *((cells, cells.split()) for cells in (
+        "007 012", "2.50 1", "true False", "2020-01-02 2021-01-02", "12:30 13:00", "x 5", "12345678901234567890 0.5", "1 2e400",
+        "NA nan", "NA 5", "+5 1", "-0 1",
+    )),
 ])  # fmt: skip
-def test_csv_columns_are_numbers_where_nothing_is_lost(file, cells, values):
+def test_csv_cells_stay_as_they_were_written(file, cells, values):
     path = file("a.csv", "q,a\n" + "".join(f"q,{'' if cell == '-' else cell}\n" for cell in cells.split()))
     assert [row["a"] for row in read_records(path, ["q"])] == values
+
+
+def test_csv_heads_are_different(file):
+    assert "a.csv: several columns are named 'answer'" in refusal(file("a.csv", "question,answer,answer\nx,1,2\n"))
+    assert read_records(file("a.csv", "question,answer,,\nx,1,,\n"), FIELDS)[0]["answer"] == 1
 
 
 def test_csv_fields_have_line_breaks_in_long_files_too(file):
@@ -188,7 +196,14 @@ def test_parse_errors_carry_the_place(file):
 
     path = file("a.jsonl", '{"x": 1}\n')
     assert "a.jsonl:1: the answer has no number" in refusal(path, ["x"], parse=parse)
+    said = refusal(path, ["x"], parse=lambda record: record["x"] / 0)
+    assert "a.jsonl:1: not of the expected form (ZeroDivisionError: " in said
     assert read_records(path, ["x"], parse=lambda record: record["x"]) == [1]
+
+
+def test_deep_nesting_is_read(file):
+    line = '{"x": ' + "[" * 600 + '"\\ud83d"' + "]" * 600 + "}"
+    assert "field 'x' has half a surrogate pair" in refusal(file("a.jsonl", line), ["x"])
 
 
 def test_hub_name_config_and_split_reach_datasets(monkeypatch):
