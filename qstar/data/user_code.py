@@ -92,7 +92,8 @@ def user_errors(what: str, path: str | os.PathLike | None) -> Iterator[None]:
         # The file, or one that it imports.
         own = path is not None and e.filename == str(path)
         raise UserError(f"{what if own else f'{what}: {e.filename}'}:{e.lineno}: {e.msg}; mend the file") from None
-    except Exception as e:  # noqa: BLE001  the user's own code raises anything
+    # A file may end in sys.exit(), which would end qstar without a word, with the exit code 0.
+    except (Exception, SystemExit) as e:  # noqa: BLE001  the user's own code raises anything
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if path and f.filename == str(path)]
         place = f"{what}:{lines[-1]}" if lines else what
         text = " ".join(str(e).split())[:300]

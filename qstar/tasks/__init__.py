@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from qstar.data.user_code import is_spec, load_object, user_errors
@@ -90,8 +91,24 @@ def _own_task(spec: str, options: dict[str, Any]) -> Task:
 
 @functools.cache
 def _task_class(given: type) -> type[Task]:
-    """The class itself, or one that takes from `Task` what the class does not define."""
-    return given if issubclass(given, Task) else type(given.__name__, (given, Task), {})
+    """A subclass whose methods of the user's own raise one-line errors, and which takes from `Task` what it lacks."""
+    path = inspect.getsourcefile(given)
+    cls = type(given.__name__, (given,) if issubclass(given, Task) else (given, Task), {"__module__": given.__module__})
+
+    def guarded(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(given, name))
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with user_errors(f"task {path}", path):
+                return getattr(super(cls, self), name)(*args, **kwargs)
+
+        return call
+
+    # `_problem` reports what `to_problem` raises with the place of the record.
+    names = [n for n, method in vars(Task).items() if inspect.isfunction(method) and callable(getattr(given, n, None))]
+    for name in names:
+        if not str(getattr(getattr(given, name), "__module__", "")).startswith("qstar."):
+            setattr(cls, name, guarded(name))
+    return cls
 
 
 def _empty(spec: str) -> Task:

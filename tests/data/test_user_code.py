@@ -77,6 +77,7 @@ def test_one_line_for_what_is_not_there(folder, spec, message):
     [
         ("x = 1\ny = {}['k']\n", "--x=bad.py:2: KeyError: 'k'; mend the file"),
         ("x = 1\n\nimport no_such_thing\n", "--x=bad.py:3: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("import sys\nsys.exit()\n", "--x=bad.py:2: SystemExit: ; mend the file"),
         ("x = (\n", "--x=bad.py:1: '(' was never closed; mend the file"),
         ("import bad_helper\n", "bad_helper.py:2: invalid syntax; mend the file"),
     ],

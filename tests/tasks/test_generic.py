@@ -103,10 +103,24 @@ def test_a_csv_file_and_parts_of_one_file(make, tmp_path):
         make_task("numeric", test=path, test_split="a[3]").problems("test")
 
 
-def test_training_on_the_test_records_warns(make, tmp_path):
-    task = make("numeric", {"question": "q", "answer": 1}, train=str(tmp_path / "rows.jsonl"))
-    with pytest.warns(QstarWarning, match="trains on its test records"):
-        task.problems("train")
+@pytest.mark.parametrize("train, test, count", [
+    ("[:70]", "test", 70), ("[:80]", "[70:]", 10), ("[:80%]", "[70%:]", 10), ("train", "test", 100), ("[:70]", "[70:]", 0),
+])  # fmt: skip
+def test_test_problems_among_the_train_problems_are_counted(make, tmp_path, monkeypatch, recwarn, train, test, count):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"q{i}", "answer": i} for i in range(100)]
+    task = make("numeric", *rows, train="./rows.jsonl", train_split=train, test_split=test)
+    found = [len(task.problems(split)) for split in ("train", "test")][1]
+    (line,) = [str(w.message) for w in recwarn if issubclass(w.category, QstarWarning)] or [""]
+    assert line.startswith(f"task numeric: {count} of its {found} test problems are among its train" if count else "")
+    assert bool(line) == bool(count)
+
+
+def test_a_question_with_other_choices_is_another_problem(make, tmp_path, recwarn):
+    rows = [{"question": "Which is true?", "choices": [f"a{i}", "b"], "answer": 0} for i in range(10)]
+    task = make("multiple_choice", *rows, train=str(tmp_path / "rows.jsonl"), train_split="[:5]", test_split="[5:]")
+    assert len(task.problems("train") + task.problems("val") + task.problems("test")) == 10
+    assert not [w for w in recwarn if issubclass(w.category, QstarWarning)]
 
 
 def test_a_missing_field_lists_those_of_the_record_and_a_missing_source_its_option(make):

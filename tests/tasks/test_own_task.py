@@ -102,6 +102,21 @@ def test_what_is_wrong_with_a_class_is_one_line(folder, code, message):
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
+def test_an_exception_of_a_method_names_its_line(folder):
+    (folder / "bare.py").write_text(BARE.replace("completion.strip() or None", "1 // (completion == 'x')"))
+    task = make_task("bare.py:Echo")
+    for made in (task, copy.copy(task)):
+        assert made.parse("x") == 1
+        with pytest.raises(UserError, match=r"^task /.*bare.py:15: ZeroDivisionError: .*; mend the file$"):
+            made.parse("y")
+
+
+def test_a_record_that_becomes_no_problem_is_named(folder):
+    (folder / "mine.py").write_text(README.replace("return Problem(", "Problem("))
+    with pytest.raises(UserError, match=r"rows.jsonl:1: to_problem returned None, not a Problem"):
+        make_task("mine.py:Capitals", test="rows.jsonl").problems("test")
+
+
 def parsed(*flags):
     parser = Parser("train", "")
     parser.config()
