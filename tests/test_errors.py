@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 import pathlib
@@ -59,6 +60,17 @@ def test_values_outside_of_their_range_are_refused(values, message):
 def test_values_of_their_range_pass():
     Some(count=1, rate=0, share=1, limit=None, epochs=math.inf, kind="", free=-2)
     assert Other().count == 5
+
+
+def test_every_float_of_all_settings_has_a_range():
+    """Without one, NaN would pass: it is refused by the comparison with a bound."""
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in pathlib.Path(errors.__file__).parent.rglob("*.py")]
+    classes = [n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)]
+    # A subclass of these may give a field another default.
+    first = [c for c in classes if "Settings" in map(ast.unparse, c.bases)]
+    fields = [f for c in first for f in c.body if isinstance(f, ast.AnnAssign)]
+    floats = [ast.unparse(f) for f in fields if ast.unparse(f.annotation).startswith("float")]
+    assert len(floats) > 40 and not [f for f in floats if "= bounded(" not in f]
 
 
 def test_messages_name_the_distribution_and_extras_of_setup():

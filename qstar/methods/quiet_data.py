@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import typing
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -13,7 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from qstar.data.corpus import Corpus, Rows, TextCorpus
-from qstar.errors import Settings, bounded, require, unknown, within
+from qstar.errors import Settings, bounded, check_type, require, unknown, within
 from qstar.mesh import put_global_batch, to_host
 from qstar.models import heads
 from qstar.models.config import ModelConfig
@@ -42,7 +43,7 @@ class EvalConfig(Settings):
     rows: int = bounded(1200, ge=1)
     batch_size: int = bounded(100, ge=1)
     every: int = bounded(0, ge=0)  # steps between two evaluations; 0: only at the end
-    viewer_texts: int = 40  # texts whose thoughts are written out for the report
+    viewer_texts: int = bounded(40, ge=0)  # texts whose thoughts are written out for the report
     thoughts_per_position: int = bounded(1, ge=1)
 
 
@@ -147,6 +148,8 @@ def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
     if name != "text":
         raise unknown(f"config.data.name={name!r}", str(name), ["fold_digits", "text"])
     folder, source = options.pop("tokenizer", "") or model_path, options.pop("source", "")
+    check_type("config.data.tokenizer", folder, str)
+    check_type("config.data.source", source, str)
     require(
         (bool(source), "config.data.source is not set; name a jsonl or parquet file, or a hub data set"),
         (bool(folder), "config.data.tokenizer is not set; name a folder with tokenizer files, or set model.path"),
@@ -164,10 +167,11 @@ def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
 
 def _make(cls: type, options: dict[str, Any], *args: Any) -> Any:
     # From the signature: a misspelt option gets a proposal instead of Python's TypeError.
-    known = list(inspect.signature(cls).parameters)[len(args) :]
-    for option in options:
+    known, hints = list(inspect.signature(cls).parameters)[len(args) :], typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    for option, value in options.items():
         if option not in known:
             raise unknown(f"config.data.{option}", option, known)
+        check_type(f"config.data.{option}", value, hints[option])
     with within("config.data: "):
         return cls(*args, **options)
 

@@ -64,7 +64,7 @@ class QuietConfig(Settings):
     thought_lengths: tuple = ()  # one of them is drawn for every step
     start: str = "base"  # or an earlier arm, whose model this one continues from
     teacher: str = ""  # an earlier arm, whose predictions with thoughts an arm without thoughts also learns
-    teacher_weight: float = 1.0  # of that divergence; the likelihood of the text has 1
+    teacher_weight: float = bounded(1.0, ge=0)  # of that divergence; the likelihood of the text has 1
     evaluate_every: int = bounded(0, ge=0)  # steps between two evaluations; 0: the config's `evaluate.every`
     patience: int = bounded(0, ge=0)  # evaluations without a lower mixed NLL until the arm stops; 0: no early stopping
 
@@ -107,7 +107,7 @@ def run(config: Any, workdir: Path, console: Any) -> None:
 
 
 def check_room(ctx: QuietContext, model: Model, name: str, arm: QuietConfig) -> None:
-    """Raises UserError if a text with a thread after its last token exceeds the context, or `pause` has no id."""
+    """Raises UserError if a text with a thread after its last token exceeds the context, or an id is wrong or missing."""
     t, room = ctx.thoughts.replace(**arm.thoughts), model.config.max_positions
     longest = max(t.thought_tokens, *arm.thought_lengths, 0)
     # A thread holds the start vector, the thought, the end vector and talk_tokens - 1 true tokens.
@@ -118,6 +118,9 @@ def check_room(ctx: QuietContext, model: Model, name: str, arm: QuietConfig) -> 
     every = arm.evaluate_every or ctx.settings.evaluate.every
     line = f"config.arms.{name}.patience={arm.patience} counts evaluations, and there are none"
     require((every > 0 or not arm.patience, f"{line}; set config.evaluate.every"))
+    words, last = model.config.vocab_size, max(t.forbidden_ids, default=0)
+    line = f"config.arms.{name}: forbidden_ids holds {last}, and the vocabulary ends with the id {words - 1}"
+    require((last < words, f"{line}; correct config.thoughts.forbidden_ids"))
     # Where the padding token is the end of text, documents hold it: it would not be the pauses' own.
     unused = {*t.forbidden_ids[:1]} - {ctx.corpus.tokenizer.eos_id}
     line = f"config.arms.{name}.thought_source='pause' needs an id that no text holds, and the tokenizer has no padding"

@@ -67,7 +67,8 @@ class ModelConfig(Settings):
     window_theta: float | None = bounded(None, ge=1, le=1e15)  # rotary base in layers with the window (Gemma 3)
     tie_embeddings: bool = True
     relative_bias: bool = False  # each head of each layer adds a learned number per distance to its scores
-    local_init: float = 0.0  # of it, in layer 0: head h begins by attending h tokens back (all heads but the last)
+    # Of it, in layer 0: head h begins by attending h tokens back (all heads but the last).
+    local_init: float = bounded(0.0, ge=0)
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
     bos_id: int | None = None
     eos_id: int | None = None

@@ -56,7 +56,7 @@ class EncDecConfig(Settings):
     intermediate_size: int = bounded(1024, ge=1)
     buckets: int = bounded(32, ge=1)  # of relative positions
     max_distance: int = bounded(128, ge=1)  # beyond it all positions share a bucket
-    norm_eps: float = 1e-6
+    norm_eps: float = bounded(1e-6, ge=1e-38, le=1)
     activation: str = bounded("gelu_tanh", choices=("relu", "gelu_tanh", "gelu", "silu"))
     gated_mlp: bool = True  # v1.1 and FLAN; the first T5 has a plain ReLU
     tie_embeddings: bool = False

@@ -7,6 +7,7 @@ field. The defaults worked in experiments from scratch; `ThoughtConfig.parity` i
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 from qstar.errors import Settings, bounded, require
@@ -27,14 +28,15 @@ class ThoughtConfig(Settings):
     thoughts_per_position: int = bounded(2, ge=1)  # P, "passes"; 2 is the least with a baseline
 
     mixing: str = bounded("unbounded", choices=("unbounded", "sigmoid"))  # the mixer's output, or its sigmoid
-    mixing_init_std: float | None = None  # of the mixer's first two layers; None = 1 / sqrt(inputs), for small widths
+    # Of the mixer's first two layers; None = 1 / sqrt(inputs), for small widths.
+    mixing_init_std: float | None = bounded(None, ge=0)
     # Of the stored start and end vectors: Adam's steps have one size, which the factor makes larger for them.
     embedding_scale: float = bounded(1.0, gt=0)
     temperature: float = bounded(1.0, ge=0)  # of sampling thoughts in training; 0 = greedy
     forbidden_ids: tuple[int, ...] = ()  # tokens that no thought holds: padding, markers of thoughts, ids without text
 
     # Of REINFORCE; the official 1e6 ruins a text model at usual learning rates.
-    policy_weight: float = 1.0
+    policy_weight: float = bounded(1.0, ge=0)
     policy_temperature: float = bounded(1.0, gt=0)  # of REINFORCE's log-probabilities; 1 = as sampled, hence unbiased
     policy_reduce: str = bounded("sum", choices=("sum", "mean"))  # over a thought's tokens: log p is a sum (paper)
     clip_negative: bool = False  # advantages below 0 become 0; without is simpler, unbiased and no slower
@@ -54,8 +56,12 @@ class ThoughtConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ids = self.forbidden_ids
+        # As an index, -1 would be the last word of the vocabulary.
+        fits = all(isinstance(i, numbers.Integral) and not isinstance(i, bool) and i >= 0 for i in ids)
+        require((fits, f"{self.WHERE}forbidden_ids={ids!r} must be token ids, whole numbers of 0 or more"))
         # JSON has lists only, which do not hash.
-        object.__setattr__(self, "forbidden_ids", tuple(int(i) for i in self.forbidden_ids))
+        object.__setattr__(self, "forbidden_ids", tuple(map(int, ids)))
 
     def replace(self, **changes: Any) -> ThoughtConfig:
         return dataclasses.replace(self, **changes)

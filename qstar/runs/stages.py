@@ -60,7 +60,7 @@ class UpdateSettings(Settings):
     max_bad: int = bounded(20, ge=1)
     transfer_guard: str = bounded("allow", choices=GUARDS)  # implicit transfers between host and device in an update
     lora_rank: int = 0  # 0: all parameters train; else adapters of this rank beside frozen ones
-    lora_alpha: float = 32.0
+    lora_alpha: float = bounded(32.0, gt=0)
     lora_targets: tuple = lora.KERNELS
 
     def __post_init__(self) -> None:

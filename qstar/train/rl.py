@@ -52,7 +52,7 @@ class RLSettings(Settings):
     value_clip: float = bounded(0.2, gt=0)
     value_weight: float = bounded(0.5, ge=0)
     value_trunk: bool = True  # the value loss also trains what it shares with the policy
-    entropy_weight: float = 0.0
+    entropy_weight: float = bounded(0.0, ge=0)
     whiten: bool = True  # PPO's advantages, over the batch
     divide_by_std: bool = True  # GRPO; False is Dr. GRPO
     mean_over: str = bounded(

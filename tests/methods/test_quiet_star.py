@@ -271,6 +271,27 @@ def test_pause_tokens_need_an_id_that_no_text_holds(tmp_path, ids):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("ids, says", [
+    ((-1,), r"forbidden_ids=\(-1,\) must be token ids"), (("a",), "must be token ids"), ((True,), "must be token ids"),
+    ((0, 99), r"config.arms.x: forbidden_ids holds 99, and the vocabulary ends with the id 23; correct config.thoughts"),
+])  # fmt: skip
+def test_forbidden_ids_are_ids_of_the_vocabulary(tmp_path, ids, says):
+    with pytest.raises(UserError, match=says):
+        small_run(tmp_path / "run", {"x": {}}, forbidden_ids=ids)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, option, value, kind", [
+    ("fold_digits", "documents", "3", "int"), ("fold_digits", "worked", "a", "float"), ("text", "length", "128", "int"),
+    ("text", "limit", 1.5, "int"), ("text", "source", 5, "str"), ("text", "tokenizer", 5, "str"),
+])  # fmt: skip
+def test_options_of_the_text_have_their_types(tmp_path, monkeypatch, name, option, value, kind):
+    monkeypatch.setattr(quiet_data, "load_tokenizer", lambda folder: Folds().tokenizer)
+    given = {"source": "rows.jsonl", "tokenizer": str(tmp_path)} if name == "text" else {}
+    with pytest.raises(UserError, match=rf"^config.data.{option}={value!r} must be of type {kind}"):
+        quiet_data.make_corpus({"name": name, **given, option: value}, "")
+
+
 def test_the_word_with_id_0_is_not_taken_for_padding():
     tokenizer = Folds().tokenizer
     assert quiet_data.thought_config({}, False, Folds()).forbidden_ids == (tokenizer.pad_id,)
