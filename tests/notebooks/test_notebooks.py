@@ -74,6 +74,16 @@ def test_a_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
     assert sum('class="charts palette"' in output.get("data", {}).get("text/html", "") for output in shown) == 4
 
 
+def test_a_first_cell_installs_only_what_is_missing_and_named(monkeypatch):
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        code = next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+        monkeypatch.delenv("QSTAR_SOURCE", raising=False)
+        exec(code, {})
+        with monkeypatch.context() as missing, pytest.raises(ImportError, match="qstar is not installed: set SOURCE"):
+            missing.setattr("importlib.util.find_spec", lambda name: None)
+            exec(code, {})
+
+
 def test_notebooks_are_small_and_hold_the_outputs_of_a_run_without_errors():
     for path in NOTEBOOKS.glob("*.ipynb"):
         assert path.stat().st_size < 200_000, path.name
@@ -102,4 +112,6 @@ def test_one_task_compares_the_methods_of_finished_runs(tmp_path, monkeypatch):
         table.responses > 0
     ).all()
     assert table.method.str.endswith("by the verifier").any() and figures(shown) == 1
+    written = load_run(tmp_path / "star").rollouts("rationalisation").n_tokens.sum()
+    assert table.set_index("method").tokens["star: rationalisation"] == pytest.approx(written)
     assert (tmp_path / "comparison.html").stat().st_size > 20_000
