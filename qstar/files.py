@@ -21,9 +21,7 @@ from etils import epath
 
 from qstar.errors import QstarWarning, UserError, pip_install, require
 
-UNVERIFIED = (
-    "some files or checkpoints of this run have no checksums (an earlier version wrote them): they are used unverified"
-)
+UNVERIFIED = "some files of this run have no checksums (an earlier version wrote them): they are used unverified"
 
 
 class Damaged(UserError):
