@@ -37,8 +37,8 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
     "runs": 1750, "methods": 3790, "report": 1435, "plan": 1010, "bench": 600, "commands": 0,
 }  # fmt: skip
 TODAY = {  # packages above their limit: a limit that only falls, but for what a new feature needs
-    "": 2132, "commands": 592, "data": 847, "models": 4718, "tasks": 4762, "text": 756, "thoughts": 1461,
-    "train": 2051, "sample": 1118, "runs": 2324, "methods": 6402, "report": 2815, "plan": 2284, "bench": 1143,
+    "": 2130, "commands": 592, "data": 883, "models": 4725, "tasks": 4786, "text": 756, "thoughts": 1461,
+    "train": 2051, "sample": 1118, "runs": 2324, "methods": 6409, "report": 2815, "plan": 2284, "bench": 1143,
 }  # fmt: skip
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
