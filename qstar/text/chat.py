@@ -67,7 +67,7 @@ class ChatTemplate:
                 continue
             fault = f"the tokenizer's chat template leaves out messages of the role {role!r}"
             require((role == "system", f"message {i}: {fault}; the roles are system, user and assistant"))
-            warn(f"{fault}: the model does not see them; put their text into the user's message")
+            warn(f"{fault}, so that the prompt lacks them; put their text into the user's message")
         return text
 
     def _render(self, messages: Messages, reply: bool, goes_on: bool = False) -> str:

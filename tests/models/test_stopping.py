@@ -125,7 +125,7 @@ def test_a_run_with_a_token_beyond_the_vocabulary_does_not_start(copy, shared, t
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     tokenizer.save_pretrained(folder)
     text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "Once upon a time"}\n' * 30)
+    text.write_text("".join(f'{{"text": "Once upon a time {n}"}}\n' for n in range(30)))
     runs = {
         "star_gsm8k.py": f"smoke,model={folder},data={shared('data/gsm8k')}",
         "v_star_gsm8k.py": f"smoke,model={folder},data={shared('data/gsm8k')}",

@@ -89,7 +89,7 @@ def test_what_a_template_leaves_out_is_named():
         UserError, match="message 0: .* leaves out messages of the role 'User'; the roles are system, user"
     ):
         tok.chat.render([{"role": "User", "content": "And 7 more?"}])
-    with pytest.warns(QstarWarning, match="leaves out messages of the role 'system': the model does not see them"):
+    with pytest.warns(QstarWarning, match="leaves out messages of the role 'system', so that the prompt lacks them"):
         tok.chat.render([{"role": "system", "content": "Be brief."}, *TALK])
     shouting = with_template("stories260k", INST.replace("m.content", "m.content | upper"))
     assert "MORE" in shouting.chat.render(TALK[:3])
