@@ -139,8 +139,9 @@ def symbol_ids(tokenizer: Tokenizer, symbols: Sequence[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for symbol in symbols:
         # Encoded in context: at the start of a text a symbol may have another id. The end of the line begins no answer,
-        # so it follows another symbol.
-        _, tail = tokenizer.encode_pair("Q:\nA:", f" {symbol if symbol.strip() else symbols[0] + symbol}\n")
+        # so it follows another symbol, and ends the text: two of them may be one token.
+        answer = f" {symbol}\n" if symbol.strip() else f" {symbols[0]}{symbol}"
+        _, tail = tokenizer.encode_pair("Q:\nA:", answer)
         ids = [i for i in tail if _symbol(tokenizer, i) == symbol]
         line = f"this tokenizer has no token of its own for {symbol!r} in an answer; the metric 'expected' compares answers"
         require((bool(ids), f"{line} symbol by symbol"))

@@ -25,6 +25,7 @@ from qstar.text.tokenizer import char_tokenizer, load_tokenizer
 from qstar.thoughts.replay import replay
 from qstar.train.stats import bootstrap_ci
 from qstar.types import Completion
+from tests.text import kinds
 from tests.thoughts.families import LLAMA, think
 
 ALPHABET = "~^" + "".join(map(chr, range(32, 94))) + "_`abcdefghijklmnopqrstuvwxyz\n"
@@ -173,6 +174,14 @@ def test_gsm8k_rows(tmp_path):
     ]
     np.testing.assert_allclose(found["expected"], np.mean([w[0][0] for w in wanted]), rtol=1e-4)
     np.testing.assert_allclose(found["expected_base"], np.mean([w[1][0] for w in wanted]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["characters", "gpt2", "smollm2-135m-instruct", "gemma-3-270m"])
+def test_every_symbol_of_an_answer_has_an_id(kind):
+    """Of byte-level vocabularies too, where two ends of a line are one token."""
+    tokenizer = kinds.tokenizer(kind)
+    ids = q.symbol_ids(tokenizer, tuple("1234567890\n"))
+    assert ids["\n"] == tokenizer.encode("7\n")[-1] and len(set(ids.values())) == 11
 
 
 def test_mistrals_symbols_are_those_of_the_official_code():
