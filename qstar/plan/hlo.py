@@ -259,6 +259,9 @@ class Program:
         # XLA's CPU compiler replaces matrix products by custom calls of oneDNN.
         elif i.op == "dot" or (i.op == "custom-call" and "matmul" in i.attributes):
             total.multiply(source_name(i.attributes), self._dot(i, where))
+        # A Pallas kernel's products are not in the text; its author's estimate is.
+        elif i.op == "custom-call" and (kernel := re.search(r'"flops":"?(\d+)', i.attributes)):
+            total.multiply(source_name(i.attributes), float(kernel[1]))
         if traffic and i.op not in _FREE and not i.op.endswith("-done"):
             total.bytes += self._traffic(i, where)
 
@@ -316,30 +319,50 @@ class Program:
             # The result names source and destination, whose bytes move once per side in main memory; counted as other
             # results are, every slice that a TPU compiler prefetches would be the whole matrix, and twice.
             return float(sum(a.main for a in i.arrays[:2]) * min(a.bytes for a in i.arrays[:2]))
-        total = float(sum(a.bytes for a in i.arrays if a.main))
-        inside = self.computations.get(i.called("calls")[0], []) if i.op == "fusion" and i.called("calls") else None
-        root = next((j for j in inside or () if j.root), None)
-        # In place: only the update is written. KV caches are updated so, and the whole would be counted at every token.
-        if root is not None and root.op == "dynamic-update-slice":
-            update = next((j for j in inside or () if j.name == root.operands[1]), None)
-            total = float(update.bytes) if update is not None else total
+        inside = next(iter(i.called("calls")), "") if i.op == "fusion" else ""
+        total = self._written(inside, i.arrays) if inside else float(sum(a.bytes for a in i.arrays if a.main))
         for n in range(len(i.operands)):
             operand = self._operand(i, n, where)
             if operand is not None and any(a.main for a in operand.arrays):
-                total += operand.bytes if inside is None else min(operand.bytes, _read(inside, n, operand.bytes))
+                total += min(operand.bytes, self._read(inside, n, operand.bytes)) if inside else operand.bytes
         return total
 
+    def _written(self, fusion: str, results: tuple[Array, ...]) -> float:
+        """Returns the bytes that a fusion writes to main memory."""
+        root = self._root(fusion)
+        several = root is not None and root.op == "tuple" and len(root.operands) == len(results)
+        made = [self._tables[fusion].get(name) for name in root.operands] if root and several else [root]
+        if len(made) != len(results):
+            return float(sum(a.bytes for a in results if a.main))
+        return float(sum(self._updated(fusion, j, a.bytes) for j, a in zip(made, results) if a.main))
 
-def _read(inside: list[Instruction], n: int, full_size: int) -> float:
-    # Slices if the fusion only slices its operand n (a layer of stacked parameters), 0 if it writes into it.
-    names = {j.name for j in inside if j.op == "parameter" and j.operands == (str(n),)}
-    users = [j for j in inside if names & set(j.operands)]
-    while users and all(j.op == "bitcast" for j in users):  # through changes of shape
-        names = {j.name for j in users}
+    def _updated(self, fusion: str, i: Instruction | None, full_size: int) -> int:
+        # In place: only the update is written. KV caches are updated so, and the whole would be counted at every token.
+        while i is not None and i.op in ("bitcast", "fusion"):
+            if i.op == "fusion":
+                fusion = i.called("calls")[0]
+                i = self._root(fusion)
+            else:
+                i = self._operand(i, 0, fusion)
+        update = self._operand(i, 1, fusion) if i is not None and i.op == "dynamic-update-slice" else None
+        return update.bytes if update is not None else full_size
+
+    def _read(self, fusion: str, n: int, full_size: int) -> float:
+        # Slices if the fusion only slices its operand n (a layer of stacked parameters), 0 if it writes into it.
+        inside = self.computations.get(fusion, ())
+        names = {j.name for j in inside if j.op == "parameter" and j.operands == (str(n),)}
         users = [j for j in inside if names & set(j.operands)]
-    total = 0.0
-    for j in users:
-        if j.op not in (*_SLICES, "dynamic-update-slice") or j.operands[0] not in names:
-            return full_size
-        total += j.bytes if j.op in _SLICES else 0.0
-    return total if users else full_size
+        while users and all(j.op == "bitcast" for j in users):  # through changes of shape
+            names = {j.name for j in users}
+            users = [j for j in inside if names & set(j.operands)]
+        total = 0.0
+        for j in users:
+            if j.op == "fusion" and j.called("calls"):
+                # TPU compilers nest fusions: what slices the keys of all layers is one inside of the product's.
+                parts = [k for k, name in enumerate(j.operands) if name in names]
+                total += sum(self._read(j.called("calls")[0], k, full_size) for k in parts)
+            elif j.op not in (*_SLICES, "dynamic-update-slice") or j.operands[0] not in names:
+                return full_size
+            else:
+                total += j.bytes if j.op in _SLICES else 0.0
+        return total if users else full_size

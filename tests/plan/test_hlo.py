@@ -125,3 +125,55 @@ ENTRY %main (w: s8[1024,4096]) -> s8[4096] {
 """
     # The slice is read from main memory; the copy is read there and written there.
     assert hlo.Program(text).costs().bytes == 128 * 4096 + 2 * 1024 * 4096
+
+
+def test_a_fusion_inside_of_a_fusion_reads_its_slice_and_writes_its_update():
+    text = """HloModule nested
+
+%slice (p: bf16[32,64,128], l: s32[]) -> bf16[64,128] {
+  %p = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %l = s32[] parameter(1)
+  %s = bf16[1,64,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p, %l, %z, %z), dynamic_slice_sizes={1,64,128}
+  ROOT %b = bf16[64,128]{1,0:T(8,128)(2,1)} bitcast(%s)
+}
+
+%product (q: bf16[16,128], p.1: bf16[32,64,128], l.1: s32[]) -> f32[16,64] {
+  %q = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %l.1 = s32[] parameter(2)
+  %keys = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%p.1, %l.1), kind=kLoop, calls=%slice
+  ROOT %scores = f32[16,64]{1,0:T(8,128)} convolution(%q, %keys), dim_labels=bf_oi->bf
+}
+
+%write (c: bf16[32,64,128], u: bf16[1,1,128], l.2: s32[]) -> (bf16[32,64,128], bf16[1,128]) {
+  %c = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %u = bf16[1,1,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %l.2 = s32[] parameter(2)
+  %d = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%c, %u, %l.2, %z, %z)
+  %e = bf16[1,128]{1,0:T(8,128)(2,1)} bitcast(%u)
+  ROOT %both = (bf16[32,64,128]{2,1,0:T(8,128)(2,1)}, bf16[1,128]{1,0:T(8,128)(2,1)}) tuple(%d, %e)
+}
+
+ENTRY %main (q.1: bf16[16,128], p.2: bf16[32,64,128], u.1: bf16[1,1,128]) -> f32[16,64] {
+  %q.1 = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %p.2 = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %u.1 = bf16[1,1,128]{2,1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %l.3 = s32[]{:S(1)} constant(3)
+  %w = (bf16[32,64,128]{2,1,0:T(8,128)(2,1)}, bf16[1,128]{1,0:T(8,128)(2,1)}) fusion(%p.2, %u.1, %l.3), kind=kLoop, calls=%write
+  ROOT %out = f32[16,64]{1,0:T(8,128)} fusion(%q.1, %p.2, %l.3), kind=kOutput, calls=%product
+}
+"""
+    product, write = 2 * 16 * 128 + 2 * 64 * 128 + 4 * 16 * 64, 2 * 128 + 2 * 128
+    assert hlo.Program(text).costs().bytes == product + write
+
+
+def test_a_kernels_products_are_those_of_its_cost_estimate():
+    text = """HloModule kernel
+
+ENTRY %main (a: bf16[8,128]) -> f32[8,128] {
+  %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %k = f32[8,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"1234","transcendentals":"5","bytes_accessed":"6"}}}
+}
+"""
+    costs = hlo.Program(text).costs()
+    assert costs.flops == 1234 and costs.bytes == 8 * 128 * (2 + 4)
