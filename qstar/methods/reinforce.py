@@ -97,7 +97,7 @@ class Environment(Protocol):
 class Run:
     """The constants of one training run."""
 
-    start: Model  # float32 master weights, with LoRA the frozen base as it was loaded; also the reference
+    start: Model  # as it was loaded; with LoRA the frozen base; also the reference
     environment: Environment
     rl: rl.RLSettings
     settings: ReinforceSettings
@@ -169,7 +169,7 @@ def reinforce(
             return trained, summary
         return merge_adapters(start, trained, settings.lora, stage.folder), summary
 
-    return train_once(start, stage.folder, made_with, train, cast=not settings.lora_rank)
+    return train_once(start, stage.folder, made_with, train, dtype=None if settings.lora_rank else np.float32)
 
 
 def _train(

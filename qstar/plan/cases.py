@@ -362,6 +362,6 @@ def _rl_updates(
         lambda: measure_jit.lower(params, *rows, **static, limit=limit),
         {"parameters": params, "batch": rows},
         # With LoRA the reference is the policy without its adapters.
-        {**({} if s.lora_rank else {"the reference": start.params}), **resident},
+        {**({} if s.lora_rank else {"the reference": model.params}), **resident},
         *flops.respond(model.config, count, prompt, R),
     )

@@ -176,9 +176,6 @@ def train_program(
         policy, frozen, before = case.like(fresh, model.params), {"base": model.params}, {}
     else:
         policy = _float32(case, model.params)
-        # The cast makes a copy, which is alive beside the state while the stage runs.
-        if jax.tree.leaves(policy)[0].dtype != jax.tree.leaves(model.params)[0].dtype:
-            before["a float32 copy of it"] = policy
     state = abstract_state({"policy": policy, **(roles or {})}, tx, mesh=case.mesh, table=PARAM_AXES)
     rate = case.spec((), jnp.float32)
     return Program(

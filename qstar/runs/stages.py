@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -157,7 +158,7 @@ def train_stage(
         return choose(*found) if choose is not None else found
 
     made_with = {"settings": stage.settings, "steps": stage.steps, "seed": stage.seed, "data_hash": stage.data}
-    return train_once(start, stage.folder, made_with, train, cast=not stage.settings.lora_rank)
+    return train_once(start, stage.folder, made_with, train, dtype=None if stage.settings.lora_rank else np.float32)
 
 
 def train_once(
@@ -166,16 +167,14 @@ def train_once(
     made_with: dict[str, Any],
     train: Callable[[Model], tuple[Params, dict[str, Any]]],
     *,
-    cast: bool = True,
+    dtype: Any = np.float32,
 ) -> tuple[Model, dict[str, Any]]:
     """Returns the model and the summary that `train` makes of `start`, kept in `folder` and made once.
 
-    `made_with`: what the result depends on, besides the parameters of `start`; a folder of anything else is refused.
+    Args:
+      made_with: what the result depends on, besides the parameters of `start`; a folder of anything else is refused.
+      dtype: of the result's parameters; None leaves them as `train` makes them.
     """
-    # Master weights are float32, whatever the folder kept them in: updates of 1e-6 round to nothing in bfloat16.
-    # (Beside LoRA's adapters, which are float32, what is frozen stays as it is.)
-    if cast:
-        start = start.replace(params=tree.cast(start.params, np.float32))
     for key, settings in made_with.items():
         if dataclasses.is_dataclass(settings):
             lasting = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}  # type: ignore[arg-type]
@@ -183,16 +182,24 @@ def train_once(
     check_made_with(folder, {**made_with, "start_norm_and_sum": norm_and_sum(start.params)})
     done = folder / "summary.json"
     with contextlib.closing(Checkpoints(folder / "model")) as weights:
-        if intact(done) and (kept := weights.resume(start.params)) is not None:
+        if intact(done) and (kept := weights.resume(_in_dtype(start.params, dtype))) is not None:
             # In case a kill came before the removal below.
             distributed.remove(folder / "training")
             return start.replace(params=kept.state), once_json(done, dict)
         params, summary = train(start)
+        # A stage of no update returns the parameters that it was given.
+        params = tree.cast(params, dtype) if dtype is not None else params
         weights.save(summary["steps"] if "steps" in summary else summary["updates"], params)
     # The summary is the done-marker of the stage, so it is written after the parameters.
     once_json(done, lambda: summary)
     distributed.remove(folder / "training")
     return start.replace(params=params), summary
+
+
+def _in_dtype(params: Params, dtype: Any) -> Any:
+    """Returns the shapes of the parameters in another dtype: no copy is made."""
+    cast = lambda x: dtype if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype  # noqa: E731
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, cast(x), sharding=x.sharding), params)
 
 
 def restore(model: Model, folder: Path) -> Model:
@@ -222,7 +229,8 @@ def run_updates(
       how: `log_every`, `on_policy`, `place` and `extra` of `train.loop.fit`.
     """
     s = stage.settings
-    state = create_state(params, tx, seed=stage.seed, mesh=mesh, table=PARAM_AXES)
+    # Master weights are float32, whatever the folder kept them in: updates of 1e-6 round to nothing in bfloat16.
+    state = create_state(params, tx, seed=stage.seed, mesh=mesh, table=PARAM_AXES, dtype=np.float32)
     lr_at = optim.schedule(s.schedule, s.lr, warmup=s.warmup, steps=stage.steps, end=s.end)
     # One call for all steps: a call of the schedule per update would wait for the device every time.
     rates = np.asarray(jax.vmap(lr_at)(np.arange(stage.steps))) if stage.steps else np.zeros(0)

@@ -39,23 +39,30 @@ def create_state(
     seed: int,
     mesh: Mesh | None = None,
     table: AxisTable = (),
+    dtype: Any = None,
 ) -> TrainState:
     """Returns a fresh state (step 0, empty moments) around copies of the parameters, as every STaR iteration starts.
 
-    Args: params: by role. table: logical axes by path pattern (`decoder.PARAM_AXES`).
+    Args:
+      params: by role. table: logical axes by path pattern (`decoder.PARAM_AXES`).
+      dtype: of the copy of `policy`; None keeps what it has.
     """
     # Under jit, in its sharding: with a mesh no unsharded moment ever exists.
-    return _creator(tx, mesh, tuple(table))(params, tree.random_key(seed))
+    return _creator(tx, mesh, tuple(table), dtype)(params, tree.random_key(seed))
 
 
 # Cached: a new partial would be compiled again at the start of every STaR iteration.
 @functools.cache
-def _creator(tx: optax.GradientTransformation, mesh: Mesh | None, table: tuple) -> Callable[..., TrainState]:
-    return sharded_jit(functools.partial(_fresh, tx), mesh, table)
+def _creator(
+    tx: optax.GradientTransformation, mesh: Mesh | None, table: tuple, dtype: Any
+) -> Callable[..., TrainState]:
+    return sharded_jit(functools.partial(_fresh, tx, dtype), mesh, table)
 
 
-def _fresh(tx: optax.GradientTransformation, params: dict[str, Params], key: jax.Array) -> TrainState:
+def _fresh(tx: optax.GradientTransformation, dtype: Any, params: dict[str, Params], key: jax.Array) -> TrainState:
     copies = jax.tree.map(jnp.copy, params)  # the step donates its state, and the caller keeps its parameters
+    if dtype is not None:
+        copies = {**copies, "policy": tree.cast(copies["policy"], dtype)}
     return TrainState(params=copies, opt_state=tx.init(copies), step=jnp.int32(0), rng=key)
 
 
@@ -63,7 +70,7 @@ def abstract_state(
     params: dict[str, Params], tx: optax.GradientTransformation, *, mesh: Mesh, table: AxisTable
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of `create_state`'s result; the parameters may be abstract."""
-    return abstract(jax.eval_shape(functools.partial(_fresh, tx), params, jax.random.key(0)), mesh, table)
+    return abstract(jax.eval_shape(functools.partial(_fresh, tx, None), params, jax.random.key(0)), mesh, table)
 
 
 def abstract(tree_: Any, mesh: Mesh, table: AxisTable, rules: Rules = Rules()) -> Any:

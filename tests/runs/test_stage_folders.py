@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from qstar import tree
 from qstar.errors import UserError
 from qstar.models import decoder
 from qstar.models.config import preset
@@ -61,3 +62,24 @@ def test_a_stage_that_learnt_nothing_is_not_finished(tmp_path):
             with pytest.raises(Diverged, match="none of 2 updates was finite and had a token to learn from"):
                 call(tmp_path / name, **how)
         assert not (tmp_path / name / "stage" / "summary.json").exists()
+
+
+def test_a_model_in_bfloat16_trains_in_float32_and_has_one_float32_copy_meanwhile(tmp_path):
+    low = model().replace(params=tree.cast(model().params, "bfloat16"))
+    shape, found = low.params["embed"]["table"].shape, []
+
+    def copies(*_):
+        found.append(sum(x.shape == shape and x.dtype == np.float32 for x in jax.live_arrays()))
+
+    copies()
+    settings = dataclasses.replace(SETTINGS, log_every=1)
+    stage = Stage(tmp_path / "low", settings, 2, 0, Writer(tmp_path), progress=copies)
+    trained, _ = fine_tune(low, ROWS, stage)
+    assert {x.dtype for x in jax.tree.leaves(trained.params)} == {np.dtype("float32")}
+    assert found[1] - found[0] == 3  # after an update: the state's parameters and two moments
+    wide = low.replace(params=tree.cast(low.params, "float32"))
+    there, _ = call(tmp_path / "wide", start=wide)
+    again, _ = fine_tune(low, ROWS, stage)  # only loaded
+    for other in (there, again):
+        for x, y in zip(jax.tree.leaves(trained.params), jax.tree.leaves(other.params), strict=True):
+            assert x.dtype == y.dtype and np.array_equal(x, y)
