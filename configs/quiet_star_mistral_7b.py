@@ -25,6 +25,8 @@ def get_config(arg=None):
     config.mesh = "data=1,fsdp=-1"
     config.data = {"name": "text", "source": arg.data, "length": 256, "mode": "crop", "limit": 1000}
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
+    # Half of the threads of a row at a time: every piece gathers all parameters and reduces all gradients.
+    config.model.piece_tokens = 4096
     config.thoughts = {"parity": True, "forbidden_ids": (), "start_text": "---"}  # n_ahead 12: 9 content tokens
     config.train.update(batch_size=8, accumulate=2, lr=1e-6, warmup=20, save_every=20, log_every=10)
     config.evaluate.update(rows=128, batch_size=8, every=10, viewer_texts=16)

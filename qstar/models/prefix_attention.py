@@ -25,6 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from qstar.mesh import count_spare_shards, spare_axes, split_axis
+from qstar.models import prefix_kernel
 from qstar.models.flash import platform_of
 
 NEG = -1e30  # as in `attention`
@@ -83,6 +84,8 @@ def _forward(
         lse = jax.nn.logsumexp(s, axis=-1)
         out = dot("bgqtc,bgck->btgqk", jnp.exp(s - lse[..., None]).astype(values.dtype), values)
         return rearrange(out, "b t g q k -> b 1 1 t (g q) k"), rearrange(lse, "b g q t -> b 1 1 t (g q)")
+    if prefix_kernel.available(q, keys):
+        return prefix_kernel.forward(q, keys, values, ranges, scale=scale, cap=cap, exact=exact)
     plan = _Plan(q, keys, ranges)
     # Transposed once, outside the loop, so that the tiles' products have their operands in memory order.
     values_t = rearrange(values, "b g c k -> b g k c")
@@ -125,6 +128,9 @@ def _backward(
 ) -> tuple[Array, Array, Array]:
     # Gradients of q, keys and values. The scores are computed again from the log-sum-exp instead of being stored
     # (FlashAttention, arXiv 2205.14135, algorithm 4): no array of rows x keys outlives its tile.
+    if prefix_kernel.available(q, keys):
+        args = (q, keys, values, ranges, out, lse, d_out, d_lse)
+        return prefix_kernel.backward(*args, scale=scale, cap=cap, exact=exact)
     plan = _Plan(q, keys, ranges)
     dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     keys_t = rearrange(keys, "b g c k -> b g k c")

@@ -148,7 +148,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from qstar.mesh import make_mesh
 from qstar.models.attention import attend, causal_mask
 from qstar.models.config import ModelConfig
-from qstar.types import Segment
+from qstar.types import Segment, Shared
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 mesh = make_mesh("fsdp=2,tensor=2", topology.devices)
 at = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("fsdp")))
@@ -159,15 +159,27 @@ kv = at(jnp.bfloat16, 4, 2, 1024, 128)
 arrays = at(jnp.bfloat16, 4, 1024, 4, 128), kv, kv, at(jnp.int32, 4, 1024)
 program = jax.jit(jax.grad(total, (0, 1, 2))).lower(*arrays).compile()
 print(program.as_text().count("tpu_custom_call"), "kernels")
+# Threads of 3 tokens that share their text's 200 keys: 5 of them in each of 4 texts, or 4 in one, over the devices.
+threads = jax.vmap(lambda q, k, v, r: attend(q, [Shared(k, v, r)], scale=1.0), (0, None, None, 0))
+total = lambda *args: jnp.sum(jax.vmap(threads)(*args).astype(jnp.float32))
+for texts, count, split in ((4, 5, P("fsdp")), (1, 4, P(None, "fsdp"))):
+    at = lambda dtype, *shape, at=P(): jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, at))
+    kv = at(jnp.bfloat16, texts, 2, 200, 64, at=split if texts > 1 else P())
+    arrays = at(jnp.bfloat16, texts, count, 3, 4, 64, at=split), kv, kv, at(jnp.int32, texts, count, 3, 2, at=split)
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(total, (0, 1, 2))).lower(*arrays).compile()
+    print(program.as_text().count("tpu_custom_call"), "kernels")
 """
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'qstar-jax[tpu]'"
 )
-def test_splash_compiles_for_a_described_tpu_slice_on_a_mesh():
+def test_kernels_compile_for_a_described_tpu_slice_on_a_mesh():
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
     environment = {**os.environ, **quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", FOR_TPU], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[0]) >= 3  # forward, and the gradients of queries and of keys and values
+    splash, *shared = map(int, done.stdout.split()[::2])
+    assert splash >= 3  # forward, and the gradients of queries and of keys and values
+    assert shared == [2, 2]  # forward, and all gradients

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qstar.models import prefix_attention
+from qstar.models import prefix_attention, prefix_kernel
 from qstar.models.attention import as_mask, attend
 from qstar.types import Segment, Shared
 
@@ -38,11 +38,15 @@ def several_tiles(monkeypatch):
     monkeypatch.setattr(prefix_attention, "MIN_ROWS", 1)
 
 
+@pytest.mark.parametrize("form", ["tiles", "kernel"])
 @pytest.mark.parametrize(
     "groups, window, chosen, cap",
     [(4, None, False, None), (2, 7, False, 1.5), (1, None, True, None), (2, 7, True, None)],
 )
-def test_values_and_gradients_are_those_of_plain_attention(groups, window, chosen, cap):
+def test_values_and_gradients_are_those_of_plain_attention(groups, window, chosen, cap, form, monkeypatch):
+    # The kernel for TPUs is interpreted here: two blocks of 64 keys, the last not full, and of 27 rows one tile.
+    monkeypatch.setattr(prefix_kernel, "available", lambda *args: form == "kernel")
+    monkeypatch.setattr(prefix_kernel, "KEYS", 64)
     keys = jax.random.split(jax.random.key(0), 6)
     normal = jax.random.normal
     args = (

@@ -6,13 +6,14 @@ import functools
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qstar
 from qstar import tree
 from qstar.mesh import make_mesh, mesh_jit, put_global_batch, shardings
-from qstar.models import decoder
+from qstar.models import decoder, prefix_attention, prefix_kernel
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
 from qstar.models.thought_config import ThoughtConfig
@@ -157,3 +158,28 @@ def test_thoughts_of_one_held_out_text_are_split_and_come_back_in_order(spec):
     assert flops <= 1.15 * all_flops / 8
     for name, x, y in zip(found._fields, found, there):
         np.testing.assert_allclose(x, y, atol=1e-5 * float(np.abs(y).max()), err_msg=name)
+
+
+# Texts over the devices, or the threads of every text; and heads. Interpreted: there is no TPU.
+@pytest.mark.parametrize("spec, texts", [("fsdp=8", 8), ("fsdp=8", 2), ("fsdp=4,tensor=2", 4), ("data=2,tensor=4", 3)])
+def test_the_tpu_kernel_on_a_mesh_computes_what_tiles_on_one_device_do(spec, texts, monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 6)
+    q = jax.random.normal(keys[0], (texts, 2, 8, 3, 4, 16))
+    k, v = (jax.random.normal(x, (texts, 2, 40, 16)) for x in keys[1:3])
+    ends = jnp.sort(jax.random.randint(keys[3], (texts, 8), 1, 41), axis=1)
+    ranges = jnp.broadcast_to(jnp.stack([ends // 3, ends], axis=-1)[:, :, None], (texts, 8, 3, 2))
+    slopes = jax.random.normal(keys[4], q.shape), jax.random.normal(keys[5], q.shape[:-1])
+    static = {"scale": 0.25, "cap": None, "exact": "highest"}
+
+    def both(forward, backward, *args):
+        found = forward(*args, **static)
+        return found, backward(*args, *found, *slopes, **static)
+
+    there = both(prefix_attention._forward, prefix_attention._backward, q, k, v, ranges)
+    mesh = make_mesh(spec, jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        args = put_global_batch(jax.device_get((q, k, v, ranges)), mesh)
+        run = jax.jit(functools.partial(both, prefix_kernel.forward, prefix_kernel.backward))
+        here = jax.device_get(run(*args))
+    for x, y in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
