@@ -48,6 +48,14 @@ class ProcessInfo:
 # ------------------------------------------------------------------------------------------------- start of JAX
 
 
+def set_tpu_options() -> None:
+    """Switches the TPU compiler's rings of partial products off, if LIBTPU_INIT_ARGS says nothing of them."""
+    # In a ring, a gradient's product reads one operand again for every device; plan/README.md has bounds of both.
+    given, option = os.environ.get("LIBTPU_INIT_ARGS", ""), "--xla_jf_spmd_threshold_for_windowed_einsum_mib"
+    if option not in given:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{option}=1000000 {given}".strip()
+
+
 def start_jax(device: str = "auto", *, several: bool = False) -> None:
     """Selects the platform and enables the persistent compilation cache. Call it before anything imports jax.
 
@@ -64,10 +72,10 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "qstar" / "jax"))
     # JAX's default of 1 s would leave the many small programs out of the cache.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    set_tpu_options()
     # By device files, not by packages: libtpu is installed on CPU machines, too, for `qstar plan`.
-    accelerators = [
-        f for kind in ("accel[0-9]*", "vfio/[0-9]*", "nvidia*", "dxg", "kfd") for f in glob.glob(f"/dev/{kind}")
-    ]
+    kinds = ("accel[0-9]*", "vfio/[0-9]*", "nvidia*", "dxg", "kfd")
+    accelerators = [f for kind in kinds for f in glob.glob(f"/dev/{kind}")]
     here = process_info(os.environ, device) if several else None
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators:
         keep_freed_memory()

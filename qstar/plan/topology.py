@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from qstar.distributed import set_tpu_options
 from qstar.errors import UserError, pip_install, require
 from qstar.plan.slices import SHAPES, Slice, read_slice
 from qstar.train.flops import PEAKS, peak
@@ -97,6 +98,7 @@ def _tpu_devices(asked: Slice) -> Any:
     known = {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-4", "WORKER_HOSTNAMES": "localhost"}
     for key, value in known.items():
         os.environ.setdefault(f"TPU_{key}", value)
+    set_tpu_options()
     from jax.experimental import topologies
 
     # By default a topology consists of whole hosts, which have several chips.
