@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog.removeprefix('qstar ')}: {message} (see {self.prog} --help)")
 
 
-def whole_number(least: int, most: int = 10**18) -> Callable[[str], int]:
+def integer(least: int, most: int = 10**18) -> Callable[[str], int]:
     """Returns a reader of whole numbers between two bounds."""
 
     def read(text: str) -> int:
@@ -141,7 +141,7 @@ def local_folder(flag: str, text: str) -> Path:
     return Path(text).expanduser()
 
 
-COUNT, POSITIVE, SEED = whole_number(0), whole_number(1), whole_number(0, SEEDS - 1)
+COUNT, POSITIVE, SEED = integer(0), integer(1), integer(0, SEEDS - 1)
 TEMPERATURE = number(lambda x: 0 <= x <= MAX_TEMPERATURE, f"a number from 0 (greedy) to {MAX_TEMPERATURE:.0f}")
 SHARE = number(lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 MODEL = "model: a folder in the Hugging Face layout, or a hub name owner/name[@revision]"  # help of --model

@@ -37,15 +37,15 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
     "runs": 1750, "methods": 3790, "report": 1435, "plan": 1010, "bench": 600, "commands": 0,
 }  # fmt: skip
 TODAY = {  # packages above their limit: a limit that only falls, but for what a new feature needs
-    "": 2130, "commands": 592, "data": 883, "models": 4725, "tasks": 4786, "text": 756, "thoughts": 1461,
-    "train": 2051, "sample": 1118, "runs": 2324, "methods": 6410, "report": 2815, "plan": 2284, "bench": 1143,
+    "": 2138, "commands": 592, "data": 883, "models": 5015, "tasks": 4786, "text": 756, "thoughts": 1461,
+    "train": 2058, "sample": 1118, "runs": 2332, "methods": 6410, "report": 2815, "plan": 2306, "bench": 1143,
 }  # fmt: skip
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 COINED = set(  # private words of earlier versions: the field's terms replaced them
     "heat goals weigh ban text_sight thread_sight over_thoughts Paths Talker Drawn Knobs keep_top born Fill refill seat "
-    "leave_at Ring rotate laid gathers gathered put_whole_batch meet agreed from_first told held Stopped "
-    "Context Study Setting Recipe lesson own_text Scored Sight".split()
+    "leave_at Ring rotate laid gathers gathered put_whole_batch whole_batch whole_rows meet "
+    "agreed from_first told held Stopped Context Study Setting Recipe lesson own_text Scored Sight".split()
 )
 QUESTIONS = ("what", "how", "where", "who", "why", "when", "which", "whether")
 NO_JAX = ("text", "data", "tasks", "errors")

@@ -18,7 +18,7 @@ import numpy as np
 
 from qstar.bench.common import measure, our_model, show
 from qstar.bench.generate import torch_generate
-from qstar.bench.train import ours_update, random_rows, stepper, torch_stepper, whole_rows
+from qstar.bench.train import full_rows, ours_update, random_rows, stepper, torch_stepper
 from qstar.models import decoder
 from qstar.models.attention import attend, causal_mask, text_segment
 from qstar.models.config import ModelConfig, preset
@@ -52,7 +52,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
     with tempfile.TemporaryDirectory() as folder:
         B, T = (2, 128) if quick else (8, 2048)
         config = preset("llama_20m", **LLAMA_1B | small)
-        needed = update_flops(config, whole_rows(random_rows(config.vocab_size, B, T)))
+        needed = update_flops(config, full_rows(random_rows(config.vocab_size, B, T)))
         options: dict[str, Any] = dict(folder=folder, changes=LLAMA_1B | small)
         found = call(ours_update, rows=B, length=T, **options)
         theirs = _torch(product["device"], torch_update, repeats, rows=B, length=T, **options)
@@ -66,7 +66,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
     N = 64 if quick else 256
     found = call(thinking, length=N, changes=small)
     config = _thinker(small)
-    needed = update_flops(config, whole_rows(np.zeros((1, N), np.int32)), thinks=True)
+    needed = update_flops(config, full_rows(np.zeros((1, N), np.int32)), thinks=True)
     rows.append(_row(f"Quiet-STaR, {config.matmul_params / 1e6:.0f}M, N {N}, n_ahead 8", found, needed, rate, None))
     vendor = peak(product["device"])
     notes = {"device": product["device"], "matmul TFLOP/s": round(rate / 1e12, 2), "copy GB/s": round(bandwidth / 1e9)}

@@ -15,7 +15,7 @@ import numpy as np
 
 from qstar.bench import dense
 from qstar.bench.common import matmul_rate, measure, show
-from qstar.bench.train import whole_rows
+from qstar.bench.train import full_rows
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.thought_config import ThoughtConfig
@@ -74,7 +74,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
 
 def needed_flops(V: int, N: int, A: int) -> float:
     """Returns the FLOPs of one step on one text: 3 x the decomposed forward pass, causal attention counted once."""
-    return update_flops(bench_config(V, A), whole_rows(np.zeros((1, N), np.int32)), thinks=True)
+    return update_flops(bench_config(V, A), full_rows(np.zeros((1, N), np.int32)), thinks=True)
 
 
 def dense_mib(N: int, A: int, T: int = 4, P: int = 2) -> float:

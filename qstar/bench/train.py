@@ -69,7 +69,7 @@ def random_rows(vocab: int, rows: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab, (rows, length)).astype(np.int32)
 
 
-def whole_rows(tokens: np.ndarray) -> Batch:
+def full_rows(tokens: np.ndarray) -> Batch:
     """Returns rows [B, T] of one text each, with every token as a target."""
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     rows: list[Any] = [tokens, np.ones(tokens.shape, np.float32), np.ones(tokens.shape, np.int32), positions]
@@ -86,7 +86,7 @@ def ours_update(
     if adapters:
         loss, frozen = lora.through(loss, LORA.scale), {"base": params}
         params = lora.init(config, LORA, jax.random.key(0))
-    return stepper(loss, params, whole_rows(random_rows(config.vocab_size, rows, length)), frozen)
+    return stepper(loss, params, full_rows(random_rows(config.vocab_size, rows, length)), frozen)
 
 
 def stepper(loss: Any, params: Params, batch: Any, frozen: dict[str, Params]) -> Callable[[], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qstar.errors import require
-from qstar.flags import Parser, local_folder, whole_number
+from qstar.flags import Parser, integer, local_folder
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     p.flag(
         "--watch SECONDS",
         "while a run goes on, writes the page again every so many seconds, 30 by default; an open page reloads itself",
-        whole_number(1, 86_400),
+        integer(1, 86_400),
         nargs="?",
         const=30,
     )

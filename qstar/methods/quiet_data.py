@@ -125,7 +125,7 @@ class QuietContext(RunContext):
         columns: list[Any] = [np.asarray(x) for x in rows[:4]]
         return Batch(*columns)
 
-    def whole_batch(self, rows: Rows) -> Batch:
+    def global_batch(self, rows: Rows) -> Batch:
         """Returns rows, which every process has read whole, on the devices."""
         return put_global_batch(self.batch(rows), self.mesh)
 
@@ -213,18 +213,18 @@ def fold_measurements(ctx: QuietContext, model: Model, size: int = 600) -> dict[
     corpus, config = Folds(), cast(ModelConfig, model.config.replace(thoughts=ctx.thoughts))
     rows, worked, hard = corpus.test_rows(size), corpus.worked_rows(size), len(corpus.classes) - 1
     assert rows.classes is not None and rows.expected is not None and worked.classes is not None
-    batch, dashed = ctx.whole_batch(rows), rows.tokens.copy()
+    batch, dashed = ctx.global_batch(rows), rows.tokens.copy()
     dashed[:, -2] = ctx.start_id
 
     def score_text(batch: Batch) -> tuple[np.ndarray, ...]:
         return to_host(measure.score_text(model.params, config, batch))
 
-    nll, dash_nll = score_text(batch)[0], score_text(ctx.whole_batch(rows._replace(tokens=dashed)))[0]
+    nll, dash_nll = score_text(batch)[0], score_text(ctx.global_batch(rows._replace(tokens=dashed)))[0]
     at = rows.classes[:, 1:] == hard
     # Given that no dash follows: the base expects one (worked documents have it), until it trains on direct text.
     # The replaced token is a target only; as an input it affects later scores, which are not used.
     direct = nll + np.log1p(-np.minimum(np.exp(-dash_nll), 1 - 1e-6))
-    w_nll, w_hit, _ = score_text(ctx.whole_batch(worked))
+    w_nll, w_hit, _ = score_text(ctx.global_batch(worked))
     answer, step = worked.classes[:, 1:] == hard, worked.classes[:, 1:] == 2
     values = (direct[at], w_nll[answer], w_hit[answer], w_nll[step])
     out = {name: float(x.mean()) for name, x in zip(FOLD_METRICS, values)}

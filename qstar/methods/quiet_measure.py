@@ -315,7 +315,7 @@ def _over_batches(ctx: QuietContext, rows: Rows, score: Callable[[int, Batch], A
         n = len(part[0])
         # All batches have one size, so that scoring compiles once: the last one is filled up with copies of a row.
         filled = Rows(*(np.concatenate([x, np.repeat(x[:1], size - n, axis=0)]) for x in part))
-        found = to_host(score(i, ctx.whole_batch(filled)))
+        found = to_host(score(i, ctx.global_batch(filled)))
         parts.append(jax.tree.map(lambda x, n=n: x[:n], found))
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 

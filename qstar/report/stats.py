@@ -95,7 +95,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
-def whole_percent(value: float) -> str:
+def rounded_percent(value: float) -> str:
     """A share in whole per cent, with a decimal next to 0 and 1."""
     return f"{100 * value:.1f}%" if 0 < value < 0.01 or 0.99 < value < 1 else f"{100 * value:.0f}%"
 

@@ -154,7 +154,7 @@ def _card(run: Run, stage: str, key: str, named: Sequence[tuple[str, Sequence[Se
     ys = [y for _, (_, values, *_) in named for y in values]
     share = any(word in name.split("_") for word in SHARES) and 0 <= min(ys) and max(ys) <= 1
     axes: dict[str, Any] = (
-        {"y_format": stats.whole_percent, "y_range": (0.0, 1.0)} if share else {"y_format": "{:g}".format}
+        {"y_format": stats.rounded_percent, "y_range": (0.0, 1.0)} if share else {"y_format": "{:g}".format}
     )
     card = charts.series_card(title[0].upper() + title[1:], named, marks=stage == "iteration", x_label=axis, **axes)
     assert card is not None

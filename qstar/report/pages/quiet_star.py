@@ -69,7 +69,7 @@ def _alarms(arm: Arm) -> list[tuple[str, Row, int]]:
 def curve_cards(run: Run, group: str) -> list[Card]:
     """Accuracy, NLL, weights and correct thoughts by evaluation; rewards and advantages of the training."""
     tokens = stats.class_label(group)
-    shares: dict[str, Any] = {"x_label": "step", "x_name": "{:,.0f}".format, "y_format": stats.whole_percent}
+    shares: dict[str, Any] = {"x_label": "step", "x_name": "{:,.0f}".format, "y_format": stats.rounded_percent}
     nats, shares = {**shares, "y_format": _signed}, {**shares, "y_range": (0.0, 1.0)}
     evaluated = lambda name: [(stats.label(a.name), stats.quiet_curve(a, name, group)) for a in run.arms]  # noqa: E731
     trained = lambda name: [(stats.label(a.name), stats.training(a, name)) for a in run.arms]  # noqa: E731

@@ -54,7 +54,7 @@ def _example(run: Run, group: str) -> Row | None:
 
 
 def _by_iteration(run: Run, title: str, lines: list[Line], what: str) -> Card:
-    axis: dict[str, Any] = {"y_format": stats.whole_percent, "y_range": (0.0, 1.0), "x_label": f"{stats.unit(run)}s"}
+    axis: dict[str, Any] = {"y_format": stats.rounded_percent, "y_range": (0.0, 1.0), "x_label": f"{stats.unit(run)}s"}
     name = lambda n: "base" if n == 0 else f"{n:g}"  # noqa: E731
     return Card(title, charts.line_chart(lines, title=f"{what} by {stats.unit(run)}, {title}", x_name=name, **axis))
 
@@ -78,7 +78,7 @@ def outcome_card(run: Run, arm: Arm, group: str) -> Card:
     columns = [(str(n), [counts[name] / sum(counts.values()) for name in OUTCOMES]) for n, counts in found.items()]
     title = f"{stats.arm_title(run, arm)} · {stats.group_label(run, group)}"
     about = f"Shares kept, rationalised and rejected by {stats.unit(run)}, {title}"
-    axis: dict[str, Any] = {"x_label": stats.unit(run), "y_format": stats.whole_percent, "y_max": 1.0}
+    axis: dict[str, Any] = {"x_label": stats.unit(run), "y_format": stats.rounded_percent, "y_max": 1.0}
     return Card(title, charts.stacked_bars(columns, VERDICTS, title=about, **axis))
 
 

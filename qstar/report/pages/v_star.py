@@ -117,7 +117,7 @@ def rule_card(name: str, found: Found, drawn: Sequence[str] = DRAWN) -> Card:
         bounds: dict[str, Any] = {} if bound else {"low": lows, "high": highs}
         lines.append(Line(rule_name(rule), xs, means, charts.series(number), dashed=bound, shape=number, **bounds))
     title = f"Chance to be right by the number of samples, {name}"
-    axis: dict[str, Any] = {"x_label": "samples k to choose from", "y_format": stats.whole_percent, "y_range": (0, 1)}
+    axis: dict[str, Any] = {"x_label": "samples k to choose from", "y_format": stats.rounded_percent, "y_range": (0, 1)}
     chart = charts.line_chart(lines, title=title, x_name=lambda x: f"{2**x:g}", **axis)
     return Card(f"Best of k · {name}", chart, f"{found['problems']} problems, {found['samples']} samples of each.")
 

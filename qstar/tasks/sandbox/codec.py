@@ -73,7 +73,7 @@ def _array(kind: Any, shape: Any, data: Any) -> Any:
     if np.dtype(kind).kind not in "biufc":
         raise TypeError("an array of numbers is needed")
     # A copy, since tests may write into it and frombuffer gives a read-only view.
-    return np.frombuffer(bytes.fromhex(data), kind).reshape([_whole(n) for n in shape]).copy()
+    return np.frombuffer(bytes.fromhex(data), kind).reshape([_integer(n) for n in shape]).copy()
 
 
 # The methods are those of the built-in class, never a subclass's.
@@ -115,14 +115,14 @@ def decode(data: Any, handle: Callable[[int], Any]) -> Any:
         return {decode(k, handle): decode(x, handle) for k, x in rest}
     if tag == "handle":
         (number,) = rest
-        return handle(_whole(number))
+        return handle(_integer(number))
     if tag == "type":
         (name,) = rest
         return TYPES[name]
     return _SCALARS[tag](*rest)
 
 
-def _whole(x: Any) -> int:
+def _integer(x: Any) -> int:
     if type(x) is not int:
         raise TypeError("a whole number is needed")
     return x
@@ -139,11 +139,11 @@ _SCALARS: dict[str, Callable[..., Any]] = {
     "complex": lambda re, im: complex(float(re), float(im)),
     "bytes": lambda x: bytes.fromhex(x),
     "bytearray": lambda x: bytearray.fromhex(x),
-    "range": lambda *xs: range(*(_whole(decode(x, _no_handle)) for x in xs)),
+    "range": lambda *xs: range(*(_integer(decode(x, _no_handle)) for x in xs)),
     "fraction": lambda n, d: fractions.Fraction(int(n, 16), int(d, 16)),
     "decimal": lambda x: decimal.Decimal(x),
     **{cls.__name__: cls.fromisoformat for cls in (datetime.datetime, datetime.date, datetime.time)},
-    "timedelta": lambda *xs: datetime.timedelta(*map(_whole, xs)),
+    "timedelta": lambda *xs: datetime.timedelta(*map(_integer, xs)),
     "ndarray": _array,
 }
 
