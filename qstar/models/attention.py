@@ -115,8 +115,11 @@ def write_column(cache: Array, new: Array, column: Array) -> Array:
 
 
 def _update(cache: Array, new: Array, column: Array, axis: int = 1) -> Array:
-    # As integers: XLA's CPU backend widens an update of bfloat16 to float32, hence the whole cache at every token.
-    kind = jnp.uint16 if cache.dtype == jnp.bfloat16 else cache.dtype
+    # XLA's CPU backend widens an update of bfloat16 to float32, hence the whole cache at every token; not one of
+    # integers. A TPU would read and write the whole cache to convert it.
+    if cache.dtype != jnp.bfloat16 or flash.platform_of(cache) != "cpu":
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis)
+    kind = jnp.uint16
     words, more = (jax.lax.bitcast_convert_type(x, kind) for x in (cache, new))
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice_in_dim(words, more, column, axis), cache.dtype)
 

@@ -23,14 +23,18 @@ needs_compiler = pytest.mark.skipif(
 SMALL = [("--config.model.path", ""), ("--config.model.preset", "llama_20m"), ("--config.train.row_length", "128")]
 
 
-@needs_compiler
-def test_under_fsdp_a_tpu_reduces_and_scatters_gradients_and_gathers_no_activation():
+def slice_named(name):
     try:
-        topology = open_topology("v5e:2x4")
+        return open_topology(name)
     except UserError as e:
         if "another process" not in str(e):
             raise
         pytest.skip(str(e))
+
+
+@needs_compiler
+def test_under_fsdp_a_tpu_reduces_and_scatters_gradients_and_gathers_no_activation():
+    topology = slice_named("v5e:2x4")
     config, kept = read_config("configs/star_gsm8k.py", SMALL), []
     step = next(p for p in programs(config, topology.devices, Assumed()) if p.name == "fine-tuning")
     with compile_settings():
@@ -46,14 +50,20 @@ def test_under_fsdp_a_tpu_reduces_and_scatters_gradients_and_gathers_no_activati
 
 
 @needs_compiler
+def test_decoding_on_a_tpu_writes_a_token_to_its_caches_and_does_not_convert_them():
+    topology, options = slice_named("v5e:2x2"), [*SMALL, ("--config.model.dtype", "bfloat16")]
+    config, kept = read_config("configs/star_gsm8k.py", options), []
+    step = next(p for p in programs(config, topology.devices, Assumed()) if "tokens of" in p.name)
+    with compile_settings():
+        compile_program(step, topology, kept.append)
+    # On a CPU alone the caches are updated as integers.
+    assert "bf16[" in kept[0] and "u16[" not in kept[0]
+
+
+@needs_compiler
 @pytest.mark.parametrize("name, devices, places, gib", [("v4:2x2x1", 4, 4, 30.75), ("tpu7x:1x1x1", 2, 1, 94.75)])
 def test_a_device_is_what_jax_has_on_the_chip(name, devices, places, gib):
-    try:
-        topology = open_topology(name)
-    except UserError as e:
-        if "another process" not in str(e):
-            raise
-        pytest.skip(str(e))
+    topology = slice_named(name)
     assert len(topology.devices) == devices and len({tuple(d.coords) for d in topology.devices}) == places
     # The compiler refuses this sum, and says how much memory it grants.
     x = jax.ShapeDtypeStruct((2**36,), "float32", sharding=jax.sharding.SingleDeviceSharding(topology.devices[0]))
