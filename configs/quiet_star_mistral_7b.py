@@ -4,10 +4,10 @@
 
 `model` is a local folder in the Hugging Face layout. The paper's text is OpenWebMath (official code: its first 1,000
 documents, one random crop of 256 tokens each); `data` names a jsonl or parquet file or another hub set. Eight rows times two
-thoughts per update: made for a v5p-8, a v4-16 or 8 GPUs of 80 GB, fully sharded. A v5e-16 is kept busy by 16 rows at once, a v6e-16 by
-64 and larger pieces of threads (the flags B16 and B64 of qstar/plan/README.md). The paper reports GSM8K zero-shot 5.9 ->
-10.9 and CommonsenseQA 36.3 -> 47.2. Not run here at that size; the choices are those of `ThoughtConfig.parity`, whose
-values and gradients a recorded case of the official code checks.
+thoughts per update: made for a v5p-8, a v4-16 or 8 GPUs of 80 GB, fully sharded. 16 rows keep a v5e-16 busy, 64 rows and
+larger pieces of threads a v6e-16 (flags B16 and B64 of qstar/plan/README.md). The paper reports GSM8K zero-shot 5.9 -> 10.9
+and CommonsenseQA 36.3 -> 47.2. Not run here at that size; the choices are those of `ThoughtConfig.parity`, whose values and
+gradients a recorded case of the official code checks.
 
     ...:smoke        the same choices on a model of 0.1M parameters and generated text: the machinery alone
 """
