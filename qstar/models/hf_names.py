@@ -31,7 +31,7 @@ class Row(NamedTuple):
     spare: bool = False  # the file keeps [2, ...], the second row unused (written as zeros)
     factor: float = 1.0  # of the values when they are written
     start: int = 0  # `name_map` fills these in: where a part begins on the last axis, and the width of the whole tensor
-    whole: int = 0
+    fused_width: int = 0
 
 
 def _linear(path: str, name: str, transpose: bool = True, part: int | None = None) -> tuple[Row, Row]:
@@ -181,11 +181,11 @@ def name_map(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, .
         if path not in rows:
             place = f"weights of family {config.family!r} have no place for {path}"
             raise UserError(f"model config: {place}; use family 'tiny'")
-    whole: collections.Counter[str] = collections.Counter()
+    widths: collections.Counter[str] = collections.Counter()
     for path, leaf in sorted(leaves, key=lambda named: rows[named[0]].part or 0):
-        rows[path] = rows[path]._replace(start=whole[rows[path].name])
-        whole[rows[path].name] += leaf.shape[-1]
-    return [(rows[path]._replace(whole=whole[rows[path].name]), leaf.shape) for path, leaf in leaves]
+        rows[path] = rows[path]._replace(start=widths[rows[path].name])
+        widths[rows[path].name] += leaf.shape[-1]
+    return [(rows[path]._replace(fused_width=widths[rows[path].name]), leaf.shape) for path, leaf in leaves]
 
 
 def _scaled_for_others(config: ModelConfig | EncDecConfig) -> bool:
@@ -204,7 +204,7 @@ def file_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
     if "{i}" in row.name:
         shape = shape[1:]
     if row.part is not None:
-        shape = (*shape[:-1], row.whole)
+        shape = (*shape[:-1], row.fused_width)
     if row.spare:
         shape = (2, *shape)
     return shape[::-1] if row.transpose else shape

@@ -166,7 +166,7 @@ def save_adapters(
             leaves = [adapters["layers"][name] for _, name in parts]
             a = np.concatenate([np.asarray(x["lora_a"][i], np.float32) for x in leaves], axis=1)
             # The parts' B are the blocks of a matrix whose other entries are 0: rows by rank, columns by part.
-            b = np.zeros((lora.rank * len(parts), parts[0][0].whole), np.float32)
+            b = np.zeros((lora.rank * len(parts), parts[0][0].fused_width), np.float32)
             for at, ((row, _), x) in enumerate(zip(parts, leaves)):
                 columns = slice(row.start, row.start + x["lora_b"].shape[-1])
                 b[at * lora.rank : (at + 1) * lora.rank, columns] = x["lora_b"][i]
@@ -281,7 +281,7 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
             if not there[i] and some:
                 continue
             keys = [f"{_PREFIX}{stem}.lora_{x}.weight" for x in "AB"]
-            for key, shape in zip(keys, [(rank, rows), (row.whole, rank)]):
+            for key, shape in zip(keys, [(rank, rows), (row.fused_width, rank)]):
                 fits = key in tensors and tensors[key].shape == shape
                 needs = f"{row.name} needs a tensor {shape} in each of {L} layers"
                 require((fits, f"{where}: {needs}; these are of another model"))
