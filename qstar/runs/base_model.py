@@ -40,7 +40,7 @@ from qstar.train.state import init_params
 from qstar.types import Rollout
 
 # How a pretrained model is run may be chosen; what it is follows from its weights.
-RUN_OPTIONS = {"dtype", "attention", "remat", "scan_unroll"}
+RUN_OPTIONS = {"dtype", "attention", "remat", "scan_unroll", "piece_tokens"}
 
 
 # ---------------------------------------------------------------------------------------------- checks before a run
@@ -132,6 +132,8 @@ def model_options(ctx: RunContext) -> tuple[str, str, dict[str, Any]]:
         encoder_decoder = is_encoder_decoder(path)
         why = "config.model.attention: a T5 has relative biases, which only XLA's attention supports; leave it out"
         require((not ("attention" in options and encoder_decoder), why))
+        why = "config.model.piece_tokens: pieces are of thoughts, which a T5 does not have; leave it out"
+        require((not ("piece_tokens" in options and encoder_decoder), why))
     ends = "config.model.eos_id: a model from scratch ends its texts as its tokenizer does; leave it out"
     require(
         (bool(path or name), "config.model: neither path (a model folder) nor preset is set; set one of them"),
