@@ -88,6 +88,7 @@ def test_v_stars_generators_train_a_t5(t5, data, tmp_path):
 @pytest.mark.parametrize("module, method, changes, line", [
     (star_gsm8k, star, {"train": {"lora_rank": 4}}, "config.train.lora_rank=4 is for decoders"),
     (star_gsm8k, star, {"train": {"loss_on_prompt": True}}, "config.train.loss_on_prompt=True is for decoders"),
+    (star_gsm8k, star, {"model": {"piece_tokens": 64}}, "config.model.piece_tokens: pieces are of thoughts"),
     (v_star_gsm8k, v_star, {"arms": {"v_star": {"preset": "v_star"}}}, "cannot be trained by 'dpo'"),
     (v_star_gsm8k, v_star, {"arms": {"rpo": {"preset": "rpo"}}}, "cannot be trained by 'rpo'"),
 ])  # fmt: skip
