@@ -97,9 +97,12 @@ def child(name: str, settings: str) -> None:
 def in_turn(makers: dict[str, Callable[..., Any]], rounds: int, repeats: int, device: str, **settings: Any) -> Any:
     """Measures the sides alternately, because the speed of a machine drifts, and joins each side's rounds."""
     found: dict[str, dict[str, Any]] = {}
-    for _ in range(rounds):
+    for i in range(rounds):
         for side, maker in makers.items():
             new = measure(side, maker, repeats, device, **settings)
+            # A pretrained model takes minutes per round, and the table comes at the end.
+            call = f"{maker.__name__}, round {i + 1} of {rounds}"
+            print(f"bench: {call}: {median(new['seconds']):.3g} s", file=sys.stderr, flush=True)
             old = found.get(side, dict.fromkeys(("seconds", "cpu", "results"), []) | {"recompiles": 0})
             found[side] = new | {k: old[k] + new[k] for k in ("seconds", "cpu", "results", "recompiles")}
     return found

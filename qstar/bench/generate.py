@@ -33,9 +33,9 @@ SHOTS, LONGEST, SAMPLES = 1000, 256, 4  # of the STaR load
 EOS = 1
 
 
-def main(*, as_json: bool = False, quick: bool = False, device: str = "auto", model: str = "") -> None:
-    """Measures sampling at temperature 1 and prints one table."""
-    rows, rate, rounds = [], matmul_rate(repeats=5 if quick else 9), 1 if quick else 3
+def main(*, as_json: bool = False, quick: bool = False, device: str = "auto", model: str = "", rounds: int = 0) -> None:
+    """Measures sampling at temperature 1 and prints one table; 0 rounds are 3, or 1 if `quick`."""
+    rows, rate, rounds = [], matmul_rate(repeats=5 if quick else 9), rounds or (1 if quick else 3)
     for name, config, case in _cases(model, quick):
         with tempfile.TemporaryDirectory() as folder:
             options: dict[str, Any] = dict(folder=model or folder) | case

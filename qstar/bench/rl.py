@@ -69,14 +69,14 @@ def worth(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return np.asarray([np.mean([t % 2 == 0 for t in row]) for row in rows], np.float32)
 
 
-def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") -> None:
-    """Measures one update of three set-ups and prints the table."""
-    load, rows = Load(4, 2, 8, 8, 64) if quick else Load(), []
+def main(*, as_json: bool = False, quick: bool = False, device: str = "auto", rounds: int = 0) -> None:
+    """Measures one update of three set-ups and prints the table; 0 rounds are 3, or 1 if `quick`."""
+    load, rows, rounds = Load(4, 2, 8, 8, 64) if quick else Load(), [], rounds or (1 if quick else 3)
     rate = matmul_rate(*((256, 2) if quick else ()))
     for name, case in CASES[: 1 if quick else 3]:
         with tempfile.TemporaryDirectory() as folder:
             options = dict(folder=folder, load=load, quick=quick, **case)
-            found = in_turn({"qstar": ours_step, "torch": torch_step}, 1 if quick else 3, 1, device, **options)
+            found = in_turn({"qstar": ours_step, "torch": torch_step}, rounds, 1, device, **options)
         ratio = paired_ratio(found["qstar"]["seconds"], found["torch"]["seconds"])
         for side, f in found.items():
             parts = dict(zip(PARTS, map(median, zip(*f["results"]))))

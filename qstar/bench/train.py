@@ -31,11 +31,11 @@ LORA = lora.Lora(rank=16, alpha=32.0)
 FULL_STEP = 24
 
 
-def main(*, as_json: bool = False, quick: bool = False, device: str = "auto", model: str = "") -> None:
-    """Measures forward + backward + clip + AdamW of every case and prints the table."""
+def main(*, as_json: bool = False, quick: bool = False, device: str = "auto", model: str = "", rounds: int = 0) -> None:
+    """Measures forward + backward + clip + AdamW of every case and prints the table; 0 rounds are 3, or 1 if `quick`."""
     rate, rows = matmul_rate(repeats=5 if quick else 9), []
     B, T = ((2, 64) if quick else (4, 256)) if model else ((4, 64) if quick else (16, 128))
-    rounds, repeats = (1, 2) if quick else (3, 2 if model else 3)
+    rounds, repeats = rounds or (1 if quick else 3), 2 if quick or model else 3
     for name, config, case in _cases(model):
         with tempfile.TemporaryDirectory() as folder:
             options: dict[str, Any] = dict(folder=model or folder, rows=B, length=T, **case)
