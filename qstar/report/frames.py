@@ -141,12 +141,16 @@ def load_run(path: str | os.PathLike) -> RunFrames:
 def plot(frame: DataFrame, x: str, y: str, by: str | None = None, title: str = "") -> Panels:
     """A chart of a frame that a notebook shows: a line per value of `by` over numbers, bars over anything else.
 
-    Columns `low` and `high`, where the frame has them, are drawn as bands around lines.
+    Columns `low` and `high`, where the frame has them, are drawn as bands around lines and as lines on bars.
     """
     title = title or y
     if frame[x].dtype.kind not in "if":
         bars = [(str(name), float(value), charts.series(0)) for name, value in zip(frame[x], frame[y])]
-        axes: dict[str, Any] = {"x_max": max([1e-9, *(value for _, value, _ in bars)]), "x_format": "{:.3g}".format}
+        # A row without an interval has one of no width.
+        known = {"low", "high"} <= {*frame.columns}
+        ends = list(zip(*(frame[end].fillna(frame[y]) for end in ("low", "high")))) if known else []
+        widest = max([1e-9, *(value for _, value, _ in bars), *(high for _, high in ends)])
+        axes: dict[str, Any] = {"x_max": widest, "x_format": "{:.3g}".format, "intervals": ends}
         return Panels([Card(title, charts.horizontal_bars(bars, title=title, **axes))])
     named = []
     for name, rows in frame.groupby(by, sort=False) if by else [(y, frame)]:

@@ -110,7 +110,8 @@ def test_one_task_compares_the_methods_of_finished_runs(tmp_path, monkeypatch):
     assert {"star: rationalisation", "v_star: v_star", "grpo: grpo"} <= set(table.method) and (
         table.responses > 0
     ).all()
-    assert table.method.str.endswith("by the verifier").any() and figures(shown) == 1
+    assert table.method.str.endswith("by the verifier").any() and figures(shown) == 2
+    assert all(arm in shown[-1]._repr_html_() for arm in ("base", "rejection sampling"))  # as RESULTS.md records
     written = load_run(tmp_path / "star").rollouts("rationalisation").n_tokens.sum()
     assert table.set_index("method").tokens["star: rationalisation"] == pytest.approx(written)
     assert (tmp_path / "comparison.html").stat().st_size > 20_000

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from tests.report.quiet_synthetic import write_quiet_run
 from tests.report.synthetic import CURVES, Shape, write_run
 from tests.report.v_star_synthetic import write_v_star_run
 
-pytest.importorskip("pandas", reason="needs pandas (pip install -e .[notebooks])")
+pd = pytest.importorskip("pandas", reason="needs pandas (pip install -e .[notebooks])")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,17 @@ def test_charts_of_frames(folder):
     chart = qstar.plot(losses, "step", "loss", by="arm", title="<loss>")._repr_html_()
     assert chart.count("<polyline") >= 3 and "&lt;loss&gt;" in chart and "<loss>" not in chart
     assert qstar.plot(run.summary, "arm", "value")._repr_html_().count("<rect") == 2
+
+
+def test_bars_have_the_intervals_of_the_frame():
+    frame = pd.DataFrame({"arm": ["a", "b"], "share": [0.2, 0.4], "low": [0.1, None], "high": [0.3, None]})
+    chart = qstar.plot(frame, "arm", "share")._repr_html_()
+    (x1, x2), (x3, x4) = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*class="interval"', chart)
+    (begin, width), (_, widest) = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', chart)
+    x1, x2, x3, x4, begin, width, widest = map(float, (x1, x2, x3, x4, begin, width, widest))
+    # A bar of .2 ends in the middle of .1 to .3; the other row has no interval.
+    assert (x1 + x2) / 2 == pytest.approx(begin + width, abs=0.2) and x2 - x1 == pytest.approx(width, abs=0.2)
+    assert x3 == x4 == pytest.approx(begin + widest, abs=0.2)
 
 
 def test_loading_a_run_needs_no_jax(folder):

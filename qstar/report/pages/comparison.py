@@ -92,18 +92,20 @@ def settings(runs: Sequence[Run]) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def bar_cards(names: Sequence[str], runs: Sequence[Run]) -> list[Card]:
-    """The results of each measure as bars, a colour per run."""
-    found: dict[str, list[tuple[str, float, str]]] = {}
+    """The results of each measure as bars with their intervals, a colour per run."""
+    found: dict[str, list[tuple[tuple[str, float, str], tuple[float, float]]]] = {}
     for place, (name, run) in enumerate(zip(names, runs)):
-        for number in stats.numbers(run):
-            arm = f" · {stats.label(number.arm)}" if len(run.arms) > 1 else ""
-            found.setdefault(number.measure, []).append((name + arm, number.value, charts.series(place)))
-    axes: dict[str, Any] = {"x_max": 1.0, "x_format": stats.percent}
-    return [
-        Card(measure[0].upper() + measure[1:], charts.horizontal_bars(bars, title=measure, **axes))
-        for measure, bars in found.items()
-        if len(bars) > 1
-    ]
+        for n in stats.numbers(run):
+            arm = f" · {stats.label(n.arm)}" if len(run.arms) > 1 else ""
+            # A result without an interval has one of no width.
+            ends = (n.value, n.value) if n.low is None or n.high is None else (n.low, n.high)
+            found.setdefault(n.measure, []).append(((name + arm, n.value, charts.series(place)), ends))
+    cards = []
+    for measure, pairs in found.items():
+        bars, intervals = [bar for bar, _ in pairs], [ends for _, ends in pairs]
+        chart = charts.horizontal_bars(bars, title=measure, x_max=1.0, x_format=stats.percent, intervals=intervals)
+        cards += [Card(measure[0].upper() + measure[1:], chart)] if len(bars) > 1 else []
+    return cards
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
