@@ -15,10 +15,10 @@ of rank 16, prompts in its chat template without examples:
     qstar train --config=v_star_mbpp:qwen05,model=Qwen2.5-Coder-0.5B-Instruct,data=mbpp --workdir=runs/v_star_qwen05
 
 Plan, written before the run (since then, before anything had run: bfloat16 instead of float32, and one iteration on 200
-problems instead of two on all, because the rest would take two cores more than three hours). G_SFT: one pass over the
-374 training solutions; one iteration of 4 samples for each of 200 problems; then a DPO verifier and an ORM on the same
-labelled samples (`pairs.per_problem` 2). Test: 16 candidates for each of the first 150 test problems, the same ones for
-every rule; on a machine that multiplies matrices at less than 300 GFLOP/s, 8 for each of 100
+problems instead of two on all, because the rest would take two cores more than three hours by an estimate). G_SFT: one
+pass over the 374 training solutions; one iteration of 4 samples for each of 200 problems; then a DPO verifier and an
+ORM on the same labelled samples (`pairs.per_problem` 2). Test: 16 candidates for each of the first 150 test problems,
+the same ones for every rule; on a machine that multiplies matrices at less than 300 GFLOP/s, 8 for each of 100
 (`--config.select.samples=8 --config.select.limit=100 --config.evaluate.limit=100`), and the table says so. Reported:
 pass@1, pass@k, majority of 16 (equal programs), best of 16 by DPO verifier, ORM and the generator's own
 log-probability, with 95% intervals over problems; HumanEval with the same models by `qstar evaluate --verifier`.

@@ -181,19 +181,19 @@ def horizontal_bars(
     title: str,
     x_max: float,
     x_format: Callable[[float], str],
-    intervals: Sequence[tuple[float, float]] = (),
+    intervals: Sequence[tuple[float | None, float | None]] = (),
 ) -> Markup:
-    """A bar per row (name, value, CSS colour), its name at the left and its value at the end; `intervals`: one per bar."""
+    """A bar per row (name, value, CSS colour), its name at the left, its value at the end; `intervals`: one per bar."""
     left, step = 14 + 6.4 * max(len(name) for name, *_ in rows), 20
     axes, drawn = _Axes((0, x_max), (0, 1), left=left, right=52), []
     for number, (name, value, colour) in enumerate(rows):
-        y, ends = 4 + step * number, intervals[number] if intervals else (value, value)
+        y, ends = 4 + step * number, [value if x is None else x for x in (intervals[number] if intervals else ())]
         drawn += [
             _text(left - 8, y + 12, name, "end"),
             _bar(left, y, max(1.0, axes.x(value) - left), step - 6, colour, f"{name}: {x_format(value)}"),
             _text(max(map(axes.x, (value, *ends))) + 6, y + 12, x_format(value), "start", "name"),
         ]
-        if intervals:
+        if ends:
             x1, x2 = (f"{axes.x(end):.1f}" for end in ends)
             drawn.append(_tag("line", x1=x1, x2=x2, y1=y + 7, y2=y + 7, class_="interval"))
     return _svg(drawn, title, height=step * len(rows) + 6)

@@ -93,13 +93,11 @@ def settings(runs: Sequence[Run]) -> tuple[list[list[str]], list[list[str]]]:
 
 def bar_cards(names: Sequence[str], runs: Sequence[Run]) -> list[Card]:
     """The results of each measure as bars with their intervals, a colour per run."""
-    found: dict[str, list[tuple[tuple[str, float, str], tuple[float, float]]]] = {}
+    found: dict[str, list[tuple[tuple[str, float, str], tuple[float | None, float | None]]]] = {}
     for place, (name, run) in enumerate(zip(names, runs)):
         for n in stats.numbers(run):
             arm = f" · {stats.label(n.arm)}" if len(run.arms) > 1 else ""
-            # A result without an interval has one of no width.
-            ends = (n.value, n.value) if n.low is None or n.high is None else (n.low, n.high)
-            found.setdefault(n.measure, []).append(((name + arm, n.value, charts.series(place)), ends))
+            found.setdefault(n.measure, []).append(((name + arm, n.value, charts.series(place)), (n.low, n.high)))
     cards = []
     for measure, pairs in found.items():
         bars, intervals = [bar for bar, _ in pairs], [ends for _, ends in pairs]
