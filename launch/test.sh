@@ -22,7 +22,7 @@ esac
 python=$(find_python)
 torch=$("$python" -c 'import sys; print("torch==2.13.0" if sys.version_info < (3, 12) else "torch")')
 install_qstar "test,notebooks" "$torch"
-export JAX_PLATFORMS=cpu TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PJRT_NPROC=16
+export JAX_PLATFORMS=cpu TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 code=0
 .venv/bin/python -m pytest --ignore=tests/multi_device -n 2 --dist loadfile --no-loadscope-reorder "$@" || code=$?  # two workers, file by file
 [ -z "$fast" ] || exit $code

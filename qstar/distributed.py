@@ -33,6 +33,7 @@ FIRST_NOTE, NEXT_NOTE = 5.0, 15.0  # seconds between messages about missing proc
 GRACE = 3.0
 VARIABLES = ("QSTAR_COORDINATOR", "QSTAR_NUM_PROCESSES", "QSTAR_PROCESS_ID")
 TPU_PORT = 8482  # JAX's own choice on TPU VMs
+SIMULATED = "--xla_force_host_platform_device_count"  # of XLA_FLAGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def start_jax(device: str = "auto", *, several: bool = False) -> None:
 
     if here is not None and here.count > 1:
         join(here)
-    elif "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    elif SIMULATED not in os.environ.get("XLA_FLAGS", ""):
         # A CPU program that is dispatched asynchronously frees its temporaries some time after its results are there, and
         # the next step allocates its own before that: up to three steps' at once. (Collectives need it asynchronous.)
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -104,10 +105,9 @@ def start_plan(simulated: int, gpu: bool = False) -> None:
       UserError: `gpu`, and there is none.
     """
     # They are counted once, when JAX starts, so it has to be the largest number of all slices.
-    if simulated and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        flag = f"--xla_force_host_platform_device_count={simulated}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-        os.environ.setdefault("PJRT_NPROC", "16")
+    if simulated and SIMULATED not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SIMULATED}={simulated}".strip()
+        os.environ["PJRT_NPROC"] = str(max(16, int(os.environ.get("PJRT_NPROC") or 0)))  # with fewer, sums can hang
     if not gpu:
         return start_jax("cpu")
     try:

@@ -32,7 +32,7 @@ def free_port():
 
 def start(port, index, count, *command, **more):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "QSTAR_COORDINATOR": f"127.0.0.1:{port}", **more}
-    environment |= {"QSTAR_NUM_PROCESSES": str(count), "QSTAR_PROCESS_ID": str(index)}
+    environment |= {"QSTAR_NUM_PROCESSES": str(count), "QSTAR_PROCESS_ID": str(index), "PJRT_NPROC": "16"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *command], env=environment, text=True, **pipes)
 
@@ -140,8 +140,8 @@ def train(tmp_path):
 
     def call(count, command=LONG):
         port = free_port()
-        more = {"PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
-        children.extend(start(port, i, count, *command, f"--workdir={tmp_path}/run", **more) for i in range(count))
+        command = *command, f"--workdir={tmp_path}/run"
+        children.extend(start(port, i, count, *command, JAX_PLATFORMS="cpu") for i in range(count))
         return children[-count:]
 
     yield call

@@ -26,7 +26,7 @@ print(sorted(b - a for a, b in zip(counts[10:], counts[11:]))[7])  # the median 
 
 
 def faults(how):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, how], env=environment, capture_output=True, text=True, check=True
     )
@@ -68,7 +68,7 @@ def test_memory_that_was_freed_below_what_is_in_use_goes_back_to_the_system():
 @pytest.mark.parametrize("flags,expected", [("", "True 1"), ("--xla_force_host_platform_device_count=2", "False 2")])
 def test_a_program_on_one_cpu_device_has_freed_its_temporaries_when_its_call_returns(flags, expected):
     """It runs in the calling thread; with simulated devices it does not, which collectives between them need."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": "2"}
     done = subprocess.run([sys.executable, "-c", DISPATCH], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
 

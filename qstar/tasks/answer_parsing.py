@@ -34,14 +34,13 @@ def final_number(text: str) -> FoundNumber | None:
     clean = answer_text.strip_markup(text)
     for end in answer_text.solution_ends(clean.text):
         part = clean.text[:end]
-        marks = [mark.end() for mark in _MARK.finditer(part)]
+        marks = [mark.span() for mark in _MARK.finditer(part)]
         # The mark is the form of the data set, so it outweighs any other statement.
         found, unreadable = _marked(part, marks)
         if found is None and not unreadable:
-            places = [at for _, at in reversed(answer_text.statements(part))]
-            stated = (answer_text.number_at(part, at, words=True) for at in places)
+            stated = (answer_text.number_at(part, at, words=True) for _, at in answer_text.statements(part)[::-1])
             # Last, a mark whose number looks like that of a heading: no other answer is stated.
-            headings = (answer_text.number_at(part, at) for at in reversed(marks))
+            headings = (answer_text.number_at(part, at) for _, at in reversed(marks))
             found = next(filter(None, stated), None) or next(filter(None, headings), None)
         if found is not None:
             return FoundNumber(found.value, clean.original_end(found.end, text))
@@ -52,11 +51,12 @@ def final_number(text: str) -> FoundNumber | None:
     return None
 
 
-def _marked(text: str, marks: list[int]) -> tuple[FoundNumber | None, bool]:
+def _marked(text: str, marks: list[tuple[int, int]]) -> tuple[FoundNumber | None, bool]:
     stated = answer_text.statements(text) if marks else []
     # GSM8K's form puts the answer line last; an earlier mark may open a section, a later one may be empty.
-    for at in reversed(marks):
-        line, found = answer_text.line_at(text, at), answer_text.number_at(text, at)
+    stops = [start for start, _ in marks[1:]] + [len(text)]  # not the line's end: of many marks it takes quadratic time
+    for (_, at), stop in zip(marks[::-1], stops[::-1]):
+        line, found = text[at:stop].partition("\n")[0], answer_text.number_at(text, at)
         if found and not _ENUMERATION.match(line):
             return found, False
         # "#### 5 or 6" is an answer that cannot be read: no number from elsewhere may stand in for it.

@@ -206,11 +206,11 @@ def bootstrap_ci(
     x = np.asarray(values, np.float64)
     if not len(x):
         return math.nan, math.nan
-    # Not `scipy.stats.bootstrap`, which draws other resamples than recorded runs did.
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # not `scipy.stats.bootstrap`: recorded runs drew these resamples
     n = np.ones(len(x)) if counts is None else np.asarray(counts, np.float64)
-    drawn = (rng.integers(0, len(x), len(x)) for _ in range(resamples))
-    means = np.array([x[rows].mean() / n[rows].mean() for rows in drawn])
+    at_once = max(1, 2**16 // len(x))  # many resamples per call: of small arrays, one by one, most is numpy's overhead
+    drawn = (rng.integers(0, len(x), (min(at_once, resamples - i), len(x))) for i in range(0, resamples, at_once))
+    means = np.concatenate([x[rows].mean(axis=1) / n[rows].mean(axis=1) for rows in drawn])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

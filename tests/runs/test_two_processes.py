@@ -42,7 +42,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(config):
     said = [child.communicate(timeout=1800) for child in both]
     assert [child.returncode for child in both] == [0, 0], said
     command, flags = train(one, 8)
-    environment = {**os.environ, "PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": flags}
+    environment = {**os.environ, "PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": flags, "PJRT_NPROC": "16"}
     subprocess.run([sys.executable, *command], env=environment, check=True, capture_output=True, timeout=1800)
 
     def rows_of(folder):  # checksums are of the metrics' clock, too
