@@ -33,11 +33,22 @@ def fresh(name):
     return scratch() / f"{name}{os.getpid()}-{next(_COUNT)}"
 
 
+def environment():
+    """The variables of a process that makes a whole run.
+
+    Runs repeat their programs some hundred times: they are compiled with the first level of optimisation, which makes a run
+    of STaR a third shorter (conftest.py turns it off). Runs that are compared bit for bit need the same level.
+    """
+    flags = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+
+
 def qstar(*arguments, timeout=900):
     """`python -m qstar ...` in a process of its own, which stands in a foreign folder."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     command = [sys.executable, "-m", "qstar", *map(str, arguments)]
-    return subprocess.run(command, cwd=scratch(), env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=scratch(), env={**environment(), "COLUMNS": "160"}, capture_output=True, text=True, timeout=timeout
+    )
 
 
 @functools.cache
@@ -82,11 +93,7 @@ def drive(jobs):
     """Runs jobs (see driver.py) and returns their exit codes."""
     plan = fresh("jobs").with_suffix(".json")
     plan.write_text(json.dumps(jobs), encoding="utf-8")
-    # Whole runs repeat their programs a few hundred times: they are compiled with the first level of optimisation, which
-    # makes a run of STaR a third shorter (conftest.py turns it off).
-    flags = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    subprocess.run([sys.executable, DRIVER, plan], env=environment, check=True, timeout=1200, capture_output=True)
+    subprocess.run([sys.executable, DRIVER, plan], env=environment(), check=True, timeout=1200, capture_output=True)
     return json.loads(plan.with_suffix(".codes").read_text(encoding="utf-8"))
 
 

@@ -39,8 +39,8 @@ def bucket(tmp_path_factory):
 def resumed(bucket):
     """A run in the bucket that was killed after its first checkpoint, and went on."""
     flags = [f"--config={runs.ROOT}/configs/{CONFIG}", "--workdir=gs://bucket/runs/sft"]
-    environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
-    first = subprocess.Popen([sys.executable, "-m", "qstar", "train", *flags], env=environment, cwd=runs.scratch())
+    command = [sys.executable, "-m", "qstar", "train", *flags]
+    first = subprocess.Popen(command, env=runs.environment(), cwd=runs.scratch())
     while first.poll() is None and not list(bucket.glob(SAVED)):
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)

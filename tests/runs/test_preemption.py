@@ -24,7 +24,7 @@ MOMENTS = 10 if LONG else 1
 CONFIGS = {
     "star": "star_arithmetic.py:smoke",
     "v_star": runs.V_STAR,
-    "quiet_star": "quiet_star_tiny.py:smoke,arms=quiet_star",
+    "quiet_star": runs.QUIET,
     "guided_cot": "guided_cot_synth.py:smoke",
     "rl": "grpo_arithmetic.py:smoke",
 }
@@ -53,7 +53,7 @@ def command(name):
 @functools.cache
 def undisturbed(name):
     # Those that other tests compare with, too, are made once.
-    return runs.killed(command(name), [None]) if name in ("evaluate", "quiet_star") else runs.finished(command(name))
+    return runs.killed(command(name), [None]) if name == "evaluate" else runs.finished(command(name))
 
 
 @pytest.mark.parametrize("name", [*(["star"] if LONG else []), "quiet_star", "v_star", "guided_cot", "rl", "evaluate"])
