@@ -107,7 +107,7 @@ def start_plan(simulated: int, gpu: bool = False) -> None:
     # They are counted once, when JAX starts, so it has to be the largest number of all slices.
     if simulated and SIMULATED not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SIMULATED}={simulated}".strip()
-        os.environ["PJRT_NPROC"] = str(max(16, int(os.environ.get("PJRT_NPROC") or 0)))  # with fewer, sums can hang
+        os.environ["PJRT_NPROC"] = "16"  # threads: with too few, a sum over the devices can wait for itself
     if not gpu:
         return start_jax("cpu")
     try:
