@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from qstar.distributed import set_tpu_options
+from qstar.distributed import SIMULATED, set_tpu_options
 from qstar.errors import UserError, pip_install, require
 from qstar.plan.slices import SHAPES, Slice, read_slice
 from qstar.train.flops import PEAKS, peak
@@ -74,7 +74,7 @@ def open_topology(name: str, hbm: float = 0.0) -> Topology:
         found = _tpu_devices(asked) if asked.kind in SHAPES else jax.devices("cpu")
         count = asked.chips * chip.devices
     if asked.simulated:
-        more = f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        more = f"set XLA_FLAGS={SIMULATED}={count}"
         require((len(found) >= count, f"--topology={name}: {len(found)} devices are there; {more}"))
     chip = dataclasses.replace(chip, hbm=hbm * GIB) if hbm else chip
     return Topology(name, chip, tuple(found[:count]), not asked.simulated)

@@ -34,13 +34,13 @@ def final_number(text: str) -> FoundNumber | None:
     clean = answer_text.strip_markup(text)
     for end in answer_text.solution_ends(clean.text):
         part = clean.text[:end]
-        marks = [mark.span() for mark in _MARK.finditer(part)]
+        marks = [mark.end() for mark in _MARK.finditer(part)]
         # The mark is the form of the data set, so it outweighs any other statement.
         found, unreadable = _marked(part, marks)
         if found is None and not unreadable:
             stated = (answer_text.number_at(part, at, words=True) for _, at in answer_text.statements(part)[::-1])
             # Last, a mark whose number looks like that of a heading: no other answer is stated.
-            headings = (answer_text.number_at(part, at) for _, at in reversed(marks))
+            headings = (answer_text.number_at(part, at) for at in reversed(marks))
             found = next(filter(None, stated), None) or next(filter(None, headings), None)
         if found is not None:
             return FoundNumber(found.value, clean.original_end(found.end, text))
@@ -51,19 +51,23 @@ def final_number(text: str) -> FoundNumber | None:
     return None
 
 
-def _marked(text: str, marks: list[tuple[int, int]]) -> tuple[FoundNumber | None, bool]:
+def _marked(text: str, marks: list[int]) -> tuple[FoundNumber | None, bool]:
     stated = answer_text.statements(text) if marks else []
     # GSM8K's form puts the answer line last; an earlier mark may open a section, a later one may be empty.
-    stops = [start for start, _ in marks[1:]] + [len(text)]  # not the line's end: of many marks it takes quadratic time
-    for (_, at), stop in zip(marks[::-1], stops[::-1]):
-        line, found = text[at:stop].partition("\n")[0], answer_text.number_at(text, at)
+    end, stop, digits = len(text), len(text), False
+    for at in reversed(marks):
+        # Only up to the next mark, whose end and digits hold for the rest of the line: lines may have thousands of marks.
+        line, breaks, _ = text[at:stop].partition("\n")
+        end, digits = (at + len(line), False) if breaks else (end, digits)
+        digits, stop = digits or bool(re.search("[0-9]", line)), at
+        found = answer_text.number_at(text, at)
         if found and not _ENUMERATION.match(line):
             return found, False
         # "#### 5 or 6" is an answer that cannot be read: no number from elsewhere may stand in for it.
-        if not found and not line[:1].isalpha() and re.search("[0-9]", line):
+        if not found and not line[:1].isalpha() and digits:
             return None, True
         for start, tail in stated:  # "#### Final answer: 72"
-            if at <= start <= at + len(line) and (found := answer_text.number_at(text, tail, words=True)):
+            if at <= start <= end and (found := answer_text.number_at(text, tail, words=True)):
                 return found, False
     return None, False
 
@@ -213,7 +217,7 @@ def final_phrases(part: str, *, reasoning: bool) -> list[str]:
     in_first = bool(stated) and stated[0][0] < len(first)
     if not reasoning and not in_first and (not stated or len(first.split()) <= _SHORT):
         return [_phrase(first)]
-    return [_phrase(answer_text.line_at(text, start)) for _, start in reversed(stated)]
+    return [_phrase(text[start:].partition("\n")[0]) for _, start in reversed(stated)]
 
 
 def _phrase(line: str) -> str:

@@ -186,11 +186,6 @@ def statements(text: str) -> list[tuple[int, int]]:
     return [(m.start(), _end(_TO_ANSWER, text, m.end())) for m in _STATED.finditer(text)]
 
 
-def line_at(text: str, start: int) -> str:
-    """The text from `start` to the end of its line."""
-    return text[start:].partition("\n")[0]
-
-
 def sentence_at(text: str, start: int) -> str:
     """The text from `start` to the end of its sentence or line."""
     return text[start : _end(_IN_SENTENCE, text, start)]

@@ -65,6 +65,17 @@ def test_the_bootstrap_interval_is_the_normal_one_for_many_problems():
     assert bootstrap_ci([1.0] * 9) == (1.0, 1.0) and all(map(math.isnan, bootstrap_ci([])))
 
 
+@pytest.mark.parametrize("n", [1, 9, 300, 70_000])
+def test_resamples_drawn_together_are_those_drawn_one_by_one(n):
+    x, counts = np.random.default_rng(n).random(n), np.random.default_rng(1).integers(1, 9, n)
+    rng = np.random.default_rng(3)
+    drawn = [rng.integers(0, n, n) for _ in range(250)]
+    means = [x[rows].mean() / counts[rows].mean() for rows in drawn]
+    assert bootstrap_ci(x, counts=counts, resamples=250, seed=3) == tuple(
+        np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    )
+
+
 def test_a_summary_has_all_problems_and_every_group():
     values, groups = [1.0, 0.0, 1.0, 1.0], ["2", "2", "10", "10"]
     out = summarise("accuracy", values, groups)
