@@ -7,7 +7,6 @@ import importlib
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -43,9 +42,10 @@ def measure(
 ) -> dict[str, Any]:
     """Calls `maker(**settings)` in a fresh process, and what it returns `repeats` times after a warm-up.
 
-    The maker returns a function, or a dict of functions: "run" is measured, the others are called once. Returns their
-    results; per call "seconds", "cpu" (CPU seconds) and "results"; "recompiles" after the warm-up; "mib", the peak of
-    memory over that before the first call. Settings and results are JSON. Raises UserError if the process failed.
+    The maker returns a function, or a dict of functions: "run" is measured, "warm" is the warm-up (without it a call of
+    "run"), the others are called once. Returns their results; per call "seconds", "cpu" (CPU seconds) and "results";
+    "recompiles" after the warm-up; "mib", the peak of memory over that before the first call. Settings and results are
+    JSON. Raises UserError if the process failed.
     """
     # In one process both sides would share an allocator, and the threads of one, which wait for work by spinning, would
     # take time from the other.
@@ -71,6 +71,7 @@ def child(name: str, settings: str) -> None:
     made = getattr(importlib.import_module(module), function)(**options)
     more = made if isinstance(made, dict) else {"run": made}
     run = more.pop("run")
+    warm_up = more.pop("warm", run)
     # Recompilation during the measurement would be counted as run time: it is reported. The torch side imports no JAX.
     compiles: Any = None
     if "jax" in sys.modules:
@@ -81,8 +82,8 @@ def child(name: str, settings: str) -> None:
         # proc(5): resets the peak, so that loading the program is not in it.
         Path("/proc/self/clear_refs").write_text("5")
     found: dict[str, list[Any]] = {"seconds": [], "cpu": [], "results": []}
-    before = _resident()
-    run()
+    before = _memory("VmRSS")
+    warm_up()
     warm = compiles.count if compiles else 0
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -90,7 +91,7 @@ def child(name: str, settings: str) -> None:
         found["seconds"].append(time.perf_counter() - wall)
         found["cpu"].append(time.process_time() - cpu)
         found["results"].append(result if isinstance(result, (int, float, list)) else None)
-    recompiles, mib = compiles.count - warm if compiles else 0, _peak() - before
+    recompiles, mib = compiles.count - warm if compiles else 0, _memory("VmHWM") - before
     print("\n" + json.dumps({**found, "recompiles": recompiles, "mib": mib, **{k: f() for k, f in more.items()}}))
 
 
@@ -114,15 +115,9 @@ def paired_ratio(ours: list[float], theirs: list[float]) -> float:
     return median([b / a for a, b in zip(ours, theirs)])
 
 
-def _resident() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
-def _peak() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # since the process began
+def _memory(name: str) -> float:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) / 1024  # kB in MiB
 
 
 # ------------------------------------------------------------------------------------------- limits of the machine
