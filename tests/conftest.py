@@ -22,6 +22,8 @@ for _name, _value in {
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),  # compiled programs survive from one test run to the next
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # The default writes 100 frames of the call stack beside every operation, and pytest's stack is deep.
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }.items():
@@ -77,10 +79,17 @@ def _shared():
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """Frees what a file compiled: each program maps a dozen regions, and Linux kills at 65,530 of them in a process."""
+    before = _regions()
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and _regions() > before:
         sys.modules["jax"].clear_caches()
-        gc.collect()
+        if _regions() > 20_000:
+            gc.collect()
+
+
+def _regions():
+    with open("/proc/self/maps", "rb") as maps:
+        return sum(1 for _ in maps)
 
 
 LONG = (  # the longest files begin, so that no worker is left alone with one of them at the end

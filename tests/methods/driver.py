@@ -1,6 +1,8 @@
 """Runs jobs of qstar in forked children and kills each where its plan says, for the tests of resumption.
 
-    python driver.py JOBS.json          one after another; children inherit the imports and start JAX
+    python driver.py          reads paths of lists of jobs, one per line, and answers each with a line when they have ended
+
+The jobs of a list run one after another; children inherit the imports and start JAX. Exit codes stand beside the list.
 
 A job is {"config": "star_arithmetic.py:smoke", "flags": [..], "workdir": DIR, "kill": EVENT or null}. The
 product knows nothing of this: its functions are wrapped here so that they tell *events*, and the child sends
@@ -15,12 +17,14 @@ run's end: then the others are left out.
     save FOLDER STEP    before a checkpoint              saving FOLDER STEP  being written in the background
     saved FOLDER STEP   on disk (told if that matters)
 
-Events of all children of a folder stand in WORKDIR.events, one per line, what they print in WORKDIR.log.
+Events of all children of a folder stand in WORKDIR.events, one per line, what they print in WORKDIR.log. With "copies",
+{EVENT: DIR}, the workdir is copied as it is at an event: what a kill there would leave.
 """
 
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import threading
@@ -36,8 +40,8 @@ class Dropped(BaseException):
 class Events:
     """Tells what happens, and kills this process at the planned event."""
 
-    def __init__(self, workdir, plan):
-        self.workdir, self.plan = os.path.realpath(workdir), plan
+    def __init__(self, workdir, plan, copies):
+        self.workdir, self.plan, self.copies = os.path.realpath(workdir), plan, copies
         self.timer = None
         self.file = open(f"{workdir}.events", "a", buffering=1, encoding="utf-8")
 
@@ -47,6 +51,8 @@ class Events:
     def tell(self, *parts):
         event = " ".join(map(str, parts))
         print(event, file=self.file)
+        if event in self.copies:
+            shutil.copytree(self.workdir, self.copies[event])
         if event == self.plan:
             os.kill(os.getpid(), signal.SIGKILL)
         if f"term {event}" == self.plan:
@@ -110,7 +116,7 @@ def child(job):
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     try:
-        events = Events(job["workdir"], None)
+        events = Events(job["workdir"], None, job.get("copies", {}))
         wrap(events)
         where = f"--config={ROOT}/configs/{job.get('config')}", f"--workdir={job['workdir']}"
         command = job.get("command") or ["train", *where, *job.get("flags", [])]
@@ -132,27 +138,39 @@ def child(job):
         return 1
 
 
-def main(path):
-    """Runs the jobs in order; writes their exit codes (negative: the signal) beside the plan."""
-    import grain  # noqa: F401  what all children need is imported once
-    import tensorboardX  # noqa: F401
-
-    import qstar.methods.guided_cot
-    import qstar.methods.quiet_star
-    import qstar.methods.rl
-    import qstar.methods.star  # noqa: F401
-    import qstar.methods.v_star  # noqa: F401
-
+def run(path):
+    """Runs the jobs of a list in order; writes their exit codes (negative: the signal) beside it."""
     codes = []
-    for job in json.loads(pathlib.Path(path).read_text(encoding="utf-8")):
+    for job in json.loads(path.read_text(encoding="utf-8")):
         pid = os.fork()
         if pid == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             code = child(job)
             sys.stdout.flush()
             os._exit(code)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    pathlib.Path(path).with_suffix(".codes").write_text(json.dumps(codes), encoding="utf-8")
+    path.with_suffix(".codes").write_text(json.dumps(codes), encoding="utf-8")
+
+
+def main():
+    """Imports once what all children need, and runs lists until its input ends."""
+    import grain  # noqa: F401
+    import rich.progress  # noqa: F401
+    import tensorboardX  # noqa: F401
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+    import qstar.methods.guided_cot
+    import qstar.methods.quiet_star
+    import qstar.methods.rl
+    import qstar.methods.star
+    import qstar.methods.v_star
+    import qstar.plan.host
+    import qstar.report.pages  # noqa: F401
+
+    for line in sys.stdin:
+        run(pathlib.Path(line.rstrip("\n")))
+        print("done", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import select
 import subprocess
 import sys
 
@@ -51,6 +52,20 @@ def qstar(*arguments, timeout=900):
     )
 
 
+# Copies of the run of a config, as it is at these events (test_damage.py).
+COPIES = {
+    "star_arithmetic.py:smoke": {
+        "base trains": "batch base 110",
+        "loop trains": "batch rationalisation/checkpoints/iter_002 20",
+    }
+}
+
+
+def copy_of(config, name):
+    """The folder that a run of the config left at one of `COPIES`."""
+    return finished(config).with_suffix("." + name.replace(" ", "-"))
+
+
 @functools.cache
 def finished(config, *flags):
     """The folder of an uninterrupted `qstar train --config=configs/CONFIG FLAGS`, made by the first worker that asks.
@@ -62,7 +77,10 @@ def finished(config, *flags):
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait
         if not made.exists():
-            codes = drive([{"config": config, "flags": list(flags), "workdir": str(folder), "kill": None}])
+            copies = {} if flags else COPIES.get(config, {})
+            copies = {event: str(folder.with_suffix("." + name.replace(" ", "-"))) for name, event in copies.items()}
+            job = {"config": config, "flags": list(flags), "workdir": str(folder), "kill": None, "copies": copies}
+            codes = drive([job], "whole")
             assert codes == [0], folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
             made.touch()
     return folder
@@ -89,12 +107,27 @@ def killed(config, plans, flags=()):
     return folder
 
 
-def drive(jobs):
-    """Runs jobs (see driver.py) and returns their exit codes."""
+def drive(jobs, kind="resumed"):
+    """Runs jobs (see driver.py) and returns their exit codes.
+
+    `kind`: "whole" or "resumed". Their processes have other seeds of Python's hashes, so that what depended on the order of
+    a set would differ between a run and one that went on.
+    """
     plan = fresh("jobs").with_suffix(".json")
     plan.write_text(json.dumps(jobs), encoding="utf-8")
-    subprocess.run([sys.executable, DRIVER, plan], env=environment(), check=True, timeout=1200, capture_output=True)
+    server = _server(kind)
+    print(plan, file=server.stdin, flush=True)
+    ended, _, _ = select.select([server.stdout], [], [], 1200 * len(jobs))
+    assert ended and server.stdout.readline() == "done\n", server.poll()
     return json.loads(plan.with_suffix(".codes").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _server(kind):
+    """A driver per worker and kind: its imports take some seconds, which its children share. It ends with its input."""
+    seed = {"whole": "1", "resumed": "2"}[kind]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, DRIVER], env={**environment(), "PYTHONHASHSEED": seed}, text=True, **pipes)
 
 
 def events(folder):

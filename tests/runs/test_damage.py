@@ -16,32 +16,26 @@ from tests.methods import runs
 
 LONG = bool(os.environ.get("QSTAR_LONG_TESTS"))
 ARITHMETIC = "star_arithmetic.py:smoke"
-# name -> (config, flags, where the run was killed; None: it ended)
-FOLDERS = {
-    "ended": (ARITHMETIC, None),
-    "base trains": (ARITHMETIC, "batch base 110"),
-    "loop trains": (ARITHMETIC, "batch rationalisation/checkpoints/iter_002 20"),
-}
+# name -> config; the run ended, or is as it was at an event of `runs.COPIES`
+FOLDERS = {"ended": ARITHMETIC, "base trains": ARITHMETIC, "loop trains": ARITHMETIC}
 if LONG:
-    FOLDERS["v_star"] = (runs.V_STAR, None)
-    FOLDERS["quiet_star"] = (runs.QUIET, None)
+    FOLDERS |= {"v_star": runs.V_STAR, "quiet_star": runs.QUIET}
 COUNT = 200 if LONG else 8
 
 
 @pytest.fixture(scope="module")
-def folders():
-    """Whole runs by config, and the folders to damage."""
-    whole = {ARITHMETIC: runs.arithmetic()}
-    if LONG:
-        whole |= {FOLDERS["v_star"][0]: runs.v_star(), FOLDERS["quiet_star"][0]: runs.quiet_star()}
-    made = {}
-    for name, (config, event) in FOLDERS.items():
-        made[name] = whole[config]
-        if event:
-            made[name] = runs.fresh("part")
-            job = {"config": config, "workdir": str(made[name]), "kill": event}
-            assert runs.drive([job]) == [-9]
-    return whole, made
+def damages(tmp_path_factory):
+    """Every damage, and the run that went on in its folder: (config, folder, what was done, the file, exit code)."""
+    made = [damaged(number, tmp_path_factory.mktemp("damage") / "run") for number in range(COUNT)]
+    # With the programs of the whole run, one process after the other.
+    codes = runs.drive([{"config": config, "workdir": str(folder)} for config, folder, _, _ in made])
+    return [(*each, code) for each, code in zip(made, codes, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The results of undisturbed runs by config."""
+    return {config: results(runs.finished(config), runs.finished(config)) for config in set(FOLDERS.values())}
 
 
 def delete(path, rng):
@@ -89,15 +83,14 @@ def results(folder, whole):
         return answers, weights, runs.numbers(folder), (folder / "config.json").read_bytes()
 
 
-def damaged(number, folders, tmp_path):
-    """Damages a copy of a folder; returns the command's config, the folder, and what was done."""
+def damaged(number, folder):
+    """Damages a copy of a run; returns the command's config, the folder, what was done, and the file."""
     rng = random.Random(number)
-    order = [
-        name for name, (_, event) in FOLDERS.items() for _ in range(1 if event else 3)
-    ]  # training again takes long
+    # Training again takes long.
+    order = [name for name in FOLDERS for _ in range(1 if name in runs.COPIES[ARITHMETIC] else 3)]
     name = order[number % len(order)]
-    folder = tmp_path / "run"
-    shutil.copytree(folders[1][name], folder)
+    config = FOLDERS[name]
+    shutil.copytree(runs.copy_of(config, name) if name in runs.COPIES[ARITHMETIC] else runs.finished(config), folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
     kinds = {}  # so that the many files of checkpoints do not drown the others
     for p in files:
@@ -105,19 +98,17 @@ def damaged(number, folders, tmp_path):
     path = rng.choice(kinds[rng.choice(sorted(kinds))])
     how = rng.choice([delete, empty, truncate, flip, flip, stray, cut_rows])
     how(path, rng)
-    return FOLDERS[name][0], folder, f"{name}: {how.__name__} {path.relative_to(folder)}", path
+    return config, folder, f"{name}: {how.__name__} {path.relative_to(folder)}", path
 
 
 @pytest.mark.parametrize("number", range(COUNT))
-def test_damage_is_named_or_without_effect(number, folders, tmp_path):
-    config, folder, what, path = damaged(number, folders, tmp_path)
-    (code,) = runs.drive([{"config": config, "workdir": str(folder)}])  # with the programs of the whole run
+def test_damage_is_named_or_without_effect(number, damages, whole):
+    config, folder, what, path, code = damages[number]
     error = folder.with_suffix(".log").read_text(encoding="utf-8")
     assert "Traceback" not in error, what
     named = [line for line in error.splitlines() if line.startswith("qstar: ")]
     if code:
         assert code == 2 and len(named) == 1, (what, error)
         return
-    whole = folders[0][config]
-    if results(folder, whole) != results(whole, whole):
+    if results(folder, runs.finished(config)) != whole[config]:
         assert named and any(n in named[0] for n in (path.name, "checkpoint", "checksums")), f"SILENT: {what}\n{error}"
