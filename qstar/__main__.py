@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings(), _quiet_threads(), _second_interrupt_ends(), sigterm:
         warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         code = _run(argv)
-    leave()
+    # All processes are preempted together, and one may still save: no error.
+    leave(well=code in (0, preemption.exit_code()))
     if is_process:
         _end(code)
     return code

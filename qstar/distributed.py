@@ -25,12 +25,13 @@ from typing import Any
 from etils import epath
 
 from qstar import files
-from qstar.errors import UserError, pip_install
+from qstar.errors import Unreachable, UserError, machine_fault, pip_install, seconds_of
 
 JOIN_SECONDS = 300.0  # default of QSTAR_JOIN_SECONDS
 FIRST_NOTE, NEXT_NOTE = 5.0, 15.0  # seconds between messages about missing processes
 # A process whose peer died waits so long before it exits: its own error may say more and is about to be printed.
-GRACE = 3.0
+# One whose peer ended with an error has longer: the same error may end it in its own way.
+GRACE, GRACE_OF_ERROR = 3.0, 60.0
 VARIABLES = ("QSTAR_COORDINATOR", "QSTAR_NUM_PROCESSES", "QSTAR_PROCESS_ID")
 TPU_PORT = 8482  # JAX's own choice on TPU VMs
 SIMULATED = "--xla_force_host_platform_device_count"  # of XLA_FLAGS
@@ -159,36 +160,34 @@ def _alone() -> bool:
 
 def broadcast_bool(value: bool) -> bool:
     """Returns the value of process 0 on all processes (a collective: every process calls it, in the same order)."""
-    if _alone():
-        return value
+    return value if _alone() else bool(_share(value))
+
+
+def _share(value: Any) -> Any:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    return multihost_utils.broadcast_one_to_all(np.asarray(value))
 
 
 def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     """Calls `make` on process 0 alone and returns its result, which must be JSON, on all processes (a collective).
 
     Raises:
-      UserError: `make` raised it; on all processes.
+      UserError: `make` raised it, or, in a run of several processes, an OSError; on all processes.
     """
     if _alone():
         return make()
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     message, failed = b"", False
     if is_first():
         try:
             message = json.dumps(make()).encode()
-        except UserError as e:
-            message, failed = str(e).encode(), True
-    share = multihost_utils.broadcast_one_to_all
+        except (UserError, OSError) as e:
+            message, failed = (machine_fault(e) or str(e)).encode(), True
     # Two broadcasts: the processes must agree on a shape, so the length goes first. A failure is sent like a result, or
     # the others would wait in the collective for ever.
-    length, failed = share(np.asarray([len(message), failed])).tolist()
-    message = share(np.frombuffer(message if is_first() else bytes(length), np.uint8)).tobytes()
+    length, failed = _share([len(message), failed]).tolist()
+    message = _share(bytearray(message if is_first() else bytes(length))).tobytes()
     if failed:
         raise UserError(message.decode())
     return json.loads(message)
@@ -245,7 +244,7 @@ def _from_variables(e: Mapping[str, str]) -> ProcessInfo:
         raise UserError(f"{missing[0]} is not set, but others of {', '.join(VARIABLES)} are; set all three or none")
     coordinator, count, index = (e[name] for name in VARIABLES)
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"QSTAR_COORDINATOR={coordinator} must be host:port of process 0, e.g. 10.0.0.2:8476")
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"QSTAR_NUM_PROCESSES={count} must be a whole number of 1 or more")
@@ -292,10 +291,9 @@ def _metadata(key: str) -> str:
     """Returns an attribute of this virtual machine on Google Cloud, "" elsewhere."""
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5
-        ) as reply:
+        with urllib.request.urlopen(request, timeout=5) as reply:
             return reply.read().decode()
     except OSError:
         return ""
@@ -310,9 +308,9 @@ def join(here: ProcessInfo) -> None:
     """Waits for all processes, then calls `jax.distributed.initialize`. Call it before JAX uses a device.
 
     Raises:
-      UserError: a process did not connect within QSTAR_JOIN_SECONDS; the line names it and the command that starts it.
+      Unreachable: a process did not connect within QSTAR_JOIN_SECONDS; the line names it and the command for it.
     """
-    seconds = float(os.environ.get("QSTAR_JOIN_SECONDS") or JOIN_SECONDS)
+    seconds = seconds_of("QSTAR_JOIN_SECONDS", JOIN_SECONDS)
     rendezvous(here, seconds)
     import jax
 
@@ -331,17 +329,15 @@ def rendezvous(here: ProcessInfo, seconds: float) -> None:
     try:
         server = socket.create_server(("", int(port)), backlog=max(128, here.count)) if here.index == 0 else None
     except OSError as e:
-        raise UserError(
-            f"process 0 cannot listen on port {port} ({e.strerror}); end what uses it, or name another"
-        ) from None
+        line = f"process 0 cannot listen on port {port} ({e.strerror}); end what uses it, or name another"
+        raise UserError(line) from None
     others = range(1, here.count) if here.index == 0 else [0]
     while missing := [i for i in others if i not in _connections]:
         names, now = ", ".join(map(str, missing)), time.monotonic()
         if now > deadline:
             what = "did not connect" if server else f"at {here.coordinator} did not answer"
-            raise UserError(
-                f"process {names} of {here.count} {what} within {seconds:g} s; {here.start.format(index=names)}"
-            )
+            start = here.start.format(index=names)
+            raise Unreachable(f"process {names} of {here.count} {what} within {seconds:g} s; {start}")
         if now > note:
             note = now + NEXT_NOTE
             _say(f"process {here.index} of {here.count} waits for process {names} at {here.coordinator}")
@@ -377,23 +373,25 @@ def rendezvous(here: ProcessInfo, seconds: float) -> None:
 
 
 def _watch(here: ProcessInfo, index: int) -> None:
-    """Ends this process when another one dies without having called `leave`."""
+    """Ends this process when another one dies without having called `leave`, or has ended with an error."""
+    said, what = b"", "died"
     with contextlib.suppress(OSError):
-        if _connections[index].recv(3) == b"bye":
+        if (said := _connections[index].recv(3)) == b"bye":
             return
-    _say(
-        f"process {index} of {here.count} has died, so process {here.index} ends, too; "
-        "start all of them again, and they go on from the last checkpoint"
-    )
+    if said == b"err":
+        what = "ended with an error"
+        time.sleep(GRACE_OF_ERROR)
+    again = "start all of them again, and they go on from the last checkpoint"
+    _say(f"process {index} of {here.count} has {what}, so process {here.index} ends, too; {again}")
     time.sleep(GRACE)
     os._exit(1)
 
 
-def leave() -> None:
-    """Tells the other processes that this one ends on its own, with whatever exit code."""
+def leave(well: bool) -> None:
+    """Tells the other processes that this one ends on its own: well, or with an error, after which they end, too."""
     for peer in _connections.values():
         with contextlib.suppress(OSError):
-            peer.sendall(b"bye")
+            peer.sendall(b"bye" if well else b"err")
 
 
 def _say(text: str) -> None:

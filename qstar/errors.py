@@ -40,6 +40,12 @@ class TrainingFailed(UserError):
     code = 1
 
 
+class Unreachable(UserError):
+    """Another process or the storage did not answer: one line, and exit code 1, after which launchers try again."""
+
+    code = 1
+
+
 class QstarWarning(UserWarning):
     """What the user should know although the work goes on; the command line prints it as one line."""
 
@@ -68,7 +74,7 @@ def within(place: str, kind: type[UserError] = UserError) -> Iterator[None]:
     try:
         yield
     except kind as e:
-        raise (TrainingFailed if isinstance(e, TrainingFailed) else UserError)(f"{place}{e}") from None
+        raise type(e)(f"{place}{e}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +95,9 @@ class _Range:
         if self.choices:
             return "" if value in self.choices else f"is not one of {', '.join(filter(None, map(str, self.choices)))}"
         # bool is a subclass of int: without the second test, True would pass as 1.
-        typed = not kind.startswith("int") or (isinstance(value, int) and not isinstance(value, bool))
+        typed = not kind.startswith("int") or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
         # Every comparison is False for NaN, so that NaN is refused; infinity only passes where `le` names it.
-        holds = isinstance(value, (int, float)) and (value < math.inf or self.le == math.inf)
+        holds = isinstance(value, numbers.Real) and (value < math.inf or self.le == math.inf)
         holds = holds and (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)
         holds = holds and (self.le is None or value <= self.le) and (self.lt is None or value < self.lt)
         if typed and holds:
@@ -156,6 +162,18 @@ def check_seed(what: str, seed: int) -> None:
     """Raises a UserError unless a seed is a whole number of 64 bits."""
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
         raise UserError(f"{what}={seed} must be a whole number from 0 to {SEEDS - 1} (64 bits)")
+
+
+def seconds_of(variable: str, default: float) -> float:
+    """Returns the seconds that an environment variable gives, or the default.
+
+    Raises:
+      UserError: they are no number above 0.
+    """
+    given = os.environ.get(variable) or str(default)
+    if not given.replace(".", "", 1).isdecimal() or not float(given) > 0:
+        raise UserError(f"{variable}={given} must be a number of seconds above 0")
+    return float(given)
 
 
 def check_type(what: str, value: Any, kind: Any) -> None:

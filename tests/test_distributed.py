@@ -73,7 +73,7 @@ def test_a_tpu_vm_is_asked_for_its_metadata(monkeypatch):
 
 @pytest.mark.parametrize("values, culprit", [
     (("h:1", "2", ""), "QSTAR_PROCESS_ID is not set"), (("h", "2", "0"), "QSTAR_COORDINATOR=h "),
-    (("h:1", "two", "0"), "QSTAR_NUM_PROCESSES=two"), (("h:1", "2", "2"), "QSTAR_PROCESS_ID=2"),
+    (("h:84760", "2", "0"), "QSTAR_COORDINATOR=h:84760 "), (("h:1", "two", "0"), "QSTAR_NUM_PROCESSES=two"), (("h:1", "2", "2"), "QSTAR_PROCESS_ID=2"),
 ])  # fmt: skip
 def test_variables_that_contradict_themselves_are_named(values, culprit):
     with pytest.raises(UserError, match=culprit):
@@ -93,11 +93,55 @@ def test_who_is_missing_is_named_with_the_command_that_starts_it():
     port = free_port()
     first, other = (start(port, i, 3, "-c", MEET, "1") for i in (0, 2))
     said = first.communicate(timeout=30)[1]
-    assert first.returncode == 2 and len(said.splitlines()) == 1
+    assert first.returncode == 1 and len(said.splitlines()) == 1
     assert "process 1 of 3 did not connect within 1 s" in said
     assert f"127.0.0.1:{port} QSTAR_NUM_PROCESSES=3 QSTAR_PROCESS_ID=1" in said
     said = other.communicate(timeout=30)[1]
-    assert other.returncode == 2 and "process 0 of 3 at 127.0.0.1" in said
+    assert other.returncode == 1 and "process 0 of 3 at 127.0.0.1" in said
+
+
+ENDS = """
+import sys, threading, time
+from qstar import distributed
+here = distributed.process_info()
+distributed.GRACE_OF_ERROR = distributed.GRACE = 0.1
+distributed.rendezvous(here, 20)
+if here.index:
+    distributed.leave(well=sys.argv[1] == "well")
+    sys.exit(2)
+distributed._watch(here, 1)
+print("goes on")
+"""
+
+
+@pytest.mark.parametrize("how", ["well", "badly"])
+def test_a_process_that_ends_with_an_error_ends_the_others(how):
+    port = free_port()
+    first, other = (start(port, i, 2, "-c", ENDS, how) for i in (0, 1))
+    said, other_said = first.communicate(timeout=30), other.communicate(timeout=30)
+    assert other.returncode == 2, other_said
+    ended = "process 1 of 2 has ended with an error, so process 0 ends, too"
+    assert (first.returncode, "goes on" in said[0], ended in said[1]) == (
+        (0, True, False) if how == "well" else (1, False, True)
+    )
+
+
+def test_an_oserror_of_process_0_is_one_line_on_all(monkeypatch):
+    def fail():
+        raise PermissionError(13, "Permission denied", "/runs/lock")
+
+    monkeypatch.setattr(distributed, "_alone", lambda: False)
+    monkeypatch.setattr(distributed, "_share", np.asarray)
+    with pytest.raises(UserError, match="Permission denied: '/runs/lock'"):
+        distributed.broadcast_from_host0(fail)
+    assert distributed.broadcast_from_host0(lambda: {"a": [1]}) == {"a": [1]}
+
+
+@pytest.mark.parametrize("given", ["5m", "0", "-1", "nan"])
+def test_seconds_of_the_environment_are_checked(given, monkeypatch):
+    monkeypatch.setenv("QSTAR_JOIN_SECONDS", given)
+    with pytest.raises(UserError, match=f"QSTAR_JOIN_SECONDS={given} must be"):
+        distributed.join(distributed.ProcessInfo("h:1", 2, 0, ""))
 
 
 def test_two_processes_say_what_one_says(tmp_path):
@@ -193,7 +237,10 @@ def test_two_processes_train_one_model_stop_and_die_together_and_one_goes_on(tra
 
 
 RL = ["-m", "qstar", "train", f"--config={ROOT}/configs/grpo_arithmetic.py:smoke", "--config.base.steps=4", "--config.loop.rounds=1",
-      "--config.train.updates=3000", "--config.train.log_every=1", "--config.train.save_every=0"]  # fmt: skip
+      "--config.train.updates=3000", "--config.train.log_every=1", "--config.train.save_every=0",
+      # Small: what it costs is compilation, in each of four processes.
+      "--config.rl.group=2", "--config.train.prompts=4", "--config.train.batch_size=4", "--config.train.max_new_tokens=4",
+      "--config.evaluate.limit=8", "--config.model.num_layers=1"]  # fmt: skip
 
 
 def test_two_processes_of_rl_save_and_stop_together_and_go_on_with_the_very_next_update(train, tmp_path):

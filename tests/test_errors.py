@@ -8,6 +8,7 @@ import math
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from qstar import errors
@@ -59,6 +60,7 @@ def test_values_outside_of_their_range_are_refused(values, message):
 
 def test_values_of_their_range_pass():
     Some(count=1, rate=0, share=1, limit=None, epochs=math.inf, kind="", free=-2)
+    Some(count=np.int64(1), rate=np.float32(0.5), limit=np.int32(2))
     assert Other().count == 5
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,12 +25,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from qstar import distributed, tree
-from qstar.errors import UserError
+from qstar.errors import Unreachable, UserError, machine_fault
 from qstar.files import Damaged, warn
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file it touches, and what it raises as well
+# asyncio prints the errors of orbax' other reads, of which one is raised here, at some later time.
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 CHECKSUMS = "checksums"  # key of the record
+_UNANSWERED = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED")  # codes of cloud storage
 
 
 class Restored(NamedTuple):
@@ -134,6 +138,13 @@ class Checkpoints:
             raise
         except Exception as e:  # what a damaged file raises depends on the place of the damage
             reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+            # A fault of the machine, or storage that did not answer, says nothing of the file: it stays where it is.
+            if machine_fault(e) is not None:
+                raise
+            if isinstance(e, (ConnectionError, TimeoutError)) or _UNANSWERED.search(reason):
+                raise Unreachable(
+                    f"checkpoint {where} cannot be read now ({reason}); start the command again"
+                ) from None
             raise Damaged(f"checkpoint {where} is damaged ({reason})") from None
         now = checksums(state)
         if wrong := [name for name in arrays if now[name] != arrays[name]]:

@@ -98,7 +98,7 @@ class _Fit:
         self.save_every, self.log_every, self.max_bad = save_every, log_every, max_bad
         self.window: list[dict[str, Any]] = []  # metrics since the last Progress
         self.bad = self.learnt = self.first = 0  # skipped updates in a row; updates that learnt something; done before
-        self.since = time.perf_counter()
+        self.since, self.before = time.perf_counter(), 0.0  # seconds of the window in the process before
 
     def resume(self) -> Iterator[Progress]:
         kept = self.checkpoints.resume(self.state) if self.checkpoints is not None else None
@@ -107,19 +107,20 @@ class _Fit:
             self.window, self.bad = record.get("window", []), record.get("bad", 0)
             self.learnt = record.get("learnt", self.first)
             # The window's time before the kill counts: seconds per step are those of all its updates.
-            self.since -= record.get("seconds", 0.0)
+            self.before = record.get("seconds", 0.0)
             self.extra.update(record.get("extra", {}))
         if self.bad >= self.max_bad:  # the run had diverged before
             raise Diverged(_not_finite(self.bad, self.first))
         if self.first >= self.steps:
             self.require_learnt(self.first)
-            means = _means(self.window, time.perf_counter() - self.since) if self.window else {}
+            means = _means(self.window, self.before) if self.window else {}
             yield Progress(self.first, self.state, means)
         elif self.first:
             yield Progress(self.first, self.state, {})
 
     def updates(self, step_at, batch_at, lr_at, place, watch, on_policy) -> Iterator[Progress]:
         counted = len(self.window)  # of these, how many `count` has read
+        self.since = time.perf_counter()
         others = True  # whether other programs ran since the last update
         for step in range(self.first, self.steps):
             rows = batch_at(step, self.state) if on_policy else batch_at(step)
@@ -155,8 +156,9 @@ class _Fit:
                     self.require_learnt(done)
                 if logs or ends:
                     seconds = time.perf_counter() - self.since
-                    means = _means(self.window, seconds) | watch.report(seconds)
-                    self.window, counted, self.since = [], 0, time.perf_counter()
+                    # `watch` counts the FLOPs of this process alone.
+                    means = _means(self.window, seconds + self.before) | watch.report(seconds)
+                    self.window, counted, self.since, self.before = [], 0, time.perf_counter(), 0.0
                     yield Progress(done, self.state, means, functools.partial(self.save_now, done))
                     self.since = time.perf_counter()  # the caller's time does not count
             if stopping:  # after the last update, too: what follows may take longer than there is time
@@ -168,7 +170,8 @@ class _Fit:
         # Returns the longest run of skipped updates, which may begin in the window before and end within this one.
         longest = self.bad
         for m in metrics:
-            self.bad = self.bad + 1 if m["skipped"] else 0
+            # Of a step of RL, which is several updates, `skipped` is the share of them.
+            self.bad = self.bad + 1 if m["skipped"] >= 1 else 0
             longest = max(longest, self.bad)
             self.learnt += m["skipped"] < 1 and m.get("tokens", 1.0) > 0
         return longest
@@ -188,7 +191,7 @@ class _Fit:
         # With `again` the metrics since the last Progress are saved, so that a resumed run reports the same means.
         if self.checkpoints is None:
             return
-        window, seconds = (self.window, time.perf_counter() - self.since) if again else ([], 0.0)
+        window, seconds = (self.window, time.perf_counter() - self.since + self.before) if again else ([], 0.0)
         record = {"window": window, "bad": self.bad, "learnt": self.learnt, "seconds": seconds, "extra": self.extra}
         self.checkpoints.save(done, self.state, record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import math
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 
 from qstar import UserError, preemption
+from qstar.errors import Unreachable
 from qstar.train import optim
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import Diverged, fit
+from qstar.train.profile import Watch
 from qstar.train.state import create_state, optimizer_for
 from qstar.train.step import make_step
 from tests.train.problem import batch, loss, params, same
@@ -165,6 +168,26 @@ def test_means_are_over_the_updates_since_the_last_report():
     assert m["tokens_per_second"] == pytest.approx(m["tokens"] / m["seconds_per_step"])
 
 
+def test_after_a_resume_seconds_are_of_all_updates_and_mfu_of_this_process(tmp_path):
+    class Clock(Watch):
+        seconds = None
+
+        def report(self, seconds):
+            Clock.seconds = seconds
+            return {}
+
+    checkpoints = Checkpoints(tmp_path)
+    state = fresh()
+    for step in range(2):
+        state, found = STEP(state, batch(step), np.float32(lr_at(step)))
+    window = [{k: float(v) for k, v in found.items()}] * 2
+    checkpoints.save(2, state, {"window": window, "bad": 0, "learnt": 2, "seconds": 1000.0, "extra": {}})
+    how = dict(checkpoints=checkpoints, steps=4, log_every=4, watch=Clock())
+    *_, last = fit(fresh(), lambda s: STEP, batch, lr_at, **how)
+    checkpoints.close()
+    assert 4 * last.metrics["seconds_per_step"] == pytest.approx(1000 + Clock.seconds) and Clock.seconds < 500
+
+
 # ------------------------------------------------------------------------------------------------------- divergence
 
 
@@ -202,6 +225,13 @@ def test_bad_updates_that_good_ones_interrupt_do_not_stop_a_run(log_every, save_
     assert at.step == STEPS and int(at.state.step) == STEPS
     if log_every == 50:
         assert at.metrics["skipped"] == len(bad) and math.isfinite(at.metrics["loss"])  # of those that were made
+
+
+def test_a_step_of_which_some_updates_were_skipped_does_not_count_towards_divergence():
+    # A step of RL is several updates, and `skipped` their share.
+    step = lambda state, rows, lr: (state, {"loss": jnp.float32(1), "skipped": jnp.float32(0.125)})  # noqa: E731
+    *_, last = fit(fresh(), lambda s: step, batch, lr_at, steps=STEPS, log_every=STEPS, max_bad=2)
+    assert last.step == STEPS and last.metrics["skipped"] == STEPS / 8
 
 
 @pytest.mark.parametrize("log_every,save_every", [(1, 0), (4, 0), (50, 2)])
@@ -276,6 +306,24 @@ def test_an_empty_folder_and_one_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         Checkpoints(tmp_path / "file" / "folder")
+
+
+@pytest.mark.parametrize("fault, kind, says", [
+    (ConnectionResetError(104, "reset"), Unreachable, "cannot be read now .*start the command again"),
+    (ValueError("UNAVAILABLE: 503 from gs://b/state"), Unreachable, "cannot be read now"),
+    (OSError(errno.EMFILE, "Too many open files"), OSError, "Too many open files"),
+])  # fmt: skip
+def test_a_checkpoint_that_cannot_be_reached_is_not_damaged(fault, kind, says, finished, monkeypatch):
+    def fail(*args, **options):
+        raise fault
+
+    checkpoints = Checkpoints(finished)
+    before = sorted(p.name for p in finished.iterdir())
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(kind, match=says):
+        checkpoints.resume(fresh())
+    checkpoints.close()
+    assert sorted(p.name for p in finished.iterdir()) == before
 
 
 DAMAGES = (
