@@ -17,12 +17,13 @@ import numpy as np
 
 from qstar.errors import bounded, require
 from qstar.models import scoring
+from qstar.models.config import ModelConfig
 from qstar.models.model import Model
 from qstar.runs.folder import data_hash, stable_seed
-from qstar.runs.stages import Stage, UpdateSettings, train_stage
+from qstar.runs.stages import Stage, UpdateSettings, only_updates, train_stage
 from qstar.sample.batching import generate, padded_length
 from qstar.train import distil as losses
-from qstar.train.state import TrainState, optimizer_for
+from qstar.train.state import TrainState
 from qstar.train.step import make_step
 from qstar.types import Params
 
@@ -46,17 +47,10 @@ class DistilTrain(UpdateSettings):
         require((not self.lora_rank, f"lora_rank={self.lora_rank}: distillation trains all of a model; leave it at 0"))
 
 
-def only_updates(train: UpdateSettings) -> UpdateSettings:
-    """Returns the settings that a compiled step depends on."""
-    # The settings are a cache key of `compiled`: runs that differ in rates and lengths alone share a compilation.
-    names = ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip", "lora_rank", "lora_alpha", "lora_targets")
-    return UpdateSettings(**{name: getattr(train, name) for name in names})
-
-
 @functools.lru_cache(maxsize=16)
 def compiled(config: Any, teacher: Any, settings: Any, limit: int, update: UpdateSettings) -> tuple[Any, Any]:
     """Returns (optimiser, jitted step), one per configuration of student, teacher and loss."""
-    tx = optimizer_for(update.optimiser(), "^policy/")
+    tx = update.optimiser()
     loss = functools.partial(losses.distil_loss, config=config, teacher=teacher, settings=settings, limit=limit)
     return tx, make_step(loss, tx, update.accumulate)
 
@@ -86,7 +80,14 @@ def distil(
     if soft:
         sizes = (other.vocab_size, start.config.vocab_size)
         fault = f"teacher and student have vocabularies of {sizes[0]} and {sizes[1]}: use 'hard'"
-        require((sizes[0] == sizes[1], fault))
+        known = [m.tokenizer for m in (teacher or start, start) if m.tokenizer is not None]
+        # Equal sizes are not enough: the ids of Llama 2 and Mistral, 32,000 each, are of other texts.
+        other_ids = "teacher and student have different tokenizers, so their predictions are of other texts: use 'hard'"
+        require((sizes[0] == sizes[1], fault), (len(known) < 2 or known[0].spells_as(known[1]), other_ids))
+    if settings.on_policy and isinstance(start.config, ModelConfig):
+        most, context = max(len(r.prompt) for r in rows) + R, start.config.max_positions
+        line = f"the longest prompt and max_new_tokens={R} make {most} tokens, but the student's context is {context}"
+        require((most <= context, line))
     limit = scoring.text_limit(start.config, start.tokenizer)
     tx, step = compiled(start.config, other, settings, limit, only_updates(train))
     # Padded to the longest row of all, so that every batch has the same shapes and the step is compiled once.
@@ -104,9 +105,8 @@ def distil(
         return make_batch(start.config, other, chosen, lengths, R)
 
     stage = dataclasses.replace(stage, data=data_hash([settings, *rows]))
-    # A hard loss reads no predictions: the train state then carries no teacher.
-    roles = {"teacher": teacher.params} if soft and teacher else None
-    model, summary = train_stage(start, stage, tx, lambda s: step, batch_at, roles=roles, watch=watch, on_policy=True)
+    frozen = {"teacher": teacher.params} if soft and teacher else None  # a hard loss reads no predictions
+    model, summary = train_stage(start, stage, tx, lambda s: step, batch_at, frozen=frozen, watch=watch, on_policy=True)
     return model, {**summary, "rows": len(rows)}
 
 

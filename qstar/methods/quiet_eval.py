@@ -24,7 +24,7 @@ from einops import rearrange, repeat
 
 from qstar import tree
 from qstar.errors import UserError, require
-from qstar.mesh import put_global_batch, to_host
+from qstar.mesh import mesh_jit, put_global_batch, to_host
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.model import Model
@@ -127,6 +127,7 @@ def thinking_config(model: Model, thoughts: ThoughtConfig | bool) -> ModelConfig
     if chosen is None or not {"thoughts", "mixing"} <= model.params.keys():
         why = "it has no start and end vectors and no mixing head; evaluate without thoughts"
         raise UserError(f"this model cannot think: {why}")
+    chosen.check_trained(config.thoughts)
     # One talk token, as in the official evaluation: each answer token is scored by the thought right before it.
     return config.replace(thoughts=chosen.replace(talk_tokens=1))
 
@@ -190,7 +191,7 @@ def answer_arrays(rows: Sequence[Row], size: int) -> tuple[np.ndarray, ...]:
 # ----------------------------------------------------------------------------------------------------------- scores
 
 
-@partial(jax.jit, static_argnames=("config", "passes"))
+@partial(mesh_jit, static_argnames=("config", "passes"))
 def answer_logits(
     params: Params,
     config: ModelConfig,
@@ -216,7 +217,7 @@ def answer_logits(
 
     batch = layout.text_batch(tokens, mask)
     texts = forward.read(params, config, batch)
-    base = logits(jax.vmap(lambda hidden, at: hidden[at])(texts.hidden, positions))
+    base = logits(layout.take_rows(texts.hidden, positions))
     if not passes:
         B, M, V = base.shape
         return AnswerLogits(base, jnp.zeros((B, 0, M, V)), jnp.zeros((B, 0, M)))

@@ -29,6 +29,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+import optax
 
 from qstar.errors import Settings, UserError, bounded, require, within
 from qstar.methods.quiet_data import QuietContext, prepare_base
@@ -38,7 +39,7 @@ from qstar.models.config import ModelConfig
 from qstar.models.model import Model, check_vocabulary
 from qstar.runs import base_model
 from qstar.runs.folder import check_run, stable_seed
-from qstar.runs.stages import UpdateSettings, train_stage
+from qstar.runs.stages import UpdateSettings, only_updates, train_stage
 from qstar.thoughts import distil
 from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.layout import thinking_count
@@ -147,12 +148,11 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
     # ---- the models, trained and frozen
     start, thoughts = with_thoughts(ctx, arm, models[arm.start]), ctx.thoughts.replace(**arm.thoughts)
     teacher = models[arm.teacher] if arm.teacher else None
-    # The teacher is a role of the same state; the optimiser's pattern ^policy/ excludes it.
-    roles = {"teacher": teacher.params} if teacher else {}
+    frozen = {"teacher": teacher.params} if teacher else None
 
     # ---- the update, for the thought length of its step
     settings = ctx.update_settings(arm.train)
-    tx = optimizer_for(settings.optimiser(), f"^policy/.*({arm.trainable})")
+    tx = optimiser(only_updates(settings), arm.trainable)
     seed = stable_seed(ctx.seed, name)
 
     def step_at(step: int) -> Callable[..., Any]:
@@ -162,7 +162,7 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
             rng = np.random.default_rng([seed, step])
             length = int(arm.thought_lengths[rng.integers(len(arm.thought_lengths))])
         other = teacher and teacher.config
-        return update(start.config, arm.thought_source, length, tx, settings, other, arm.teacher_weight)
+        return update(start.config, arm.thought_source, length, tx, settings.accumulate, other, arm.teacher_weight)
 
     def batch_at(step: int) -> Batch:
         # Rows depend on the run's seed, not on the arm's: all arms train on the same text in the same order.
@@ -174,7 +174,7 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
         # Evaluations follow a log: it has to fall on their steps.
         settings = dataclasses.replace(settings, log_every=math.gcd(settings.log_every, every))
     stopping = EarlyStopping(ctx, name, start, arm.thought_source, every, arm.patience)
-    how: dict[str, Any] = {"roles": roles, "watch": stopping, "choose": stopping.choose}
+    how: dict[str, Any] = {"frozen": frozen, "watch": stopping, "choose": stopping.choose}
     opened = ctx.stage(ctx.workdir / name, settings, steps=arm.steps, seed=seed, bar=name, arm=name)
     with within(f"config.arms.{name}.train.lr={settings.lr}: ", Diverged), opened as stage:
         model, done = train_stage(start, stage, tx, step_at, batch_at, **how)
@@ -186,17 +186,26 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
 
 def with_thoughts(ctx: QuietContext, arm: QuietConfig, model: Model) -> Model:
     """Returns the model with start and end vectors and a mixing head, unless it has them; without, for "none"."""
-    config = cast(ModelConfig, model.config.replace(thoughts=ctx.thoughts.replace(**arm.thoughts)))
+    config, thoughts = cast(ModelConfig, model.config), ctx.thoughts.replace(**arm.thoughts)
     if arm.thought_source == "none":
         params = {k: v for k, v in model.params.items() if k not in ("thoughts", "mixing")}
     elif "mixing" in model.params:
+        thoughts.check_trained(config.thoughts)
         params = model.params
     else:
         # The arm's name is not in the seed: all arms start from one mixing head.
         key = jax.random.key(stable_seed(ctx.seed, "mixing"))
-        attach = functools.partial(heads.attach_thoughts, config=config, start_id=ctx.start_id)
+        attach = functools.partial(
+            heads.attach_thoughts, config=config.replace(thoughts=thoughts), start_id=ctx.start_id
+        )
         params = jax.jit(attach)(model.params, key=key)
-    return model.replace(config=config, params=params)
+    return model.replace(config=config.replace(thoughts=thoughts), params=params)
+
+
+@functools.cache
+def optimiser(settings: UpdateSettings, trainable: str) -> optax.GradientTransformation:
+    """Returns the optimiser of the parameters that match `trainable`, one per setting: arms share their updates by it."""
+    return optimizer_for(settings.optimiser(), f"^policy/.*({trainable})")
 
 
 # Cached, because `thought_lengths` requests an update at every step; each length compiles once.
@@ -206,7 +215,7 @@ def update(
     thought_source: str,
     length: int,
     tx: Any,
-    settings: UpdateSettings,
+    accumulate: int,
     teacher: ModelConfig | None,
     teacher_weight: float,
 ) -> Callable[..., Any]:
@@ -221,7 +230,7 @@ def update(
         loss = functools.partial(distil.student_loss, config=config, teacher=teacher, weight=teacher_weight)
     else:
         loss = functools.partial(losses.sft_loss, config=config)
-    return make_step(loss, tx, settings.accumulate)
+    return make_step(loss, tx, accumulate)
 
 
 def control_loss(params: Any, batch: Batch, rng: jax.Array, *, config: ModelConfig, thought_source: str) -> Any:

@@ -17,6 +17,7 @@ Deviations from the papers (PPO 1707.06347, RLOO 2402.14740, GRPO 2402.03300):
 4. Two optional limits: `max_approx_kl` skips an update's remaining minibatches, `max_kl` ends the training.
 5. With LoRA the reference is the base without adapters, so that there is one copy of the base. Responses are sampled
    from the merged weights, in the compute dtype.
+6. A response ends before its stop string, whose tokens have no part in the loss; its EOS has.
 """
 
 from __future__ import annotations
@@ -39,12 +40,20 @@ from qstar import distributed
 from qstar.data.sources import write_jsonl
 from qstar.errors import bounded, require
 from qstar.mesh import put_global_batch, to_host
-from qstar.methods.distillation import only_updates
 from qstar.models import heads, lora, scoring
 from qstar.models.model import Model
 from qstar.runs.folder import data_hash, stable_seed
 from qstar.runs.rollouts import tokenizer_of
-from qstar.runs.stages import MACHINE, Stage, UpdateSettings, fresh_adapters, merge_adapters, run_updates, train_once
+from qstar.runs.stages import (
+    MACHINE,
+    Stage,
+    UpdateSettings,
+    fresh_adapters,
+    merge_adapters,
+    only_updates,
+    run_updates,
+    train_once,
+)
 from qstar.sample.batching import padded_length, stream
 from qstar.text.chat import as_text
 from qstar.train import rl

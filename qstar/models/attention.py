@@ -17,10 +17,8 @@ from jax import Array
 
 from qstar.models import flash
 from qstar.models.prefix_attention import attend_shared, in_range, soft_cap
+from qstar.models.prefix_kernel import NEG
 from qstar.types import Segment, Shared
-
-# Finite instead of -inf: a row without visible keys then gives numbers, not NaN from inf - inf.
-NEG = -1e30
 
 
 class LayerMasks(NamedTuple):

@@ -27,8 +27,8 @@ from jax.interpreters import ad, batching, mlir
 from qstar.mesh import count_spare_shards, spare_axes, split_axis
 from qstar.models import prefix_kernel
 from qstar.models.flash import platform_of
+from qstar.models.prefix_kernel import NEG
 
-NEG = -1e30  # as in `attention`
 TILE_BYTES = 2 * 2**20  # of float32 scores alive at once: fits in a CPU's cache
 KEY_BLOCKS = 8  # a tile reads the first 1 .. 8 of as many blocks of keys
 KEY_BLOCK = 32  # keys in a block, at least

@@ -26,7 +26,8 @@ from jax.sharding import PartitionSpec
 from qstar.mesh import Rules, batch_axes, count_spare_shards, spare_axes
 from qstar.models.flash import platform_of
 
-NEG = -1e30  # as in `attention`
+# Finite instead of -inf: a row without visible keys then gives numbers, not NaN from inf - inf.
+NEG = -1e30
 ROWS = 256  # of a tile: the columns of its scores
 KEYS = 128  # in a block of keys, the rows of a tile's scores
 MOST_KEYS = 4096  # of a text whose keys, values and their gradients fit into the vector memory of all TPUs since v4

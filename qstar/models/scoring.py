@@ -182,8 +182,8 @@ def logits(
     tokens = tokens if isinstance(tokens, Array) else _as_tokens(tokens, c)
     if not isinstance(mask, Array):
         mask = np.ones(tokens.shape, np.int32) if mask is None else np.asarray(mask)
-    if tokens.ndim != 2 or mask.shape != tokens.shape:
-        raise UserError(f"tokens {tokens.shape} and mask {mask.shape} must both have shape [B, T]")
+    if tokens.ndim != 2 or mask.shape != tokens.shape or not tokens.shape[1]:
+        raise UserError(f"tokens {tokens.shape} and mask {mask.shape} must both have shape [B, T], T at least 1")
     if isinstance(c, EncDecConfig):
         if encoder_tokens is None:
             raise UserError("an encoder-decoder needs encoder_tokens beside the decoder's tokens; pass both")
@@ -206,13 +206,15 @@ def logits(
 
 def _as_tokens(tokens: Any, config: AnyConfig) -> np.ndarray:
     try:
-        tokens = np.asarray(tokens, np.int32)
-    except (TypeError, ValueError) as e:
+        tokens = np.asarray(tokens)
+    except ValueError as e:
         raise UserError(f"tokens must be a rectangle [B, T] of ids ({e}); pad the rows, with a `mask`") from None
+    whole = f"tokens must be ids, whole numbers, and these are {tokens.dtype}: {tokens.ravel()[:1].tolist()}"
+    require((not tokens.size or tokens.dtype.kind in "iu", whole))
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
         bad = next(t for t in tokens.ravel().tolist() if not 0 <= t < config.vocab_size)
         raise UserError(f"token id {bad} is outside the model's vocabulary of {config.vocab_size}")
-    return tokens
+    return tokens.astype(np.int32)
 
 
 def _check_length(row: int, length: int, config: AnyConfig) -> None:

@@ -88,6 +88,14 @@ class ThoughtConfig(Settings):
         )
         return cls(**{**official, **changes})
 
+    def check_trained(self, own: ThoughtConfig | None) -> None:
+        """Raises UserError where start and end vectors and a mixing head, trained with `own`, would be read otherwise."""
+        for name in ("embedding_scale", "mixing") if own is not None else ():
+            mine, trained = getattr(self, name), getattr(own, name)
+            require(
+                (mine == trained, f"thoughts: {name}={mine!r}, but the model was trained with {trained!r}; use that")
+            )
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ThoughtConfig:
         """Returns the config of a dict that `dataclasses.asdict` (and JSON) made; an unknown key is an error."""

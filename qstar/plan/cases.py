@@ -18,11 +18,11 @@ from qstar.data.corpus import TextCorpus
 from qstar.errors import require, unknown, within
 from qstar.mesh import make_mesh
 from qstar.methods import distillation, pairs, reinforce, star
-from qstar.methods.distillation import DistilTrain, only_updates
+from qstar.methods.distillation import DistilTrain
 from qstar.methods.guided_cot import GuidedConfig
 from qstar.methods.guided_hotpotqa import MultiHopSettings
 from qstar.methods.quiet_data import QuietBase, make_corpus
-from qstar.methods.quiet_star import QuietConfig, update
+from qstar.methods.quiet_star import QuietConfig, optimiser, update
 from qstar.methods.reinforce import ReinforceSettings
 from qstar.methods.resolved import LAYOUTS
 from qstar.methods.rl import RewardedSettings
@@ -46,13 +46,12 @@ from qstar.plan.steps import (
 )
 from qstar.runs.rollouts import SampleSettings
 from qstar.runs.settings import BaseSettings, check_keys, narrowed, settings_from
-from qstar.runs.stages import TrainSettings, UpdateSettings, check_trainable, sft_step
+from qstar.runs.stages import TrainSettings, UpdateSettings, check_trainable, only_updates, sft_step
 from qstar.sample.batching import default_slots, padded_length
 from qstar.thoughts import measure
 from qstar.train import flops
 from qstar.train.distil import DistilSettings, Lesson
 from qstar.train.rl import Experience, RLSettings, measure_jit
-from qstar.train.state import optimizer_for
 from qstar.types import Graded, Preference
 
 
@@ -249,13 +248,13 @@ def _thinking(
     config, with_thoughts, key = cast(ModelConfig, model.config), arm.thought_source != "none", jax.random.key(0)
     attach = lambda p, k: heads.attach_thoughts(p, config, k, 0)  # noqa: E731
     start = model.replace(params=case.like(attach, model.params, key)) if with_thoughts else model
-    tx = optimizer_for(s.optimiser(), f"^policy/.*({arm.trainable})")
+    tx = optimiser(only_updates(s), arm.trainable)
     S, teacher = config.required_thoughts.thought_tokens, config if arm.teacher else None
-    step = update(config, arm.thought_source, S, tx, s, teacher, arm.teacher_weight)
-    roles = {"teacher": case.like(attach, trained(case, model, s).params, key)} if teacher else None
+    step = update(config, arm.thought_source, S, tx, s.accumulate, teacher, arm.teacher_weight)
+    frozen = {"teacher": case.like(attach, trained(case, model, s).params, key)} if teacher else None
     needed = flops.update(config, s.batch_size, length, thinks=with_thoughts)
     batch = case.batch(s.batch_size, length)
-    yield train_program(case, f"{name}: update", start, s, (tx, step), batch, needed, roles)
+    yield train_program(case, f"{name}: update", start, s, (tx, step), batch, needed, frozen=frozen)
     if not with_thoughts:
         return
     rows = case.section("evaluate").get("batch_size", 8)
@@ -292,11 +291,12 @@ def _guided_cot(case: Case) -> Iterator[Program]:
         other = small if kind.kind == "hard" or large is None else large
         limit = scoring.text_limit(small.config)
         made = distillation.compiled(small.config, other.config, kind, limit, only_updates(train))
-        roles = None if kind.kind == "hard" else {"teacher": other.params}
+        frozen = None if kind.kind == "hard" else {"teacher": other.params}
+        beside = resident if frozen is None else {}
         rows = case.responses(train.batch_size, prompt, R)
         batch = Lesson(*rows, case.spec((train.batch_size, R), jnp.float32, split=True), *rows[:2])
         needed = flops.respond(small.config, train.batch_size, prompt, R, back=True)
-        yield train_program(case, "distillation", small, train, made, batch, needed, roles, resident)
+        yield train_program(case, "distillation", small, train, made, batch, needed, None, beside, frozen)
     if any(start != "base" for start in starts):
         s = case.settings(ReinforceSettings, "train", max_new_tokens=R)
         yield from _rl_updates(case, small, s, prompt, resident)

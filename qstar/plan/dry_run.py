@@ -65,7 +65,8 @@ def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
         "phases": {p.name: p.parts for p in need.phases},
     }
     if jax.default_backend() == "cpu" and need.peak > host.machine():
-        found["refused"] = host.refusal(smaller, assumed, need, need.peak - need.process, host.machine())
+        low = host.estimate(smaller, assumed, compiled=False).peak
+        found["refused"] = host.refusal(smaller, assumed, need, need.peak - low, host.machine())
     return found
 
 

@@ -157,7 +157,7 @@ def as_json(plans: list[Plan], topology: Topology, mesh: str, advice: list[str])
     """Returns everything as plain values; sizes in bytes, per chip."""
     return {
         "topology": topology.name,
-        "chips": len(topology.devices),
+        "chips": len(topology.devices) // topology.chip.devices,
         "chip": dataclasses.asdict(topology.chip),
         "mesh": mesh,
         "fits": all(p.fits for p in plans),
@@ -211,7 +211,8 @@ def advice(plan: Plan, mesh: Mesh, config: Any) -> list[str]:
             out.append("model.remat=block would keep the blocks' inputs alone")
         batch = train.get("batch_size", 1)
         if batch // train.get("accumulate", 1) > chips // tensor:
-            out.append(f"train.accumulate={batch // (chips // tensor)} would run one row per chip at a time")
+            most = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= chips // tensor)
+            out.append(f"train.accumulate={most} would run one row per chip at a time")
         out.append(f"tensor={2 * tensor} would split the activations of heads and MLP once more")
     if plan.name.startswith("sampling") and plan.activations + plan.parts.get("cache", 0) > plan.hbm // 4:
         fewer = "fewer rows side by side (sample.slots, of guided_cot's large model guided.large.slots)"

@@ -164,16 +164,21 @@ def train_program(
     needed: tuple[float, str],
     roles: dict[str, Any] | None = None,
     resident: dict[str, Any] | None = None,
+    frozen: dict[str, Any] | None = None,
 ) -> Program:
-    """Returns an update as `train_stage` runs it. `made`: (optimiser, jitted step); `resident`: kept beside it."""
+    """Returns an update as `train_stage` runs it.
+
+    Args: made: (optimiser, jitted step). roles: what trains beside the policy. resident: what is kept beside the update.
+      frozen: what the update reads and does not train.
+    """
     tx, step = made
     # The model that the run started from stays: every iteration trains it anew (STaR, section 3.1).
     before = {"the base model": model.params}
-    frozen = {}
+    frozen = frozen or {}
     if settings.lora_rank:
         fresh = lambda p: fresh_adapters(model.replace(params=p), settings.lora, 0)  # noqa: E731
         # The step reads the base in place: it is an argument, and no copy of it is part of the state.
-        policy, frozen, before = case.like(fresh, model.params), {"base": model.params}, {}
+        policy, frozen, before = case.like(fresh, model.params), {**frozen, "base": model.params}, {}
     else:
         policy = _float32(case, model.params)
     state = abstract_state({"policy": policy, **(roles or {})}, tx, mesh=case.mesh, table=PARAM_AXES)
@@ -234,7 +239,7 @@ def sampling(
     )
     shared = jax.tree.map(by_head, shared)
     sampling_params, seed = case.specs(jax.eval_shape(lambda: (SamplingParams.make(), jax.random.key(0))))
-    shapes = ((N, P), (N,), (N * group,), (N * group,), (N * group,), (N * group, 2))
+    shapes = ((N, P), (N,), (N * group,), (N * group,), (N * group, 2))
     fill = S.PrefillBatch(*(case.spec(s, jnp.int32) for s in shapes))
     parts, resident = {"parameters": params, "cache": (state, shared)}, {"the model as trained": model.params}
     yield Program(

@@ -134,7 +134,7 @@ def train_stage(
     step_at: Callable[[int], Any],
     batch_at: Callable[..., Any],
     *,
-    roles: dict[str, Params] | None = None,
+    frozen: dict[str, Params] | None = None,
     watch: Callable[[int, Params], bool | None] | None = None,
     choose: Callable[[Params, dict[str, Any]], tuple[Params, dict[str, Any]]] | None = None,
     **how: Any,
@@ -142,8 +142,8 @@ def train_stage(
     """Trains a copy of `start` and returns the new model with a summary; a finished stage is only loaded.
 
     Args:
-      tx: over all roles. step_at: the update (`make_step`) of a step. batch_at: the host's rows of a step.
-      roles: parameters beside `policy`, which do not train (a teacher).
+      step_at: the update (`make_step`) of a step. batch_at: the host's rows of a step.
+      frozen: parameters by role that the loss reads beside `policy` (a teacher): no copy of them is made or saved.
       watch: called with (step, policy) at every log and where a resumed run starts; True from it ends the stage early.
       choose: is given the last parameters and the summary, and returns those that are kept.
       how: `on_policy` of `train.loop.fit`.
@@ -153,8 +153,8 @@ def train_stage(
 
     def train(start: Model) -> tuple[Params, dict[str, Any]]:
         if stage.settings.lora_rank:
-            return _train_adapters(start, stage, tx, step_at, batch_at, roles or {}, watch, how)
-        found = _train(start, stage, tx, step_at, batch_at, roles or {}, watch, how)
+            return _train_adapters(start, stage, tx, step_at, batch_at, frozen or {}, watch, how)
+        found = _train(start, stage, tx, step_at, batch_at, frozen, watch, how)
         return choose(*found) if choose is not None else found
 
     made_with = {"settings": stage.settings, "steps": stage.steps, "seed": stage.seed, "data_hash": stage.data}
@@ -244,17 +244,15 @@ def run_updates(
             yield at, float(rates[at.step - 1]) if at.step else 0.0
 
 
-def _train(start, stage, tx, step_at, batch_at, roles, watch, how, frozen=None):
+def _train(start, stage, tx, step_at, batch_at, frozen, watch, how):
     metrics: dict[str, float] = {}
     policy, last = start.params, 0
     # Batches of on-policy stages have no `segment_ids`, by which FLOPs are counted.
     counts = None if how else _flops_of(start, stage.settings)
-    params = {"policy": start.params, **roles}
     # Cached: `train.profile.Watch` counts compilations by step object.
     bound = functools.cache(lambda step: functools.partial(step, frozen=frozen) if frozen else step)
-    updates = run_updates(
-        params, stage, tx, lambda n: bound(step_at(n)), batch_at, mesh=start.mesh, flops_of=counts, **how
-    )
+    how = {"mesh": start.mesh, "flops_of": counts, **how}
+    updates = run_updates({"policy": start.params}, stage, tx, lambda n: bound(step_at(n)), batch_at, **how)
     # A generator that an exception leaves is closed by the garbage collector, its checkpoints too late.
     with contextlib.closing(updates):
         for at, lr in updates:
@@ -275,12 +273,12 @@ def _train(start, stage, tx, step_at, batch_at, roles, watch, how, frozen=None):
     return policy, {"steps": last, **{k: metrics.get(k) for k in keys if not k.startswith(MACHINE)}}
 
 
-def _train_adapters(start, stage, tx, step_at, batch_at, roles, watch, how):
+def _train_adapters(start, stage, tx, step_at, batch_at, frozen, watch, how):
     """Trains adapters beside frozen parameters; returns both merged, and writes FOLDER/adapter in PEFT's layout."""
     settings = stage.settings.lora
     adapted = start.replace(params=fresh_adapters(start, settings, stage.seed))
-    frozen = {"base": start.params}
-    adapters, summary = _train(adapted, stage, tx, step_at, batch_at, roles, watch, how, frozen)
+    frozen = {**frozen, "base": start.params}
+    adapters, summary = _train(adapted, stage, tx, step_at, batch_at, frozen, watch, how)
     summary["adapter_parameters"] = tree.size(adapters)
     return merge_adapters(start, adapters, settings, stage.folder), summary
 
@@ -348,10 +346,14 @@ def fine_tune(
     return model, {**done, "rows": len(examples)}
 
 
-@functools.cache
 def sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
-    """Returns (optimiser, jitted step), one per configuration: all loops of a run share one compilation."""
+    """Returns (optimiser, jitted step), one per configuration: the base and all loops of a run share one compilation."""
     check_trainable(config, settings)
+    return _sft_step(config, only_updates(settings, TrainSettings, "z_loss", "packed"))
+
+
+@functools.cache
+def _sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
     tx = settings.optimiser()
     if isinstance(config, EncDecConfig):
         loss = functools.partial(losses.response_loss, config=config, z_loss=settings.z_loss)
@@ -359,6 +361,13 @@ def sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
         # A row of one document takes simpler masks, which cuDNN's attention supports.
         loss = functools.partial(losses.sft_loss, config=config, z_loss=settings.z_loss, one_text=not settings.packed)
     return tx, make_step(settings.through(loss), tx, settings.accumulate)
+
+
+def only_updates(train: Any, kind: Any = UpdateSettings, *more: str) -> Any:
+    """Returns the settings that a compiled step depends on, those in `more` among them; the others have their defaults."""
+    # The settings are a cache key: stages that differ in rates and lengths alone share a compilation.
+    names = ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip", "lora_rank", "lora_alpha", "lora_targets")
+    return kind(**{name: getattr(train, name) for name in (*names, *more)})
 
 
 def check_trainable(config: Any, settings: UpdateSettings) -> None:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -126,7 +126,7 @@ class _Queue:
         self.occupant: list[Request | None] = [None] * sampler.slots
 
     def run(self, key: jax.Array, sampling_params: SamplingParams) -> Iterator[Result]:
-        state = _placed(self.model, lambda: S.empty_state(self.sampler))
+        state = _empty_state(self.sampler, self.model.mesh)
         per_fill = self.prompts_per_fill * self.group
         while self.waiting or any(self.occupant):
             free = [i for i, r in enumerate(self.occupant) if r is None]
@@ -170,7 +170,6 @@ class _Queue:
             lengths=np.ones(N, np.int32),
             slot=np.full(M, self.sampler.slots, np.int32),  # out of range: dropped
             source=np.zeros(M, np.int32),
-            limit=np.full(M, self.sampler.max_new, np.int32),
             request=np.zeros((M, 2), np.int32),
         )
         row = 0
@@ -276,14 +275,12 @@ def _buckets(lengths: Sequence[int], n: int) -> list[tuple[int, list[int]]]:
     return out
 
 
-def _placed(model: Model, make: Callable[[], S.SampleState]) -> S.SampleState:
-    state = make()
-    if model.mesh is None:
-        return state
-    where = state_shardings(state, model.mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(state, where)
-    return jax.jit(make, out_shardings=where)()  # a process cannot put arrays on the devices of another
+def _empty_state(sampler: S.Sampler, mesh: Mesh | None) -> S.SampleState:
+    if mesh is None:
+        return S.empty_state(sampler)
+    where = state_shardings(jax.eval_shape(lambda: S.empty_state(sampler)), mesh)
+    # Under jit, in its sharding: made outside, the whole cache would first be on one device.
+    return jax.jit(S.empty_state, static_argnums=0, out_shardings=where)(sampler)
 
 
 def state_shardings(state: S.SampleState, mesh: Mesh) -> S.SampleState:

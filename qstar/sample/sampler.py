@@ -50,7 +50,6 @@ class SampleState(flax.struct.PyTreeNode):
     prompt_len: jax.Array  # [B] int32
     start_step: jax.Array  # [B] int32: `step` when the slot was filled
     count: jax.Array  # [B] int32: tokens drawn so far
-    limit: jax.Array  # [B] int32: most tokens to draw
     active: jax.Array  # [B] bool
     stopped: jax.Array  # [B] bool: drew a stop id
     token: jax.Array  # [B] int32: last token drawn, fed next
@@ -75,7 +74,6 @@ class PrefillBatch(NamedTuple):
     lengths: np.ndarray  # [prompts] int32
     slot: np.ndarray  # [rows] int32; B or more: the row is dropped
     source: np.ndarray  # [rows] int32: which of the prompts
-    limit: np.ndarray  # [rows] int32
     request: np.ndarray  # [rows, 2] int32: index of the prompt, and which of its samples; folded into the seed
 
 
@@ -108,7 +106,7 @@ def empty_state(sampler: Sampler) -> SampleState:
         shape = (B, c.num_kv_heads, length, c.head_dim)
         return [(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_layers)]
 
-    ints = dict.fromkeys(("prompt_len", "start_step", "count", "limit", "token"), jnp.zeros((B,), jnp.int32))
+    ints = dict.fromkeys(("prompt_len", "start_step", "count", "token"), jnp.zeros((B,), jnp.int32))
     flags = dict.fromkeys(("active", "stopped"), jnp.zeros((B,), bool))
     floats = dict.fromkeys(("logprobs", "sample_logprobs"), jnp.zeros((B, R), jnp.float32))
     # The state is donated, so no two fields may share a buffer.
@@ -172,8 +170,7 @@ def insert_requests(
         "prompt_len": fill.lengths[fill.source],
         "start_step": repeat(state.step, "-> rows", rows=fill.slot.shape[0]),
         "count": jnp.ones_like(fill.slot),
-        "limit": fill.limit,
-        "active": ~stopped & (fill.limit > 1),
+        "active": ~stopped & (sampler.max_new > 1),
         "stopped": stopped,
         "token": token,
         "key": keys,
@@ -255,7 +252,7 @@ def _step(
         token=token,
         count=count,
         stopped=stopped,
-        active=state.active & ~stopped & (count < state.limit),
+        active=state.active & ~stopped & (count < R),
         tokens=jnp.where(here, token[:, None], state.tokens),
         logprobs=jnp.where(here, logprob[:, None], state.logprobs),
         sample_logprobs=jnp.where(here, sample_logprob[:, None], state.sample_logprobs),

@@ -83,7 +83,7 @@ def generate(
       Per prompt, n `ThoughtfulCompletion`s: what `qstar.generate` returns, with the thought before each token.
 
     Raises:
-      UserError: a model that cannot think, or see `sample.batching.generate`.
+      UserError: a model that cannot think, or was trained to think otherwise, or see `sample.batching.generate`.
     """
     t = model.config.thoughts if thoughts is True else thoughts
     if not isinstance(t, ThoughtConfig):
@@ -94,6 +94,7 @@ def generate(
         (not missing, f"the model has no parameters {missing}; add them with models.heads.attach_thoughts"),
         (not o.weights, "weights='int8' samples without thoughts; leave it out"),
     )
+    t.check_trained(model.config.thoughts)
     shared, rows = batching.encode_prompts(model, prompts, o)
     stop_ids, texts = batching.split_stops(model, o.stop)
     # No shared prefix cache here: thoughts read one cache per row, which therefore holds the prefix as well.

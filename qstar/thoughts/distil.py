@@ -14,7 +14,7 @@ from qstar.models import decoder, vocabulary
 from qstar.models.config import ModelConfig
 from qstar.thoughts import forward, layout, rollout
 from qstar.thoughts.chunked_replay import replay_states
-from qstar.train.losses import SumWeight, hidden_states, sft_loss
+from qstar.train.losses import SumWeight, hidden_states, likelihood
 from qstar.types import Batch, Metrics, Params
 
 
@@ -35,9 +35,9 @@ def student_loss(
     mixed = replay_states(frozen, teacher, batch, texts, positions, thoughts).mixed[..., 0, :]
     mixed = mixed[:, :, back]  # [B, P, N-1, D]
     _, weights = layout.text_targets(batch)
-    # Both terms are over the same tokens, so they share one weight.
-    text = batch.replace(mask=jnp.pad(weights, ((0, 0), (1, 0))))
-    (nll, count), metrics = sft_loss(params, text, rng, config=config)
+    # Both terms are over the same tokens, so they share one weight; and over the same states, computed once.
+    hidden = hidden_states(params["policy"], config, batch)[:, :-1]
+    (nll, count), metrics = likelihood(params["policy"], config, hidden, batch.tokens[:, 1:], weights)
     student_head, teacher_head = decoder.head(params["policy"], config), decoder.head(frozen, teacher)
 
     def divergence(hidden: jax.Array, mixed: jax.Array) -> jax.Array:
@@ -48,7 +48,6 @@ def student_loss(
         # A probability that underflowed to 0 adds 0 * log(1e-30) = 0, where 0 * log(0) is NaN.
         return jnp.sum(p * (jnp.log(jnp.maximum(p, 1e-30)) - log_q), axis=-1)
 
-    hidden = hidden_states(params["policy"], config, batch)[:, :-1]
     mixed = rearrange(mixed, "b p n d -> b n p d")
     kl = jnp.sum(weights * vocabulary.map_chunks(divergence, hidden, mixed, vocab_size=config.vocab_size))
     total = nll + weight * kl

@@ -90,7 +90,7 @@ def distil_loss(
     metrics = {"nll": (nll, weight), "entropy": (jnp.sum(entropy * mask), weight)}
     total = nll
     if s.kind != "hard":
-        # The step differentiates all roles: without this, the teacher's backward pass would run, too.
+        # For callers that differentiate all roles.
         frozen = jax.lax.stop_gradient(params["teacher"])
         teacher_states = scoring.response_states(
             frozen, teacher, batch.teacher_prompt, batch.teacher_mask, batch.response

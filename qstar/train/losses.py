@@ -6,6 +6,7 @@ So the normalisation is exact: one batch of 32, four accumulated batches of 8 an
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def sft_loss(
     """
     del rng
     hidden = hidden_states(params["policy"], config, batch, one_text)[:, :-1]
-    return _likelihood(params["policy"], config, hidden, batch.tokens[:, 1:], batch.mask[:, 1:], z_loss)
+    return likelihood(params["policy"], config, hidden, batch.tokens[:, 1:], batch.mask[:, 1:], z_loss)
 
 
 def response_loss(
@@ -51,10 +52,13 @@ def response_loss(
     del rng
     p = params["policy"]
     states = scoring.response_states(p, config, batch.prompt, batch.prompt_mask, batch.response)
-    return _likelihood(p, config, states, batch.response, batch.mask, z_loss)
+    return likelihood(p, config, states, batch.response, batch.mask, z_loss)
 
 
-def _likelihood(params, config, hidden, targets, weights, z_loss) -> tuple[SumWeight, Metrics]:
+def likelihood(
+    params: Params, config: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0
+) -> tuple[SumWeight, Metrics]:
+    """Returns (sum, weight) of the targets' [B, T] negative log-likelihood given the final states [B, T, D], and metrics."""
     nll, hits, _ = token_nll(hidden, decoder.head(params, config), targets, weights, z_loss)
     weight = jnp.sum(weights)
     count = (weight, jnp.float32(0))  # weight 0: not divided, so accumulated micro-batches add up

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from qstar import tree
+from qstar.errors import require
 from qstar.mesh import AxisTable, Rules, shardings
 from qstar.types import Params
 
@@ -28,8 +29,16 @@ class TrainState(flax.struct.PyTreeNode):
 
 def optimizer_for(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
     """Returns `tx` on parameters whose path (e.g. `policy/layers/q/kernel`) matches; no update or moments elsewhere."""
+
+    def chosen(params: Any) -> Any:
+        found, names = tree.match(params, pattern), [name for name, _ in tree.named_leaves(params)]
+        parts = ", ".join(sorted({name.split("/")[1] for name in names if "/" in name}))
+        # A misspelt pattern would train nothing, and every update would be finite.
+        require((any(jax.tree.leaves(found)), f"no parameter's path matches {pattern!r}; the paths begin with {parts}"))
+        return found
+
     # `partition`, not `masked`: a masked transformation passes the gradients of the others through as updates.
-    return optax.partition({True: tx, False: optax.set_to_zero()}, lambda params: tree.match(params, pattern))
+    return optax.partition({True: tx, False: optax.set_to_zero()}, chosen)
 
 
 def create_state(

@@ -157,6 +157,9 @@ def test_mistakes_are_named(stories):
         (lambda: qstar.logprobs(nameless, [[1]], [[512]]), "token id 512 is outside"),
         (lambda: qstar.logits(nameless, [[1, -1]]), "token id -1 is outside"),
         (lambda: qstar.logits(nameless, [[1, 2], [3]]), "rectangle"),
+        (lambda: qstar.logits(nameless, [[2**40]]), "token id 1099511627776 is outside"),
+        (lambda: qstar.logits(nameless, [[1.7]]), r"whole numbers, and these are float64: \[1.7\]"),
+        (lambda: qstar.logits(nameless, [[]]), "T at least 1"),
         (lambda: qstar.logits(nameless, [1, 2]), r"must both have shape \[B, T\]"),
         (lambda: qstar.logits(nameless, [[1, 2]], [[1]]), r"tokens \(1, 2\) and mask \(1, 1\)"),
     ]:

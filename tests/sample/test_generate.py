@@ -272,7 +272,7 @@ def test_logits_of_all_positions_never_exist():
     params, state = S.prepare(params, config), S.empty_state(sampler)
     prefix = S.prefill_prefix(params, config, jnp.zeros(8, jnp.int32), jnp.int32(3))
     ints = functools.partial(np.zeros, dtype=np.int32)
-    fill = S.PrefillBatch(ints((2, 16)), ints(2), ints(4), ints(4), ints(4), ints((4, 2)))
+    fill = S.PrefillBatch(ints((2, 16)), ints(2), ints(4), ints(4), ints((4, 2)))
 
     def run(state):
         state = S.insert_requests(params, sampler, prefix, state, fill, jax.random.key(0), SamplingParams.make())

@@ -113,3 +113,9 @@ def test_who_cannot_think_is_told_so():
         qstar.generate(bare, PROMPTS, max_new_tokens=1, thoughts=True)
     with pytest.raises(UserError, match="mixing"):
         qstar.generate(bare, PROMPTS, max_new_tokens=1, thoughts=model.config.thoughts)
+    # The start and end vectors are stored divided by their scale, and the mixing head's output has one reading.
+    for name, value in (("embedding_scale", 7.0), ("mixing", "sigmoid")):
+        other = model.config.thoughts.replace(**{name: value})
+        assert getattr(model.config.thoughts, name) != value
+        with pytest.raises(UserError, match=f"{name}={value!r}, but the model was trained with"):
+            qstar.generate(model, PROMPTS, max_new_tokens=1, thoughts=other)

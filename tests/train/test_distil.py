@@ -20,6 +20,7 @@ from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.models.scoring import logits
 from qstar.runs.stages import Stage
+from qstar.text.tokenizer import char_tokenizer
 from qstar.train import distil
 from qstar.train.distil import DistilSettings
 from qstar.train.metrics import Writer
@@ -137,6 +138,8 @@ def test_sigterm_saves_the_update_at_hand_and_the_next_one_is_the_very_next(tmp_
     monkeypatch.setattr(D, "make_batch", lesson)
     with preemption.listening(), pytest.raises(preemption.Preempted, match="saved after update 5"):
         call("told")
+    (record,) = (tmp_path / "told/training").glob("*/record/metadata")
+    assert "policy" in record.read_text() and "teacher" not in record.read_text()  # it does not train: no copy is saved
     again, resumed = call("told")
     assert len(made) == 8 and resumed == summary
     same(again.params, whole.params)
@@ -166,3 +169,12 @@ def test_mistakes_are_named(tmp_path):
         call([D.Pair((1,), (2,) * 5)], DistilSettings())
     with pytest.raises(UserError, match="teacher"):
         call(ROWS, DistilSettings(kind="jsd"))
+    with pytest.raises(UserError, match="make 5 tokens, but the student's context is 4"):
+        few = model(DECODER.replace(max_positions=4))
+        D.distil(few, [D.Pair((1,), (2,))], DistilSettings(kind="jsd", on_policy=0.5), stage, few)
+    # As many ids, of other texts: the divergence would compare unlike things.
+    start, teacher = (
+        model(DECODER).replace(tokenizer=char_tokenizer(text, pad="_", eos=".")) for text in ("ab_.", "ba_.")
+    )
+    with pytest.raises(UserError, match="different tokenizers"):
+        D.distil(start, [D.Pair((1,), (2,))], DistilSettings(kind="jsd"), stage, teacher)

@@ -187,6 +187,11 @@ def test_only_what_matches_the_pattern_trains_and_has_optimiser_memory():
     same(state.params["policy"]["dense"]["bias"], roles["policy"]["dense"]["bias"])
 
 
+def test_a_pattern_that_nothing_matches_is_refused():
+    with pytest.raises(UserError, match=r"matches '\^policy/\.\*\(mixer\)'; the paths begin with dense, norm"):
+        create_state(params(), optimizer_for(optim.adamw(), "^policy/.*(mixer)"), seed=0)
+
+
 # ---------------------------------------------------------------------------------------------------------- schedules
 
 
