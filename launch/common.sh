@@ -40,6 +40,7 @@ install_qstar() { # install_qstar EXTRAS [PACKAGE ...]: into .venv, skipped when
 
 me="launch/$(basename "$0")"
 dry_run=${dry_run:-}
+do="" name="" zone=${ZONE:-} project=${PROJECT:-} config="" workdir="" setup="" wait="" worker=0 through=() rest=() # what flags set
 HOME=${HOME:-~} # some containers and services have none
 
 fail() { # one line, exit code 2: something the user can mend
@@ -107,6 +108,18 @@ check_values() { # check_values ARGUMENT ...: an unset variable leaves a flag wi
 choose() { # choose --ACTION: sets do, what is done instead of the whole
     [ -z "$do" ] || [ "--$do" = "$1" ] || fail "--$do and $1 exclude each other"
     do=${1#--}
+}
+
+launcher_argument() { # launcher_argument WORD: a flag that all launchers of pods, clusters and GPUs know, or one of `qstar train`
+    case $1 in
+    --name=*) name=${1#*=} ;;
+    --list | --logs | --stop) choose "$1" ;;
+    --dry-run) dry_run=yes ;;
+    -h | --help) show_help ;;
+    --config=*) config=${1#*=} rest+=("$1") ;;
+    --workdir=*) workdir=${1#*=} rest+=("$1") ;;
+    *) train_argument "$1" ;;
+    esac
 }
 
 # What goes on to `qstar train` is looked at here, before anything is created, shipped or installed.
@@ -185,12 +198,6 @@ check_workdir() { # check_workdir WORKDIR HOW_IT_IS_MOUNTED: of machines that ha
     esac
 }
 
-check_pod_run() { # check_pod_run CONFIG WORKDIR: of a run on machines that get the files which git knows
-    need_value --config "$1" "what to run"
-    check_workdir "$2" "--setup=COMMAND mounts it"
-    check_files shipped "$1"
-}
-
 pack_code() { # pack_code FILE: a tar of what git knows and what it does not ignore: code, and no keys, weights or runs
     local file
     git rev-parse --is-inside-work-tree >/dev/null 2>&1 || fail "$PWD is no git checkout: what is to be shipped is what git knows"
@@ -200,7 +207,55 @@ pack_code() { # pack_code FILE: a tar of what git knows and what it does not ign
     done | tar --null -czf "$1" -T -
 }
 
-# Through copy_code FILE and on_workers COMMAND of the launcher, which reach every worker:
+# For the launchers of pods, which define on_workers COMMAND, copy_code FILE, check_machines, create, delete, list and logs:
+
+pod_argument() { # pod_argument WORD
+    case $1 in
+    --zone=*) zone=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --setup=*) setup=${1#*=} ;;
+    --wait) wait="wait" ;;
+    --create | --ship | --delete) choose "$1" ;;
+    --logs=*)
+        choose --logs
+        worker=${1#*=}
+        ;;
+    *) launcher_argument "$1" ;;
+    esac
+}
+
+check_pod() { # what was given; sets place
+    do=${do:-all}
+    need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
+    [ "$do" = list ] || need_name "$name"
+    need_number --logs "$worker"
+    need_program gcloud "https://cloud.google.com/sdk/docs/install says how"
+    place=(--zone="$zone")
+    [ -z "$project" ] || place+=(--project="$project")
+}
+
+act() { # a line each: bash would not end at an error inside A && B
+    case $do in
+    all)
+        need_value --config "$config" "what to run"
+        check_workdir "$workdir" "--setup=COMMAND mounts it"
+        check_files shipped "$config"
+        check_machines
+        create
+        ship
+        start
+        ;;
+    create)
+        check_machines
+        create
+        ;;
+    ship) ship ;;
+    list) list ;;
+    logs) logs ;;
+    stop) on_workers "bash ~/qstar/launch/worker.sh stop $name" ;;
+    delete) delete ;;
+    esac
+}
 
 ship() {
     packed=$(mktemp -d)

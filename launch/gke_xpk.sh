@@ -34,8 +34,8 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-do="" via=xpk given="" account="" labels=() selector=() bucket="" name="" image="" slices=1 restarts=100 grace=300 spot="" cluster="" zone=${ZONE:-} project=${PROJECT:-} type=""
-accelerator="" topology="" chips=4 claim="" secret="" queue="" config="" workdir="" rest=()
+via=xpk given="" account="" labels=() selector=() bucket="" image="" slices=1 restarts=100 grace=300 spot="" cluster="" type=""
+accelerator="" topology="" chips=4 claim="" secret="" queue=""
 # Told to end by the cluster and not by --stop, a run has to count as failed: that is what JobSet starts again.
 environment=(QSTAR_STOPPED_CODE=75)
 check_values "$@"
@@ -45,7 +45,6 @@ for argument in "$@"; do
     --jobset) via=kubectl ;;
     --gcluster) via=gcluster ;;
     --manifest) choose "$argument" ;;
-    --name=*) name=$value ;;
     --image=*) image=$value ;;
     --slices=*) slices=$value ;;
     --restarts=*) restarts=$value ;;
@@ -66,12 +65,7 @@ for argument in "$@"; do
     --bucket=*) bucket=$value ;;
     --secret=*) secret=$value ;;
     --queue=*) queue=$value ;;
-    --list | --logs | --stop) choose "$argument" ;;
-    --dry-run) dry_run=yes ;;
-    -h | --help) show_help ;;
-    --config=*) config=$value rest+=("$argument") ;;
-    --workdir=*) workdir=$value rest+=("$argument") ;;
-    *) train_argument "$argument" ;;
+    *) launcher_argument "$argument" ;;
     esac
 done
 do=${do:-create}

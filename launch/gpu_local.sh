@@ -17,19 +17,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do="" name=gpu gpus="" foreground="" config="" rest=()
+name=gpu gpus="" foreground=""
 check_values "$@"
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
-    --name=*) name=$value ;;
     --gpus=*) gpus=$value ;;
     --foreground) foreground=yes ;;
-    --list | --logs | --stop) choose "$argument" ;;
-    --dry-run) dry_run=yes ;;
-    -h | --help) show_help ;;
-    --config=*) config=$value rest+=("$argument") ;;
-    *) train_argument "$argument" ;;
+    *) launcher_argument "$argument" ;;
     esac
 done
 do=${do:-run}

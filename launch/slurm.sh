@@ -22,12 +22,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do="" name=qstar nodes=2 gpus=8 time="" container="" mounts="" config="" workdir="" more=() rest=()
+name=qstar nodes=2 gpus=8 time="" container="" mounts="" more=()
 check_values "$@"
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
-    --name=*) name=$value ;;
     --nodes=*) nodes=$value ;;
     --gpus=*) gpus=$value ;;
     --time=*) time=$value ;;
@@ -35,12 +34,8 @@ for argument in "$@"; do
     --container=*) container=$value ;;
     --mounts=*) mounts=$value ;;
     --sbatch=*) more+=("$value") ;;
-    --install | --list | --logs | --stop) choose "$argument" ;;
-    --dry-run) dry_run=yes ;;
-    -h | --help) show_help ;;
-    --config=*) config=$value rest+=("$argument") ;;
-    --workdir=*) workdir=$value rest+=("$argument") ;;
-    *) train_argument "$argument" ;;
+    --install) choose "$argument" ;;
+    *) launcher_argument "$argument" ;;
     esac
 done
 do=${do:-submit}

@@ -31,15 +31,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do="" name="" zone=${ZONE:-} project=${PROJECT:-} machine="" topology="" family="" disk=200 setup="" wait="" worker=0
-capacity=() interface="" address="" more=() through=() config="" workdir="" rest=()
+machine="" topology="" family="" disk=200 capacity=() interface="" address="" more=()
 check_values "$@"
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
-    --name=*) name=$value ;;
-    --zone=*) zone=$value ;;
-    --project=*) project=$value ;;
     --machine=*) machine=$value ;;
     --topology=*) topology=$value ;;
     --spot) capacity+=(--provisioning-model=SPOT --instance-termination-action=DELETE) ;;
@@ -52,32 +48,16 @@ for argument in "$@"; do
     --image-family=*) family=$value ;;
     --disk=*) disk=$value ;;
     --iap) through=(--tunnel-through-iap) ;;
-    --setup=*) setup=$value ;;
-    --wait) wait="wait" ;;
-    --create | --ship | --list | --logs | --stop | --delete) choose "$argument" ;;
-    --logs=*)
-        choose --logs
-        worker=$value
-        ;;
-    --dry-run) dry_run=yes ;;
-    -h | --help) show_help ;;
-    --config=*) config=$value rest+=("$argument") ;;
-    --workdir=*) workdir=$value rest+=("$argument") ;;
-    *) train_argument "$argument" ;;
+    *) pod_argument "$argument" ;;
     esac
 done
-do=${do:-all}
-need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
-[ "$do" = list ] || need_name "$name"
+check_pod
 need_number --disk "$disk" 1
-need_number --logs "$worker"
 case ${capacity[*]-} in *-model=*-model=*) fail "only one of --spot, --reserved and --flex-start can be given" ;; esac
-need_program gcloud "https://cloud.google.com/sdk/docs/install says how"
-in_project=() place=(--zone="$zone")
-[ -z "$project" ] || in_project=(--project="$project") place+=(--project="$project")
+in_project=("${place[@]:1}")
 group=(gcloud compute instance-groups managed)
 
-check_machine() {
+check_machines() {
     local chips each
     need_value --machine "$machine" "e.g. ct6e-standard-4t"
     need_value --topology "$topology" "e.g. 4x4"
@@ -185,26 +165,14 @@ copy_code() {
     for vm in $all; do run gcloud compute scp "$1" "$vm:qstar.tgz" "${place[@]}" ${through[@]+"${through[@]}"}; done
 }
 
-case $do in
-all) # a line each: bash would not end at an error inside A && B
-    check_pod_run "$config" "$workdir"
-    check_machine
-    create
-    ship
-    start
-    ;;
-create)
-    check_machine
-    create
-    ;;
-ship) ship ;;
-list) run "${group[@]}" list --zones="$zone" ${in_project[@]+"${in_project[@]}"} ;;
-logs)
+list() { run "${group[@]}" list --zones="$zone" ${in_project[@]+"${in_project[@]}"}; }
+
+logs() {
+    local found vm
     found=$(names)
     vm=$(sed -n "$((worker + 1))p" <<<"$found")
     [ -n "$vm" ] || fail "--logs=$worker: the last VM of $name is $(($(wc -l <<<"$found") - 1))"
     run gcloud compute ssh "$vm" "${place[@]}" ${through[@]+"${through[@]}"} --command="bash ~/qstar/launch/worker.sh logs $name"
-    ;;
-stop) on_workers "bash ~/qstar/launch/worker.sh stop $name" ;;
-delete) delete ;;
-esac
+}
+
+act

@@ -29,47 +29,26 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-do="" name="" zone=${ZONE:-} project=${PROJECT:-} type="" runtime="" capacity=() slices=1 setup="" wait="" worker=0 flex="" more=()
-config="" workdir="" rest=()
+type="" runtime="" capacity=() slices=1 flex="" more=()
 check_values "$@"
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
-    --name=*) name=$value ;;
-    --zone=*) zone=$value ;;
-    --project=*) project=$value ;;
     --type=*) type=$value ;;
     --runtime=*) runtime=$value ;;
     --slices=*) slices=$value ;;
-    --setup=*) setup=$value ;;
     --spot | --reserved) capacity+=("$argument") ;;
     --flex-start=*) flex=$value capacity+=("$argument") ;;
     --network=* | --subnetwork=* | --internal-ips | --service-account=* | --labels=* | --tags=*) more+=("$argument") ;;
-    --wait) wait="wait" ;;
-    --create | --ship | --list | --logs | --stop | --delete) choose "$argument" ;;
-    --logs=*)
-        choose --logs
-        worker=$value
-        ;;
-    --dry-run) dry_run=yes ;;
-    -h | --help) show_help ;;
-    --config=*) config=$value rest+=("$argument") ;;
-    --workdir=*) workdir=$value rest+=("$argument") ;;
-    *) train_argument "$argument" ;;
+    *) pod_argument "$argument" ;;
     esac
 done
-do=${do:-all}
-need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
-[ "$do" = list ] || need_name "$name"
+check_pod
 need_number --slices "$slices" 1
-need_number --logs "$worker"
 [ ${#capacity[@]} -le 1 ] || fail "only one of --spot, --reserved and --flex-start can be given"
-need_program gcloud "https://cloud.google.com/sdk/docs/install says how"
-place=(--zone="$zone")
-[ -z "$project" ] || place+=(--project="$project")
 queued=(gcloud compute tpus queued-resources)
 
-check_type() {
+check_machines() {
     need_value --type "$type" "e.g. v6e-16"
     [ -n "$runtime" ] || case $type in
     v6e-*) runtime=v2-alpha-tpuv6e ;;
@@ -129,21 +108,8 @@ create() {
 
 copy_code() { run "${queued[@]}" scp "$1" "$name:qstar.tgz" "${place[@]}" --node=all --worker=all; }
 
-case $do in
-all) # a line each: bash would not end at an error inside A && B
-    check_pod_run "$config" "$workdir"
-    check_type
-    create
-    ship
-    start
-    ;;
-create)
-    check_type
-    create
-    ;;
-ship) ship ;;
-list) run "${queued[@]}" list "${place[@]}" ;;
-logs) run "${queued[@]}" ssh "$name" "${place[@]}" --node=0 --worker="$worker" --command="bash ~/qstar/launch/worker.sh logs $name" ;;
-stop) on_workers "bash ~/qstar/launch/worker.sh stop $name" ;;
-delete) delete ;;
-esac
+list() { run "${queued[@]}" list "${place[@]}"; }
+
+logs() { run "${queued[@]}" ssh "$name" "${place[@]}" --node=0 --worker="$worker" --command="bash ~/qstar/launch/worker.sh logs $name"; }
+
+act

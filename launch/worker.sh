@@ -4,7 +4,7 @@
 #   bash launch/worker.sh install                  Python 3.11 or newer where there is none, then qstar-jax[tpu] into .venv
 #   bash launch/worker.sh start NAME ARGUMENT ...  `qstar train ARGUMENT ...` in the background, started again if it fails
 #   bash launch/worker.sh wait NAME ARGUMENT ...   the same in the foreground, once; the exit code is the run's
-#   bash launch/worker.sh logs NAME | stop NAME | list
+#   bash launch/worker.sh logs NAME | stop NAME
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
@@ -22,14 +22,14 @@ install() {
 
 do=${1:-}
 case $do in
-install | list) ;;
+install) ;;
 start | wait | logs | stop)
     need_name "${2:-}"
     name=$2
     shift 2
     ;;
 -h | --help) show_help ;;
-*) fail "'$do' is none of install, start, wait, logs, stop, list" ;;
+*) fail "'$do' is none of install, start, wait, logs, stop" ;;
 esac
 case $do in
 install) install ;;
@@ -52,5 +52,4 @@ stop)
     touch "$jobs_folder/$name.stopped"
     stop_job "$name"
     ;;
-list) list_jobs ;;
 esac
