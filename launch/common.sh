@@ -207,12 +207,14 @@ pack_code() { # pack_code FILE: a tar of what git knows and what it does not ign
     done | tar --null -czf "$1" -T -
 }
 
-# For the launchers of pods, which define on_workers COMMAND, copy_code FILE, check_machines, create, delete, list and logs:
+# For the launchers of pods, which define parts (names of what ssh reaches: nodes or VMs), reach PART COMMAND, copy_code FILE,
+# check_machines, create, delete, list and logs:
 
 pod_argument() { # pod_argument WORD
     case $1 in
     --zone=*) zone=${1#*=} ;;
     --project=*) project=${1#*=} ;;
+    --iap) through+=(--tunnel-through-iap) ;;
     --setup=*) setup=${1#*=} ;;
     --wait) wait="wait" ;;
     --create | --ship | --delete) choose "$1" ;;
@@ -255,6 +257,17 @@ act() { # a line each: bash would not end at an error inside A && B
     stop) on_workers "bash ~/qstar/launch/worker.sh stop $name" ;;
     delete) delete ;;
     esac
+}
+
+on_workers() { # on_workers COMMAND: in the shell of every worker at once; the exit code is the first that is not 0
+    local part all jobs=() job code=0 found
+    all=$(parts) || exit 1 # $(parts) does not end at an error by itself
+    for part in $all; do
+        reach "$part" "$1" &
+        jobs+=($!)
+    done
+    for job in "${jobs[@]}"; do wait "$job" || { found=$?; [ "$code" -ne 0 ] || code=$found; }; done
+    return "$code"
 }
 
 ship() {

@@ -47,7 +47,6 @@ for argument in "$@"; do
     --service-account=* | --labels=* | --tags=*) more+=("$argument") ;;
     --image-family=*) family=$value ;;
     --disk=*) disk=$value ;;
-    --iap) through=(--tunnel-through-iap) ;;
     *) pod_argument "$argument" ;;
     esac
 done
@@ -137,31 +136,22 @@ create() {
     run "${group[@]}" wait-until "$name" "${place[@]}" --stable --timeout="${QSTAR_PATIENCE:-86400}"
 }
 
-on_workers() { # on_workers COMMAND: in the shell of every VM at once; the exit code is the first that is not 0
-    local vm all jobs=() code=0 job found
-    all=$(names)
-    for vm in $all; do
-        run gcloud compute ssh "$vm" "${place[@]}" ${through[@]+"${through[@]}"} --quiet --command="$1" &
-        jobs+=($!)
-    done
-    for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job" || { found=$?; [ "$code" -ne 0 ] || code=$found; }; done
-    return "$code"
-}
+reach() { run gcloud compute ssh "$1" "${place[@]}" ${through[@]+"${through[@]}"} --quiet --command="$2"; }
 
-names() { # of the VMs, in their order; a dry run does not know them
+parts() { # the VMs, in their order; a dry run does not know them
     local found
     if [ -n "$dry_run" ]; then
         printf 'VM\n%.0s' $(seq 0 "$worker")
         return
     fi
-    found=$(vms) || exit 1 # $(names) does not end at an error by itself
+    found=$(vms) || exit 1
     [ -n "$found" ] || give_up "$name has no VMs; --list shows the groups"
     cut -f1 <<<"$found"
 }
 
 copy_code() {
     local vm all
-    all=$(names)
+    all=$(parts)
     for vm in $all; do run gcloud compute scp "$1" "$vm:qstar.tgz" "${place[@]}" ${through[@]+"${through[@]}"}; done
 }
 
@@ -169,7 +159,7 @@ list() { run "${group[@]}" list --zones="$zone" ${in_project[@]+"${in_project[@]
 
 logs() {
     local found vm
-    found=$(names)
+    found=$(parts)
     vm=$(sed -n "$((worker + 1))p" <<<"$found")
     [ -n "$vm" ] || fail "--logs=$worker: the last VM of $name is $(($(wc -l <<<"$found") - 1))"
     run gcloud compute ssh "$vm" "${place[@]}" ${through[@]+"${through[@]}"} --command="bash ~/qstar/launch/worker.sh logs $name"

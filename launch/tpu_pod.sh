@@ -9,10 +9,11 @@
 #
 #   --name=NAME --zone=ZONE --project=PROJECT    of the queued resource (zone and project: else ZONE and PROJECT, the variables)
 #   --type=TYPE          accelerator type: v4-8, v5litepod-16, v5p-32, v6e-16, ...
-#   --slices=N           more than one: multislice (default 1)
+#   --slices=N           more than one: multislice (default 1); --ship, --logs and --stop have to know it, too
 #   --spot | --reserved | --flex-start=4h    cheaper and pre-emptible | from your reservation | queued for so long a run
 #   --network=N --subnetwork=N --internal-ips --service-account=EMAIL --labels=K=V,... --tags=T,...    of the machines
 #   --runtime=VERSION    image of the TPU VMs (default: by type)
+#   --iap                connects through Identity-Aware Proxy: TPU VMs of --internal-ips, from outside of their network
 #   --setup=COMMAND      on every worker, before the start: mounts the disk that holds the workdir, exports keys, ...
 #   --create, --ship     only that: machines | code
 #   --wait               stays until the run ends, with its exit code (under launch/babysit.sh: survives pre-emption)
@@ -22,6 +23,7 @@
 #   --delete             gives the machines back
 #   --dry-run            prints the commands
 #
+# To copy to several workers gcloud wants its key in ssh-agent: ssh-add ~/.ssh/google_compute_engine
 # The workdir is a folder that all workers see (gs://BUCKET/NAME, or a Filestore share that --setup mounts, say): stages meet there.
 # Google has ended the development of this API: for TPU7x, and by its advice for new work, see launch/tpu_compute.sh.
 set -euo pipefail
@@ -47,6 +49,9 @@ check_pod
 need_number --slices "$slices" 1
 [ ${#capacity[@]} -le 1 ] || fail "only one of --spot, --reserved and --flex-start can be given"
 queued=(gcloud compute tpus queued-resources)
+# Not ssh and scp of queued-resources: these exit with 0 where a node is gone, and take the workers in batches of 64, the second
+# when the first has ended. Those of tpu-vm take all at once; the alpha command alone goes through IAP (its --batch-size is all).
+tpu_vm=(gcloud ${through[@]+alpha} compute tpus tpu-vm)
 
 check_machines() {
     need_value --type "$type" "e.g. v6e-16"
@@ -59,9 +64,11 @@ check_machines() {
     esac
 }
 
-on_workers() { # on_workers COMMAND: in the shell of every worker
-    run "${queued[@]}" ssh "$name" "${place[@]}" --node=all --worker=all --command="$1"
+parts() { # the nodes: one per slice
+    if [ "$slices" -eq 1 ]; then echo "$name"; else seq -f "$name-%.0f" 0 $((slices - 1)); fi
 }
+
+reach() { run "${tpu_vm[@]}" ssh "$1" "${place[@]}" ${through[@]+"${through[@]}"} --worker="${3:-all}" --command="$2"; }
 
 state() { # of the queued resource; nothing if there is none
     "${queued[@]}" describe "$name" "${place[@]}" --format="value(state.state)" 2>/dev/null || true
@@ -106,10 +113,17 @@ create() {
     done
 }
 
-copy_code() { run "${queued[@]}" scp "$1" "$name:qstar.tgz" "${place[@]}" --node=all --worker=all; }
+copy_code() { # a node after the other: the first call may have to make the key of ssh
+    local node
+    for node in $(parts); do run "${tpu_vm[@]}" scp "$1" "$node:qstar.tgz" "${place[@]}" ${through[@]+"${through[@]}"} --worker=all; done
+}
 
 list() { run "${queued[@]}" list "${place[@]}"; }
 
-logs() { run "${queued[@]}" ssh "$name" "${place[@]}" --node=0 --worker="$worker" --command="bash ~/qstar/launch/worker.sh logs $name"; }
+logs() {
+    local nodes
+    nodes=$(parts)
+    reach "${nodes%%$'\n'*}" "bash ~/qstar/launch/worker.sh logs $name" "$worker"
+}
 
 act

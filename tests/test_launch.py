@@ -21,10 +21,10 @@ RUN = ["--config=configs/star_arithmetic.py:smoke", "--workdir=/runs/x", ODD]
 RECORD = """#!/usr/bin/env bash
 { flock 9; printf '%s\\037' "${0##*/}" "$@" >&9; printf '\\036' >&9; } 9>>"$CALLS"
 """
-# A VM of Compute Engine has a home of its own; the workers of a queued resource are one.
+# A VM of Compute Engine and a node of several have a home of their own; the workers of a node are one.
 GCLOUD = """
 home=$HOME
-for a; do case $2:$a in ssh:x-??) home=$HOME/$a ;; scp:x-??:*) home=$HOME/${a%%:*} ;; esac; done
+for a; do case $a in x-?*) home=$HOME/${a%%:*} ;; esac; done
 mkdir -p "$home"
 case "$*" in ${FAILS:-none}) echo "${SAYS:-login expired}" >&2; exit 1 ;; esac
 case "$*" in
@@ -121,7 +121,7 @@ def words(text):
 POD = ["--name=x", "--zone=us-east5-b", "--project=p", "--type=v6e-16"]
 PLACE = ["--zone=us-east5-b", "--project=p"]
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
-ALL = ["--node=all", "--worker=all"]
+TPU_VM = ["gcloud", "compute", "tpus", "tpu-vm"]
 MIG = [*POD[:3], "--machine=ct6e-standard-4t", "--topology=2x4"]
 GROUP = ["gcloud", "compute", "instance-groups", "managed"]
 XPK = ["--name=x", "--cluster=c", "--zone=us-east5-b", "--project=p"]
@@ -129,14 +129,12 @@ JOBSET = ["--jobset", "--name=x", "--accelerator=tpu-v6e-slice", "--topology=4x4
 
 
 def test_a_dry_run_of_a_pod_prints_each_command_and_calls_nothing(bench):
-    printed = shlex.split(
-        bench("tpu_pod.sh", *POD, "--spot", *RUN, "--dry-run").replace("\n" + QUEUED[0], " ; " + QUEUED[0])
-    )
+    printed = shlex.split(bench("tpu_pod.sh", *POD, "--spot", *RUN, "--dry-run").replace("\ngcloud", " ; gcloud"))
     create, scp, install, start = [list(c) for c in split(printed)]
     assert create == [*QUEUED, "create", "x", *PLACE, "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e",
                       "--node-id=x", "--spot"]  # fmt: skip
-    assert scp[:5] == [*QUEUED, "scp"] and scp[6:] == ["x:qstar.tgz", *PLACE, *ALL]
-    assert install[:-1] == start[:-1] == [*QUEUED, "ssh", "x", *PLACE, *ALL]
+    assert scp[:5] == [*TPU_VM, "scp"] and scp[6:] == ["x:qstar.tgz", *PLACE, "--worker=all"]
+    assert install[:-1] == start[:-1] == [*TPU_VM, "ssh", "x", *PLACE, "--worker=all"]
     assert shlex.split(start[-1].removeprefix("--command=")) == ["bash", "~/qstar/launch/worker.sh", "start", "x", *RUN]
     assert bench.calls() == []
 
@@ -162,6 +160,24 @@ def test_a_pod_gets_the_code_installs_it_and_runs_the_very_words(bench, copy):
     assert len(pip) == 1 and pip[0][-2:] == ["-e", ".[tpu]"]
     assert bench.calls("python")[-1] == ["python", "-m", "qstar", "train", *RUN]
     assert (bench.home / "was_set_up").exists()
+
+
+def test_all_slices_are_reached_at_once_and_one_that_is_gone_is_a_failure(bench, copy):
+    python = bench.path / "python"
+    both = 'touch "$CALLS.$$"; until [ -e "$ALONE" ] || [ "$(ls "$CALLS".* | wc -l)" -eq 2 ]; do sleep 0.02; done; exit "${'
+    python.write_text(python.read_text().replace('exit "${', both))
+    flags = [*POD, *RUN, "--slices=2", "--wait"]
+    bench("tpu_pod.sh", *flags, cwd=copy, ALONE="")
+    assert sorted(c[5] for c in bench.calls("gcloud") if c[4] == "ssh") == 2 * ["x-0"] + 2 * ["x-1"]
+    assert [c[6] for c in bench.calls("gcloud") if c[4] == "scp"] == ["x-0:qstar.tgz", "x-1:qstar.tgz"]
+    bench("tpu_pod.sh", *flags, cwd=copy, code=1, ALONE="/", FAILS="*tpu-vm ssh x-0*worker.sh wait*", SAYS="PREEMPTED")
+    assert bench.calls("python")[-1][2:4] == ["qstar", "train"]  # on the other
+
+
+def test_machines_without_external_addresses_are_reached_through_iap(bench):
+    for flag in ("--stop", "--ship", "--logs"):
+        for call in words(bench("tpu_pod.sh", *POD, "--slices=2", "--iap", flag, "--dry-run")):
+            assert call[:5] == ["gcloud", "alpha", *TPU_VM[1:]] and "--tunnel-through-iap" in call
 
 
 def test_the_exit_code_of_a_run_comes_back(bench, copy):
@@ -190,14 +206,18 @@ def test_machines_are_asked_for_where_there_are_none_or_no_longer(bench, states,
         assert c[-2:] == (["--node-count=2", "--node-prefix=x"] if c[4] == "create" else ["--force", "--quiet"])
 
 
-@pytest.mark.parametrize("flag, last", [("--stop", [*ALL, "--command=bash ~/qstar/launch/worker.sh stop x"]),
-                                        ("--logs=3", ["--node=0", "--worker=3",
-                                                       "--command=bash ~/qstar/launch/worker.sh logs x"]),
-                                        ("--delete", ["--force", "--quiet"]), ("--list", PLACE)])  # fmt: skip
-def test_pods_are_listed_followed_stopped_and_given_back(bench, flag, last):
-    (call,) = words(bench("tpu_pod.sh", *POD, flag, "--dry-run"))
-    assert bench.calls() == []
-    assert call[:4] == QUEUED and call[-len(last) :] == last and PLACE[0] in call
+ON = "--command=bash ~/qstar/launch/worker.sh"
+
+
+@pytest.mark.parametrize("flags, calls", [
+    (["--stop"], [[*TPU_VM, "ssh", "x", *PLACE, "--worker=all", f"{ON} stop x"]]),
+    (["--stop", "--slices=2"], [[*TPU_VM, "ssh", node, *PLACE, "--worker=all", f"{ON} stop x"] for node in ("x-0", "x-1")]),
+    (["--logs=3"], [[*TPU_VM, "ssh", "x", *PLACE, "--worker=3", f"{ON} logs x"]]),
+    (["--logs", "--slices=2"], [[*TPU_VM, "ssh", "x-0", *PLACE, "--worker=0", f"{ON} logs x"]]),
+    (["--delete"], [[*QUEUED, "delete", "x", *PLACE, "--force", "--quiet"]]), (["--list"], [[*QUEUED, "list", *PLACE]]),
+])  # fmt: skip
+def test_pods_are_listed_followed_stopped_and_given_back(bench, flags, calls):
+    assert sorted(words(bench("tpu_pod.sh", *POD, *flags, "--dry-run"))) == calls and not bench.calls()
 
 
 MACHINES = ["--network=n", "--internal-ips", "--service-account=a@p", "--labels=team=x"]
