@@ -341,7 +341,7 @@ stop_job() { # stop_job NAME: SIGTERM, which saves; waits for the end
     id=$(job_id "$1") || { echo "job $1 does not run"; return; }
     kill -TERM "$id" 2>/dev/null || true # it may end this very moment
     while job_id "$1" >/dev/null; do
-        [ "$left" -gt 0 ] || fail "job $1 (process $id) has not ended; kill -9 $id ends it without saving"
+        [ "$left" -gt 0 ] || give_up "job $1 (process $id) has not ended; kill -9 $id ends it without saving"
         left=$((left - 1))
         sleep 1
     done

@@ -106,7 +106,7 @@ create() {
         case $now in
         FAILED | SUSPENDING | SUSPENDED) return 1 ;;
         esac
-        [ "$left" -gt 0 ] || fail "$name is still ${now:-unknown}; call again to go on waiting, or --delete it"
+        [ "$left" -gt 0 ] || give_up "$name is still ${now:-unknown}; call again to go on waiting, or --delete it"
         echo "$name is ${now:-unknown}; looking again in $pause s"
         sleep "$pause"
         left=$((left - pause))

@@ -20,6 +20,16 @@ install() {
     install_qstar tpu
 }
 
+end_left_behind() { # the run whose connection broke
+    local id
+    id=$(job_id "$name") || return 0
+    (stop_job "$name") || {
+        echo "killing it" >&2
+        pkill -KILL -P "$id" || true # under babysit.sh it is a child
+        kill -KILL "$id" || true
+    }
+}
+
 do=${1:-}
 case $do in
 install) ;;
@@ -36,10 +46,11 @@ install) install ;;
 start) start_job "$name" bash launch/babysit.sh -- .venv/bin/python -m qstar train "$@" ;;
 wait)
     mkdir -p "$jobs_folder"
-    ! job_id "$name" >/dev/null || stop_job "$name" # left behind by a connection that broke
+    end_left_behind
     rm -f "$jobs_folder/$name.stopped"
     # Told to end because the machine goes, the run is not done (75); told by --stop, it is. What looks on has to know.
-    QSTAR_STOPPED_CODE=75 .venv/bin/python -m qstar train "$@" > >(tee -a "$jobs_folder/$name.log") 2>&1 &
+    # -p: tee goes on when the connection is gone, and so does the run, until it is told to save.
+    QSTAR_STOPPED_CODE=75 .venv/bin/python -m qstar train "$@" > >(tee -p -a "$jobs_folder/$name.log") 2>&1 &
     note_job "$name" $!
     code=0
     wait $! || code=$?

@@ -187,6 +187,32 @@ def test_the_exit_code_of_a_run_comes_back(bench, copy):
     )  # the machine goes, the run is not done
 
 
+def test_a_run_outlives_its_connection_and_is_ended_by_the_next(bench, copy):
+    """It goes on when nobody reads, and is killed if it does not save in time."""
+    (copy / ".venv/bin").mkdir(parents=True)
+    python = copy / ".venv/bin/python"
+    python.write_text('#!/bin/bash\ntrap "" TERM\ntouch "$HOME/up"\nuntil [ -e "$HOME/gone" ]; do sleep 0.02; done\n'
+                      'for i in {1..20}; do echo line $i || exit 141; done\ntouch "$HOME/said"\nexec /bin/sleep 60\n')  # fmt: skip
+    python.chmod(0o755)
+    command = ["bash", copy / "launch/worker.sh", "wait", "x", *RUN]
+    first = subprocess.Popen(command, env=bench.environment, stdout=subprocess.PIPE)
+    wait_for((bench.home / "up").exists)
+    first.stdout.close()
+    (bench.home / "gone").touch()
+    wait_for((bench.home / "said").exists)
+    wait_for(lambda: "line 20" in (bench.home / ".qstar/jobs/x.log").read_text())
+    (bench.path / "sleep").write_text("#!/bin/sh\n")
+    (bench.path / "sleep").chmod(0o755)
+    python.write_text("#!/bin/bash\nexit 0\n")
+    bench("worker.sh", "wait", "x", *RUN, cwd=copy, QSTAR_STOP_SECONDS="0")
+    assert first.wait(20) == 137
+
+
+def test_waiting_too_long_is_no_mistake_to_mend(bench):
+    bench.states.write_text("PROVISIONING\n")
+    assert "still PROVISIONING" in bench("tpu_pod.sh", *POD, "--create", code=1, QSTAR_PATIENCE="0")
+
+
 def test_a_run_that_was_stopped_is_not_started_again(bench, copy):
     python = bench.path / "python"
     python.write_text(python.read_text().replace('exit "${', 'touch "$HOME/.qstar/jobs/x.stopped"; exit "${'))
