@@ -71,8 +71,8 @@ check_machines() {
     esac
 }
 
-vms() { # names and states of the VMs of the slice
-    "${group[@]}" list-instances "$name" "${place[@]}" --format="value(NAME,STATUS)"
+vms() { # names and states of the VMs of the slice, and what the group is doing to them
+    "${group[@]}" list-instances "$name" "${place[@]}" --format="value(instance.basename(),instanceStatus,currentAction)"
 }
 
 there() { # there COMMAND ...: whether it finds a resource; a dry run finds none
@@ -116,7 +116,8 @@ create() {
     if there "${group[@]}" describe "$name" "${place[@]}"; then
         made=yes found=$(vms)
         [ "$(grep -c RUNNING <<<"$found")" -ne "$hosts" ] || return 0
-        if [ -n "$found" ]; then # pre-empted: a slice is whole or useless
+        # Pre-empted: a slice is whole or useless. VMs that are being made have no state or an early one, and an action.
+        if grep -qE $'\t(PENDING_STOP|STOP|TERM|SUSPEND|DEPROV|\tNONE)' <<<"$found" || ! grep -qv RUNNING <<<"$found"; then
             echo "$name has lost VMs: making the slice again"
             "${group[@]}" delete "$name" "${place[@]}" --quiet
             made=""

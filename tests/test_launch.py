@@ -302,11 +302,16 @@ def test_an_expired_login_is_not_taken_for_a_slice_that_is_not_there(bench, copy
         assert "x has no VMs" in bench("tpu_compute.sh", *MIG, flag, cwd=copy, code=1)
 
 
-def test_a_slice_that_lost_a_vm_is_made_again(bench):
-    bench.vms.write_text("x-ab\tRUNNING\nx-cd\tSTOPPING\n")
+@pytest.mark.parametrize("other, made", [
+    ("x-cd\tSTOPPING\tNONE", True), ("x-cd\tTERMINATED\tNONE", True), ("x-cd\tSUSPENDED\tNONE", True),
+    ("x-cd\t\tNONE", True), ("", True), ("x-cd\tPROVISIONING\tCREATING", False), ("x-cd\tSTAGING\tCREATING", False),
+    ("x-cd\t\tCREATING", False), ("x-cd\tREPAIRING\tNONE", False),
+])  # fmt: skip
+def test_a_slice_that_lost_a_vm_is_made_again_and_one_that_is_being_made_is_waited_for(bench, other, made):
+    bench.vms.write_text(f"x-ab\tRUNNING\tNONE\n{other}\n".replace("\n\n", "\n"))
     bench("tpu_compute.sh", *MIG, "--spot", "--create")
     verbs = [c[4] for c in bench.calls("gcloud") if c[1:4] == GROUP[1:]]
-    assert verbs == ["describe", "list-instances", "delete", "create", "wait-until"]
+    assert verbs == ["describe", "list-instances", *(["delete", "create"] if made else []), "wait-until"]
 
 
 def test_what_a_failed_creation_left_is_made_again_with_the_flags_of_today(bench):
