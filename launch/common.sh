@@ -11,11 +11,22 @@ find_python() {
     return 2
 }
 
+bring_python() { # for the images of clouds: those of TPU VMs come with Python 3.10
+    PYTHON=$(find_python 2>/dev/null) || {
+        python3 -m pip install -q --user uv
+        python3 -m uv python install -q 3.12
+        PYTHON=$(python3 -m uv python find 3.12)
+    }
+    export PYTHON
+}
+
 detect_device() { # cpu, gpu or tpu, by what is there
     if [ -e /dev/accel0 ] || [ -n "${TPU_NAME:-}" ]; then
         echo tpu
     elif [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then # not through grep -q, which ends a long list by SIGPIPE
         echo gpu
+    elif compgen -G "/dev/vfio/[0-9]*" >/dev/null; then # TPUs from v5p on; behind GPUs, which a host may keep there for its guests
+        echo tpu
     else
         echo cpu
     fi
@@ -30,7 +41,8 @@ install_qstar() { # install_qstar EXTRAS [PACKAGE ...]: into .venv, skipped when
         return
     fi
     echo "installing qstar${extras:+[$extras]} into .venv ..."
-    [ -x .venv/bin/python ] || "$python" -m venv .venv # a folder may be of an installation that was cut off
+    # A folder may be of an installation that was cut off before pip came, or of uv, which brings none: what is there is kept.
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv
     # shellcheck disable=SC2086
     .venv/bin/python -m pip install -q --disable-pip-version-check "$@" -e ".${extras:+[$extras]}"
     echo "$stamp" >.venv/.qstar-installed

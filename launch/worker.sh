@@ -10,16 +10,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-install() {
-    if ! PYTHON=$(find_python 2>/dev/null); then # the images of TPU VMs come with Python 3.10
-        python3 -m pip install -q --user uv
-        python3 -m uv python install -q 3.12
-        PYTHON=$(python3 -m uv python find 3.12)
-    fi
-    export PYTHON
-    install_qstar tpu
-}
-
 end_left_behind() { # the run whose connection broke
     local id
     id=$(job_id "$name") || return 0
@@ -42,7 +32,10 @@ start | wait | logs | stop)
 *) fail "'$do' is none of install, start, wait, logs, stop" ;;
 esac
 case $do in
-install) install ;;
+install)
+    bring_python
+    install_qstar tpu
+    ;;
 start) start_job "$name" bash launch/babysit.sh -- .venv/bin/python -m qstar train "$@" ;;
 wait)
     mkdir -p "$jobs_folder"

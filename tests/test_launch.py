@@ -156,7 +156,7 @@ def test_a_pod_gets_the_code_installs_it_and_runs_the_very_words(bench, copy):
     with tarfile.open(bench.home / "qstar.tgz") as tar:
         there = tar.getnames()
     assert "launch/worker.sh" in there and "secret.key" not in there
-    pip = [c for c in bench.calls("python") if c[2] == "pip"]
+    pip = [c for c in bench.calls("python") if c[2:4] == ["pip", "install"]]
     assert len(pip) == 1 and pip[0][-2:] == ["-e", ".[tpu]"]
     assert bench.calls("python")[-1] == ["python", "-m", "qstar", "train", *RUN]
     assert (bench.home / "was_set_up").exists()
@@ -347,6 +347,7 @@ def test_skypilot_starts_a_process_per_node_with_the_very_words(bench, copy):
     yaml = pytest.importorskip("yaml", reason="the task is read by PyYAML, which transformers brings")
     task = yaml.safe_load((ROOT / "launch/sky.yaml").read_text())
     assert set(task) == {"workdir", "resources", "file_mounts", "envs", "secrets", "setup", "run"}
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75], "max_restarts_on_errors": 5}
     (copy / ".venv/bin").mkdir(parents=True)
     shutil.copy(bench.path / "python", copy / ".venv/bin/python")
     python = copy / ".venv/bin/python"
@@ -360,6 +361,44 @@ def test_skypilot_starts_a_process_per_node_with_the_very_words(bench, copy):
     found = dict(line.split("=", 1) for line in (bench.home / "variables").read_text().splitlines())
     assert found["QSTAR_COORDINATOR"] == "10.0.0.2:8476" and found["QSTAR_STOPPED_CODE"] == "75"
     assert (found["QSTAR_NUM_PROCESSES"], found["QSTAR_PROCESS_ID"]) == ("2", "1")
+
+
+@pytest.mark.parametrize("script", ["sky.yaml", "worker.sh"])
+def test_an_image_with_an_old_python_gets_a_newer_one(bench, copy, script):
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        (bench.path / name).write_text(RECORD + 'case $1 in -c) exit 1 ;; esac\n[ "$4" != find ] || echo "$NEWER"\n')
+        (bench.path / name).chmod(0o755)
+    environment = {**bench.environment, "PYTHON": "", "NEWER": bench.environment["PYTHON"], "EXTRAS": "tpu"}
+    text = (copy / "launch" / script).read_text()
+    setup = text.partition("setup: |\n")[2].partition("run: |")[0].replace("\n  ", "\n")
+    command = ["-c", setup] if setup else ["launch/worker.sh", "install"]
+    subprocess.run(["bash", *command], cwd=copy, env=environment, check=True)
+    assert bench.calls("python3")[-1] == ["python3", "-m", "uv", "python", "find", "3.12"]
+    assert bench.calls("python")[-1][-2:] == ["-e", ".[tpu]"]
+
+
+def test_an_installation_that_was_cut_off_is_repaired(bench, copy):
+    (copy / ".venv/bin").mkdir(parents=True)
+    (copy / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")  # no pip yet
+    (copy / ".venv/bin/python").chmod(0o755)
+    bench("worker.sh", "install", cwd=copy)
+    assert [c[2] for c in bench.calls("python") if c[1] == "-m"] == ["venv", "pip"]
+    bench("gpu_check.sh", cwd=copy)  # other extras
+    assert [c[2] for c in bench.calls("python") if c[1] == "-m"][2:] == ["pip", "pip", "qstar"]
+
+
+@pytest.mark.parametrize("there, gpus, device", [
+    ("accel0", True, "tpu"), ("vfio/0", False, "tpu"), ("vfio/vfio", False, "cpu"), ("vfio/0", True, "gpu"), ("null", False, "cpu"),
+])  # fmt: skip
+def test_the_device_is_found_by_its_file(bench, copy, there, gpus, device):
+    (copy / "dev" / there).parent.mkdir(parents=True, exist_ok=True)
+    (copy / "dev" / there).touch()
+    common = (copy / "launch/common.sh").read_text().replace("/dev/accel0", "dev/accel0").replace("/dev/vfio", "dev/vfio")
+    if not gpus:
+        (bench.path / "nvidia-smi").write_text("#!/bin/sh\n")
+    command = ["bash", "-c", common + "\ndetect_device"]
+    done = subprocess.run(command, cwd=copy, env={**bench.environment, "TPU_NAME": ""}, capture_output=True, text=True)
+    assert done.stdout == device + "\n", done.stderr
 
 
 def test_the_image_copies_what_is_there_and_ships_the_configs():
