@@ -217,8 +217,9 @@ submit_gcluster() {
     local call=(gcluster job submit "${place[@]}" --name="$name" --compute-type="$type" --num-slices="$slices" --image="$image")
     local pair
     need_value --type "$type" "e.g. v6e-16"
-    # 75: told to end by the cluster; 1: lost another process.
-    call+=(--restarts="$restarts" --grace-period="${grace}s" --restart-on-exit-codes="75,1")
+    # 75: told to end by the cluster; 1: lost another process; from 128 on: ended by a signal, as 137 after the grace, or for memory.
+    # Given codes are the only ones.
+    call+=(--restarts="$restarts" --grace-period="${grace}s" --restart-on-exit-codes="75,1,134,137,139,143")
     [ -z "$topology" ] || call+=(--topology="$topology")
     [ -z "$queue" ] || call+=(--queue="$queue")
     [ -z "$account" ] || call+=(--service-account="$account")
@@ -242,9 +243,12 @@ xpk-stop) run xpk workload delete "${place[@]}" --workload="$name" --force ;;
 kubectl-create)
     manifest=$(jobset) || exit 2
     if [ -n "$dry_run" ]; then
-        printf '%s\n' "kubectl apply -f - <<'END'" "$manifest" END
+        printf '%s\n' "kubectl create -f - <<'END'" "$manifest" END
     else
-        kubectl apply -f - <<<"$manifest"
+        # One that has ended would be left as it is. One that runs is an error of create, not "unchanged".
+        ended=$(kubectl get jobset "$name" --ignore-not-found --output=jsonpath='{.status.conditions[?(@.status=="True")].type}')
+        case " $ended " in *" Completed "* | *" Failed "*) kubectl delete jobset "$name" --cascade=foreground ;; esac
+        kubectl create -f - <<<"$manifest"
     fi
     ;;
 kubectl-list) run kubectl get jobsets ;;

@@ -504,7 +504,7 @@ def test_gcluster_gets_a_command_that_one_shell_splits_into_the_very_words(bench
     (call,) = bench.calls()
     assert call[:6] == ["gcluster", "job", "submit", "--cluster=c", "--location=us-east5-b", "--project=p"]
     for flag in ("--name=x", "--compute-type=v6e-16", "--num-slices=2", "--image=i:1", "--restarts=100",
-                 "--grace-period=300s", "--mount=disk:/runs:rw", "--service-account=me", "--env=A=b c",
+                 "--restart-on-exit-codes=75,1,134,137,139,143", "--grace-period=300s", "--mount=disk:/runs:rw", "--service-account=me", "--env=A=b c",
                  "--node-constraint=cloud.google.com/gke-flex-start=true", "--env=QSTAR_STOPPED_CODE=75"):  # fmt: skip
         assert flag in call
     assert shlex.split(call[-1].removeprefix("--command="))[-3:] == RUN
@@ -550,8 +550,16 @@ def test_a_jobset_holds_the_very_words(bench):
     assert pod["spec"]["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
     assert pod["spec"]["containers"][0]["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
     assert pod["spec"]["nodeSelector"]["cloud.google.com/gke-flex-start"] == "true"
-    bench("gke_xpk.sh", *JOBSET, *RUN)
-    assert bench.calls() == [["kubectl", "apply", "-f", "-"]]
+
+
+@pytest.mark.parametrize("state, deleted", [("", False), ("StartupPolicyCompleted", False), ("Suspended", False),
+                                            ("StartupPolicyCompleted Failed", True), ("Completed", True)])  # fmt: skip
+def test_a_jobset_that_has_ended_is_made_again(bench, state, deleted):
+    with open(bench.path / "kubectl", "a") as file:
+        file.write('[ "$1" != get ] || echo "$STATE"\n')
+    bench("gke_xpk.sh", *JOBSET, *RUN, STATE=state)
+    calls = [c[:3] for c in bench.calls()]
+    assert calls == [["kubectl", "get", "jobset"], *[["kubectl", "delete", "jobset"]] * deleted, ["kubectl", "create", "-f"]]
 
 
 def test_gpus_of_this_machine(bench, copy):
