@@ -12,7 +12,7 @@
 #   --mounts=A:B,...  into the container, beside this folder (the workdir, weights)
 #   --sbatch=OPTION   any other option of sbatch, e.g. --sbatch=--exclusive; repeatable
 #   --list            your jobs
-#   --logs            follows the log of the job of that name
+#   --logs            follows the newest log of the jobs of that name
 #   --stop            SIGTERM to its processes: they save and end; the same command goes on later
 #   --dry-run         prints the commands
 #
@@ -46,17 +46,6 @@ need_number --gpus "$gpus" 1
 [ "$do" = install ] || need_program sbatch "call this where jobs are submitted"
 user=${USER:-$(id -un)}
 
-job() { # id of the newest job of that name
-    local id
-    if [ -n "$dry_run" ]; then
-        id=JOB
-    else
-        id=$(squeue --noheader --user="$user" --name="$name" --format=%i --sort=-i | sed -n 1p) || exit 1 # $(job) goes on by itself
-        [ -n "$id" ] || fail "no job of the name $name is queued or runs; --list shows your jobs"
-    fi
-    echo "$id"
-}
-
 case $do in
 install) run install_qstar cuda ;;
 submit)
@@ -70,12 +59,16 @@ submit)
     run "${command[@]}" ${more[@]+"${more[@]}"} launch/slurm.sbatch "${rest[@]}"
     ;;
 list) run squeue --user="$user" --format="%.12i %.24j %.4t %.12M %.5D %R" ;;
-logs)
-    id=$(job)
-    run tail -n 200 -F "$name-$id.log"
+logs) # of a job that failed, too, which squeue does not know
+    log=$name-JOB.log
+    [ -n "$dry_run" ] || log=$(find . -maxdepth 1 -regex "\./$name-[0-9]+\.log" -printf '%T@ %f\n' | sort -rn | sed -n '1s/^[^ ]* //p')
+    [ -n "$log" ] || fail "there is no log of a job $name in $PWD; --list shows your jobs"
+    run tail -n 200 -F "$log"
     ;;
 stop)
-    id=$(job)
+    id=JOB
+    [ -n "$dry_run" ] || id=$(squeue --noheader --user="$user" --name="$name" --format=%i --sort=-i | sed -n 1p)
+    [ -n "$id" ] || fail "no job of the name $name is queued or runs; --list shows your jobs"
     run scancel --signal=TERM "$id"
     ;;
 esac

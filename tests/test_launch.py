@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -423,6 +424,23 @@ def test_slurm_jobs_are_listed_and_stopped(bench):
     assert listing[:2] == looking[:1] + ["--user=me"] and "--name=x" in looking
     assert stopping == ["scancel", "--signal=TERM", "77"]
     assert words(bench("slurm.sh", "--logs", "--name=x", "--dry-run")) == [["tail", "-n", "200", "-F", "x-JOB.log"]]
+
+
+def test_the_log_of_a_slurm_job_is_the_newest_of_its_name(bench, copy):
+    assert "no log of a job x" in bench("slurm.sh", "--logs", "--name=x", cwd=copy, code=2)
+    (bench.path / "tail").write_text(RECORD)
+    (bench.path / "tail").chmod(0o755)
+    for age, name in enumerate(("x-2-80.log", "x-79.log", "x-78.log")):
+        (copy / name).touch()
+        os.utime(copy / name, (1e9 - age, 1e9 - age))
+    bench("slurm.sh", "--logs", "--name=x", cwd=copy)
+    assert bench.calls() == [["tail", "-n", "200", "-F", "x-79.log"]]
+
+
+def test_a_slurm_job_is_told_before_the_time_that_saving_takes_is_up():
+    told = re.search(r"--signal=B:TERM@(\d+)", (ROOT / "launch/slurm.sbatch").read_text())[1]
+    taken = re.search(r"^SECONDS = (\d+)", (ROOT / "qstar/preemption.py").read_text(), re.MULTILINE)[1]
+    assert int(told) >= int(taken) + 60
 
 
 def test_the_batch_script_starts_a_process_per_gpu_and_is_queued_again_when_its_time_is_up(bench, copy):
