@@ -43,7 +43,7 @@ if [ -n "$dry_run" ]; then
 fi
 
 export QSTAR_STOPPED_CODE=75
-child="" asked="" broken=""
+child="" asked=""
 pass_on() { # the signal goes to the child, whose end is waited for below
     asked=yes broken=yes
     [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
@@ -55,12 +55,7 @@ while :; do
     began=$SECONDS code=0 broken=""
     "$@" &
     child=$!
-    wait "$child" || code=$?
-    while [ -n "$broken" ]; do # the signal broke the wait, not the child
-        broken="" again=0
-        wait "$child" || again=$?
-        [ "$again" -eq 127 ] || code=$again
-    done
+    await "$child" || code=$?
     child=""
     case $code in
     0 | 2 | 130) exit "$code" ;;

@@ -271,6 +271,19 @@ act() { # a line each: bash would not end at an error inside A && B
     esac
 }
 
+broken="" # set by a trap
+
+await() { # await PID: its exit code; a signal breaks the wait, not the process
+    local code=0 again
+    wait "$1" || code=$?
+    while [ -n "$broken" ]; do
+        broken="" again=0
+        wait "$1" || again=$?
+        [ "$again" -eq 127 ] || code=$again
+    done
+    return "$code"
+}
+
 on_workers() { # on_workers COMMAND: in the shell of every worker at once; the exit code is the first that is not 0
     local part all jobs=() job code=0 found
     all=$(parts) || exit 1 # $(parts) does not end at an error by itself
@@ -278,7 +291,7 @@ on_workers() { # on_workers COMMAND: in the shell of every worker at once; the e
         reach "$part" "$1" &
         jobs+=($!)
     done
-    for job in "${jobs[@]}"; do wait "$job" || { found=$?; [ "$code" -ne 0 ] || code=$found; }; done
+    for job in "${jobs[@]}"; do await "$job" || { found=$?; [ "$code" -ne 0 ] || code=$found; }; done
     return "$code"
 }
 
@@ -290,10 +303,17 @@ ship() {
     on_workers "mkdir -p ~/qstar && tar -xzf ~/qstar.tgz -C ~/qstar && bash ~/qstar/launch/worker.sh install"
 }
 
+stop_workers() { # a second signal ends this script alone
+    trap - TERM INT
+    (on_workers "bash ~/qstar/launch/worker.sh stop $name") || true
+    broken=yes
+}
+
 start() { # the words pass two shells: that of each worker reads one line
     local before=""
     # In lines of its own, --setup may end in a comment or a semicolon.
     [ -z "$setup" ] || before="{ $setup"$'\n'"} && "
+    [ -z "$wait" ] || trap stop_workers TERM INT # the run would go on, and cost
     on_workers "${before}bash ~/qstar/launch/worker.sh $(quote "${wait:-start}" "$name" "${rest[@]}")"
 }
 

@@ -18,7 +18,8 @@
 #   --iap                connects through Identity-Aware Proxy: VMs without external addresses
 #   --setup=COMMAND      on every VM, before the start: mounts the disk that holds the workdir, exports keys, ...
 #   --create, --ship     only that: machines | code
-#   --wait               stays until the run ends, with its exit code (under launch/babysit.sh: survives pre-emption)
+#   --wait               stays until the run ends, with its exit code (under launch/babysit.sh: survives pre-emption); a signal
+#                        to this script stops the run
 #   --list               the groups of the zone
 #   --logs[=VM]          follows the log of a VM (a number, default 0)
 #   --stop               SIGTERM to the run on all VMs: it saves; the VMs stay (and cost)

@@ -16,7 +16,8 @@
 #   --iap                connects through Identity-Aware Proxy: TPU VMs of --internal-ips, from outside of their network
 #   --setup=COMMAND      on every worker, before the start: mounts the disk that holds the workdir, exports keys, ...
 #   --create, --ship     only that: machines | code
-#   --wait               stays until the run ends, with its exit code (under launch/babysit.sh: survives pre-emption)
+#   --wait               stays until the run ends, with its exit code (under launch/babysit.sh: survives pre-emption); a signal
+#                        to this script stops the run
 #   --list               the queued resources of the zone
 #   --logs[=WORKER]      follows the log of a worker (default 0)
 #   --stop               SIGTERM to the run on all workers: it saves; the machines stay (and cost)

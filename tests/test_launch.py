@@ -209,6 +209,20 @@ def test_a_run_outlives_its_connection_and_is_ended_by_the_next(bench, copy):
     assert first.wait(20) == 137
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "tpu_compute.sh"])
+def test_a_signal_to_who_waits_stops_the_run(bench, copy, script, number):
+    python = bench.path / "python"
+    stays = 'trap "touch $HOME/saved; exit 75" TERM; touch "$HOME/up"; while :; do sleep 0.02; done; exit "${'
+    python.write_text(python.read_text().replace('exit "${', stays))
+    homes = {"tpu_pod.sh": [bench.home], "tpu_compute.sh": [bench.home / "x-ab", bench.home / "x-cd"]}[script]
+    command = ["bash", copy / "launch" / script, *CREATED[script], *RUN, "--wait"]
+    waiting = subprocess.Popen(command, env=bench.environment, cwd=copy)
+    wait_for(lambda: all((home / "up").exists() for home in homes))
+    waiting.send_signal(number)
+    assert waiting.wait(20) == 0 and all((home / "saved").exists() for home in homes)
+
+
 def test_waiting_too_long_is_no_mistake_to_mend(bench):
     bench.states.write_text("PROVISIONING\n")
     assert "still PROVISIONING" in bench("tpu_pod.sh", *POD, "--create", code=1, QSTAR_PATIENCE="0")
