@@ -300,7 +300,8 @@ ship() {
     trap 'rm -rf "$packed"' EXIT
     pack_code "$packed/qstar.tgz"
     copy_code "$packed/qstar.tgz"
-    on_workers "mkdir -p ~/qstar && tar -xzf ~/qstar.tgz -C ~/qstar && bash ~/qstar/launch/worker.sh install"
+    # The scripts alone: install looks whether a run is there before it puts the rest in its place.
+    on_workers "mkdir -p ~/qstar && tar -xzf ~/qstar.tgz -C ~/qstar launch && bash ~/qstar/launch/worker.sh install $name${wait:+ $wait}"
 }
 
 stop_workers() { # a second signal ends this script alone
@@ -356,10 +357,14 @@ job_id() { # job_id NAME: of its process, if that runs
     fi
 }
 
+need_idle() { # need_idle NAME
+    ! job_id "$1" >/dev/null || fail "job $1 runs already (log: $jobs_folder/$1.log); --stop it first"
+}
+
 start_job() { # start_job NAME COMMAND ...: in the background; it outlives the terminal
     local name=$1
     shift
-    ! job_id "$name" >/dev/null || fail "job $name runs already (log: $jobs_folder/$name.log); --stop it first"
+    need_idle "$name"
     mkdir -p "$jobs_folder"
     nohup "$@" >>"$jobs_folder/$name.log" 2>&1 </dev/null &
     note_job "$name" $!

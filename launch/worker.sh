@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What launch/tpu_pod.sh runs on every worker of a pod, in the shipped copy of the code.
 #
-#   bash launch/worker.sh install                  Python 3.11 or newer where there is none, then qstar-jax[tpu] into .venv
+#   bash launch/worker.sh install NAME [wait]      the code of ~/qstar.tgz, unless NAME runs (wait: ends it), Python 3.11 or newer
+#                                                  where there is none, and qstar-jax[tpu] into .venv
 #   bash launch/worker.sh start NAME ARGUMENT ...  `qstar train ARGUMENT ...` in the background, started again if it fails
 #   bash launch/worker.sh wait NAME ARGUMENT ...   the same in the foreground, once; the exit code is the run's
 #   bash launch/worker.sh logs NAME | stop NAME
@@ -22,8 +23,7 @@ end_left_behind() { # the run whose connection broke
 
 do=${1:-}
 case $do in
-install) ;;
-start | wait | logs | stop)
+install | start | wait | logs | stop)
     need_name "${2:-}"
     name=$2
     shift 2
@@ -33,6 +33,8 @@ start | wait | logs | stop)
 esac
 case $do in
 install)
+    if [ "${1:-}" = wait ]; then end_left_behind; else need_idle "$name"; fi
+    tar -xzf ~/qstar.tgz
     bring_python
     install_qstar tpu
     ;;

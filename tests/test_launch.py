@@ -223,6 +223,20 @@ def test_a_signal_to_who_waits_stops_the_run(bench, copy, script, number):
     assert waiting.wait(20) == 0 and all((home / "saved").exists() for home in homes)
 
 
+def test_no_code_is_put_under_a_run(bench, copy):
+    python = bench.path / "python"
+    python.write_text(python.read_text().replace('exit "${', 'touch "$HOME/up.$$"; [ -e "$HOME/go" ] || exec sleep 30; exit "${'))
+    bench("tpu_pod.sh", *POD, *RUN, cwd=copy)
+    wait_for(lambda: list(bench.home.glob("up.*")))
+    (copy / "setup.py").write_text("# tomorrow")
+    for flags in (RUN, ["--ship"]):
+        assert "job x runs already" in bench("tpu_pod.sh", *POD, *flags, cwd=copy, code=2)
+        assert (bench.home / "qstar/setup.py").read_text() != "# tomorrow"
+    (bench.home / "go").touch()
+    bench("tpu_pod.sh", *POD, *RUN, "--wait", cwd=copy)  # ends it
+    assert (bench.home / "qstar/setup.py").read_text() == "# tomorrow"
+
+
 def test_waiting_too_long_is_no_mistake_to_mend(bench):
     bench.states.write_text("PROVISIONING\n")
     assert "still PROVISIONING" in bench("tpu_pod.sh", *POD, "--create", code=1, QSTAR_PATIENCE="0")
@@ -384,9 +398,10 @@ def test_an_image_with_an_old_python_gets_a_newer_one(bench, copy, script):
         (bench.path / name).write_text(RECORD + 'case $1 in -c) exit 1 ;; esac\n[ "$4" != find ] || echo "$NEWER"\n')
         (bench.path / name).chmod(0o755)
     environment = {**bench.environment, "PYTHON": "", "NEWER": bench.environment["PYTHON"], "EXTRAS": "tpu"}
+    subprocess.run(["tar", "-czf", bench.home / "qstar.tgz", "setup.py"], cwd=copy, check=True)
     text = (copy / "launch" / script).read_text()
     setup = text.partition("setup: |\n")[2].partition("run: |")[0].replace("\n  ", "\n")
-    command = ["-c", setup] if setup else ["launch/worker.sh", "install"]
+    command = ["-c", setup] if setup else ["launch/worker.sh", "install", "x"]
     subprocess.run(["bash", *command], cwd=copy, env=environment, check=True)
     assert bench.calls("python3")[-1] == ["python3", "-m", "uv", "python", "find", "3.12"]
     assert bench.calls("python")[-1][-2:] == ["-e", ".[tpu]"]
@@ -394,9 +409,10 @@ def test_an_image_with_an_old_python_gets_a_newer_one(bench, copy, script):
 
 def test_an_installation_that_was_cut_off_is_repaired(bench, copy):
     (copy / ".venv/bin").mkdir(parents=True)
+    subprocess.run(["tar", "-czf", bench.home / "qstar.tgz", "setup.py"], cwd=copy, check=True)
     (copy / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")  # no pip yet
     (copy / ".venv/bin/python").chmod(0o755)
-    bench("worker.sh", "install", cwd=copy)
+    bench("worker.sh", "install", "x", cwd=copy)
     assert [c[2] for c in bench.calls("python") if c[1] == "-m"] == ["venv", "pip"]
     bench("gpu_check.sh", cwd=copy)  # other extras
     assert [c[2] for c in bench.calls("python") if c[1] == "-m"][2:] == ["pip", "pip", "qstar"]
