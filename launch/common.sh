@@ -243,9 +243,19 @@ check_pod() { # what was given; sets place
     need_value --zone "$zone" "e.g. us-east5-b, or the variable ZONE"
     [ "$do" = list ] || need_name "$name"
     need_number --logs "$worker"
+    case $do in create | ship) [ -z "$setup$wait" ] || fail "--setup and --wait are of a run, which --$do does not start" ;; esac
     need_program gcloud "https://cloud.google.com/sdk/docs/install says how"
     place=(--zone="$zone")
     [ -z "$project" ] || place+=(--project="$project")
+}
+
+there() { # there COMMAND ...: what it says of a resource, and whether there is one; a dry run finds none
+    local said
+    [ -z "$dry_run" ] || return 1
+    { said=$("$@" 2>&1 >&3) && return; } 3>&1
+    # An expired login must not be taken for a resource that is not there.
+    case $said in *"not found"* | *NOT_FOUND*) return 1 ;; esac
+    give_up "$said"
 }
 
 act() { # a line each: bash would not end at an error inside A && B

@@ -76,15 +76,6 @@ vms() { # names and states of the VMs of the slice, and what the group is doing 
     "${group[@]}" list-instances "$name" "${place[@]}" --format="value(instance.basename(),instanceStatus,currentAction)"
 }
 
-there() { # there COMMAND ...: whether it finds a resource; a dry run finds none
-    local said
-    [ -z "$dry_run" ] || return 1
-    said=$("$@" 2>&1 >/dev/null) && return
-    # An expired login must not be taken for a resource that is not there.
-    case $said in *"not found"* | *NOT_FOUND*) return 1 ;; esac
-    give_up "$said"
-}
-
 policy=(gcloud compute resource-policies)
 policy_place=(--region="${zone%-*}" ${in_project[@]+"${in_project[@]}"})
 template=(gcloud compute instance-templates)
@@ -95,10 +86,10 @@ delete() {
 }
 
 delete_rest() { # what may be there without a group; a slice of one VM has no policy
-    if [ -n "$dry_run" ] || there "${template[@]}" describe "$name" ${in_project[@]+"${in_project[@]}"}; then
+    if [ -n "$dry_run" ] || there "${template[@]}" describe "$name" ${in_project[@]+"${in_project[@]}"} >/dev/null; then
         run "${template[@]}" delete "$name" ${in_project[@]+"${in_project[@]}"} --quiet
     fi
-    if [ -n "$dry_run" ] || there "${policy[@]}" describe "$name" "${policy_place[@]}"; then
+    if [ -n "$dry_run" ] || there "${policy[@]}" describe "$name" "${policy_place[@]}" >/dev/null; then
         run "${policy[@]}" delete "$name" "${policy_place[@]}" --quiet
     fi
 }
@@ -114,7 +105,7 @@ create_template() {
 
 create() {
     local made="" found slice=()
-    if there "${group[@]}" describe "$name" "${place[@]}"; then
+    if there "${group[@]}" describe "$name" "${place[@]}" >/dev/null; then
         made=yes found=$(vms)
         [ "$(grep -c RUNNING <<<"$found")" -ne "$hosts" ] || return 0
         # Pre-empted: a slice is whole or useless. VMs that are being made have no state or an early one, and an action.

@@ -72,7 +72,7 @@ parts() { # the nodes: one per slice
 reach() { run "${tpu_vm[@]}" ssh "$1" "${place[@]}" ${through[@]+"${through[@]}"} --worker="${3:-all}" --command="$2"; }
 
 state() { # of the queued resource; nothing if there is none
-    "${queued[@]}" describe "$name" "${place[@]}" --format="value(state.state)" 2>/dev/null || true
+    there "${queued[@]}" describe "$name" "${place[@]}" --format="value(state.state)" || true
 }
 
 delete() { run "${queued[@]}" delete "$name" "${place[@]}" --force --quiet; }
@@ -94,7 +94,7 @@ create() {
         quote "${command[@]}"
         return
     fi
-    now=$(state)
+    now=$(state) || exit 1
     case $now in
     FAILED | SUSPENDING | SUSPENDED | DELETING) # pre-empted, or never granted: its machines are gone for good
         echo "$name is $now: asking for new machines"
@@ -103,12 +103,14 @@ create() {
         ;;
     esac
     [ -n "$now" ] || "${command[@]}"
-    while now=$(state) && [ "$now" != ACTIVE ]; do
+    while :; do
+        now=$(state) || exit 1
         case $now in
-        FAILED | SUSPENDING | SUSPENDED) return 1 ;;
+        ACTIVE) return ;;
+        FAILED | SUSPENDING | SUSPENDED | DELETING | "") give_up "$name is ${now:-gone}; call again to ask for new machines" ;;
         esac
-        [ "$left" -gt 0 ] || give_up "$name is still ${now:-unknown}; call again to go on waiting, or --delete it"
-        echo "$name is ${now:-unknown}; looking again in $pause s"
+        [ "$left" -gt 0 ] || give_up "$name is still $now; call again to go on waiting, or --delete it"
+        echo "$name is $now; looking again in $pause s"
         sleep "$pause"
         left=$((left - pause))
     done

@@ -30,7 +30,11 @@ mkdir -p "$home"
 case "$*" in ${FAILS:-none}) echo "${SAYS:-login expired}" >&2; exit 1 ;; esac
 case "$*" in
 *list-instances*) cat "$VMS" ;;
-*describe*) head -n 1 "$STATES"; [ "$(wc -l <"$STATES")" -le 1 ] || sed -i 1d "$STATES" ;;
+*describe*)
+    now=$(head -n 1 "$STATES"); [ "$(wc -l <"$STATES")" -le 1 ] || sed -i 1d "$STATES"
+    [ -n "$now" ] || { echo "NOT_FOUND: Resource 'x' was not found" >&2; exit 1; }
+    echo "$now"
+    ;;
 *" ssh "*) for a; do case $a in --command=*) cd "$home"; HOME=$home exec bash -c "${a#--command=}" ;; esac; done ;;
 *" scp "*) for a; do [ ! -f "$a" ] || cp "$a" "$home/qstar.tgz"; done ;;
 esac
@@ -320,6 +324,15 @@ def test_nothing_runs_after_a_step_that_failed(bench, copy, script, step):
     bench(script, *CREATED[script], *RUN, cwd=copy, code=1, FAILS=failing)
     words = {w for c in bench.calls("gcloud") for w in c}
     assert step in words and not {"create": {"wait-until", "scp"}, "scp": {"ssh"}}[step] & words
+
+
+@pytest.mark.parametrize("states, failing, said", [
+    ("PROVISIONING\n\n", "none", "x is gone"), ("PROVISIONING\nSUSPENDED\n", "none", "x is SUSPENDED"),
+    ("ACTIVE\n", "*describe*", "login expired"), ("\nACTIVE\n", "* create *", "login expired"),
+])  # fmt: skip
+def test_a_pod_that_does_not_come_is_not_waited_for(bench, states, failing, said):
+    bench.states.write_text(states)
+    assert said in bench("tpu_pod.sh", *POD, "--create", code=1, FAILS=failing)
 
 
 @pytest.mark.parametrize("flag", ["--stop", "--ship", "--logs", "--create"])
@@ -702,6 +715,8 @@ def test_babysit_passes_sigterm_on_and_does_not_start_again(bench, tmp_path):
     ("gke_xpk.sh", [*JOBSET, *RUN, "--cluster=c"], "--cluster"), ("slurm.sh", ["--mounts=/a:/a", *RUN], "--mounts"),
     ("gke_xpk.sh", [*JOBSET, RUN[0], "--workdir=runs/x"], "runs/x"), ("gke_xpk.sh", [*JOBSET, RUN[0], "--workdir=~/x"], "~/x"),
     ("gke_xpk.sh", [*JOBSET, *RUN, "--spot", "--flex-start"], "--spot and"), ("gke_xpk.sh", [*JOBSET, *RUN, "--claim="], "--claim= has no value"),
+    *[(script, [*flags, *more], more[0]) for script, flags in CREATED.items()
+      for more in (["--create", "--wait"], ["--ship", "--setup=mount"])],
     # Files
     ("slurm.sh", [*RUN, "--config.model.path", "nope"], "--config.model.path=nope"), ("slurm.sh", [*RUN, "--task=nope.py:T"], "nope.py"),
 ])  # fmt: skip
