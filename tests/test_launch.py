@@ -169,7 +169,10 @@ def test_a_pod_gets_the_code_installs_it_and_runs_the_very_words(bench, copy):
 
 def test_all_slices_are_reached_at_once_and_one_that_is_gone_is_a_failure(bench, copy):
     python = bench.path / "python"
-    both = 'touch "$CALLS.$$"; until [ -e "$ALONE" ] || [ "$(ls "$CALLS".* | wc -l)" -eq 2 ]; do sleep 0.02; done; exit "${'
+    both = (
+        'touch "$CALLS.$$"; for i in {1..1000}; do if [ -e "$ALONE" ] || [ "$(ls "$CALLS".* | wc -l)" -eq 2 ]; then exit 0; fi; '
+        'sleep 0.02; done; exit 9; exit "${'
+    )
     python.write_text(python.read_text().replace('exit "${', both))
     flags = [*POD, *RUN, "--slices=2", "--wait"]
     bench("tpu_pod.sh", *flags, cwd=copy, ALONE="")
@@ -208,6 +211,7 @@ def test_a_run_outlives_its_connection_and_is_ended_by_the_next(bench, copy):
     wait_for(lambda: "line 20" in (bench.home / ".qstar/jobs/x.log").read_text())
     (bench.path / "sleep").write_text("#!/bin/sh\n")
     (bench.path / "sleep").chmod(0o755)
+    assert "has not ended" in bench("worker.sh", "stop", "x", cwd=copy, code=1, QSTAR_STOP_SECONDS="0")
     python.write_text("#!/bin/bash\nexit 0\n")
     bench("worker.sh", "wait", "x", *RUN, cwd=copy, QSTAR_STOP_SECONDS="0")
     assert first.wait(20) == 137
@@ -217,7 +221,9 @@ def test_a_run_outlives_its_connection_and_is_ended_by_the_next(bench, copy):
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "tpu_compute.sh"])
 def test_a_signal_to_who_waits_stops_the_run(bench, copy, script, number):
     python = bench.path / "python"
-    stays = 'trap "touch $HOME/saved; exit 75" TERM; touch "$HOME/up"; while :; do sleep 0.02; done; exit "${'
+    stays = (
+        'trap "touch $HOME/saved; exit 75" TERM; touch "$HOME/up"; for i in {1..1500}; do sleep 0.02; done; exit "${'
+    )
     python.write_text(python.read_text().replace('exit "${', stays))
     homes = {"tpu_pod.sh": [bench.home], "tpu_compute.sh": [bench.home / "x-ab", bench.home / "x-cd"]}[script]
     command = ["bash", copy / "launch" / script, *CREATED[script], *RUN, "--wait"]
@@ -229,7 +235,9 @@ def test_a_signal_to_who_waits_stops_the_run(bench, copy, script, number):
 
 def test_no_code_is_put_under_a_run(bench, copy):
     python = bench.path / "python"
-    python.write_text(python.read_text().replace('exit "${', 'touch "$HOME/up.$$"; [ -e "$HOME/go" ] || exec sleep 30; exit "${'))
+    python.write_text(
+        python.read_text().replace('exit "${', 'touch "$HOME/up.$$"; [ -e "$HOME/go" ] || exec sleep 30; exit "${')
+    )
     bench("tpu_pod.sh", *POD, *RUN, cwd=copy)
     wait_for(lambda: list(bench.home.glob("up.*")))
     (copy / "setup.py").write_text("# tomorrow")
@@ -437,7 +445,9 @@ def test_an_installation_that_was_cut_off_is_repaired(bench, copy):
 def test_the_device_is_found_by_its_file(bench, copy, there, gpus, device):
     (copy / "dev" / there).parent.mkdir(parents=True, exist_ok=True)
     (copy / "dev" / there).touch()
-    common = (copy / "launch/common.sh").read_text().replace("/dev/accel0", "dev/accel0").replace("/dev/vfio", "dev/vfio")
+    common = (
+        (copy / "launch/common.sh").read_text().replace("/dev/accel0", "dev/accel0").replace("/dev/vfio", "dev/vfio")
+    )
     if not gpus:
         (bench.path / "nvidia-smi").write_text("#!/bin/sh\n")
     command = ["bash", "-c", common + "\ndetect_device"]
@@ -620,7 +630,11 @@ def test_a_jobset_that_has_ended_is_made_again(bench, state, deleted):
         file.write('[ "$1" != get ] || echo "$STATE"\n')
     bench("gke_xpk.sh", *JOBSET, *RUN, STATE=state)
     calls = [c[:3] for c in bench.calls()]
-    assert calls == [["kubectl", "get", "jobset"], *[["kubectl", "delete", "jobset"]] * deleted, ["kubectl", "create", "-f"]]
+    assert calls == [
+        ["kubectl", "get", "jobset"],
+        *[["kubectl", "delete", "jobset"]] * deleted,
+        ["kubectl", "create", "-f"],
+    ]
 
 
 def test_gpus_of_this_machine(bench, copy):
