@@ -69,16 +69,11 @@ def _own_task(spec: str, options: dict[str, Any]) -> Task:
     place, path = spec.rpartition(":")[0], inspect.getsourcefile(given)
     cls = _task_class(given)
     reader = "to_problem" if issubclass(cls, DatasetTask) else "problems"
-    missing = [
-        m
-        for m in (reader, "parse")
-        if getattr(cls, m) is getattr(DatasetTask, m) or getattr(cls, m) is getattr(Task, m, None)
-    ]
+    missing = [m for m in (reader, "parse") if getattr(cls, m) in (getattr(DatasetTask, m), getattr(Task, m, None))]
     if missing:
-        line = "a task has problems(split), or to_problem(record) of a DatasetTask, and parse(completion)"
-        raise UserError(
-            f"task {spec}: {given.__name__} has no {' and no '.join(missing)}; {line} (qstar/tasks/base.py)"
-        )
+        need = "a task has problems(split), or to_problem(record) of a DatasetTask, and parse(completion)"
+        where = f"{need} (qstar/tasks/base.py)"
+        raise UserError(f"task {spec}: {given.__name__} has no {' and no '.join(missing)}; {where}")
     # A worker process may have another current folder; the class of a file is found by its path alone.
     found = f"{path}:{given.__name__}" if place.endswith(".py") else spec
     copyreg.pickle(cls, lambda task: (_empty, (found,), vars(task)))

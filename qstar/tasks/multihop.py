@@ -160,10 +160,10 @@ class MultiHop(DatasetTask):
         self.instruction = steps if cot else "Give the answer alone, in as few words as possible, without a sentence."
 
     def to_problem(self, record: dict) -> Problem:
-        parts = _context(record["context"])
         # Some may lie outside the context: many in the full-wiki setting.
         facts = _facts(record["supporting_facts"])
         titles = {title for title, _ in facts}
+        parts = tuple(Paragraph(t, tuple(s), t in titles) for t, s in _context(record["context"]))
         question, answer = text_field(record, "question"), text_field(record, "answer")
         if not question.strip() or not answer.strip():
             raise ValueError("field 'question' or 'answer' is blank")
@@ -175,11 +175,7 @@ class MultiHop(DatasetTask):
             gold=normalise(answer),
             solution=f" {end}" if "rationale" in record else None,
             group=str(record.get("type") or self.name).replace("-", "_"),
-            meta={
-                "answer": answer,
-                "paragraphs": tuple(Paragraph(t, tuple(s), t in titles) for t, s in parts),
-                "supporting_facts": facts,
-            },
+            meta={"answer": answer, "paragraphs": parts, "supporting_facts": facts},
         )
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
