@@ -24,7 +24,7 @@ _ENUMERATION = re.compile(r"1?[0-9][.)]\s+[A-Za-z]")  # "#### 2. Add up" is a he
 
 
 def number(text: str) -> Fraction | None:
-    """The number that an answer consists of ($, %, commas, fractions, units allowed), exact: 29 == 29.00; else None."""
+    """The exact number of which an answer consists ($, %, units, and "million" or "k", by which GSM8K counts); else None."""
     match = _NUMBER.fullmatch(text.translate(MINUS))
     return match and answer_text.number_of(match)
 
@@ -84,7 +84,7 @@ def _implied(part: str, original: str) -> Fraction | None:
 # ---------------------------------------------------------------------------------------------------------- letters
 
 # Behind a letter that is no article. "A (big) dog" is one, "A (sand)." is not.
-_ENDS = r"(?=\s*(?:[.,;:!\"')\n\u2014-]|$|\([^()\n]{1,80}\)\s*(?:[.,;:!\n]|$)|(?i:because|since|as|is)\b))"
+_ENDS = r"(?=\$?\s*(?:[.,;:!\"')\n\u2014-]|$|\([^()\n]{1,80}\)\s*(?:[.,;:!\n]|$)|(?i:because|since|as|is)\b))"
 
 
 class _LetterPatterns(NamedTuple):
@@ -100,14 +100,17 @@ def _letter_patterns(last: str) -> _LetterPatterns:
     # A lone "A" is mostly the article, so a bracket, punctuation or "because" must follow; later letters need none.
     big, small, no_article = f"[A-{last.upper()}]", f"[a-{last}]", f"[B-{last.upper()}]"
     return _LetterPatterns(
-        # "not (b)" and "(a) or (b)" choose nothing.
-        bracketed=re.compile(rf"(?<!not )(?<!n't )[(\[]({small})[)\]](?!\s+or\b)", re.IGNORECASE),
+        # "not (b)", "(a) or (b)" and "(a) and (b)" choose nothing, "(a) and (b) is wrong" does.
+        bracketed=re.compile(
+            rf"(?<!not )(?<!n't )(?<!\) or )(?<!\) and )[(\[]({small})[)\]](?!\s+or\b|\s+and\s+\(\w\)(?! is\b))", re.I
+        ),
         # At the start of an answer: "E", "option e", "E) blotter", "E. blotter", "E blotter", but not "a blotter".
         leading=re.compile(
             rf"[\s\"'{BOX}:]*(?i:(?:most likely|probably|likely|clearly)\s+)?"
             r"(?i:(?:the\s+)?(?:option|choice|letter|answer)\s+)?"
-            rf"[\"'(\[]?(?!\w[)\]]?\s+(?:or|and)\b)"
-            rf"(?:({big})(?:[)\]]|{_ENDS})|({no_article})\b|({small})(?:[)\]](?!\.)|[.:]\s+\w|(?=[.!\s\"']*$)))"
+            rf"(?:[\"'(\[]|\$(?=\w\$))?(?!\w[)\]]?\s+(?:or|and)\b)"
+            rf"(?:({big})(?:[)\]]|{_ENDS})|({no_article})\b|({small})(?:[)\]](?!\.)|[.:]\s+\w|(?=[.!\s\"']*$)"
+            r"|(?=\$(?:[\s.,]*$|[.,]\s)|,\s|\s+(?:[\u2014-]\s|(?:because|since|as)\b))))"
         ),
         # Without a statement of an answer: "E is correct", "I choose option E", "Therefore, E."
         is_correct=re.compile(
@@ -161,11 +164,11 @@ YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 # "no" before a noun ("no proof") is no answer, nor is "yes and no".
 _VERDICT = (
     r"(?:(?P<not>not)\s+)?\b(?P<verdict>yes|true|false|no)\b(?!\s+(?:and|or)\s+(?:yes|no|true|false)\b)"
-    r"(?:(?<!no)|(?=\W*$|\s*[.,;:!()\"'\n\u2014-]|\s+(?:because|since|as|for|it|they|he|she|this|that|these|those|there|you|we|the|but"
+    r"(?:(?<!no)|(?=\W*$|\s*[.,;:!()\"'\n\u2014-]|\s+(?:because|since|as|for|I|it|they|he|she|this|that|these|those|there|you|we|the|but"
     r"|so|if|in|unless|while|although|not|thus|therefore)\b))"
 )
 _STATED_VERDICT = re.compile(
-    rf"[\s\"'(:{BOX}]*(?:(?:that|it is|an?|most|very|likely|probably|clearly|definite(?:ly)?|simply|clear)\s+)*"
+    rf"[\s\"'(:{BOX}]*(?:(?:that|it\s+is|an?|most|very|likely|probably|clearly|definite(?:ly)?|simply|clear|resounding|firm|strong|big)\s+)*"
     + _VERDICT,
     re.IGNORECASE,
 )
@@ -174,8 +177,8 @@ _SAID_VERDICTS = tuple(
     re.compile(before + _VERDICT, re.IGNORECASE | re.MULTILINE)
     for before in (
         r"(?:^|[.!?]\s)(?:[^\S\n]|[\"'(])*(?=(?:yes|no)\b|(?:true|false)\s*(?:[.,;:!]|$))",
-        r"\b(?:so|thus|therefore|hence|in conclusion|overall)\b[\s,:]*",
-        r"\b(?:statement|claim|that|this|it)\s+is\s+(?:(?:definitely|clearly)\s+)?(?=(?:not\s+)?(?:true|false)\b)",
+        r"\b(?:so|thus|therefore|hence|in (?:conclusion|short|summary)|overall|I(?:\s+would|['\u2019]d)\s+say)\b[\s,:]*",
+        r"\b(?:statement|claim|that|this|it)(?:\s+is|['\u2019]s)\s+(?:(?:definitely|clearly)\s+)?(?=(?:not\s+)?(?:true|false)\b)",
     )
 )
 

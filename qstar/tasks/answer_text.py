@@ -53,7 +53,7 @@ _NOUN = (
 )
 _IS = r"(?:is|was|would\s+be|will\s+be|should\s+be|must\s+be|has\s+to\s+be|equals)\b\s*[:=]?"
 _STATED = re.compile(
-    rf"\b{_NOUN}\b[\"']?(?:(?:\s+(?:to|of|for|in|here)\b[^.:=\n{BOX}]{{0,80}}?)?\s+{_IS}|\s*(?:\([^()\n]{{0,40}}\))?\s*(?:{_IS}|[:=]))"
+    rf"(?<![^\W_]){_NOUN}\b[\"']?(?:(?:\s+(?:to|of|for|in|here)\b[^.:=\n{BOX}]{{0,80}}?)?\s+{_IS}|\s*(?:\([^()\n]{{0,40}}\))?\s*(?:{_IS}|[:=]))"
     rf"|^[^\w\n]*(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|conclusion)[^\w\n]*$|^[^\w\n]*(?:A\s*:|(?:result|total)\s*[:=])|{BOX}",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -88,12 +88,13 @@ _LEADING = re.compile(
     r"[\s\"'([]*(?!(?<=[(\[])-?[0-9.]+,(?:[\s√]|[0-9]{1,2}(?![0-9])))"
     r"(?:(?:about|approximately|around|roughly|exactly|only|(?:a\s+)?total\s+of|\u2248|=)\s*)?"
     rf"(?:(?:US|AU|CA|R|Rs\.?|USD|EUR|GBP|INR)\s?(?={SIGN}|[0-9]))?{SIGN}?\s*{NUMBER}"
-    # Not a part of a longer number, a product, a time, a range, a computation or a choice of two.
-    rf"(?![0-9]|[.,]+[0-9]|\s*[:/^]\s*[0-9√]|\s*[√π{VULGAR}]|[eE][-+]?[0-9]|\s+[0-9]|\s*[-+*x×÷=]\s*{SIGN}?[(]?\.?[0-9√]"
-    rf"|\s+(?:or|to|and)\s+(?:{SIGN}?\.?[0-9]|(?:an?|one|two|three)\s+(?:half|third|quarter))"
-    r"|\s+(?!(?:in|of|per|for|at|by|with|after|from|out|than|on|over|every)\b)[A-Za-z]+\s+[0-9])"
+    # Not a part of a longer number, a product, a time, a range, a computation, a list or a choice of two.
+    rf"(?![0-9]|[.,]+[0-9]|\s*[:/^]\s*[0-9√]|\s*[√π{VULGAR}]|[eE][-+]?[0-9]|\s+[0-9]|(?:\s*%)?\s*[-+*x×÷=]\s*{SIGN}?[(]?\.?[0-9√]"
+    rf"|(?:\s*%|\s*[A-Za-z]+)?\s+(?:or|to|and)\s+(?:{SIGN}?\.?[0-9]|(?:an?|one|two|three)\s+(?:half|third|quarter))"
+    rf"|[,;][^\S\n]+{SIGN}?-?\.?[0-9](?![0-9.,]*\s+(?!and\b|or\b)[a-z])"  # "72, 24 of them in May" is one number
+    r"|\s+(?!(?:in|of|per|for|at|by|with|after|from|out|than|on|over|every|because|since|as|when|if|so)\b)[A-Za-z]+\s+[0-9])"
 )
-_COMPUTATION = re.compile(r"(?:[^A-Za-z=]|(?<=[0-9] )x(?= [$0-9])|(?<=[0-9])x(?=[$0-9]))*=\s*")
+_COMPUTATION = re.compile(r"(?:[^A-Za-z=]|(?<=[0-9%] )(?:x|of)(?= [$0-9])|(?<=[0-9])x(?=[$0-9]))*=\s*")
 _IN_SENTENCE = re.compile(r"(?:[^.!?\n]|[.!?](?=[^\s\"')]))*")
 _CONCLUSION = re.compile(r"(?i)(?:so|thus|therefore|hence|in total|in all|altogether|in conclusion|overall)\b,?")
 
@@ -142,11 +143,11 @@ def first_turn(text: str) -> str:
     return text[: turn.start()] if turn else text
 
 
-def strip_markup(text: str, dashes: Mapping[int, str] = MINUS) -> PlainText:
-    """The text without thinking, Markdown, LaTeX and HTML: `**$\\boxed{72}$**` is `$\\x0272$`. `dashes`: {} keeps them."""
+def strip_markup(text: str, dashes: Mapping[int, str] = MINUS, light: bool = False) -> PlainText:
+    """The text without thinking and markup: `**$\\boxed{72}$**` is `$\\x0272$`. `dashes`: {} keeps them, `light` markup."""
     # Places are kept through every replacement, so that an answer found in plain text can be cut in the original.
     at = list(range(len(text) + 1))
-    for pattern, new in ((_THINKING, ""), *_MARKUP):
+    for pattern, new in ((_THINKING, ""), *(_MARKUP[:1] if light else _MARKUP)):
         pieces: list[str] = []
         kept: list[int] = []
         last = 0

@@ -28,7 +28,7 @@ _EXPLANATION = re.compile(r"\W*(?:explanation|note|reasoning|steps?|verification
 _FORMULA = re.compile(r"\$+(.+?)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _CLAUSE = re.compile(r"(?:[^.\n]|\.(?=\S))+")
 _QUANTITY = re.compile(r"(\$?-?[0-9][0-9,./]*%?)\s+[A-Za-z]{2,}[A-Za-z ]*")  # 5 apples
-_DROPPED = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\[!,;: ]|\\\$|\$|\^\{?\\circ\}?|\\?%")
+_DROPPED = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\[!,;: ]|\\\$|\$|\^(?:\{\s*\\circ\s*\}|\\circ)|\\?%")
 _SPACE = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])|\s+")  # a command and a letter stay apart
 _BARE_FRACTION = re.compile(r"\\frac(?:([0-9a-z])([0-9a-z])|\{([^{}]*)\}([0-9a-z])|([0-9a-z])\{([^{}]*)\})")
 
@@ -206,7 +206,7 @@ def normal(text: str) -> str:
     White space, sizes of brackets, dollar and per cent signs, degrees and a full stop are removed; \\dfrac and \\tfrac
     become \\frac, \\frac12 gets its braces, a leading point its zero, and thousands lose their commas.
     """
-    text = re.sub(r"\\[dt]frac", r"\\frac", text.strip().removesuffix("."))
+    text = re.sub(r"\\[dt]frac", r"\\frac", text.strip().removesuffix(".")).replace("{,}", ",")
     text = _SPACE.sub(lambda m: f"{m[1]} " if m[1] else "", _DROPPED.sub("", text))
     text = _BARE_FRACTION.sub(_braced, text)
     text = re.sub(r"(?<![0-9])\.([0-9])", r"0.\1", text)
