@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from qstar.data.sources import read_records
+from qstar.data.sources import keys_of, read_records
 from qstar.errors import UserError, require
 from qstar.text.chat import check_messages
 
@@ -111,7 +111,8 @@ def _prompt(row: Row) -> Row:
     if row.get("completion") not in (None, ""):
         return _pair(row)
     if row.get("messages") is not None:
-        return {"prompt": _messages(row["messages"], "messages")}
+        messages = _messages(row["messages"], "messages")
+        return _pair({"completion": messages}) if messages[-1]["role"] == "assistant" else {"prompt": messages}
     return {"prompt": _text_or_messages(row, "prompt", "prompts")}
 
 
@@ -133,7 +134,7 @@ def _reply(row: Row, key: str, form: str) -> tuple[Any, str]:
 def _text_or_messages(row: Row, key: str, form: str) -> Any:
     value = row.get(key)
     if value is None:
-        raise ValueError(f"field {key!r} is missing (a row has {FORMS[form]}); the row has {', '.join(row) or 'none'}")
+        raise ValueError(f"field {key!r} is missing (a row has {FORMS[form]}); the row has {keys_of(row)}")
     if not isinstance(value, str | Sequence):
         raise ValueError(f"{key} is of type {type(value).__name__}, not text or a list of messages")
     return value if isinstance(value, str) else _messages(value, key)

@@ -83,10 +83,8 @@ def read_records(
             raise UserError(f"{faults[0]} (and none of the {count} records of {source} can be used)")
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         if len(faults) > bad_rows * count:
-            raise UserError(
-                f"{shown} ({source}: {len(faults)} of {count} records cannot be used, above bad_rows={bad_rows:g}, the share "
-                "that may be left out; correct the file or raise bad_rows)"
-            )
+            above = f"above bad_rows={bad_rows:g}, the share that may be left out; correct the file or raise bad_rows"
+            raise UserError(f"{shown} ({source}: {len(faults)} of {count} records cannot be used, {above})")
         warnings.warn(f"{source}: {len(faults)} of {count} records are left out: {shown}", QstarWarning, stacklevel=2)
     if not records:
         raise UserError(f"{source}: no records in it; at least one is needed")
@@ -119,8 +117,7 @@ def _object(place: str, record: Any) -> dict:
 def _checked(place: str, record: dict, fields: Sequence[str], parse: Callable[[dict], Any] | None) -> Any:
     for field in fields:
         if record.get(field) is None:
-            present = ", ".join(map(str, record)) or "none"
-            raise UserError(f"{place}: field {field!r} is missing; the record has {present}")
+            raise UserError(f"{place}: field {field!r} is missing; the record has {keys_of(record)}")
     for field, value in record.items():
         # JSON may hold half a surrogate pair, which no tokenizer accepts: better here than in the middle of a run.
         if (text := _not_utf8(value)) is not None:
@@ -136,6 +133,11 @@ def _checked(place: str, record: dict, fields: Sequence[str], parse: Callable[[d
     # A value of another type or shape raises anything, above all in a parser of the user's own.
     except Exception as error:
         raise UserError(f"{place}: not of the expected form ({type(error).__name__}: {error})") from error
+
+
+def keys_of(record: dict) -> str:
+    """The first ten keys of a record, for messages."""
+    return ", ".join([*map(str, itertools.islice(record, 10)), *["..."][: len(record) > 10]]) or "none"
 
 
 def text_field(record: dict, name: str) -> str:
@@ -207,19 +209,15 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
     if is_hub_name(source):
         if match := _HUB_NAME.fullmatch(source):
             split = split or "train"
-            return _hub(
-                f"{source} (split {split!r})", f"{source} ({split})", match["path"], match["config"], split=split
-            )
-        raise UserError(
-            f"{source!r} is neither a file nor a hub name: give a path that ends in .jsonl, "
-            ".json, .parquet or .csv, or owner/name[:config]"
-        )
+            place = match["path"], match["config"]
+            return _hub(f"{source} (split {split!r})", f"{source} ({split})", *place, split=split)
+        advice = "give a path that ends in .jsonl, .json, .parquet or .csv, or owner/name[:config]"
+        raise UserError(f"{source!r} is neither a file nor a hub name: {advice}")
     path = _existing(source)
     kind = "".join(suffixes[-2:-1]) if suffix == ".gz" else suffix
     if kind not in (".jsonl", ".json", ".parquet", ".csv") or (suffix == ".gz" and kind not in (".jsonl", ".json")):
-        raise UserError(
-            f"{source}: unknown ending {suffix!r}; readable are .jsonl, .json, .parquet, .csv, .jsonl.gz and .json.gz"
-        )
+        readable = ".jsonl, .json, .parquet, .csv, .jsonl.gz and .json.gz"
+        raise UserError(f"{source}: unknown ending {suffix!r}; readable are {readable}")
     content = _content(path)
     for magic, what in _FOREIGN.items():
         if content.startswith(magic):

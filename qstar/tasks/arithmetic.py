@@ -268,18 +268,13 @@ def _spaced(text: str) -> str:
 
 
 def _digits(value: object, option: str) -> int:
-    if not str(value).isdigit() or not 1 <= int(str(value)) <= MAX_DIGITS:
+    if not str(value).isdecimal() or not 1 <= int(str(value)) <= MAX_DIGITS:
         raise UserError(f"arithmetic: {option} names {value!r} digits; 1 to {MAX_DIGITS} are possible")
     return int(str(value))
 
 
 def _counts(digits: object, values: object, option: str, size: int = 1) -> tuple[int, ...]:
-    if (
-        not isinstance(values, Sequence)
-        or isinstance(values, str)
-        or len(values) != size
-        or not all(isinstance(v, int) and v >= 0 for v in values)
-    ):
+    if not isinstance(values, list | tuple) or len(values) != size or any(type(v) is not int or v < 0 for v in values):
         what = "a count" if size == 1 else "(plain, hinted) counts"
         raise UserError(f"arithmetic: {option}[{digits}] = {values!r} is not {what} of 0 or more")
     return tuple(values)

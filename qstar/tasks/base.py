@@ -315,10 +315,10 @@ class DatasetTask(RecordTask):
             if part == "test":
                 # Validation is cut out of train: the test records never select anything.
                 own, default, split = self.test, self.default_test or self.default_source, self.test_split
-            if not own and not default:
+            if own is None and not default:
                 advice = f"set its option {part!r} to a file or a hub name owner/name[:config]"
                 raise UserError(f"task {self.name} has no source of {part} records; {advice}")
-            problems = [p for source in ([own] if own else default.split()) for p in self.read(source, split)]
+            problems = [p for source in (default.split() if own is None else [own]) for p in self.read(source, split)]
             ids = collections.Counter(p.id for p in problems if p.id)
             if repeated := [name for name, count in ids.items() if count > 1]:
                 what = f"{len(repeated)} ids of {part} records are not unique ({repeated[0]!r})"

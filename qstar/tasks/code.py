@@ -150,7 +150,8 @@ class MBPP(CodeTask):
     def _by_number(self) -> dict[int, Problem]:
         if self._problems is None:
             splits = ("prompt", "test", "validation", "train")
-            self._problems = self.read(self.data) if self.data else [p for s in splits for p in self.read(_MBPP, s)]
+            sources = [(_MBPP, s) for s in splits] if self.data is None else [(self.data, None)]
+            self._problems = [p for source in sources for p in self.read(*source)]
         tasks = {p.meta["number"]: p for p in self._problems}
         if len(tasks) < len(self._problems):
             raise UserError(f"{self.data or _MBPP}: a task_id stands there twice; each task has its own")
@@ -222,7 +223,7 @@ class HumanEval(CodeTask):
     def problems(self, split: str) -> list[Problem]:
         check_split(split, has=("test",), name=self.name)
         if self._problems is None:
-            self._problems = self.read(self.data or _HUMANEVAL, "test")
+            self._problems = self.read(_HUMANEVAL if self.data is None else self.data, "test")
         return self._problems
 
     def to_problem(self, record: dict) -> Problem:

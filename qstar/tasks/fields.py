@@ -12,6 +12,8 @@ import re
 from decimal import Decimal
 from typing import Any
 
+from qstar.data.sources import keys_of
+
 ANY = (str, int, float, list)
 _PLACE = re.compile(r"\{([^{}]+)\}")
 _LABELLED = re.compile(r"\s*\(?([A-Za-z0-9])[).:]\s*(.*)")  # "A)32400", "(b) sand"
@@ -27,8 +29,7 @@ def value(record: dict, path: str) -> Any:
             found = functools.reduce(_member, option.split("."), record)
         if found is not None:
             return found
-    present = ", ".join(map(str, record)) or "none"
-    raise ValueError(f"field {path!r} is missing; the record has {present}")
+    raise ValueError(f"field {path!r} is missing; the record has {keys_of(record)}")
 
 
 def text(record: dict, spec: str, kinds: tuple[type, ...] = (str,)) -> str:
@@ -65,6 +66,8 @@ def choices(record: dict, spec: str, pattern: str = "") -> list[tuple[str, str]]
     found: Any = [value(record, path) for path in paths] if len(paths) > 1 else value(record, spec)
     if pattern:
         found = re.findall(pattern, str(found))
+    elif isinstance(found, str):
+        raise ValueError(f"field {spec!r} is text; give choices_pattern")
     try:
         if isinstance(found, dict):
             pairs = list(zip(found["label"], found["text"], strict=True)) if "text" in found else list(found.items())

@@ -328,7 +328,9 @@ class Exact(FieldsTask):
         if not isinstance(found, list):
             found = [self._field(record, self.answer, self.answer_pattern, fields.ANY)]
         said = [str(answer) for answer in found if answer is not None]
-        golds = [gold for gold in map(self._normal, said) if gold]
+        # Completions lose their markup, so that `__init__` is read as "init".
+        plain = [] if self.strict else [answer_text.strip_markup(answer).text for answer in said]
+        golds = list(dict.fromkeys(filter(None, map(self._normal, said + plain))))
         if not golds:
             kind = "neither yes nor no" if self.yes_no else "no text"
             raise ValueError(f"field {self.answer!r} is {' '.join(said)[-60:]!r}, {kind}")
@@ -359,7 +361,10 @@ class Exact(FieldsTask):
             phrases = final_phrases(part, reasoning=True) or final_phrases(part, reasoning=False)
             return next(filter(None, map(self._normal, phrases)), None)
 
-        return answer_text.first_found(answer_text.strip_markup(completion).text, read)
+        text, whole = (answer_text.strip_markup(completion, light=light).text for light in (False, True))
+        found = answer_text.first_found(text, read)
+        # The answer may be markup: <html>.
+        return found if found or answer_text.BOX in text else answer_text.first_found(whole, read)
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
         return answer is not None and answer in problem.meta["golds"]

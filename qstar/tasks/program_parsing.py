@@ -62,13 +62,12 @@ def program_in(text: str) -> str | None:
             break
         kept.append(block)
     best = max((block.rank() for block in kept), default=0)
-    code: str | None
-    if best:
-        code = [block for block in kept if block.rank() == best][-1].code
-    else:
+    if not best:
         for block in reversed(found):
             lines[block.start : block.end] = []
         code = _bare("\n".join(lines))
+    else:
+        code = [block for block in kept if block.rank() == best][-1].code
     # Leading spaces stay: they are the first line's indentation.
     return (code or "").rstrip().strip("\n") or None
 
@@ -95,26 +94,29 @@ def blocks(text: str) -> list[Block]:
 
 
 def _block(lines: list[str], at: int, opening: re.Match[str]) -> Block:
-    fence, info = opening["fence"], opening["info"].strip()
+    fence, info, first = opening["fence"], opening["info"].strip(), at + 1
+    if not info and first < len(lines) and _PYTHON.fullmatch(lines[first].strip()):
+        info, first = lines[first].strip(), first + 1  # the language on a line of its own
     python = bool(_PYTHON.match(info)) if info.strip("{}. ") else None
     indent = len(opening["before"]) if not opening["before"].strip() else 0
-    close = re.compile(rf"(.*?){re.escape(fence[0])}{{{len(fence)},}}(?:[ \t]*|[A-Z][\w']* .*)$")
-    # Models also close a fence on the last line of code, and write prose behind the closing fence.
-    ends = [
+    mark = f"{re.escape(fence[0])}{{{len(fence)},}}"
+    close = re.compile(rf"(.*?){mark}(?:[ \t]*|[A-Z][\w']* .*)$|[ \t]*{mark}[ \t]*(?i:python|py)3?[ \t]*$")
+    # Models also close a fence on the last line of code, write prose behind the closing fence, or open the next one.
+    ends = (
         (i, m[1])
-        for i in range(at + 1, len(lines))
-        if (m := close.match(lines[i])) and not m[1].strip(" \t").endswith(fence[0])
-    ]
+        for i in range(first, len(lines))
+        if (m := close.match(lines[i])) and not (m[1] or "").strip(" \t").endswith(fence[0])
+    )
     # A fence inside a docstring ends no block: the first end is taken at which the code is Python.
     made = []
     for end, glued in ends:
-        inside = [*lines[at + 1 : end], *([glued] if glued.strip() else [])]
+        inside = [*lines[first:end], *([glued] if glued and glued.strip() else [])]
         code = "\n".join(line[indent:] if not line[:indent].strip() else line for line in inside)
-        made.append(Block(code, python, True, at, end + 1))
+        made.append(Block(code, python, True, at, end + (glued is not None)))
         # Other languages cannot be checked: their first end is taken.
         if python is False or _tree(code) is not None:
             return made[-1]
-    inside = [line[indent:] if not line[:indent].strip() else line for line in lines[at + 1 :]]
+    inside = [line[indent:] if not line[:indent].strip() else line for line in lines[first:]]
     return made[0] if made else Block("\n".join(inside), python, False, at, len(lines))
 
 
@@ -134,9 +136,8 @@ def _defines(tree: ast.Module) -> bool:
 
 def is_program(tree: ast.Module) -> bool:
     """Whether a tree holds more than names and constants: "Sorry" is Python, too."""
-    return any(
-        not (isinstance(s, ast.Expr) and isinstance(s.value, (ast.Name, ast.Constant, ast.Tuple))) for s in tree.body
-    )
+    words = (ast.Name, ast.Constant, ast.Tuple)
+    return not all(isinstance(s, ast.Expr) and isinstance(s.value, words) for s in tree.body)
 
 
 def as_module(code: str) -> str:
@@ -201,6 +202,7 @@ def _framed(text: str) -> str:
 
 
 def _bare(text: str) -> str | None:
+    text = re.sub(r"(?<!\\)\n[A-Za-z]+\s*\Z", "", text)  # "Done", which would be a name
     tree = syntax_tree(text)
     if tree is not None:
         return text if is_program(tree) else None

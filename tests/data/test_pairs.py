@@ -23,11 +23,14 @@ READ = {
     ),
     "prompt alone": ("prompts", {"prompt": "1+1="}, {"prompt": "1+1="}),
     "prompt with a blank completion": ("prompts", {"prompt": "1+1=", "completion": ""}, {"prompt": "1+1="}),
+    "prompt of a conversation": ("prompts", {"messages": [ASK]}, {"prompt": [ASK]}),
+    "conversation that ends with a reply": ("prompts", {"messages": [ASK, WRONG, ASK, SAY]}, {"prompt": [ASK, WRONG, ASK], "completion": "2"}),
     "prompt with a completion": ("prompts", {"prompt": "1+1=", "completion": "2"}, {"prompt": "1+1=", "completion": "2"}),
 }  # fmt: skip
 BAD = {
     "no completion": ("pairs", {"prompt": "x"}, "field 'completion' is missing .*the row has prompt"),
     "no prompt": ("pairs", {"completion": "x", "instruction": "y"}, "field 'prompt' is missing"),
+    "many keys": ("pairs", {str(i): 1 for i in range(2000)}, "the row has 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \\.\\.\\.$"),
     "empty": ("pairs", {"prompt": "x", "completion": ""}, "completion is empty"),
     "number": ("pairs", {"prompt": 3, "completion": "x"}, "prompt is of type int, not text"),
     "number as a completion": ("pairs", {"prompt": "x", "completion": 5}, "completion is of type int, not text"),

@@ -157,6 +157,11 @@ def test_missing_field_names_file_line_and_field(file):
     assert "a.jsonl:1: field 'answer'" in refusal(file("a.jsonl", '{"question": "a", "answer": null}'))
 
 
+def test_of_many_fields_ten_are_named(file):
+    line = refusal(file("a.jsonl", json.dumps({f"k{i}": 1 for i in range(2000)}) + "\n"))
+    assert line.endswith("the record has " + ", ".join(f"k{i}" for i in range(10)) + ", ...")
+
+
 def test_empty_sources(file):
     assert "no records" in refusal(file("a.jsonl", ""))
     assert "no records" in refusal(file("a.jsonl", "\n\n"))

@@ -373,6 +373,7 @@ def test_config_keys_may_be_text():
         ({"format": "long"}, "unknown format 'long'"),
         ({"pool": {11: 5}}, "pool names 11 digits"),
         ({"pool": {"two": 5}}, "pool names 'two'"),
+        ({"pool": {"\u00b2": 5}}, "pool names '\u00b2'"),
         ({"pool": {2: -1}}, r"pool\[2\]"),
         ({"pool": {2: 0.5}}, r"pool\[2\]"),
         ({"seeds": {2: 5}}, r"seeds\[2\] = 5"),

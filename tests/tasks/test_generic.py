@@ -188,6 +188,13 @@ def test_more_choices_than_letters_are_refused(make):
     assert only(task).gold == "g" == task.parse(" The answer is (g).")
 
 
+def test_choices_that_are_a_text_need_a_pattern(make):
+    row = {"question": "q", "answer": "B", "choices": "AB"}
+    with pytest.raises(UserError, match="field 'choices' is text; give choices_pattern"):
+        make("multiple_choice", row).problems("test")
+    assert only(make("multiple_choice", row, choices_pattern="[AB]")).gold == "b"
+
+
 def test_a_rationale_that_states_no_letter_gets_the_statement(make):
     row = {"question": "q", "answer": "B", "choices": TEXTS, "rationale": "It is dark."}
     task = make("multiple_choice", row, rationale="rationale")
@@ -213,6 +220,14 @@ def test_exact_answers_are_normalised(make, said, read):
     assert make("exact", {"question": "q", "answer": "a"}).parse(said) == read
 
 
+@pytest.mark.parametrize(
+    "name, option", [("gsm8k", "test"), ("gsm8k", "train"), ("mbpp", "data"), ("humaneval", "data")]
+)
+def test_an_empty_source_is_refused(name, option):
+    with pytest.raises(UserError, match="'' is neither a file nor a hub name"):
+        make_task(name, **{option: ""}).problems("train" if option == "train" else "test")
+
+
 def test_each_of_several_answers_is_right(make):
     task = make("exact", {"question": "q", "answer": {"aliases": [None, "New York", "NYC"]}}, answer="answer.aliases")
     assert [task.correct(only(task), task.parse(f" {a}.")) for a in ("nyc", "The New York", "York")] == [
@@ -220,6 +235,14 @@ def test_each_of_several_answers_is_right(make):
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("gold", ["__init__", "{a, b}", "~5", "<html>", "\\frac{1}{2}", "*args", "{}"])
+def test_an_answer_of_markup_can_be_right(make, gold):
+    task = make("exact", {"question": "q", "answer": gold})
+    for said in (f" {gold}", f" So the answer is {gold}."):
+        assert task.correct(only(task), task.parse(said)), said
+    assert task.parse("\\boxed{}") is None and task.parse("<|im_end|>") is None
 
 
 @pytest.mark.parametrize("answer, gold", [(True, "yes"), ("no", "no"), ("False", "no")])

@@ -40,11 +40,17 @@ FORMS = {
     "end of the frame": f"{CODE}\n[DONE]\n\nYou are an expert Python programmer\n[BEGIN]\n{OTHER}\n[DONE]",
     "frame around a fence": f"[BEGIN]\n```python\n{CODE}\n```\n[DONE]",
     "Code Llama's frame": f"[PYTHON]\n{CODE}\n[/PYTHON]\n[TESTS]\nassert square(3) == 9\n[/TESTS]",
+    "closed by an opening fence": f"```python\n{CODE}\n```python\nThis squares.",
+    "closed by an opening fence, and another": f"```python\n{CODE}\n```python\n```python\nprint(square(3))\n```",
+    "opened twice": f"```python\n{OTHER}\n```python\n{CODE}\n```",
+    "the language on its own line": f"```\npython\n{CODE}\n```",
     "bare": CODE,
     "bare, prose before": f"Here is the function:\n\n{CODE}",
     "bare, prose behind": f"{CODE}\n\nThis function squares a number.",
     "bare, both": f"Here is the function:\n\n{CODE}\n\nIt's simple.",
     "bare and indented": "The function:\n\n" + "".join(f"    {line}\n" for line in CODE.split("\n")),
+    "bare and indented, a word behind": "".join(f"    {line}\n" for line in CODE.split("\n")) + "\nDone\n",
+    "bare, a word behind": f"{CODE}\n\nDone",
     "bare, output fenced": f"{CODE}\n\nOutput:\n```\n9\n```",
 }
 
