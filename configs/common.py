@@ -37,6 +37,9 @@ def parse_arg(arg: str | None, *excluded: str, **defaults: Any) -> ConfigDict:
             out[key] = _SWITCH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             raise UserError(f"config argument {key}={text!r} must be of type {kind.__name__}") from None
+        # 0 stands for the default of these, which depends on other arguments.
+        if key in ("steps", "loops") and out[key] < 1:
+            raise UserError(f"config argument {key}={text} must be 1 or more; leave it out for the default")
         named.discard(key) if out[key] is False else named.add(key)
     for first, *others in map(str.split, excluded):
         if (other := next((key for key in others if key in named), "")) and first in named:

@@ -196,8 +196,8 @@ def check_type(what: str, value: Any, kind: Any) -> None:
         raise UserError(f"{what}={value!r} must be of type {names}")
 
 
-_FREE = "free some space, or mend the disk or the limit that it names"
-_FAULTS: list[int] = [getattr(errno, n) for n in "ENOSPC EDQUOT EFBIG EROFS EIO EMFILE ENFILE ENAMETOOLONG".split()]
+_FREE = "free some space, or mend the disk, limit or permission that it names"
+_FAULTS = [int(getattr(errno, f"E{n}")) for n in "NOSPC DQUOT FBIG ROFS IO MFILE NFILE NAMETOOLONG ACCES PERM".split()]
 
 
 def machine_fault(error: BaseException | None) -> str | None:

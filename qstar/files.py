@@ -33,6 +33,11 @@ def warn(text: str) -> None:
     warnings.warn(text, QstarWarning, stacklevel=2)
 
 
+def local_path(text: str | os.PathLike) -> Path:
+    """A path on a disk with `~` expanded; that of an unknown user stays, where `Path.expanduser` would raise."""
+    return Path(os.path.expanduser(text))
+
+
 def as_path(text: str | os.PathLike) -> Path:
     """The path that a user names: a local one, with `~` expanded, or one in a bucket (gs://bucket/name).
 
@@ -43,7 +48,7 @@ def as_path(text: str | os.PathLike) -> Path:
     if isinstance(text, epath.Path) and is_remote(text):
         return cast(Path, text)  # it was reached before: no question to the server
     if "://" not in name:
-        return Path(name).expanduser()
+        return local_path(name)
     fault = f"{name}: is no folder; name one on a disk, or in a bucket of Google Cloud Storage (gs://bucket/name)"
     require((name.startswith("gs://") and len(name) > len("gs://"), fault))
     # Another process may write into a folder that this one has listed.

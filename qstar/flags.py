@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 import qstar.configs
 from qstar.data.user_code import importable, load_file, user_errors
-from qstar.errors import MAX_TEMPERATURE, SEEDS, UserError, require, unknown
-from qstar.files import as_path, flatten, parse_json
+from qstar.errors import MAX_TEMPERATURE, SEEDS, UserError, require, unknown, within
+from qstar.files import as_path, flatten, local_path, parse_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,10 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def config(self) -> None:
         """Adds --config and --config.KEY."""
-        self.flag(
-            "--config FILE[:ARG]",
-            "config file, or a name of `qstar configs`; its argument after a colon",
-        )
+        self.flag("--config FILE[:ARG]", "config file, or a name of `qstar configs`; its argument after a colon")
         self.flag("--config.KEY VALUE", "replaces a value of the config; may be repeated", dest="_")
         self.flag("--task NAME", "replaces the config's task: a name of `qstar evaluate`, or file.py:Class")
         self.flag("--task-options JSON", "of that task", json_object, {})
@@ -64,6 +61,7 @@ class Parser(argparse.ArgumentParser):
         command = self.prog.removeprefix("qstar ")
         flags = [name for x in self._actions for name in x.option_strings]
         a.overrides = parse_overrides(rest, command, flags)
+        require(("name" not in a.task_options, f"{command}: --task-options: name is that of --task; leave it out"))
         if a.task_options and not a.task:
             raise UserError(f"{command}: --task-options are of a --task; set one option as --config.task.KEY=VALUE")
         if a.task:
@@ -129,16 +127,14 @@ def json_object(text: str) -> dict[str, Any]:
 
 def folder(flag: str, text: str) -> Path:
     """Returns a folder on a disk or in a bucket (gs://) that a command reads or writes; raises UserError for other URLs."""
-    try:
+    with within(f"{flag}="):
         return as_path(text)
-    except UserError as e:
-        raise UserError(f"{flag}={e}") from None
 
 
 def local_folder(flag: str, text: str) -> Path:
     """Returns a folder on a disk; raises UserError for a URL."""
     require(("://" not in text, f"{flag}={text}: is no folder; name one on a disk, and copy it to a bucket afterwards"))
-    return Path(text).expanduser()
+    return local_path(text)
 
 
 COUNT, POSITIVE, SEED = integer(0), integer(1), integer(0, SEEDS - 1)
@@ -188,7 +184,7 @@ def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
       UserError: no such file or name, an error in it (with its line), an override that matches nothing.
     """
     name, _, argument = spec.partition(":")
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.is_file():
         shipped = shipped_configs()
         if name not in shipped:
@@ -198,8 +194,7 @@ def read_config(spec: str, overrides: Sequence[Override] = ()) -> ConfigDict:
         path = shipped[name]
     config = _get_config(path, argument or None)
     if not isinstance(config, ConfigDict):
-        kind = type(config).__name__
-        raise UserError(f"--config={name}: get_config returned a {kind}; it must return an ml_collections ConfigDict")
+        raise UserError(f"--config={name}: get_config returned a {type(config).__name__}, no ml_collections ConfigDict")
     config.unlock()
     for flag, text in overrides:
         if flag == _TASK:

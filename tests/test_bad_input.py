@@ -114,6 +114,14 @@ CASES = {
     "name that leaves runs": (TRAIN.partition(" --workdir")[0] + " --config.name=../x", "config.name='../x' must name a folder inside runs/"),
     # ---- the config file
     "no such config": ("train --config={root}/none.py", "{root}/none.py: no such file"),
+    "config in the home of nobody": ("train --config=~nobody_here/x.py", "--config=~nobody_here/x.py: no such file"),
+    "copy to the home of nobody": ("configs copy sft ~nobody_here/x.py", "~nobody_here/x.py cannot be written"),
+    "run in the home of nobody": ("report ~nobody_here/x", "~nobody_here/x: no such folder"),
+    "export to the home of nobody": ("export --run={root}/none --out=~nobody_here/x", "--run={root}/none"),
+    "model in the home of nobody": ("sample --model=~nobody_here/x --prompt=x", "~nobody_here/x"),
+    "two names of a task": (
+        TRAIN + """ --task=numeric --task-options='{{"name":"mine"}}'""", "train: --task-options: name is that of --task; leave it out"),
+    "no steps of a base": (f"train --config={ROOT}/configs/star_arithmetic.py:steps=0", "config argument steps=0 must be 1 or more"),
     "config with a syntax error": ("train --config={root}/configs/syntax.py", "{root}/configs/syntax.py:2"),
     "config that raises on import": ("train --config={root}/configs/raises.py", "raises.py:3: ZeroDivisionError"),
     "config that raises in get_config": ("train --config={root}/configs/key.py", "key.py:2: KeyError: 'learning_rate'"),
@@ -230,6 +238,9 @@ CASES = {
     "evaluate with a JSON list": (EVALUATE + " --task=arithmetic --task-options=[]", "is a JSON list, not an object"),
     "evaluate with an unknown option": (EVALUATE + """ --task=gsm8k --task-options='{{"tset":"x"}}'""", "'tset' is unknown (did you mean test?)"),
     "evaluate on missing data": (EVALUATE + """ --task=gsm8k --task-options='{{"test":"{root}/x.jsonl"}}'""", "{root}/x.jsonl: no such file"),
+    "evaluate on an unset variable": (EVALUATE + """ --task=gsm8k --task-options='{{"test":""}}'""", "'' is neither a file nor a hub name"),
+    "evaluate in two formats": (
+        EVALUATE + """ --task=math --task-options='{{"format":"gsm8k"}}' --format=plain""", "evaluate: --task-options has a format, too; leave one out"),
     "evaluate on half a test set": (EVALUATE + " --task=humaneval --split=train", "humaneval: has no 'train' problems, only test"),
     "unknown template": (EVALUATE + """ --task=humaneval --task-options='{{"template":"x"}}'""", "template='x' is not one of mbpp, completion"),
     "no time for programs": (EVALUATE + """ --task=mbpp --task-options='{{"timeout_s":0}}'""", "mbpp: timeout_s=0 must be above 0"),

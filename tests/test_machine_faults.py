@@ -114,4 +114,7 @@ def test_faults_of_the_machine_are_found_in_causes_and_texts():
     assert "No space left" in machine_fault(
         ValueError('Error writing "/a/b": No space left on device [os_error_code=28]')
     )
+    # An unreadable folder: `Path.is_file` of Python 3.11 raises for what lies in it.
+    assert machine_fault(PermissionError(13, os.strerror(13), "/x/y.py")).startswith("/x/y.py: Permission denied; ")
+    assert machine_fault(PermissionError(1, os.strerror(1), "/x")).startswith("/x: Operation not permitted; ")
     assert machine_fault(KeyError("x")) is None and machine_fault(json.JSONDecodeError("x", "", 0)) is None

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 from qstar.errors import UserError, require, unknown
+from qstar.files import local_path
 from qstar.flags import Parser, shipped_configs
 
 
@@ -30,16 +31,15 @@ def main(argv: list[str]) -> int:
         require((a.file is None, "configs: show takes a name alone; copy NAME FILE writes a file"))
         print(text, end="")
         return 0
-    target = Path(a.file or f"{a.name}.py").expanduser()
+    target = local_path(a.file or f"{a.name}.py")
     target = target / f"{a.name}.py" if target.is_dir() else target
     require((target.suffix == ".py", f"configs: {target}: a config is a Python file; let the name end in .py"))
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:
-        raise UserError(f"configs: {target} exists, and is not overwritten; name another file") from None
     except OSError as e:
-        raise UserError(f"configs: {target} cannot be written ({e.strerror}); name another file") from None
+        fault = "exists and is not replaced" if isinstance(e, FileExistsError) else f"cannot be written ({e.strerror})"
+        raise UserError(f"configs: {target} {fault}; name another file") from None
     print(f"{target}: run it with `qstar train --config={target}`")
     return 0
 

@@ -90,7 +90,8 @@ def main(argv: list[str]) -> int:
     from qstar.train.metrics import show_table
 
     asked = {} if a.format == "auto" else {"format": a.format}
-    task, prompt_format = make_prompted(a.task, {**a.task_options, **asked})
+    require((not asked or "format" not in a.task_options, "evaluate: --task-options has a format, too; leave one out"))
+    task, form = make_prompted(a.task, {**a.task_options, **asked})
     task.problems(a.split)  # reports a fault in the data before the model is read
     scorers = _scorers(a.verifier, task, a.dtype)
     require((a.samples > 0 or not a.verifier, "evaluate: --verifier scores samples; give --samples=N, too"))
@@ -99,8 +100,7 @@ def main(argv: list[str]) -> int:
     made_with = {k: v for k, v in vars(a).items() if k in used and not (k == "dtype" and v is None)}
     out = folder("--out", a.out) if a.out else None
     same = ("split", "limit", "samples", "max_new_tokens", "temperature", "seed", "too_long")
-    options = {name: getattr(a, name) for name in same} | {"out": out, "made_with": made_with}
-    options["prompt_format"] = prompt_format
+    options = {name: getattr(a, name) for name in same} | {"out": out, "made_with": made_with, "prompt_format": form}
     options["score"] = lambda rows, folder, own: by_scores(rows, a.samples, scorers, folder, own, task.ballots)
     try:
         result = evaluate_model(load(a.model, dtype=a.dtype), task, **options)

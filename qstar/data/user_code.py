@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from qstar.errors import UserError, unknown
+from qstar.files import local_path
 
 
 def is_spec(text: str) -> bool:
@@ -55,7 +56,7 @@ def load_object(
 
 def load_file(file: str | os.PathLike, what: str) -> ModuleType:
     """Executes a Python file as a module, its folder importable meanwhile; raises UserError as `load_object` does."""
-    path = Path(file).expanduser().resolve()
+    path = local_path(file).resolve()
     if not path.is_file():
         raise UserError(f"{what}={file}: no such file (in {Path.cwd()})")
     if path.suffix != ".py":
@@ -90,8 +91,8 @@ def user_errors(what: str, path: str | os.PathLike | None) -> Iterator[None]:
         raise
     except SyntaxError as e:
         # The file, or one that it imports.
-        own = path is not None and e.filename == str(path)
-        raise UserError(f"{what if own else f'{what}: {e.filename}'}:{e.lineno}: {e.msg}; mend the file") from None
+        own, line = path is not None and e.filename in (None, str(path)), f":{e.lineno}" if e.lineno else ""
+        raise UserError(f"{what if own else f'{what}: {e.filename}'}{line}: {e.msg}; mend the file") from None
     # A file may end in sys.exit(), which would end qstar without a word, with the exit code 0.
     except (Exception, SystemExit) as e:  # noqa: BLE001  the user's own code raises anything
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if path and f.filename == str(path)]
@@ -101,8 +102,8 @@ def user_errors(what: str, path: str | os.PathLike | None) -> Iterator[None]:
 
 
 def _import(name: str, spec: str, what: str) -> ModuleType:
-    # A command's script is no part of the current folder, as `python -m` would be.
-    with importable([os.getcwd()]):
+    # A command's script is no part of the current folder, as `python -m` would be. `find_spec` imports a parent package.
+    with importable([os.getcwd()]), user_errors(f"{what}={spec}", None):
         try:
             found = importlib.util.find_spec(name)
         except ModuleNotFoundError as e:

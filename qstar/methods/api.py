@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qstar import methods
 from qstar.distributed import is_first
-from qstar.errors import unknown
+from qstar.errors import require, unknown
 from qstar.files import as_path
 from qstar.methods.pairs import CONTEXTS
 from qstar.models.model import Model, load
@@ -82,9 +82,9 @@ def distil(
 
     Otherwise as `fine_tune`. Raises UserError also for a soft loss between different vocabularies.
     """
-    texts = [] if isinstance(rows, str | os.PathLike) else list(rows)
-    given: Rows = [{"prompt": x} if isinstance(x, str) else x for x in texts] if texts else rows
-    return _train("distil", student, given, workdir, options, teacher)
+    if isinstance(rows, Iterable) and not isinstance(rows, str):
+        rows = [{"prompt": x} if isinstance(x, str) else x for x in rows]
+    return _train("distil", student, rows, workdir, options, teacher)
 
 
 def evaluate(
@@ -107,6 +107,7 @@ def evaluate(
     task_options = dict(options.pop("task_options", {}))
     how: dict[str, Any] = {key: options.pop(key) for key in ("format", "shots") if key in options}
     if isinstance(task, str):
+        require((not how.keys() & task_options.keys(), "evaluate: task_options has format or shots; leave one out"))
         task, prompt_format = make_prompted(task, {**task_options, **how})
     else:
         prompt_format = PromptFormat(**how)
@@ -152,9 +153,8 @@ def _train(
 ) -> Result:
     elsewhere = _ELSEWHERE | (_OF_DISTIL if method == "distil" else {})
     fields = set(CONTEXTS[method].TRAIN.__dataclass_fields__)
-    config: dict[str, Any] = {"method": method, "name": method, "arms": {method: {}}, "data": {"held_out": 0.0}}
-    config |= {"seed": options.pop("seed", 0), "mesh": options.pop("mesh", "data=1,fsdp=-1")}
-    config["evaluate"] = {"examples": 0}
+    config: dict[str, Any] = {"method": method, "name": method, "arms": {method: {}}, "evaluate": {"examples": 0}}
+    config |= {"seed": options.pop("seed", 0), "mesh": options.pop("mesh", "data=1,fsdp=-1"), "data": {"held_out": 0.0}}
     quiet = options.pop("quiet", False)
     train: dict[str, Any] = {}
     for name, value in options.items():
@@ -165,8 +165,7 @@ def _train(
     train.setdefault("lr", _RATES[method][bool(train.get("lora_rank"))])
     given: dict[str, Any] = {}
     for section, some in {"model": model, **({"teacher": teacher} if teacher is not None else {})}.items():
-        path = "" if isinstance(some, Model) else os.fspath(some)
-        config[section] = {"path": path}
+        config[section] = {"path": "" if isinstance(some, Model) else os.fspath(some)}
         if isinstance(some, Model):
             given["start" if section == "model" else "teacher"] = some
             # The model itself is compared by its stage, with a tolerance.
@@ -174,7 +173,8 @@ def _train(
     if isinstance(rows, str | os.PathLike):
         config["data"]["source"] = os.fspath(rows)
     else:
-        given["rows"] = list(map(dict, rows))
+        found = rows if isinstance(rows, Iterable) else [rows]
+        given["rows"] = [dict(x) if isinstance(x, Mapping) else x for x in found]
         config["data"]["source"] = f"{len(given['rows'])} rows, {data_hash(given['rows'])}"
     with tempfile.TemporaryDirectory() if workdir is None else contextlib.nullcontext(workdir) as folder:
         console = Console(quiet=quiet or not is_first())

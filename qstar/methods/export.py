@@ -30,7 +30,7 @@ CONTEXTS |= {"quiet_star": QuietContext, **pairs.CONTEXTS}
 def export_model(run: Path, arm: str | None, iteration: int | None, out: Path, verifier: str = "") -> Path:
     """Writes the model of a run's arm and iteration to `out`; see `trained_model`."""
     # Checked first: restoring a large model takes long, and then a refused folder would waste it.
-    refuse_foreign(out.expanduser().resolve())
+    refuse_foreign(out.resolve())
     save(trained_model(run, arm, iteration, verifier), out)
     return out
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import inspect
 import typing
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import jax
@@ -15,6 +14,7 @@ from einops import rearrange
 
 from qstar.data.corpus import Corpus, Rows, TextCorpus
 from qstar.errors import Settings, bounded, check_type, require, unknown, within
+from qstar.files import local_path
 from qstar.mesh import put_global_batch, to_host
 from qstar.models import heads
 from qstar.models.config import ModelConfig
@@ -159,7 +159,7 @@ def make_corpus(options: dict[str, Any], model_path: str) -> Corpus:
         read_config(folder)  # raises for a folder that is no model
     else:
         folder = str(resolve(folder, weights=False))
-    require((Path(folder).expanduser().is_dir(), f"{where}: no such folder; name one that holds tokenizer files"))
+    require((local_path(folder).is_dir(), f"{where}: no such folder; name one that holds tokenizer files"))
     tokenizer = load_tokenizer(folder)
     require((tokenizer is not None, f"{where}: this folder has no tokenizer files; name another one"))
     return _make(TextCorpus, options, source, tokenizer)

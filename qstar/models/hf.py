@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from qstar import distributed, tree
 from qstar.errors import QstarWarning, UserError
-from qstar.files import read_json
+from qstar.files import local_path, read_json
 from qstar.mesh import shardings, to_host
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
@@ -47,7 +47,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
       UserError: no such folder, no config.json in it, or broken JSON.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = local_path(folder)
     if folder.is_file():
         what = next((say for end, say in FORMATS.items() if folder.name.endswith(end)), "it is one file of a model")
         raise UserError(f"{folder}: {what}; give the folder of the model in the Hugging Face layout (safetensors)")
@@ -71,7 +71,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 def has_thought_head(folder: str | os.PathLike) -> bool:
     """Returns whether the weights in a folder hold a thought mixer (the official code's config.json may not say so)."""
-    return THOUGHT_SIGN in WeightFiles(pathlib.Path(folder).expanduser()).slices
+    return THOUGHT_SIGN in WeightFiles(local_path(folder)).slices
 
 
 def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -> ModelConfig | EncDecConfig:
@@ -79,7 +79,7 @@ def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -
 
     A `lm_head.weight` that differs from the embedding is an untied head; a T5 without one is tied.
     """
-    weights = WeightFiles(pathlib.Path(folder).expanduser(), config)
+    weights = WeightFiles(local_path(folder), config)
     table, encdec = weights.key(embedding_names(config)[0]), isinstance(config, EncDecConfig)
     # A T5's config.json cannot be relied on. A decoder that needs a head is refused by `WeightFiles.check`.
     if HEAD not in weights.slices:
@@ -110,7 +110,7 @@ def read_params(folder: str | os.PathLike, config: ModelConfig | EncDecConfig, m
       UserError: weights missing, truncated, pickled, or unlike the config; the line names file and tensor.
     """
     rows = name_map(config)
-    weights = WeightFiles(pathlib.Path(folder).expanduser(), config)
+    weights = WeightFiles(local_path(folder), config)
     weights.check(rows, config.tie_embeddings)
     by_path = {row.path: row for row, _ in rows}
     shapes = abstract_params(config)
@@ -178,7 +178,7 @@ def write_params(
     Raises:
       UserError: the folder holds something else, the parameters are not the config's, or the disk refuses.
     """
-    target = pathlib.Path(folder).expanduser().resolve()
+    target = local_path(folder).resolve()
     leaves = _checked_leaves(config, params)
     tensors = _tensors(config)
     shards = split_state_dict_into_shards_factory(

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from qstar import tree
 from qstar.errors import require
+from qstar.files import local_path
 from qstar.mesh import SAMPLING, batch_sharding, replicated
 from qstar.models import scoring
 from qstar.models.config import SIZES, ModelConfig, preset
@@ -117,7 +117,7 @@ def abstract_model(case: Case, options: dict[str, Any], where: str = "model") ->
     require((bool(path or name), f"config.{where}: neither path (a model folder) nor preset is set; set one of them"))
     check_keys(ModelConfig, {k: v for k, v in options.items() if k != "dtype"}, where)
     # The shapes of known models are in a table: a plan of them needs no network.
-    known = not path or is_published(path) and not Path(path).expanduser().is_dir()
+    known = not path or is_published(path) and not local_path(path).is_dir()
     folder = None if known else resolve(path, revision, weights=False)
     if folder is not None and folder.is_dir():
         raw = read_config(folder)

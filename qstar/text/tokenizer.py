@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qstar.errors import UserError
-from qstar.files import read_json
+from qstar.files import local_path, read_json
 from qstar.text.chat import ChatTemplate
 
 # transformers warns that PyTorch is missing, which reads like a failure: only its tokenizers are used here.
@@ -300,7 +300,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
     Raises:
         UserError: the files exist and cannot be read, or there is no EOS token.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = local_path(folder)
     found = [name for name in _VOCABULARIES if (folder / name).is_file()]
     if not found:
         _refuse_byte_models(folder)

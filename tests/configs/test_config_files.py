@@ -275,6 +275,15 @@ def test_arguments_of_which_one_would_have_no_effect_are_refused(name, argument,
     assert "\n" not in str(said.value)
 
 
+@pytest.mark.parametrize(
+    "name, argument",
+    [("star_arithmetic.py", "steps=0"), ("star_arithmetic.py", "loops=0"), ("quiet_star_text.py", "steps=0")],
+)
+def test_a_zero_that_would_be_the_default_is_refused(name, argument):
+    with pytest.raises(UserError, match=f"config argument {argument} must be 1 or more; leave it out for the default"):
+        module(name).get_config(argument)
+
+
 def test_an_empty_value_is_refused_and_a_mode_that_is_off_excludes_nothing():
     with pytest.raises(UserError, match="config argument data= is empty"):
         module("star_gsm8k.py").get_config("smoke,data=")

@@ -98,6 +98,32 @@ def test_an_exception_in_a_module_names_its_file_and_line(folder):
         load_object("pack_of_mine.worse:f", "--x")
 
 
+def test_an_exception_in_a_package_around_a_module_is_one_line(folder):
+    (folder / "pack_of_mine").mkdir()
+    (folder / "pack_of_mine" / "__init__.py").write_text("{}['k']\n")
+    with pytest.raises(UserError, match=r"^--x=pack_of_mine\.mod:f: KeyError: 'k'; mend the file$"):
+        load_object("pack_of_mine.mod:f", "--x")
+
+
+def test_a_file_with_a_null_byte_has_no_line_number(folder):
+    (folder / "bad.py").write_bytes(b"x = 1\0\n")
+    with pytest.raises(
+        UserError, match="^--x=bad.py: [^:]*null bytes; mend the file$|^--x=bad.py: ValueError: .*null"
+    ) as e:
+        load_object("bad.py:f", "--x")
+    assert "None" not in str(e.value)
+    with (
+        pytest.raises(UserError, match="^--x=bad.py: source code string; mend the file$"),
+        user_errors("--x=bad.py", "bad.py"),
+    ):
+        raise SyntaxError("source code string")
+
+
+def test_a_file_in_the_home_of_nobody_is_not_there(folder):
+    with pytest.raises(UserError, match="^--x=~nobody_here/x.py: no such file"):
+        load_object("~nobody_here/x.py:f", "--x")
+
+
 def test_calls_of_a_loaded_function_name_the_line_too(folder):
     score = load_object("mine.py:score", "rl.reward")
     with pytest.raises(UserError, match=r"^rl.reward=mine.py:13: ValueError"):

@@ -203,6 +203,13 @@ MISTAKES = {
         lambda m: qstar.prefer(m, [*PREFERENCES, {"prompt": "x"}]),
         r"preferences\[16\]: field 'chosen' is missing",
     ),
+    "text for a row": (lambda m: qstar.fine_tune(m, ["2+3=5"]), r"^pairs\[0\]: is a str, not a dict of prompt and"),
+    "pair for a row": (
+        lambda m: qstar.fine_tune(m, [("ab", "cd")]),
+        r"^pairs\[0\]: is a tuple, not a dict of prompt and",
+    ),
+    "None for rows": (lambda m: qstar.fine_tune(m, None), r"^pairs\[0\]: is a NoneType, not a dict of prompt and"),
+    "None for prompts": (lambda m: qstar.distil(m, m, None), r"^prompts\[0\]: is a NoneType, not a dict of prompt"),
     "no rows": (lambda m: qstar.fine_tune(m, []), "the list is empty"),
     "no file": (lambda m: qstar.fine_tune(m, "none.jsonl"), "none.jsonl: no such file"),
     "too long": (lambda m: qstar.fine_tune(m, [{"prompt": "1" * 3000, "completion": "2"}]), "all 1 rows are longer"),
@@ -210,6 +217,10 @@ MISTAKES = {
     "evaluation": (
         lambda m: qstar.evaluate(m, Sums(), max_tokens=4),
         "option 'max_tokens' is unknown .*max_new_tokens",
+    ),
+    "two formats": (
+        lambda m: qstar.evaluate(m, "math", task_options={"format": "gsm8k"}, format="plain"),
+        "evaluate: task_options has format or shots; leave one out",
     ),
     "task": (lambda m: qstar.evaluate(m, "gsm9k"), "task 'gsm9k' is unknown .*gsm8k"),
 }
