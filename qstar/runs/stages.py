@@ -22,7 +22,7 @@ import optax
 
 from qstar import distributed, tree
 from qstar.data.loader import batches
-from qstar.errors import Settings, UserError, bounded, require, within
+from qstar.errors import Settings, bounded, require, within
 from qstar.mesh import to_host
 from qstar.models import lora, scoring
 from qstar.models.config import ModelConfig
@@ -332,12 +332,9 @@ def fine_tune(
     # Packed when the first batch is needed: a finished stage needs none.
     @functools.cache
     def rows() -> Any:
-        return batches(
-            pack_rows(examples, settings, start.config, shared_with=mixed),
-            settings.batch_size,
-            seed=stage.seed,
-            mix=(pack_rows(mixed, settings, start.config, shared_with=examples), mix[1]) if mix else None,
-        )
+        own = pack_rows(examples, settings, start.config, shared_with=mixed)
+        more = (pack_rows(mixed, settings, start.config, shared_with=examples), mix[1]) if mix else None
+        return batches(own, settings.batch_size, seed=stage.seed, mix=more)
 
     kind = Responses if isinstance(start.config, EncDecConfig) else Batch
     tx, step = sft_step(start.config, settings)
@@ -355,17 +352,15 @@ def sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
 @functools.cache
 def _sft_step(config: Any, settings: TrainSettings) -> tuple[Any, Any]:
     tx = settings.optimiser()
-    if isinstance(config, EncDecConfig):
-        loss = functools.partial(losses.response_loss, config=config, z_loss=settings.z_loss)
-    else:
+    loss: Any = functools.partial(losses.response_loss, config=config, z_loss=settings.z_loss)
+    if not isinstance(config, EncDecConfig):
         # A row of one document takes simpler masks, which cuDNN's attention supports.
         loss = functools.partial(losses.sft_loss, config=config, z_loss=settings.z_loss, one_text=not settings.packed)
     return tx, make_step(settings.through(loss), tx, settings.accumulate)
 
 
 def only_updates(train: Any, kind: Any = UpdateSettings, *more: str) -> Any:
-    """Returns the settings that a compiled step depends on, those in `more` among them; the others have their defaults."""
-    # The settings are a cache key: stages that differ in rates and lengths alone share a compilation.
+    """Returns what a compiled step depends on, a cache key: stages that differ in rates and lengths alone share it."""
     names = ("batch_size", "accumulate", "b1", "b2", "weight_decay", "clip", "lora_rank", "lora_alpha", "lora_targets")
     return kind(**{name: getattr(train, name) for name in (*names, *more)})
 
@@ -389,8 +384,7 @@ def pack_rows(
     prompt and response apart, padded to the longest of `examples` and `shared_with` (with which they share batches).
     Raises UserError for an example that is longer than `row_length`.
     """
-    if not examples:
-        raise UserError("no examples to train on")
+    require((len(examples) > 0, "no examples to train on"))
     if isinstance(config, EncDecConfig):
         return _response_rows(examples, settings.row_length, config, [*examples, *shared_with])
     return pack(examples, settings.row_length, packed=settings.packed, loss_on_prompt=settings.loss_on_prompt)
