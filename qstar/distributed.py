@@ -387,7 +387,7 @@ def _watch(here: ProcessInfo, index: int) -> None:
     os._exit(1)
 
 
-def leave(well: bool) -> None:
+def leave(well: bool = True) -> None:
     """Tells the other processes that this one ends on its own: well, or with an error, after which they end, too."""
     for peer in _connections.values():
         with contextlib.suppress(OSError):

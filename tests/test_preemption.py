@@ -98,7 +98,7 @@ def dispatch(argv):
     if argv[1] == "run":
         told()  # while the table is printed, the report written
     return 0
-def leave():
+def leave(well):
     if argv[1] == "leave":
         told()
 argv = sys.argv[:] = ["qstar", sys.argv[2], sys.argv[1]]
