@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": "whether a config fits on a TPU slice or GPUs, and its speed at best",
     "bench": "measures speed beside transformers + PyTorch",
 }
+PEERS_SECONDS = 20.0  # a process that ends with an error waits so long for the others to end, too
 # Commands that stop gracefully on SIGTERM, with what is kept unless they say it; the others end as usual.
 KEPT = {"train": "what its stages have finished is saved", "evaluate": "nothing is kept without --out"}
 
@@ -159,8 +160,11 @@ def _end(code: int) -> None:
 
         atexit.unregister(getattr(api, "clean_up", _end))  # `_end`: registered nowhere
         if jax.distributed.is_initialized():
-            # Without it, the coordination service of the other processes reports a crash.
-            jax.distributed.shutdown()
+            # Without it, the coordination service of the other processes reports a crash. It waits for them: after an
+            # error of this process alone for minutes, and then aborts this one, whose exit code would be lost.
+            ends = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+            ends.start()
+            ends.join(None if code in (0, preemption.exit_code()) else PEERS_SECONDS)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):

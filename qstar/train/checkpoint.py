@@ -33,7 +33,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file it
 logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 CHECKSUMS = "checksums"  # key of the record
-_UNANSWERED = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED")  # codes of cloud storage
+# Codes of cloud storage.
+_UNANSWERED = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|PERMISSION_DENIED")
 
 
 class Restored(NamedTuple):

@@ -126,7 +126,7 @@ def drive(jobs, kind="resumed"):
 def _server(kind):
     """A driver per worker and kind: its imports take some seconds, which its children share. It ends with its input."""
     seed = {"whole": "1", "resumed": "2"}[kind]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen([sys.executable, DRIVER], env={**environment(), "PYTHONHASHSEED": seed}, text=True, **pipes)
 
 

@@ -311,6 +311,7 @@ def test_an_empty_folder_and_one_that_cannot_be_made(tmp_path):
 @pytest.mark.parametrize("fault, kind, says", [
     (ConnectionResetError(104, "reset"), Unreachable, "cannot be read now .*start the command again"),
     (ValueError("UNAVAILABLE: 503 from gs://b/state"), Unreachable, "cannot be read now"),
+    (ValueError("PERMISSION_DENIED: 403 from gs://b/state"), Unreachable, "cannot be read now"),
     (OSError(errno.EMFILE, "Too many open files"), OSError, "Too many open files"),
 ])  # fmt: skip
 def test_a_checkpoint_that_cannot_be_reached_is_not_damaged(fault, kind, says, finished, monkeypatch):
