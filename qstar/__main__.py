@@ -180,13 +180,19 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
         _say("warning: " + " ".join(str(message).split()))
 
 
+def _of_orbax(args: Any) -> bool:
+    code = getattr(args.object, "cr_code", None)  # of a coroutine
+    return "Event loop is closed" in str(args.exc_value) or code is not None and "orbax" in code.co_filename
+
+
 @contextlib.contextmanager
 def _quiet_threads() -> Iterator[None]:
     # Orbax writes in threads: a full disk there is reported by the main thread, which waits for them.
     usual = threading.excepthook, sys.unraisablehook
     threading.excepthook = lambda args: None if machine_fault(args.exc_value) else usual[0](args)
-    # After such a failure orbax still sends messages to its event loop, which is closed by then.
-    sys.unraisablehook = lambda args: None if "Event loop is closed" in str(args.exc_value) else usual[1](args)
+    # After such a failure orbax still sends messages to its event loop, which is closed by then; and of several reads that
+    # fail one is raised, and the others are left to the garbage collector.
+    sys.unraisablehook = lambda args: None if _of_orbax(args) else usual[1](args)
     try:
         yield
     finally:

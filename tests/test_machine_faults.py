@@ -1,5 +1,7 @@
 """Full disks, closed pipes, signals, two runs in one folder: one line, and the run can go on."""
 
+import asyncio
+import gc
 import json
 import os
 import resource
@@ -10,7 +12,7 @@ import time
 
 import pytest
 
-from qstar.__main__ import check_texts
+from qstar.__main__ import _quiet_threads, check_texts
 from qstar.errors import UserError, machine_fault
 from tests.methods import runs
 
@@ -118,3 +120,22 @@ def test_faults_of_the_machine_are_found_in_causes_and_texts():
     assert machine_fault(PermissionError(13, os.strerror(13), "/x/y.py")).startswith("/x/y.py: Permission denied; ")
     assert machine_fault(PermissionError(1, os.strerror(1), "/x")).startswith("/x: Operation not permitted; ")
     assert machine_fault(KeyError("x")) is None and machine_fault(json.JSONDecodeError("x", "", 0)) is None
+
+
+@pytest.mark.parametrize("file, printed", [("/x/orbax/serialization.py", False), ("/x/own.py", True)])
+def test_reads_that_orbax_leaves_behind_print_no_traceback(file, printed, capfd):
+    """Of several reads of a damaged checkpoint that fail, one is raised; the others end in the garbage collector."""
+    source = "async def read():\n    try:\n        await asyncio.sleep(0)\n    finally:\n        raise ValueError('damaged')\n"
+    names = {"asyncio": asyncio}
+    exec(compile(source, file, "exec"), names)
+    # pytest has a hook of its own, which makes a warning of it.
+    usual, sys.unraisablehook = sys.unraisablehook, sys.__unraisablehook__
+    try:
+        with _quiet_threads():
+            reading = names["read"]()
+            reading.send(None)
+            del reading
+            gc.collect()
+    finally:
+        sys.unraisablehook = usual
+    assert ("damaged" in capfd.readouterr().err) == printed

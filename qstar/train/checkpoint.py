@@ -29,8 +29,6 @@ from qstar.errors import Unreachable, UserError, machine_fault
 from qstar.files import Damaged, warn
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file it touches, and what it raises as well
-# asyncio prints the errors of orbax' other reads, of which one is raised here, at some later time.
-logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 CHECKSUMS = "checksums"  # key of the record
 # Codes of cloud storage.
