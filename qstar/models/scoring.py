@@ -209,8 +209,8 @@ def _as_tokens(tokens: Any, config: AnyConfig) -> np.ndarray:
         tokens = np.asarray(tokens)
     except ValueError as e:
         raise UserError(f"tokens must be a rectangle [B, T] of ids ({e}); pad the rows, with a `mask`") from None
-    whole = f"tokens must be ids, whole numbers, and these are {tokens.dtype}: {tokens.ravel()[:1].tolist()}"
-    require((not tokens.size or tokens.dtype.kind in "iu", whole))
+    fault = f"tokens must be ids, whole numbers, and these are {tokens.dtype}: {tokens.ravel()[:1].tolist()}"
+    require((not tokens.size or tokens.dtype.kind in "iu", fault))
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
         bad = next(t for t in tokens.ravel().tolist() if not 0 <= t < config.vocab_size)
         raise UserError(f"token id {bad} is outside the model's vocabulary of {config.vocab_size}")

@@ -292,11 +292,11 @@ def _guided_cot(case: Case) -> Iterator[Program]:
         limit = scoring.text_limit(small.config)
         made = distillation.compiled(small.config, other.config, kind, limit, only_updates(train))
         frozen = None if kind.kind == "hard" else {"teacher": other.params}
-        beside = resident if frozen is None else {}
+        residents = resident if frozen is None else {}
         rows = case.responses(train.batch_size, prompt, R)
         batch = Lesson(*rows, case.spec((train.batch_size, R), jnp.float32, split=True), *rows[:2])
         needed = flops.respond(small.config, train.batch_size, prompt, R, back=True)
-        yield train_program(case, "distillation", small, train, made, batch, needed, None, beside, frozen)
+        yield train_program(case, "distillation", small, train, made, batch, needed, None, residents, frozen)
     if any(start != "base" for start in starts):
         s = case.settings(ReinforceSettings, "train", max_new_tokens=R)
         yield from _rl_updates(case, small, s, prompt, resident)
