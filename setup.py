@@ -37,7 +37,6 @@ setup(
         "sentencepiece>=0.2",  # tokenizer.model files of Llama 2 and Mistral
         "protobuf>=4",  # to read them
         "datasets>=4.0",  # data sets of the hub
-        "grain>=0.2.10",  # shuffled, repeated, mixed batches that are a pure function of the step
         "safetensors>=0.5",  # weights
         "huggingface_hub>=0.30",  # cuts exports into shards; transformers brings it, too
         "etils[epath]>=1.10",  # gs:// paths like local ones

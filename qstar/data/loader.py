@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,25 +45,35 @@ def batches(
 class _Batches(Sequence):
     def __init__(self, parts: list[tuple[Arrays, int, str]]):
         _check([arrays for arrays, _, _ in parts])
-        # grain imports jax, which `data` and all that imports it must not need (worker processes, fast tests).
-        from grain import MapDataset
-
-        self._parts: list[tuple[Arrays, Any]] = []
-        for arrays, size, name in parts:
-            numbers = MapDataset.range(len(next(iter(arrays.values()))))
-            # A hash, since grain takes 32 bits; of the name, since the two parts must not share an order.
-            seed = zlib.crc32(name.encode())
-            self._parts.append((arrays, numbers.shuffle(seed=seed).repeat().batch(size)))
+        # A hash of the name, since the two parts must not share an order.
+        self._parts = [(arrays, size, zlib.crc32(name.encode())) for arrays, size, name in parts]
 
     def __len__(self) -> int:
-        return len(self._parts[0][1])
+        return sys.maxsize
 
     def __getitem__(self, step: Any) -> Any:
         if step < 0:
             raise IndexError(f"step {step}: batches count from 0 and have no end")
-        # Only row numbers pass through grain: gathering the rows here costs one copy per batch.
-        chosen = [(arrays, numbers[step]) for arrays, numbers in self._parts]
+        chosen = [
+            (arrays, _row_numbers(len(next(iter(arrays.values()))), size, seed, step))
+            for arrays, size, seed in self._parts
+        ]
         return {key: np.concatenate([np.asarray(arrays[key])[rows] for arrays, rows in chosen]) for key in chosen[0][0]}
+
+
+def _row_numbers(count: int, size: int, seed: int, step: int) -> np.ndarray:
+    """The rows [size] of a batch: a piece of the shuffled epochs of `count` rows, laid end to end."""
+    at = np.arange(step * size, (step + 1) * size)
+    epochs = np.unique(at // count)
+    orders = np.concatenate([_shuffled(count, seed, int(epoch)) for epoch in epochs])
+    return orders[at - epochs[0] * count]
+
+
+@functools.lru_cache(maxsize=4)  # an epoch and the next one, of both parts: most batches lie within one epoch
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    # Sorted raw bits of a counter-based generator are the same in every release of numpy; `Generator.permutation` need not
+    # be, and a run may go on after an upgrade.
+    return np.argsort(np.random.Philox(key=(seed, epoch)).random_raw(count), kind="stable")
 
 
 def _check(parts: list[Arrays]) -> None:

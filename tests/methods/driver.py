@@ -4,13 +4,14 @@
 
 The jobs of a list run one after another; children inherit the imports and start JAX. Exit codes stand beside the list.
 
-A job is {"config": "star_arithmetic.py:smoke", "flags": [..], "workdir": DIR, "kill": EVENT or null}. The
-product knows nothing of this: its functions are wrapped here so that they tell *events*, and the child sends
-itself SIGKILL when the first event that equals the plan comes by, SIGTERM where the plan is "term EVENT". Paths are relative to the workdir.
-A plan "later SECONDS EVENT" sends the SIGTERM so long after the event, wherever the run then is. With "command" a job is
-another command line of qstar than `train` with this config. With "drop": [EVENT, ...] it first leaves the run by an exception (or, at "term EVENT", by SIGTERM) at each of these in
-turn and begins again in the same process, which costs neither a start nor a compilation. A "later" one may come after the
-run's end: then the others are left out.
+A job is {"config": "star_arithmetic.py:smoke", "flags": [..], "workdir": DIR, "xla_flags": the compiler's options, "kill":
+EVENT or null}. The product knows nothing of this: its functions are wrapped here so that they tell *events*, and the child
+sends itself SIGKILL when the first event that equals the plan comes by, SIGTERM where the plan is "term EVENT". Paths are
+relative to the workdir. A plan "later SECONDS EVENT" sends the SIGTERM so long after the event, wherever the run then is.
+With "command" a job is another command line of qstar than `train` with this config. With "drop": [EVENT, ...] it first
+leaves the run by an exception (or, at "term EVENT", by SIGTERM) at each of these in turn and begins again in the same
+process, which costs neither a start nor a compilation. A "later" one may come after the run's end: then the others are left
+out.
 
     begin FILE          before a JSONL file is made      replace FILE        written under its temporary name
     done FILE           the file is there                batch FOLDER STEP   before an update
@@ -115,6 +116,7 @@ def child(job):
     log = open(f"{job['workdir']}.log", "a", encoding="utf-8")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    os.environ["XLA_FLAGS"] = job["xla_flags"]  # read where JAX starts, which no process before the fork has done
     try:
         events = Events(job["workdir"], None, job.get("copies", {}))
         wrap(events)
@@ -154,7 +156,6 @@ def run(path):
 
 def main():
     """Imports once what all children need, and runs lists until its input ends."""
-    import grain  # noqa: F401
     import rich.progress  # noqa: F401
     import tensorboardX  # noqa: F401
     from transformers import PreTrainedTokenizerFast  # noqa: F401

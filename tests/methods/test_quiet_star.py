@@ -25,6 +25,7 @@ CHAIN = [
     [
         "batch base 30",  # while the base trains
         "saved base/model 60",  # trained, but not marked as such
+        "term batch quiet_star 2",  # saved after that update
         "batch quiet_star 7",  # past the first checkpoint and the first measurement
     ],
     [
@@ -34,8 +35,12 @@ CHAIN = [
 ]
 
 
-def test_a_run_killed_or_left_at_five_points_ends_with_the_same_bits():
+def test_a_run_killed_or_left_at_six_points_ends_with_the_same_bits():
     one, other = runs.quiet_star(), runs.killed(runs.QUIET, CHAIN)
+    log = other.with_suffix(".log").read_text(encoding="utf-8")
+    assert "qstar: stopped by SIGTERM; saved after update 3; go on with: qstar train" in log and "Traceback" not in log
+    assert [runs.events(other).count(f"batch quiet_star {step}") for step in range(6)] == [1, 1, 1, 1, 1, 2]
+    assert runs.numbers(one) == runs.numbers(other)
     assert runs.answers(one) == runs.answers(other) and len(runs.answers(one)) >= 6
     assert runs.weights(one) == runs.weights(other) and len(runs.weights(one)) == 3
 

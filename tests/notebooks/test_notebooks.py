@@ -102,8 +102,9 @@ def test_the_quick_start_samples_trains_and_shows_a_run(monkeypatch):
 
 
 def test_one_task_compares_the_methods_of_finished_runs(tmp_path, monkeypatch):
-    for method in ("star", "v_star", "grpo"):
-        shutil.copytree(runs.finished(f"{method}_arithmetic.py:smoke"), tmp_path / method)
+    finished = {"star": runs.arithmetic(), "v_star": runs.v_star(), "grpo": runs.finished("grpo_arithmetic.py:smoke")}
+    for method, run in finished.items():
+        shutil.copytree(run, tmp_path / method)
     variables = {"QSTAR_RUNS": str(tmp_path), "QSTAR_ARGUMENT": ",smoke"}
     printed, shown = execute("05_one_task_all_methods.ipynb", monkeypatch, **variables)
     table = next(value for value in shown if "responses" in getattr(value, "columns", ()))

@@ -2,7 +2,8 @@
 
 SIGTERM is honoured by every loop: one moment in each by default, ten with QSTAR_LONG_TESTS=1. The chains of SIGTERM and
 SIGKILL through whole runs are opt-in, for they take many minutes; another QSTAR_LONG_SEED draws other places. (A few chosen
-places of each kind, and SIGTERM in STaR, are in every run of the tests: see test_resume.py.)
+places of each kind, and SIGTERM in STaR, V-STaR and Quiet-STaR, are in every run of the tests: see test_resume.py and
+methods/test_quiet_star.py.)
 """
 
 import collections
@@ -56,7 +57,10 @@ def undisturbed(name):
     return runs.killed(command(name), [None]) if name == "evaluate" else runs.finished(command(name))
 
 
-@pytest.mark.parametrize("name", [*(["star"] if LONG else []), "quiet_star", "v_star", "guided_cot", "rl", "evaluate"])
+CHAINED = ["star", "v_star", "quiet_star"]  # by default their SIGTERMs are part of other tests
+
+
+@pytest.mark.parametrize("name", [*(CHAINED if LONG else []), "guided_cot", "rl", "evaluate"])
 def test_sigterm_at_random_moments_saves_exits_0_and_goes_on(name):
     """The signal comes up to half a second after random events of each loop of a run; no update is made twice."""
     whole = undisturbed(name)

@@ -40,6 +40,7 @@ V_STAR = [  # every stage; killed for good where a checkpoint is being written i
         "batch g_sft 12",  # while G_SFT trains, past its first checkpoint
         "done g_sft/stages/k4_t1_18c98c75/sample_000.jsonl",  # in the middle of sampling from G_SFT
         "done v_star/rationales/iter_001.jsonl",  # before the buffers
+        "term batch v_star/checkpoints/iter_001 4",  # saved after that update
         "batch v_star/checkpoints/iter_001 10",  # while the generator trains
         "done v_star/stages/evaluation/iter_001_000.jsonl",  # before its metrics are written
         "done v_star/stages/iter_002/sample_001.jsonl",  # in the middle of sampling from G_1
@@ -49,6 +50,7 @@ V_STAR = [  # every stage; killed for good where a checkpoint is being written i
         "saving v_star/verifiers/dpo/iter_002/training 4",  # while the verifier trains
     ],
     [
+        "term batch v_star/verifiers/orm/iter_002 1",
         "batch v_star/verifiers/orm/iter_002 6",
         "batch v_star/verifiers/prm/iter_002 3",  # before its first checkpoint
         "done v_star/selection/samples_002_000.jsonl",  # in the middle of the test samples
@@ -140,9 +142,11 @@ def test_a_finished_run_is_left_as_it_is(arithmetic, monkeypatch):
     assert results == {"environment.json", "report.html"}
 
 
-def test_told_to_end_a_line_says_what_is_saved_and_how_to_go_on(arithmetic):
-    log = arithmetic[1].with_suffix(".log").read_text()
+@pytest.mark.parametrize("pair, signals, updates", [("arithmetic", 5, (101, 14)), ("v_star", 2, (5, 2))])
+def test_told_to_end_a_line_says_what_is_saved_and_how_to_go_on(pair, signals, updates, request):
+    log = request.getfixturevalue(pair)[1].with_suffix(".log").read_text()
     ends = re.findall("qstar: stopped by SIGTERM; .*saved.*; go on with: qstar train --config=", log)
-    assert len(ends) == sum((event or "").startswith("term ") for events in ARITHMETIC for event in events) == 5
-    assert "saved after update 101;" in log and "saved after update 14;" in log  # only where that is so
+    plans = {"arithmetic": ARITHMETIC, "v_star": V_STAR}[pair]
+    assert len(ends) == sum((event or "").startswith("term ") for events in plans for event in events) == signals
+    assert all(f"saved after update {update};" in log for update in updates)  # only where that is so
     assert "Traceback" not in log
