@@ -50,6 +50,14 @@ def parse_arg(arg: str | None, *excluded: str, **defaults: Any) -> ConfigDict:
     return ConfigDict(out)
 
 
+def chosen_arms(names: str, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the settings of the named arms, e.g. "a+b"; raises UserError for a name that `arms` lacks."""
+    for name in names.split("+"):
+        if name not in arms:
+            raise unknown(f"config argument arms: {name!r}", name, arms)
+    return {name: dict(arms[name]) for name in names.split("+")}
+
+
 def task_files(arg: ConfigDict, name: str, train: str = "train.jsonl", test: str = "test.jsonl") -> dict[str, str]:
     """Returns a task's files: those in the folder `data`, for smoke runs without one rows that ship; {}: the hub's."""
     if arg.data:

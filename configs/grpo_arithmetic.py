@@ -13,7 +13,7 @@ PPO (there with groups of 4 and 64 problems per update) .828, .912, .950, .966.
     ...:updates=200,seed=1
 """
 
-from qstar.configs.common import parse_arg, rl_config
+from qstar.configs.common import chosen_arms, parse_arg, rl_config
 from qstar.configs.star_arithmetic import NEW, POOL, ROW, SEEDS
 
 from qstar.errors import unknown
@@ -47,7 +47,7 @@ def get_config(arg=None):
     config.model = {"path": "", "preset": "tiny"}
     config.base = {"steps": 1200, "lr": 2e-3, "batch_size": 32, "schedule": "linear", "warmup": 50, "end": 0.05,
                    "b1": 0.9, "b2": 0.98, "packed": False, "row_length": ROW[n], "save_every": 200}  # fmt: skip
-    config.arms = {name: arm_of(name) for name in arg.arms.split("+")}
+    config.arms = chosen_arms(arg.arms, ARMS)
     config.rl.update(group=8, kl_weight=0.02, no_eos_penalty=0.0)
     config.train.update(
         updates=arg.updates,
@@ -69,10 +69,3 @@ def get_config(arg=None):
         config.train.update(updates=4, prompts=8, batch_size=32, max_new_tokens=24, save_every=2)
         config.sample.update(max_new_tokens=24)
     return config
-
-
-def arm_of(name):
-    """The settings of an arm of ARMS."""
-    if name not in ARMS:
-        raise unknown(f"config argument arms: {name!r}", name, ARMS)
-    return ARMS[name]

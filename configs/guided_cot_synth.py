@@ -19,9 +19,7 @@ rates, filters and lengths were chosen on was not kept apart from the test quest
 
 from typing import Any
 
-from qstar.configs.common import parse_arg, star_config
-
-from qstar.errors import unknown
+from qstar.configs.common import chosen_arms, parse_arg, star_config
 
 RLOO = {"estimator": "rloo"}
 # No KL penalty, and an undistilled student.
@@ -66,7 +64,7 @@ def get_config(arg=None):
         del config[key]
     config.update({"method": "guided_cot", "name": "guided_cot_synth", "seed": arg.seed, "students": arg.students})
     config.task = {"name": "two_hop"}
-    config.arms = with_starts(arg.arms.split("+"))
+    config.arms = with_starts(arg.arms)
     config.guided = {"copy_steps": 800, "mixed_steps": 2200, "small_steps": 900, "direct_steps": 2000}
     config.guided.update(teacher_questions=1000, teacher_samples=4, rl_questions=2000, test_questions=2000)
     config.distil = {"kind": "hard"}
@@ -88,14 +86,12 @@ def get_config(arg=None):
 
 
 def with_starts(names):
-    """The arms, and those they start from."""
+    """The named arms, e.g. "a+b", and those they start from."""
     out: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if name not in ARMS:
-            raise unknown(f"config argument arms: {name!r}", name, ARMS)
-        start = ARMS[name].get("start")
+    for name, arm in chosen_arms(names, ARMS).items():
+        start = arm.get("start")
         out |= {start: ARMS[start]} if start else {}
-        out[name] = ARMS[name]
+        out[name] = arm
     return out
 
 
@@ -124,4 +120,4 @@ def smoke(config):
     config.gates = {}
     config.distil_train.batch_size = 16
     config.train.update(updates=3, prompts=8, batch_size=32, log_every=1, save_every=2)
-    config.arms = {k: {**v, "steps": 10} for k, v in with_starts(["kd_unfiltered", "rl_both_unfiltered"]).items()}
+    config.arms = {k: {**v, "steps": 10} for k, v in with_starts("kd_unfiltered+rl_both_unfiltered").items()}

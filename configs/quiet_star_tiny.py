@@ -16,9 +16,7 @@ Quiet-STaR text never does (`qstar/tasks/fold_digits.py`).
 
 from typing import Any
 
-from qstar.configs.common import parse_arg, quiet_config
-
-from qstar.errors import unknown
+from qstar.configs.common import chosen_arms, parse_arg, quiet_config
 
 FROZEN = "thoughts|mixing"
 TRANSFORMER = "layers|embed|head|norm|positions"
@@ -101,7 +99,7 @@ def get_config(arg=None):
     elif arg.fast:
         arms = fast()
     else:
-        arms = {name: arm_of(name) for name in arg.arms.split("+")}
+        arms = chosen_arms(arg.arms, ARMS)
     for arm in arms.values():
         arm["steps"] = arg.steps * arm.get("steps", 1)
         arm["evaluate_every"] = arm["steps"] // 5
@@ -109,13 +107,6 @@ def get_config(arg=None):
     if arg.smoke:
         smoke(config)
     return config
-
-
-def arm_of(name):
-    """The settings of an arm of ARMS."""
-    if name not in ARMS:
-        raise unknown(f"config argument arms: {name!r}", name, ARMS)
-    return dict(ARMS[name])
 
 
 def fast():

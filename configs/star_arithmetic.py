@@ -16,7 +16,7 @@ model and its few-shot prompt, hinted seed rows stay in every batch of both arms
 the loop before (arm `restart_base` is the paper's restart).
 """
 
-from qstar.configs.common import parse_arg, star_config
+from qstar.configs.common import chosen_arms, parse_arg, star_config
 
 from qstar.errors import unknown
 
@@ -69,7 +69,7 @@ def get_config(arg=None):
         "max_epochs": 1000.0,
         "seed_share": 0.15,
     }
-    config.arms = {name: arm_of(name) for name in arg.arms.split("+")}
+    config.arms = chosen_arms(arg.arms, ARMS)
     config.sample.update(max_new_tokens=NEW[n], round_size=4096)
     config.evaluate.update(split="test", hinted=True)
     config.gates = gates(n)
@@ -78,13 +78,6 @@ def get_config(arg=None):
     if arg.smoke:
         smoke(config)
     return config
-
-
-def arm_of(name):
-    """The settings of an arm of ARMS."""
-    if name not in ARMS:
-        raise unknown(f"config argument arms: {name!r}", name, ARMS)
-    return ARMS[name]
 
 
 def gates(n):

@@ -16,9 +16,7 @@ Where it departs from the paper: a base trained on seed rows stands in for a pre
 only the most sampled one enters the generator's data. Rate and pairs of the verifier were chosen on validation sums.
 """
 
-from qstar.configs.common import parse_arg, v_star_config
-
-from qstar.errors import unknown
+from qstar.configs.common import chosen_arms, parse_arg, v_star_config
 
 ARMS = {
     "sft": {"preset": "sft"},
@@ -63,7 +61,7 @@ def get_config(arg=None):
         "max_epochs": 1000.0,
         "cap_per_problem": 1,  # a sum has one valid scratchpad: the others that reach the answer do so over a wrong line
     }
-    config.arms = {name: arm_of(name) for name in arg.arms.split("+")}
+    config.arms = chosen_arms(arg.arms, ARMS)
     config.sample.update(max_new_tokens=52, round_size=4096, temperature=1.0)
     config.evaluate.update(split="val" if arg.val else "test", hinted=False)
     config.pairs = {"per_problem": 8, "negatives": "parsed", "winners": "sampled", "repeats": 8}
@@ -76,13 +74,6 @@ def get_config(arg=None):
     if arg.smoke:
         smoke(config)
     return config
-
-
-def arm_of(name):
-    """The settings of an arm of ARMS."""
-    if name not in ARMS:
-        raise unknown(f"config argument arms: {name!r}", name, ARMS)
-    return ARMS[name]
 
 
 def gates():

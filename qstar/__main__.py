@@ -17,7 +17,7 @@ from typing import Any
 
 from qstar import __version__, preemption
 from qstar.distributed import is_first, leave
-from qstar.errors import QstarWarning, UserError, machine_fault, unknown
+from qstar.errors import QstarWarning, UserError, machine_fault, seconds_of, unknown
 
 COMMANDS = {
     "train": "runs a config: --config=star_arithmetic --workdir=runs/x",
@@ -100,6 +100,7 @@ def _run(argv: list[str]) -> int:
     again = "; the same command goes on from here" if argv[:1] == ["train"] else ""
     try:
         check_texts(argv)
+        seconds_of("QSTAR_STOP_SECONDS", preemption.SECONDS)
         code = dispatch(argv)
         # A full disk shows here, where it becomes one line and exit code 2, not in the interpreter's shutdown.
         sys.stdout.flush()

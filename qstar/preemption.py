@@ -16,6 +16,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from qstar.errors import UserError, seconds_of
+
 SECONDS = 240
 _EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 
@@ -49,6 +51,9 @@ def listening(*, last: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    seconds: float = SECONDS
+    with contextlib.suppress(UserError):  # `qstar` has refused a wrong value before
+        seconds = seconds_of("QSTAR_STOP_SECONDS", SECONDS)
     _State.requested, _State.acknowledged, _State.deferred, _State.over = False, False, 0, False
     # The handler runs between two bytecodes of the main thread, which may be compiling for minutes. The pipe is written
     # by the signal itself, and read by a thread that can keep the time.
@@ -56,7 +61,7 @@ def listening(*, last: bool = False) -> Iterator[None]:
     theirs.setblocking(False)
     old_pipe = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     old = signal.signal(signal.SIGTERM, _on_sigterm)
-    threading.Thread(target=_keep_time, args=(ours,), daemon=True, name="qstar-stop").start()
+    threading.Thread(target=_keep_time, args=(ours, seconds), daemon=True, name="qstar-stop").start()
     try:
         yield
     finally:
@@ -81,8 +86,7 @@ def over() -> None:
     _State.over = True
 
 
-def _keep_time(pipe: socket.socket) -> None:
-    seconds = float(os.environ.get("QSTAR_STOP_SECONDS") or SECONDS)
+def _keep_time(pipe: socket.socket, seconds: float) -> None:
     requested = False
     with pipe:
         while True:

@@ -256,3 +256,15 @@ def test_two_processes_of_rl_save_and_stop_together_and_go_on_with_the_very_next
     until(run, both, len(done) + 2, "rl")
     again = steps(run, "rl")[len(done) :]  # where it resumes, the last row is written once more
     assert done == list(range(1, len(done) + 1)) and again[:2] == [done[-1], done[-1] + 1]
+
+
+def test_processes_with_other_folders_are_refused_in_one_line(tmp_path):
+    """Each with a folder of its own, as on the local disks of a pod, all end with exit code 2."""
+    port, command = free_port(), ["-m", "qstar", "train", f"--config={ROOT}/configs/star_arithmetic.py:smoke"]
+    seconds = {"QSTAR_JOIN_SECONDS": "20"}  # to connect, and to find the file
+    both = [start(port, i, 2, *command, f"--workdir={tmp_path}/{i}", **seconds) for i in (0, 1)]
+    for i, child in enumerate(both):
+        lines = [line for line in child.communicate(timeout=200)[1].splitlines() if line.startswith("qstar: ")]
+        assert child.returncode == 2
+        assert f"--workdir={tmp_path}/{i}: process 1 does not find there what process 0 has written" in lines[-1]
+    assert not list(tmp_path.glob("0/.shared-*"))

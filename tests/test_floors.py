@@ -37,8 +37,8 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
     "runs": 1750, "methods": 3790, "report": 1435, "plan": 1010, "bench": 600, "commands": 0,
 }  # fmt: skip
 TODAY = {  # packages above their limit: a limit that only falls, but for what a new feature needs
-    "": 2165, "commands": 596, "data": 883, "models": 5028, "tasks": 4786, "text": 756, "thoughts": 1461,
-    "train": 2084, "sample": 1112, "runs": 2337, "methods": 6429, "report": 2827, "plan": 2313, "bench": 1145,
+    "": 2170, "commands": 596, "data": 895, "models": 5028, "tasks": 4786, "text": 756, "thoughts": 1461,
+    "train": 2084, "sample": 1112, "runs": 2366, "methods": 6429, "report": 2827, "plan": 2313, "bench": 1145,
 }  # fmt: skip
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}

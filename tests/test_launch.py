@@ -1,5 +1,6 @@
 """The launch scripts, against programs that only write down how they were called."""
 
+import functools
 import os
 import pathlib
 import re
@@ -227,7 +228,9 @@ def test_a_signal_to_who_waits_stops_the_run(bench, copy, script, number):
     python.write_text(python.read_text().replace('exit "${', stays))
     homes = {"tpu_pod.sh": [bench.home], "tpu_compute.sh": [bench.home / "x-ab", bench.home / "x-cd"]}[script]
     command = ["bash", copy / "launch" / script, *CREATED[script], *RUN, "--wait"]
-    waiting = subprocess.Popen(command, env=bench.environment, cwd=copy)
+    # A shell cannot trap what it inherits as ignored, as programs in the background of another do with SIGINT.
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)
+    waiting = subprocess.Popen(command, env=bench.environment, cwd=copy, preexec_fn=heard)
     wait_for(lambda: all((home / "up").exists() for home in homes))
     waiting.send_signal(number)
     assert waiting.wait(20) == 0 and all((home / "saved").exists() for home in homes)

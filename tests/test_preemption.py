@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from qstar import __main__
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
 import contextlib, multiprocessing, signal, sys, time
@@ -119,3 +121,9 @@ def test_a_signal_in_the_last_second_does_not_make_a_failure_of_the_run(command,
     said = {"train": "what its stages have finished is saved; go on with: qstar train run",
             "evaluate": "nothing is kept without --out; start again with: qstar evaluate run"}[command]  # fmt: skip
     assert done.stderr == (f"qstar: stopped by SIGTERM; {said}\n" if when == "run" else "")
+
+
+def test_a_time_for_saving_that_is_none_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("QSTAR_STOP_SECONDS", "4m")
+    assert __main__.main(["train", "--config=star_arithmetic:smoke"]) == 2
+    assert capsys.readouterr().err == "qstar: QSTAR_STOP_SECONDS=4m must be a number of seconds above 0\n"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shlex
 import socket
 import subprocess
@@ -29,7 +30,7 @@ import optax
 
 from qstar import distributed, files, preemption
 from qstar.data.sources import read_jsonl, write_jsonl
-from qstar.errors import UserError
+from qstar.errors import UserError, seconds_of
 from qstar.files import read_json
 from qstar.mesh import to_host
 from qstar.runs.access import FORMAT_VERSION, is_locked, lock, read_run_config
@@ -38,6 +39,7 @@ from qstar.types import Params
 
 # Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
 FREE_KEYS = ("log",)
+SEEN_SECONDS = 60.0  # a file of process 0 reaches the others through a network's caches within this time
 _BEGAN: dict[str, float] = {}  # run folder -> when this process opened it
 
 
@@ -109,6 +111,7 @@ def open_run(
     _BEGAN[str(workdir)] = time.monotonic()
     try:
         distributed.broadcast_from_host0(lambda: lock(workdir, flag))
+        check_shared(workdir, flag)
         distributed.broadcast_from_host0(lambda: files.verify(workdir))
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", {"format_version": FORMAT_VERSION, **config})
@@ -120,6 +123,32 @@ def open_run(
         distributed.broadcast_bool(True)
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be written ({e.strerror}); name another folder") from None
+
+
+def check_shared(workdir: Path, flag: str = "--workdir") -> None:
+    """Raises UserError on all processes if one of them does not find what process 0 writes into `workdir`."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    token = distributed.broadcast_from_host0(lambda: secrets.token_hex(8))
+    # Under a name that no process has looked for yet: file systems of a network remember what they did not find.
+    path = workdir / f".shared-{token}"
+    if distributed.is_first():
+        files.write(path, token.encode())
+    distributed.broadcast_bool(True)
+    deadline = time.monotonic() + min(SEEN_SECONDS, seconds_of("QSTAR_JOIN_SECONDS", SEEN_SECONDS))
+    while not (found := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.asarray(found)).reshape(-1)).tolist()
+    if distributed.is_first():
+        path.unlink()
+    if blind:
+        names = ", ".join(map(str, blind))
+        raise UserError(
+            f"{flag}={workdir}: process {names} does not find there what process 0 has written; give all processes the "
+            "same folder, on a disk that they share or in a bucket (gs://)"
+        )
 
 
 def end_run(workdir: Path, outcome: str = "done") -> None:

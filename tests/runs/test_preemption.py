@@ -47,7 +47,7 @@ def command(name):
     if name != "evaluate":
         return CONFIGS[name]
     options = json.dumps({"test": f"{runs.short_rows('data/gsm8k')}/test.jsonl"}, separators=(",", ":"))
-    flags = f"--task=gsm8k --task-options={options} --limit=40 --samples=16 --max-new-tokens=24 --json"
+    flags = f"--task=gsm8k --task-options={options} --limit=16 --samples=16 --max-new-tokens=24 --json"
     return f"evaluate --model={shared('weights/stories260k')} {flags}"
 
 
