@@ -2,8 +2,8 @@
 
 SIGTERM is honoured by every loop: one moment in each by default, ten with QSTAR_LONG_TESTS=1. The chains of SIGTERM and
 SIGKILL through whole runs are opt-in, for they take many minutes; another QSTAR_LONG_SEED draws other places. (A few chosen
-places of each kind, and SIGTERM in STaR, V-STaR and Quiet-STaR, are in every run of the tests: see test_resume.py and
-methods/test_quiet_star.py.)
+places of each kind, and SIGTERM in STaR, V-STaR, Quiet-STaR and RL, are in every run of the tests: see test_resume.py,
+methods/test_quiet_star.py and ../test_distributed.py.)
 """
 
 import collections
@@ -57,10 +57,10 @@ def undisturbed(name):
     return runs.killed(command(name), [None]) if name == "evaluate" else runs.finished(command(name))
 
 
-CHAINED = ["star", "v_star", "quiet_star"]  # by default their SIGTERMs are part of other tests
+CHAINED = ["star", "v_star", "quiet_star", "rl"]  # by default their SIGTERMs are part of other tests
 
 
-@pytest.mark.parametrize("name", [*(CHAINED if LONG else []), "guided_cot", "rl", "evaluate"])
+@pytest.mark.parametrize("name", [*(CHAINED if LONG else []), "guided_cot", "evaluate"])
 def test_sigterm_at_random_moments_saves_exits_0_and_goes_on(name):
     """The signal comes up to half a second after random events of each loop of a run; no update is made twice."""
     whole = undisturbed(name)
