@@ -56,8 +56,9 @@ CASES = {
 
 def run(folder, command, until=None):
     """Runs `qstar train COMMAND --workdir=FOLDER`, killed once a file matches `until`; returns its peak memory in bytes."""
-    # With the compiler's own options: without its optimisations, as in the other tests, programs take more memory.
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # With the compiler's own options and all cores: without its optimisations, as in the other tests, programs take more
+    # memory.
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
     environment = {**kept, "PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu"}
     log = folder.with_suffix(".log")
     with log.open("a") as out:
