@@ -131,12 +131,12 @@ def check_shared(workdir: Path, flag: str = "--workdir") -> None:
         return
     from jax.experimental import multihost_utils
 
-    token = distributed.broadcast_from_host0(lambda: secrets.token_hex(8))
-    # Under a name that no process has looked for yet: file systems of a network remember what they did not find.
-    path = workdir / f".shared-{token}"
-    if distributed.is_first():
-        files.write(path, token.encode())
-    distributed.broadcast_bool(True)
+    def leave_a_file() -> str:
+        # Under a name that no process has looked for yet: file systems of a network remember what they did not find.
+        files.write(workdir / (name := f".shared-{secrets.token_hex(8)}"), b"")
+        return name
+
+    path = workdir / distributed.broadcast_from_host0(leave_a_file)
     deadline = time.monotonic() + min(SEEN_SECONDS, seconds_of("QSTAR_JOIN_SECONDS", SEEN_SECONDS))
     while not (found := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
