@@ -361,10 +361,10 @@ class Exact(FieldsTask):
             phrases = final_phrases(part, reasoning=True) or final_phrases(part, reasoning=False)
             return next(filter(None, map(self._normal, phrases)), None)
 
-        text, whole = (answer_text.strip_markup(completion, light=light).text for light in (False, True))
+        text, lightly_stripped = (answer_text.strip_markup(completion, light=light).text for light in (False, True))
         found = answer_text.first_found(text, read)
         # The answer may be markup: <html>.
-        return found if found or answer_text.BOX in text else answer_text.first_found(whole, read)
+        return found if found or answer_text.BOX in text else answer_text.first_found(lightly_stripped, read)
 
     def correct(self, problem: Problem, answer: str | None) -> bool:
         return answer is not None and answer in problem.meta["golds"]
