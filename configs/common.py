@@ -65,6 +65,13 @@ def task_files(arg: ConfigDict, name: str, train: str = "train.jsonl", test: str
     return {part: f"built-in:{name}" for part in ("train", "test") if arg.smoke}
 
 
+def svamp_task(data: str) -> dict[str, str]:
+    """Returns SVAMP in the chat format, of the hub or of the file `data`, whose first 300 problems are the test set."""
+    # Variants of one problem stand side by side in the file, so that slices keep them on one side.
+    parts = {"train": data, "train_split": "[300:]", "test": data, "test_split": "[:300]"} if data else {}
+    return {"name": "svamp", "format": "chat", **parts}
+
+
 def star_config() -> ConfigDict:
     """Returns the STaR config all others change: the paper's loop, no task and no model yet."""
     return ConfigDict(

@@ -37,7 +37,7 @@ problems, one greedy sample each and a hinted one where it is wrong, one pass). 
 .483 against the base's .393, a gain of .090 (.040 to .140); 1.3 hours, 6.8 GB. `star` has not.
 """
 
-from qstar.configs.common import parse_arg, star_config, task_files
+from qstar.configs.common import parse_arg, star_config, svamp_task, task_files
 
 
 def get_config(arg=None):
@@ -116,9 +116,7 @@ def qwen05(config):
 def svamp(config, data):
     """The same on SVAMP, whose answers are shorter: 256 tokens cut off one of ten of the base's."""
     config.name = "star_svamp_qwen05"
-    config.task = {"name": "svamp", "format": "chat"}
-    if data:
-        config.task.update(train=data, train_split="[300:]", test=data, test_split="[:300]")
+    config.task = svamp_task(data)
     config.model.update(dtype="bfloat16", scan_unroll=24)
     config.arms = {
         "rft": {"preset": "rft", "k": 1, "problems_per_iter": 600, "include_sft_data": False, "steps": "epochs:1:0"},

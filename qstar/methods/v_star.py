@@ -199,6 +199,8 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
         # The last iteration is measured below, with or without verifiers.
         if verifiers and n < loop.n_iters:
             measure(arm, generator, sft, verifiers, n)
+    if loop.n_iters and generator is sft and not verifiers:
+        arm.stop(n, "no generator was trained, and no verifier", idle=True)
     # ---- test: select among k samples of G_T by V
     measure(arm, generator, sft, verifiers, n)
     arm.finish(sft)

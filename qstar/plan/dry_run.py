@@ -12,6 +12,8 @@ import jax
 
 from qstar import methods
 from qstar.errors import UserError
+from qstar.methods.guided_hotpotqa import MultiHop
+from qstar.methods.guided_two_hop import BATCH, LENGTH
 from qstar.methods.pair_rows import fit
 from qstar.methods.pairs import CONTEXTS
 from qstar.methods.star import steps_for
@@ -32,7 +34,7 @@ class Work:
     samples: int = 0
     sampled_tokens: int = 0
     updates: int = 0
-    trained_tokens: int = 0  # places in the rows of all updates, padding included
+    trained_tokens: int = 0  # places in the rows of all updates, padding included; of responses in RL and distillation
 
 
 def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
     if ctx is None:
         return found
     assumed, longest = lengths(ctx, passed.resolved)
-    if getattr(ctx, "task", None) is not None:
+    if longest:
         found["prompt_tokens"], found["prefix_tokens"] = longest, assumed.prefix
     found["work"] = [dataclasses.asdict(w) for w in work(passed)]
     smaller = config.copy_and_resolve_references()
@@ -72,7 +74,8 @@ def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
 
 def lengths(ctx: Any, found: dict[str, Any]) -> tuple[Assumed, int]:
     """Returns the tokens of the prompts and the few-shot prefix of a run's task, or of the longest row of a run on rows
-    of one's own; the defaults for other runs; and the tokens of the longest prompt. `found`: `ChecksPassed.resolved`.
+    of one's own; the defaults for other runs; and the tokens of the longest prompt, 0 where it was not counted. `found`:
+    `ChecksPassed.resolved`.
 
     The prompt that counts for memory is not the longest: few long prompts do not fill the slots.
     """
@@ -83,7 +86,7 @@ def lengths(ctx: Any, found: dict[str, Any]) -> tuple[Assumed, int]:
         return Assumed(row=max(sum(map(len, some)) for some in rows)), 0
     task, tokenizer = getattr(ctx, "task", None), getattr(ctx, "tokenizer", None)
     if task is None or tokenizer is None or not hasattr(task, "prefix"):
-        return Assumed(), Assumed().prompt
+        return Assumed(), 0
     problems = [*task.pool(1, ctx.seed, None), *task.problems(ctx.settings.evaluate.split)]
     # Sorted by characters: encoding every prompt of a large task takes long.
     texts = sorted({task.prompt(p) for p in problems}, key=len, reverse=True)
@@ -121,10 +124,17 @@ def _updates(stage: str, s: Any, steps: int, ctx: Any, length: int = 0) -> Work:
     return Work(stage, updates=steps, trained_tokens=steps * s.batch_size * length)
 
 
-def _evaluation(ctx: Any, name: str, rounds: int) -> Work:
+def _samples(stage: str, count: int, tokens: int) -> Work:
+    return Work(stage, count, count * tokens)
+
+
+def _evaluation(ctx: Any, name: str, rounds: int) -> Iterator[Work]:
     e, new = ctx.settings.evaluate, ctx.settings.sample.max_new_tokens
     count = len(ctx.task.problems(e.split)[: e.limit or None]) * (2 if e.hinted else 1)
-    return Work(f"{name}: evaluation of {rounds} models", count * rounds, count * rounds * new)
+    yield _samples(f"{name}: evaluation of {rounds} models", count * rounds, new)
+    if e.split == "val":
+        # Of the best model alone, see `Arm.finish`.
+        yield _samples(f"{name}: test", len(ctx.task.problems("test")[: e.limit or None]), new)
 
 
 def _star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
@@ -137,14 +147,18 @@ def _star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
         problems = len(ctx.task.pool(1, ctx.seed, loop.problems_per_iter))
         each = problems * loop.k + (problems * loop.k if loop.rationalize else 0)
         steps = star_updates(loop, problems, train.batch_size)
-        yield Work(f"{name}: sampling of {loop.n_iters} loops", each * loop.n_iters, each * loop.n_iters * new)
+        yield _samples(f"{name}: sampling of {loop.n_iters} loops", each * loop.n_iters, new)
         yield _updates(f"{name}: fine-tuning", train, steps, ctx)
         if supervision is not None:
             pairs = problems * ctx.settings.pairs.per_problem
             for kind, steps in pair_updates(loop, functools.partial(getattr, ctx.settings), pairs).items():
                 what = kind if kind == "rpo" else f"verifier {kind}"
                 yield _updates(f"{name}: {what}", getattr(ctx.settings, kind), steps, ctx)
-        yield _evaluation(ctx, name, loop.n_iters + 1)
+        yield from _evaluation(ctx, name, loop.n_iters + 1)
+        if supervision is not None and ctx.settings.select.samples:
+            s, every = ctx.settings.select, loop.verifiers and loop.verifier_every_iter
+            count = len(ctx.task.problems(ctx.settings.evaluate.split)[: s.limit or None]) * s.samples
+            yield _samples(f"{name}: candidates for selection", count * (loop.n_iters if every else 1), new)
 
 
 def star_updates(loop: Any, problems: int, batch_size: int) -> int:
@@ -171,12 +185,12 @@ def pair_updates(loop: Any, settings: Callable[[str], Any], rows: int) -> dict[s
 def _rl(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
     for name, arm in arms.items():
         yield from _reinforced(ctx, name, arm)
-        yield _evaluation(ctx, name, ctx.settings.loop.rounds + 1)
+        yield from _evaluation(ctx, name, ctx.settings.loop.rounds + 1)
 
 
 def _reinforced(ctx: Any, name: str, arm: dict[str, Any], models: int = 1) -> Iterator[Work]:
     s, count = arm["train"], models * arm["train"].updates * arm["train"].prompts * arm["rl"].group
-    yield Work(f"{name}: sampling", count, count * s.max_new_tokens)
+    yield _samples(f"{name}: sampling", count, s.max_new_tokens)
     yield _updates(f"{name}: gradient steps", s, count * s.epochs // s.batch_size, ctx, s.max_new_tokens)
 
 
@@ -186,12 +200,29 @@ def _quiet_star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
 
 
 def _guided_cot(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
-    students, s = ctx.settings.students, ctx.settings.distil_train
+    students, s, task = ctx.settings.students, ctx.settings.distil_train, ctx.task
+    g = task.settings
+    if isinstance(task, MultiHop):
+        chains, test = len(task.teacher_problems()) + len(task.test), len(task.test)
+        yield _samples("large model: chains of thought", chains, g.cot_tokens)
+        yield _samples("large model: answers without a student", 3 * test, g.answer_tokens)
+    else:
+        steps = {"large model": g.copy_steps + g.mixed_steps, "small models": students * g.small_steps}
+        steps["small models alone"] = students * g.direct_steps
+        yield from (Work(name, updates=n, trained_tokens=n * BATCH * LENGTH) for name, n in steps.items())
     for name, arm in arms.items():
         if arm["arm"].start == "base":
             yield _updates(f"{name}: distillation", s, students * arm["arm"].steps, ctx, s.max_new_tokens)
         else:
             yield from _reinforced(ctx, name, arm, students)
+            if isinstance(task, MultiHop) and arm["arm"].accuracy_weight:
+                count = students * arm["train"].updates * arm["train"].prompts * arm["rl"].group
+                yield _samples(f"{name}: answers of the large model", count, g.answer_tokens)
+    if isinstance(task, MultiHop):
+        # The student before distillation is measured, too.
+        count = students * (len(arms) + 1) * len(task.test) * (1 + g.votes)
+        yield _samples("evaluation: rationales of the students", count, g.max_new_tokens)
+        yield _samples("evaluation: answers of the large model", count, g.answer_tokens)
 
 
 def _pairs(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:

@@ -260,10 +260,13 @@ class Arm:
         """The loop of the best score so far, of equal ones the first."""
         return max(self._scores, key=lambda n: self._scores[n])
 
-    def stop(self, n: int, reason: str) -> None:
-        """Ends the arm early, with the reason and the number of loops that made a model in status.json."""
+    def stop(self, n: int, reason: str, idle: bool = False) -> None:
+        """Ends the arm early, with the reason and the number of loops that made a model in status.json.
+
+        `idle`: the loops have trained no model; without this, an arm is idle that stops in its first loop.
+        """
         self.ctx.say(f"[yellow]{self.name} stopped in {self.unit} {n}: {reason}")
-        if not any(self._scores):  # 0 is the base
+        if idle or not any(self._scores):  # 0 is the base
             self.ctx.idle[self.name] = reason
         self._write_status("stopped", reason)
 

@@ -247,6 +247,7 @@ def test_an_argument_it_does_not_know_is_named(name, argument):
     [
         ("star_gsm8k.py", "svamp,prompts=/p", "svamp", "prompts"),
         ("star_gsm8k.py", "smoke,svamp", "smoke", "svamp"),
+        ("grpo_gsm8k.py", "qwen05,svamp", "qwen05", "svamp"),
         ("star_gsm8k.py", "small,qwen05", "small", "qwen05"),
         ("v_star_mbpp.py", "smoke,qwen05", "smoke", "qwen05"),
         ("grpo_gsm8k.py", "smoke,qwen05", "smoke", "qwen05"),

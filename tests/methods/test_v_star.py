@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from qstar.data.sources import read_jsonl
-from qstar.errors import UserError
+from qstar.errors import TrainingFailed, UserError
 from qstar.methods import star, v_star, v_star_eval
 from qstar.methods.v_star import VStarContext
 from qstar.runs import context
@@ -118,6 +118,18 @@ def test_the_buffers_hold_who_found_what_and_the_pairs_come_from_all_of_them(tmp
     pairs = next(what for kind, _, what in calls if kind == "dpo")
     wrong = {r["completion"] for r in d_ver if not r["correct"]}
     assert pairs and {p.rejected for p in pairs} <= wrong and {p.rejected[1] for p in pairs} == {"1", "2", "3"}
+
+
+def test_an_arm_that_trains_no_generator_and_no_verifier_fails_the_run(tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(v_star.data, "build_pairs", lambda *_: [])
+    ctx = context_of(tmp_path, "verification")
+    arm = go(ctx)
+    with pytest.raises(
+        TrainingFailed, match="no arm has trained a model: arm arm: no generator was trained, and no verif"
+    ):
+        ctx.close()
+    found = json.loads((arm.folder / "status.json").read_text())
+    assert found["status"] == "stopped" and (arm.folder / "selection" / "iter_001.json").exists()
 
 
 @pytest.mark.parametrize(
