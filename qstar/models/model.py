@@ -40,6 +40,7 @@ class Model:
     params: Params
     tokenizer: Tokenizer | None = None
     mesh: Mesh | None = None
+    source: str = ""  # name or folder whose weights these are; "": of none, or changed since
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None and isinstance(self.config, EncDecConfig):
@@ -48,6 +49,7 @@ class Model:
             self.tokenizer.encoder_end = self.config.eos_id
 
     def replace(self, **changes: Any) -> Model:
+        changes = {"source": "", **changes} if "params" in changes else changes
         return dataclasses.replace(self, **changes)
 
     @property
@@ -99,7 +101,7 @@ def load(
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         check_vocabulary(config, tokenizer, str(folder))
-    return Model(config, hf.read_params(folder, config, mesh), tokenizer, mesh)
+    return Model(config, hf.read_params(folder, config, mesh), tokenizer, mesh, os.fspath(path))
 
 
 def _compute_dtype(raw: dict[str, Any], dtype: Any) -> str:

@@ -175,7 +175,7 @@ def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer | None = None) -> Mod
     path, name, options = model_options(ctx)
     if path:
         model = load(path, mesh=ctx.mesh, dtype=options.pop("dtype", None) or None)
-        return model.replace(config=model.config.replace(**options))
+        return model.replace(config=model.config.replace(**options), source=ctx.settings.model["path"])
     assert tokenizer is not None
     size, least = options.setdefault("vocab_size", tokenizer.vocab_size), tokenizer.vocab_size
     line = f"config.model.vocab_size={size} is less than the {least} tokens of the text; leave it out"

@@ -289,7 +289,7 @@ def merge_adapters(start: Model, adapters: Params, settings: lora.Lora, folder: 
     # A collective: all processes take part, though one writes.
     on_host = to_host(adapters)
     if distributed.is_first():
-        lora.save_adapters(start.config, on_host, settings, folder / "adapter")
+        lora.save_adapters(start.config, on_host, settings, folder / "adapter", start.source)
     return jax.jit(lora.merge, static_argnums=2)(start.params, adapters, settings.scale)
 
 

@@ -53,6 +53,10 @@ def test_a_gemma_trains_adapters_scores_and_reloads_in_peft_and_transformers(tmp
     ours = np.asarray(qstar.logits(tuned, PROMPTS))
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "stage" / "adapter").eval()
+    # The adapter names its base, the trained model none.
+    named = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "stage" / "adapter").eval()
+    np.testing.assert_array_equal(torch_logits(named, PROMPTS), torch_logits(adapted, PROMPTS))
+    assert start.source == str(tmp_path / "base") and tuned.source == ""
     np.testing.assert_allclose(torch_logits(adapted, PROMPTS), ours, atol=1e-4)
     qstar.save(tuned, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
