@@ -1,4 +1,4 @@
-"""Fast Quiet-STaR (arXiv 2505.17746): ever shorter thoughts, then a student that does not think.
+"""Fast Quiet-STaR (arXiv 2505.17746): shorter and shorter thoughts, then a student without thoughts.
 
     qstar train --config=fast_quiet_star:model=Mistral-7B-v0.1 --workdir=runs/fast_quiet_star
 

@@ -1,12 +1,12 @@
-"""GRPO, RLOO and PPO on sums: the base of the STaR job, then reinforcement from right and wrong answers.
+"""GRPO, RLOO and PPO on addition, from the base model of star_arithmetic.py.
 
     qstar train --config=grpo_arithmetic --workdir=runs/grpo_arithmetic
 
-The base is that of star_arithmetic.py: gold scratchpads of 1- and 2-digit sums, few of 3 digits. It solves part of the
-2-digit sums, so there is a reward to find; of the 3-digit sums it solves next to none.
+The base is trained on gold scratchpads of 1- and 2-digit sums and few of 3 digits. It solves part of the 2-digit sums, so
+that some responses are rewarded; of the 3-digit sums it solves next to none.
 
-Two CPU cores, about five minutes an arm (shared with other work when measured). Seen with seed 0, 120 updates, 262 held-out
-sums of 1 and 2 digits: base .760; GRPO .748, .828, .927, .950 after 30, 60, 90, 120 updates; RLOO .714, .832, .943, .958;
+Two CPU cores, about five minutes an arm, beside other work. Measured with seed 0, 120 updates, 262 held-out sums of 1 and 2
+digits: base .760; GRPO .748, .828, .927, .950 after 30, 60, 90, 120 updates; RLOO .714, .832, .943, .958;
 PPO (there with groups of 4 and 64 problems per update) .828, .912, .950, .966.
 
     ...:arms=grpo+rloo+ppo      the estimators side by side from one base

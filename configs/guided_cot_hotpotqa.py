@@ -5,9 +5,9 @@
 
 `small` and `large` are folders in the Hugging Face layout; with `url` the large model is behind an endpoint that speaks the
 OpenAI completions format (vLLM, SGLang, TGI), where `name` is what it calls its model. `data` is a folder with train.json
-and dev.json, `task` hotpotqa or 2wikimultihopqa. Sizes of models as the paper's; its data sizes, weights and rates are
-not, so those here are ours. XXL answers `guided.large.slots` prompts side by side: the keys and values that it reads of one
-take 0.6 GB, over all chips. Not run here at that size; what was run is `smoke`, with a 260K-parameter student.
+and dev.json, `task` hotpotqa or 2wikimultihopqa. The models' sizes are the paper's; data sizes, weights and rates are ours.
+XXL answers `guided.large.slots` prompts in parallel: the keys and values of one prompt take 0.6 GB, over all chips. Not run
+here at that size, only `smoke`, with a 260K-parameter student.
 
 `qwen05` is the run on real language models that fits two CPU cores: SmolLM2-135M-Instruct writes for the frozen
 Qwen2.5-Coder-0.5B-Instruct (in bfloat16), on the paragraphs that hold the supporting facts:

@@ -4,14 +4,14 @@
     qstar train --config=guided_cot_synth:students=3 --workdir=runs/guided_cot_synth_3
 
 A frozen large model (0.45M parameters) reads facts, reasons imperfectly and answers; a small one (0.1M) learns to write its
-rationales. Every question has facts of its own, so nothing is learnt by heart (`qstar/tasks/two_hop_world.py`).
+rationales. Every question has its own facts, so that no answer can be memorised (`qstar/tasks/two_hop_world.py`).
 
-Seen: all gates hold with seed 0 (standard 52.5, own chains 72.3, gold rationale 94.9 of 1,000 questions; a wrong rationale is
-copied in 53%) and with seed 1 (61.0, 72.9, 89.5; 59%). Results of the arms stand in RESULTS.md. Gates are measured on 1,000
-questions of their own, arms on 2,000 test questions that are the same for all seeds. There is no third set: what the arms'
-rates, filters and lengths were chosen on was not kept apart from the test questions by the config.
+Measured: all gates hold with seed 0 (accuracy in %: standard 52.5, own chains 72.3, gold rationale 94.9 on 1,000 questions; a
+wrong rationale is copied in 53%) and with seed 1 (61.0, 72.9, 89.5; 59%). Results of the arms are in RESULTS.md. Gates are
+measured on 1,000 separate questions, arms on 2,000 test questions, the same for all seeds. There is no validation set: the
+config does not separate the questions on which rates, filters and lengths of the arms were selected from the test questions.
 
-    ...:arms=kd_filtered+rl_ppo     any arms of ARMS (those they start from come along)
+    ...:arms=kd_filtered+rl_ppo     any arms of ARMS (and those that they start from)
     ...:arms=kd_filtered_flops+rl_both+kd_unfiltered_flops+rl_both_unfiltered   both at equal FLOPs; not run yet
     ...:seed=1                      another large model
     ... --config.guided.votes=10    self-consistency over ten rationales, too
@@ -45,8 +45,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "rl_both_loose": {"start": "kd_loose", "rl": RLOO},
     "rl_both_short": {"start": "kd_short", "rl": RLOO},
     # Correct answers alone are rewarded, which leads to rationales that carry the answer without reasons.
-    "rl_smuggle": {**UNREGULARIZED, "reject_bare_answers": False},
-    "rl_smuggle_guarded": UNREGULARIZED,
+    "rl_bare_answers": {**UNREGULARIZED, "reject_bare_answers": False},
+    "rl_bare_answers_guarded": UNREGULARIZED,
     "rl_grpo": {"start": "kd_unfiltered", "rl": {"estimator": "grpo"}},
     "rl_ppo": {"start": "kd_unfiltered", "rl": {"estimator": "ppo"}},
 }

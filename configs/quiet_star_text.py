@@ -1,12 +1,12 @@
-"""Quiet-STaR on real text with a small model: where, if anywhere, does thinking lower the loss?
+"""Quiet-STaR on real text with a small model: NLL with and without thoughts, by the difficulty of the tokens.
 
     qstar train --config=quiet_star_text:model=stories260k,data=tinystories.jsonl --workdir=runs/quiet_star_text
 
 `model` is a folder in the Hugging Face layout, `data` a jsonl or parquet file. `scratch` trains a new model of 1.3M
 parameters on the text first, with the tokenizer of `model`. Controls: plain training on the same text, and for 16 times
 the steps (`same_compute`; a thinking step needs 15 times the FLOPs of a plain one, 20 with its rollout, by
-`train.flops`); NLL by how hard a token is for the base. The held-out rows are the only ones: a setting chosen on them
-must not be reported on them.
+`train.flops`). A token's difficulty is its NLL under the base. There is one set of held-out rows: a setting selected on
+them must not be reported on them.
 
 `smollm2` is the run on a real language model, SmolLM2-135M-Instruct, on two CPU cores in float32:
 

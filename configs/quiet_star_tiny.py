@@ -1,4 +1,4 @@
-"""Quiet-STaR on generated documents: a model of 0.1M parameters teaches itself to think where thinking pays.
+"""Quiet-STaR on generated documents: a model of 0.1M parameters learns to write thoughts that lower its loss.
 
     qstar train --config=quiet_star_tiny --workdir=runs/quiet_star_tiny
     qstar train --config=quiet_star_tiny:seed=1 --workdir=runs/quiet_star_tiny_1
@@ -10,7 +10,7 @@ Quiet-STaR text never does (`qstar/tasks/fold_digits.py`).
     ...:arms=quiet_star+pause         any arms of ARMS
     ...:lengths                       thoughts of 1 to 8 tokens, one arm each
     ...:official                      the official code's choices, one by one and all at once
-    ...:fast                          Fast Quiet-STaR: 6, 4, 2 tokens, then a student that does not think
+    ...:fast                          Fast Quiet-STaR: 6, 4, 2 tokens, then a student without thoughts
     ...:documents=2                   two problems per row
 """
 

@@ -1,19 +1,19 @@
-"""STaR on sums: a small transformer teaches itself 3-digit addition, with and without rationalisation.
+"""STaR on addition: a small transformer teaches itself 3-digit addition, with and without rationalisation.
 
     bash launch/local.sh                                       # this config, into runs/star_arithmetic
     qstar train --config=star_arithmetic --workdir=runs/star_arithmetic
     qstar train --config=star_arithmetic:seed=1 --workdir=runs/star_arithmetic_1
 
-Two CPU cores, about six minutes. Seen with seed 0: 3-digit sums .000 -> .432 -> .984 -> .988 with rationalisation over
-three loops, and .004, .000, .000 without (250 held-out sums); RESULTS.md has three seeds and what did not work.
+Two CPU cores, about six minutes. Measured with seed 0: 3-digit sums .000 -> .432 -> .984 -> .988 with rationalisation over
+three loops, and .004, .000, .000 without (250 held-out problems); RESULTS.md has three seeds and the arms that failed.
 
     ...:digits=4                               sums of up to 4 digits (5 likewise)
     ...:arms=rationalisation+restart_base      any arms of ARMS, side by side from one base
     ...:direct,digits=5                        the baseline without scratchpad: answers only, no loops
 
-It departs from the paper where a small model from scratch must: a base trained on seed rows stands in for a pretrained
-model and its few-shot prompt, hinted seed rows stay in every batch of both arms, and each loop goes on from the model of
-the loop before (arm `restart_base` is the paper's restart).
+Deviations from the paper, because the model is small and from scratch: a base trained on seed rows stands in for a
+pretrained model and its few-shot prompt, hinted seed rows are in every batch of both arms, and each loop continues from the
+previous loop's model (arm `restart_base` is the paper's restart).
 """
 
 from qstar.configs.common import chosen_arms, parse_arg, star_config

@@ -26,7 +26,7 @@ samples at temperature .7 for the base and the best arm, and the base few-shot (
 arms are reported as failed, and up to two more settings are tried (samples per problem, SVAMP as the task), each named.
 
 The first of these, named after `qwen05` had shown no gain beyond its interval (RESULTS.md) and before it ran: `svamp`,
-where the base solves .48 of 48 training problems (bfloat16, greedy) and fails on sums that it could do, so that a
+where the base solves .48 of 48 training problems (bfloat16, greedy) and fails on problems within its ability, so that a
 round keeps more rows. The same model and LoRA, computed in bfloat16; `data` is SVAMP.json, whose first 300 problems are
 the test set (variants of one problem stand side by side there) and the other 700 the training set:
 

@@ -1,19 +1,19 @@
-"""V-STaR on 3-digit sums: a verifier made of the wrong solutions, too, picks the best of k.
+"""V-STaR on 3-digit addition: a verifier trained on correct and incorrect solutions selects among k samples.
 
     qstar train --config=v_star_arithmetic --workdir=runs/v_star_arithmetic
     qstar train --config=v_star_arithmetic:seed=1 --workdir=runs/v_star_arithmetic_1
 
-Two CPU cores, about half an hour. Seen with seed 0 on 250 held-out sums: the DPO verifier's best of 16 is right on .745
-(majority vote .668, own log-probability .725, one sample .409); with one iteration's data .659, with G_SFT's alone .603. With
-seed 1, whose G_SFT is right on .65 of its samples, the verifier's .846 is below the vote's .899 (seed 3: .850, .940). The ORM
-learnt nothing. RESULTS.md has the tables.
+Two CPU cores, about half an hour. Measured with seed 0 on 250 held-out problems: the DPO verifier's best of 16 solves .745
+(majority vote .668, generator's log-probability .725, one sample .409); with one iteration's data .659, with G_SFT's alone
+.603. In seed 1, where G_SFT solves .65 with one sample, the verifier's .846 is below the vote's .899 (seed 3: .850, .940).
+The ORM learnt nothing. RESULTS.md has the tables.
 
     ...:arms=v_star+verification       any rows of the paper's table of baselines, see ARMS
     ...:val                            measured on validation sums: for choosing settings
 
-Where it departs from the paper: a base trained on seed rows stands in for a pretrained model; every generator is trained for
-300 steps only, which keeps it in the window where there is something to select (see `gates`); of a problem's right solutions
-only the most sampled one enters the generator's data. Rate and pairs of the verifier were chosen on validation sums.
+Deviations from the paper: a base trained on seed rows stands in for a pretrained model; every generator is trained for only
+300 steps, so that its samples are neither all correct nor all wrong (see `gates`); of a problem's correct solutions only the
+most sampled one enters the generator's data. Rate and pairs of the verifier were selected on validation problems.
 """
 
 from qstar.configs.common import chosen_arms, parse_arg, v_star_config
