@@ -38,7 +38,7 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
 }  # fmt: skip
 TODAY = {  # packages above their limit: a limit that only falls, but for what a new feature needs
     "": 2170, "commands": 596, "data": 895, "models": 5030, "tasks": 4786, "text": 756, "thoughts": 1461,
-    "train": 2084, "sample": 1112, "runs": 2369, "methods": 6431, "report": 2827, "plan": 2344, "bench": 1145,
+    "train": 2084, "sample": 1112, "runs": 2370, "methods": 6431, "report": 2827, "plan": 2344, "bench": 1145,
 }  # fmt: skip
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}

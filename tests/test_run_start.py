@@ -145,7 +145,7 @@ def test_samples_that_are_there_already_count_as_done(monkeypatch):
             monkeypatch.setattr("qstar.runs.console.one_line", lambda r: "")
             update(n + 1, row)
     text = s.console.export_text()
-    assert "resumed at 60 of 100" in text and "61 of 100  0.1/s" in text and text.count("resumed") == 1
+    assert "resumed at 60 of 100" in text and "61 of 100  20.0 s each" in text and text.count("resumed") == 1
 
 
 def test_tables_that_are_too_wide_stay_readable_at_80_columns():

@@ -73,7 +73,8 @@ class Screen:
                 else:
                     note = f"loss {extra['loss']:.4f}"
                 speed = (done - resumed) / max(now - began, 1e-9)
-                rate = f"{speed:,.1f}/s"
+                # Updates of a large model take longer than a second.
+                rate = f"{speed:,.1f}/s" if speed >= 1 else f"{1 / max(speed, 1e-9):,.1f} s each"
                 progress.update(job, completed=done, rate=rate, note=note)
                 if plain and now - printed >= SECONDS_PER_LINE:
                     printed = now
