@@ -1,8 +1,7 @@
 """Log-probabilities and logits of text, written once for decoders and encoder-decoders.
 
-Functions of parameters come first: a prompt [I] and a response [R] go in, a state [D] per response token comes out, and
-`decoder.unembed` makes logits of it; RL and distillation train through these. Functions of a `Model` follow, which
-score lists of texts in buckets of similar length.
+Functions of parameters come first, from a prompt [I] and a response [R] to a state [D] per response token: RL and
+distillation train through these. Functions of a `Model` follow, which score lists of texts in buckets of similar length.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from qstar.text.chat import PROMPTS, as_text, text_or_ids
 from qstar.types import Params
 
 AnyConfig = ModelConfig | EncDecConfig
+_Pairs = list[tuple[list[int], list[int]]]  # prompts and completions
 CHUNK_TOKENS = 16_384  # tokens per forward pass of `logprobs`
 MIN_LENGTH = 16  # the shortest length bucket; the others are powers of two
 SHARED_TOKENS = 1024  # at most, of a row whose completions share their prompt: its mask has the square of this
@@ -63,7 +63,7 @@ def response_states(params: Params, config: AnyConfig, prompt: Array, prompt_mas
 
     def decoder_row(tokens: Array, real: Array, response: Array) -> Array:
         tokens = jnp.concatenate([tokens, response[:-1]])  # the last token predicts nothing
-        # Prompts are padded on the left: column I - 1 holds the last token of all, which predicts the response's first.
+        # Prompts are padded on the left: column I - 1 of all holds the last token, which predicts the response's first.
         real = jnp.concatenate([real.astype(jnp.int32), jnp.ones_like(response[:-1])])
         return _row_states(params, config, tokens, real)[I - 1 : I - 1 + R]
 
@@ -78,8 +78,8 @@ def hidden_states(params: Params, config: ModelConfig, tokens: Array, mask: Arra
     With `shared`, a row holds a text (1 in the mask) and continuations of it (2, 3, ...) one behind the other, then
     padding: each continuation attends to the text and to itself, at the positions that follow the text.
     """
-    row = _shared_states if shared else _row_states
-    return map_rows(functools.partial(row, params, config))(tokens, mask.astype(jnp.int32))
+    states = functools.partial(_shared_states if shared else _row_states, params, config)
+    return map_rows(states)(tokens, mask.astype(jnp.int32))
 
 
 def _row_states(params: Params, config: ModelConfig, tokens: Array, real: Array) -> Array:
@@ -131,17 +131,17 @@ def _logits(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> 
 
 
 @functools.partial(mesh_jit, static_argnames=("config", "shared"))
-def next_logprobs(params: Params, config: ModelConfig, tokens: Array, mask: Array, shared: bool = False) -> Array:
-    """Returns [B, T]: at t, the log-probability of token t + 1 (the last column has no meaning)."""
+def next_logprobs(params: Params, config: ModelConfig, tokens: Array, mask: Array, read: Array, shared: bool) -> Array:
+    """Returns [B, T]: at t, the log-probability of token t + 1, right where `read` [B, T] is not 0."""
     hidden = hidden_states(params, config, tokens, mask, shared)
-    return token_logprobs(hidden, decoder.head(params, config), jnp.roll(tokens, -1, axis=1)).logprobs
+    return token_logprobs(hidden, decoder.head(params, config), jnp.roll(tokens, -1, axis=1), read=read).logprobs
 
 
 @functools.partial(mesh_jit, static_argnames=("config", "shared"))
-def next_scores(params: Params, config: ModelConfig, tokens: Array, mask: Array, shared: bool = False) -> TokenScores:
-    """Returns [B, T - 1]: at t, the scores of token t + 1. Rows are padded on the right; their last token is not read."""
+def next_scores(params: Params, config: ModelConfig, tokens: Array, mask: Array, read: Array, shared: bool) -> Any:
+    """Returns `TokenScores` [B, T - 1]: at t, of token t + 1. Rows are padded on the right; their last token is not fed."""
     hidden = hidden_states(params, config, tokens[:, :-1], mask[:, :-1] if shared else mask[:, 1:], shared)
-    return token_logprobs(hidden, decoder.head(params, config), tokens[:, 1:])
+    return token_logprobs(hidden, decoder.head(params, config), tokens[:, 1:], read=read[:, :-1])
 
 
 @functools.partial(mesh_jit, static_argnames="config")
@@ -157,10 +157,6 @@ def _encdec_logits(params: Params, config: EncDecConfig, source: Array, source_m
 def _response_scores(params: Params, config: EncDecConfig, prompt: Array, mask: Array, response: Array) -> TokenScores:
     states = response_states(params, config, prompt, mask, response)
     return token_logprobs(states, decoder.head(params, config), response)
-
-
-def _response_logprobs(*arguments: Any) -> Array:
-    return _response_scores(*arguments).logprobs
 
 
 def logits(
@@ -253,13 +249,13 @@ def score_tokens(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     score: Callable[..., Any],
-    encdec_score: Callable[..., Any] = _response_logprobs,
+    encdec_score: Callable[..., Any] = lambda *arguments: _response_scores(*arguments).logprobs,
     unread: int = 0,
 ) -> list[Any]:
-    """Returns `score(params, config, tokens [B, T], mask [B, T], shared) -> [B, T]` on the tokens of each completion.
+    """Returns `score(params, config, tokens, mask, read, shared)` on the tokens of each completion, arrays of [B, T].
 
-    The column of a token is the one before it, where `next_logprobs` keeps its log-probability. A decoder reads a prompt
-    of several completions once for as many of them as a row holds (see `hidden_states`).
+    The column of a token is the one before it. A decoder reads a prompt of several completions once for as many of them as
+    a row holds (see `hidden_states`).
 
     Args:
       score: may return a pytree of arrays; so is then each completion's result. encdec_score: that of encoder-decoders.
@@ -281,23 +277,32 @@ def score_tokens(
         for length, chunk in _chunks([sizes[k] for k in some]):
             distributed.return_freed_memory()
             members = [rows[some[k]] for k in chunk]
-            if encdec_:  # each half padded to its own bucket
-                arrays = _encdec_arrays([pairs[i] for (i,) in members])
-                scores = to_host(encdec_score(model.params, c, *put_global_batch(arrays, model.mesh)))
+            if encdec_:
+                arrays = put_global_batch(_encdec_arrays([pairs[i] for (i,) in members]), model.mesh)
+                scores = to_host(encdec_score(model.params, c, *arrays))
             else:
-                arrays = tuple(_padded([_parts(pairs, row) for row in members], length + unread))
-                scores = to_host(score(model.params, c, *put_global_batch(arrays, model.mesh), shared))
-            for r, row in enumerate(members):
-                start = 0 if encdec_ else len(pairs[row[0]][0]) - 1
-                for i in row:
-                    # Copied, because a view would keep the chunk's whole array alive.
-                    end = start + len(pairs[i][1])
-                    out[i] = jax.tree.map(lambda x: x[r, start:end].copy(), scores)  # noqa: B023
-                    start = end + 1
+                tokens, mask, read = _padded([_parts(pairs, row) for row in members], length + unread)
+                for _, place in _places(pairs, members):
+                    read[place] = 1
+                arrays = put_global_batch((tokens, mask, read), model.mesh)
+                scores = to_host(score(model.params, c, *arrays, shared))
+            for i, place in _places(pairs, members, from_start=encdec_):
+                # Copied, because a view would keep the chunk's whole array alive.
+                out[i] = jax.tree.map(lambda x: x[place].copy(), scores)  # noqa: B023
     return out
 
 
-def _rows(pairs: list[tuple[list[int], list[int]]]) -> list[list[int]]:
+def _places(pairs: _Pairs, rows: list[list[int]], from_start: bool = False) -> Iterator[tuple[int, Any]]:
+    """Yields each pair and the place of its completion's scores: the row, and the columns before its tokens."""
+    for r, row in enumerate(rows):
+        start = 0 if from_start else len(pairs[row[0]][0]) - 1
+        for i in row:
+            end = start + len(pairs[i][1])
+            yield i, (r, slice(start, end))
+            start = end + 1
+
+
+def _rows(pairs: _Pairs) -> list[list[int]]:
     """Returns the pairs of each row: as many of one prompt as fit into `shared_length`, else a pair alone."""
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, (prompt, _) in enumerate(pairs):
@@ -321,7 +326,7 @@ def shared_length(longest: int) -> int:
     return min(SHARED_TOKENS, power_of_two(4 * longest))
 
 
-def _parts(pairs: list[tuple[list[int], list[int]]], row: list[int]) -> list[list[int]]:
+def _parts(pairs: _Pairs, row: list[int]) -> list[list[int]]:
     """Returns the texts of a row: of several completions each begins with the prompt's last token, which predicts it."""
     prompt = pairs[row[0]][0]
     if len(row) == 1:
@@ -329,17 +334,17 @@ def _parts(pairs: list[tuple[list[int], list[int]]], row: list[int]) -> list[lis
     return [prompt[:-1], *([prompt[-1], *pairs[i][1]] for i in row)]
 
 
-def _encdec_arrays(pairs: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, ...]:
-    """Returns prompts, their mask and responses, the first two [B, I] and the last [B, R]."""
+def _encdec_arrays(pairs: _Pairs) -> tuple[np.ndarray, ...]:
+    """Returns prompts, their mask and responses, the first two [B, I] and the last [B, R], buckets of their own."""
     prompts, responses = zip(*pairs)
     I, R = (max(MIN_LENGTH, power_of_two(max(map(len, half)))) for half in (prompts, responses))
-    return *_padded([[ids] for ids in prompts], I), _padded([[ids] for ids in responses], R)[0]
+    return *_padded([[ids] for ids in prompts], I)[:2], _padded([[ids] for ids in responses], R)[0]
 
 
 def _padded(rows: list[list[list[int]]], length: int) -> np.ndarray:
-    """Returns tokens and mask [2, B, length] of rows, padded on the right; the mask numbers a row's parts from 1."""
+    """Returns tokens, mask and zeros [3, B, length] of rows, padded on the right; the mask numbers a row's parts from 1."""
     # As many rows as a power of two: few shapes to compile.
-    out = np.zeros((2, power_of_two(len(rows)), length), np.int32)
+    out = np.zeros((3, power_of_two(len(rows)), length), np.int32)
     for r, parts in enumerate(rows):
         ids = [token for part in parts for token in part]
         out[0, r, : len(ids)] = ids
@@ -349,14 +354,13 @@ def _padded(rows: list[list[list[int]]], length: int) -> np.ndarray:
 
 def _encode_pair(model: Model, i: int, prompt: Any, completion: Any, unread: int) -> tuple[list[int], list[int]]:
     tokenizer, c = model.tokenizer, model.config
-    head = text_or_ids(tokenizer, as_text(tokenizer, prompt), f"prompt {i} {PROMPTS}")
-    tail = text_or_ids(tokenizer, completion, f"completion {i} must be text or a list of token ids")
+    head: Any = text_or_ids(tokenizer, as_text(tokenizer, prompt), f"prompt {i} {PROMPTS}")
+    tail: Any = text_or_ids(tokenizer, completion, f"completion {i} must be text or a list of token ids")
     if tokenizer is not None and isinstance(head, str) and isinstance(tail, str):
         head, tail = tokenizer.encode_pair(head, tail)
     elif tokenizer is not None:
         head = tokenizer.encode_prompt(head) if isinstance(head, str) else head
         tail = tokenizer.encode_behind(head, tail) if isinstance(tail, str) else tail
-    assert isinstance(head, list) and isinstance(tail, list)  # without a tokenizer there is no text
     why = " (there is no BOS token to start from)" if isinstance(prompt, str) else ""
     require((bool(head), f"prompt {i} is empty: give it at least one token{why}"))
     _check_length(i, len(head) + len(tail) - unread, c)
@@ -380,7 +384,7 @@ def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
 
 
 @functools.partial(mesh_jit, static_argnames=("config", "shared"))
-def _values(params: Params, config: ModelConfig, tokens: Array, mask: Array, shared: bool = False) -> Array:
+def _values(params: Params, config: ModelConfig, tokens: Array, mask: Array, _: Array, shared: bool) -> Array:
     # Rolled, so that a token's value is in the column of its log-probability, where `score_tokens` reads.
     return jnp.roll(value_logits(params, hidden_states(params, config, tokens, mask, shared)), -1, axis=1)
 

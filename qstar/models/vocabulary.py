@@ -20,6 +20,7 @@ from qstar.models.prefix_attention import soft_cap
 CHUNK_BYTES = 8 * 2**20
 # Tokens: with fewer, reading and writing the kernel and its gradient costs more than the products.
 MIN_CHUNK = 512
+LEAST_CHUNKS, LEAST_TOKENS = 4, 128  # of a batch some of whose chunks can be skipped, and of each of them
 
 
 class Head(NamedTuple):
@@ -46,6 +47,7 @@ def token_logprobs(
     temperature: float = 1.0,
     limit: int | None = None,
     entropy: bool = False,
+    read: jax.Array | None = None,
 ) -> TokenScores:
     """Scores targets int32 [...] under the distributions that states [..., D] predict; gradients flow.
 
@@ -53,7 +55,7 @@ def token_logprobs(
 
     Args:
       head: see `decoder.head`.
-      temperature, limit: see `log_distribution`.
+      temperature, limit: see `log_distribution`. read: see `map_chunks`.
     """
     kernel = head[0]
     # Rounded as it is multiplied, but kept in its own dtype: the chunks' gradients add up in float32.
@@ -73,7 +75,7 @@ def token_logprobs(
         return TokenScores(chosen, hits, -jnp.sum(jnp.where(logp > NEG / 2, jnp.exp(logp) * logp, 0.0), axis=-1))
 
     # The batches of RL are small: where one chunk holds them, its logits are kept, which saves a product.
-    return map_chunks(score, hidden, targets, vocab_size=kernel.shape[1], keep_one=entropy)
+    return map_chunks(score, hidden, targets, vocab_size=kernel.shape[1], keep_one=entropy, read=read)
 
 
 def log_distribution(hidden: jax.Array, head: Head, *, temperature: float = 1.0, limit: int | None = None) -> jax.Array:
@@ -106,49 +108,75 @@ def gathered_kernel(kernel: jax.Array, dtype: Any) -> jax.Array:
 
 
 def map_chunks(
-    f: Callable[..., Any], hidden: jax.Array, *arrays: jax.Array, vocab_size: int, keep_one: bool = False
+    f: Callable[..., Any],
+    hidden: jax.Array,
+    *arrays: jax.Array,
+    vocab_size: int,
+    keep_one: bool = False,
+    read: jax.Array | None = None,
 ) -> Any:
     """Returns f(hidden [n, D], *arrays [n, ...]), whose results lead with n, over a chunk of tokens at a time.
 
     Args:
       hidden: [..., D]. arrays: with the same leading axes, which the results have, too.
       keep_one: do not compute the logits of a lone chunk again in the backward pass.
+      read: [...] 0 for tokens whose results are not read: those of whole chunks of them are 0, and not computed.
     """
     lead = hidden.shape[:-1]
-    flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in (hidden, *arrays)]
-    xs = chunks(flat, vocab_size)
+    flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in (hidden, *arrays, *(() if read is None else (read,)))]
+    order = None if read is None else read_first(flat[-1])
+    xs, count = chunks(flat, vocab_size, order), 1 + len(arrays)
+
+    def one(xs: Any) -> Any:
+        if order is None:
+            return f(*xs[:count])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *xs[:count]))
+        return jax.lax.cond(jnp.any(xs[-1] != 0), lambda: f(*xs[:count]), lambda: zeros)
+
     if keep_one and xs[0].shape[0] == 1:
-        found = f(*flat)
+        found = f(*flat[:count])
     else:
         # Logits are computed again in the backward pass: kept for all chunks, they would be the whole [N, V].
-        found = jax.lax.map(jax.checkpoint(lambda xs: f(*xs)), xs)
-        found = jax.tree.map(lambda x: unchunk(x, flat[0].shape[0]), found)
+        found = jax.lax.map(jax.checkpoint(one), xs)
+        found = jax.tree.map(lambda x: unchunk(x, flat[0].shape[0], order), found)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 
-def chunks(arrays: Any, vocab_size: int) -> Any:
+def read_first(read: jax.Array) -> jax.Array | None:
+    """Returns an order of tokens [N] that begins with those that are read, so that the last chunks hold none of them."""
+    # Prompts and padding are most of a row, and logits up to half of a small model's FLOPs. None where several devices
+    # share the tokens: an order of all of them would move states between devices.
+    alone = jax.sharding.get_abstract_mesh().size <= 1
+    return jnp.argsort(read == 0, stable=True) if alone else None
+
+
+def chunks(arrays: Any, vocab_size: int, order: jax.Array | None = None) -> Any:
     """Cuts the token axis [N, ...] into equal chunks [C, n, ...]; what is padded on must weigh nothing."""
-    # A chunk takes every C-th token of each device: tokens that are split over devices stay split within each chunk.
+    # A chunk takes tokens of each device: tokens that are split over devices stay split within each chunk.
     N = arrays[0].shape[0]
     shards = count_batch_shards()
     per_shard = -(-N // shards)
     n = min(per_shard, max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab_size)))
     count = -(-per_shard // n)
+    if order is not None:
+        count = max(count, min(LEAST_CHUNKS, N // LEAST_TOKENS))
     n = -(-per_shard // count)
 
     def cut(x: jax.Array) -> jax.Array:
+        x = x if order is None else jnp.asarray(x)[order]
         if N < per_shard * shards:
             x = jnp.pad(x, [(0, per_shard * shards - N)] + [(0, 0)] * (x.ndim - 1))
         x = rearrange(x, "(shard token) ... -> shard token ...", shard=shards)
         x = jnp.pad(x, [(0, 0), (0, count * n - per_shard)] + [(0, 0)] * (x.ndim - 2))
-        x = rearrange(x, "shard (token chunk) ... -> chunk (shard token) ...", chunk=count)
+        x = rearrange(x, "shard (chunk token) ... -> chunk (shard token) ...", chunk=count)
         return constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
 
     return jax.tree.map(cut, arrays)
 
 
-def unchunk(x: jax.Array, count: int) -> jax.Array:
+def unchunk(x: jax.Array, count: int, order: jax.Array | None = None) -> jax.Array:
     """Returns [count, ...] from chunks [C, n, ...] of `chunks`."""
     shards = count_batch_shards()
-    x = rearrange(x, "chunk (shard token) ... -> shard (token chunk) ...", shard=shards)
-    return rearrange(x[:, : -(-count // shards)], "shard token ... -> (shard token) ...")[:count]
+    x = rearrange(x, "chunk (shard token) ... -> shard (chunk token) ...", shard=shards)
+    x = rearrange(x[:, : -(-count // shards)], "shard token ... -> (shard token) ...")[:count]
+    return x if order is None else x[jnp.argsort(order)]

@@ -173,7 +173,7 @@ def _v_star(case: Case) -> Iterator[Program]:
     ids = case.spec((rows, length), jnp.int32, split=True)
     yield Program(
         f"scoring: {rows} rows of {length} tokens",
-        lambda: scoring.next_logprobs.lower(done.params, done.config, ids, ids, shared),
+        lambda: scoring.next_logprobs.lower(done.params, done.config, ids, ids, ids, shared),
         {"parameters": done.params},
         {},
         *flops.forward(done.config, rows, length, predicted=rows * length),

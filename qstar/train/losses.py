@@ -19,6 +19,7 @@ from qstar.models.attention import causal_mask, precision
 from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.layers import project
+from qstar.models.vocabulary import Head
 from qstar.types import Batch, Metrics, Params, Responses
 
 SumWeight = tuple[jax.Array, jax.Array]
@@ -59,7 +60,7 @@ def likelihood(
     params: Params, config: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0
 ) -> tuple[SumWeight, Metrics]:
     """Returns (sum, weight) of the targets' [B, T] negative log-likelihood given the final states [B, T, D], and metrics."""
-    nll, hits, _ = token_nll(hidden, decoder.head(params, config), targets, weights, z_loss)
+    nll, hits, _ = token_nll(hidden, decoder.head(params, config), targets, weights, z_loss, skip=True)
     weight = jnp.sum(weights)
     count = (weight, jnp.float32(0))  # weight 0: not divided, so accumulated micro-batches add up
     return (nll, weight), {"loss": (nll, weight), "accuracy": (hits, weight), "tokens": count}
@@ -76,7 +77,7 @@ def hidden_states(params: Params, config: ModelConfig, batch: Batch, one_text: b
 
 
 def token_nll(
-    hidden: jax.Array, head: vocabulary.Head, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0
+    hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0, skip: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted sum of -log softmax(hidden @ kernel + bias)[target], and of the greedy hits.
 
@@ -88,6 +89,7 @@ def token_nll(
     Args:
       hidden: [..., D]. head: see `decoder.head`. targets: [...] int32.
       weights: [...] float32, constants. z_loss: weight of log(Z)^2, added to the first sum.
+      skip: do not compute the logits of tokens of weight 0, as far as whole chunks hold no other; their NLL is then 0.
 
     Returns:
       (sum of weight * nll, sum of weight * hit, every token's nll [...], a constant), float32.
@@ -95,20 +97,20 @@ def token_nll(
     # The cotangents of a weighted sum are known in the forward pass, so it computes the gradient as well, while the
     # logits of a chunk exist: three products with the kernel, where recomputing the logits takes four (13% of a
     # Quiet-STaR step at 32,002 ids, 3% at 512, on a CPU).
-    kernel, bias, cap = vocabulary.Head(*head)
+    kernel, bias, cap = Head(*head)
     bias = jnp.zeros((kernel.shape[1],), jnp.float32) if bias is None else bias
     flat = rearrange(hidden, "... d -> (...) d"), targets.reshape(-1), jax.lax.stop_gradient(weights.reshape(-1))
-    nll, hits, each = _token_nll(flat[0], kernel, bias, *flat[1:], z_loss, cap)
+    nll, hits, each = _token_nll(flat[0], kernel, bias, *flat[1:], z_loss, cap, skip)
     return nll, hits, jax.lax.stop_gradient(each.reshape(targets.shape))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _token_nll(hidden, kernel, bias, targets, weights, z_loss, cap):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _token_nll(hidden, kernel, bias, targets, weights, z_loss, cap, skip):
     # XLA drops the gradient, which nothing reads.
-    return _forward(hidden, kernel, bias, targets, weights, z_loss, cap)[0]
+    return _forward(hidden, kernel, bias, targets, weights, z_loss, cap, skip)[0]
 
 
-def _forward(hidden, kernel, bias, targets, weights, z_loss, cap):
+def _forward(hidden, kernel, bias, targets, weights, z_loss, cap, skip):
     low, exact = vocabulary.gathered_kernel(kernel, hidden.dtype), precision(hidden.dtype)
 
     def body(carry, xs):
@@ -137,14 +139,20 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss, cap):
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
-    xs = vocabulary.chunks((hidden, targets, weights), kernel.shape[1])
-    (nll, hits, d_kernel, d_bias), outs = jax.lax.scan(body, start, xs)
-    d_hidden, each = (vocabulary.unchunk(x, hidden.shape[0]) for x in outs)
+    order = vocabulary.read_first(weights) if skip else None
+    xs = vocabulary.chunks((hidden, targets, weights), kernel.shape[1], order)
+
+    def skipping(carry, xs):
+        nothing = carry, (jnp.zeros_like(xs[0]), jnp.zeros_like(xs[2]))
+        return jax.lax.cond(jnp.any(xs[2] != 0), lambda: body(carry, xs), lambda: nothing)
+
+    (nll, hits, d_kernel, d_bias), outs = jax.lax.scan(body if order is None else skipping, start, xs)
+    d_hidden, each = (vocabulary.unchunk(x, hidden.shape[0], order) for x in outs)
     return (nll, hits, each), (d_hidden, d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype), targets, weights)
 
 
-def _backward(z_loss, cap, saved, cotangents):
-    del z_loss, cap
+def _backward(z_loss, cap, skip, saved, cotangents):
+    del z_loss, cap, skip
     d_hidden, d_kernel, d_bias, targets, weights = saved
     # Only the first sum has a gradient: it is linear in its cotangent, a factor. JAX wants float0 for integers.
     g = cotangents[0]

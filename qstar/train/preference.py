@@ -74,8 +74,8 @@ def dpo_loss(
 def pair_logprobs(params: Params, config: ModelConfig, rows: Batch, pairs: int) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of both completions of every pair, and their numbers of tokens, each [B, X, 2]."""
     hidden = hidden_states(params, config, rows)[:, :-1]
-    logprobs = token_logprobs(hidden, decoder.head(params, config), rows.tokens[:, 1:]).logprobs
     mask, ids = rows.mask[:, 1:], rows.segment_ids[:, 1:]
+    logprobs = token_logprobs(hidden, decoder.head(params, config), rows.tokens[:, 1:], read=mask).logprobs
     add = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=2 * pairs + 1))
     # Segment 0 is padding; 2x + 1 and 2x + 2 are the completions of pair x.
     sums, lengths = add(jnp.where(mask > 0, logprobs, 0.0), ids), add(mask, ids)
@@ -115,7 +115,8 @@ def value_loss(
     hits = jnp.sum(batch.weight * ((logits > 0) == (batch.labels > 0.5)))
     learnt, nll = batch.rows.mask[:, 1:], jnp.float32(0)
     if lm_weight:
-        nll, _, _ = token_nll(hidden[:, :-1], decoder.head(policy, config), batch.rows.tokens[:, 1:], learnt)
+        targets = batch.rows.tokens[:, 1:]
+        nll, _, _ = token_nll(hidden[:, :-1], decoder.head(policy, config), targets, learnt, skip=True)
     # Both terms are means over their own tokens, so that lm_weight means the same for an ORM, which scores every token,
     # and for a PRM, which scores one per step.
     # The sum has one divisor, the scored tokens. `lm_scale`, a ratio of counts over all data, brings the NLL to it, so

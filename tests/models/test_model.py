@@ -136,9 +136,9 @@ def test_repeated_calls_do_not_recompile(stories):
 
 def test_float32_means_float32_on_every_device(pair):
     """Without an explicit precision a TPU multiplies in bfloat16 and a GPU in TF32, which a CPU test cannot see."""
-    for score in (M._logits, M.next_logprobs):
-        tokens = jnp.zeros((2, 16), jnp.int32)
-        text = score.lower(pair.model.params, pair.model.config, tokens, tokens).as_text()
+    tokens = jnp.zeros((2, 16), jnp.int32)
+    for score, more in ((M._logits, ()), (M.next_logprobs, (tokens, False))):
+        text = score.lower(pair.model.params, pair.model.config, tokens, tokens, *more).as_text()
         products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         assert len(products) >= 7 and all("HIGHEST, HIGHEST" in line for line in products), products
 

@@ -153,3 +153,69 @@ def test_padding_does_not_matter(models):
     (b, _), gb = f(ours.params, Batch(**other))
     assert a == b
     jax.tree.map(np.testing.assert_array_equal, ga, gb)
+
+
+# ------------------------------------------------------------------------------------- tokens without a weight
+
+
+def scattered(tokens, live, seed=0):
+    """States [2, tokens / 2, 8], a kernel, a bias, targets and weights, `live` of which are not 0."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    hidden, kernel = jax.random.normal(keys[0], (2, tokens // 2, 8)), jax.random.normal(keys[1], (8, 50))
+    weights = jnp.zeros(tokens).at[jax.random.permutation(keys[2], tokens)[:live]].set(0.5)
+    targets = jax.random.randint(keys[3], (2, tokens // 2), 0, 50)
+    return hidden, kernel, jax.random.normal(keys[4], (50,)), targets, weights.reshape(2, -1)
+
+
+@pytest.mark.parametrize("tokens, live", [(1024, 128), (1022, 300), (600, 0), (600, 600), (20, 3)])
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_skipped_tokens_change_no_sum_and_no_gradient(tokens, live, cap):
+    hidden, kernel, bias, targets, weights = scattered(tokens, live)
+
+    def plain(hidden, kernel, bias):
+        logits = hidden @ kernel
+        logits = (logits if cap is None else cap * jnp.tanh(logits / cap)) + bias
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        z = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.sum(weights * (0.1 * z**2 - logp)), jnp.sum(weights * (jnp.argmax(logits, -1) == targets))
+
+    def ours(hidden, kernel, bias):
+        return losses.token_nll(hidden, vocabulary.Head(kernel, bias, cap), targets, weights, 0.1, skip=True)[:2]
+
+    found, wanted = (jax.value_and_grad(f, (0, 1, 2), has_aux=True)(hidden, kernel, bias) for f in (ours, plain))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, wanted)
+
+
+def test_logits_of_tokens_without_a_weight_are_not_computed():
+    """128 of 512 tokens count, one of the four chunks: what the others hold, not even NaN, reaches no result."""
+    hidden, kernel, _, targets, weights = scattered(512, 128)
+    hidden = jnp.where(weights[..., None] > 0, hidden, jnp.nan)
+
+    def nll(hidden, kernel, skip):
+        return losses.token_nll(hidden, vocabulary.Head(kernel), targets, weights, skip=skip)[0]
+
+    for f in (
+        nll,
+        lambda h, k, skip: (
+            -jnp.sum(
+                jnp.where(
+                    weights > 0,
+                    vocabulary.token_logprobs(h, vocabulary.Head(k), targets, read=weights if skip else None).logprobs,
+                    0,
+                )
+            )
+        ),
+    ):
+        found = jax.value_and_grad(f, (0, 1))(hidden, kernel, True)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found))
+        assert not bool(jnp.isfinite(jax.grad(f, 1)(hidden, kernel, False)).all())
+
+
+@pytest.mark.parametrize("live", [0, 70, 300, 700])
+def test_scores_of_the_tokens_that_are_read_are_those_of_all(live):
+    hidden, kernel, bias, targets, read = scattered(700, live)
+    every, some = (
+        vocabulary.token_logprobs(hidden, vocabulary.Head(kernel, bias), targets, read=r) for r in (None, read)
+    )
+    for a, b in zip(every[:2], some[:2]):
+        np.testing.assert_allclose(jnp.where(read > 0, a, 0), jnp.where(read > 0, b, 0), atol=1e-5)
