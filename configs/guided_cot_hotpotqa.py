@@ -15,8 +15,9 @@ Qwen2.5-Coder-0.5B-Instruct (in bfloat16), on the paragraphs that hold the suppo
     qstar train --config=guided_cot_hotpotqa:qwen05,small=SMOLLM2,large=QWEN,train=train.jsonl,test=test.jsonl \\
         --workdir=runs/guided_qwen05
 
-Plan, written before the run (the reader in float32 at first, and a vote over 5 rationales in every evaluation, which is
-left out because it takes six times as long; nothing had run). Data: 500 questions of HotpotQA's
+Plan, written before the run (the large model in float32 at first, as still on CPUs without instructions for bfloat16:
+`--config.guided.large.dtype=float32`; and a vote over 5 rationales in every evaluation, which is left out because it
+takes six times as long; nothing had run). Data: 500 questions of HotpotQA's
 development set, the first 300 for the test, the other 200 and 100 training questions for distillation and RL
 (2WikiMultiHopQA: `task=2wikimultihopqa`, the same split of 500). Teacher: the large model's own rationales for all of
 them. Arms: `kd_unfiltered` and `kd_filtered` (by exact match), 60 updates of 8 rows each; `rl_both` refines
