@@ -163,7 +163,7 @@ def chunks(arrays: Any, vocab_size: int, order: jax.Array | None = None) -> Any:
     n = -(-per_shard // count)
 
     def cut(x: jax.Array) -> jax.Array:
-        x = x if order is None else jnp.asarray(x)[order]
+        x = x if order is None else _permuted(jnp.asarray(x), order)
         if N < per_shard * shards:
             x = jnp.pad(x, [(0, per_shard * shards - N)] + [(0, 0)] * (x.ndim - 1))
         x = rearrange(x, "(shard token) ... -> shard token ...", shard=shards)
@@ -179,4 +179,9 @@ def unchunk(x: jax.Array, count: int, order: jax.Array | None = None) -> jax.Arr
     shards = count_batch_shards()
     x = rearrange(x, "chunk (shard token) ... -> shard (chunk token) ...", shard=shards)
     x = rearrange(x[:, : -(-count // shards)], "shard token ... -> (shard token) ...")[:count]
-    return x if order is None else x[jnp.argsort(order)]
+    return x if order is None else _permuted(x, jnp.argsort(order))
+
+
+def _permuted(x: jax.Array, order: jax.Array) -> jax.Array:
+    # Without the promise, the gradient is a scatter that has to allow for repeated indices.
+    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
