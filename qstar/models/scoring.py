@@ -63,7 +63,7 @@ def response_states(params: Params, config: AnyConfig, prompt: Array, prompt_mas
 
     def decoder_row(tokens: Array, real: Array, response: Array) -> Array:
         tokens = jnp.concatenate([tokens, response[:-1]])  # the last token predicts nothing
-        # Prompts are padded on the left: column I - 1 of all holds the last token, which predicts the response's first.
+        # Prompts are padded on the left: column I - 1 holds the last token of all, which predicts the response's first.
         real = jnp.concatenate([real.astype(jnp.int32), jnp.ones_like(response[:-1])])
         return _row_states(params, config, tokens, real)[I - 1 : I - 1 + R]
 

@@ -144,7 +144,7 @@ def map_chunks(
 
 def read_first(read: jax.Array) -> jax.Array | None:
     """Returns an order of tokens [N] that begins with those that are read, so that the last chunks hold none of them."""
-    # Prompts and padding are most of a row, and logits up to half of a small model's FLOPs. None where several devices
+    # Prompts and padding are most of a row, and logits a large part of a small model's FLOPs. None where several devices
     # share the tokens: an order of all of them would move states between devices.
     alone = jax.sharding.get_abstract_mesh().size <= 1
     return jnp.argsort(read == 0, stable=True) if alone else None

@@ -214,10 +214,10 @@ def _guided_cot(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
         if arm["arm"].start == "base":
             yield _updates(f"{name}: distillation", s, students * arm["arm"].steps, ctx, s.max_new_tokens)
         else:
-            yield from _reinforced(ctx, name, arm, students)
+            rollouts, update = _reinforced(ctx, name, arm, students)
+            yield from (rollouts, update)
             if isinstance(task, MultiHop) and arm["arm"].accuracy_weight:
-                count = students * arm["train"].updates * arm["train"].prompts * arm["rl"].group
-                yield _samples(f"{name}: answers of the large model", count, g.answer_tokens)
+                yield _samples(f"{name}: answers of the large model", rollouts.samples, g.answer_tokens)
     if isinstance(task, MultiHop):
         # The student before distillation is measured, too.
         count = students * (len(arms) + 1) * len(task.test) * (1 + g.votes)
