@@ -93,6 +93,6 @@ def svamp(config, data):
     config.model.dtype = "float32"
     config.loop.rounds = 1
     config.rl.group = 4
-    config.train.update(updates=20, max_new_tokens=256, lr=5e-5)
+    config.train.update(updates=20, max_new_tokens=256, lr=5e-5, accumulate=4)  # a row: a prompt with its 4 responses
     config.sample.update(max_new_tokens=256)
     config.evaluate.update(split="test", limit=300)

@@ -299,7 +299,7 @@ def _guided_cot(case: Case) -> Iterator[Program]:
         yield train_program(case, "distillation", small, train, made, batch, needed, None, residents, frozen)
     if any(start != "base" for start in starts):
         s = case.settings(ReinforceSettings, "train", max_new_tokens=R)
-        yield from _rl_updates(case, small, s, prompt, resident)
+        yield from _rl_updates(case, small, s, world.small_limit, resident)
     done = trained(case, small, train)
     sample, count = SampleSettings(max_new_tokens=R), world.test_questions * max(1, world.votes)
     yield from _answers(case, done, sample, 1, count, prompt, "rationales", resident)
@@ -330,7 +330,7 @@ def _answers(
 def _rl(case: Case) -> Iterator[Program]:
     model, train = abstract_model(case, case.section("model")), case.settings(ReinforceSettings, "train")
     prompt = padded_length(case.assumed.prompt)
-    yield from _rl_updates(case, model, train, prompt, {})
+    yield from _rl_updates(case, model, train, case.assumed.prompt, {})
     sample = case.settings(SampleSettings, "sample", max_new_tokens=train.max_new_tokens)
     group = case.settings(RewardedSettings, "rl").group
     yield from _answers(
@@ -349,19 +349,33 @@ def _rl_updates(
     # PPO alone has a critic; GRPO and RLOO take their baseline from the group.
     if settings.estimator == "ppo":
         roles["value"] = case.like(functools.partial(heads.init_critic, model.config.hidden_size), jax.random.key(0))
-    each, one = (case.spec(shape, jnp.float32, split=True) for shape in ((s.batch_size, R), (s.batch_size,)))
-    batch = Experience(*case.responses(s.batch_size, prompt, R), each, each, each, each, each, each, one)
+    # Rows are the longest ones: no response ends early.
+    per_row = reinforce.shared_responses(model.config, s, settings.group, case.shards)
+    texts, each = _texts(case, s.batch_size, prompt, R, per_row)
+    one = case.spec(each.shape[:-1], jnp.float32, split=True)
+    batch = Experience(*texts[:3], each, each, each, each, each, each, one, texts[3])
     made = reinforce.compiled(**static, limit=limit, update=only_updates(s))
-    needed = flops.respond(model.config, s.batch_size, prompt, R, back=True, lora=s.lora_rank > 0)
+    sizes: dict[str, Any] = dict(prompt=prompt, response=R, per_row=per_row)
+    needed = flops.respond(model.config, s.batch_size, **sizes, back=True, lora=s.lora_rank > 0)
     yield train_program(case, "RL: gradient step", model, s, made, batch, needed, roles, resident)
     # All responses of an update are scored at once, unlike the gradient steps on minibatches of them.
     start, count = trained(case, model, s), s.prompts * settings.group
-    params, rows = {"policy": start.params, **roles}, case.responses(count, prompt, R)
+    texts, read = _texts(case, count, prompt, R, per_row)
+    params = {"policy": start.params, **roles}
     yield Program(
         f"RL: measuring {count} responses",
-        lambda: measure_jit.lower(params, *rows, **static, limit=limit),
-        {"parameters": params, "batch": rows},
+        lambda: measure_jit.lower(params, *texts, read, **static, limit=limit),
+        {"parameters": params, "batch": (texts, read)},
         # With LoRA the reference is the policy without its adapters.
         {**({} if s.lora_rank else {"the reference": model.params}), **resident},
-        *flops.respond(model.config, count, prompt, R),
+        *flops.respond(model.config, count, **sizes),
     )
+
+
+def _texts(case: Case, count: int, prompt: int, R: int, per_row: int) -> tuple[tuple[Any, ...], Any]:
+    """Returns what `reinforce.arrays` does, abstract."""
+    if per_row == 1:
+        return (*case.responses(count, padded_length(prompt), R), None), case.spec((count, R), jnp.float32, split=True)
+    rows = case.spec((count // per_row, padded_length(prompt - 1 + per_row * R)), jnp.int32, split=True)
+    ids, mask = (case.spec((count // per_row, per_row, R), dtype, split=True) for dtype in (jnp.int32, jnp.float32))
+    return (rows, rows, ids, ids), mask

@@ -211,11 +211,16 @@ def test_logits_of_tokens_without_a_weight_are_not_computed():
         assert not bool(jnp.isfinite(jax.grad(f, 1)(hidden, kernel, False)).all())
 
 
-@pytest.mark.parametrize("live", [0, 70, 300, 700])
-def test_scores_of_the_tokens_that_are_read_are_those_of_all(live):
-    hidden, kernel, bias, targets, read = scattered(700, live)
-    every, some = (
-        vocabulary.token_logprobs(hidden, vocabulary.Head(kernel, bias), targets, read=r) for r in (None, read)
-    )
-    for a, b in zip(every[:2], some[:2]):
-        np.testing.assert_allclose(jnp.where(read > 0, a, 0), jnp.where(read > 0, b, 0), atol=1e-5)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("count, live", [(700, 0), (700, 70), (700, 300), (700, 700), (512, 200)])
+def test_scores_of_the_tokens_that_are_read_are_those_of_all(count, live, entropy):
+    """Their gradients, too; of 512 tokens the logits with entropies are kept for the backward pass."""
+    hidden, kernel, bias, targets, read = scattered(count, live)
+
+    def scores(hidden, kernel, r):
+        found = vocabulary.token_logprobs(hidden, vocabulary.Head(kernel, bias), targets, read=r, entropy=entropy)
+        found = [jnp.where(read > 0, x, 0) for x in found if x is not None]
+        return found[0].sum() + found[-1].sum(), found
+
+    every, some = (jax.value_and_grad(scores, (0, 1), has_aux=True)(hidden, kernel, r) for r in (None, read))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), every, some)
