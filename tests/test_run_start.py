@@ -130,6 +130,18 @@ def test_the_rate_is_that_of_this_process_right_after_a_resume(monkeypatch):
     assert "700 of 1,500  15.0/s  0:00:53 left  loss 0.5000" in text
 
 
+def test_no_time_left_is_told_from_the_first_of_many(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("qstar.runs.console.time.perf_counter", lambda: clock[0])
+    s = screen()
+    with s.bar("train", 300) as update:
+        for done in (1, 6):
+            clock[0] += 120
+            update(done, {"loss": 0.5})
+    text = s.console.export_text()
+    assert "1 of 300  loss 0.5000" in text and "6 of 300  40.0 s each  3:16:00 left  loss 0.5000" in text
+
+
 def test_samples_that_are_there_already_count_as_done(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("qstar.runs.console.time.perf_counter", lambda: clock[0])

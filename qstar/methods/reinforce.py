@@ -275,7 +275,8 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     # An array, not a static argument: an adapted weight does not compile the step anew.
     weights = np.full(texts[2].shape[:-1], kl_weight, np.float32)
     measured = (x.reshape(texts[2].shape) for x in (mask, old, ref, values, advantages, returns))
-    batch = rl.Experience(*texts[:3], *measured, weights, texts[3])
+    fields: list[Any] = [*texts[:3], *measured, weights, texts[3]]
+    batch = rl.Experience(*fields)
     clock.append(time.perf_counter())
 
     parts = dict(rewards.parts)
@@ -307,7 +308,7 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
 
 def arrays(run: Run, prompts: list[list[int]], responses: list[list[int]]) -> tuple[tuple[Any, ...], np.ndarray]:
     """Returns (`prompt`, `prompt_mask`, `response`, `columns`) of `rl.Experience` and the responses' mask [B, R]."""
-    # Bucketed prompts and rows, responses of a fixed width: few shapes, few compilations.
+    # Prompts and rows of a few lengths, responses of a fixed width: few shapes, few compilations.
     s, config, G = run.settings, run.start.config, run.rl.group
     response, mask = scoring.pad_responses(responses, s.max_new_tokens)
     per_row = shared_responses(config, s, G, count_shards(run.start.mesh))
@@ -316,8 +317,14 @@ def arrays(run: Run, prompts: list[list[int]], responses: list[list[int]]) -> tu
         padded = scoring.pad_prompts(config, every, padded_length(max(map(len, every))))
         return (*padded, response, None), mask
     repeated = [ids for ids in prompts for _ in range(G // per_row)]
-    tokens, part, columns = rl.share_prompts(repeated, responses, s.max_new_tokens, padded_length)
+    tokens, part, columns = rl.share_prompts(repeated, responses, s.max_new_tokens, shared_length)
     return (tokens, part, response.reshape(columns.shape), columns), mask
+
+
+def shared_length(longest: int) -> int:
+    """Returns the length of rows with several responses: four lengths from a power of two to the next."""
+    unit = max(16, scoring.power_of_two(longest) // 8)
+    return -(-longest // unit) * unit
 
 
 def shared_responses(config: Any, settings: ReinforceSettings, group: int, shards: int) -> int:

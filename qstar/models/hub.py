@@ -46,6 +46,12 @@ def is_local(name: str | os.PathLike) -> bool:
     return path_like or _NAME.fullmatch(text) is None or Path(text).exists()
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Returns the name and the revision of `owner/name[@revision]`; a local folder has none."""
+    match = None if is_local(name) else _NAME.fullmatch(name)
+    return (match["name"], match["revision"]) if match else (name, None)
+
+
 def resolve(name: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the local folder of a model, downloading a hub model that the cache does not hold yet.
 
@@ -69,11 +75,10 @@ def resolve(name: str | os.PathLike, revision: str | None = None, *, weights: bo
         if text == random_tiny.NAME and not Path(text).exists():
             return random_tiny.folder()
         return Path(os.path.expanduser(text))
-    match = _NAME.fullmatch(text)
-    assert match is not None
+    repository, named = split_revision(text)
     twice = f"model {text!r} names a revision, and revision={revision!r} is another; leave one of them out"
-    require((not (revision and match["revision"]) or revision == match["revision"], twice))
-    return _snapshot(match["name"], revision or match["revision"], weights)
+    require((not (revision and named) or revision == named, twice))
+    return _snapshot(repository, revision or named, weights)
 
 
 # Cached: a run that reads a model several times asks the hub once, and reads one revision.

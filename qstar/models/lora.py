@@ -31,6 +31,7 @@ from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.hf import write_json
 from qstar.models.hf_names import Row, abstract_params, name_map
+from qstar.models.hub import split_revision
 from qstar.models.layers import with_adapters
 from qstar.models.weight_files import DTYPES, read_json
 from qstar.types import Params
@@ -150,7 +151,8 @@ def save_adapters(
     """Writes what `peft.PeftModel.from_pretrained` loads.
 
     Args:
-      base: name or folder of the base model, for the config. A trained value head goes into the file as `score`.
+      adapters: a trained value head among them goes into the file as `score`.
+      base: folder of the base model, or its name on the hub (`owner/name[@revision]`), for the config.
     """
     folder = files.as_path(folder)
     tensors: dict[str, np.ndarray] = {}
@@ -177,10 +179,11 @@ def save_adapters(
         tensors[f"{_PREFIX}score.{part}"] = np.ascontiguousarray(np.asarray(leaf, np.float32).T)
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    name, revision = split_revision(str(base)) if str(base) else ("", None)
     written = {
         "peft_type": "LORA",
         "task_type": "TOKEN_CLS" if config.value_head else "CAUSAL_LM",
-        "base_model_name_or_path": str(base) or None,
+        "base_model_name_or_path": name or None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "rank_pattern": {name: n * lora.rank for name, n in ranks.items()},
@@ -193,7 +196,7 @@ def save_adapters(
         "fan_in_fan_out": config.family == "gpt2",
         "inference_mode": True,
     }
-    write_json(folder / CONFIG, written)
+    write_json(folder / CONFIG, {**written, **({"revision": revision} if revision else {})})
     return folder
 
 

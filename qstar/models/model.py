@@ -101,7 +101,13 @@ def load(
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         check_vocabulary(config, tokenizer, str(folder))
-    return Model(config, hf.read_params(folder, config, mesh), tokenizer, mesh, os.fspath(path))
+    return Model(
+        config,
+        hf.read_params(folder, config, mesh),
+        tokenizer,
+        mesh,
+        os.fspath(path) + (f"@{revision}" if revision else ""),
+    )
 
 
 def _compute_dtype(raw: dict[str, Any], dtype: Any) -> str:

@@ -353,7 +353,8 @@ def _rl_updates(
     per_row = reinforce.shared_responses(model.config, s, settings.group, case.shards)
     texts, each = _texts(case, s.batch_size, prompt, R, per_row)
     one = case.spec(each.shape[:-1], jnp.float32, split=True)
-    batch = Experience(*texts[:3], each, each, each, each, each, each, one, texts[3])
+    fields: list[Any] = [*texts[:3], *(each,) * 6, one, texts[3]]
+    batch = Experience(*fields)
     made = reinforce.compiled(**static, limit=limit, update=only_updates(s))
     sizes: dict[str, Any] = dict(prompt=prompt, response=R, per_row=per_row)
     needed = flops.respond(model.config, s.batch_size, **sizes, back=True, lora=s.lora_rank > 0)
@@ -376,6 +377,6 @@ def _texts(case: Case, count: int, prompt: int, R: int, per_row: int) -> tuple[t
     """Returns what `reinforce.arrays` does, abstract."""
     if per_row == 1:
         return (*case.responses(count, padded_length(prompt), R), None), case.spec((count, R), jnp.float32, split=True)
-    rows = case.spec((count // per_row, padded_length(prompt - 1 + per_row * R)), jnp.int32, split=True)
+    rows = case.spec((count // per_row, reinforce.shared_length(prompt - 1 + per_row * R)), jnp.int32, split=True)
     ids, mask = (case.spec((count // per_row, per_row, R), dtype, split=True) for dtype in (jnp.int32, jnp.float32))
     return (rows, rows, ids, ids), mask

@@ -175,7 +175,9 @@ def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer | None = None) -> Mod
     path, name, options = model_options(ctx)
     if path:
         model = load(path, mesh=ctx.mesh, dtype=options.pop("dtype", None) or None)
-        return model.replace(config=model.config.replace(**options), source=ctx.settings.model["path"])
+        section = ctx.settings.model
+        source = section["path"] + (f"@{section['revision']}" if section.get("revision") else "")
+        return model.replace(config=model.config.replace(**options), source=source)
     assert tokenizer is not None
     size, least = options.setdefault("vocab_size", tokenizer.vocab_size), tokenizer.vocab_size
     line = f"config.model.vocab_size={size} is less than the {least} tokens of the text; leave it out"

@@ -78,10 +78,11 @@ class Screen:
                 progress.update(job, completed=done, rate=rate, note=note)
                 if plain and now - printed >= SECONDS_PER_LINE:
                     printed = now
-                    left = datetime.timedelta(seconds=round((total - done) / max(speed, 1e-9)))
-                    loss = note if note.startswith("loss") else ""
-                    clock = f"{datetime.datetime.now():%H:%M}"
-                    self.say(f"{what:>14}  {clock}  {done:,} of {total:,}  {rate}  {left} left  {loss}".rstrip())
+                    left = f"  {rate}  {datetime.timedelta(seconds=round((total - done) / max(speed, 1e-9)))} left"
+                    # The first few take as long as compilation does, which says nothing about the others.
+                    left = left if (done - resumed) * 50 >= total - resumed else ""
+                    loss = f"  {note}" if note.startswith("loss") else ""
+                    self.say(f"{what:>14}  {datetime.datetime.now():%H:%M}  {done:,} of {total:,}{left}{loss}")
 
             yield update
 

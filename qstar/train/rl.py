@@ -28,6 +28,7 @@ from einops import rearrange, reduce
 from qstar.errors import Settings, bounded, require
 from qstar.mesh import mesh_jit
 from qstar.models import decoder, heads, scoring, vocabulary
+from qstar.models.config import ModelConfig
 from qstar.train.losses import SumWeight
 from qstar.tree import masked_mean
 from qstar.types import Metrics, Params
@@ -150,6 +151,7 @@ def measure(
     if columns is None:
         states = scoring.response_states(params["policy"], config, prompt, prompt_mask, response)
     else:
+        assert isinstance(config, ModelConfig), "rows of encoder-decoders do not share prompts"
         hidden = scoring.hidden_states(params["policy"], config, prompt, prompt_mask, shared=True)
         states = jax.vmap(lambda row, at: row[at])(hidden, columns)  # [N, G, R, D]
     temperature, head = settings.temperature, decoder.head(params["policy"], config)

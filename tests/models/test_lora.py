@@ -83,6 +83,21 @@ def test_fresh_adapters_change_nothing_and_gradients_reach_b_alone(params):
     assert all((g == 0).all() for g in jax.tree.leaves(grads["base"]))
 
 
+@pytest.mark.parametrize(
+    "base, name, revision",
+    [
+        ("owner/name@v1.0", "owner/name", "v1.0"),
+        ("owner/name", "owner/name", None),
+        ("/a@b/c", "/a@b/c", None),
+        ("", None, None),
+    ],
+)
+def test_peft_finds_the_base_of_a_revision(base, name, revision, adapters, tmp_path):
+    peft = pytest.importorskip("peft")
+    found = peft.PeftConfig.from_pretrained(lora.save_adapters(CONFIG, adapters, SETTINGS, tmp_path, base=base))
+    assert (found.base_model_name_or_path, found.revision) == (name, revision)
+
+
 def test_the_files_have_pefts_names_and_shapes(params, adapters, tmp_path):
     lora.save_adapters(CONFIG, adapters, SETTINGS, tmp_path, base="some/llama")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
