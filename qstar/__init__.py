@@ -27,20 +27,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Completion": "qstar.types",
-    "Model": "qstar.models.model",
     "UserError": "qstar.errors",
-    "Verifier": "qstar.methods.verifier",
     "ThoughtConfig": "qstar.models.thought_config",
-    **dict.fromkeys(("distil", "evaluate", "fine_tune", "prefer"), "qstar.methods.api"),
     "generate": "qstar.runs.rollouts",
-    "load": "qstar.models.model",
-    "load_run": "qstar.report.frames",
-    "logits": "qstar.models.scoring",
-    "logprobs": "qstar.models.scoring",
-    "plot": "qstar.report.frames",
     "reinforce": "qstar.methods.prompt_rl",
-    "save": "qstar.models.model",
-    "score": "qstar.methods.verifier",
+    **dict.fromkeys(("Model", "load", "save"), "qstar.models.model"),
+    **dict.fromkeys(("logits", "logprobs"), "qstar.models.scoring"),
+    **dict.fromkeys(("distil", "evaluate", "fine_tune", "prefer"), "qstar.methods.api"),
+    **dict.fromkeys(("Verifier", "score"), "qstar.methods.verifier"),
+    **dict.fromkeys(("load_run", "plot"), "qstar.report.frames"),
 }
 
 __all__ = [

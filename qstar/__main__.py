@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qstar import __version__, preemption
-from qstar.distributed import is_first, leave
+from qstar.distributed import is_first, leave, say
 from qstar.errors import QstarWarning, UserError, machine_fault, seconds_of, unknown
 
 COMMANDS = {
@@ -108,15 +108,15 @@ def _run(argv: list[str]) -> int:
         return code
     except UserError as e:
         preemption.over()
-        _say(" ".join(str(e).split()))
+        say(" ".join(str(e).split()))
         return e.code
     except preemption.Preempted as e:
         if is_first():
             again = "start again" if argv[0] == "evaluate" and not e.saved else "go on"
-            _say(f"stopped by SIGTERM; {e.saved or KEPT.get(argv[0], '')}; {again} with: qstar {shlex.join(argv)}")
+            say(f"stopped by SIGTERM; {e.saved or KEPT.get(argv[0], '')}; {again} with: qstar {shlex.join(argv)}")
         return preemption.exit_code()
     except KeyboardInterrupt:
-        _say(f"interrupted{again}")
+        say(f"interrupted{again}")
         return 130
     # `qstar sample ... | head` closes the pipe; rich turns the BrokenPipeError into SystemExit.
     except (BrokenPipeError, SystemExit) as e:
@@ -124,7 +124,7 @@ def _run(argv: list[str]) -> int:
             raise
         _drop_stdout()
         if again:
-            _say(f"stopped, since nobody reads its output any more{again}")
+            say(f"stopped, since nobody reads its output any more{again}")
         return 141
     except Exception as e:
         line = machine_fault(e)
@@ -137,12 +137,8 @@ def _run(argv: list[str]) -> int:
             except (OSError, ValueError):
                 line = f"standard output cannot be written ({e.strerror}); send it elsewhere"
         _drop_stdout()
-        _say(f"{line}{again}")
+        say(f"{line}{again}")
         return 2
-
-
-def _say(text: str) -> None:
-    print(f"qstar: {text}", file=sys.stderr)
 
 
 def _drop_stdout() -> None:
@@ -178,7 +174,7 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
     if not issubclass(category, QstarWarning):
         usual(message, category, *where)
     elif is_first():
-        _say("warning: " + " ".join(str(message).split()))
+        say("warning: " + " ".join(str(message).split()))
 
 
 def _of_orbax(args: Any) -> bool:

@@ -340,7 +340,7 @@ def rendezvous(here: ProcessInfo, seconds: float) -> None:
             raise Unreachable(f"process {names} of {here.count} {what} within {seconds:g} s; {start}")
         if now > note:
             note = now + NEXT_NOTE
-            _say(f"process {here.index} of {here.count} waits for process {names} at {here.coordinator}")
+            say(f"process {here.index} of {here.count} waits for process {names} at {here.coordinator}")
         with contextlib.suppress(OSError, ValueError):
             if server:
                 server.settimeout(0.5)
@@ -382,7 +382,7 @@ def _watch(here: ProcessInfo, index: int) -> None:
         what = "ended with an error"
         time.sleep(GRACE_OF_ERROR)
     again = "start all of them again, and they go on from the last checkpoint"
-    _say(f"process {index} of {here.count} has {what}, so process {here.index} ends, too; {again}")
+    say(f"process {index} of {here.count} has {what}, so process {here.index} ends, too; {again}")
     time.sleep(GRACE)
     os._exit(1)
 
@@ -394,5 +394,6 @@ def leave(well: bool = True) -> None:
             peer.sendall(b"bye" if well else b"err")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line on standard error."""
     print(f"qstar: {text}", file=sys.stderr, flush=True)

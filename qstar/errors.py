@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 # What pip installs. On PyPI, `qstar` is another project.
 DISTRIBUTION = "qstar-jax"
@@ -142,6 +142,10 @@ class Settings:
     """
 
     WHERE: ClassVar[str] = ""  # in front of the messages, e.g. "model config: "
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a copy with other values, checked like the first."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def __post_init__(self) -> None:
         """Raises UserError "field=value must be ..." for the first field outside of its range."""

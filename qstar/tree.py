@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +22,8 @@ def random_key(seed: int) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32), impl="threefry2x32")
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """Returns a key path as `a/b/c` (dict keys, attribute names and indices alike)."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+# A key path as `a/b/c`: dict keys, attribute names and indices alike.
+path_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def map_named(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:

@@ -133,7 +133,3 @@ class Rollout:
     logprob: float  # sum over the sampled tokens, under the model; also of those behind the kept text
     n_tokens: int  # sampled; `completion` may end before them
     tokens: list[int] | None = None  # of `completion` and its end, to train on: see `runs.rollouts.kept_tokens`
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the fields as a plain dict, in order."""
-        return dataclasses.asdict(self)

@@ -1,1 +1,1 @@
-"""Benchmarks beside transformers and PyTorch: `qstar bench generate | train | rl | distil | quiet_star`."""
+"""Benchmarks beside transformers and PyTorch: `qstar bench generate | train | rl | quiet_star | accelerator`."""

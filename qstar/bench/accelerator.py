@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qstar.bench.common import measure, our_model, show
+from qstar.bench.common import measure, our_model, show, torch_twin
 from qstar.bench.generate import torch_generate
 from qstar.bench.train import full_rows, ours_update, random_rows, stepper, torch_stepper
 from qstar.models import decoder
@@ -165,23 +165,15 @@ def attention(kind: str, length: int) -> Callable[[], Any]:
     return run
 
 
-def _twin(folder: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
-
-
 def torch_update(folder: str, changes: dict[str, Any], rows: int, length: int) -> Callable[[], float]:
     """Returns an update with transformers, in bfloat16 with checkpointing, on the same GPU."""
-    twin = _twin(folder).train()
+    twin = torch_twin(folder, "bfloat16").to("cuda").train()
     twin.gradient_checkpointing_enable()
     return torch_stepper(twin, random_rows(twin.config.vocab_size, rows, length), fused=True)
 
 
 def torch_decoding(folder: str, changes: dict[str, Any], batch: int, new: int) -> Callable[[], int]:
     """Returns the same sampling with transformers."""
-    twin = _twin(folder).eval()
+    twin = torch_twin(folder, "bfloat16").to("cuda").eval()
     prompts = random_rows(twin.config.vocab_size, batch, new).tolist()
     return lambda: torch_generate(twin, prompts, new, eos=None).numel()

@@ -185,8 +185,8 @@ def read_config(folder: str) -> Any:
     return config
 
 
-def torch_twin(folder: str | Path) -> Any:
-    """Returns a saved model as a transformers model on the CPU, float32; raises UserError without PyTorch."""
+def torch_twin(folder: str | Path, dtype: str = "float32") -> Any:
+    """Returns a saved model as a transformers model on the CPU; raises UserError without PyTorch."""
     torch = _torch()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -195,7 +195,7 @@ def torch_twin(folder: str | Path) -> Any:
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     # T5's config has dropout, Llama's none; qstar trains without: the same work on both sides.
     extra = {"dropout_rate": 0.0} if seq2seq else {}
-    return auto.from_pretrained(folder, dtype=torch.float32, **extra)
+    return auto.from_pretrained(folder, dtype=getattr(torch, dtype), **extra)
 
 
 def _torch() -> Any:

@@ -130,7 +130,8 @@ def ours_step(
 
     def run() -> list[float]:
         nonlocal state
-        state, metrics = reinforce.one_update(env, step, state, next(count), BETA, np.float32(LR))
+        sampled = reinforce.sample(env, state.params, next(count), BETA)
+        state, metrics = reinforce.learn(env, step, state, sampled, np.float32(LR))
         return [float(metrics[k]) for k in reinforce.SECONDS]
 
     def logprobs() -> Any:

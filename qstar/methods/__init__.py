@@ -14,8 +14,7 @@ def run(config: Any, workdir: Any, console: Any, **given: Any) -> Any:
     """
     from qstar.errors import check_seed, unknown
     from qstar.methods import guided_cot, pairs, quiet_star, rl, star, v_star
-    from qstar.runs.access import unlock
-    from qstar.runs.folder import end_run
+    from qstar.runs.folder import ending
     from qstar.runs.missing import check_present
 
     methods: dict[str, Callable[..., Any]] = {
@@ -31,17 +30,8 @@ def run(config: Any, workdir: Any, console: Any, **given: Any) -> Any:
     if isinstance(config.get("seed"), int):  # other types are refused with the section that holds it
         check_seed("config.seed", config.seed)
     check_present(config.to_dict())
-    outcome = "interrupted"  # by a signal, which is no Exception
-    try:
-        result = methods[config.method](config, workdir, console, **given)
-        outcome = "done"
-        return result
-    except Exception:
-        outcome = "failed"
-        raise
-    finally:
-        end_run(workdir, outcome)
-        unlock(workdir)
+    with ending(workdir):
+        return methods[config.method](config, workdir, console, **given)
 
 
 def check(config: Any, workdir: Any, console: Any) -> Any:

@@ -7,27 +7,26 @@ It is the training of `methods.rl` without a task: no answers are read and no mo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qstar.errors import UserError, require, unknown
+from qstar.errors import require, unknown
 from qstar.files import as_path
 from qstar.methods import reinforce as engine
 from qstar.methods import rewards
 from qstar.methods.reinforce import ReinforceSettings, RewardOutput
 from qstar.methods.rl import GIVEN, given_of, per_response
 from qstar.models.model import Model, load
-from qstar.runs.access import unlock
-from qstar.runs.folder import end_run, open_run, write_json
+from qstar.runs.folder import ending, open_run, write_json
 from qstar.runs.stages import Stage
-from qstar.text.chat import is_messages
+from qstar.text.chat import as_text
 from qstar.train.metrics import Writer, read
 from qstar.train.rl import RLSettings
 from qstar.types import Completion
@@ -51,7 +50,7 @@ class PromptEnvironment:
     ):
         """`given`: terms of the reward. `count`: prompts per update."""
         self.asked, self.rewards, self.records, self.count, self.seed = list(prompts), given, records, count, seed
-        self.texts = [_text(model, p) for p in self.asked]
+        self.texts = [as_text(model.tokenizer, p) for p in self.asked]
         self.stop, self.made_with = tuple(stop), rewards.made_with(given)
         self.updates_per_pass = len(self.asked) // count
 
@@ -69,15 +68,6 @@ class PromptEnvironment:
         if self.records is not None:
             given["records"] = [self.records[i] for i in places]
         return RewardOutput(*rewards.score(self.rewards, update, **given))
-
-
-def _text(model: Model, prompt: Any) -> Any:
-    if not is_messages(prompt):
-        return prompt
-    chat = model.tokenizer.chat if model.tokenizer else None
-    if chat is None:
-        raise UserError("prompts: a conversation needs a tokenizer with a chat template, and the model has none")
-    return chat.render(prompt)
 
 
 def reinforce(
@@ -125,7 +115,11 @@ def reinforce(
     settings = ReinforceSettings(**rest)
     model = model if isinstance(model, Model) else load(model)
     environment = PromptEnvironment(model, prompts, terms, records, count, seed, stop)
-    with tempfile.TemporaryDirectory(prefix="qstar-rl-") if workdir is None else nullcontext(workdir) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="qstar-rl-")
+        if workdir is None
+        else contextlib.nullcontext(workdir) as folder
+    ):
         return _train(model, environment, rl, settings, seed, as_path(folder))
 
 
@@ -137,16 +131,7 @@ def _train(
     open_run(folder, config, "workdir")
     arm, writer = folder / rl.estimator, Writer(folder)
     stage = Stage(arm / "checkpoints" / "iter_001", settings, settings.updates, seed, writer, {"arm": rl.estimator})
-    outcome = "failed"
-    try:
+    with ending(folder), contextlib.closing(writer):
         trained, _ = engine.reinforce(model, environment, rl, stage, completions=arm / "completions")
         write_json(arm / "status.json", {"status": "finished", "reason": "", "iterations": 1})
-        outcome = "done"
-    except KeyboardInterrupt:
-        outcome = "interrupted"
-        raise
-    finally:
-        writer.close()
-        end_run(folder, outcome)
-        unlock(folder)
     return trained, [row for row in read(folder) if row["stage"] == "rl"]

@@ -280,17 +280,15 @@ def control_thoughts(
     thought_source: str, config: ModelConfig, key: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array | None:
     """Returns the thoughts of a control, int32 token ids of the given shape; None for sampled thoughts."""
-    assert config.thoughts is not None
     # A pause (Goyal et al. 2023) is the first forbidden id: no text holds it, so its embedding is free to be learned.
     if thought_source == "random":
         return thought_measure.random_thoughts(key, config, shape)
-    return jnp.full(shape, config.thoughts.forbidden_ids[0], jnp.int32) if thought_source == "pause" else None
+    return jnp.full(shape, config.required_thoughts.forbidden_ids[0], jnp.int32) if thought_source == "pause" else None
 
 
 def _score_thoughts(ctx: QuietContext, model: Model, rows: Rows, thought_source: str, temperature: float) -> Scores:
     config, P = cast(ModelConfig, model.config), ctx.settings.evaluate.thoughts_per_position
-    assert config.thoughts is not None
-    S = config.thoughts.thought_tokens
+    S = config.required_thoughts.thought_tokens
 
     def score(i: int, batch: Batch) -> Scores:
         # The same keys at every evaluation, so that differences between steps and arms are less noisy.

@@ -220,8 +220,7 @@ def update(
     teacher_weight: float,
 ) -> Callable[..., Any]:
     """Returns the jitted update of an arm, for thoughts of `length` tokens; arms with equal arguments share it."""
-    assert config.thoughts is not None  # see `with_thoughts`
-    config = config.replace(thoughts=config.thoughts.replace(thought_tokens=length))
+    config = config.replace(thoughts=config.required_thoughts.replace(thought_tokens=length))
     if thought_source == "sampled":
         loss = functools.partial(thought_loss.loss, config=config)
     elif thought_source != "none":
@@ -235,8 +234,7 @@ def update(
 
 def control_loss(params: Any, batch: Batch, rng: jax.Array, *, config: ModelConfig, thought_source: str) -> Any:
     """Returns the loss of the controls "random" and "pause": their thoughts are not sampled, so none is reinforced."""
-    t = config.thoughts
-    assert t is not None
+    t = config.required_thoughts
     B, N = batch.tokens.shape
     shape = (t.thought_tokens, B * t.thoughts_per_position, thinking_count(t, N))
     thoughts = control_thoughts(thought_source, config, rng, shape)

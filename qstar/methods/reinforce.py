@@ -236,13 +236,6 @@ def _train(
     return policy, {"updates": last, "stopped": stopped, **ends}
 
 
-def one_update(
-    run: Run, step: Any, state: TrainState, update: int, kl_weight: float, lr: np.float32
-) -> tuple[TrainState, dict[str, float]]:
-    """Runs steps 1 to 5 once; returns the new state and the update's metrics."""
-    return learn(run, step, state, sample(run, state.params, update, kl_weight), lr)
-
-
 def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     """Runs steps 1 to 4; the metrics hold the wall seconds of each (a frozen answerer is part of the reward)."""
     s, G = run.settings, run.rl.group

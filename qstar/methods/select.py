@@ -62,7 +62,7 @@ def weights(scores: Sequence[float], probabilities: bool) -> list[float]:
 
 def ks_for(n: int) -> list[int]:
     """Returns 1, 2, 4, ... up to n."""
-    return [2**i for i in range(n.bit_length()) if 2**i <= n]
+    return [2**i for i in range(n.bit_length())]
 
 
 def curves(problems: Sequence[Candidates], ks: Sequence[int], *, m: int = 4) -> dict[str, dict[int, list[float]]]:
@@ -88,7 +88,7 @@ def _weighted_vote(p: Candidates, name: str, k: int, probabilities: bool) -> flo
     votes = weights(p.scores[name], probabilities)
     shares = vote.right_shares(p.answers, p.correct)
     return sum(
-        share * stats.weighted_majority_at_k(p.answers, votes, answer, k, trials=SUBSETS)[0]
+        share * vote.weighted_majority_at_k(p.answers, votes, answer, k, trials=SUBSETS)[0]
         for answer, share in shares.items()
     )
 

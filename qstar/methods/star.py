@@ -193,7 +193,7 @@ def rationalised_rollouts(arm: Arm, loop: VariantConfig, model: Model, n: int, *
         # With accumulation the rows of earlier loops are trained on again, so that a repeated one would count twice.
         seen = [text_key(r) for r in arm.kept_before(n)] if loop.accumulate else ()
         by_id = {p.id: p for p in problems}
-        return [r.to_json() for r in select(rollouts, by_id, ctx.task, loop.selection, seen)]
+        return [vars(r) for r in select(rollouts, by_id, ctx.task, loop.selection, seen)]
 
     rows = [Rollout(**row) for row in cached_jsonl(arm.rationales(n), make)]
     arm.show_examples(rows)

@@ -102,9 +102,6 @@ class ModelConfig(Settings):
             (fits, f"model config: {name}={rotated} must be even and at most head_dim: rotary positions rotate pairs"),
         )
 
-    def replace(self, **changes: Any) -> ModelConfig:
-        return dataclasses.replace(self, **changes)
-
     @property
     def required_thoughts(self) -> ThoughtConfig:
         """`thoughts`, for what only a model that has them calls."""

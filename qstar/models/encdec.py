@@ -89,9 +89,6 @@ class EncDecConfig(Settings):
             (self.max_distance > self.buckets // 2, f"model config: max_distance={self.max_distance} is too near"),
         )
 
-    def replace(self, **changes: Any) -> EncDecConfig:
-        return dataclasses.replace(self, **changes)
-
     @property
     def num_kv_heads(self) -> int:
         """Every query head has its own keys."""

@@ -63,9 +63,6 @@ class ThoughtConfig(Settings):
         # JSON has lists only, which do not hash.
         object.__setattr__(self, "forbidden_ids", tuple(map(int, ids)))
 
-    def replace(self, **changes: Any) -> ThoughtConfig:
-        return dataclasses.replace(self, **changes)
-
     @classmethod
     def parity(cls, **changes: Any) -> ThoughtConfig:
         """Returns the official code's choices (train script at 892446b, n_ahead 12 = S + 3; lr 1e-6, Mistral 7B)."""

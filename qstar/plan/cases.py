@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from qstar.data.corpus import TextCorpus
 from qstar.errors import require, unknown, within
-from qstar.mesh import make_mesh
+from qstar.mesh import count_shards, make_mesh
 from qstar.methods import distillation, pairs, reinforce, star
 from qstar.methods.distillation import DistilTrain
 from qstar.methods.guided_cot import GuidedConfig
@@ -185,9 +185,7 @@ def _pairs(case: Case) -> Iterator[Program]:
     model, method = decoder_model(case), case.config.method
     kind = TrainSettings if method == "sft" else VerifierSettings
     done = set()
-    for name in case.config.arms:
-        values = {**case.section("train"), **case.config.arms[name].to_dict()}
-        s = settings_from(pairs.CONTEXTS[method].TRAIN, values, f"arms.{name}")
+    for name, s in case.arms(pairs.CONTEXTS[method].TRAIN, "train").items():
         s = narrowed(kind, dataclasses.replace(s, row_length=s.row_length or padded_length(case.assumed.row)))
         if s in done:
             continue
@@ -350,7 +348,7 @@ def _rl_updates(
     if settings.estimator == "ppo":
         roles["value"] = case.like(functools.partial(heads.init_critic, model.config.hidden_size), jax.random.key(0))
     # Rows are the longest ones: no response ends early.
-    per_row = reinforce.shared_responses(model.config, s, settings.group, case.shards)
+    per_row = reinforce.shared_responses(model.config, s, settings.group, count_shards(case.mesh))
     texts, each = _texts(case, s.batch_size, prompt, R, per_row)
     one = case.spec(each.shape[:-1], jnp.float32, split=True)
     fields: list[Any] = [*texts[:3], *(each,) * 6, one, texts[3]]

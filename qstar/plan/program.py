@@ -75,7 +75,7 @@ def local_bytes(tree: Any) -> int:
     return total
 
 
-def compile_program(program: Program, topology: Topology, keep: Callable[[str], None] | None = None) -> Plan:
+def compile_program(program: Program, topology: Topology, keep: Callable[[str], Any] | None = None) -> Plan:
     """Compiles a program for a slice and reads the result; `keep` is called with the compiled text."""
     parts = {k: local_bytes(v) for k, v in program.parts.items()}
     resident = {k: local_bytes(v) for k, v in program.resident.items()}

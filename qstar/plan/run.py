@@ -66,7 +66,7 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) 
         with compile_settings(options.quick):
             for i, program in enumerate(named(programs(config, topology.devices, assumed), options.only)):
                 file = f"{name.replace(':', '_')}_program_{i}.txt"
-                keep = functools.partial(_write, options.keep / file) if options.keep is not None else None
+                keep = functools.partial((options.keep / file).write_text, encoding="utf-8") if options.keep else None
                 plans.append(compile_program(program, topology, keep))
                 say("\n".join(lines(plans[-1])))
         cost = totals.lines(plans, config, assumed, topology)
@@ -106,10 +106,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--hlo={folder}: cannot be made ({e.strerror}); name another folder") from None
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------- output

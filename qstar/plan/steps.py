@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from qstar import tree
 from qstar.errors import require
 from qstar.files import local_path
-from qstar.mesh import SAMPLING, batch_sharding, replicated
+from qstar.mesh import SAMPLING, batch_sharding, count_shards, replicated
 from qstar.models import scoring
 from qstar.models.config import SIZES, ModelConfig, preset
 from qstar.models.decoder import PARAM_AXES
@@ -61,18 +61,13 @@ class Case:
     def spec(self, shape: tuple[int, ...], dtype: Any, *, split: bool = False) -> Any:
         """Returns an abstract array: a copy on every chip, or rows split as `mesh.put_global_batch` does."""
         # Rows that do not divide are replicated there, too: the plan must compile the same program as the run.
-        split = split and shape[0] % self.shards == 0
+        split = split and shape[0] % count_shards(self.mesh) == 0
         where = batch_sharding(self.mesh) if split else replicated(self.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def specs(self, values: Any) -> Any:
         """Returns abstract values with a copy on every chip."""
         return jax.tree.map(lambda x: self.spec(x.shape, x.dtype), values)
-
-    @property
-    def shards(self) -> int:
-        """Number of parts into which rows are split."""
-        return self.mesh.size // self.mesh.shape["tensor"]
 
     def batch(self, rows: int, length: int) -> Batch:
         ids = self.spec((rows, length), jnp.int32, split=True)
@@ -103,8 +98,10 @@ class Case:
         """Returns a section of the config as settings of a class."""
         return settings_from(cls, {**self.section(name), **more}, name)
 
-    def arms(self, cls: Any) -> dict[str, Any]:
-        return {n: settings_from(cls, self.config.arms[n].to_dict(), f"arms.{n}") for n in self.config.arms}
+    def arms(self, cls: Any, below: str = "") -> dict[str, Any]:
+        """Returns the arms' settings, over those of the section `below`."""
+        under, arms = self.section(below) if below else {}, self.config.arms.to_dict()
+        return {name: settings_from(cls, {**under, **own}, f"arms.{name}") for name, own in arms.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -204,15 +201,13 @@ def _kept_activations(case: Case, c: Any, settings: UpdateSettings, batch: Any) 
     # not counted.
     if not isinstance(c, ModelConfig):
         return 0
-    rows, length = (
-        settings.batch_size // settings.accumulate,
-        max(x.shape[-1] for x in jax.tree.leaves(batch) if x.ndim == 2),
-    )
+    rows, length = max((x.shape for x in jax.tree.leaves(batch) if x.ndim == 2), key=math.prod)
     heads_ = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     mlp = (3 if c.gated_mlp else 2) * c.intermediate_size
     inner = 0 if c.remat == "block" else c.hidden_size + (heads_ + mlp) // case.mesh.shape["tensor"]
     # Rows or, where they do not divide, tokens are split.
-    return -(-rows * length // case.shards) * c.num_layers * (c.hidden_size + inner) * jnp.dtype(c.dtype).itemsize
+    tokens = -(-rows // settings.accumulate * length // count_shards(case.mesh))
+    return tokens * c.num_layers * (c.hidden_size + inner) * jnp.dtype(c.dtype).itemsize
 
 
 def sampling(

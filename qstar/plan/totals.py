@@ -20,7 +20,6 @@ from qstar.plan.dry_run import pair_updates, star_updates
 from qstar.plan.program import Plan
 from qstar.plan.steps import Assumed, Case
 from qstar.plan.topology import Topology
-from qstar.runs.settings import settings_from
 from qstar.runs.stages import TrainSettings
 
 
@@ -81,9 +80,7 @@ def _updates(case: Case, arms: int) -> tuple[dict[str, int], int]:
 
 def _pairs(case: Case) -> tuple[dict[str, int], int]:
     out: dict[str, int] = {}
-    for name in case.config.arms:
-        values = {**case.section("train"), **case.config.arms[name].to_dict()}
-        s = settings_from(pairs.CONTEXTS[case.config.method].TRAIN, values, f"arms.{name}")
+    for name, s in case.arms(pairs.CONTEXTS[case.config.method].TRAIN, "train").items():
         key = "DPO" if case.config.method == "dpo" else name
         out[key] = out.get(key, 0) + (s.steps or max(1, round(s.epochs * case.assumed.problems / s.batch_size)))
     return out, 0

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import jax
 from rich.console import Console
 
-from qstar import distributed
+from qstar import distributed, tree
 from qstar.data.sources import read_jsonl
 from qstar.errors import TrainingFailed, unknown
 from qstar.files import as_path
@@ -106,7 +106,7 @@ class RunContext(Screen):
             e.context = self
             raise
         if model is not None:
-            note(self.workdir, parameters=sum(x.size for x in jax.tree.leaves(model.params)))
+            note(self.workdir, parameters=tree.size(model.params))
         self.writer = Writer.of_run(self.workdir, self.config.to_dict())
 
     def close(self) -> None:
@@ -212,10 +212,10 @@ class Arm:
 
         def make() -> list[dict[str, Any]]:
             if known is not None and known[0] is model:
-                return [r.to_json() for r in known[1]]
+                return [vars(r) for r in known[1]]
             with ctx.bar("evaluate", len(problems)) as progress:
                 rows = answer(folder=folder, stage=stage, hinted=hinted, iteration=n, progress=progress)
-            return [r.to_json() for r in rows]
+            return [vars(r) for r in rows]
 
         with self.timed("evaluate"):
             rows = cached_jsonl(self.folder / "evaluation" / f"{stage}.jsonl", make)

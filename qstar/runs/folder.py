@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,7 @@ from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError, seconds_of
 from qstar.files import read_json
 from qstar.mesh import to_host
-from qstar.runs.access import FORMAT_VERSION, is_locked, lock, read_run_config
-from qstar.runs.access import unlock as unlock
+from qstar.runs.access import FORMAT_VERSION, is_locked, lock, read_run_config, unlock
 from qstar.types import Params
 
 # Config entries that may differ between a run and its resumption: they change what is shown, not what is computed.
@@ -149,6 +148,21 @@ def check_shared(workdir: Path, flag: str = "--workdir") -> None:
             f"{flag}={workdir}: process {names} does not find there what process 0 has written; give all processes the "
             "same folder, on a disk that they share or in a bucket (gs://)"
         )
+
+
+@contextlib.contextmanager
+def ending(workdir: Path) -> Iterator[None]:
+    """Notes how the block ended in the run folder, and releases the folder."""
+    outcome = "interrupted"  # by a signal, which is no Exception
+    try:
+        yield
+        outcome = "done"
+    except Exception:
+        outcome = "failed"
+        raise
+    finally:
+        end_run(workdir, outcome)
+        unlock(workdir)
 
 
 def end_run(workdir: Path, outcome: str = "done") -> None:

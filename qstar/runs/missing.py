@@ -37,7 +37,8 @@ def check_present(config: dict[str, Any]) -> None:
 def _faults(config: dict[str, Any]) -> Iterator[str]:
     for key in _MODELS:
         revision = _at(config, "model.revision") if key == "model.path" else None
-        yield from _said(key, _at(config, key), functools.partial(_check_model, revision=revision))
+        readable = lambda name, r=revision: read_config(resolve(name, r, weights=False))  # noqa: E731
+        yield from _said(key, _at(config, key), readable)
     for key in _RECORDS:
         yield from _said(key, _at(config, key), check_source)
     options = dict(config.get("task") or {})
@@ -47,10 +48,6 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
     for needs, module, extra in _PACKAGES:
         if needs(config) and importlib.util.find_spec(module) is None:
             yield f"the package {module}: {pip_install(extra)}"
-
-
-def _check_model(name: str, revision: str | None) -> None:
-    read_config(resolve(name, revision, weights=False))
 
 
 def _said(key: str, name: Any, look: Callable[[str], Any]) -> Iterator[str]:

@@ -78,7 +78,7 @@ def sample_rollouts(
             # A seed per round, so that a resumed run, which skips the finished rounds, writes the same files.
             round_seed = stable_seed(seed, stage, iteration, r)
             made += _round(model, task, chunk, settings, k, hinted, iteration, round_seed, few_shot, progress)
-            return [row.to_json() for row in made]
+            return [vars(row) for row in made]
 
         rows = cached_jsonl(folder / f"{stage}_{r:03d}.jsonl", make)
         # Nothing was made: the round is of an earlier process.

@@ -75,8 +75,7 @@ class UpdateSettings(Settings):
     def lora(self) -> lora.Lora:
         """The adapters' settings."""
         with within("lora_"):
-            found = lora.Lora(self.lora_rank, self.lora_alpha, tuple(self.lora_targets))
-        return found
+            return lora.Lora(self.lora_rank, self.lora_alpha, tuple(self.lora_targets))
 
     def check_targets(self, config: Any) -> None:
         """Raises UserError where a model of this kind has no kernels that the adapters' targets name."""

@@ -24,7 +24,6 @@ from qstar.tasks.base import Problem, Task, bucket, check_split, leak_marker, st
 
 PAD, EOS = ".", "$"
 ALPHABET = ".$0123456789+,C|#=()"  # compact and direct
-RELEASE_ALPHABET = ".$0123456789+,:<>/ \n" + "".join(sorted(set("InputTargetscratchC")))
 
 FORMATS = ("compact", "release", "direct")
 # The release generates sums of up to 10 digits: 1 to 5 to train on, 6 to 10 to test lengths never trained on.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -31,7 +30,6 @@ class View:
     question: str
     context: str
     rationale: str
-    mean_logprob: float | None = None  # nats per token under a frozen language model, if measured
 
     @functools.cached_property
     def words(self) -> list[str]:
@@ -96,10 +94,7 @@ def coherence(v: View) -> float:
 
 
 def fluency(v: View) -> float:
-    """exp(mean log-probability / 2) if a model has scored it, else the share of sentences with a full stop."""
-    if v.mean_logprob is not None:
-        # A mean per token, so that the length does not enter; the half keeps ordinary text off 0.
-        return math.exp(0.5 * min(0.0, v.mean_logprob))
+    """The share of sentences with a full stop."""
     parts = [s for s in _SENTENCE.split(v.rationale.strip()) if s.strip()]
     return sum(s.rstrip().endswith((".", "!", "?")) for s in parts) / max(1, len(parts))
 

@@ -26,7 +26,7 @@ from qstar.thoughts import forward, layout
 from qstar.thoughts.chunked_replay import replay_states
 from qstar.thoughts.forward import ThoughtStates
 from qstar.thoughts.rollout import forbidden_bias, sampler
-from qstar.train.losses import SumWeight, token_nll
+from qstar.train.losses import SumWeight, nonzero, token_nll
 from qstar.types import Batch, Metrics, Params
 
 
@@ -59,19 +59,14 @@ def divisors(config: ModelConfig, weights: Weights, base_nll: jax.Array, talk_nl
     """Returns the divisors: base [], talk steps [A], policy []. base_nll: [B, N-1]. talk_nll: [B, P, M, A]."""
     P, A = talk_nll.shape[1], talk_nll.shape[3]
     if config.required_thoughts.nll_mean == "tokens":
-        total = _nonzero(jnp.sum(weights.base))
+        total = nonzero(jnp.sum(weights.base))
         return Weights(total, repeat(total, "-> a", a=A), total)
 
     def count(x: jax.Array, axis: Any = None) -> jax.Array:
-        return _nonzero(jnp.sum(x != 0, axis=axis).astype(jnp.float32))
+        return nonzero(jnp.sum(x != 0, axis=axis).astype(jnp.float32))
 
     talk = count(talk_nll * weights.talk[:, None], (0, 1, 2))
-    return Weights(count(base_nll * weights.base), talk, _nonzero(P * jnp.sum(weights.policy)))
-
-
-def _nonzero(x: jax.Array) -> jax.Array:
-    # Without any token to predict the sums are 0, and so is the loss: not 0 / 0.
-    return jnp.where(x > 0, x, 1.0)
+    return Weights(count(base_nll * weights.base), talk, nonzero(P * jnp.sum(weights.policy)))
 
 
 def rewards(base_nll: jax.Array, talk_nll: jax.Array, counted: jax.Array, positions: jax.Array) -> jax.Array:

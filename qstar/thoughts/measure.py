@@ -25,7 +25,6 @@ class Scores(NamedTuple):
 
     base_nll: jax.Array  # [B, M] in nats, without a thought
     base_hit: jax.Array  # [B, M] bool: no token is more probable
-    entropy: jax.Array  # [B, M] of the prediction without a thought, in nats
     nll: jax.Array  # [B, P, M] with a thought mixed in
     hit: jax.Array  # [B, P, M] bool
     reward: jax.Array  # [B, P, M] over all A talk tokens
@@ -71,14 +70,12 @@ def score(
     head = decoder.head(params, config)
     # Of all tokens: the reward of a thought is over the A tokens after it.
     base = token_logprobs(texts.hidden[:, :-1], head, batch.tokens[:, 1:])
-    entropy = token_logprobs(texts.hidden[:, :-1], head, batch.tokens[:, 1:], entropy=True).entropy
     here = partial(layout.take_rows, index=positions)
     score_mixed = layout.by_position(lambda hidden, ids: token_logprobs(hidden, head, ids))
     mixed = score_mixed(states.mixed, repeat(target_ids, "b m a -> b p m a", p=thoughts.shape[1]))
     found = Scores(
         base_nll=-here(base.logprobs),
         base_hit=here(base.hits) > 0,
-        entropy=here(entropy),
         nll=-mixed.logprobs[..., 0],
         hit=mixed.hits[..., 0] > 0,
         reward=rewards(-base.logprobs, -mixed.logprobs, weights > 0, positions),

@@ -62,8 +62,7 @@ def count(config: ModelConfig, tokens: float, pairs: float, *, frozen: bool = Fa
     head, pair = c.vocab_size * c.hidden_size, 2 * c.num_layers * c.num_heads * c.head_dim
     weights, attention = c.matmul_params * tokens, pair * pairs
     if thinks:
-        t = c.thoughts
-        assert t is not None, "thinks needs config.thoughts"
+        t = c.required_thoughts
         S, A, P = t.thought_tokens, t.talk_tokens, t.thoughts_per_position * t.think_fraction
         U = S + A + 1  # token u of a thread attends to the text up to its position, and to u tokens of the thread
         # Only S + A states of a thread are multiplied with the vocabulary; 3 D^2 is the mixing head's.

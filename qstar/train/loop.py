@@ -142,7 +142,7 @@ class _Fit:
             others = on_policy or logs or saves
             if logs or saves:
                 # The only wait for the device, which has run behind the host until here.
-                self.window = _to_floats(self.window)
+                self.window = [{k: float(v) for k, v in row.items()} for row in jax.device_get(self.window)]
                 longest, counted = self.count(self.window[counted:]), len(self.window)
                 if longest >= self.max_bad:
                     self.bad = longest
@@ -210,10 +210,6 @@ def _saved(done: int) -> str:
 
 def _not_finite(updates: int, done: int) -> str:
     return f"{updates} updates in a row were not finite, up to step {done}; lower the learning rate"
-
-
-def _to_floats(window: list[dict[str, Any]]) -> list[dict[str, float]]:
-    return [{k: float(v) for k, v in metrics.items()} for metrics in jax.device_get(window)]
 
 
 def _means(window: list[dict[str, float]], seconds: float) -> dict[str, float]:

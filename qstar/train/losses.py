@@ -25,6 +25,11 @@ from qstar.types import Batch, Metrics, Params, Responses
 SumWeight = tuple[jax.Array, jax.Array]
 
 
+def nonzero(weight: jax.Array) -> jax.Array:
+    """Returns a divisor: 1 in place of 0, so that sums over no token are 0, not NaN."""
+    return jnp.where(weight > 0, weight, 1.0)
+
+
 def sft_loss(
     params: dict[str, Params],
     batch: Batch,

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from qstar.sample.vote import majority_at_k as majority_at_k
-from qstar.sample.vote import weighted_majority_at_k as weighted_majority_at_k
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -11,7 +11,7 @@ import optax
 from einops import rearrange
 
 from qstar.mesh import mesh_jit
-from qstar.train.losses import SumWeight
+from qstar.train.losses import SumWeight, nonzero
 from qstar.train.state import TrainState
 from qstar.types import Metrics, Params
 
@@ -40,8 +40,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
             (value, weight), metrics = loss({**params, **frozen}, batch, rng)
             return value, (value, weight, metrics)
 
-        grads, rest = jax.grad(total, has_aux=True)(params)
-        return grads, rest
+        return jax.grad(total, has_aux=True)(params)
 
     def step(
         state: TrainState, batch: Any, lr: jax.Array, frozen: dict[str, Params] | None = None
@@ -65,7 +64,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
             (grads, (value, weight, metrics)), _ = jax.lax.scan(body, zero, (jnp.arange(accumulate), micro))
         # The only division, by the weight of the whole batch: a mean of the micro-batches' means would weigh tokens of
         # short micro-batches more.
-        grads = optax.tree.scale(1.0 / _nonzero(weight), grads)
+        grads = optax.tree.scale(1.0 / nonzero(weight), grads)
         norm = optax.global_norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -75,7 +74,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        means = {k: s / _nonzero(w) for k, (s, w) in metrics.items()}
+        means = {k: s / nonzero(w) for k, (s, w) in metrics.items()}
         means.update(grad_norm=norm, skipped=1.0 - good.astype(jnp.float32))
         state = state.replace(
             params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state), step=state.step + 1
@@ -83,10 +82,6 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         return state, means
 
     return mesh_jit(step, donate_argnums=0)
-
-
-def _nonzero(weight: jax.Array) -> jax.Array:
-    return jnp.where(weight > 0, weight, 1.0)  # no token to learn from: a sum of 0, not NaN
 
 
 def split_micro(x: jax.Array, count: int) -> jax.Array:

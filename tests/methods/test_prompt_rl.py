@@ -70,7 +70,7 @@ def test_records_reach_the_reward_and_a_run_folder_is_read_again(model, tmp_path
         ("1", nines, {}, "prompts is a list with at least one prompt"),
         (["1"], "correct", {}, "reward=correct: missing a required argument: 'correct'; it is called with prompts"),
         (["1"], nines, {"records": []}, "records must have an entry per prompt"),
-        ([[{"role": "user", "content": "1"}]], nines, {}, "a conversation needs a tokenizer with a chat template"),
+        ([[{"role": "user", "content": "1"}]], nines, {}, "tokenizer has no chat template"),
         (["1"], lambda completions: 1 / 0, {}, "update 1: reward=.*test_prompt_rl.py:.*: ZeroDivisionError"),
     ],
 )

@@ -179,7 +179,7 @@ def test_minibatches_after_one_above_max_approx_kl_are_skipped():
         settings = dataclasses.replace(SETTINGS, epochs=epochs, batch_size=8, max_approx_kl=max_approx_kl)
         run = R.Run(start(), Next(), RLSettings(**RL), settings, 0, list)
         state = create_state({"policy": start().params}, optax.identity(), seed=0)
-        R.one_update(run, step, state, 0, 0.01, np.float32(0))
+        R.learn(run, step, state, R.sample(run, state.params, 0, 0.01), np.float32(0))
         assert made == [8] * wanted
 
 

@@ -1,5 +1,6 @@
 """Lists of run folders, their status, pages that compare runs, and pages of runs that go on."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -12,12 +13,13 @@ import pytest
 from qstar.__main__ import main
 from qstar.data.sources import read_jsonl, write_jsonl
 from qstar.errors import UserError
+from qstar.preemption import Preempted
 from qstar.report import pages
 from qstar.report.listing import list_runs
 from qstar.report.pages.comparison import Side, answers, distinct_names, paired_answers, settings
 from qstar.report.read import read_run
 from qstar.runs.access import lock, unlock
-from qstar.runs.folder import end_run, note, open_run
+from qstar.runs.folder import ending, note, open_run
 from qstar.train.stats import paired
 from tests.report.quiet_synthetic import write_quiet_run
 from tests.report.synthetic import CURVES, Shape, write_run
@@ -107,9 +109,10 @@ def test_status_follows_the_lock_and_what_the_process_noted(tmp_path):
     open_run(run, config)
     note(run, parameters=334_368)
     assert status() == "running" and list_runs(run)[0]["parameters"] == 334_368
-    for outcome in ("failed", "interrupted", "done"):
-        end_run(run, outcome)
-        unlock(run)
+    for outcome, error in (("failed", OSError()), ("interrupted", Preempted()), ("done", None)):
+        with contextlib.suppress(OSError, Preempted), ending(run):
+            if error:
+                raise error
         assert status() == outcome
         open_run(run, config)
     assert json.loads((run / "environment.json").read_text()).get("outcome") is None

@@ -27,7 +27,7 @@ def write_v_star_run(folder, arms=("v_star", "verification"), problems=30, sampl
         for n in (1, 2) if arm == "v_star" else (1,):
             drawn = [_sample(task, p, j, n) for p in task.problems("test") for j in range(samples)]
             home = folder / arm / "selection"
-            write_jsonl(home / f"samples_{n:03d}_000.jsonl", [r.to_json() for r in drawn])
+            write_jsonl(home / f"samples_{n:03d}_000.jsonl", [vars(r) for r in drawn])
             scores = [_scores(i // samples, r, n) for i, r in enumerate(drawn)]
             write_jsonl(home / f"scores_{n:03d}.jsonl", scores)
             found = result(drawn, scores, samples, 2, faults(task, task.problems("test"), drawn))

@@ -101,7 +101,7 @@ def test_estimates_with_ties_cut_off_and_unread_answers():
     drawn = [("#11", False), ("#12", False), ("#12", False), ("", False), ("#11", True), ("#13", False)]
     rows = [stub.rollout(task, problem, text, sample=i, truncated=cut) for i, (text, cut) in enumerate(drawn)]
     rows += [stub.rollout(task, other, "#46" if i % 2 else "#64", sample=i) for i in range(6)]
-    check_estimates(many(rows, 6), [r.to_json() for r in rows], 6)
+    check_estimates(many(rows, 6), [vars(r) for r in rows], 6)
 
 
 def test_answers_that_are_there_are_not_sampled_again(evaluation, exported, monkeypatch):

@@ -260,7 +260,7 @@ def test_data_are_of_this_loop_alone_or_of_all(tmp_path, accumulate):
 def stub_file(arm, n, rows):
     from qstar.data.sources import write_jsonl
 
-    write_jsonl(arm.rationales(n), [r.to_json() for r in rows])
+    write_jsonl(arm.rationales(n), [vars(r) for r in rows])
 
 
 def test_accumulated_loops_hold_no_row_twice(tmp_path, monkeypatch):

@@ -50,7 +50,6 @@ def test_every_aspect_tells_a_worse_rationale_from_a_good_one(aspect, worse):
 
 def test_naturalness_falls_with_repetition_and_an_echo_of_the_question_has_none():
     assert measure(QUESTION)["naturalness"] == 0 and measure(GOOD * 10)["naturalness"] < 0.2
-    assert measure(GOOD, mean_logprob=-0.1)["fluency"] > 0.9 > 0.2 > measure(GOOD, mean_logprob=-6.0)["fluency"]
 
 
 @pytest.mark.parametrize("rationale, answer, bare", [
