@@ -39,9 +39,8 @@ from einops import rearrange
 from qstar import distributed
 from qstar.data.sources import write_jsonl
 from qstar.errors import bounded, require
-from qstar.mesh import count_shards, put_global_batch, to_host
+from qstar.mesh import put_global_batch, to_host
 from qstar.models import heads, lora, scoring
-from qstar.models.encdec import EncDecConfig
 from qstar.models.model import Model
 from qstar.runs.folder import data_hash, stable_seed
 from qstar.runs.rollouts import tokenizer_of
@@ -254,22 +253,24 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     clock.append(time.perf_counter())
 
     # ---- 3: log-probabilities and values
-    texts, mask = arrays(run, [run.encode(p) for p in prompts], [done.tokens for done in flat])
-    placed = put_global_batch((*texts, mask.reshape(texts[2].shape)), run.start.mesh)
+    # Bucketed prompts and responses of a fixed width: few shapes, few compilations.
+    ids = [row for p in prompts for row in [run.encode(p)] * G]
+    prompt, prompt_mask = scoring.pad_prompts(run.start.config, ids, padded_length(max(map(len, ids))))
+    response, mask = scoring.pad_responses([done.tokens for done in flat], s.max_new_tokens)  # [B, R]
+    placed = put_global_batch((prompt, prompt_mask, response), run.start.mesh)
     distributed.return_freed_memory()
     old, _, values = rl.measure_jit(params, *placed, **run.static)
     ref = rl.measure_jit({"policy": run.start.params}, *placed, **run.static)[0]
-    old, ref, values = (x.reshape(mask.shape) * mask for x in to_host((old, ref, values)))
+    old, ref, values = (x * mask for x in to_host((old, ref, values)))
 
     # ---- 4: advantages
     advantages, returns = jax.device_get(
         rl.estimate_jit(scores, old, ref, values, mask, jnp.float32(kl_weight), settings=run.rl)
     )
     # An array, not a static argument: an adapted weight does not compile the step anew.
-    weights = np.full(texts[2].shape[:-1], kl_weight, np.float32)
-    measured = (x.reshape(texts[2].shape) for x in (mask, old, ref, values, advantages, returns))
-    fields: list[Any] = [*texts[:3], *measured, weights, texts[3]]
-    batch = rl.Experience(*fields)
+    weights = np.full(len(flat), kl_weight, np.float32)
+    columns: list[Any] = [prompt, prompt_mask, response, mask, old, ref, values, advantages, returns, weights]
+    batch = rl.Experience(*columns)
     clock.append(time.perf_counter())
 
     parts = dict(rewards.parts)
@@ -277,8 +278,7 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
         parts["no_eos_penalty"] = -run.rl.no_eos_penalty * (1.0 - ended)
     grouped = rearrange(scores, "(prompt group) -> prompt group", group=G)
     # Seeded by the update and epoch, so that a resumed run shuffles alike.
-    rows = len(texts[0])
-    orders = [np.random.default_rng([run.seed, update, epoch]).permutation(rows) for epoch in range(s.epochs)]
+    orders = [np.random.default_rng([run.seed, update, epoch]).permutation(len(flat)) for epoch in range(s.epochs)]
     metrics = {
         "score": float(scores.mean()),
         "score_std": float(grouped.std(axis=1).mean()),
@@ -294,39 +294,8 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     }
     advantage = np.sum(advantages * mask, axis=1) / np.maximum(mask.sum(axis=1), 1.0)
     numbers = {"score": scores, "advantage": advantage, "kl": np.sum(old - ref, axis=1)}
-    log = _completions(run, update, prompts, flat, numbers, parts, rewards.labels)
-    minibatches = rearrange(np.stack(orders), "e (m b) -> (e m) b", b=s.batch_size * rows // len(flat))
-    return Sampled(batch, minibatches, metrics, log)
-
-
-def arrays(run: Run, prompts: list[list[int]], responses: list[list[int]]) -> tuple[tuple[Any, ...], np.ndarray]:
-    """Returns (`prompt`, `prompt_mask`, `response`, `columns`) of `rl.Experience` and the responses' mask [B, R]."""
-    # Prompts and rows of a few lengths, responses of a fixed width: few shapes, few compilations.
-    s, config, G = run.settings, run.start.config, run.rl.group
-    response, mask = scoring.pad_responses(responses, s.max_new_tokens)
-    per_row = shared_responses(config, s, G, count_shards(run.start.mesh))
-    if per_row == 1:
-        every = [ids for ids in prompts for _ in range(G)]
-        padded = scoring.pad_prompts(config, every, padded_length(max(map(len, every))))
-        return (*padded, response, None), mask
-    repeated = [ids for ids in prompts for _ in range(G // per_row)]
-    tokens, part, columns = rl.share_prompts(repeated, responses, s.max_new_tokens, shared_length)
-    return (tokens, part, response.reshape(columns.shape), columns), mask
-
-
-def shared_length(longest: int) -> int:
-    """Returns the length of rows with several responses: four lengths from a power of two to the next."""
-    unit = max(16, scoring.power_of_two(longest) // 8)
-    return -(-longest // unit) * unit
-
-
-def shared_responses(config: Any, settings: ReinforceSettings, group: int, shards: int) -> int:
-    """Returns how many responses to a prompt a row holds: 1 for encoder-decoders and where rows would be long."""
-    # Whole rows make a micro-batch, split over the devices.
-    count, micro = settings.prompts * group, settings.accumulate * shards
-    fits = lambda n: group % n == settings.batch_size % (n * micro) == count % (n * shards) == 0  # noqa: E731
-    most = 1 if isinstance(config, EncDecConfig) else scoring.SHARED_TOKENS // settings.max_new_tokens
-    return max((n for n in range(2, most + 1) if fits(n)), default=1)
+    rows = _completions(run, update, prompts, flat, numbers, parts, rewards.labels)
+    return Sampled(batch, rearrange(np.stack(orders), "e (m b) -> (e m) b", b=s.batch_size), metrics, rows)
 
 
 def _completions(run, update, prompts, flat, numbers, parts, labels) -> list[dict[str, Any]]:

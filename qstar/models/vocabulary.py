@@ -137,8 +137,7 @@ def map_chunks(
         found = f(*flat[:count])
     else:
         # Logits are computed again in the backward pass: kept for all chunks, they would be the whole [N, V].
-        kept = keep_one and order is not None and flat[0].shape[0] <= most_tokens(vocab_size)
-        found = jax.lax.map(one if kept else jax.checkpoint(one), xs)
+        found = jax.lax.map(jax.checkpoint(one), xs)
         found = jax.tree.map(lambda x: unchunk(x, flat[0].shape[0], order), found)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
@@ -157,7 +156,7 @@ def chunks(arrays: Any, vocab_size: int, order: jax.Array | None = None) -> Any:
     N = arrays[0].shape[0]
     shards = count_batch_shards()
     per_shard = -(-N // shards)
-    n = min(per_shard, most_tokens(vocab_size))
+    n = min(per_shard, max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab_size)))
     count = -(-per_shard // n)
     if order is not None:
         count = max(count, min(LEAST_CHUNKS, N // LEAST_TOKENS))
@@ -173,11 +172,6 @@ def chunks(arrays: Any, vocab_size: int, order: jax.Array | None = None) -> Any:
         return constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
 
     return jax.tree.map(cut, arrays)
-
-
-def most_tokens(vocab_size: int) -> int:
-    """Returns the tokens of the largest chunk."""
-    return max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab_size))
 
 
 def unchunk(x: jax.Array, count: int, order: jax.Array | None = None) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from qstar.data.corpus import TextCorpus
 from qstar.errors import require, unknown, within
-from qstar.mesh import count_shards, make_mesh
+from qstar.mesh import make_mesh
 from qstar.methods import distillation, pairs, reinforce, star
 from qstar.methods.distillation import DistilTrain
 from qstar.methods.guided_cot import GuidedConfig
@@ -297,7 +297,7 @@ def _guided_cot(case: Case) -> Iterator[Program]:
         yield train_program(case, "distillation", small, train, made, batch, needed, None, residents, frozen)
     if any(start != "base" for start in starts):
         s = case.settings(ReinforceSettings, "train", max_new_tokens=R)
-        yield from _rl_updates(case, small, s, world.small_limit, resident)
+        yield from _rl_updates(case, small, s, prompt, resident)
     done = trained(case, small, train)
     sample, count = SampleSettings(max_new_tokens=R), world.test_questions * max(1, world.votes)
     yield from _answers(case, done, sample, 1, count, prompt, "rationales", resident)
@@ -328,7 +328,7 @@ def _answers(
 def _rl(case: Case) -> Iterator[Program]:
     model, train = abstract_model(case, case.section("model")), case.settings(ReinforceSettings, "train")
     prompt = padded_length(case.assumed.prompt)
-    yield from _rl_updates(case, model, train, case.assumed.prompt, {})
+    yield from _rl_updates(case, model, train, prompt, {})
     sample = case.settings(SampleSettings, "sample", max_new_tokens=train.max_new_tokens)
     group = case.settings(RewardedSettings, "rl").group
     yield from _answers(
@@ -347,34 +347,19 @@ def _rl_updates(
     # PPO alone has a critic; GRPO and RLOO take their baseline from the group.
     if settings.estimator == "ppo":
         roles["value"] = case.like(functools.partial(heads.init_critic, model.config.hidden_size), jax.random.key(0))
-    # Rows are the longest ones: no response ends early.
-    per_row = reinforce.shared_responses(model.config, s, settings.group, count_shards(case.mesh))
-    texts, each = _texts(case, s.batch_size, prompt, R, per_row)
-    one = case.spec(each.shape[:-1], jnp.float32, split=True)
-    fields: list[Any] = [*texts[:3], *(each,) * 6, one, texts[3]]
-    batch = Experience(*fields)
+    each, one = (case.spec(shape, jnp.float32, split=True) for shape in ((s.batch_size, R), (s.batch_size,)))
+    batch = Experience(*case.responses(s.batch_size, prompt, R), each, each, each, each, each, each, one)
     made = reinforce.compiled(**static, limit=limit, update=only_updates(s))
-    sizes: dict[str, Any] = dict(prompt=prompt, response=R, per_row=per_row)
-    needed = flops.respond(model.config, s.batch_size, **sizes, back=True, lora=s.lora_rank > 0)
+    needed = flops.respond(model.config, s.batch_size, prompt, R, back=True, lora=s.lora_rank > 0)
     yield train_program(case, "RL: gradient step", model, s, made, batch, needed, roles, resident)
     # All responses of an update are scored at once, unlike the gradient steps on minibatches of them.
     start, count = trained(case, model, s), s.prompts * settings.group
-    texts, read = _texts(case, count, prompt, R, per_row)
-    params = {"policy": start.params, **roles}
+    params, rows = {"policy": start.params, **roles}, case.responses(count, prompt, R)
     yield Program(
         f"RL: measuring {count} responses",
-        lambda: measure_jit.lower(params, *texts, read, **static, limit=limit),
-        {"parameters": params, "batch": (texts, read)},
+        lambda: measure_jit.lower(params, *rows, **static, limit=limit),
+        {"parameters": params, "batch": rows},
         # With LoRA the reference is the policy without its adapters.
         {**({} if s.lora_rank else {"the reference": model.params}), **resident},
-        *flops.respond(model.config, count, **sizes),
+        *flops.respond(model.config, count, prompt, R),
     )
-
-
-def _texts(case: Case, count: int, prompt: int, R: int, per_row: int) -> tuple[tuple[Any, ...], Any]:
-    """Returns what `reinforce.arrays` does, abstract."""
-    if per_row == 1:
-        return (*case.responses(count, padded_length(prompt), R), None), case.spec((count, R), jnp.float32, split=True)
-    rows = case.spec((count // per_row, reinforce.shared_length(prompt - 1 + per_row * R)), jnp.int32, split=True)
-    ids, mask = (case.spec((count // per_row, per_row, R), dtype, split=True) for dtype in (jnp.int32, jnp.float32))
-    return (rows, rows, ids, ids), mask

@@ -97,14 +97,8 @@ def thoughts(config: Any, rows: int, length: int) -> Needed:
     return update(one, rows, length, thinks=True)[0] / 3, "2 N per token of text and threads"
 
 
-def respond(
-    config: Any, rows: int, prompt: int, response: int, back: bool = False, lora: bool = False, per_row: int = 1
-) -> Needed:
-    """Reading prompts and writing (or scoring) responses to them; with `back`, an update, with `lora` of adapters.
-
-    `rows`: responses, of which `per_row` share a prompt that is read once.
-    """
-    again = (rows - rows // per_row) * prompt  # tokens of prompts that are not read again
+def respond(config: Any, rows: int, prompt: int, response: int, back: bool = False, lora: bool = False) -> Needed:
+    """Reading prompts and writing (or scoring) responses to them; with `back`, an update, with `lora` of adapters."""
     vocabulary = 2.0 * config.vocab_size * config.hidden_size * rows * response
     if isinstance(config, EncDecConfig):
         encoder, decoder = _t5_matmul_params(config)
@@ -113,10 +107,9 @@ def respond(
         once = rows * (2.0 * (encoder * prompt + decoder * response) + width * pairs) + vocabulary
     else:
         once = forward(config, rows, prompt + response)[0] + vocabulary
-        once -= forward(config, rows - rows // per_row, prompt)[0]
     if back and lora:  # as in `count`
         core = config.matmul_params - config.vocab_size * config.hidden_size
-        return 3.0 * once - vocabulary - 2.0 * core * (rows * (prompt + response) - again), "4 N per token (LoRA)"
+        return 3.0 * once - vocabulary - 2.0 * core * rows * (prompt + response), "4 N per token (LoRA)"
     return (3.0 * once, "6 N per token") if back else (once, "2 N per token")
 
 

@@ -16,19 +16,16 @@ The divergence from the reference is in one of two places (x ~ pi, r = ref / pi)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange, reduce
 
 from qstar.errors import Settings, bounded, require
 from qstar.mesh import mesh_jit
 from qstar.models import decoder, heads, scoring, vocabulary
-from qstar.models.config import ModelConfig
 from qstar.train.losses import SumWeight
 from qstar.tree import masked_mean
 from qstar.types import Metrics, Params
@@ -77,14 +74,10 @@ class RLSettings(Settings):
 
 
 class Experience(flax.struct.PyTreeNode):
-    """Scored responses to prompts; those to one prompt are `group` adjacent rows. [B, R] is float32 but for ids.
+    """Scored responses to prompts; those to one prompt are `group` adjacent rows. [B, R] is float32 but for ids."""
 
-    With `columns` prompts are shared: every [B, R] is [N, G, R], and `prompt` holds a row for every G responses (see
-    `share_prompts`).
-    """
-
-    prompt: jax.Array  # [B, I] int32, or [N, T]
-    prompt_mask: jax.Array  # [B, I] int32, see `scoring.response_states`; or [N, T], see `scoring.hidden_states`
+    prompt: jax.Array  # [B, I] int32
+    prompt_mask: jax.Array  # [B, I] int32, see `scoring.response_states`
     response: jax.Array  # [B, R] int32
     mask: jax.Array  # [B, R]: 1 for the response's tokens, the EOS that ended it among them
     old_logprobs: jax.Array  # [B, R] under the policy that sampled it
@@ -93,37 +86,6 @@ class Experience(flax.struct.PyTreeNode):
     advantages: jax.Array  # [B, R]
     returns: jax.Array  # [B, R]: targets of the values
     kl_weight: jax.Array  # [B], one number: dynamic, and it is split with the batch
-    columns: jax.Array | None = None  # [N, G, R] int32: the column of the state that predicts a token
-
-
-def share_prompts(
-    prompts: Sequence[list[int]], responses: Sequence[Sequence[int]], width: int, length: Callable[[int], int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns rows of a prompt and its responses one behind the other: `prompt`, `prompt_mask`, `columns` of Experience.
-
-    A model then reads a prompt once for G responses, and little of a row is padding.
-
-    Args:
-      prompts: ids of N prompts. responses: ids of N * G responses, those to one prompt adjacent.
-      width: R, the tokens of `columns`. length: from the tokens of the longest row to T.
-    """
-    N, G = len(prompts), len(responses) // len(prompts)
-    columns = np.zeros((N, G, width), np.int32)
-    rows: list[list[int]] = []
-    parts: list[list[int]] = []
-    for n, prompt in enumerate(prompts):
-        row, part = prompt[:-1], [1] * (len(prompt) - 1)
-        for g, response in enumerate(responses[n * G : (n + 1) * G]):
-            # Each response begins with the prompt's last token, which predicts its first; its own last predicts nothing.
-            fed = [prompt[-1], *response][: max(1, len(response))]
-            columns[n, g, : len(response)] = len(row) + np.arange(len(response))
-            row, part = [*row, *fed], [*part, *[g + 2] * len(fed)]
-        rows.append(row)
-        parts.append(part)
-    tokens, mask = np.zeros((2, N, length(max(map(len, rows)))), np.int32)
-    for n, (row, part) in enumerate(zip(rows, parts, strict=True)):
-        tokens[n, : len(row)], mask[n, : len(row)] = row, part
-    return tokens, mask, columns
 
 
 def measure(
@@ -131,32 +93,23 @@ def measure(
     prompt: jax.Array,
     prompt_mask: jax.Array,
     response: jax.Array,
-    columns: jax.Array | None = None,
-    read: jax.Array | None = None,
     *,
     config: scoring.AnyConfig,
     settings: RLSettings,
     limit: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns log-probabilities, entropies and values of the response tokens, each float32 [B, R] or [N, G, R].
+    """Returns log-probabilities, entropies and values of the response tokens, each float32 [B, R].
 
-    Args:
-      params: {"policy": ..., and "value" if there is one}. prompt, ..., columns: see `Experience`.
-      read: the mask of tokens whose scores are read, see `vocabulary.map_chunks`. limit: ids from here on are never drawn.
+    Args: params: {"policy": ..., and "value" if there is one}. limit: ids from here on are never drawn.
     """
     # Old, reference and new log-probabilities come from this function, in one dtype, so that rho is 1 until the policy
     # changes: to 1e-6 in float32. In bfloat16 a minibatch is rounded otherwise than the whole batch, and rho is within
     # about 1% of 1 (2 layers, measured: .989 to 1.011; more layers, more); the sampler's log-probabilities differ by as
     # much, and are not used.
-    if columns is None:
-        states = scoring.response_states(params["policy"], config, prompt, prompt_mask, response)
-    else:
-        assert isinstance(config, ModelConfig), "rows of encoder-decoders do not share prompts"
-        hidden = scoring.hidden_states(params["policy"], config, prompt, prompt_mask, shared=True)
-        states = jax.vmap(lambda row, at: row[at])(hidden, columns)  # [N, G, R, D]
+    states = scoring.response_states(params["policy"], config, prompt, prompt_mask, response)
     temperature, head = settings.temperature, decoder.head(params["policy"], config)
     logprobs, _, entropy = vocabulary.token_logprobs(
-        states, head, response, temperature=temperature, limit=limit, entropy=True, read=read
+        states, head, response, temperature=temperature, limit=limit, entropy=True
     )
     if "value" not in params:
         return logprobs, entropy, jnp.zeros_like(logprobs)
@@ -265,17 +218,19 @@ def rl_loss(
 ) -> tuple[SumWeight, Metrics]:
     """The clipped loss, value loss, divergence and entropy bonus, as one sum over tokens with its weight."""
     del rng
-    texts = (batch.prompt, batch.prompt_mask, batch.response, batch.columns, batch.mask)
-    return surrogate(*measure(params, *texts, config=config, settings=settings, limit=limit), batch, settings)
+    found = measure(
+        params, batch.prompt, batch.prompt_mask, batch.response, config=config, settings=settings, limit=limit
+    )
+    return surrogate(*found, batch, settings)
 
 
 def surrogate(
     logprobs: jax.Array, entropy: jax.Array, values: jax.Array, batch: Experience, settings: RLSettings
 ) -> tuple[SumWeight, Metrics]:
-    """`rl_loss` from what `measure` found."""
+    """`rl_loss` from what `measure` found, all [B, R]."""
     s, mask = settings, batch.mask
     # "sequences": every response weighs 1, whatever its length.
-    each = mask if s.mean_over == "tokens" else mask / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1.0)
+    each = mask if s.mean_over == "tokens" else mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
     weight = jnp.sum(each)
     # Padding may hold any number: it is masked before it is exponentiated, or its gradient would be NaN.
     log_ratio = jnp.where(mask > 0, logprobs - batch.old_logprobs, 0.0)
@@ -287,9 +242,9 @@ def surrogate(
     total = policy_loss - s.entropy_weight * entropy
     log_r = jnp.where(mask > 0, batch.ref_logprobs - logprobs, 0.0)
     if s.place == "k2":
-        total = total + batch.kl_weight[..., None] * 0.5 * jnp.square(log_r)
+        total = total + batch.kl_weight[:, None] * 0.5 * jnp.square(log_r)
     elif s.place == "ratio_k3":
-        total = total + batch.kl_weight[..., None] * ratio * (jnp.exp(log_r) - 1.0 - log_r)
+        total = total + batch.kl_weight[:, None] * ratio * (jnp.exp(log_r) - 1.0 - log_r)
     value_loss = jnp.zeros_like(total)
     if s.estimator == "ppo":
         near = jnp.clip(values, batch.values - s.value_clip, batch.values + s.value_clip)

@@ -146,31 +146,12 @@ def test_sigterm_while_a_round_is_measured_saves_too(tmp_path):
     assert second.asked == [2, 3]
 
 
-@pytest.mark.parametrize(
-    "config, changes, shards, wanted",
-    [
-        (None, {}, 1, 4),
-        (None, {"accumulate": 4}, 1, 4),  # 16 responses in micro-batches of 4
-        (None, {"accumulate": 8}, 1, 2),
-        (None, {"accumulate": 16}, 1, 1),
-        (None, {}, 8, 2),  # two responses for each of eight devices
-        (None, {"max_new_tokens": 512}, 1, 2),  # rows of at most 1,024 tokens of responses
-        (None, {"max_new_tokens": 513}, 1, 1),
-        (None, {"batch_size": 2}, 1, 2),
-        (T5, {}, 1, 1),
-    ],
-)
-def test_responses_share_a_row_where_whole_rows_make_the_micro_batches(config, changes, shards, wanted):
-    settings = dataclasses.replace(SETTINGS, **{"prompts": 8, "batch_size": 16, "max_new_tokens": 256, **changes})
-    assert R.shared_responses(config or start().config, settings, 4, shards) == wanted
-
-
 def test_minibatches_after_one_above_max_approx_kl_are_skipped():
     """Also in the first and only epoch; the stub of a step returns approx_kl."""
     made = []
 
     def step(state, rows, lr):
-        made.append(rows.mask[..., 0].size)
+        made.append(len(rows.response))
         approx_kl = 5.0 if len(made) == 2 else 0.0
         return state, {k: jnp.float32(v) for k, v in (("approx_kl", approx_kl), ("skipped", 0), ("loss", 0))}
 

@@ -221,36 +221,6 @@ def test_scores_equal_those_of_one_response_after_its_prompt_alone(config):
             assert x is not None or float(batch.old_logprobs[i, t]) < -1e20
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"sliding_window": 3}, {"position": "learned"}], ids=["full", "window", "learned positions"]
-)
-def test_rows_that_share_prompts_have_the_scores_loss_and_gradients_of_lone_responses(changes):
-    """Two prompts, one of them a lone token, with two responses each, one of them of a single token."""
-    config, s = DECODER.replace(**changes), RLSettings(group=2, kl_in="k2", mean_over="sequences", entropy_weight=0.1)
-    params = {"policy": scoring.init(config, jax.random.key(1)), "value": heads.init_critic(16, jax.random.key(2))}
-    prompts, rng = [[3, 9, 4, 5, 2], [7]], np.random.default_rng(6)
-    response = rng.integers(2, 10, (4, 4)).astype(np.int32)
-    spoken = [row[: int(n)].tolist() for row, n in zip(response, MASK.sum(axis=1))]
-    padded = scoring.pad_prompts(config, [p for p in prompts for _ in range(2)], 6)
-    tokens, part, columns = rl.share_prompts(prompts, spoken, 4, lambda longest: longest + 3)
-    assert tokens.shape == (2, 4 + 4 + 2 + 3) and part.max() == 3
-    lone = (*padded, response, None)
-    shared = (tokens, part, response.reshape(2, 2, 4), columns)
-    static = dict(config=config, settings=s, limit=10)
-    found = []
-    for texts in (lone, shared):
-        like = lambda x, shape=texts[2].shape: np.asarray(x, np.float32).reshape(shape)  # noqa: E731
-        scores = rl.measure(params, *texts, read=like(MASK), **static)
-        # Other numbers than the policy's, so that ratios and divergences are not 0.
-        old, ref, advantages = (like(np.random.default_rng(n).normal(-2, 1, (4, 4))) for n in range(3))
-        measured = (like(x) for x in (MASK, old, ref, VALUES, advantages, VALUES))
-        batch = Experience(*texts[:3], *measured, np.full(texts[2].shape[:-1], 0.3, np.float32), texts[3])
-        (total, weight), metrics = rl.rl_loss(params, batch, None, **static)
-        grads = jax.grad(lambda p, b=batch: rl.rl_loss(p, b, None, **static)[0][0])(params)
-        found.append(([np.asarray(x).reshape(4, 4) * MASK for x in scores], total, weight, metrics, grads))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
-
-
 @pytest.mark.parametrize("config", [DECODER, T5], ids=["decoder", "encoder-decoder"])
 def test_old_equal_to_new_without_advantage_or_divergence_changes_nothing_in_the_policy(config):
     s = RLSettings(estimator="ppo", group=2, kl_in="none", value_trunk=False)
