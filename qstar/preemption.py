@@ -34,7 +34,7 @@ class Preempted(BaseException):
 
 class _State:
     requested = False  # SIGTERM has come
-    acknowledged = False  # and who held it knows
+    acknowledged = False  # and the deferring code has seen it
     over = False  # the run is at its end: SIGTERM changes nothing any more
     deferred = 0  # depth of `defer`: the caller will read `should_stop`
     polls = 0  # of `should_stop` in a run of several processes
@@ -97,7 +97,7 @@ def _keep_time(pipe: socket.socket, seconds: float) -> None:
             # Several signals may arrive in one read; a timeout counts as a second request.
             for _ in range(numbers.count(signal.SIGTERM) if ready else 1):
                 if requested:
-                    why = "told again" if ready else f"not done after {seconds:g} s"
+                    why = "second SIGTERM" if ready else f"not done after {seconds:g} s"
                     os.write(2, f"qstar: ends at once ({why}); the last checkpoint stays\n".encode())
                     os._exit(_EXIT_CODE)
                 requested = True

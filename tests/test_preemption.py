@@ -68,7 +68,7 @@ def test_the_second_signal_ends_at_once(start):
     assert child.stdout.readline() == "asked\n"
     child.terminate()
     began = time.monotonic()
-    assert "told again" in child.communicate(timeout=20)[1] and child.returncode == 143
+    assert "second SIGTERM" in child.communicate(timeout=20)[1] and child.returncode == 143
     assert time.monotonic() - began < 5
 
 

@@ -6,7 +6,7 @@
                  SMALL = RL(SMALL)   with reward = aspects of r + correctness of a
     3 answer     r = SMALL(context, question);  a = LARGE(context, question, r)
 
-Deviations from the paper, and gaps of it that are filled here:
+Deviations from the paper, and gaps in it that are filled here:
 1. The paper refines with PPO; RLOO and GRPO are options (`rl.estimator`).
 2. The measures of the eight aspects are ours (`tasks.aspects`): the paper names the aspects, not how it measures them.
 3. The weights of the reward's parts, the data sizes and the learning rates are ours.
@@ -130,7 +130,7 @@ class GuidedContext(RunContext):
         return rl, settings_from(ReinforceSettings, train, f"arms.{name}.train")
 
     def part(self, folder: Path, arm: str) -> Callable[..., Stage]:
-        """Returns a function that makes the training stages FOLDER/name of models that are no arms."""
+        """Returns a function that makes the training stages FOLDER/name of models that are not arms."""
 
         def make(name: str, settings: Any, steps: int, seed: int) -> Stage:
             self.say(f"  {name}: {steps} steps")
@@ -273,6 +273,6 @@ def comparisons(arms: dict[str, GuidedConfig]) -> list[tuple[str, str]]:
     refined = [(arm.start, name) for name, arm in arms.items() if arm.start != "base"]
     found = [("standard", "own CoT"), *(("own CoT", name) for name in distilled)]
     found += [(a, b) for i, a in enumerate(distilled) for b in distilled[i + 1 :]]
-    # RL adds compute to its start's. NAME_long and NAME_flops add steps of distillation instead: controls of RL's gain.
+    # RL adds compute to its start. NAME_long and NAME_flops add steps of distillation instead: controls of RL's gain.
     longer = [(f"{a}_{kind}", name) for kind in ("long", "flops") for a, name in refined]
     return [*found, *refined, *((a, name) for a, name in longer if a in arms)]

@@ -1,6 +1,6 @@
 """`HarnessModel`, qstar's model class for lm-evaluation-harness, and `evaluate_harness`, which runs its tasks.
 
-Contexts, continuations, BOS tokens and windows are those of lm_eval's own `hf` class, so that the numbers are, too.
+Contexts, continuations, BOS tokens and windows are those of lm_eval's own `hf` class, so that the scores agree.
 `python -m qstar.methods.harness --model qstar --model_args pretrained=DIR --tasks ...` is lm_eval's own command line
 with this class registered. A task file that needs no network names local data:
 
@@ -120,7 +120,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Returns messages as text, by the tokenizer's template; without a generation prompt the last one goes on."""
+        """Returns messages as text, by the tokenizer's template; without a generation prompt the last stays open."""
         chat = tokenizer_of(self.model).chat
         if chat is None:
             raise UserError("this model's tokenizer has no chat template; leave --chat out")
@@ -130,7 +130,7 @@ class HarnessModel(TemplateLM):
         """Returns ids with BOS in front where the tokenizer puts one, unless the text begins with it already."""
         if self.backend == "seq2seq":
             return getattr(self.model.tokenizer, "encode" if add_special_tokens is False else "encode_prompt")(string)
-        # As the `hf` class: of an empty text there is BOS alone only if the tokenizer always puts it in front.
+        # As in the `hf` class: an empty text gives BOS alone only if the tokenizer always puts it in front.
         if not string:
             return self.tokenizer.encode("")
         return tokenizer_of(self.model).encode(string, bos=add_special_tokens is not False)
@@ -140,7 +140,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         rows = []
         for _, context, continuation in requests:
-            # As the `hf` class: what does not fit is cut on the left; the last token is predicted, not read.
+            # As in the `hf` class: what does not fit is cut on the left; the last token is predicted, not read.
             room = self.max_length if self.backend == "seq2seq" else self.max_length + 1 - len(continuation)
             rows.append((list(context or [self.prefix_token_id])[-room:], list(continuation)))
         if self.thoughts:
@@ -220,8 +220,8 @@ class HarnessModel(TemplateLM):
         fault = f"max_gen_toks={new} leaves no room in the context of {self.max_length}; lower max_gen_toks"
         require((room > 0, fault))
         prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
-        drawn = {k: options[k] for k in ("top_k", "top_p") if options.get(k) is not None}
-        sampling = {"temperature": options.get("temperature", 0.0) if options["do_sample"] else 0.0, **drawn}
+        filters = {k: options[k] for k in ("top_k", "top_p") if options.get(k) is not None}
+        sampling = {"temperature": options.get("temperature", 0.0) if options["do_sample"] else 0.0, **filters}
         stop = [text for text in until if text]
         more: dict[str, Any] = {"thoughts": self.thoughts, "seed": seed, "slots": slots}
         found = generate(self.model, prompts, max_new_tokens=new, stop=stop, **sampling, **more)
@@ -246,7 +246,7 @@ def evaluate_harness(
     Args:
       model: a model, or what `qstar.load` takes.
       tasks: names of tasks, groups or tags, or yaml files.
-      limit: first so many problems of each task; 0: all. num_fewshot: examples in front; None: as the task says.
+      limit: problems of each task, from the first; 0: all. num_fewshot: examples in front; None: as the task says.
       include_path: a folder of further task files. chat: apply the tokenizer's chat template.
       options: of `HarnessModel`.
 
@@ -259,7 +259,7 @@ def evaluate_harness(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    # To read the index of all tasks takes seconds; who gives a folder of task files mostly means these.
+    # Reading the index of all tasks takes seconds, and is rarely needed with a folder of task files.
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     if include_path is not None and not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=include_path)
@@ -308,7 +308,7 @@ def write_results(found: Mapping[str, Any], folder: Path) -> None:
 
 
 def main() -> int:
-    """Runs lm_eval's own command line, which knows the model class `qstar` then."""
+    """Runs lm_eval's own command line, with the model class `qstar` registered."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -73,7 +73,7 @@ class QuietConfig(Settings):
         super().__post_init__()
         lengths, without = self.thought_lengths, self.thought_source == "none"
         require(
-            (all(isinstance(n, int) and n >= 1 for n in lengths), f"thought_lengths={lengths} must be whole numbers"),
+            (all(isinstance(n, int) and n >= 1 for n in lengths), f"thought_lengths={lengths} must be integers >= 1"),
             (not self.teacher or without, "a teacher is for students without thoughts (thought_source='none')"),
         )
         try:
@@ -122,7 +122,7 @@ def check_room(ctx: QuietContext, model: Model, name: str, arm: QuietConfig) -> 
     words, last = model.config.vocab_size, max(t.forbidden_ids, default=0)
     line = f"config.arms.{name}: forbidden_ids holds {last}, and the vocabulary ends with the id {words - 1}"
     require((last < words, f"{line}; correct config.thoughts.forbidden_ids"))
-    # Where the padding token is the end of text, documents hold it: it would not be the pauses' own.
+    # Where the padding token is also the EOS, documents contain it, so it cannot be the pause token.
     unused = {*t.forbidden_ids[:1]} - {ctx.corpus.tokenizer.eos_id}
     line = f"config.arms.{name}.thought_source='pause' needs an id that no text holds, and the tokenizer has no padding"
     line += " token of its own; name an unused id in config.thoughts.forbidden_ids"
@@ -171,7 +171,7 @@ def train_arm(ctx: QuietContext, name: str, arm: QuietConfig, models: dict[str, 
     # ---- training and evaluation
     every = arm.evaluate_every or ctx.settings.evaluate.every
     if every:
-        # Evaluations follow a log: it has to fall on their steps.
+        # Evaluations run after a log, so logs must fall on their steps.
         settings = dataclasses.replace(settings, log_every=math.gcd(settings.log_every, every))
     stopping = EarlyStopping(ctx, name, start, arm.thought_source, every, arm.patience)
     how: dict[str, Any] = {"frozen": frozen, "watch": stopping, "choose": stopping.choose}
@@ -204,7 +204,7 @@ def with_thoughts(ctx: QuietContext, arm: QuietConfig, model: Model) -> Model:
 
 @functools.cache
 def optimiser(settings: UpdateSettings, trainable: str) -> optax.GradientTransformation:
-    """Returns the optimiser of the parameters that match `trainable`, one per setting: arms share their updates by it."""
+    """Returns the optimiser of the parameters that match `trainable`, cached, so that arms share compiled updates."""
     return optimizer_for(settings.optimiser(), f"^policy/.*({trainable})")
 
 

@@ -17,7 +17,7 @@ Deviations from the papers (PPO 1707.06347, RLOO 2402.14740, GRPO 2402.03300):
 4. Two optional limits: `max_approx_kl` skips an update's remaining minibatches, `max_kl` ends the training.
 5. With LoRA the reference is the base without adapters, so that there is one copy of the base. Responses are sampled
    from the merged weights, in the compute dtype.
-6. A response ends before its stop string, whose tokens have no part in the loss; its EOS has.
+6. The loss excludes the stop string that ends a response, and includes its EOS.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def sample(run: Run, params: Any, update: int, kl_weight: float) -> Sampled:
     metrics = {
         "score": float(scores.mean()),
         "score_std": float(grouped.std(axis=1).mean()),
-        # A group of equal scores has advantages of 0: its responses teach nothing but the divergence.
+        # Equal scores in a group: only the divergence from the reference has a gradient.
         **({"groups_without_signal": float(np.mean(np.ptp(grouped, axis=1) == 0))} if G > 1 else {}),
         "kl": float(np.sum(old - ref, axis=1).mean()),  # the k1 estimate, nats per response
         "length": float(mask.sum(axis=1).mean()),

@@ -102,7 +102,7 @@ class TaskEnvironment:
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
         problems, found = per_response(self.problems(update), responses)
         _, answers, ended = zip(*(read_answer(self.task, done) for done in found), strict=True)
-        # The judgement of evaluations, so that the reward is the metric.
+        # Judged as in evaluations, so that the reward is the metric.
         correct = list(judge(self.task, problems, answers, ended))
         names = ("id", "question", "gold", "meta")
         given = given_of(per_response(self.prompts(update), responses)[0], found)
@@ -138,11 +138,11 @@ def per_response(prompts: Sequence[Any], responses: Sequence[Sequence[Completion
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of an RL config in `workdir`, resuming an earlier run of the same config."""
     ctx = RLContext.make(config, workdir, console)
-    loop, drawn = ctx.settings.loop, ctx.settings.sample
+    loop, sampling = ctx.settings.loop, ctx.settings.sample
     unread = next(
-        (k for k in ("temperature", "top_k", "top_p") if getattr(drawn, k) != getattr(SampleSettings(), k)), ""
+        (k for k in ("temperature", "top_k", "top_p") if getattr(sampling, k) != getattr(SampleSettings(), k)), ""
     )
-    fault = f"config.sample.{unread}: evaluations of RL are greedy, and rollouts take config.rl.temperature; set that"
+    fault = f"config.sample.{unread}: RL evaluates greedily, its rollouts only have config.rl.temperature; leave it out"
     require((not unread, fault))
     arms = {name: arm_settings(ctx, name) for name in config.arms}
     start = base_model.checked(ctx, [loop])
@@ -220,7 +220,7 @@ def train_arm(
     except Diverged as e:
         measured = {update: n for update, n in round_at.items() if distributed.exists(_answers(arm, n))}
         for update, n in measured.items():
-            arm.report(n, arm.evaluate(base, n), {"updates": update})  # reads the answers of the model that there was
+            arm.report(n, arm.evaluate(base, n), {"updates": update})  # reads the stored answers; nothing is sampled
         # The run fails when the other arms are done.
         arm.fail(len(measured) + 1, e)
     else:

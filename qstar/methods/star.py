@@ -14,7 +14,7 @@ Deviations from the paper:
 2. Rationalisations that copy the hint, duplicates and truncated texts are rejected (`runs.rollouts.select`).
 3. S_n, the number of updates, is at most `max_epochs` passes over the kept rows.
 4. A base model from scratch is trained on seed rows (`runs.base_model`), and `seed_share` can keep them in every batch.
-5. The loss is on the completion alone, as the paper says; its released code also trains on the prompt.
+5. Unlike in the released code (not the paper), the loss is on the completion alone, without the prompt.
 
 STaR without rationalisation, SFT on gold solutions, STaR-dagger, RFT and ReST-EM are settings of this loop: see `PRESETS`.
 """
@@ -55,7 +55,7 @@ class VariantConfig(Selection):
 
     n_iters: int = bounded(16, ge=0)
     problems_per_iter: int | None = bounded(10_000, ge=1)
-    fresh: bool = True  # new problems in every loop; False: the same ones
+    fresh: bool = True  # redrawn in every loop; False: the same problems
     k: int = bounded(1, ge=0)  # samples per problem; 0: gold solutions alone (`include_sft_data`)
     temperature: float | None = bounded(None, ge=0)  # None: as `sample` says
     rationalize: bool = True
@@ -131,9 +131,9 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     ctx = RunContext.make(config, workdir, console)
     arms = {name: ctx.arm_settings(VariantConfig, PRESETS, name) for name in config.arms}
     for name, loop in arms.items():
-        chosen = not loop.patience or ctx.settings.evaluate.split != "test"
+        valid = not loop.patience or ctx.settings.evaluate.split != "test"
         fault = f"config.arms.{name}: patience={loop.patience} would choose a loop by test problems"
-        require((chosen, f"{fault}; set config.evaluate.split='val'"))
+        require((valid, f"{fault}; set config.evaluate.split='val'"))
     start = base_model.checked(ctx, arms.values())
     ctx.start(start, arms=arms)
     base = base_model.prepare(ctx, start)
@@ -155,7 +155,7 @@ def outer_loop(arm: Arm, loop: VariantConfig, base: Model) -> Model:
         # min_kept=0 still needs one row: an empty set is never trained on, and M_{n-1} stays.
         if len(examples) < max(1, loop.min_kept):
             few = f"{len(examples)} rows kept of {len(rollouts)} attempts (loop.min_kept={loop.min_kept})"
-            arm.stop(n, f"{few}; the model of the loop before stays")
+            arm.stop(n, f"{few}; the previous model stays")
             break
 
         # ---- 5: the base model is fine-tuned on them.
@@ -212,9 +212,9 @@ def sample(
     settings = loop.sampling(arm.ctx.settings.sample)
     stage, few_shot = "rationalise" if hinted else "sample", loop.few_shot_at_sample
     own = {"folder": arm.folder / "stages" / f"iter_{n:03d}", "seed": stable_seed(arm.ctx.seed, arm.name)}
-    attempt = functools.partial(sample_rollouts, model, arm.ctx.task, problems, settings, few_shot=few_shot)
+    generate = functools.partial(sample_rollouts, model, arm.ctx.task, problems, settings, few_shot=few_shot)
     with arm.timed(stage), arm.ctx.bar(stage, len(problems) * loop.k) as progress:
-        return attempt(stage=stage, k=loop.k, hinted=hinted, iteration=n, progress=progress, **{**own, **shared})
+        return generate(stage=stage, k=loop.k, hinted=hinted, iteration=n, progress=progress, **{**own, **shared})
 
 
 def should_rationalize(problem: Problem, n: int, share: float) -> bool:
@@ -245,7 +245,7 @@ def training_examples(arm: Arm, loop: VariantConfig, kept: list[Rollout], n: int
 
 
 def train(arm: Arm, loop: VariantConfig, start: Model, examples: list[Example], n: int) -> tuple[Model, dict[str, Any]]:
-    """Fine-tunes `start` for S_n updates, with fresh optimiser moments; returns it and columns of its metrics row."""
+    """Fine-tunes `start` for S_n updates, with fresh optimiser moments; returns the new model and its metrics."""
     ctx, settings = arm.ctx, arm.ctx.settings.train
     rows = len(pack_rows(examples, settings, start.config)["mask"])  # several examples share a packed row
     steps = steps_for(loop.steps, n, rows, settings.batch_size)
@@ -254,7 +254,7 @@ def train(arm: Arm, loop: VariantConfig, start: Model, examples: list[Example], 
         cap, why = int(most), f"(loop.max_epochs={loop.max_epochs})"
         ctx.say(f"[yellow]only {len(examples)} examples in {rows} rows: {cap} steps instead of {steps} {why}")
         steps = cap
-    # A model from scratch has no few-shot hints: without hinted rows in its batches it unlearns to rationalise.
+    # A model from scratch has no few-shot hints: without hinted rows in its batches it forgets how to rationalise.
     seeds = ctx.hinted_seeds() if loop.seed_share else []
     seed = stable_seed(ctx.seed, arm.name, n, "train")
     label: dict[str, Any] = {"arm": arm.name, "iteration": n}

@@ -14,7 +14,7 @@ The rows of the paper's table 1 are settings of this loop, see `PRESETS`.
 Deviations from the paper:
 1. `temperature` is 0.7: the paper does not give one.
 2. D_pref is capped per problem, see `preference_data`.
-3. `cap_per_problem` limits a problem's correct solutions in D_GEN to those that were sampled most often (default: off).
+3. `cap_per_problem`: of a problem's samples in D_GEN, G is trained on the most frequent alone (default: off).
 4. Additions: verifiers in every iteration, ORM and PRM verifiers trained on the same D_VER, and generators trained on
    pairs by Iterative RPO (arXiv 2404.19733).
 """
@@ -83,7 +83,7 @@ class VStarConfig(star.VariantConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Supervision(Settings):
-    """D_SFT. A config's `sft` section."""
+    """D_SFT, and the training of G_SFT on it. A config's `sft` section."""
 
     problems: int | None = bounded(None, ge=1)  # with human solutions; None: all of the training set
     steps: str = "epochs:2:0"  # of G_SFT (2 epochs on GSM8K, 3 on MBPP)
@@ -178,7 +178,7 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
             if loop.update == "rpo":
                 generator, trained = train_on_pairs(arm, loop, generator, rollouts, n)
             elif loop.retrain:
-                # Human solutions stand outside the cap: with a count of 1 they would be the first to be dropped.
+                # Human solutions are exempt from the cap: with a count of 1 they would be the first to be dropped.
                 human = [s for s in d_gen if s.source == "human"] if loop.include_sft_data else []
                 # The model's own counts: a sample that equals a human solution is merged into that one in D_GEN.
                 found = data.read_buffer(arm.folder / "d_gen", range(1 if loop.accumulate else n, n + 1))
@@ -200,7 +200,7 @@ def outer_loop(arm: Arm, loop: VStarConfig, base: Model, sft: Model, d_sft: list
         if verifiers and n < loop.n_iters:
             measure(arm, generator, sft, verifiers, n)
     if loop.n_iters and generator is sft and not verifiers:
-        arm.stop(n, "no generator was trained, and no verifier", idle=True)
+        arm.stop(n, "neither a generator nor a verifier was trained", idle=True)
     # ---- test: select among k samples of G_T by V
     measure(arm, generator, sft, verifiers, n)
     arm.finish(sft)
@@ -243,7 +243,7 @@ def retrain(
 ) -> tuple[Model, dict[str, Any]]:
     """G <- SFT(G_base, solutions); with too few rows the generator stays."""
     ctx = cast(VStarContext, arm.ctx)
-    # Sampled token ids are trained on as they are; encoding the text anew may split it otherwise.
+    # Sampled token ids are trained on as they are; encoding the text anew may split it differently.
     rows = [to_example(ctx.tokenizer, ctx.training_prompt(s.prompt), s.completion, s.tokens) for s in solutions]
     rows = ctx.fitting(rows)
     if len(rows) < max(1, loop.min_kept):

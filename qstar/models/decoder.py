@@ -32,10 +32,10 @@ def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
     c = config
     keys = jax.random.split(key, 4)
     x, ids = jnp.zeros((1, c.hidden_size)), jnp.zeros((1,), jnp.int32)
-    (turns, *_) = layer_tables(c, ids)
+    (rope, *_) = layer_tables(c, ids)
     params: Params = {
         "embed": Embed(c.vocab_size, c.hidden_size, c.init_std).init(keys[1], ids)["params"],
-        "layers": jax.vmap(lambda k: Block(c).init(k, x, turns, None, (), ids)["params"])(
+        "layers": jax.vmap(lambda k: Block(c).init(k, x, rope, None, (), ids)["params"])(
             jax.random.split(keys[0], c.num_layers)
         ),
         "final_norm": _norm(c).init(keys[0], x)["params"],
@@ -147,8 +147,8 @@ def _of_layer(kind: Any, tables: Sequence[RopeTables | None], mask: Mask, segmen
             return mask
         return jnp.where(near, mask.near, mask.full) if isinstance(near, Array) else mask[near]
 
-    turns = tables[table] if isinstance(table, int) else jax.tree.map(lambda *x: jnp.stack(x)[table], *tables)
-    return turns, pick(mask), [s._replace(mask=pick(s.mask)) for s in segments]
+    rope = tables[table] if isinstance(table, int) else jax.tree.map(lambda *x: jnp.stack(x)[table], *tables)
+    return rope, pick(mask), [s._replace(mask=pick(s.mask)) for s in segments]
 
 
 def unstack(layers: Params, config: ModelConfig) -> list[Params]:
@@ -172,7 +172,7 @@ def run(
 
 
 def head(params: Params, config: Any) -> Head:
-    """Returns the vocabulary's product of a decoder or an encoder-decoder."""
+    """Returns the output projection of a decoder or an encoder-decoder."""
     found = _head(config).apply({"params": params.get("head", {})}, params["embed"]["table"])
     return Head(*cast(tuple[Array, Array | None], found), config.final_softcap)
 

@@ -238,7 +238,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Array,
-        turns: RopeTables | None,
+        rope: RopeTables | None,
         mask: Mask,
         past: Sequence[Segment | Shared | RingKVCache] = (),
         positions: Array | None = None,
@@ -246,7 +246,7 @@ class Block(nn.Module):
         """Runs the block.
 
         Args:
-          x: [T, D]. turns: tables of rotary positions. mask: [T, T] of the tokens among themselves.
+          x: [T, D]. rope: tables of rotary positions. mask: [T, T] of the tokens among themselves.
           past: segments [G, C, K], of which the last may be a `RingKVCache` (then T = 1, and `mask` is the ring's).
           positions: [T], which only relative biases need.
 
@@ -265,8 +265,8 @@ class Block(nn.Module):
         # Before the rotation, as in Qwen3.
         if c.qk_norm:
             q, k = rms(name="q_norm")(q), rms(name="k_norm")(k)
-        if turns is not None:
-            q, k = apply_rope(q, turns, c), apply_rope(k, turns, c)
+        if rope is not None:
+            q, k = apply_rope(q, rope, c), apply_rope(k, rope, c)
         k, v = rearrange(k, "t g k -> g t k"), rearrange(v, "t g k -> g t k")
         key_positions: Any = positions
         ring = past[-1] if past else None

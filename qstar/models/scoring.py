@@ -254,11 +254,11 @@ def score_tokens(
 ) -> list[Any]:
     """Returns `score(params, config, tokens, mask, read, shared)` on the tokens of each completion, arrays of [B, T].
 
-    The column of a token is the one before it. A decoder reads a prompt of several completions once for as many of them as
-    a row holds (see `hidden_states`).
+    A token's score is in the column before it. A decoder reads a prompt of several completions once for as many of
+    them as a row holds (see `hidden_states`).
 
     Args:
-      score: may return a pytree of arrays; so is then each completion's result. encdec_score: that of encoder-decoders.
+      score: may return a pytree of arrays; then each result is one, too. encdec_score: that of encoder-decoders.
       unread: tokens at the end of a row that `score` does not feed to the model.
     """
     if isinstance(prompts, str) or isinstance(completions, str):
@@ -271,7 +271,7 @@ def score_tokens(
     out: list[Any] = [np.zeros(0, np.float32)] * len(pairs)
     rows = [[i] for i in range(len(pairs))] if encdec_ else _rows(pairs)
     sizes = [len(pairs[row[0]][0]) - 1 + sum(1 + len(pairs[i][1]) for i in row) - unread for row in rows]
-    # Lone pairs apart, since kernels of attention take them.
+    # Lone pairs apart: attention kernels support their causal masks.
     for shared in (False, True):
         some = [k for k, row in enumerate(rows) if (len(row) > 1) == shared]
         for length, chunk in _chunks([sizes[k] for k in some]):
@@ -369,7 +369,7 @@ def _encode_pair(model: Model, i: int, prompt: Any, completion: Any, unread: int
 
 
 def power_of_two(n: int) -> int:
-    """Returns the next power of two, at least 1."""
+    """Returns the smallest power of two >= n."""
     return 1 << max(0, n - 1).bit_length()
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary's product and what is computed from its logits, a chunk of tokens at a time.
+"""The output projection and what is computed from its logits, a chunk of tokens at a time.
 
 Fine-tuning, scoring, thoughts, RL and distillation get logits here: no large array [B, T, V] exists.
 """
@@ -20,11 +20,11 @@ from qstar.models.prefix_attention import soft_cap
 CHUNK_BYTES = 8 * 2**20
 # Tokens: with fewer, reading and writing the kernel and its gradient costs more than the products.
 MIN_CHUNK = 512
-LEAST_CHUNKS, LEAST_TOKENS = 4, 128  # of a batch some of whose chunks can be skipped, and of each of them
+LEAST_CHUNKS, LEAST_TOKENS = 4, 128  # if chunks can be skipped: so many, of so many tokens each
 
 
 class Head(NamedTuple):
-    """The vocabulary's product: logits of a state h are c tanh(h W / c) + b, or h W + b without a soft cap c."""
+    """The output projection: logits of a state h are c tanh(h W / c) + b, or h W + b without a soft cap c."""
 
     kernel: jax.Array  # W [D, V]
     bias: jax.Array | None = None  # b [V]
@@ -32,7 +32,7 @@ class Head(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Of every token, float32 of the targets' shape."""
+    """Scores of every token, float32 of the targets' shape."""
 
     logprobs: jax.Array
     hits: jax.Array  # 1 where no id is more probable than the target
@@ -120,7 +120,7 @@ def map_chunks(
     Args:
       hidden: [..., D]. arrays: with the same leading axes, which the results have, too.
       keep_one: do not compute the logits of a lone chunk again in the backward pass.
-      read: [...] 0 for tokens whose results are not read: those of whole chunks of them are 0, and not computed.
+      read: [...] 0 for tokens whose results are not read: whole chunks of them are not computed, and give 0.
     """
     lead = hidden.shape[:-1]
     flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in (hidden, *arrays, *(() if read is None else (read,)))]

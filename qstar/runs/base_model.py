@@ -2,7 +2,7 @@
 
 A model from scratch has no few-shot ability, so seed rows stand in for pretraining and prompts: gold scratchpads,
 mostly short ones, plain and with the answer as a hint. Without hinted rows the model could not rationalise. Gates
-check, before any loop is paid for, that the base model is in the range where the experiment is informative.
+check, before any loop runs, that the base model is in the range where the experiment is informative.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def checked(ctx: RunContext, loops: Collection[Any]) -> Model:
         ctx.task = formatted(ctx.task, ctx.tokenizer, ctx.prompt_format)
     else:
         # A model from scratch reads neither instructions nor examples: its prompts are those of its seed rows.
-        asked = ctx.prompt_format.format
-        require((asked in ("auto", "plain"), f"config.task.format={asked} is for pretrained models; leave it out"))
+        given = ctx.prompt_format.format
+        require((given in ("auto", "plain"), f"config.task.format={given} is for pretrained models; leave it out"))
         seed_examples(ctx)
     _check_trainable(ctx, start, loops)
     _check_room(ctx, start, loops)
@@ -164,7 +164,7 @@ def architecture(ctx: RunContext) -> Model:
     model = loaded_or_random(ctx, char_tokenizer(ALPHABET, pad=PAD, eos=EOS))
     path = ctx.config.model.get("path")
     if path and model.tokenizer is None:
-        raise UserError(f"config.model.path={path}: STaR needs a tokenizer, and this folder has no tokenizer files")
+        raise UserError(f"config.model.path={path}: runs need a tokenizer, and this folder has none of its files")
     assert model.tokenizer is not None
     ctx.tokenizer = model.tokenizer
     return model
@@ -190,7 +190,7 @@ def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer | None = None) -> Mod
 
 
 def show_parameters(ctx: RunContext, model: Model) -> None:
-    """Prints the parameter table : path, shape, sharding, bytes per device."""
+    """Prints the parameter table: path, shape, sharding, bytes per device."""
     if not distributed.is_first():
         return
     if ctx.mesh is not None:

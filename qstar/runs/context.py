@@ -63,12 +63,12 @@ class RunContext(Screen):
 
     @functools.cached_property
     def task(self) -> Task:
-        """The task of the config. It is made at first use: a run can be exported where its task's file has gone."""
+        """The task of the config. It is made at first use: a run can be exported where its task's file is gone."""
         return self._prompted[0]
 
     @functools.cached_property
     def prompt_format(self) -> PromptFormat:
-        """The prompt format of `task`, which becomes a view in it once the tokenizer is known."""
+        """The format that `base_model.checked` puts `task` in once the tokenizer is known."""
         return self._prompted[1]
 
     @functools.cached_property
@@ -263,7 +263,7 @@ class Arm:
     def stop(self, n: int, reason: str, idle: bool = False) -> None:
         """Ends the arm early, with the reason and the number of loops that made a model in status.json.
 
-        `idle`: the loops have trained no model; without this, an arm is idle that stops in its first loop.
+        `idle`: the loops have trained no model; an arm that stops in its first loop is idle in any case.
         """
         self.ctx.say(f"[yellow]{self.name} stopped in {self.unit} {n}: {reason}")
         if idle or not any(self._scores):  # 0 is the base

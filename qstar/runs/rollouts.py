@@ -32,7 +32,7 @@ class SampleSettings(Settings):
     max_new_tokens: int = bounded(96, ge=1)
     temperature: float = bounded(
         0.0, ge=0, le=MAX_TEMPERATURE, note="0: greedy"
-    )  # the release: top_p .9 at temperature .01, near greedy
+    )  # STaR's code: top_p .9 at temperature .01, near greedy
     top_k: int = bounded(0, ge=0, note="0: off")
     top_p: float = bounded(1.0, gt=0, le=1)
     slots: int | None = bounded(None, ge=1)

@@ -24,7 +24,7 @@ class Evaluation(Settings):
     """What the model of every loop is evaluated on. A config's `evaluate` section."""
 
     split: str = bounded("test", choices=SPLITS)
-    limit: int = bounded(0, ge=0)  # first so many problems (0: all) of every split, of the final test too
+    limit: int = bounded(0, ge=0)  # number of problems (0: all) of every split, the final test included
     hinted: bool = False  # also with the answer as a hint
 
 

@@ -88,7 +88,7 @@ class UpdateSettings(Settings):
         return optim.adamw(b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, clip=self.clip)
 
     def through(self, loss: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the loss of what trains: itself, or as a function of adapters."""
+        """Returns the loss as a function of what trains: all parameters, or adapters."""
         return lora.through(loss, self.lora.scale) if self.lora_rank else loss
 
 
@@ -117,7 +117,7 @@ class Stage:
     data: str = ""  # a hash of the training data (`folder.data_hash`)
 
 
-# Settings that do not change the trained parameters, left out of made_with.json: a finished stage is valid for others.
+# Settings that do not change the trained parameters, left out of made_with.json: changing them keeps a finished stage.
 FREE = ("save_every", "log_every", "log_completions", "max_bad", "transfer_guard")
 # Metrics of the machine, left out of summaries: a resumed stage writes the same bytes.
 MACHINE = ("seconds", "tokens_per_second", "mfu", "recompiles", "memory")
@@ -141,7 +141,7 @@ def train_stage(
     """Trains a copy of `start` and returns the new model with a summary; a finished stage is only loaded.
 
     Args:
-      step_at: the update (`make_step`) of a step. batch_at: the host's rows of a step.
+      step_at: the update (`make_step`) of a step. batch_at: all rows of a step, on the host.
       frozen: parameters by role that the loss reads beside `policy` (a teacher): no copy of them is made or saved.
       watch: called with (step, policy) at every log and where a resumed run starts; True from it ends the stage early.
       choose: is given the last parameters and the summary, and returns those that are kept.
@@ -235,7 +235,7 @@ def run_updates(
     rates = np.asarray(jax.vmap(lr_at)(np.arange(stage.steps))) if stage.steps else np.zeros(0)
     opened = Checkpoints(stage.folder / "training", before=stage.writer.flush)
     with contextlib.ExitStack() as ends, contextlib.closing(opened) as checkpoints:
-        # In a bucket rows wait: that of the last checkpoint, too, when SIGTERM ends the run.
+        # Rows for a bucket are buffered: flush the last ones, too, when SIGTERM ends the run.
         ends.callback(stage.writer.flush)
         how = {"log_every": s.log_every, "save_every": s.save_every, "max_bad": s.max_bad, **how}
         how |= {"steps": stage.steps, "checkpoints": checkpoints, "watch": Watch(flops_of, s.transfer_guard)}
@@ -252,7 +252,7 @@ def _train(start, stage, tx, step_at, batch_at, frozen, watch, how):
     bound = functools.cache(lambda step: functools.partial(step, frozen=frozen) if frozen else step)
     how = {"mesh": start.mesh, "flops_of": counts, **how}
     updates = run_updates({"policy": start.params}, stage, tx, lambda n: bound(step_at(n)), batch_at, **how)
-    # A generator that an exception leaves is closed by the garbage collector, its checkpoints too late.
+    # Closed here: after an exception the garbage collector would close the checkpoints too late.
     with contextlib.closing(updates):
         for at, lr in updates:
             policy, last = at.state.params["policy"], at.step
@@ -263,7 +263,7 @@ def _train(start, stage, tx, step_at, batch_at, frozen, watch, how):
             if stage.progress is not None:
                 stage.progress(at.step, at.metrics)
             if watch is not None:
-                # `watch` may evaluate for long: SIGTERM interrupts it, after the state is saved.
+                # `watch` may evaluate for long: SIGTERM interrupts it, and the state is saved.
                 with at.interruptible():
                     ends = watch(at.step, policy)
                 if ends:
@@ -293,7 +293,7 @@ def merge_adapters(start: Model, adapters: Params, settings: lora.Lora, folder: 
 
 
 def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:
-    """Returns what is trained in place of the parameters: fresh adapters, and a value head whole."""
+    """Returns what is trained in place of the parameters: fresh adapters, and the whole value head."""
     # `check_trainable` refuses adapters of a T5.
     assert isinstance(start.config, ModelConfig)
     fresh = lora.init(start.config, settings, jax.random.fold_in(tree.random_key(seed), 1))

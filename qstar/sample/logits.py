@@ -89,7 +89,7 @@ def filter_top_k_top_p(logits: jax.Array, sampling_params: SamplingParams) -> ja
 
 
 def threshold(x: jax.Array, weights: jax.Array, mass: jax.Array) -> jax.Array:
-    """Returns the largest t such that the entries x >= t weigh at least `mass` (the least of x, if all of them do not).
+    """Returns the largest t such that the entries x >= t weigh at least `mass` (the least of x, if all weigh less).
 
     In plain terms, for weights of 1: `jnp.sort(x)[-mass]`.
     """

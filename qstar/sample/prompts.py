@@ -14,7 +14,7 @@ from qstar.sample.logits import SamplingParams
 from qstar.text.chat import PROMPTS, as_text, is_messages, text_or_ids
 from qstar.text.tokenizer import Tokenizer
 
-LEAST_SHARED = 64  # tokens that all prompts begin with, from which they are run once although no prefix is named
+LEAST_SHARED = 64  # from so many common leading tokens on, they are prefilled once without a named prefix
 
 
 @dataclasses.dataclass(frozen=True)

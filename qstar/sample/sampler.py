@@ -195,7 +195,8 @@ def decode(
 ) -> SampleState:
     """Decodes until no more than `min_active_rows` rows are active, or for `max_steps` steps.
 
-    Args: cancel: [B] bool, rows that the host has ended (a stop string).
+    Args:
+      cancel: [B] bool, rows that the host has ended (a stop string).
       min_active_rows: 0 runs to the end of every row; more ends early, so that freed slots can be refilled.
     """
     state = state.replace(active=state.active & ~cancel)

@@ -62,7 +62,7 @@ def majority_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
 
 
 def right_shares(answers: Sequence[str | None], correct: Sequence[bool]) -> dict[str, float]:
-    """Returns the share of right samples under each answer that has any; nearly always 1, of one answer."""
+    """Returns, for each answer with a right sample, the share of its right samples (nearly always 1)."""
     counts = collections.Counter(a for a in answers if a is not None)
     right = collections.Counter(a for a, z in zip(answers, correct) if z and a is not None)
     return {a: n / counts[a] for a, n in right.items()}

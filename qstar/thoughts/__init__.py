@@ -1,1 +1,1 @@
-"""Quiet-STaR (arXiv 2403.09629): thoughts after every position of a text, exact, and never a copied key."""
+"""Quiet-STaR (arXiv 2403.09629): parallel thoughts at the positions of a text, their loss, generation."""

@@ -76,7 +76,7 @@ def generate(
 
     Args:
       thoughts: a config, or True for the model's own; `temperature` is that of the thoughts (0: greedy, as the paper
-        evaluates). Its forbidden ids are not written either, except the EOS.
+        evaluates). Its forbidden ids are not written either, except stop ids.
       options: see `sample.batching.SamplingOptions`.
 
     Returns:

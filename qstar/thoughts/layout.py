@@ -150,7 +150,7 @@ def spread(positions: jax.Array, length: int) -> tuple[jax.Array, Any, Any]:
       positions: [B, M] int32.
 
     Returns:
-      Positions [B, M'], M' >= M, padded with the last one, which predicts nothing; the index in 0 .. M - 1 that gives
+      Positions [B, M'], M' >= M, padded with length - 1, which predicts nothing; the index in 0 .. M - 1 that gives
       an array of theirs the same order; and the index in 0 .. M' - 1 that undoes it. Both are a slice of everything
       where nothing is to be split.
     """

@@ -21,7 +21,7 @@ from qstar.types import Batch, Params
 
 
 class Scores(NamedTuple):
-    """Of the token after each position (float32 unless said otherwise); P thoughts per position, M positions."""
+    """Scores of the token after each position (float32 unless said otherwise); P thoughts per position, M positions."""
 
     base_nll: jax.Array  # [B, M] in nats, without a thought
     base_hit: jax.Array  # [B, M] bool: no token is more probable

@@ -27,7 +27,7 @@ def sample(
     passes: int | None = None,
     temperature: float | jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Samples thoughts after a base pass, without forbidden ids (paper, algorithm 1; official code: iterations 1 .. A-2).
+    """Samples thoughts after a base pass, without forbidden ids (paper, algorithm 1; official code: iterations 1 .. S).
 
     Args:
       params: a decoder's tree with `thoughts`. config: with `thoughts`. batch: rows [B, N]; texts: `forward.read` of it.

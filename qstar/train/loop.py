@@ -33,12 +33,12 @@ class Progress(NamedTuple):
 
     step: int
     state: TrainState
-    metrics: dict[str, float]  # means over the steps since the last Progress; seconds and tokens per second with them
+    metrics: dict[str, float]  # means since the last Progress (`skipped`: a sum), seconds per step, tokens per second
     save: Callable[[], None] = lambda: None  # saves a checkpoint of this step, unless there is one
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Around long work of the caller's between two updates: SIGTERM interrupts it, after saving."""
+        """Wraps the caller's long work between updates: SIGTERM interrupts it, and the state is saved."""
         try:
             with preemption.released():
                 yield
@@ -156,7 +156,7 @@ class _Fit:
                     self.require_learnt(done)
                 if logs or ends:
                     seconds = time.perf_counter() - self.since
-                    # `watch` counts the FLOPs of this process alone.
+                    # `watch` has no FLOPs from before the resume.
                     means = _means(self.window, seconds + self.before) | watch.report(seconds)
                     self.window, counted, self.since, self.before = [], 0, time.perf_counter(), 0.0
                     yield Progress(done, self.state, means, functools.partial(self.save_now, done))

@@ -125,7 +125,7 @@ def test_an_arm_that_trains_no_generator_and_no_verifier_fails_the_run(tmp_path,
     ctx = context_of(tmp_path, "verification")
     arm = go(ctx)
     with pytest.raises(
-        TrainingFailed, match="no arm has trained a model: arm arm: no generator was trained, and no verif"
+        TrainingFailed, match="no arm has trained a model: arm arm: neither a generator nor a verif"
     ):
         ctx.close()
     found = json.loads((arm.folder / "status.json").read_text())
