@@ -38,7 +38,7 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
 }  # fmt: skip
 TODAY = {  # packages above their limit: a limit that only falls, but for what a new feature needs
     "": 2162, "commands": 596, "data": 895, "models": 5072, "tasks": 4777, "text": 756, "thoughts": 1453,
-    "train": 2081, "sample": 1112, "runs": 2383, "methods": 6395, "report": 2827, "plan": 2330, "bench": 1138,
+    "train": 2081, "sample": 1113, "runs": 2383, "methods": 6395, "report": 2827, "plan": 2330, "bench": 1138,
 }  # fmt: skip
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
