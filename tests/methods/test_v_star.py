@@ -124,9 +124,7 @@ def test_an_arm_that_trains_no_generator_and_no_verifier_fails_the_run(tmp_path,
     monkeypatch.setattr(v_star.data, "build_pairs", lambda *_: [])
     ctx = context_of(tmp_path, "verification")
     arm = go(ctx)
-    with pytest.raises(
-        TrainingFailed, match="no arm has trained a model: arm arm: neither a generator nor a verif"
-    ):
+    with pytest.raises(TrainingFailed, match="no arm has trained a model: arm arm: neither a generator nor a verif"):
         ctx.close()
     found = json.loads((arm.folder / "status.json").read_text())
     assert found["status"] == "stopped" and (arm.folder / "selection" / "iter_001.json").exists()
