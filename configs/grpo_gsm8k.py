@@ -30,7 +30,7 @@ where the base solves .39 of the test problems with shorter answers, and RFT gai
 star_gsm8k:svamp. Base and last model answer the 300 test problems, greedily; none is chosen. Reported and judged as above.
 20 updates at 5e-5 were planned first. A run of 10 was ended after its first update: the base solved .400 of the test
 problems, and responses have 200 tokens. On two cores of 115 GFLOP/s 32 of them take 165 s; the log-probabilities of 8 under
-one model take 30 s, a gradient step on 8 takes 63 s: 11 minutes for an update.
+one model take 31 s, a gradient step on 8 takes 65 s: 11 minutes for an update.
 """
 
 from qstar.configs.common import parse_arg, rl_config, svamp_task, task_files

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -115,11 +116,8 @@ def reinforce(
     settings = ReinforceSettings(**rest)
     model = model if isinstance(model, Model) else load(model)
     environment = PromptEnvironment(model, prompts, terms, records, count, seed, stop)
-    with (
-        tempfile.TemporaryDirectory(prefix="qstar-rl-")
-        if workdir is None
-        else contextlib.nullcontext(workdir) as folder
-    ):
+    temporary = functools.partial(tempfile.TemporaryDirectory, prefix="qstar-rl-")
+    with temporary() if workdir is None else contextlib.nullcontext(workdir) as folder:
         return _train(model, environment, rl, settings, seed, as_path(folder))
 
 
