@@ -19,7 +19,7 @@ problems instead of two on all, because the rest would take two cores more than 
 pass over the 374 training solutions; one iteration of 4 samples for each of 200 problems; then a DPO verifier and an
 ORM on the same labelled samples (`pairs.per_problem` 2). Test: 16 candidates for each of the first 150 test problems,
 the same ones for every rule. On a machine without instructions for bfloat16: float32 (`--config.model.dtype=float32`;
-products with the vocabulary take half the time there). Two cores of 115 GFLOP/s take some six hours for this. With two
+products with the vocabulary take half the time there). By an estimate two cores of 115 GFLOP/s take six hours. For two
 hours there: 100 problems, 8 candidates, fewer updates (`--config.loop.problems_per_iter=100 --config.select.samples=8
 --config.sft.steps=lin:16:0 --config.loop.steps=lin:24:0 --config.dpo.steps=40 --config.orm.steps=30`), and the table says
 so; chosen when a first run had shown G_SFT's greedy pass@1 alone (.360 of 150). Reported: pass@1, pass@k, majority of 16

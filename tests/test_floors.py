@@ -37,8 +37,8 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
     "runs": 1750, "methods": 3790, "report": 1435, "plan": 1010, "bench": 600, "commands": 0,
 }  # fmt: skip
 TODAY = {  # packages above their limit: a limit that only falls, but for what a new feature needs
-    "": 2162, "commands": 596, "data": 895, "models": 5072, "tasks": 4777, "text": 756, "thoughts": 1453,
-    "train": 2081, "sample": 1113, "runs": 2383, "methods": 6395, "report": 2827, "plan": 2330, "bench": 1138,
+    "": 2162, "commands": 596, "data": 895, "models": 5067, "tasks": 4777, "text": 756, "thoughts": 1453,
+    "train": 2081, "sample": 1113, "runs": 2383, "methods": 6393, "report": 2827, "plan": 2330, "bench": 1138,
 }  # fmt: skip
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}

@@ -179,7 +179,7 @@ def save_adapters(
         tensors[f"{_PREFIX}score.{part}"] = np.ascontiguousarray(np.asarray(leaf, np.float32).T)
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    name, revision = split_revision(str(base)) if str(base) else ("", None)
+    name, revision = split_revision(str(base))
     written = {
         "peft_type": "LORA",
         "task_type": "TOKEN_CLS" if config.value_head else "CAUSAL_LM",

@@ -101,13 +101,8 @@ def load(
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         check_vocabulary(config, tokenizer, str(folder))
-    return Model(
-        config,
-        hf.read_params(folder, config, mesh),
-        tokenizer,
-        mesh,
-        os.fspath(path) + (f"@{revision}" if revision else ""),
-    )
+    source = os.fspath(path) + (f"@{revision}" if revision else "")
+    return Model(config, hf.read_params(folder, config, mesh), tokenizer, mesh, source)
 
 
 def _compute_dtype(raw: dict[str, Any], dtype: Any) -> str:

@@ -214,7 +214,7 @@ def test_logits_of_tokens_without_a_weight_are_not_computed():
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("count, live", [(700, 0), (700, 70), (700, 300), (700, 700), (512, 200)])
 def test_scores_of_the_tokens_that_are_read_are_those_of_all(count, live, entropy):
-    """Their gradients, too; of 512 tokens the logits with entropies are kept for the backward pass."""
+    """Their gradients, too."""
     hidden, kernel, bias, targets, read = scattered(count, live)
 
     def scores(hidden, kernel, r):
