@@ -192,6 +192,76 @@ def test_one_refused_prompt_does_not_end_the_run(reply, at, status, tmp_path):
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 63  # asked again by the next run
 
 
+FILTERED = {"text": "", "finish_reason": "content_filter"}
+
+
+@pytest.mark.parametrize("bad, says", [
+    ((500, CONTEXT.encode()), "HTTP 500 .*longer context"), ((200, {"error": {"code": 400, "message": CONTEXT}}), "HTTP 200 .*longer context"),
+    ((500, b"input is too large to process. increase the physical batch size"), "shorten the prompts"),
+    ((400, {"error": {"code": "content_filter"}}), "its content filter"), ((403, b"your input was flagged"), "its content filter"),
+    ((200, {"choices": []}), "0 choices for 1 prompts.*content filter"),
+    ({"text": None}, "has no text.*content filter"), (FILTERED, "has no text.*content filter"), (None, "half a surrogate pair"),
+])  # fmt: skip
+def test_one_prompt_that_gets_no_answer_does_not_end_the_run(reply, bad, says, tmp_path):
+    prompts, requests = [f"p{i}" for i in range(200)], []
+    prompts[70] = "bad" if bad else "\ud83d"
+
+    def answer(ps):
+        requests.append(ps)
+        if "bad" in ps and isinstance(bad, tuple):
+            return bad
+        return 200, {"choices": [c | bad if p == "bad" else c for p, c in zip(ps, replies(ps)["choices"])]}
+
+    ask, began = A.Cached(reply(answer, retries=4), tmp_path / "a.jsonl"), time.monotonic()
+    with pytest.warns(QstarWarning, match=f"refused 1 of 200 prompts.*{says}"):
+        found = ask.answer(prompts)
+    assert [a.text for a in found] == ["" if i == 70 else f"to p{i}" for i in range(200)]
+    assert len(requests) <= 16 and time.monotonic() - began < 8  # 13 of them bisect a batch; none is tried again
+    again = A.Cached(ask.inner.replace(), tmp_path / "a.jsonl")  # asks that prompt alone
+    with pytest.warns(QstarWarning, match="refused 1 of 200 prompts"):
+        assert again.answer(prompts) == found and again.answered == 1
+
+
+@pytest.mark.parametrize("bad", [(400, b"logprobs?"), (500, CONTEXT.encode()), (200, {"choices": []}), {"text": None}])
+def test_an_endpoint_that_refuses_all_prompts_is_noticed_at_once(reply, bad):
+    requests = []
+
+    def answer(ps):
+        requests.append(ps)
+        return bad if isinstance(bad, tuple) else (200, {"choices": [bad] * len(ps)})
+
+    with pytest.warns(QstarWarning) as told, pytest.raises(UserError, match=r"refused 5 of 10000 prompts \(.*\); "):
+        reply(answer).answer(["p"] * 10_000)
+    assert len(requests) < 20 and len(told) == 4
+
+
+@pytest.mark.parametrize("status, content, says", [
+    (429, {"error": {"code": "insufficient_quota"}}, "is failing after 1 attempts .HTTP 429 .*insufficient_quota.*; its rate limit or quota"),
+    (429, b"too many tokens per minute: prompts are too long", "; its rate limit or quota"),
+    (500, b"CUDA error", "is failing after 1 attempts .HTTP 500 .*CUDA error.; the server is there, but fails; see its log"),
+    (503, b"loading", "HTTP 503 .*loading.; a server is there, but not the model"), (504, b"context deadline exceeded", "HTTP 504 .*; a server is there"),
+    (200, {"error": {"message": "model overloaded"}}, "is failing after 1 attempts .HTTP 200 .*model overloaded.*see its log"),
+    (200, {"error": "no such key"}, "no such key"),
+    (200, {"error": {"message": "busy", "code": 5}}, "is failing after .*busy"), (200, {"error": {"code": 401}}, "OPENAI_API_KEY"),
+    (400, b"logprobs is not supported", "it must take logprobs=1"), (400, b"prompt must be a string", "unless batch=1, lists of prompts"),
+    (200, {"choices": [{"text": "x"}]}, "holds 1 choices for 2 prompts; if it takes no lists of prompts, set batch=1"),
+])  # fmt: skip
+def test_a_fault_of_the_endpoint_says_which(reply, status, content, says):
+    with pytest.raises(UserError, match=says) as e:
+        reply(lambda ps: (status, content), retries=0).answer(["p"] * (2 if "2 prompts" in says else 1))
+    assert "\n" not in str(e.value) and "the url" not in str(e.value)
+
+
+def test_an_error_in_a_good_reply_is_tried_again(serve):
+    server = serve([{"error": {"message": "overloaded"}}])
+    assert client(server).answer(["x 1 Answer:"])[0].text == "1" and len(server.bodies) == 2
+
+
+def test_a_server_without_lists_of_prompts_is_asked_one_by_one(reply):
+    ask = reply(lambda p: (200, {"choices": [{"text": f"to {p}"}]}) if isinstance(p, str) else (400, b""), batch=1)
+    assert [a.text for a in ask.answer(["p", "q"])] == ["to p", "to q"]
+
+
 @pytest.mark.parametrize("status, words", [
     (400, "refused 1 of 1 prompts.*longer context"), (401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "model's name and the url"),
     (413, "shorten the prompts"), (422, "longer context"),
@@ -206,6 +276,12 @@ def test_many_refused_prompts_end_the_run(reply):
     ask = reply(lambda ps: (400, CONTEXT.encode()) if any(len(p) > 9 for p in ps) else (200, replies(ps)))
     with pytest.warns(QstarWarning), pytest.raises(UserError, match="refused 2 of 64 prompts"):
         ask.answer(["p"] * 62 + ["p" * 10, "p" * 11])
+
+
+def test_refused_prompts_within_the_share_do_not_end_the_run(reply):
+    ask = reply(lambda ps: (400, CONTEXT.encode()) if any(len(p) > 9 for p in ps) else (200, replies(ps)))
+    with pytest.warns(QstarWarning, match="refused 6 of 1000 prompts"):
+        assert ask.answer(["p"] * 994 + ["p" * 10] * 6)[993:] == [A.Answer("to p", 0.0, 0)] + [A.UNANSWERED] * 6
 
 
 def drip(out):
