@@ -33,7 +33,7 @@ from qstar.models.hf import write_json
 from qstar.models.hf_names import Row, abstract_params, name_map
 from qstar.models.hub import split_revision
 from qstar.models.layers import with_adapters
-from qstar.models.weight_files import DTYPES, read_json
+from qstar.models.weight_files import _WRAPPERS, DTYPES, FORMATS, read_json
 from qstar.types import Params
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -117,7 +117,8 @@ def through(loss: Callable[..., Any], scale: float) -> Callable[..., Any]:
 
 # ---------------------------------------------------------------------------------------------------- PEFT's files
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_MERGE = "merge it into its base model with PEFT (`merge_and_unload`) and load that"
 _PREFIX = "base_model.model."
 _RANK, _ALPHA = fields.WIDTH, fields.number(1e-6, 1e6)
 _MODULES = fields.Field(
@@ -203,14 +204,13 @@ def save_adapters(
 def _check_settings(raw: dict[str, Any], where: str) -> None:
     """Raises UserError where PEFT would compute anything but x W + scale (x A) B, or a value is of a wrong type."""
     kind = raw.get("peft_type")
-    merge = "merge it into its base model with PEFT (`merge_and_unload`) and load that"
-    require((kind == "LORA", f"{where}: peft_type {kind!r} is not LORA, which alone is read; {merge}"))
+    require((kind == "LORA", f"{where}: peft_type {kind!r} is not LORA, which alone is read; {_MERGE}"))
     for key in _OTHER:
-        require((not raw.get(key), f"{where}: {key}={str(raw.get(key))[:60]} is more than plain LoRA; {merge}"))
+        require((not raw.get(key), f"{where}: {key}={str(raw.get(key))[:60]} is more than plain LoRA; {_MERGE}"))
     start = raw.get("init_lora_weights", True)
     require(
-        (start in _PLAIN_STARTS, f"{where}: init_lora_weights={start!r} changes the base weights, too; {merge}"),
-        (raw.get("bias", "none") == "none", f"{where}: bias={raw.get('bias')!r} trains biases, too; {merge}"),
+        (start in _PLAIN_STARTS, f"{where}: init_lora_weights={start!r} changes the base weights, too; {_MERGE}"),
+        (raw.get("bias", "none") == "none", f"{where}: bias={raw.get('bias')!r} trains biases, too; {_MERGE}"),
     )
     fields.check(
         raw, where, {"r": _RANK, "lora_alpha": _ALPHA}, {"use_rslora": fields.FLAG, "target_modules": _MODULES}
@@ -229,7 +229,8 @@ def _check_settings(raw: dict[str, Any], where: str) -> None:
 def _rank_and_scale(raw: dict[str, Any], name: str) -> tuple[int, float]:
     def own(key: str, default: Any) -> Any:
         # As in PEFT, the first key of a pattern that matches the end of the module's name decides.
-        return next((v for k, v in (raw.get(key) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), default)
+        patterns = {_WRAPPERS.sub("", k): v for k, v in (raw.get(key) or {}).items()}
+        return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
 
     rank, alpha = own("rank_pattern", raw["r"]), own("alpha_pattern", raw["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
@@ -237,6 +238,8 @@ def _rank_and_scale(raw: dict[str, Any], name: str) -> tuple[int, float]:
 
 def _read_tensors(where: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns the tensors of an adapter's file (on a disk or in a bucket) in float32, under PEFT's names on disk."""
+    pickled = not where.exists() and (where.parent / PICKLE).exists()
+    require((not pickled, f"{where.parent / PICKLE}: {FORMATS['.bin']}; load it in PEFT and save it again"))
     try:
         views = deserialize(where.read_bytes())
     except (OSError, SafetensorError) as e:
@@ -248,7 +251,7 @@ def _read_tensors(where: pathlib.Path) -> dict[str, np.ndarray]:
         x = np.frombuffer(view["data"], DTYPES[kind]).reshape(view["shape"]).astype(np.float32)
         require((bool(np.isfinite(x).all()), f"{place} holds NaN or infinity; copy the file again"))
         # PEFT puts the adapter's name between lora_A and weight in memory, and some programs save it so.
-        tensors[re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name)] = x
+        tensors[re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", _WRAPPERS.sub("", name))] = x
     return tensors
 
 
@@ -301,7 +304,7 @@ def load_adapters(config: ModelConfig, folder: str | os.PathLike) -> tuple[Param
         require((fits, f"{where}: score must be one output with a bias: tensors (1, {config.hidden_size}) and (1,)"))
         out["value"] = {k: jnp.asarray(v.T) for k, v in head.items()}
     rest = sorted(tensors.keys() - used)
-    require((not rest, f"{where}: {rest and rest[0]} adapts nothing that this model has"))
+    require((not rest, f"{where}: {rest and rest[0]} is no LoRA of a kernel in this model's layers; {_MERGE}"))
     require((bool(out["layers"]), f"{where}: holds no adapters"))
     plain = widest == raw["r"] and not raw.get("use_rslora")
     return out, Lora(widest, float(raw["lora_alpha"]) if plain else common * widest, tuple(out["layers"]))

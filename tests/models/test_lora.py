@@ -236,7 +236,7 @@ def peft_model(case, options, folder):
 
     base = torch_model(case)
     base.save_pretrained(folder / "base")
-    how = dict(r=4, lora_alpha=16, target_modules=FAMILIES[case], task_type="CAUSAL_LM", **options)
+    how = dict(r=4, lora_alpha=16, target_modules=FAMILIES[case], task_type="CAUSAL_LM") | options
     made = peft.get_peft_model(base, peft.LoraConfig(**how))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -282,13 +282,36 @@ def test_adapters_kept_in_half_precision_compute_the_same_logits(dtype, tmp_path
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
     ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights"), ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ({"use_dora": True}, "use_dora=True is more than plain LoRA; merge it"), ({"bias": "all"}, "bias='all'"),
-    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"), ({"modules_to_save": ["lm_head"]}, "lm_head"),
+    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    *(({"modules_to_save": [name]}, rf"{name}\.weight is no LoRA of a kernel .*; merge it") for name in ("lm_head", "embed_tokens", "norm")),
+    *(({"target_modules": ["q_proj", name]}, rf"{name}\..* is no LoRA of a kernel .*; merge it") for name in ("lm_head", "embed_tokens")),
 ])  # fmt: skip
 def test_adapters_that_are_more_than_plain_lora_are_refused_in_one_line(options, says, tmp_path):
     peft_model("llama", options, tmp_path)
     with pytest.raises(UserError, match=says) as e:
         lora.load_adapters(qstar.load(tmp_path / "base").config, tmp_path / "adapter")
     assert "\n" not in str(e.value) and str(tmp_path / "adapter") in str(e.value)
+
+
+def test_names_of_wrappers_are_read_and_pickles_and_other_names_refused(adapters, tmp_path):
+    lora.save_adapters(CONFIG, adapters, SETTINGS, tmp_path)
+    tensors, config = load_file(tmp_path / lora.WEIGHTS), json.loads((tmp_path / lora.CONFIG).read_text())
+
+    def read(*change, **settings):
+        save_file({name.replace(*change): x for name, x in tensors.items()}, tmp_path / lora.WEIGHTS)
+        (tmp_path / lora.CONFIG).write_text(json.dumps({**config, **settings}))
+        return lora.load_adapters(CONFIG, tmp_path)
+
+    for wrapped in ("_orig_mod.base_model.model.", "module.base_model.model.", "base_model.model.module._orig_mod."):
+        jax.tree.map(np.testing.assert_array_equal, read("base_model.model.", wrapped), (adapters, SETTINGS))
+    back, _ = read("model.layers", "model._orig_mod.layers", alpha_pattern={"_orig_mod.layers.0.*q_proj": 12.0})
+    ratio = back["layers"]["q"]["lora_b"] / adapters["layers"]["q"]["lora_b"]
+    np.testing.assert_allclose(ratio[:, 0, 0], [2.0, 1.0], rtol=1e-6)
+    with pytest.raises(UserError, match=r"language_model\.layers\..* is no LoRA of a kernel .*; merge it"):
+        read("model.layers", "model.language_model.layers")
+    (tmp_path / lora.WEIGHTS).rename(tmp_path / lora.PICKLE)
+    with pytest.raises(UserError, match="adapter_model.bin: a pickle can run code and is not read; load it in PEFT"):
+        lora.load_adapters(CONFIG, tmp_path)
 
 
 @pytest.mark.parametrize("change, says", [
