@@ -3,9 +3,9 @@
     qstar train --config=sft:data=pairs.jsonl,model=Qwen/Qwen3-0.6B --workdir=runs/sft
     qstar train --config=sft:data=pairs.jsonl,model=Qwen/Qwen3-0.6B,lora=16 --workdir=runs/sft
 
-A line of `data` is {"prompt": ..., "completion": ...} or {"messages": [{"role": "user", "content": ...}, ...]}; .parquet,
-.csv and data sets of the hub with these columns are read, too. A prompt may be a list of messages. Texts are unchanged,
-messages are written in the model's chat template, and the loss is on what the assistant says. 5% of the rows are held out
+A line of `data` is {"prompt": ..., "completion": ...} or {"messages": [{"role": "user", "content": ...}, ...]}; JSON,
+CSV and parquet files, folders, and data sets of the hub are read, too. A prompt may be a list of messages. Texts are
+unchanged, messages are in the model's chat template, the loss is on what the assistant says. 5% of the rows are held out
 (`--config.data.held_out`, or `--config.data.validation=FILE`): the report shows the loss on them, and completions before and
 after. `lora=RANK` trains adapters, at 20 times the rate. One pass over the rows, unless `steps` or `epochs` says otherwise.
 """

@@ -57,19 +57,17 @@ class Corpus:
         raise NotImplementedError
 
 
-def full_rows(
-    tokens: np.ndarray, lengths: np.ndarray, classes: np.ndarray | None = None, expected: np.ndarray | None = None
-) -> Rows:
-    """Rows of one document each, padded on the right. tokens: [B, T]; lengths: [B]."""
+def full_rows(tokens: np.ndarray, lengths: np.ndarray, **more: np.ndarray) -> Rows:
+    """Rows of one document each, padded on the right. tokens: [B, T]; lengths: [B]; more: further fields of `Rows`."""
     columns = np.arange(tokens.shape[1], dtype=np.int32)
     valid = columns < lengths[:, None]
     # broadcast_to gives a read-only view.
     positions = np.broadcast_to(columns, tokens.shape).copy()
-    return Rows(tokens.astype(np.int32), valid.astype(np.float32), valid.astype(np.int32), positions, classes, expected)
+    return Rows(tokens.astype(np.int32), valid.astype(np.float32), valid.astype(np.int32), positions, **more)
 
 
 class TextCorpus(Corpus):
-    """Documents of a file or of the hub.
+    """Documents of a file, of a folder or of the hub.
 
     `mode="crop"` follows the official code: a row is one random crop of one document, padded on the right. In
     `mode="pack"` a row is filled with such crops of further documents, and attention stays within each.
@@ -139,11 +137,11 @@ class TextCorpus(Corpus):
 
     def _encode(self, part: str, index: int) -> np.ndarray:
         # The end of a document is a token to predict; without it no model learns to stop.
-        return np.asarray([*self.tokenizer.encode(self._texts[part][index], bos=True), self.tokenizer.eos_id], np.int32)
+        return np.asarray(self.tokenizer.ended(self.tokenizer.encode(self._texts[part][index], bos=True)), np.int32)
 
     def _draw(self, part: str, rng: np.random.Generator) -> Iterator[int]:
         while True:
-            # Of held-out documents none is drawn again before all have been: the more of them, the closer the interval.
+            # A held-out document is drawn again only after all the others: more documents give a narrower interval.
             count = len(self._texts[part])
             yield from (rng.integers(count, size=1) if part == "train" else rng.permutation(count)).tolist()
 

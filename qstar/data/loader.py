@@ -54,15 +54,13 @@ class _Batches(Sequence):
     def __getitem__(self, step: Any) -> Any:
         if step < 0:
             raise IndexError(f"step {step}: batches count from 0 and have no end")
-        chosen = [
-            (arrays, _row_numbers(len(next(iter(arrays.values()))), size, seed, step))
-            for arrays, size, seed in self._parts
-        ]
+        chosen = [(arrays, _row_numbers(arrays, size, seed, step)) for arrays, size, seed in self._parts]
         return {key: np.concatenate([np.asarray(arrays[key])[rows] for arrays, rows in chosen]) for key in chosen[0][0]}
 
 
-def _row_numbers(count: int, size: int, seed: int, step: int) -> np.ndarray:
-    """The rows [size] of a batch: a piece of the shuffled epochs of `count` rows, laid end to end."""
+def _row_numbers(arrays: Arrays, size: int, seed: int, step: int) -> np.ndarray:
+    """The numbers [size] of a batch's rows: a piece of the shuffled epochs, laid end to end."""
+    count = len(next(iter(arrays.values())))
     at = np.arange(step * size, (step + 1) * size)
     epochs = np.unique(at // count)
     orders = np.concatenate([_shuffled(count, seed, int(epoch)) for epoch in epochs])

@@ -10,13 +10,12 @@ assistant. A list of several messages is the whole conversation, the earlier one
 
 from __future__ import annotations
 
-import functools
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from qstar.data.sources import keys_of, read_records
+from qstar.data.sources import keys_of, missing, read_records
 from qstar.errors import UserError, require
 from qstar.text.chat import check_messages
 
@@ -29,11 +28,11 @@ FORMS = {
 
 
 def read_rows(source: Any, form: str, *, split: str = "train", limit: int = 0, bad_rows: float = 0.0) -> list[Row]:
-    """Returns the checked rows of a file, of a hub data set, or of a list of dicts.
+    """Returns the checked rows of a file, a folder, a hub data set, or a list of dicts.
 
     Args:
-      source: a path or hub name (see `sources.read_records`), or the rows themselves.
-      form: a key of FORMS. split: of a hub data set. limit: first so many (0: all). bad_rows: see `read_records`.
+      source: a path or hub name (see `sources.read_records`, also for `split` and `bad_rows`), or the rows themselves.
+      form: a key of FORMS. limit: first so many (0: all).
 
     Raises:
       UserError: names the file and line (or the number of the row in the list) and what is wrong with it.
@@ -41,10 +40,7 @@ def read_rows(source: Any, form: str, *, split: str = "train", limit: int = 0, b
     parse = {"pairs": _pair, "preferences": _preference, "prompts": _prompt}[form]
     require((limit >= 0, f"{form}: limit={limit} must be 0 or more (0: all rows)"))
     if isinstance(source, str | os.PathLike):
-        # A CSV file holds texts alone; `sources` makes whole numbers of the cells that are written as such.
-        if os.fspath(source).lower().endswith(".csv"):
-            parse = functools.partial(_of_texts, parse)
-        return read_records(source, (), split=split, limit=limit or None, parse=parse, bad_rows=bad_rows)
+        return read_records(source, (), split=split, limit=limit or None, parse=parse, bad_rows=bad_rows, texts=True)
     advice = f"give a path, the name of a hub data set, or a list of dicts of {FORMS[form]}"
     require((isinstance(source, Iterable), f"{form}: {source!r} holds no rows; {advice}"))
     rows = list(source)
@@ -81,10 +77,6 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
 
 
 # ------------------------------------------------------------------------------------- checks; all raise ValueError
-
-
-def _of_texts(parse: Callable[[Row], Row], row: Row) -> Row:
-    return parse({key: str(value) if type(value) is int else value for key, value in row.items()})
 
 
 def _pair(row: Row) -> Row:
@@ -134,7 +126,7 @@ def _reply(row: Row, key: str, form: str) -> tuple[Any, str]:
 def _text_or_messages(row: Row, key: str, form: str) -> Any:
     value = row.get(key)
     if value is None:
-        raise ValueError(f"field {key!r} is missing (a row has {FORMS[form]}); the row has {keys_of(row)}")
+        raise ValueError(f"{missing(row, key)} (a row has {FORMS[form]}); the row has {keys_of(row)}")
     if not isinstance(value, str | Sequence):
         raise ValueError(f"{key} is of type {type(value).__name__}, not text or a list of messages")
     return value if isinstance(value, str) else _messages(value, key)

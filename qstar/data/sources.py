@@ -1,10 +1,11 @@
-"""Records (plain dicts) in and out: JSONL, JSON, parquet and CSV files, local or on gs://, and the hub.
+"""Records (plain dicts) in and out: JSONL, JSON, parquet and CSV files, or folders, local or on gs://, and the hub.
 
 JSON is parsed here, since `datasets` refuses rows that differ in type. Every error names the file and line (or record).
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import itertools
@@ -20,12 +21,13 @@ from typing import Any
 from etils import epath
 
 from qstar import files
+from qstar.data.layouts import READABLE, Fault, Place, in_object, kind, numbered, shards
 from qstar.errors import QstarWarning, UserError, unknown
 
 BAD_ROWS = 0.01  # default share of a task's or corpus' records that may be unusable before reading stops
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 # Endings of files only, so that data/train.txt is not taken for the hub's data set "train.txt".
-_FILE_ENDINGS = {".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".arrow"}
+_FILE_ENDINGS = {*READABLE, ".txt", ".gz", ".zst", ".zip", ".arrow"}
 _BUILT_IN = "built-in:"  # in front of the name of a file in `rows`: a few rows for smoke runs
 # First bytes of files whose content differs from their names, and what to do about each.
 _FOREIGN = {
@@ -38,8 +40,6 @@ _FOREIGN = {
     b"<": "HTML or XML, perhaps the page of a download that failed; fetch the file itself",
 }
 
-Place = tuple[str, Any]  # ("train.jsonl:12", the record found there, or the UserError that says why there is none)
-
 
 def read_records(
     source: str | os.PathLike,
@@ -49,17 +49,25 @@ def read_records(
     limit: int | None = None,
     parse: Callable[[dict], Any] | None = None,
     bad_rows: float = 0.0,
+    texts: bool = False,
 ) -> list[Any]:
     """All records of a source, in file order.
 
+    A JSON file holds a list of records, or an object: one record; ``{"train": [..], "test": [..]}``; any object with
+    one list of records, as ``{"data": [..]}`` and ``{"rows": [{"row": {..}}]}``; or columns, ``{"question": [..]}``. Of
+    a folder and those in it, all files are read in the order of their paths; they have one ending. If files or folders
+    are named after splits (train-00000-of-00002.parquet, test/algebra/1.json), those of `split` are read.
+
     Args:
-        source: a path (.jsonl, .json, .parquet, .csv, .jsonl.gz, .json.gz; or gs://), a hub name "owner/name[:config]"
-            or "hf://datasets/owner/name/file.parquet"; or "built-in:gsm8k", a few rows that come with qstar.
+        source: a path, local or gs://, of a folder or a file (.jsonl, .ndjson, .json, .parquet, .csv, .tsv, also with
+            .gz); a hub name "owner/name[:config]" or "hf://datasets/owner/name/file.parquet"; or "built-in:gsm8k", a
+            few rows that come with qstar.
         fields: keys that every record must have with a value other than null; other keys are kept too.
-        split: the hub's split ("train" when None) or a part of it, "train[:700]", "train[80%:]"; of a file only the
-            brackets count: its records of that range.
+        split: the split ("train" when None), "all", or a part, "train[:700]", "train[80%:]"; of a source without splits
+            only the brackets count: its records of that range.
         parse: converts a record; an error it raises becomes a UserError that names the record's place.
         bad_rows: share of the records that may be unusable. They are left out, with a warning that names them.
+        texts: keep the cells of CSV files as texts; else columns of whole numbers become numbers.
 
     Raises:
         UserError: missing or unreadable source, no records, or more unusable ones than `bad_rows` allows.
@@ -68,14 +76,25 @@ def read_records(
         raise UserError(f"limit={limit} would read nothing from {source}: give at least 1, or None for all")
     if not 0 <= bad_rows < 1:
         raise UserError(f"bad_rows={bad_rows} must be a share of the records, from 0 to below 1")
-    records, faults = [], []
-    for place, record in itertools.islice(_part(os.fspath(source), split), limit):
+
+    def read(place: str, record: Any) -> Any:
+        return _checked(place, _object(place, record), fields, parse)
+
+    def fault(place: str, record: Any) -> str:
         try:
-            records.append(_checked(place, _object(place, record), fields, parse))
-        except UserError as fault:
+            read(place, record)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    records, faults = [], []
+    for place, record in itertools.islice(_part(os.fspath(source), split, fault, texts), limit):
+        try:
+            records.append(read(place, record))
+        except UserError as error:
             if not bad_rows:
                 raise
-            faults.append(str(fault))
+            faults.append(str(error))
     # A few bad records in a large file are usual; more mean that it is another file than the task expects.
     if faults:
         count = len(records) + len(faults)
@@ -91,8 +110,8 @@ def read_records(
     return records
 
 
-def _part(source: str, split: str | None) -> Iterable[Place]:
-    rows = _open(source, split)
+def _part(source: str, split: str | None, fault: Fault, texts: bool) -> Iterable[Place]:
+    rows = _open(source, split, fault, texts)
     range_ = re.search(r"\[(-?\d+%?)?:(-?\d+%?)?\]$", split or "")
     if split and "[" in split and not range_:
         raise UserError(f"{source}: split {split!r} is not of the form train[10:20] or train[:80%]")
@@ -117,7 +136,7 @@ def _object(place: str, record: Any) -> dict:
 def _checked(place: str, record: dict, fields: Sequence[str], parse: Callable[[dict], Any] | None) -> Any:
     for field in fields:
         if record.get(field) is None:
-            raise UserError(f"{place}: field {field!r} is missing; the record has {keys_of(record)}")
+            raise UserError(f"{place}: {missing(record, field)}; the record has {keys_of(record)}")
     for field, value in record.items():
         # JSON may hold half a surrogate pair, which no tokenizer accepts: better here than in the middle of a run.
         if (text := _not_utf8(value)) is not None:
@@ -135,9 +154,14 @@ def _checked(place: str, record: dict, fields: Sequence[str], parse: Callable[[d
         raise UserError(f"{place}: not of the expected form ({type(error).__name__}: {error})") from error
 
 
+def missing(record: dict, *names: str) -> str:
+    """Says that a field, which may have one of several names, is missing or null."""
+    return f"field {'|'.join(names)!r} is missing" + ": it is null" * any(name in record for name in names)
+
+
 def keys_of(record: dict) -> str:
     """The first ten keys of a record, for messages."""
-    return ", ".join([*map(str, itertools.islice(record, 10)), *["..."][: len(record) > 10]]) or "none"
+    return ", ".join([*map(str, itertools.islice(record, 10)), *(["..."] if len(record) > 10 else [])]) or "none"
 
 
 def text_field(record: dict, name: str) -> str:
@@ -192,18 +216,16 @@ def _line(row: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------- readers
 
 
-def _open(source: str, split: str | None) -> Iterator[Place]:
+def _open(source: str, split: str | None, fault: Fault | None = None, texts: bool = False) -> Iterator[Place]:
     if source.startswith(_BUILT_IN):
         names = {path.stem: str(path) for path in sorted(pathlib.Path(__file__).with_name("rows").glob("*.jsonl"))}
         name = source.removeprefix(_BUILT_IN)
         if name not in names:
             raise unknown(source, name, names)
         source = names[name]
-    suffixes = pathlib.PurePosixPath(source.lower()).suffixes
-    suffix = suffixes[-1] if suffixes else ""
     if source.startswith("hf://"):
         # One file of a repository: for data sets whose loading script `datasets` no longer runs.
-        if suffix not in (".parquet", ".json", ".jsonl"):
+        if (suffix := pathlib.PurePosixPath(source.lower()).suffix) not in (".parquet", ".json", ".jsonl"):
             raise UserError(f"{source}: unknown ending; readable are .jsonl, .json, .parquet")
         return _hub(source, source, suffix[1:].replace("jsonl", "json"), data_files=source, split="train")
     if is_hub_name(source):
@@ -211,21 +233,24 @@ def _open(source: str, split: str | None) -> Iterator[Place]:
             split = split or "train"
             place = match["path"], match["config"]
             return _hub(f"{source} (split {split!r})", f"{source} ({split})", *place, split=split)
-        advice = "give a path that ends in .jsonl, .json, .parquet or .csv, or owner/name[:config]"
+        advice = f"give a folder or a path that ends in {', '.join(READABLE)}, or owner/name[:config]"
         raise UserError(f"{source!r} is neither a file nor a hub name: {advice}")
-    path = _existing(source)
-    kind = "".join(suffixes[-2:-1]) if suffix == ".gz" else suffix
-    if kind not in (".jsonl", ".json", ".parquet", ".csv") or (suffix == ".gz" and kind not in (".jsonl", ".json")):
-        readable = ".jsonl, .json, .parquet, .csv, .jsonl.gz and .json.gz"
-        raise UserError(f"{source}: unknown ending {suffix!r}; readable are {readable}")
+    path, name = _existing(source), (split or "train").partition("[")[0]
+    read = functools.partial(_file, split=name, fault=fault, texts=texts)
+    return itertools.chain.from_iterable(map(read, shards(path, name))) if path.is_dir() else read(path)
+
+
+def _file(path: epath.Path, split: str, fault: Fault | None, texts: bool) -> Iterator[Place]:
+    if (ending := kind(path)) not in READABLE:
+        raise UserError(f"{path}: unknown ending {path.suffix!r}; readable are {', '.join(READABLE)}, also with .gz")
     content = _content(path)
     for magic, what in _FOREIGN.items():
         if content.startswith(magic):
             raise UserError(f"{path}: is {what}")
     # The content outweighs the name: a parquet file may be called anything.
-    if content.startswith(b"PAR1") or kind in (".parquet", ".csv"):
-        return _arrow(path, content, "csv" if kind == ".csv" else "parquet")
-    return _json(path, content, lines=kind == ".jsonl")
+    if content.startswith(b"PAR1") or ending in (".parquet", ".csv", ".tsv"):
+        return _arrow(path, content, "parquet" if content.startswith(b"PAR1") else ending[1:], texts)
+    return _json(path, content, split, None if ending in (".jsonl", ".ndjson") else fault)
 
 
 def check_source(source: str) -> None:
@@ -246,12 +271,10 @@ def _existing(source: str) -> epath.Path:
         raise UserError(f"{source}: URLs are not read; download the file and name the local copy")
     try:
         path = epath.Path(source).expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
+        exists = path.exists()
     # Unknown schemes, missing drivers and names that the system refuses raise classes of their own.
     except Exception as error:
         raise UserError(f"{source}: cannot be opened ({_first_line(error)}); name a local file") from error
-    if is_folder:
-        raise UserError(f"{source}: is a folder; name the file inside it")
     if not exists:
         raise UserError(f"{source}: no such file")
     return path
@@ -267,13 +290,13 @@ def _content(path: epath.Path) -> bytes:
         raise UserError(f"{path}: the gzip data is damaged ({error}); copy it again") from error
 
 
-def _json(path: epath.Path, content: bytes, lines: bool) -> Iterator[Place]:
+def _json(path: epath.Path, content: bytes, split: str, fault: Fault | None) -> Iterator[Place]:
     name = os.fspath(path)
     # Spreadsheets and Windows editors put a byte-order mark in front.
     if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        return _numbered(name, files.parse_json(content, name))
-    if not lines and not isinstance(record := _parsed(content, name), UserError):
-        return iter([(name, record)])
+        return numbered(name, files.parse_json(content, name))
+    if fault and not isinstance(value := _parsed(content, name), UserError):
+        return in_object(name, value, split, fault) if isinstance(value, dict) else iter([(name, value)])
     # Lines end at \n only: str.splitlines would also cut at U+2028, which JSON strings may hold.
     places = ((f"{name}:{number}", line) for number, line in enumerate(content.split(b"\n"), start=1))
     return ((place, _parsed(line, place)) for place, line in places if line.strip())
@@ -286,27 +309,28 @@ def _parsed(content: bytes, place: str) -> Any:
         return fault
 
 
-def _arrow(path: epath.Path, content: bytes, kind: str) -> Iterator[Place]:
+def _arrow(path: epath.Path, content: bytes, kind: str, texts: bool) -> Iterator[Place]:
     # pyarrow comes with `datasets`, which itself would copy the file into its cache.
     import pyarrow
     from pyarrow import parquet
 
+    file, delimiter = io.BytesIO(content), "\t" if kind == "tsv" else ","
     try:
-        table = (_csv_table if kind == "csv" else parquet.read_table)(io.BytesIO(content))
+        table = parquet.read_table(file) if kind == "parquet" else _csv_table(file, delimiter, texts)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable {kind} file ({_first_line(error)})") from error
     # In a record the last one would win. Spreadsheets leave several heads blank; those columns have no use.
     if twice := [name for name in table.column_names if name and table.column_names.count(name) > 1]:
         raise UserError(f"{path}: several columns are named {twice[0]!r}; give each another name")
-    return _numbered(os.fspath(path), table.to_pylist())
+    return numbered(os.fspath(path), table.to_pylist())
 
 
-def _csv_table(file: io.BytesIO) -> Any:
+def _csv_table(file: io.BytesIO, delimiter: str, as_texts: bool) -> Any:
     import pyarrow
     from pyarrow import compute, csv
 
     # Only a blank cell may be null: NA and nan are words.
-    options: dict[str, Any] = {"parse_options": csv.ParseOptions(newlines_in_values=True)}
+    options: dict[str, Any] = {"parse_options": csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)}
     typed = csv.read_csv(file, **options, convert_options=csv.ConvertOptions(null_values=[""]))
     kinds = dict.fromkeys(typed.column_names, pyarrow.string())
     as_text = csv.ConvertOptions(column_types=kinds, strings_can_be_null=True, null_values=[""])
@@ -314,6 +338,8 @@ def _csv_table(file: io.BytesIO) -> Any:
     texts = csv.read_csv(file, **options, convert_options=as_text).columns
 
     def kept(column: Any, text: Any) -> bool:
+        if as_texts:
+            return False
         kind = column.type
         if pyarrow.types.is_integer(kind):
             return compute.all(compute.equal(column.cast("string"), text)).as_py() is not False
@@ -335,11 +361,7 @@ def _hub(what: str, name: str, *arguments: Any, **options: Any) -> Iterator[Plac
         text = " ".join(str(error).split()) or type(error).__name__
         advice = "check the name and the network, or name a local file"
         raise UserError(f"{what}: the hub returned nothing ({text}); {advice}") from error
-    return _numbered(name, map(dict, rows))
-
-
-def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Place]:
-    return ((f"{name}: record {number}", row) for number, row in enumerate(rows, start=1))
+    return numbered(name, map(dict, rows))
 
 
 def _first_line(error: Exception) -> str:

@@ -102,7 +102,7 @@ def user_errors(what: str, path: str | os.PathLike | None) -> Iterator[None]:
 
 
 def _import(name: str, spec: str, what: str) -> ModuleType:
-    # A command's script is no part of the current folder, as `python -m` would be. `find_spec` imports a parent package.
+    # An installed command, unlike `python -m`, cannot import from the current folder. `find_spec` imports a parent package.
     with importable([os.getcwd()]), user_errors(f"{what}={spec}", None):
         try:
             found = importlib.util.find_spec(name)

@@ -250,11 +250,11 @@ class DatasetTask(RecordTask):
     `prompt` and `parse`. Records are read at first use.
 
     Options:
-        train: file or hub name of the training records; the hub's own data set when None.
+        train: file, folder or hub name of the training records (see `read_records`); the hub's data set when None.
         test: the same for the test records.
         prompts: folder with the few-shot files; "built-in" is the worked examples that come with qstar, in the form
             that `parse` reads; None is zero-shot.
-        train_split, test_split: splits of the hub's data set, or parts of a source: "train[:700]", of files "[:80%]".
+        train_split, test_split: splits of a source that has several, or parts: "train[:700]", of one file "[:80%]".
     """
 
     train: str | None = None
@@ -265,7 +265,6 @@ class DatasetTask(RecordTask):
 
     default_source: ClassVar[str] = ""  # hub name; several, separated by spaces, are read one after the other
     default_test: ClassVar[str] = ""  # the same for the test records, where they have their own source
-    prompt_files: ClassVar[tuple[str, ...]] = ()  # without and with hints, in the folder `prompts`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -277,7 +276,8 @@ class DatasetTask(RecordTask):
         self._problems: dict[str, list[Problem]] = {}
 
     def few_shot_files(self) -> tuple[str, ...]:
-        return self.prompt_files
+        """Returns the names of two files in the folder `prompts`, without and with hints, or () if there are none."""
+        return ()
 
     def problems(self, split: str) -> list[Problem]:
         check_split(split)

@@ -28,7 +28,7 @@ class CodeTask(RecordTask):
     """Base of tasks whose answers are programs; subclasses write `problems`, `prompt` and `job`.
 
     Options:
-        data: file with all records; the hub's data set when None.
+        data: file or folder with all records; the hub's data set when None.
         timeout_s: wall time that a program and its tests may take.
         memory_mb: address space of a program, in MiB.
         allow: installed packages that programs may import, e.g. ("numpy",); see `sandbox.Sandbox`.
@@ -48,8 +48,6 @@ class CodeTask(RecordTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.stop = (END,)
-        # Configs hold lists; the cache of verdicts and the pools are keyed by it.
-        self.allow = tuple(self.allow)
         self._problems: list[Problem] | None = None
 
     def job(self, problem: Problem, program: str) -> sandbox.Job:
@@ -150,7 +148,7 @@ class MBPP(CodeTask):
     def _by_number(self) -> dict[int, Problem]:
         if self._problems is None:
             splits = ("prompt", "test", "validation", "train")
-            sources = [(_MBPP, s) for s in splits] if self.data is None else [(self.data, None)]
+            sources = [(_MBPP, s) for s in splits] if self.data is None else [(self.data, "all")]
             self._problems = [p for source in sources for p in self.read(*source)]
         tasks = {p.meta["number"]: p for p in self._problems}
         if len(tasks) < len(self._problems):
@@ -174,15 +172,17 @@ class MBPP(CodeTask):
         meta = {"number": number, "tests": list(tests), "setup": setup}
         return Problem(id=f"mbpp-{number}", question=text, gold=code, solution=code, group=self.name, meta=meta)
 
-    def prefix(self, hint: bool = False) -> str:
-        self.refuse_hint(hint)
+    def shown(self) -> list[Problem]:
         # Zero-shot prompts must work with files that lack the few-shot tasks.
         if not self._few_shot or not self.shots:
-            return super().prefix(hint)
+            return super().shown()
         tasks = self._by_number()
         if missing := [shot for shot in self.shots if shot not in tasks]:
             raise UserError(f"mbpp: shots={self.shots}: {self.data or _MBPP} has no task {missing[0]}")
-        return "".join(f"{self.prompt(tasks[shot])}{tasks[shot].solution}{END}\n\n" for shot in self.shots)
+        return [tasks[shot] for shot in self.shots]
+
+    def drop_example(self) -> bool:
+        return not self.shots and super().drop_example()
 
     def prompt(self, problem: Problem, hint: bool = False) -> str:
         self.refuse_hint(hint)

@@ -12,7 +12,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from qstar.data.sources import keys_of
+from qstar.data.sources import keys_of, missing
 
 ANY = (str, int, float, list)
 _PLACE = re.compile(r"\{([^{}]+)\}")
@@ -29,7 +29,7 @@ def value(record: dict, path: str) -> Any:
             found = functools.reduce(_member, option.split("."), record)
         if found is not None:
             return found
-    raise ValueError(f"field {path!r} is missing; the record has {keys_of(record)}")
+    raise ValueError(f"{missing(record, *path.split('|'))}; the record has {keys_of(record)}")
 
 
 def text(record: dict, spec: str, kinds: tuple[type, ...] = (str,)) -> str:

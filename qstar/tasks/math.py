@@ -77,7 +77,7 @@ class MATH(DatasetTask):
         if not isinstance(solution, str):
             raise ValueError("field 'solution' is missing or not text")
         if not isinstance(subject, str):
-            raise ValueError("field 'subject' is missing or not text")
+            raise ValueError("field 'type' or 'subject' is missing or not text")
         # A few published rows are of "Level ?".
         level = re.fullmatch(r"(?:Level )?([1-5?])", str(record["level"]))
         if level is None:
@@ -238,7 +238,7 @@ class Comparer(Helper):
         check_installed()
         if not (timeout_s > 0 and memory_mb > 0):
             raise UserError(f"timeout_s={timeout_s} and memory_mb={memory_mb} must be above 0")
-        # Two minutes to start: the import is not the answer's fault.
+        # Two minutes to start: `timeout_s` is for a comparison, and the import of math-verify is slow.
         super().__init__("math_equal.py", str(memory_mb), env={**os.environ, "PYTHONHASHSEED": "0"}, start_s=120)
         self.timeout_s = timeout_s
         # One pair of pipes: without turns two threads could read each other's answers.

@@ -5,6 +5,7 @@ Both published shapes are read, the original JSON and the hub's columns.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from qstar.errors import UserError, bounded
 from qstar.tasks import answer_text
 from qstar.tasks.answer_parsing import final_phrases
 from qstar.tasks.base import DatasetTask, Problem
-from qstar.tasks.qa_metrics import includes, normalise
+from qstar.tasks.qa_metrics import answer_key, includes, normalise
 
 CONTEXTS = ("distractor", "gold", "supporting_only")
 
@@ -77,19 +78,18 @@ def fit(
         UserError: the frame alone is too long.
     """
     kept = list(parts)
-    prompt = frame(" ".join(p.text() for p in kept))
-    if not limit or count(prompt) <= limit:
-        return prompt, False
-    # Paragraphs are dropped whole: half a paragraph may lose the one fact that the answer needs.
-    while kept:
-        # In training an answer cannot be learnt without its gold paragraphs. At evaluation which are gold is unknown,
-        # and using it would leak the labels: the last ones go.
+    while True:
+        prompt = frame(" ".join(p.text() for p in kept))
+        if not limit or count(prompt) <= limit:
+            return prompt, len(kept) < len(parts)
+        if not kept:
+            length = f"a question and its rationale take {count(prompt)} tokens"
+            raise UserError(f"{length}, above the limit of {limit}; raise it")
+        # Paragraphs are dropped whole: half a paragraph may lose the one fact that the answer needs. In training an
+        # answer cannot be learnt without its gold paragraphs. At evaluation it is unknown which are gold, and using
+        # that would leak the labels: the last paragraphs are dropped.
         spare = [i for i, p in enumerate(kept) if not p.gold] if keep_gold else []
         kept.pop(spare[-1] if spare else -1)
-        prompt = frame(" ".join(p.text() for p in kept))
-        if count(prompt) <= limit:
-            return prompt, True
-    raise UserError(f"a question and its rationale take {count(prompt)} tokens, above the limit of {limit}; raise it")
 
 
 def frame_for(style: str, question: str, rationale: str = "") -> Callable[[str], str]:
@@ -169,7 +169,7 @@ class MultiHop(DatasetTask):
         return Problem(
             id=str(record.get("_id") or record.get("id") or ""),
             question=" ".join(question.split()),
-            gold=normalise(answer),
+            gold=normalise(answer) if self.strict else answer_key(answer),
             solution=f" {end}" if "rationale" in record else None,
             group=str(record.get("type") or self.name).replace("-", "_"),
             meta={"answer": answer, "paragraphs": parts, "supporting_facts": facts},
@@ -186,11 +186,13 @@ class MultiHop(DatasetTask):
             answer = split_reasoning(text)[1] if self.style == "cot" else text.strip().partition("\n")[0]
             return normalise(answer) if answer else None
 
-        def read(part: str) -> str | None:
-            return next(filter(None, map(normalise, final_phrases(part, reasoning=self.style == "cot"))), None)
+        def read(part: str, key: Callable[[str], str]) -> str | None:
+            return next(filter(None, map(key, final_phrases(part, reasoning=self.style == "cot"))), None)
 
         # Dashes stay, since the official metric tells them from hyphens.
-        return answer_text.first_found(answer_text.strip_markup(completion, {}).text, read)
+        text = answer_text.strip_markup(completion, {}).text
+        found = (answer_text.first_found(text, functools.partial(read, key=key)) for key in (normalise, answer_key))
+        return next(filter(None, found), None)
 
 
 class HotpotQA(MultiHop):
@@ -214,14 +216,20 @@ def _from_json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _text(value: Any) -> str:
+    # null would become the word None.
+    if not isinstance(value, str | int | float):
+        raise TypeError(f"{json.dumps(value)[:40]} is not text")
+    return str(value)
+
+
 def _context(value: Any) -> list[tuple[str, list[str]]]:
-    value = _from_json(value)
     try:
-        if isinstance(value, dict):
+        if isinstance(value := _from_json(value), dict):
             value = zip(value["title"], value.get("sentences") or value["content"], strict=True)
         # Unpacked, an object with two keys would give the keys.
         rows = [(row["title"], row["sentences"]) if isinstance(row, dict) else row for row in value]
-        pairs = [(str(title), [s] if isinstance(s, str) else list(map(str, s))) for title, s in rows]
+        pairs = [(_text(title), [s] if isinstance(s, str) else list(map(_text, s))) for title, s in rows]
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"field 'context' is neither [[title, [sentences]]] nor titles and sentences: {e!r}") from e
     if not pairs:
@@ -230,10 +238,9 @@ def _context(value: Any) -> list[tuple[str, list[str]]]:
 
 
 def _facts(value: Any) -> list[tuple[str, int]]:
-    value = _from_json(value)
     try:
-        if isinstance(value, dict):
+        if isinstance(value := _from_json(value), dict):
             value = zip(value["title"], value["sent_id"], strict=True)
-        return [(str(title), int(at)) for title, at in value]
+        return [(_text(title), int(at)) for title, at in value]
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"field 'supporting_facts' is neither [[title, sentence]] nor title and sent_id: {e!r}") from e

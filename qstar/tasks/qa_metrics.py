@@ -29,6 +29,12 @@ def normalise(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
+def answer_key(text: str) -> str:
+    """As `normalise`, but what that deletes altogether stays as it is written: "!!!" is a band, "The The" another."""
+    written = " ".join(text.lower().split())
+    return normalise(text) or written.rstrip(".") or written
+
+
 def answer_score(prediction: str, gold: str) -> Score:
     """EM and F1 of an answer; F1 is 0 where one side is yes, no or noanswer and the other differs."""
     a, b = normalise(prediction), normalise(gold)

@@ -76,6 +76,13 @@ def test_the_end_of_a_document_longer_than_a_row_is_drawn_too(source, mode):
     assert (rows.tokens == TOKENIZER.eos_id).sum() > 5
 
 
+def test_a_document_that_ends_with_eos_gets_no_second_one(tmp_path):
+    path = tmp_path / "ended.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ["one$", "two"]))
+    corpus = TextCorpus(path, TOKENIZER, length=8)
+    assert {decoded(rows, 0) for rows in (corpus.rows(0, 1, 0), corpus.test_rows(1))} == {"one$", "two$"}
+
+
 def test_copies_of_a_document_are_on_one_side(tmp_path):
     path = tmp_path / "copies.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ["one", "two", "same", "same", " "]))

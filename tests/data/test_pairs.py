@@ -1,5 +1,6 @@
 """Rows of users' own: the forms that are read, what they become, and one line with the place for each mistake."""
 
+import gzip
 import json
 
 import pytest
@@ -29,6 +30,7 @@ READ = {
 }  # fmt: skip
 BAD = {
     "no completion": ("pairs", {"prompt": "x"}, "field 'completion' is missing .*the row has prompt"),
+    "null": ("pairs", {"prompt": "x", "completion": None}, "field 'completion' is missing: it is null"),
     "no prompt": ("pairs", {"completion": "x", "instruction": "y"}, "field 'prompt' is missing"),
     "many keys": ("pairs", {str(i): 1 for i in range(2000)}, "the row has 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \\.\\.\\.$"),
     "empty": ("pairs", {"prompt": "x", "completion": ""}, "completion is empty"),
@@ -67,9 +69,13 @@ def test_a_mistake_is_named_with_its_place(case, tmp_path):
 @pytest.mark.parametrize("form", ["pairs", "prompts"])
 def test_numbers_in_a_table_are_texts_as_they_were_written(form, tmp_path):
     for cells in (["5", "7"], ["2.50", "3"], ["true", "false"], ["007", "1"]):
-        (tmp_path / "rows.csv").write_text("prompt,completion\n" + "".join(f"1,{cell}\n" for cell in cells))
+        text = "prompt,completion\n" + "".join(f"1,{cell}\n" for cell in cells)
+        (tmp_path / "rows.csv").write_text(text)
+        (tmp_path / "rows.tsv.gz").write_bytes(gzip.compress(text.replace(",", "\t").encode()))
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        (tmp_path / "shards" / "0.csv").write_text(text)
         rows = [{"prompt": "1", "completion": cell} for cell in cells]
-        assert read_rows(tmp_path / "rows.csv", form) == rows
+        assert all(read_rows(tmp_path / name, form) == rows for name in ("rows.csv", "rows.tsv.gz", "shards"))
 
 
 def test_a_blank_cell_is_no_completion(tmp_path):

@@ -130,8 +130,8 @@ def test_folder_instead_of_file(tmp_path):
 
 
 def test_unknown_ending_lists_the_known_ones(file):
-    message = refusal(file("a.tsv", "x\n1\n"))
-    assert "unknown ending '.tsv'" in message and ".jsonl, .json, .parquet, .csv" in message
+    message = refusal(file("a.xlsx", "x\n1\n"))
+    assert "unknown ending '.xlsx'" in message and ".jsonl, .json, .parquet, .csv" in message
 
 
 def test_bad_line_names_file_and_line(file):
@@ -154,7 +154,19 @@ def test_line_that_is_not_an_object(file):
 def test_missing_field_names_file_line_and_field(file):
     path = file("a.jsonl", '{"question": "a", "answer": "b"}\n{"question": "a"}\n')
     assert "a.jsonl:2: field 'answer' is missing; the record has question" in refusal(path)
-    assert "a.jsonl:1: field 'answer'" in refusal(file("a.jsonl", '{"question": "a", "answer": null}'))
+    assert "a.jsonl:1: field 'answer' is missing: it is null" in refusal(
+        file("a.jsonl", '{"question": "a", "answer": null}')
+    )
+
+
+def test_the_other_tables_hold_the_same_records(file):
+    rows = [{"question": "a", "answer": 1}, {"question": 'b "c"', "answer": 2}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    table = 'question\tanswer\na\t1\n"b ""c"""\t2\n'
+    for name, text in {"a.tsv": table, "a.csv": table.replace("\t", ","), "a.ndjson": lines}.items():
+        assert read_records(file(name, text), FIELDS) == rows
+        assert read_records(file(f"{name}.gz", gzip.compress(text.encode(), mtime=0)), FIELDS) == rows
+    assert read_records(file("a.csv", table.replace("\t", ",")), FIELDS, texts=True)[1]["answer"] == "2"
 
 
 def test_of_many_fields_ten_are_named(file):

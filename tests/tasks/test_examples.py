@@ -44,6 +44,8 @@ def test_worked_examples_are_read_as_right_in_all_readings(file):
         if file.stem != "mbpp":  # shows its own few-shot tasks, which are part of the data
             assert all(task.prefix().count(task.prompt(e) + task.solution(e)) == 1 for e in examples)
             assert task.stop[0] not in "".join(task.solution(e) for e in examples)
+        else:  # and those are an option: none is left out for want of room
+            assert not task.drop_example() and task.examples() == examples
         if file.stem not in ("mbpp", "humaneval"):
             assert all(task.prompt(e, hint=True) in task.prefix(hint=True) for e in examples)
             assert task.problems("test") == []  # an example is never a problem

@@ -131,11 +131,23 @@ def test_contexts_hold_what_they_say_and_the_answer_is_judged_as_the_metric_does
 def test_every_gold_answer_is_read_as_it_is_written(name, said):
     for style, text in (("standard", said), ("cot", f"So it is. {said}")):
         task = make_task(name, test=str(shared(FILES[name][1])), style=style)
-        # The metric deletes all of the band's name "!!!".
-        problems = [p for p in task.problems("test") if p.gold and (said != "{}" or style == "standard")]
+        # Of the band's name "!!!" the metric leaves nothing.
+        problems = [p for p in task.problems("test") if said != "{}" or style == "standard"]
+        assert all(p.gold for p in problems)
         assert not [
             p.meta["answer"] for p in problems if not task.correct(p, task.parse(text.format(p.meta["answer"])))
         ]
+
+
+def test_an_answer_that_the_metric_deletes_is_compared_as_it_is_written(tmp_path):
+    row = {"question": "q", "answer": "The The", "context": [["T", ["s"]]], "supporting_facts": [["T", 0]]}
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({**row, "answer": a}) + "\n" for a in ("The The", "!!!", "a")))
+    said = ("the The.", " !!!", "A", "?", "Bob", "!!! is Bob", "")
+    for strict, right in ((False, (["the the"], ["!!!"], ["a"])), (True, 3 * (["the the", "!!!", "a", "?"],))):
+        task = make_task("hotpotqa", test=str(tmp_path / "x.jsonl"), strict=strict)
+        for problem, wanted in zip(task.problems("test"), right):
+            found = [text.lower().strip(" .") for text in said if task.correct(problem, task.parse(text))]
+            assert found == wanted
 
 
 def problem(n=4):
