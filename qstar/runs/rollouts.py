@@ -30,9 +30,8 @@ class SampleSettings(Settings):
     """How completions are sampled. A config's `sample` section."""
 
     max_new_tokens: int = bounded(96, ge=1)
-    temperature: float = bounded(
-        0.0, ge=0, le=MAX_TEMPERATURE, note="0: greedy"
-    )  # STaR's code: top_p .9 at temperature .01, near greedy
+    # STaR's code has top_p=0.9 at temperature 0.01, which is near greedy.
+    temperature: float = bounded(0.0, ge=0, le=MAX_TEMPERATURE, note="0: greedy")
     top_k: int = bounded(0, ge=0, note="0: off")
     top_p: float = bounded(1.0, gt=0, le=1)
     slots: int | None = bounded(None, ge=1)
@@ -172,9 +171,7 @@ def read_answer(task: Task, done: Completion) -> tuple[str, str | None, bool]:
     return thinking + text, task.parse(text), done.stopped or part is not None
 
 
-def judge(
-    task: Task, problems: Sequence[Problem], answers: Sequence[str | None], ended: Sequence[bool]
-) -> Sequence[bool]:
+def judge(task: Task, problems: Sequence[Problem], answers: Sequence[str | None], ended: Sequence[bool]) -> list[bool]:
     """Returns whether answers are right, in evaluation and as rewards."""
     # A truncated completion is wrong even if its answer matches: it may be the first digits of a longer one.
     return task.judged(problems, [a if done else None for a, done in zip(answers, ended, strict=True)])
@@ -237,7 +234,7 @@ def kept_tokens(model: Model, prompt: str, done: Completion, text: str) -> list[
     token is encoded anew. A completion without a stop token gets the one of `Tokenizer.end_of`.
     """
     tokenizer = tokenizer_of(model)
-    # An encoder-decoder's output has no text before it. Otherwise 64 characters do: only whether there is any matters.
+    # An encoder-decoder's output has no text before it. Otherwise 64 characters do: only the last token matters.
     alone = tokenizer.encoder_end is not None
     before = [] if alone else tokenizer.encode(prompt[-64:], bos=True)
     drawn = bool(done.tokens) and done.tokens[-1] in model.stop_ids
@@ -247,7 +244,7 @@ def kept_tokens(model: Model, prompt: str, done: Completion, text: str) -> list[
 
 
 def to_example(tokenizer: Tokenizer, prompt: Any, completion: str, tokens: Sequence[int] | None = None) -> Example:
-    """Returns a training example: BOS and prompt, then completion and EOS (so that the model learns to stop).
+    """Returns a training example: BOS and prompt, then completion and one EOS (so that the model learns to stop).
 
     Args:
       prompt: a text or chat messages. A rendered conversation ends with its end of turn in place of EOS.
@@ -259,12 +256,12 @@ def to_example(tokenizer: Tokenizer, prompt: Any, completion: str, tokens: Seque
     if tokens is not None:
         return Example(tokenizer.encode_prompt(prompt), list(tokens))
     head, tail = tokenizer.encode_pair(prompt, completion)
-    return Example(head, [*tail, tokenizer.end_of(prompt)])
+    return Example(head, tokenizer.ended(tail, prompt))
 
 
 def show_hint(row: Rollout, share: float) -> bool:
     """Returns whether a rationalised row is trained on with the hint in its prompt (an ablation; 0 in the paper)."""
-    # Seeded by the row: the choice stays when its loop's rows are trained on again. Texts seed alike in all processes.
+    # Seeded by the row, so that the choice is the same whenever and in whichever process the row is trained on.
     return row.hinted and share > 0 and random.Random(f"{row.problem_id}/{row.iteration}").random() < share
 
 
@@ -331,20 +328,13 @@ def generate(
     else:
         found = batching.generate(model, prompts, **sampling)
     empty = [(p, d) for p, some in zip(prompts, found) for d in some if d.text == "" and d.stopped]
+    # The tokens of a stop string are cut off, the EOS is not.
     if ended := [prompt for prompt, done in empty if done.tokens]:
-        warn_empty(model.tokenizer, ended[0])
+        chat = model.tokenizer.chat if model.tokenizer is not None else None
+        raw = chat is not None and isinstance(ended[0], str) and not chat.rendered(ended[0])
+        advice = "this model has a chat template: give the prompt as messages (--chat)" if raw else "try another prompt"
+        warnings.warn(f"a completion is empty, the model ended it at once; {advice}", QstarWarning, stacklevel=2)
     elif empty:
-        # The tokens of a stop string are cut off, the EOS is not.
-        text = (
-            "a completion is empty: it begins with a stop string; leave that out of `stop`, or end the prompt with it"
-        )
-        warnings.warn(text, QstarWarning, stacklevel=2)
+        advice = "leave that out of `stop`, or end the prompt with it"
+        warnings.warn(f"a completion is empty: it begins with a stop string; {advice}", QstarWarning, stacklevel=2)
     return found
-
-
-def warn_empty(tokenizer: Tokenizer | None, prompt: Any) -> None:
-    """Warns that the model ended its completion of `prompt` at once, with what helps."""
-    template = tokenizer.chat if tokenizer is not None else None
-    bare = template is not None and isinstance(prompt, str) and not template.rendered(prompt)
-    remedy = "this model has a chat template: give the prompt as messages (--chat)" if bare else "try another prompt"
-    warnings.warn(f"a completion is empty, the model ended it at once; {remedy}", QstarWarning, stacklevel=3)

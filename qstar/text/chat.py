@@ -114,7 +114,14 @@ class ChatTemplate:
         return bool(after.strip()) and after in text
 
     def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """See `encode_chat`."""
+        """Ids of a whole conversation, and for each 1 where it is to be learnt: the assistant's texts and end tokens.
+
+        Where the template marks them ({% generation %}) its marks count. Otherwise a reply begins where the text of the
+        messages before it ends, and ends with the end-of-turn token.
+
+        Raises:
+            UserError: no assistant's text, or a template that writes earlier turns otherwise when others follow.
+        """
         text = self.render(messages, reply=False)
         ids = self.tokenizer.encode(text)
         if _GENERATION.search(self.tokenizer.hf.get_chat_template()):
@@ -212,20 +219,8 @@ def text_or_ids(tokenizer: Tokenizer | None, given: Any, must: str) -> str | lis
     return ids
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[int]]:
-    """Ids of a whole conversation, and for each 1 where it is to be learnt: the assistant's texts and their end tokens.
-
-    Where the template marks them ({% generation %}) its marks count. Otherwise a reply begins where the text of the
-    messages before it ends, and ends with the end-of-turn token.
-
-    Raises:
-        UserError: no template, no assistant's text, or a template that writes earlier turns otherwise when others follow.
-    """
-    return template_of(tokenizer).encode(messages)
-
-
 def chat_example(tokenizer: Tokenizer, messages: Messages) -> Example:
     """A conversation as a training document with loss on the assistant's tokens alone; the ids after these are left out."""
-    ids, mask = encode_chat(tokenizer, messages)
+    ids, mask = template_of(tokenizer).encode(messages)
     first, last = mask.index(1), len(mask) - mask[::-1].index(1)
     return Example(ids[:first], ids[first:last], None if all(mask[first:last]) else tuple(mask[:last]))

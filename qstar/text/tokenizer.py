@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import codecs
 import functools
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qstar.errors import UserError
+from qstar.errors import UserError, require
 from qstar.files import local_path, read_json
 from qstar.text.chat import ChatTemplate
 
@@ -92,8 +93,13 @@ class Tokenizer:
         except Exception as error:
             raise self._unknown_character(texts) or error from error
         ids = [item.ids for item in encoded]
-        if self.limit is not None and self.limit < self.vocab_size:
-            self._check_limit(ids, self.limit)
+        if (limit := self.limit) is not None and limit < self.vocab_size:
+            bad = next((i for row in ids for i in row if i >= limit), None)
+            if bad is not None:
+                raise UserError(
+                    f"token {self.hf.convert_ids_to_tokens(bad)!r} of the tokenizer has id {bad}, beyond the model's "
+                    f"vocabulary of {limit}: take it out of the text, or resize the model's embedding to the tokenizer"
+                )
         if not bos or self.bos_id is None:
             return ids
         # GPT-2 names a BOS token but never puts one before a text: only an empty text starts from it.
@@ -120,6 +126,11 @@ class Tokenizer:
         end = self.chat.turn.end_id if self.chat and self.chat.rendered(prompt) else None
         return self.eos_id if end is None else end
 
+    def ended(self, ids: Sequence[int], prompt: str = "") -> list[int]:
+        """Ids of a text behind `prompt`, with one end: `end_of(prompt)`, or what the text itself has written out."""
+        end = self.end_of(prompt)
+        return [*ids] if ids and ids[-1] in (self.eos_id, end) else [*ids, end]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt: with BOS in front, or for an encoder with `encoder_end` behind."""
         return self.encode(text, bos=True) if self.encoder_end is None else [*self.encode(text), self.encoder_end]
@@ -139,35 +150,41 @@ class Tokenizer:
 
     def encode_behind(self, ids: Sequence[int], text: str) -> list[int]:
         """Ids of a text that follows `ids`."""
-        # Behind special tokens alone a text begins the document, with SentencePiece's space in front.
-        alone = self.encoder_end is not None or self._special_ids.issuperset(ids)
+        alone = self.encoder_end is not None or self._begins(ids)
         return self.encode(text) if alone else self.encode_continuation(text)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows another: without the space that SentencePiece puts before a document."""
         # The text may merge with an anchor, which changes the ids of both; then the next one is tried.
-        for anchor in ("\n", "0", ":", "a") if self._adds_space else ():
+        for anchor in ("\n", "0", ":", "a") if self._openers else ():
             head, both_ids = self.encode_batch([anchor, anchor + text])
             if both_ids[: len(head)] == head:
                 return both_ids[len(head) :]
         return self.encode(text)
 
-    @functools.cached_property
-    def _adds_space(self) -> bool:
-        try:
-            # Decoding drops the first space only: the document twice shows the second one. Text of unknown tokens is "".
-            once, twice = (self._decode(self.encode("a") * count) for count in (1, 2))
-            return once != "" and twice != "aa"
-        except UserError:  # an alphabet without this letter
-            return False
+    def _begins(self, ids: Sequence[int]) -> bool:
+        """Whether a text behind `ids` is encoded as one that begins a document."""
+        return not (self._openers and len(ids)) or ids[-1] in self._openers
 
     @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+    def _openers(self) -> set[int | None]:
+        """Where SentencePiece puts a space before a document: the ids behind which it does, too. Else none."""
+        added = self._backend.get_added_tokens_decoder().items()
+        try:
+            start = self.encode("a")
+        except UserError:  # an alphabet without this letter
+            return set()
+        # Decoding drops the first space only: the document twice shows the second one. Text of unknown tokens is "".
+        if self._decode(start) == "" or self._decode(start * 2) == "aa":
+            return set()
+        # By trial: Llama's tokenizer puts it behind every added token, others only where a text begins.
+        behind = {i: self._backend.encode(f"{token.content}a", add_special_tokens=False).ids for i, token in added}
+        return {self.bos_id, *(i for i in behind if behind[i] == [i, *start])}
 
     def special_id(self, text: str) -> int | None:
         """The id of a text that is a special token, which decoded texts never hold; else None."""
-        return found if (found := self._backend.token_to_id(text)) in self._special_ids else None
+        added = self._backend.get_added_tokens_decoder().items()
+        return next((i for i, token in added if token.special and token.content == text), None)
 
     def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
         """Text of `ids` (list or integer array [T]); special tokens are skipped, spaces kept.
@@ -177,7 +194,7 @@ class Tokenizer:
                 `ids` for a document and drops its first space.
         """
         ids = np.asarray(ids).astype(int).tolist()
-        if self._adds_space and not self._special_ids.issuperset(map(int, after)):
+        if not self._begins(after):
             # Any text in front keeps the space; this one is short, and may have a space in front itself.
             head = self.encode("a")
             return self._decode([*head, *ids])[len(self._decode(head)) :]
@@ -224,7 +241,7 @@ class Tokenizer:
         while k and not text.startswith(self.decode(ids[:k], after=after)):
             k -= 1
         rest = text[len(self.decode(ids[:k], after=after)) :]
-        return [*ids[:k], *(self.encode_continuation(rest) if k or len(after) else self.encode(rest))]
+        return [*ids[:k], *(self.encode(rest) if not k and self._begins(after) else self.encode_continuation(rest))]
 
     def show(self, token: int) -> str:
         """The text of one token for display: with its leading space, special tokens by name."""
@@ -253,14 +270,6 @@ class Tokenizer:
     def spells_as(self, other: Tokenizer) -> bool:
         return self is other or self.hf.get_vocab() == other.hf.get_vocab()
 
-    def _check_limit(self, rows: Iterable[Sequence[int]], limit: int) -> None:
-        bad = next((i for row in rows for i in row if i >= limit), None)
-        if bad is not None:
-            raise UserError(
-                f"token {self.hf.convert_ids_to_tokens(bad)!r} of the tokenizer has id {bad}, beyond the model's "
-                f"vocabulary of {limit}: take it out of the text, or resize the model's embedding to the tokenizer"
-            )
-
     def _unknown_character(self, texts: list[str]) -> UserError | None:
         for text in texts:
             for position, character in enumerate(text):
@@ -282,12 +291,14 @@ def _portable_settings(settings: dict[str, Any], special: dict[str, Any], hf: An
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         if name not in plain and name not in special and getattr(hf, name) is not None:
             plain[name] = str(getattr(hf, name))
-    # Version 4 has no class of this name.
-    if plain.get("tokenizer_class") in (None, "TokenizersBackend"):
+    # Version 4 has no classes of these names. Others need files that are not exported: Python code, or tekken.json.
+    kind = plain.get("tokenizer_class") or "Backend"
+    if plain.pop("auto_map", None) or kind.endswith("Backend") or kind.startswith("MistralCommon"):
         plain["tokenizer_class"] = "PreTrainedTokenizerFast"
     # Version 4 expects a map there.
     if isinstance(plain.get("extra_special_tokens"), list):
-        plain["additional_special_tokens"] = plain.pop("extra_special_tokens")
+        tokens = [*(plain.get("additional_special_tokens") or ()), *plain.pop("extra_special_tokens")]
+        plain["additional_special_tokens"] = [token for i, token in enumerate(tokens) if token not in tokens[:i]]
     return plain
 
 
@@ -301,12 +312,21 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
         UserError: the files exist and cannot be read, or there is no EOS token.
     """
     folder = local_path(folder)
+    named = [path.relative_to(folder).as_posix() for path in sorted(folder.glob(_NAMED_TEMPLATES))]
+    files = {name: (folder / name).read_bytes() for name in (*_EXPORTED, *named) if (folder / name).is_file()}
+    # Of both faults transformers would blame tokenizer.json.
+    marked = next((name for name in files if files[name].startswith(codecs.BOM_UTF8)), "")
+    require((not marked, f"{folder / marked}: begins with a byte order mark (BOM); save it as UTF-8 without one"))
+    settings = read_json(folder / _CONFIG, "copy it again from the model's source") if _CONFIG in files else {}
     found = [name for name in _VOCABULARIES if (folder / name).is_file()]
+    kind = str(settings.get("tokenizer_class"))
+    byte_model = (
+        f"{folder}: {kind} works on bytes and has no vocabulary file; such models are not supported: "
+        "take a T5, mT5 or FLAN-T5 with spiece.model or tokenizer.json"
+    )
+    require((bool(found) or not kind.startswith("ByT5"), byte_model))
     if not found:
-        _refuse_byte_models(folder)
         return None
-    if (folder / _CONFIG).is_file():
-        read_json(folder / _CONFIG, "copy it again from the model's source")  # transformers would not name the file
     # Half a second: a run that reads packed rows, or a test of packing, never needs it.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -322,22 +342,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
         advice = "copy them again from the model's source"
         raise UserError(f"{folder / found[0]}: the tokenizer files are broken ({reason}); {advice}") from error
     tokenizer = Tokenizer(hf)
-    named = [path.relative_to(folder).as_posix() for path in sorted(folder.glob(_NAMED_TEMPLATES))]
-    exported = [name for name in (*_EXPORTED, *named) if (folder / name).is_file()]
-    tokenizer.files = {name: (folder / name).read_bytes() for name in exported}
+    tokenizer.files = files
     return tokenizer
-
-
-def _refuse_byte_models(folder: pathlib.Path) -> None:
-    try:
-        kind = str(json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("tokenizer_class", ""))
-    except (OSError, ValueError, AttributeError):  # no settings: not a byte model either
-        return
-    if kind.startswith("ByT5"):
-        raise UserError(
-            f"{folder}: {kind} works on bytes and has no vocabulary file; such models are not supported: "
-            "take a T5, mT5 or FLAN-T5 with spiece.model or tokenizer.json"
-        )
 
 
 def char_tokenizer(alphabet: str, *, pad: str, eos: str) -> Tokenizer:
@@ -380,17 +386,14 @@ def _repair_sentencepiece(backend: Any, path: pathlib.Path) -> None:
 
     file = sentencepiece.SentencePieceProcessor(model_file=str(path))
     vocabulary = {file.id_to_piece(i): i for i in range(file.get_piece_size())}
-    ranked = []
-    for piece, i in vocabulary.items():
-        if not (file.is_control(i) or file.is_unknown(i) or file.is_byte(i)):
-            halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-            ranked += [(-file.get_score(i), i, pair) for pair in halves if all(h in vocabulary for h in pair)]
-    merges = [pair for _, _, pair in sorted(ranked, key=lambda item: item[:2])]
+    texts = [i for i in vocabulary.values() if not (file.is_control(i) or file.is_unknown(i) or file.is_byte(i))]
+    ranked = map(file.id_to_piece, sorted(texts, key=lambda i: (-file.get_score(i), i)))
+    halves = ((piece[:cut], piece[cut:]) for piece in ranked for cut in range(1, len(piece)))
+    merges = [pair for pair in halves if vocabulary.keys() >= {*pair}]
     unknown = file.id_to_piece(file.unk_id())
     backend.model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     leading = file.encode("a", out_type=str)[0].startswith("▁")
-    prefix = [normalizers.Prepend("▁")] if leading else []
-    strip = [decoders.Strip(" ", 1, 0)] if leading else []
+    prefix, strip = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if leading else ([], [])
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])

@@ -353,8 +353,8 @@ def test_training_rows_of_a_chat_hold_its_shots_only_if_asked_and_never_the_hint
 class CharTokenizer:
     """Characters as ids, for text that the alphabet of sums does not hold."""
 
-    def end_of(self, prompt):
-        return 0
+    def ended(self, ids, prompt):
+        return [*ids, 0]
 
     def encode_pair(self, prompt, completion):
         return list(map(ord, prompt)), list(map(ord, completion))

@@ -9,7 +9,6 @@ import pytest
 from qstar.errors import UserError
 from qstar.tasks import make_task
 from qstar.tasks.prompts import ChatTask, PromptFormat, formatted, make_prompted
-from qstar.text import encode_chat
 from qstar.types import Completion
 from tests.text.kinds import tokenizer
 from tests.text.test_chat import INST, PLAIN, REAL, ZEPHYR, with_template
@@ -50,11 +49,12 @@ def test_training_rows_are_the_conversation_with_its_end_of_turn(data):
     task = formatted(make_task("gsm8k", **data), tok)
     problem = task.problems("test")[0]
     row = to_example(tok, task.prompt(problem), task.solution(problem))
-    ids, mask = encode_chat(tok, [{"role": "user", "content": f"{task.message(problem)}\n\n{task.instruction}"},
-                                  {"role": "assistant", "content": RECORD["answer"]}])  # fmt: skip
+    question = {"role": "user", "content": f"{task.message(problem)}\n\n{task.instruction}"}
+    ids, mask = tok.chat.encode([question, {"role": "assistant", "content": RECORD["answer"]}])
     assert row.prompt + row.completion == ids and row.completion[-1] == tok.chat.turn.end_id
     # The space in front of the reply is the template's; here it is learnt, too.
     assert [0] * len(row.prompt) + [1] * len(row.completion) == mask
+    assert to_example(tok, task.prompt(problem), f"{task.solution(problem)}{tok.hf.eos_token}") == row
 
 
 @pytest.mark.parametrize("name, reply, answer", [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qstar.errors import QstarWarning, UserError
-from qstar.text import chat_example, encode_chat, load_tokenizer, pack
+from qstar.text import chat_example, load_tokenizer, pack
 from tests.text.kinds import tokenizer
 
 INST = (
@@ -58,7 +58,7 @@ def test_a_conversation_has_the_ids_of_transformers(kind, template):
 @pytest.mark.parametrize(("kind", "template"), [*CASES, ("mistral", MARKED)])
 def test_loss_is_on_the_replies_and_their_end_tokens_alone(kind, template):
     tok = with_template(kind, template)
-    ids, mask = encode_chat(tok, TALK)
+    ids, mask = tok.chat.encode(TALK)
     assert ids == tok.hf.apply_chat_template(TALK, return_dict=False)
     end = tok.chat.turn.end_id
     learnt = [i for i, m in zip(ids, mask) if m]
@@ -67,7 +67,8 @@ def test_loss_is_on_the_replies_and_their_end_tokens_alone(kind, template):
 
 
 def test_marks_of_a_template_give_the_same_mask_as_prefix_differences():
-    assert encode_chat(with_template("mistral", MARKED), TALK) == encode_chat(with_template("mistral", ZEPHYR), TALK)
+    marked, plain = (with_template("mistral", template).chat.encode(TALK) for template in (MARKED, ZEPHYR))
+    assert marked == plain
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_all_of_a_reply_is_learnt_and_nothing_in_front_of_it(template):
     tok = with_template("stories260k", template)
     # The conversation begins with the assistant; the second reply with the letter of <think>, which prompts alone have.
     talk = [{"role": "assistant", "content": "Hi."}, *TALK[2:3], {"role": "assistant", "content": "<answer>49"}]
-    ids, mask = encode_chat(tok, talk)
+    ids, mask = tok.chat.encode(talk)
     close = "" if template is PLAIN else tok.hf.eos_token
     learnt = tok._backend.decode([i for i, m in zip(ids, mask) if m], skip_special_tokens=False)
     assert "".join(learnt.split()) == f"Hi.{close}<answer>49{close}"
@@ -116,12 +117,21 @@ def test_end_of_turn_is_read_from_the_template():
     assert gemma.end_of(gemma.chat.render(TALK[:1])) == end != gemma.end_of("Once upon") == gemma.eos_id
 
 
+def test_a_reply_that_is_written_with_its_end_gets_no_second_one():
+    tok = with_template("stories260k", ZEPHYR.replace("eos_token", "unk_token"))
+    prompt, plain = tok.chat.render(TALK[:1]), tok.encode("So 42.")
+    assert tok.ended(plain, prompt) == tok.ended(tok.encode("So 42.<unk>"), prompt) == [*plain, tok.chat.turn.end_id]
+    # EOS ends it, too. The end of a turn does not end any other text.
+    assert tok.ended(tok.encode("So 42.</s>"), prompt) == [*plain, tok.eos_id]
+    assert tok.ended(tok.encode("So 42.<unk>"), "Q:") == [*plain, tok.chat.turn.end_id, tok.eos_id]
+
+
 def test_documents_of_conversations_are_packed_with_their_masks():
     tok = with_template("mistral", ZEPHYR)
     one, two = chat_example(tok, TALK[:2]), chat_example(tok, TALK)
     assert one.loss is None and two.loss is not None
     rows = pack([two], 256)
-    ids, mask = encode_chat(tok, TALK)
+    ids, mask = tok.chat.encode(TALK)
     n = len(two)
     assert rows["tokens"][0, :n].tolist() == ids[:n] and rows["mask"][0, :n].tolist() == mask[:n]
     assert sum(mask[n:]) == 0 and two.completion[-1] == tok.chat.turn.end_id
@@ -136,9 +146,9 @@ def test_a_template_that_moves_earlier_turns_is_refused_for_training():
         "{{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     tok = with_template("mistral", moved)
-    encode_chat(tok, TALK[:2])
+    tok.chat.encode(TALK[:2])
     with pytest.raises(UserError, match="message 1: .*writes earlier turns otherwise"):
-        encode_chat(tok, TALK)
+        tok.chat.encode(TALK)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +178,7 @@ def test_errors_of_templates_are_one_line():
     tok = with_template("stories260k", "{% for %}")
     assert tok.end_of("Once") == tok.eos_id and tok.encode("Once", bos=True)[0] == tok.bos_id
     with pytest.raises(UserError, match="no chat template"):
-        encode_chat(tokenizer("stories260k"), TALK)
+        chat_example(tokenizer("stories260k"), TALK)
 
 
 def test_named_templates_are_read_and_saved(tmp_path, shared):

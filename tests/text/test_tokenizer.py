@@ -1,3 +1,5 @@
+import codecs
+import copy
 import itertools
 import json
 import pickle
@@ -6,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qstar.errors import UserError
@@ -169,6 +171,36 @@ def test_broken_settings_are_not_blamed_on_the_vocabulary(text, stories, tmp_pat
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+def test_a_byte_order_mark_is_told_of_the_file_that_has_it(name, stories, tmp_path):
+    stories.save(tmp_path)
+    content = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b"{}"
+    (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
+    with pytest.raises(UserError, match=rf"{name}: begins with a byte order mark"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("settings, want", [
+    ({"tokenizer_class": "MistralCommonBackend"}, {}),
+    ({"tokenizer_class": "MistralCommonTokenizer"}, {}),
+    ({"tokenizer_class": "PythonBackend"}, {}),
+    ({"tokenizer_class": "SentencePieceBackend"}, {}),
+    ({"tokenizer_class": "QWenTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}}, {}),
+    ({"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "LlamaTokenizerFast"}),
+    ({"extra_special_tokens": ["<s>", "<x>"], "additional_special_tokens": ["<y>", "<s>"]},
+     {"additional_special_tokens": ["<y>", "<s>", "<x>"]}),
+    ({"extra_special_tokens": ["<x>"], "additional_special_tokens": None}, {"additional_special_tokens": ["<x>"]}),
+])  # fmt: skip
+def test_an_export_needs_no_class_or_file_that_transformers_4_lacks(settings, want, stories, tmp_path):
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    stories.save(tmp_path / "m")
+    (tmp_path / "m/tokenizer_config.json").write_text(json.dumps({**settings, **ends}))
+    load_tokenizer(tmp_path / "m").save(tmp_path / "out")
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert written == {"tokenizer_class": "PreTrainedTokenizerFast", **want, **ends}
+    assert load_tokenizer(tmp_path / "out").encode("Once upon") == stories.encode("Once upon")
+
+
 @pytest.mark.parametrize("eos", [None, ""])
 def test_tokenizer_without_eos_is_refused(eos, stories, tmp_path):
     stories.save(tmp_path)
@@ -223,6 +255,31 @@ def test_kept_ids_spell_the_text_that_is_kept(kind):
         assert kept[:whole] == ids[:whole]
 
 
+@pytest.mark.parametrize("scheme", ["Llama", "first"])
+@pytest.mark.parametrize("special", [True, False])
+def test_a_text_behind_an_added_token_has_the_ids_it_is_decoded_from(scheme, special, shared):
+    hf = copy.deepcopy(load_tokenizer(shared("weights/stories260k")).hf)
+    if scheme == "first":  # a space where the whole text begins, and nowhere else
+        hf.backend_tokenizer.normalizer = normalizers.Sequence([])
+        hf.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    hf.add_tokens(["<|assistant|>"], special_tokens=special)
+    text = Tokenizer(hf)
+    texts = ["12", "\n", " Once upon", "Once upon"]
+    for prompt, said in itertools.product(["<|assistant|>", "Tom?<|assistant|>"], texts):
+        head, tail = text.encode_pair(prompt, said)
+        assert head == text.encode(prompt, bos=True) and text.encode(prompt + said, bos=True) == head + tail
+        assert text.decode(tail, after=head) == text.decode(tail, after=np.array(head)) == said
+        assert text.encode_behind(head, said) == tail
+        for at in range(len(said)):
+            assert text.decode(text.keep(tail, said[:at], after=head), after=head) == said[:at]
+    assert text.keep(tail, "On", after=head) == text.encode_behind(head, "On")
+
+
+def test_only_special_tokens_are_ids_of_texts(stories):
+    assert stories.special_id("</s>") == stories.eos_id
+    assert [stories.special_id(text) for text in ("a", "", "\ud83d")] == [None] * 3
+
+
 @pytest.mark.parametrize("space", [False, True])
 def test_byte_level_tokenizers_with_and_without_a_space_in_front(space):
     alphabet = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"])}
@@ -253,6 +310,14 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(kind):
     assert text.encode(f"{bos}Once upon", bos=True) == text.encode_pair(f"{bos}Once upon", " a")[0] == expected
     assert text.encode(bos, bos=True) == text.encode("", bos=True) == [text.bos_id]
     assert text.encode("Once", bos=True).count(text.bos_id) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_ends_with_eos_gets_no_second_one(kind):
+    text = tokenizer(kind)
+    plain = text.encode("Once upon")
+    assert text.ended(plain) == text.ended(text.encode(f"Once upon{text.hf.eos_token}")) == [*plain, text.eos_id]
+    assert text.ended([]) == [text.eos_id]
 
 
 def test_a_token_beyond_the_models_vocabulary_is_named(shared):
