@@ -1,1 +1,1 @@
-"""Decoders as pure functions, and their weights in the Hugging Face layout."""
+"""Decoders and encoder-decoders as pure functions, and their weights in the Hugging Face layout."""

@@ -16,8 +16,8 @@ from einops import rearrange
 from jax import Array
 
 from qstar.models import flash
-from qstar.models.prefix_attention import attend_shared, in_range, soft_cap
-from qstar.models.prefix_kernel import NEG
+from qstar.models.prefix_attention import attend_shared, in_range
+from qstar.models.prefix_kernel import NEG, soft_cap
 from qstar.types import Segment, Shared
 
 
@@ -34,7 +34,7 @@ def within_window(config: Any, mask: Array, distance: Array) -> Array | LayerMas
     Args:
       distance: int32, broadcastable to the mask: tokens from the key to the query.
     """
-    if config is None or config.sliding_window is None:
+    if config.sliding_window is None:
         return mask
     near = mask & (distance < config.sliding_window)
     return LayerMasks(mask, near) if config.windowed else near
@@ -53,7 +53,8 @@ def attend(q: Array, segments: Sequence[Segment | Shared], *, scale: float, cap:
       q: [T, H, K]. Each of the G key/value heads serves Q = H / G neighbouring query heads.
       segments: keys and values [G, C, K] with masks broadcastable to [T, C], and biases [H, T, C] if any. A lone one
         whose mask is a `flash.KernelMask` goes to the kernel that it names.
-      scale: factor on the scores, 1 / sqrt(K) in most decoders. cap: c, scores s become c tanh(s / c); no kernel has it.
+      scale: factor on the scores, 1 / sqrt(K) in most decoders. cap: c, scores s become c tanh(s / c); the kernels of
+        `flash` do not have it.
 
     Returns:
       [T, H, K] in q's dtype; scores and softmax are float32.
@@ -117,8 +118,7 @@ def _update(cache: Array, new: Array, column: Array, axis: int = 1) -> Array:
     # integers. A TPU would read and write the whole cache to convert it.
     if cache.dtype != jnp.bfloat16 or flash.platform_of(cache) != "cpu":
         return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis)
-    kind = jnp.uint16
-    words, more = (jax.lax.bitcast_convert_type(x, kind) for x in (cache, new))
+    words, more = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice_in_dim(words, more, column, axis), cache.dtype)
 
 
@@ -149,12 +149,12 @@ def causal_mask(
     return found if impl == "tiles" else as_mask(found, segment_ids.shape[0])
 
 
-def text_mask(segment_ids: Array | None, length: int, config: Any = None) -> Array | LayerMasks:
-    """Returns bool [T, T]: causal, within one document, and within the sliding window of a config that has one."""
+def text_mask(segment_ids: Array | None, length: int, config: Any) -> Array | LayerMasks:
+    """Returns bool [T, T]: causal, within one document (None: there is only one) and a config's sliding window."""
     return as_mask(text_ranges(segment_ids, length, config), length)
 
 
-def text_ranges(segment_ids: Array | None, length: int, config: Any = None) -> Array | LayerMasks:
+def text_ranges(segment_ids: Array | None, length: int, config: Any) -> Array | LayerMasks:
     """Returns int32 [T, 2], the keys of each token: those of `text_mask`."""
     i = jnp.arange(length)
     starts = jnp.zeros_like(i) if segment_ids is None else document_starts(segment_ids)
@@ -175,7 +175,7 @@ def key_ranges(config: Any, starts: Array, ends: Array, queries: Array) -> Array
       starts, ends: [T]. queries: [T], where the queries stand in the row of keys.
     """
     full = jnp.stack([starts, ends], axis=-1)
-    if config is None or config.sliding_window is None:
+    if config.sliding_window is None:
         return full
     near = jnp.stack([jnp.maximum(starts, queries - config.sliding_window + 1), ends], axis=-1)
     return LayerMasks(full, near) if config.windowed else near

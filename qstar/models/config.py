@@ -67,7 +67,7 @@ class ModelConfig(Settings):
     window_theta: float | None = bounded(None, ge=1, le=1e15)  # rotary base in layers with the window (Gemma 3)
     tie_embeddings: bool = True
     relative_bias: bool = False  # each head of each layer adds a learned number per distance to its scores
-    # Of it, in layer 0: head h begins by attending h tokens back (all heads but the last).
+    # Initial value of that number in layer 0, at distance h in head h (all heads but the last); 0 everywhere else.
     local_init: float = bounded(0.0, ge=0)
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
     bos_id: int | None = None
@@ -77,9 +77,8 @@ class ModelConfig(Settings):
     value_head: str = bounded("", choices=("", "orm", "prm"))  # a verifier of outcomes or of steps: one more tree
 
     dtype: str = bounded("float32", choices=DTYPES)  # of the computation; parameters keep their own dtype
-    attention: str = bounded(
-        "auto", choices=("auto", "xla", "tiles", "splash", "cudnn")
-    )  # within a text: `models.flash`
+    # Of a text to itself (`models.flash`).
+    attention: str = bounded("auto", choices=("auto", "xla", "tiles", "splash", "cudnn"))
     remat: str = bounded("none", choices=("none", "block", "dots"))  # keep all, block inputs, or matrix products
     # Tokens of threads whose activations are alive at once in the gradient of thoughts: it bounds their memory.
     piece_tokens: int = bounded(2048, ge=1)

@@ -65,11 +65,6 @@ def _norm(config: ModelConfig) -> Norm:
     return Norm(config.norm, config.norm_eps, config.norm_offset)
 
 
-def embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
-    """Returns the input vectors [T, D] of tokens [T] at positions [T], in the compute dtype."""
-    return embed_tokens(params, config, params["embed"]["table"][tokens], positions)
-
-
 def embed_tokens(params: Params, config: ModelConfig, rows: Array, positions: Array) -> Array:
     """Returns the input vectors [T, D] of rows [T, D] (of the embedding table, or like them) at positions [T]."""
     dtype = jnp.dtype(config.dtype)
@@ -82,24 +77,32 @@ def embed_tokens(params: Params, config: ModelConfig, rows: Array, positions: Ar
     return replicate(x)
 
 
-def run_layers(
-    layers: Any, config: ModelConfig, x: Array, positions: Array, mask: Mask, past: Sequence[Any] = ()
+def forward(
+    params: Params, config: ModelConfig, tokens: Array, positions: Array, mask: Mask, past: Sequence[Any] = ()
 ) -> tuple[Array, Any]:
-    """Runs the blocks on one sequence.
+    """Like `run`, from tokens [T] instead of input vectors."""
+    x = embed_tokens(params, config, params["embed"]["table"][tokens], positions)
+    return run(params, config, x, positions, mask, past)
+
+
+def run(
+    params: Params, config: ModelConfig, x: Array, positions: Array, mask: Mask, past: Sequence[Any] = ()
+) -> tuple[Array, Any]:
+    """Runs the blocks and the last norm on one sequence.
 
     Args:
-      layers: stacked parameters (leading axis L), or a list with one tree per layer (see `unstack`).
-      x: [T, D] inputs. positions: [T]. mask: bool [T, T] of the tokens among themselves. This and the masks of `past`
-        are `LayerMasks` where only some layers have the sliding window.
+      params: a decoder's tree; `layers` is stacked (leading axis L), or a list with one tree per layer (see `unstack`).
+      x: [T, D] inputs of `embed_tokens`. positions: [T]. mask: of the tokens among themselves. This and the masks of
+        `past` are `LayerMasks` where only some layers have the sliding window.
       past: with stacked layers, Segments whose keys and values carry a leading axis L (masks do not); with listed
         layers, one list of Segments per layer, of which the last may be a `RingKVCache` to write into.
 
     Returns:
-      x [T, D] before the final norm, and the new keys and values: a pair [L, G, T, K], or one pair per layer.
+      The final hidden states [T, D], and the new keys and values: a pair [L, G, T, K], or one pair per layer.
     """
     # `lax.scan` over Linen's pure `apply` instead of `nn.scan`: a decode loop runs the same blocks unstacked, with one
     # cache per layer (1.3 to 2.3 times faster on a CPU), and past segments, mapped or not, are ordinary arguments.
-    block, tables = Block(config), layer_tables(config, positions)
+    layers, block, tables = params["layers"], Block(config), layer_tables(config, positions)
     listed = isinstance(layers, (list, tuple))
     # For a lone token, moving the token may cost less than gathering the weights: that is left to the compiler.
     gather = use_fsdp_gather() and not listed and x.shape[0] > 1
@@ -113,20 +116,21 @@ def run_layers(
 
     one = checkpointed(one, config.remat, gather)
     kinds = config.layer_kinds
+    new: Any = []
     if listed:
-        new = []
         for i, layer in enumerate(layers):
             x, kv = one(x, layer, past[i] if past else (), kinds[i] if kinds else ())
             new.append(kv)
-        return x, new
+    else:
 
-    def body(x: Array, xs: Any) -> tuple[Array, Any]:
-        layer, pairs, kind = xs
-        return one(x, layer, [s._replace(keys=k, values=v) for (k, v), s in zip(pairs, past)], kind)
+        def body(x: Array, xs: Any) -> tuple[Array, Any]:
+            layer, pairs, kind = xs
+            return one(x, layer, [s._replace(keys=k, values=v) for (k, v), s in zip(pairs, past)], kind)
 
-    # Only these differ between layers: both forms of masks, all rotary tables and positions are constants of the scan.
-    xs = layers, [(s.keys, s.values) for s in past], tuple(jnp.asarray(x) for x in zip(*kinds))
-    return jax.lax.scan(body, x, xs, unroll=min(config.scan_unroll, config.num_layers))
+        # Only these differ between layers; both forms of masks, all rotary tables and positions are constants.
+        xs = layers, [(s.keys, s.values) for s in past], tuple(jnp.asarray(x) for x in zip(*kinds))
+        x, new = jax.lax.scan(body, x, xs, unroll=min(config.scan_unroll, config.num_layers))
+    return cast(Array, _norm(config).apply({"params": params["final_norm"]}, x)), new
 
 
 def checkpointed(layer: Callable[..., Any], remat: str, gather: bool) -> Callable[..., Any]:
@@ -151,24 +155,9 @@ def _of_layer(kind: Any, tables: Sequence[RopeTables | None], mask: Mask, segmen
     return rope, pick(mask), [s._replace(mask=pick(s.mask)) for s in segments]
 
 
-def unstack(layers: Params, config: ModelConfig) -> list[Params]:
-    """Returns one parameter tree per layer: what a decode loop reads, sliced once outside the loop."""
-    return [jax.tree.map(itemgetter(i), layers) for i in range(config.num_layers)]
-
-
-def forward(
-    params: Params, config: ModelConfig, tokens: Array, positions: Array, mask: Mask, past: Sequence[Any] = ()
-) -> tuple[Array, Any]:
-    """Returns the final hidden states [T, D] (after the last norm) of one sequence, and its new keys and values."""
-    return run(params, config, embed(params, config, tokens, positions), positions, mask, past)
-
-
-def run(
-    params: Params, config: ModelConfig, x: Array, positions: Array, mask: Mask, past: Sequence[Any] = ()
-) -> tuple[Array, Any]:
-    """Like `forward`, from input vectors x [T, D] instead of tokens."""
-    x, kv = run_layers(params["layers"], config, x, positions, mask, past)
-    return cast(Array, _norm(config).apply({"params": params["final_norm"]}, x)), kv
+def unstack(layers: Params) -> list[Params]:
+    """Returns one tree per layer of stacked layers: what a decode loop reads, sliced once outside the loop."""
+    return [jax.tree.map(itemgetter(i), layers) for i in range(jax.tree.leaves(layers)[0].shape[0])]
 
 
 def head(params: Params, config: Any) -> Head:

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any, cast
 
 import flax.linen as nn
@@ -29,8 +28,8 @@ from jax import Array
 
 from qstar.errors import Settings, bounded, require
 from qstar.mesh import all_gather_params, replicate, use_fsdp_gather
+from qstar.models import decoder
 from qstar.models.attention import attend, write_column
-from qstar.models.decoder import checkpointed
 from qstar.models.layers import PARAM_AXES, Embed, Linear, LMHead, Norm, mlp
 from qstar.types import Params, RingKVCache, Segment
 
@@ -224,16 +223,16 @@ def relative_bias(config: EncDecConfig, queries: Array, keys: Array, both_ways: 
 # ------------------------------------------------------------------------------------------------------- stacks
 
 
-def encode(params: Params, config: EncDecConfig, tokens: Array, mask: Array | None) -> Array:
+def encode(params: Params, config: EncDecConfig, tokens: Array, mask: Array) -> Array:
     """Returns the encoder's states [C, D] of tokens [C]; mask [C] is true for real ones (padding is on the right)."""
     stack, index = params["encoder"], jnp.arange(tokens.shape[0])
     bias = functools.partial(relative_bias, config, index, index, True)
-    visible = None if mask is None else jnp.broadcast_to(mask.astype(bool), (tokens.shape[0],) * 2)
+    visible = jnp.broadcast_to(mask.astype(bool), (tokens.shape[0],) * 2)
     x, _ = _run(stack, config, params["embed"]["table"][tokens], bias, visible, None)
     return x
 
 
-def decode(params: Params, config: EncDecConfig, tokens: Array, states: Array, mask: Array | None) -> Array:
+def decode(params: Params, config: EncDecConfig, tokens: Array, states: Array, mask: Array) -> Array:
     """Returns the decoder's final states [T, D], ready for `decoder.unembed`: row t predicts the token after tokens[t].
 
     Args:
@@ -241,7 +240,7 @@ def decode(params: Params, config: EncDecConfig, tokens: Array, states: Array, m
     """
     stack, index = params["decoder"], jnp.arange(tokens.shape[0])
     bias = functools.partial(relative_bias, config, index, index, False)
-    source = (states, None if mask is None else mask.astype(bool)[None])
+    source = (states, mask.astype(bool)[None])
     x, _ = _run(stack, config, params["embed"]["table"][tokens], bias, index[None] <= index[:, None], source)
     return _scaled(config, x)
 
@@ -277,11 +276,10 @@ def cross_sources(params: Params, config: EncDecConfig, states: Array, mask: Arr
     return [Segment(heads(layer["cross_k"]), heads(layer["cross_v"]), mask.astype(bool)[None]) for layer in layers]
 
 
-def unstack(params: Params, config: EncDecConfig) -> Params:
+def unstack(params: Params) -> Params:
     """Returns the parameters with one tree per decoder layer: what a decode loop reads."""
     stack = params["decoder"]
-    layers = [jax.tree.map(itemgetter(i), stack["layers"]) for i in range(config.num_decoder_layers)]
-    return {**params, "decoder": {**stack, "layers": layers}}
+    return {**params, "decoder": {**stack, "layers": decoder.unstack(stack["layers"])}}
 
 
 def _scaled(config: EncDecConfig, x: Array) -> Array:
@@ -321,6 +319,6 @@ def _run(
             return one(x, layer, source)[0], None
 
         count = jax.tree.leaves(layers)[0].shape[0]
-        step = checkpointed(step, config.remat, gather)
+        step = decoder.checkpointed(step, config.remat, gather)
         x, _ = jax.lax.scan(step, x, layers, unroll=min(config.scan_unroll, count))
     return cast(Array, Norm("rms", config.norm_eps).apply({"params": stack["final_norm"]}, x)), new

@@ -67,9 +67,15 @@ def choose(config: Any, segment_ids: Array, *, one_text: bool, must: bool) -> st
 def _obstacle(kind: str, config: Any, platform: str, length: int, one_text: bool) -> str:
     """Returns why a kernel cannot run, or ""."""
     c, cpu = config, platform == "cpu"
+    if kind != "xla" and c.relative_bias:
+        return "it has no relative bias, and relative_bias is set"
+    if kind in ("xla", "tiles"):
+        return ""
+    if c.attn_softcap:
+        return f"it has no soft cap on scores, and attn_softcap is {c.attn_softcap:g}"
+    if c.windowed:
+        return "it has one mask for all layers, and here only some have the sliding window"
     checks = {
-        "xla": (),
-        "tiles": (),
         "splash": (
             (platform in ("tpu", "cpu"), f"it is a kernel for TPUs (a CPU interprets it), and this runs on {platform}"),
             (length % LANES == 0, f"rows of {length} tokens are no multiple of {LANES}"),
@@ -83,16 +89,8 @@ def _obstacle(kind: str, config: Any, platform: str, length: int, one_text: bool
             (c.head_dim <= 128, f"head_dim {c.head_dim} is more than the 128 that every GPU takes"),
             (one_text, "it cannot keep the documents of packed rows apart (train.packed=False gives each a row)"),
         ),
-    }[kind]
-    if kind != "xla" and c.relative_bias:
-        return "it has no relative bias, and relative_bias is set"
-    if kind in ("xla", "tiles"):
-        return ""
-    if c.attn_softcap:
-        return f"it has no soft cap on scores, and attn_softcap is {c.attn_softcap:g}"
-    if c.windowed:
-        return "it has one mask for all layers, and here only some have the sliding window"
-    return next((why for fits, why in checks if not fits), "")
+    }
+    return next((why for fits, why in checks[kind] if not fits), "")
 
 
 def platform_of(x: Array) -> str:
@@ -183,12 +181,13 @@ def _cudnn(q: Array, keys: Array, values: Array, ids: Array, *, scale: float, wi
 # inside of the split part. (`custom_vmap` cannot be differentiated before it is mapped; see `layers.project`.)
 
 
-def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Array, int]:
+def lift_to_rows(p: Primitive, args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Any, Any]:
+    """The batching rule of a primitive of rows [B, ...]: the mapped axis joins the rows of all operands and results."""
     size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
     # The kernels have one axis of rows for all operands, so an unmapped operand is repeated.
     full = [jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes)]
-    out = _flash.bind(*(rearrange(x, "n b ... -> (n b) ...") for x in full), **static)
-    return rearrange(out, "(n b) ... -> n b ...", n=size), 0
+    out = p.bind(*(rearrange(x, "n b ... -> (n b) ...") for x in full), **static)
+    return jax.tree.map(lambda x: rearrange(x, "(n b) ... -> n b ...", n=size), out), jax.tree.map(lambda _: 0, out)
 
 
 def _slope(primals: Sequence[Any], tangents: Sequence[Any], **static: Any) -> tuple[Array, Array]:
@@ -201,5 +200,5 @@ _flash = Primitive("flash")
 _flash.def_impl(jax.jit(_rows, static_argnames=("scale", "impl", "window")))
 _flash.def_abstract_eval(lambda q, *_, **static: q.update(weak_type=False))
 mlir.register_lowering(_flash, mlir.lower_fun(_rows, multiple_results=False))
-batching.primitive_batchers[_flash] = _lift
+batching.primitive_batchers[_flash] = partial(lift_to_rows, _flash)
 ad.primitive_jvps[_flash] = _slope

@@ -33,7 +33,7 @@ from qstar.models.config import ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.fields import IDS
 from qstar.models.hf_config import to_hf
-from qstar.models.hf_names import THOUGHT_SIGN, Row, abstract_params, copies, embedding_names, file_names, name_map
+from qstar.models.hf_names import Row, abstract_params, copies, embedding_names, file_names, name_map
 from qstar.models.layers import PARAM_AXES
 from qstar.models.weight_files import DTYPES, FORMATS, HEAD, INDEX, WeightFiles, all_finite, other_format, others
 from qstar.types import Params
@@ -69,11 +69,6 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
-def has_thought_head(folder: str | os.PathLike) -> bool:
-    """Returns whether the weights in a folder hold a thought mixer (the official code's config.json may not say so)."""
-    return THOUGHT_SIGN in WeightFiles(local_path(folder)).slices
-
-
 def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -> ModelConfig | EncDecConfig:
     """Returns the config with `tie_embeddings` by the tensors, whatever config.json says, as transformers 5 reads it.
 
@@ -84,9 +79,8 @@ def settle_head(folder: str | os.PathLike, config: ModelConfig | EncDecConfig) -
     # A T5's config.json cannot be relied on. A decoder that needs a head is refused by `WeightFiles.check`.
     if HEAD not in weights.slices:
         return config.replace(tie_embeddings=True) if encdec else config
-    if not encdec and not config.tie_embeddings or table not in weights.slices:
-        return config
-    if weights.equal(HEAD, table):
+    untied = not encdec and not config.tie_embeddings
+    if untied or table not in weights.slices or weights.equal(HEAD, table):
         return config
     if not encdec:
         fault = f"config.json says tie_word_embeddings, but {HEAD} differs from {table}"
@@ -142,8 +136,7 @@ def read_part(
     """Reads bounds = ((start, stop) per axis) of a parameter of this shape, and nothing else, from the files."""
     stacked = "{i}" in row.name
     inner = [slice(*b) for b in (bounds[1:] if stacked else bounds)]
-    if row.part is not None:
-        inner[-1] = slice(inner[-1].start + row.start, inner[-1].stop + row.start)
+    inner[-1] = slice(inner[-1].start + row.start, inner[-1].stop + row.start)
     index: tuple[Any, ...] = tuple(inner[::-1] if row.transpose else inner)
     index = (0, *index) if row.spare else index
     out = np.empty([stop - start for start, stop in bounds], dtype)

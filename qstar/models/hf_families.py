@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qstar.models import fields
+from qstar.models import fields, rope
 from qstar.models.fields import DEPTH, EPSILON, FLAG, ID, IDS, LENGTH, TEXT, WIDTH, Field
 
 
@@ -19,20 +19,32 @@ class Key(NamedTuple):
     null: bool = False  # null means None, and not the default
 
 
+TOKENS = {"eos_token_id": IDS, "bos_token_id": ID}
+KINDS = ("full_attention", "sliding_attention")
+_LLAMA_CHECKED = {
+    **TOKENS,
+    **dict.fromkeys(("max_position_embeddings", "sliding_window"), LENGTH),
+    "use_sliding_window": FLAG,
+    "max_window_layers": ID,
+    "partial_rotary_factor": rope.WHOLE,
+    "layer_types": Field(
+        lambda kinds: isinstance(kinds, list) and set(map(str, kinds)) <= set(KINDS),
+        "a list of full_attention and sliding_attention, one per layer",
+    ),
+}
+
+
 class Family(NamedTuple):
     """The config.json of one `model_type`."""
 
     architecture: str
     keys: tuple[Key, ...]
     fixed: Mapping[str, Any] = {}  # fields that every model of the family has
-    checked: Mapping[str, Field] = {}  # further entries, read by functions below
+    checked: Mapping[str, Field] = _LLAMA_CHECKED  # further entries, which `hf_config` and `rope` read
     needs: Mapping[str, bool] = {}  # switches of which one position is supported, the default
     written: Mapping[str, Any] = {}  # further entries of every file
     theta: float = 10000.0  # the rotary base where config.json has none
     positions: int = 2048  # the context where config.json has none
-
-
-TOKENS = {"eos_token_id": IDS, "bos_token_id": ID}
 
 
 def _llama_keys(act: str = "hidden_act", **defaults: Any) -> tuple[Key, ...]:
@@ -54,22 +66,10 @@ def _llama_keys(act: str = "hidden_act", **defaults: Any) -> tuple[Key, ...]:
 _LLAMA_KEYS = _llama_keys()
 _ATTENTION_BIAS = Key("attention_bias", "qkv_bias", FLAG, False)
 _BIASES = (_ATTENTION_BIAS, Key("mlp_bias", "mlp_bias", FLAG, False))
-KINDS = ("full_attention", "sliding_attention")
-_LLAMA_CHECKED = {
-    **TOKENS,
-    **dict.fromkeys(("max_position_embeddings", "sliding_window"), LENGTH),
-    "use_sliding_window": FLAG,
-    "max_window_layers": ID,
-    "partial_rotary_factor": fields.number(1, 1),
-    "layer_types": Field(
-        lambda kinds: isinstance(kinds, list) and set(map(str, kinds)) <= set(KINDS),
-        "a list of full_attention and sliding_attention, one per layer",
-    ),
-}
 _PHI3_CHECKED = {
     **_LLAMA_CHECKED,
     "original_max_position_embeddings": LENGTH,
-    "partial_rotary_factor": fields.number(1e-3, 1),
+    "partial_rotary_factor": rope.PART,
 }
 _SMOLLM3_CHECKED = {**_LLAMA_CHECKED, "no_rope_layers": IDS, "no_rope_layer_interval": WIDTH}
 
@@ -138,26 +138,20 @@ T5_CHECKED = {
     **dict.fromkeys(("decoder_start_token_id", "pad_token_id"), ID),
 }
 TABLE = {
-    "llama": Family("LlamaForCausalLM", _LLAMA_KEYS + _BIASES, {}, _LLAMA_CHECKED),
-    "arcee": Family("ArceeForCausalLM", _LLAMA_KEYS + _BIASES, {}, _LLAMA_CHECKED),  # written for `tiny`, never read
-    "mistral": Family("MistralForCausalLM", _LLAMA_KEYS, {}, _LLAMA_CHECKED),
-    "ministral": Family("MinistralForCausalLM", _LLAMA_KEYS, {}, _LLAMA_CHECKED),
-    "qwen2": Family("Qwen2ForCausalLM", _LLAMA_KEYS, {"qkv_bias": True}, _LLAMA_CHECKED),
+    "llama": Family("LlamaForCausalLM", _LLAMA_KEYS + _BIASES),
+    "arcee": Family("ArceeForCausalLM", _LLAMA_KEYS + _BIASES),  # written for `tiny`, never read
+    "mistral": Family("MistralForCausalLM", _LLAMA_KEYS),
+    "ministral": Family("MinistralForCausalLM", _LLAMA_KEYS),
+    "qwen2": Family("Qwen2ForCausalLM", _LLAMA_KEYS, {"qkv_bias": True}),
     # Heads of Qwen3 need not divide the width.
-    "qwen3": Family(
-        "Qwen3ForCausalLM", (*_llama_keys(head_dim=128), _ATTENTION_BIAS), {"qk_norm": True}, _LLAMA_CHECKED
-    ),
+    "qwen3": Family("Qwen3ForCausalLM", (*_llama_keys(head_dim=128), _ATTENTION_BIAS), {"qk_norm": True}),
     "gemma2": _gemma("Gemma2ForCausalLM", 50.0, 30.0)._replace(positions=8192),
     "gemma3_text": _GEMMA3._replace(fixed={**_GEMMA3.fixed, "qk_norm": True}, theta=1e6, positions=131_072),
     "phi3": Family(
         "Phi3ForCausalLM", _llama_keys(norm_eps=1e-5), {}, _PHI3_CHECKED, written=_NO_PADDING, positions=4096
     ),
     "olmo2": Family(
-        "Olmo2ForCausalLM",
-        (*_llama_keys(norm_eps=1e-5), _ATTENTION_BIAS),
-        _OLMO2_FIXED,
-        _LLAMA_CHECKED,
-        written=_NO_PADDING,
+        "Olmo2ForCausalLM", (*_llama_keys(norm_eps=1e-5), _ATTENTION_BIAS), _OLMO2_FIXED, written=_NO_PADDING
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",

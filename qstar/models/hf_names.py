@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,13 +31,17 @@ class Row(NamedTuple):
     part: int | None = None  # which part of a fused q | k | v or gate | up, along the last axis
     spare: bool = False  # the file keeps [2, ...], the second row unused (written as zeros)
     factor: float = 1.0  # of the values when they are written
-    start: int = 0  # `name_map` fills these in: where a part begins on the last axis, and the width of the whole tensor
+    start: int = 0  # `name_map` fills these in: where the parameter begins on the last axis, and the tensor's width
     fused_width: int = 0
 
 
 def _linear(path: str, name: str, transpose: bool = True, part: int | None = None) -> tuple[Row, Row]:
     kernel = Row(f"{path}/kernel", f"{name}.weight", transpose, part)
     return kernel, Row(f"{path}/bias", f"{name}.bias", False, part)
+
+
+def _fused(parts: Sequence[str], name: str, transpose: bool = True) -> tuple[Row, ...]:
+    return tuple(row for i, n in enumerate(parts) for row in _linear(f"layers/{n}", name, transpose, part=i))
 
 
 def _norm(path: str, name: str) -> tuple[Row, Row]:
@@ -64,22 +69,17 @@ def _llama(mlp_norm: str = "post_attention_layernorm", **norms: str) -> tuple[Ro
 
 _AFTER = {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
 _LLAMA = _llama()
-_FUSED = (("self_attn.qkv_proj", ("q", "k", "v")), ("mlp.gate_up_proj", ("gate", "up")))
 _PHI3 = (
     *_LLAMA,
-    *(
-        row
-        for name, parts in _FUSED
-        for i, n in enumerate(parts)
-        for row in _linear(f"layers/{n}", f"model.layers.{{i}}.{name}", part=i)
-    ),
+    *_fused("qkv", "model.layers.{i}.self_attn.qkv_proj"),
+    *_fused(("gate", "up"), "model.layers.{i}.mlp.gate_up_proj"),
 )
 
 _GPT2 = (
     Row("embed/table", "transformer.wte.weight"),
     Row("positions/table", "transformer.wpe.weight"),
     *_norm("layers/attn_norm", "transformer.h.{i}.ln_1"),
-    *(row for i, n in enumerate("qkv") for row in _conv1d(f"layers/{n}", "transformer.h.{i}.attn.c_attn", part=i)),
+    *_fused("qkv", "transformer.h.{i}.attn.c_attn", transpose=False),
     *_conv1d("layers/o", "transformer.h.{i}.attn.c_proj"),
     *_norm("layers/mlp_norm", "transformer.h.{i}.ln_2"),
     *_conv1d("layers/up", "transformer.h.{i}.mlp.c_fc"),
@@ -203,8 +203,7 @@ def file_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape that one tensor of a row has in the files, from that of the (stacked) parameter."""
     if "{i}" in row.name:
         shape = shape[1:]
-    if row.part is not None:
-        shape = (*shape[:-1], row.fused_width)
+    shape = (*shape[:-1], row.fused_width)
     if row.spare:
         shape = (2, *shape)
     return shape[::-1] if row.transpose else shape

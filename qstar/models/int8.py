@@ -18,6 +18,7 @@ from qstar.types import Params
 KINDS = ("", "int8")  # "": as stored
 
 
+@jax.jit
 def quantise(params: Params) -> Params:
     """Returns a decoder's parameters, adapters merged, its blocks' kernels as {"kernel": int8, "scale": float32}."""
 
@@ -32,6 +33,3 @@ def quantise(params: Params) -> Params:
         return {**leaves, "kernel": jnp.round(w / scale[..., None, :]).astype(jnp.int8), "scale": scale}
 
     return {**params, "layers": {name: one(leaves) for name, leaves in with_adapters(params["layers"]).items()}}
-
-
-quantise_jit = jax.jit(quantise)

@@ -23,8 +23,10 @@ from qstar.models import hf
 from qstar.models.config import DTYPES, RUN, ModelConfig
 from qstar.models.encdec import EncDecConfig
 from qstar.models.hf_config import from_hf, official_thoughts, to_hf
+from qstar.models.hf_names import THOUGHT_SIGN
 from qstar.models.hub import resolve
 from qstar.models.thought_config import ThoughtConfig
+from qstar.models.weight_files import WeightFiles
 from qstar.text.tokenizer import Tokenizer, load_tokenizer
 from qstar.types import Params
 
@@ -40,7 +42,7 @@ class Model:
     params: Params
     tokenizer: Tokenizer | None = None
     mesh: Mesh | None = None
-    source: str = ""  # name or folder whose weights these are; "": of none, or changed since
+    source: str = ""  # name or folder that the weights were read from; "": not read, or changed since
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None and isinstance(self.config, EncDecConfig):
@@ -95,7 +97,8 @@ def load(
     config = from_hf(raw, where=str(folder / "config.json")).replace(dtype=_compute_dtype(raw, dtype))
     if isinstance(config, EncDecConfig):
         require((thoughts is None, f"{folder}: an encoder-decoder has no thoughts; leave `thoughts` out"))
-    elif thoughts is not None or config.thoughts is None and hf.has_thought_head(folder):
+    # The official code's config.json may not say that the weights hold a thought mixer.
+    elif thoughts is not None or config.thoughts is None and THOUGHT_SIGN in WeightFiles(folder).slices:
         config = config.replace(thoughts=thoughts or official_thoughts(raw))
     config = hf.settle_head(folder, config)
     tokenizer = load_tokenizer(folder)

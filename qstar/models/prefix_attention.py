@@ -26,23 +26,18 @@ from jax.interpreters import ad, batching, mlir
 
 from qstar.mesh import count_spare_shards, spare_axes, split_axis
 from qstar.models import prefix_kernel
-from qstar.models.flash import platform_of
-from qstar.models.prefix_kernel import NEG
+from qstar.models.flash import lift_to_rows, platform_of
+from qstar.models.prefix_kernel import NEG, soft_cap
 
 TILE_BYTES = 2 * 2**20  # of float32 scores alive at once: fits in a CPU's cache
 KEY_BLOCKS = 8  # a tile reads the first 1 .. 8 of as many blocks of keys
 KEY_BLOCK = 32  # keys in a block, at least
-MIN_ROWS = 16  # rows of a tile, at least: with fewer, a tile costs what reading its keys costs; on a TPU or GPU 8 times
-PLAIN_SCORES = (
-    2**16
-)  # scores of a head in a text's only thread (as in generation) up to which they are computed at once
+# Rows of a tile, at least: with fewer, a tile costs what reading its keys costs. On a TPU or GPU 8 times as many.
+MIN_ROWS = 16
+# Scores of a head, up to which those of a text's only thread (as in generation) are computed at once.
+PLAIN_SCORES = 2**16
 
 Pair = tuple[Array, Array]
-
-
-def soft_cap(x: Array, cap: float | None) -> Array:
-    """Returns cap * tanh(x / cap), or x where there is no cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend_shared(
@@ -280,7 +275,7 @@ def _keep(scale: float, cap: float | None, exact: str | None, *args: Any) -> tup
 _differentiable.defvjp(_keep, _pull)
 
 
-def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Pair, tuple[int, int]]:
+def _lift(p: Primitive, args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Any, Any]:
     # The mapped axis joins the texts if the keys have it, else the threads if the ranges have it, else the passes.
     size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
     q, keys, values, ranges = (x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes))
@@ -297,16 +292,8 @@ def _lift(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> t
         ranges = rearrange(ranges, "n b m ... -> b (n m) ...")
     else:
         at, merged, split = 1, "n b p ... -> b (n p) ...", "b (n p) ... -> b n p ..."
-    found = _shared.bind(rearrange(q, merged), keys, values, ranges, **static)
+    found = p.bind(rearrange(q, merged), keys, values, ranges, **static)
     return tuple(rearrange(x, split, n=size) for x in found), (at, at)
-
-
-def _lift_gradient(args: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Any, tuple[int, ...]]:
-    # To the texts, always: a gradient taken under `vmap` has gradients of the keys per row.
-    size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
-    full = (jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes))
-    found = _gradient.bind(*(rearrange(x, "n b ... -> (n b) ...") for x in full), **static)
-    return tuple(rearrange(x, "(n b) ... -> n b ...", n=size) for x in found), (0, 0, 0)
 
 
 def _slope(
@@ -326,14 +313,15 @@ def _primitive(name: str, f: Callable[..., Any], shapes: Callable[..., Any], lif
     p.def_impl(jax.jit(f, static_argnames=("scale", "cap", "exact")))
     p.def_abstract_eval(abstract)
     mlir.register_lowering(p, mlir.lower_fun(f, multiple_results=True))
-    batching.primitive_batchers[p] = lift
+    batching.primitive_batchers[p] = partial(lift, p)
     return p
 
 
 _shared = _primitive(
     "attend_shared", _forward, lambda q, *_: [(q.shape, jnp.float32), (q.shape[:-1], jnp.float32)], _lift
 )
+# Its mapped axis always joins the texts: a gradient taken under `vmap` has gradients of the keys per row.
 _gradient = _primitive(
-    "attend_shared_gradient", _backward, lambda *inputs: [(x.shape, x.dtype) for x in inputs], _lift_gradient
+    "attend_shared_gradient", _backward, lambda *inputs: [(x.shape, x.dtype) for x in inputs], lift_to_rows
 )
 ad.primitive_jvps[_shared] = _slope

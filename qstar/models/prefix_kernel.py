@@ -34,6 +34,11 @@ MOST_KEYS = 4096  # of a text whose keys, values and their gradients fit into th
 VECTOR_MEMORY = 64 * 2**20  # bytes that the compiler may use of it
 
 
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """Returns cap * tanh(x / cap), or x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def available(q: Array, keys: Array) -> bool:
     """Whether the kernel computes these queries [B, P, M, T, H, K] and keys [B, G, C, K]: bfloat16 on a TPU."""
     divides = bool(batch_axes(q.shape[0])) or q.shape[2] % count_spare_shards(q.shape[0]) == 0
@@ -160,8 +165,7 @@ class _Tiles:
 
 def _scores(keys: Array, q: Array, dot: Any, scale: float, cap: float | None) -> Array:
     # Keys are on the rows and queries on the columns: maxima and sums over keys are then those of whole vectors.
-    s = scale * dot(keys, q, (((1,), (1,)), ((), ())))
-    return s if cap is None else cap * jnp.tanh(s / cap)
+    return soft_cap(scale * dot(keys, q, (((1,), (1,)), ((), ()))), cap)
 
 
 def _visible(ranges: Any, j: Array, shape: tuple[int, ...]) -> Array:

@@ -19,6 +19,7 @@ from qstar.models.fields import FLAG, Field, number, numbers
 
 RopeTables = tuple[Array, Array]  # cosines and signed sines [T, rotary_dim]
 
+PART, WHOLE = number(1e-3, 1), number(1, 1)._replace(expected="1, unless the model is a phi3")  # of each head rotated
 _FACTOR = number(1e-6, 1e6)
 _TRAINED = "original_max_position_embeddings"
 _ORIGINAL = {_TRAINED: number(2, 2**31 - 1, integer=True)}
@@ -64,7 +65,7 @@ def read_scaling(c: dict[str, Any], where: str, head_dim: int, theta: float = 10
         raw[_TRAINED] = c.get(_TRAINED) or (4096 if phi3 else raw.get(_TRAINED, trained))
         if kind == "yarn" and type(raw[_TRAINED]) is int:
             raw.setdefault("factor", trained / max(1, raw[_TRAINED]))
-    others = {"rope_theta": number(1, 1e15), "partial_rotary_factor": number(1e-3 if phi3 else 1, 1)}
+    others = {"rope_theta": number(1, 1e15), "partial_rotary_factor": PART if phi3 else WHOLE}
     fields.check(raw, place, required, {**optional, **others})
     theta, rotated = float(raw.get("rope_theta", theta)), int(head_dim * raw.get("partial_rotary_factor", 1))
     kept = required.keys() | optional.keys()

@@ -132,7 +132,7 @@ def _logits(params: Params, config: ModelConfig, tokens: Array, mask: Array) -> 
 
 @functools.partial(mesh_jit, static_argnames=("config", "shared"))
 def next_logprobs(params: Params, config: ModelConfig, tokens: Array, mask: Array, read: Array, shared: bool) -> Array:
-    """Returns [B, T]: at t, the log-probability of token t + 1, right where `read` [B, T] is not 0."""
+    """Returns [B, T]: at t, the log-probability of token t + 1; valid where `read` [B, T] is not 0."""
     hidden = hidden_states(params, config, tokens, mask, shared)
     return token_logprobs(hidden, decoder.head(params, config), jnp.roll(tokens, -1, axis=1), read=read).logprobs
 
@@ -321,7 +321,7 @@ def _rows(pairs: _Pairs) -> list[list[int]]:
 
 
 def shared_length(longest: int) -> int:
-    """Returns how many tokens a row of several completions may have, whose longest pair has so many."""
+    """Returns the most tokens of a row of several completions, of which the longest with its prompt has `longest`."""
     # Attention grows with the square of a row, so that rows of more than a few texts would cost small models time.
     return min(SHARED_TOKENS, power_of_two(4 * longest))
 

@@ -19,7 +19,7 @@ from qstar.errors import require
 from qstar.mesh import SAMPLING, Rules, put_global_batch, to_host
 from qstar.models import scoring
 from qstar.models.encdec import EncDecConfig
-from qstar.models.int8 import quantise_jit
+from qstar.models.int8 import quantise
 from qstar.models.model import Model
 from qstar.sample import sampler as S
 from qstar.sample import seq2seq
@@ -86,7 +86,7 @@ def stream(model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], **opt
             yield from _respond(model, params, sampler, rows, members, o, key, sampling_params)
         return
     if o.weights:
-        model = model.replace(params=quantise_jit(model.params))
+        model = model.replace(params=quantise(model.params))
     distributed.return_freed_memory()
     params = S.prepare(model.params, model.config)
     prefix = _prefill_prefix(model, params, context)
@@ -132,7 +132,7 @@ class _Queue:
             free = [i for i, r in enumerate(self.occupant) if r is None]
             # A prefill has a fixed shape: it waits until a whole one fits, or until no slot is left to decode.
             while self.waiting and (len(free) >= per_fill or len(free) == len(self.occupant)):
-                fill, free = self._next_fill(free)
+                fill = self._next_fill(free)
                 state = S.insert_requests(self.params, self.sampler, self.prefix, state, fill, key, sampling_params)
             if not self.waiting:
                 state = self._drop_free_slots(state)
@@ -162,7 +162,8 @@ class _Queue:
             active = list(range(len(active)))
         return state
 
-    def _next_fill(self, free: list[int]) -> tuple[S.PrefillBatch, list[int]]:
+    def _next_fill(self, free: list[int]) -> S.PrefillBatch:
+        """Takes requests from the queue, and their slots from `free`."""
         # Samples of one prompt are adjacent in the queue, and share one row of the prefill.
         N, M = self.prompts_per_fill, self.prompts_per_fill * self.group
         fill = S.PrefillBatch(
@@ -185,7 +186,7 @@ class _Queue:
                 fill.slot[row], fill.source[row], fill.request[row] = free.pop(0), p, (r.prompt, r.sample)
                 self.occupant[fill.slot[row]] = r
                 row += 1
-        return fill, free
+        return fill
 
     def _harvest(self, state: S.SampleState) -> Iterator[Result]:
         names = ("tokens", "logprobs", "sample_logprobs", "count", "stopped", "active")

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qstar.models.attention import NEG
+
 BLOCK = 256  # ids per block of the two-level searches
-# Finite: differences of two infinities would be NaN.
-NEG = -1e30
 
 
 class SamplingParams(NamedTuple):
@@ -27,7 +27,7 @@ class SamplingParams(NamedTuple):
     top_p: jax.Array  # float32; 1 = off
 
     @classmethod
-    def make(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> SamplingParams:
+    def make(cls, temperature: float | jax.Array = 1.0, top_k: int = 0, top_p: float = 1.0) -> SamplingParams:
         return cls(jnp.float32(temperature), jnp.int32(min(top_k, 2**31 - 1)), jnp.float32(top_p))
 
 

@@ -98,7 +98,7 @@ def prepare(params: Params, config: Any) -> Params:
     def cast(name: str, x: jax.Array) -> jax.Array:
         return x.astype(config.dtype) if name.endswith("kernel") or name == "embed/table" else x
 
-    params = encdec.unstack(tree.map_named(cast, params), config)
+    params = encdec.unstack(tree.map_named(cast, params))
     return {k: constrain_tree({k: v}, decoder.PARAM_AXES, rules_of(k))[k] for k, v in params.items()}
 
 

@@ -20,10 +20,7 @@ def majority(answers: Sequence[str | None], logprobs: Sequence[float] | None = N
         if answer is not None:
             votes[answer][0] += 1
             votes[answer][1] += logprobs[i] if logprobs is not None else 0.0
-    if not votes:
-        return None
-    best = max((count, score) for count, score in votes.values())
-    return next(a for a, v in votes.items() if tuple(v) == best)
+    return max(votes, key=votes.__getitem__, default=None)  # of equal ones the first
 
 
 def majority_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
@@ -109,13 +106,7 @@ def over_subsets(
 
 
 def weighted_majority_at_k(
-    answers: Sequence[str | None],
-    weights: Sequence[float],
-    gold: str,
-    k: int,
-    *,
-    trials: int = 256,
-    seed: int = 0,
+    answers: Sequence[str | None], weights: Sequence[float], gold: str, k: int, *, trials: int = 256, seed: int = 0
 ) -> tuple[float, float]:
     """Returns the expected accuracy of a vote in which sample i of k has `weights[i]` votes, and its standard error.
 

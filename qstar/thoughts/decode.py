@@ -28,7 +28,7 @@ from qstar.models.scoring import power_of_two, text_limit
 from qstar.models.thought_config import ThoughtConfig
 from qstar.sample import batching
 from qstar.sample.logits import NEG, SamplingParams, sample_token
-from qstar.sample.sampler import Sampler, prepare
+from qstar.sample.sampler import Sampler, is_stop, prepare
 from qstar.thoughts import forward, layout
 from qstar.thoughts.rollout import draw_tokens
 from qstar.types import Batch, Completion, Params, Segment
@@ -180,7 +180,7 @@ def _next(
     temperature: jax.Array,
     state: _State,
 ) -> _State:
-    config, thought_params = sampler.config, SamplingParams.make(1.0)._replace(temperature=temperature)
+    config, thought_params = sampler.config, SamplingParams.make(temperature)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
 
     # Numbers 0 .. S-1 of a step draw the thought, number S the token: no number is used twice.
@@ -198,8 +198,7 @@ def _next(
     logits = jnp.where(_writable(sampler), decoder.unembed(params, config, states.mixed[:, 0, 0, 0]), NEG)
     u = uniform(config.required_thoughts.thought_tokens)
     token, logprob, sample_logprob = jax.vmap(sample_token, (0, 0, None))(logits, u, sampling_params)
-    stop = jnp.isin(token, jnp.asarray(sampler.stop_ids)) if sampler.stop_ids else jnp.zeros_like(state.active)
-    active, out = state.active, state.out
+    active, out, stop = state.active, state.out, is_stop(token, sampler)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         new = jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, 0)
@@ -219,12 +218,7 @@ def _writable(sampler: Sampler) -> jax.Array:
 
 
 def _append(
-    params: Params,
-    config: ModelConfig,
-    row: Batch,
-    text: forward.PrefixCache,
-    length: jax.Array,
-    token: jax.Array,
+    params: Params, config: ModelConfig, row: Batch, text: forward.PrefixCache, length: jax.Array, token: jax.Array
 ) -> tuple[Batch, forward.PrefixCache]:
     # The cache is read below index `length` only: the new token attends to itself through the keys of this very call.
     position, index = row.positions[length], jnp.arange(row.tokens.shape[0])

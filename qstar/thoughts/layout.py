@@ -150,9 +150,9 @@ def spread(positions: jax.Array, length: int) -> tuple[jax.Array, Any, Any]:
       positions: [B, M] int32.
 
     Returns:
-      Positions [B, M'], M' >= M, padded with length - 1, which predicts nothing; the index in 0 .. M - 1 that gives
-      an array of theirs the same order; and the index in 0 .. M' - 1 that undoes it. Both are a slice of everything
-      where nothing is to be split.
+      Positions [B, M'], M' >= M, padded with length - 1, which predicts nothing. An index [M'] that arranges an array
+      of the M given positions (their thoughts, say) in the same way. An index [M] that selects the results of the given
+      positions, in their order. Both indices are a slice of everything where nothing is to be split.
     """
     rows, count = positions.shape
     shards = count_spare_shards(rows)

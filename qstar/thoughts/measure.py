@@ -46,7 +46,7 @@ def score(
     thoughts: jax.Array | None = None,
     positions: jax.Array | None = None,
 ) -> Scores:
-    """Thinks at positions of every row, and scores the token after each.
+    """Samples thoughts at positions of every row, and scores the token after each position with and without them.
 
     Args:
       params: a decoder's tree with `thoughts` and `mixing`; config: with `thoughts`. batch: rows [B, N].

@@ -59,8 +59,7 @@ def sampler(
     """Returns the `draw` of `forward.rollout` that samples, with one uniform number per thread and step."""
     B, N = batch.tokens.shape
     temperature = config.required_thoughts.temperature if temperature is None else temperature
-    sampling_params = SamplingParams.make(1.0)._replace(temperature=jnp.asarray(temperature, jnp.float32))
-    index = repeat(positions, "b m -> b p m", p=passes)
+    sampling_params, index = SamplingParams.make(temperature), repeat(positions, "b m -> b p m", p=passes)
 
     def draw(i: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
         # Drawn for all positions, so that the choice of positions does not change the draws of any of them.

@@ -139,7 +139,7 @@ def test_a_row_that_sees_nothing_gives_numbers_and_finite_gradients():
 def test_a_prefix_and_then_the_rest_equals_the_whole(config):
     params, cut = noisy(config), 7
     whole = hidden(params, config, TOKENS)
-    causal = lambda n: text_mask(None, n)  # noqa: E731
+    causal = lambda n: text_mask(None, n, config)  # noqa: E731
     _, (k, v) = forward(params, config, TOKENS[:cut], POSITIONS[:cut], causal(cut))
     assert k.shape == (3, config.num_kv_heads, cut, 8)
     rest, (k2, _) = forward(params, config, TOKENS[cut:], POSITIONS[cut:], causal(T - cut), [Segment(k, v, None)])
@@ -150,7 +150,7 @@ def test_a_prefix_and_then_the_rest_equals_the_whole(config):
 def test_two_past_segments_with_unwritten_slots_equal_the_whole(params):
     """As in decoding: a shared prefix, a cache with room to spare (masked), and one new token."""
     whole = hidden(params, GQA, TOKENS)
-    _, (k, v) = forward(params, GQA, TOKENS[:-1], POSITIONS[:-1], text_mask(None, T - 1))
+    _, (k, v) = forward(params, GQA, TOKENS[:-1], POSITIONS[:-1], text_mask(None, T - 1, GQA))
     room = jnp.full((3, 2, 4, 8), 1e3)  # garbage that must not be seen
     cache = [jnp.concatenate([x[:, :, 5:], room], axis=2) for x in (k, v)]
     written = jnp.arange(T - 1 - 5 + 4) < T - 1 - 5
@@ -160,14 +160,14 @@ def test_two_past_segments_with_unwritten_slots_equal_the_whole(params):
 
 
 def test_listed_layers_equal_scanned_ones(params):
-    listed = {**params, "layers": decoder.unstack(params["layers"], GQA)}
-    x, (k, v) = forward(params, GQA, TOKENS[:8], POSITIONS[:8], text_mask(None, 8))
-    y, pairs = forward(listed, GQA, TOKENS[:8], POSITIONS[:8], text_mask(None, 8))
+    listed = {**params, "layers": decoder.unstack(params["layers"])}
+    x, (k, v) = forward(params, GQA, TOKENS[:8], POSITIONS[:8], text_mask(None, 8, GQA))
+    y, pairs = forward(listed, GQA, TOKENS[:8], POSITIONS[:8], text_mask(None, 8, GQA))
     np.testing.assert_allclose(x, y, atol=1e-5)
     for i, (key, value) in enumerate(pairs):
         np.testing.assert_allclose(key, k[i], atol=1e-5)
         np.testing.assert_allclose(value, v[i], atol=1e-5)
-    rest = (TOKENS[8:], POSITIONS[8:], text_mask(None, T - 8))
+    rest = (TOKENS[8:], POSITIONS[8:], text_mask(None, T - 8, GQA))
     x, _ = forward(params, GQA, *rest, [Segment(k, v, None)])
     y, _ = forward(listed, GQA, *rest, [[Segment(*pair, None)] for pair in pairs])
     np.testing.assert_allclose(x, y, atol=1e-5)
@@ -175,11 +175,11 @@ def test_listed_layers_equal_scanned_ones(params):
 
 def test_a_segment_may_stay_unmapped_under_vmap(params):
     """A prefix shared by all rows gives the same as a copy in every row."""
-    _, (k, v) = forward(params, GQA, TOKENS[:8], POSITIONS[:8], text_mask(None, 8))
+    _, (k, v) = forward(params, GQA, TOKENS[:8], POSITIONS[:8], text_mask(None, 8, GQA))
     rows = jnp.stack([TOKENS[8:], TOKENS[8:][::-1]])
 
     def one(tokens, k, v):
-        return forward(params, GQA, tokens, POSITIONS[8:], text_mask(None, 4), [Segment(k, v, None)])[0]
+        return forward(params, GQA, tokens, POSITIONS[8:], text_mask(None, 4, GQA), [Segment(k, v, None)])[0]
 
     shared = jax.vmap(one, in_axes=(0, None, None))(rows, k, v)
     for row, tokens in zip(shared, rows):

@@ -98,7 +98,7 @@ def test_encoder_decoder_and_head_equal_those_of_transformers(pair):
 
 def test_cached_decoding_equals_transformers_step_by_step(pair):
     model, c, steps = pair.model, pair.model.config, 12
-    params = encdec.unstack(model.params, c)
+    params = encdec.unstack(model.params)
 
     def read(tokens, real):
         return encdec.cross_sources(params, c, encdec.encode(params, c, tokens, real), real)

@@ -478,7 +478,8 @@ def test_numbers_of_known_models_are_read():
             {**GEMMA3, "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             "only the default is supported in layers with sliding_attention",
         ),
-        ({**PHI3, "partial_rotary_factor": 7}, "partial_rotary_factor=7"),
+        ({**PHI3, "partial_rotary_factor": 7}, "partial_rotary_factor=7 must be a number from 0.001 to 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 must be 1, unless the model is a phi3"),
         ({"model_type": "gemma3n"}, "model_type 'gemma3n' is not one of .*gemma3"),
     ],
 )

@@ -133,7 +133,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [
     ({"rope_type": "ntk"}, "rope_type 'ntk' is not one of"),
     ("linear", "rope_scaling='linear' must be one object"), ([1], "must be one object"), (2.0, "must be one object"),
     ({"full_attention": {"rope_type": "default"}}, "must be one object for all layers"),
-    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 must be 1, unless the model is a phi3"),
 ])  # fmt: skip
 def test_malformed_rope_dictionaries_are_refused_in_one_line(rope, says):
     for key in ("rope_scaling", "rope_parameters"):
