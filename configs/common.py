@@ -1,4 +1,4 @@
-"""Starts of the configs, and the reader of their argument, a comma list: `smoke`, `seed=1`, `arms=star+star_norat`."""
+"""Base configs that the others change, and the reader of their argument, a comma list: `smoke`, `arms=star+star_norat`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from qstar.errors import UserError, unknown
 
-# Of models that a smoke run does not name: random weights over bytes.
+# Stands for models that a smoke run does not name: random weights over bytes.
 SMOKE_MODEL = "random-tiny"
 _SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
 
@@ -59,10 +59,14 @@ def chosen_arms(names: str, arms: dict[str, dict[str, Any]]) -> dict[str, dict[s
 
 
 def task_files(arg: ConfigDict, name: str, train: str = "train.jsonl", test: str = "test.jsonl") -> dict[str, str]:
-    """Returns a task's files: those in the folder `data`, for smoke runs without one rows that ship; {}: the hub's."""
+    """Returns a task's files: those in the folder `data`, for smoke runs without one rows that ship; {}: the hub's.
+
+    And the folder `prompts`, where the argument names one.
+    """
+    prompts = {"prompts": arg.prompts} if arg.get("prompts") else {}
     if arg.data:
-        return {"train": f"{arg.data}/{train}", "test": f"{arg.data}/{test}"}
-    return {part: f"built-in:{name}" for part in ("train", "test") if arg.smoke}
+        return {"train": f"{arg.data}/{train}", "test": f"{arg.data}/{test}", **prompts}
+    return {part: f"built-in:{name}" for part in ("train", "test") if arg.smoke} | prompts
 
 
 def svamp_task(data: str) -> dict[str, str]:
@@ -73,7 +77,7 @@ def svamp_task(data: str) -> dict[str, str]:
 
 
 def star_config() -> ConfigDict:
-    """Returns the STaR config all others change: the paper's loop, no task and no model yet."""
+    """Returns the STaR config that all others change: the paper's loop, no task and no model yet."""
     return ConfigDict(
         {
             "method": "star",
@@ -112,7 +116,7 @@ def star_config() -> ConfigDict:
 
 
 def v_star_config() -> ConfigDict:
-    """Returns the V-STaR config all others change: STaR's sections and the verifiers' (the paper prints no rates)."""
+    """Returns the V-STaR config that all others change: STaR's sections and the verifiers' (the paper prints no rates)."""
     config = star_config()
     config.method = "v_star"
     config.name = "v_star"
@@ -131,7 +135,7 @@ def v_star_config() -> ConfigDict:
 
 
 def quiet_config() -> ConfigDict:
-    """Returns the Quiet-STaR config all others change: the official optimiser, no text and no model yet."""
+    """Returns the Quiet-STaR config that all others change: the official optimiser, no text and no model yet."""
     update = {
         "batch_size": 8,
         "accumulate": 1,
@@ -166,7 +170,7 @@ def quiet_config() -> ConfigDict:
 
 
 def rl_config() -> ConfigDict:
-    """Returns the config that all of RL with verifiable rewards change: GRPO, no task and no model yet."""
+    """Returns the config that all configs of RL with verifiable rewards change: GRPO, no task and no model yet."""
     config = star_config()
     for key in ("z_loss", "loss_on_prompt", "packed", "row_length"):
         del config.train[key]

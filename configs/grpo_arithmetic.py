@@ -14,9 +14,7 @@ PPO (there with groups of 4 and 64 problems per update) .828, .912, .950, .966.
 """
 
 from qstar.configs.common import chosen_arms, parse_arg, rl_config
-from qstar.configs.star_arithmetic import NEW, POOL, ROW, SEEDS
-
-from qstar.errors import unknown
+from qstar.configs.star_arithmetic import NEW, ROW, additions
 
 ARMS = {
     "grpo": {"estimator": "grpo"},
@@ -30,20 +28,10 @@ def get_config(arg=None):
     """Arguments: smoke, seed=N, updates=N, arms=A+B, digits=N (2 or more)."""
     arg = parse_arg(arg, "smoke digits updates", smoke=False, seed=0, updates=120, arms="grpo", digits=2)
     n = arg.digits
-    if n not in ROW:
-        raise unknown(f"config argument digits={n}", str(n), [str(d) for d in ROW])
-    lengths = [str(d) for d in range(1, n + 1)]
     config = rl_config()
     config.name = "grpo_arithmetic"
     config.seed = arg.seed
-    config.task = {
-        "name": "arithmetic",
-        "format": "compact",
-        "pool": {d: POOL[d] for d in lengths},
-        "seeds": {d: SEEDS[d] for d in lengths},
-        "eval_per_length": 250,
-        "seed": arg.seed,
-    }
+    config.task = additions(n, arg.seed)
     config.model = {"path": "", "preset": "tiny"}
     config.base = {"steps": 1200, "lr": 2e-3, "batch_size": 32, "schedule": "linear", "warmup": 50, "end": 0.05,
                    "b1": 0.9, "b2": 0.98, "packed": False, "row_length": ROW[n], "save_every": 200}  # fmt: skip

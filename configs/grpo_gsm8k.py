@@ -48,8 +48,6 @@ def get_config(arg=None):
     config.mesh = "data=1,fsdp=-1"
     config.task = {"name": "gsm8k", "format": "few_shot" if arg.prompts else "plain"}
     config.task.update(task_files(arg, "gsm8k"))
-    if arg.prompts:
-        config.task.prompts = arg.prompts
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
     config.rl.update(group=8, kl_weight=0.04)
     config.train.update(

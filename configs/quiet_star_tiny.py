@@ -94,7 +94,7 @@ def get_config(arg=None):
         arms: dict[str, dict[str, Any]] = {f"length_{n}": {"thoughts": {"thought_tokens": n}} for n in range(1, 9)}
     elif arg.official:
         arms = {name: {"thoughts": changes} for name, changes in OFFICIAL.items()}
-        # The start and end vectors where they were: is it their movement that loses the thoughts?
+        # Frozen start and end vectors: tests whether it is their movement that loses the thoughts.
         arms["weak_scale_100_still"] = {"thoughts": OFFICIAL["weak_scale_100"], "trainable": TRANSFORMER + "|mixing"}
     elif arg.fast:
         arms = fast()

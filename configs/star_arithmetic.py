@@ -42,20 +42,10 @@ def get_config(arg=None):
     arms, fixed = "rationalisation+no_rationalisation", ("smoke digits steps loops direct", "direct loops arms")
     arg = parse_arg(arg, *fixed, smoke=False, seed=0, digits=3, steps=0, loops=0, arms=arms, direct=False)
     n = arg.digits
-    if n not in ROW:
-        raise unknown(f"config argument digits={n}", str(n), [str(d) for d in ROW])
-    lengths = [str(d) for d in range(1, n + 1)]
     config = star_config()
     config.name = "star_arithmetic"
     config.seed = arg.seed
-    config.task = {
-        "name": "arithmetic",
-        "format": "compact",
-        "pool": {d: POOL[d] for d in lengths},
-        "seeds": {d: SEEDS[d] for d in lengths},
-        "eval_per_length": 250,
-        "seed": arg.seed,
-    }
+    config.task = additions(n, arg.seed)
     config.model = {"path": "", "preset": "tiny"}
     optimiser = {"batch_size": 32, "schedule": "linear", "warmup": 50, "end": 0.05, "b1": 0.9, "b2": 0.98, "clip": 1.0}
     rows = {"packed": False, "row_length": ROW[n], "save_every": 200, "log_every": 50}
@@ -78,6 +68,15 @@ def get_config(arg=None):
     if arg.smoke:
         smoke(config)
     return config
+
+
+def additions(digits, seed):
+    """The task: sums of 1 to `digits` digits."""
+    if digits not in ROW:
+        raise unknown(f"config argument digits={digits}", str(digits), [str(d) for d in ROW])
+    lengths = [str(d) for d in range(1, digits + 1)]
+    drawn = {"pool": {d: POOL[d] for d in lengths}, "seeds": {d: SEEDS[d] for d in lengths}}
+    return {"name": "arithmetic", "format": "compact", **drawn, "eval_per_length": 250, "seed": seed}
 
 
 def gates(n):

@@ -20,8 +20,6 @@ def get_config(arg=None):
     # The paper's few-shot form; the examples that come with qstar do not fit into the smoke run's context.
     config.task = {"name": "commonsense_qa", "format": "plain" if arg.smoke and not arg.prompts else "few_shot"}
     config.task.update(task_files(arg, "commonsense_qa", "train_rand_split.jsonl", "dev_rand_split.jsonl"))
-    if arg.prompts:
-        config.task.prompts = arg.prompts
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
     config.loop = {
         "n_iters": 30,

@@ -54,8 +54,6 @@ def get_config(arg=None):
     plain = (arg.small or arg.smoke) and not arg.prompts
     config.task = {"name": "gsm8k", "hint": "answer", "format": "plain" if plain else "few_shot"}
     config.task.update(task_files(arg, "gsm8k"))
-    if arg.prompts:
-        config.task.prompts = arg.prompts
     config.model = {"path": arg.model, "preset": "", "dtype": "bfloat16", "remat": "block"}
     config.loop = {
         "n_iters": 36,

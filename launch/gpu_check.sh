@@ -29,4 +29,4 @@ if [ -z "$python" ]; then
     run install_qstar cuda
     python=.venv/bin/python
 fi
-run env "PYTHONPATH=$PWD" "$python" -m qstar bench accelerator --device=gpu "${quick[@]}"
+run env "PYTHONPATH=$PWD" "$python" -m qstar bench accelerator --device=gpu ${quick[@]+"${quick[@]}"}

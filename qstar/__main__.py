@@ -32,7 +32,7 @@ COMMANDS = {
     "bench": "measures speed beside transformers + PyTorch",
 }
 PEERS_SECONDS = 20.0  # a process that ends with an error waits so long for the others to end, too
-# Commands that stop gracefully on SIGTERM, with what is kept unless they say it; the others end as usual.
+# Commands that stop gracefully on SIGTERM -> what is kept, where the command does not say it. The others end as usual.
 KEPT = {"train": "what its stages have finished is saved", "evaluate": "nothing is kept without --out"}
 
 

@@ -30,7 +30,7 @@ from qstar.errors import Unreachable, UserError, machine_fault, pip_install, sec
 JOIN_SECONDS = 300.0  # default of QSTAR_JOIN_SECONDS
 FIRST_NOTE, NEXT_NOTE = 5.0, 15.0  # seconds between messages about missing processes
 # A process whose peer died waits so long before it exits: its own error may say more and is about to be printed.
-# One whose peer ended with an error has longer: the same error may end it in its own way.
+# After an error of the peer it waits longer: the same error may be about to end this process with a message of its own.
 GRACE, GRACE_OF_ERROR = 3.0, 60.0
 VARIABLES = ("QSTAR_COORDINATOR", "QSTAR_NUM_PROCESSES", "QSTAR_PROCESS_ID")
 TPU_PORT = 8482  # JAX's own choice on TPU VMs

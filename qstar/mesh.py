@@ -43,8 +43,7 @@ class Rules:
     heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
-    layers: tuple[str, ...] = ()
-    rows: tuple[str, ...] = AXES  # of something small that every device would do alike
+    rows: tuple[str, ...] = AXES  # of small work that all devices would otherwise repeat
 
     def spec(self, axes: Axes, shape: tuple[int, ...], mesh: AnyMesh) -> P:
         """Returns the PartitionSpec of an array with these logical axes.
@@ -71,8 +70,8 @@ class Rules:
         return P(*out)
 
 
-# Sampling reads every parameter for every token: gathered each time, they would cost more than all else. So heads, MLP and
-# vocabulary are split over all but the data axis, and what is exchanged is the width of a token.
+# Sampling reads every parameter for every token: gathering them each time would cost more than all else. So heads, MLP and
+# vocabulary are split over all but the data axis, and devices exchange a token's activations instead of parameters.
 SAMPLING = Rules(
     batch=("data",), tokens=(), embed=(), heads=("fsdp", "tensor"), mlp=("fsdp", "tensor"), vocab=("fsdp", "tensor")
 )
@@ -234,13 +233,13 @@ def constrain_tree(tree_: Any, table: AxisTable, rules: Rules = Rules()) -> Any:
     return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, s.spec), tree_, where)
 
 
-def use_fsdp_gather(rules: Rules = Rules()) -> bool:
+def use_fsdp_gather() -> bool:
     """Whether a program is traced in a mesh that splits `embed`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and any(mesh.shape[a] > 1 for a in rules.embed)
+    return not mesh.empty and any(mesh.shape[a] > 1 for a in Rules().embed)
 
 
-def all_gather_params(layer: Any, table: AxisTable, dtype: Any, rules: Rules = Rules()) -> Any:
+def all_gather_params(layer: Any, table: AxisTable, dtype: Any) -> Any:
     """Returns a layer's parameters with its matrices in a dtype and whole along `embed`, gathered if `use_fsdp_gather`.
 
     Their gradients are reduced and scattered into the layout of the matrices. The backward pass gathers again, under
@@ -255,8 +254,7 @@ def all_gather_params(layer: Any, table: AxisTable, dtype: Any, rules: Rules = R
         axes = next((axes for pattern, axes in table if re.search(pattern, name)), ())
         if "embed" not in axes or x.ndim != len(axes) or x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        source = rules.spec(axes, x.shape, mesh)
-        target = dataclasses.replace(rules, embed=()).spec(axes, x.shape, mesh)
+        source, target = (rules.spec(axes, x.shape, mesh) for rules in (Rules(), Rules(embed=())))
         return _moved(x.astype(dtype), source, target)
 
     return tree.map_named(one, layer)
@@ -275,7 +273,7 @@ def _moved(x: jax.Array, source: P, target: P) -> jax.Array:
 
 
 _moved.defvjp(
-    lambda x, here, there: (_moved.fun(x, here, there), None),  # plain, or `drop_constraints` would see but a call
+    lambda x, here, there: (_moved.fun(x, here, there), None),  # `drop_constraints` sees no constraint in a custom_vjp
     lambda here, there, _, g: (jax.lax.with_sharding_constraint(g, here),),
 )
 
@@ -283,9 +281,9 @@ _moved.defvjp(
 # ------------------------------------------------------------------------------------------------ around a program
 
 
-def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array whose leading axis is the batch."""
-    return NamedSharding(mesh, P(tuple(a for a in rules.batch if mesh.shape[a] > 1)))
+    return NamedSharding(mesh, P(tuple(a for a in Rules().batch if mesh.shape[a] > 1)))
 
 
 def count_shards(mesh: Mesh | None) -> int:
@@ -337,15 +335,8 @@ def parameter_table(params: Any, where: Any) -> str:
     for (name, leaf), (_, sharding) in zip(tree.named_leaves(params), tree.named_leaves(where)):
         local = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total, per_device = total + leaf.size, per_device + local
-        rows.append(
-            (
-                name,
-                "x".join(map(str, leaf.shape)),
-                str(leaf.dtype),
-                _spec_text(getattr(sharding, "spec", P())),
-                f"{local:,}",
-            )
-        )
+        shape, spec = "x".join(map(str, leaf.shape)), _spec_text(getattr(sharding, "spec", P()))
+        rows.append((name, shape, str(leaf.dtype), spec, f"{local:,}"))
     rows = [("parameter", "shape", "dtype", "sharding", "bytes/device"), *rows]
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]

@@ -55,8 +55,8 @@ def listening(*, last: bool = False) -> Iterator[None]:
     with contextlib.suppress(UserError):  # `qstar` has refused a wrong value before
         seconds = seconds_of("QSTAR_STOP_SECONDS", SECONDS)
     _State.requested, _State.acknowledged, _State.deferred, _State.over = False, False, 0, False
-    # The handler runs between two bytecodes of the main thread, which may be compiling for minutes. The pipe is written
-    # by the signal itself, and read by a thread that can keep the time.
+    # The handler runs between two bytecodes of the main thread, which may be compiling for minutes. So the signal itself
+    # writes into a pipe, which a thread reads that enforces the time limit.
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     old_pipe = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)

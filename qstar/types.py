@@ -3,7 +3,7 @@
 Shapes in docstrings use these letters; einops patterns use the same letters in lower case.
 
     B  sequences (rows) of a batch          N  positions of a text
-    T  tokens of a sequence (queries)       M  those of the N positions that think
+    T  tokens of a sequence (queries)       M  those of the N positions with thoughts
     C  keys attended to (context)           P  passes: thoughts sampled per position
     D  features: width of the model         S  steps: content tokens of a thought
     F  features inside the MLP              A  talk tokens: tokens ahead that a thought is to predict

@@ -89,7 +89,7 @@ def test_rules_split_axes_that_divide_and_leave_the_others_whole():
     assert rules.spec(("batch",), (16,), mesh) == P(("data", "fsdp"))
     assert rules.spec(("batch",), (4,), mesh) == P(None)  # divides data, not data x fsdp
     assert rules.spec(("embed", "heads"), (64, 32), abstract(data=8)) == P(None, None)
-    assert Rules(layers=("data",)).spec(("layers", "embed"), (4, 64), mesh) == P("data", "fsdp")
+    assert Rules(heads=("data",)).spec(("heads", "embed"), (4, 64), mesh) == P("data", "fsdp")
 
 
 def test_two_axes_on_one_mesh_axis_collide():

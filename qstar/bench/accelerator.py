@@ -18,7 +18,7 @@ import numpy as np
 
 from qstar.bench.common import measure, our_model, show, torch_twin
 from qstar.bench.generate import torch_generate
-from qstar.bench.train import full_rows, ours_update, random_rows, stepper, torch_stepper
+from qstar.bench.train import ours_update, random_rows, stepper, torch_stepper
 from qstar.models import decoder
 from qstar.models.attention import attend, causal_mask, text_segment
 from qstar.models.config import ModelConfig, preset
@@ -27,7 +27,7 @@ from qstar.models.thought_config import ThoughtConfig
 from qstar.sample.batching import generate
 from qstar.thoughts import layout
 from qstar.thoughts import loss as thought_loss
-from qstar.train.flops import peak, update_flops
+from qstar.train import flops
 
 # Llama-3.2-1B's blocks (1.1B parameters here) and SmolLM2-135M's, with random weights.
 LLAMA_1B: dict[str, Any] = dict(
@@ -52,7 +52,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
     with tempfile.TemporaryDirectory() as folder:
         B, T = (2, 128) if quick else (8, 2048)
         config = preset("llama_20m", **LLAMA_1B | small)
-        needed = update_flops(config, full_rows(random_rows(config.vocab_size, B, T)))
+        needed, _ = flops.update(config, B, T)
         options: dict[str, Any] = dict(folder=folder, changes=LLAMA_1B | small)
         found = call(ours_update, rows=B, length=T, **options)
         theirs = _torch(product["device"], torch_update, repeats, rows=B, length=T, **options)
@@ -66,9 +66,9 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
     N = 64 if quick else 256
     found = call(thinking, length=N, changes=small)
     config = _thinker(small)
-    needed = update_flops(config, full_rows(np.zeros((1, N), np.int32)), thinks=True)
+    needed, _ = flops.update(config, 1, N, thoughts=True)
     rows.append(_row(f"Quiet-STaR, {config.matmul_params / 1e6:.0f}M, N {N}, n_ahead 8", found, needed, rate, None))
-    vendor = peak(product["device"])
+    vendor = flops.peak(product["device"])
     notes = {"device": product["device"], "matmul TFLOP/s": round(rate / 1e12, 2), "copy GB/s": round(bandwidth / 1e9)}
     notes |= {"peak TFLOP/s": vendor and vendor / 1e12, "at limit s": "needed FLOPs or bytes at the measured rate"}
     for kind in ("cudnn", "splash", "tiles"):
@@ -89,7 +89,7 @@ def _torch(device: str, maker: Callable[..., Any], repeats: int, **options: Any)
         import torch
     except ImportError:
         return None
-    return measure("torch", maker, repeats, **options) if torch.cuda.is_available() and peak(device) else None
+    return measure("torch", maker, repeats, **options) if torch.cuda.is_available() and flops.peak(device) else None
 
 
 # ------------------------------------------------------------------------------------------------------- the sides

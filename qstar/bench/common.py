@@ -56,9 +56,8 @@ def measure(
     command = [sys.executable, "-c", _CHILD, side, device, *call]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        last = (
-            done.stderr.splitlines() or [f"the process died (exit code {done.returncode}); is there enough memory?"]
-        )[-1]
+        died = f"the process died (exit code {done.returncode}); is there enough memory?"
+        last = [died, *done.stderr.splitlines()][-1]
         raise UserError(f"bench, {side} side: {last.removeprefix('qstar.errors.UserError: ')}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -149,14 +148,14 @@ def torch_product(size: int) -> Callable[[], Any]:
 # ---------------------------------------------------------------------------------------------------------- models
 
 
-def random_model(config: Any, folder: str = "", seed: int = 0) -> Any:
+def random_model(config: Any, folder: str = "") -> Any:
     """Returns a model with random weights and no tokenizer; saves it, too, if a folder is given."""
     import jax
 
     from qstar.models import scoring
     from qstar.models.model import Model, save
 
-    model = Model(config, jax.jit(lambda key: scoring.init(config, key))(jax.random.key(seed)))
+    model = Model(config, jax.jit(lambda key: scoring.init(config, key))(jax.random.key(0)))
     if folder:
         save(model, folder)
     return model
@@ -179,9 +178,8 @@ def read_config(folder: str) -> Any:
     from qstar.models.config import ModelConfig
 
     config = hf_config.from_hf(hf.read_config(folder))
-    require(
-        (isinstance(config, ModelConfig), f"bench: {folder} is no decoder; give --model a model of a decoder alone")
-    )
+    fault = f"bench: {folder} is no decoder; give --model a model of a decoder alone"
+    require((isinstance(config, ModelConfig), fault))
     return config
 
 

@@ -26,7 +26,7 @@ def loss(params: dict[str, Params], batch: Batch, rng: jax.Array, *, config: Mod
     """The loss of `thoughts.loss.loss`, with thoughts sampled at all positions of the batch [B, N]."""
     policy, passes = params["policy"], config.required_thoughts.thoughts_per_position
     positions = layout.all_positions(batch)
-    key, _ = jax.random.split(rng)  # as `objective.loss`: the same thoughts
+    key, _ = jax.random.split(rng)  # as `thoughts.loss.loss`: the same thoughts
     draw = sampler(jax.lax.stop_gradient(policy), config, batch, positions, key, passes)
     found, thoughts = paths(policy, config, batch, positions, passes, draw)
     return thought_loss.compute_loss(params, config, batch, positions, found, thoughts)

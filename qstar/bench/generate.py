@@ -57,10 +57,9 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto", mo
 def _cases(model: str, quick: bool) -> list[tuple[str, Any, dict[str, Any]]]:
     # No text ends early: the same number of tokens on both sides.
     if model:
-        case = (
-            dict(prompts=4, samples=2, length=48, new=32) if quick else dict(prompts=32, samples=4, length=48, new=128)
-        )
-        load = f"{case['prompts']} prompts of 48 x {case['samples']} samples of {case['new']} tokens"
+        prompts, samples, new = (4, 2, 32) if quick else (32, 4, 128)
+        case = dict(prompts=prompts, samples=samples, length=48, new=new)
+        load = f"{prompts} prompts of 48 x {samples} samples of {new} tokens"
         return [(f"{os.path.basename(os.path.normpath(model))}, {load}", read_config(model), case)]
     sizes = [(*llama, rows) for llama in LLAMAS[: 1 if quick else 2] for rows in ((64,) if quick else (64, 256))]
     case = dict(samples=1, length=16, new=64)

@@ -15,7 +15,6 @@ import numpy as np
 
 from qstar.bench import dense
 from qstar.bench.common import matmul_rate, measure, show
-from qstar.bench.train import full_rows
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
 from qstar.models.thought_config import ThoughtConfig
@@ -24,8 +23,7 @@ from qstar.sample.sampler import Sampler, prepare
 from qstar.thoughts import decode, layout
 from qstar.thoughts import loss as thought_loss
 from qstar.thoughts.rollout import sampler
-from qstar.train import optim
-from qstar.train.flops import update_flops
+from qstar.train import flops, optim
 from qstar.train.state import create_state
 from qstar.train.step import make_step
 
@@ -52,7 +50,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
         # "cached" writes NEW tokens per call; "again" repeats the whole pass for one.
         found, per = call(repeats=repeats), NEW if form == "cached" else 1
         wall, cpu, mib = median(found["seconds"]) / per, median(found["cpu"]) / per, round(found["mib"])
-        needed = needed_flops(V, N, A) / rate if what == "step" else None
+        needed = flops.update(bench_config(V, A), 1, N, thoughts=True)[0] / rate if what == "step" else None
         theirs = official[what].get(f"{V}/{N}/{A}", {})
         row: dict[str, Any] = {"row": f"{what}, {form}, V={V} N={N} n_ahead={A}", "wall s": round(wall, 5)}
         row |= {"CPU s": round(cpu, 5), "MiB over baseline": mib, "recompiles": found["recompiles"]}
@@ -70,11 +68,6 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
         "official": f"recorded: {official['source']}. CPU s, MiB over the baseline; faster, leaner: that / ours",
     }
     show("Quiet-STaR step and token, float32", rows, notes, as_json)
-
-
-def needed_flops(V: int, N: int, A: int) -> float:
-    """Returns the FLOPs of one step on one text: 3 x the decomposed forward pass, causal attention counted once."""
-    return update_flops(bench_config(V, A), full_rows(np.zeros((1, N), np.int32)), thinks=True)
 
 
 def dense_mib(N: int, A: int, T: int = 4, P: int = 2) -> float:

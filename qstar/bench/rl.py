@@ -72,7 +72,7 @@ def worth(rows: Sequence[Sequence[int]]) -> np.ndarray:
 def main(*, as_json: bool = False, quick: bool = False, device: str = "auto", rounds: int = 0) -> None:
     """Measures one update of three set-ups and prints the table; 0 rounds are 3, or 1 if `quick`."""
     load, rows, rounds = Load(4, 2, 8, 8, 64) if quick else Load(), [], rounds or (1 if quick else 3)
-    rate = matmul_rate(*((256, 2) if quick else ()))
+    rate = matmul_rate(256, 2) if quick else matmul_rate()
     for name, case in CASES[: 1 if quick else 3]:
         with tempfile.TemporaryDirectory() as folder:
             options = dict(folder=folder, load=load, quick=quick, **case)
@@ -174,9 +174,8 @@ def torch_step(
         clock = [time.perf_counter()]
         tick = lambda: clock.append(time.perf_counter())  # noqa: E731
         prompts = torch.tensor(world.prompts(next(count))).repeat_interleave(size.group, dim=0)
-        responses = torch_generate(twin.eval(), prompts.tolist(), size.new, eos=None)[
-            :, 1 if seq2seq else size.prompt :
-        ]
+        written = torch_generate(twin.eval(), prompts.tolist(), size.new, eos=None)
+        responses = written[:, 1 if seq2seq else size.prompt :]
         tick()
         if reader is not None:
             texts = torch.cat([prompts, responses], dim=1).tolist()

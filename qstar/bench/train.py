@@ -19,10 +19,11 @@ from qstar import tree
 from qstar.bench.common import LLAMAS, in_turn, matmul_rate, our_model, paired_ratio, read_config, show, torch_twin
 from qstar.models import lora
 from qstar.models.config import preset
+from qstar.thoughts.layout import text_batch
 from qstar.train import flops, losses, optim
 from qstar.train.state import create_state
 from qstar.train.step import make_step
-from qstar.types import Batch, Params
+from qstar.types import Params
 
 LR = 1e-4
 LORA = lora.Lora(rank=16, alpha=32.0)
@@ -69,13 +70,6 @@ def random_rows(vocab: int, rows: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab, (rows, length)).astype(np.int32)
 
 
-def full_rows(tokens: np.ndarray) -> Batch:
-    """Returns rows [B, T] of one text each, with every token as a target."""
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    rows: list[Any] = [tokens, np.ones(tokens.shape, np.float32), np.ones(tokens.shape, np.int32), positions]
-    return Batch(*rows)
-
-
 def ours_update(
     folder: str, rows: int, length: int, changes: dict[str, Any] | None = None, adapters: bool = False
 ) -> Callable[[], float]:
@@ -86,7 +80,8 @@ def ours_update(
     if adapters:
         loss, frozen = lora.through(loss, LORA.scale), {"base": params}
         params = lora.init(config, LORA, jax.random.key(0))
-    return stepper(loss, params, full_rows(random_rows(config.vocab_size, rows, length)), frozen)
+    tokens = random_rows(config.vocab_size, rows, length)
+    return stepper(loss, params, text_batch(tokens, np.ones_like(tokens)), frozen)
 
 
 def stepper(loss: Any, params: Params, batch: Any, frozen: dict[str, Params]) -> Callable[[], float]:

@@ -168,7 +168,7 @@ def _train(
         config[section] = {"path": "" if isinstance(some, Model) else os.fspath(some)}
         if isinstance(some, Model):
             given["start" if section == "model" else "teacher"] = some
-            # The model itself is compared by its stage, with a tolerance.
+            # The start model has no fingerprint here: its stage compares the parameters, with a tolerance.
             config[section] = {"path": ""} if section == "model" else {"fingerprint": _rounded(some)}
     if isinstance(rows, str | os.PathLike):
         config["data"]["source"] = os.fspath(rows)

@@ -81,7 +81,7 @@ def distil(
         sizes = (other.vocab_size, start.config.vocab_size)
         fault = f"teacher and student have vocabularies of {sizes[0]} and {sizes[1]}: use 'hard'"
         known = [m.tokenizer for m in (start, teacher) if m is not None and m.tokenizer is not None]
-        # Equal sizes are not enough: the ids of Llama 2 and Mistral, 32,000 each, are of other texts.
+        # Equal sizes are not enough: Llama 2 and Mistral have 32,000 ids each, which stand for different texts.
         other_ids = "teacher and student have different tokenizers, so their predictions are of other texts: use 'hard'"
         require((sizes[0] == sizes[1], fault), (len(known) < 2 or known[0].spells_as(known[1]), other_ids))
     if settings.on_policy and isinstance(start.config, ModelConfig):

@@ -99,16 +99,13 @@ def _iteration_model(ctx: RunContext, arm: str, iteration: int | None, verifier:
 
 def _thinking_model(ctx: QuietContext, arm: str, iteration: int | None) -> Model:
     model = base_model.loaded_or_random(ctx, ctx.corpus.tokenizer)
-    zero = iteration == 0
-    require(
-        (iteration in (None, 0), f"--run={ctx.workdir}: Quiet-STaR has no iterations; leave --iteration out (0: base)")
-    )
-    if zero and not ctx.settings.base.steps:
-        return model
-    if not zero:
+    line = f"--run={ctx.workdir}: Quiet-STaR has no iterations; leave --iteration out (0: base)"
+    require((iteration in (None, 0), line))
+    if iteration is None:
         # The template of the restore needs thought vectors and mixing head, which the base does not have.
         model = quiet_star.with_thoughts(ctx, ctx.arm_config(quiet_star.QuietConfig, arm), model)
-    return _first(model, ctx.workdir, "base" if zero else arm, "base" if zero else arm)
+        return _first(model, ctx.workdir, arm, arm)
+    return _first(model, ctx.workdir, "base", "base") if ctx.settings.base.steps else model
 
 
 def _first(model: Model, run: Path, folder: str, what: str) -> Model:

@@ -24,26 +24,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qstar import distributed
 from qstar.errors import Settings, UserError, bounded, require, within
 from qstar.methods.distillation import DistilTrain, distil
 from qstar.methods.guided_eval import percent
 from qstar.methods.guided_hotpotqa import MultiHop, MultiHopSettings
 from qstar.methods.guided_two_hop import TwoHop, TwoHopSettings
 from qstar.methods.quiet_star import in_order
-from qstar.methods.reinforce import ReinforceSettings, reinforce
+from qstar.methods.reinforce import ReinforceSettings, check_minibatches, reinforce
 from qstar.models.hf import read_config
 from qstar.models.hub import resolve
 from qstar.models.model import Model
 from qstar.runs.base_model import check_gates
 from qstar.runs.context import RunContext
 from qstar.runs.folder import cached_jsonl, check_run, once_json, stable_seed, write_json
-from qstar.runs.settings import Gate, Sections, settings_from
+from qstar.runs.settings import Gate, Sections, arms_from, settings_from
 from qstar.runs.stages import Stage
 from qstar.tasks import make_task, multihop
 from qstar.train.distil import DistilSettings
 from qstar.train.loop import Diverged
-from qstar.train.metrics import show_table
 from qstar.train.rl import RLSettings
 from qstar.train.stats import paired
 
@@ -106,13 +104,18 @@ class GuidedContext(RunContext):
     arms: dict[str, GuidedConfig] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        arms = {name: settings_from(GuidedConfig, arm, f"arms.{name}") for name, arm in self.settings.arms.items()}
+        arms = arms_from(GuidedConfig, vars(self.settings))
         self.task = make_guided_task(self.settings, self.workdir, self.mesh)
         self.arms = in_order(arms, lambda arm: [arm.start])
         # Mistakes in an arm's settings are found here, before anything is written.
-        for name in self.arms:
-            self.rl_settings(name)
+        for name, arm in self.arms.items():
+            rl, settings = self.rl_settings(name)
             self.distil_settings(name)
+            if arm.start != "base":
+                with within(f"config.arms.{name}.train."):
+                    check_minibatches(settings, rl)
+            line = f"config.arms.{name}.filter='parity' is for two-hop questions; use em, f1, includes or none"
+            require((arm.filter != "parity" or isinstance(self.task, TwoHop), line))
 
     def distil_settings(self, name: str) -> DistilTrain:
         """Returns an arm's settings of distillation: the config's, with the arm's changes if it is distilled."""
@@ -224,7 +227,7 @@ def distil_rationales(
 def refine(ctx: GuidedContext, name: str, start: Model, seed: int, folder: Path, label: dict) -> Model:
     """Step 2: RL with the aspects of the rationales and the correctness of the large model's answers as reward."""
     rl, settings = ctx.rl_settings(name)
-    environment = ctx.task.environment(seed, rl.group, settings.prompts, ctx.arms[name])
+    environment = ctx.task.environment(seed, settings.prompts, ctx.arms[name])
     rl_seed = stable_seed(seed, "rl")
     with ctx.stage(folder / "rl", settings, steps=settings.updates, seed=rl_seed, bar=name, **label) as stage:
         return reinforce(start, environment, rl, stage)[0]
@@ -235,9 +238,10 @@ def evaluate(ctx: GuidedContext, folder: Path, name: str, model: Any, seed: int)
 
     def make() -> dict[str, Any]:
         correct, found = ctx.task.measure(model)
-        numbers = {"accuracy": percent(correct), **{k: v for k, v in found.items() if k != "examples"}}
+        found = {"accuracy": percent(correct), **found}
+        numbers = {k: v for k, v in found.items() if k != "examples"}
         ctx.writer.write(stage="arm", step=0, arm=name, student=seed, **numbers)
-        return {"correct": correct.astype(int).tolist(), "accuracy": percent(correct), **found}
+        return {"correct": correct.astype(int).tolist(), **found}
 
     found = once_json(folder / name / "evaluation.json", make)
     ctx.say(f"    accuracy {found['accuracy']:.1f}%")
@@ -262,9 +266,8 @@ def write_results(ctx: GuidedContext, fixed: dict[str, list[int]], students: lis
             low, middle, high = paired(correct[a].mean(axis=0), correct[b].mean(axis=0))
             differences.append({"from": a, "to": b, "difference": 100 * middle, "low": 100 * low, "high": 100 * high})
     write_json(ctx.workdir / "results.json", {"arms": rows, "differences": differences})
-    if distributed.is_first():
-        show_table(ctx.console, "accuracy, %", rows)
-        show_table(ctx.console, "paired differences, 95% over questions", differences)
+    ctx.table("accuracy, %", rows)
+    ctx.table("paired differences, 95% over questions", differences)
 
 
 def comparisons(arms: dict[str, GuidedConfig]) -> list[tuple[str, str]]:

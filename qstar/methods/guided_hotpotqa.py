@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qstar.errors import Settings, UserError, bounded, require, unknown
+from qstar.errors import Settings, bounded, require, unknown
 from qstar.methods.answerer import Answer, Cached, HttpAnswerer, ModelAnswerer
 from qstar.methods.distillation import Pair
 from qstar.methods.guided_eval import METRICS, example, percent, reward, task_score
@@ -24,7 +24,7 @@ from qstar.sample.vote import majority
 from qstar.tasks import multihop
 from qstar.tasks.aspects import ASPECTS, View, bare_answer
 from qstar.tasks.base import Problem, stable_rng
-from qstar.tasks.qa_metrics import answer_score, includes, normalise
+from qstar.tasks.qa_metrics import normalise
 from qstar.types import Completion
 
 if TYPE_CHECKING:
@@ -197,15 +197,9 @@ class MultiHop:
 
     def keep(self, rows: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
         """Returns rows with a rationale and a correct answer by the rule ("f1": at least half), without duplicates."""
-        if rule == "parity":
-            raise UserError("filter='parity' is for two-hop questions; use em, f1, includes or none")
-        is_correct = {
-            "none": lambda r: True,
-            "em": lambda r: answer_score(r["answer"] or "", r["gold"]).em == 1.0,
-            "f1": lambda r: answer_score(r["answer"] or "", r["gold"]).f1 >= 0.5,
-            "includes": lambda r: includes(r["answer"] or "", r["gold"]),
-        }[rule]
-        kept = [r for r in rows if multihop.clean_rationale(r["rationale"]) and is_correct(r)]
+        kept = [r for r in rows if multihop.clean_rationale(r["rationale"])]
+        if rule != "none":
+            kept = [r for r in kept if task_score(r["answer"] or "", r["gold"], rule) >= 0.5]
         return list({(r["prompt"], r["rationale"]): r for r in kept}.values())
 
     def to_pairs(self, rows: list[dict[str, Any]]) -> list[Pair]:
@@ -216,10 +210,10 @@ class MultiHop:
             text = multihop.clean_rationale(r["rationale"])
             text = text if isinstance(self.small.config, EncDecConfig) else f" {text}"
             head, tail = tokenizer.encode_pair(r["prompt"], text)
-            out.append(Pair(tuple(head), tuple([*tail, tokenizer.eos_id][: self.max_new_tokens])))
+            out.append(Pair(tuple(head), tuple(tokenizer.ended(tail)[: self.max_new_tokens])))
         return out
 
-    def environment(self, seed: int, group: int, prompts: int, arm: GuidedConfig) -> MultiHopEnvironment:
+    def environment(self, seed: int, prompts: int, arm: GuidedConfig) -> MultiHopEnvironment:
         problems = self.rl_problems()
         line = f"config.train.prompts={prompts} is more than the {len(problems)} questions that RL has; lower it"
         require((prompts <= len(problems), line))

@@ -189,9 +189,9 @@ class TwoHop:
             pairs.append(Pair(tuple(r["prompt"]), tuple(t for t in r["rationale"] if t != PAD), asked))
         return pairs
 
-    def environment(self, seed: int, group: int, prompts: int, arm: GuidedConfig) -> TwoHopEnvironment:
+    def environment(self, seed: int, prompts: int, arm: GuidedConfig) -> TwoHopEnvironment:
         questions = _draw(stable_seed(seed, "hops rl"), self.settings.rl_questions)
-        return TwoHopEnvironment(self, questions, seed, group, prompts, arm)
+        return TwoHopEnvironment(self, questions, seed, prompts, arm)
 
     def gates(self) -> dict[str, float]:
         """Returns accuracies of the large model in percent, on a set of their own."""
@@ -290,7 +290,6 @@ class TwoHopEnvironment:
     task: TwoHop
     questions: Worlds
     seed: int
-    group: int
     count: int  # prompts per update
     arm: GuidedConfig
 
@@ -303,7 +302,7 @@ class TwoHopEnvironment:
         return two_hop_world.rows(self.sample(update), RAT)[:, :QUESTION].tolist()
 
     def score(self, update: int, responses: Sequence[Sequence[Completion]]) -> RewardOutput:
-        w = self.sample(update).take(np.repeat(np.arange(self.count), self.group))
+        w = self.sample(update).take(np.repeat(np.arange(self.count), [len(row) for row in responses]))
         slot = np.stack([_to_slot(c) for row in responses for c in row])
         correct = bare = np.zeros(len(slot), np.float32)
         if self.arm.accuracy_weight:

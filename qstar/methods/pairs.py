@@ -11,7 +11,6 @@ the same model on the same rows; the keys of an arm replace those of `train`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -26,7 +25,7 @@ from qstar.errors import Settings, bounded, require, within
 from qstar.methods import distillation
 from qstar.methods.pair_rows import complete, fit, parts, write_completions
 from qstar.methods.preference_data import Pair
-from qstar.methods.verifier import Job, Verifier, VerifierSettings, score, train_dpo
+from qstar.methods.verifier import Verifier, VerifierSettings, score, train_dpo
 from qstar.models import lora
 from qstar.models.model import Model
 from qstar.models.scoring import logprobs
@@ -34,15 +33,14 @@ from qstar.runs import base_model
 from qstar.runs.context import RunContext
 from qstar.runs.folder import cached_jsonl, check_run, once_json, stable_seed, write_json
 from qstar.runs.rollouts import SampleSettings, tokenizer_of
-from qstar.runs.settings import Sections, settings_from
-from qstar.runs.stages import Stage, TrainSettings, UpdateSettings, check_trainable, fine_tune
+from qstar.runs.settings import EpochSettings, Sections, arms_from
+from qstar.runs.stages import Stage, TrainSettings, check_trainable, fine_tune
 from qstar.sample import batching
 from qstar.text import Example
 from qstar.text.chat import as_text
 from qstar.text.packing import pack_groups
 from qstar.train.distil import DistilSettings
 from qstar.train.loop import Diverged
-from qstar.train.metrics import show_table
 from qstar.types import Params
 
 # -------------------------------------------------------------------------------------------------------- settings
@@ -52,7 +50,7 @@ from qstar.types import Params
 class PairData(Settings):
     """The rows. A config's `data` section."""
 
-    source: str = ""  # .jsonl, .json, .parquet or .csv, or a hub data set: see `data.pairs`
+    source: str = ""  # a file, a folder or a hub data set: see `data.pairs` and `data.read_records`
     rows: list = dataclasses.field(default_factory=list)  # the rows themselves, in place of a source
     split: str = "train"  # of a hub data set
     limit: int = bounded(0, ge=0, note="0: all")
@@ -70,11 +68,9 @@ class PairEvaluation(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Updates(UpdateSettings):
+class _Updates(EpochSettings):
     """Defaults for rows of unknown number and length."""
 
-    steps: int = bounded(0, ge=0, note="0: as many as epochs says")
-    epochs: float = bounded(1.0, gt=0)
     batch_size: int = 8
     lr: float = 1e-5
     schedule: str = "linear"
@@ -91,8 +87,7 @@ class _Updates(UpdateSettings):
         rows = len(examples)
         if getattr(self, "packed", False):
             rows = len(pack_groups(examples, new.get("row_length", getattr(self, "row_length", 0)))[1])
-        steps = self.steps or max(1, round(self.epochs * rows / self.batch_size))
-        return dataclasses.replace(self, steps=steps, **new)
+        return dataclasses.replace(self, steps=self.updates(rows), **new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,15 +138,7 @@ class PairContext(RunContext):
 
     SECTIONS: ClassVar = PairSections
     FORM: ClassVar[str] = "pairs"
-    TRAIN: ClassVar[type[UpdateSettings]] = SFTTrain
-
-    def __post_init__(self) -> None:
-        """There is no task."""
-
-    def train_settings(self, arm: str) -> Any:
-        """Returns `train` with the keys of an arm."""
-        settings_from(self.TRAIN, self.settings.train, "train")
-        return settings_from(self.TRAIN, self.settings.train | self.settings.arms[arm], f"arms.{arm}")
+    TRAIN: ClassVar[type[EpochSettings]] = SFTTrain
 
     def load(self, section: str = "model") -> Model:
         """Returns the model of a section; raises UserError if there is none, or it has no tokenizer."""
@@ -162,6 +149,18 @@ class PairContext(RunContext):
         model = base_model.loaded_or_random(here)
         tokenizer_of(model)
         return model
+
+    def train(
+        self,
+        start: Model,
+        rows: list[Row],
+        examples: list[list[Example]],
+        stage: Stage,
+        watch: Callable[[int, Params], None],
+        teacher: Model | None,
+    ) -> tuple[Model, dict[str, Any]]:
+        """Trains a copy of `start` on rows (`examples`: as token ids); returns the new model with a summary."""
+        return fine_tune(start, [x for (x,) in examples], stage, watch=watch)
 
     def read(self, given: Sequence[Row] | None) -> tuple[list[Row], list[Row]]:
         """Returns the rows to train on and the held-out ones. `given`: in place of the source."""
@@ -181,45 +180,33 @@ class DPOContext(PairContext):
 
     FORM, TRAIN = "preferences", DPOTrain
 
+    def train(self, start, rows, examples, stage, watch, teacher):
+        tokenizer = tokenizer_of(start)
+        pairs = [Pair(str(i), as_text(tokenizer, x["prompt"]), x["chosen"], x["rejected"]) for i, x in enumerate(rows)]
+        return train_dpo(start, pairs, stage, watch=watch)
+
 
 class DistilContext(PairContext):
     """One run of `distil`."""
 
     SECTIONS, FORM, TRAIN = DistilSections, "prompts", DistilTrain
 
+    def train(self, start, rows, examples, stage, watch, teacher):
+        some = []
+        for row, (x,) in zip(rows, examples):
+            theirs = list(x.prompt)
+            if teacher is not None:
+                # In the teacher's own template, where it has one.
+                theirs = tokenizer_of(teacher).encode_prompt(as_text(teacher.tokenizer, parts(row)[0]))
+            own = () if theirs == list(x.prompt) else tuple(theirs)
+            some.append(distillation.Pair(tuple(x.prompt), tuple(x.completion), own))
+        return distillation.distil(start, some, self.settings.distil, stage, teacher, watch)
+
 
 CONTEXTS: dict[str, type[PairContext]] = {"sft": PairContext, "dpo": DPOContext, "distil": DistilContext}
 
 
-# --------------------------------------------------------------------------------------------------- the three losses
-
-Watch = Callable[[int, Params], None]
-
-
-def _sft(ctx: PairContext, start: Model, rows: Any, examples: Any, stage: Stage, watch: Watch, teacher: Any) -> Any:
-    return fine_tune(start, [x for (x,) in examples], stage, watch=watch)
-
-
-def _dpo(ctx: PairContext, start: Model, rows: Any, examples: Any, stage: Stage, watch: Watch, teacher: Any) -> Any:
-    tokenizer = tokenizer_of(start)
-    pairs = [Pair(str(i), as_text(tokenizer, x["prompt"]), x["chosen"], x["rejected"]) for i, x in enumerate(rows)]
-    bar = lambda steps: contextlib.nullcontext(stage.progress)  # noqa: E731  it is shown already
-    return train_dpo(start, pairs, Job(stage.folder, stage.settings, stage.seed, stage.writer, stage.label, bar, watch))
-
-
-def _distil(ctx: PairContext, start: Model, rows: Any, examples: Any, stage: Stage, watch: Watch, teacher: Any) -> Any:
-    some = []
-    for row, (x,) in zip(rows, examples):
-        theirs = list(x.prompt)
-        if teacher is not None:
-            # In the teacher's own template, where it has one.
-            theirs = tokenizer_of(teacher).encode_prompt(as_text(teacher.tokenizer, parts(row)[0]))
-        own = () if theirs == list(x.prompt) else tuple(theirs)
-        some.append(distillation.Pair(tuple(x.prompt), tuple(x.completion), own))
-    return distillation.distil(start, some, ctx.settings.distil, stage, teacher, watch)
-
-
-TRAIN: dict[str, Callable[..., tuple[Model, dict[str, Any]]]] = {"sft": _sft, "dpo": _dpo, "distil": _distil}
+# ------------------------------------------------------------------------------------------------ loss on held-out rows
 
 
 def held_out_loss(model: Model, examples: Sequence[Sequence[Example]]) -> dict[str, float]:
@@ -267,7 +254,7 @@ def run(
     """
     ctx = CONTEXTS[config.method].make(config, workdir, console)
     check_run(ctx.workdir, config.to_dict())
-    arms = {name: ctx.train_settings(name) for name in ctx.settings.arms}
+    arms = arms_from(ctx.TRAIN, vars(ctx.settings), "train")
     sets = ctx.read(rows)
     start, started = ctx.load() if start is None else start, False
     for name, settings in arms.items():
@@ -278,7 +265,7 @@ def run(
         if teacher is None and (blank or ctx.settings.distil.kind != "hard"):
             teacher = ctx.load("teacher")
         if teacher is not None and blank:
-            # The first rows that it writes are the first thing in the run folder.
+            # The teacher writes into the run folder, which is therefore opened before the rows' lengths are checked.
             ctx.start(start, arms=arms)
             started = True
             write = functools.partial(write_completions, ctx.say, teacher, sample=ctx.settings.sample, seed=ctx.seed)
@@ -295,7 +282,7 @@ def run(
     for name, settings in arms.items():
         model, done = train_arm(ctx, name, settings.sized(train[1]), start, train, held_out, teacher)
         results.append({"arm": name, **done})
-    show_table(ctx.console, "", results)
+    ctx.table("", results)
     ctx.close()
     return model, done
 
@@ -326,7 +313,7 @@ def train_arm(
     where, seed = folder / "checkpoints" / "iter_001", stable_seed(ctx.seed, name, "train")
     opened = ctx.stage(where, settings, steps=settings.steps, seed=seed, arm=name, iteration=1)
     with within(f"config.train.lr={settings.lr}: ", Diverged), opened as stage:
-        model, done = TRAIN[ctx.settings.method](ctx, start, rows, examples, stage, watch, teacher)
+        model, done = ctx.train(start, rows, examples, stage, watch, teacher)
     results = {"rows": len(rows), "steps": done["steps"], "loss": done["loss"]}
     if unseen:
         after = once_json(folder / "after.json", lambda: last or measure(model, done["steps"]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from qstar.train.metrics import Writer, read
 from qstar.train.rl import RLSettings
 from qstar.types import Completion
 
-# Of a call: one gradient step on all responses, every update is logged, and a reward is logged as it was returned.
+# Defaults of a call, where they differ from those of a run: a log row per update, no warmup, the rewards as returned.
 DEFAULTS = {"log_every": 1, "warmup": 0, "no_eos_penalty": 0.0}
 
 
@@ -116,8 +115,7 @@ def reinforce(
     settings = ReinforceSettings(**rest)
     model = model if isinstance(model, Model) else load(model)
     environment = PromptEnvironment(model, prompts, terms, records, count, seed, stop)
-    temporary = functools.partial(tempfile.TemporaryDirectory, prefix="qstar-rl-")
-    with temporary() if workdir is None else contextlib.nullcontext(workdir) as folder:
+    with tempfile.TemporaryDirectory() if workdir is None else contextlib.nullcontext(workdir) as folder:
         return _train(model, environment, rl, settings, seed, as_path(folder))
 
 

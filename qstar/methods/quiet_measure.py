@@ -28,7 +28,6 @@ from qstar.runs.folder import cached_jsonl, intact, once_json, stable_seed
 from qstar.thoughts import measure as thought_measure
 from qstar.thoughts.measure import Scores
 from qstar.train.checkpoint import Checkpoints
-from qstar.train.metrics import show_table
 from qstar.train.stats import bootstrap_ci
 from qstar.types import Batch, Params
 
@@ -108,9 +107,9 @@ def stopping_nll(ctx: QuietContext, model: Model, thought_source: str) -> float:
 def alarms(found: dict[str, Any]) -> list[str]:
     """Returns warnings about degenerate thoughts."""
     out = []
-    if abs(found.get("weight_abs", 1.0)) < MIN_WEIGHT:
+    if found["weight_abs"] < MIN_WEIGHT:
         out.append(f"thoughts are ignored: their mean weight is {found['weight_abs']:.4f}")
-    if found.get("distinct", 1.0) < MIN_DISTINCT:
+    if found["distinct"] < MIN_DISTINCT:
         out.append(f"thoughts are alike: {found['distinct']:.1%} of them are distinct")
     return out
 
@@ -137,11 +136,11 @@ def measure(ctx: QuietContext, arm: str, model: Model, thought_source: str, step
         return found
 
     found = once_json(path, make)
-    if distributed.is_first() and not known:
+    if not known:
         used = {title: key for title, key in zip(TITLES, KEYS) if f"{key}/all" in found}
         kinds = ("all", *found["classes"])
         table = [{"tokens": kind, **{t: found.get(f"{key}/{kind}") for t, key in used.items()}} for kind in kinds]
-        show_table(ctx.console, f"{arm}, step {step}", table)
+        ctx.table(f"{arm}, step {step}", table)
     return found
 
 
@@ -254,8 +253,7 @@ def compare_arms(ctx: QuietContext, found: dict[str, dict[str, Any]]) -> None:
 
     if sides:
         table = cached_jsonl(ctx.workdir / "comparison.jsonl", make)
-        if distributed.is_first():
-            show_table(ctx.console, "differences of NLL, first minus second, 95% over documents", table)
+        ctx.table("differences of NLL, first minus second, 95% over documents", table)
 
 
 def _diagnostics(s: Scores) -> dict[str, Any]:

@@ -79,6 +79,13 @@ class ReinforceSettings(UpdateSettings):
     log_completions: int = bounded(32, ge=0)  # responses of every logged update that are written to the run folder
 
 
+def check_minibatches(settings: ReinforceSettings, rl_settings: rl.RLSettings) -> None:
+    """Raises UserError if `batch_size` does not divide the responses of an update."""
+    count = settings.prompts * rl_settings.group
+    line = f"batch_size={settings.batch_size} does not divide prompts * group = {count}; choose a divisor"
+    require((count % settings.batch_size == 0, line))
+
+
 class RewardOutput(NamedTuple):
     """Rewards of responses, in the order of the responses."""
 
@@ -161,9 +168,7 @@ def reinforce(
     Raises UserError if `batch_size` does not divide the responses, Diverged after updates that were not finite.
     """
     settings, seed = stage.settings, stage.seed
-    count = settings.prompts * rl_settings.group
-    line = f"batch_size={settings.batch_size} does not divide prompts * group = {count}; choose a divisor"
-    require((count % settings.batch_size == 0, line))
+    check_minibatches(settings, rl_settings)
     # An environment has no data to hash; its first prompts stand for it.
     first = [list(map(str, environment.prompts(0)))] if stage.steps else []
     made_with = {"settings": settings, "rl": rl_settings, "seed": seed, "data_hash": data_hash(first)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -51,17 +50,15 @@ def resolved(config: Any, sources: Mapping[str, str]) -> dict[str, Value]:
     if layout is None:
         return given
     found = dict(given)
-    settings = settings_from(layout.sections, config.to_dict(), "")
-    hints = typing.get_type_hints(layout.sections)
-    for f in dataclasses.fields(layout.sections):
-        value = getattr(settings, f.name)
-        for key, part in _parts(f.name, value if dataclasses.is_dataclass(hints[f.name]) else {}):
+    sections = vars(settings_from(layout.sections, config.to_dict(), ""))
+    for section, value in sections.items():
+        # A section that is read as a dict has no defaults.
+        plain = [] if isinstance(value, dict) else [(section, value)]
+        for key, part in _parts(section, value) if dataclasses.is_dataclass(value) else plain:
             found.setdefault(key, Value(part, "default"))
-        if not isinstance(value, dict) and not dataclasses.is_dataclass(value):
-            found.setdefault(f.name, Value(value, "default"))
     for name in config.arms:
         found |= _arm(config, name, layout, given)
-    order = {key.partition(".")[0]: i for i, key in enumerate([*config, *hints])}
+    order = {key: i for i, key in enumerate([*config, *sections])}
     names = {key: key.split(".") for key in found}
     return {
         k: found[k] for k in sorted(found, key=lambda k: (order[names[k][0]], names[k][1:2] * (names[k][0] == "arms")))
@@ -88,5 +85,4 @@ def _arm(config: Any, name: str, layout: _Layout, given: Mapping[str, Value]) ->
 
 def _parts(name: str, settings: Any) -> list[tuple[str, Any]]:
     """Returns (dotted key, value) of a settings object, whose empty dicts are left out."""
-    fields = dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ()
-    return [(f"{name}.{f.name}".strip("."), v) for f in fields if (v := getattr(settings, f.name)) != {}]
+    return [(f"{name}.{key}".strip("."), value) for key, value in vars(settings).items() if value != {}]

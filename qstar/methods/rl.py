@@ -22,9 +22,9 @@ import numpy as np
 
 from qstar import distributed
 from qstar.data.sources import read_jsonl
-from qstar.errors import Settings, bounded, require
+from qstar.errors import Settings, bounded, require, within
 from qstar.methods import rewards
-from qstar.methods.reinforce import ReinforceSettings, RewardOutput, reinforce
+from qstar.methods.reinforce import ReinforceSettings, RewardOutput, check_minibatches, reinforce
 from qstar.models import lora
 from qstar.models.model import Model
 from qstar.runs import base_model
@@ -147,18 +147,12 @@ def run(config: Any, workdir: Path, console: Any) -> None:
     arms = {name: arm_settings(ctx, name) for name in config.arms}
     start = base_model.checked(ctx, [loop])
     # Made before the folder is opened: a pool with fewer problems than an update needs is an error of the config.
-    environments = {
-        name: TaskEnvironment(
-            ctx.task,
-            ctx.seed,
-            settings.prompts,
-            loop.problems_per_iter,
-            loop.few_shot_at_sample,
-            rl.reward,
-            f"config.arms.{name}.reward" if "reward" in config.arms[name] else "config.rl.reward",
+    environments = {}
+    for name, (rl, settings) in arms.items():
+        what = f"config.arms.{name}.reward" if "reward" in config.arms[name] else "config.rl.reward"
+        environments[name] = TaskEnvironment(
+            ctx.task, ctx.seed, settings.prompts, loop.problems_per_iter, loop.few_shot_at_sample, rl.reward, what
         )
-        for name, (rl, settings) in arms.items()
-    }
     ctx.start(start, arms={name: {"rl": rl, "train": settings} for name, (rl, settings) in arms.items()})
     base = base_model.prepare(ctx, start)
     for name, (rl_settings, settings) in arms.items():
@@ -174,9 +168,8 @@ def arm_settings(ctx: RunContext, name: str) -> tuple[RewardedSettings, Reinforc
     train = {**ctx.config.train.to_dict(), **own.pop("train", {})}
     rl_settings = settings_from(RewardedSettings, {**ctx.settings.rl, **own}, f"arms.{name}")
     settings = settings_from(ReinforceSettings, train, f"arms.{name}.train")
-    count = settings.prompts * rl_settings.group
-    line = f"config.arms.{name}: train.batch_size={settings.batch_size} does not divide train.prompts * group = {count}"
-    require((count % settings.batch_size == 0, line))
+    with within(f"config.arms.{name}.train."):
+        check_minibatches(settings, rl_settings)
     return rl_settings, settings
 
 

@@ -58,7 +58,8 @@ def by_scores(
         scores[name] = [row["scores"] for row in cached_jsonl(folder / file, make)]
     some = [candidates(rows, {name: scores[name][i] for name in scores}, ballots) for i, rows in enumerate(groups)]
     out: dict[str, Any] = {}
-    values = curves(some, ks_for(samples))
+    ks = ks_for(samples)
+    values = curves(some, ks)
     for rule, by_k in values.items():
         way, slash, name = rule.partition("/")
         for k, each in by_k.items() if slash else ():
@@ -70,7 +71,7 @@ def by_scores(
         for k, (mean, low, high) in worth["regret"][name].items():
             out |= {f"regret@{k}:{name}": mean, f"regret@{k}:{name}_low": low, f"regret@{k}:{name}_high": high}
     # At one k, as in `v_star_eval.result`, so that gains of several runs can be compared.
-    k = max(k for k in ks_for(samples) if k <= 16)
+    k = min(16, ks[-1])
     for a, b in itertools.combinations(scores, 2):
         mean, low, high = gain(values[f"best/{b}"][k], values[f"best/{a}"][k])
         key = f"gain@{k}:{b} - {a}"

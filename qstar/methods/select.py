@@ -26,8 +26,7 @@ from qstar.sample import vote
 from qstar.train import stats
 
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
-# Of random subsets, for rules without a closed form: all C(n, k) of them are too many.
-SUBSETS = 200
+SUBSETS = 200  # random ones, for rules without a closed form: all C(n, k) would be too many
 
 
 @dataclasses.dataclass(frozen=True)

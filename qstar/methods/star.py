@@ -42,6 +42,7 @@ from qstar.runs.rollouts import (
     text_key,
     to_example,
 )
+from qstar.runs.settings import arms_from
 from qstar.runs.stages import fine_tune, pack_rows
 from qstar.tasks.base import Problem
 from qstar.text.packing import Example
@@ -84,11 +85,6 @@ class VariantConfig(Selection):
         """Returns the run's sampling settings with this loop's temperature."""
         return settings if self.temperature is None else dataclasses.replace(settings, temperature=self.temperature)
 
-    @property
-    def selection(self) -> Selection:
-        """The filter of a loop's rollouts."""
-        return self
-
 
 _MANY = {"rationalize": False, "temperature": 0.7}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -129,7 +125,7 @@ def steps_for(spec: str, n: int, rows: int, batch_size: int) -> int:
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a STaR config in `workdir`, continuing an earlier run of the same config."""
     ctx = RunContext.make(config, workdir, console)
-    arms = {name: ctx.arm_settings(VariantConfig, PRESETS, name) for name in config.arms}
+    arms = arms_from(VariantConfig, vars(ctx.settings), "loop", PRESETS)
     for name, loop in arms.items():
         valid = not loop.patience or ctx.settings.evaluate.split != "test"
         fault = f"config.arms.{name}: patience={loop.patience} would choose a loop by test problems"
@@ -193,7 +189,7 @@ def rationalised_rollouts(arm: Arm, loop: VariantConfig, model: Model, n: int, *
         # With accumulation the rows of earlier loops are trained on again, so that a repeated one would count twice.
         seen = [text_key(r) for r in arm.kept_before(n)] if loop.accumulate else ()
         by_id = {p.id: p for p in problems}
-        return [vars(r) for r in select(rollouts, by_id, ctx.task, loop.selection, seen)]
+        return [vars(r) for r in select(rollouts, by_id, ctx.task, loop, seen)]
 
     rows = [Rollout(**row) for row in cached_jsonl(arm.rationales(n), make)]
     arm.show_examples(rows)

@@ -24,20 +24,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from qstar.errors import Settings, bounded, require
 from qstar.methods import preference_data as data
 from qstar.methods import star
 from qstar.methods.v_star_eval import SampledGate, SelectSettings, gate_metrics, measure
-from qstar.methods.verifier import KINDS, Job, VerifierSettings, train_dpo, train_head
+from qstar.methods.verifier import KINDS, VerifierSettings, train_dpo, train_head
 from qstar.models.model import Model
 from qstar.runs import base_model
 from qstar.runs.context import Arm, RunContext
 from qstar.runs.folder import stable_seed
-from qstar.runs.rollouts import Selection, summary, to_example
-from qstar.runs.settings import TaskSections
-from qstar.runs.stages import fine_tune, pack_rows
+from qstar.runs.rollouts import summary, to_example
+from qstar.runs.settings import TaskSections, arms_from
+from qstar.runs.stages import Stage, fine_tune, pack_rows
+from qstar.text.packing import Example
 from qstar.train.loop import Diverged
 from qstar.types import Rollout
 
@@ -74,12 +75,6 @@ class VStarConfig(star.VariantConfig):
             (not self.retrain or not self.verifiers or self.accumulate, "accumulate=False: a verifier needs D_VER"),
         )
 
-    @property
-    def selection(self) -> Selection:
-        """The filter of an iteration's samples."""
-        # A cap per iteration would not bound D_GEN, which accumulates: `most_sampled` caps the union.
-        return dataclasses.replace(self, cap_per_problem=None)
-
 
 @dataclasses.dataclass(frozen=True)
 class Supervision(Settings):
@@ -112,10 +107,6 @@ class VStarContext(RunContext):
 
     SECTIONS: ClassVar = VStarSections
 
-    def training_prompt(self, prompt: str) -> str:
-        """A prompt with the few-shot text in front, where the config's `loop` asks for it."""
-        return self.task.behind(self.task.prefix(), prompt) if self.settings.loop.get("few_shot_in_train") else prompt
-
 
 _ONCE = {"n_iters": 1, "k": 48}  # as many samples as three iterations of 16
 PRESETS: dict[str, dict[str, Any]] = {
@@ -134,12 +125,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(config: Any, workdir: Path, console: Any) -> None:
     """Runs every arm of a V-STaR config in `workdir`, resuming an earlier run of the same config."""
     ctx = VStarContext.make(config, workdir, console)
-    arms = {name: ctx.arm_settings(VStarConfig, PRESETS, name) for name in config.arms}
+    arms = arms_from(VStarConfig, vars(ctx.settings), "loop", PRESETS)
     for name, loop in arms.items():
-        fault = (
-            f"config.arms.{name}.few_shot_in_train: all arms start from one G_SFT; set config.loop.few_shot_in_train"
-        )
-        require((loop.few_shot_in_train == bool(ctx.settings.loop.get("few_shot_in_train")), fault))
+        same = loop.few_shot_in_train == bool(ctx.settings.loop.get("few_shot_in_train"))
+        fault = "all arms start from one G_SFT; set config.loop.few_shot_in_train"
+        require((same, f"config.arms.{name}.few_shot_in_train: {fault}"))
     start = base_model.checked(ctx, arms.values())
     d_sft = supervised_data(ctx)
     ctx.start(start, arms=arms)
@@ -216,7 +206,7 @@ def supervised_data(ctx: VStarContext) -> list[data.Solution]:
 
 def supervised(ctx: VStarContext, base: Model, d_sft: list[data.Solution]) -> Model:
     """G_SFT <- SFT(G_base, D_SFT): one for all arms, in WORKDIR/g_sft."""
-    rows = ctx.fitting([to_example(ctx.tokenizer, ctx.training_prompt(s.prompt), s.completion) for s in d_sft])
+    rows = training_examples(ctx, d_sft, ctx.settings.loop.get("few_shot_in_train", False))
     settings = ctx.settings.train
     packed = len(pack_rows(rows, settings, base.config)["mask"])
     steps = star.steps_for(ctx.settings.sft.steps, 1, packed, settings.batch_size)
@@ -224,6 +214,14 @@ def supervised(ctx: VStarContext, base: Model, d_sft: list[data.Solution]) -> Mo
     folder, seed = ctx.workdir / "g_sft", stable_seed(ctx.seed, "sft")
     with ctx.stage(folder, settings, steps=steps, seed=seed, bar="sft", arm="g_sft") as stage:
         return fine_tune(base, rows, stage)[0]
+
+
+def training_examples(ctx: RunContext, solutions: list[data.Solution], few_shot: bool) -> list[Example]:
+    """Returns solutions as training examples, with the few-shot text in front of their prompts if `few_shot`."""
+    prefix = ctx.task.prefix() if few_shot else ""
+    # Sampled token ids are trained on as they are; encoding the text anew may split it differently.
+    rows = [to_example(ctx.tokenizer, ctx.task.behind(prefix, s.prompt), s.completion, s.tokens) for s in solutions]
+    return ctx.fitting(rows)
 
 
 def labelled_rollouts(arm: Arm, loop: VStarConfig, generator: Model, n: int) -> list[Rollout]:
@@ -235,17 +233,15 @@ def labelled_rollouts(arm: Arm, loop: VStarConfig, generator: Model, n: int) -> 
         queries = stable_seed(loop.few_shot_at_sample, *(p.id for p in problems))
         name = f"k{loop.k}_t{loop.sampling(ctx.settings.sample).temperature:g}_{queries:08x}"
         shared = {"folder": ctx.workdir / "g_sft" / "stages" / name, "seed": stable_seed(ctx.seed, "sft")}
-    return star.rationalised_rollouts(arm, loop, generator, n, **shared)
+    # A cap per iteration would not bound D_GEN, which accumulates: `most_sampled` caps the union.
+    return star.rationalised_rollouts(arm, dataclasses.replace(loop, cap_per_problem=None), generator, n, **shared)
 
 
 def retrain(
     arm: Arm, loop: VStarConfig, base: Model, generator: Model, solutions: list[data.Solution], n: int
 ) -> tuple[Model, dict[str, Any]]:
     """G <- SFT(G_base, solutions); with too few rows the generator stays."""
-    ctx = cast(VStarContext, arm.ctx)
-    # Sampled token ids are trained on as they are; encoding the text anew may split it differently.
-    rows = [to_example(ctx.tokenizer, ctx.training_prompt(s.prompt), s.completion, s.tokens) for s in solutions]
-    rows = ctx.fitting(rows)
+    rows = training_examples(arm.ctx, solutions, loop.few_shot_in_train)
     if len(rows) < max(1, loop.min_kept):
         return generator, _too_few(arm, loop, f"{len(rows)} rows")
     return star.train(arm, loop, base if loop.restart == "base" else generator, rows, n)
@@ -255,12 +251,13 @@ def train_on_pairs(
     arm: Arm, loop: VStarConfig, generator: Model, rollouts: list[Rollout], n: int
 ) -> tuple[Model, dict[str, Any]]:
     """Iterative RPO: G <- DPO + alpha NLL of the winners, on pairs of this iteration; reference: the previous G."""
-    job = stage_job(arm, "rpo", n, arm.checkpoint(n))
-    pairs = data.build_pairs(data.merge_duplicates(data.sampled_solutions(rollouts)), arm.ctx.settings.pairs, job.seed)
+    stage = verifier_stage(arm, "rpo", n, arm.checkpoint(n))
+    distinct = data.merge_duplicates(data.sampled_solutions(rollouts))
+    pairs = data.build_pairs(distinct, arm.ctx.settings.pairs, stage.seed)
     if len(pairs) < max(1, loop.min_kept):
         return generator, _too_few(arm, loop, f"{len(pairs)} pairs")
     with arm.timed("train"):
-        model, done = train_dpo(generator, pairs, job)
+        model, done = train_dpo(generator, pairs, stage, bar=arm.ctx.bar)
     metrics = {"trained_rows": done["pairs"], "train_steps": done["steps"], "train_loss": done["loss"]}
     keys = ("accuracy", "margin", "nll", "chosen_logratio", "rejected_logratio")
     return model, metrics | {f"rpo_{k}": done.get(k) for k in keys}
@@ -281,31 +278,31 @@ def train_verifiers(
     queries = [p for m in range(1, n + 1) for p in star.iteration_problems(ctx, loop, m)]
     problems = {p.id: p for p in [*queries, *ctx.task.pool(0, ctx.seed, ctx.settings.sft.problems)]}
     for kind in loop.verifiers:
-        job = stage_job(arm, kind, n, arm.verifier(kind, n))
+        stage = verifier_stage(arm, kind, n, arm.verifier(kind, n))
         with arm.timed(kind):
             if kind == "dpo":
-                pairs = data.build_pairs(d_ver, ctx.settings.pairs, job.seed)
+                pairs = data.build_pairs(d_ver, ctx.settings.pairs, stage.seed)
                 if not pairs:
                     ctx.say("[yellow]no problem has both a correct and an incorrect solution: no verifier is trained")
                     continue
-                models[kind], done = train_dpo(sft, pairs, job)
+                models[kind], done = train_dpo(sft, pairs, stage, bar=ctx.bar)
             else:
                 labels = None
-                if kind == "prm" and (rollouts := job.settings.rollouts):
-                    folder, sampling = job.folder / "rollouts", loop.sampling(ctx.settings.sample)
+                if kind == "prm" and (rollouts := stage.settings.rollouts):
+                    folder, sampling = stage.folder / "rollouts", loop.sampling(ctx.settings.sample)
                     labels = data.rollout_labels(
-                        sft, ctx.task, problems, d_ver, sampling, n=rollouts, seed=job.seed, folder=folder,
+                        sft, ctx.task, problems, d_ver, sampling, n=rollouts, seed=stage.seed, folder=folder,
                         few_shot=loop.few_shot_at_sample,
                     )  # fmt: skip
                 rows = data.repeat_by_count(d_ver, ctx.settings.pairs)
-                models[kind], done = train_head(sft, kind, rows, ctx.task, problems, job, labels)
+                models[kind], done = train_head(sft, kind, rows, ctx.task, problems, stage, labels, bar=ctx.bar)
         metrics |= {f"{kind}_{k}": v for k, v in done.items() if v is not None}
         ctx.say(f"  {kind}: {done['steps']} steps, loss {done['loss'] or 0:.4f}, accuracy {done['accuracy'] or 0:.3f}")
     return models, metrics
 
 
-def stage_job(arm: Arm, kind: str, n: int, folder: Path) -> Job:
-    """Returns the training job of the config section `kind` (dpo, orm, prm, rpo) in iteration n."""
+def verifier_stage(arm: Arm, kind: str, n: int, folder: Path) -> Stage:
+    """Returns the training stage of the config section `kind` (dpo, orm, prm, rpo) in iteration n."""
     ctx, label = arm.ctx, {"arm": arm.name, "iteration": n}
     seed = stable_seed(ctx.seed, arm.name, n, kind)
-    return Job(folder, getattr(ctx.settings, kind), seed, ctx.writer, label, functools.partial(ctx.bar, kind))
+    return Stage(folder, getattr(ctx.settings, kind), 0, seed, ctx.writer, label, name=kind)

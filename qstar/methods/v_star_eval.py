@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qstar import distributed
 from qstar.errors import Settings, bounded
 from qstar.methods import select
 from qstar.methods.select import Candidates
@@ -21,7 +20,6 @@ from qstar.runs.folder import cached_jsonl, once_json
 from qstar.runs.rollouts import sample_rollouts
 from qstar.runs.settings import Gate
 from qstar.tasks.base import Problem, Task, stable_rng
-from qstar.train.metrics import show_table
 from qstar.train.stats import bootstrap_ci
 from qstar.types import Rollout
 
@@ -82,8 +80,7 @@ def measure(arm: Arm, generator: Model, sft: Model, verifiers: dict[str, Model],
         for rule, by_k in found["curves"].items():
             row |= dict(zip((rule, f"{rule}_low", f"{rule}_high"), by_k[k]))
         ctx.writer.write(stage="selection", step=int(k), **label, **row)
-    if distributed.is_first():
-        show_table(ctx.console, f"{arm.name}: accuracy of the solution selected from k samples", table_rows(found))
+    ctx.table(f"{arm.name}: accuracy of the solution selected from k samples", table_rows(found))
     return found
 
 
@@ -163,7 +160,7 @@ def result(
     ks = select.ks_for(samples)
     curves = select.curves(problems, ks, m=m)
     # Gains are reported at one k, that of the tables in configs/RESULTS.md.
-    at = 16 if samples >= 16 else ks[-1]
+    at = min(16, ks[-1])
     baselines = ("majority", "best/generator", "best/random")
     return {
         "problems": len(problems),

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,12 @@ from qstar.models.model import Model, load
 from qstar.models.scoring import logprobs, values
 from qstar.runs.folder import cached_jsonl, data_hash
 from qstar.runs.rollouts import to_example, tokenizer_of
-from qstar.runs.stages import Stage, UpdateSettings, train_stage
+from qstar.runs.settings import EpochSettings
+from qstar.runs.stages import Stage, train_stage
 from qstar.tasks.base import Problem, Task
 from qstar.text.chat import as_text
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
-from qstar.train.metrics import Writer
 from qstar.train.preference import dpo_loss, value_loss
 from qstar.train.step import make_step
 from qstar.types import Batch, Graded, Params, Preference
@@ -44,11 +43,9 @@ SCORES = ("logp", "mean_logp", "logratio", "orm", "prm_min", "prm_product")
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifierSettings(UpdateSettings):
+class VerifierSettings(EpochSettings):
     """Training of a verifier. A config's `dpo`, `orm` and `prm` sections; `rpo` trains a generator on pairs."""
 
-    epochs: float = bounded(1.0, gt=0)
-    steps: int = bounded(0, ge=0, note="0: as many as epochs says")
     beta: float = bounded(0.1, gt=0)  # DPO: strength of the pull towards the reference
     alpha: float = bounded(0.0, ge=0, note="0: plain DPO")  # RPO: weight of the chosen solution's NLL per token
     rollouts: int = bounded(0, ge=0, note="0: ask the task")  # PRM: continuations per step that estimate its label
@@ -170,34 +167,34 @@ def _to_ids(model: Model, prompt: Any, completion: Any) -> Example:
         return to_example(tokenizer, prompt, completion)
     head = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
     if isinstance(completion, str):
-        return Example(head, [*tokenizer.encode_continuation(completion), tokenizer.eos_id])
+        return Example(head, tokenizer.ended(tokenizer.encode_behind(head, completion)))
     return Example(head, list(completion))
 
 
 # -------------------------------------------------------------------------------------------------------- training
 
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """The folder, settings and logging of a verifier's training."""
-
-    folder: Path
-    settings: VerifierSettings
-    seed: int
-    writer: Writer
-    label: dict[str, Any]
-    # steps -> a context that yields the progress bar's update
-    bar: Callable[[int], Any] = lambda steps: contextlib.nullcontext()
-    watch: Callable[[int, Params], None] | None = None  # see `runs.stages.train_stage`
+Bar = Callable[[str, int], contextlib.AbstractContextManager]  # see `runs.console.Screen.bar`
 
 
-def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[str, Any]]:
+def train_dpo(
+    sft: Model,
+    pairs: Sequence[Pair],
+    stage: Stage,
+    *,
+    bar: Bar | None = None,
+    watch: Callable[[int, Params], None] | None = None,
+) -> tuple[Model, dict[str, Any]]:
     """Trains V by DPO: initial policy and reference are both G_SFT.
 
     FOLDER/pairs.jsonl holds the pairs with the reference's log-probabilities. A repeated call ends with the same bits.
+
+    Args:
+      stage: with VerifierSettings; its `steps`, `name` and `data` are set here.
+      bar: opens the progress bar; None: the stage has its own. watch: see `runs.stages.train_stage`.
+
     Raises UserError if no pair fits into a row.
     """
-    s = job.settings
+    s = stage.settings
 
     def encode(p: Pair) -> tuple[Example, Example]:
         sides = ((p.chosen, p.chosen_tokens), (p.rejected, p.rejected_tokens))
@@ -214,14 +211,14 @@ def train_dpo(sft: Model, pairs: Sequence[Pair], job: Job) -> tuple[Model, dict[
         return [{**dataclasses.asdict(p), "reference": next(scores) if fit else None} for p, fit in zip(pairs, fits)]
 
     # The reference is frozen, so that its log-probabilities are data: no second model is on the devices in training.
-    rows = cached_jsonl(job.folder / "pairs.jsonl", with_reference)
+    rows = cached_jsonl(stage.folder / "pairs.jsonl", with_reference)
     kept = [row for row in rows if row["reference"] is not None]
     require((bool(kept), f"config.dpo.row_length={s.row_length}: none of {len(rows)} pairs fits into a row"))
     reference = np.array([row["reference"] for row in kept], np.float32)
     # From the file, not from `pairs`, so that a resumed call trains on what the first one recorded.
     groups = [encode(Pair(**{k: v for k, v in row.items() if k != "reference"})) for row in kept]
     arrays = pair_arrays(groups, reference, s.row_length, s.packed)
-    model, summary = _train(sft, job, "dpo", arrays, Preference)
+    model, summary = _train(sft, stage, "dpo", arrays, Preference, bar, watch)
     return model, {**summary, "pairs": len(kept), "dropped_pairs": len(rows) - len(kept)}
 
 
@@ -231,15 +228,17 @@ def train_head(
     solutions: Sequence[Solution],
     task: Task,
     problems: dict[str, Problem],
-    job: Job,
+    stage: Stage,
     labels: Mapping[tuple[str, str, bool], Sequence[float]] | None = None,
+    *,
+    bar: Bar | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains an ORM or a PRM on the solutions of D_VER, from G_SFT with a fresh value head.
 
-    `labels`: for a PRM, by key of a solution the labels of its `task.steps`; None: `Task.step_labels`. Raises UserError
-    if no solution fits into a row, or for a PRM on a task that has no labels of steps.
+    `stage`, `bar`: see `train_dpo`. `labels`: for a PRM, by key of a solution the labels of its `task.steps`; None:
+    `Task.step_labels`. Raises UserError if no solution fits into a row, or for a PRM on a task without labels of steps.
     """
-    s, tokenizer = job.settings, tokenizer_of(sft)
+    s, tokenizer = stage.settings, tokenizer_of(sft)
     examples = [to_example(tokenizer, x.prompt, x.completion, x.tokens) for x in solutions]
     fits = [i for i, e in enumerate(examples) if len(e) <= s.row_length]
     steps = None
@@ -256,7 +255,7 @@ def train_head(
     # Labelled tokens per language-model token over all data, not of a batch: see `value_loss`.
     scale = arrays["weight"].sum() / max(1.0, arrays["mask"].sum())
     arrays["lm_scale"] = np.full(len(arrays["tokens"]), scale, np.float32)
-    model, summary = _train(add_value_head(sft, kind), job, kind, arrays, Graded)
+    model, summary = _train(add_value_head(sft, kind), stage, kind, arrays, Graded, bar)
     return model, {**summary, "solutions": len(fits), "dropped_solutions": len(solutions) - len(fits)}
 
 
@@ -270,12 +269,12 @@ def update_step(config: Any, s: VerifierSettings, kind: str) -> tuple[Any, Any]:
     return tx, make_step(s.through(loss), tx, s.accumulate)
 
 
-def _train(start: Model, job: Job, kind: str, arrays: dict[str, np.ndarray], rows_type: type):
+def _train(start, stage, kind, arrays, rows_type, bar, watch=None) -> tuple[Model, dict[str, Any]]:
     """Runs the training stage; `arrays` are the fields of `rows_type` and of the `Batch` in it, flat."""
-    s = job.settings
-    steps = s.steps or max(1, round(s.epochs * len(arrays["tokens"]) / s.batch_size))
+    s = stage.settings
+    steps = s.updates(len(arrays["tokens"]))
     # Made when the first batch is drawn: a finished stage, which is only loaded, draws none.
-    stream = functools.cache(lambda: batches(arrays, s.batch_size, seed=job.seed))
+    stream = functools.cache(lambda: batches(arrays, s.batch_size, seed=stage.seed))
     tx, step = update_step(start.config, s, kind)
 
     def batch_at(n: int) -> Any:
@@ -284,6 +283,6 @@ def _train(start: Model, job: Job, kind: str, arrays: dict[str, np.ndarray], row
 
     data = data_hash(part for key in sorted(arrays) for part in (key, arrays[key]))
     name = "rpo" if kind == "dpo" and s.alpha else kind
-    with job.bar(steps) as progress:
-        stage = Stage(job.folder, s, steps, job.seed, job.writer, job.label, progress, name, data)
-        return train_stage(start, stage, tx, lambda n: step, batch_at, watch=job.watch)
+    with bar(stage.name, steps) if bar else contextlib.nullcontext(stage.progress) as progress:
+        stage = dataclasses.replace(stage, steps=steps, progress=progress, name=name, data=data)
+        return train_stage(start, stage, tx, lambda n: step, batch_at, watch=watch)

@@ -103,15 +103,18 @@ def base_stage(case: Case) -> tuple[str, TrainSettings, int] | None:
 def _base(case: Case) -> Iterator[Program]:
     name, s, _ = base_stage(case) or ("", None, 0)
     if name == BASE and s is not None:
-        model = decoder_model(case)
-        needed = flops.update(model.config, s.batch_size, s.row_length)
-        yield train_program(
-            case, name, model, s, sft_step(model.config, s), case.batch(s.batch_size, s.row_length), needed
-        )
+        yield _sft(case, name, decoder_model(case), s)
+
+
+def _sft(case: Case, name: str, model: Model, s: TrainSettings) -> Program:
+    """Returns the update of fine-tuning, which also trains a base from scratch."""
+    batch = case.batch(s.batch_size, s.row_length)
+    needed = flops.update(model.config, s.batch_size, s.row_length, lora=s.lora_rank > 0)
+    return train_program(case, name, model, s, sft_step(model.config, s), batch, needed)
 
 
 def text_lengths(options: dict[str, Any]) -> tuple[int, int]:
-    """Returns the tokens of a row, and of the base's, of a config's `data` section, whose text is not read."""
+    """Returns the row lengths of a config's `data` section, for the arms and for the base, in tokens; reads no text."""
     if options.get("name") == "fold_digits":
         corpus = make_corpus(options, "")
         return corpus.length, corpus.base_length
@@ -126,31 +129,14 @@ def _fine_tuning(case: Case) -> tuple[Model, Model, SampleSettings, Program]:
     model, s = decoder_model(case), case.settings(TrainSettings, "train")
     with within("config.train."):
         check_trainable(model.config, s)
-    needed = flops.update(model.config, s.batch_size, s.row_length, lora=s.lora_rank > 0)
-    step, batch = sft_step(model.config, s), case.batch(s.batch_size, s.row_length)
-    program = train_program(case, "fine-tuning", model, s, step, batch, needed)
+    program = _sft(case, "fine-tuning", model, s)
     return model, trained(case, model, s), case.settings(SampleSettings, "sample"), program
-
-
-def star_variants(case: Case, cls: type, presets: dict[str, Any]) -> list[Any]:
-    """Returns the arms of STaR or V-STaR as settings of their class."""
-    # The later wins: the section `loop`, the arm's preset, the arm itself.
-    out = []
-    for name in case.config.arms:
-        arm = case.config.arms[name].to_dict()
-        preset = arm.pop("preset", "star")
-        if preset not in presets:
-            raise unknown(f"config.arms.{name}.preset={preset!r}", str(preset), presets)
-        settings_from(cls, case.section("loop"), "loop")
-        loop = {**case.section("loop"), **presets[preset], **arm}
-        out.append(settings_from(cls, loop, f"arms.{name}"))
-    return out
 
 
 def _star(case: Case) -> Iterator[Program]:
     _, done, sample, program = _fine_tuning(case)
     yield program
-    variants = star_variants(case, star.VariantConfig, star.PRESETS)
+    variants = case.arms(star.VariantConfig, "loop", star.PRESETS).values()
     # One set of programs for all arms, of the largest k and with a prefix if any arm has one: an upper bound.
     prefix = case.assumed.prefix if any(v.few_shot_at_sample for v in variants) else 0
     yield from sampling(case, done, sample, max(1, *(v.k for v in variants)), sample.round_size, prefix)
@@ -159,14 +145,14 @@ def _star(case: Case) -> Iterator[Program]:
 def _v_star(case: Case) -> Iterator[Program]:
     model, done, sample, program = _fine_tuning(case)
     yield program
-    variants = star_variants(case, VStarConfig, PRESETS)
+    variants = case.arms(VStarConfig, "loop", PRESETS).values()
     # Each kind once: arms share the settings of a verifier's section, so they would compile the same program.
     trained_on_pairs = {"rpo"} if any(v.update == "rpo" for v in variants) else set()
     for kind in sorted(trained_on_pairs | {kind for v in variants for kind in v.verifiers}):
         s = case.settings(VerifierSettings, kind)
         yield _verifier(case, kind, done, s, {"the model before fine-tuning": model.params})
     yield from sampling(case, done, sample, max(v.k for v in variants), sample.round_size, 0)
-    # Log-probabilities of completions, as `model.logprobs` computes them: reference values of DPO, selection.
+    # Log-probabilities of completions, as `scoring.logprobs` computes them: reference values of DPO, selection.
     longest = padded_length(case.assumed.prompt + sample.max_new_tokens)
     length = max(longest, scoring.shared_length(longest))
     rows, shared = max(1, scoring.CHUNK_TOKENS // length), longest <= scoring.SHARED_TOKENS
@@ -190,13 +176,7 @@ def _pairs(case: Case) -> Iterator[Program]:
         if s in done:
             continue
         done.add(s)
-        if method == "dpo":
-            yield _verifier(case, "dpo", model, s, {})
-            continue
-        needed = flops.update(model.config, s.batch_size, s.row_length, lora=s.lora_rank > 0)
-        yield train_program(
-            case, name, model, s, sft_step(model.config, s), case.batch(s.batch_size, s.row_length), needed
-        )
+        yield _verifier(case, "dpo", model, s, {}) if method == "dpo" else _sft(case, name, model, s)
 
 
 def _verifier(case: Case, kind: str, model: Model, s: VerifierSettings, resident: dict[str, Any]) -> Program:
@@ -250,7 +230,7 @@ def _thinking(
     S, teacher = config.required_thoughts.thought_tokens, config if arm.teacher else None
     step = update(config, arm.thought_source, S, tx, s.accumulate, teacher, arm.teacher_weight)
     frozen = {"teacher": case.like(attach, trained(case, model, s).params, key)} if teacher else None
-    needed = flops.update(config, s.batch_size, length, thinks=with_thoughts)
+    needed = flops.update(config, s.batch_size, length, thoughts=with_thoughts)
     batch = case.batch(s.batch_size, length)
     yield train_program(case, f"{name}: update", start, s, (tx, step), batch, needed, frozen=frozen)
     if not with_thoughts:
@@ -309,20 +289,13 @@ def _guided_cot(case: Case) -> Iterator[Program]:
 
 
 def _answers(
-    case: Case,
-    model: Model,
-    sample: SampleSettings,
-    k: int,
-    requests: int,
-    prompt: int,
-    what: str,
-    resident: dict[str, Any],
+    case: Case, model: Model, s: SampleSettings, k: int, requests: int, prompt: int, what: str, resident: dict[str, Any]
 ) -> Iterator[Program]:
     if isinstance(model.config, EncDecConfig):
-        slots, new = sample.slots or default_slots(requests), sample.max_new_tokens
-        yield seq2seq_sampling(case, model, what, slots, prompt, new, resident)
+        slots = s.slots or default_slots(requests)
+        yield seq2seq_sampling(case, model, what, slots, prompt, s.max_new_tokens, resident)
     else:
-        yield from sampling(case, model, sample, k, requests, 0)
+        yield from sampling(case, model, s, k, requests, 0)
 
 
 def _rl(case: Case) -> Iterator[Program]:
@@ -330,10 +303,8 @@ def _rl(case: Case) -> Iterator[Program]:
     prompt = padded_length(case.assumed.prompt)
     yield from _rl_updates(case, model, train, prompt, {})
     sample = case.settings(SampleSettings, "sample", max_new_tokens=train.max_new_tokens)
-    group = case.settings(RewardedSettings, "rl").group
-    yield from _answers(
-        case, trained(case, model, train), sample, group, train.prompts * group, prompt, "responses", {}
-    )
+    done, group = trained(case, model, train), case.settings(RewardedSettings, "rl").group
+    yield from _answers(case, done, sample, group, train.prompts * group, prompt, "responses", {})
 
 
 def _rl_updates(

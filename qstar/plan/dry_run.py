@@ -60,24 +60,20 @@ def dry_run(config: Any, workdir: Any, console: Any) -> dict[str, Any]:
         need = host.estimate(smaller, assumed)
     except UserError as e:  # a method or a kind of model that `qstar plan` does not take
         return found | {"not_estimated": str(e)}
-    found["memory"] = {
-        "peak": need.peak,
-        "process": need.process,
-        "machine": host.machine(),
-        "phases": {p.name: p.parts for p in need.phases},
-    }
-    if jax.default_backend() == "cpu" and need.peak > host.machine():
+    limit, phases = host.machine(), {p.name: p.parts for p in need.phases}
+    found["memory"] = {"peak": need.peak, "process": need.process, "machine": limit, "phases": phases}
+    if jax.default_backend() == "cpu" and need.peak > limit:
         low = host.estimate(smaller, assumed, compiled=False).peak
-        found["refused"] = host.refusal(smaller, assumed, need, need.peak - low, host.machine())
+        found["refused"] = host.refusal(smaller, assumed, need, need.peak - low, limit)
     return found
 
 
 def lengths(ctx: Any, found: dict[str, Any]) -> tuple[Assumed, int]:
-    """Returns the tokens of the prompts and the few-shot prefix of a run's task, or of the longest row of a run on rows
-    of one's own; the defaults for other runs; and the tokens of the longest prompt, 0 where it was not counted. `found`:
-    `ChecksPassed.resolved`.
+    """Returns the lengths to assume, in tokens, and that of the longest prompt (0: not counted).
 
-    The prompt that counts for memory is not the longest: few long prompts do not fill the slots.
+    Of a run on rows of one's own the longest row is counted, of a run on a task the prompts and the few-shot prefix;
+    other runs get the defaults. The prompt that counts for memory is not the longest: few long prompts do not fill the
+    slots. `found`: `ChecksPassed.resolved`.
     """
     if ctx.settings.method in CONTEXTS:
         options = ctx.settings.model
@@ -145,10 +141,9 @@ def _star(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
         yield _updates("G_SFT", train, steps_for(supervision.steps, 1, rows, train.batch_size), ctx)
     for name, loop in arms.items():
         problems = len(ctx.task.pool(1, ctx.seed, loop.problems_per_iter))
-        each = problems * loop.k + (problems * loop.k if loop.rationalize else 0)
-        steps = star_updates(loop, problems, train.batch_size)
+        each = problems * loop.k * (2 if loop.rationalize else 1)
         yield _samples(f"{name}: sampling of {loop.n_iters} loops", each * loop.n_iters, new)
-        yield _updates(f"{name}: fine-tuning", train, steps, ctx)
+        yield _updates(f"{name}: fine-tuning", train, star_updates(loop, problems, train.batch_size), ctx)
         if supervision is not None:
             pairs = problems * ctx.settings.pairs.per_problem
             for kind, steps in pair_updates(loop, functools.partial(getattr, ctx.settings), pairs).items():
@@ -228,7 +223,7 @@ def _guided_cot(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
 def _pairs(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
     rows = len(ctx.read(None)[0])
     for name, s in arms.items():
-        yield _updates(name, s, s.steps or max(1, round(s.epochs * rows / s.batch_size)), ctx)
+        yield _updates(name, s, s.updates(rows), ctx)
 
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -237,11 +232,10 @@ def _pairs(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
 def lines(found: dict[str, Any]) -> list[str]:
     """Returns a dry run as text."""
     out = [f"{found['name']}: checked; nothing was written"]
-    rows = found.get("work", [])
     if found.get("prompt_tokens"):
         prefix = f", after a prefix of {found['prefix_tokens']:,}" if found["prefix_tokens"] else ""
         out.append(f"  longest prompt: {found['prompt_tokens']:,} tokens{prefix}")
-    for w in rows:
+    for w in found.get("work", []):
         samples = f"{w['samples']:,} samples, {w['sampled_tokens']:,} tokens" if w["samples"] else ""
         tokens = f", {w['trained_tokens']:,} tokens" if w["trained_tokens"] else ""
         updates = f"{w['updates']:,} updates{tokens}" if w["updates"] else ""
@@ -253,8 +247,6 @@ def lines(found: dict[str, Any]) -> list[str]:
         for name, parts in memory["phases"].items():
             shown = " · ".join(f"{k} {n / 1e9:.2f} GB" for k, n in parts.items() if n >= 5e6)
             out.append(f"  memory, {name}: {sum(parts.values()) / 1e9:.2f} GB" + (f" ({shown})" if shown else ""))
-        peak = f"{memory['peak'] / 1e9:.1f} GB of {memory['machine'] / 1e9:.1f} GB"
-        out.append(
-            f"  memory at its peak: about {peak} ({memory['process'] / 1e9:.1f} GB of it programs and libraries)"
-        )
+        peak, machine, process = (f"{memory[key] / 1e9:.1f} GB" for key in ("peak", "machine", "process"))
+        out.append(f"  memory at its peak: about {peak} of {machine} ({process} of it programs and libraries)")
     return out

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from qstar.errors import UserError, require
+from qstar.files import flatten
 from qstar.mesh import make_mesh
 from qstar.models.hub import resolve
 from qstar.plan.cases import BASE, programs
-from qstar.plan.program import local_bytes
+from qstar.plan.program import local_bytes, temporaries
 from qstar.plan.steps import NO_ADAPTERS, Assumed, Case, abstract_model
 
 # Resident memory of a process, in bytes: Python, JAX, transformers, orbax, data, and programs that are not planned. Seen:
@@ -47,10 +48,6 @@ class Estimate:
     def peak(self) -> int:
         return self.process + max((p.total for p in self.phases), default=0)
 
-    @property
-    def largest(self) -> Phase:
-        return max(self.phases, key=lambda p: p.total)
-
 
 def estimate(config: Any, assumed: Assumed, *, compiled: bool = True) -> Estimate:
     """Returns the estimate of a config; without `compiled` activations are a lower bound, and it takes no seconds.
@@ -66,12 +63,8 @@ def estimate(config: Any, assumed: Assumed, *, compiled: bool = True) -> Estimat
         later = loops or program.name.startswith("sampling")
         if config.method in ("star", "v_star", "rl") and later and program.name != BASE:
             parts["the model before"] = _model_bytes(config, device)
-        temporary = program.least
-        if compiled:
-            memory = program.lower().compile().memory_analysis()
-            # Donated arguments become results in place.
-            temporary = memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-        found.append(Phase(program.name, {**parts, "activations": temporary}))
+        needed = temporaries(program.lower().compile().memory_analysis()) if compiled else program.least
+        found.append(Phase(program.name, {**parts, "activations": needed}))
     # The compiler's own memory is not given back to the system: the run needs as much.
     return Estimate(tuple(found), IMPORTS + (max(0, resident() - before) if compiled else 0))
 
@@ -82,7 +75,7 @@ def _model_bytes(config: Any, device: Any) -> int:
 
 
 def resident() -> int:
-    """Returns the resident memory of this process in bytes, 0 where the system does not tell."""
+    """Returns the resident memory of this process in bytes, 0 where the system does not say."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
@@ -99,7 +92,7 @@ def machine() -> int:
 
 # ---------------------------------------------------------------------------------------------------------- refusal
 
-# Changes that lower the need, as functions of the config; each is tried alone, then with those before it.
+# Changes that lower the memory, as functions of the config; each is tried alone, then with those before it.
 _CHANGES: tuple[Callable[[Any], dict[str, Any]], ...] = (
     lambda c: {"model.dtype": "bfloat16"},
     lambda c: {"train.accumulate": c.get("train", {}).get("batch_size", 1)},
@@ -109,7 +102,7 @@ _CHANGES: tuple[Callable[[Any], dict[str, Any]], ...] = (
 )
 
 
-def check_memory(config: Any, assumed: Assumed | None = None) -> None:
+def check_memory(config: Any) -> None:
     """Raises UserError, with what would fit, if the estimate of a run exceeds the memory of this machine.
 
     Small models are not looked at, and a run that by arithmetic takes less than a quarter of the memory is not compiled.
@@ -118,9 +111,8 @@ def check_memory(config: Any, assumed: Assumed | None = None) -> None:
     """
     if jax.default_backend() != "cpu" or jax.process_count() > 1 or stored(config) < machine() / 200:
         return
-    # At least: short prompts, no prefix.
-    assumed = assumed or Assumed(prompt=16)
-    line = ""
+    # A lower bound: short prompts, no prefix.
+    assumed, line = Assumed(prompt=16), ""
     # The plan assumes a config without mistakes; its method reports them.
     with contextlib.suppress(UserError, AttributeError, KeyError, TypeError, ValueError):
         low, limit = estimate(config, assumed, compiled=False), machine()
@@ -149,16 +141,13 @@ def stored(config: Any) -> float:
 
 def refusal(config: Any, assumed: Assumed, found: Estimate, activations: int, limit: int) -> str:
     """Returns the line on an estimate above `limit`: the largest phase, its parts, and changes that would fit."""
-    phase = found.largest
+    phase = max(found.phases, key=lambda p: p.total)
     parts = sorted(phase.parts.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name} {n / 1e9:.1f} GB" for name, n in parts[:3])
     need = f"needs about {found.peak / 1e9:.1f} GB, and this machine has {limit / 1e9:.1f} GB"
     fits = changes_that_fit(config, assumed, activations, limit)
-    advice = (
-        f"it would fit with {'; or with '.join(fits)}"
-        if fits
-        else "take a smaller model, or a machine with more memory"
-    )
+    advice = "take a smaller model, or a machine with more memory"
+    advice = f"it would fit with {'; or with '.join(fits)}" if fits else advice
     return f"memory: the run {need} ({phase.name}: {shown}); {advice}; --memory=ignore starts it all the same"
 
 
@@ -169,8 +158,9 @@ def changes_that_fit(config: Any, assumed: Assumed, activations: int, limit: int
     """
     fits: list[str] = []
     together: dict[str, Any] = {}
+    given = flatten(config.to_dict())
     for change in _CHANGES:
-        values = {k: v for k, v in change(config).items() if _of(config, k.partition(".")[0], k.partition(".")[2]) != v}
+        values = {k: v for k, v in change(config).items() if given.get(k) != v}
         for tried in (values, {**together, **values}):
             need = _with(config, assumed, tried, activations) if values else None
             if need is not None and need < limit:
@@ -181,16 +171,12 @@ def changes_that_fit(config: Any, assumed: Assumed, activations: int, limit: int
     return fits[:3]
 
 
-def _of(config: Any, section: str, key: str) -> Any:
-    return config[section].get(key) if section in config else None
-
-
 def _with(config: Any, assumed: Assumed, changes: dict[str, Any], activations: int) -> int | None:
     changed = config.copy_and_resolve_references().unlock()
-    if any(key.partition(".")[0] not in config for key in changes):
-        return None
     for key, value in changes.items():
         section, _, name = key.partition(".")
+        if section not in config:
+            return None
         with changed[section].ignore_type():
             changed[section][name] = value
 

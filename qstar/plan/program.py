@@ -75,6 +75,12 @@ def local_bytes(tree: Any) -> int:
     return total
 
 
+def temporaries(memory: Any) -> int:
+    """Returns the bytes that a compiled program needs beside its arguments; `memory`: its `memory_analysis()`."""
+    # Donated arguments become results in place; the other results need memory of their own.
+    return memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+
+
 def compile_program(program: Program, topology: Topology, keep: Callable[[str], Any] | None = None) -> Plan:
     """Compiles a program for a slice and reads the result; `keep` is called with the compiled text."""
     parts = {k: local_bytes(v) for k, v in program.parts.items()}
@@ -104,9 +110,7 @@ def compile_program(program: Program, topology: Topology, keep: Callable[[str], 
         return plan
     plan.compiled = True
     memory = compiled.memory_analysis()
-    # Donated arguments become results in place; what is left needs memory of its own.
-    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    plan.activations = memory.temp_size_in_bytes + max(0, extra)
+    plan.activations = temporaries(memory)
     plan.peak = memory.argument_size_in_bytes + kept_bytes + plan.activations
     plan.fits = plan.peak <= hbm
     text = compiled.as_text()

@@ -50,10 +50,8 @@ def main(config: Any, names: Sequence[str], assumed: Assumed, options: Options) 
     for topology in [open_topology(name, options.hbm) for name in names]:
         name = topology.name
         mesh = make_mesh(config.mesh, list(topology.devices))
-        text, began = (
-            ",".join(f"{a}={mesh.shape[a]}" for a in AXES if mesh.shape[a] > 1) or "data=1",
-            time.perf_counter(),
-        )
+        text = ",".join(f"{a}={mesh.shape[a]}" for a in AXES if mesh.shape[a] > 1) or "data=1"
+        began = time.perf_counter()
         if options.rows_per_chip:
             # The chips of a tensor axis share their rows.
             rows = options.rows_per_chip * mesh.size // mesh.shape["tensor"]

@@ -13,12 +13,11 @@ SHAPES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of a slice
 
 
 class Slice(NamedTuple):
-    """A slice as it was named: its kind of chip, their number and, of a TPU's, the shape."""
+    """A slice as it was named: its kind of chip and their number."""
 
     name: str
     kind: str
     chips: int
-    shape: str
 
     @property
     def simulated(self) -> int:
@@ -38,8 +37,8 @@ def read_slice(name: str) -> Slice:
     """Reads the name of one slice; raises UserError."""
     kind, colon, shape = name.partition(":")
     if kind in SIMULATED and re.fullmatch(r":[1-9]\d{0,3}|", colon + shape):
-        return Slice(name, kind, int(shape or 8), "")
+        return Slice(name, kind, int(shape or 8))
     if kind in SHAPES and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) and shape.count("x") == SHAPES[kind] - 1:
-        return Slice(name, kind, math.prod(map(int, shape.split("x"))), shape)
+        return Slice(name, kind, math.prod(map(int, shape.split("x"))))
     forms = "v5e:4x4, v6e:2x4, v5p:2x2x2, v4:2x2x1, tpu7x:2x2x1, h100:8, h200:8 or cpu:8"
     raise UserError(f"--topology={name}: not a slice that is known here; give one like {forms}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from qstar.models.model import Model
 from qstar.models.presets import is_published, published
 from qstar.plan.program import Program, local_bytes
 from qstar.runs.rollouts import SampleSettings
-from qstar.runs.settings import check_keys, settings_from
+from qstar.runs.settings import arms_from, check_keys, settings_from
 from qstar.runs.stages import UpdateSettings, fresh_adapters
 from qstar.sample import sampler as S
 from qstar.sample import seq2seq
@@ -98,10 +98,9 @@ class Case:
         """Returns a section of the config as settings of a class."""
         return settings_from(cls, {**self.section(name), **more}, name)
 
-    def arms(self, cls: Any, below: str = "") -> dict[str, Any]:
-        """Returns the arms' settings, over those of the section `below`."""
-        under, arms = self.section(below) if below else {}, self.config.arms.to_dict()
-        return {name: settings_from(cls, {**under, **own}, f"arms.{name}") for name, own in arms.items()}
+    def arms(self, cls: Any, section: str = "", presets: Mapping[str, Mapping[str, Any]] = {}) -> dict[str, Any]:
+        """Returns the arms' settings, see `arms_from`."""
+        return arms_from(cls, self.config.to_dict(), section, presets)
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -123,7 +122,7 @@ def abstract_model(case: Case, options: dict[str, Any], where: str = "model") ->
         config, stored = published(path)
     else:
         config, stored = preset(name, **{k: options.pop(k) for k in list(options) if k in SIZES}), "float32"
-    # As `models.load`: bfloat16 for float16 weights, too, which overflow in the residual stream of many models.
+    # As `model.load`: bfloat16 for float16 weights, too, which overflow in the residual stream of many models.
     compute = options.pop("dtype", None) or ("bfloat16" if stored in ("bfloat16", "float16") else "float32")
     config = config.replace(dtype=compute, **options)
     params = jax.eval_shape(functools.partial(tree.cast, dtype=jnp.dtype(stored)), abstract_params(config))
@@ -180,14 +179,11 @@ def train_program(
         policy = _float32(case, model.params)
     state = abstract_state({"policy": policy, **(roles or {})}, tx, mesh=case.mesh, table=PARAM_AXES)
     rate = case.spec((), jnp.float32)
+    parts: dict[str, Any] = {"parameters": {**state.params, **frozen}, "optimiser": state.opt_state}
     return Program(
         name,
         lambda: step.lower(state, batch, rate, frozen),
-        {
-            "parameters": {**state.params, **frozen},
-            "optimiser": state.opt_state,
-            "batch": (batch, state.step, state.rng),
-        },
+        parts | {"batch": (batch, state.step, state.rng)},
         {**before, **(resident or {})},
         *needed,
         tokens=max(math.prod(x.shape) for x in jax.tree.leaves(batch) if x.ndim == 2),

@@ -15,7 +15,7 @@ from qstar.methods.reinforce import ReinforceSettings
 from qstar.methods.rl import RewardedSettings
 from qstar.methods.v_star import PRESETS, Supervision, VStarConfig
 from qstar.methods.verifier import VerifierSettings
-from qstar.plan.cases import base_stage, star_variants
+from qstar.plan.cases import base_stage
 from qstar.plan.dry_run import pair_updates, star_updates
 from qstar.plan.program import Plan
 from qstar.plan.steps import Assumed, Case
@@ -39,14 +39,14 @@ def runs(config: Any, assumed: Assumed) -> tuple[dict[str, int], int]:
 
 def _star(case: Case) -> tuple[dict[str, int], int]:
     verifiers = case.config.method == "v_star"
-    arms = star_variants(case, *((VStarConfig, PRESETS) if verifiers else (star.VariantConfig, star.PRESETS)))
+    cls, presets = (VStarConfig, PRESETS) if verifiers else (star.VariantConfig, star.PRESETS)
     batch, found = case.settings(TrainSettings, "train").batch_size, case.problems
     out, rollouts = {"fine-tuning": 0}, 0
     if verifiers:
         # G_SFT, by the program of all fine-tuning.
         s = case.settings(Supervision, "sft")
         out["fine-tuning"] += star.steps_for(s.steps, 1, min(s.problems or found, found), batch)
-    for loop in arms:
+    for loop in case.arms(cls, "loop", presets).values():
         problems = min(loop.problems_per_iter or found, found)
         out["fine-tuning"] += star_updates(loop, problems, batch)
         rollouts += loop.n_iters * problems * loop.k * (2 if loop.rationalize else 1)
@@ -82,7 +82,7 @@ def _pairs(case: Case) -> tuple[dict[str, int], int]:
     out: dict[str, int] = {}
     for name, s in case.arms(pairs.CONTEXTS[case.config.method].TRAIN, "train").items():
         key = "DPO" if case.config.method == "dpo" else name
-        out[key] = out.get(key, 0) + (s.steps or max(1, round(s.epochs * case.assumed.problems / s.batch_size)))
+        out[key] = out.get(key, 0) + s.updates(case.assumed.problems)
     return out, 0
 
 

@@ -35,8 +35,7 @@ from qstar.tasks.prompts import formatted
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer, char_tokenizer
 from qstar.train.loop import Diverged
-from qstar.train.metrics import show_table
-from qstar.train.state import init_params
+from qstar.train.state import sharded_jit
 from qstar.types import Rollout
 
 # How a pretrained model is run may be chosen; what it is follows from its weights.
@@ -145,9 +144,7 @@ def model_options(ctx: RunContext) -> tuple[str, str, dict[str, Any]]:
 def model_folder(section: Mapping[str, Any]) -> str:
     """Returns the local folder of `path` and `revision` of a config's `model` section, fetched if it is a hub name; or ""."""
     path, revision = section.get("path", ""), section.get("revision", "")
-    require(
-        (bool(path) or not revision, "config.model.revision belongs to a hub name in config.model.path; set that, too")
-    )
+    require((path or not revision, "config.model.revision belongs to a hub name in config.model.path; set that, too"))
     return str(resolve(path, revision)) if path else ""
 
 
@@ -162,10 +159,9 @@ def architecture(ctx: RunContext) -> Model:
     Raises UserError: see `model_options`; no weights, no tokenizer.
     """
     model = loaded_or_random(ctx, char_tokenizer(ALPHABET, pad=PAD, eos=EOS))
-    path = ctx.config.model.get("path")
-    if path and model.tokenizer is None:
+    if model.tokenizer is None:  # of a folder: a preset has the one above
+        path = ctx.config.model.path
         raise UserError(f"config.model.path={path}: runs need a tokenizer, and this folder has none of its files")
-    assert model.tokenizer is not None
     ctx.tokenizer = model.tokenizer
     return model
 
@@ -184,8 +180,8 @@ def loaded_or_random(ctx: RunContext, tokenizer: Tokenizer | None = None) -> Mod
     require((size >= least, line))
     config = preset(name, eos_id=tokenizer.eos_id, **options)
     # Under jit, sharded by the table: on a mesh, no device ever holds the whole model.
-    init = functools.partial(decoder.init, config)
-    params = init_params(init, seed=stable_seed(ctx.seed, "init"), mesh=ctx.mesh, table=decoder.PARAM_AXES)
+    init = sharded_jit(functools.partial(decoder.init, config), ctx.mesh, decoder.PARAM_AXES)
+    params = init(jax.random.key(stable_seed(ctx.seed, "init")))
     return Model(config, params, tokenizer, ctx.mesh)
 
 
@@ -268,8 +264,7 @@ def check_gates(ctx: RunContext, folder: Path, measure: Callable[[], dict[str, f
         {"gate": k, "value": g["value"], "limit": g["limit"], "holds": "yes" if g["ok"] else "NO"}
         for k, g in found.items()
     ]
-    if distributed.is_first():
-        show_table(ctx.console, "gates of the base", rows)
+    ctx.table("gates of the base", rows)
     for name, g in found.items():
         line = f"gate {name}: {g['metric']} is {g['value']:.3f}, wanted {g['limit']}: {g['why']}"
         require((g["ok"] or not gates[name].stop, line))

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Column
 
 from qstar import distributed
+from qstar.train.metrics import show_table
 from qstar.types import Rollout
 
 # Seconds between lines of progress where the output is a file, and until the first one: early, so that a log soon shows
@@ -30,6 +31,11 @@ class Screen:
         """Prints a line (process 0)."""
         if distributed.is_first():
             self.console.print(text, highlight=False, soft_wrap=True)
+
+    def table(self, title: str, rows: list[dict[str, Any]]) -> None:
+        """Prints rows of equal keys as a table (process 0)."""
+        if distributed.is_first():
+            show_table(self.console, title, rows)
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[..., None]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qstar import distributed, tree
 from qstar.data.sources import read_jsonl
-from qstar.errors import TrainingFailed, unknown
+from qstar.errors import TrainingFailed
 from qstar.files import as_path
 from qstar.mesh import make_mesh
 from qstar.models.model import Model
@@ -28,7 +28,7 @@ from qstar.tasks.base import Problem, Task
 from qstar.tasks.prompts import PromptFormat, make_prompted
 from qstar.text.packing import Example
 from qstar.text.tokenizer import Tokenizer
-from qstar.train.metrics import Writer, read, show_table
+from qstar.train.metrics import Writer, read
 from qstar.train.stats import summarise
 from qstar.types import Rollout
 
@@ -80,16 +80,6 @@ class RunContext(Screen):
     def seed(self) -> int:
         return self.settings.seed
 
-    def arm_settings(self, cls: type, presets: dict[str, dict[str, Any]], name: str) -> Any:
-        """Returns an arm's loop settings: the config's `loop`, over it the arm's preset, over it the arm's own keys."""
-        own = dict(self.settings.arms[name])
-        preset = own.pop("preset", "star")
-        if preset not in presets:
-            raise unknown(f"config.arms.{name}.preset={preset!r}", str(preset), presets)
-        # Read by itself first, so that a mistake in `loop` is reported there and not as one of the arm.
-        settings_from(cls, self.settings.loop, "loop")
-        return settings_from(cls, {**self.settings.loop, **presets[preset], **own}, f"arms.{name}")
-
     def start(self, model: Model | None = None, **resolved: Any) -> None:
         """Opens the run folder and its metrics files.
 
@@ -107,7 +97,7 @@ class RunContext(Screen):
             raise
         if model is not None:
             note(self.workdir, parameters=tree.size(model.params))
-        self.writer = Writer.of_run(self.workdir, self.config.to_dict())
+        self.writer = Writer(self.workdir, self.config.to_dict())
 
     def close(self) -> None:
         """Flushes the metrics files; raises TrainingFailed if the training of an arm failed, or no arm trained."""
@@ -231,8 +221,7 @@ class Arm:
         if n not in self._reported():
             clock = {f"seconds_{k}": v for k, v in self.seconds.items()}
             self.ctx.writer.write(stage="iteration", step=n, arm=self.name, iteration=n, **metrics, **more, **clock)
-        if distributed.is_first():
-            show_table(self.ctx.console, self.name, loop_rows([r for m, r in self._reported().items() if m <= n]))
+        self.ctx.table(self.name, loop_rows([r for m, r in self._reported().items() if m <= n]))
 
     def _reported(self) -> dict[int, dict[str, Any]]:
         rows = read(self.ctx.workdir)

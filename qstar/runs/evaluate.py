@@ -180,7 +180,7 @@ def unanswered(result: Mapping[str, Any]) -> str:
 def result_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the rows of a table of what `evaluate_model` found: metric, value and its interval."""
     rows = []
-    # The numbers of an only group are those of all problems.
+    # With a single group its numbers are those of all problems.
     one_group = sum(key.startswith("accuracy/") for key in result) == 1
     for key, value in result.items():
         name, slash, group = key.partition("/")

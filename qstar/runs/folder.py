@@ -51,7 +51,6 @@ def cached_jsonl(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[d
         return read_jsonl(path)
     rows = make()
     if distributed.is_first():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, rows, checksum=True)
     # A barrier: no other process goes on to what may read the file before it is there.
     distributed.broadcast_bool(True)
@@ -223,9 +222,8 @@ def check_run(workdir: Path, config: dict[str, Any], flag: str = "--workdir") ->
             # Through JSON, as the file has been: tuples become lists.
             _check_same(read_run_config(workdir, flag), json.loads(json.dumps(config)), f"{flag}={workdir}")
     except files.Damaged as e:
-        raise UserError(
-            f"{e}; without it the run cannot go on: restore it from a copy, or name another folder"
-        ) from None
+        advice = "restore it from a copy, or name another folder"
+        raise UserError(f"{e}; without it the run cannot go on: {advice}") from None
     except OSError as e:
         raise UserError(f"{flag}={workdir}: cannot be read ({e.strerror}); name another folder") from None
 
@@ -323,14 +321,11 @@ def environment(before: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _revision() -> str | None:
-    here = Path(__file__).resolve().parent
+    git, here = ["git", "describe", "--always", "--dirty"], Path(__file__).resolve().parent
     try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
+        return subprocess.check_output(git, cwd=here, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         return None  # installed without its repository
-    return out.stdout.strip()
 
 
 def stable_seed(*parts: Any) -> int:

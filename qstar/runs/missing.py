@@ -16,11 +16,8 @@ from qstar.tasks.prompts import make_prompted
 # Keys that name a model, and keys that name records.
 _MODELS = ("model.path", "teacher.path", "guided.small", "guided.large.path")
 _RECORDS = ("task.train", "task.test", "task.data", "data.source", "data.validation")
-# Whether a config needs a package: its import, the extra that brings it. (A task names its own when it is made.)
-_PACKAGES: tuple[tuple[Callable[[dict[str, Any]], Any], str, str], ...] = (
-    (lambda c: _at(c, "log.wandb"), "wandb", "log"),
-    (lambda c: _at(c, "guided.large.url"), "openai", "endpoint"),
-)
+# Key that needs a package -> its import, and the extra that brings it. (A task names its own when it is made.)
+_PACKAGES = {"log.wandb": ("wandb", "log"), "guided.large.url": ("openai", "endpoint")}
 
 
 def check_present(config: dict[str, Any]) -> None:
@@ -45,8 +42,8 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
     # The tasks of LM-Guided CoT are not all tasks of `make_prompted`.
     if config.get("method") != "guided_cot" and isinstance(name := options.pop("name", None), str):
         yield from _said("task", name, functools.partial(make_prompted, options=options))
-    for needs, module, extra in _PACKAGES:
-        if needs(config) and importlib.util.find_spec(module) is None:
+    for key, (module, extra) in _PACKAGES.items():
+        if _at(config, key) and importlib.util.find_spec(module) is None:
             yield f"the package {module}: {pip_install(extra)}"
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from qstar.errors import Settings, bounded, check_type, pip_install, require, unknown, within
 from qstar.runs.rollouts import SampleSettings
-from qstar.runs.stages import TrainSettings
+from qstar.runs.stages import TrainSettings, UpdateSettings
 from qstar.tasks.base import SPLITS
 
 # Folders of a run that are not arms: an arm of that name would write into them.
@@ -26,6 +26,18 @@ class Evaluation(Settings):
     split: str = bounded("test", choices=SPLITS)
     limit: int = bounded(0, ge=0)  # number of problems (0: all) of every split, the final test included
     hinted: bool = False  # also with the answer as a hint
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochSettings(UpdateSettings):
+    """Settings of training on a fixed set of rows."""
+
+    epochs: float = bounded(1.0, gt=0)
+    steps: int = bounded(0, ge=0, note="0: as many as epochs says")
+
+    def updates(self, rows: int) -> int:
+        """Returns the number of updates on this number of rows."""
+        return self.steps or max(1, round(self.epochs * rows / self.batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +134,28 @@ def settings_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
     read = {k: _read(kinds[k], v, f"{where}.{k}".strip(".")) for k, v in values.items()}
     with within(prefix):
         return cls(**read)
+
+
+def arms_from(
+    cls: type, config: Mapping[str, Any], section: str = "", presets: Mapping[str, Mapping[str, Any]] = {}
+) -> dict[str, Any]:
+    """Returns the settings of every arm: a section of the config, over it the arm's preset, over it the arm's own keys.
+
+    `section`: its name, "" for none. `presets`: those that an arm's key `preset` can name ("star" by default); {}: arms
+    have no such key. Raises UserError: see `settings_from`; an unknown preset.
+    """
+    under = config.get(section, {})
+    if section:
+        # Read by itself first, so that a mistake in it is reported there and not as one of an arm.
+        settings_from(cls, under, section)
+    out = {}
+    for name, arm in config["arms"].items():
+        own = dict(arm)
+        preset = own.pop("preset", "star") if presets else ""
+        if presets and str(preset) not in presets:
+            raise unknown(f"config.arms.{name}.preset={preset!r}", str(preset), presets)
+        out[name] = settings_from(cls, {**under, **presets.get(preset, {}), **own}, f"arms.{name}")
+    return out
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:

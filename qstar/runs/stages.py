@@ -136,7 +136,7 @@ def train_stage(
     frozen: dict[str, Params] | None = None,
     watch: Callable[[int, Params], bool | None] | None = None,
     choose: Callable[[Params, dict[str, Any]], tuple[Params, dict[str, Any]]] | None = None,
-    **how: Any,
+    on_policy: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a copy of `start` and returns the new model with a summary; a finished stage is only loaded.
 
@@ -145,19 +145,25 @@ def train_stage(
       frozen: parameters by role that the loss reads beside `policy` (a teacher): no copy of them is made or saved.
       watch: called with (step, policy) at every log and where a resumed run starts; True from it ends the stage early.
       choose: is given the last parameters and the summary, and returns those that are kept.
-      how: `on_policy` of `train.loop.fit`.
+      on_policy: see `train.loop.fit`.
 
     Raises UserError if the folder is of other data, settings or parameters; Diverged: see `fit`.
     """
+    settings = stage.settings
 
     def train(start: Model) -> tuple[Params, dict[str, Any]]:
-        if stage.settings.lora_rank:
-            return _train_adapters(start, stage, tx, step_at, batch_at, frozen or {}, watch, how)
-        found = _train(start, stage, tx, step_at, batch_at, frozen, watch, how)
-        return choose(*found) if choose is not None else found
+        if not settings.lora_rank:
+            found = _train(start, stage, tx, step_at, batch_at, frozen, watch, on_policy)
+            return choose(*found) if choose is not None else found
+        # Adapters train beside frozen parameters, and are merged into them at the end.
+        adapted = start.replace(params=fresh_adapters(start, settings.lora, stage.seed))
+        beside = {**(frozen or {}), "base": start.params}
+        adapters, summary = _train(adapted, stage, tx, step_at, batch_at, beside, watch, on_policy)
+        summary["adapter_parameters"] = tree.size(adapters)
+        return merge_adapters(start, adapters, settings.lora, stage.folder), summary
 
-    made_with = {"settings": stage.settings, "steps": stage.steps, "seed": stage.seed, "data_hash": stage.data}
-    return train_once(start, stage.folder, made_with, train, dtype=None if stage.settings.lora_rank else np.float32)
+    made_with = {"settings": settings, "steps": stage.steps, "seed": stage.seed, "data_hash": stage.data}
+    return train_once(start, stage.folder, made_with, train, dtype=None if settings.lora_rank else np.float32)
 
 
 def train_once(
@@ -243,14 +249,14 @@ def run_updates(
             yield at, float(rates[at.step - 1]) if at.step else 0.0
 
 
-def _train(start, stage, tx, step_at, batch_at, frozen, watch, how):
+def _train(start, stage, tx, step_at, batch_at, frozen, watch, on_policy):
     metrics: dict[str, float] = {}
     policy, last = start.params, 0
     # Batches of on-policy stages have no `segment_ids`, by which FLOPs are counted.
-    counts = None if how else _flops_of(start, stage.settings)
+    counts = None if on_policy else _flops_of(start, stage.settings)
     # Cached: `train.profile.Watch` counts compilations by step object.
     bound = functools.cache(lambda step: functools.partial(step, frozen=frozen) if frozen else step)
-    how = {"mesh": start.mesh, "flops_of": counts, **how}
+    how = {"mesh": start.mesh, "flops_of": counts, "on_policy": on_policy}
     updates = run_updates({"policy": start.params}, stage, tx, lambda n: bound(step_at(n)), batch_at, **how)
     # Closed here: after an exception the garbage collector would close the checkpoints too late.
     with contextlib.closing(updates):
@@ -270,16 +276,6 @@ def _train(start, stage, tx, step_at, batch_at, frozen, watch, how):
                     break
     keys = dict.fromkeys(("loss", "accuracy", "tokens", "skipped", *metrics))
     return policy, {"steps": last, **{k: metrics.get(k) for k in keys if not k.startswith(MACHINE)}}
-
-
-def _train_adapters(start, stage, tx, step_at, batch_at, frozen, watch, how):
-    """Trains adapters beside frozen parameters; returns both merged, and writes FOLDER/adapter in PEFT's layout."""
-    settings = stage.settings.lora
-    adapted = start.replace(params=fresh_adapters(start, settings, stage.seed))
-    frozen = {**frozen, "base": start.params}
-    adapters, summary = _train(adapted, stage, tx, step_at, batch_at, frozen, watch, how)
-    summary["adapter_parameters"] = tree.size(adapters)
-    return merge_adapters(start, adapters, settings, stage.folder), summary
 
 
 def merge_adapters(start: Model, adapters: Params, settings: lora.Lora, folder: Path) -> Params:
@@ -306,8 +302,8 @@ def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:
 def _flops_of(model: Model, settings: UpdateSettings) -> Callable[[Any], float] | None:
     if not isinstance(model.config, ModelConfig):
         return None
-    thinks = "mixing" in model.params
-    return functools.partial(flops.update_flops, model.config, frozen=settings.lora_rank > 0, thinks=thinks)
+    thoughts = "mixing" in model.params
+    return functools.partial(flops.update_flops, model.config, frozen=settings.lora_rank > 0, thoughts=thoughts)
 
 
 # ------------------------------------------------------------------------------------------- supervised fine-tuning

@@ -46,8 +46,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one training run: `folder/<step>/`."""
 
-    def __init__(self, folder: Any, *, keep: int = 2, before: Callable[[], None] = lambda: None):
-        """Opens (and creates) the folder, where the newest `keep` checkpoints stay (two: one may be damaged).
+    def __init__(self, folder: Any, *, before: Callable[[], None] = lambda: None):
+        """Opens (and creates) the folder, where the newest two checkpoints stay (one may be damaged).
 
         `before` is called before each is saved: what it writes is there when a run resumes from that checkpoint.
 
@@ -56,15 +56,12 @@ class Checkpoints:
         """
         self._before = before
         self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except OSError as e:
             raise UserError(f"checkpoint folder {self.folder} cannot be written: {e.strerror}") from None
-
-    def latest(self) -> int | None:
-        return self._manager.latest_step()
 
     def save(self, step: int, state: Any, record: dict[str, Any] | None = None) -> None:
         """Starts saving; returns once the arrays are copied (a step that exists already is left as it is)."""
@@ -105,7 +102,7 @@ class Checkpoints:
         Raises:
           UserError: nothing to restore, a damaged checkpoint, or another model's (the line names the first difference).
         """
-        step = self.latest() if step is None else step
+        step = self._manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self.folder}; train first, or name another folder")
         try:
@@ -114,7 +111,7 @@ class Checkpoints:
             raise UserError(f"{e}; `qstar train` in the same --workdir makes it again") from None
 
     def _read(self, like: Any, step: int) -> tuple[Any, dict[str, Any]]:
-        where = self.folder / str(step)
+        name = f"checkpoint {self.folder / str(step)}"
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         # The record first: it has the stored dtypes, and another model is reported before any array is read.
         try:
@@ -122,18 +119,14 @@ class Checkpoints:
             found = record.pop(CHECKSUMS)
             arrays = found["arrays"]
             if found["record"] != _crc(record, arrays):
-                raise Damaged(f"checkpoint {where} is damaged (the checksum of its record differs)")
-            _compare(arrays, target, where)
+                raise Damaged(f"{name} is damaged (the checksum of its record differs)")
+            _compare(arrays, target, name)
             # Read in the stored dtype, so that the checksums apply, and cast below.
             as_stored = tree.map_named(lambda n, x: _with_dtype(x, arrays[n][1]), target)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(as_stored))
             state = self._manager.restore(step, args=args)["state"]
-        except (
-            UserError,
-            MemoryError,
-            PermissionError,
-            jax.errors.JaxRuntimeError,
-        ):  # out of (device) memory: no damage
+        # JaxRuntimeError: the device is out of memory, which is no damage.
+        except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
         except Exception as e:  # what a damaged file raises depends on the place of the damage
             reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
@@ -141,13 +134,11 @@ class Checkpoints:
             if machine_fault(e) is not None:
                 raise
             if isinstance(e, (ConnectionError, TimeoutError)) or _UNANSWERED.search(reason):
-                raise Unreachable(
-                    f"checkpoint {where} cannot be read now ({reason}); start the command again"
-                ) from None
-            raise Damaged(f"checkpoint {where} is damaged ({reason})") from None
+                raise Unreachable(f"{name} cannot be read now ({reason}); start the command again") from None
+            raise Damaged(f"{name} is damaged ({reason})") from None
         now = checksums(state)
-        if wrong := [name for name in arrays if now[name] != arrays[name]]:
-            raise Damaged(f"checkpoint {where} is damaged (the checksum of {wrong[0]} differs)")
+        if wrong := [array for array in arrays if now[array] != arrays[array]]:
+            raise Damaged(f"{name} is damaged (the checksum of {wrong[0]} differs)")
 
         def cast(x: Any, like: Any) -> Any:
             return x.astype(like.dtype) if jnp.issubdtype(like.dtype, jnp.floating) else x
@@ -163,9 +154,9 @@ class Checkpoints:
         self._manager.close()
 
 
-def _compare(arrays: dict[str, Any], target: Any, where: Any) -> None:
+def _compare(arrays: dict[str, Any], target: Any, checkpoint: str) -> None:
     # Orbax' own message is many lines long.
-    other = f"checkpoint {where} is of another model:"
+    other = f"{checkpoint} is of another model:"
     want = {n: tuple(x.shape) for n, x in tree.named_leaves(target)}
     for name, shape in want.items():
         if name not in arrays:

@@ -92,9 +92,8 @@ def distil_loss(
     if s.kind != "hard":
         # For callers that differentiate all roles.
         frozen = jax.lax.stop_gradient(params["teacher"])
-        teacher_states = scoring.response_states(
-            frozen, teacher, batch.teacher_prompt, batch.teacher_mask, batch.response
-        )
+        prompt = batch.teacher_prompt, batch.teacher_mask
+        teacher_states = scoring.response_states(frozen, teacher, *prompt, batch.response)
         teacher_head = decoder.head(frozen, teacher)
 
         def soft_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:

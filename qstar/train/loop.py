@@ -119,7 +119,7 @@ class _Fit:
             yield Progress(self.first, self.state, {})
 
     def updates(self, step_at, batch_at, lr_at, place, watch, on_policy) -> Iterator[Progress]:
-        counted = len(self.window)  # of these, how many `count` has read
+        counted = len(self.window)  # entries of the window that `count` has read
         self.since = time.perf_counter()
         others = True  # whether other programs ran since the last update
         for step in range(self.first, self.steps):
@@ -127,7 +127,7 @@ class _Fit:
             update = step_at(step)
             arrays = rows, np.float32(lr_at(step))
             if others:
-                # On a CPU the copies of a checkpoint would stand beside the temporaries of the update.
+                # On a CPU the copies of a checkpoint and the temporaries of the update would need memory at once.
                 if jax.default_backend() == "cpu":
                     self.wait()
                 distributed.return_freed_memory()

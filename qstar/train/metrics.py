@@ -29,11 +29,8 @@ class Writer:
     A run that was killed may repeat a few rows after it resumes: `read` keeps the last row of each `KEYS`.
     """
 
-    def __init__(self, folder: Path, *, wandb: dict[str, Any] | None = None, config: dict[str, Any] | None = None):
-        """Opens the files, in the first process of several.
-
-        Args: wandb: keyword arguments of `wandb.init`, to log there, too, with the run's `config`.
-        """
+    def __init__(self, folder: Path, config: dict[str, Any] | None = None):
+        """Opens the files, in the first process of several; and wandb, if the run's `config` has options in `log.wandb`."""
         self.folder = as_path(folder)
         self._is_open = False
         self._waiting, self._flushed = b"", 0.0
@@ -50,13 +47,8 @@ class Writer:
         if content[-1:] not in (b"", b"\n"):  # the partial line of a killed process ends here
             self._waiting = b"\n"
             self.flush()
-        if wandb is not None:
-            self._wandb = _wandb_run(self.folder, {"config": config, **wandb})
-
-    @classmethod
-    def of_run(cls, folder: Path, config: dict[str, Any]) -> Writer:
-        """Opens the files of a run with this config, and wandb where its `log.wandb` is not empty."""
-        return cls(folder, wandb=(config.get("log") or {}).get("wandb") or None, config=config)
+        if config is not None and (options := (config.get("log") or {}).get("wandb")):
+            self._wandb = _wandb_run(self.folder, {"config": config, **options})
 
     def write(self, *, stage: str, step: int, arm: str = "", iteration: int = 0, **values: Any) -> None:
         """Writes one row. Numbers that are not finite become null (JSON has no NaN)."""
@@ -107,8 +99,7 @@ class Writer:
 
     def close(self) -> None:
         """Flushes everything."""
-        if self._is_open:
-            self.flush()
+        self.flush()
         for board in self._boards.values():
             board.close()
         if self._wandb is not None:

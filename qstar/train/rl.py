@@ -10,7 +10,6 @@ The divergence from the reference is in one of two places (x ~ pi, r = ref / pi)
 
     in the reward, -beta k1 with k1 = -log r     its expected gradient is that of KL(pi, ref) (k3 there would not be)
     in the loss, beta k2 with k2 = (log r)^2 / 2, or beta rho k3 with k3 = r - 1 - log r     the same gradient on policy
-
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from einops import rearrange, reduce
 
 from qstar.errors import Settings, bounded, require
 from qstar.mesh import mesh_jit
-from qstar.models import decoder, heads, scoring, vocabulary
+from qstar.models import decoder, heads, scoring
+from qstar.models.vocabulary import token_logprobs
 from qstar.train.losses import SumWeight
 from qstar.tree import masked_mean
 from qstar.types import Metrics, Params
@@ -55,9 +55,7 @@ class RLSettings(Settings):
     entropy_weight: float = bounded(0.0, ge=0)
     whiten: bool = True  # PPO's advantages, over the batch
     divide_by_std: bool = True  # GRPO; False is Dr. GRPO
-    mean_over: str = bounded(
-        "tokens", choices=("tokens", "sequences")
-    )  # of the batch; "sequences": the mean of the means
+    mean_over: str = bounded("tokens", choices=("tokens", "sequences"))  # "sequences": each response weighs the same
     no_eos_penalty: float = bounded(1.0, ge=0)  # taken off the score of a response that did not end
     score_limit: float = bounded(10.0, gt=0)  # scores are clipped to plus or minus this
     temperature: float = bounded(1.0, gt=0)  # of the rollouts; log-probabilities are of the same distribution
@@ -108,9 +106,7 @@ def measure(
     # much, and are not used.
     states = scoring.response_states(params["policy"], config, prompt, prompt_mask, response)
     temperature, head = settings.temperature, decoder.head(params["policy"], config)
-    logprobs, _, entropy = vocabulary.token_logprobs(
-        states, head, response, temperature=temperature, limit=limit, entropy=True
-    )
+    logprobs, _, entropy = token_logprobs(states, head, response, temperature=temperature, limit=limit, entropy=True)
     if "value" not in params:
         return logprobs, entropy, jnp.zeros_like(logprobs)
     trunk = states if settings.value_trunk else jax.lax.stop_gradient(states)
@@ -218,9 +214,8 @@ def rl_loss(
 ) -> tuple[SumWeight, Metrics]:
     """The clipped loss, value loss, divergence and entropy bonus, as one sum over tokens with its weight."""
     del rng
-    found = measure(
-        params, batch.prompt, batch.prompt_mask, batch.response, config=config, settings=settings, limit=limit
-    )
+    sequences = batch.prompt, batch.prompt_mask, batch.response
+    found = measure(params, *sequences, config=config, settings=settings, limit=limit)
     return surrogate(*found, batch, settings)
 
 

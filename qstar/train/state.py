@@ -21,7 +21,7 @@ from qstar.types import Params
 class TrainState(flax.struct.PyTreeNode):
     """All that a resumed run needs; the data position is `step`."""
 
-    params: dict[str, Params]  # role (policy, reference, verifier, value, mixing) -> parameters
+    params: dict[str, Params]  # role -> parameters: "policy", and "value" (the critic) with PPO
     opt_state: Any
     step: jax.Array  # [] int32, updates so far, skipped ones included
     rng: jax.Array  # key; step s uses fold_in(rng, s)
@@ -62,9 +62,7 @@ def create_state(
 
 # Cached: a new partial would be compiled again at the start of every STaR iteration.
 @functools.cache
-def _creator(
-    tx: optax.GradientTransformation, mesh: Mesh | None, table: tuple, dtype: Any
-) -> Callable[..., TrainState]:
+def _creator(tx: optax.GradientTransformation, mesh: Mesh | None, table: tuple, dtype: Any) -> Callable[..., Any]:
     return sharded_jit(functools.partial(_fresh, tx, dtype), mesh, table)
 
 
@@ -88,15 +86,8 @@ def abstract(tree_: Any, mesh: Mesh, table: AxisTable, rules: Rules = Rules()) -
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree_, where)
 
 
-def init_params(
-    init: Callable[[jax.Array], Params], *, seed: int, mesh: Mesh | None = None, table: AxisTable = ()
-) -> Params:
-    """Returns random parameters created under jit, on each device only its shard."""
-    return sharded_jit(init, mesh, table)(tree.random_key(seed))
-
-
 def sharded_jit(f: Callable[..., Any], mesh: Mesh | None, table: AxisTable) -> Callable[..., Any]:
-    """Returns jit(f) whose results are sharded by the table (plain jit without a mesh)."""
+    """Returns jit(f) that makes only its shard of the results on each device, by the table (plain jit without a mesh)."""
     if mesh is None:
         return jax.jit(f)
 

@@ -69,17 +69,12 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, optax.tree.scale(-lr, updates))
-
-        # Selected on the device: a decision of the host would wait for every update.
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-
         means = {k: s / nonzero(w) for k, (s, w) in metrics.items()}
         means.update(grad_norm=norm, skipped=1.0 - good.astype(jnp.float32))
-        state = state.replace(
-            params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state), step=state.step + 1
-        )
-        return state, means
+        # Selected on the device: a decision of the host would wait for every update.
+        new, old = (params, opt_state), (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        return state.replace(params=params, opt_state=opt_state, step=state.step + 1), means
 
     return mesh_jit(step, donate_argnums=0)
 

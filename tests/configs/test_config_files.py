@@ -15,6 +15,7 @@ from qstar.methods import guided_cot, quiet_star, rl, star, v_star
 from qstar.methods.quiet_data import QuietContext
 from qstar.methods.v_star import VStarContext as VStudy
 from qstar.runs.context import RunContext
+from qstar.runs.settings import arms_from
 from qstar.train import metrics
 from tests.methods import runs, stub
 
@@ -81,7 +82,7 @@ def test_it_loads_and_all_its_settings_are_known(name, mode, tmp_path):
     assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
     assert config.seed == (3 if mode and "seed" in mode else 0)
     ctx = RunContext.make(config, tmp_path / "run", stub.Silent())
-    arms = [ctx.arm_settings(star.VariantConfig, star.PRESETS, arm) for arm in config.arms]
+    arms = arms_from(star.VariantConfig, vars(ctx.settings), "loop", star.PRESETS)
     assert arms and not (tmp_path / "run").exists()
     json.dumps(config.to_dict())
 
@@ -95,7 +96,7 @@ def test_a_v_star_config_loads_and_all_its_settings_are_known(name, mode, tmp_pa
     assert isinstance(config, ConfigDict) and config.name == name.removesuffix(".py")
     assert config.seed == (3 if mode and "seed" in mode else 0)
     ctx = VStudy.make(config, tmp_path / "run", stub.Silent())
-    loops = {arm: ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, arm) for arm in config.arms}
+    loops = arms_from(v_star.VStarConfig, vars(ctx.settings), "loop", v_star.PRESETS)
     assert loops and not (tmp_path / "run").exists()
     if mode and "arms" in mode:  # as many samples for all, and what the table of baselines says
         assert {x.k * x.n_iters for x in loops.values()} == {0, 48}
@@ -394,9 +395,8 @@ def test_the_papers_settings_stand_in_the_configs_of_its_tasks():
 def test_the_arms_of_the_sums_differ_in_rationalisation_alone(tmp_path):
     config = module("star_arithmetic.py").get_config()
     ctx = RunContext.make(config, tmp_path, stub.Silent())
-    one, other = (
-        ctx.arm_settings(star.VariantConfig, star.PRESETS, arm) for arm in ("rationalisation", "no_rationalisation")
-    )
+    arms = arms_from(star.VariantConfig, vars(ctx.settings), "loop", star.PRESETS)
+    one, other = arms["rationalisation"], arms["no_rationalisation"]
     differ = {k for k, v in vars(one).items() if v != getattr(other, k)}
     assert differ == {"rationalize"} and one.rationalize
     assert one.seed_share == 0.15 and one.p_keep_hint == 0

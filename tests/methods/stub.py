@@ -4,6 +4,7 @@ from qstar.methods import star
 from qstar.methods.answerer import Answer
 from qstar.runs import context as run_context
 from qstar.runs.context import Arm, RunContext
+from qstar.runs.settings import arms_from
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.types import Rollout
@@ -66,7 +67,7 @@ def context(tmp_path, **sections):
 
 def arm_of(ctx, name="star"):
     """The arm and its settings."""
-    return Arm(ctx, name), ctx.arm_settings(star.VariantConfig, star.PRESETS, name)
+    return Arm(ctx, name), arms_from(star.VariantConfig, vars(ctx.settings), "loop", star.PRESETS)[name]
 
 
 def rollout(task, problem, completion, *, hinted=False, iteration=1, sample=0, truncated=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -139,6 +140,8 @@ def test_an_endpoint_that_is_away_is_one_line(server, small, files, tmp_path):
 @pytest.mark.parametrize("wrong, word", [
     ({"arms": {"x": {"rl": {"group": 2}}}}, "arms.x"), ({"arms": {"x": {"start": "y"}}}, "'y' is neither"),
     ({"arms": {"x": {"filter": "perfect"}}}, "filter='perfect'"), ({"task": {"name": "gsm8k"}}, "no paragraphs"),
+    ({"arms": {"x": {"filter": "parity"}}}, "config.arms.x.filter='parity' is for two-hop questions"),
+    ({"train": {"prompts": 4, "batch_size": 7}}, "train.batch_size=7 does not divide"),
     ({"distil": {"kind": "soft"}}, "kind='soft'"), ({"students": 0}, "students=0"),
     ({"guided": {"small": "x", "large": {"url": "http://y"}}}, "config.guided.large.model is missing"),
     ({"guided": {"small": "x", "large": {"path": "y", "slot": 8}}}, "config.guided.large.slot is unknown .did you mean slots"),
@@ -151,6 +154,16 @@ def test_mistakes_are_found_before_anything_is_written(wrong, word, tmp_path):
     with pytest.raises(UserError, match=word):
         G.GuidedContext.make(config, tmp_path / "run", Silent())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("limit", [2, 20])
+def test_a_rationale_has_one_end_unless_it_is_cut(limit):
+    small = SimpleNamespace(tokenizer=load_tokenizer(shared("weights/stories260k")), config=SMALL)
+    small.tokenizer.encoder_end = small.tokenizer.eos_id
+    rows = [{"prompt": "Q:", "rationale": text} for text in ("They agree.", "They agree.</s>")]
+    one, other = MultiHop.to_pairs(SimpleNamespace(small=small, max_new_tokens=limit), rows)
+    ids = small.tokenizer.encode("They agree.")
+    assert one == other and one.response == (*ids, small.tokenizer.eos_id)[:limit]
 
 
 def test_paired_intervals_are_narrower_than_those_of_two_separate_arms():

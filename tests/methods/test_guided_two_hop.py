@@ -18,7 +18,7 @@ def test_smuggled_answers_are_found_and_earn_nothing_while_the_guard_is_on():
     task.answers_with = lambda tasks, slot: slot[:, 5]  # an answerer that copies
     for guard, paid in ((True, 0), (False, 1)):
         arm = guided_cot.GuidedConfig(aspect_weight=0.0, reject_bare_answers=guard)
-        environment = TwoHopEnvironment(task, w, 0, 2, 3, arm)
+        environment = TwoHopEnvironment(task, w, 0, 3, arm)
         asked = environment.sample(0)
         honest, smuggler = (
             asked.gold.tolist(),

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 import qstar
@@ -11,7 +12,6 @@ from qstar.report import read
 from qstar.report.pages import rl as page
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
-from qstar.train.state import init_params
 from tests.train.problem import same
 
 TOKENIZER = char_tokenizer(ALPHABET, pad=PAD, eos=EOS)
@@ -23,7 +23,7 @@ def model():
     from qstar.models import decoder
 
     config = preset("tiny", hidden_size=16, num_layers=1, num_heads=2, vocab_size=TOKENIZER.vocab_size)
-    return Model(config, init_params(lambda key: decoder.init(config, key), seed=0), TOKENIZER)
+    return Model(config, jax.jit(lambda key: decoder.init(config, key))(jax.random.key(0)), TOKENIZER)
 
 
 def nines(completions):

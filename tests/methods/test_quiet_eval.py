@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import shared
-from rich.console import Console
 
 from qstar.commands import evaluate as evaluate_command
 from qstar.data.sources import read_jsonl, write_jsonl
@@ -266,7 +265,7 @@ def test_arms_are_compared_on_the_same_tokens_row_by_row(tmp_path):
         "same_text": {"rows": {"all": {"count": counts.tolist(), "nll": plain.tolist()}}},
         "generated": {},
     }
-    ctx = types.SimpleNamespace(workdir=tmp_path, console=Console(quiet=True))
+    ctx = types.SimpleNamespace(workdir=tmp_path, table=lambda title, rows: None)
     compare_arms(ctx, found)
     table = {row["second"]: row for row in read_jsonl(tmp_path / "comparison.jsonl")}
     assert table.keys() == {"same_text", "quiet_star, without thoughts"}

@@ -14,6 +14,7 @@ from qstar.errors import TrainingFailed, UserError
 from qstar.methods import star
 from qstar.methods.star import VariantConfig, steps_for
 from qstar.runs import stages
+from qstar.runs.settings import arms_from
 from qstar.train import metrics
 from qstar.train.loop import Diverged
 from tests.methods import stub
@@ -107,7 +108,7 @@ def test_presets_are_switches_of_the_one_loop(preset, tmp_path):
 def test_an_arm_overrides_its_preset_and_the_preset_the_loop(tmp_path):
     arms = {"a": {"preset": "rest_em", "k": 4}, "b": {}}
     ctx = stub.context(tmp_path, loop={"k": 2, "n_iters": 9, "min_kept": 5}, arms=arms)
-    a, b = (ctx.arm_settings(VariantConfig, star.PRESETS, name) for name in arms)
+    a, b = arms_from(VariantConfig, vars(ctx.settings), "loop", star.PRESETS).values()
     assert (a.k, a.n_iters, a.cap_per_problem, a.min_kept) == (4, 3, 10, 5)
     assert (b.k, b.n_iters, b.cap_per_problem, b.min_kept) == (2, 9, None, 5)
 

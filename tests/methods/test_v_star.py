@@ -11,6 +11,7 @@ from qstar.methods import star, v_star, v_star_eval
 from qstar.methods.v_star import VStarContext
 from qstar.runs import context
 from qstar.runs.context import Arm
+from qstar.runs.settings import arms_from
 from qstar.tasks.arithmetic import ALPHABET, EOS, PAD
 from qstar.text.tokenizer import char_tokenizer
 from qstar.train import metrics
@@ -64,11 +65,11 @@ def calls(monkeypatch):
         log.append(("sft", start.name, rows))
         return Fake(f"G{n}"), {"trained_rows": len(rows)}
 
-    def dpo(sft, pairs, job):
+    def dpo(sft, pairs, stage, bar):
         log.append(("dpo", sft.name, pairs))
         return Fake("V"), {"steps": 1, "loss": 0.5, "accuracy": 1.0, "pairs": len(pairs)}
 
-    def head(sft, kind, solutions, task, problems, job, labels=None):
+    def head(sft, kind, solutions, task, problems, stage, labels, bar):
         log.append((kind, sft.name, solutions))
         assert {s.problem_id for s in solutions} <= problems.keys()
         return Fake(kind), {"steps": 1, "loss": 0.5, "accuracy": 1.0}
@@ -83,8 +84,12 @@ def calls(monkeypatch):
     return log
 
 
+def loop_of(ctx, name):
+    return arms_from(v_star.VStarConfig, vars(ctx.settings), "loop", v_star.PRESETS)[name]
+
+
 def go(ctx):
-    loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, "arm")
+    loop = loop_of(ctx, "arm")
     arm = Arm(ctx, "arm")
     v_star.outer_loop(arm, loop, Fake("base"), Fake("G_SFT"), v_star.supervised_data(ctx))
     return arm
@@ -199,7 +204,7 @@ def test_samples_of_g_sft_are_shared_by_arms_with_equally_many(tmp_path, calls, 
     ctx = context_of(tmp_path, "v_star")
     ctx.settings.arms["other"] = {"preset": "v_star", "k": 2}
     for name in ("arm", "other"):
-        loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
+        loop = loop_of(ctx, name)
         v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.supervised_data(ctx))
     assert folders[0] == folders[3] and len({f for f in folders}) == 5
 
@@ -220,7 +225,7 @@ def test_arms_that_ask_g_sft_otherwise_have_samples_of_their_own(tmp_path, calls
     ctx = context_of(tmp_path, "v_star")
     ctx.settings.arms["other"] = {"preset": "v_star", "k": 2, **own}
     for name in ("arm", "other"):
-        loop = ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, name)
+        loop = loop_of(ctx, name)
         v_star.outer_loop(Arm(ctx, name), loop, Fake("base"), Fake("G_SFT"), v_star.supervised_data(ctx))
     assert len(folders) == 2 and all(len(asked) == 1 for asked in folders.values())
 
@@ -266,7 +271,7 @@ def test_an_arm_is_measured_with_the_prompts_that_it_samples_with(tmp_path, call
 def test_switches_that_make_no_sense_are_named(own, tmp_path):
     ctx = context_of(tmp_path, "v_star", **own)
     with pytest.raises(UserError, match=next(iter(own))):
-        ctx.arm_settings(v_star.VStarConfig, v_star.PRESETS, "arm")
+        loop_of(ctx, "arm")
 
 
 @pytest.mark.parametrize("human", [False, True])

@@ -20,7 +20,7 @@ from qstar.text.packing import Example, pack
 from qstar.train import losses, optim
 from qstar.train.checkpoint import Checkpoints
 from qstar.train.loop import fit
-from qstar.train.state import create_state, init_params
+from qstar.train.state import create_state, sharded_jit
 from qstar.train.step import make_step
 from qstar.types import Batch
 
@@ -137,11 +137,11 @@ def test_parameters_and_moments_are_really_sharded_before_and_after_an_update(sp
 def test_random_parameters_are_made_in_their_shards_and_are_the_same_numbers():
     mesh = mesh_of(CUBE)
     make = functools.partial(decoder.init, CONFIG)
-    params = init_params(make, seed=4, mesh=mesh, table=decoder.PARAM_AXES)
+    params = sharded_jit(make, mesh, decoder.PARAM_AXES)(jax.random.key(4))
     where = shardings(params, decoder.PARAM_AXES, mesh)
     for (name, x), s in zip(tree.named_leaves(params), jax.tree.leaves(where)):
         assert x.sharding == s, name
-    close(jax.device_get(params), init_params(make, seed=4), 1e-6)
+    close(jax.device_get(params), jax.jit(make)(jax.random.key(4)), 1e-6)
 
 
 def test_rows_that_do_not_divide_are_kept_whole_and_count_once():

@@ -117,7 +117,7 @@ def test_wandb_gets_the_config_the_step_and_one_run_per_folder(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "wandb", service)
     config = {"name": "sums", "train": {"lr": 0.1}, "log": {"wandb": {"project": "p"}}}
     for step in (10, 20):  # a run, and its resumption
-        writer = Writer.of_run(tmp_path / "a", config)
+        writer = Writer(tmp_path / "a", config)
         writer.write(stage="train", step=step, arm="star", iteration=2, loss=1.0)
         writer.write(stage="iteration", step=1, arm="star", iteration=1, accuracy=0.5)
         writer.close()
@@ -128,11 +128,11 @@ def test_wandb_gets_the_config_the_step_and_one_run_per_folder(tmp_path, monkeyp
     assert [r["star/train/step"] for r in run.rows if "star/train/loss" in r] == [10, 20]
     assert run.rows[0] == {"star/train/loss": 1.0, "star/train/step": 10, "star/train/iteration": 2}
 
-    Writer.of_run(tmp_path / "b", config).close()
+    Writer(tmp_path / "b", config).close()
     assert len(service.runs) == 2  # another folder is another run
-    Writer.of_run(tmp_path / "b", {**config, "log": {"wandb": {"id": "mine"}}}).close()
+    Writer(tmp_path / "b", {**config, "log": {"wandb": {"id": "mine"}}}).close()
     assert "mine" in service.runs
-    Writer.of_run(tmp_path / "c", {**config, "log": {"wandb": {}}}).close()
+    Writer(tmp_path / "c", {**config, "log": {"wandb": {}}}).close()
     assert len(service.runs) == 3 and not (tmp_path / "c" / "wandb_id.txt").exists()
 
 
@@ -142,5 +142,5 @@ def test_a_refusal_of_wandb_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     with pytest.raises(UserError, match=r"config.log.wandb: .*api_key not configured .no-tty.*call wandb") as e:
-        Writer(tmp_path, wandb={"project": "p"})
+        Writer(tmp_path, {"log": {"wandb": {"project": "p"}}})
     assert "\n" not in str(e.value)
