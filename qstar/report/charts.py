@@ -153,10 +153,10 @@ def stacked_bars(
     title: str,
     x_label: str,
     y_format: Callable[[float], str],
-    y_max: float | None = None,
+    y_max: float,
 ) -> Markup:
     """One bar per column (name, one value per part), its parts (name, CSS colour) from the bottom up."""
-    y_ticks = nice_ticks(0.0, y_max or max(sum(values) for _, values in columns) or 1.0, 5)
+    y_ticks = nice_ticks(0.0, y_max, 5)
     axes = _Axes((0, len(columns)), (0, y_ticks[-1]))
     drawn = [_frame(axes, y_ticks, y_format, x_label)]
     width = min(0.72 * (axes.x(1) - axes.x(0)), 72)
@@ -205,7 +205,7 @@ def histogram(edges: Sequence[float], counts: Sequence[float], *, title: str, x_
     top = math.ceil(math.log10(1 + max(counts)))
     axes = _Axes((edges[0], edges[-1]), (0, top))
     powers = [math.log10(1 + 10**power) if power else 0.0 for power in range(top)]
-    drawn = [_frame(axes, [p for p in powers if p <= top], lambda y: f"{10**y - 1:,.0f}", x_label)]
+    drawn = [_frame(axes, powers, lambda y: f"{10**y - 1:,.0f}", x_label)]
     for low, high, count in zip(edges, edges[1:], counts):
         y = axes.y(math.log10(1 + count))
         if count:

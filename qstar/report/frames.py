@@ -168,11 +168,8 @@ def _tokens(path: Path) -> list[dict[str, Any]]:
             if gain is not None:
                 known = [p for p in text.passes if p.nll[j] is not None]
                 row = {"text": text.id, "position": j + 1, "token": text.tokens[j + 1], "class": text.classes[j + 1]}
-                row |= {
-                    "before": "".join(text.tokens[max(0, j - 11) : j + 1]),
-                    "base_nll": text.base_nll[j],
-                    "gain": gain,
-                }
+                before = "".join(text.tokens[max(0, j - 11) : j + 1])
+                row |= {"before": before, "base_nll": text.base_nll[j], "gain": gain}
                 row |= {"thoughts": ["".join(p.tokens[j]) for p in known], "nll": [p.nll[j] for p in known]}
                 rows.append(row | {"weights": [p.weight[j] for p in known], "rewards": [p.reward[j] for p in known]})
     return rows

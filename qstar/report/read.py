@@ -19,6 +19,7 @@ from qstar.runs.access import is_running, read_run_config
 from qstar.train import metrics
 
 MAIN = ("quiet_star", "full", "quiet", "thoughts")  # Quiet-STaR arms that are the method itself: first on the page
+SHOWN = 600  # rationales per arm and iteration that a page shows at most
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,10 @@ class Run:
         return "interrupted" if killed or "running" in {arm.status for arm in self.arms} or not self.arms else "done"
 
 
-def read_run(folder: str | os.PathLike, *, cap: int = 600, rollouts: bool = True) -> Run:
+def read_run(folder: str | os.PathLike, *, rollouts: bool = True) -> Run:
     """Reads a run's folder, which may still be written to.
 
     Args:
-      cap: rationales per arm and iteration at most.
       rollouts: whether to read rationales and answers, which takes most of the time.
 
     Raises:
@@ -110,7 +110,7 @@ def read_run(folder: str | os.PathLike, *, cap: int = 600, rollouts: bool = True
     folder, config = read_config(folder)
     rows, resolved, method = metrics.read(folder), read_dict(folder / "resolved.json"), str(config["method"])
     names = _arm_names(folder, config, rows)
-    arms = [_read_arm(folder, method, name, rows, resolved, cap if rollouts else None) for name in names]
+    arms = [_read_arm(folder, method, name, rows, resolved, rollouts) for name in names]
     gates = (read_dict(folder / where / "gates.json") for where in ("base", "g_sft", "large"))
     return Run(
         folder=folder,
@@ -178,7 +178,7 @@ def _arm_names(folder: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> 
 
 
 def _read_arm(
-    folder: Path, method: str, name: str, rows: Sequence[Row], resolved: Mapping[str, Any], cap: int | None
+    folder: Path, method: str, name: str, rows: Sequence[Row], resolved: Mapping[str, Any], rollouts: bool
 ) -> Arm:
     home, mine = folder / name, [row for row in rows if row["arm"] == name]
     # RL evaluates by round, but trains by update: rounds are converted, so that both share the axis of updates.
@@ -191,8 +191,8 @@ def _read_arm(
     return Arm(
         name=name,
         rows={stage: _sorted(r for r in mine if r["stage"] == stage) for stage in {r["stage"] for r in mine}},
-        attempts={n: read_attempts(path, cap) for n, path in written.items()} if cap is not None else {},
-        answers={n: read_answers(path) for n, path in answered.items()} if cap is not None else {},
+        attempts={n: read_attempts(path, SHOWN) for n, path in written.items()} if rollouts else {},
+        answers={n: read_answers(path) for n, path in answered.items()} if rollouts else {},
         answer_files=answered,
         thoughts=dict(numbered(home / "thoughts", "step_*.jsonl")),
         completions=dict(numbered(home / "completions", "update_*.jsonl")),

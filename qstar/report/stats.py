@@ -40,7 +40,7 @@ class Curve(NamedTuple):
     low: list[float]
     high: list[float]
 
-    def at(self, position: int) -> tuple[float, float | None, float | None]:
+    def at(self, position: int) -> Point:
         """(value, low, high) at a position; None where no interval is known."""
         interval = (self.low[position], self.high[position]) if self.low else (None, None)
         return self.values[position], *interval
@@ -100,7 +100,7 @@ def rounded_percent(value: float) -> str:
     return f"{100 * value:.1f}%" if 0 < value < 0.01 or 0.99 < value < 1 else f"{100 * value:.0f}%"
 
 
-def with_interval(point: tuple[float, float | None, float | None]) -> str:
+def with_interval(point: Point) -> str:
     """What `Curve.at` returns as text: "0.4% (0.0–1.2%)", without brackets where no interval is known."""
     value, low, high = point
     return percent(value) + ("" if low is None or high is None else f" ({100 * low:.1f}–{100 * high:.1f}%)")
@@ -163,9 +163,8 @@ def selected(arm: Arm) -> tuple[Row, str]:
 def single(arm: Arm) -> Point | None:
     """The chance that one sample of the last selection is right, with its interval."""
     last = selected(arm)[0].get("iteration")
-    return next(
-        (row_point(r, "pass") for r in arm.stage("selection") if (r["iteration"], r["step"]) == (last, 1)), None
-    )
+    rows = (row for row in arm.stage("selection") if (row["iteration"], row["step"]) == (last, 1))
+    return next((row_point(row, "pass") for row in rows), None)
 
 
 def _guided_numbers(run: Run) -> list[Number]:
@@ -223,7 +222,7 @@ def group_label(run: Run, group: str) -> str:
 
 
 def curve(rows: Sequence[Row], at: str, read: Callable[[Row], Point | None]) -> Curve:
-    """What `read` finds in rows, by their "iteration" or "step", with its 95% interval where all rows have one."""
+    """The values that `read` takes from rows, by "iteration" or "step", with 95% intervals where all rows have one."""
     points = [(row[at] or 0, read(row)) for row in rows]
     found = [(x, *p) for x, p in points if p]
     x, values, low, high = map(list, zip(*found)) if found else ([], [], [], [])

@@ -77,9 +77,8 @@ def _read(row: Any, where: str) -> Text:
         classes = [str(name) for name in row.get("classes") or [""] * len(tokens)]
         text = Text(str(row["text"]), tokens, classes, list(row["base_nll"]), passes)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{where}: not a text with thoughts ({error!r}); delete the file to report without it"
-        ) from None
+        line = f"{where}: not a text with thoughts ({error!r}); delete the file to report without it"
+        raise UserError(line) from None
     # Checked here, where the line is known for the message.
     lengths = {"classes": len(classes) - 1, "base_nll": len(text.base_nll)}
     for number, p in enumerate(passes):

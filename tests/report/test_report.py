@@ -369,6 +369,14 @@ def test_folder_of_something_else_is_named_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_row_without_a_field_of_the_page_is_damage_and_no_bug(tmp_path):
+    (tmp_path / "config.json").write_text('{"format_version": 2, "method": "sft", "arms": {"sft": {}}}')
+    (tmp_path / "sft").mkdir()
+    write_jsonl(tmp_path / "sft" / "examples.jsonl", [{"prompt": "1+1="}])
+    with pytest.raises(UserError, match="not as a run writes it .UndefinedError: .* has no attribute 'expected'"):
+        pages.write_report(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config.json", "base/gates.json", "rat/status.json", "rat/rationales/iter_001.jsonl"])
 def test_broken_file_is_named(tmp_path, name):
     write_run(tmp_path, Shape(arms=("rat",), loops=1))

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jinja2
+
 from qstar.errors import UserError, require
 from qstar.files import Damaged, as_path, below, read, record_path
 from qstar.report import render
@@ -33,7 +35,7 @@ def write_report(run_folder: str | os.PathLike, refresh: int = 0) -> Path:
     folder, config = read_config(run_folder)
     try:
         text = _PAGES.get(str(config["method"]), star.page)(dataclasses.replace(read_run(folder), refresh=refresh))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.UndefinedError) as error:
         if (culprit := _unverified(folder)) is None:
             # The files are as the run wrote them: a bug of qstar, which keeps its traceback.
             raise

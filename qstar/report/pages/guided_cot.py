@@ -55,16 +55,14 @@ def _by_arm(folder: Path, file: str) -> dict[str, list[Mapping[str, Any]]]:
 def page(run: Run) -> str:
     """The page as text."""
     guided = read_guided(run)
+    measured = {key for each in guided.arms.values() for found in each for key in found}
     return render.page(
         "guided_cot.html.j2",
         run=run,
         guided=guided,
-        status=run.status,
         kept=next((b[0] for b in guided.buffers.values() if b[0].get("filter") == "em"), None),
         accuracy_card=accuracy_card(guided),
-        columns={
-            key: title for key, title in COLUMNS.items() if any(key in e for es in guided.arms.values() for e in es)
-        },
+        columns={key: title for key, title in COLUMNS.items() if key in measured},
         reinforcement_cards=rl.cards(run),
         shown=SHOWN,
     )

@@ -23,7 +23,6 @@ def page(run: Run) -> str:
     return render.page(
         "pairs.html.j2",
         run=run,
-        status=run.status,
         results=results,
         examples=examples,
         held_out_cards=[card for key, title in HELD_OUT.items() if (card := _held_out(run, key, title))],

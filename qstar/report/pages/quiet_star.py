@@ -16,15 +16,13 @@ PAGE_BYTES = 6_000_000  # of packed thoughts in a page, all arms and steps toget
 
 def page(run: Run) -> str:
     """The page as text."""
-    model = run.config.get("model")
-    places = [run.config.get("thoughts"), model.get("thoughts") if isinstance(model, Mapping) else None]
+    sizes = run.config.get("thoughts")
     index, packed = _viewer(run)
     group = stats.focus(run)
     return render.page(
         "quiet_star.html.j2",
         run=run,
-        status=run.status,
-        sizes=next((place for place in places if isinstance(place, Mapping)), {}),
+        sizes=sizes if isinstance(sizes, Mapping) else {},
         alarms=[alarm for arm in run.arms for alarm in _alarms(arm)],
         arms=[(arm, stats.label(arm.name), stats.final(arm)) for arm in run.arms if arm.stage("evaluation")],
         focus=group,

@@ -27,7 +27,6 @@ def page(run: Run) -> str:
     return render.page(
         "star.html.j2",
         run=run,
-        status=run.status,
         arm=next((arm for arm in looped if arm.rationalises), looped[0] if looped else None),
         example=_example(run, group),
         without=without,

@@ -31,6 +31,7 @@ NAMES = {
 SCORERS = {rule.removeprefix("best/"): name for rule, name in NAMES.items() if rule.startswith("best/")}
 DRAWN = ("pass", "majority", *(f"best/{s}" for s in ("generator", "dpo", "generator+dpo", "orm", "prm_min", "random")))
 CASES = ("the first alone is right", "the second alone is right", "both are right", "both are wrong")
+EACH, TOP = 2, 4  # problems of each of these kinds, and solutions of a problem, on a page
 _CURVE = re.compile(r"(pass|majority|best|weighted|top\d+)@(\d+)(?::(\w+))?")
 Found = Mapping[str, Any]
 
@@ -140,8 +141,8 @@ def auc_card(title: str, found: Mapping[int, Found]) -> Card | None:
     return charts.series_card(f"AUC within problems by iteration, {title}", named, marks=True, **axes)
 
 
-def read_cases(folder: Path, arm: str, n: int, scorers: tuple[str, str], each: int = 2, top: int = 4) -> list[Case]:
-    """Returns up to `each` problems of every kind of CASES, the first ones, with both scorers' `top` solutions."""
+def read_cases(folder: Path, arm: str, n: int, scorers: tuple[str, str]) -> list[Case]:
+    """Returns up to `EACH` problems of every kind of CASES, the first ones, with both scorers' first `TOP` solutions."""
     home = folder / arm / "selection"
     rows = [r for file in sorted(home.glob(f"samples_{n:03d}_*.jsonl")) for r in read_jsonl(file)]
     scores = home / f"scores_{n:03d}.jsonl"
@@ -154,11 +155,11 @@ def read_cases(folder: Path, arm: str, n: int, scorers: tuple[str, str], each: i
         by_problem.setdefault(row["problem_id"], []).append((row, value))
     kept: list[list[Case]] = [[] for _ in CASES]
     for pairs in by_problem.values():
-        orders = {scorer: _order(pairs, scorer)[:top] for scorer in scorers}
+        orders = {scorer: _order(pairs, scorer)[:TOP] for scorer in scorers}
         first, second = (orders[scorer][0].correct for scorer in scorers)
         kind = [(True, False), (False, True), (True, True), (False, False)].index((first, second))
         # With a single distinct solution, there was nothing to select.
-        if len(kept[kind]) < each and len(orders[scorers[0]]) > 1:
+        if len(kept[kind]) < EACH and len(orders[scorers[0]]) > 1:
             kept[kind].append(Case(kind, pairs[0][0]["prompt"], pairs[0][0]["gold"], orders))
     return [case for cases in kept for case in cases]
 
