@@ -59,7 +59,7 @@ class Folds(Corpus):
         # The last number separates the streams: base text 1, thoughts 2, the held-out sets 3 to 5.
         rng = np.random.default_rng([seed, step, 1])
         texts = ["".join(self._base(rng) for _ in range(self.documents)) for _ in range(size)]
-        return self._pad(texts, LONGEST * self.documents)
+        return self._pad(texts, self.base_length)
 
     def rows(self, step: int, size: int, seed: int) -> Rows:
         # Only direct documents: written steps would leave nothing for a thought to add.

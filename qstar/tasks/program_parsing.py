@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import textwrap
 import warnings
 from typing import NamedTuple
 
 from qstar.tasks.answer_text import first_turn, without_thinking
-from qstar.tasks.sandbox import PARSING
+from qstar.tasks.sandbox import PARSING, global_names
 
+# What is removed or read as a fence, in this order; the characters have no width.
+_REPLACED = tuple(
+    (re.compile(pattern, re.MULTILINE), new)
+    for pattern, new in (
+        (r"\r\n", "\n"),
+        (r"^([ \t]*)(?:[\u200b-\u200d\u2060\ufeff]|<\|\w+\|>)+", r"\1"),
+        (
+            r"^[ \t]*<pre\b[^>\n]*>\s*<code\b(?:[^>\n]*?(language-\w+))?[^>\n]*>\n?([^\0]*?)(?:\s*</code>\s*</pre>|\Z)",
+            r"```\1\n\2\n```\n",
+        ),
+    )
+)
 _OPEN = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)$")
 _ONE_LINE = re.compile(r"^\s*```(?:(?:python|py)[0-9]*\s+)?([^`]+)```\s*$", re.IGNORECASE)
 _PYTHON = re.compile(
@@ -44,15 +57,37 @@ class Block(NamedTuple):
         if self.python is False:
             return int(defines)
         if not self.closed:
-            return 2 if self.python or _CODE_LINE.search(self.code) else 0
+            return 2 if (self.python and self.code.strip()) or _CODE_LINE.search(self.code) else 0
         if tree is None:
             return 3 if self.python else 0
         return COMPLETE if defines else 4 if is_program(tree) else 0
 
+    def names(self) -> tuple[set[str], set[str]]:
+        """The global names that the block binds, and those that it takes from elsewhere."""
+        try:
+            bound, read = global_names(_at_margin(self.code))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return set(), set()
+        # A variable called `list` is no reason to take the built-in one from an example.
+        return {name for name in bound if bound[name] or not hasattr(builtins, name)}, set(read) - set(bound)
+
+    def only_runs(self) -> bool:
+        """Whether no function or method of the block takes an argument: tests, examples of use, a `main`."""
+        tree = _tree(self.code) or ast.Module([], [])
+        heads = [node.args for node in ast.walk(tree) if isinstance(node, _DEFINITION[:2])]
+        taken = {node.arg for head in heads for node in ast.walk(head) if isinstance(node, ast.arg)}
+        return bool(heads) and taken <= {"self", "cls"}
+
 
 def program_in(text: str) -> str | None:
-    """The program of a completion: the last complete block that defines something, else the likeliest, or bare code."""
-    text = _framed(first_turn(without_thinking(text)).replace("\r\n", "\n"))
+    """The program of a completion: the last complete block that defines something, else the likeliest, or bare code.
+
+    A block is read with the earlier ones whose names it uses; if it only runs them, they are the program.
+    """
+    text = first_turn(without_thinking(text))
+    for pattern, new in _REPLACED:
+        text = pattern.sub(new, text)
+    text = _framed(text)
     lines, found = text.split("\n"), blocks(text)
     kept: list[Block] = []
     # Blocks behind a further problem of the model's own hold that problem's program.
@@ -61,15 +96,35 @@ def program_in(text: str) -> str | None:
         if any(b.rank() > 1 for b in kept) and _NEXT_TASK.search(between):
             break
         kept.append(block)
-    best = max((block.rank() for block in kept), default=0)
-    if not best:
-        for block in reversed(found):
-            lines[block.start : block.end] = []
-        code = _bare("\n".join(lines))
-    else:
-        code = [block for block in kept if block.rank() == best][-1].code
+    for block in reversed(found):
+        # Code that ends in a fence, which the prompt has opened, stays.
+        lines[block.start : block.end] = re.split("```|~~~", lines[block.start])[:1]
+    bare = Block(_bare("\n".join(lines)) or "", None, True, 0, 0)
+    if not any(block.rank() for block in kept):
+        kept = [bare]
+    elif bare.rank() == COMPLETE:
+        kept.insert(0, bare)
+    best = max(block.rank() for block in kept)
+    parts = _joined(kept[: max(i for i, block in enumerate(kept) if block.rank() == best) + 1])
+    code = "\n\n".join(_at_margin(part.code).strip("\n") for part in parts) if parts[1:] else parts[0].code
     # Leading spaces stay: they are the first line's indentation.
-    return (code or "").rstrip().strip("\n") or None
+    return code.rstrip().strip("\n") or None
+
+
+def _joined(kept: list[Block]) -> list[Block]:
+    """The last block behind those whose names it uses, or what it runs; of two that bind a name, the later counts."""
+    names, last = [block.names() for block in kept], len(kept) - 1
+    while True:
+        parts, needed = [last], names[last][1]
+        for i in reversed(range(last)):
+            bound, read = names[i]
+            if needed & bound:
+                parts.append(i)
+                needed = needed - bound | read
+        run = next((i for i in parts[1:] if kept[i].rank() == COMPLETE), None) if kept[last].only_runs() else None
+        if run is None:
+            return [kept[i] for i in reversed(parts)]
+        last = run
 
 
 def through_program(text: str) -> str | None:
@@ -101,19 +156,18 @@ def _block(lines: list[str], at: int, opening: re.Match[str]) -> Block:
     indent = len(opening["before"]) if not opening["before"].strip() else 0
     mark = f"{re.escape(fence[0])}{{{len(fence)},}}"
     close = re.compile(rf"(.*?){mark}(?:[ \t]*|[A-Z][\w']* .*)$|[ \t]*{mark}[ \t]*(?i:python|py)3?[ \t]*$")
-    # Models also close a fence on the last line of code, write prose behind the closing fence, or open the next one.
-    ends = (
-        (i, m[1])
-        for i in range(first, len(lines))
-        if (m := close.match(lines[i])) and not (m[1] or "").strip(" \t").endswith(fence[0])
-    )
-    # A fence inside a docstring ends no block: the first end is taken at which the code is Python.
     made = []
-    for end, glued in ends:
+    for end in range(first, len(lines)):
+        # Models also close a fence on the last line of code, write prose behind the closing fence, or open the next one.
+        closing = close.match(lines[end])
+        if closing is None or (closing[1] or "").strip(" \t").endswith(fence[0]):
+            continue
+        glued = closing[1]  # code in front of the fence, on its line
         inside = [*lines[first:end], *([glued] if glued and glued.strip() else [])]
         code = "\n".join(line[indent:] if not line[:indent].strip() else line for line in inside)
         made.append(Block(code, python, True, at, end + (glued is not None)))
-        # Other languages cannot be checked: their first end is taken.
+        # A fence inside a docstring ends no block: the first end is taken at which the code is Python. Other languages
+        # cannot be checked: their first end is taken.
         if python is False or _tree(code) is not None:
             return made[-1]
     inside = [line[indent:] if not line[:indent].strip() else line for line in lines[first:]]
@@ -142,8 +196,12 @@ def is_program(tree: ast.Module) -> bool:
 
 def as_module(code: str) -> str:
     """Code that defines something, moved to the left margin if it is Python only there."""
-    indented = syntax_tree(code) is None and (tree := _tree(code)) is not None and _defines(tree)
-    return textwrap.dedent(code) if indented else code
+    tree = _tree(code)
+    return _at_margin(code) if tree is not None and _defines(tree) else code
+
+
+def _at_margin(code: str) -> str:
+    return code if syntax_tree(code) else textwrap.dedent(code)
 
 
 def as_body(code: str) -> str:
@@ -202,11 +260,12 @@ def _framed(text: str) -> str:
 
 
 def _bare(text: str) -> str | None:
-    text = re.sub(r"(?<!\\)\n[A-Za-z]+\s*\Z", "", text)  # "Done", which would be a name
+    # A first line "python" or a last one "Done" would be a name.
+    text = re.sub(r"\A\s*[A-Za-z]+[0-9]*[^\S\n]*\n|(?<!\\)\n[A-Za-z]+\s*\Z", "", text)
     tree = syntax_tree(text)
-    if tree is not None:
-        return text if is_program(tree) else None
-    starts = list(_CODE_LINE.finditer(text))
+    if tree is not None and is_program(tree):
+        return text
+    starts = list(_CODE_LINE.finditer(text))  # also within quotation marks that stand for a fence
     if not starts:
         tree = syntax_tree(textwrap.dedent(text))
         return text if tree is not None and is_program(tree) else None

@@ -95,7 +95,7 @@ class ChatTask(_View):
 
     # A reply ends with its turn.
     stop: tuple[str, ...] = ()
-    # With this object's `opening`.
+    # The task's own method would use the task's `opening`, not this object's.
     behind = Task.behind
 
     def __init__(self, task: Task, template: ChatTemplate, shots: int):

@@ -80,10 +80,8 @@ def copies(rng: np.random.Generator, worlds: Worlds) -> tuple[np.ndarray, np.nda
     B = len(worlds.answer)
     picked = np.argsort(rng.random((B, 7)), axis=1)[:, :4]
     facts = rearrange(worlds.facts, "b (facts words) -> b facts words", words=3)
-    stated = np.take_along_axis(facts, picked[..., None], axis=1)
-    tokens = np.concatenate(
-        [worlds.facts, np.full((B, 1), CPY), rearrange(stated, "b facts words -> b (facts words)")], axis=1
-    )
+    stated = rearrange(np.take_along_axis(facts, picked[..., None], axis=1), "b facts words -> b (facts words)")
+    tokens = np.concatenate([worlds.facts, np.full((B, 1), CPY), stated], axis=1)
     mask = np.zeros((B, LENGTH), np.float32)
     # Only objects: which fact comes next is random, and its object follows from the facts.
     mask[:, FACTS + 3 :: 3] = 1.0
@@ -116,7 +114,6 @@ def mixed_text(
     Copying, standard prompts, chains of thought (with the look-alike first hop at the rates of `noise`, by the first
     relation), answering beside a rationale.
     """
-
     copy, std, cot, ans = shares
     parts = [copies(rng, draw(rng, copy))] if copy else []
     last = np.zeros(LENGTH, np.float32)

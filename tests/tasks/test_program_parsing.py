@@ -2,6 +2,7 @@
 
 import ast
 import json
+import textwrap
 
 import pytest
 from conftest import shared
@@ -52,6 +53,27 @@ FORMS = {
     "bare and indented, a word behind": "".join(f"    {line}\n" for line in CODE.split("\n")) + "\nDone\n",
     "bare, a word behind": f"{CODE}\n\nDone",
     "bare, output fenced": f"{CODE}\n\nOutput:\n```\n9\n```",
+    "bare, an example of use fenced": f"{CODE}\n\nExample:\n```python\nprint(square(2))\n```",
+    "bare, tests fenced": f"{CODE}\n```python\ndef test():\n    assert square(2) == 5\n\ntest()\n```",
+    "bare, cut off after a fence": f"{CODE}\n```python\n",
+    "bare, cut off within a fence": f"{CODE}\n```python\nprint(squ",
+    "the fence opened by the prompt": f"{CODE}```\n\nExample:\n```python\nprint(square(2))\n```",
+    "tests behind it": f"```python\n{CODE}\n```\n```python\nimport pytest\ndef test_square():\n    assert square(2) == 4\n```",
+    "unit tests": f"```python\n{CODE}\n```\n```python\nimport unittest\nclass T(unittest.TestCase):\n"
+    "    def test(self):\n        self.assertEqual(square(2), 4)\nunittest.main()\n```",
+    "a main and its tests": f"```python\n{CODE}\n```\n```python\ndef main():\n    print(square(int(input())))\n```\n"
+    "```python\ndef test_main():\n    main()\n```",
+    "fence of quotation marks": f"'''python\n{CODE}\n'''",
+    "fence of quotation marks, prose around": f"Code:\n'''python\n{CODE}\n'''\nDone.",
+    "HTML": f'<pre><code class="language-python">{CODE}\n</code></pre>\nThis squares.',
+    "HTML, on lines of their own": f"<pre>\n<code>\n{CODE}\n</code>\n</pre>",
+    "HTML, other languages": f'<pre><code>{CODE}</code></pre>\n<pre><code class="language-sh">python a.py</code></pre>',
+    "HTML, not closed": f"<pre><code>{CODE}",
+    "a token in front": f"<|python_tag|>{CODE}",
+    "a token behind": f"```python\n{CODE}\n```<|eom_id|>",
+    "the language in front": f"python\n{CODE}",
+    "marks of no width": f"\ufeff\u200b{CODE}",
+    "marks of no width in a fence": f"\ufeff```python\n\u200b{CODE}\n\u200b```",
 }
 
 
@@ -72,8 +94,48 @@ def test_of_several_blocks_the_last_counts():
     assert program_in(f"```python\n{CODE}\n```\nor\n```java\nint cube(int x) {{}}\n```") == CODE
 
 
+HELP, POWER = "def helper(x):\n    return x", "def square(x):\n    return helper(x) ** 2"
+LIST = "list, n = [1, 2], 3\nprint(n)"
+
+
 @pytest.mark.parametrize(
-    "text", ["", "I cannot do that.", "Sorry", "```bash\npip install x\n```", "<think>\n" + CODE, "[DONE]"]
+    "parts, used",
+    [
+        ([HELP, POWER], (0, 1)),
+        (["import math", "def square(x):\n    return int(math.pow(x, 2))"], (0, 1)),
+        (["  from math import pow as power\n", HELP, "def square(x):\n    return power(helper(x), 2)"], (0, 1, 2)),
+        (["two = input()", HELP, POWER], (1, 2)),
+        (["ONE = 1", "def helper(x):\n    return x * ONE", POWER], (0, 1, 2)),
+        ([HELP.replace("return x", "return 0"), HELP, POWER], (1, 2)),  # a corrected helper
+        ([HELP, POWER, "def main():\n    print(square(2))"], (0, 1)),
+        ([HELP, POWER, "print(square(2))"], (0, 1)),
+        (["class A:\n    one = 1", "class B(A):\n    pass"], (0, 1)),
+        ([CODE, OTHER, "def test():\n    assert cube(square(2)) == 64"], (1,)),
+        ([CODE, "def test_square(x):\n    return x > 2"], (1,)),
+        ([CODE, "def square():\n    return 9"], (1,)),
+        ([LIST, "def square(n):\n    return list([n])[0] ** 2"], (1,)),
+        (["def sum(x):\n    return x * x", "def square(x):\n    return sum(x)"], (0, 1)),
+        (["x = 3", "print(x * x)"], (0, 1)),
+        (["x = 3", "print(x * (x"], (0,)),
+        ([HELP, "def square(x, x):\n    return helper(x)"], (1,)),
+    ],
+)
+def test_a_block_is_read_with_the_earlier_ones_that_it_uses(parts, used):
+    assert program_in("\nand\n".join(f"```python\n{part}\n```" for part in parts)) == "\n\n".join(
+        textwrap.dedent(parts[i]).strip("\n") for i in used
+    )
+
+
+def test_fenced_code_is_read_with_bare_code_and_many_blocks_in_time():
+    assert program_in("f = lambda x: x\n```python\n") == "f = lambda x: x"
+    assert program_in(f"{HELP}\n```python\n{POWER}\n```") == f"{HELP}\n\n{POWER}"
+    chain = [f"def f{i}():\n    return f{i - 1}()" for i in range(1500)]
+    assert program_in("".join(f"```python\n{code}\n```\n" for code in chain)) == chain[0]
+    assert "<pre>" in program_in("```python\ndef f(s):\n    return '<pre><code>' + s + '</code></pre>'\n```")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "I cannot do that.", "Sorry", "```bash\npip install x\n```", "<think>\n" + CODE, "[DONE]", "python\n"]
 )
 def test_where_there_is_no_program_none_is_found(text):
     assert program_in(text) is None

@@ -224,6 +224,23 @@ def test_a_task_says_which_packages_its_programs_may_import(tmp_path):
     assert run_python(*job[:2], timeout_s=20, allow=("numpy",)).passed
 
 
+def test_a_package_may_be_a_single_module(verifier, tmp_path, monkeypatch):
+    (tmp_path / "lonely.py").write_text("import fractions\nhalf = fractions.Fraction(1, 2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Sandbox(1, isolation=verifier.isolation, allow="lonely") as pool:  # one name, not six letters
+        found = pool.run(Job("from lonely import half\ndef f(x): return x * half", "assert f(3) == 1.5"), timeout_s=20)
+    assert found.passed, found
+
+
+def test_one_package_is_given_by_its_name():
+    assert run_python(*NUMPY[0], timeout_s=20, allow="numpy").passed
+
+
+def test_a_comparison_of_no_plain_value_is_named(pool):
+    found = pool.run(Job("def f(): return {1: 2}.keys()", "assert f() == {1}"), timeout_s=20)
+    assert found.reason == "wrong" and "views of a dict" in found.detail
+
+
 @pytest.mark.parametrize("name", ["nonsense", "os", "../numpy", "numpy.linalg", ""])
 def test_a_package_that_cannot_be_allowed_is_named(name):
     with pytest.raises(UserError, match=f"allow='{name}' is not an installed package"):

@@ -20,7 +20,8 @@ Covered:
 Not covered: kernel bugs; timing; expected values returned by heart; weak tests. A program can read the host's name,
 processors and memory, with "landlock" also Python's own `site-packages`. Programs that start processes, write files or
 read standard input fail. Values travel by copy: a test does not see changes of its own argument, functions
-cannot be passed to the program, and objects of its classes can be created, called and read, but equal nothing.
+cannot be passed to the program, and other objects (of its classes, iterators, views of a dict) can be created, called
+and read, but equal nothing.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import symtable
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,7 +107,7 @@ def run_python(
 
 def pool(allow: Iterable[str] = ()) -> Sandbox:
     """This process's pool for these packages: one worker per CPU, started by the first call, closed at exit."""
-    return of_this_process(Sandbox, allow=tuple(sorted(allow)))
+    return of_this_process(Sandbox, allow=tuple(sorted(_packages(allow))))
 
 
 def of_this_process(cls: Any, **options: Any) -> Any:
@@ -128,23 +130,31 @@ def needed_names(tests: str) -> tuple[str, ...]:
         with PARSING:
             tree = ast.parse(tests)
         asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
-        tables = [symtable.symtable(tests, "tests", "exec")]
+        made, used = global_names(tests)
         # Finds more than the parser: a `return` outside a function.
         compile(tests, "tests", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"tests: not Python ({error})") from None
     if not asserts:
         raise ValueError("tests: assert nothing, so every program would pass")
-    made = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
-    used: dict[str, None] = {}
-    for table in tables:
-        tables.extend(table.get_children())
-        top = table.get_type() == "module"
-        used |= {s.get_name(): None for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
     free = tuple(name for name in used if name not in made)
     # Built-ins stay Python's own, so that a program cannot replace the `set` or `sorted` of a comparison; unless the
     # tests need nothing else (a task that asks for a function called `sum`).
     return tuple(name for name in free if not hasattr(builtins, name)) or free
+
+
+def global_names(code: str) -> tuple[dict[str, bool], list[str]]:
+    """Global names that a module's code binds (with whether by `def` or `class`), and those that it reads, in order."""
+    with PARSING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tables = [symtable.symtable(code, "code", "exec")]
+    bound = {s.get_name(): s.is_namespace() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
+    read: dict[str, None] = {}
+    for table in tables:
+        tables.extend(table.get_children())
+        top = table.get_type() == "module"
+        read |= {s.get_name(): None for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+    return bound, list(read)
 
 
 class Sandbox:
@@ -154,7 +164,7 @@ class Sandbox:
         """Starts `workers` (None: one per CPU); UserError if this machine cannot confine programs in that way."""
         if isolation not in ("auto", "landlock", "seccomp"):
             raise UserError(f"isolation={isolation!r} is not one of auto, landlock, seccomp")
-        folders = [_package_folder(name) for name in allow]
+        places = [_package_place(name) for name in _packages(allow)]
         # CPUs that this process may use: in a container fewer than the machine has.
         count = workers or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -162,7 +172,7 @@ class Sandbox:
         self._owner = os.getpid()
         try:
             for _ in range(count):
-                self._workers.append(_Worker(isolation, folders))
+                self._workers.append(_Worker(isolation, places))
                 self._idle.put(self._workers[-1])
         # Also on Ctrl-C: the workers started so far have sessions of their own and would go on.
         except BaseException:
@@ -204,10 +214,16 @@ class Sandbox:
         self.close()
 
 
-def _package_folder(name: str) -> str:
+def _packages(allow: Iterable[str]) -> Iterable[str]:
+    return (allow,) if isinstance(allow, str) else allow  # not its letters
+
+
+def _package_place(name: str) -> str:
+    """The folder of an installed package, or the file of one that is a single module."""
     # find_spec does not import a top-level package; a dotted name would import its parent.
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    file = spec.origin if spec is not None and spec.has_location else None
+    places = list(spec.submodule_search_locations or filter(None, [file])) if spec is not None else []
     if len(places) != 1:
         why = "is not an installed package (a top-level name such as numpy); install it, or leave it out"
         raise UserError(f"allow={name!r} {why}")
@@ -264,9 +280,9 @@ class Helper:
 
 
 class _Worker(Helper):
-    def __init__(self, isolation: str, folders: list[str]):
+    def __init__(self, isolation: str, places: list[str]):
         # -S and -s keep installed packages off the import path: programs get those of `allow` alone.
-        super().__init__("server.py", isolation, *folders, flags=("-S", "-s"), env=_ENVIRONMENT, start_s=60)
+        super().__init__("server.py", isolation, *places, flags=("-S", "-s"), env=_ENVIRONMENT, start_s=60)
         self._start_server()
 
     def _start_server(self) -> None:

@@ -109,7 +109,7 @@ def decode(data: Any, handle: Callable[[int], Any]) -> Any:
             raise TypeError("an object is no value")
         return data
     tag, *rest = data
-    if tag in ("list", "tuple", "set", "frozenset", "deque"):
+    if tag in _CONTAINERS:
         return _CONTAINERS[tag](decode(x, handle) for x in rest)
     if tag == "dict":
         return {decode(k, handle): decode(x, handle) for k, x in rest}

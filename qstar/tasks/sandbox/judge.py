@@ -25,7 +25,7 @@ _MEMORY = 1 << 30  # address space of a judge, in bytes, beyond what it starts w
 
 
 class NotAValue(Exception):
-    """A test compares an object of a class of the program; only plain values can be compared."""
+    """A test compares an object that is no plain value, such as one of a class of the program."""
 
 
 class Ended(BaseException):
@@ -138,7 +138,7 @@ class Remote:
     __len__, __str__ = _operation("length"), _operation("text")  # type: ignore[assignment]
 
     def _refuse(self, *_: Any) -> Any:
-        raise NotAValue("only plain values can be compared, not objects of the program's own classes")
+        raise NotAValue("only plain values can be compared, not iterators, views of a dict or objects of classes")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
 
@@ -199,7 +199,8 @@ def run(jobs: int, verdicts: int, baseline: int, isolation: str) -> int:
         program.kill()
         return NO_JOB
     resource.setrlimit(resource.RLIMIT_AS, (baseline + _MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    # Ends the judge, and so all, even inside C code. Half a second after the deadline, which gives a better reason.
+    # SIGALRM ends the judge, and the program with it, even inside C code. It comes half a second after the deadline of
+    # `Guest`, whose verdict has a better reason.
     signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + 0.5)
     # Tests that draw random numbers give the same verdict in every run.
     random.seed(0)

@@ -1,9 +1,9 @@
 """The server: a process started by `qstar.tasks.sandbox` that confines itself and then forks one judge per job.
 
-    python -S -s -P server.py JOBS VERDICTS STRENGTH [FOLDER ...]
+    python -S -s -P server.py JOBS VERDICTS STRENGTH [PLACE ...]
 
-JOBS and VERDICTS are inherited pipes; each FOLDER is that of an installed package which programs may import.
-The server never reads a job, since every program inherits its memory.
+JOBS and VERDICTS are inherited pipes; each PLACE is the folder, or the only file, of a package that programs may
+import. The server never reads a job, since every program inherits its memory.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def _import(names: list[str]) -> None:
             importlib.import_module(name)
 
 
-def _import_packages(folders: list[str]) -> None:
-    for folder in folders:
-        parent, name = os.path.split(folder)
+def _import_packages(places: list[str]) -> None:
+    for place in places:
+        parent, name = os.path.split(place)
         sys.path.append(parent)
-        module = importlib.import_module(name)
+        module = importlib.import_module(name.partition(".")[0])
         # Submodules that are imported at first use, which is too late once no file can be opened.
         for attribute in dir(module):
             with contextlib.suppress(Exception):
                 getattr(module, attribute)
         sys.path.remove(parent)
-        isolate.packages += [folder, f"{folder}.libs"]  # wheels keep shared libraries beside the package
+        isolate.packages += [place, f"{place}.libs"]  # wheels keep shared libraries beside the package
 
 
 def _confine(strength: str) -> str:
@@ -93,14 +93,14 @@ def _all_ended() -> bool:
     return True
 
 
-def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
+def main(jobs: int, verdicts: int, strength: str, places: list[str]) -> int:
     """Serves until the pipe of jobs is closed; returns the exit status."""
-    # The tests' code would write them to the user's terminal.
+    # Warnings about the tests' code would appear in the user's terminal.
     warnings.simplefilter("ignore")
     _import(_PRELOADED)
     sys.path.pop(0)
     try:
-        _import_packages(folders)
+        _import_packages(places)
     except Exception as error:
         codec.send(verdicts, {"refused": f"a package that programs may import cannot be: {error}"})
         return 1
@@ -114,7 +114,7 @@ def main(jobs: int, verdicts: int, strength: str, folders: list[str]) -> int:
     if isolation == "seccomp":
         _import(_LIBRARY)
         baseline = _address_space()
-    # Its pipes, too; the judge's and the program's process inherit that.
+    # Hides its pipes, too. The judge's and the program's process inherit that.
     isolate.hide_memory()
     codec.send(verdicts, {"ready": isolation})
     gc.collect()
