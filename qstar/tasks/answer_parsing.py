@@ -12,20 +12,21 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from qstar.tasks import answer_text
-from qstar.tasks.answer_text import BOX, MINUS, NUMBER, SIGN, VULGAR, FoundNumber
+from qstar.tasks.answer_text import BOX, CHARACTERS, CURRENCY, NUMBER, VULGAR, FoundNumber
 
 # ---------------------------------------------------------------------------------------------------------- numbers
 
 MARK = "####"  # of GSM8K's answer line
 # Units, %, a full stop may follow: anything without another digit, so neither 1e3 nor "5 or 6" passes.
-_NUMBER = re.compile(rf"\s*{SIGN}?\s*{NUMBER}[^0-9√π{VULGAR}]*")
-_MARK = re.compile(r"#{4,}[\s:]*(?:[A-Za-z]{2}[A-Za-z ]{0,40}[:=](?=[^A-Za-z\n]*[0-9]))?\s*")  # "#### Total: 72"
+_NUMBER = re.compile(rf"\s*{CURRENCY}\s*{NUMBER}[^0-9√π{VULGAR}]*")
+# "#### Total: 72"; not beyond a rule
+_MARK = re.compile(r"#{4,}[ \t\r\n:]*(?:[A-Za-z]{2}[A-Za-z ]{0,40}[:=](?=[^A-Za-z\n]*[0-9]))?[ \t\r\n]*")
 _ENUMERATION = re.compile(r"1?[0-9][.)]\s+[A-Za-z]")  # "#### 2. Add up" is a heading
 
 
 def number(text: str) -> Fraction | None:
     """The exact number of which an answer consists ($, %, units, and "million" or "k", by which GSM8K counts); else None."""
-    match = _NUMBER.fullmatch(text.translate(MINUS))
+    match = _NUMBER.fullmatch(text.translate(CHARACTERS))
     return match and answer_text.number_of(match)
 
 
@@ -81,6 +82,17 @@ def _implied(part: str, original: str) -> Fraction | None:
     return found.value if found else number(part)
 
 
+def _statements(text: str) -> list[tuple[int, int]]:
+    """Those of `answer_text`, and GSM8K's mark where it stands once, in the last line: several are headings."""
+    stated = answer_text.statements(text)
+    before, mark, line = text.rstrip().rpartition(MARK)
+    at = len(before) + len(mark)
+    # A line with a colon, or a long one, mostly is a heading or a remark.
+    if mark and MARK not in before and re.fullmatch(r"[^\n:]{1,60}", line) and (not stated or stated[-1][1] < at):
+        stated.append((len(before), at))
+    return stated
+
+
 # ---------------------------------------------------------------------------------------------------------- letters
 
 # Behind a letter that is no article. "A (big) dog" is one, "A (sand)." is not.
@@ -89,6 +101,7 @@ _ENDS = r"(?=\$?\s*(?:[.,;:!\"')\n\u2014-]|$|\([^()\n]{1,80}\)\s*(?:[.,;:!\n]|$)
 
 class _LetterPatterns(NamedTuple):
     bracketed: re.Pattern[str]
+    last: re.Pattern[str]
     leading: re.Pattern[str]
     is_correct: re.Pattern[str]
     chosen: re.Pattern[str]
@@ -104,6 +117,8 @@ def _letter_patterns(last: str) -> _LetterPatterns:
         bracketed=re.compile(
             rf"(?<!not )(?<!n't )(?<!\) or )(?<!\) and )[(\[]({small})[)\]](?!\s+or\b|\s+and\s+\(\w\)(?! is\b))", re.I
         ),
+        # At the end of its sentence: "blotter: E".
+        last=re.compile(rf":\s+\(?({big})\b\)?[.\s]*$"),
         # At the start of an answer: "E", "option e", "E) blotter", "E. blotter", "E blotter", but not "a blotter".
         leading=re.compile(
             rf"[\s\"'{BOX}:]*(?i:(?:most likely|probably|likely|clearly)\s+)?"
@@ -135,7 +150,7 @@ def final_letter(text: str, last: str = "e") -> tuple[str, int] | None:
         for found in _letters(part, patterns):
             group = found.lastindex or 0
             # The bracket and full stop behind the letter stay in the kept text: the few-shot form is "(e).".
-            return found[group].lower(), clean.original_end(found.end(group), text, more=r")\].")
+            return found[group].lower(), clean.original_end(found.end(group), text, more=r")）\].")
         for bold in reversed(answer_text.bold_pieces(text[: clean.at[len(part)]])):
             if match := patterns.leading.match(answer_text.strip_markup(bold).text):
                 return match[match.lastindex or 0].lower(), clean.original_end(len(part.rstrip()), text)
@@ -146,9 +161,10 @@ def final_letter(text: str, last: str = "e") -> tuple[str, int] | None:
 
 def _letters(text: str, patterns: _LetterPatterns) -> Iterator[re.Match[str]]:
     # The strongest sign first: a bracketed letter on its own may only be mentioned.
-    for _, start in reversed(answer_text.statements(text)):
+    for _, start in reversed(_statements(text)):
         end = start + len(answer_text.sentence_at(text, start))
-        if found := patterns.leading.match(text, start) or patterns.bracketed.search(text, start, end):
+        inside = (pattern.search(text, start, end) for pattern in (patterns.bracketed, patterns.last))
+        if found := patterns.leading.match(text, start) or next(filter(None, inside), None):
             yield found
     for pattern in (patterns.is_correct, patterns.chosen):
         yield from reversed(list(pattern.finditer(text)))
@@ -161,22 +177,25 @@ def _letters(text: str, patterns: _LetterPatterns) -> Iterator[re.Match[str]]:
 # --------------------------------------------------------------------------------------------------------- yes or no
 
 YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
-# "no" before a noun ("no proof") is no answer, nor is "yes and no".
+_SURELY = r"(?:absolutely|certainly|clearly|definitely|undoubtedly|without\s+(?:a|any)\s+doubt)\b,?\s+"
+# "no" before a noun ("no proof") is no answer, nor is "yes and no" or "yes/no".
 _VERDICT = (
-    r"(?:(?P<not>not)\s+)?\b(?P<verdict>yes|true|false|no)\b(?!\s+(?:and|or)\s+(?:yes|no|true|false)\b)"
+    r"(?:(?P<not>not)\s+)?\b(?P<verdict>yes|yeah|true|false|nope|no|(?<=[:=] )[yn](?=[.!]?\s*\Z))\b"
+    r"(?!\s*/|\s+(?:and|or)\s+(?:yes|no|true|false)\b)"
     r"(?:(?<!no)|(?=\W*$|\s*[.,;:!()\"'\n\u2014-]|\s+(?:because|since|as|for|I|it|they|he|she|this|that|these|those|there|you|we|the|but"
     r"|so|if|in|unless|while|although|not|thus|therefore)\b))"
 )
 _STATED_VERDICT = re.compile(
-    rf"[\s\"'(:{BOX}]*(?:(?:that|it\s+is|an?|most|very|likely|probably|clearly|definite(?:ly)?|simply|clear|resounding|firm|strong|big)\s+)*"
-    + _VERDICT,
+    rf"[\s\"'(:{BOX}]*(?:(?:that|it\s+is|an?|most|very|likely|probably|definite|simply|clear|resounding|firm|strong|big)\s+|{_SURELY})*"
+    rf"[\"'(]?{_VERDICT}",
     re.IGNORECASE,
 )
+_ISNT = re.compile(r"\bisn['\u2019]t\b")
 # Without a statement of an answer: a sentence that begins with one, a conclusion, what is said of a statement.
 _SAID_VERDICTS = tuple(
     re.compile(before + _VERDICT, re.IGNORECASE | re.MULTILINE)
     for before in (
-        r"(?:^|[.!?]\s)(?:[^\S\n]|[\"'(])*(?=(?:yes|no)\b|(?:true|false)\s*(?:[.,;:!]|$))",
+        rf"(?:^|[.!?]\s)(?:[^\S\n]|[\"'(])*(?:{_SURELY})?(?=(?:yes|yeah|nope|no)\b|(?:true|false)\s*(?:[.,;:!]|$))",
         r"\b(?:so|thus|therefore|hence|in (?:conclusion|short|summary)|overall|I(?:\s+would|['\u2019]d)\s+say)\b[\s,:]*",
         r"\b(?:statement|claim|that|this|it)(?:\s+is|['\u2019]s)\s+(?:(?:definitely|clearly)\s+)?(?=(?:not\s+)?(?:true|false)\b)",
     )
@@ -187,15 +206,14 @@ def final_yes_no(text: str) -> str | None:
     """The last stated answer that is yes, no, true or false ("not yes" is no), else the last sentence that is one."""
 
     def read(part: str) -> str | None:
-        stated = [_STATED_VERDICT.match(part, start) for _, start in reversed(answer_text.statements(part))]
+        stated = [_STATED_VERDICT.match(part, start) for _, start in reversed(_statements(part))]
         said = [m for pattern in _SAID_VERDICTS for m in pattern.finditer(part)]
         # Conclusions come last: a later verdict outweighs those of the steps before it.
         for found in filter(None, (*stated, *sorted(said, key=lambda m: m.start(), reverse=True))):
-            answer = YES_NO[found["verdict"].lower()]
-            return {"yes": "no", "no": "yes"}[answer] if found["not"] else answer
+            return "yes" if (found["verdict"][0] in "yYtT") != bool(found["not"]) else "no"
         return None
 
-    return answer_text.first_found(answer_text.strip_markup(text).text, read)
+    return answer_text.first_found(_ISNT.sub("is not", answer_text.strip_markup(text).text), read)
 
 
 # ---------------------------------------------------------------------------------------------------------- phrases
@@ -210,17 +228,18 @@ _ABBREVIATIONS = set("mrs prof inc ltd gen col rev hon capt sgt etc vol bros sen
 # Initials, too, of which the last point is cut: "J.R" of "J.R. Smith".
 _INITIALS = re.compile(r"(?:[A-Za-z]\.)*[A-Za-z]")
 _SHORT = 8  # words of a first line that is an answer although another statement follows
+_LINE = 1000  # characters of a phrase, which bound the time as many statements share a line
 
 
 def final_phrases(part: str, *, reasoning: bool) -> list[str]:
     """Phrases that a text without markup answers with, the best first; with `reasoning` not the first line."""
     # T5 has no line breaks: a further "Question:" follows on the same line.
     text = _NEXT_SLOT.split(part.strip(), maxsplit=1)[0]
-    first, stated = text.partition("\n")[0], answer_text.statements(text)
+    first, stated = text.partition("\n")[0], _statements(text)
     in_first = bool(stated) and stated[0][0] < len(first)
     if not reasoning and not in_first and (not stated or len(first.split()) <= _SHORT):
         return [_phrase(first)]
-    return [_phrase(text[start:].partition("\n")[0]) for _, start in reversed(stated)]
+    return [_phrase(text[start : start + _LINE].partition("\n")[0]) for _, start in reversed(stated)]
 
 
 def _phrase(line: str) -> str:

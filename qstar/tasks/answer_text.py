@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -16,22 +17,28 @@ from typing import NamedTuple, TypeVar
 _SENTENCE, _HEADINGS = 500, 20
 # Characters of a number. Python refuses to convert very long ones, and no answer is one.
 LONGEST = 100
-MINUS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
+# Characters that mean one of ASCII: its full-width forms (but not the comma, which may separate a list), dashes, slashes.
+CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if code != 0xFF0C} | str.maketrans(
+    "\u2010\u2011\u2012\u2013\u2212\ufe63\u2044\u2215", "------//"
+)
 # Ends on a digit: the common class [0-9,]+ takes a lone comma for a number.
 DIGITS = r"(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)"
-BOX = "\x02"  # replaces \boxed and <answer> in text without markup
+# What replaces \boxed or <answer>, and a line such as ---, in text without markup. The latter counts as white space.
+BOX, RULE = "\x02", "\f"
 
 _THINKING_START, _THINKING_END = (re.compile(rf"<{slash}think(?:ing)?>", re.IGNORECASE) for slash in ("", "/"))
 _THINKING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _TURN = (
-    r"<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_of_text|end|user|assistant)\|>|</s>"
+    r"<\|(?:im_start|im_end|endoftext|eot_id|eom_id|start_header_id|end_of_text|end|user|assistant)\|>|</s>"
     r"|<(?:start|end)_of_turn>|\[/?INST\]"
 )
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 # In this order: boxes before other commands, fractions before braces go, escapes before the characters they protect.
 _MARKUP = tuple(
     (re.compile(pattern, re.IGNORECASE), new)
     for pattern, new in (
         (rf"\A\s*(?:{_TURN})(?:assistant|model)?\s*", ""),
+        (r"(?m)^[^\S\n]*([-*_=])(?:[^\S\n]*\1){2,}[^\S\n]*$", RULE),
         (r"\\(?:boxed|fbox)\s*\{?|<(?:final_?)?answer>", BOX),
         (r"(?<=[0-9])\s*(?=\\[cdt]?frac)", " "),  # of a mixed number
         (r"\\[cdt]?frac\s*([0-9])([0-9])", r"\1/\2"),
@@ -44,6 +51,7 @@ _MARKUP = tuple(
         (r"\*{2,}|__|(?<!\S)\*(?=\S)|(?<=\S)\*(?!\w)|(?<!\w)_(?=\w)|(?<=\w)_(?!\w)|`+", ""),
         (r"[\u00a0\u2007\u2009\u202f~]|\\ ", " "),
         (r"[\u201c\u201d]", '"'),
+        (r"\uff0c(?![0-9])", ","),
     )
 )
 
@@ -54,7 +62,8 @@ _NOUN = (
 _IS = r"(?:is|was|would\s+be|will\s+be|should\s+be|must\s+be|has\s+to\s+be|equals)\b\s*[:=]?"
 _STATED = re.compile(
     rf"(?<![^\W_]){_NOUN}\b[\"']?(?:(?:\s+(?:to|of|for|in|here)\b[^.:=\n{BOX}]{{0,80}}?)?\s+{_IS}|\s*(?:\([^()\n]{{0,40}}\))?\s*(?:{_IS}|[:=]))"
-    rf"|^[^\w\n]*(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|conclusion)[^\w\n]*$|^[^\w\n]*(?:A\s*:|(?:result|total)\s*[:=])|{BOX}",
+    rf"|^[^\w\n]*(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|conclusion)[^\w\n]*$|^[^\w\n]*(?:A\s*:|(?:result|total)\s*[:=])|{BOX}"
+    r"|^[^\w\n]*ans(?:wer)?(?:\.\s|\s+-\s+(?=[a-z]))|答案(?:是|为|\s*[:=])",
     re.IGNORECASE | re.MULTILINE,
 )
 _TO_ANSWER = re.compile(r"[\s:=]*(?:(?<=\n)\s*[-\u2022]\s+)?")
@@ -63,9 +72,12 @@ _TO_ANSWER = re.compile(r"[\s:=]*(?:(?<=\n)\s*[-\u2022]\s+)?")
 # ones, which no solution uses for its own parts.
 _NEXT = re.compile(
     r"^[^\w\n]*(?:[0-9]+[.)]\s*)?(?:(?:new|next|another|similar|sample|practice|bonus|additional)\s+)?"
-    r"(?:(?P<strong>Q|Question|Problem|User|Human)|Example|Exercise|Task|Instructions?|Input|Student)"
+    r"(?:(?P<strong>Q|Question|Problem|User|Human|问题|题目)|Example|Exercise|Task|Instructions?|Input|Student)"
     r"[*_\s]*(?:#?\s*[0-9]+)?[*_]*\s*(?:[:.)]|-\s|$)"
     r"|(?<=\n\n)A:"
+    # Llama 3's header without special tokens; a rule behind GSM8K's answer line (no heading, no computation).
+    r"|(?<=[0-9.!?)\]}$])(?P<turn>(?-i:assistant|user)\n\n)"
+    rf"|^#{{4,}}(?!\s*1?[0-9][.)]\s)[^A-Za-z=\n]*[0-9][^=\n]*\n\s*?(?P<rule>{RULE})"
     r"|^.*\b(?:another|next|new|similar)\s+(?:problem|question|exercise|example)\b"
     r"|(?<=\n)[^\S\n]*\n(?=[^\n]*\b(?:how|what|which|who|when|where|find|calculate)\b[^\n]*\?\s*$)",
     re.IGNORECASE | re.MULTILINE,
@@ -73,25 +85,32 @@ _NEXT = re.compile(
 _OPENER = re.compile(r"(?i)\W*(?:sure|certainly|of course|ok|okay|let'?s|let us|let me|here|to solve|first)\b")
 _END_OF_TURN = re.compile(rf"(?<=\S)\s*(?:{_TURN})", re.IGNORECASE)
 
-SIGN = r"[$€£¥₹₽₩₪₫฿]"
-_GROUPED = r"[0-9]{1,3}(?:[ '\u2019][0-9]{3})+(?:\.[0-9]+)?(?![0-9])"  # 1 000, 1'000
-VULGAR = "½⅓⅔¼¾⅛⅜⅝⅞"
+_SIGN = "[" + "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c) == "Sc") + "]"
+_CODES = "|".join(
+    "AU CA US R Rs AED AUD BRL CAD CHF CNY CZK DKK EUR GBP HKD IDR ILS INR JPY KRW MXN MYR NOK NZD PHP PLN RMB RUB SAR SEK"
+    " SGD THB TWD USD VND ZAR".split()
+)
+CURRENCY = rf"(?:(?:(?:{_CODES})\.?\s?(?={_SIGN}|[0-9])|[A-Z]{{1,3}}(?={_SIGN}))?{_SIGN}?)"
+_GROUPED = r"[0-9]{1,3}(?:[ '\u2019_\uff0c\u066c][0-9]{3})+(?:\.[0-9]+)?(?![0-9])"  # 1 000, 1'000, 1_000
+VULGAR = "¼½¾" + "".join(map(chr, range(0x2150, 0x215F)))
 _PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4)}
-_PARTS |= {sign: Fraction(unicodedata.numeric(sign)).limit_denominator(8) for sign in VULGAR}
+_PARTS |= {sign: Fraction(unicodedata.numeric(sign)).limit_denominator(10) for sign in VULGAR}
 # The groups that `number_of` takes: 1 000, 3/4, 1 3/4, 1¾, 1 and a half, ½.
 NUMBER = (
-    rf"(?P<sign>[-+]?|(?i:negative|minus)\s+)\s*{SIGN}?\s*(?P<number>(?:{_GROUPED}|{DIGITS})(?:\s*/\s*{DIGITS}"
+    rf"(?P<sign>[-+]?|(?i:negative|minus)\s+)\s*{_SIGN}?\s*(?P<number>(?:{_GROUPED}|{DIGITS})(?:\s*/\s*{DIGITS}"
     rf"|\s*(?P<part>(?<=\s)[0-9]+/[1-9][0-9]*|(?<=\s)and\s+an?\s+(?:half|third|quarter)|[{VULGAR}]))?|(?P<alone>[{VULGAR}]))"
+    r"(?![0-9²³¹⁰-₉])"
 )
 _LEADING = re.compile(
     # No coordinates, which a comma without a space would make a decimal number.
     r"[\s\"'([]*(?!(?<=[(\[])-?[0-9.]+,(?:[\s√]|[0-9]{1,2}(?![0-9])))"
     r"(?:(?:about|approximately|around|roughly|exactly|only|(?:a\s+)?total\s+of|\u2248|=)\s*)?"
-    rf"(?:(?:US|AU|CA|R|Rs\.?|USD|EUR|GBP|INR)\s?(?={SIGN}|[0-9]))?{SIGN}?\s*{NUMBER}"
+    rf"{CURRENCY}\s*{NUMBER}"
     # Not a part of a longer number, a product, a time, a range, a computation, a list or a choice of two.
-    rf"(?![0-9]|[.,]+[0-9]|\s*[:/^]\s*[0-9√]|\s*[√π{VULGAR}]|[eE][-+]?[0-9]|\s+[0-9]|(?:\s*%)?\s*[-+*x×÷=]\s*{SIGN}?[(]?\.?[0-9√]"
-    rf"|(?:\s*%|\s*[A-Za-z]+)?\s+(?:or|to|and)\s+(?:{SIGN}?\.?[0-9]|(?:an?|one|two|three)\s+(?:half|third|quarter))"
-    rf"|[,;][^\S\n]+{SIGN}?-?\.?[0-9](?![0-9.,]*\s+(?!and\b|or\b)[a-z])"  # "72, 24 of them in May" is one number
+    rf"(?![^A-Za-z\s]?[0-9]|[.,]+[0-9]|\s*[:/^]\s*[0-9√]|\s*[√π{VULGAR}]|[eE][-+]?[0-9]|\s+[0-9]"
+    rf"|(?:\s*%)?\s*[-+*x×÷=·⋅]\s*{CURRENCY}[(]?\.?[0-9√]"
+    rf"|(?:\s*%|\s*[A-Za-z]+)?\s+(?:or|to|and)\s+(?:{CURRENCY}\.?[0-9]|(?:an?|one|two|three)\s+(?:half|third|quarter))"
+    rf"|[,;][^\S\n]+{CURRENCY}-?\.?[0-9](?![0-9.,]*\s+(?!and\b|or\b)[a-z])"  # "72, 24 of them in May" is one number
     r"|\s+(?!(?:in|of|per|for|at|by|with|after|from|out|than|on|over|every|because|since|as|when|if|so)\b)[A-Za-z]+\s+[0-9])"
 )
 _COMPUTATION = re.compile(r"(?:[^A-Za-z=]|(?<=[0-9%] )(?:x|of)(?= [$0-9])|(?<=[0-9])x(?=[$0-9]))*=\s*")
@@ -143,11 +162,17 @@ def first_turn(text: str) -> str:
     return text[: turn.start()] if turn else text
 
 
-def strip_markup(text: str, dashes: Mapping[int, str] = MINUS, light: bool = False) -> PlainText:
-    """The text without thinking and markup: `**$\\boxed{72}$**` is `$\\x0272$`. `dashes`: {} keeps them, `light` markup."""
+def strip_markup(text: str, characters: Mapping[int, str | int] = CHARACTERS, light: bool = False) -> PlainText:
+    """The text without thinking and markup: `**$\\boxed{72}$**` is `$\\x0272$`.
+
+    Args:
+        characters: what to write for some; {} also keeps invisible ones.
+        light: remove only what no answer consists of.
+    """
     # Places are kept through every replacement, so that an answer found in plain text can be cut in the original.
     at = list(range(len(text) + 1))
-    for pattern, new in ((_THINKING, ""), *(_MARKUP[:1] if light else _MARKUP)):
+    invisible = [(_INVISIBLE, "")] if characters else []
+    for pattern, new in (*invisible, (_THINKING, ""), *(_MARKUP[:1] if light else _MARKUP)):
         pieces: list[str] = []
         kept: list[int] = []
         last = 0
@@ -159,20 +184,21 @@ def strip_markup(text: str, dashes: Mapping[int, str] = MINUS, light: bool = Fal
         if pieces:
             text, at = "".join([*pieces, text[last:]]), kept + at[last:]
     # Last, and one character for one, so that the places need no update.
-    return PlainText(text.translate(dashes), at)
+    return PlainText(text.translate(characters), at)
 
 
 def solution_ends(text: str) -> Iterator[int]:
     """Possible ends of the solution: before each heading of a further problem, last the end of the text or turn."""
     text = first_turn(text)
     for match in itertools.islice(_NEXT.finditer(text), _HEADINGS):
-        before = text[: match.start()].strip()
+        end = match.start("rule") if match["rule"] else match.start()
+        before = text[:end].strip()
         # A heading that opens the text, or follows "Sure, let's solve it:", repeats the problem at hand.
         opening = not before or ("\n\n" not in before and (_OPENER.match(before) or before.endswith((":", "!"))))
         if not opening:
-            yield match.start()
+            yield end
             # No solution uses such a heading for its own parts: what follows cannot hold the answer.
-            if match["strong"]:
+            if match["strong"] or match["turn"]:
                 return
     yield len(text)
 
@@ -188,12 +214,12 @@ def statements(text: str) -> list[tuple[int, int]]:
 
 
 def sentence_at(text: str, start: int) -> str:
-    """The text from `start` to the end of its sentence or line."""
-    return text[start : _end(_IN_SENTENCE, text, start)]
+    """The text from `start` to the end of its sentence or line, or the first part of a very long one."""
+    return text[start : _end(_IN_SENTENCE, text, start, start + _SENTENCE)]
 
 
-def _end(pattern: re.Pattern[str], text: str, start: int) -> int:
-    match = pattern.match(text, start)
+def _end(pattern: re.Pattern[str], text: str, start: int, stop: int = sys.maxsize) -> int:
+    match = pattern.match(text, start, stop)
     return match.end() if match else start
 
 
@@ -215,7 +241,7 @@ def number_of(match: re.Match[str]) -> Fraction | None:
 
 def number_at(text: str, start: int, *, words: bool = False) -> FoundNumber | None:
     """The number that opens an answer at `start` or follows its last "="; with `words` also the only one in it."""
-    text = text[start : start + _SENTENCE].replace(BOX, " ")
+    text = text[start : start + _SENTENCE].partition(RULE)[0].replace(BOX, " ")
     # Brackets are blanked, not removed, so that offsets stay those of the text.
     sentence = re.sub(r"\([^()]*\)", lambda m: " " * len(m[0]), sentence_at(text, 0))
     begin = sentence.rfind("=") + 1
@@ -223,7 +249,7 @@ def number_at(text: str, start: int, *, words: bool = False) -> FoundNumber | No
         begin = 0
     match = _LEADING.match(text, begin)
     if match is None and words and not re.search("[=√π]", sentence):
-        first = re.search(rf"{SIGN}?(?<![\w.,/])(?:-|\b(?i:minus|negative)\s+)?(?:\.?[0-9]|[{VULGAR}])", sentence)
+        first = re.search(rf"{_SIGN}?(?<![\w.,/])(?:-|\b(?i:minus|negative)\s+)?(?:\.?[0-9]|[{VULGAR}])", sentence)
         match = first and _LEADING.match(text, first.start())
         # Of two numbers in a sentence of words neither is certain to be the answer.
         if match and re.search("[0-9]", sentence[match.end() :]):

@@ -15,7 +15,7 @@ from typing import Any
 from qstar.errors import UserError, bounded
 from qstar.tasks import answer_text, fields
 from qstar.tasks.answer_parsing import MARK, YES_NO, final_letter, final_number, final_phrases, final_yes_no, number
-from qstar.tasks.answer_text import DIGITS, LONGEST, MINUS
+from qstar.tasks.answer_text import CHARACTERS, DIGITS, LONGEST
 from qstar.tasks.base import BUILT_IN, DatasetTask, Problem, ZeroShot, leak_marker, stable_rng
 
 _INTEGER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*")
@@ -27,6 +27,9 @@ _STEP = re.compile(
     r"(?:[-+*/x×÷]\s*[($]*(?:-?\.?[0-9]|[A-Za-z]\b)|\()"
 )
 _ARTICLE = re.compile(r"^(?:the|an?) (?=\S)")
+_OUTER = " .,;:!?\"'`\u201c\u201d\u2018\u2019"
+# The mark of a heading or list; brackets, but not those of an interval; the $ that ends a formula. "- 5" is a number.
+_WRAPPED = re.compile(r"(?:#{2,} ?|[#•] |- (?![0-9.$]))?(?:\(([^(),;]+)\)|\[([^][,;]+)\]|\$?([^$]+)\$|(.+))")
 _WORD = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 # Few-shot files of STaR's release, without and with hints; those of `direct` have no rationales.
 _RELEASE = {"gsm8k": "gsm_prompts", "commonsense_qa": "commonsenseqa_prompts"}
@@ -175,7 +178,7 @@ class Numeric(FieldsTask):
         return prompt, "\nTherefore, the answer (arabic numerals) is"
 
     def parse_closing(self, completion: str) -> str | None:
-        found = _INTEGER.search(completion.translate(MINUS))
+        found = _INTEGER.search(completion.translate(CHARACTERS))
         return _normal_number(found[0]) if found and len(found[0]) <= LONGEST else None
 
     def cut(self, completion: str) -> str:
@@ -203,7 +206,7 @@ class Numeric(FieldsTask):
         """Besides the hint markers: the answer stands before the first two numbers joined by an operator."""
         if marker := leak_marker(completion, problem.question):
             return marker
-        rationale = super().cut(completion).partition(MARK)[0].translate(MINUS)
+        rationale = super().cut(completion).partition(MARK)[0].translate(CHARACTERS)
         step = _STEP.search(rationale)
         # A number of the question may be quoted at any time.
         given = {number(match) for match in _NUMBER.findall(problem.question)}
@@ -370,8 +373,12 @@ class Exact(FieldsTask):
         return answer is not None and answer in problem.meta["golds"]
 
     def _normal(self, text: str) -> str | None:
-        plain = " ".join(text.translate(MINUS).casefold().split()).strip(" .,;:!?\"'`\u201c\u201d\u2018\u2019")
-        return YES_NO.get(plain) if self.yes_no else _ARTICLE.sub("", plain) or None
+        plain = " ".join(text.translate(CHARACTERS).casefold().split()).strip(_OUTER)
+        if self.yes_no:
+            return YES_NO.get(plain)
+        if not self.strict and (wrapped := _WRAPPED.fullmatch(plain)):
+            plain = wrapped[wrapped.lastindex or 0].strip(_OUTER) or plain
+        return _ARTICLE.sub("", plain) or None
 
 
 def _normal_number(text: str) -> str | None:
