@@ -273,7 +273,8 @@ def _moved(x: jax.Array, source: P, target: P) -> jax.Array:
 
 
 _moved.defvjp(
-    lambda x, here, there: (_moved.fun(x, here, there), None),  # `drop_constraints` sees no constraint in a custom_vjp
+    # The function itself, because `drop_constraints` does not look into a custom_vjp.
+    lambda x, here, there: (_moved.fun(x, here, there), None),
     lambda here, there, _, g: (jax.lax.with_sharding_constraint(g, here),),
 )
 

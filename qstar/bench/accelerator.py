@@ -66,7 +66,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
     N = 64 if quick else 256
     found = call(thinking, length=N, changes=small)
     config = _thinker(small)
-    needed, _ = flops.update(config, 1, N, thoughts=True)
+    needed, _ = flops.update(config, 1, N, with_thoughts=True)
     rows.append(_row(f"Quiet-STaR, {config.matmul_params / 1e6:.0f}M, N {N}, n_ahead 8", found, needed, rate, None))
     vendor = flops.peak(product["device"])
     notes = {"device": product["device"], "matmul TFLOP/s": round(rate / 1e12, 2), "copy GB/s": round(bandwidth / 1e9)}

@@ -50,7 +50,7 @@ def main(*, as_json: bool = False, quick: bool = False, device: str = "auto") ->
         # "cached" writes NEW tokens per call; "again" repeats the whole pass for one.
         found, per = call(repeats=repeats), NEW if form == "cached" else 1
         wall, cpu, mib = median(found["seconds"]) / per, median(found["cpu"]) / per, round(found["mib"])
-        needed = flops.update(bench_config(V, A), 1, N, thoughts=True)[0] / rate if what == "step" else None
+        needed = flops.update(bench_config(V, A), 1, N, with_thoughts=True)[0] / rate if what == "step" else None
         theirs = official[what].get(f"{V}/{N}/{A}", {})
         row: dict[str, Any] = {"row": f"{what}, {form}, V={V} N={N} n_ahead={A}", "wall s": round(wall, 5)}
         row |= {"CPU s": round(cpu, 5), "MiB over baseline": mib, "recompiles": found["recompiles"]}

@@ -87,7 +87,7 @@ class _Updates(EpochSettings):
         rows = len(examples)
         if getattr(self, "packed", False):
             rows = len(pack_groups(examples, new.get("row_length", getattr(self, "row_length", 0)))[1])
-        return dataclasses.replace(self, steps=self.updates(rows), **new)
+        return dataclasses.replace(self, steps=self.updates_for(rows), **new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class PairContext(RunContext):
         tokenizer_of(model)
         return model
 
-    def train(
+    def fit_arm(
         self,
         start: Model,
         rows: list[Row],
@@ -180,7 +180,7 @@ class DPOContext(PairContext):
 
     FORM, TRAIN = "preferences", DPOTrain
 
-    def train(self, start, rows, examples, stage, watch, teacher):
+    def fit_arm(self, start, rows, examples, stage, watch, teacher):
         tokenizer = tokenizer_of(start)
         pairs = [Pair(str(i), as_text(tokenizer, x["prompt"]), x["chosen"], x["rejected"]) for i, x in enumerate(rows)]
         return train_dpo(start, pairs, stage, watch=watch)
@@ -191,7 +191,7 @@ class DistilContext(PairContext):
 
     SECTIONS, FORM, TRAIN = DistilSections, "prompts", DistilTrain
 
-    def train(self, start, rows, examples, stage, watch, teacher):
+    def fit_arm(self, start, rows, examples, stage, watch, teacher):
         some = []
         for row, (x,) in zip(rows, examples):
             theirs = list(x.prompt)
@@ -313,7 +313,7 @@ def train_arm(
     where, seed = folder / "checkpoints" / "iter_001", stable_seed(ctx.seed, name, "train")
     opened = ctx.stage(where, settings, steps=settings.steps, seed=seed, arm=name, iteration=1)
     with within(f"config.train.lr={settings.lr}: ", Diverged), opened as stage:
-        model, done = ctx.train(start, rows, examples, stage, watch, teacher)
+        model, done = ctx.fit_arm(start, rows, examples, stage, watch, teacher)
     results = {"rows": len(rows), "steps": done["steps"], "loss": done["loss"]}
     if unseen:
         after = once_json(folder / "after.json", lambda: last or measure(model, done["steps"]))

@@ -115,7 +115,11 @@ def reinforce(
     settings = ReinforceSettings(**rest)
     model = model if isinstance(model, Model) else load(model)
     environment = PromptEnvironment(model, prompts, terms, records, count, seed, stop)
-    with tempfile.TemporaryDirectory() if workdir is None else contextlib.nullcontext(workdir) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="qstar-rl-")
+        if workdir is None
+        else contextlib.nullcontext(workdir) as folder
+    ):
         return _train(model, environment, rl, settings, seed, as_path(folder))
 
 

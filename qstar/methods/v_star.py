@@ -305,4 +305,5 @@ def verifier_stage(arm: Arm, kind: str, n: int, folder: Path) -> Stage:
     """Returns the training stage of the config section `kind` (dpo, orm, prm, rpo) in iteration n."""
     ctx, label = arm.ctx, {"arm": arm.name, "iteration": n}
     seed = stable_seed(ctx.seed, arm.name, n, kind)
-    return Stage(folder, getattr(ctx.settings, kind), 0, seed, ctx.writer, label, name=kind)
+    # How many steps there are depends on the rows: `verifier.train_dpo` and `train_head` set it.
+    return Stage(folder, getattr(ctx.settings, kind), steps=0, seed=seed, writer=ctx.writer, label=label, name=kind)

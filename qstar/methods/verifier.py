@@ -269,10 +269,18 @@ def update_step(config: Any, s: VerifierSettings, kind: str) -> tuple[Any, Any]:
     return tx, make_step(s.through(loss), tx, s.accumulate)
 
 
-def _train(start, stage, kind, arrays, rows_type, bar, watch=None) -> tuple[Model, dict[str, Any]]:
+def _train(
+    start: Model,
+    stage: Stage,
+    kind: str,
+    arrays: dict[str, np.ndarray],
+    rows_type: type,
+    bar: Bar | None,
+    watch: Callable[[int, Params], None] | None = None,
+) -> tuple[Model, dict[str, Any]]:
     """Runs the training stage; `arrays` are the fields of `rows_type` and of the `Batch` in it, flat."""
     s = stage.settings
-    steps = s.updates(len(arrays["tokens"]))
+    steps = s.updates_for(len(arrays["tokens"]))
     # Made when the first batch is drawn: a finished stage, which is only loaded, draws none.
     stream = functools.cache(lambda: batches(arrays, s.batch_size, seed=stage.seed))
     tx, step = update_step(start.config, s, kind)

@@ -17,7 +17,7 @@ from jax import Array
 
 from qstar.models import flash
 from qstar.models.prefix_attention import attend_shared, in_range
-from qstar.models.prefix_kernel import NEG, soft_cap
+from qstar.models.scores import NEG, soft_cap
 from qstar.types import Segment, Shared
 
 

@@ -195,7 +195,7 @@ def _scaled_for_others(config: ModelConfig | EncDecConfig) -> bool:
 
 def copies(config: ModelConfig | EncDecConfig) -> list[tuple[Row, tuple[int, ...]]]:
     """Returns rows that are written for other programs and never read here."""
-    row = Row("embed/table", _LLAMA[0].name, factor=config.hidden_size**0.5)
+    row = Row("embed/table", _LLAMA[0].name, factor=config.hidden_size**0.5, fused_width=config.hidden_size)
     return [(row, (config.vocab_size, config.hidden_size))] if _scaled_for_others(config) else []
 
 

@@ -33,7 +33,7 @@ from qstar.models.hf import write_json
 from qstar.models.hf_names import Row, abstract_params, name_map
 from qstar.models.hub import split_revision
 from qstar.models.layers import with_adapters
-from qstar.models.weight_files import _WRAPPERS, DTYPES, FORMATS, read_json
+from qstar.models.weight_files import DTYPES, FORMATS, WRAPPERS, read_json
 from qstar.types import Params
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -229,7 +229,7 @@ def _check_settings(raw: dict[str, Any], where: str) -> None:
 def _rank_and_scale(raw: dict[str, Any], name: str) -> tuple[int, float]:
     def own(key: str, default: Any) -> Any:
         # As in PEFT, the first key of a pattern that matches the end of the module's name decides.
-        patterns = {_WRAPPERS.sub("", k): v for k, v in (raw.get(key) or {}).items()}
+        patterns = {WRAPPERS.sub("", k): v for k, v in (raw.get(key) or {}).items()}
         return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
 
     rank, alpha = own("rank_pattern", raw["r"]), own("alpha_pattern", raw["lora_alpha"])
@@ -251,7 +251,7 @@ def _read_tensors(where: pathlib.Path) -> dict[str, np.ndarray]:
         x = np.frombuffer(view["data"], DTYPES[kind]).reshape(view["shape"]).astype(np.float32)
         require((bool(np.isfinite(x).all()), f"{place} holds NaN or infinity; copy the file again"))
         # PEFT puts the adapter's name between lora_A and weight in memory, and some programs save it so.
-        tensors[re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", _WRAPPERS.sub("", name))] = x
+        tensors[re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", WRAPPERS.sub("", name))] = x
     return tensors
 
 

@@ -27,7 +27,7 @@ from jax.interpreters import ad, batching, mlir
 from qstar.mesh import count_spare_shards, spare_axes, split_axis
 from qstar.models import prefix_kernel
 from qstar.models.flash import lift_to_rows, platform_of
-from qstar.models.prefix_kernel import NEG, soft_cap
+from qstar.models.scores import NEG, soft_cap
 
 TILE_BYTES = 2 * 2**20  # of float32 scores alive at once: fits in a CPU's cache
 KEY_BLOCKS = 8  # a tile reads the first 1 .. 8 of as many blocks of keys

@@ -25,18 +25,12 @@ from jax.sharding import PartitionSpec
 
 from qstar.mesh import Rules, batch_axes, count_spare_shards, spare_axes
 from qstar.models.flash import platform_of
+from qstar.models.scores import NEG, soft_cap
 
-# Finite instead of -inf: a row without visible keys then gives numbers, not NaN from inf - inf.
-NEG = -1e30
 ROWS = 256  # of a tile: the columns of its scores
 KEYS = 128  # in a block of keys, the rows of a tile's scores
 MOST_KEYS = 4096  # of a text whose keys, values and their gradients fit into the vector memory of all TPUs since v4
 VECTOR_MEMORY = 64 * 2**20  # bytes that the compiler may use of it
-
-
-def soft_cap(x: Array, cap: float | None) -> Array:
-    """Returns cap * tanh(x / cap), or x where there is no cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def available(q: Array, keys: Array) -> bool:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from qstar.mesh import constrain, count_batch_shards
-from qstar.models.attention import NEG, precision
-from qstar.models.prefix_kernel import soft_cap
+from qstar.models.attention import precision
+from qstar.models.scores import NEG, soft_cap
 
 # Bytes of float32 logits that exist at a time on a device: they fit in a CPU's cache; accelerators lose nothing by it.
 CHUNK_BYTES = 8 * 2**20

@@ -32,7 +32,7 @@ FORMATS = {
     ".onnx": "ONNX is not read",
 }
 # Parts that training programs put into the names of parameters: torch.compile, DDP, FSDP.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\..*|SCB|weight_scale(_inv)?|weight_packed)$"
 )
@@ -67,7 +67,7 @@ class WeightFiles:
             except (SafetensorError, OSError) as e:
                 raise UserError(f"{file}: truncated or no safetensors file ({e}); copy it again") from None
             for name in handle.keys():
-                self.slices[_WRAPPERS.sub("", name)] = functools.partial(handle.get_slice, name)
+                self.slices[WRAPPERS.sub("", name)] = functools.partial(handle.get_slice, name)
         # The base model's prefix, which files saved from a bare model lack (early GPT-2 uploads).
         self.drop = ""
         if config is not None:

@@ -230,7 +230,7 @@ def _thinking(
     S, teacher = config.required_thoughts.thought_tokens, config if arm.teacher else None
     step = update(config, arm.thought_source, S, tx, s.accumulate, teacher, arm.teacher_weight)
     frozen = {"teacher": case.like(attach, trained(case, model, s).params, key)} if teacher else None
-    needed = flops.update(config, s.batch_size, length, thoughts=with_thoughts)
+    needed = flops.update(config, s.batch_size, length, with_thoughts=with_thoughts)
     batch = case.batch(s.batch_size, length)
     yield train_program(case, f"{name}: update", start, s, (tx, step), batch, needed, frozen=frozen)
     if not with_thoughts:

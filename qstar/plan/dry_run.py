@@ -223,7 +223,7 @@ def _guided_cot(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
 def _pairs(ctx: Any, arms: dict[str, Any]) -> Iterator[Work]:
     rows = len(ctx.read(None)[0])
     for name, s in arms.items():
-        yield _updates(name, s, s.updates(rows), ctx)
+        yield _updates(name, s, s.updates_for(rows), ctx)
 
 
 # ------------------------------------------------------------------------------------------------------------- text

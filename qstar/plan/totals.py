@@ -82,7 +82,7 @@ def _pairs(case: Case) -> tuple[dict[str, int], int]:
     out: dict[str, int] = {}
     for name, s in case.arms(pairs.CONTEXTS[case.config.method].TRAIN, "train").items():
         key = "DPO" if case.config.method == "dpo" else name
-        out[key] = out.get(key, 0) + s.updates(case.assumed.problems)
+        out[key] = out.get(key, 0) + s.updates_for(case.assumed.problems)
     return out, 0
 
 

@@ -221,7 +221,9 @@ class Arm:
         if n not in self._reported():
             clock = {f"seconds_{k}": v for k, v in self.seconds.items()}
             self.ctx.writer.write(stage="iteration", step=n, arm=self.name, iteration=n, **metrics, **more, **clock)
-        self.ctx.table(self.name, loop_rows([r for m, r in self._reported().items() if m <= n]))
+        # The others print nothing, and would read the file while this row is being written.
+        if distributed.is_first():
+            self.ctx.table(self.name, loop_rows([r for m, r in self._reported().items() if m <= n]))
 
     def _reported(self) -> dict[int, dict[str, Any]]:
         rows = read(self.ctx.workdir)

@@ -35,7 +35,7 @@ class EpochSettings(UpdateSettings):
     epochs: float = bounded(1.0, gt=0)
     steps: int = bounded(0, ge=0, note="0: as many as epochs says")
 
-    def updates(self, rows: int) -> int:
+    def updates_for(self, rows: int) -> int:
         """Returns the number of updates on this number of rows."""
         return self.steps or max(1, round(self.epochs * rows / self.batch_size))
 

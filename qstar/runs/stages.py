@@ -302,8 +302,8 @@ def fresh_adapters(start: Model, settings: lora.Lora, seed: int) -> Params:
 def _flops_of(model: Model, settings: UpdateSettings) -> Callable[[Any], float] | None:
     if not isinstance(model.config, ModelConfig):
         return None
-    thoughts = "mixing" in model.params
-    return functools.partial(flops.update_flops, model.config, frozen=settings.lora_rank > 0, thoughts=thoughts)
+    options = {"frozen": settings.lora_rank > 0, "with_thoughts": "mixing" in model.params}
+    return functools.partial(flops.update_flops, model.config, **options)
 
 
 # ------------------------------------------------------------------------------------------- supervised fine-tuning

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qstar.models.attention import NEG
+from qstar.models.scores import NEG
 
 BLOCK = 256  # ids per block of the two-level searches
 

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 
 from qstar.models import decoder
 from qstar.models.config import ModelConfig
-from qstar.models.prefix_kernel import soft_cap
+from qstar.models.scores import soft_cap
 from qstar.models.vocabulary import head_logits
 from qstar.thoughts import forward, layout
 from qstar.thoughts import loss as thought_loss

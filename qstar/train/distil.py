@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from qstar.errors import Settings, bounded, require
 from qstar.models import decoder, scoring
-from qstar.models.attention import NEG
+from qstar.models.scores import NEG
 from qstar.models.vocabulary import log_distribution, map_chunks, token_logprobs
 from qstar.train.losses import SumWeight
 from qstar.types import Metrics, Params, Responses
@@ -92,8 +92,8 @@ def distil_loss(
     if s.kind != "hard":
         # For callers that differentiate all roles.
         frozen = jax.lax.stop_gradient(params["teacher"])
-        prompt = batch.teacher_prompt, batch.teacher_mask
-        teacher_states = scoring.response_states(frozen, teacher, *prompt, batch.response)
+        prompt, mask = batch.teacher_prompt, batch.teacher_mask
+        teacher_states = scoring.response_states(frozen, teacher, prompt, mask, batch.response)
         teacher_head = decoder.head(frozen, teacher)
 
         def soft_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:

@@ -41,27 +41,29 @@ def peak(kind: str) -> float | None:
     return next((flops for name, flops in PEAKS.items() if name in kind), None)
 
 
-def update_flops(config: ModelConfig, batch: Any, *, frozen: bool = False, thoughts: bool = False) -> float:
+def update_flops(config: ModelConfig, batch: Any, *, frozen: bool = False, with_thoughts: bool = False) -> float:
     """Returns the FLOPs that one update on a host batch needs.
 
     Args:
       batch: a `Batch`, or what holds one as `rows` (`Preference`, `Graded`). frozen: only adapters train.
-      thoughts: whether those of `config.thoughts` follow every position.
+      with_thoughts: whether those of `config.thoughts` follow every position.
     """
     rows = getattr(batch, "rows", batch)
     real, before = np.asarray(rows.segment_ids) > 0, np.asarray(rows.positions) + 1
     if config.sliding_window is not None:
         near = config.windowed_share
         before = near * np.minimum(before, config.sliding_window) + (1 - near) * before
-    return count(config, float(real.sum()), float((before * real).sum()), frozen=frozen, thoughts=thoughts)
+    return count(config, float(real.sum()), float((before * real).sum()), frozen=frozen, with_thoughts=with_thoughts)
 
 
-def count(config: ModelConfig, tokens: float, pairs: float, *, frozen: bool = False, thoughts: bool = False) -> float:
+def count(
+    config: ModelConfig, tokens: float, pairs: float, *, frozen: bool = False, with_thoughts: bool = False
+) -> float:
     """Returns the FLOPs of an update on so many tokens, which attend to so many others in all; see `update_flops`."""
     c = config
     head, pair = c.vocab_size * c.hidden_size, 2 * c.num_layers * c.num_heads * c.head_dim
     weights, attention = c.matmul_params * tokens, pair * pairs
-    if thoughts:
+    if with_thoughts:
         t = c.required_thoughts
         S, A, P = t.thought_tokens, t.talk_tokens, t.thoughts_per_position * t.think_fraction
         U = S + A + 1  # token u of a thread attends to the text up to its position, and to u tokens of the thread
@@ -84,17 +86,17 @@ def forward(config: Any, rows: int, length: int, *, context: int = 0, predicted:
     return 2.0 * core * rows * length + rows * attention + vocabulary, "2 N per token"
 
 
-def update(config: Any, rows: int, length: int, *, lora: bool = False, thoughts: bool = False) -> Needed:
-    """An update on full rows; with `thoughts`, those of `config.thoughts` at `think_fraction` of the positions."""
+def update(config: Any, rows: int, length: int, *, lora: bool = False, with_thoughts: bool = False) -> Needed:
+    """An update on full rows; with `with_thoughts`, those of `config.thoughts` at `think_fraction` of the positions."""
     pairs = rows * _causal_pairs(length, config)
-    rule = "4 N per token (LoRA)" if lora else "6 N per token of text and threads" if thoughts else "6 N per token"
-    return count(config, rows * length, pairs, frozen=lora, thoughts=thoughts), rule
+    rule = "4 N per token (LoRA)" if lora else "6 N per token of text and threads" if with_thoughts else "6 N per token"
+    return count(config, rows * length, pairs, frozen=lora, with_thoughts=with_thoughts), rule
 
 
 def thoughts(config: Any, rows: int, length: int) -> Needed:
     """A forward pass with one thought at every position: a third of an update."""
     one = config.replace(thoughts=config.thoughts.replace(thoughts_per_position=1, think_fraction=1.0))
-    return update(one, rows, length, thoughts=True)[0] / 3, "2 N per token of text and threads"
+    return update(one, rows, length, with_thoughts=True)[0] / 3, "2 N per token of text and threads"
 
 
 def respond(config: Any, rows: int, prompt: int, response: int, back: bool = False, lora: bool = False) -> Needed:

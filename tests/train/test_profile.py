@@ -57,7 +57,7 @@ def test_a_thought_is_counted_as_its_tokens():
             threads += 2 * (c.matmul_params - 12 * 50) + 3 * 4 * q * (j + 1 + i)
         threads += 3 * 2 * 12 * 50 + 6 * 12 * 12  # its predictions, and the mixing head
     expected = flops.update_flops(c, packed(text)) + 3 * 3 * threads
-    assert flops.update_flops(c, packed(text), thoughts=True) == pytest.approx(expected)
+    assert flops.update_flops(c, packed(text), with_thoughts=True) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind, tera", [
