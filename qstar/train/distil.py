@@ -92,8 +92,8 @@ def distil_loss(
     if s.kind != "hard":
         # For callers that differentiate all roles.
         frozen = jax.lax.stop_gradient(params["teacher"])
-        prompt, mask = batch.teacher_prompt, batch.teacher_mask
-        teacher_states = scoring.response_states(frozen, teacher, prompt, mask, batch.response)
+        theirs = batch.teacher_prompt, batch.teacher_mask
+        teacher_states = scoring.response_states(frozen, teacher, *theirs, batch.response)
         teacher_head = decoder.head(frozen, teacher)
 
         def soft_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
