@@ -16,6 +16,11 @@ from qstar.errors import UserError
 
 READABLE = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".ndjson")  # endings, each also with .gz behind it
 ALL = "all"  # the split of all records, as in `datasets`
+_SPLITS = {
+    name: names[0]
+    for names in (("train", "training"), ("validation", "valid", "val", "dev"), ("test", "testing"))
+    for name in names
+}
 
 Place = tuple[str, Any]  # ("train.jsonl:12", the record found there, or the UserError that says why there is none)
 Fault = Callable[[str, Any], str]  # why the value at a place is no record; "" if it is one
@@ -75,7 +80,9 @@ def in_object(place: str, value: dict, split: str, fault: Fault) -> Iterator[Pla
     if isinstance(part, list):
         return numbered(f"{place}: {split}", map(_row, part))
     filled = [key for key, rows in lists.items() if not all(fault("", row) for row in rows)]
-    if len(filled) > 1 and split != ALL:
+    # The only list may be of another split: training data must not be taken for a test, nor the other way round.
+    other = [key for key in filled if split and key in _SPLITS and _SPLITS[key] != _SPLITS.get(split)]
+    if (len(filled) > 1 or other) and split != ALL:
         forms = "an object with one list of records, with one for each split, or with columns of one length"
         raise UserError(f"{place}: has records in {', '.join(filled)}, none is split {split!r}; accepted is {forms}")
     if filled:

@@ -117,8 +117,8 @@ def _letter_patterns(last: str) -> _LetterPatterns:
         bracketed=re.compile(
             rf"(?<!not )(?<!n't )(?<!\) or )(?<!\) and )[(\[]({small})[)\]](?!\s+or\b|\s+and\s+\(\w\)(?! is\b))", re.I
         ),
-        # At the end of its sentence: "blotter: E".
-        last=re.compile(rf":\s+\(?({big})\b\)?[.\s]*$"),
+        # At the end of its sentence: "blotter: E", but not "not this one: E".
+        last=re.compile(rf"(?:(?!\b(?:not|wrong|incorrect)\b|n't\b).)*:\s+\(?({big})\b\)?[.\s]*$", re.DOTALL),
         # At the start of an answer: "E", "option e", "E) blotter", "E. blotter", "E blotter", but not "a blotter".
         leading=re.compile(
             rf"[\s\"'{BOX}:]*(?i:(?:most likely|probably|likely|clearly)\s+)?"
@@ -163,8 +163,8 @@ def _letters(text: str, patterns: _LetterPatterns) -> Iterator[re.Match[str]]:
     # The strongest sign first: a bracketed letter on its own may only be mentioned.
     for _, start in reversed(_statements(text)):
         end = start + len(answer_text.sentence_at(text, start))
-        inside = (pattern.search(text, start, end) for pattern in (patterns.bracketed, patterns.last))
-        if found := patterns.leading.match(text, start) or next(filter(None, inside), None):
+        leading = patterns.leading.match(text, start) or patterns.bracketed.search(text, start, end)
+        if found := leading or patterns.last.match(text, start, end):
             yield found
     for pattern in (patterns.is_correct, patterns.chosen):
         yield from reversed(list(pattern.finditer(text)))

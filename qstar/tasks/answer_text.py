@@ -63,7 +63,7 @@ _IS = r"(?:is|was|would\s+be|will\s+be|should\s+be|must\s+be|has\s+to\s+be|equal
 _STATED = re.compile(
     rf"(?<![^\W_]){_NOUN}\b[\"']?(?:(?:\s+(?:to|of|for|in|here)\b[^.:=\n{BOX}]{{0,80}}?)?\s+{_IS}|\s*(?:\([^()\n]{{0,40}}\))?\s*(?:{_IS}|[:=]))"
     rf"|^[^\w\n]*(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|conclusion)[^\w\n]*$|^[^\w\n]*(?:A\s*:|(?:result|total)\s*[:=])|{BOX}"
-    r"|^[^\w\n]*ans(?:wer)?(?:\.\s|\s+-\s+(?=[a-z]))|答案(?:是|为|\s*[:=])",
+    r"|^[^\w\n]*(?-i:A)ns(?:wer)?(?:\.\s|\s+-\s+(?=[a-z]))|答案(?:是|为|\s*[:=])",
     re.IGNORECASE | re.MULTILINE,
 )
 _TO_ANSWER = re.compile(r"[\s:=]*(?:(?<=\n)\s*[-\u2022]\s+)?")
@@ -77,7 +77,7 @@ _NEXT = re.compile(
     r"|(?<=\n\n)A:"
     # Llama 3's header without special tokens; a rule behind GSM8K's answer line (no heading, no computation).
     r"|(?<=[0-9.!?)\]}$])(?P<turn>(?-i:assistant|user)\n\n)"
-    rf"|^#{{4,}}(?!\s*1?[0-9][.)]\s)[^A-Za-z=\n]*[0-9][^=\n]*\n\s*?(?P<rule>{RULE})"
+    rf"|^#{{4,}}(?!#|\s*1?[0-9][.)]\s)[^A-Za-z0-9=\n]*[0-9][^=\n]*\n\s*?(?P<rule>{RULE})"
     r"|^.*\b(?:another|next|new|similar)\s+(?:problem|question|exercise|example)\b"
     r"|(?<=\n)[^\S\n]*\n(?=[^\n]*\b(?:how|what|which|who|when|where|find|calculate)\b[^\n]*\?\s*$)",
     re.IGNORECASE | re.MULTILINE,
