@@ -37,7 +37,7 @@ BUDGETS = {  # lines of each package ("": top level) as planned; the limit is 10
     "runs": 1750, "methods": 3790, "report": 1435, "plan": 1010, "bench": 600, "commands": 0,
 }  # fmt: skip
 TODAY = {  # packages above their limit: a limit that only falls, but for what a new feature needs
-    "": 2154, "commands": 596, "data": 1015, "models": 5043, "tasks": 4915, "text": 754, "thoughts": 1446,
+    "": 2154, "commands": 596, "data": 1017, "models": 5043, "tasks": 4915, "text": 754, "thoughts": 1446,
     "train": 2045, "sample": 1103, "runs": 2387, "methods": 6405, "report": 2819, "plan": 2276, "bench": 1122,
 }  # fmt: skip
 LONG_FILES: dict[str, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import os
 import pathlib
@@ -41,7 +42,8 @@ def shards(folder: epath.Path, split: str) -> list[epath.Path]:
     # The import takes seconds.
     from datasets.data_files import get_data_patterns, resolve_pattern
 
-    name, card = os.fspath(folder), folder / "README.md"
+    # Escaped, since it becomes a part of patterns: "run[1]" would read the folder run1.
+    name, card = glob.escape(os.fspath(folder)), folder / "README.md"
     text = card.read_bytes().decode(errors="replace") if card.is_file() else ""
     if len(configs := re.findall(r"^- config_name: *(\S+)", text, re.MULTILINE)) > 1:
         raise UserError(f"{folder}: holds the data sets {', '.join(configs)}; name the folder or the file of one")
