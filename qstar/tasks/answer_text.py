@@ -108,7 +108,7 @@ _LEADING = re.compile(
     rf"{CURRENCY}\s*{NUMBER}"
     # Not a part of a longer number, a product, a time, a range, a computation, a list or a choice of two.
     rf"(?![^A-Za-z\s]?[0-9]|[.,]+[0-9]|\s*[:/^]\s*[0-9√]|\s*[√π{VULGAR}]|[eE][-+]?[0-9]|\s+[0-9]"
-    rf"|(?:\s*%)?\s*[-+*x×÷=·⋅]\s*{CURRENCY}[(]?\.?[0-9√]"
+    rf"|(?:\s*%)?\s*[-+*x×÷=·⋅±∙⨉✕]\s*{CURRENCY}[(]?\.?[0-9√]"
     rf"|(?:\s*%|\s*[A-Za-z]+)?\s+(?:or|to|and)\s+(?:{CURRENCY}\.?[0-9]|(?:an?|one|two|three)\s+(?:half|third|quarter))"
     rf"|[,;][^\S\n]+{CURRENCY}-?\.?[0-9](?![0-9.,]*\s+(?!and\b|or\b)[a-z])"  # "72, 24 of them in May" is one number
     r"|\s+(?!(?:in|of|per|for|at|by|with|after|from|out|than|on|over|every|because|since|as|when|if|so)\b)[A-Za-z]+\s+[0-9])"

@@ -28,8 +28,8 @@ _STEP = re.compile(
 )
 _ARTICLE = re.compile(r"^(?:the|an?) (?=\S)")
 _OUTER = " .,;:!?\"'`\u201c\u201d\u2018\u2019"
-# The mark of a heading or list; brackets, but not those of an interval; the $ that ends a formula. "- 5" is a number.
-_WRAPPED = re.compile(r"(?:#{2,} ?|[#•] |- (?![0-9.$]))?(?:\(([^(),;]+)\)|\[([^][,;]+)\]|\$?([^$]+)\$|(.+))")
+# The mark of a heading or list; brackets, but not those of an interval; the $ that ends a formula. "- 5", "- x" are numbers.
+_WRAPPED = re.compile(r"(?:#{2,} ?|[#•] |- (?=[^\W\d_]{2,}(?!\S)))?(?:\(([^(),;]+)\)|\[([^][,;]+)\]|\$?([^$]+)\$|(.+))")
 _WORD = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 # Few-shot files of STaR's release, without and with hints; those of `direct` have no rationales.
 _RELEASE = {"gsm8k": "gsm_prompts", "commonsense_qa": "commonsenseqa_prompts"}
