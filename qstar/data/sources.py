@@ -56,7 +56,7 @@ def read_records(
     A JSON file holds a list of records, or an object: one record; ``{"train": [..], "test": [..]}``; any object with
     one list of records, as ``{"data": [..]}`` and ``{"rows": [{"row": {..}}]}``; or columns, ``{"question": [..]}``. Of
     a folder and those in it, all files are read in the order of their paths; they have one ending. If files or folders
-    are named after splits (train-00000-of-00002.parquet, test/algebra/1.json), those of `split` are read.
+    are named after splits (train-00000-of-00002.parquet, test/algebra/1.json), those of `split` alone are read.
 
     Args:
         source: a path, local or gs://, of a folder or a file (.jsonl, .ndjson, .json, .parquet, .csv, .tsv, also with

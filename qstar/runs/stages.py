@@ -157,8 +157,8 @@ def train_stage(
             return choose(*found) if choose is not None else found
         # Adapters train beside frozen parameters, and are merged into them at the end.
         adapted = start.replace(params=fresh_adapters(start, settings.lora, stage.seed))
-        beside = {**(frozen or {}), "base": start.params}
-        adapters, summary = _train(adapted, stage, tx, step_at, batch_at, beside, watch, on_policy)
+        all_frozen = {**(frozen or {}), "base": start.params}
+        adapters, summary = _train(adapted, stage, tx, step_at, batch_at, all_frozen, watch, on_policy)
         summary["adapter_parameters"] = tree.size(adapters)
         return merge_adapters(start, adapters, settings.lora, stage.folder), summary
 

@@ -19,7 +19,7 @@ import sysconfig
 from collections.abc import Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True)
-packages: list[str] = []  # folders of the installed packages that programs may import; `server` fills it
+packages: list[str] = []  # folders (or files) of the packages that programs may import; `server` fills it
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 
 
